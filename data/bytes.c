@@ -1,0 +1,318 @@
+// bytes.c: turns text files into token shards whose tokens are bytes, for `--preset tiny` and any model with a vocabulary
+// of 257: token b is byte b, token 256 ends a document.
+//
+//     cc -O2 -o build/data_bytes data/bytes.c -lm
+//     build/data_bytes --out data/text book.txt
+//     build/data_bytes --out data/headers --ext .h --max-bytes 4000000 /usr/include
+#include "../dev/check.h"
+#include "../dev/sha256.h"
+#include "../dev/shards.h"
+#include "../dev/tokenizer.h"
+#include <dirent.h>
+
+static const char help[] =
+    "usage: data_bytes --out DIR [options] PATH...\n"
+    "Writes the bytes of text files as token shards: DIR/train_000000.bin, ..., DIR/val_000000.bin, ... and\n"
+    "DIR/tokenizer.bin, in place of those that an earlier run left in DIR. A PATH is a file, or a directory to be\n"
+    "walked: links, hidden names, empty files and files with a zero in their first 8 KiB are left out.\n"
+    "\n"
+    "  --out DIR         where to write; made if missing\n"
+    "  --val F           the part of the bytes to validate on, 0 to 0.5 (default 0.1). Of one file: its end. Of several:\n"
+    "                    whole files, by the SHA-256 of their names and thus the same whatever the order of the PATHs\n"
+    "  --shard-tokens N  begin a new shard after N tokens (default: as many as one can hold)\n"
+    "  --ext .h,.c       of directories, only files that end in one of these\n"
+    "  --max-bytes N     of one file: its first N bytes. Of several: as many as fit, by the SHA-256 of their names\n"
+    "  --help            print this\n"
+    "\n"
+    "Each file is a document and ends with the end-of-text token, 256. A single file gets none.\n";
+
+// ---- Options ----
+
+typedef struct {
+    const char *out, *extensions;
+    double val;
+    int64_t shard_tokens, max_bytes;                     // 0: no limit
+    char **path;                                         // (n)
+    int n;
+} Options;
+
+// The value of option `name` if argv[*i] is that option, as "--name value" or "--name=value"; else NULL.
+static const char *option_value(char **argv, int *i, const char *name) {
+    size_t n = strlen(name);
+    if (strncmp(argv[*i], name, n)) return NULL;
+    if (argv[*i][n] == '=') return argv[*i] + n + 1;
+    if (argv[*i][n]) return NULL;
+    if (!argv[*i + 1]) die("%s needs a value\n  hint: --help", name);
+    return argv[++*i];
+}
+
+static int64_t option_count(const char *name, const char *value) {
+    char *end;
+    errno = 0;
+    long long v = strtoll(value, &end, 10);
+    if (end == value || *end || errno || v < 1) die("%s %s: a whole number of at least 1 is needed", name, value);
+    return v;
+}
+
+static double option_fraction(const char *name, const char *value) {
+    char *end;
+    double v = strtod(value, &end);
+    if (end == value || *end || !(v >= 0 && v <= 0.5)) die("%s %s: a number from 0 to 0.5 is needed", name, value);
+    return v;
+}
+
+static Options options_parse(char **argv) {
+    Options o = {NULL, NULL, 0.1, 0, 0, NULL, 0};
+    const char *value;
+    for (int i = 1; argv[i]; i++) {
+        if (!strcmp(argv[i], "--help")) {
+            fputs(help, stdout);
+            exit(0);
+        }
+        if ((value = option_value(argv, &i, "--out"))) o.out = value;
+        else if ((value = option_value(argv, &i, "--ext"))) o.extensions = value;
+        else if ((value = option_value(argv, &i, "--val"))) o.val = option_fraction("--val", value);
+        else if ((value = option_value(argv, &i, "--shard-tokens"))) o.shard_tokens = option_count("--shard-tokens", value);
+        else if ((value = option_value(argv, &i, "--max-bytes"))) o.max_bytes = option_count("--max-bytes", value);
+        else if (argv[i][0] == '-') die("unknown option %s\n  hint: --help lists the options", argv[i]);
+        else {
+            o.path = (char **)xrealloc(o.path, (size_t)o.n + 1, sizeof *o.path);
+            o.path[o.n++] = argv[i];
+        }
+    }
+    if (!o.out) die("--out is missing: the directory for the shards\n  hint: --help");
+    if (!o.n) die("no text is named\n  hint: name files or directories after the options");
+    return o;
+}
+
+// ---- Finding documents ----
+
+typedef struct {
+    char *path, *name;                                   // name: the path within the PATH it was found in
+    char hash[SHA256_HEX];                               // of the name
+    int64_t size;
+    int val;
+} Document;
+
+typedef struct {
+    Document *doc;                                       // (n)
+    size_t n;
+    int64_t bytes;
+    int binary, empty;                                   // files left out
+} Documents;
+
+static void documents_add(Documents *d, const char *path, const char *name) {
+    FileMap map;
+    const char *error = file_map(&map, path);
+    if (error) die("cannot read %s: %s", path, error);
+    int binary = map.size && memchr(map.data, 0, map.size < 8192 ? map.size : 8192) != NULL;
+    d->binary += binary;
+    d->empty += map.size == 0;
+    if (map.size && !binary) {
+        d->doc = (Document *)xrealloc(d->doc, d->n + 1, sizeof *d->doc);
+        Document *doc = &d->doc[d->n++];
+        memset(doc, 0, sizeof *doc);
+        doc->path = xstrdup(path);
+        doc->name = xstrdup(name);
+        doc->size = (int64_t)map.size;
+        sha256_hex(doc->hash, name, strlen(name));
+        d->bytes += doc->size;
+    }
+    file_unmap(&map);
+}
+
+static int has_extension(const char *name, const char *extensions) {
+    if (!extensions) return 1;
+    for (const char *e = extensions; ; e++) {
+        size_t n = strcspn(e, ","), length = strlen(name);
+        if (n && length > n && !memcmp(name + length - n, e, n)) return 1;
+        e += n;
+        if (!*e) return 0;
+    }
+}
+
+static int is_visible(const struct dirent *entry) { return entry->d_name[0] != '.'; }
+static int by_entry_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
+
+// Adds the files below a directory, in the order of their names; `name` is its own name, "" at the top.
+static void documents_walk(Documents *d, const char *directory, const char *name, const char *extensions) {
+    struct dirent **entry;
+    int n = scandir(directory, &entry, is_visible, by_entry_name);
+    if (n < 0) die("cannot read directory %s: %s", directory, strerror(errno));
+    for (int i = 0; i < n; i++) {
+        char *path = xprintf("%s/%s", directory, entry[i]->d_name);
+        char *within = xprintf("%s%s%s", name, *name ? "/" : "", entry[i]->d_name);
+        struct stat st;
+        if (lstat(path, &st)) die("cannot read %s: %s", path, strerror(errno));
+        if (S_ISDIR(st.st_mode)) documents_walk(d, path, within, extensions);
+        else if (S_ISREG(st.st_mode) && has_extension(within, extensions)) documents_add(d, path, within);
+        free(path);
+        free(within);
+        free(entry[i]);
+    }
+    free(entry);
+}
+
+static Documents documents_find(const Options *o) {
+    Documents d = {NULL, 0, 0, 0, 0};
+    for (int i = 0; i < o->n; i++) {
+        const char *slash = strrchr(o->path[i], '/');
+        if (path_is_directory(o->path[i])) documents_walk(&d, o->path[i], "", o->extensions);
+        else documents_add(&d, o->path[i], slash ? slash + 1 : o->path[i]);
+    }
+    if (!d.n) die("no text was found (left out: %d binary files, %d empty ones)", d.binary, d.empty);
+    return d;
+}
+
+static void document_free(Document *doc) {
+    free(doc->path);
+    free(doc->name);
+}
+
+// ---- Choosing: in an order that depends on the names alone ----
+
+static int by_hash(const void *a, const void *b) {
+    const Document *x = (const Document *)a, *y = (const Document *)b;
+    int order = strcmp(x->hash, y->hash);
+    return order ? order : strcmp(x->path, y->path);
+}
+
+static int by_name(const void *a, const void *b) {
+    const Document *x = (const Document *)a, *y = (const Document *)b;
+    int order = strcmp(x->name, y->name);
+    return order ? order : strcmp(x->path, y->path);
+}
+
+// Leaves as many documents, in the order of their hashes, as fit into max_bytes.
+static void documents_limit(Documents *d, int64_t max_bytes) {
+    size_t n = 0;
+    d->bytes = 0;
+    if (d->n == 1 && d->doc[0].size > max_bytes) d->doc[0].size = max_bytes;
+    for (size_t i = 0; i < d->n; i++) {
+        Document doc = d->doc[i];
+        if (doc.size <= max_bytes - d->bytes) {
+            d->bytes += doc.size;
+            d->doc[n++] = doc;
+        } else document_free(&doc);
+    }
+    d->n = n;
+    if (!n) die("--max-bytes %lld: every file is larger", (long long)max_bytes);
+}
+
+// Marks for validation each document, in the order of the hashes, that brings their bytes nearer to the fraction; the
+// smallest one if none does. With a fraction of at most one half some document is always left to train on.
+static void documents_split(Documents *d, double fraction) {
+    double wanted = fraction * (double)d->bytes, marked = 0;
+    if (fraction == 0) return;
+    Document *smallest = &d->doc[0];
+    for (size_t i = 0; i < d->n; i++) {
+        Document *doc = &d->doc[i];
+        if (doc->size < smallest->size) smallest = doc;
+        doc->val = marked + 0.5 * (double)doc->size < wanted;
+        if (doc->val) marked += (double)doc->size;
+    }
+    if (marked == 0) smallest->val = 1;
+}
+
+// ---- Writing ----
+
+static void append_bytes(ShardWriter *w, const unsigned char *bytes, size_t n) {
+    int tokens[4096];
+    for (size_t at = 0, m; at < n; at += m) {
+        m = n - at < 4096 ? n - at : 4096;
+        for (size_t i = 0; i < m; i++) tokens[i] = bytes[at + i];
+        shard_writer_append(w, tokens, m);
+    }
+}
+
+// One document is split like nanoGPT's: the first int(0.9 n) bytes are to train on, the rest to validate.
+static void write_documents(ShardWriter *train, ShardWriter *val, const Documents *d, double fraction) {
+    const int end_of_text = TOKENIZER_BYTES_EOT;
+    for (size_t i = 0; i < d->n; i++) {
+        const Document *doc = &d->doc[i];
+        FileMap map;
+        const char *error = file_map(&map, doc->path);
+        if (!error && (int64_t)map.size < doc->size) error = "it has become shorter";
+        if (error) die("cannot read %s: %s", doc->path, error);
+        size_t size = (size_t)doc->size, head = (size_t)((1 - fraction) * (double)size);
+        if (d->n == 1) {
+            append_bytes(train, map.data, head);
+            append_bytes(val, map.data + head, size - head);
+        } else {
+            append_bytes(doc->val ? val : train, map.data, size);
+            shard_writer_append(doc->val ? val : train, &end_of_text, 1);
+        }
+        file_unmap(&map);
+    }
+}
+
+// Dies when the directory has shards or a tokenizer file that this program did not make.
+static void refuse_foreign(const char *out) {
+    char *tokenizer = xprintf("%s/tokenizer.bin", out);
+    char *shard[2] = {xprintf("%s/train_000000.bin", out), xprintf("%s/val_000000.bin", out)};
+    Text ours = {NULL, 0, 0};
+    FileMap map;
+    tokenizer_bytes_file(&ours);
+    if (path_exists(tokenizer)) {
+        const char *error = file_map(&map, tokenizer);
+        if (error || map.size != ours.n || memcmp(map.data, ours.s, ours.n))
+            die("%s is of another tokenizer\n  hint: choose another --out", tokenizer);
+        file_unmap(&map);
+    } else if (path_exists(shard[0]) || path_exists(shard[1])) {
+        die("%s has shards of another tokenizer\n  hint: choose another --out", out);
+    }
+    text_free(&ours);
+    free(shard[0]);
+    free(shard[1]);
+    free(tokenizer);
+}
+
+// Finishes a split, removes the further shards that an earlier run left, and says what there is.
+static void finish(ShardWriter *w, const char *out, const char *split) {
+    int shards = w->shards + (w->f != NULL);
+    long long tokens = (long long)w->total;
+    shard_writer_close(w);
+    for (int i = shards; ; i++) {
+        char *old = xprintf("%s/%s_%06d.bin", out, split, i);
+        int failed = unlink(old);
+        if (failed && errno != ENOENT) die("cannot remove %s: %s", old, strerror(errno));
+        free(old);
+        if (failed) break;
+    }
+    printf("  %-5s %12lld tokens in %d shard%s: %s/%s_*.bin\n", split, tokens, shards, shards == 1 ? "" : "s", out, split);
+}
+
+int main(int argc, char **argv) {
+    (void)argc;
+    Options o = options_parse(argv);
+    Documents d = documents_find(&o);
+    int found = (int)d.n;
+    qsort(d.doc, d.n, sizeof *d.doc, by_hash);
+    if (o.max_bytes) documents_limit(&d, o.max_bytes);
+    documents_split(&d, o.val);
+    qsort(d.doc, d.n, sizeof *d.doc, by_name);
+
+    directory_make(o.out);
+    refuse_foreign(o.out);
+    char *tokenizer = xprintf("%s/tokenizer.bin", o.out);
+    char *prefix[2] = {xprintf("%s/train", o.out), xprintf("%s/val", o.out)};
+    tokenizer_write_bytes(tokenizer);
+    ShardWriter train, val;
+    shard_writer_open(&train, prefix[0], TOKENIZER_BYTES_V, o.shard_tokens);
+    shard_writer_open(&val, prefix[1], TOKENIZER_BYTES_V, o.shard_tokens);
+    write_documents(&train, &val, &d, o.val);
+
+    printf("%zu of %d text files, %lld bytes (left out: %d binary, %d empty)\n",
+           d.n, found, (long long)d.bytes, d.binary, d.empty);
+    finish(&train, o.out, "train");
+    finish(&val, o.out, "val");
+    printf("  tokenizer of %d tokens: %s\n", TOKENIZER_BYTES_V, tokenizer);
+
+    for (size_t i = 0; i < d.n; i++) document_free(&d.doc[i]);
+    free(d.doc);
+    free(o.path);
+    free(tokenizer);
+    free(prefix[0]);
+    free(prefix[1]);
+    return 0;
+}

@@ -1,0 +1,250 @@
+// check.h: the three kinds of failure, and the few calls of libc that are always checked.
+//
+//   die(...)         the user, a file or an option is at fault: one line and a hint, exit code 1
+//   CHECK(ok, ...)   a caller broke a contract: says where, then aborts
+//   assert(ok)       our own invariant, from <assert.h>
+//
+// Include this header first: it asks libc for POSIX names.
+#ifndef CHECK_H
+#define CHECK_H
+
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
+#endif
+#ifndef _FILE_OFFSET_BITS
+#define _FILE_OFFSET_BITS 64
+#endif
+#ifdef __APPLE__
+#define _DARWIN_C_SOURCE 1
+#endif
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
+#define NORETURN          __attribute__((noreturn))
+#define UNUSED            __attribute__((unused))
+
+// The number type of parameters, gradients and activations. REAL=double is for tests by finite differences.
+#ifdef REAL_DOUBLE
+typedef double real;
+#define REAL_NAME    "fp64"
+#define REAL_DTYPE   "F64"
+#define REAL_EPSILON 2.220446049250313e-16
+#else
+typedef float real;
+#define REAL_NAME    "fp32"
+#define REAL_DTYPE   "F32"
+#define REAL_EPSILON 1.1920928955078125e-07
+#endif
+
+// ---- Messages ----
+
+static inline void message_v(const char *kind, const char *format, va_list args) {
+    fflush(stdout);                                      // keep the order a reader sees
+    fprintf(stderr, "%s: ", kind);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+}
+
+// Prints "error: ..." and exits with code 1. A second line of the message is a hint: "...\n  hint: ...".
+static inline void PRINTF_LIKE(1, 2) NORETURN die(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    message_v("error", format, args);
+    va_end(args);
+    exit(1);
+}
+
+static inline void PRINTF_LIKE(1, 2) UNUSED warn(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    message_v("warning", format, args);
+    va_end(args);
+}
+
+static inline void PRINTF_LIKE(4, 5) NORETURN UNUSED
+check_failed(const char *file, int line, const char *condition, const char *format, ...) {
+    fflush(stdout);
+    fprintf(stderr, "%s:%d: contract broken (%s): ", file, line, condition);
+    va_list args;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+    abort();
+}
+#define CHECK(ok, ...) ((ok) ? (void)0 : check_failed(__FILE__, __LINE__, #ok, __VA_ARGS__))
+
+// ---- Memory ----
+
+// malloc of count * size zeroed bytes; dies when the product overflows or memory is out. Free with free().
+static inline void *xcalloc(size_t count, size_t size) {
+    void *p = calloc(count ? count : 1, size ? size : 1);
+    if (!p) die("out of memory: %zu x %zu bytes", count, size);
+    return p;
+}
+
+static inline void *xrealloc(void *old, size_t count, size_t size) {
+    if (size && count > SIZE_MAX / size) die("out of memory: %zu x %zu bytes", count, size);
+    size_t bytes = count * size;
+    void *p = realloc(old, bytes ? bytes : 1);
+    if (!p) die("out of memory: %zu x %zu bytes", count, size);
+    return p;
+}
+
+// A formatted string from malloc; the caller frees it.
+static inline char *PRINTF_LIKE(1, 2) xprintf(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    CHECK(n >= 0, "bad format %s", format);
+    char *s = (char *)xcalloc((size_t)n + 1, 1);
+    va_start(args, format);
+    vsnprintf(s, (size_t)n + 1, format, args);
+    va_end(args);
+    return s;
+}
+
+static inline char *xstrdup(const char *s) { return xprintf("%s", s); }
+
+// A string that grows: start from {0}, end with text_free.
+typedef struct { char *s; size_t n, room; } Text;
+
+static inline void text_append(Text *t, const void *bytes, size_t n) {
+    if (t->n + n + 1 > t->room) {
+        t->room = 2 * (t->n + n + 1);
+        t->s = (char *)xrealloc(t->s, t->room, 1);
+    }
+    memcpy(t->s + t->n, bytes, n);
+    t->n += n;
+    t->s[t->n] = 0;
+}
+
+static inline void PRINTF_LIKE(2, 3) UNUSED text_printf(Text *t, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    CHECK(n >= 0, "bad format %s", format);
+    char *s = (char *)xcalloc((size_t)n + 1, 1);
+    va_start(args, format);
+    vsnprintf(s, (size_t)n + 1, format, args);
+    va_end(args);
+    text_append(t, s, (size_t)n);
+    free(s);
+}
+
+static inline void text_free(Text *t) {
+    free(t->s);
+    t->s = NULL;
+    t->n = t->room = 0;
+}
+
+// ---- Files ----
+
+// A file mapped read-only. An empty file has data NULL and size 0.
+typedef struct { const unsigned char *data; size_t size; } FileMap;
+
+// Maps path. Returns NULL, or what is wrong (errno's text); nothing to release after an error.
+static inline const char *file_map(FileMap *map, const char *path) {
+    map->data = NULL;
+    map->size = 0;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) return strerror(errno);
+    struct stat st;
+    const char *error = NULL;
+    if (fstat(fd, &st)) error = strerror(errno);
+    else if (!S_ISREG(st.st_mode)) error = "not a regular file";
+    else if (st.st_size > 0) {
+        void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (p == MAP_FAILED) error = strerror(errno);
+        else {
+            map->data = (const unsigned char *)p;
+            map->size = (size_t)st.st_size;
+        }
+    }
+    close(fd);
+    return error;
+}
+
+static inline void file_unmap(FileMap *map) {
+    if (map->data) munmap((void *)(uintptr_t)map->data, map->size);
+    map->data = NULL;
+    map->size = 0;
+}
+
+static inline int path_exists(const char *path) {
+    struct stat st;
+    return lstat(path, &st) == 0;
+}
+
+static inline int path_is_directory(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+// Makes a directory and its missing parents, as mkdir -p; dies when it cannot.
+static inline void directory_make(const char *path) {
+    char *p = xstrdup(path);
+    for (size_t i = 1; p[i]; i++) {
+        if (p[i] != '/') continue;
+        p[i] = 0;
+        if (mkdir(p, 0777) && errno != EEXIST) die("cannot make directory %s: %s", p, strerror(errno));
+        p[i] = '/';
+    }
+    if (mkdir(p, 0777) && errno != EEXIST) die("cannot make directory %s: %s", p, strerror(errno));
+    if (!path_is_directory(p)) die("%s is in the way: a directory is needed there", p);
+    free(p);
+}
+
+// Opens a file or dies with the reason.
+static inline FILE *file_open(const char *path, const char *mode) {
+    FILE *f = fopen(path, mode);
+    if (!f) die("cannot open %s: %s", path, strerror(errno));
+    return f;
+}
+
+static inline void file_write(FILE *f, const char *path, const void *bytes, size_t n) {
+    if (n && fwrite(bytes, 1, n, f) != n) die("cannot write %s: %s", path, strerror(errno));
+}
+
+// Flushes to the disk and closes; dies when the disk refuses.
+static inline void file_sync_close(FILE *f, const char *path) {
+    if (fflush(f) || fsync(fileno(f))) die("cannot write %s: %s", path, strerror(errno));
+    if (fclose(f)) die("cannot write %s: %s", path, strerror(errno));
+}
+
+// Makes the directory's entries (names, renames) durable.
+static inline void directory_sync(const char *path) {
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
+    if (fsync(fd) && errno != EINVAL) die("cannot sync %s: %s", path, strerror(errno));
+    close(fd);
+}
+
+static inline void file_rename(const char *from, const char *to) {
+    if (rename(from, to)) die("cannot rename %s to %s: %s", from, to, strerror(errno));
+}
+
+// Writes a whole file under a temporary name, syncs it and renames it into place: old or new, never half.
+static inline void file_write_whole(const char *path, const void *bytes, size_t n) {
+    char *temporary = xprintf("%s.tmp", path);
+    FILE *f = file_open(temporary, "wb");
+    file_write(f, temporary, bytes, n);
+    file_sync_close(f, temporary);
+    file_rename(temporary, path);
+    free(temporary);
+}
+
+#endif

@@ -1,0 +1,92 @@
+// engine.h: the small interface that an engine fills: train_gpt.c on the CPU, train_gpt.cu on the GPU. Trainer,
+// tools, checkpoints and tests are written once against it.
+//
+// An engine draws nothing at random and decides nothing: which rows run which branch, the scales, the learning
+// rate and the step counts of AdamW come in as data. All pointers are to host memory and are read or written before
+// the call returns. The CPU engine has nothing running after any call.
+#ifndef ENGINE_H
+#define ENGINE_H
+
+#include "drop_path.h"
+#include "gpt.h"
+
+typedef struct Model Model;                              // the engine's own
+
+// What forward_backward may be asked to keep for the backward pass, summed over the layers of one plan: rows of
+// attention branches, rows of MLP branches, and rows of both together. drop_path_bound() computes it.
+typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
+
+typedef struct {
+    int B, T;                                            // largest batch and row length of any call
+    int threads;                                         // 0: as many as the machine offers
+    MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
+} EngineArgs;
+
+// One AdamW update (Loshchilov and Hutter 2019, algorithm 2), on gradients clipped to a norm of grad_clip (0: never).
+typedef struct {
+    double lr, beta1, beta2, eps, weight_decay, grad_clip;
+    const int64_t *t;     // (2L+1): the AdamW step, 1, 2, ..., of each branch and last of all else; 0 leaves it untouched
+    int discard;                                         // only zero the gradients: this step is not to be taken
+} UpdateArgs;
+
+typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
+
+typedef struct {
+    const char *name;
+
+    // A model with all parameters, gradients and moments zero.
+    Model *(*open)(const GptConfig *config, const EngineArgs *args);
+
+    // Evaluation: runs tokens (plan->batch, T) under the plan. Returns the mean loss over the targets
+    // (plan->batch, T) that are not negative, in nats; with targets NULL it stops before the head and returns 0.
+    double (*forward)(Model *, int T, const int *tokens, const int *targets, const DropPlan *plan);
+
+    // The same with all targets in [0, V), and adds weight * d(mean loss)/d(parameter) to the gradients.
+    double (*forward_backward)(Model *, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight);
+
+    // Of the last forward: its losses (plan->batch, T), 0 where the target is negative; the logits (V) at (row, t).
+    void (*losses)(Model *, real *host);
+    void (*logits)(Model *, int row, int t, real *host);
+
+    // Clips and applies the gradients, zeroes them and returns their norm before clipping. A norm that is not finite
+    // changes no parameter and no moment (the gradients are zeroed all the same), as does args->discard.
+    double (*update)(Model *, const UpdateArgs *);
+
+    // Copy one layer's part of one parameter, gpt_param_size() numbers, out of or into a slot.
+    void (*read)(Model *, Slot, int param, int layer, real *host);
+    void (*write)(Model *, Slot, int param, int layer, const real *host);
+
+    // Bytes by purpose: parameters, gradients, moments, activations (as many as the plans so far have used).
+    void (*memory)(const Model *, size_t bytes[4]);
+
+    // Measures for about that many seconds: the machine's peak in FLOP/s on this engine's multiply-adds.
+    double (*peak)(Model *, double seconds);
+
+    void (*close)(Model *);
+} Engine;
+
+// GPT-2's initial weights. Each number is a function of (seed, parameter, layer, place): the same on every engine.
+static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c, uint64_t seed) {
+    for (int p = 0; p < N_PARAMS; p++) {
+        const size_t n = gpt_param_size(c, p);
+        const int init = gpt_param[p].init;
+        const double sigma = init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * c->L) : 0.02;
+        real *host = (real *)xcalloc(n + 1, sizeof *host);
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            for (size_t i = 0; i < n; i += 2) {
+                const double constant = init == INIT_ONE ? 1 : 0;
+                double z[2] = {constant, constant};
+                if (init == INIT_NORMAL || init == INIT_RESIDUAL) {
+                    Philox w = rng_words(seed, STREAM_INIT, (uint64_t)i, (uint32_t)p, (uint32_t)l);
+                    normal_pair(z, w.v[0], w.v[1]);
+                    z[0] *= sigma, z[1] *= sigma;
+                }
+                host[i] = (real)z[0], host[i + 1] = (real)z[1];
+            }
+            e->write(m, SLOT_PARAM, p, l, host);
+        }
+        free(host);
+    }
+}
+
+#endif

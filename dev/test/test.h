@@ -1,0 +1,104 @@
+// test.h: what the tests share. A test is a function; it passes when none of its expectations failed.
+//
+// A file of tests, dev/test/test_NAME.h, defines functions `static void test_THING(void)` and lists them in an
+// X-macro, #define NAME_TESTS(X) X(thing) X(other_thing); test_gpt.c joins the lists into its one table.
+#ifndef TEST_H
+#define TEST_H
+
+#include "../check.h"
+#include <math.h>
+#include <sys/wait.h>
+
+static int test_failures;                                // expectations failed in the running test
+
+// Prints the first few failures of a test (one wrong kernel fails a thousand comparisons).
+static inline void PRINTF_LIKE(4, 5) test_expect(int ok, const char *file, int line, const char *format, ...) {
+    if (ok) return;
+    if (++test_failures > 5) return;
+    printf("    %s:%d: ", file, line);
+    va_list args;
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    printf("\n");
+}
+
+// EXPECT(condition, "printf format of what was seen", ...)
+#define EXPECT(ok, ...) test_expect(!!(ok), __FILE__, __LINE__, __VA_ARGS__)
+
+// |got - want| <= tolerance; false for NaN.
+#define EXPECT_CLOSE(got, want, tolerance, what) \
+    test_expect(fabs((double)(got) - (double)(want)) <= (tolerance), __FILE__, __LINE__, \
+                "%s: got %.17g, want %.17g +- %.3g", what, (double)(got), (double)(want), (double)(tolerance))
+
+#define EXPECT_TEXT(got, want) test_expect(!strcmp(got, want), __FILE__, __LINE__, "got \"%s\", want \"%s\"", got, want)
+
+// A parser's error: must exist and name what is wrong.
+#define EXPECT_ERROR(error, part) test_expect_error(error, part, __FILE__, __LINE__)
+static inline void test_expect_error(const char *error, const char *part, const char *file, int line) {
+    test_expect(error && strstr(error, part), file, line, "error \"%s\" should contain \"%s\"", error ? error : "(none)", part);
+}
+
+// Runs f(arg) in a child process; it must exit with `code` and print `part` on its standard error.
+#define EXPECT_EXIT(code, part, f, arg) test_expect_exit(code, part, f, arg, __FILE__, __LINE__)
+static inline void test_expect_exit(int code, const char *part, void (*f)(void *), void *arg, const char *file, int line) {
+    int ends[2];
+    char seen[4096];
+    size_t n = 0;
+    fflush(stdout);
+    if (pipe(ends)) die("pipe: %s", strerror(errno));
+    pid_t child = fork();
+    if (child < 0) die("fork: %s", strerror(errno));
+    if (child == 0) {
+        dup2(ends[1], 2);
+        if (!freopen("/dev/null", "w", stdout)) _exit(99);
+        close(ends[0]);
+        f(arg);
+        fflush(NULL);
+        _exit(0);
+    }
+    close(ends[1]);
+    for (ssize_t got; n < sizeof seen - 1 && (got = read(ends[0], seen + n, sizeof seen - 1 - n)) > 0; n += (size_t)got) {}
+    close(ends[0]);
+    seen[n] = 0;
+    int status = 0;
+    waitpid(child, &status, 0);
+    test_expect(WIFEXITED(status) && WEXITSTATUS(status) == code, file, line, "exit status %d, want %d; it said: %s",
+                WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), code, seen);
+    test_expect(strstr(seen, part) != NULL, file, line, "it said \"%s\", which lacks \"%s\"", seen, part);
+}
+
+// ---- Directories ----
+
+static char test_root[256];                              // the one folder of this run, or ""
+
+// An empty directory for the running test, the same one until the next call; removed by test_gpt.c when all is done.
+// A fresh folder under TMPDIR.
+static inline const char *test_directory(void) {
+    static char current[300];
+    static int count;
+    if (!test_root[0]) {
+        const char *base = getenv("TMPDIR");
+        snprintf(test_root, sizeof test_root, "%s/droppath_test_XXXXXX", base ? base : "/tmp");
+        if (!mkdtemp(test_root)) die("cannot make %s: %s", test_root, strerror(errno));
+    }
+    snprintf(current, sizeof current, "%s/%d", test_root, count++);
+    directory_make(current);
+    return current;
+}
+
+// Removes all that test_directory() gave out.
+static inline void test_directories_remove(void) {
+    if (!test_root[0]) return;
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        execlp("rm", "rm", "-rf", test_root, (char *)NULL);
+        _exit(127);
+    }
+    int status = 1;
+    if (child < 0 || waitpid(child, &status, 0) < 0 || status) warn("cannot remove %s", test_root);
+    test_root[0] = 0;
+}
+
+#endif

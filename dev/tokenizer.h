@@ -1,0 +1,314 @@
+// tokenizer.h: tokens to bytes and back, from a tokenizer file. Two formats are read:
+//
+//     tokenizer.bin   llm.c's: 256 words of 32 bits, little-endian (magic 20240328, version 2, tokens, end-of-text token);
+//                     then each token as one byte of length, 1 to 255, and its bytes. Version 1 is GPT-2's alone and
+//                     does not name its end-of-text token, 50256
+//     vocab.json      GPT-2's, also called encoder.json: {"token": id, ...}, bytes written in GPT-2's alphabet
+//
+// Merges need no file of their own: the rank of a merge is the id of the token it makes, as in tiktoken. That holds for
+// GPT-2, whose ids are in the order in which its merges were learned.
+#ifndef TOKENIZER_H
+#define TOKENIZER_H
+
+#include "check.h"
+#include "json.h"
+#include "shards.h"                                      // llm.c's header
+
+#define TOKENIZER_EOT "<|endoftext|>"
+
+enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_MAX = 1 << 24 };
+
+typedef struct {
+    int V, eot;           // tokens; the end-of-text token, or -1
+    Text bytes;           // of all tokens, one after the other
+    size_t *start;        // (V+1) token i is bytes[start[i]] to bytes[start[i+1] - 1]
+    int *slot;            // (slots) bytes -> 1 + token, 0 when free; the hash table of tokenizer_lookup
+    size_t slots;         // a power of two, at least 2V
+    char error[160];      // where tokenizer_parse leaves a message that it has to compose
+} Tokenizer;
+
+static inline void tokenizer_free(Tokenizer *t) {
+    text_free(&t->bytes);
+    free(t->start);
+    free(t->slot);
+    t->start = NULL;
+    t->slot = NULL;
+    t->V = 0;
+}
+
+// The bytes of a token in [0, V), *n of them and no terminating zero; of the end-of-text token those of its name.
+static inline const char *tokenizer_bytes(const Tokenizer *t, int token, int *n) {
+    CHECK(0 <= token && token < t->V, "token %d of %d", token, t->V);
+    *n = (int)(t->start[token + 1] - t->start[token]);
+    return t->bytes.s + t->start[token];
+}
+
+// How many bytes of text a token stands for, as bits per byte counts them: none for end-of-text.
+static inline int tokenizer_text_length(const Tokenizer *t, int token) {
+    int n;
+    tokenizer_bytes(t, token, &n);
+    return token == t->eot ? 0 : n;
+}
+
+// ---- From bytes to the token: a hash table with linear probing ----
+
+static inline uint64_t tokenizer_hash(uint64_t hash, const char *bytes, int n) {   // FNV-1a
+    for (int i = 0; i < n; i++) hash = (hash ^ (unsigned char)bytes[i]) * 1099511628211u;
+    return hash;
+}
+
+// The slot of the token whose bytes are a (an) followed by b (bn), or the free slot where it belongs.
+static inline size_t tokenizer_slot(const Tokenizer *t, const char *a, int an, const char *b, int bn) {
+    size_t i = (size_t)tokenizer_hash(tokenizer_hash(14695981039346656037u, a, an), b, bn);
+    for (;; i++) {
+        i &= t->slots - 1;
+        if (!t->slot[i]) return i;
+        int n;
+        const char *bytes = tokenizer_bytes(t, t->slot[i] - 1, &n);
+        if (n == an + bn && !memcmp(bytes, a, (size_t)an) && !memcmp(bytes + an, b, (size_t)bn)) return i;
+    }
+}
+
+// The token whose bytes are those of token a, then those of token b; -1 if there is none.
+static inline int tokenizer_pair(const Tokenizer *t, int a, int b) {
+    int an, bn;
+    const char *a_bytes = tokenizer_bytes(t, a, &an), *b_bytes = tokenizer_bytes(t, b, &bn);
+    return t->slot[tokenizer_slot(t, a_bytes, an, b_bytes, bn)] - 1;
+}
+
+// Fills the table when all tokens are known. End-of-text stays out: no text may spell it.
+static inline void tokenizer_index(Tokenizer *t) {
+    for (t->slots = 2; t->slots < 2 * (size_t)t->V; t->slots *= 2) {}
+    t->slot = (int *)xcalloc(t->slots, sizeof *t->slot);
+    for (int token = 0; token < t->V; token++) {
+        int n;
+        const char *bytes = tokenizer_bytes(t, token, &n);
+        int *slot = &t->slot[tokenizer_slot(t, bytes, n, bytes, 0)];
+        if (token != t->eot && !*slot) *slot = token + 1;   // of equal tokens the first, whose rank is lower
+    }
+}
+
+// ---- Reading ----
+
+static inline void tokenizer_add(Tokenizer *t, const char *bytes, size_t n) {
+    text_append(&t->bytes, bytes, n);
+    t->start[++t->V] = t->bytes.n;
+}
+
+static inline const char *tokenizer_parse_llmc(Tokenizer *t, const unsigned char *p, size_t size) {
+    const char *cut = "cut short: its header counts more tokens than it holds";
+    if (size < LLMC_HEADER_BYTES) return "cut short: a tokenizer file has a header of 1024 bytes";
+    uint32_t version = llmc_word(p, 1), V = llmc_word(p, 2), eot = version == 1 ? 50256 : llmc_word(p, 3);
+    if (version != 1 && version != 2) return "a tokenizer file of an unknown version";
+    if (V > TOKENIZER_MAX) return "a tokenizer file with more than 16777216 tokens";
+    if (V > (size - LLMC_HEADER_BYTES) / 2) return cut;  // each has at least two bytes: nothing is allocated in vain
+    if (eot >= V) return "its end-of-text token lies outside of its vocabulary";
+    t->eot = (int)eot;
+    t->start = (size_t *)xcalloc((size_t)V + 1, sizeof *t->start);
+    size_t at = LLMC_HEADER_BYTES;
+    for (uint32_t i = 0; i < V; i++) {
+        if (at == size) return cut;
+        size_t n = p[at++];
+        if (n == 0) return "damaged: a token without bytes";
+        if (n > size - at) return cut;
+        tokenizer_add(t, (const char *)p + at, n);
+        at += n;
+    }
+    return at < size ? "damaged: bytes follow its last token" : NULL;
+}
+
+// GPT-2's alphabet (its encoder.py, bytes_to_unicode): a byte that prints in Latin-1 is written as that character, and the
+// other 68, in their order, as U+0100, U+0101, ... byte[c] is the byte of character c, -1 where c is none.
+enum { TOKENIZER_ALPHABET = 256 + 68 };
+
+static inline void tokenizer_alphabet(int byte[TOKENIZER_ALPHABET]) {
+    for (int c = 0; c < TOKENIZER_ALPHABET; c++) byte[c] = -1;
+    for (int b = 0, others = 256; b < 256; b++) {
+        int prints = (b >= 33 && b <= 126) || (b >= 161 && b != 173);
+        byte[prints ? b : others++] = b;
+    }
+}
+
+// Adds the token that is written as s (n bytes of valid UTF-8) in that alphabet. Returns 0 if it cannot be.
+static inline int tokenizer_add_written(Tokenizer *t, const int byte[TOKENIZER_ALPHABET], char *s, size_t n) {
+    size_t m = 0;
+    for (size_t i = 0; i < n; m++) {
+        unsigned char lead = (unsigned char)s[i++];
+        int c = lead < 0x80 ? lead : lead < 0xE0 ? (lead & 31) << 6 | (s[i++] & 63) : TOKENIZER_ALPHABET;
+        if (c >= TOKENIZER_ALPHABET || byte[c] < 0) return 0;
+        s[m] = (char)byte[c];                            // in place: m < i
+    }
+    tokenizer_add(t, s, m);
+    return m > 0;
+}
+
+// From a JSON object whose key number key[i] - 1 is token i.
+static inline const char *tokenizer_read_keys(Tokenizer *t, const Json *doc, const int *key, int V) {
+    int byte[TOKENIZER_ALPHABET];
+    tokenizer_alphabet(byte);
+    t->start = (size_t *)xcalloc((size_t)V + 1, sizeof *t->start);
+    for (int i = 0; i < V; i++) {
+        if (json_equals(doc, key[i] - 1, TOKENIZER_EOT)) t->eot = i;
+        size_t n = 0;
+        char *s = json_string(doc, key[i] - 1, &n);
+        int ok = tokenizer_add_written(t, byte, s, n);
+        free(s);
+        if (ok) continue;
+        snprintf(t->error, sizeof t->error, "token %d is not written in GPT-2's alphabet", i);
+        return t->error;
+    }
+    return NULL;
+}
+
+static inline const char *tokenizer_parse_json(Tokenizer *t, const void *mem, size_t size) {
+    Json doc;
+    const char *error = json_parse(&doc, mem, size);
+    if (error) {
+        snprintf(t->error, sizeof t->error, "no valid JSON: %s", error);
+        return t->error;
+    }
+    int V = json_count(&doc, 0), *key = (int *)xcalloc((size_t)V, sizeof *key);
+    if (V > TOKENIZER_MAX) error = "a vocabulary of more than 16777216 tokens";
+    if (V == 0) error = "a vocabulary without tokens";
+    for (int k = json_first(&doc, 0); k >= 0 && !error; k = json_next(&doc, k)) {
+        int64_t id;
+        if (!json_int64(&doc, k + 1, &id)) error = "not a vocab.json: a value is no integer";
+        else if (id < 0 || id >= V || key[id]) error = "not a vocab.json: its ids are not 0, 1, 2, ..., each once";
+        else key[id] = k + 1;
+    }
+    if (!error) error = tokenizer_read_keys(t, &doc, key, V);
+    free(key);
+    json_free(&doc);
+    return error;
+}
+
+// Reads a tokenizer file of `size` bytes at mem, and keeps no pointer into it. Returns NULL, or what is wrong (the message
+// may live in *t; there is nothing to free then).
+static inline const char *tokenizer_parse(Tokenizer *t, const void *mem, size_t size) {
+    const unsigned char *p = (const unsigned char *)mem;
+    const char *error;
+    memset(t, 0, sizeof *t);
+    t->eot = -1;
+    if (size >= 4 && llmc_word(p, 0) == TOKENIZER_MAGIC) error = tokenizer_parse_llmc(t, p, size);
+    else if (size >= 1 && p[0] == '{') error = tokenizer_parse_json(t, p, size);
+    else error = "not a tokenizer file: neither llm.c's tokenizer.bin nor GPT-2's vocab.json";
+    if (error) tokenizer_free(t);
+    else tokenizer_index(t);
+    return error;
+}
+
+// Reads a file, or dies. End with tokenizer_free().
+static inline void tokenizer_load(Tokenizer *t, const char *path) {
+    FileMap map;
+    const char *error = file_map(&map, path);
+    if (error) die("cannot read %s: %s\n  hint: which tokenizer files can be read: data/README.md", path, error);
+    error = tokenizer_parse(t, map.data, map.size);
+    if (error) die("%s: %s", path, error);
+    file_unmap(&map);
+}
+
+// The tokenizer file beside the shards: in the directory of the first of the comma-separated patterns. A path from malloc,
+// or NULL.
+static inline char *tokenizer_find(const char *shards_pattern) {
+    static const char *const names[3] = {"tokenizer.bin", "vocab.json", "encoder.json"};
+    size_t n = strcspn(shards_pattern, ",");
+    while (n > 0 && shards_pattern[n - 1] != '/') n--;
+    for (int i = 0; i < 3; i++) {
+        char *path = xprintf("%.*s%s", (int)n, shards_pattern, names[i]);
+        if (path_exists(path)) return path;
+        free(path);
+    }
+    return NULL;
+}
+
+// ---- Encoding ----
+
+enum { TOKENIZER_SPACE, TOKENIZER_LETTER, TOKENIZER_DIGIT, TOKENIZER_OTHER };
+
+static inline int tokenizer_class(char c) {
+    unsigned char u = (unsigned char)c;
+    if (u == ' ' || (u >= '\t' && u <= '\r')) return TOKENIZER_SPACE;
+    if (u >= 128 || ((u | 32) >= 'a' && (u | 32) <= 'z')) return TOKENIZER_LETTER;
+    return u >= '0' && u <= '9' ? TOKENIZER_DIGIT : TOKENIZER_OTHER;
+}
+
+// The length of the first piece of s (n >= 1 bytes). Merges stay within pieces, which GPT-2 cuts out by
+//     's|'t|'re|'ve|'m|'ll|'d| ?letters+| ?digits+| ?others+|\s+(?!\S)|\s+
+static inline size_t tokenizer_piece(const char *s, size_t n) {
+    static const char *const endings[7] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    for (int i = 0; i < 7; i++)
+        if (strlen(endings[i]) <= n && !memcmp(s, endings[i], strlen(endings[i]))) return strlen(endings[i]);
+    size_t first = n > 1 && s[0] == ' ' && tokenizer_class(s[1]) != TOKENIZER_SPACE;   // that space goes with the word
+    size_t end = first + 1;
+    while (end < n && tokenizer_class(s[end]) == tokenizer_class(s[first])) end++;
+    if (tokenizer_class(s[first]) == TOKENIZER_SPACE && end < n && end > 1) end--;     // ... and so the last of several
+    return end;
+}
+
+// Merges tokens (m) in place, always the pair that makes the lowest token and the leftmost of those, until no pair makes
+// one. Returns how many are left. `made` (m) is room for what each token makes with the one on its right.
+static inline size_t tokenizer_merge(const Tokenizer *t, int *tokens, int *made, size_t m) {
+    for (size_t i = 0; i + 1 < m; i++) made[i] = tokenizer_pair(t, tokens[i], tokens[i + 1]);
+    while (m > 1) {
+        size_t best = 0;
+        for (size_t i = 1; i + 1 < m; i++)
+            if ((unsigned)made[i] < (unsigned)made[best]) best = i;   // -1, none, is the highest
+        if (made[best] < 0) break;
+        tokens[best] = made[best];
+        m--;
+        memmove(tokens + best + 1, tokens + best + 2, (m - best - 1) * sizeof *tokens);
+        memmove(made + best, made + best + 1, (m - best) * sizeof *made);
+        if (best > 0) made[best - 1] = tokenizer_pair(t, tokens[best - 1], tokens[best]);
+        if (best + 1 < m) made[best] = tokenizer_pair(t, tokens[best], tokens[best + 1]);
+    }
+    return m;
+}
+
+// Byte-pair encoding of text (n) as GPT-2 does it (Radford et al. 2019, section 2.2), into tokens, which has room for n.
+// Returns their number, or -1 when the vocabulary lacks a byte of the text. ASCII text gets exactly GPT-2's tokens; every
+// character beyond ASCII is taken for a letter, so that punctuation and spaces there may be cut otherwise than in GPT-2
+// (the bytes still come back the same). "<|endoftext|>" in the text is text. Time grows with the square of a word's length.
+static inline int64_t tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int *tokens) {
+    int *made = (int *)xcalloc(n, sizeof *made);
+    int64_t count = 0;
+    for (size_t at = 0; at < n && count >= 0; ) {
+        size_t m = tokenizer_piece(text + at, n - at);
+        int *piece = tokens + count, lacks = 0;
+        for (size_t i = 0; i < m; i++) {
+            piece[i] = t->slot[tokenizer_slot(t, text + at + i, 1, text, 0)] - 1;
+            lacks |= piece[i] < 0;
+        }
+        count = lacks ? -1 : count + (int64_t)tokenizer_merge(t, piece, made, m);
+        at += m;
+    }
+    free(made);
+    return count;
+}
+
+// ---- The tokenizer of bytes: token b is byte b, token 256 is end-of-text ----
+
+enum { TOKENIZER_BYTES_V = 257, TOKENIZER_BYTES_EOT = 256 };
+
+// Its tokenizer.bin, appended to a text.
+static inline void tokenizer_bytes_file(Text *file) {
+    unsigned char header[LLMC_HEADER_BYTES];
+    uint32_t words[4] = {TOKENIZER_MAGIC, 2, TOKENIZER_BYTES_V, TOKENIZER_BYTES_EOT};
+    llmc_header(header, words, 4);
+    text_append(file, header, sizeof header);
+    for (int b = 0; b < 256; b++) {
+        unsigned char token[2] = {1, (unsigned char)b};
+        text_append(file, token, 2);
+    }
+    unsigned char length = sizeof TOKENIZER_EOT - 1;
+    text_append(file, &length, 1);
+    text_append(file, TOKENIZER_EOT, length);
+}
+
+static inline void tokenizer_write_bytes(const char *path) {
+    Text file = {NULL, 0, 0};
+    tokenizer_bytes_file(&file);
+    file_write_whole(path, file.s, file.n);
+    text_free(&file);
+}
+
+#endif

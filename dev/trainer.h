@@ -1,0 +1,539 @@
+// trainer.h: the training loop, written once against engine.h: data order, gradient accumulation, schedules, drop path,
+// evaluation, checkpoints, resume, samples, metrics. `main` is one call: trainer_main(argc, argv, &engine).
+#ifndef TRAINER_H
+#define TRAINER_H
+
+#include "check.h"
+#include "checkpoint.h"
+#include "drop_path.h"
+#include "engine.h"
+#include "metrics.h"
+#include "options.h"
+#include "sample.h"
+#include "schedule.h"
+#include "shards.h"
+#include "tokenizer.h"
+#include <sys/resource.h>
+#include <time.h>
+
+typedef struct {
+    const TrainOptions *options;
+    const char *config_text;                             // the options as config.txt
+    const Engine *engine;
+    Model *model;
+    GptConfig config;
+    DropPath drop;
+    Schedule schedule;
+    Shards train, val;
+    Tokenizer tokenizer;
+    int has_val, has_tokenizer;
+    int rank, world;                                     // this process among equal ones; they share a step's micro-batches
+    int B, T, M;                                         // rows and tokens of a micro-batch, micro-batches of a step
+    int64_t steps, eval_rows;
+    MetricsLog replay;
+    double peak_flops;                                   // per second, measured
+
+    CheckpointState state;
+    int bad_steps;                                       // in a row
+    DropPlan plan;
+    int *tokens, *targets;                               // (B,T)
+    real *losses;                                        // (B,T)
+    int *kept;                                           // (2L) rows of the current step that ran each branch
+    int64_t *adamw_steps;                                // (2L+1) what this update uses
+    Text plan_text;
+    FILE *metrics;
+} Trainer;
+
+static inline double trainer_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static inline double trainer_peak_bytes(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (double)usage.ru_maxrss;
+#else
+    return 1024.0 * (double)usage.ru_maxrss;
+#endif
+}
+
+// ---- From options to a run: everything that can be refused is refused here, before anything is written ----
+
+// A file to read must exist; a missing one is the user's commonest mistake.
+static inline void trainer_open_tokenizer(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    char *path = *o->tokenizer ? xstrdup(o->tokenizer) : tokenizer_find(o->train);
+    if (!path) return;
+    tokenizer_load(&tr->tokenizer, path);
+    tr->has_tokenizer = 1;
+    free(path);
+}
+
+// Sizes: of the checkpoint that the run starts from, else of the preset, changed by single options.
+static inline void trainer_config(Trainer *tr, const char *from) {
+    const TrainOptions *o = tr->options;
+    GptConfig *c = &tr->config;
+    if (from) {
+        double *scale;
+        int tied;
+        checkpoint_read_config(from, c, &scale, &tied);
+        free(scale);
+        const int64_t given[4] = {o->layers, o->heads, o->channels, o->vocab_size}, have[4] = {c->L, c->NH, c->C, c->V};
+        static const char *const name[4] = {"layers", "heads", "channels", "vocab-size"};
+        for (int i = 0; i < 4; i++)
+            if (given[i] && given[i] != have[i]) die("--%s %lld: %s has %lld", name[i], (long long)given[i], from, (long long)have[i]);
+        tr->T = o->seq_len ? (int)o->seq_len : c->T;
+        if (tr->T > c->T) die("--seq-len %d: %s has %d positions", tr->T, from, c->T);
+    } else {
+        *c = gpt_presets[o->preset].config;
+        if (tr->has_tokenizer) c->V = tr->tokenizer.V;
+        if (o->vocab_size) c->V = (int)o->vocab_size;
+        if (o->layers) c->L = (int)o->layers;
+        if (o->heads) c->NH = (int)o->heads;
+        if (o->channels) c->C = (int)o->channels;
+        if (o->seq_len) c->T = (int)o->seq_len;
+        tr->T = c->T;
+    }
+    const char *error = gpt_config_error(c);
+    if (error) die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L, c->NH, c->C, c->T, c->V);
+    if (tr->has_tokenizer && tr->tokenizer.V > c->V)
+        die("the tokenizer has %d tokens, the model only %d\n  hint: --vocab-size 0 takes the tokenizer's", tr->tokenizer.V, c->V);
+}
+
+// Micro-batches of a step, steps of the run, rows of an evaluation.
+static inline void trainer_sizes(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    tr->B = (int)o->batch;
+    const int64_t micro = (int64_t)tr->B * tr->T, total = o->total_batch ? o->total_batch : micro * tr->world, step = micro * tr->world;
+    if (total % step || total / micro > 1 << 20)
+        die("--total-batch %lld tokens cannot be made of micro-batches of %d rows x %d tokens x %d processes\n"
+            "  hint: --total-batch %lld", (long long)total, tr->B, tr->T, tr->world, (long long)((total + step - 1) / step * step));
+    tr->M = (int)(total / micro);
+    tr->steps = o->steps;
+    if (o->epochs > 0) tr->steps = (int64_t)llround(o->epochs * (double)tr->train.windows / ((double)tr->B * tr->M));
+    if (tr->steps < 1) die("--epochs %g is less than one step of %lld tokens", o->epochs, (long long)total);
+    if (!tr->has_val) return;
+    tr->eval_rows = o->eval_tokens ? (o->eval_tokens + tr->T - 1) / tr->T : tr->val.windows;
+    if (tr->eval_rows > tr->val.windows) tr->eval_rows = tr->val.windows;
+}
+
+static inline DropPath trainer_drop_path(const TrainOptions *o, int layers, int64_t steps) {
+    DropPath d;
+    memset(&d, 0, sizeof d);
+    d.seed = (uint64_t)o->seed;
+    d.layers = layers;
+    d.steps = steps;
+    d.p_max = o->drop_path;
+    d.depth = o->drop_depth;
+    d.shape = o->drop_ramp_shape;
+    d.unit = o->drop_unit;
+    d.branches = o->drop_branches;
+    d.sampling = o->drop_sampling;
+    d.scale = o->drop_scale;
+    d.sync = o->drop_sync;
+    d.start = span_steps(o->drop_start, steps);
+    d.ramp_from = o->drop_ramp_from;
+    d.ramp_up = span_steps(o->drop_ramp_up, steps);
+    d.ramp_down = span_steps(o->drop_ramp_down, steps);
+    d.recover = span_steps(o->drop_recover, steps);
+    return d;
+}
+
+static inline Schedule trainer_schedule(const TrainOptions *o, int64_t steps) {
+    Schedule s = {o->lr_schedule, o->lr, o->lr_final, steps, span_steps(o->warmup, steps), span_steps(o->lr_decay, steps)};
+    return s;
+}
+
+// Plans recorded in a metrics.jsonl, one per step; their text says whether their unit is the row.
+static inline void trainer_open_replay(Trainer *tr) {
+    const char *path = tr->options->drop_replay;
+    tr->replay = metrics_read(path);
+    for (int64_t s = 0; s < tr->replay.n; s++) {
+        const Metrics *r = &tr->replay.record[s];
+        if ((int64_t)r->step != s + 1 || !r->plan) die("%s: line %lld has no plan of step %lld", path, (long long)s + 1, (long long)s + 1);
+        for (int m = 0; m < tr->M; m++) {
+            const char *error = drop_plan_read(&tr->plan, &tr->drop, s, r->plan, m, tr->B);
+            if (error) die("%s, step %lld, micro-batch %d: %s", path, (long long)s + 1, m, error);
+        }
+    }
+    if (tr->replay.n < tr->steps) die("%s has the plans of %lld steps, this run has %lld", path, (long long)tr->replay.n, (long long)tr->steps);
+    tr->drop.unit = strchr(tr->replay.record[0].plan, '.') ? UNIT_ROW : UNIT_BATCH;
+}
+
+static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
+    MemoryBound b;
+    DropPath d = tr->drop;
+    if (tr->replay.n) d.p_max = 0;                       // recorded plans keep no promise
+    drop_path_bound(&d, tr->B, &b.attn_rows, &b.mlp_rows, &b.rows);
+    return b;
+}
+
+// Where the run starts: a checkpoint of ours to resume (*resume = 1), weights to start from, or nothing (NULL).
+static inline char *trainer_start(const TrainOptions *o, int *resume) {
+    char *metrics = xprintf("%s/metrics.jsonl", o->out);
+    *resume = 0;
+    if (!*o->resume) {
+        if (path_exists(metrics)) die("%s holds a run already\n  hint: --resume continues it; another --out starts a new one", o->out);
+        free(metrics);
+        return *o->init_from ? xstrdup(o->init_from) : NULL;
+    }
+    free(metrics);
+    char *from = strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
+    *resume = from != NULL;
+    if (!from) printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
+    return from || !*o->init_from ? from : xstrdup(o->init_from);
+}
+
+// One line where resumed options differ from the checkpoint's: allowed, but not the same run any more.
+static inline void trainer_compare_options(const char *now, const char *then) {
+    static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens", "save-every", "keep",
+                                                 "log-every", "sample-every", "sample-tokens", "prompt", "val", "init-from"};
+    Text changed = {NULL, 0, 0};
+    for (const char *line = now, *end; *line; line = end + 1) {
+        end = strchr(line, '\n');
+        const size_t n = (size_t)(end - line), name = strcspn(line, " =#");
+        int ignored = name == 0 || name > n;
+        for (size_t i = 0; i < sizeof free_to_change / sizeof free_to_change[0]; i++)
+            ignored |= name == strlen(free_to_change[i]) && !strncmp(line, free_to_change[i], name);
+        char *whole = xprintf("\n%.*s\n", (int)n, line), *all = xprintf("\n%s", then);
+        if (!ignored && !strstr(all, whole)) text_printf(&changed, "%s--%.*s", changed.n ? ", " : "", (int)name, line);
+        free(whole);
+        free(all);
+    }
+    if (changed.n) warn("resumed with other options than the checkpoint was made with: %s", changed.s);
+    text_free(&changed);
+}
+
+static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOptions *o, const char *config_text) {
+    memset(tr, 0, sizeof *tr);
+    tr->options = o;
+    tr->config_text = config_text;
+    tr->engine = engine;
+    tr->world = 1;
+    if (!*o->train) die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
+    int resume;
+    char *from = trainer_start(o, &resume);
+    trainer_open_tokenizer(tr);
+    trainer_config(tr, from);
+    shards_open(&tr->train, o->train, tr->T, tr->config.V);
+    tr->has_val = *o->val != 0;
+    if (tr->has_val) shards_open(&tr->val, o->val, tr->T, tr->config.V);
+    trainer_sizes(tr);
+    tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
+    tr->schedule = trainer_schedule(o, tr->steps);
+    tr->plan = drop_plan_new(tr->config.L, tr->B);
+    if (*o->drop_replay) trainer_open_replay(tr);
+
+    const size_t BT = (size_t)tr->B * (size_t)tr->T, branches = (size_t)(BRANCHES * tr->config.L);
+    const EngineArgs args = {tr->B, tr->T, (int)o->threads, trainer_memory_bound(tr)};
+    tr->tokens = (int *)xcalloc(BT, sizeof(int));
+    tr->targets = (int *)xcalloc(BT, sizeof(int));
+    tr->losses = (real *)xcalloc(BT, sizeof(real));
+    tr->kept = (int *)xcalloc(branches, sizeof(int));
+    tr->adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
+    tr->state.adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
+    tr->state.eval_scale = (double *)xcalloc(branches, sizeof(double));
+    for (size_t i = 0; i < branches; i++) tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, (int)i / BRANCHES + 1, (int)i % BRANCHES);
+    tr->state.tied = tr->drop.branches == BRANCHES_TIED;
+    tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : -1;
+    tr->model = engine->open(&tr->config, &args);
+    if (resume) {
+        checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
+        if (tr->state.step >= tr->steps) printf("resume: %s has all %lld steps already\n", from, (long long)tr->steps);
+        trainer_compare_options(config_text, tr->state.options);
+        free((char *)(uintptr_t)tr->state.options);
+    } else if (from) checkpoint_load_weights(from, engine, tr->model, &tr->config);
+    else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
+    tr->state.options = config_text;
+    if (from) printf("%s: %s\n", resume ? "resumed" : "weights", from);
+    free(from);
+}
+
+static inline void trainer_close(Trainer *tr) {
+    tr->engine->close(tr->model);
+    shards_close(&tr->train);
+    if (tr->has_val) shards_close(&tr->val);
+    if (tr->has_tokenizer) tokenizer_free(&tr->tokenizer);
+    metrics_log_free(&tr->replay);
+    drop_plan_free(&tr->plan);
+    text_free(&tr->plan_text);
+    free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->adamw_steps);
+    free(tr->state.adamw_steps), free(tr->state.eval_scale);
+    if (tr->metrics) fclose(tr->metrics);
+}
+
+// ---- OUT: config.txt and metrics.jsonl ----
+
+// Opens metrics.jsonl to append after step `done`: of an interrupted run, the lines of later steps give way, since
+// those steps will be done again.
+static inline void trainer_open_metrics(Trainer *tr, int64_t done) {
+    const char *out = tr->options->out;
+    char *path = xprintf("%s/metrics.jsonl", out), *config = xprintf("%s/config.txt", out);
+    directory_make(out);
+    file_write_whole(config, tr->config_text, strlen(tr->config_text));
+    if (path_exists(path)) {
+        Text kept = {NULL, 0, 0};
+        MetricsLog log = metrics_read(path);
+        for (int64_t i = 0; i < log.n; i++)
+            if (log.record[i].step <= (double)done) metrics_write(&kept, &log.record[i]);
+        file_write_whole(path, kept.s, kept.n);
+        metrics_log_free(&log);
+        text_free(&kept);
+    }
+    tr->metrics = file_open(path, "ab");
+    free(path);
+    free(config);
+}
+
+static inline void trainer_record(Trainer *tr, const Metrics *r) {
+    Text line = {NULL, 0, 0};
+    char *path = xprintf("%s/metrics.jsonl", tr->options->out);
+    metrics_write(&line, r);
+    file_write(tr->metrics, path, line.s, line.n);
+    if (fflush(tr->metrics)) die("cannot write %s: %s", path, strerror(errno));
+    free(path);
+    text_free(&line);
+}
+
+// ---- Evaluation ----
+
+typedef struct { double loss, bits_per_byte; int64_t tokens, bytes; } Evaluation;
+
+// Mean loss over the first `rows` windows of the shards, each token with the same weight whatever the batch; plan (B
+// rows or more) is what a batch runs under. bits_per_byte is NaN without a tokenizer (t NULL).
+static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards *shards, int64_t rows, const Tokenizer *t, int B,
+                                         DropPlan *plan, const double *scale, int tied) {
+    const int T = shards->T;
+    int *tokens = (int *)xcalloc((size_t)B * (size_t)T, sizeof *tokens), *targets = (int *)xcalloc((size_t)B * (size_t)T, sizeof *targets);
+    real *losses = (real *)xcalloc((size_t)B * (size_t)T, sizeof *losses);
+    Evaluation sum = {0, NAN, 0, 0};
+    for (int64_t row = 0; row < rows; row += B) {
+        const int n = rows - row < B ? (int)(rows - row) : B;
+        for (int b = 0; b < n; b++) shards_read_window(shards, row + b, tokens + b * T, targets + b * T);
+        drop_plan_keep_all(plan, scale, tied, n);
+        e->forward(m, T, tokens, targets, plan);
+        e->losses(m, losses);
+        for (int i = 0; i < n * T; i++) {
+            sum.loss += (double)losses[i];
+            if (t) sum.bytes += targets[i] < t->V ? tokenizer_text_length(t, targets[i]) : 0;
+        }
+        sum.tokens += (int64_t)n * T;
+    }
+    if (t && sum.bytes) sum.bits_per_byte = sum.loss / 0.69314718055994530942 / (double)sum.bytes;
+    sum.loss /= sum.tokens ? (double)sum.tokens : 1;
+    free(tokens);
+    free(targets);
+    free(losses);
+    return sum;
+}
+
+static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
+    Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, tr->has_tokenizer ? &tr->tokenizer : NULL, tr->B,
+                                   &tr->plan, tr->state.eval_scale, tr->state.tied);
+    r->val_loss = v.loss;
+    r->val_ppl = exp(v.loss);
+    r->val_bpb = v.bits_per_byte;
+}
+
+// ---- One optimizer step ----
+
+// This rank's micro-batch m of step t: global row g = m*B + b is sample t*M*B + g.
+static inline void trainer_read_batch(Trainer *tr, int64_t t, int m) {
+    for (int b = 0; b < tr->B; b++)
+        shards_read_sample(&tr->train, (uint64_t)tr->options->seed, (t * tr->M + m) * tr->B + b, tr->tokens + b * tr->T, tr->targets + b * tr->T);
+}
+
+static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
+    if (!tr->replay.n) drop_plan_sample(&tr->plan, &tr->drop, t, m, tr->M, tr->world, tr->B);
+    else {
+        const char *error = drop_plan_read(&tr->plan, &tr->drop, t, tr->replay.record[t].plan, m, tr->B);
+        CHECK(!error, "%s", error);                      // trainer_open_replay has read them all
+    }
+    if (tr->plan_text.n) text_append(&tr->plan_text, " ", 1);
+    drop_plan_write(&tr->plan_text, &tr->plan, tr->drop.unit);
+    for (int i = 0; i < BRANCHES * tr->config.L; i++) tr->kept[i] += tr->plan.branch[i].n;
+}
+
+// The AdamW step of every branch in this update: one more than before, or 0 (untouched) for what was dropped throughout.
+static inline void trainer_count_updates(Trainer *tr) {
+    const int branches = BRANCHES * tr->config.L;
+    for (int i = 0; i <= branches; i++) {
+        int skipped = tr->options->drop_adam == ADAM_SKIP && i < branches && tr->kept[i] == 0;
+        tr->adamw_steps[i] = skipped ? 0 : tr->state.adamw_steps[i] + 1;
+    }
+}
+
+// What the plans of the step have cost, and kept.
+static inline void trainer_account(Trainer *tr, Metrics *r) {
+    const GptConfig *c = &tr->config;
+    const double rows = (double)tr->B * tr->M;
+    double flops = rows * gpt_head_flops(c, tr->T), kept[BRANCHES] = {0, 0};
+    for (int i = 0; i < BRANCHES * c->L; i++) {
+        flops += tr->kept[i] * gpt_branch_flops(c, i % BRANCHES, tr->T);
+        kept[i % BRANCHES] += tr->kept[i];
+    }
+    r->flops = 3 * flops;
+    r->flops_fraction = flops / (rows * gpt_row_flops(c, tr->T));
+    r->kept_attn = kept[ATTN] / (rows * c->L);
+    r->kept_mlp = kept[MLP] / (rows * c->L);
+    r->drop_p = fmax(drop_path_rate(&tr->drop, c->L, ATTN, tr->state.step), drop_path_rate(&tr->drop, c->L, MLP, tr->state.step));
+    r->plan = tr->plan_text.s;
+}
+
+static inline void trainer_bad_step(Trainer *tr, double loss, double norm) {
+    warn("step %lld: loss %g, gradient norm %g: not finite, so the weights stay as they were", (long long)tr->state.step + 1, loss, norm);
+    if (++tr->bad_steps < tr->options->max_bad_steps) return;
+    fprintf(stderr, "error: %d steps in a row were not finite\n  hint: a lower --lr, a longer --warmup; --resume continues from the "
+            "last checkpoint in %s\n", tr->bad_steps, tr->options->out);
+    exit(3);
+}
+
+// Step t = state.step: M micro-batches forward and backward, one update.
+static inline Metrics trainer_step(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    const int64_t t = tr->state.step;
+    const int branches = BRANCHES * tr->config.L;
+    Metrics r = metrics_new();
+    memset(tr->kept, 0, (size_t)branches * sizeof *tr->kept);
+    tr->plan_text.n = 0;
+    r.loss = 0;
+    for (int m = tr->rank; m < tr->M; m += tr->world) {
+        trainer_read_batch(tr, t, m);
+        trainer_plan(tr, t, m);
+        r.loss += tr->engine->forward_backward(tr->model, tr->T, tr->tokens, tr->targets, &tr->plan, 1.0 / tr->M) / tr->M;
+    }
+    r.lr = schedule_lr(&tr->schedule, t);
+    trainer_count_updates(tr);
+    const UpdateArgs args = {r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps, !isfinite(r.loss)};
+    r.grad_norm = tr->engine->update(tr->model, &args);
+    if (!isfinite(r.loss) || !isfinite(r.grad_norm)) trainer_bad_step(tr, r.loss, r.grad_norm);
+    else {
+        tr->bad_steps = 0;
+        for (int i = 0; i <= branches; i++)
+            if (tr->adamw_steps[i]) tr->state.adamw_steps[i] = tr->adamw_steps[i];
+    }
+    trainer_account(tr, &r);
+    tr->state.step++;
+    tr->state.tokens += (int64_t)tr->M * tr->B * tr->T;
+    r.step = (double)tr->state.step;
+    r.tokens = (double)tr->state.tokens;
+    return r;
+}
+
+// ---- What a person sees ----
+
+// One character per layer for the step's plans: # both branches ran on every row, . neither on any, a or m one of them
+// alone, 1 to 9 the kept tenths of the rest.
+static inline void trainer_kept_map(const Trainer *tr, char *map) {
+    const int rows = tr->B * tr->M;
+    for (int l = 0; l < tr->config.L; l++) {
+        const int attn = tr->kept[BRANCHES * l + ATTN], mlp = tr->kept[BRANCHES * l + MLP], tenths = 10 * (attn + mlp) / (2 * rows);
+        map[l] = attn + mlp == 2 * rows ? '#' : attn + mlp == 0 ? '.' : attn == rows && !mlp ? 'a' : mlp == rows && !attn ? 'm'
+               : (char)('0' + (tenths < 1 ? 1 : tenths));
+    }
+    map[tr->config.L] = 0;
+}
+
+static inline void trainer_print_start(const Trainer *tr) {
+    const GptConfig *c = &tr->config;
+    const TrainOptions *o = tr->options;
+    char count[32], tokens[32], usual_text[64] = "";
+    size_t bytes[4], parameters = gpt_params_count(c);
+    double usual, fraction = 0;
+    metrics_grouped(count, (double)parameters);
+    metrics_grouped(tokens, (double)tr->train.tokens);
+    tr->engine->memory(tr->model, bytes);
+    printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d (%s, peak %.0f GFLOP/s)\n",
+           count, c->L, c->NH, c->C, tr->T, c->V, tr->engine->name, tr->peak_flops / 1e9);
+    printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n, tr->train.n == 1 ? "" : "s",
+           (long long)tr->eval_rows * tr->T);
+    printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B, tr->T, tr->M, tr->M == 1 ? "" : "es",
+           (long long)tr->steps, (double)tr->steps * tr->M * tr->B / (double)tr->train.windows);
+    printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB\n", (double)bytes[0] / 1048576, (double)bytes[1] / 1048576,
+           (double)bytes[2] / 1048576);
+    if (o->drop_path > 0 || tr->replay.n) {
+        for (int64_t t = 0; t < tr->steps; t++) fraction += drop_path_expected_compute(&tr->drop, c, tr->T, t) / (double)tr->steps;
+        printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path, c->L,
+               o->drop_path * drop_path_depth(&tr->drop, 1), 100 * fraction);
+        const char *size = drop_path_excess(o->drop_path, parameters, &usual);
+        if (size) snprintf(usual_text, sizeof usual_text, "%g is usual for a %s model", usual, size);
+        if (size) warn("--drop-path %g is high: %s; compare with a run without it", o->drop_path, usual_text);
+    }
+    printf("output:  %s\n", o->out);
+    fflush(stdout);
+}
+
+static inline void trainer_sample(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    const SampleArgs args = {0.8, 0, 1, (uint64_t)o->seed};
+    drop_plan_keep_all(&tr->plan, tr->state.eval_scale, tr->state.tied, 1);
+    printf("---- sample after step %lld ----\n", (long long)tr->state.step);
+    sample_text(stdout, tr->engine, tr->model, tr->config.V, tr->T, &tr->plan, &tr->tokenizer, o->prompt, o->sample_tokens, &args, 0);
+    printf("\n----\n");
+    fflush(stdout);
+}
+
+// ---- The loop ----
+
+static inline int trainer_due(int64_t every, int64_t step, int64_t steps) { return step == steps || (every > 0 && step % every == 0); }
+
+// Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt.
+static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text) {
+    Trainer trainer, *tr = &trainer;
+    trainer_open(tr, engine, o, config_text);
+    if (*o->drop_replay && o->drop_path == 0) warn("--drop-replay without --drop-path: branches drop as recorded, with scale 1");
+    if (!tr->has_val) warn("no --val: the run will not be evaluated");
+    if (o->sample_every && !tr->has_tokenizer) die("--sample-every needs a tokenizer\n  hint: --tokenizer FILE, see data/README.md");
+    tr->peak_flops = engine->peak(tr->model, 0.2);
+    trainer_print_start(tr);
+    trainer_open_metrics(tr, tr->state.step);
+    char *map = (char *)xcalloc((size_t)tr->config.L + 1, 1);
+    double busy = 0;
+    for (int64_t first = tr->state.step; tr->state.step < tr->steps;) {
+        const double start = trainer_seconds();
+        Metrics r = trainer_step(tr);
+        const double seconds = trainer_seconds() - start;
+        const int64_t step = tr->state.step;
+        busy += seconds;
+        r.ms = 1000 * seconds;
+        r.tok_per_s = (double)tr->M * tr->B * tr->T / seconds;
+        r.mfu = r.flops / seconds / tr->peak_flops;
+        if (tr->has_val && trainer_due(o->eval_every, step, tr->steps)) trainer_evaluate(tr, &r);
+        r.peak_bytes = trainer_peak_bytes();
+        trainer_record(tr, &r);
+        trainer_kept_map(tr, map);
+        if (trainer_due(o->log_every, step, tr->steps) || step == first + 1 || !isnan(r.val_loss))
+            metrics_print(&r, (double)tr->steps, map, busy / (double)(step - first) * (double)(tr->steps - step));
+        if (o->sample_every && trainer_due(o->sample_every, step, tr->steps)) trainer_sample(tr);
+        if (trainer_due(o->save_every, step, tr->steps)) {
+            checkpoint_save(o->out, engine, tr->model, &tr->config, &tr->state);
+            checkpoint_prune(o->out, o->keep);
+        }
+    }
+    free(map);
+    trainer_close(tr);
+}
+
+// The whole program: reads the options, trains. Returns the exit code.
+static inline int trainer_main(int argc, char **argv, const Engine *engine) {
+    TrainOptions o;
+    Options options;
+    Text config = {NULL, 0, 0};
+    char *resume;
+    options_init(&options, "train_gpt --train GLOB [--val GLOB] [options]");
+    options_add(&options, train_option_specs, N_TRAIN_OPTION_SPECS, &o);
+    options_parse(&options, argc, argv);
+    options_apply_recipe(&options, &o);
+    resume = o.resume, o.resume = (char *)(uintptr_t)"";   // config.txt is of the run, however often it is resumed
+    options_dump(&options, &config);
+    o.resume = resume;
+    trainer_run(engine, &o, config.s);
+    text_free(&config);
+    options_free(&options);
+    return 0;
+}
+
+#endif

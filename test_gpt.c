@@ -1,0 +1,74 @@
+// test_gpt.c: every test of dev/test/ in one program. Run it from the repository root.
+//
+//     build/test_gpt              all tests; exit code 1 if any failed
+//     build/test_gpt --list       their names
+//     build/test_gpt NAME ...     these only
+//
+// An engine test is one test, written against engine.h, that runs on every engine this program is linked with.
+
+#include "dev/check.h"
+#include "dev/engine.h"
+#include "dev/test/test.h"
+#include "dev/test/test_drop_path.h"
+#include "dev/test/test_engine.h"
+#include "dev/test/test_json.h"
+#include "dev/test/test_options.h"
+#include "dev/test/test_rng.h"
+#include "dev/test/test_safetensors.h"
+#include "dev/test/test_schedule.h"
+#include "dev/test/test_shards.h"
+#include "dev/test/test_tokenizer.h"
+#include <time.h>
+
+extern const Engine cpu_engine;
+static const Engine *const engines[] = {&cpu_engine};
+enum { N_ENGINES = sizeof engines / sizeof engines[0] };
+
+typedef struct { const char *name; void (*run)(void); int engines; } Test;
+
+static const Test tests[] = {
+#define X(name) {#name, test_##name, 1},
+    RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X) SCHEDULE_TESTS(X)
+    DROP_PATH_TESTS(X)
+#undef X
+#define X(name) {#name, test_##name, N_ENGINES},
+    ENGINE_TESTS(X)
+#undef X
+};
+enum { N_TESTS = sizeof tests / sizeof tests[0] };
+
+static const Test *find_test(const char *name) {
+    for (int i = 0; i < N_TESTS; i++)
+        if (!strcmp(tests[i].name, name)) return &tests[i];
+    die("there is no test %s\n  hint: --list prints the names", name);
+}
+
+// Runs one test on each of its engines; 1 if it passed.
+static int run_test(const Test *test) {
+    struct timespec from, to;
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    test_failures = 0;
+    for (int e = 0; e < test->engines; e++) {
+        test_engine = engines[e];
+        test->run();
+    }
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    double ms = 1e3 * (double)(to.tv_sec - from.tv_sec) + 1e-6 * (double)(to.tv_nsec - from.tv_nsec);
+    if (test_failures) printf("FAIL %s\n", test->name);
+    else printf("ok   %s (%.0f ms)\n", test->name, ms);
+    fflush(stdout);
+    return !test_failures;
+}
+
+int main(int argc, char **argv) {
+    if (argc == 2 && !strcmp(argv[1], "--list")) {
+        for (int i = 0; i < N_TESTS; i++) puts(tests[i].name);
+        return 0;
+    }
+    for (int i = 1; i < argc; i++) find_test(argv[i]);   // a wrong name is told before anything runs
+    int count = argc > 1 ? argc - 1 : N_TESTS, passed = 0;
+    for (int i = 0; i < count; i++) passed += run_test(argc > 1 ? find_test(argv[i + 1]) : &tests[i]);
+    test_directories_remove();
+    printf("%d passed, %d failed\n", passed, count - passed);
+    return passed < count;
+}
