@@ -17,7 +17,7 @@ OUT    ?= runs/quickstart
 B := build$(if $(filter double,$(REAL)),/double)$(if $(SAN),/san)
 
 # Does the compiler take these flags? The empty answer is no.
-probe = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo '$(1)')
+probe = $(shell echo 'int main(void) { return 0; }' | $(CC) -Werror $(1) -x c - -o /dev/null 2>/dev/null && echo '$(1)')
 
 ifneq ($(OPENMP),0)
 OMP := $(call probe,-fopenmp)
@@ -28,7 +28,7 @@ endif
 ARCH := $(or $(call probe,-march=$(MARCH)),$(call probe,-mcpu=$(MARCH)))
 
 CFLAGS   ?= -O3 -g
-WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas)
+WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(call probe,-Wno-pass-failed))
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
             $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 LIBS     := -lm

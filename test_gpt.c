@@ -3,21 +3,28 @@
 //     build/test_gpt              all tests; exit code 1 if any failed
 //     build/test_gpt --list       their names
 //     build/test_gpt NAME ...     these only
+//     BUILD=folder                where the programs are that whole runs start, if not in build
 //
 // An engine test is one test, written against engine.h, that runs on every engine this program is linked with.
 
 #include "dev/check.h"
 #include "dev/engine.h"
 #include "dev/test/test.h"
+#include "dev/test/test_checkpoint.h"
+#include "dev/test/test_compare.h"
 #include "dev/test/test_drop_path.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_options.h"
 #include "dev/test/test_rng.h"
 #include "dev/test/test_safetensors.h"
+#include "dev/test/test_sample.h"
 #include "dev/test/test_schedule.h"
 #include "dev/test/test_shards.h"
+#include "dev/test/test_stats.h"
 #include "dev/test/test_tokenizer.h"
+#include "dev/test/test_tools.h"
+#include "dev/test/test_trainer.h"
 #include <time.h>
 
 extern const Engine cpu_engine;
@@ -29,10 +36,13 @@ typedef struct { const char *name; void (*run)(void); int engines; } Test;
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
     RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X) SCHEDULE_TESTS(X)
-    DROP_PATH_TESTS(X)
+    STATS_TESTS(X) DROP_PATH_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
     ENGINE_TESTS(X)
+#undef X
+#define X(name) {#name, test_##name, 1},
+    CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -556,8 +556,8 @@ static size_t kept_bound(const Model *m) {
     const MemoryBound *b = &m->args.bound;
     const size_t attn = kept_per_row(c, ATTN, m->args.T), mlp = kept_per_row(c, MLP, m->args.T);
     const int attn_rows = b->attn_rows < b->rows ? b->attn_rows : b->rows, mlp_rows = b->rows - attn_rows;   // attn is larger
-    const size_t most = (size_t)attn_rows * attn + (size_t)mlp_rows * mlp, one = (size_t)m->args.B * attn;
-    return most > one ? most : one;                      // evaluation needs one branch at a time
+    const size_t most = (size_t)attn_rows * attn + (size_t)mlp_rows * mlp, one = (size_t)m->args.B * (attn + mlp);
+    return most > one ? most : one;                      // evaluation needs one layer at a time
 }
 
 static Model *model_open(const GptConfig *config, const EngineArgs *args) {
@@ -566,7 +566,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     if (config->C / config->NH > HEAD_MAX) die("heads of %d channels: this engine takes at most %d", config->C / config->NH, HEAD_MAX);
     CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
 #ifdef _OPENMP
-    omp_set_num_threads(args->threads > 0 ? args->threads : omp_get_num_procs());
+    if (args->threads > 0) omp_set_num_threads(args->threads);
 #endif
     Model *m = xcalloc(1, sizeof *m);
     const size_t BT = (size_t)args->B * (size_t)args->T, C = (size_t)config->C, V = (size_t)config->V, L = (size_t)config->L;

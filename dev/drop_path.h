@@ -150,14 +150,18 @@ static inline void drop_plan_keep(DropPlan *p, int i, const unsigned char *kept,
     p->branch[i].scale = scale;
 }
 
-// The plan that keeps everything, each branch times its factor: scale (2L), NULL for 1.
+// The plan of all rows alike, each branch times its factor: scale (2L), NULL for 1. A branch whose factor is 0 does not
+// run: evaluation at reduced depth.
 static inline void drop_plan_keep_all(DropPlan *p, const double *scale, int tied, int batch) {
-    unsigned char *all = (unsigned char *)xcalloc((size_t)batch, 1);
-    memset(all, 1, (size_t)batch);
+    unsigned char *kept = (unsigned char *)xcalloc((size_t)batch, 1);
     p->batch = batch;
     p->tied = tied;
-    for (int i = 0; i < p->layers * BRANCHES; i++) drop_plan_keep(p, i, all, batch, scale ? scale[i] : 1);
-    free(all);
+    for (int i = 0; i < p->layers * BRANCHES; i++) {
+        const double factor = scale ? scale[i] : 1;
+        memset(kept, factor != 0, (size_t)batch);
+        drop_plan_keep(p, i, kept, batch, factor);
+    }
+    free(kept);
 }
 
 // Evaluation: everything, and with d times the evaluation factors of its scaling.

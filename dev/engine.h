@@ -18,14 +18,15 @@ typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
 
 typedef struct {
     int B, T;                                            // largest batch and row length of any call
-    int threads;                                         // 0: as many as the machine offers
+    int threads;                                         // of the whole process; 0: OpenMP's default, all cores
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
 } EngineArgs;
 
 // One AdamW update (Loshchilov and Hutter 2019, algorithm 2), on gradients clipped to a norm of grad_clip (0: never).
 typedef struct {
     double lr, beta1, beta2, eps, weight_decay, grad_clip;
-    const int64_t *t;     // (2L+1): the AdamW step, 1, 2, ..., of each branch and last of all else; 0 leaves it untouched
+    const int64_t *t;     // (2L+1): the AdamW step, 1, 2, ..., of each branch and last of all else; 0 leaves untouched a
+                          // branch that no backward pass has reached since the last update, so that its gradient is zero
     int discard;                                         // only zero the gradients: this step is not to be taken
 } UpdateArgs;
 

@@ -302,8 +302,9 @@ static inline void trainer_record(Trainer *tr, const Metrics *r) {
 
 typedef struct { double loss, bits_per_byte; int64_t tokens, bytes; } Evaluation;
 
-// Mean loss over the first `rows` windows of the shards, each token with the same weight whatever the batch; plan (B
-// rows or more) is what a batch runs under. bits_per_byte is NaN without a tokenizer (t NULL).
+// Mean loss over the first `rows` windows of the shards, each token with the same weight whatever the batch, under the
+// plan of all rows with each branch times its factor (2L), 0 to leave it out; plan is room for B rows. bits_per_byte is
+// NaN without a tokenizer (t NULL).
 static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards *shards, int64_t rows, const Tokenizer *t, int B,
                                          DropPlan *plan, const double *scale, int tied) {
     const int T = shards->T;

@@ -27,9 +27,10 @@ static inline void PRINTF_LIKE(4, 5) test_expect(int ok, const char *file, int l
 #define EXPECT(ok, ...) test_expect(!!(ok), __FILE__, __LINE__, __VA_ARGS__)
 
 // |got - want| <= tolerance; false for NaN.
-#define EXPECT_CLOSE(got, want, tolerance, what) \
-    test_expect(fabs((double)(got) - (double)(want)) <= (tolerance), __FILE__, __LINE__, \
-                "%s: got %.17g, want %.17g +- %.3g", what, (double)(got), (double)(want), (double)(tolerance))
+#define EXPECT_CLOSE(got, want, tolerance, what) test_expect_close(got, want, tolerance, what, __FILE__, __LINE__)
+static inline void test_expect_close(double got, double want, double tolerance, const char *what, const char *file, int line) {
+    test_expect(fabs(got - want) <= tolerance, file, line, "%s: got %.17g, want %.17g +- %.3g", what, got, want, tolerance);
+}
 
 #define EXPECT_TEXT(got, want) test_expect(!strcmp(got, want), __FILE__, __LINE__, "got \"%s\", want \"%s\"", got, want)
 
@@ -38,6 +39,12 @@ static inline void PRINTF_LIKE(4, 5) test_expect(int ok, const char *file, int l
 static inline void test_expect_error(const char *error, const char *part, const char *file, int line) {
     test_expect(error && strstr(error, part), file, line, "error \"%s\" should contain \"%s\"", error ? error : "(none)", part);
 }
+
+// A program that dies leaves its memory to the system: no leak check in the children of EXPECT_EXIT (a hook of
+// LeakSanitizer, see its lsan_interface.h).
+static int test_is_child;
+int __lsan_is_turned_off(void);
+int __lsan_is_turned_off(void) { return test_is_child; }
 
 // Runs f(arg) in a child process; it must exit with `code` and print `part` on its standard error.
 #define EXPECT_EXIT(code, part, f, arg) test_expect_exit(code, part, f, arg, __FILE__, __LINE__)
@@ -50,6 +57,7 @@ static inline void test_expect_exit(int code, const char *part, void (*f)(void *
     pid_t child = fork();
     if (child < 0) die("fork: %s", strerror(errno));
     if (child == 0) {
+        test_is_child = 1;
         dup2(ends[1], 2);
         if (!freopen("/dev/null", "w", stdout)) _exit(99);
         close(ends[0]);
@@ -72,17 +80,18 @@ static inline void test_expect_exit(int code, const char *part, void (*f)(void *
 
 static char test_root[256];                              // the one folder of this run, or ""
 
-// An empty directory for the running test, the same one until the next call; removed by test_gpt.c when all is done.
-// A fresh folder under TMPDIR.
+// A new empty directory under TMPDIR for the running test; test_gpt.c removes them all when it is done.
 static inline const char *test_directory(void) {
-    static char current[300];
+    static char made[200][300];
     static int count;
+    CHECK(count < 200, "more than 200 directories");
+    char *current = made[count];
     if (!test_root[0]) {
         const char *base = getenv("TMPDIR");
         snprintf(test_root, sizeof test_root, "%s/droppath_test_XXXXXX", base ? base : "/tmp");
         if (!mkdtemp(test_root)) die("cannot make %s: %s", test_root, strerror(errno));
     }
-    snprintf(current, sizeof current, "%s/%d", test_root, count++);
+    snprintf(current, sizeof made[0], "%s/%d", test_root, count++);
     directory_make(current);
     return current;
 }

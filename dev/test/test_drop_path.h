@@ -7,9 +7,9 @@
 
 #define DROP_PATH_TESTS(X) \
     X(drop_depth) X(drop_ramp) X(drop_ramp_ends) X(drop_rate) X(drop_scale) X(drop_full_plan) X(drop_marginals) \
-    X(drop_counts) X(drop_micro_counts) X(drop_systematic_exact) X(drop_unbiased) X(drop_branches) X(drop_deterministic) \
-    X(drop_sync) X(drop_zero) X(drop_compute) X(drop_bound) X(drop_text) X(drop_text_micros) X(drop_text_damaged) \
-    X(drop_excess)
+    X(drop_order) X(drop_counts) X(drop_micro_counts) X(drop_systematic_exact) X(drop_unbiased) X(drop_branches) \
+    X(drop_deterministic) X(drop_sync) X(drop_zero) X(drop_compute) X(drop_bound) X(drop_text) X(drop_text_micros) \
+    X(drop_text_damaged) X(drop_excess)
 
 enum { N_DEPTHS = 4, N_SHAPES = 4, N_UNITS = 2, N_BRANCH_KINDS = 4, N_SAMPLINGS = 2, N_SCALES = 3 };
 
@@ -57,7 +57,8 @@ static void test_drop_depth(void) {
         for (d.layers = 1; d.layers <= 50; d.layers++) {
             double first = drop_path_depth(&d, 1), last = drop_path_depth(&d, d.layers);
             EXPECT(last == 1, "depth %d of %d layers ends at %.17g", d.depth, d.layers, last);
-            if (d.layers > 1 && (d.depth == DEPTH_LINEAR0 || d.depth == DEPTH_EXP)) EXPECT(first == 0, "D(1) is %.17g", first);
+            int from_zero = d.layers > 1 && (d.depth == DEPTH_LINEAR0 || d.depth == DEPTH_EXP);
+            if (from_zero) EXPECT(first == 0, "depth %d of %d layers begins at %.17g", d.depth, d.layers, first);
             for (int l = 2; l <= d.layers; l++)
                 EXPECT(drop_path_depth(&d, l) >= drop_path_depth(&d, l - 1), "D falls at layer %d of %d", l, d.layers);
         }
@@ -78,7 +79,7 @@ static void test_drop_ramp(void) {
         {0, 0, 20, 10, 0, SHAPE_LINEAR, 70, 1},      {0, 0, 20, 10, 0, SHAPE_LINEAR, 80, 0.5},
         {0, 0, 20, 10, 0, SHAPE_LINEAR, 90, 0},      {0, 0, 20, 10, 0, SHAPE_LINEAR, 99, 0},
         {0, 0, 0, 10, 0, SHAPE_LINEAR, 89, 1},       {0, 0, 0, 10, 0, SHAPE_LINEAR, 90, 0},                // recover only
-        {0, 80, 80, 0, 0, SHAPE_LINEAR, 40, 0.5},    {0, 80, 80, 0, 0, SHAPE_LINEAR, 60, 0.5},             // sides that cross
+        {0, 80, 80, 0, 0, SHAPE_LINEAR, 40, 0.5},    {0, 80, 80, 0, 0, SHAPE_LINEAR, 60, 0.5},             // they cross
         {0, 0, 100, 0, 0, SHAPE_LINEAR, 0, 1},       {0, 0, 100, 0, 0, SHAPE_LINEAR, 50, 0.5},             // the whole run
         {0, 0, 20, 0, 0, SHAPE_COSINE, 95, 0.14644660940672624},
     };
@@ -131,7 +132,8 @@ static void test_drop_rate(void) {
             d.branches = i / N_DEPTHS;
             int l = 1 + k % 4, b = k / 4 % BRANCHES, half = k / 8;       // R = 0, 1/2, 1
             int never = (d.branches == BRANCHES_ATTN && b == MLP) || (d.branches == BRANCHES_MLP && b == ATTN);
-            double want = never ? 0 : 0.7 * drop_depth_of_4[d.depth][l - 1] * half / 2, got = drop_path_rate(&d, l, b, 25 * half);
+            double want = never ? 0 : 0.7 * drop_depth_of_4[d.depth][l - 1] * half / 2;
+            double got = drop_path_rate(&d, l, b, 25 * half);
             EXPECT_CLOSE(got, want, 1.2e-10, "p(l, t)");
             EXPECT(got * 4294967296.0 == drop_path_rate_bits(&d, l, b, 25 * half), "the rate is not the one drawn against");
         }
@@ -167,6 +169,10 @@ static void test_drop_full_plan(void) {
             EXPECT_CLOSE(plan.branch[i].scale, with ? 1 - 0.2 * (i / BRANCHES + 1) : 1, 1e-9, "scale");
         }
     }
+    const double scale[6] = {1, 0, 0.5, 2, 1, 0};        // a factor of 0: the branch does not run
+    drop_plan_keep_all(&plan, scale, 0, 5);
+    for (int i = 0; i < 3 * BRANCHES; i++)
+        EXPECT(plan.branch[i].n == (scale[i] != 0 ? 5 : 0) && plan.branch[i].scale == scale[i], "branch %d", i);
     drop_plan_free(&plan);
 }
 
@@ -195,9 +201,10 @@ static void drop_check_marginals(const DropPath *policy) {
         }
         for (int i = 0; i < N; i++) {
             double together = d.branches == BRANCHES_TIED && i % 2 == ATTN ? p[i] : p[i] * p[(i + 1) % N];
+            double error = sqrt(DRAWS * together * (1 - together));
             for (int row = 0; row < B; row++)
                 EXPECT_CLOSE(dropped[i][row], DRAWS * p[i], 4.5 * sqrt(DRAWS * p[i] * (1 - p[i])), "dropped");
-            if (independent) EXPECT_CLOSE(both[i], DRAWS * together, 4.5 * sqrt(DRAWS * together * (1 - together)), "both dropped");
+            if (independent) EXPECT_CLOSE(both[i], DRAWS * together, 4.5 * error, "both dropped");
         }
     }
     drop_plan_free(&plan);
@@ -207,6 +214,30 @@ static void test_drop_marginals(void) {
     DropPath d = drop_policy(4, 0.6);
     d.ramp_up = 50;
     for (d.depth = 0; d.depth < N_DEPTHS; d.depth++) drop_each_policy(d, drop_check_marginals);
+}
+
+// A random order puts every unit at every place equally often; so no two branches always exclude each other, as
+// neighbours in systematic sampling would in a fixed order.
+static void test_drop_order(void) {
+    enum { N = 8, DRAWS = 4000 };
+    int order[N], at[N][N] = {{0}}, both[N][N] = {{0}};
+    DropPath d = drop_policy(N / BRANCHES, 0.3);
+    d.depth = DEPTH_UNIFORM;
+    DropPlan plan = drop_plan_new(N / BRANCHES, 1);
+    for (int step = 0; step < DRAWS; step++) {
+        drop_path_order(order, N, d.seed, step, 0);
+        drop_plan_sample(&plan, &d, step, 0, 1, 1, 1);
+        for (int i = 0; i < N; i++) {
+            at[order[i]][i]++;
+            for (int j = 0; j < N; j++) both[i][j] += !plan.branch[i].n && !plan.branch[j].n;
+        }
+    }
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < N; j++) {
+            EXPECT_CLOSE(at[i][j], DRAWS / N, 4.5 * sqrt(DRAWS * (1. / N) * (1 - 1. / N)), "times at a place");
+            EXPECT(both[i][j] > DRAWS / 50, "branches %d and %d are dropped together %d times", i, j, both[i][j]);
+        }
+    drop_plan_free(&plan);
 }
 
 // Whether `dropped` is the floor or the ceiling of sum / 2^32.
@@ -227,16 +258,16 @@ static void drop_check_counts(const DropPath *d) {
             const BranchPlan *b = &plan.branch[i];
             uint64_t p = drop_path_rate_bits(d, i / 2 + 1, i % 2, step);
             for (int k = 0; k < b->n; k++)
-                EXPECT(b->rows[k] >= 0 && b->rows[k] < B && (!k || b->rows[k] > b->rows[k - 1]), "row %d of branch %d", k, i);
+                EXPECT(b->rows[k] < B && b->rows[k] > (k ? b->rows[k - 1] : -1), "row %d of branch %d", k, i);
             if (d->unit == UNIT_BATCH) EXPECT(b->n == 0 || b->n == B, "%d of %d rows in a batch unit", b->n, B);
             else if (d->sampling == SAMPLING_SYSTEMATIC)
-                EXPECT(drop_floor_or_ceil(B - b->n, B * p), "%d of %d rows dropped at p %g", B - b->n, B, (double)p / 0x1p32);
+                EXPECT(drop_floor_or_ceil(B - b->n, B * p), "%d of %d dropped at p %g", B - b->n, B, (double)p / 0x1p32);
             if (i % 2 == MLP && d->branches == BRANCHES_TIED) continue;
             sum += p;
             dropped += b->n == 0;
         }
         if (d->unit == UNIT_BATCH && d->sampling == SAMPLING_SYSTEMATIC)
-            EXPECT(drop_floor_or_ceil(dropped, sum), "%d branches dropped, the rates sum to %g", (int)dropped, (double)sum / 0x1p32);
+            EXPECT(drop_floor_or_ceil(dropped, sum), "%d dropped, the rates sum to %g", (int)dropped, (double)sum / 0x1p32);
     }
     drop_plan_free(&plan);
 }
@@ -312,7 +343,8 @@ static void test_drop_systematic_exact(void) {
             EXPECT(drop_floor_or_ceil(count, sum), "%d dropped of a sum of %g", count, (double)sum / 0x1p32);
         }
         for (int i = 0; i < n; i++)
-            EXPECT(dropped[i] == p[i], "unit %d of %d is dropped for %g of u at p %g", i, n, (double)dropped[i] / 0x1p32, p[i] / 0x1p32);
+            EXPECT(dropped[i] == p[i], "unit %d of %d is dropped for %g of u at p %g", i, n, (double)dropped[i] / 0x1p32,
+                   p[i] / 0x1p32);
     }
 }
 
@@ -348,7 +380,7 @@ static void drop_check_branches(const DropPath *d) {
             const BranchPlan *attn = &plan.branch[2 * l + ATTN], *mlp = &plan.branch[2 * l + MLP];
             int same = attn->n == mlp->n && !memcmp(attn->rows, mlp->rows, sizeof(int) * (size_t)attn->n);
             differ += !same;
-            if (d->branches == BRANCHES_TIED) EXPECT(same && attn->scale == mlp->scale, "tied branches differ in layer %d", l);
+            if (d->branches == BRANCHES_TIED) EXPECT(same && attn->scale == mlp->scale, "layer %d is not tied", l);
             if (d->branches == BRANCHES_ATTN) EXPECT(mlp->n == B && mlp->scale == 1, "the MLP of layer %d is dropped", l);
             if (d->branches == BRANCHES_MLP) EXPECT(attn->n == B && attn->scale == 1, "attention of layer %d is dropped", l);
         }
@@ -474,8 +506,8 @@ static void drop_check_bound(const DropPath *d) {
         for (int b = 0; b < 3; b++) most[b] = kept[b] > most[b] ? kept[b] : most[b];
     }
     for (int b = 0; b < 3; b++) {
-        EXPECT(most[b] <= bound[b], "unit %d, branches %d: %d rows are kept, the bound is %d", d->unit, d->branches, most[b], bound[b]);
-        if (d->sampling == SAMPLING_SYSTEMATIC) EXPECT(most[b] == bound[b], "never more than %d of %d rows", most[b], bound[b]);
+        EXPECT(most[b] <= bound[b], "branches %d: %d rows, the bound is %d", d->branches, most[b], bound[b]);
+        if (d->sampling == SAMPLING_SYSTEMATIC) EXPECT(most[b] == bound[b], "never more than %d of %d", most[b], bound[b]);
         else EXPECT(bound[b] == (b < 2 ? 1 : 2) * L * B, "%d rows, but independent draws may keep all", bound[b]);
     }
     drop_plan_free(&plan);
@@ -487,7 +519,7 @@ static void test_drop_bound(void) {
     d.ramp_up = 60;
     d.ramp_from = 0.7;
     drop_each_policy(d, drop_check_bound);
-    d.ramp_from = 0;                                     // the first steps keep everything
+    d.ramp_up = 0;                                       // falling: the last steps keep the most
     d.ramp_down = 30;
     drop_each_policy(d, drop_check_bound);
 }
@@ -516,7 +548,8 @@ static void test_drop_text(void) {
     DropPlan plan = drop_plan_new(2, 5);
     static const char *const row = "1f.01.10.00";
     EXPECT(!drop_plan_read(&plan, &d, 0, row, 0, 5), "%s is refused", row);
-    EXPECT(plan.branch[0].n == 5 && plan.branch[1].rows[0] == 0 && plan.branch[2].rows[0] == 4 && !plan.branch[3].n, "%s", row);
+    EXPECT(plan.branch[0].n == 5 && plan.branch[1].n == 1 && plan.branch[2].n == 1 && plan.branch[3].n == 0, "%s", row);
+    EXPECT(plan.branch[1].rows[0] == 0 && plan.branch[2].rows[0] == 4, "%s", row);
     EXPECT(!drop_plan_read(&plan, &d, 0, "12", 0, 5), "12 is refused");
     EXPECT(plan.branch[0].n == 5 && !plan.branch[1].n && !plan.branch[2].n && plan.branch[3].n == 5, "12");
     drop_plan_free(&plan);
@@ -534,7 +567,8 @@ static void test_drop_text_micros(void) {
         }
         for (int m = 0; m < 5; m++) {
             drop_plan_sample(&plan, &d, 9, m, 5, 1, 3);
-            EXPECT(!drop_plan_read(&back, &d, 9, text.s, m, 3) && drop_plans_equal(&plan, &back), "plan %d of %s", m, text.s);
+            const char *error = drop_plan_read(&back, &d, 9, text.s, m, 3);
+            EXPECT(!error && drop_plans_equal(&plan, &back), "plan %d of %s", m, text.s);
         }
         EXPECT_ERROR(drop_plan_read(&back, &d, 9, text.s, 5, 3), "no plan for this micro-batch");
         text_free(&text);
@@ -573,7 +607,8 @@ static void test_drop_text_damaged(void) {
     };
     DropPath d = drop_policy(2, 0.5);
     DropPlan plan = drop_plan_new(2, 3);
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) EXPECT_ERROR(drop_plan_read(&plan, &d, 0, bad[i].text, 0, 3), bad[i].error);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        EXPECT_ERROR(drop_plan_read(&plan, &d, 0, bad[i].text, 0, 3), bad[i].error);
     drop_damage_text(&d, "30 12", 3);
     d.unit = UNIT_ROW;
     drop_damage_text(&d, "7.1.0.6", 3);

@@ -36,7 +36,7 @@ static void test_rng_places(void) {
     for (int i = 0; i < N; i++) x[i] = rng_words(place[i].seed, place[i].stream, place[i].step, place[i].a, place[i].b);
     EXPECT(!memcmp(&x[0], &x[1], sizeof x[0]), "the same place gave other words");
     for (int i = 1; i < N; i++)
-        for (int j = i + 1; j < N; j++) EXPECT(memcmp(&x[i], &x[j], sizeof x[i]), "places %d and %d give the same words", i, j);
+        for (int j = i + 1; j < N; j++) EXPECT(memcmp(&x[i], &x[j], sizeof x[i]), "places %d and %d agree", i, j);
 }
 
 // Strictly inside (0, 1), symmetric, and uniform in ten cells (chi-squared, 9 degrees: 33.7 is the 1e-4 quantile).

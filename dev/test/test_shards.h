@@ -48,7 +48,7 @@ static void expect_shard_bytes(int V, const unsigned char *head, const unsigned 
     EXPECT(!memcmp(got + 1024, tokens, token_bytes), "tokens of V %d", V);
     Shard s;
     const char *error = shard_parse(&s, got, size);
-    EXPECT(!error, "%s", error);
+    EXPECT(!error, "%s", error ? error : "");
     EXPECT(s.count == 3 && s.width == (int)token_bytes / 3, "count %lld, width %d", (long long)s.count, s.width);
     for (int i = 0; i < 3 && !error; i++)
         EXPECT(shard_token(&s, i) == (uint32_t)values[i], "token %d is %u", i, shard_token(&s, i));
@@ -78,7 +78,7 @@ static void expect_shard_error(const char *part, int word, uint32_t value, size_
     Shard s;
     const char *error = shard_parse(&s, mem, size);
     if (part) EXPECT_ERROR(error, part);
-    else EXPECT(!error, "%s", error);
+    else EXPECT(!error, "%s", error ? error : "");
     free(mem);
 }
 

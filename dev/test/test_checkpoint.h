@@ -1,0 +1,268 @@
+// Tests of checkpoints: whole or absent, every damage found, weights in the forms in which others publish them.
+#ifndef TEST_CHECKPOINT_H
+#define TEST_CHECKPOINT_H
+
+#include "../checkpoint.h"
+#include "test.h"
+
+extern const Engine cpu_engine;
+static const GptConfig checkpoint_test_config = {7, 5, 2, 2, 4};
+
+static inline Model *checkpoint_test_model(uint64_t seed) {
+    const EngineArgs args = {1, 5, 1, {2, 2, 4}};
+    Model *m = cpu_engine.open(&checkpoint_test_config, &args);
+    engine_init_weights(&cpu_engine, m, &checkpoint_test_config, seed);
+    return m;
+}
+
+// Saves a model whose weights the step names, with moments that are not zero.
+static inline void checkpoint_test_save(const char *out, int64_t step) {
+    const GptConfig *c = &checkpoint_test_config;
+    int64_t counts[5] = {step, step - 1, step, 0, step};
+    double scale[4] = {1, 1, 0.75, 0.5};
+    CheckpointState s = {step, 64 * step, counts, scale, 0, 6, "steps = 9\n"};
+    Model *m = checkpoint_test_model((uint64_t)step);
+    real moment[28];
+    for (int i = 0; i < 28; i++) moment[i] = (real)(i + 1) / 16;
+    cpu_engine.write(m, SLOT_M, P_wte, 0, moment);
+    cpu_engine.write(m, SLOT_V, P_wte, 0, moment);
+    checkpoint_save(out, &cpu_engine, m, c, &s);
+    cpu_engine.close(m);
+}
+
+// Whether the two models have the same bits in this slot.
+static inline int checkpoint_test_same(Model *a, Model *b, Slot slot) {
+    const GptConfig *c = &checkpoint_test_config;
+    int same = 1;
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            real x[64], y[64];
+            CHECK(gpt_param_size(c, p) <= 64, "the test's model has grown");
+            cpu_engine.read(a, slot, p, l, x);
+            cpu_engine.read(b, slot, p, l, y);
+            same &= !memcmp(x, y, gpt_param_size(c, p) * sizeof(real));
+        }
+    return same;
+}
+
+static void test_checkpoint_round_trip(void) {
+    const char *out = test_directory();
+    checkpoint_test_save(out, 8);
+    char *dir = xprintf("%s/latest", out);
+    GptConfig c;
+    double *scale;
+    int tied;
+    checkpoint_read_config(dir, &c, &scale, &tied);
+    EXPECT(!memcmp(&c, &checkpoint_test_config, sizeof c) && scale[2] == 0.75 && scale[3] == 0.5 && !tied, "config.json reads back otherwise");
+    int64_t counts[5];
+    CheckpointState s = {0, 0, counts, scale, 0, 0, NULL};
+    Model *saved = checkpoint_test_model(8), *loaded = checkpoint_test_model(1);
+    checkpoint_load(dir, &cpu_engine, loaded, &c, &s);
+    EXPECT(s.step == 8 && s.tokens == 512 && counts[0] == 8 && counts[1] == 7 && counts[3] == 0, "step %lld", (long long)s.step);
+    EXPECT_TEXT(s.options, "steps = 9\n");
+    EXPECT(checkpoint_test_same(saved, loaded, SLOT_PARAM), "weights differ");
+    real moment[28];
+    for (Slot slot = SLOT_M; slot <= SLOT_V; slot = (Slot)(slot + 1)) {
+        cpu_engine.read(loaded, slot, P_wte, 0, moment);
+        EXPECT(moment[0] == (real)0.0625 && moment[27] == (real)1.75, "moment %g", (double)moment[27]);
+    }
+    cpu_engine.close(saved);
+    cpu_engine.close(loaded);
+    free((char *)(uintptr_t)s.options);
+    free(scale);
+    free(dir);
+}
+
+// Changes one byte of a file, or cuts it short at `at`; returns 0 past its end. The old bytes come back in *old.
+static inline int checkpoint_test_damage(const char *path, size_t at, int cut, Text *old) {
+    FileMap map;
+    if (file_map(&map, path) || at >= map.size) return 0;
+    old->n = 0;
+    text_append(old, map.data, map.size);
+    file_unmap(&map);
+    FILE *f = file_open(path, "wb");
+    file_write(f, path, old->s, at);
+    const char wrong = (char)(old->s[at] ^ 1);
+    if (!cut) file_write(f, path, &wrong, 1), file_write(f, path, old->s + at + 1, old->n - at - 1);
+    fclose(f);
+    return 1;
+}
+
+static void test_checkpoint_finds_every_damage(void) {
+    const char *out = test_directory();
+    checkpoint_test_save(out, 1);
+    char *dir = xprintf("%s/step_00000001", out);
+    Text old = {NULL, 0, 0};
+    char *sound = checkpoint_verify(dir);
+    EXPECT(!sound, "%s", sound);
+    for (int i = 0; i <= CHECKPOINT_FILES; i++) {
+        const char *name = i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json";
+        char *path = xprintf("%s/%s", dir, name);
+        for (int cut = 0; cut < 2; cut++)
+            for (size_t at = 0; checkpoint_test_damage(path, at, cut, &old); at += 1 + at / 7) {
+                char *wrong = checkpoint_verify(dir);
+                EXPECT(wrong && strstr(wrong, ".json"), "byte %zu of %s was damaged unnoticed", at, name);
+                free(wrong);
+                file_write_whole(path, old.s, old.n);
+            }
+        EXPECT(unlink(path) == 0, "%s", path);
+        char *wrong = checkpoint_verify(dir);
+        EXPECT(wrong && strstr(wrong, name), "%s was removed unnoticed", name);
+        free(wrong);
+        file_write_whole(path, old.s, old.n);
+        free(path);
+    }
+    sound = checkpoint_verify(dir);
+    EXPECT(!sound, "%s", sound);
+    text_free(&old);
+    free(dir);
+}
+
+static void checkpoint_test_latest(void *out) { free(checkpoint_latest((const char *)out)); }
+
+static void test_checkpoint_latest_is_the_newest_whole_one(void) {
+    const char *out = test_directory();
+    EXPECT(checkpoint_latest(out) == NULL, "there is none yet");
+    for (int64_t step = 1; step <= 3; step++) checkpoint_test_save(out, step);
+    char *stray = xprintf("%s/.step_00000009.tmp", out), *other = xprintf("%s/step_final", out);
+    char *damaged = xprintf("%s/step_00000003/model.safetensors", out), *want = xprintf("%s/step_00000002", out);
+    directory_make(stray);                               // what a killed run leaves behind
+    directory_make(other);                               // what is not ours
+    EXPECT(truncate(damaged, 100) == 0, "%s", damaged);
+    char *found = checkpoint_latest(out);
+    EXPECT_TEXT(found, want);
+    for (int step = 1; step <= 2; step++) {
+        char *path = xprintf("%s/step_%08d/trainer.json", out, step);
+        EXPECT(truncate(path, 10) == 0, "%s", path);
+        free(path);
+    }
+    EXPECT_EXIT(1, "all 3 checkpoints", checkpoint_test_latest, (void *)(uintptr_t)out);
+    free(found), free(stray), free(other), free(damaged), free(want);
+}
+
+static void test_checkpoint_prunes_and_replaces(void) {
+    const char *out = test_directory();
+    for (int64_t step = 1; step <= 5; step++) checkpoint_test_save(out, step);
+    checkpoint_test_save(out, 5);                        // the same step once more
+    checkpoint_prune(out, 0);
+    CheckpointList list = checkpoint_list(out);
+    EXPECT(list.n == 5 && list.step[0] == 5 && list.step[4] == 1, "%d checkpoints", list.n);
+    free(list.step);
+    char *guest = xprintf("%s/step_00000001/notes.txt", out);
+    fclose(file_open(guest, "wb"));
+    checkpoint_prune(out, 2);
+    list = checkpoint_list(out);
+    EXPECT(list.n == 3 && list.step[1] == 4 && list.step[2] == 1, "%d checkpoints", list.n);
+    EXPECT(path_exists(guest), "a file that is not ours was removed");
+    free(list.step);
+    free(guest);
+}
+
+// ---- Weights as others write them ----
+
+static inline uint16_t checkpoint_test_bf16(real x) {
+    float f = (float)x;
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return (uint16_t)(bits >> 16);
+}
+
+// A GPT-2 directory without the prefix "transformer.", in bf16, with tensors that no GPT-2 needs.
+static inline void checkpoint_test_published(const char *dir, const char *config, Model *m) {
+    const GptConfig *c = &checkpoint_test_config;
+    char *path = xprintf("%s/model.safetensors", dir), *json = xprintf("%s/config.json", dir);
+    const int64_t mask[4] = {1, 1, 5, 5};
+    static const uint16_t zeros[25];
+    SafetensorsWriter w;
+    FILE *f = file_open(path, "wb");
+    safetensors_writer_init(&w);
+    safetensors_declare(&w, "h.0.attn.bias", "BF16", 4, mask);
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            int64_t shape[2];
+            int dims = gpt_param_shape(c, p, shape);
+            char *name = gpt_param_name(p, l);
+            safetensors_declare(&w, name, "BF16", dims, shape);
+            free(name);
+        }
+    safetensors_begin(&w, f, path);
+    safetensors_append(&w, zeros, sizeof zeros);
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            real host[64];
+            cpu_engine.read(m, SLOT_PARAM, p, l, host);
+            for (size_t i = 0; i < gpt_param_size(c, p); i++) {
+                uint16_t half = checkpoint_test_bf16(host[i]);
+                safetensors_append(&w, &half, sizeof half);
+            }
+        }
+    safetensors_end(&w);
+    fclose(f);
+    file_write_whole(json, config, strlen(config));
+    free(path);
+    free(json);
+}
+
+static void test_checkpoint_reads_published_weights(void) {
+    const GptConfig *c = &checkpoint_test_config;
+    const char *dir = test_directory();
+    Model *m = checkpoint_test_model(4), *loaded = checkpoint_test_model(5);
+    for (int p = 0; p < N_PARAMS; p++)                   // to numbers that bf16 can hold
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            real host[64];
+            cpu_engine.read(m, SLOT_PARAM, p, l, host);
+            for (size_t i = 0; i < gpt_param_size(c, p); i++) host[i] = (real)safetensors_bfloat(checkpoint_test_bf16(host[i]));
+            cpu_engine.write(m, SLOT_PARAM, p, l, host);
+        }
+    checkpoint_test_published(dir, "{\"model_type\": \"gpt2\", \"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4, "
+                              "\"attn_pdrop\": 0.1, \"n_ctx\": 5}", m);
+    GptConfig read;
+    double *scale;
+    int tied;
+    checkpoint_read_config(dir, &read, &scale, &tied);
+    EXPECT(!memcmp(&read, c, sizeof read) && scale[0] == 1 && scale[3] == 1 && !tied, "the configuration differs");
+    checkpoint_load_weights(dir, &cpu_engine, loaded, &read);
+    EXPECT(checkpoint_test_same(m, loaded, SLOT_PARAM), "the weights differ");
+    free(scale);
+    cpu_engine.close(m);
+    cpu_engine.close(loaded);
+}
+
+static void checkpoint_test_read_config(void *dir) {
+    GptConfig c;
+    double *scale;
+    int tied;
+    checkpoint_read_config((const char *)dir, &c, &scale, &tied);
+    Model *m = checkpoint_test_model(1);
+    checkpoint_load_weights((const char *)dir, &cpu_engine, m, &c);
+}
+
+static void test_checkpoint_refuses_other_models(void) {
+    static const struct { const char *config, *part; } wrong[] = {
+        {"", "config.json"}, {"[]", "vocab_size"}, {"{\"vocab_size\": 7}", "n_positions"},
+#define SIZES "\"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4"
+        {"{\"vocab_size\": 0, " SIZES "}", "vocab_size"}, {"{\"vocab_size\": 1e3, " SIZES "}", "vocab_size"},
+        {"{\"vocab_size\": 99999999, " SIZES "}", "vocab_size"}, {"{\"vocab_size\": 8, " SIZES "}", "shape"},
+        {"{\"vocab_size\": 7, \"activation_function\": \"relu\", " SIZES "}", "activation_function"},
+        {"{\"vocab_size\": 7, \"model_type\": \"llama\", " SIZES "}", "model_type"},
+        {"{\"vocab_size\": 7, \"layer_norm_epsilon\": 1e-6, " SIZES "}", "layer_norm_epsilon"},
+        {"{\"vocab_size\": 7, \"scale_attn_weights\": false, " SIZES "}", "scale_attn_weights"},
+        {"{\"vocab_size\": 7, \"tie_word_embeddings\": false, " SIZES "}", "tie_word_embeddings"},
+        {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1], " SIZES "}", "drop_path_eval_scale"},
+#undef SIZES
+        {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 3, \"n_head\": 2, \"n_embd\": 4}", "h.2."},
+        {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 3, \"n_embd\": 4}", "multiple"}};
+    const char *dir = test_directory();
+    Model *m = checkpoint_test_model(4);
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        checkpoint_test_published(dir, wrong[i].config, m);
+        EXPECT_EXIT(1, wrong[i].part, checkpoint_test_read_config, (void *)(uintptr_t)dir);
+    }
+    cpu_engine.close(m);
+}
+
+#define CHECKPOINT_TESTS(X)                                                                          \
+    X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
+    X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models)
+
+#endif

@@ -1,0 +1,271 @@
+// Tests of the built compare, as a user starts it, on the made-up text and the small model of test_trainer.h.
+#ifndef TEST_COMPARE_H
+#define TEST_COMPARE_H
+
+#include "../metrics.h"
+#include "../stats.h"
+#include "test.h"
+#include "test_trainer.h"
+
+// The command with these options after the standard ones; from malloc. One thread: these models are too small for two.
+static inline char *compare_test_command(const char *out, const char *options) {
+    const char *data = trainer_test_data();
+    return xprintf("%s/compare --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN
+                   " --threads 1 --out %s %s", test_build(), data, data, out, options);
+}
+
+// Runs it; returns its exit code, its stderr in `said` (4096).
+static inline int compare_test_run(char *said, const char *out, const char *options) {
+    char *command = compare_test_command(out, options), *log = xprintf("%s/stderr", trainer_test_data());
+    char *quiet = xprintf("%s > /dev/null 2> %s", command, log);
+    const int status = system(quiet);
+    FILE *f = file_open(log, "rb");
+    said[fread(said, 1, 4095, f)] = 0;
+    fclose(f);
+    free(command), free(log), free(quiet);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+#define EXPECT_COMPARED(out, options) do {                                                \
+    char said_[4096];                                                                     \
+    int code_ = compare_test_run(said_, out, options);                                    \
+    EXPECT(code_ == 0, "exit code %d: %s", code_, said_);                                 \
+    if (code_) return;                                   /* the rest reads its result */  \
+} while (0)
+
+#define EXPECT_NOT_COMPARED(code, part, out, options) do {                                \
+    char said_[4096];                                                                     \
+    int code_ = compare_test_run(said_, out, options);                                    \
+    EXPECT(code_ == (code) && strstr(said_, part), "exit code %d, want %d with \"%s\": %s", code_, code, part, said_); \
+} while (0)
+
+// ---- compare.json ----
+
+typedef struct { FileMap map; Json doc; } CompareResult;
+
+// An empty document when it is missing or damaged, of which every number is NaN.
+static inline CompareResult compare_result_read(const char *out) {
+    CompareResult r;
+    char *path = xprintf("%s/compare.json", out);
+    memset(&r, 0, sizeof r);
+    const char *error = file_map(&r.map, path);
+    if (!error) error = json_parse(&r.doc, r.map.data, r.map.size);
+    EXPECT(!error, "%s: %s", path, error ? error : "");
+    if (error) json_parse(&r.doc, "{}", 2);
+    free(path);
+    return r;
+}
+
+static inline void compare_result_free(CompareResult *r) {
+    json_free(&r->doc);
+    file_unmap(&r->map);
+}
+
+static inline int compare_arm(const CompareResult *r, const char *arm) {
+    return json_get(&r->doc, json_get(&r->doc, 0, "arms"), arm);
+}
+
+// The number node/name/part; NaN when absent or null.
+static inline double compare_number(const CompareResult *r, int node, const char *name, const char *part) {
+    double x = NAN;
+    json_number(&r->doc, json_get(&r->doc, json_get(&r->doc, node, name), part), &x);
+    return x;
+}
+
+static inline double compare_result(const CompareResult *r, const char *arm, const char *name, const char *part) {
+    return compare_number(r, compare_arm(r, arm), name, part);
+}
+
+static inline double compare_difference(const CompareResult *r, const char *arm, const char *name, const char *part) {
+    return compare_number(r, json_get(&r->doc, compare_arm(r, arm), "minus_none"), name, part);
+}
+
+// The number of one run, NaN when absent.
+static inline double compare_run(const CompareResult *r, const char *arm, int64_t seed, const char *name) {
+    int runs = json_get(&r->doc, 0, "runs");
+    for (int k = json_first(&r->doc, runs); k >= 0; k = json_next(&r->doc, k)) {
+        int64_t s = -1;
+        double x = NAN;
+        json_int64(&r->doc, json_get(&r->doc, k, "seed"), &s);
+        if (s != seed || !json_equals(&r->doc, json_get(&r->doc, k, "arm"), arm)) continue;
+        json_number(&r->doc, json_get(&r->doc, k, name), &x);
+        return x;
+    }
+    return NAN;
+}
+
+// ---- The answer ----
+
+// A run's numbers are those of its metrics.jsonl.
+static void compare_check_run(const CompareResult *r, const char *out, const char *arm, int64_t seed) {
+    char *path = xprintf("%s/%s_s%lld/metrics.jsonl", out, arm, (long long)seed);
+    MetricsLog log = metrics_read(path);
+    double flops = 0, ms = 0;
+    for (int64_t i = 0; i < log.n; i++) flops += log.record[i].flops, ms += log.record[i].ms;
+    EXPECT(log.n > 0, "%s is empty", path);
+    if (log.n) {
+        const Metrics *last = &log.record[log.n - 1];
+        const double rate = 1000 * last->tokens / ms;
+        EXPECT_CLOSE(compare_run(r, arm, seed, "steps"), last->step, 0, path);
+        EXPECT_CLOSE(compare_run(r, arm, seed, "val_loss"), last->val_loss, 0, path);
+        EXPECT_CLOSE(compare_run(r, arm, seed, "val_ppl"), exp(last->val_loss), 1e-9, path);
+        EXPECT_CLOSE(compare_run(r, arm, seed, "val_bpb"), last->val_bpb, 0, path);
+        EXPECT_CLOSE(compare_run(r, arm, seed, "flops"), flops, 0, path);
+        EXPECT_CLOSE(compare_run(r, arm, seed, "seconds"), ms / 1000, 1e-12 * ms, path);
+        EXPECT_CLOSE(compare_run(r, arm, seed, "tok_per_s"), rate, 1e-9 * rate, path);
+        EXPECT(compare_run(r, arm, seed, "peak_bytes") > 1e5, "%s has no peak memory", path);
+    }
+    metrics_log_free(&log);
+    free(path);
+}
+
+// Means, and with two seeds s and s + 1 the interval by hand: t(0.95, 1) standard errors of |d1 - d2| / 2.
+static void compare_check_arm(const CompareResult *r, const char *arm, int64_t seed) {
+    const double a0 = compare_run(r, arm, seed, "val_loss"), a1 = compare_run(r, arm, seed + 1, "val_loss");
+    const double d0 = a0 - compare_run(r, "none", seed, "val_loss"), d1 = a1 - compare_run(r, "none", seed + 1, "val_loss");
+    const double half = 12.7062047364 * fabs(d0 - d1) / 2;
+    EXPECT_CLOSE(compare_result(r, arm, "val_loss", "mean"), (a0 + a1) / 2, 1e-12, "mean");
+    EXPECT_CLOSE(compare_result(r, arm, "val_loss", "sd"), fabs(a0 - a1) / sqrt(2), 1e-12, "sd");
+    EXPECT_CLOSE(compare_difference(r, arm, "val_loss", "mean"), (d0 + d1) / 2, 1e-12, "difference");
+    EXPECT_CLOSE(compare_difference(r, arm, "val_loss", "low"), (d0 + d1) / 2 - half, 1e-9, "its lower end");
+    EXPECT_CLOSE(compare_difference(r, arm, "val_loss", "high"), (d0 + d1) / 2 + half, 1e-9, "its upper end");
+    double ideal = 0, measured = 0;
+    for (int s = 0; s < 2; s++) {
+        ideal += compare_run(r, "none", seed + s, "flops") / compare_run(r, arm, seed + s, "flops") / 2;
+        measured += compare_run(r, "none", seed + s, "seconds") / compare_run(r, arm, seed + s, "seconds") / 2;
+    }
+    EXPECT_CLOSE(compare_result(r, arm, "speedup_ideal", "mean"), ideal, 1e-12, "ideal speed-up");
+    EXPECT_CLOSE(compare_result(r, arm, "speedup_measured", "mean"), measured, 1e-9 * measured, "measured speed-up");
+}
+
+static void test_compare_answers(void) {
+    const GptConfig c = {257, 16, 2, 2, 16};
+    const char *dir = test_directory();
+    char out[400], said[4096];
+    snprintf(out, sizeof out, "%s/c", dir);
+    // every branch at the constant rate 0.5, so that the steps at equal FLOPs can be told by hand
+    EXPECT_COMPARED(out, "--seeds 2 --seed 7 --steps 60 --drop-path 0.5 --drop-depth uniform --drop-ramp-up 0");
+    CompareResult r = compare_result_read(out);
+    for (int s = 7; s <= 8; s++) {
+        compare_check_run(&r, out, "none", s);
+        compare_check_run(&r, out, "drop", s);
+        compare_check_run(&r, out, "drop_flops", s);
+    }
+    compare_check_arm(&r, "drop", 7);
+    compare_check_arm(&r, "drop_flops", 7);
+    const double row = gpt_row_flops(&c, 16), fraction = 0.5 + 0.5 * gpt_head_flops(&c, 16) / row;
+    EXPECT_CLOSE(compare_result(&r, "none", "flops", "mean"), 60 * 8 * 3 * row, 1, "FLOPs without drop path");
+    EXPECT_CLOSE(compare_result(&r, "drop", "speedup_ideal", "mean"), 1 / fraction, 1e-3, "ideal speed-up");
+    EXPECT_CLOSE(compare_result(&r, "drop_flops", "steps", "mean"), nearbyint(60 / fraction), 0, "steps at equal FLOPs");
+    EXPECT_CLOSE(compare_result(&r, "drop_flops", "speedup_ideal", "mean"), 1, 0.01, "FLOPs at equal FLOPs");
+    EXPECT_CLOSE(compare_result(&r, "drop", "steps", "mean"), 60, 0, "steps of the drop arm");
+    compare_result_free(&r);
+
+    char a[500], b[500];                                 // the baseline is the run that train_gpt does
+    snprintf(a, sizeof a, "%s/none_s8", out), snprintf(b, sizeof b, "%s/plain", dir);
+    int code = trainer_test_run(said, "--out %s --steps 60 --seed 8 --drop-path 0", b);
+    EXPECT(code == 0, "exit code %d: %s", code, said);
+    expect_same_metrics(a, b, 0);
+    snprintf(a, sizeof a, "%s/none_s8/latest", out), snprintf(b, sizeof b, "%s/plain/latest", dir);
+    EXPECT_SAME(a, b, "model.safetensors");
+}
+
+// ---- Going on ----
+
+// Finished runs stay as they are, to the byte; only what is missing is done.
+static void test_compare_adds_what_is_missing(void) {
+    const char *dir = test_directory();
+    char *out = xprintf("%s/c", dir), *run = xprintf("%s/drop_s1337", out), *copy = xprintf("%s/copy", dir);
+    char *command = xprintf("grep -q 'needs --seeds 2 or more' %s/compare.md && cp -r %s %s", out, run, copy);
+    EXPECT_COMPARED(out, "--steps 6 --drop-path 0.1 --equal-flops 0");
+    CompareResult r = compare_result_read(out);
+    EXPECT(json_count(&r.doc, json_get(&r.doc, 0, "runs")) == 2, "%d runs", json_count(&r.doc, json_get(&r.doc, 0, "runs")));
+    EXPECT(!isnan(compare_difference(&r, "drop", "val_loss", "mean")), "no difference");
+    EXPECT(isnan(compare_difference(&r, "drop", "val_loss", "low")), "one seed has an interval");
+    compare_result_free(&r);
+    EXPECT(system(command) == 0, "%s failed", command);
+
+    EXPECT_COMPARED(out, "--steps 6 --drop-path 0.1 --seeds 2");
+    r = compare_result_read(out);
+    EXPECT(json_count(&r.doc, json_get(&r.doc, 0, "runs")) == 6, "%d runs", json_count(&r.doc, json_get(&r.doc, 0, "runs")));
+    EXPECT(!isnan(compare_difference(&r, "drop", "val_loss", "low")), "two seeds have no interval");
+    compare_result_free(&r);
+    EXPECT_SAME(run, copy, "metrics.jsonl");
+    free(out), free(run), free(copy), free(command);
+}
+
+// Killed in the middle of the second run: the same command ends with the numbers of the uninterrupted comparison.
+static void test_compare_killed(void) {
+    const char *dir = test_directory(), *options = "--steps 200 --save-every 5 --drop-path 0.4";
+    const char *arm[3] = {"none", "drop", "drop_flops"};
+    char whole[400], killed[400], a[500], b[500];
+    snprintf(whole, sizeof whole, "%s/whole", dir), snprintf(killed, sizeof killed, "%s/killed", dir);
+    EXPECT_COMPARED(whole, options);
+    char *command = compare_test_command(killed, options);
+    char *kill = xprintf("%s > /dev/null 2>&1 & pid=$!; "
+                         "while kill -0 $pid 2>/dev/null && ! [ -e %s/drop_s1337/step_00000020 ]; do sleep 0.01; done; "
+                         "kill -9 $pid; wait $pid 2>/dev/null; ! [ -e %s/drop_flops_s1337 ]", command, killed, killed);
+    EXPECT(system(kill) == 0, "it was not killed in its second run");
+    free(kill);
+    free(command);
+    EXPECT_COMPARED(killed, options);
+    for (int i = 0; i < 3; i++) {
+        snprintf(a, sizeof a, "%s/%s_s1337", whole, arm[i]), snprintf(b, sizeof b, "%s/%s_s1337", killed, arm[i]);
+        expect_same_metrics(a, b, 0);
+    }
+    CompareResult x = compare_result_read(whole), y = compare_result_read(killed);
+    for (int i = 0; i < 3; i++) {
+        const double loss = compare_result(&x, arm[i], "val_loss", "mean");
+        EXPECT_CLOSE(compare_result(&y, arm[i], "val_loss", "mean"), loss, 0, arm[i]);
+    }
+    compare_result_free(&x);
+    compare_result_free(&y);
+}
+
+// ---- What is said ----
+
+static void test_compare_flags_underfitting(void) {
+    const char *dir = test_directory();
+    const struct { const char *name, *options; int underfitting; } run[2] = {
+        {"weak", "--drop-path 0.05", 0}, {"strong", "--drop-path 0.95 --drop-depth uniform --drop-ramp-up 0", 1}};
+    for (int i = 0; i < 2; i++) {
+        char *out = xprintf("%s/%s", dir, run[i].name), *grep = xprintf("grep -q '^underfitting: ' %s/compare.md", out);
+        char *options = xprintf("--steps 300 --lr 1e-2 --equal-flops 0 %s", run[i].options);
+        EXPECT_COMPARED(out, options);
+        CompareResult r = compare_result_read(out);
+        const int flag = json_type(&r.doc, json_get(&r.doc, 0, "underfitting"));
+        EXPECT(flag == (run[i].underfitting ? JSON_TRUE : JSON_FALSE), "%s: flag %d, loss %g vs %g", run[i].name, flag,
+               compare_result(&r, "drop", "val_loss", "mean"), compare_result(&r, "none", "val_loss", "mean"));
+        EXPECT((system(grep) == 0) == run[i].underfitting, "%s: the report says otherwise", run[i].name);
+        compare_result_free(&r);
+        free(out), free(options), free(grep);
+    }
+}
+
+static void test_compare_refuses(void) {
+    const char *dir = test_directory();
+    char out[400], failed[400];
+    snprintf(out, sizeof out, "%s/c", dir), snprintf(failed, sizeof failed, "%s/failed", dir);
+    EXPECT_NOT_COMPARED(1, "--drop-path above 0", out, "--steps 4");
+    EXPECT_NOT_COMPARED(1, "--train and --val", out, "--steps 4 --drop-path 0.1 --val ''");
+    EXPECT_NOT_COMPARED(1, "--resume", out, "--steps 4 --drop-path 0.1 --resume");
+    EXPECT_NOT_COMPARED(1, "--drop-replay", out, "--steps 4 --drop-path 0.1 --drop-replay x");
+    EXPECT_NOT_COMPARED(1, "--seeds", out, "--steps 4 --drop-path 0.1 --seeds 0");
+    EXPECT_NOT_COMPARED(1, "leaves no room", out, "--steps 4 --drop-path 0.1 --seed 9223372036854775807 --seeds 2");
+    EXPECT_NOT_COMPARED(1, "heads", out, "--steps 4 --drop-path 0.1 --heads 5");
+    EXPECT(!path_exists(out), "a refused command has made its folder");
+
+    EXPECT_COMPARED(out, "--steps 4 --drop-path 0.1 --equal-flops 0");
+    EXPECT_NOT_COMPARED(1, "lr = 0.5", out, "--steps 4 --drop-path 0.1 --equal-flops 0 --lr 0.5");
+    EXPECT_NOT_COMPARED(1, "steps = 5", out, "--steps 5 --drop-path 0.1 --equal-flops 0");
+    EXPECT_NOT_COMPARED(3, "run 1 of 2: none, seed 1337 ended with exit code 3", failed,
+                        "--steps 8 --drop-path 0.1 --equal-flops 0 --lr 1e30 --warmup 0 --grad-clip 0 --max-bad-steps 1");
+    strcat(failed, "/compare.json");
+    EXPECT(!path_exists(failed), "a failed comparison has a result");
+}
+
+#define COMPARE_TESTS(X)                                                                     \
+    X(compare_answers) X(compare_adds_what_is_missing) X(compare_killed)                     \
+    X(compare_flags_underfitting) X(compare_refuses)
+
+#endif

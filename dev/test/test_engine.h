@@ -1,0 +1,1126 @@
+// test_engine.h: what every engine must do, written against engine.h alone.
+//
+// Three independent witnesses: golden.safetensors (GPT-2 with drop path in PyTorch, float64), a plain reference in
+// this file (double, computes every branch on every row and multiplies by mask * scale), and finite differences.
+// The rest are identities that must hold to the bit: what is dropped is not read, scaling by powers of two, threads.
+#ifndef TEST_ENGINE_H
+#define TEST_ENGINE_H
+
+#include "../engine.h"
+#include "../safetensors.h"
+#include "test.h"
+
+#ifdef REAL_DOUBLE
+#define ENGINE_DOUBLE_TESTS(X) X(engine_differences) X(engine_differences_all)
+#else
+#define ENGINE_DOUBLE_TESTS(X)
+#endif
+
+#define ENGINE_TESTS(X) \
+    X(engine_golden_eval) X(engine_golden_gradients) X(engine_golden_dense) X(engine_golden_skip) \
+    X(engine_reference_losses) X(engine_reference_gradients) X(engine_many_tokens) ENGINE_DOUBLE_TESTS(X) \
+    X(engine_rows_alone) X(engine_rows_apart) X(engine_dropped_is_zero) X(engine_poison) X(engine_scale) \
+    X(engine_threads) X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
+    X(engine_logits) X(engine_update) X(engine_update_clipped) X(engine_update_not_taken) X(engine_update_untouched) \
+    X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
+
+static const Engine *test_engine;                        // the one under test: test_gpt.c runs every test on each
+
+// ---- A slot's tensors as one array, in the order of GPT_PARAMS, layer by layer ----
+
+static size_t slot_at(const GptConfig *c, int param, int layer) {
+    size_t at = (size_t)layer * gpt_param_size(c, param);
+    for (int p = 0; p < param; p++) at += gpt_param_size(c, p) * (size_t)gpt_param_layers(c, p);
+    return at;
+}
+
+// Calls the body for every (p, l), which it declares.
+#define EACH_TENSOR(c) \
+    for (int p = 0; p < N_PARAMS; p++) \
+        for (int l = 0; l < gpt_param_layers(c, p); l++)
+
+// (2l + branch), or 2L for a parameter that no branch owns: the index of UpdateArgs.t
+static int slot_branch(const GptConfig *c, int param, int layer) {
+    int branch = gpt_param[param].branch;
+    return branch == NO_BRANCH ? BRANCHES * c->L : BRANCHES * layer + branch;
+}
+
+static real *slot_new(const GptConfig *c) { return (real *)xcalloc(gpt_params_count(c), sizeof(real)); }
+
+static real *slot_read(const GptConfig *c, Model *m, Slot slot) {
+    real *all = slot_new(c);
+    EACH_TENSOR(c) test_engine->read(m, slot, p, l, all + slot_at(c, p, l));
+    return all;
+}
+
+static void slot_write(const GptConfig *c, Model *m, Slot slot, const real *all) {
+    EACH_TENSOR(c) test_engine->write(m, slot, p, l, all + slot_at(c, p, l));
+}
+
+static int slot_same_bits(const GptConfig *c, const real *a, const real *b) {
+    return !memcmp(a, b, gpt_params_count(c) * sizeof(real));
+}
+
+static double rms(const real *x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    return sqrt(sum / (double)n);
+}
+
+// got = want to `tolerance` times the element plus the tensor's root mean square; 0 asks for equality, as for what
+// was dropped.
+static void expect_tensor(const GptConfig *c, int p, int l, const real *got, const real *want, double tolerance,
+                          const char *what) {
+    size_t at = slot_at(c, p, l), n = gpt_param_size(c, p);
+    double usual = rms(want + at, n);
+    for (size_t i = at; i < at + n; i++) {
+        double allowed = tolerance * (usual + fabs((double)want[i]));
+        if (fabs((double)got[i] - (double)want[i]) <= allowed) continue;
+        char *name = gpt_param_name(p, l);
+        EXPECT(0, "%s: %s[%zu] is %.9g, want %.9g +- %.2g", what, name, i - at, (double)got[i], (double)want[i], allowed);
+        free(name);
+    }
+}
+
+static void expect_slot(const GptConfig *c, const real *got, const real *want, double tolerance, const char *what) {
+    EACH_TENSOR(c) expect_tensor(c, p, l, got, want, tolerance, what);
+}
+
+// Relative error of a result that has gone through sums of n terms: roundings add up like a random walk.
+static double rounding(double n) { return 16 * REAL_EPSILON * sqrt(n); }
+
+// Two losses of one token that were summed in another order.
+static void expect_loss(real got, real want, const GptConfig *c, const char *what) {
+    EXPECT_CLOSE(got, want, rounding(4 * c->C) * (1 + fabs((double)want)), what);
+}
+
+// ---- Plans by hand ----
+
+#define ALL 255u
+typedef struct { const char *name; int tied; unsigned kept[6]; double scale[6]; } ForcedPlan;   // [2l + b]; bit r % 8: row r
+
+static const ForcedPlan forced_plans[] = {
+    {"full",       0, {ALL, ALL, ALL, ALL, ALL, ALL}, {1, 1, 1, 1, 1, 1}},
+    {"none",       0, {0, 0, 0, 0, 0, 0},             {1.5, 1.5, 1.5, 1.5, 1.5, 1.5}},
+    {"no first",   0, {0, 0, ALL, ALL, ALL, ALL},     {1.5, 1.5, 1, 1, 1, 1}},
+    {"no last",    0, {ALL, ALL, ALL, ALL, 0, 0},     {1, 1, 1.25, 1.25, 2, 2}},
+    {"batch",      0, {ALL, 0, 0, ALL, ALL, 0},       {1.1, 1.2, 1.3, 1.4, 1.7, 1.6}},
+    {"row",        0, {5, 6, 1, 0, ALL, 2},           {1.1, 1.2, 1.3, 1.4, 1.7, 1.6}},
+    {"tied batch", 1, {ALL, ALL, 0, 0, ALL, ALL},     {1.3, 1.3, 1.5, 1.5, 1.7, 1.7}},
+    {"tied row",   1, {5, 5, 6, 6, 0, 0},             {1.3, 1.3, 1.5, 1.5, 1.7, 1.7}},
+};
+enum { FULL, NONE, NO_FIRST, NO_LAST, BATCH, ROW, TIED_BATCH, TIED_ROW, N_FORCED };
+
+// Branch i keeps the rows whose bit is set.
+static void plan_branch(DropPlan *plan, int i, unsigned kept, double scale) {
+    unsigned char *keep = (unsigned char *)xcalloc((size_t)plan->batch, 1);
+    for (int row = 0; row < plan->batch; row++) keep[row] = kept >> row % 8 & 1;
+    drop_plan_keep(plan, i, keep, plan->batch, scale);
+    free(keep);
+}
+
+static void plan_force(DropPlan *plan, int forced, int batch) {
+    const ForcedPlan *f = &forced_plans[forced];
+    plan->batch = batch;
+    plan->tied = f->tied;
+    for (int i = 0; i < plan->layers * BRANCHES; i++) plan_branch(plan, i, f->kept[i % 6], f->scale[i % 6]);
+}
+
+// ---- A model with its input ----
+
+typedef struct {
+    GptConfig c;
+    int B, T;
+    Model *model;
+    int *tokens, *targets;                               // (B,T)
+    DropPlan plan;                                       // what the next call runs
+} Rig;
+
+// Weights far from the initialisation, so that no gradient is small: LayerNorms around 1, outputs of matrices about 1.
+static void rig_weights(real *all, const GptConfig *c) {
+    EACH_TENSOR(c) {
+        real *w = all + slot_at(c, p, l);
+        double deviation = gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims == 1 ? 0.3 : 1 / sqrt(gpt_param_rows(c, p));
+        for (size_t i = 0; i < gpt_param_size(c, p); i++) {
+            double z[2];
+            Philox word = rng_words(5, STREAM_TEST, (uint64_t)p, (uint32_t)l, (uint32_t)i);
+            normal_pair(z, word.v[0], word.v[1]);
+            w[i] = (real)(float)((gpt_param[p].init == INIT_ONE) + deviation * z[0]);
+        }
+    }
+}
+
+static Rig rig_open_threads(GptConfig c, int B, int T, int threads) {
+    Rig r = {c, B, T, NULL, NULL, NULL, drop_plan_new(c.L, B)};
+    EngineArgs args = {B, T, threads, {c.L * B, c.L * B, BRANCHES * c.L * B}};
+    real *weights = slot_new(&c);
+    r.model = test_engine->open(&c, &args);
+    rig_weights(weights, &c);
+    slot_write(&c, r.model, SLOT_PARAM, weights);
+    free(weights);
+    r.tokens = (int *)xcalloc((size_t)(B * T), sizeof(int));
+    r.targets = (int *)xcalloc((size_t)(B * T), sizeof(int));
+    for (int i = 0; i < B * T; i++) {
+        Philox word = rng_words(6, STREAM_TEST, 0, 0, (uint32_t)i);
+        r.tokens[i] = (int)(word.v[0] % (uint32_t)c.V);
+        r.targets[i] = (int)(word.v[1] % (uint32_t)c.V);
+    }
+    plan_force(&r.plan, FULL, B);
+    return r;
+}
+
+// One thread: these models are so small that more would mostly wait. test_engine_threads runs more.
+static Rig rig_open(GptConfig c, int B, int T) { return rig_open_threads(c, B, T, 1); }
+
+static void rig_close(Rig *r) {
+    test_engine->close(r->model);
+    drop_plan_free(&r->plan);
+    free(r->tokens);
+    free(r->targets);
+}
+
+static double rig_forward(Rig *r) { return test_engine->forward(r->model, r->T, r->tokens, r->targets, &r->plan); }
+
+static real *rig_losses(Rig *r) {
+    real *losses = (real *)xcalloc((size_t)(r->B * r->T), sizeof(real));
+    test_engine->losses(r->model, losses);
+    return losses;
+}
+
+// The gradient of the mean loss, from zero; *loss (may be NULL) receives the loss.
+static real *rig_gradient(Rig *r, double *loss) {
+    real *zero = slot_new(&r->c);
+    slot_write(&r->c, r->model, SLOT_GRAD, zero);
+    free(zero);
+    double mean = test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1);
+    if (loss) *loss = mean;
+    return slot_read(&r->c, r->model, SLOT_GRAD);
+}
+
+// ---- golden.safetensors ----
+
+typedef struct { FileMap map; Safetensors file; Rig rig; } Golden;
+
+static const SafetensorsEntry *golden_get(const Golden *g, const char *prefix, const char *name) {
+    char *key = xprintf("%s%s", prefix, name);
+    const SafetensorsEntry *e = safetensors_find(&g->file, key);
+    free(key);
+    return e;
+}
+
+static const SafetensorsEntry *golden_need(const Golden *g, const char *prefix, const char *name) {
+    const SafetensorsEntry *e = golden_get(g, prefix, name);
+    if (!e) die("the golden file has no %s%s\n  hint: make it again: python3 dev/golden/make_golden.py", prefix, name);
+    return e;
+}
+
+static double golden_number(const Golden *g, const char *prefix, const char *name, size_t i) {
+    return safetensors_real(golden_need(g, prefix, name), i);
+}
+
+static void golden_ints(int *to, const Golden *g, const char *prefix, const char *name, size_t from, size_t n) {
+    const SafetensorsEntry *e = golden_need(g, prefix, name);
+    for (size_t i = 0; i < n; i++) to[i] = (int)safetensors_integer(e, from + i);
+}
+
+// All tensors under a prefix, zero where there is none.
+static real *golden_slot(const Golden *g, const char *prefix) {
+    real *all = slot_new(&g->rig.c);
+    EACH_TENSOR(&g->rig.c) {
+        char *name = gpt_param_name(p, l);
+        const SafetensorsEntry *e = golden_get(g, prefix, name);
+        for (size_t i = 0; e && i < e->count; i++) all[slot_at(&g->rig.c, p, l) + i] = (real)safetensors_real(e, i);
+        free(name);
+    }
+    return all;
+}
+
+static Golden golden_open(void) {
+    static const char *const path = "dev/golden/golden.safetensors";
+    Golden g;
+    const char *error = file_map(&g.map, path);
+    if (!error) error = safetensors_parse(&g.file, g.map.data, g.map.size);
+    if (error) die("%s: %s\n  hint: run the tests from the root of the repository", path, error);
+    int size[5];
+    golden_ints(size, &g, "", "config", 0, 5);
+    const GptConfig c = {size[0], size[1], size[2], size[3], size[4]};
+    const int64_t *shape = golden_need(&g, "", "tokens")->shape;
+    g.rig = rig_open(c, (int)shape[0], (int)shape[1]);
+    real *weights = golden_slot(&g, "param/");
+    slot_write(&c, g.rig.model, SLOT_PARAM, weights);
+    free(weights);
+    golden_ints(g.rig.tokens, &g, "", "tokens", 0, (size_t)(g.rig.B * g.rig.T));
+    golden_ints(g.rig.targets, &g, "", "targets", 0, (size_t)(g.rig.B * g.rig.T));
+    return g;
+}
+
+static void golden_close(Golden *g) {
+    rig_close(&g->rig);
+    safetensors_free(&g->file);
+    file_unmap(&g->map);
+}
+
+// The plan number `at` of kept (...,2L,B) and scale (...,2L).
+static void golden_plan(Golden *g, const char *prefix, size_t at) {
+    DropPlan *plan = &g->rig.plan;
+    int kept[32], N = plan->layers * BRANCHES, B = g->rig.B;
+    for (int i = 0; i < N; i++) {
+        unsigned bits = 0;
+        golden_ints(kept, g, prefix, "kept", (at * (size_t)N + (size_t)i) * (size_t)B, (size_t)B);
+        for (int row = 0; row < B; row++) bits |= (unsigned)kept[row] << row;
+        plan_branch(plan, i, bits, golden_number(g, prefix, "scale", at * (size_t)N + (size_t)i));
+    }
+}
+
+static void test_engine_golden_eval(void) {
+    Golden g = golden_open();
+    Rig *r = &g.rig;
+    double tolerance = 4 * rounding(4 * r->c.C);
+    EXPECT_CLOSE(rig_forward(r), golden_number(&g, "eval/", "loss", 0), tolerance, "loss");
+    real *losses = rig_losses(r), *logits = (real *)xcalloc((size_t)r->c.V, sizeof(real));
+    for (int bt = 0; bt < r->B * r->T; bt++) {
+        EXPECT_CLOSE(losses[bt], golden_number(&g, "eval/", "losses", (size_t)bt), tolerance, "loss of a token");
+        test_engine->logits(r->model, bt / r->T, bt % r->T, logits);
+        for (int v = 0; v < r->c.V; v++)
+            EXPECT_CLOSE(logits[v], golden_number(&g, "eval/", "logits", (size_t)(bt * r->c.V + v)), tolerance, "logit");
+    }
+    golden_ints(r->targets, &g, "eval_ignore/", "targets", 0, (size_t)(r->B * r->T));
+    EXPECT_CLOSE(rig_forward(r), golden_number(&g, "eval_ignore/", "loss", 0), tolerance, "loss with ignored targets");
+    free(losses);
+    free(logits);
+    golden_close(&g);
+}
+
+static void test_engine_golden_gradients(void) {
+    static const char *const cases[] = {"full/", "batch/", "row/", "tied_row/", "none/"};
+    Golden g = golden_open();
+    Rig *r = &g.rig;
+    double tolerance = 4 * rounding(4 * r->c.C), loss;
+    for (int i = 0; i < 5; i++) {
+        char *prefix = xprintf("%sgrad/", cases[i]);
+        golden_plan(&g, cases[i], 0);
+        golden_ints(&r->plan.tied, &g, cases[i], "tied", 0, 1);
+        real *got = rig_gradient(r, &loss), *want = golden_slot(&g, prefix);
+        EXPECT_CLOSE(loss, golden_number(&g, cases[i], "loss", 0), tolerance, cases[i]);
+        expect_slot(&r->c, got, want, tolerance, cases[i]);
+        free(prefix);
+        free(got);
+        free(want);
+    }
+    golden_close(&g);
+}
+
+// One step of the golden training run: forward and backward of its micro-batches. Counts the step for the branches
+// that it updates, as a trainer does: t[2l+b] in `count`, 0 in `t` where the branch is left untouched.
+static double golden_micro_steps(Golden *g, int step, int skip, int64_t *count, int64_t *t) {
+    Rig *r = &g->rig;
+    int N = r->c.L * BRANCHES, M = (int)golden_need(g, "train/", "tokens")->shape[1], ran[32] = {0};
+    size_t BT = (size_t)(r->B * r->T);
+    double loss = 0;
+    for (int m = 0; m < M; m++) {
+        size_t at = (size_t)(step * M + m);
+        golden_ints(r->tokens, g, "train/", "tokens", at * BT, BT);
+        golden_ints(r->targets, g, "train/", "targets", at * BT, BT);
+        golden_plan(g, "train/", at);
+        for (int i = 0; i < N; i++) ran[i] |= r->plan.branch[i].n > 0;
+        loss += test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1.0 / M) / M;
+    }
+    for (int i = 0; i <= N; i++) t[i] = i == N || ran[i] || !skip ? ++count[i] : 0;
+    return loss;
+}
+
+// The weights after ten steps, but for the key third of qkvb: its gradient is rounding noise, which AdamW divides by
+// its own size (dev/golden/README.md).
+static void golden_expect_weights(Golden *g, const char *prefix, double tolerance) {
+    const GptConfig *c = &g->rig.c;
+    real *got = slot_read(c, g->rig.model, SLOT_PARAM), *want = golden_slot(g, prefix);
+    for (int l = 0; l < c->L; l++) {
+        size_t keys = slot_at(c, P_qkvb, l) + (size_t)c->C;
+        memcpy(got + keys, want + keys, (size_t)c->C * sizeof(real));
+    }
+    expect_slot(c, got, want, tolerance, prefix);
+    free(got);
+    free(want);
+}
+
+static void golden_train(const char *prefix, int skip) {
+    Golden g = golden_open();
+    char *params = xprintf("%sparam/", prefix);
+    int64_t count[32] = {0}, t[32];
+    UpdateArgs args = {0, golden_number(&g, "train/", "beta1", 0), golden_number(&g, "train/", "beta2", 0),
+                       golden_number(&g, "train/", "eps", 0), golden_number(&g, "train/", "weight_decay", 0),
+                       golden_number(&g, "train/", "clip", 0), t, 0};
+    double tolerance = REAL_EPSILON > 1e-10 ? 2e-5 : 1e-10;          // ten steps of AdamW; the sizes are about 1
+    for (int step = 0; step < 10; step++) {
+        double loss = golden_micro_steps(&g, step, skip, count, t);
+        args.lr = golden_number(&g, "train/", "lr", (size_t)step);
+        double norm = test_engine->update(g.rig.model, &args);
+        EXPECT_CLOSE(loss, golden_number(&g, prefix, "loss", (size_t)step), tolerance, "loss of a step");
+        EXPECT_CLOSE(norm, golden_number(&g, prefix, "norm", (size_t)step), tolerance, "norm of a step");
+    }
+    golden_expect_weights(&g, params, tolerance);
+    free(params);
+    golden_close(&g);
+}
+
+static void test_engine_golden_dense(void) { golden_train("train_dense/", 0); }
+static void test_engine_golden_skip(void) { golden_train("train_skip/", 1); }
+
+// ---- The reference: one row (T,C) at a time, every branch computed, then multiplied by 0 or its scale ----
+
+static double *doubles(int n) { return (double *)xcalloc((size_t)n, sizeof(double)); }
+
+static void ref_layernorm(double *y, const double *x, const double *w, const double *b, int C) {
+    double mean = 0, variance = 0;
+    for (int i = 0; i < C; i++) mean += x[i] / C;
+    for (int i = 0; i < C; i++) variance += (x[i] - mean) * (x[i] - mean) / C;
+    for (int i = 0; i < C; i++) y[i] = (x[i] - mean) / sqrt(variance + 1e-5) * w[i] + b[i];
+}
+
+// y (out) = x (in) w (in,out) + b (out)
+static void ref_linear(double *y, const double *x, const double *w, const double *b, int in, int out) {
+    for (int j = 0; j < out; j++) y[j] = b[j];
+    for (int i = 0; i < in; i++)
+        for (int j = 0; j < out; j++) y[j] += x[i] * w[(size_t)i * (size_t)out + (size_t)j];
+}
+
+// One query, head by head: y (C) from its q (C) and qkv (t+1,3C) up to its own position t.
+static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, double *score) {
+    int C = c->C, HS = C / c->NH;
+    for (int h = 0; h < C; h += HS) {
+        double sum = 0, top = -INFINITY;
+        for (int s = 0; s <= t; s++) {
+            score[s] = 0;
+            for (int d = h; d < h + HS; d++) score[s] += qkv[t * 3 * C + d] * qkv[s * 3 * C + C + d] / sqrt(HS);
+            top = fmax(top, score[s]);
+        }
+        for (int s = 0; s <= t; s++) sum += score[s] = exp(score[s] - top);
+        for (int d = h; d < h + HS; d++) y[d] = 0;
+        for (int s = 0; s <= t; s++)
+            for (int d = h; d < h + HS; d++) y[d] += score[s] / sum * qkv[s * 3 * C + 2 * C + d];
+    }
+}
+
+#define W(id, l) (w + slot_at(c, P_##id, l))
+
+// out (T,C) = attn(LN(x (T,C)))
+static void ref_attention(double *out, const double *x, const double *w, const GptConfig *c, int l, int T) {
+    int C = c->C;
+    double *qkv = doubles(T * 3 * C), *y = doubles(C), *score = doubles(T);
+    for (int t = 0; t < T; t++) {
+        ref_layernorm(y, x + t * C, W(ln1w, l), W(ln1b, l), C);
+        ref_linear(qkv + t * 3 * C, y, W(qkvw, l), W(qkvb, l), C, 3 * C);
+    }
+    for (int t = 0; t < T; t++) {
+        ref_attend(y, qkv, t, c, score);
+        ref_linear(out + t * C, y, W(attprojw, l), W(attprojb, l), C, C);
+    }
+    free(qkv);
+    free(y);
+    free(score);
+}
+
+// out (T,C) = mlp(LN(x (T,C)))
+static void ref_mlp(double *out, const double *x, const double *w, const GptConfig *c, int l, int T) {
+    int C = c->C;
+    double *y = doubles(C), *h = doubles(4 * C);
+    for (int t = 0; t < T; t++) {
+        ref_layernorm(y, x + t * C, W(ln2w, l), W(ln2b, l), C);
+        ref_linear(h, y, W(fcw, l), W(fcb, l), C, 4 * C);
+        for (int i = 0; i < 4 * C; i++) h[i] *= 0.5 * (1 + tanh(sqrt(2 / M_PI) * (h[i] + 0.044715 * pow(h[i], 3))));
+        ref_linear(out + t * C, h, W(fcprojw, l), W(fcprojb, l), 4 * C, C);
+    }
+    free(y);
+    free(h);
+}
+
+// losses (T), in nats, of final residual x (T,C)
+static void ref_head(double *losses, const double *x, const double *w, const GptConfig *c, int T, const int *targets) {
+    int C = c->C;
+    double *y = doubles(C), *logits = doubles(c->V);
+    for (int t = 0; t < T; t++) {
+        double top = -INFINITY, sum = 0;
+        ref_layernorm(y, x + t * C, W(lnfw, 0), W(lnfb, 0), C);
+        for (int v = 0; v < c->V; v++) {
+            logits[v] = 0;
+            for (int i = 0; i < C; i++) logits[v] += y[i] * W(wte, 0)[v * C + i];
+            top = fmax(top, logits[v]);
+        }
+        for (int v = 0; v < c->V; v++) sum += exp(logits[v] - top);
+        losses[t] = top + log(sum) - logits[targets[t]];
+    }
+    free(y);
+    free(logits);
+}
+
+// losses (T) of one row of the plan's micro-batch
+static void ref_row(double *losses, const double *w, const GptConfig *c, const DropPlan *plan, int row, int T,
+                    const int *tokens, const int *targets) {
+    size_t TC = (size_t)(T * c->C);
+    double *x = (double *)xcalloc(3 * TC, sizeof(double)), *a = x + TC, *f = a + TC;
+    for (size_t i = 0; i < TC; i++) {
+        size_t t = i / (size_t)c->C, j = i % (size_t)c->C;
+        x[i] = W(wte, 0)[(size_t)tokens[t] * (size_t)c->C + j] + W(wpe, 0)[i];
+    }
+    for (int l = 0; l < c->L; l++) {
+        const BranchPlan *attn = &plan->branch[2 * l + ATTN], *mlp = &plan->branch[2 * l + MLP];
+        double sa = drop_plan_has_row(attn, row) ? attn->scale : 0, sm = drop_plan_has_row(mlp, row) ? mlp->scale : 0;
+        ref_attention(a, x, w, c, l, T);
+        for (size_t i = 0; i < TC; i++) x[i] += (plan->tied ? 1 : sa) * a[i];
+        ref_mlp(f, x, w, c, l, T);
+        for (size_t i = 0; i < TC; i++) x[i] += plan->tied ? sa * f[i] + (sa - 1) * a[i] : sm * f[i];
+    }
+    ref_head(losses, x, w, c, T, targets);
+    free(x);
+}
+
+#undef W
+
+// The mean loss of the rig's micro-batch under its plan with other weights w; losses (B,T) may be NULL.
+static double ref_loss(const Rig *r, const double *w, double *losses) {
+    double sum = 0, *row_losses = doubles(r->T);
+    for (int row = 0; row < r->B; row++) {
+        ref_row(row_losses, w, &r->c, &r->plan, row, r->T, r->tokens + row * r->T, r->targets + row * r->T);
+        for (int t = 0; t < r->T; t++) {
+            sum += row_losses[t];
+            if (losses) losses[row * r->T + t] = row_losses[t];
+        }
+    }
+    free(row_losses);
+    return sum / (r->B * r->T);
+}
+
+static double *rig_weights_double(Rig *r) {
+    size_t n = gpt_params_count(&r->c);
+    real *all = slot_read(&r->c, r->model, SLOT_PARAM);
+    double *w = (double *)xcalloc(n, sizeof(double));
+    for (size_t i = 0; i < n; i++) w[i] = (double)all[i];
+    free(all);
+    return w;
+}
+
+// Odd sizes: one of everything; heads of 1, 3, 64, 256; rows of 1, 2 and 3 blocks of 64; nothing a multiple of a tile.
+static const struct { GptConfig c; int B, T, plan; } shapes[] = {
+    //  V    T  L NH   C    B    T
+    {{  2,   1, 1, 1,   1}, 1,   1, FULL},
+    {{  5,   3, 3, 2,   2}, 1,   2, FULL},
+    {{ 11,   9, 2, 5,   5}, 3,   9, ROW},
+    {{ 13,  70, 1, 2,   6}, 3,  67, TIED_ROW},
+    {{  7, 130, 1, 1,  64}, 2, 130, ROW},
+    {{  5,   5, 1, 1, 256}, 2,   5, FULL},
+    {{301,  33, 3, 3,  21}, 3,  31, ROW},
+    {{301,  33, 3, 3,  21}, 3,  31, TIED_ROW},
+};
+enum { N_SHAPES_RUN = sizeof shapes / sizeof shapes[0] };
+
+static void test_engine_reference_losses(void) {
+    for (int s = 0; s < N_SHAPES_RUN; s++) {
+        Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
+        double *w = rig_weights_double(&r), *want = doubles(r.B * r.T);
+        for (int f = 0; f < N_FORCED; f++) {
+            plan_force(&r.plan, f, r.B);
+            double loss = ref_loss(&r, w, want), tolerance = 2 * rounding(4 * r.c.C + r.T);
+            EXPECT_CLOSE(rig_forward(&r), loss, tolerance * (1 + loss), forced_plans[f].name);
+            real *got = rig_losses(&r);
+            for (int i = 0; i < r.B * r.T; i++)
+                EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), forced_plans[f].name);
+            free(got);
+        }
+        free(w);
+        free(want);
+        rig_close(&r);
+    }
+}
+
+// The derivative of f(w + h d) at h = 0 from four values: truncated at h^4, about 1e-14, and rounded to 1e-12.
+static double five_points(double f(Rig *, double *, const double *, double), Rig *r, double *w, const double *d) {
+    const double h = 3e-4;
+    return (8 * (f(r, w, d, h) - f(r, w, d, -h)) - (f(r, w, d, 2 * h) - f(r, w, d, -2 * h))) / (12 * h);
+}
+
+static double ref_loss_along(Rig *r, double *w, const double *d, double h) {
+    size_t n = gpt_params_count(&r->c);
+    double *moved = (double *)xcalloc(n, sizeof(double));
+    for (size_t i = 0; i < n; i++) moved[i] = w[i] + h * d[i];
+    double loss = ref_loss(r, moved, NULL);
+    free(moved);
+    return loss;
+}
+
+// The engine's gradient along d, random signs of n numbers from `at` with |d| = 1, against the reference's slope.
+static void expect_slope(Rig *r, double *w, const real *gradient, size_t at, size_t n, const char *what) {
+    double *d = (double *)xcalloc(gpt_params_count(&r->c), sizeof(double)), got = 0;
+    for (size_t i = at; i < at + n; i++) {
+        d[i] = (rng_words(8, STREAM_TEST, 0, 0, (uint32_t)i).v[0] & 1 ? 1 : -1) / sqrt((double)n);
+        got += d[i] * (double)gradient[i];
+    }
+    double size = rms(gradient + at, n) + rms(gradient, gpt_params_count(&r->c)), terms = 4 * r->c.C + r->B * r->T;
+    EXPECT_CLOSE(got, five_points(ref_loss_along, r, w, d), 2 * rounding(terms) * size + 1e-10, what);
+    free(d);
+}
+
+static void test_engine_reference_gradients(void) {
+    for (int s = 0; s < N_SHAPES_RUN; s++) {
+        Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
+        plan_force(&r.plan, shapes[s].plan, r.B);
+        double *w = rig_weights_double(&r);
+        real *gradient = rig_gradient(&r, NULL);
+        EACH_TENSOR(&r.c) {
+            char *name = gpt_param_name(p, l);
+            expect_slope(&r, w, gradient, slot_at(&r.c, p, l), gpt_param_size(&r.c, p), name);
+            free(name);
+        }
+        free(w);
+        free(gradient);
+        rig_close(&r);
+    }
+}
+
+// A vocabulary so large that an engine must work on a part of the logits at a time.
+static void test_engine_many_tokens(void) {
+    const GptConfig c = {50257, 100, 1, 2, 4};
+    Rig r = rig_open(c, 2, 100);
+    double *w = rig_weights_double(&r), loss;
+    real *gradient = rig_gradient(&r, &loss);
+    EXPECT_CLOSE(loss, ref_loss(&r, w, NULL), rounding(c.C) * loss, "loss");
+    expect_slope(&r, w, gradient, 0, gpt_params_count(&c), "all parameters at once");
+    free(w);
+    free(gradient);
+    rig_close(&r);
+}
+
+// ---- Finite differences of the engine itself, in double ----
+
+#ifdef REAL_DOUBLE
+static double engine_loss_along(Rig *r, double *w, const double *d, double h) {
+    size_t i = 0;
+    while (d[i] == 0) i++;                               // one element: write its tensor only
+    EACH_TENSOR(&r->c) {
+        size_t at = slot_at(&r->c, p, l), n = gpt_param_size(&r->c, p);
+        if (i < at || i >= at + n) continue;
+        double was = w[i];
+        w[i] = was + h * d[i];
+        test_engine->write(r->model, SLOT_PARAM, p, l, w + at);
+        double loss = rig_forward(r);
+        w[i] = was;
+        test_engine->write(r->model, SLOT_PARAM, p, l, w + at);
+        return loss;
+    }
+    die("element %zu is in no tensor", i);
+}
+
+// `most` elements of every tensor, chosen at random, or all where there are no more.
+static void expect_differences(GptConfig c, int B, int T, size_t most) {
+    static const int plans[] = {FULL, BATCH, ROW, TIED_BATCH, TIED_ROW};
+    Rig r = rig_open_threads(c, B, T, 1);
+    double *w = slot_read(&c, r.model, SLOT_PARAM), *d = slot_new(&c);
+    for (int k = 0; k < 5; k++) {
+        plan_force(&r.plan, plans[k], B);
+        double *gradient = rig_gradient(&r, NULL);
+        EACH_TENSOR(&c) {
+            size_t at = slot_at(&c, p, l), n = gpt_param_size(&c, p);
+            double size = rms(gradient + at, n);
+            for (size_t i = 0; i < (n < most ? n : most); i++) {
+                size_t j = at + (n <= most ? i : rng_words(9, STREAM_TEST, (uint64_t)k, (uint32_t)at, (uint32_t)i).v[0] % n);
+                d[j] = 1;
+                double slope = five_points(engine_loss_along, &r, w, d);
+                EXPECT_CLOSE(gradient[j], slope, 1e-7 * size + 1e-10, gpt_param[p].name);
+                d[j] = 0;
+            }
+        }
+        free(gradient);
+    }
+    free(w);
+    free(d);
+    rig_close(&r);
+}
+
+static void test_engine_differences(void) {
+    const GptConfig c = {37, 20, 3, 2, 12};
+    expect_differences(c, 3, 17, 6);
+}
+
+static void test_engine_differences_all(void) {
+    const GptConfig c = {7, 5, 2, 2, 4};
+    expect_differences(c, 3, 4, SIZE_MAX);
+}
+#endif
+
+// ---- Dropping ----
+
+static const GptConfig small_config = {53, 80, 3, 2, 20};          // V T L NH C
+enum { SMALL_B = 3, SMALL_T = 71 };                                // one block of 64 and a bit
+
+// Each row of a plan by rows is that row alone under its own plan; the gradient is the mean of theirs.
+static void test_engine_rows_alone(void) {
+    static const int plans[] = {ROW, TIED_ROW};
+    for (int k = 0; k < 2; k++) {
+        Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+        plan_force(&r.plan, plans[k], r.B);
+        real *want = rig_gradient(&r, NULL), *losses = rig_losses(&r), *zero = slot_new(&r.c), row_losses[SMALL_T];
+        slot_write(&r.c, r.model, SLOT_GRAD, zero);
+        for (int row = 0; row < r.B; row++) {
+            const ForcedPlan *f = &forced_plans[plans[k]];
+            r.plan.batch = 1;
+            for (int i = 0; i < r.c.L * BRANCHES; i++) plan_branch(&r.plan, i, f->kept[i] >> row & 1, f->scale[i]);
+            test_engine->forward_backward(r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan, 1.0 / r.B);
+            test_engine->losses(r.model, row_losses);
+            for (int t = 0; t < r.T; t++)
+                expect_loss(row_losses[t], losses[row * r.T + t], &r.c, f->name);
+        }
+        real *got = slot_read(&r.c, r.model, SLOT_GRAD);
+        expect_slot(&r.c, got, want, 4 * rounding(r.B * r.T), forced_plans[plans[k]].name);
+        free(want), free(losses), free(zero), free(got);
+        rig_close(&r);
+    }
+}
+
+// Other tokens in one row change no bit of the other rows' losses, under any plan.
+static void test_engine_rows_apart(void) {
+    Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+    for (int f = 0; f < N_FORCED; f++)
+        for (int changed = 0; changed < r.B; changed++) {
+            plan_force(&r.plan, f, r.B);
+            rig_forward(&r);
+            real *before = rig_losses(&r);
+            for (int t = 0; t < r.T; t++) r.tokens[changed * r.T + t] = (r.tokens[changed * r.T + t] + 1) % r.c.V;
+            rig_forward(&r);
+            real *after = rig_losses(&r);
+            for (int row = 0; row < r.B; row++) {
+                int same = !memcmp(before + row * r.T, after + row * r.T, (size_t)r.T * sizeof(real));
+                EXPECT(same == (row != changed), "%s: row %d after a change in row %d", forced_plans[f].name, row, changed);
+            }
+            free(before);
+            free(after);
+        }
+    rig_close(&r);
+}
+
+// A branch dropped in all rows is a branch whose output projection is zero: equal losses and gradients of all else.
+static void test_engine_dropped_is_zero(void) {
+    static const int output[] = {P_attprojw, P_attprojb, P_fcprojw, P_fcprojb};
+    for (int f = NONE; f <= BATCH; f++) {
+        Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+        plan_force(&r.plan, f, r.B);
+        double loss, zeroed_loss;
+        real *want = rig_gradient(&r, &loss), *zero = slot_new(&r.c);
+        for (int k = 0; k < 4 * r.c.L; k++) {
+            int p = output[k % 4], l = k / 4;
+            if (!r.plan.branch[slot_branch(&r.c, p, l)].n) test_engine->write(r.model, SLOT_PARAM, p, l, zero);
+        }
+        for (int i = 0; i < r.c.L * BRANCHES; i++) plan_branch(&r.plan, i, ALL, r.plan.branch[i].scale);
+        real *got = rig_gradient(&r, &zeroed_loss);
+        EXPECT(loss == zeroed_loss, "%s: loss %.17g, want %.17g", forced_plans[f].name, loss, zeroed_loss);
+        EACH_TENSOR(&r.c) {
+            int branch = slot_branch(&r.c, p, l);
+            if (branch == r.c.L * BRANCHES || forced_plans[f].kept[branch])
+                expect_tensor(&r.c, p, l, got, want, 0, forced_plans[f].name);
+        }
+        free(want), free(zero), free(got);
+        rig_close(&r);
+    }
+}
+
+// What is dropped is not read: NaN in all parameters of the dropped branches changes no bit of loss and gradients,
+// and the dropped branches' own gradients are exactly zero.
+static void test_engine_poison(void) {
+    for (int f = 0; f < N_FORCED; f++) {
+        Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+        plan_force(&r.plan, f, r.B);
+        double loss, poisoned_loss;
+        real *want = rig_gradient(&r, &loss), *poison = slot_new(&r.c), *zero = slot_new(&r.c);
+        for (size_t i = 0; i < gpt_params_count(&r.c); i++) poison[i] = (real)NAN;
+        EACH_TENSOR(&r.c) {
+            int branch = slot_branch(&r.c, p, l);
+            if (branch < r.c.L * BRANCHES && !r.plan.branch[branch].n) {
+                test_engine->write(r.model, SLOT_PARAM, p, l, poison);
+                expect_tensor(&r.c, p, l, want, zero, 0, "a dropped branch's gradient");
+            }
+        }
+        real *got = rig_gradient(&r, &poisoned_loss);
+        EXPECT(isfinite(loss) && loss == poisoned_loss, "%s: loss %g, then %g", forced_plans[f].name, loss, poisoned_loss);
+        EXPECT(slot_same_bits(&r.c, got, want), "%s: the gradient has read a dropped branch", forced_plans[f].name);
+        free(want), free(poison), free(zero), free(got);
+        rig_close(&r);
+    }
+}
+
+// Scale 4 is output weights times 4, to the bit: the same loss, 4 times the gradient of the output projection, and
+// the same gradients of everything else, those of what the branch has read included.
+static void test_engine_scale(void) {
+    for (int i = 0; i < small_config.L * BRANCHES; i++) {
+        Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+        int weight = i % 2 == ATTN ? P_attprojw : P_fcprojw, bias = i % 2 == ATTN ? P_attprojb : P_fcprojb, l = i / 2;
+        size_t from[] = {slot_at(&r.c, weight, l), slot_at(&r.c, bias, l)};
+        size_t size[] = {gpt_param_size(&r.c, weight), gpt_param_size(&r.c, bias)};
+        double scaled, plain;
+        plan_force(&r.plan, i % 3 ? ROW : FULL, r.B);
+        plan_branch(&r.plan, i, 5, 4);                   // rows 0 and 2
+        real *got = rig_gradient(&r, &scaled), *w = slot_read(&r.c, r.model, SLOT_PARAM);
+        for (int k = 0; k < 2; k++)
+            for (size_t j = from[k]; j < from[k] + size[k]; j++) w[j] *= 4;
+        slot_write(&r.c, r.model, SLOT_PARAM, w);
+        plan_branch(&r.plan, i, 5, 1);
+        real *want = rig_gradient(&r, &plain);
+        for (int k = 0; k < 2; k++)
+            for (size_t j = from[k]; j < from[k] + size[k]; j++) want[j] *= 4;
+        EXPECT(scaled == plain, "branch %d: loss %.17g, want %.17g", i, scaled, plain);
+        expect_slot(&r.c, got, want, 0, "scale 4");
+        free(got), free(w), free(want);
+        rig_close(&r);
+    }
+}
+
+// ---- Promises of every call ----
+
+// Parameters, moments and gradients after two updates and one more backward pass, one after the other.
+static real *threads_run(int threads, double loss[3]) {
+    const GptConfig c = {300, 90, 2, 3, 48};             // tensors of several pieces of 2^14 numbers
+    static const int64_t steps[][5] = {{1, 1, 1, 1, 1}, {2, 2, 0, 2, 2}};
+    static const int plans[] = {ROW, TIED_ROW, BATCH};
+    Rig r = rig_open_threads(c, 5, 85, threads);
+    size_t n = gpt_params_count(&c);
+    real *all = (real *)xcalloc(4 * n, sizeof(real));
+    for (int k = 0; k < 3; k++) {
+        plan_force(&r.plan, plans[k], r.B);
+        loss[k] = test_engine->forward_backward(r.model, r.T, r.tokens, r.targets, &r.plan, 0.5);
+        UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5, steps[k % 2], 0};
+        if (k < 2) test_engine->update(r.model, &args);
+    }
+    for (int slot = 0; slot < 4; slot++) {
+        real *one = slot_read(&c, r.model, (Slot)slot);
+        memcpy(all + (size_t)slot * n, one, n * sizeof(real));
+        free(one);
+    }
+    rig_close(&r);
+    return all;
+}
+
+static void test_engine_threads(void) {
+    const GptConfig c = {300, 90, 2, 3, 48};
+    double want_loss[3], loss[3];
+    real *want = threads_run(1, want_loss);
+    for (int threads = 1; threads <= 4; threads++) {
+        real *got = threads_run(threads, loss);
+        EXPECT(!memcmp(loss, want_loss, sizeof loss), "%d threads: other losses", threads);
+        EXPECT(!memcmp(got, want, 4 * gpt_params_count(&c) * sizeof(real)), "%d threads: other bits", threads);
+        free(got);
+    }
+    free(want);
+}
+
+// Eight rows at once are four times two rows of weight 1/4.
+static void test_engine_micro_batches(void) {
+    static const int plans[] = {FULL, BATCH};
+    for (int k = 0; k < 2; k++) {
+        Rig r = rig_open(small_config, 8, 30);
+        plan_force(&r.plan, plans[k], 8);
+        double loss, sum = 0;
+        real *want = rig_gradient(&r, &loss), *zero = slot_new(&r.c);
+        slot_write(&r.c, r.model, SLOT_GRAD, zero);
+        plan_force(&r.plan, plans[k], 2);
+        for (int at = 0; at < r.B * r.T; at += 2 * r.T)
+            sum += test_engine->forward_backward(r.model, r.T, r.tokens + at, r.targets + at, &r.plan, 0.25) / 4;
+        real *got = slot_read(&r.c, r.model, SLOT_GRAD);
+        EXPECT_CLOSE(sum, loss, rounding(4 * r.c.C) * loss, "loss");
+        expect_slot(&r.c, got, want, 2 * rounding(r.B * r.T), forced_plans[plans[k]].name);
+        free(want), free(zero), free(got);
+        rig_close(&r);
+    }
+}
+
+// Fewer rows, or shorter ones, than the model was opened for: what those tokens lose in the whole batch.
+static void test_engine_smaller_calls(void) {
+    Rig r = rig_open(small_config, 5, SMALL_T);
+    rig_forward(&r);
+    real *want = rig_losses(&r), *got = (real *)xcalloc((size_t)(r.B * r.T), sizeof(real));
+    static const int lengths[] = {1, 40, 64, 65, SMALL_T};
+    for (int k = 0; k < 5 * 5; k++) {
+        int row = k / 5, T = lengths[k % 5];
+        plan_force(&r.plan, FULL, 1);
+        test_engine->forward(r.model, T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
+        test_engine->losses(r.model, got);
+        for (int t = 0; t < T; t++)
+            expect_loss(got[t], want[row * r.T + t], &r.c, "one row");
+    }
+    plan_force(&r.plan, FULL, 3);                        // rows 1 to 3
+    test_engine->forward(r.model, r.T, r.tokens + r.T, r.targets + r.T, &r.plan);
+    test_engine->losses(r.model, got);
+    for (int i = 0; i < 3 * r.T; i++)
+        expect_loss(got[i], want[r.T + i], &r.c, "three rows");
+    free(want);
+    free(got);
+    rig_close(&r);
+}
+
+// A forward pass changes nothing, and nothing changes it: not another call, not a backward pass, not its size.
+static void test_engine_forward_is_pure(void) {
+    Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+    double before = rig_forward(&r), loss;
+    real *first = rig_losses(&r), *want = rig_gradient(&r, &loss), *w = slot_read(&r.c, r.model, SLOT_PARAM);
+    EXPECT_CLOSE(loss, before, rounding(r.c.V) * before, "loss in training and in evaluation");
+    plan_force(&r.plan, TIED_ROW, 2);
+    test_engine->forward(r.model, 5, r.tokens, r.targets, &r.plan);
+    plan_force(&r.plan, FULL, r.B);
+    EXPECT(rig_forward(&r) == before, "another loss after a backward pass");
+    real *second = rig_losses(&r), *after = slot_read(&r.c, r.model, SLOT_GRAD);
+    real *w_after = slot_read(&r.c, r.model, SLOT_PARAM);
+    EXPECT(!memcmp(first, second, (size_t)(r.B * r.T) * sizeof(real)), "other losses after a backward pass");
+    EXPECT(slot_same_bits(&r.c, after, want), "evaluation has changed the gradients");
+    EXPECT(slot_same_bits(&r.c, w_after, w), "a pass has changed the parameters");
+    real *again = rig_gradient(&r, NULL);
+    EXPECT(slot_same_bits(&r.c, again, want), "another gradient the second time");
+    free(first), free(want), free(w), free(second), free(after), free(w_after), free(again);
+    rig_close(&r);
+}
+
+// Negative targets have a loss of exactly 0 and do not count; with all ignored, the mean is 0.
+static void test_engine_ignored(void) {
+    Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+    rig_forward(&r);
+    real *want = rig_losses(&r);
+    double sum = 0;
+    int n = r.B * r.T, counted = 0;
+    for (int i = 0; i < n; i++) {
+        if (i % 3 == 0 || i / r.T == 1) r.targets[i] = -1 - i;
+        else sum += (double)want[i], counted++;
+    }
+    EXPECT_CLOSE(rig_forward(&r), sum / counted, rounding(1) * sum / counted, "mean over the counted");
+    real *got = rig_losses(&r);
+    for (int i = 0; i < n; i++) EXPECT(got[i] == (r.targets[i] < 0 ? 0 : want[i]), "loss %g of token %d", (double)got[i], i);
+    for (int i = 0; i < n; i++) r.targets[i] = -1;
+    EXPECT(rig_forward(&r) == 0, "the mean loss of no target is not 0");
+    free(want);
+    free(got);
+    rig_close(&r);
+}
+
+// loss = log-sum-exp(logits) - logits[target]; without targets the logits are the same, and 0 is returned.
+static void test_engine_logits(void) {
+    Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+    size_t V = (size_t)r.c.V;
+    int n = r.B * r.T;
+    plan_force(&r.plan, ROW, r.B);
+    rig_forward(&r);
+    real *losses = rig_losses(&r), *logits = (real *)xcalloc((size_t)n * V, sizeof(real));
+    real *again = (real *)xcalloc(V, sizeof(real));
+    for (int i = 0; i < n; i++) {
+        real *z = logits + (size_t)i * V;
+        double sum = 0;
+        test_engine->logits(r.model, i / r.T, i % r.T, z);
+        for (size_t v = 0; v < V; v++) sum += exp((double)z[v]);
+        EXPECT_CLOSE(losses[i], log(sum) - (double)z[r.targets[i]], rounding(r.c.C) * (1 + (double)losses[i]), "loss");
+    }
+    EXPECT(test_engine->forward(r.model, r.T, r.tokens, NULL, &r.plan) == 0, "a loss without targets");
+    for (int i = 0; i < n; i++) {
+        test_engine->logits(r.model, i / r.T, i % r.T, again);
+        EXPECT(!memcmp(again, logits + (size_t)i * V, V * sizeof(real)), "token %d: other logits without targets", i);
+    }
+    free(losses), free(logits), free(again);
+    rig_close(&r);
+}
+
+// ---- AdamW ----
+
+// Gradients of standard normals times `size`, another set for each step.
+static real *update_gradient(const GptConfig *c, int step, double size) {
+    real *g = slot_new(c);
+    for (size_t i = 0; i < gpt_params_count(c); i++) {
+        double z[2];
+        Philox word = rng_words(10, STREAM_TEST, (uint64_t)step, 0, (uint32_t)i);
+        normal_pair(z, word.v[0], word.v[1]);
+        g[i] = (real)(size * z[0]);
+    }
+    return g;
+}
+
+// Loshchilov and Hutter's algorithm 2 as it is printed, element by element, on gradients times `clip`.
+static void update_by_hand(const GptConfig *c, double *p, double *m, double *v, const real *g, const UpdateArgs *a,
+                           double clip) {
+    for (int param = 0; param < N_PARAMS; param++)
+        for (int l = 0; l < gpt_param_layers(c, param); l++)
+            for (size_t i = slot_at(c, param, l), end = i + gpt_param_size(c, param); i < end; i++) {
+                double t = (double)a->t[slot_branch(c, param, l)], gi = clip * (double)g[i];
+                double decay = gpt_param[param].dims == 2 ? a->weight_decay : 0;
+                m[i] = a->beta1 * m[i] + (1 - a->beta1) * gi;
+                v[i] = a->beta2 * v[i] + (1 - a->beta2) * gi * gi;
+                double m_hat = m[i] / (1 - pow(a->beta1, t)), v_hat = v[i] / (1 - pow(a->beta2, t));
+                p[i] -= a->lr * (m_hat / (sqrt(v_hat) + a->eps) + decay * p[i]);
+            }
+}
+
+static void expect_update(double grad_clip) {
+    const GptConfig c = {11, 5, 2, 2, 6};
+    static const int64_t counts[3][5] = {{1, 1, 1, 1, 1}, {2, 2, 2, 2, 2}, {7, 3, 5, 3, 9}};
+    size_t n = gpt_params_count(&c);
+    Rig r = rig_open(c, 1, 1);
+    double *p = rig_weights_double(&r), *m = doubles((int)n), *v = doubles((int)n);
+    for (int step = 0; step < 3; step++) {
+        UpdateArgs args = {0.01 * (step + 1), 0.9, 0.95, 1e-8, 0.1, grad_clip, counts[step], 0};
+        real *g = update_gradient(&c, step, 0.01 * (1 + step)), *zero = slot_new(&c);
+        double norm = rms(g, n) * sqrt((double)n);
+        slot_write(&c, r.model, SLOT_GRAD, g);
+        EXPECT_CLOSE(test_engine->update(r.model, &args), norm, rounding(1) * norm, "norm");
+        update_by_hand(&c, p, m, v, g, &args, grad_clip > 0 ? fmin(1, grad_clip / (norm + 1e-6)) : 1);   // as PyTorch
+        real *left = slot_read(&c, r.model, SLOT_GRAD);
+        expect_slot(&c, left, zero, 0, "gradient after the update");
+        free(g), free(zero), free(left);
+    }
+    const double *want[] = {p, NULL, m, v};
+    for (int slot = 0; slot < 4; slot++) {
+        if (slot == SLOT_GRAD) continue;
+        real *got = slot_read(&c, r.model, (Slot)slot), *rounded = slot_new(&c);
+        for (size_t i = 0; i < n; i++) rounded[i] = (real)want[slot][i];
+        expect_slot(&c, got, rounded, rounding(1), "slot");
+        free(got), free(rounded);
+    }
+    free(p), free(m), free(v);
+    rig_close(&r);
+}
+
+static void test_engine_update(void) { expect_update(0); }
+
+// The second and third norms are above the limit, the first below.
+static void test_engine_update_clipped(void) { expect_update(0.7); }
+
+// A gradient that is not finite, or a step to discard, changes no parameter and no moment; the gradient is gone after.
+static void test_engine_update_not_taken(void) {
+    static const int params[] = {P_wte, P_lnfb, P_qkvw, P_fcprojb};
+    const double values[] = {NAN, INFINITY, -INFINITY, 0.5};
+    const GptConfig c = {11, 5, 2, 2, 6};
+    static const int64_t t[] = {3, 3, 3, 3, 3};
+    UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0};
+    Rig r = rig_open(c, 1, 1);
+    for (int k = 0; k < 4 * 4; k++) {
+        int p = params[k % 4], l = gpt_param_layers(&c, p) - 1;
+        real *g = update_gradient(&c, k, 1), *before[4], *zero = slot_new(&c);
+        slot_write(&c, r.model, SLOT_GRAD, g);
+        if (k == 0) test_engine->update(r.model, &args);                       // moments that are not zero
+        g[slot_at(&c, p, l) + gpt_param_size(&c, p) - 1] = (real)values[k / 4];
+        slot_write(&c, r.model, SLOT_GRAD, g);
+        for (int slot = 0; slot < 4; slot++) before[slot] = slot_read(&c, r.model, (Slot)slot);
+        args.discard = isfinite(values[k / 4]);
+        double norm = test_engine->update(r.model, &args);
+        EXPECT(!isfinite(norm) == !args.discard, "the norm is %g", norm);
+        for (int slot = 0; slot < 4; slot++) {
+            real *after = slot_read(&c, r.model, (Slot)slot);
+            const real *want = slot == SLOT_GRAD ? zero : before[slot];
+            EXPECT(slot_same_bits(&c, after, want), "slot %d after %g", slot, values[k / 4]);
+            free(after);
+            free(before[slot]);
+        }
+        free(g);
+        free(zero);
+    }
+    rig_close(&r);
+}
+
+// A branch with step count 0 keeps its parameters and moments to the bit; all others move.
+static void test_engine_update_untouched(void) {
+    const GptConfig c = {11, 5, 2, 2, 6};
+    static const int64_t t[] = {1, 0, 0, 2, 2};
+    UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0};
+    Rig r = rig_open(c, 1, 1);
+    real *g = update_gradient(&c, 0, 1), *before[4], *after[4];
+    EACH_TENSOR(&c)
+        if (!t[slot_branch(&c, p, l)]) memset(g + slot_at(&c, p, l), 0, gpt_param_size(&c, p) * sizeof(real));
+    slot_write(&c, r.model, SLOT_M, g);
+    slot_write(&c, r.model, SLOT_GRAD, g);
+    for (int slot = 0; slot < 4; slot++) before[slot] = slot_read(&c, r.model, (Slot)slot);
+    test_engine->update(r.model, &args);
+    for (int slot = 0; slot < 4; slot++) after[slot] = slot_read(&c, r.model, (Slot)slot);
+    for (int slot = 0; slot < 4; slot++)
+        EACH_TENSOR(&c) {
+            size_t at = slot_at(&c, p, l), size = gpt_param_size(&c, p) * sizeof(real);
+            int same = !memcmp(before[slot] + at, after[slot] + at, size);
+            EXPECT(same == !t[slot_branch(&c, p, l)], "slot %d, layer %d: %s %s", slot, l, gpt_param[p].id,
+                   same ? "stays" : "moves");
+        }
+    for (int slot = 0; slot < 4; slot++) free(before[slot]), free(after[slot]);
+    free(g);
+    rig_close(&r);
+}
+
+// ---- The rest of the interface ----
+
+// A new model is all zero; what is written into a slot is read from it, and from no other.
+static void test_engine_slots(void) {
+    const GptConfig c = {11, 5, 2, 2, 6};
+    const EngineArgs args = {2, 3, 1, {4, 4, 8}};
+    Model *m = test_engine->open(&c, &args);
+    real *zero = slot_new(&c), *write[4];
+    for (int slot = 0; slot < 4; slot++) {
+        real *got = slot_read(&c, m, (Slot)slot);
+        EXPECT(slot_same_bits(&c, got, zero), "slot %d of a new model is not zero", slot);
+        free(got);
+    }
+    for (int slot = 0; slot < 4; slot++) slot_write(&c, m, (Slot)slot, write[slot] = update_gradient(&c, slot, 1));
+    for (int slot = 0; slot < 4; slot++) {
+        real *got = slot_read(&c, m, (Slot)slot);
+        EXPECT(slot_same_bits(&c, got, write[slot]), "slot %d does not read as written", slot);
+        free(got);
+        free(write[slot]);
+    }
+    free(zero);
+    test_engine->close(m);
+}
+
+// A model opened to evaluate gives the same losses as one opened to train, and has no gradients.
+static void test_engine_evaluates(void) {
+    const EngineArgs args = {SMALL_B, SMALL_T, 1, {0, 0, 0}};
+    Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+    Model *m = test_engine->open(&small_config, &args);
+    real *w = slot_read(&r.c, r.model, SLOT_PARAM);
+    size_t bytes[4] = {1, 1, 1, 1};
+    slot_write(&r.c, m, SLOT_PARAM, w);
+    for (int f = 0; f < N_FORCED; f++) {
+        plan_force(&r.plan, f, r.B);
+        double want = rig_forward(&r), got = test_engine->forward(m, r.T, r.tokens, r.targets, &r.plan);
+        EXPECT(got == want, "%s: %.17g, want %.17g", forced_plans[f].name, got, want);
+    }
+    test_engine->memory(m, bytes);
+    EXPECT(bytes[0] >= gpt_params_count(&r.c) * 2 && !bytes[1] && !bytes[2] && bytes[3], "%zu %zu %zu %zu bytes", bytes[0],
+           bytes[1], bytes[2], bytes[3]);
+    free(w);
+    test_engine->close(m);
+    rig_close(&r);
+}
+
+// Opened for no more than drop_path_bound() promises, a model runs every plan of the run; dropping saves memory.
+static void test_engine_bounded(void) {
+    const GptConfig c = {11, 9, 4, 2, 6};
+    size_t least = SIZE_MAX, most = 0;
+    for (int k = 0; k < 2 * 2 * 4; k++) {
+        DropPath d;
+        memset(&d, 0, sizeof d);
+        d.layers = c.L, d.steps = 30, d.ramp_up = 10;
+        d.p_max = k & 1 ? 0.8 : 0, d.ramp_from = 0.9, d.unit = k >> 1 & 1, d.branches = k >> 2;
+        EngineArgs args = {4, 9, 1, {0, 0, 0}};
+        drop_path_bound(&d, 4, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
+        Model *m = test_engine->open(&c, &args);
+        DropPlan plan = drop_plan_new(c.L, 4);
+        int tokens[36] = {0};
+        size_t bytes[4];
+        for (int step = 0; step < 30; step++) {
+            drop_plan_sample(&plan, &d, step, step % 3, 3, 1, 4);
+            test_engine->forward_backward(m, 9, tokens, tokens, &plan, 1);
+        }
+        test_engine->memory(m, bytes);
+        EXPECT(bytes[0] && bytes[1] && bytes[2] && bytes[3], "a purpose without bytes");
+        if (bytes[3] < least) least = bytes[3];
+        if (bytes[3] > most) most = bytes[3];
+        drop_plan_free(&plan);
+        test_engine->close(m);
+    }
+    EXPECT(least < most, "dropping branches saves no memory: %zu bytes", most);
+}
+
+static void test_engine_peak(void) {
+    const GptConfig c = {2, 1, 1, 1, 1};
+    Rig r = rig_open(c, 1, 1);
+    double peak = test_engine->peak(r.model, 0.02);
+    EXPECT(peak > 1e8 && peak < 1e17, "a peak of %g FLOP/s", peak);
+    rig_close(&r);
+}
+
+#endif

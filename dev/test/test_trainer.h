@@ -1,0 +1,295 @@
+// Tests of whole runs: the built train_gpt on a made-up text, as a user starts it. BUILD names the folder it is in.
+#ifndef TEST_TRAINER_H
+#define TEST_TRAINER_H
+
+#include "../checkpoint.h"
+#include "../metrics.h"
+#include "test.h"
+
+// ---- A text, its shards, a run ----
+
+// Words of a small grammar, so that there is something to learn and every run is short.
+static inline void trainer_test_text(const char *path) {
+    static const char *const word[8] = {"the ", "cat ", "sat ", "on ", "a ", "mat, ", "and ", "slept.\n"};
+    FILE *f = file_open(path, "wb");
+    for (uint32_t i = 0; i < 6000; i++) {
+        uint32_t w = rng_words(1, STREAM_TEST, i, 0, 0).v[0];
+        fputs(word[w % 3 ? i % 8 : w / 3 % 8], f);
+    }
+    fclose(f);
+}
+
+static inline const char *test_build(void) {
+    const char *build = getenv("BUILD");
+    return build ? build : "build";
+}
+
+// A folder with data/ in it, made once for all tests here.
+static inline const char *trainer_test_data(void) {
+    static char dir[300];
+    if (dir[0]) return dir;
+    snprintf(dir, sizeof dir, "%s", test_directory());
+    char *text = xprintf("%s/text", dir), *command = xprintf("%s/data_bytes --out %s/data %s > /dev/null", test_build(), dir, text);
+    trainer_test_text(text);
+    if (system(command)) die("%s failed", command);
+    free(text);
+    free(command);
+    return dir;
+}
+
+// Two layers of 16 channels on rows of 16 bytes; two micro-batches of 4 rows make a step.
+#define TRAINER_TEST_RUN "--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --eval-tokens 500 --threads 1"
+
+// Runs train_gpt with these options after the standard ones; returns its exit code, its stderr in `said` (4096).
+static inline int PRINTF_LIKE(2, 3) trainer_test_run(char *said, const char *format, ...) {
+    char options[2048];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(options, sizeof options, format, args);
+    va_end(args);
+    const char *data = trainer_test_data();
+    char *log = xprintf("%s/stderr", data);
+    char *command = xprintf("%s/train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " %s > %s/stdout 2> %s",
+                            test_build(), data, data, options, data, log);
+    int status = system(command);
+    FILE *f = file_open(log, "rb");
+    said[fread(said, 1, 4095, f)] = 0;
+    fclose(f);
+    free(log);
+    free(command);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+#define EXPECT_RUN(...) do {                                                              \
+    char said_[4096];                                                                     \
+    int code_ = trainer_test_run(said_, __VA_ARGS__);                                     \
+    EXPECT(code_ == 0, "exit code %d: %s", code_, said_);                                 \
+} while (0)
+
+#define EXPECT_REFUSED(code, part, ...) do {                                              \
+    char said_[4096];                                                                     \
+    int code_ = trainer_test_run(said_, __VA_ARGS__);                                     \
+    EXPECT(code_ == (code) && strstr(said_, part), "exit code %d, want %d with \"%s\": %s", code_, code, part, said_); \
+} while (0)
+
+// Whether two files hold the same bytes; a missing one is different from all.
+static inline int same_file(const char *a_dir, const char *b_dir, const char *name) {
+    char *a_path = xprintf("%s/%s", a_dir, name), *b_path = xprintf("%s/%s", b_dir, name);
+    FileMap a, b;
+    int same = !file_map(&a, a_path) && !file_map(&b, b_path) && a.size == b.size && !memcmp(a.data, b.data, a.size);
+    free(a_path);
+    free(b_path);
+    return same;
+}
+
+#define EXPECT_SAME(a, b, name) EXPECT(same_file(a, b, name), "%s differs between %s and %s", name, a, b)
+
+// The numbers of two metrics.jsonl that do not depend on time or memory are the same from step `from` on.
+static inline void expect_same_metrics(const char *a_dir, const char *b_dir, int64_t from) {
+    char *a_path = xprintf("%s/metrics.jsonl", a_dir), *b_path = xprintf("%s/metrics.jsonl", b_dir);
+    MetricsLog a = metrics_read(a_path), b = metrics_read(b_path);
+    int64_t skip = a.n - b.n;
+    EXPECT(a.n > 0 && skip >= 0 && skip <= from, "%lld and %lld steps", (long long)a.n, (long long)b.n);
+    for (int64_t i = from; i < a.n && skip >= 0 && skip <= from; i++) {
+        const Metrics *x = &a.record[i], *y = &b.record[i - skip];
+        EXPECT(x->step == y->step && x->loss == y->loss && x->grad_norm == y->grad_norm && x->lr == y->lr && x->flops == y->flops &&
+               x->tokens == y->tokens && !strcmp(x->plan, y->plan), "step %.0f differs: loss %.9g and %.9g", x->step, x->loss, y->loss);
+    }
+    metrics_log_free(&a);
+    metrics_log_free(&b);
+    free(a_path);
+    free(b_path);
+}
+
+// ---- The same bits ----
+
+static void test_trainer_threads_and_cadence_change_no_bit(void) {
+    const char *dir = test_directory();
+    char a[400], b[400], c[400];
+    snprintf(a, sizeof a, "%s/a/latest", dir), snprintf(b, sizeof b, "%s/b/latest", dir), snprintf(c, sizeof c, "%s/c/latest", dir);
+    const char *drop = "--steps 12 --drop-path 0.4 --drop-unit row";
+    EXPECT_RUN("--out %s/a %s --threads 1 --eval-every 0 --save-every 0", dir, drop);
+    EXPECT_RUN("--out %s/b %s --threads 2 --eval-every 1 --save-every 3 --sample-every 5", dir, drop);
+    EXPECT_RUN("--out %s/c %s --threads 3 --eval-every 5 --save-every 1 --eval-tokens 100", dir, drop);
+    EXPECT_SAME(a, b, "model.safetensors");
+    EXPECT_SAME(a, c, "model.safetensors");
+    EXPECT_SAME(a, b, "optimizer.safetensors");
+    EXPECT_SAME(a, c, "optimizer.safetensors");
+}
+
+static void test_trainer_drop_path_zero_is_plain_training(void) {
+    const char *dir = test_directory();
+    char a[400], b[400];
+    snprintf(a, sizeof a, "%s/plain/latest", dir);
+    EXPECT_RUN("--out %s/plain --steps 8", dir);
+    const char *options[] = {"--drop-recipe huang2016", "--drop-recipe elhoushi2026 --drop-adam skip", "--drop-unit row --drop-scale none"};
+    for (int i = 0; i < 3; i++) {
+        snprintf(b, sizeof b, "%s/%d/latest", dir, i);
+        EXPECT_RUN("--out %s/%d --steps 8 --drop-path 0 %s", dir, i, options[i]);
+        EXPECT_SAME(a, b, "model.safetensors");
+        EXPECT_SAME(a, b, "optimizer.safetensors");
+    }
+}
+
+// From a checkpoint in the middle of the ramp and of the first epoch, on into the second.
+static void test_trainer_resume_is_bit_identical(void) {
+    const char *dir = test_directory();
+    const char *variant[] = {"--drop-ramp-up 80%", "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
+                             "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli"};
+    for (int i = 0; i < 3; i++) {
+        char a[400], b[400], whole[500], part[500];
+        snprintf(a, sizeof a, "%s/%d_whole", dir, i), snprintf(b, sizeof b, "%s/%d_part", dir, i);
+        snprintf(whole, sizeof whole, "%s/latest", a), snprintf(part, sizeof part, "%s/latest", b);
+        EXPECT_RUN("--out %s --epochs 1.2 --drop-path 0.4 %s --save-every 100 --keep 0", a, variant[i]);
+        EXPECT_RUN("--out %s --epochs 1.2 --drop-path 0.4 %s --resume %s/step_00000100", b, variant[i], a);
+        EXPECT_SAME(whole, part, "model.safetensors");
+        EXPECT_SAME(whole, part, "optimizer.safetensors");
+        expect_same_metrics(a, b, 100);
+    }
+}
+
+// Killed in the middle, resumed from the latest whole checkpoint: metrics without gap or double, and the same end.
+static void test_trainer_killed_and_resumed(void) {
+    const char *dir = test_directory(), *data = trainer_test_data();
+    char a[400], b[400];
+    snprintf(a, sizeof a, "%s/whole", dir), snprintf(b, sizeof b, "%s/killed", dir);
+    EXPECT_RUN("--out %s --steps 200 --drop-path 0.3", a);
+    char *command = xprintf("%s/train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN
+                            " --out %s --steps 200 --drop-path 0.3 --save-every 2 > /dev/null 2>&1 & pid=$!; "
+                            "while kill -0 $pid 2>/dev/null && ! [ -e %s/step_00000010 ]; do sleep 0.01; done; kill -9 $pid; "
+                            "wait $pid 2>/dev/null; true", test_build(), data, data, b, b);
+    EXPECT(system(command) == 0, "the command failed");
+    free(command);
+    EXPECT_RUN("--out %s --steps 200 --drop-path 0.3 --resume", b);
+    expect_same_metrics(a, b, 0);
+    char whole[500], killed[500];
+    snprintf(whole, sizeof whole, "%s/latest", a), snprintf(killed, sizeof killed, "%s/latest", b);
+    EXPECT_SAME(whole, killed, "model.safetensors");
+}
+
+static void test_trainer_replay_gives_the_same_run(void) {
+    const char *dir = test_directory();
+    const char *variant[] = {"", "--drop-unit row", "--drop-unit row --drop-branches tied --drop-adam skip"};
+    for (int i = 0; i < 3; i++) {
+        char a[400], b[400];
+        snprintf(a, sizeof a, "%s/%d/latest", dir, i), snprintf(b, sizeof b, "%s/%d_replay/latest", dir, i);
+        EXPECT_RUN("--out %s/%d --steps 10 --drop-path 0.5 --drop-ramp-up 0 %s", dir, i, variant[i]);
+        EXPECT_RUN("--out %s/%d_replay --steps 10 --drop-path 0.5 --drop-ramp-up 0 %s --drop-sampling bernoulli --drop-replay %s/%d/metrics.jsonl",
+                   dir, i, variant[i], dir, i);
+        EXPECT_SAME(a, b, "model.safetensors");
+    }
+    EXPECT_REFUSED(1, "this run has 11", "--out %s/x --steps 11 --drop-path 0.5 --drop-replay %s/0/metrics.jsonl", dir, dir);
+    EXPECT_REFUSED(1, "step 1, micro-batch 0", "--out %s/x --steps 10 --layers 3 --drop-path 0.5 --drop-replay %s/0/metrics.jsonl", dir, dir);
+    EXPECT_REFUSED(1, "micro-batch 0", "--out %s/x --steps 10 --batch 8 --drop-path 0.5 --drop-replay %s/1/metrics.jsonl", dir, dir);
+}
+
+// ---- What is written ----
+
+static void test_trainer_learns_and_records(void) {
+    const char *dir = test_directory();
+    EXPECT_RUN("--out %s/run --steps 60 --lr 1e-2 --drop-path 0.3 --eval-every 20", dir);
+    char *path = xprintf("%s/run/metrics.jsonl", dir);
+    MetricsLog log = metrics_read(path);
+    EXPECT(log.n == 60, "%lld records", (long long)log.n);
+    double least = 1;
+    for (int64_t i = 0; i < log.n; i++) {
+        const Metrics *r = &log.record[i];
+        EXPECT((int64_t)r->step == i + 1 && (int64_t)r->tokens == 128 * (i + 1), "record %lld is of step %.0f", (long long)i, r->step);
+        EXPECT(isnan(r->val_loss) == ((i + 1) % 20 != 0), "evaluation at step %lld", (long long)i + 1);
+        EXPECT(r->flops > 0 && r->ms > 0 && r->mfu > 0 && r->peak_bytes > 0 && r->plan && strlen(r->plan) == 5, "step %lld", (long long)i + 1);
+        if (r->flops_fraction < least) least = r->flops_fraction;
+    }
+    EXPECT(log.n == 60 && log.record[59].val_loss < log.record[0].loss - 1, "it has not learned: %g", log.record[59].val_loss);
+    EXPECT_CLOSE(log.record[59].val_ppl, exp(log.record[59].val_loss), 1e-9, "perplexity");
+    EXPECT_CLOSE(log.record[59].val_bpb, log.record[59].val_loss / 0.69314718055994531, 1e-6, "one byte a token: bits per byte");
+    EXPECT(least < 1, "nothing was dropped");
+    metrics_log_free(&log);
+    free(path);
+}
+
+static void test_trainer_config_feeds_back(void) {
+    const char *dir = test_directory();
+    char a[400], b[400];
+    snprintf(a, sizeof a, "%s/a", dir), snprintf(b, sizeof b, "%s/b", dir);
+    EXPECT_RUN("--out %s --steps 6 --drop-recipe layerskip2024 --drop-path 0.2 --lr 0.0123 --warmup 3", a);
+    EXPECT_RUN("--config %s/config.txt --out %s", a, b);
+    expect_same_metrics(a, b, 0);
+}
+
+static void test_trainer_survival_scaling_reaches_the_checkpoint(void) {
+    const char *dir = test_directory();
+    EXPECT_RUN("--out %s/run --steps 4 --drop-recipe huang2016 --drop-path 0.5", dir);
+    char *path = xprintf("%s/run/latest", dir);
+    GptConfig c;
+    double *scale;
+    int tied;
+    checkpoint_read_config(path, &c, &scale, &tied);
+    EXPECT(c.L == 2 && tied && scale[0] == 0.75 && scale[1] == 0.75 && scale[2] == 0.5 && scale[3] == 0.5, "%g %g", scale[0], scale[2]);
+    free(scale);
+    free(path);
+}
+
+static void test_trainer_weights_of_another_run(void) {
+    const char *dir = test_directory();
+    EXPECT_RUN("--out %s/first --steps 30 --lr 1e-2", dir);
+    EXPECT_RUN("--out %s/second --steps 1 --lr 0 --init-from %s/first/latest", dir, dir);
+    char a[400], b[400];
+    snprintf(a, sizeof a, "%s/first/latest", dir), snprintf(b, sizeof b, "%s/second/latest", dir);
+    EXPECT_SAME(a, b, "model.safetensors");
+    EXPECT_REFUSED(1, "--layers 3", "--out %s/third --layers 3 --init-from %s/first/latest", dir, dir);
+    EXPECT_REFUSED(1, "config.json", "--out %s/third --init-from %s/nowhere", dir, dir);
+}
+
+// ---- What is refused, with nothing touched ----
+
+static void test_trainer_refuses(void) {
+    const char *dir = test_directory();
+    char *run = xprintf("%s/run", dir), *none = xprintf("%s/none", dir);
+    EXPECT_RUN("--out %s --steps 2", run);
+    EXPECT_REFUSED(1, "holds a run already", "--out %s --steps 2", run);
+    static const struct { const char *options, *part; } wrong[] = {
+        {"--drop-path 1", "--drop-path"}, {"--drop-path -0.1", "--drop-path"}, {"--drop-paht 0.1", "drop-path"},
+        {"--total-batch 100", "--total-batch 128"}, {"--vocab-size 100", "257"}, {"--heads 3", "heads"}, {"--seq-len 100000", "shorter --seq-len"},
+        {"--train '/nowhere/*.bin'", "/nowhere"}, {"--val '/nowhere/*.bin'", "/nowhere"}, {"--tokenizer /nowhere", "/nowhere"},
+        {"--resume /nowhere", "/nowhere"}, {"--config /nowhere", "/nowhere"}, {"--drop-replay /nowhere", "/nowhere"},
+        {"--epochs 1e-6", "--epochs"}, {"--threads many", "--threads"}, {"stray", "stray"}};
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        EXPECT_REFUSED(1, wrong[i].part, "--out %s %s", none, wrong[i].options);
+        EXPECT(!path_exists(none), "%s was made by a run that was refused: %s", none, wrong[i].options);
+    }
+    free(run);
+    free(none);
+}
+
+static void test_trainer_warns_of_a_high_rate(void) {
+    const char *dir = test_directory();
+    char said[4096];
+    EXPECT(trainer_test_run(said, "--out %s/a --steps 1 --drop-path 0.3", dir) == 0 && strstr(said, "0.1 is usual for a small model"), "%s", said);
+    EXPECT(trainer_test_run(said, "--out %s/b --steps 1 --drop-path 0.1", dir) == 0 && !said[0], "%s", said);
+}
+
+// A loss that is not finite: the weights stay, the run stops with code 3 and keeps its last checkpoint.
+static void test_trainer_survives_numbers_that_are_not_finite(void) {
+    const char *dir = test_directory();
+    EXPECT_REFUSED(3, "2 steps in a row", "--out %s/run --steps 20 --lr 1e38 --warmup 0 --grad-clip 0 --save-every 1 --keep 0 --max-bad-steps 2", dir);
+    char *last = xprintf("%s/run/latest", dir), *wrong = checkpoint_verify(last), *path = xprintf("%s/model.safetensors", last);
+    EXPECT(!wrong, "%s", wrong);
+    FileMap map;
+    Safetensors t;
+    if (!file_map(&map, path) && !safetensors_parse(&t, map.data, map.size))
+        for (int i = 0; i < t.n; i++)
+            for (size_t k = 0; k < t.entry[i].count; k++) EXPECT(!isnan(safetensors_real(&t.entry[i], k)), "NaN in %s", t.entry[i].name);
+    else EXPECT(0, "cannot read %s", path);
+    safetensors_free(&t);
+    file_unmap(&map);
+    free(last), free(path), free(wrong);
+}
+
+#define TRAINER_TESTS(X)                                                                          \
+    X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                    \
+    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical)                \
+    X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
+    X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
+    X(trainer_refuses) X(trainer_warns_of_a_high_rate) X(trainer_survives_numbers_that_are_not_finite)
+
+#endif

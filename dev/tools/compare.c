@@ -1,0 +1,503 @@
+// compare.c: does drop path pay? Trains without it and with it, on the same data in the same order, for one seed or
+// several, and sets loss, FLOPs, time and memory side by side.
+//
+//     build/compare --train 'data/train_*.bin' --val 'data/val_*.bin' --drop-path 0.1 --seeds 3 --out runs/compare
+//
+// Takes every option of train_gpt. Each run is one that train_gpt would do, in a folder of its own, OUT/none_s1337,
+// OUT/drop_s1337, ...; the same command again goes on where it stopped, or with more --seeds adds the runs that are
+// missing. The answer is printed and written to OUT/compare.md and OUT/compare.json.
+#include "../trainer.h"
+#include "../stats.h"
+#include <ctype.h>
+#include <sys/file.h>
+#include <sys/wait.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
+
+extern const Engine cpu_engine;
+
+// ---- Options: the trainer's, and these ----
+
+#define COMPARE_OPTIONS(HEADING, OPTION)                                                                             \
+  HEADING("Compare: every run is done without drop path and with it")                                                \
+    OPTION(seeds, "seeds", INTEGER, "1", "[1,1000]",                                                                 \
+           "runs of each kind, with seeds --seed, --seed + 1, ...; differences have an interval from 2 on")          \
+    OPTION(equal_flops, "equal-flops", FLAG, "1", "0|1",                                                             \
+           "also train with drop path for as many more steps as its saving pays for")
+
+typedef struct { COMPARE_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } CompareOptions;
+
+static const OptionSpec compare_option_specs[] = {
+#define X(...) OPTION_SPEC(CompareOptions, __VA_ARGS__)
+    COMPARE_OPTIONS(OPTION_HEADING_SPEC, X)
+#undef X
+};
+enum { N_COMPARE_OPTION_SPECS = sizeof compare_option_specs / sizeof compare_option_specs[0] };
+
+// ---- What is compared ----
+
+enum { NONE, DROP, DROP_FLOPS, MAX_ARMS };
+static const char *const arm_name[MAX_ARMS] = {"none", "drop", "drop_flops"};      // of folders, and in compare.json
+
+// Every number of a run: its name in compare.json, its row in the table, the unit of that row, and how it is printed.
+#define NUMBERS(X)                                                                   \
+    X(steps,            "optimizer steps",                     1,       "%.0f")      \
+    X(tokens,           "tokens trained on",                   1,       "%.0f")      \
+    X(flops,            "FLOPs executed",                      1,       "%.4g")      \
+    X(val_loss,         "validation loss (nats per token)",    1,       "%.4f")      \
+    X(val_ppl,          "validation perplexity",               1,       "%.4f")      \
+    X(val_bpb,          "validation bits per byte",            1,       "%.4f")      \
+    X(tok_per_s,        "training tokens per second",          1,       "%.0f")      \
+    X(seconds,          "wall time of the steps (s)",          1,       "%.2f")      \
+    X(peak_bytes,       "peak memory (MiB)",                   1048576, "%.1f")      \
+    X(speedup_measured, "speed-up, measured",                  1,       "%.3fx")     \
+    X(speedup_ideal,    "speed-up, ideal (ratio of FLOPs)",    1,       "%.3fx")
+
+#define X(name, title, unit, format) N_##name,
+enum { NUMBERS(X) N_NUMBERS };
+#undef X
+
+static const struct { const char *name, *title; double unit; const char *format; } number[N_NUMBERS] = {
+#define X(name, title, unit, format) {#name, title, unit, format},
+    NUMBERS(X)
+#undef X
+};
+
+typedef struct {
+    Options options;
+    TrainOptions train;
+    CompareOptions own;
+    GptConfig config;
+    int T, seeds, arms;
+    int64_t step_tokens, steps[MAX_ARMS];
+    double *value[MAX_ARMS][N_NUMBERS];                  // (seeds) each
+} Compare;
+
+// ---- Before anything is written ----
+
+static void read_options(Compare *c, int argc, char **argv) {
+    const TrainOptions *o = &c->train;
+    options_init(&c->options, "compare --train GLOB --val GLOB --drop-path X [--seeds N] [options]");
+    options_add(&c->options, train_option_specs, N_TRAIN_OPTION_SPECS, &c->train);
+    options_add(&c->options, compare_option_specs, N_COMPARE_OPTION_SPECS, &c->own);
+    options_parse(&c->options, argc, argv);
+    options_apply_recipe(&c->options, &c->train);
+    if (!*o->train || !*o->val)
+        die("compare needs --train and --val\n  hint: data/README.md tells how to make token shards");
+    if (o->drop_path == 0) die("compare needs a --drop-path above 0\n  hint: 0.1 is usual for a small model");
+    if (*o->resume) die("compare does without --resume: the same command goes on where it stopped");
+    if (*o->drop_replay) die("--drop-replay: compare draws its plans\n  hint: train_gpt replays them");
+    if (o->seed > INT64_MAX - c->own.seeds)
+        die("--seed %lld leaves no room for %lld seeds", (long long)o->seed, (long long)c->own.seeds);
+    c->seeds = (int)c->own.seeds;
+    c->arms = c->own.equal_flops ? MAX_ARMS : DROP_FLOPS;
+}
+
+// The model, the steps and the data, as the trainer will see them. No engine is opened here: its threads would not
+// survive a fork.
+static void read_sizes(Compare *c) {
+    Trainer tr;
+    memset(&tr, 0, sizeof tr);
+    tr.options = &c->train;
+    tr.world = tr.has_val = 1;
+    trainer_open_tokenizer(&tr);
+    trainer_config(&tr, *c->train.init_from ? c->train.init_from : NULL);
+    shards_open(&tr.train, c->train.train, tr.T, tr.config.V);
+    shards_open(&tr.val, c->train.val, tr.T, tr.config.V);
+    trainer_sizes(&tr);
+    c->config = tr.config;
+    c->T = tr.T;
+    c->step_tokens = (int64_t)tr.B * tr.T * tr.M;
+    c->steps[NONE] = c->steps[DROP] = tr.steps;
+    shards_close(&tr.train);
+    shards_close(&tr.val);
+    if (tr.has_tokenizer) tokenizer_free(&tr.tokenizer);
+}
+
+// What a run of so many steps with drop path is expected to cost, in steps without it.
+static double expected_cost(const Compare *c, int64_t steps) {
+    const DropPath d = trainer_drop_path(&c->train, c->config.L, steps);
+    double cost = 0;
+    for (int64_t t = 0; t < steps; t++) cost += drop_path_expected_compute(&d, &c->config, c->T, t);
+    return cost;
+}
+
+// The steps with drop path that cost as much as the run without it. The ramp is stretched with the run; a longer run
+// never costs less, so bisection finds them.
+static int64_t equal_flops_steps(const Compare *c) {
+    const double target = (double)c->steps[NONE];
+    int64_t low = c->steps[NONE], high = low;            // low costs at most the target, high at least
+    while (expected_cost(c, high) < target) low = high, high *= 2;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (expected_cost(c, middle) < target) low = middle;
+        else high = middle;
+    }
+    return target - expected_cost(c, low) < expected_cost(c, high) - target ? low : high;
+}
+
+// ---- One run ----
+
+// The options of a run; `out` is from malloc, the other texts are the user's.
+static TrainOptions run_options(const Compare *c, int arm, int s) {
+    TrainOptions o = c->train;
+    o.seed += s;
+    o.out = xprintf("%s/%s_s%lld", c->train.out, arm_name[arm], (long long)o.seed);
+    o.steps = c->steps[arm];
+    o.epochs = 0;
+    if (arm == NONE) o.drop_path = 0;
+    return o;
+}
+
+// The run's config.txt: what train_gpt would write.
+static Text run_config(const Compare *c, TrainOptions *o) {
+    Text text = {NULL, 0, 0};
+    Options view = c->options;
+    view.n_sets = 2;                                     // the parser's own and the trainer's
+    view.set[1].values = o;
+    options_dump(&view, &text);
+    return text;
+}
+
+// Whether the run was started before; dies when that was with other options.
+static int run_started(const char *out, const Text *config) {
+    char *path = xprintf("%s/config.txt", out);
+    FileMap map;
+    const int started = path_exists(path);
+    const char *error = started ? file_map(&map, path) : NULL;
+    if (error) die("cannot read %s: %s", path, error);
+    if (started && (map.size != config->n || memcmp(map.data, config->s, config->n))) {
+        size_t i = 0;
+        while (i < map.size && i < config->n && (char)map.data[i] == config->s[i]) i++;
+        while (i > 0 && config->s[i - 1] != '\n') i--;
+        die("%s was run with other options\n  now: %.*s\n  hint: another --out starts anew", out,
+            (int)strcspn(config->s + i, "\n"), config->s + i);
+    }
+    if (started) file_unmap(&map);
+    free(path);
+    return started;
+}
+
+// Reads the numbers of a run out of its metrics.jsonl; returns whether it was trained and evaluated to its end.
+static int run_read(Compare *c, int arm, int s, const char *out) {
+    char *path = xprintf("%s/metrics.jsonl", out);
+    MetricsLog log = {NULL, 0};
+    if (path_exists(path)) log = metrics_read(path);
+    free(path);
+    const int64_t n = log.n;
+    const Metrics *last = n ? &log.record[n - 1] : NULL;
+    const int finished = n == c->steps[arm] && last->step == (double)n && isfinite(last->val_loss);
+    if (finished) {
+        double flops = 0, ms = 0, peak = 0;
+        for (const Metrics *r = log.record; r <= last; r++) {
+            flops += r->flops;
+            ms += r->ms;
+            peak = fmax(peak, r->peak_bytes);
+        }
+        const double value[N_NUMBERS] = {
+            [N_steps] = last->step, [N_tokens] = last->tokens, [N_flops] = flops,
+            [N_val_loss] = last->val_loss, [N_val_ppl] = last->val_ppl, [N_val_bpb] = last->val_bpb,
+            [N_tok_per_s] = last->tokens / (ms / 1000), [N_seconds] = ms / 1000, [N_peak_bytes] = peak,
+            [N_speedup_measured] = arm == NONE ? 1 : c->value[NONE][N_seconds][s] / (ms / 1000),
+            [N_speedup_ideal] = arm == NONE ? 1 : c->value[NONE][N_flops][s] / flops,
+        };
+        for (int k = 0; k < N_NUMBERS; k++) c->value[arm][k][s] = value[k];
+    }
+    metrics_log_free(&log);
+    return finished;
+}
+
+// Trains in a child process, so that peak memory is this run's own; returns its exit code.
+static int run_train(const TrainOptions *o, const char *config) {
+    int status;
+    fflush(NULL);
+    const pid_t child = fork();
+    if (child < 0) die("cannot start a process: %s", strerror(errno));
+    if (child == 0) {
+#ifdef __linux__
+        prctl(PR_SET_PDEATHSIG, SIGKILL);                // who kills compare means its run too
+#endif
+        trainer_run(&cpu_engine, o, config);
+        exit(0);
+    }
+    while (waitpid(child, &status, 0) < 0)
+        if (errno != EINTR) die("waitpid: %s", strerror(errno));
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);      // as a shell counts
+}
+
+static void run(Compare *c, int arm, int s) {
+    TrainOptions o = run_options(c, arm, s);
+    Text config = run_config(c, &o);
+    char *title = xprintf("run %d of %d: %s, seed %lld", s * c->arms + arm + 1, c->seeds * c->arms, arm_name[arm],
+                          (long long)o.seed);
+    const int started = run_started(o.out, &config);
+    if (run_read(c, arm, s, o.out)) printf("%s: finished before, in %s\n", title, o.out);
+    else {
+        printf("\n%s -> %s\n", title, o.out);
+        o.resume = (char *)(uintptr_t)(started ? "latest" : "");
+        const int code = run_train(&o, config.s);
+        if (code) {
+            fprintf(stderr, "error: %s ended with exit code %d\n  hint: the same command again goes on with it\n", title,
+                    code);
+            exit(code);
+        }
+        if (!run_read(c, arm, s, o.out)) die("%s ended without a finite validation loss\n  hint: a lower --lr", title);
+    }
+    text_free(&config);
+    free(title);
+    free(o.out);
+}
+
+// One compare at a time in a folder. The lock lasts as long as any process of this compare, an orphaned run included.
+static void lock_folder(const char *out) {
+    const int fd = open(out, O_RDONLY);
+    if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;  // some network disks have no locks
+    printf("waiting for another compare in %s to end\n", out);
+    fflush(stdout);
+    while (flock(fd, LOCK_EX) && errno == EINTR) {}
+}
+
+// ---- What came of it ----
+
+static double mean_of(const Compare *c, int arm, int k) { return stats_mean(c->value[arm][k], c->seeds); }
+
+static StatsDifference minus_none(const Compare *c, int arm, int k) {
+    return stats_paired(c->value[arm][k], c->value[NONE][k], c->seeds);
+}
+
+// A loss above the baseline's by more than 3% of it, and by more than chance explains where that can be told.
+static int underfits(const Compare *c, int arm) {
+    const StatsDifference d = minus_none(c, arm, N_val_loss);
+    return d.mean > 0.03 * mean_of(c, NONE, N_val_loss) && (c->seeds < 2 || d.mean > 2 * d.error);
+}
+
+static char *arm_title(const Compare *c, int arm) {
+    if (arm == NONE) return xstrdup("no drop path");
+    return xprintf("drop path %g%s", c->train.drop_path, arm == DROP ? "" : ", equal FLOPs");
+}
+
+// ---- Tables: plain text that is Markdown too ----
+
+enum { MAX_ROWS = N_NUMBERS + 1 };
+
+typedef struct { int rows, columns; char *cell[MAX_ROWS][1 + MAX_ARMS]; } Table;      // row 0 is the heading
+
+static void table_print(Text *out, const Table *t) {
+    int width[1 + MAX_ARMS] = {0};
+    for (int r = 0; r < t->rows; r++)
+        for (int k = 0; k < t->columns; k++)
+            if ((int)strlen(t->cell[r][k]) > width[k]) width[k] = (int)strlen(t->cell[r][k]);
+    for (int r = 0; r < t->rows; r++) {
+        for (int k = 0; k < t->columns; k++) text_printf(out, "| %*s ", k ? width[k] : -width[k], t->cell[r][k]);
+        text_printf(out, "|\n");
+        for (int k = 0; r == 0 && k < t->columns; k++) {
+            text_printf(out, k ? "|" : "|-");
+            for (int i = 0; i < width[k] + 1; i++) text_append(out, "-", 1);
+            text_printf(out, k ? ":" : "");
+        }
+        if (r == 0) text_printf(out, "|\n");
+    }
+}
+
+static void table_free(Table *t) {
+    for (int r = 0; r < t->rows; r++)
+        for (int k = 0; k < t->columns; k++) free(t->cell[r][k]);
+}
+
+// "1.9012 (sd 0.0031)"; without the sd where all seeds agree or there is one, "n/a" where there is no number.
+static char *mean_cell(const Compare *c, int arm, int k) {
+    const double mean = mean_of(c, arm, k), sd = stats_sd(c->value[arm][k], c->seeds);
+    if (isnan(mean)) return xstrdup("n/a");
+    Text t = {NULL, 0, 0};
+    char s[64];
+    snprintf(s, sizeof s, number[k].format, mean / number[k].unit);
+    text_printf(&t, "%s", s);
+    snprintf(s, sizeof s, number[k].format, sd / number[k].unit);
+    if (sd > 0) text_printf(&t, " (sd %s)", s);
+    return t.s;
+}
+
+// "+0.0123, 95% interval -0.0040 .. +0.0286"
+static char *difference_text(const Compare *c, int arm, int k) {
+    const StatsDifference d = minus_none(c, arm, k);
+    if (isnan(d.mean)) return xstrdup("n/a");
+    if (isnan(d.low)) return xprintf("%+.4f, interval: needs --seeds 2 or more", d.mean);
+    return xprintf("%+.4f, 95%% interval %+.4f .. %+.4f", d.mean, d.low, d.high);
+}
+
+static void report_tables(const Compare *c, Text *out) {
+    Table means = {1 + N_NUMBERS, 1 + c->arms, {{NULL}}}, differences = {4, c->arms, {{NULL}}};
+    means.cell[0][0] = xprintf("mean of %d seed%s", c->seeds, c->seeds == 1 ? "" : "s");
+    differences.cell[0][0] = xstrdup("minus no drop path, paired by seed");
+    for (int arm = 0; arm < c->arms; arm++) {
+        means.cell[0][1 + arm] = arm_title(c, arm);
+        if (arm != NONE) differences.cell[0][arm] = arm_title(c, arm);
+    }
+    for (int k = 0; k < N_NUMBERS; k++) {
+        means.cell[1 + k][0] = xstrdup(number[k].title);
+        for (int arm = 0; arm < c->arms; arm++) means.cell[1 + k][1 + arm] = mean_cell(c, arm, k);
+    }
+    for (int k = N_val_loss, row = 1; k <= N_val_bpb; k++, row++) {
+        differences.cell[row][0] = xstrdup(number[k].title);
+        for (int arm = DROP; arm < c->arms; arm++) differences.cell[row][arm] = difference_text(c, arm, k);
+    }
+    table_print(out, &means);
+    text_printf(out, "\n");
+    table_print(out, &differences);
+    table_free(&means);
+    table_free(&differences);
+}
+
+static void report_verdict(const Compare *c, Text *out) {
+    text_printf(out, "\nTimes are sums over the steps, without evaluation and saving; what else the machine did is in\n"
+                "them: trust a measured speed-up as far as the seeds agree.%s\n\n",
+                c->seeds > 1 ? " sd: standard deviation over the seeds." : "");
+    for (int arm = DROP; arm < c->arms; arm++) {
+        char *title = arm_title(c, arm);
+        if (underfits(c, arm))
+            text_printf(out, "underfitting: the validation loss with %s is %.1f%% above the one without.\n"
+                        "  hint: lower --drop-path, or train longer\n\n", title,
+                        100 * (mean_of(c, arm, N_val_loss) / mean_of(c, NONE, N_val_loss) - 1));
+        free(title);
+    }
+    const double none = mean_of(c, NONE, N_val_loss);
+    char *difference = difference_text(c, DROP, N_val_loss);
+    text_printf(out, "drop path %g: validation loss %.4f vs %.4f (%s), with %.1f%% fewer FLOPs and %.2fx the speed, "
+                "measured (ideal %.2fx)", c->train.drop_path, mean_of(c, DROP, N_val_loss), none, difference,
+                100 * (1 - mean_of(c, DROP, N_flops) / mean_of(c, NONE, N_flops)), mean_of(c, DROP, N_speedup_measured),
+                mean_of(c, DROP, N_speedup_ideal));
+    free(difference);
+    if (c->arms > DROP_FLOPS) {
+        difference = difference_text(c, DROP_FLOPS, N_val_loss);
+        text_printf(out, "; at equal FLOPs (%lld steps) %.4f vs %.4f (%s)", (long long)c->steps[DROP_FLOPS],
+                    mean_of(c, DROP_FLOPS, N_val_loss), none, difference);
+        free(difference);
+    }
+    text_printf(out, ".\n");
+}
+
+// ---- compare.md and compare.json ----
+
+// Appends a word as a shell reads it.
+static void shell_word(Text *out, const char *word) {
+    int plain = *word != 0;
+    for (const char *s = word; *s; s++) plain &= isalnum((unsigned char)*s) || strchr("-_./=,:%+@", *s) != NULL;
+    if (!plain) text_append(out, "'", 1);
+    for (const char *s = word; *s; s++) {
+        if (*s == '\'') text_printf(out, "'\\''");
+        else text_append(out, s, 1);
+    }
+    if (!plain) text_append(out, "'", 1);
+}
+
+static void markdown(const Compare *c, Text *out, const char *command, const Text *report) {
+    const GptConfig *g = &c->config;
+    char parameters[32];
+    metrics_grouped(parameters, (double)gpt_params_count(g));
+    text_printf(out, "# Drop path %g compared with none\n\n    %s\n\n", c->train.drop_path, command);
+    text_printf(out, "%s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d.\n", parameters, g->L,
+                g->NH, g->C, c->T, g->V);
+    text_printf(out, "%lld steps of %lld tokens", (long long)c->steps[NONE], (long long)c->step_tokens);
+    if (c->arms > DROP_FLOPS) text_printf(out, "; at equal FLOPs %lld steps", (long long)c->steps[DROP_FLOPS]);
+    text_printf(out, ". Seeds %lld to %lld.\n\n%s", (long long)c->train.seed, (long long)c->train.seed + c->seeds - 1,
+                report->s);
+}
+
+// Appends n pairs "name": number.
+static void json_numbers(Text *out, int n, const char *const *name, const double *value) {
+    for (int i = 0; i < n; i++) {
+        text_printf(out, "%s\"%s\": ", i ? ", " : "", name[i]);
+        json_write_number(out, value[i]);
+    }
+}
+
+static void json_run(const Compare *c, Text *out, int arm, int s) {
+    TrainOptions o = run_options(c, arm, s);
+    text_printf(out, "    {\"arm\": \"%s\", \"seed\": %lld, \"out\": ", arm_name[arm], (long long)o.seed);
+    json_write_string(out, o.out);
+    for (int k = 0; k < N_NUMBERS; k++) {
+        text_printf(out, ", ");
+        json_numbers(out, 1, &number[k].name, &c->value[arm][k][s]);
+    }
+    text_printf(out, "}");
+    free(o.out);
+}
+
+static void json_arm(const Compare *c, Text *out, int arm) {
+    static const char *const moments[2] = {"mean", "sd"}, *const interval[3] = {"mean", "low", "high"};
+    text_printf(out, "    \"%s\": {\n", arm_name[arm]);
+    for (int k = 0; k < N_NUMBERS; k++) {
+        const double value[2] = {mean_of(c, arm, k), stats_sd(c->value[arm][k], c->seeds)};
+        text_printf(out, "%s      \"%s\": {", k ? ",\n" : "", number[k].name);
+        json_numbers(out, 2, moments, value);
+        text_printf(out, "}");
+    }
+    for (int k = N_val_loss; arm != NONE && k <= N_val_bpb; k++) {
+        const StatsDifference d = minus_none(c, arm, k);
+        const double value[3] = {d.mean, d.low, d.high};
+        text_printf(out, "%s\"%s\": {", k == N_val_loss ? ",\n      \"minus_none\": {" : ", ", number[k].name);
+        json_numbers(out, 3, interval, value);
+        text_printf(out, k == N_val_bpb ? "}}" : "}");
+    }
+    if (arm != NONE) text_printf(out, ",\n      \"underfitting\": %s", underfits(c, arm) ? "true" : "false");
+    text_printf(out, "\n    }");
+}
+
+static void json(const Compare *c, Text *out, const char *command) {
+    const GptConfig *g = &c->config;
+    text_printf(out, "{\n  \"format\": \"droppath.c comparison 1\",\n  \"command\": ");
+    json_write_string(out, command);
+    text_printf(out, ",\n  \"drop_path\": ");
+    json_write_number(out, c->train.drop_path);
+    text_printf(out, ",\n  \"model\": {\"parameters\": %zu, \"layers\": %d, \"heads\": %d, \"channels\": %d, "
+                "\"seq_len\": %d, \"vocab_size\": %d},\n  \"step_tokens\": %lld,\n  \"seeds\": %d,\n  \"runs\": [",
+                gpt_params_count(g), g->L, g->NH, g->C, c->T, g->V, (long long)c->step_tokens, c->seeds);
+    for (int i = 0; i < c->seeds * c->arms; i++) {
+        text_printf(out, i ? ",\n" : "\n");
+        json_run(c, out, i % c->arms, i / c->arms);
+    }
+    text_printf(out, "\n  ],\n  \"arms\": {");
+    for (int arm = 0; arm < c->arms; arm++) {
+        text_printf(out, arm ? ",\n" : "\n");
+        json_arm(c, out, arm);
+    }
+    text_printf(out, "\n  },\n  \"underfitting\": %s\n}\n", underfits(c, DROP) ? "true" : "false");
+}
+
+static void write_report(const Compare *c, int argc, char **argv) {
+    Text command = {NULL, 0, 0}, report = {NULL, 0, 0}, md = {NULL, 0, 0}, js = {NULL, 0, 0};
+    char *md_path = xprintf("%s/compare.md", c->train.out), *js_path = xprintf("%s/compare.json", c->train.out);
+    for (int i = 0; i < argc; i++) {
+        if (i) text_append(&command, " ", 1);
+        shell_word(&command, argv[i]);
+    }
+    report_tables(c, &report);
+    report_verdict(c, &report);
+    markdown(c, &md, command.s, &report);
+    json(c, &js, command.s);
+    file_write_whole(md_path, md.s, md.n);
+    file_write_whole(js_path, js.s, js.n);
+    printf("\n%s\nwritten: %s, %s\n", report.s, md_path, js_path);
+    text_free(&command), text_free(&report), text_free(&md), text_free(&js);
+    free(md_path);
+    free(js_path);
+}
+
+int main(int argc, char **argv) {
+    Compare compare, *c = &compare;
+    memset(c, 0, sizeof *c);
+    read_options(c, argc, argv);
+    read_sizes(c);
+    if (c->arms > DROP_FLOPS) c->steps[DROP_FLOPS] = equal_flops_steps(c);
+    for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++)
+        c->value[i / N_NUMBERS][i % N_NUMBERS] = (double *)xcalloc((size_t)c->seeds, sizeof(double));
+    directory_make(c->train.out);
+    lock_folder(c->train.out);
+    for (int s = 0; s < c->seeds; s++)                   // seed by seed: arms that are compared run at much the same time
+        for (int arm = 0; arm < c->arms; arm++) run(c, arm, s);
+    write_report(c, argc, argv);
+    for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++) free(c->value[i / N_NUMBERS][i % N_NUMBERS]);
+    options_free(&c->options);
+    return 0;
+}

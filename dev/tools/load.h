@@ -1,0 +1,119 @@
+// load.h: a trained model for the tools that only run it: a checkpoint directory, ours or a Hugging Face GPT-2, and its
+// tokenizer.
+#ifndef LOAD_H
+#define LOAD_H
+
+#include "../check.h"
+#include "../checkpoint.h"
+#include "../options.h"
+#include "../tokenizer.h"
+
+typedef struct {
+    char *dir;                                           // where config.json and model.safetensors are
+    GptConfig config;
+    double *scale;                                       // (2L) factors of the branches in evaluation
+    int tied;                                            // how they apply: DropPlan.tied
+    char *run;                                           // the options of the run that made it, as config.txt, or NULL
+    const Engine *engine;
+    Model *model;
+    DropPlan plan;                                       // room for the rows it was opened for
+    Tokenizer tokenizer;
+    int has_tokenizer;
+} Loaded;
+
+// `path` itself, or the checkpoint that its link `latest` leads to, when it is a run's directory. From malloc.
+static inline char *load_directory(const char *path) {
+    char *config = xprintf("%s/config.json", path), *latest = xprintf("%s/latest", path);
+    char *dir = xstrdup(!path_exists(config) && path_exists(latest) ? latest : path);
+    free(config);
+    free(latest);
+    return dir;
+}
+
+// The options of the run that wrote this checkpoint, from malloc; NULL in a directory that is not ours, which has no
+// trainer.json. What the tools read of ours, weights and sizes, must match its SHA-256.
+static inline char *load_trainer_json(const char *dir) {
+    char *path = xprintf("%s/trainer.json", dir), *run = NULL, hex[SHA256_HEX];
+    FileMap map, file;
+    Json doc;
+    if (path_exists(path)) {
+        const char *error = file_map(&map, path);
+        if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
+        if (error) die("this checkpoint is damaged: %s: %s", path, error);
+        for (int i = 0; i < 2; i++) {
+            char *name = xprintf("%s/%s", dir, checkpoint_file[i]);
+            if ((error = file_map(&file, name))) die("cannot read %s: %s", name, error);
+            sha256_hex(hex, file.data, file.size);
+            if (!json_equals(&doc, json_get(&doc, json_get(&doc, 0, "files"), checkpoint_file[i]), hex))
+                die("this checkpoint is damaged: %s does not match its SHA-256 in trainer.json", name);
+            file_unmap(&file);
+            free(name);
+        }
+        run = json_string(&doc, json_get(&doc, 0, "options"), NULL);
+        json_free(&doc);
+        file_unmap(&map);
+    }
+    free(path);
+    return run;
+}
+
+// Reads the sizes of the checkpoint at `path`; the weights wait for load_model. Dies when it is missing or damaged.
+static inline void load_config(Loaded *m, const char *path) {
+    memset(m, 0, sizeof *m);
+    m->dir = load_directory(path);
+    m->run = load_trainer_json(m->dir);
+    checkpoint_read_config(m->dir, &m->config, &m->scale, &m->tied);
+}
+
+// Opens it on an engine to run B rows of T tokens at once, T at most config.T.
+static inline void load_model(Loaded *m, const Engine *engine, int B, int T, int threads) {
+    const EngineArgs args = {B, T, threads, {0, 0, 0}};
+    m->engine = engine;
+    m->model = engine->open(&m->config, &args);
+    m->plan = drop_plan_new(m->config.L, B);
+    checkpoint_load_weights(m->dir, engine, m->model, &m->config);
+}
+
+// The tokenizer of the run: what its --tokenizer named, or what is beside its --train. A path from malloc, or NULL.
+static inline char *load_run_tokenizer(const char *run) {
+    TrainOptions t;
+    Options o;
+    options_init(&o, "");
+    options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &t);
+    char *error = options_config(&o, run, strlen(run), FROM_CONFIG, "trainer.json");
+    free(error);                                         // an option of another version; --train comes first
+    char *path = *t.tokenizer ? xstrdup(t.tokenizer) : tokenizer_find(t.train);
+    if (path && !path_exists(path)) {
+        free(path);
+        path = NULL;
+    }
+    options_free(&o);
+    return path;
+}
+
+// Takes the tokenizer from the file `given`; if that is "", from beside the checkpoint's files, else from beside `shards`
+// (NULL: none), else the run's. Finding none is no error; one with more tokens than the model is.
+static inline void load_tokenizer(Loaded *m, const char *given, const char *shards) {
+    char *inside = xprintf("%s/", m->dir), *path = *given ? xstrdup(given) : tokenizer_find(inside);
+    if (!path && shards) path = tokenizer_find(shards);
+    if (!path && m->run) path = load_run_tokenizer(m->run);
+    free(inside);
+    if (!path) return;
+    tokenizer_load(&m->tokenizer, path);
+    if (m->tokenizer.V > m->config.V)
+        die("%s has %d tokens, the model only %d\n  hint: --tokenizer FILE names another", path, m->tokenizer.V,
+            m->config.V);
+    m->has_tokenizer = 1;
+    free(path);
+}
+
+static inline void load_close(Loaded *m) {
+    if (m->has_tokenizer) tokenizer_free(&m->tokenizer);
+    m->engine->close(m->model);
+    drop_plan_free(&m->plan);
+    free(m->dir);
+    free(m->scale);
+    free(m->run);
+}
+
+#endif
