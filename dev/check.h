@@ -102,16 +102,24 @@ static inline void *xrealloc(void *old, size_t count, size_t size) {
     return p;
 }
 
+// A formatted string from malloc, and its length.
+static inline char *PRINTF_LIKE(2, 0) xprintf_v(int *length, const char *format, va_list args) {
+    va_list again;
+    va_copy(again, args);
+    *length = vsnprintf(NULL, 0, format, args);
+    CHECK(*length >= 0, "bad format %s", format);
+    char *s = (char *)xcalloc((size_t)*length + 1, 1);
+    vsnprintf(s, (size_t)*length + 1, format, again);
+    va_end(again);
+    return s;
+}
+
 // A formatted string from malloc; the caller frees it.
 static inline char *PRINTF_LIKE(1, 2) xprintf(const char *format, ...) {
+    int length;
     va_list args;
     va_start(args, format);
-    int n = vsnprintf(NULL, 0, format, args);
-    va_end(args);
-    CHECK(n >= 0, "bad format %s", format);
-    char *s = (char *)xcalloc((size_t)n + 1, 1);
-    va_start(args, format);
-    vsnprintf(s, (size_t)n + 1, format, args);
+    char *s = xprintf_v(&length, format, args);
     va_end(args);
     return s;
 }
@@ -132,16 +140,12 @@ static inline void text_append(Text *t, const void *bytes, size_t n) {
 }
 
 static inline void PRINTF_LIKE(2, 3) UNUSED text_printf(Text *t, const char *format, ...) {
+    int length;
     va_list args;
     va_start(args, format);
-    int n = vsnprintf(NULL, 0, format, args);
+    char *s = xprintf_v(&length, format, args);
     va_end(args);
-    CHECK(n >= 0, "bad format %s", format);
-    char *s = (char *)xcalloc((size_t)n + 1, 1);
-    va_start(args, format);
-    vsnprintf(s, (size_t)n + 1, format, args);
-    va_end(args);
-    text_append(t, s, (size_t)n);
+    text_append(t, s, (size_t)length);
     free(s);
 }
 

@@ -323,10 +323,15 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     *eval_scale = (double *)xcalloc((size_t)(BRANCHES * c->L), sizeof **eval_scale);
     for (int i = 0; i < BRANCHES * c->L; i++) {
         (*eval_scale)[i] = 1;
-        if (scale >= 0 && !json_number(&doc, node, &(*eval_scale)[i])) die("%s: \"drop_path_eval_scale\" has something else than numbers", path);
-        if (scale >= 0) node = json_next(&doc, node);
+        if (scale < 0) continue;
+        if (!json_number(&doc, node, &(*eval_scale)[i]) || !((*eval_scale)[i] > 0 && (*eval_scale)[i] <= 1))
+            die("%s: \"drop_path_eval_scale\" must have numbers above 0, at most 1", path);
+        node = json_next(&doc, node);
     }
     *tied = json_type(&doc, json_get(&doc, 0, "drop_path_tied")) == JSON_TRUE;
+    for (int l = 0; *tied && l < c->L; l++)
+        if ((*eval_scale)[BRANCHES * l + ATTN] != (*eval_scale)[BRANCHES * l + MLP])
+            die("%s: \"drop_path_eval_scale\" of a tied model must be equal in both branches of a layer", path);
     json_free(&doc);
     file_unmap(&map);
     free(path);

@@ -170,6 +170,12 @@ static inline void shards_close(Shards *s) {
     memset(s, 0, sizeof *s);
 }
 
+// The rows of T tokens that hold at least so many tokens, at most all there are; 0 tokens: all.
+static inline int64_t shards_rows(const Shards *s, int64_t tokens) {
+    const int64_t rows = (tokens + s->T - 1) / s->T;
+    return tokens == 0 || rows > s->windows ? s->windows : rows;
+}
+
 // Window w of [0, windows): tokens (T), and targets (T), the tokens one place further. Dies on a token >= V.
 static inline void shards_read_window(const Shards *s, int64_t w, int *tokens, int *targets) {
     CHECK(0 <= w && w < s->windows, "window %lld of %lld", (long long)w, (long long)s->windows);

@@ -115,9 +115,7 @@ static inline void trainer_sizes(Trainer *tr) {
     tr->steps = o->steps;
     if (o->epochs > 0) tr->steps = (int64_t)llround(o->epochs * (double)tr->train.windows / ((double)tr->B * tr->M));
     if (tr->steps < 1) die("--epochs %g is less than one step of %lld tokens", o->epochs, (long long)total);
-    if (!tr->has_val) return;
-    tr->eval_rows = o->eval_tokens ? (o->eval_tokens + tr->T - 1) / tr->T : tr->val.windows;
-    if (tr->eval_rows > tr->val.windows) tr->eval_rows = tr->val.windows;
+    if (tr->has_val) tr->eval_rows = shards_rows(&tr->val, o->eval_tokens);
 }
 
 static inline DropPath trainer_drop_path(const TrainOptions *o, int layers, int64_t steps) {

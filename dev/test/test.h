@@ -110,4 +110,56 @@ static inline void test_directories_remove(void) {
     test_root[0] = 0;
 }
 
+// ---- The built programs, as a user starts them ----
+
+// A whole file; dies when it cannot be read.
+static inline Text test_read_file(const char *path) {
+    FileMap map;
+    const char *error = file_map(&map, path);
+    if (error) die("cannot read %s: %s", path, error);
+    Text t = {(char *)xcalloc(map.size + 1, 1), map.size, map.size + 1};
+    if (map.size) memcpy(t.s, map.data, map.size);
+    file_unmap(&map);
+    return t;
+}
+
+// Where the programs are: the variable BUILD.
+static inline const char *test_build(void) {
+    const char *build = getenv("BUILD");
+    return build ? build : "build";
+}
+
+typedef struct { int code; Text out, err; } ToolRun;     // exit code, standard output and error
+
+// Runs a program with its arguments, as a shell reads them: "train_gpt --steps 3".
+static inline ToolRun PRINTF_LIKE(1, 2) tool_run(const char *format, ...) {
+    static const char *dir;
+    int length;
+    va_list args;
+    va_start(args, format);
+    char *arguments = xprintf_v(&length, format, args);
+    va_end(args);
+    if (!dir) dir = test_directory();
+    char *out = xprintf("%s/out", dir), *err = xprintf("%s/err", dir);
+    // Threads that wait should sleep: models so small are all waiting, and the machine may have other work.
+    char *command = xprintf("OMP_WAIT_POLICY=passive %s/%s > %s 2> %s", test_build(), arguments, out, err);
+    const int status = system(command);
+    ToolRun r = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, test_read_file(out), test_read_file(err)};
+    free(arguments), free(out), free(err), free(command);
+    return r;
+}
+
+static inline void tool_free(ToolRun *r) {
+    text_free(&r->out);
+    text_free(&r->err);
+}
+
+// The run must have ended with this code and `part` on its standard error; frees it. Returns whether it did.
+static inline int tool_expect(int code, const char *part, ToolRun r, const char *file, int line) {
+    const int ok = r.code == code && strstr(r.err.s, part);
+    test_expect(ok, file, line, "exit code %d, want %d with \"%s\": %s", r.code, code, part, r.err.s);
+    tool_free(&r);
+    return ok;
+}
+
 #endif

@@ -7,37 +7,23 @@
 #include "test.h"
 #include "test_trainer.h"
 
-// The command with these options after the standard ones; from malloc. One thread: these models are too small for two.
-static inline char *compare_test_command(const char *out, const char *options) {
+// The arguments with these options after the standard ones; from malloc.
+static inline char *compare_test_arguments(const char *out, const char *options) {
     const char *data = trainer_test_data();
-    return xprintf("%s/compare --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN
-                   " --threads 1 --out %s %s", test_build(), data, data, out, options);
+    return xprintf("compare --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " --out %s %s", data, data, out, options);
 }
 
-// Runs it; returns its exit code, its stderr in `said` (4096).
-static inline int compare_test_run(char *said, const char *out, const char *options) {
-    char *command = compare_test_command(out, options), *log = xprintf("%s/stderr", trainer_test_data());
-    char *quiet = xprintf("%s > /dev/null 2> %s", command, log);
-    const int status = system(quiet);
-    FILE *f = file_open(log, "rb");
-    said[fread(said, 1, 4095, f)] = 0;
-    fclose(f);
-    free(command), free(log), free(quiet);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+static inline ToolRun compare_test_run(const char *out, const char *options) {
+    char *arguments = compare_test_arguments(out, options);
+    ToolRun r = tool_run("%s", arguments);
+    free(arguments);
+    return r;
 }
 
-#define EXPECT_COMPARED(out, options) do {                                                \
-    char said_[4096];                                                                     \
-    int code_ = compare_test_run(said_, out, options);                                    \
-    EXPECT(code_ == 0, "exit code %d: %s", code_, said_);                                 \
-    if (code_) return;                                   /* the rest reads its result */  \
-} while (0)
-
-#define EXPECT_NOT_COMPARED(code, part, out, options) do {                                \
-    char said_[4096];                                                                     \
-    int code_ = compare_test_run(said_, out, options);                                    \
-    EXPECT(code_ == (code) && strstr(said_, part), "exit code %d, want %d with \"%s\": %s", code_, code, part, said_); \
-} while (0)
+// The rest of a test reads what the run wrote, so that a failed one ends it.
+#define EXPECT_COMPARED(out, options) \
+    do { if (!tool_expect(0, "", compare_test_run(out, options), __FILE__, __LINE__)) return; } while (0)
+#define EXPECT_NOT_COMPARED(code, part, out, options) tool_expect(code, part, compare_test_run(out, options), __FILE__, __LINE__)
 
 // ---- compare.json ----
 
@@ -141,7 +127,7 @@ static void compare_check_arm(const CompareResult *r, const char *arm, int64_t s
 static void test_compare_answers(void) {
     const GptConfig c = {257, 16, 2, 2, 16};
     const char *dir = test_directory();
-    char out[400], said[4096];
+    char out[400];
     snprintf(out, sizeof out, "%s/c", dir);
     // every branch at the constant rate 0.5, so that the steps at equal FLOPs can be told by hand
     EXPECT_COMPARED(out, "--seeds 2 --seed 7 --steps 60 --drop-path 0.5 --drop-depth uniform --drop-ramp-up 0");
@@ -163,8 +149,7 @@ static void test_compare_answers(void) {
 
     char a[500], b[500];                                 // the baseline is the run that train_gpt does
     snprintf(a, sizeof a, "%s/none_s8", out), snprintf(b, sizeof b, "%s/plain", dir);
-    int code = trainer_test_run(said, "--out %s --steps 60 --seed 8 --drop-path 0", b);
-    EXPECT(code == 0, "exit code %d: %s", code, said);
+    EXPECT_RUN("--out %s --steps 60 --seed 8 --drop-path 0", b);
     expect_same_metrics(a, b, 0);
     snprintf(a, sizeof a, "%s/none_s8/latest", out), snprintf(b, sizeof b, "%s/plain/latest", dir);
     EXPECT_SAME(a, b, "model.safetensors");
@@ -176,7 +161,7 @@ static void test_compare_answers(void) {
 static void test_compare_adds_what_is_missing(void) {
     const char *dir = test_directory();
     char *out = xprintf("%s/c", dir), *run = xprintf("%s/drop_s1337", out), *copy = xprintf("%s/copy", dir);
-    char *command = xprintf("grep -q 'needs --seeds 2 or more' %s/compare.md && cp -r %s %s", out, run, copy);
+    char *command = xprintf("grep -q 'with --seeds 2 or more' %s/compare.md && cp -r %s %s", out, run, copy);
     EXPECT_COMPARED(out, "--steps 6 --drop-path 0.1 --equal-flops 0");
     CompareResult r = compare_result_read(out);
     EXPECT(json_count(&r.doc, json_get(&r.doc, 0, "runs")) == 2, "%d runs", json_count(&r.doc, json_get(&r.doc, 0, "runs")));
@@ -201,13 +186,13 @@ static void test_compare_killed(void) {
     char whole[400], killed[400], a[500], b[500];
     snprintf(whole, sizeof whole, "%s/whole", dir), snprintf(killed, sizeof killed, "%s/killed", dir);
     EXPECT_COMPARED(whole, options);
-    char *command = compare_test_command(killed, options);
-    char *kill = xprintf("%s > /dev/null 2>&1 & pid=$!; "
+    char *arguments = compare_test_arguments(killed, options);
+    char *kill = xprintf("%s/%s > /dev/null 2>&1 & pid=$!; "
                          "while kill -0 $pid 2>/dev/null && ! [ -e %s/drop_s1337/step_00000020 ]; do sleep 0.01; done; "
-                         "kill -9 $pid; wait $pid 2>/dev/null; ! [ -e %s/drop_flops_s1337 ]", command, killed, killed);
+                         "kill -9 $pid; wait $pid 2>/dev/null; ! [ -e %s/drop_flops_s1337 ]", test_build(), arguments, killed, killed);
     EXPECT(system(kill) == 0, "it was not killed in its second run");
     free(kill);
-    free(command);
+    free(arguments);
     EXPECT_COMPARED(killed, options);
     for (int i = 0; i < 3; i++) {
         snprintf(a, sizeof a, "%s/%s_s1337", whole, arm[i]), snprintf(b, sizeof b, "%s/%s_s1337", killed, arm[i]);

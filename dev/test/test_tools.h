@@ -22,16 +22,6 @@ static inline const char *tools_test_runs(void) {
     return dir;
 }
 
-static inline Text tools_test_read(const char *path) {
-    FileMap map;
-    const char *error = file_map(&map, path);
-    if (error) die("cannot read %s: %s", path, error);
-    Text t = {(char *)xcalloc(map.size + 1, 1), map.size, map.size + 1};
-    if (map.size) memcpy(t.s, map.data, map.size);
-    file_unmap(&map);
-    return t;
-}
-
 // A new folder with nothing of run `name`'s checkpoint but weights and config.json, as another program would leave it;
 // then also a tokenizer, if asked for.
 static inline const char *tools_test_copy(const char *name, int tokenizer) {
@@ -49,7 +39,7 @@ static inline const char *tools_test_copy(const char *name, int tokenizer) {
 // which that is exact.
 static inline void tools_test_fold(const char *dir, int first, int end, float factor) {
     char *path = xprintf("%s/model.safetensors", dir);
-    Text file = tools_test_read(path);
+    Text file = test_read_file(path);
     Safetensors t;
     const char *error = safetensors_parse(&t, file.s, file.n);
     EXPECT(!error, "%s: %s", path, error);
@@ -72,7 +62,7 @@ static inline void tools_test_fold(const char *dir, int first, int end, float fa
 // Adds factors to a config.json that has none.
 static inline void tools_test_factors(const char *dir, const char *factors) {
     char *path = xprintf("%s/config.json", dir);
-    Text file = tools_test_read(path);
+    Text file = test_read_file(path);
     char *text = xprintf("{\"drop_path_eval_scale\": [%s],%s", factors, file.s + 1);
     file_write_whole(path, text, strlen(text));
     text_free(&file);
@@ -80,29 +70,6 @@ static inline void tools_test_factors(const char *dir, const char *factors) {
 }
 
 // ---- Running a tool ----
-
-typedef struct { int code; Text out, err; } ToolRun;
-
-static inline ToolRun PRINTF_LIKE(1, 2) tool_run(const char *format, ...) {
-    static const char *dir;
-    char arguments[2048];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(arguments, sizeof arguments, format, args);
-    va_end(args);
-    if (!dir) dir = test_directory();
-    char *out = xprintf("%s/out", dir), *err = xprintf("%s/err", dir);
-    char *command = xprintf("%s/%s > %s 2> %s", test_build(), arguments, out, err);
-    const int status = system(command);
-    ToolRun r = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, tools_test_read(out), tools_test_read(err)};
-    free(out), free(err), free(command);
-    return r;
-}
-
-static inline void tool_free(ToolRun *r) {
-    text_free(&r->out);
-    text_free(&r->err);
-}
 
 // It must succeed; its standard output from malloc.
 #define TOOL_OUTPUT(...) tool_output(tool_run(__VA_ARGS__), __FILE__, __LINE__)
@@ -150,7 +117,7 @@ static inline void tools_test_evaluate(ToolResult *full, ToolResult *reduced, co
     free(TOOL_OUTPUT("evaluate %s --val '%s/data/val_*.bin' --eval-tokens 500 --json %s %s", checkpoint, data, path,
                      options));
     if (!path_exists(path)) file_write_whole(path, "{}", 2);
-    Text text = tools_test_read(path);
+    Text text = test_read_file(path);
     Json doc;
     const char *error = json_parse(&doc, text.s, text.n);
     EXPECT(!error, "%s: %s", path, error);
@@ -204,8 +171,8 @@ static void test_evaluate_without_a_layer(void) {
         tools_test_evaluate(&full, &reduced, dir, "--keep-layers 0,2");
         tools_test_fold(dir, 1, 2, 0);
         tools_test_evaluate(&zeroed, &none, dir, "");
-        EXPECT(reduced.loss == zeroed.loss && reduced.loss != full.loss, "%s: without layer 1 %.17g, zeros in it %.17g, full %.17g",
-               run[i], reduced.loss, zeroed.loss, full.loss);
+        EXPECT(reduced.loss == zeroed.loss && reduced.loss != full.loss,
+               "%s: without layer 1 %.17g, zeros in it %.17g, full %.17g", run[i], reduced.loss, zeroed.loss, full.loss);
     }
 }
 
@@ -295,7 +262,7 @@ static void test_evaluate_refuses_damage(void) {
         char *command = xprintf("cp %s/plain/latest/trainer.json %s", tools_test_runs(), dir);
         if (ours && system(command)) die("%s failed", command);
         free(TOOL_OUTPUT("evaluate %s %s", dir, val));
-        Text w = tools_test_read(weights), c = tools_test_read(config);
+        Text w = test_read_file(weights), c = test_read_file(config);
         const char *damaged = ours ? "does not match its SHA-256" : "";
         file_write_whole(weights, w.s, w.n - 1);         // cut short
         EXPECT_TOOL_REFUSES(ours ? damaged : weights, "evaluate %s %s", dir, val);

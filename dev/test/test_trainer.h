@@ -19,11 +19,6 @@ static inline void trainer_test_text(const char *path) {
     fclose(f);
 }
 
-static inline const char *test_build(void) {
-    const char *build = getenv("BUILD");
-    return build ? build : "build";
-}
-
 // A folder with data/ in it, made once for all tests here.
 static inline const char *trainer_test_data(void) {
     static char dir[300];
@@ -40,37 +35,21 @@ static inline const char *trainer_test_data(void) {
 // Two layers of 16 channels on rows of 16 bytes; two micro-batches of 4 rows make a step.
 #define TRAINER_TEST_RUN "--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --eval-tokens 500 --threads 1"
 
-// Runs train_gpt with these options after the standard ones; returns its exit code, its stderr in `said` (4096).
-static inline int PRINTF_LIKE(2, 3) trainer_test_run(char *said, const char *format, ...) {
-    char options[2048];
+// Runs train_gpt with these options after the standard ones.
+static inline ToolRun PRINTF_LIKE(1, 2) trainer_test_run(const char *format, ...) {
+    int length;
     va_list args;
     va_start(args, format);
-    vsnprintf(options, sizeof options, format, args);
+    char *options = xprintf_v(&length, format, args);
     va_end(args);
     const char *data = trainer_test_data();
-    char *log = xprintf("%s/stderr", data);
-    char *command = xprintf("%s/train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " %s > %s/stdout 2> %s",
-                            test_build(), data, data, options, data, log);
-    int status = system(command);
-    FILE *f = file_open(log, "rb");
-    said[fread(said, 1, 4095, f)] = 0;
-    fclose(f);
-    free(log);
-    free(command);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    ToolRun r = tool_run("train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " %s", data, data, options);
+    free(options);
+    return r;
 }
 
-#define EXPECT_RUN(...) do {                                                              \
-    char said_[4096];                                                                     \
-    int code_ = trainer_test_run(said_, __VA_ARGS__);                                     \
-    EXPECT(code_ == 0, "exit code %d: %s", code_, said_);                                 \
-} while (0)
-
-#define EXPECT_REFUSED(code, part, ...) do {                                              \
-    char said_[4096];                                                                     \
-    int code_ = trainer_test_run(said_, __VA_ARGS__);                                     \
-    EXPECT(code_ == (code) && strstr(said_, part), "exit code %d, want %d with \"%s\": %s", code_, code, part, said_); \
-} while (0)
+#define EXPECT_RUN(...) tool_expect(0, "", trainer_test_run(__VA_ARGS__), __FILE__, __LINE__)
+#define EXPECT_REFUSED(code, part, ...) tool_expect(code, part, trainer_test_run(__VA_ARGS__), __FILE__, __LINE__)
 
 // Whether two files hold the same bytes; a missing one is different from all.
 static inline int same_file(const char *a_dir, const char *b_dir, const char *name) {
@@ -157,8 +136,8 @@ static void test_trainer_killed_and_resumed(void) {
     char *command = xprintf("%s/train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN
                             " --out %s --steps 200 --drop-path 0.3 --save-every 2 > /dev/null 2>&1 & pid=$!; "
                             "while kill -0 $pid 2>/dev/null && ! [ -e %s/step_00000010 ]; do sleep 0.01; done; kill -9 $pid; "
-                            "wait $pid 2>/dev/null; true", test_build(), data, data, b, b);
-    EXPECT(system(command) == 0, "the command failed");
+                            "wait $pid 2>/dev/null; ! [ -e %s/step_00000200 ]", test_build(), data, data, b, b, b);
+    EXPECT(system(command) == 0, "it was not killed before its end");
     free(command);
     EXPECT_RUN("--out %s --steps 200 --drop-path 0.3 --resume", b);
     expect_same_metrics(a, b, 0);
@@ -263,9 +242,10 @@ static void test_trainer_refuses(void) {
 
 static void test_trainer_warns_of_a_high_rate(void) {
     const char *dir = test_directory();
-    char said[4096];
-    EXPECT(trainer_test_run(said, "--out %s/a --steps 1 --drop-path 0.3", dir) == 0 && strstr(said, "0.1 is usual for a small model"), "%s", said);
-    EXPECT(trainer_test_run(said, "--out %s/b --steps 1 --drop-path 0.1", dir) == 0 && !said[0], "%s", said);
+    EXPECT_REFUSED(0, "0.1 is usual for a small model", "--out %s/a --steps 1 --drop-path 0.3", dir);
+    ToolRun quiet = trainer_test_run("--out %s/b --steps 1 --drop-path 0.1", dir);
+    EXPECT_TEXT(quiet.err.s, "");
+    tool_free(&quiet);
 }
 
 // A loss that is not finite: the weights stay, the run stops with code 3 and keeps its last checkpoint.

@@ -318,11 +318,11 @@ static char *mean_cell(const Compare *c, int arm, int k) {
     return t.s;
 }
 
-// "+0.0123, 95% interval -0.0040 .. +0.0286"
+// "+0.0123, 95% interval -0.0040 .. +0.0286"; without the interval for one seed
 static char *difference_text(const Compare *c, int arm, int k) {
     const StatsDifference d = minus_none(c, arm, k);
     if (isnan(d.mean)) return xstrdup("n/a");
-    if (isnan(d.low)) return xprintf("%+.4f, interval: needs --seeds 2 or more", d.mean);
+    if (isnan(d.low)) return xprintf("%+.4f", d.mean);
     return xprintf("%+.4f, 95%% interval %+.4f .. %+.4f", d.mean, d.low, d.high);
 }
 
@@ -351,8 +351,9 @@ static void report_tables(const Compare *c, Text *out) {
 
 static void report_verdict(const Compare *c, Text *out) {
     text_printf(out, "\nTimes are sums over the steps, without evaluation and saving; what else the machine did is in\n"
-                "them: trust a measured speed-up as far as the seeds agree.%s\n\n",
-                c->seeds > 1 ? " sd: standard deviation over the seeds." : "");
+                "them: trust a measured speed-up as far as the seeds agree. %s\n\n",
+                c->seeds > 1 ? "sd: standard deviation over the seeds."
+                             : "One seed tells no effect from chance:\nwith --seeds 2 or more differences have an interval.");
     for (int arm = DROP; arm < c->arms; arm++) {
         char *title = arm_title(c, arm);
         if (underfits(c, arm))

@@ -140,8 +140,7 @@ static void evaluate(Loaded *m, const EvaluateOptions *o, unsigned char *kept) {
     if (T > m->config.T) die("--seq-len %d: %s has %d positions", T, m->dir, m->config.T);
     Shards shards;
     shards_open(&shards, o->val, T, m->config.V);
-    int64_t rows = o->eval_tokens ? (o->eval_tokens + T - 1) / T : shards.windows;
-    if (rows > shards.windows) rows = shards.windows;
+    const int64_t rows = shards_rows(&shards, o->eval_tokens);
     const int B = rows < o->batch ? (int)rows : (int)o->batch;
     load_model(m, &cpu_engine, B, T, (int)o->threads);
 
