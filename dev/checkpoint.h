@@ -324,8 +324,8 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     for (int i = 0; i < BRANCHES * c->L; i++) {
         (*eval_scale)[i] = 1;
         if (scale < 0) continue;
-        if (!json_number(&doc, node, &(*eval_scale)[i]) || !((*eval_scale)[i] > 0 && (*eval_scale)[i] <= 1))
-            die("%s: \"drop_path_eval_scale\" must have numbers above 0, at most 1", path);
+        if (!json_number(&doc, node, &(*eval_scale)[i]) || !((*eval_scale)[i] >= 0 && (*eval_scale)[i] <= 1))
+            die("%s: \"drop_path_eval_scale\" must have numbers from 0 to 1", path);
         node = json_next(&doc, node);
     }
     *tied = json_type(&doc, json_get(&doc, 0, "drop_path_tied")) == JSON_TRUE;

@@ -249,7 +249,7 @@ static void test_checkpoint_refuses_other_models(void) {
         {"{\"vocab_size\": 7, \"scale_attn_weights\": false, " SIZES "}", "scale_attn_weights"},
         {"{\"vocab_size\": 7, \"tie_word_embeddings\": false, " SIZES "}", "tie_word_embeddings"},
         {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1], " SIZES "}", "drop_path_eval_scale"},
-        {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1, 0, 1, 1], " SIZES "}", "above 0"},
+        {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1, -0.5, 1, 1], " SIZES "}", "from 0 to 1"},
         {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1, 1, 1, 0.5], \"drop_path_tied\": true, " SIZES "}", "equal"},
 #undef SIZES
         {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 3, \"n_head\": 2, \"n_embd\": 4}", "h.2."},
