@@ -42,7 +42,7 @@ all: choices $(PROGRAMS)
 choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
 	@echo "numbers:  $(REAL), instructions: $(or $(ARCH),the compiler's default)"
-	@echo "threads:  $(if $(OMP),OpenMP,none: this compiler has no OpenMP; every step will take as long as on one core)"
+	@echo "threads:  $(if $(OMP),OpenMP,none (OPENMP=0, or a compiler without OpenMP): every step takes as long as on one core)"
 
 $(B)/train_gpt: train_gpt.c
 $(B)/engine_cpu.o: train_gpt.c

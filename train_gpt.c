@@ -164,7 +164,8 @@ static void multiply(real *y, PackRoom room, View a, View b, size_t M, size_t N,
 }
 
 // y (BT,OC) = x (BT,C) w (C,OC) + bias (OC)
-static void matmul_forward(real *y, PackRoom room, const real *x, const real *w, const real *bias, size_t BT, size_t C, size_t OC) {
+static void matmul_forward(real *y, PackRoom room, const real *x, const real *w, const real *bias,
+                           size_t BT, size_t C, size_t OC) {
 #pragma omp parallel for
     for (size_t t = 0; t < BT; t++) memcpy(y + t * OC, bias, OC * sizeof(real));
     multiply(y, room, view(x, C, 1), view(w, OC, 1), BT, OC, C, 1);
@@ -314,15 +315,18 @@ static void attention_scores(AttentionRoom *room, const real *q, const real *k, 
                              size_t ni, size_t nj, size_t HS) {
     const real scale = (real)(1 / sqrt((double)HS));
     multiply_small(room->s, BLOCK, room, view(q + i0 * ld, ld, 1), view(k + j0 * ld, 1, ld), ni, nj, HS, 0);
-    for (size_t i = 0; i < ni; i++)
-        for (size_t j = 0; j < nj; j++) room->s[i * BLOCK + j] = j0 + j <= i0 + i ? room->s[i * BLOCK + j] * scale : -INFINITY;
+    for (size_t i = 0; i < ni; i++) {
+        real *s = room->s + i * BLOCK;
+        for (size_t j = 0; j < nj; j++) s[j] = j0 + j <= i0 + i ? s[j] * scale : -INFINITY;
+    }
 }
 
 // One block of scores into the running softmax: s becomes exp(s - top), out and sum are brought to the new top.
 static void softmax_block(AttentionRoom *room, real *top, real *sum, size_t ni, size_t nj, size_t HS) {
     for (size_t i = 0; i < ni; i++) {
         real *s = room->s + i * BLOCK, total = 0;
-        const real block_top = max_of(s, nj), high = block_top > top[i] ? block_top : top[i], shrink = exp_real(top[i] - high);
+        const real block_top = max_of(s, nj), high = block_top > top[i] ? block_top : top[i];
+        const real shrink = exp_real(top[i] - high);
 #pragma omp simd reduction(+:total)
         for (size_t j = 0; j < nj; j++) {
             s[j] = exp_real(s[j] - high);
@@ -510,7 +514,8 @@ static real *room_new(size_t n) {
 static Params params_at(const Model *m, Slot slot, int l) {
     Params w;
     real *base = m->slot[slot];
-#define X(id, name, branch, dims, rows, cols, init) w.id = base + m->offset[P_##id] + (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
+#define X(id, name, branch, dims, rows, cols, init) \
+    w.id = base + m->offset[P_##id] + (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
     GPT_PARAMS(X)
 #undef X
     return w;
@@ -535,9 +540,9 @@ static void params_chunks(Model *m) {
             for (int l = 0; l < gpt_param_layers(c, p); l++)
                 for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += CHUNK, n++) {
                     if (!fill) continue;
-                    int branch = gpt_param[p].branch;
+                    const int branch = gpt_param[p].branch, decay = gpt_param[p].dims == 2;
                     UpdateChunk chunk = {m->offset[p] + (size_t)l * m->layer_size + at, at_most(size - at, CHUNK),
-                                         branch == NO_BRANCH ? BRANCHES * c->L : BRANCHES * l + branch, gpt_param[p].dims == 2};
+                                         branch == NO_BRANCH ? BRANCHES * c->L : BRANCHES * l + branch, decay};
                     m->chunk[n] = chunk;
                 }
         if (!fill) m->chunk = xcalloc((size_t)n, sizeof *m->chunk);
@@ -563,7 +568,8 @@ static size_t kept_bound(const Model *m) {
 static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     const char *error = gpt_config_error(config);
     if (error) die("this model cannot be built: %s", error);
-    if (config->C / config->NH > HEAD_MAX) die("heads of %d channels: this engine takes at most %d", config->C / config->NH, HEAD_MAX);
+    if (config->C / config->NH > HEAD_MAX)
+        die("heads of %d channels: this engine takes at most %d", config->C / config->NH, HEAD_MAX);
     CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
 #ifdef _OPENMP
     if (args->threads > 0) omp_set_num_threads(args->threads);
@@ -583,7 +589,8 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->kept = room_new(m->kept_room);
     m->attention = xcalloc(L, sizeof *m->attention);
     m->mlp = xcalloc(L, sizeof *m->mlp);
-    real **of_bt[] = {&m->losses, &m->lnf_rstd}, **of_btc[] = {&m->x, &m->lnf, &m->lnf_xhat, &m->ln, &m->attn_out, &m->mlp_out};
+    real **of_bt[] = {&m->losses, &m->lnf_rstd};
+    real **of_btc[] = {&m->x, &m->lnf, &m->lnf_xhat, &m->ln, &m->attn_out, &m->mlp_out};
     real **of_training[] = {&m->dx, &m->dy, &m->dattn, &m->dmlp};
     for (int i = 0; i < 2; i++) *of_bt[i] = room_new(BT);
     for (int i = 0; i < 6; i++) *of_btc[i] = room_new(BT * C);
@@ -627,7 +634,8 @@ static void attention_branch_forward(Model *m, int l, const BranchPlan *b, int T
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, n = (size_t)b->n, nT = n * (size_t)T;
     const Params w = params_at(m, SLOT_PARAM, l);
     AttentionKept *k = &m->attention[l];
-    k->xhat = keep(m, nT * C), k->rstd = keep(m, nT), k->qkv = keep(m, nT * 3 * C), k->lse = keep(m, nT * NH), k->y = keep(m, nT * C);
+    k->xhat = keep(m, nT * C), k->rstd = keep(m, nT);
+    k->qkv = keep(m, nT * 3 * C), k->lse = keep(m, nT * NH), k->y = keep(m, nT * C);
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, b->rows, w.ln1w, w.ln1b, n, (size_t)T, C);
     matmul_forward(k->qkv, m->pack, m->ln, w.qkvw, w.qkvb, nT, C, 3 * C);
     attention_forward(k->y, k->lse, k->qkv, n, (size_t)T, C, NH);
@@ -756,7 +764,8 @@ static double model_forward(Model *m, int T, const int *tokens, const int *targe
     return run_forward(m, T, tokens, targets, plan, 0);
 }
 
-static double model_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight) {
+static double model_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan,
+                                     double weight) {
     CHECK(m->slot[SLOT_GRAD] && targets && weight != 0, "this model was opened to evaluate");
     const size_t BT = (size_t)plan->batch * (size_t)T, C = (size_t)m->config.C;
     const double loss = run_forward(m, T, tokens, targets, plan, weight);

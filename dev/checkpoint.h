@@ -57,7 +57,8 @@ static inline void checkpoint_append(SafetensorsWriter *w, const Engine *e, Mode
     }
 }
 
-static inline void checkpoint_write_model(const char *path, char hex[SHA256_HEX], const Engine *e, Model *m, const GptConfig *c) {
+static inline void checkpoint_write_model(const char *path, char hex[SHA256_HEX], const Engine *e, Model *m,
+                                          const GptConfig *c) {
     SafetensorsWriter w;
     FILE *f = file_open(path, "wb");
     safetensors_writer_init(&w);
@@ -69,8 +70,8 @@ static inline void checkpoint_write_model(const char *path, char hex[SHA256_HEX]
     file_sync_close(f, path);
 }
 
-static inline void checkpoint_write_optimizer(const char *path, char hex[SHA256_HEX], const Engine *e, Model *m, const GptConfig *c,
-                                              const CheckpointState *s) {
+static inline void checkpoint_write_optimizer(const char *path, char hex[SHA256_HEX], const Engine *e, Model *m,
+                                              const GptConfig *c, const CheckpointState *s) {
     SafetensorsWriter w;
     FILE *f = file_open(path, "wb");
     const int64_t branches = BRANCHES * c->L + 1;
@@ -219,11 +220,11 @@ static inline void checkpoint_prune(const char *out, int64_t keep) {
 // Parses trainer.json against its own sum. Returns NULL or what is wrong; doc is to be freed only after NULL.
 static inline const char *checkpoint_parse_trainer(Json *doc, const void *mem, size_t size) {
     const char *text = (const char *)mem;
-    const size_t tail = strlen(CHECKPOINT_SELF) + SHA256_HEX - 1 + strlen("\"\n}\n");
+    const size_t name = strlen(CHECKPOINT_SELF), tail = name + SHA256_HEX - 1 + strlen("\"\n}\n");
     char hex[SHA256_HEX];
-    if (size < tail || memcmp(text + size - tail, CHECKPOINT_SELF, strlen(CHECKPOINT_SELF))) return "it is cut short or not ours";
+    if (size < tail || memcmp(text + size - tail, CHECKPOINT_SELF, name)) return "it is cut short or not ours";
     sha256_hex(hex, text, size - tail);
-    if (memcmp(hex, text + size - tail + strlen(CHECKPOINT_SELF), SHA256_HEX - 1)) return "its contents do not match its SHA-256";
+    if (memcmp(hex, text + size - tail + name, SHA256_HEX - 1)) return "its contents do not match its SHA-256";
     if (json_parse(doc, text, size)) return "it is not JSON";
     return NULL;
 }
@@ -288,8 +289,8 @@ static inline void checkpoint_check_config(const Json *doc, const char *path) {
         {"model_type", JSON_STRING, "gpt2"}, {"scale_attn_weights", JSON_TRUE, "true"},
         {"scale_attn_by_inverse_layer_idx", JSON_FALSE, "false"}, {"tie_word_embeddings", JSON_TRUE, "true"}};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) {
-        int node = json_get(doc, 0, fixed[i].key);
-        if (node >= 0 && (json_type(doc, node) != fixed[i].type || (fixed[i].type == JSON_STRING && !json_equals(doc, node, fixed[i].value))))
+        const int node = json_get(doc, 0, fixed[i].key), text = fixed[i].type == JSON_STRING;
+        if (node >= 0 && (json_type(doc, node) != fixed[i].type || (text && !json_equals(doc, node, fixed[i].value))))
             die("%s: \"%s\" must be %s: this is another kind of model", path, fixed[i].key, fixed[i].value);
     }
     int gelu = json_get(doc, 0, "activation_function");
@@ -307,7 +308,8 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     FileMap map;
     Json doc;
     const char *error = file_map(&map, path);
-    if (error) die("cannot read %s: %s\n  hint: a checkpoint is a directory with config.json and model.safetensors", path, error);
+    if (error)
+        die("cannot read %s: %s\n  hint: a checkpoint is a directory with config.json and model.safetensors", path, error);
     if ((error = json_parse(&doc, map.data, map.size))) die("%s: %s", path, error);
     const char *key[5] = {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd"};
     int *size[5] = {&c->V, &c->T, &c->L, &c->NH, &c->C};
@@ -319,7 +321,8 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     if ((error = gpt_config_error(c))) die("%s: %s", path, error);
     checkpoint_check_config(&doc, path);
     int scale = json_get(&doc, 0, "drop_path_eval_scale"), node = json_first(&doc, scale);
-    if (scale >= 0 && json_count(&doc, scale) != BRANCHES * c->L) die("%s: \"drop_path_eval_scale\" must have %d numbers", path, BRANCHES * c->L);
+    if (scale >= 0 && json_count(&doc, scale) != BRANCHES * c->L)
+        die("%s: \"drop_path_eval_scale\" must have %d numbers", path, BRANCHES * c->L);
     *eval_scale = (double *)xcalloc((size_t)(BRANCHES * c->L), sizeof **eval_scale);
     for (int i = 0; i < BRANCHES * c->L; i++) {
         (*eval_scale)[i] = 1;

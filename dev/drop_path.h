@@ -201,8 +201,10 @@ static inline void drop_path_systematic(unsigned char *kept, const uint32_t *p, 
 static inline void drop_path_draw(unsigned char *kept, const uint32_t *p, int n, const DropPath *d, int64_t step,
                                   int micro, int micros, uint32_t place) {
     if (d->sampling == SAMPLING_BERNOULLI) {
-        for (int i = 0; i < n; i++)
-            kept[i] = rng_words(d->seed, STREAM_DROP, (uint64_t)step, (uint32_t)micro, (place << 20) + (uint32_t)i).v[0] >= p[i];
+        for (int i = 0; i < n; i++) {
+            const uint32_t unit = (place << 20) + (uint32_t)i;
+            kept[i] = rng_words(d->seed, STREAM_DROP, (uint64_t)step, (uint32_t)micro, unit).v[0] >= p[i];
+        }
         return;
     }
     int *order = (int *)xcalloc((size_t)n, sizeof *order);
@@ -311,7 +313,8 @@ static inline int drop_plan_hex(char c) {
 }
 
 // Reads the plan of micro-batch m out of such a text, with the scales of (d, step). NULL, or what is wrong.
-static inline const char *drop_plan_read(DropPlan *plan, const DropPath *d, int64_t step, const char *text, int m, int batch) {
+static inline const char *drop_plan_read(DropPlan *plan, const DropPath *d, int64_t step, const char *text, int m,
+                                         int batch) {
     for (; m > 0 && text; m--) text = strchr(text, ' ') ? strchr(text, ' ') + 1 : NULL;
     if (!text || !*text) return "there is no plan for this micro-batch";
     unsigned char *kept = (unsigned char *)xcalloc((size_t)batch + 4, 1);
@@ -328,7 +331,8 @@ static inline const char *drop_plan_read(DropPlan *plan, const DropPath *d, int6
         } else {
             for (int k = digits - 1; k >= 0 && !error; k--, text++) {
                 int bits = text < end ? drop_plan_hex(*text) : -1;
-                if (bits < 0 || (k == digits - 1 && batch % 4 && bits >> batch % 4)) error = "the plan has other rows or layers";
+                const int beyond = k == digits - 1 && batch % 4 ? bits >> batch % 4 : 0;     // rows >= batch
+                if (bits < 0 || beyond) error = "the plan has other rows or layers";
                 for (int bit = 0; bit < 4; bit++) kept[4 * k + bit] = (unsigned char)(bits >> bit & 1);
             }
             if (!error && i + 1 < plan->layers * BRANCHES && *text++ != '.') error = "the plan has more rows than this batch";

@@ -9,7 +9,7 @@
 typedef struct {
     double temperature;                                  // divides the logits; 0: always the likeliest token
     int top_k;                                           // only the k likeliest; 0: all
-    double top_p;                                        // only the fewest whose probabilities reach it (Holtzman et al. 2020)
+    double top_p;                                        // only the fewest that together reach it (Holtzman et al. 2020)
     uint64_t seed;
 } SampleArgs;
 

@@ -84,7 +84,8 @@ static inline void trainer_config(Trainer *tr, const char *from) {
         const int64_t given[4] = {o->layers, o->heads, o->channels, o->vocab_size}, have[4] = {c->L, c->NH, c->C, c->V};
         static const char *const name[4] = {"layers", "heads", "channels", "vocab-size"};
         for (int i = 0; i < 4; i++)
-            if (given[i] && given[i] != have[i]) die("--%s %lld: %s has %lld", name[i], (long long)given[i], from, (long long)have[i]);
+            if (given[i] && given[i] != have[i])
+                die("--%s %lld: %s has %lld", name[i], (long long)given[i], from, (long long)have[i]);
         tr->T = o->seq_len ? (int)o->seq_len : c->T;
         if (tr->T > c->T) die("--seq-len %d: %s has %d positions", tr->T, from, c->T);
     } else {
@@ -98,19 +99,22 @@ static inline void trainer_config(Trainer *tr, const char *from) {
         tr->T = c->T;
     }
     const char *error = gpt_config_error(c);
-    if (error) die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L, c->NH, c->C, c->T, c->V);
+    if (error)
+        die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L, c->NH, c->C, c->T, c->V);
     if (tr->has_tokenizer && tr->tokenizer.V > c->V)
-        die("the tokenizer has %d tokens, the model only %d\n  hint: --vocab-size 0 takes the tokenizer's", tr->tokenizer.V, c->V);
+        die("the tokenizer has %d tokens, the model only %d\n  hint: --vocab-size 0 takes the tokenizer's", tr->tokenizer.V,
+            c->V);
 }
 
 // Micro-batches of a step, steps of the run, rows of an evaluation.
 static inline void trainer_sizes(Trainer *tr) {
     const TrainOptions *o = tr->options;
     tr->B = (int)o->batch;
-    const int64_t micro = (int64_t)tr->B * tr->T, total = o->total_batch ? o->total_batch : micro * tr->world, step = micro * tr->world;
-    if (total % step || total / micro > 1 << 20)
+    const int64_t micro = (int64_t)tr->B * tr->T, least = micro * tr->world, total = o->total_batch ? o->total_batch : least;
+    if (total % least || total / micro > 1 << 20)
         die("--total-batch %lld tokens cannot be made of micro-batches of %d rows x %d tokens x %d processes\n"
-            "  hint: --total-batch %lld", (long long)total, tr->B, tr->T, tr->world, (long long)((total + step - 1) / step * step));
+            "  hint: --total-batch %lld", (long long)total, tr->B, tr->T, tr->world,
+            (long long)((total + least - 1) / least * least));
     tr->M = (int)(total / micro);
     tr->steps = o->steps;
     if (o->epochs > 0) tr->steps = (int64_t)llround(o->epochs * (double)tr->train.windows / ((double)tr->B * tr->M));
@@ -151,13 +155,15 @@ static inline void trainer_open_replay(Trainer *tr) {
     tr->replay = metrics_read(path);
     for (int64_t s = 0; s < tr->replay.n; s++) {
         const Metrics *r = &tr->replay.record[s];
-        if ((int64_t)r->step != s + 1 || !r->plan) die("%s: line %lld has no plan of step %lld", path, (long long)s + 1, (long long)s + 1);
+        if ((int64_t)r->step != s + 1 || !r->plan)
+            die("%s: line %lld has no plan of step %lld", path, (long long)s + 1, (long long)s + 1);
         for (int m = 0; m < tr->M; m++) {
             const char *error = drop_plan_read(&tr->plan, &tr->drop, s, r->plan, m, tr->B);
             if (error) die("%s, step %lld, micro-batch %d: %s", path, (long long)s + 1, m, error);
         }
     }
-    if (tr->replay.n < tr->steps) die("%s has the plans of %lld steps, this run has %lld", path, (long long)tr->replay.n, (long long)tr->steps);
+    if (tr->replay.n < tr->steps)
+        die("%s has the plans of %lld steps, this run has %lld", path, (long long)tr->replay.n, (long long)tr->steps);
     tr->drop.unit = strchr(tr->replay.record[0].plan, '.') ? UNIT_ROW : UNIT_BATCH;
 }
 
@@ -174,7 +180,8 @@ static inline char *trainer_start(const TrainOptions *o, int *resume) {
     char *metrics = xprintf("%s/metrics.jsonl", o->out);
     *resume = 0;
     if (!*o->resume) {
-        if (path_exists(metrics)) die("%s holds a run already\n  hint: --resume continues it; another --out starts a new one", o->out);
+        if (path_exists(metrics))
+            die("%s holds a run already\n  hint: --resume continues it; another --out starts a new one", o->out);
         free(metrics);
         return *o->init_from ? xstrdup(o->init_from) : NULL;
     }
@@ -211,7 +218,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->config_text = config_text;
     tr->engine = engine;
     tr->world = 1;
-    if (!*o->train) die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
+    if (!*o->train)
+        die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
     int resume;
     char *from = trainer_start(o, &resume);
     trainer_open_tokenizer(tr);
@@ -234,7 +242,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
     tr->state.adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
     tr->state.eval_scale = (double *)xcalloc(branches, sizeof(double));
-    for (size_t i = 0; i < branches; i++) tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, (int)i / BRANCHES + 1, (int)i % BRANCHES);
+    for (int i = 0; i < (int)branches; i++)
+        tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, i / BRANCHES + 1, i % BRANCHES);
     tr->state.tied = tr->drop.branches == BRANCHES_TIED;
     tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : -1;
     tr->model = engine->open(&tr->config, &args);
@@ -303,11 +312,12 @@ typedef struct { double loss, bits_per_byte; int64_t tokens, bytes; } Evaluation
 // Mean loss over the first `rows` windows of the shards, each token with the same weight whatever the batch, under the
 // plan of all rows with each branch times its factor (2L), 0 to leave it out; plan is room for B rows. bits_per_byte is
 // NaN without a tokenizer (t NULL).
-static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards *shards, int64_t rows, const Tokenizer *t, int B,
-                                         DropPlan *plan, const double *scale, int tied) {
+static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards *shards, int64_t rows, const Tokenizer *t,
+                                         int B, DropPlan *plan, const double *scale, int tied) {
     const int T = shards->T;
-    int *tokens = (int *)xcalloc((size_t)B * (size_t)T, sizeof *tokens), *targets = (int *)xcalloc((size_t)B * (size_t)T, sizeof *targets);
-    real *losses = (real *)xcalloc((size_t)B * (size_t)T, sizeof *losses);
+    const size_t BT = (size_t)B * (size_t)T;
+    int *tokens = (int *)xcalloc(BT, sizeof *tokens), *targets = (int *)xcalloc(BT, sizeof *targets);
+    real *losses = (real *)xcalloc(BT, sizeof *losses);
     Evaluation sum = {0, NAN, 0, 0};
     for (int64_t row = 0; row < rows; row += B) {
         const int n = rows - row < B ? (int)(rows - row) : B;
@@ -330,8 +340,9 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
 }
 
 static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
-    Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, tr->has_tokenizer ? &tr->tokenizer : NULL, tr->B,
-                                   &tr->plan, tr->state.eval_scale, tr->state.tied);
+    const Tokenizer *t = tr->has_tokenizer ? &tr->tokenizer : NULL;
+    Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, t, tr->B, &tr->plan, tr->state.eval_scale,
+                                   tr->state.tied);
     r->val_loss = v.loss;
     r->val_ppl = exp(v.loss);
     r->val_bpb = v.bits_per_byte;
@@ -341,8 +352,10 @@ static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
 
 // This rank's micro-batch m of step t: global row g = m*B + b is sample t*M*B + g.
 static inline void trainer_read_batch(Trainer *tr, int64_t t, int m) {
-    for (int b = 0; b < tr->B; b++)
-        shards_read_sample(&tr->train, (uint64_t)tr->options->seed, (t * tr->M + m) * tr->B + b, tr->tokens + b * tr->T, tr->targets + b * tr->T);
+    for (int b = 0; b < tr->B; b++) {
+        const int64_t sample = (t * tr->M + m) * tr->B + b;
+        shards_read_sample(&tr->train, (uint64_t)tr->options->seed, sample, tr->tokens + b * tr->T, tr->targets + b * tr->T);
+    }
 }
 
 static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
@@ -378,15 +391,17 @@ static inline void trainer_account(Trainer *tr, Metrics *r) {
     r->flops_fraction = flops / (rows * gpt_row_flops(c, tr->T));
     r->kept_attn = kept[ATTN] / (rows * c->L);
     r->kept_mlp = kept[MLP] / (rows * c->L);
-    r->drop_p = fmax(drop_path_rate(&tr->drop, c->L, ATTN, tr->state.step), drop_path_rate(&tr->drop, c->L, MLP, tr->state.step));
+    r->drop_p = fmax(drop_path_rate(&tr->drop, c->L, ATTN, tr->state.step),
+                     drop_path_rate(&tr->drop, c->L, MLP, tr->state.step));
     r->plan = tr->plan_text.s;
 }
 
 static inline void trainer_bad_step(Trainer *tr, double loss, double norm) {
-    warn("step %lld: loss %g, gradient norm %g: not finite, so the weights stay as they were", (long long)tr->state.step + 1, loss, norm);
+    warn("step %lld: loss %g, gradient norm %g: not finite, so the weights stay as they were",
+         (long long)tr->state.step + 1, loss, norm);
     if (++tr->bad_steps < tr->options->max_bad_steps) return;
-    fprintf(stderr, "error: %d steps in a row were not finite\n  hint: a lower --lr, a longer --warmup; --resume continues from the "
-            "last checkpoint in %s\n", tr->bad_steps, tr->options->out);
+    fprintf(stderr, "error: %d steps in a row were not finite\n  hint: a lower --lr, a longer --warmup; --resume continues "
+            "from the last checkpoint in %s\n", tr->bad_steps, tr->options->out);
     exit(3);
 }
 
@@ -406,7 +421,8 @@ static inline Metrics trainer_step(Trainer *tr) {
     }
     r.lr = schedule_lr(&tr->schedule, t);
     trainer_count_updates(tr);
-    const UpdateArgs args = {r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps, !isfinite(r.loss)};
+    const UpdateArgs args = {r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps,
+                             !isfinite(r.loss)};
     r.grad_norm = tr->engine->update(tr->model, &args);
     if (!isfinite(r.loss) || !isfinite(r.grad_norm)) trainer_bad_step(tr, r.loss, r.grad_norm);
     else {
@@ -429,9 +445,13 @@ static inline Metrics trainer_step(Trainer *tr) {
 static inline void trainer_kept_map(const Trainer *tr, char *map) {
     const int rows = tr->B * tr->M;
     for (int l = 0; l < tr->config.L; l++) {
-        const int attn = tr->kept[BRANCHES * l + ATTN], mlp = tr->kept[BRANCHES * l + MLP], tenths = 10 * (attn + mlp) / (2 * rows);
-        map[l] = attn + mlp == 2 * rows ? '#' : attn + mlp == 0 ? '.' : attn == rows && !mlp ? 'a' : mlp == rows && !attn ? 'm'
-               : (char)('0' + (tenths < 1 ? 1 : tenths));
+        const int attn = tr->kept[BRANCHES * l + ATTN], mlp = tr->kept[BRANCHES * l + MLP];
+        const int tenths = 10 * (attn + mlp) / (2 * rows);
+        if (attn + mlp == 2 * rows) map[l] = '#';
+        else if (attn + mlp == 0) map[l] = '.';
+        else if (attn == rows && !mlp) map[l] = 'a';
+        else if (mlp == rows && !attn) map[l] = 'm';
+        else map[l] = (char)('0' + (tenths < 1 ? 1 : tenths));
     }
     map[tr->config.L] = 0;
 }
@@ -439,27 +459,29 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
 static inline void trainer_print_start(const Trainer *tr) {
     const GptConfig *c = &tr->config;
     const TrainOptions *o = tr->options;
-    char count[32], tokens[32], usual_text[64] = "";
+    char count[32], tokens[32];
     size_t bytes[4], parameters = gpt_params_count(c);
     double usual, fraction = 0;
     metrics_grouped(count, (double)parameters);
     metrics_grouped(tokens, (double)tr->train.tokens);
     tr->engine->memory(tr->model, bytes);
-    printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d (%s, peak %.0f GFLOP/s)\n",
-           count, c->L, c->NH, c->C, tr->T, c->V, tr->engine->name, tr->peak_flops / 1e9);
+    printf("engine:  %s; peak %.0f GFLOP/s, measured\n", tr->engine->name, tr->peak_flops / 1e9);
+    printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d\n", count, c->L, c->NH,
+           c->C, tr->T, c->V);
     printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n, tr->train.n == 1 ? "" : "s",
            (long long)tr->eval_rows * tr->T);
-    printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B, tr->T, tr->M, tr->M == 1 ? "" : "es",
-           (long long)tr->steps, (double)tr->steps * tr->M * tr->B / (double)tr->train.windows);
-    printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB\n", (double)bytes[0] / 1048576, (double)bytes[1] / 1048576,
-           (double)bytes[2] / 1048576);
+    printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B, tr->T, tr->M,
+           tr->M == 1 ? "" : "es", (long long)tr->steps, (double)tr->steps * tr->M * tr->B / (double)tr->train.windows);
+    printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB\n", (double)bytes[0] / 1048576,
+           (double)bytes[1] / 1048576, (double)bytes[2] / 1048576);
     if (o->drop_path > 0 || tr->replay.n) {
-        for (int64_t t = 0; t < tr->steps; t++) fraction += drop_path_expected_compute(&tr->drop, c, tr->T, t) / (double)tr->steps;
-        printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path, c->L,
-               o->drop_path * drop_path_depth(&tr->drop, 1), 100 * fraction);
+        for (int64_t t = 0; t < tr->steps; t++) fraction += drop_path_expected_compute(&tr->drop, c, tr->T, t);
+        printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path,
+               c->L, o->drop_path * drop_path_depth(&tr->drop, 1), 100 * fraction / (double)tr->steps);
         const char *size = drop_path_excess(o->drop_path, parameters, &usual);
-        if (size) snprintf(usual_text, sizeof usual_text, "%g is usual for a %s model", usual, size);
-        if (size) warn("--drop-path %g is high: %s; compare with a run without it", o->drop_path, usual_text);
+        if (size)
+            warn("--drop-path %g is high: %g is usual for a %s model; compare with a run without it", o->drop_path, usual,
+                 size);
     }
     printf("output:  %s\n", o->out);
     fflush(stdout);
@@ -470,22 +492,27 @@ static inline void trainer_sample(Trainer *tr) {
     const SampleArgs args = {0.8, 0, 1, (uint64_t)o->seed};
     drop_plan_keep_all(&tr->plan, tr->state.eval_scale, tr->state.tied, 1);
     printf("---- sample after step %lld ----\n", (long long)tr->state.step);
-    sample_text(stdout, tr->engine, tr->model, tr->config.V, tr->T, &tr->plan, &tr->tokenizer, o->prompt, o->sample_tokens, &args, 0);
+    sample_text(stdout, tr->engine, tr->model, tr->config.V, tr->T, &tr->plan, &tr->tokenizer, o->prompt, o->sample_tokens,
+                &args, 0);
     printf("\n----\n");
     fflush(stdout);
 }
 
 // ---- The loop ----
 
-static inline int trainer_due(int64_t every, int64_t step, int64_t steps) { return step == steps || (every > 0 && step % every == 0); }
+static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
+    return step == steps || (every > 0 && step % every == 0);
+}
 
 // Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt.
 static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text) {
     Trainer trainer, *tr = &trainer;
     trainer_open(tr, engine, o, config_text);
-    if (*o->drop_replay && o->drop_path == 0) warn("--drop-replay without --drop-path: branches drop as recorded, with scale 1");
+    if (*o->drop_replay && o->drop_path == 0)
+        warn("--drop-replay without --drop-path: branches drop as recorded, with scale 1");
     if (!tr->has_val) warn("no --val: the run will not be evaluated");
-    if (o->sample_every && !tr->has_tokenizer) die("--sample-every needs a tokenizer\n  hint: --tokenizer FILE, see data/README.md");
+    if (o->sample_every && !tr->has_tokenizer)
+        die("--sample-every needs a tokenizer\n  hint: --tokenizer FILE, see data/README.md");
     tr->peak_flops = engine->peak(tr->model, 0.2);
     trainer_print_start(tr);
     trainer_open_metrics(tr, tr->state.step);
@@ -508,6 +535,7 @@ static inline void trainer_run(const Engine *engine, const TrainOptions *o, cons
             metrics_print(&r, (double)tr->steps, map, busy / (double)(step - first) * (double)(tr->steps - step));
         if (o->sample_every && trainer_due(o->sample_every, step, tr->steps)) trainer_sample(tr);
         if (trainer_due(o->save_every, step, tr->steps)) {
+            fsync(fileno(tr->metrics));                  // no checkpoint is ahead of its metrics
             checkpoint_save(o->out, engine, tr->model, &tr->config, &tr->state);
             checkpoint_prune(o->out, o->keep);
         }

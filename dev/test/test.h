@@ -28,7 +28,8 @@ static inline void PRINTF_LIKE(4, 5) test_expect(int ok, const char *file, int l
 
 // |got - want| <= tolerance; false for NaN.
 #define EXPECT_CLOSE(got, want, tolerance, what) test_expect_close(got, want, tolerance, what, __FILE__, __LINE__)
-static inline void test_expect_close(double got, double want, double tolerance, const char *what, const char *file, int line) {
+static inline void test_expect_close(double got, double want, double tolerance, const char *what, const char *file,
+                                     int line) {
     test_expect(fabs(got - want) <= tolerance, file, line, "%s: got %.17g, want %.17g +- %.3g", what, got, want, tolerance);
 }
 
@@ -37,7 +38,8 @@ static inline void test_expect_close(double got, double want, double tolerance, 
 // A parser's error: must exist and name what is wrong.
 #define EXPECT_ERROR(error, part) test_expect_error(error, part, __FILE__, __LINE__)
 static inline void test_expect_error(const char *error, const char *part, const char *file, int line) {
-    test_expect(error && strstr(error, part), file, line, "error \"%s\" should contain \"%s\"", error ? error : "(none)", part);
+    test_expect(error && strstr(error, part), file, line, "error \"%s\" should contain \"%s\"", error ? error : "(none)",
+                part);
 }
 
 // A program that dies leaves its memory to the system: no leak check in the children of EXPECT_EXIT (a hook of

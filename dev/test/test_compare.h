@@ -10,7 +10,8 @@
 // The arguments with these options after the standard ones; from malloc.
 static inline char *compare_test_arguments(const char *out, const char *options) {
     const char *data = trainer_test_data();
-    return xprintf("compare --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " --out %s %s", data, data, out, options);
+    return xprintf("compare --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " --out %s %s", data,
+                   data, out, options);
 }
 
 static inline ToolRun compare_test_run(const char *out, const char *options) {
@@ -23,7 +24,8 @@ static inline ToolRun compare_test_run(const char *out, const char *options) {
 // The rest of a test reads what the run wrote, so that a failed one ends it.
 #define EXPECT_COMPARED(out, options) \
     do { if (!tool_expect(0, "", compare_test_run(out, options), __FILE__, __LINE__)) return; } while (0)
-#define EXPECT_NOT_COMPARED(code, part, out, options) tool_expect(code, part, compare_test_run(out, options), __FILE__, __LINE__)
+#define EXPECT_NOT_COMPARED(code, part, out, options) \
+    tool_expect(code, part, compare_test_run(out, options), __FILE__, __LINE__)
 
 // ---- compare.json ----
 
@@ -188,8 +190,9 @@ static void test_compare_killed(void) {
     EXPECT_COMPARED(whole, options);
     char *arguments = compare_test_arguments(killed, options);
     char *kill = xprintf("%s/%s > /dev/null 2>&1 & pid=$!; "
-                         "while kill -0 $pid 2>/dev/null && ! [ -e %s/drop_s1337/step_00000020 ]; do sleep 0.01; done; "
-                         "kill -9 $pid; wait $pid 2>/dev/null; ! [ -e %s/drop_flops_s1337 ]", test_build(), arguments, killed, killed);
+                         "while kill -0 $pid 2>/dev/null && ! [ -e %s/drop_s1337/latest ]; do sleep 0.01; done; "
+                         "kill -9 $pid; wait $pid 2>/dev/null; ! [ -e %s/drop_flops_s1337 ]",
+                         test_build(), arguments, killed, killed);
     EXPECT(system(kill) == 0, "it was not killed in its second run");
     free(kill);
     free(arguments);

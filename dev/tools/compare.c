@@ -187,7 +187,9 @@ static int run_read(Compare *c, int arm, int s, const char *out) {
     free(path);
     const int64_t n = log.n;
     const Metrics *last = n ? &log.record[n - 1] : NULL;
-    const int finished = n == c->steps[arm] && last->step == (double)n && isfinite(last->val_loss);
+    char *checkpoint = checkpoint_path(out, c->steps[arm]);                       // written after the last record
+    const int finished = n == c->steps[arm] && last->step == (double)n && isfinite(last->val_loss) && path_exists(checkpoint);
+    free(checkpoint);
     if (finished) {
         double flops = 0, ms = 0, peak = 0;
         for (const Metrics *r = log.record; r <= last; r++) {
