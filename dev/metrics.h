@@ -128,16 +128,16 @@ static inline void metrics_grouped(char text[32], double x) {
     text[k] = 0;
 }
 
-// The console's line of a step; `kept` has one character per layer (see trainer.h).
-static inline void metrics_print(const Metrics *r, double steps, const char *kept, double seconds_left) {
+// The console's line of a step, after `label`; `kept` has one character per layer (see trainer.h).
+static inline void metrics_print(const Metrics *r, const char *label, double steps, const char *kept, double seconds_left) {
     char left[32], rate[32];
     metrics_duration(left, seconds_left);
     metrics_grouped(rate, r->tok_per_s);
-    printf("step %*.0f/%.0f | loss %7.4f | lr %.2e | norm %6.3f | drop %.3f [%s] | flops %3.0f%% | %.1f ms | %s tok/s | "
-           "mfu %2.0f%% | %s left\n", snprintf(NULL, 0, "%.0f", steps), r->step, steps, r->loss, r->lr, r->grad_norm,
+    printf("%sstep %*.0f/%.0f | loss %7.4f | lr %.2e | norm %6.3f | drop %.3f [%s] | flops %3.0f%% | %.1f ms | %s tok/s | "
+           "mfu %2.0f%% | %s left\n", label, snprintf(NULL, 0, "%.0f", steps), r->step, steps, r->loss, r->lr, r->grad_norm,
            r->drop_p, kept, 100 * r->flops_fraction, r->ms, rate, 100 * r->mfu, left);
     if (!isnan(r->val_loss)) {
-        printf("step %.0f/%.0f | val loss %.4f | perplexity %.3f", r->step, steps, r->val_loss, r->val_ppl);
+        printf("%sstep %.0f/%.0f | val loss %.4f | perplexity %.3f", label, r->step, steps, r->val_loss, r->val_ppl);
         if (!isnan(r->val_bpb)) printf(" | %.4f bits per byte", r->val_bpb);
         printf("\n");
     }

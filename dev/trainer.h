@@ -500,12 +500,26 @@ static inline void trainer_sample(Trainer *tr) {
 
 // ---- The loop ----
 
+// Runs in several processes that take turns, so that what disturbs the machine disturbs them alike (compare): a run
+// waits for a byte on `go`, works for about `seconds`, and writes a byte to `done`. `until` starts at 0.
+typedef struct { const char *label; int go, done; double seconds, until; } TrainerTurn;
+
+// Between two steps: ends the turn if its time is over, and waits for the next one.
+static inline void trainer_take_turn(TrainerTurn *turn) {
+    char byte = 0;
+    if (!turn || trainer_seconds() < turn->until) return;
+    const int first = turn->until == 0;
+    if ((!first && write(turn->done, &byte, 1) != 1) || read(turn->go, &byte, 1) != 1) exit(1);   // nobody gives turns
+    turn->until = trainer_seconds() + turn->seconds;
+}
+
 static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
     return step == steps || (every > 0 && step % every == 0);
 }
 
-// Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt.
-static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text) {
+// Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt;
+// turn is NULL for a run that has the machine to itself.
+static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text, TrainerTurn *turn) {
     Trainer trainer, *tr = &trainer;
     trainer_open(tr, engine, o, config_text);
     if (*o->drop_replay && o->drop_path == 0)
@@ -519,6 +533,7 @@ static inline void trainer_run(const Engine *engine, const TrainOptions *o, cons
     char *map = (char *)xcalloc((size_t)tr->config.L + 1, 1);
     double busy = 0;
     for (int64_t first = tr->state.step; tr->state.step < tr->steps;) {
+        trainer_take_turn(turn);
         const double start = trainer_seconds();
         Metrics r = trainer_step(tr);
         const double seconds = trainer_seconds() - start;
@@ -532,7 +547,8 @@ static inline void trainer_run(const Engine *engine, const TrainOptions *o, cons
         trainer_record(tr, &r);
         trainer_kept_map(tr, map);
         if (trainer_due(o->log_every, step, tr->steps) || step == first + 1 || !isnan(r.val_loss))
-            metrics_print(&r, (double)tr->steps, map, busy / (double)(step - first) * (double)(tr->steps - step));
+            metrics_print(&r, turn ? turn->label : "", (double)tr->steps, map,
+                          busy / (double)(step - first) * (double)(tr->steps - step));
         if (o->sample_every && trainer_due(o->sample_every, step, tr->steps)) trainer_sample(tr);
         if (trainer_due(o->save_every, step, tr->steps)) {
             fsync(fileno(tr->metrics));                  // no checkpoint is ahead of its metrics
@@ -557,7 +573,7 @@ static inline int trainer_main(int argc, char **argv, const Engine *engine) {
     resume = o.resume, o.resume = (char *)(uintptr_t)"";   // config.txt is of the run, however often it is resumed
     options_dump(&options, &config);
     o.resume = resume;
-    trainer_run(engine, &o, config.s);
+    trainer_run(engine, &o, config.s, NULL);
     text_free(&config);
     options_free(&options);
     return 0;

@@ -9,6 +9,7 @@
 #include "../trainer.h"
 #include "../stats.h"
 #include <ctype.h>
+#include <signal.h>
 #include <sys/file.h>
 #include <sys/wait.h>
 #ifdef __linux__
@@ -24,7 +25,10 @@ extern const Engine cpu_engine;
     OPTION(seeds, "seeds", INTEGER, "1", "[1,1000]",                                                                 \
            "runs of each kind, with seeds --seed, --seed + 1, ...; differences have an interval from 2 on")          \
     OPTION(equal_flops, "equal-flops", FLAG, "1", "0|1",                                                             \
-           "also train with drop path for as many more steps as its saving pays for")
+           "also train with drop path for as many more steps as its saving pays for")                                \
+    OPTION(take_turns, "take-turns", FLAG, "1", "0|1",                                                               \
+           "the runs of a seed work in turn, half a second each, so that a noisy machine slows all alike; 0: one "    \
+           "after the other, in less memory")
 
 typedef struct { COMPARE_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } CompareOptions;
 
@@ -36,6 +40,8 @@ static const OptionSpec compare_option_specs[] = {
 enum { N_COMPARE_OPTION_SPECS = sizeof compare_option_specs / sizeof compare_option_specs[0] };
 
 // ---- What is compared ----
+
+#define TURN_SECONDS 0.5
 
 enum { NONE, DROP, DROP_FLOPS, MAX_ARMS };
 static const char *const arm_name[MAX_ARMS] = {"none", "drop", "drop_flops"};      // of folders, and in compare.json
@@ -210,45 +216,100 @@ static int run_read(Compare *c, int arm, int s, const char *out) {
     return finished;
 }
 
-// Trains in a child process, so that peak memory is this run's own; returns its exit code.
-static int run_train(const TrainOptions *o, const char *config) {
-    int status;
-    fflush(NULL);
-    const pid_t child = fork();
-    if (child < 0) die("cannot start a process: %s", strerror(errno));
-    if (child == 0) {
-#ifdef __linux__
-        prctl(PR_SET_PDEATHSIG, SIGKILL);                // who kills compare means its run too
-#endif
-        trainer_run(&cpu_engine, o, config);
-        exit(0);
-    }
-    while (waitpid(child, &status, 0) < 0)
-        if (errno != EINTR) die("waitpid: %s", strerror(errno));
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);      // as a shell counts
+// ---- The runs of one seed: a process each, so that peak memory is the run's own; they take turns ----
+
+typedef struct {
+    TrainOptions o;
+    Text config;
+    char *title, label[16];
+    int started, finished;                               // before this program, wholly before
+    pid_t pid;                                           // 0: no process
+    int go, done;                                        // our ends of the pipes of TrainerTurn
+} Run;
+
+static void run_open(Compare *c, Run *r, int arm, int s) {
+    memset(r, 0, sizeof *r);
+    r->o = run_options(c, arm, s);
+    r->config = run_config(c, &r->o);
+    r->title = xprintf("run %d of %d: %s, seed %lld", s * c->arms + arm + 1, c->seeds * c->arms, arm_name[arm],
+                       (long long)r->o.seed);
+    snprintf(r->label, sizeof r->label, "%-10s ", arm_name[arm]);
+    r->started = run_started(r->o.out, &r->config);
+    r->finished = run_read(c, arm, s, r->o.out);
 }
 
-static void run(Compare *c, int arm, int s) {
-    TrainOptions o = run_options(c, arm, s);
-    Text config = run_config(c, &o);
-    char *title = xprintf("run %d of %d: %s, seed %lld", s * c->arms + arm + 1, c->seeds * c->arms, arm_name[arm],
-                          (long long)o.seed);
-    const int started = run_started(o.out, &config);
-    if (run_read(c, arm, s, o.out)) printf("%s: finished before, in %s\n", title, o.out);
-    else {
-        printf("\n%s -> %s\n", title, o.out);
-        o.resume = (char *)(uintptr_t)(started ? "latest" : "");
-        const int code = run_train(&o, config.s);
-        if (code) {
-            fprintf(stderr, "error: %s ended with exit code %d\n  hint: the same command again goes on with it\n", title,
-                    code);
-            exit(code);
-        }
-        if (!run_read(c, arm, s, o.out)) die("%s ended without a finite validation loss\n  hint: a lower --lr", title);
+static void run_close(Run *r) {
+    text_free(&r->config);
+    free(r->title);
+    free(r->o.out);
+}
+
+// Starts a process that trains as soon as it has its first turn. `others` (n) are started already.
+static void run_start(Run *r, double seconds, const Run *others, int n) {
+    int go[2], done[2];
+    fflush(NULL);
+    if (pipe(go) || pipe(done)) die("cannot make a pipe: %s", strerror(errno));
+    r->pid = fork();
+    if (r->pid < 0) die("cannot start a process: %s", strerror(errno));
+    if (r->pid == 0) {
+#ifdef __linux__
+        prctl(PR_SET_PDEATHSIG, SIGKILL);                // who kills compare means its runs too
+#endif
+        for (int i = 0; i < n; i++)                      // or they would not see that compare has ended
+            if (others[i].pid) close(others[i].go), close(others[i].done);
+        close(go[1]);
+        close(done[0]);
+        TrainerTurn turn = {r->label, go[0], done[1], seconds, 0};
+        trainer_take_turn(&turn);
+        printf("\n%s -> %s\n", r->title, r->o.out);
+        r->o.resume = (char *)(uintptr_t)(r->started ? "latest" : "");
+        trainer_run(&cpu_engine, &r->o, r->config.s, &turn);
+        exit(0);
     }
-    text_free(&config);
-    free(title);
-    free(o.out);
+    close(go[0]);
+    close(done[1]);
+    r->go = go[1];
+    r->done = done[0];
+}
+
+// Gives the run a turn and waits until it is over; returns whether there is more to do. Exits with the run's code if
+// it has failed: the others end with this process.
+static int run_turn(Run *r) {
+    char byte = 0;
+    int status;
+    ssize_t n = 0;
+    if (write(r->go, &byte, 1) == 1)
+        while ((n = read(r->done, &byte, 1)) < 0 && errno == EINTR) {}
+    if (n == 1) return 1;
+    while (waitpid(r->pid, &status, 0) < 0)
+        if (errno != EINTR) die("waitpid: %s", strerror(errno));
+    close(r->go);
+    close(r->done);
+    r->pid = 0;
+    if (status == 0) return 0;
+    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);      // as a shell counts
+    fprintf(stderr, "error: %s ended with exit code %d\n  hint: the same command again goes on with it\n", r->title, code);
+    exit(code);
+}
+
+// All runs of seed s. With --take-turns 0 a turn is a whole run.
+static void run_seed(Compare *c, int s) {
+    Run run[MAX_ARMS];
+    const double seconds = c->own.take_turns ? TURN_SECONDS : INFINITY;
+    for (int arm = 0; arm < c->arms; arm++) {
+        run_open(c, &run[arm], arm, s);
+        if (run[arm].finished) printf("%s: finished before, in %s\n", run[arm].title, run[arm].o.out);
+        else run_start(&run[arm], seconds, run, arm);
+    }
+    for (int busy = 1; busy;) {
+        busy = 0;
+        for (int arm = 0; arm < c->arms; arm++) busy |= run[arm].pid && run_turn(&run[arm]);
+    }
+    for (int arm = 0; arm < c->arms; arm++) {
+        if (!run_read(c, arm, s, run[arm].o.out))
+            die("%s ended without a finite validation loss\n  hint: a lower --lr", run[arm].title);
+        run_close(&run[arm]);
+    }
 }
 
 // One compare at a time in a folder. The lock lasts as long as any process of this compare, an orphaned run included.
@@ -352,10 +413,11 @@ static void report_tables(const Compare *c, Text *out) {
 }
 
 static void report_verdict(const Compare *c, Text *out) {
-    text_printf(out, "\nTimes are sums over the steps, without evaluation and saving; what else the machine did is in\n"
-                "them: trust a measured speed-up as far as the seeds agree. %s\n\n",
-                c->seeds > 1 ? "sd: standard deviation over the seeds."
-                             : "One seed tells no effect from chance:\nwith --seeds 2 or more differences have an interval.");
+    text_printf(out, "\nTimes are sums over the steps, without evaluation and saving. %s.\n"
+                "What else the machine did is in them: trust a speed-up as far as the seeds agree. %s\n\n",
+                c->own.take_turns ? "The runs of a seed took turns" : "One run followed the other",
+                c->seeds > 1 ? "sd: standard\ndeviation over the seeds."
+                             : "One seed tells no\neffect from chance: with --seeds 2 or more differences have an interval.");
     for (int arm = DROP; arm < c->arms; arm++) {
         char *title = arm_title(c, arm);
         if (underfits(c, arm))
@@ -497,8 +559,8 @@ int main(int argc, char **argv) {
         c->value[i / N_NUMBERS][i % N_NUMBERS] = (double *)xcalloc((size_t)c->seeds, sizeof(double));
     directory_make(c->train.out);
     lock_folder(c->train.out);
-    for (int s = 0; s < c->seeds; s++)                   // seed by seed: arms that are compared run at much the same time
-        for (int arm = 0; arm < c->arms; arm++) run(c, arm, s);
+    signal(SIGPIPE, SIG_IGN);                            // a run that has died is told by its exit code
+    for (int s = 0; s < c->seeds; s++) run_seed(c, s);
     write_report(c, argc, argv);
     for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++) free(c->value[i / N_NUMBERS][i % N_NUMBERS]);
     options_free(&c->options);
