@@ -249,7 +249,6 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->model = engine->open(&tr->config, &args);
     if (resume) {
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
-        if (tr->state.step >= tr->steps) printf("resume: %s has all %lld steps already\n", from, (long long)tr->steps);
         trainer_compare_options(config_text, tr->state.options);
         free((char *)(uintptr_t)tr->state.options);
     } else if (from) checkpoint_load_weights(from, engine, tr->model, &tr->config);
@@ -522,6 +521,11 @@ static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
 static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text, TrainerTurn *turn) {
     Trainer trainer, *tr = &trainer;
     trainer_open(tr, engine, o, config_text);
+    if (tr->state.step >= tr->steps) {
+        printf("%s has all %lld steps already\n", o->out, (long long)tr->steps);
+        trainer_close(tr);
+        return;
+    }
     if (*o->drop_replay && o->drop_path == 0)
         warn("--drop-replay without --drop-path: branches drop as recorded, with scale 1");
     if (!tr->has_val) warn("no --val: the run will not be evaluated");
