@@ -33,6 +33,7 @@
 #define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
 #define NORETURN          __attribute__((noreturn))
 #define UNUSED            __attribute__((unused))
+#define NEVER_NULL        __attribute__((returns_nonnull))
 
 // The number type of parameters, gradients and activations. REAL=double is for tests by finite differences.
 #ifdef REAL_DOUBLE
@@ -88,13 +89,13 @@ check_failed(const char *file, int line, const char *condition, const char *form
 // ---- Memory ----
 
 // malloc of count * size zeroed bytes; dies when the product overflows or memory is out. Free with free().
-static inline void *xcalloc(size_t count, size_t size) {
+static inline void *NEVER_NULL xcalloc(size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size ? size : 1);
     if (!p) die("out of memory: %zu x %zu bytes", count, size);
     return p;
 }
 
-static inline void *xrealloc(void *old, size_t count, size_t size) {
+static inline void *NEVER_NULL xrealloc(void *old, size_t count, size_t size) {
     if (size && count > SIZE_MAX / size) die("out of memory: %zu x %zu bytes", count, size);
     size_t bytes = count * size;
     void *p = realloc(old, bytes ? bytes : 1);
@@ -103,7 +104,7 @@ static inline void *xrealloc(void *old, size_t count, size_t size) {
 }
 
 // A formatted string from malloc, and its length.
-static inline char *PRINTF_LIKE(2, 0) xprintf_v(int *length, const char *format, va_list args) {
+static inline char *PRINTF_LIKE(2, 0) NEVER_NULL xprintf_v(int *length, const char *format, va_list args) {
     va_list again;
     va_copy(again, args);
     *length = vsnprintf(NULL, 0, format, args);
@@ -115,7 +116,7 @@ static inline char *PRINTF_LIKE(2, 0) xprintf_v(int *length, const char *format,
 }
 
 // A formatted string from malloc; the caller frees it.
-static inline char *PRINTF_LIKE(1, 2) xprintf(const char *format, ...) {
+static inline char *PRINTF_LIKE(1, 2) NEVER_NULL xprintf(const char *format, ...) {
     int length;
     va_list args;
     va_start(args, format);

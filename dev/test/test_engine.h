@@ -20,6 +20,7 @@
     X(engine_golden_eval) X(engine_golden_gradients) X(engine_golden_dense) X(engine_golden_skip) \
     X(engine_reference_losses) X(engine_reference_gradients) X(engine_many_tokens) ENGINE_DOUBLE_TESTS(X) \
     X(engine_rows_alone) X(engine_rows_apart) X(engine_dropped_is_zero) X(engine_poison) X(engine_scale) \
+    X(engine_nan_reaches_the_loss) \
     X(engine_threads) X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
     X(engine_logits) X(engine_update) X(engine_update_clipped) X(engine_update_not_taken) X(engine_update_untouched) \
     X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
@@ -743,6 +744,39 @@ static void test_engine_poison(void) {
         free(want), free(poison), free(zero), free(got);
         rig_close(&r);
     }
+}
+
+// A NaN with bits set at the low end, where code that works on a number's bits would lose it.
+static real engine_test_nan(void) {
+    const uint32_t bits32 = 0x7FC001FFu;
+    const uint64_t bits64 = 0x7FF80000000001FFu;
+    real x;
+    memcpy(&x, sizeof x == 4 ? (const void *)&bits32 : (const void *)&bits64, sizeof x);
+    return x;
+}
+
+// What is not a number stays so on its way to the loss, wherever it comes from.
+static void test_engine_nan_reaches_the_loss(void) {
+    Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+    drop_plan_full(&r.plan, NULL, r.B);
+    EACH_TENSOR(&r.c) {
+        const size_t n = gpt_param_size(&r.c, p);
+        real *host = slot_new(&r.c), kept;
+        test_engine->read(r.model, SLOT_PARAM, p, l, host);
+        for (size_t i = 0; i < 2; i++) {                 // the first element, one in the middle of a row that is used
+            const size_t at = p == P_wte ? (size_t)r.tokens[0] * (size_t)r.c.C + i : i * (n / 2);
+            if (p == P_wpe && i) break;                  // the last positions may be unused
+            kept = host[at];
+            host[at] = engine_test_nan();
+            test_engine->write(r.model, SLOT_PARAM, p, l, host);
+            const double loss = test_engine->forward(r.model, r.T, r.tokens, r.targets, &r.plan);
+            EXPECT(isnan(loss), "%s, layer %d: NaN at %zu gives a loss of %g", gpt_param[p].id, l, at, loss);
+            host[at] = kept;
+        }
+        test_engine->write(r.model, SLOT_PARAM, p, l, host);
+        free(host);
+    }
+    rig_close(&r);
 }
 
 // Scale 4 is output weights times 4, to the bit: the same loss, 4 times the gradient of the output projection, and
