@@ -22,7 +22,7 @@
 
 // The widest vectors of the target, by the compiler's vector extension; LANES numbers each.
 #if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, TILE_ROWS = 14, TILE_VECTORS = 2 };      // 28 accumulators of 32 registers
+enum { VECTOR_BYTES = 64, TILE_ROWS = 12, TILE_VECTORS = 2 };      // 24 accumulators of 32 registers
 #elif defined(__AVX__)
 enum { VECTOR_BYTES = 32, TILE_ROWS = 6, TILE_VECTORS = 2 };       // 12 of 16
 #elif defined(__aarch64__)
@@ -74,8 +74,11 @@ static inline real max_of(const real *x, size_t n) {
 // ---- Matrix products: y (M,N) = a (M,K) b (K,N), any of them seen transposed ----
 // b is packed into strips of TILE_COLS columns and a into strips of TILE_ROWS rows, for K_BLOCK of the K at a time;
 // the kernel keeps one (TILE_ROWS, TILE_COLS) tile of y in registers. Each y is summed over K in order.
+//
+// K_BLOCK is the C of a small GPT-2, so that y is written once; a strip of b and ROW_STRIPS strips of a stay in L2. The
+// blocks are as large as the products of a micro-batch, so that little is packed twice (measured: dev/bench/SPEED.md).
 
-enum { K_BLOCK = 384, M_BLOCK = 64 * TILE_ROWS, N_BLOCK = 64 * TILE_COLS, ROW_STRIPS = 8, COL_STRIPS = 8 };
+enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8, COL_STRIPS = 8 };
 
 typedef struct { const real *at; size_t row, col; } View;          // element (i, j) is at[i*row + j*col]
 typedef struct { real *a, *b; } PackRoom;                          // (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK)
@@ -104,8 +107,11 @@ static void pack_strip(real *to, const real *from, size_t step, size_t k_step, s
     }
 }
 
-// y (M,N), rows ldy apart, M <= TILE_ROWS, N <= TILE_COLS: += or = strip a (K,TILE_ROWS) x strip b (K,TILE_COLS).
-static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, size_t M, size_t N, size_t K, int add) {
+// What a product is added to: nothing, the old y, or the same bias (N) in every row.
+typedef struct { int old; const real *bias; } Start;
+
+// y (M,N), rows ldy apart, M <= TILE_ROWS, N <= TILE_COLS: start + strip a (K,TILE_ROWS) x strip b (K,TILE_COLS).
+static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, size_t M, size_t N, size_t K, Start start) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
     for (size_t k = 0; k < K; k++, a += TILE_ROWS, b += TILE_COLS) {
         Vector bk[TILE_VECTORS];
@@ -119,7 +125,8 @@ static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, siz
         for (int i = 0; i < TILE_ROWS; i++)
             for (int j = 0; j < TILE_VECTORS; j++) {
                 Vector *to = (Vector *)(y + (size_t)i * ldy + j * LANES);
-                if (add) *to += sum[i][j];
+                if (start.old) *to += sum[i][j];
+                else if (start.bias) *to = *(const Vector *)(start.bias + j * LANES) + sum[i][j];
                 else *to = sum[i][j];
             }
         return;
@@ -127,14 +134,15 @@ static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, siz
     real edge[TILE_ROWS][TILE_COLS];
     memcpy(edge, sum, sizeof edge);
     for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++) y[i * ldy + j] = (add ? y[i * ldy + j] : 0) + edge[i][j];
+        for (size_t j = 0; j < N; j++)
+            y[i * ldy + j] = (start.old ? y[i * ldy + j] : start.bias ? start.bias[j] : 0) + edge[i][j];
 }
 
 static inline size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
 static inline size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
 
-// The packed block y (M,N) (+)= a (M,K) b (K,N): tasks of ROW_STRIPS x COL_STRIPS tiles over the threads.
-static void multiply_block(real *y, size_t ldy, PackRoom room, View a, View b, size_t M, size_t N, size_t K, int add) {
+// One block y (M,N) = start + a (M,K) b (K,N): tasks of ROW_STRIPS x COL_STRIPS tiles over the threads.
+static void multiply_block(real *y, size_t ldy, PackRoom room, View a, View b, size_t M, size_t N, size_t K, Start start) {
     size_t row_strips = strips(M, TILE_ROWS), col_strips = strips(N, TILE_COLS);
 #pragma omp parallel
     {
@@ -149,30 +157,35 @@ static void multiply_block(real *y, size_t ldy, PackRoom room, View a, View b, s
 #pragma omp for collapse(2) schedule(dynamic)
         for (size_t i0 = 0; i0 < row_strips; i0 += ROW_STRIPS)
             for (size_t j0 = 0; j0 < col_strips; j0 += COL_STRIPS)
-                for (size_t j = j0; j < at_most(j0 + COL_STRIPS, col_strips); j++)
+                for (size_t j = j0; j < at_most(j0 + COL_STRIPS, col_strips); j++) {
+                    const Start from = {start.old, start.bias ? start.bias + j * TILE_COLS : NULL};
                     for (size_t i = i0; i < at_most(i0 + ROW_STRIPS, row_strips); i++)
                         multiply_tile(y + i * TILE_ROWS * ldy + j * TILE_COLS, ldy, room.a + i * TILE_ROWS * K,
                                       room.b + j * TILE_COLS * K, at_most(M - i * TILE_ROWS, TILE_ROWS),
-                                      at_most(N - j * TILE_COLS, TILE_COLS), K, add);
+                                      at_most(N - j * TILE_COLS, TILE_COLS), K, from);
+                }
     }
 }
 
-// y (M,N) = a b, or += with add; y must not overlap a or b.
-static void multiply(real *y, PackRoom room, View a, View b, size_t M, size_t N, size_t K, int add) {
+static const Start FRESH = {0, NULL}, ADD = {1, NULL};
+
+// y (M,N) = start + a b; y must not overlap a or b.
+static void multiply(real *y, PackRoom room, View a, View b, size_t M, size_t N, size_t K, Start start) {
     for (size_t n = 0; n < N; n += N_BLOCK)
-        for (size_t k = 0; k < K; k += K_BLOCK)
+        for (size_t k = 0; k < K; k += K_BLOCK) {
+            const Start from = {k > 0 || start.old, start.bias ? start.bias + n : NULL};
             for (size_t i = 0; i < M; i += M_BLOCK)
                 multiply_block(y + i * N + n, N, room, view(a.at + i * a.row + k * a.col, a.row, a.col),
                                view(b.at + k * b.row + n * b.col, b.row, b.col), at_most(M - i, M_BLOCK),
-                               at_most(N - n, N_BLOCK), at_most(K - k, K_BLOCK), add || k > 0);
+                               at_most(N - n, N_BLOCK), at_most(K - k, K_BLOCK), from);
+        }
 }
 
 // y (BT,OC) = x (BT,C) w (C,OC) + bias (OC)
 static void matmul_forward(real *y, PackRoom room, const real *x, const real *w, const real *bias,
                            size_t BT, size_t C, size_t OC) {
-#pragma omp parallel for
-    for (size_t t = 0; t < BT; t++) memcpy(y + t * OC, bias, OC * sizeof(real));
-    multiply(y, room, view(x, C, 1), view(w, OC, 1), BT, OC, C, 1);
+    const Start from = {0, bias};
+    multiply(y, room, view(x, C, 1), view(w, OC, 1), BT, OC, C, from);
 }
 
 // sum (N) += the columns of y (M,N); with xhat (M,N) also scaled (N) += the columns of y * xhat.
@@ -195,8 +208,8 @@ static void column_sums(real *sum, real *scaled, const real *y, const real *xhat
 // dx (BT,C) = dy (BT,OC) w^T;  dw (C,OC) += x^T dy;  dbias (OC) += the columns of dy
 static void matmul_backward(real *dx, real *dw, real *dbias, PackRoom room, const real *dy, const real *x, const real *w,
                             size_t BT, size_t C, size_t OC) {
-    multiply(dx, room, view(dy, OC, 1), view(w, 1, OC), BT, C, OC, 0);
-    multiply(dw, room, view(x, 1, C), view(dy, OC, 1), C, OC, BT, 1);
+    multiply(dx, room, view(dy, OC, 1), view(w, 1, OC), BT, C, OC, FRESH);
+    multiply(dw, room, view(x, 1, C), view(dy, OC, 1), C, OC, BT, ADD);
     column_sums(dbias, NULL, dy, NULL, BT, OC);
 }
 
@@ -302,15 +315,16 @@ typedef struct {                                         // one thread's room
     real s[BLOCK * BLOCK], ds[BLOCK * BLOCK], out[BLOCK * HEAD_MAX];
 } AttentionRoom;
 
-// y (M,N), rows ldy apart, (+)= a (M,K) b (K,N); M <= BLOCK, N <= HEAD_MAX, K <= HEAD_MAX.
-static void multiply_small(real *y, size_t ldy, AttentionRoom *room, View a, View b, size_t M, size_t N, size_t K, int add) {
+// y (M,N), rows ldy apart, = start + a (M,K) b (K,N) without bias; M <= BLOCK, N <= HEAD_MAX, K <= HEAD_MAX.
+static void multiply_small(real *y, size_t ldy, AttentionRoom *room, View a, View b, size_t M, size_t N, size_t K,
+                           Start start) {
     for (size_t i = 0; i < M; i += TILE_ROWS)
         pack_strip(room->a + i * K, a.at + i * a.row, a.row, a.col, at_most(M - i, TILE_ROWS), TILE_ROWS, K);
     for (size_t j = 0; j < N; j += TILE_COLS) {
         pack_strip(room->b, b.at + j * b.col, b.col, b.row, at_most(N - j, TILE_COLS), TILE_COLS, K);
         for (size_t i = 0; i < M; i += TILE_ROWS)
             multiply_tile(y + i * ldy + j, ldy, room->a + i * K, room->b, at_most(M - i, TILE_ROWS),
-                          at_most(N - j, TILE_COLS), K, add);
+                          at_most(N - j, TILE_COLS), K, start);
     }
 }
 
@@ -318,7 +332,7 @@ static void multiply_small(real *y, size_t ldy, AttentionRoom *room, View a, Vie
 static void attention_scores(AttentionRoom *room, const real *q, const real *k, size_t ld, size_t i0, size_t j0,
                              size_t ni, size_t nj, size_t HS) {
     const real scale = (real)(1 / sqrt((double)HS));
-    multiply_small(room->s, BLOCK, room, view(q + i0 * ld, ld, 1), view(k + j0 * ld, 1, ld), ni, nj, HS, 0);
+    multiply_small(room->s, BLOCK, room, view(q + i0 * ld, ld, 1), view(k + j0 * ld, 1, ld), ni, nj, HS, FRESH);
     for (size_t i = 0; i < ni; i++) {
         real *s = room->s + i * BLOCK;
         for (size_t j = 0; j < nj; j++) s[j] = j0 + j <= i0 + i ? s[j] * scale : -INFINITY;
@@ -358,7 +372,7 @@ static void attention_forward(real *y, real *lse, const real *qkv, size_t n, siz
                     const size_t nj = at_most(T - j0, BLOCK);
                     attention_scores(&room, q, k, ld, i0, j0, ni, nj, HS);
                     softmax_block(&room, top, sum, ni, nj, HS);
-                    multiply_small(room.out, HS, &room, view(room.s, BLOCK, 1), view(v + j0 * ld, ld, 1), ni, HS, nj, 1);
+                    multiply_small(room.out, HS, &room, view(room.s, BLOCK, 1), view(v + j0 * ld, ld, 1), ni, HS, nj, ADD);
                 }
                 for (size_t i = 0; i < ni; i++) {
                     for (size_t d = 0; d < HS; d++) y[(row * T + i0 + i) * C + h * HS + d] = room.out[i * HS + d] / sum[i];
@@ -381,18 +395,18 @@ static void attention_backward_head(real *dqkv, const real *dy, const real *qkv,
             for (size_t d = 0; d < HS; d++) inner[i] += dy[(i0 + i) * C + d] * y[(i0 + i) * C + d];
         for (size_t j0 = 0; j0 <= i0; j0 += BLOCK) {
             const size_t nj = at_most(T - j0, BLOCK);
-            const int add_keys = i0 > j0;                // the first queries that see these keys set dK and dV
+            const Start keys = i0 > j0 ? ADD : FRESH;    // the first queries that see these keys set dK and dV
             attention_scores(room, q, k, ld, i0, j0, ni, nj, HS);
-            multiply_small(room->ds, BLOCK, room, view(dy + i0 * C, C, 1), view(v + j0 * ld, 1, ld), ni, nj, HS, 0);
+            multiply_small(room->ds, BLOCK, room, view(dy + i0 * C, C, 1), view(v + j0 * ld, 1, ld), ni, nj, HS, FRESH);
             for (size_t i = 0; i < ni; i++)
                 for (size_t j = 0; j < nj; j++) {
                     const real p = exp_real(room->s[i * BLOCK + j] - lse[i0 + i]);
                     room->s[i * BLOCK + j] = p;
                     room->ds[i * BLOCK + j] = p * (room->ds[i * BLOCK + j] - inner[i]) * scale;
                 }
-            multiply_small(dv + j0 * ld, ld, room, view(room->s, 1, BLOCK), view(dy + i0 * C, C, 1), nj, HS, ni, add_keys);
-            multiply_small(dq + i0 * ld, ld, room, view(room->ds, BLOCK, 1), view(k + j0 * ld, ld, 1), ni, HS, nj, j0 > 0);
-            multiply_small(dk + j0 * ld, ld, room, view(room->ds, 1, BLOCK), view(q + i0 * ld, ld, 1), nj, HS, ni, add_keys);
+            multiply_small(dv + j0 * ld, ld, room, view(room->s, 1, BLOCK), view(dy + i0 * C, C, 1), nj, HS, ni, keys);
+            multiply_small(dq + i0 * ld, ld, room, view(room->ds, BLOCK, 1), view(k + j0 * ld, ld, 1), ni, HS, nj, j0 ? ADD : FRESH);
+            multiply_small(dk + j0 * ld, ld, room, view(room->ds, 1, BLOCK), view(q + i0 * ld, ld, 1), nj, HS, ni, keys);
         }
     }
 }
@@ -465,7 +479,7 @@ static void classifier(real *losses, real *dx, real *dwte, real *logits, PackRoo
     const size_t chunk = classifier_chunk(BT, V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
-        multiply(logits, room, view(x + t0 * C, C, 1), view(wte, 1, C), n, V, C, 0);
+        multiply(logits, room, view(x + t0 * C, C, 1), view(wte, 1, C), n, V, C, FRESH);
 #pragma omp parallel for
         for (size_t t = 0; t < n; t++) {
             const int target = targets[t0 + t];
@@ -473,8 +487,8 @@ static void classifier(real *losses, real *dx, real *dwte, real *logits, PackRoo
             if (target < 0) memset(logits + t * V, 0, V * sizeof(real));
         }
         if (grad == 0) continue;
-        multiply(dx + t0 * C, room, view(logits, V, 1), view(wte, C, 1), n, C, V, 0);
-        multiply(dwte, room, view(logits, 1, V), view(x + t0 * C, C, 1), V, C, n, 1);
+        multiply(dx + t0 * C, room, view(logits, V, 1), view(wte, C, 1), n, C, V, FRESH);
+        multiply(dwte, room, view(logits, 1, V), view(x + t0 * C, C, 1), V, C, n, ADD);
     }
 }
 
@@ -677,9 +691,9 @@ static void mlp_branch_backward(Model *m, int l, const BranchPlan *b, int T) {
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const MlpKept *k = &m->mlp[l];
     real *dh = m->dwide;
-    multiply(dh, m->pack, view(m->dmlp, C, 1), view(w.fcprojw, 1, C), nT, 4 * C, C, 0);
+    multiply(dh, m->pack, view(m->dmlp, C, 1), view(w.fcprojw, 1, C), nT, 4 * C, C, FRESH);
     gelu_backward(dh, m->gelu, dh, k->h, nT * 4 * C);
-    multiply(dw.fcprojw, m->pack, view(m->gelu, 1, 4 * C), view(m->dmlp, C, 1), 4 * C, C, nT, 1);
+    multiply(dw.fcprojw, m->pack, view(m->gelu, 1, 4 * C), view(m->dmlp, C, 1), 4 * C, C, nT, ADD);
     column_sums(dw.fcprojb, NULL, m->dmlp, NULL, nT, C);
     layernorm_again(m->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
     matmul_backward(m->dmlp, dw.fcw, dw.fcb, m->pack, dh, m->ln, w.fcw, nT, C, 4 * C);
@@ -788,7 +802,7 @@ static void model_logits(Model *m, int row, int t, real *host) {
     const size_t C = (size_t)m->config.C, V = (size_t)m->config.V;
     CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T, "no logits at row %d, position %d", row, t);
     const real *x = m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C;
-    multiply(host, m->pack, view(x, C, 1), view(params_at(m, SLOT_PARAM, 0).wte, 1, C), 1, V, C, 0);
+    multiply(host, m->pack, view(x, C, 1), view(params_at(m, SLOT_PARAM, 0).wte, 1, C), 1, V, C, FRESH);
 }
 
 // ---- AdamW (Loshchilov and Hutter 2019, algorithm 2), with the gradients clipped to a norm ----
