@@ -449,7 +449,7 @@ static void gelu_backward(real *dx, real *y, const real *dy, const real *x, size
 // Neither logits nor probabilities of the whole batch exist. With weight 0 only the losses are made; else the chunk
 // of logits turns into its gradient in place and goes on into dx and dwte at once.
 
-enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 64 };      // a chunk's logits: 16 MiB in fp32, at least 64 rows
+enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 240 };     // a chunk: 16 MiB of logits in fp32, or rows enough for wte
 
 static size_t classifier_chunk(size_t BT, size_t V) {
     return at_most(BT, CHUNK_NUMBERS / V > CHUNK_LEAST ? CHUNK_NUMBERS / V : CHUNK_LEAST);
