@@ -58,6 +58,10 @@ $(B)/engine_cpu.o:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -MMD -MF $@.d -DENGINE_ONLY -c $< -o $@
 
+$(B)/bench: dev/bench/bench.c                            # includes train_gpt.c, to reach its kernels
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS)
+
 -include $(wildcard $(B)/*.d)
 
 # Downloads or finds a text, makes shards, trains with and without drop path, compares, prints a sample.
@@ -68,6 +72,10 @@ quickstart: all
 test: choices $(PROGRAMS) $(B)/test_gpt
 	@BUILD=$(B) $(B)/test_gpt
 
+# Kernels, steps and drop path beside the machine's peaks, in a few minutes: dev/bench/README.md.
+bench: choices $(B)/bench
+	@$(B)/bench --json $(B)/bench.json
+
 # Each header alone, as C11 and as C++17.
 headers:
 	@for h in $(HEADERS); do \
@@ -77,9 +85,9 @@ headers:
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 9
-	@echo "targets: all quickstart test headers clean"
+	@echo "targets: all quickstart test bench headers clean"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test headers help clean
+.PHONY: all choices quickstart test bench headers help clean

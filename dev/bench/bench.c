@@ -1,0 +1,139 @@
+// bench.c: how fast the engine on the CPU is, as a fraction of what the machine can do at that moment.
+//
+//     make bench                                        everything, in a few minutes; also to build/bench.json
+//     build/bench --only step --preset gpt2             one table, one preset
+//
+// README.md beside this file says what the rows mean; measure.h says how they are measured. Every row is checked
+// against a plain computation in double precision first; a wrong one ends the program with exit code 1.
+#include "kernels.h"
+#include "layers.h"
+#include "steps.h"
+#include "../options.h"
+
+// ---- Options ----
+
+//  OPTION(field, name, type, default, domain, help)
+#define BENCH_OPTIONS(HEADING, OPTION)                                                                               \
+  HEADING("Bench")                                                                                                   \
+    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|step|drop|turns",                                    \
+           "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
+    OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
+           "default: those of each table")                                                                           \
+    OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
+    OPTION(rounds, "rounds", INTEGER, "0", "[0,1e6]", "slices of each row; 0: the table's")                          \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
+    OPTION(json, "json", TEXT, "build/bench.json", "FILE", "where the results go, too")
+
+typedef struct { BENCH_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } BenchOptions;
+
+static const OptionSpec bench_option_specs[] = {
+#define X(...) OPTION_SPEC(BenchOptions, __VA_ARGS__)
+    BENCH_OPTIONS(OPTION_HEADING_SPEC, X)
+#undef X
+};
+enum { N_BENCH_OPTION_SPECS = sizeof bench_option_specs / sizeof bench_option_specs[0] };
+enum { ONLY_ALL, ONLY_TURNS = 6 };
+
+// ---- What is measured unless the options say otherwise ----
+
+static const Case kernel_cases[] = {{"gpt2", 1, 1024}, {"small", 4, 256}};
+static const Case step_cases[] = {{"gpt2", 4, 64}, {"gpt2", 1, 512}, {"small", 4, 256}};     // equal presets are neighbours
+static const Case drop_cases[] = {{"small", 8, 64}};
+#define CASES(all) all, sizeof all / sizeof all[0]
+
+static const struct {                                    // in the order of --only
+    void (*run)(Bench *, const Case *cases, int n, int rounds);
+    const Case *cases;
+    int n, rounds;
+} tables[] = {
+    {bench_peak,   CASES(kernel_cases), 20},
+    {bench_matmul, CASES(kernel_cases), 10},
+    {bench_layers, CASES(kernel_cases), 10},
+    {bench_step,   CASES(step_cases),   4},
+    {bench_drop,   CASES(drop_cases),   4},
+};
+enum { N_TABLES = sizeof tables / sizeof tables[0] };
+
+// Whether an option describes a case; then it is *only, with what the options leave open from the defaults (n).
+static int case_of(Case *only, const BenchOptions *o, const Case *defaults, int n) {
+    const GptPreset *preset = o->preset ? &gpt_presets[o->preset - 1] : gpt_preset(defaults[0].preset);
+    only->preset = preset->name, only->B = 4, only->T = preset->config.T < 256 ? preset->config.T : 256;
+    for (int i = n - 1; i >= 0; i--)
+        if (!strcmp(defaults[i].preset, preset->name)) *only = defaults[i];
+    if (o->batch) only->B = (int)o->batch;
+    if (o->seq_len) only->T = (int)o->seq_len;
+    if (only->T > preset->config.T) die("--seq-len %d: %s has rows of at most %d", only->T, only->preset, preset->config.T);
+    return o->preset || o->batch || o->seq_len;
+}
+
+// ---- The program ----
+
+// The processor's name where the system tells it (Linux), from malloc.
+static char *processor(void) {
+    char line[256], *name = NULL;
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    while (f && !name && fgets(line, sizeof line, f))
+        if (!strncmp(line, "model name", 10) && strchr(line, ':')) name = xprintf("%s", strchr(line, ':') + 2);
+    if (f) fclose(f);
+    if (name) name[strcspn(name, "\n")] = 0;
+    return name ? name : xstrdup("unknown");
+}
+
+static void bench_write(const Bench *b, const char *path, const char *cpu) {
+    Text out = {0};
+    text_printf(&out, "{");
+    measure_json_text(&out, "engine", cpu_engine.name);
+    measure_json_text(&out, "processor", cpu);
+    measure_json_text(&out, "compiler", __VERSION__);
+    measure_json(&out, "threads", thread_count());
+    measure_json(&out, "vector_bytes", VECTOR_BYTES);
+    text_printf(&out, ", \"rows\": %s\n], \"drop_path\": %s\n]}\n", b->rows.s, b->drop.s);
+    file_write_whole(path, out.s, out.n);
+    printf("\nalso in %s\n", path);
+    text_free(&out);
+}
+
+// All tables, or the one that --only names.
+static void bench_tables(Bench *b, const BenchOptions *o) {
+    for (int i = 0; i < N_TABLES; i++) {
+        if (o->only != ONLY_ALL && o->only != i + 1) continue;
+        Case only;
+        const int one = case_of(&only, o, tables[i].cases, tables[i].n);
+        const int rounds = o->rounds ? (int)o->rounds : tables[i].rounds;
+        tables[i].run(b, one ? &only : tables[i].cases, one ? 1 : tables[i].n, rounds);
+    }
+}
+
+int main(int argc, char **argv) {
+    BenchOptions o;
+    Options options;
+    Bench b;
+    Case only;
+    options_init(&options, "bench [options]");
+    options_add(&options, bench_option_specs, N_BENCH_OPTION_SPECS, &o);
+    options_parse(&options, argc, argv);
+    set_threads((int)o.threads);
+    if (o.only == ONLY_TURNS) {
+        case_of(&only, &o, CASES(step_cases));
+        bench_turns(&only);
+        options_free(&options);
+        return 0;
+    }
+    fclose(file_open(o.json, "ab"));                     // rather now than after minutes
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    char *cpu = processor();
+    printf("%s, %d threads, vectors of %d bytes; %s\n", cpu, thread_count(), VECTOR_BYTES, cpu_engine.name);
+    memset(&b, 0, sizeof b);
+    text_printf(&b.rows, "[");
+    text_printf(&b.drop, "[");
+    peak_rows(&b.peaks);
+    for (int i = 0; i < b.peaks.n; i++) measure_prepare(&b.peaks.row[i], MEASURE_PEAK_SLICE);
+    bench_tables(&b, &o);
+    bench_write(&b, o.json, cpu);
+    text_free(&b.rows);
+    text_free(&b.drop);
+    free(cpu);
+    options_free(&options);
+    return 0;
+}

@@ -1,0 +1,407 @@
+// layers.h: attention, LayerNorm, GELU, the head with its loss, AdamW: each run, and its check against the formula in
+// double precision.
+#ifndef LAYERS_H
+#define LAYERS_H
+
+#include "kernels.h"
+
+// ---- Layers: what they work on ----
+
+typedef struct {
+    Model *room;
+    size_t B, T, C, NH, V, BT, head_BT;                  // head_BT: two chunks, since they are all alike
+    int *rows, *targets;                                 // (B) (BT)
+    real *x, *y, *dx, *dy, *xhat, *rstd, *w, *b, *dw, *db;         // LayerNorm: (BT,C), rstd (BT), w and b (C)
+    real *qkv, *dqkv, *att, *lse;                        // attention: (BT,3C) (BT,3C) (BT,C) (B,NH,T)
+    real *h, *gelu, *dgelu, *dh;                         // GELU: (BT,4C)
+    real *wte, *dwte, *losses;                           // head: (V,C) (V,C) (BT)
+} Layers;
+
+enum { N_LAYER_ARRAYS = 21 };
+
+static void layers_arrays(Layers *s, real **array[N_LAYER_ARRAYS], size_t n[N_LAYER_ARRAYS]) {
+    const size_t BTC = s->BT * s->C;
+    const struct { real **array; size_t n; } all[N_LAYER_ARRAYS] = {
+        {&s->x, BTC}, {&s->y, BTC}, {&s->dx, BTC}, {&s->dy, BTC}, {&s->xhat, BTC}, {&s->rstd, s->BT}, {&s->w, s->C},
+        {&s->b, s->C}, {&s->dw, s->C}, {&s->db, s->C}, {&s->qkv, 3 * BTC}, {&s->dqkv, 3 * BTC}, {&s->att, BTC},
+        {&s->lse, s->BT * s->NH}, {&s->h, 4 * BTC}, {&s->gelu, 4 * BTC}, {&s->dgelu, 4 * BTC}, {&s->dh, 4 * BTC},
+        {&s->wte, s->V * s->C}, {&s->dwte, s->V * s->C}, {&s->losses, s->BT},
+    };
+    for (int i = 0; i < N_LAYER_ARRAYS; i++) array[i] = all[i].array, n[i] = all[i].n;
+}
+
+static void layers_open(Layers *s, const GptConfig *c, int B, int T) {
+    real **array[N_LAYER_ARRAYS];
+    size_t n[N_LAYER_ARRAYS];
+    s->room = room_open(*c, B, T);
+    s->B = (size_t)B, s->T = (size_t)T, s->C = (size_t)c->C, s->NH = (size_t)c->NH, s->V = (size_t)c->V;
+    s->BT = s->B * s->T;
+    s->head_BT = at_most(s->BT, 2 * head_chunk(s->BT, s->V));
+    layers_arrays(s, array, n);
+    for (int i = 0; i < N_LAYER_ARRAYS; i++) *array[i] = filled(n[i], 2, 10 + i);
+    fill(s->wte, s->V * s->C, 0.03, 9);                  // so that logits have the size that they have in training
+    s->rows = xcalloc(s->B, sizeof *s->rows);
+    for (int row = 0; row < B; row++) s->rows[row] = row;
+    s->targets = xcalloc(s->BT, sizeof *s->targets);
+    fill_tokens(s->targets, s->BT, c->V, 7);
+}
+
+static void layers_close(Layers *s) {
+    real **array[N_LAYER_ARRAYS];
+    size_t n[N_LAYER_ARRAYS];
+    layers_arrays(s, array, n);
+    for (int i = 0; i < N_LAYER_ARRAYS; i++) free(*array[i]);
+    free(s->rows);
+    free(s->targets);
+    cpu_engine.close(s->room);
+}
+
+// ---- Layers: each run, and its check against the formula in double ----
+
+static void attention_forward_run(void *arg) {
+    const Layers *s = arg;
+    attention_forward(s->att, s->lse, s->qkv, s->B, s->T, s->C, s->NH);
+}
+
+static void attention_backward_run(void *arg) {
+    const Layers *s = arg;
+    attention_backward(s->dqkv, s->dy, s->qkv, s->att, s->lse, s->B, s->T, s->C, s->NH);
+}
+
+static void layernorm_forward_run(void *arg) {
+    const Layers *s = arg;
+    layernorm_forward(s->y, s->xhat, s->rstd, s->x, NULL, s->rows, s->w, s->b, s->B, s->T, s->C);
+}
+
+static void layernorm_backward_run(void *arg) {
+    const Layers *s = arg;
+    layernorm_backward(s->dx, s->dw, s->db, s->dy, s->xhat, s->rstd, s->w, s->BT, s->C);
+}
+
+static void gelu_forward_run(void *arg) {
+    const Layers *s = arg;
+    gelu_forward(s->gelu, s->h, 4 * s->BT * s->C);
+}
+
+static void gelu_backward_run(void *arg) {
+    const Layers *s = arg;
+    gelu_backward(s->dh, s->gelu, s->dgelu, s->h, 4 * s->BT * s->C);
+}
+
+static void head_run(void *arg) {
+    const Layers *s = arg;
+    head_all(s->losses, s->dx, s->dwte, s->room, s->x, s->wte, s->targets, s->head_BT, s->C, s->V);
+}
+
+static double dot_double(const real *a, const real *b, size_t n) {
+    double sum = 0;
+#pragma omp simd reduction(+:sum)
+    for (size_t i = 0; i < n; i++) sum += (double)a[i] * (double)b[i];
+    return sum;
+}
+
+// One head of one row: y (T,HS), and where dy is given dqkv (3,T,HS), which begins as zeros.
+static void attention_reference(double *y, double *dqkv, const real *dy, const real *qkv, size_t T, size_t C, size_t HS) {
+    const real *q = qkv, *k = q + C, *v = k + C;
+    const double scale = 1 / sqrt((double)HS);
+    double *p = xcalloc(T, sizeof *p), *dq = dqkv, *dk = dq + T * HS, *dv = dk + T * HS;
+    for (size_t i = 0; i < T; i++) {
+        double sum = 0, inner = 0;
+        for (size_t j = 0; j <= i; j++) sum += p[j] = exp(scale * dot_double(q + i * 3 * C, k + j * 3 * C, HS));
+        for (size_t d = 0; d < HS; d++) {
+            y[i * HS + d] = 0;
+            for (size_t j = 0; j <= i; j++) y[i * HS + d] += p[j] / sum * (double)v[j * 3 * C + d];
+            inner += y[i * HS + d] * (double)dy[i * C + d];
+        }
+        for (size_t j = 0; j <= i; j++) {
+            const double pj = p[j] / sum, ds = scale * pj * (dot_double(dy + i * C, v + j * 3 * C, HS) - inner);
+            for (size_t d = 0; d < HS; d++) {
+                dq[i * HS + d] += ds * (double)k[j * 3 * C + d];
+                dk[j * HS + d] += ds * (double)q[i * 3 * C + d];
+                dv[j * HS + d] += pj * (double)dy[i * C + d];
+            }
+        }
+    }
+    free(p);
+}
+
+// The first head of the first row and the last of the last: of y, or with `backward` of dq, dk and dv, the worst.
+static double attention_compare(const Layers *s, int backward) {
+    const size_t T = s->T, C = s->C, HS = C / s->NH;
+    Deviation d[4] = {{0}};                              // dq, dk, dv, y
+    for (int end = 0; end < 2; end++) {
+        const size_t at = end ? (s->B - 1) * T * C + C - HS : 0, at3 = end ? (s->B - 1) * T * 3 * C + C - HS : 0;
+        double *y = xcalloc(T * HS, sizeof *y), *dqkv = xcalloc(3 * T * HS, sizeof *dqkv);
+        attention_reference(y, dqkv, s->dy + at, s->qkv + at3, T, C, HS);
+        for (size_t i = 0; i < T * HS; i++) {
+            const size_t t = i / HS, h = i % HS;
+            deviation_add(&d[3], (double)s->att[at + t * C + h], y[i]);
+            for (size_t part = 0; part < 3; part++)
+                deviation_add(&d[part], (double)s->dqkv[at3 + t * 3 * C + part * C + h], dqkv[part * T * HS + i]);
+        }
+        free(y);
+        free(dqkv);
+    }
+    return backward ? fmax(deviation(&d[0]), fmax(deviation(&d[1]), deviation(&d[2]))) : deviation(&d[3]);
+}
+
+static double attention_forward_check(void *arg) {
+    attention_forward_run(arg);
+    return attention_compare(arg, 0);
+}
+
+static double attention_backward_check(void *arg) {
+    attention_forward_run(arg);
+    attention_backward_run(arg);
+    return attention_compare(arg, 1);
+}
+
+enum { SAMPLES = 100 };
+
+// Mean and 1/sigma of x (C), in double.
+static void layernorm_reference(double *mean, double *rstd, const real *x, size_t C) {
+    double sum = 0, squares = 0;
+    for (size_t c = 0; c < C; c++) sum += (double)x[c];
+    *mean = sum / (double)C;
+    for (size_t c = 0; c < C; c++) squares += ((double)x[c] - *mean) * ((double)x[c] - *mean);
+    *rstd = 1 / sqrt(squares / (double)C + 1e-5);
+}
+
+static double layernorm_forward_check(void *arg) {
+    const Layers *s = arg;
+    Deviation d = {0};
+    layernorm_forward_run(arg);
+    for (int k = 0; k < SAMPLES; k++) {
+        const size_t t = pick(s->BT, k, 0);
+        const real *x = s->x + t * s->C, *y = s->y + t * s->C;
+        double mean, rstd;
+        layernorm_reference(&mean, &rstd, x, s->C);
+        for (size_t c = 0; c < s->C; c++)
+            deviation_add(&d, (double)y[c], ((double)x[c] - mean) * rstd * (double)s->w[c] + (double)s->b[c]);
+    }
+    return deviation(&d);
+}
+
+// dx of some tokens, dw and db of some channels.
+static double layernorm_backward_check(void *arg) {
+    const Layers *s = arg;
+    const size_t C = s->C;
+    Deviation dx = {0}, dw = {0}, db = {0};
+    double *mean = xcalloc(s->BT, sizeof *mean), *rstd = xcalloc(s->BT, sizeof *rstd);
+    memset(s->dw, 0, C * sizeof(real));
+    memset(s->db, 0, C * sizeof(real));
+    layernorm_forward_run(arg);
+    layernorm_backward_run(arg);
+    for (size_t t = 0; t < s->BT; t++) layernorm_reference(&mean[t], &rstd[t], s->x + t * C, C);
+    for (int k = 0; k < SAMPLES; k++) {
+        const size_t t = pick(s->BT, k, 0), c0 = pick(C, k, 1);
+        const real *x = s->x + t * C, *dy = s->dy + t * C;
+        double g_mean = 0, along = 0, sum_w = 0, sum_b = 0;
+        for (size_t c = 0; c < C; c++) {
+            const double g = (double)dy[c] * (double)s->w[c];
+            g_mean += g / (double)C;
+            along += g * ((double)x[c] - mean[t]) * rstd[t] / (double)C;
+        }
+        for (size_t c = 0; c < C; c++)
+            deviation_add(&dx, (double)s->dx[t * C + c],
+                          rstd[t] * ((double)dy[c] * (double)s->w[c] - g_mean - ((double)x[c] - mean[t]) * rstd[t] * along));
+        for (size_t i = 0; i < s->BT; i++) {
+            sum_w += (double)s->dy[i * C + c0] * ((double)s->x[i * C + c0] - mean[i]) * rstd[i];
+            sum_b += (double)s->dy[i * C + c0];
+        }
+        deviation_add(&dw, (double)s->dw[c0], sum_w);
+        deviation_add(&db, (double)s->db[c0], sum_b);
+    }
+    free(mean);
+    free(rstd);
+    return fmax(deviation(&dx), fmax(deviation(&dw), deviation(&db)));
+}
+
+static double gelu_compare(const Layers *s, int backward) {
+    Deviation y = {0}, dx = {0};
+    for (int k = 0; k < 100 * SAMPLES; k++) {
+        const size_t i = pick(4 * s->BT * s->C, k, 0);
+        const double x = (double)s->h[i], th = tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x));
+        const double slope = sqrt(2 / 3.14159265358979323846) * (1 + 3 * 0.044715 * x * x);
+        deviation_add(&y, (double)s->gelu[i], 0.5 * x * (1 + th));
+        deviation_add(&dx, (double)s->dh[i], (double)s->dgelu[i] * (0.5 * (1 + th) + 0.5 * x * (1 - th * th) * slope));
+    }
+    return backward ? fmax(deviation(&y), deviation(&dx)) : deviation(&y);
+}
+
+static double gelu_forward_check(void *arg) {
+    gelu_forward_run(arg);
+    return gelu_compare(arg, 0);
+}
+
+static double gelu_backward_check(void *arg) {
+    gelu_backward_run(arg);
+    return gelu_compare(arg, 1);
+}
+
+// The gradient of the logit of word v at token t.
+static double head_gradient(const Layers *s, const double *lse, size_t t, size_t v) {
+    const double logit = dot_double(s->x + t * s->C, s->wte + v * s->C, s->C);
+    return (exp(logit - lse[t]) - (v == (size_t)s->targets[t])) / (double)s->head_BT;
+}
+
+// All losses, dx of some tokens, dwte of some words: the first few are targets, whose gradients are far larger.
+static double head_check(void *arg) {
+    const Layers *s = arg;
+    const size_t n = s->head_BT, C = s->C, V = s->V;
+    Deviation losses = {0}, dx = {0};
+    double *lse = xcalloc(n, sizeof *lse), worst = 0;
+    memset(s->dwte, 0, V * C * sizeof(real));
+    head_run(arg);
+#pragma omp parallel for
+    for (size_t t = 0; t < n; t++) {
+        for (size_t v = 0; v < V; v++) lse[t] += exp(dot_double(s->x + t * C, s->wte + v * C, C));
+        lse[t] = log(lse[t]);
+    }
+    for (size_t t = 0; t < n; t++) {
+        const size_t target = (size_t)s->targets[t];
+        deviation_add(&losses, (double)s->losses[t], lse[t] - dot_double(s->x + t * C, s->wte + target * C, C));
+    }
+    for (int k = 0; k < 8; k++) {
+        const size_t word = k < 4 ? (size_t)s->targets[pick(n, k, 0)] : pick(V, k - 4, 1), token = pick(n, k, 2);
+        double *want_dwte = xcalloc(C, sizeof(double)), *want_dx = xcalloc(C, sizeof(double));
+        Deviation dwte = {0};
+        for (size_t t = 0; t < n; t++) {
+            const double g = head_gradient(s, lse, t, word);
+            for (size_t c = 0; c < C; c++) want_dwte[c] += g * (double)s->x[t * C + c];
+        }
+        for (size_t v = 0; v < V; v++) {
+            const double g = head_gradient(s, lse, token, v);
+            for (size_t c = 0; c < C; c++) want_dx[c] += g * (double)s->wte[v * C + c];
+        }
+        for (size_t c = 0; c < C; c++) {
+            deviation_add(&dwte, (double)s->dwte[word * C + c], want_dwte[c]);
+            deviation_add(&dx, (double)s->dx[token * C + c], want_dx[c]);
+        }
+        worst = fmax(worst, deviation(&dwte));
+        free(want_dwte);
+        free(want_dx);
+    }
+    free(lse);
+    return fmax(worst, fmax(deviation(&losses), deviation(&dx)));
+}
+
+// ---- AdamW: the norm and the update of a few layers ----
+
+enum { ADAM_LAYERS = 4 };
+
+typedef struct { GptConfig c; Model *m; int64_t t[BRANCHES * ADAM_LAYERS + 1]; UpdateArgs update; } Adam;
+
+static void adam_run(void *arg) {
+    Adam *a = arg;
+    for (int i = 0; i <= BRANCHES * ADAM_LAYERS; i++) a->t[i]++;
+    cpu_engine.update(a->m, &a->update);
+}
+
+static void adam_open(Adam *a, const GptConfig *c) {
+    const GptConfig config = {2, 1, ADAM_LAYERS, c->NH, c->C};
+    const EngineArgs args = {1, 1, 0, {ADAM_LAYERS, ADAM_LAYERS, BRANCHES * ADAM_LAYERS}};
+    const UpdateArgs update = {6e-4, 0.9, 0.95, 1e-8, 0.1, 1, a->t, 0};
+    a->c = config;
+    a->update = update;
+    a->m = cpu_engine.open(&a->c, &args);
+    memset(a->t, 0, sizeof a->t);
+}
+
+// What a slot of a parameter holds before the update, in every layer; the second moment is no less than the first's square.
+static void adam_fill(real *x, size_t n, Slot slot, int param) {
+    const double size[] = {0.05, 1, 0.001, 0.02};
+    fill(x, n, size[slot], 40 + 4 * param + (int)slot);
+    for (size_t i = 0; i < n && slot == SLOT_V; i++) x[i] *= x[i];
+}
+
+// Each parameter's last layer, some elements, after one update from there with step count 10.
+static double adam_check(void *arg) {
+    Adam *a = arg;
+    const UpdateArgs *u = &a->update;
+    Deviation d[4] = {{0}}, norms = {0};
+    double squares = 0;
+    real *x[4], *before[4];
+    for (int s = 0; s < 4; s++)                          // fcw is the largest
+        x[s] = room_new(gpt_param_size(&a->c, P_fcw)), before[s] = room_new(gpt_param_size(&a->c, P_fcw));
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int s = 0; s < 4; s++) {
+            const size_t n = gpt_param_size(&a->c, p);
+            adam_fill(x[0], n, (Slot)s, p);
+            for (int l = 0; l < gpt_param_layers(&a->c, p); l++) cpu_engine.write(a->m, (Slot)s, p, l, x[0]);
+            if (s == SLOT_GRAD) squares += gpt_param_layers(&a->c, p) * dot_double(x[0], x[0], n);
+        }
+    for (int i = 0; i <= BRANCHES * ADAM_LAYERS; i++) a->t[i] = 10;
+    deviation_add(&norms, cpu_engine.update(a->m, u), sqrt(squares));
+    for (int p = 0; p < N_PARAMS; p++) {
+        const size_t n = gpt_param_size(&a->c, p);
+        for (int s = 0; s < 4; s++) {
+            adam_fill(before[s], n, (Slot)s, p);
+            cpu_engine.read(a->m, (Slot)s, p, gpt_param_layers(&a->c, p) - 1, x[s]);
+        }
+        for (int k = 0; k < SAMPLES; k++) {
+            const size_t i = pick(n, k, (uint32_t)p);
+            const double g = (double)before[SLOT_GRAD][i] * fmin(1, u->grad_clip / (sqrt(squares) + 1e-6));
+            const double m = u->beta1 * (double)before[SLOT_M][i] + (1 - u->beta1) * g;
+            const double v = u->beta2 * (double)before[SLOT_V][i] + (1 - u->beta2) * g * g;
+            const double decay = gpt_param[p].dims == 2 ? u->lr * u->weight_decay * (double)before[SLOT_PARAM][i] : 0;
+            const double step = u->lr * m / (1 - pow(u->beta1, 10)) / (sqrt(v / (1 - pow(u->beta2, 10))) + u->eps);
+            const double want[4] = {(double)before[SLOT_PARAM][i] - decay - step, 0, m, v};
+            for (int s = 0; s < 4; s++) deviation_add(&d[s], (double)x[s][i], want[s]);
+        }
+    }
+    for (int s = 0; s < 4; s++) free(x[s]), free(before[s]);
+    return fmax(fmax(deviation(&norms), deviation(&d[SLOT_GRAD])),
+                fmax(deviation(&d[SLOT_PARAM]), fmax(deviation(&d[SLOT_M]), deviation(&d[SLOT_V]))));
+}
+
+// ---- Layers: the table ----
+
+static void layer_row(MeasureTable *t, Bench *b, const char *name, const char *unit, double work, double terms,
+                      void (*run)(void *), double (*check)(void *), void *arg) {
+    MeasureRow *r = measure_row(t, "%s", name);
+    r->peak = &b->peaks.row[*unit == 'G' && unit[1] == 'F' ? PEAK_FMA : PEAK_UPDATE];
+    r->unit = unit, r->work = work, r->tolerance = rounding(terms);
+    r->run = run, r->check = check, r->arg = arg;
+}
+
+// FLOPs of the products, as gpt.h counts them; bytes that have to move at least once.
+static void layer_rows(MeasureTable *t, Bench *b, Layers *s, Adam *a) {
+    const double BT = (double)s->BT, T = (double)s->T, C = (double)s->C, V = (double)s->V;
+    const double attention = 4 * C * (double)s->B * T * (T + 1) / 2, bytes = sizeof(real) * BT * C;
+    const double parameters = (double)gpt_params_count(&a->c);
+    const char *flops = "GFLOP/s", *memory = "GB/s";
+    layer_row(t, b, "attention forward", flops, attention, T, attention_forward_run, attention_forward_check, s);
+    layer_row(t, b, "attention backward", flops, 2.5 * attention, T, attention_backward_run, attention_backward_check, s);
+    layer_row(t, b, "LayerNorm forward", memory, 3 * bytes, C, layernorm_forward_run, layernorm_forward_check, s);
+    layer_row(t, b, "LayerNorm backward", memory, 3 * bytes, BT, layernorm_backward_run, layernorm_backward_check, s);
+    layer_row(t, b, "GELU forward", memory, 2 * 4 * bytes, 16, gelu_forward_run, gelu_forward_check, s);
+    layer_row(t, b, "GELU backward", memory, 4 * 4 * bytes, 16, gelu_backward_run, gelu_backward_check, s);
+    for (int i = 0; i < t->n; i++)
+        snprintf(t->row[i].shape, sizeof t->row[i].shape, "%zu x %zu x %zu", s->B, s->T, (i < 4 ? 1 : 4) * s->C);
+    layer_row(t, b, "head, loss, gradients", flops, 6 * (double)s->head_BT * C * V, V, head_run, head_check, s);
+    snprintf(t->row[t->n - 1].shape, sizeof t->row[0].shape, "%zu x %zu x %zu", s->head_BT, s->V, s->C);
+    layer_row(t, b, "norm and AdamW", memory, 9 * sizeof(real) * parameters, 16, adam_run, adam_check, a);
+    snprintf(t->row[t->n - 1].shape, sizeof t->row[0].shape, "%.1f M", 1e-6 * parameters);
+}
+
+static void bench_layers(Bench *b, const Case *cases, int n, int rounds) {
+    for (int i = 0; i < n; i++) {
+        const GptConfig c = gpt_preset(cases[i].preset)->config;
+        MeasureTable t = {.rounds = rounds};
+        Layers s;
+        Adam a;
+        layers_open(&s, &c, cases[i].B, cases[i].T);
+        adam_open(&a, &c);
+        layer_rows(&t, b, &s, &a);
+        measure_table(&t);
+        char *title = xprintf("layers: %s, B %d, T %d", cases[i].preset, cases[i].B, cases[i].T);
+        measure_print(&t, title, &b->rows);
+        measure_free(&t);
+        free(title);
+        layers_close(&s);
+        cpu_engine.close(a.m);
+    }
+}
+
+#endif

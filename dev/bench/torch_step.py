@@ -1,0 +1,197 @@
+"""The same training step in PyTorch, eager and compiled, in fp32 and under bf16 autocast, in turn with build/bench.
+
+    python3 dev/bench/torch_step.py --preset gpt2 --batch 4 --seq-len 64        (torch.sh installs PyTorch first)
+
+GPT-2 with a tied head, random tokens, AdamW with weight decay on matrices only, gradients clipped to a norm of 1. All
+configurations share one model and one optimizer. A round gives each of them a slice of steps right after a slice of
+ours, so that both see the same machine: the ratio is the median over rounds of (its time / ours beside it).
+"""
+import argparse
+import json
+import math
+import pathlib
+import re
+import statistics
+import subprocess
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+HERE = pathlib.Path(__file__).resolve().parent
+LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-4, 0.1, (0.9, 0.95), 1e-8, 1.0     # as in steps.h
+
+
+def presets():
+    """name: (V, T, L, NH, C), out of the table in gpt.h."""
+    row = re.compile(r'\{"([\w-]+)",\s*\{\s*(\d+),\s*(\d+),\s*(\d+),\s*(\d+),\s*(\d+)\}\}')
+    return {name: tuple(map(int, sizes)) for name, *sizes in row.findall((HERE.parent / "gpt.h").read_text())}
+
+
+# ---- The model ----
+
+class Block(nn.Module):
+    def __init__(self, heads, channels):
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.attn, self.attn_proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.fc, self.fc_proj = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+
+    def forward(self, x):                                                  # (B,T,C)
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.heads, C // self.heads).transpose(1, 2)
+                   for part in self.attn(self.ln_1(x)).split(C, dim=2))    # (B,NH,T,HS)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.fc_proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh"))
+
+
+class Gpt(nn.Module):
+    def __init__(self, vocabulary, positions, layers, heads, channels):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocabulary, channels), nn.Embedding(positions, channels)
+        self.blocks = nn.ModuleList(Block(heads, channels) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(channels)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if "proj" in name else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens, targets):                                    # (B,T) (B,T) -> the mean loss
+        x = self.wte(tokens) + self.wpe.weight[:tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# ---- The step ----
+
+class Step:
+    """Calling it does n steps and returns the milliseconds of one."""
+
+    def __init__(self, model, optimizer, tokens, targets, bf16):
+        self.model, self.optimizer, self.tokens, self.targets, self.bf16 = model, optimizer, tokens, targets, bf16
+
+    def loss(self):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return self.model(self.tokens, self.targets)
+
+    def __call__(self, n):
+        start = time.perf_counter()
+        for _ in range(n):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss().backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+            self.optimizer.step()
+        return 1e3 * (time.perf_counter() - start) / n
+
+
+def make_steps(sizes, batch, seq_len, compiled):
+    """name: Step."""
+    torch.manual_seed(1)
+    model = Gpt(*sizes)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
+                                   {"params": vectors, "weight_decay": 0.0}], lr=LR, betas=BETAS, eps=EPS, fused=True)
+    tokens, targets = torch.randint(sizes[0], (2, batch, seq_len))
+    models = {"eager": model} | ({"compiled": torch.compile(model)} if compiled else {})
+    return {f"PyTorch {name}, {dtype}": Step(m, optimizer, tokens, targets, dtype == "bf16")
+            for dtype in ("fp32", "bf16") for name, m in models.items()}
+
+
+def check(steps, vocabulary):
+    """All configurations must agree on the fresh model's loss, and a step must lower it. Compiles and warms up, too."""
+    want = math.log(vocabulary)
+    losses = {name: step.loss().item() for name, step in steps.items()}
+    for name, loss in losses.items():
+        if not abs(loss - want) < 0.5:
+            raise SystemExit(f"error: {name}: the loss of a fresh model is {loss:.4f}, far from ln V = {want:.4f}")
+    if max(losses.values()) - min(losses.values()) > 0.05:
+        raise SystemExit(f"error: the configurations disagree on the loss: {losses}")
+    for name, step in steps.items():
+        before = step.loss().item()
+        step(2)
+        if not step.loss().item() < before:
+            raise SystemExit(f"error: {name}: two steps do not lower the loss on the same tokens")
+
+
+class Ours:
+    """build/bench --only turns: it waits until it is asked for n steps, and answers the milliseconds of one."""
+
+    def __init__(self, bench, preset, batch, seq_len, threads):
+        command = [bench, "--only", "turns", "--preset", preset, "--batch", str(batch), "--seq-len", str(seq_len),
+                   "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, n):
+        self.process.stdin.write(f"{n}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"error: {self.process.args[0]} has ended early")
+        return float(line)
+
+    def close(self):
+        self.process.stdin.close()
+        if self.process.wait():
+            raise SystemExit(f"error: {self.process.args[0]} failed")
+
+
+# ---- Measuring ----
+
+def measure(ours, steps, rounds):
+    """({name: [ms]}, {name: [ms of ours, the slice before]}), one entry per round."""
+    n = max(1, round(500 / ours(2)))                                       # slices of half a second
+    theirs, beside = {name: [] for name in steps}, {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            beside[name].append(ours(n))
+            theirs[name].append(step(n))
+    return theirs, beside
+
+
+def record(name, times, ratios, args):
+    median = statistics.median(times)
+    return {"name": name, "preset": args.preset, "batch": args.batch, "seq_len": args.seq_len, "threads": args.threads,
+            "torch": torch.__version__, "rounds": args.rounds, "median_ms": median, "best_ms": min(times),
+            "tokens_per_s": 1e3 * args.batch * args.seq_len / median, "ratio": statistics.median(ratios)}
+
+
+def main():
+    table = presets()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=table, default="gpt2")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--seq-len", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--rounds", type=int, default=7, help="slices of each configuration")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--eager-only", action="store_true", help="leave out torch.compile, which takes minutes to start")
+    parser.add_argument("--bench", default="build/bench", help="our program")
+    parser.add_argument("--json", help="append one line of JSON per configuration to this file")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    steps = make_steps(table[args.preset], args.batch, args.seq_len, not args.eager_only)
+    check(steps, table[args.preset][0])
+    ours = Ours(args.bench, args.preset, args.batch, args.seq_len, args.threads)
+    theirs, beside = measure(ours, steps, args.rounds)
+    ours.close()
+
+    records = [record("droppath.c, fp32", sum(beside.values(), []), [1.0], args)]
+    records += [record(name, theirs[name], [t / o for t, o in zip(theirs[name], beside[name])], args) for name in steps]
+    print(f"{args.preset}, B {args.batch}, T {args.seq_len}, {args.threads} threads, PyTorch {torch.__version__}")
+    print(f"{'':26} {'median ms':>10} {'best ms':>10} {'tokens/s':>10} {'time / ours':>12}")
+    for r in records:
+        print(f"{r['name']:26} {r['median_ms']:10.1f} {r['best_ms']:10.1f} {r['tokens_per_s']:10.0f} {r['ratio']:12.3f}")
+    if args.json:
+        with open(args.json, "a", encoding="utf-8") as f:
+            f.writelines(json.dumps(r) + "\n" for r in records)
+
+
+if __name__ == "__main__":
+    main()
