@@ -235,7 +235,8 @@ static void test_trainer_weights_of_another_run(void) {
 
 static void test_trainer_refuses(void) {
     const char *dir = test_directory();
-    char *run = xprintf("%s/run", dir), *none = xprintf("%s/none", dir);
+    char run[400], none[400];
+    snprintf(run, sizeof run, "%s/run", dir), snprintf(none, sizeof none, "%s/none", dir);
     EXPECT_RUN("--out %s --steps 2", run);
     EXPECT_REFUSED(1, "holds a run already", "--out %s --steps 2", run);
     static const struct { const char *options, *part; } wrong[] = {
@@ -249,8 +250,6 @@ static void test_trainer_refuses(void) {
         EXPECT_REFUSED(1, wrong[i].part, "--out %s %s", none, wrong[i].options);
         EXPECT(!path_exists(none), "%s was made by a run that was refused: %s", none, wrong[i].options);
     }
-    free(run);
-    free(none);
 }
 
 static void test_trainer_warns_of_a_high_rate(void) {
