@@ -25,7 +25,6 @@
 #include "dev/test/test_tokenizer.h"
 #include "dev/test/test_tools.h"
 #include "dev/test/test_trainer.h"
-#include <time.h>
 
 extern const Engine cpu_engine;
 static const Engine *const engines[] = {&cpu_engine};
@@ -55,15 +54,13 @@ static const Test *find_test(const char *name) {
 
 // Runs one test on each of its engines; 1 if it passed.
 static int run_test(const Test *test) {
-    struct timespec from, to;
-    clock_gettime(CLOCK_MONOTONIC, &from);
+    const double from = clock_seconds();
     test_failures = 0;
     for (int e = 0; e < test->engines; e++) {
         test_engine = engines[e];
         test->run();
     }
-    clock_gettime(CLOCK_MONOTONIC, &to);
-    double ms = 1e3 * (double)(to.tv_sec - from.tv_sec) + 1e-6 * (double)(to.tv_nsec - from.tv_nsec);
+    const double ms = 1e3 * (clock_seconds() - from);
     if (test_failures) printf("FAIL %s\n", test->name);
     else printf("ok   %s (%.0f ms)\n", test->name, ms);
     fflush(stdout);

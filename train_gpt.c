@@ -13,7 +13,6 @@
 #include "dev/check.h"
 #include "dev/engine.h"
 #include <math.h>
-#include <time.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -83,6 +82,9 @@ enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_S
 typedef struct { const real *at; size_t row, col; } View;          // element (i, j) is at[i*row + j*col]
 typedef struct { real *a, *b; } PackRoom;                          // (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK)
 
+static inline size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
+static inline size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
+
 static inline View view(const real *at, size_t row, size_t col) {
     View v = {at, row, col};
     return v;
@@ -99,7 +101,7 @@ static void pack_strip(real *to, const real *from, size_t step, size_t k_step, s
     }
     enum { AT_ONCE = 16 };                               // a cache line of each line, to few enough places to stay in L1
     for (size_t k0 = 0; k0 < K; k0 += AT_ONCE) {
-        const size_t k1 = k0 + AT_ONCE < K ? k0 + AT_ONCE : K;
+        const size_t k1 = at_most(k0 + AT_ONCE, K);
         for (size_t i = 0; i < n; i++)
             for (size_t k = k0; k < k1; k++) to[k * width + i] = from[i * step + k * k_step];
         for (size_t i = n; i < width; i++)
@@ -137,9 +139,6 @@ static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, siz
         for (size_t j = 0; j < N; j++)
             y[i * ldy + j] = (start.old ? y[i * ldy + j] : start.bias ? start.bias[j] : 0) + edge[i][j];
 }
-
-static inline size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
-static inline size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
 
 // One block y (M,N) = start + a (M,K) b (K,N): tasks of ROW_STRIPS x COL_STRIPS tiles over the threads.
 static void multiply_block(real *y, size_t ldy, PackRoom room, View a, View b, size_t M, size_t N, size_t K, Start start) {
@@ -891,9 +890,8 @@ static double model_peak(Model *m, double seconds) {
     double best = 0, elapsed = 0;
     (void)m;
     while (elapsed < seconds) {
-        struct timespec from, to;
         double sum = 0, flops = 0;
-        clock_gettime(CLOCK_MONOTONIC, &from);
+        const double from = clock_seconds();
 #pragma omp parallel reduction(+:sum, flops)
         {
             real a[TILE_ROWS], y[TILE_ROWS * TILE_COLS];
@@ -909,8 +907,7 @@ static double model_peak(Model *m, double seconds) {
             for (int i = 0; i < TILE_ROWS * TILE_COLS; i++) sum += (double)y[i];
             flops += 2.0 * INNER * TILE_ROWS * TILE_COLS;
         }
-        clock_gettime(CLOCK_MONOTONIC, &to);
-        const double run = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+        const double run = clock_seconds() - from;
         if (sum > 0 && flops / run > best) best = flops / run;     // sum > 0: the loop must not be optimised away
         elapsed += run;
     }

@@ -28,6 +28,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PRINTF_LIKE(f, a) __attribute__((format(printf, f, a)))
@@ -85,6 +86,15 @@ check_failed(const char *file, int line, const char *condition, const char *form
     abort();
 }
 #define CHECK(ok, ...) ((ok) ? (void)0 : check_failed(__FILE__, __LINE__, #ok, __VA_ARGS__))
+
+// ---- Time ----
+
+// Seconds since some moment in the past, on a clock that is never set back.
+static inline double clock_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 // ---- Memory ----
 

@@ -14,7 +14,6 @@
 #include "shards.h"
 #include "tokenizer.h"
 #include <sys/resource.h>
-#include <time.h>
 
 typedef struct {
     const TrainOptions *options;
@@ -43,12 +42,6 @@ typedef struct {
     Text plan_text;
     FILE *metrics;
 } Trainer;
-
-static inline double trainer_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static inline double trainer_peak_bytes(void) {
     struct rusage usage;
@@ -506,10 +499,10 @@ typedef struct { const char *label; int go, done; double seconds, until; } Train
 // Between two steps: ends the turn if its time is over, and waits for the next one.
 static inline void trainer_take_turn(TrainerTurn *turn) {
     char byte = 0;
-    if (!turn || trainer_seconds() < turn->until) return;
+    if (!turn || clock_seconds() < turn->until) return;
     const int first = turn->until == 0;
     if ((!first && write(turn->done, &byte, 1) != 1) || read(turn->go, &byte, 1) != 1) exit(1);   // nobody gives turns
-    turn->until = trainer_seconds() + turn->seconds;
+    turn->until = clock_seconds() + turn->seconds;
 }
 
 static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
@@ -538,9 +531,9 @@ static inline void trainer_run(const Engine *engine, const TrainOptions *o, cons
     double busy = 0;
     for (int64_t first = tr->state.step; tr->state.step < tr->steps;) {
         trainer_take_turn(turn);
-        const double start = trainer_seconds();
+        const double start = clock_seconds();
         Metrics r = trainer_step(tr);
-        const double seconds = trainer_seconds() - start;
+        const double seconds = clock_seconds() - start;
         const int64_t step = tr->state.step;
         busy += seconds;
         r.ms = 1000 * seconds;

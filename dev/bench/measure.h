@@ -14,13 +14,6 @@
 #include "../check.h"
 #include "../json.h"
 #include <math.h>
-#include <time.h>
-
-static inline double measure_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 // ---- Deviation from a reference ----
 
@@ -76,9 +69,9 @@ static inline MeasureRow *PRINTF_LIKE(2, 3) measure_row(MeasureTable *t, const c
 
 // Seconds of one run, over `runs` of them.
 static inline double measure_slice(const MeasureRow *r, int runs) {
-    const double from = measure_seconds();
+    const double from = clock_seconds();
     for (int i = 0; i < runs; i++) r->run(r->arg);
-    return (measure_seconds() - from) / runs;
+    return (clock_seconds() - from) / runs;
 }
 
 // Checks the row or dies; then finds how many runs fill a slice.

@@ -173,9 +173,9 @@ static void drop_check(DropRow *r, Step *s) {
 // Seconds of one step without drop path.
 static double drop_baseline(Step *s, int steps) {
     drop_plan_full(&s->plan, NULL, s->B);
-    const double from = measure_seconds();
+    const double from = clock_seconds();
     for (int k = 0; k < steps; k++) step_run(s);
-    return (measure_seconds() - from) / steps;
+    return (clock_seconds() - from) / steps;
 }
 
 // Seconds of one step with it; *kept receives the mean fraction of full FLOPs.
@@ -183,12 +183,12 @@ static double drop_slice(DropRow *r, Step *s, int steps, double *kept) {
     size_t bytes[4];
     *kept = 0;
     memory_forget(s->m);
-    const double from = measure_seconds();
+    const double from = clock_seconds();
     for (int k = 0; k < steps; k++) {
         *kept += drop_next(r, s) / steps;
         step_run(s);
     }
-    const double seconds = (measure_seconds() - from) / steps;
+    const double seconds = (clock_seconds() - from) / steps;
     cpu_engine.memory(s->m, bytes);
     r->bytes = fmax(r->bytes, (double)bytes[3]);
     r->kept += *kept * steps;

@@ -8,7 +8,6 @@
 #include "../options.h"
 #include "../sample.h"
 #include "load.h"
-#include <time.h>
 
 extern const Engine cpu_engine;
 
@@ -68,11 +67,9 @@ int main(int argc, char **argv) {
         die("found no tokenizer for %s\n  hint: --tokenizer FILE, a tokenizer.bin or GPT-2's vocab.json", m.dir);
     load_model(&m, &cpu_engine, 1, m.config.T, (int)o.threads);
 
-    struct timespec from, to;
-    clock_gettime(CLOCK_MONOTONIC, &from);
+    const double from = clock_seconds();
     const int64_t made = generate(&m, &o);
-    clock_gettime(CLOCK_MONOTONIC, &to);
-    const double seconds = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+    const double seconds = clock_seconds() - from;
     fprintf(stderr, "%s: %lld tokens, %.1f per second\n", m.dir, (long long)made, (double)made / seconds);
     load_close(&m);
     options_free(&options);
