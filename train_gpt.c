@@ -30,6 +30,7 @@ enum { VECTOR_BYTES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 };       // 24 of 32
 enum { VECTOR_BYTES = 16, TILE_ROWS = 4, TILE_VECTORS = 2 };       // 8 of 16
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(real), TILE_COLS = TILE_VECTORS * LANES };
+#define ALWAYS_INLINE __attribute__((always_inline))
 typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
 #ifdef REAL_DOUBLE
@@ -112,16 +113,22 @@ static void pack_strip(real *to, const real *from, size_t step, size_t k_step, s
 // What a product is added to: nothing, the old y, or the same bias (N) in every row.
 typedef struct { int old; const real *bias; } Start;
 
-// y (M,N), rows ldy apart, M <= TILE_ROWS, N <= TILE_COLS: start + strip a (K,TILE_ROWS) x strip b (K,TILE_COLS).
-static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, size_t M, size_t N, size_t K, Start start) {
-    Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
-    for (size_t k = 0; k < K; k++, a += TILE_ROWS, b += TILE_COLS) {
+// sum += a (TILE_ROWS,K) b (K,TILE_COLS), with a[i*a_row + k*a_k] and b[k*b_k + j]: of packed strips, or in place.
+static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, size_t a_row, size_t a_k,
+                                           const real *b, size_t b_k, size_t K) {
+    for (size_t k = 0; k < K; k++, a += a_k, b += b_k) {
         Vector bk[TILE_VECTORS];
         for (int j = 0; j < TILE_VECTORS; j++) bk[j] = *(const Vector *)(b + j * LANES);
 #pragma GCC unroll 16
-        for (int i = 0; i < TILE_ROWS; i++)
-            for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] += a[i] * bk[j];
+        for (size_t i = 0; i < TILE_ROWS; i++)
+            for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] += a[i * a_row] * bk[j];
     }
+}
+
+// y (M,N), rows ldy apart, M <= TILE_ROWS, N <= TILE_COLS: start + strip a (K,TILE_ROWS) x strip b (K,TILE_COLS).
+static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, size_t M, size_t N, size_t K, Start start) {
+    Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
+    tile_sums(sum, a, 1, TILE_ROWS, b, TILE_COLS, K);
     if (M == TILE_ROWS && N == TILE_COLS) {
 #pragma GCC unroll 16
         for (int i = 0; i < TILE_ROWS; i++)
