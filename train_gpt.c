@@ -12,80 +12,434 @@
 
 #include "dev/check.h"
 #include "dev/engine.h"
-#include <math.h>
+#include "dev/vector.h"
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-
-// ---- Numbers ----
-
-// The widest vectors of the target, by the compiler's vector extension; LANES numbers each.
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, TILE_ROWS = 12, TILE_VECTORS = 2 };      // 24 accumulators of 32 registers
-#elif defined(__AVX__)
-enum { VECTOR_BYTES = 32, TILE_ROWS = 6, TILE_VECTORS = 2 };       // 12 of 16
-#elif defined(__aarch64__)
-enum { VECTOR_BYTES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 };       // 24 of 32
+static inline int team_size(void) { return omp_get_num_threads(); }
 #else
-enum { VECTOR_BYTES = 16, TILE_ROWS = 4, TILE_VECTORS = 2 };       // 8 of 16
-#endif
-enum { LANES = VECTOR_BYTES / sizeof(real), TILE_COLS = TILE_VECTORS * LANES };
-#define ALWAYS_INLINE __attribute__((always_inline))
-typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-
-#ifdef REAL_DOUBLE
-static inline real exp_real(real x) { return exp(x); }
-static inline real sqrt_real(real x) { return sqrt(x); }
-#else
-static inline real sqrt_real(real x) { return sqrtf(x); }
-
-// e^x in a form that compilers vectorise, within 1.25 ulp for -87 <= x <= 88; 0 below, inf above, NaN for NaN.
-// x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor polynomial of degree 7 (the remainder is below 2^-27).
-static inline real exp_real(real x) {
-    const float magic = 12582912.0f;                     // 1.5 * 2^23: adding it rounds to an integer
-    float t = x * 1.44269504f + magic, n = t - magic;
-    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 1.98412698e-4f;
-    p = p * r + 1.38888889e-3f;
-    p = p * r + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    union { float f; uint32_t bits; } shift = {t}, y = {p};
-    y.bits += (shift.bits - 0x4B400000u) << 23;          // times 2^n
-    return x < -87.0f ? 0.0f : x <= 88.0f ? y.f : x + INFINITY;      // the last for NaN, too
-}
+static inline int team_size(void) { return 1; }
 #endif
 
-// The largest of x (n), n >= 1, in independent lanes because no compiler may reorder a plain maximum. NaNs are passed over.
-static inline real max_of(const real *x, size_t n) {
-    real top[LANES];
-    for (size_t j = 0; j < LANES; j++) top[j] = x[0];
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
-    for (; i < n; i++) top[0] = x[i] > top[0] ? x[i] : top[0];
-    for (size_t j = 1; j < LANES; j++) top[0] = top[j] > top[0] ? top[j] : top[0];
-    return top[0];
+// ---- GELU, the tanh form (Hendrycks and Gimpel 2016): x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) ----
+// On pieces of a line, where a product has just written them.
+
+static inline real gelu_sigmoid(real x) {
+    return 1 / (1 + exp_real((real)-1.5957691216057308 * (x + (real)0.044715 * x * x * x)));
 }
 
-// ---- Matrix products: y (M,N) = a (M,K) b (K,N), any of them seen transposed ----
+static void gelu_forward(real *y, const real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = x[i] * gelu_sigmoid(x[i]);
+}
+
+// y = GELU(x) again, for the product that follows it, and dx *= GELU'(x).
+static void gelu_backward(real *dx, real *y, const real *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const real s = gelu_sigmoid(x[i]), slope = (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * x[i] * x[i]);
+        y[i] = x[i] * s;
+        dx[i] *= s + x[i] * s * (1 - s) * slope;
+    }
+}
+
+// ---- Matrix products: y (M,N) = a (M,K) b (K,N) ----
 // b is packed into strips of TILE_COLS columns and a into strips of TILE_ROWS rows, for K_BLOCK of the K at a time;
 // the kernel keeps one (TILE_ROWS, TILE_COLS) tile of y in registers. Each y is summed over K in order.
+//
+// In bf16 the operands are rounded as they are packed, and summed in fp32: where the processor has dot products of pairs
+// (dev/vector.h), each packed word is two numbers of K; elsewhere it is one, the two of a pair in the order in which
+// those instructions add them, so that the sums are the same bits.
 //
 // K_BLOCK is the C of a small GPT-2, so that y is written once; a strip of b and ROW_STRIPS strips of a stay in L2. The
 // blocks are as large as the products of a micro-batch, so that little is packed twice (measured: dev/bench/SPEED.md).
 
-enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8, COL_STRIPS = 8 };
+enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8, PACK_STRIPS = 4 };
 
-typedef struct { const real *at; size_t row, col; } View;          // element (i, j) is at[i*row + j*col]
-typedef struct { real *a, *b; } PackRoom;                          // (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK)
+// Lines of contiguous numbers, ld apart; a product sees the matrix or, `turned`, its transpose. With `on`, the lines are
+// tokens of the residual stream (B,T,ld), and line t is the t-th token of the rows that run that branch.
+typedef struct { const real *at; size_t ld; int turned; const BranchPlan *on; size_t T; } Matrix;
+
+// Where a product goes: y (M,N), in lines as above, y = scale * (a b + bias (N)), or y += that. With `gelu` (M,N) also
+// gelu = GELU(y); with `h` (M,N), too, that is GELU(h), and y is multiplied by GELU'(h).
+typedef struct {
+    real *at;
+    size_t ld;
+    const BranchPlan *on;
+    size_t T;
+    int add;
+    real scale;
+    const real *bias, *h;
+    real *gelu;
+} Result;
+
+typedef struct { real *a, *b; int bf16; } PackRoom;                // (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK)
 
 static inline size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
 static inline size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
 
+// The place in the residual stream of the t-th token of the rows that run a branch; t itself without a branch.
+static inline size_t token_place(const BranchPlan *on, size_t T, size_t t) {
+    return on ? (size_t)on->rows[t / T] * T + t % T : t;
+}
+
+static inline const real *line_of(const Matrix *m, size_t i) { return m->at + token_place(m->on, m->T, i) * m->ld; }
+
+static inline Matrix lines(const real *at, size_t ld) { return (Matrix){.at = at, .ld = ld}; }
+static inline Matrix turned(const real *at, size_t ld) { return (Matrix){.at = at, .ld = ld, .turned = 1}; }
+static inline Result fresh(real *at, size_t ld, const real *bias) {
+    return (Result){.at = at, .ld = ld, .scale = 1, .bias = bias};
+}
+static inline Result added(real *at, size_t ld, real scale) { return (Result){.at = at, .ld = ld, .scale = scale, .add = 1}; }
+
+// Words of K numbers in a packed strip.
+static inline size_t pack_words(const PackRoom *room, size_t K) { return !room->bf16 ? K : PAIRS ? (K + 1) / 2 : K + K % 2; }
+
+// A packed strip in fp32 to bf16, where there are no dot products of pairs: the second of a pair goes first.
+static void pack_round(real *strip, size_t width, size_t K) {
+    for (size_t k = 0; k < K + K % 2; k += 2, strip += 2 * width)
+        for (size_t i = 0; i < width; i++) {
+            const real first = bf16_round(strip[i]), second = k + 1 < K ? bf16_round(strip[width + i]) : 0;
+            strip[i] = second, strip[width + i] = first;
+        }
+}
+
+// The words of LANES lines from word w on, transposed: v[j] has word w + j of each. Zeros stand for the lines after n and
+// for the numbers after K.
+static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const *line, size_t n, size_t w, size_t K, int pairs) {
+    const size_t per_word = pairs ? 2 : 1, from = w * per_word, width = LANES * per_word;
+    if (n >= LANES && from + width <= K) {
+#pragma GCC unroll 16
+        for (size_t i = 0; i < LANES; i++) v[i] = pairs ? pairs_of_line(line[i] + from) : vector_load(line[i] + from);
+    } else {
+        for (size_t i = 0; i < LANES; i++) {
+            real part[2 * LANES] = {0};
+            if (i < n) memcpy(part, line[i] + from, at_most(K - from, width) * sizeof(real));
+            v[i] = pairs ? pairs_of_line(part) : vector_load(part);
+        }
+    }
+    vector_transpose(v);
+}
+
+// n <= width lines from number k on to a strip (K, width).
+static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t i, size_t n, size_t width, size_t k, size_t K,
+                                              int pairs) {
+    enum { AHEAD = 64 };                                 // bytes later that each line will be read again, per byte of a word
+    const real *line[TILE_COLS + LANES];
+    const size_t words = pairs ? (K + 1) / 2 : K;
+    for (size_t j = 0; j < n; j++) line[j] = line_of(m, i + j) + k;
+    for (size_t w = 0; w < words; w += LANES)
+        for (size_t j = 0; j < width; j += LANES) {
+            Vector v[LANES];
+            for (size_t p = j; p < at_most(j + LANES, n); p++) __builtin_prefetch(line[p] + (pairs ? 2 * w : w) + AHEAD);
+            pack_square(v, line + j, n > j ? n - j : 0, w, K, pairs);
+            for (size_t p = 0; p < at_most(words - w, LANES); p++)
+                memcpy(to + (w + p) * width + j, &v[p], at_most(width - j, LANES) * sizeof(real));
+        }
+}
+
+// Columns j .. j+n of the lines k .. k+K to strips (K, width), a strip of `size` words after the other; sum (n), where
+// given, += scale * the columns.
+static inline ALWAYS_INLINE void pack_copying(real *to, size_t size, const Matrix *m, size_t j, size_t n, size_t width,
+                                              size_t k, size_t K, int pairs, real *sum, real scale) {
+    static const real zeros[PACK_STRIPS * TILE_COLS];
+    real total[PACK_STRIPS * TILE_COLS] = {0};
+    for (size_t w = 0; w < K; w += pairs ? 2 : 1) {
+        const real *line = line_of(m, k + w) + j, *next = zeros;
+        if (pairs && w + 1 < K) next = line_of(m, k + w + 1) + j;
+        real *word = to + (pairs ? w / 2 : w) * width;
+        for (size_t s = 0; s < n; s += width, word += size) {
+            if (n - s >= width && width % LANES == 0) {
+#pragma GCC unroll 4
+                for (size_t c = 0; c < width; c += LANES) {
+                    const Vector x = vector_load(line + s + c);
+                    vector_store(word + c, pairs ? pairs_of_lines(x, vector_load(next + s + c)) : x);
+                }
+            } else {
+                real part[2][TILE_COLS + LANES] = {{0}};
+                memcpy(part[0], line + s, at_most(n - s, width) * sizeof(real));
+                memcpy(part[1], next + s, at_most(n - s, width) * sizeof(real));
+                for (size_t c = 0; pairs && c < width; c += LANES)
+                    vector_store(part[0] + c, pairs_of_lines(vector_load(part[0] + c), vector_load(part[1] + c)));
+                memcpy(word, part[0], width * sizeof(real));
+            }
+        }
+        for (size_t c = 0; sum && c < n; c++) total[c] += line[c];
+        for (size_t c = 0; sum && pairs && c < n; c++) total[c] += next[c];
+    }
+    for (size_t c = 0; sum && c < n; c++) sum[c] += scale * total[c];
+}
+
+// PACK_STRIPS strips of `width` words from the one of line (or column) i on, of `size` words each; of all, there are n.
+static inline ALWAYS_INLINE void pack_strips(real *to, const Matrix *m, int turning, size_t i, size_t n, size_t width,
+                                             size_t k, size_t K, const PackRoom *room, real *sum, real scale) {
+    const size_t size = pack_words(room, K) * width, most = at_most(n, PACK_STRIPS * width);
+    const int pairs = room->bf16 && PAIRS;
+    if (!turning) pack_copying(to, size, m, i, most, width, k, K, pairs, sum, scale);
+    for (size_t s = 0; s < most; s += width) {
+        if (turning) pack_turning(to + s / width * size, m, i + s, at_most(most - s, width), width, k, K, pairs);
+        if (room->bf16 && !PAIRS) pack_round(to + s / width * size, width, K);
+    }
+}
+
+// sum += a (TILE_ROWS,K) b (K,TILE_COLS), with a[i*a_row + k*a_k] and b[k*b_k + j]: of packed strips, or in place.
+static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, size_t a_row, size_t a_k,
+                                           const real *b, size_t b_k, size_t K) {
+    for (size_t k = 0; k < K; k++, a += a_k, b += b_k) {
+        Vector bk[TILE_VECTORS];
+        for (int j = 0; j < TILE_VECTORS; j++) bk[j] = vector_load(b + j * LANES);
+#pragma GCC unroll 16
+        for (size_t i = 0; i < TILE_ROWS; i++)
+            for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] += a[i * a_row] * bk[j];
+    }
+}
+
+// The same of packed strips of K pairs.
+static inline ALWAYS_INLINE void tile_sums_pairs(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, const real *b, size_t K) {
+    for (size_t k = 0; k < K; k++, a += TILE_ROWS, b += TILE_COLS) {
+        Vector bk[TILE_VECTORS];
+        for (int j = 0; j < TILE_VECTORS; j++) bk[j] = vector_load(b + j * LANES);
+#pragma GCC unroll 16
+        for (size_t i = 0; i < TILE_ROWS; i++)
+            for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] = pairs_dot(sum[i][j], a[i], bk[j]);
+    }
+}
+
+// The tile of y at (i,j), of which M x N numbers exist.
+static inline ALWAYS_INLINE void tile_write(Result y, size_t i0, size_t j0, Vector sum[TILE_ROWS][TILE_VECTORS],
+                                            size_t M, size_t N) {
+    real edge[TILE_ROWS][TILE_COLS];
+    Vector bias[TILE_VECTORS] = {{0}};
+    if (N < TILE_COLS) memcpy(edge, sum, sizeof edge);
+    else if (y.bias)
+        for (size_t j = 0; j < TILE_VECTORS; j++) bias[j] = vector_load(y.bias + j0 + j * LANES);
+#pragma GCC unroll 16
+    for (size_t i = 0; i < TILE_ROWS; i++) {
+        if (i == M) return;
+        real *to = y.at + token_place(y.on, y.T, i0 + i) * y.ld + j0;
+        for (size_t j = 0; N == TILE_COLS && j < TILE_VECTORS; j++) {
+            Vector v = (sum[i][j] + bias[j]) * y.scale;
+            if (y.add) v += vector_load(to + j * LANES);
+            vector_store(to + j * LANES, v);
+        }
+        for (size_t j = 0; N < TILE_COLS && j < N; j++) {
+            real v = (edge[i][j] + (y.bias ? y.bias[j0 + j] : 0)) * y.scale;
+            if (y.add) v += to[j];
+            to[j] = v;
+        }
+    }
+}
+
+static void multiply_tile(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t K) {
+    Vector sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
+    tile_sums(sum, a, 1, TILE_ROWS, b, TILE_COLS, K);
+    tile_write(y, i, j, sum, M, N);
+}
+
+static void multiply_tile_pairs(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t K) {
+    Vector sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
+    tile_sums_pairs(sum, a, b, K);
+    tile_write(y, i, j, sum, M, N);
+}
+
+typedef struct { size_t i, j, k, M, N, K; } Block;                 // rows from i on, columns from j on, terms from k on
+
+// To be met by all threads of a parallel region, like what follows.
+static void block_pack(const PackRoom *room, const Matrix *a, const Matrix *b, Block k, real *b_sum, real scale) {
+    enum { A_GROUP = PACK_STRIPS * TILE_ROWS, B_GROUP = PACK_STRIPS * TILE_COLS };
+    const size_t words = pack_words(room, k.K);
+#pragma omp for nowait
+    for (size_t i = 0; i < (a ? k.M : 0); i += A_GROUP)
+        pack_strips(room->a + i * words, a, !a->turned, k.i + i, k.M - i, TILE_ROWS, k.k, k.K, room, NULL, 0);
+#pragma omp for
+    for (size_t j = 0; j < (b ? k.N : 0); j += B_GROUP)
+        pack_strips(room->b + j * words, b, b->turned, k.j + j, k.N - j, TILE_COLS, k.k, k.K, room,
+                    b_sum ? b_sum + k.j + j : NULL, scale);
+}
+
+static void block_gelu(const Result *y, size_t i0, size_t i1, size_t j0, size_t j1) {
+    for (size_t i = i0; i < i1; i++) {
+        real *yi = y->at + i * y->ld, *gelu = y->gelu + i * y->ld;
+        if (y->h) gelu_backward(yi + j0, gelu + j0, y->h + i * y->ld + j0, j1 - j0);
+        else gelu_forward(gelu + j0, yi + j0, j1 - j0);
+    }
+}
+
+// Tasks of ROW_STRIPS x `across` tiles over the threads.
+static void block_multiply(const Result *y, const PackRoom *room, Block k) {
+    const size_t down = strips(k.M, TILE_ROWS), right = strips(k.N, TILE_COLS), words = pack_words(room, k.K);
+    size_t across = 8;
+    while (across > 1 && strips(down, ROW_STRIPS) * strips(right, across) < 8 * (size_t)team_size()) across /= 2;
+#pragma omp for collapse(2) schedule(dynamic)
+    for (size_t i0 = 0; i0 < down; i0 += ROW_STRIPS)
+        for (size_t j0 = 0; j0 < right; j0 += across) {
+            const size_t i1 = at_most(i0 + ROW_STRIPS, down), j1 = at_most(j0 + across, right);
+            for (size_t j = j0; j < j1; j++)
+                for (size_t i = i0; i < i1; i++)
+                    (room->bf16 && PAIRS ? multiply_tile_pairs : multiply_tile)(
+                        *y, k.i + i * TILE_ROWS, k.j + j * TILE_COLS, room->a + i * TILE_ROWS * words,
+                        room->b + j * TILE_COLS * words, at_most(k.M - i * TILE_ROWS, TILE_ROWS),
+                        at_most(k.N - j * TILE_COLS, TILE_COLS), words);
+            if (y->gelu) block_gelu(y, k.i + i0 * TILE_ROWS, k.i + at_most(i1 * TILE_ROWS, k.M), k.j + j0 * TILE_COLS,
+                                    k.j + at_most(j1 * TILE_COLS, k.N));
+        }
+}
+
+// y (M,N) from a (M,K) b (K,N); it must not overlap a, b or h. b_sum (N), where given, += y.scale * the columns of b.
+static void multiply(Result y, const PackRoom *room, Matrix a, Matrix b, size_t M, size_t N, size_t K, real *b_sum) {
+    const size_t K_most = room->bf16 ? 2 * K_BLOCK : K_BLOCK;
+#pragma omp parallel
+    for (size_t k = 0; k < K; k += K_most) {
+        Result part = y;
+        if (k > 0) part.add = 1, part.bias = NULL;
+        if (k + K_most < K) part.gelu = NULL;
+        for (size_t i = 0; i < M; i += M_BLOCK)
+            for (size_t j = 0; j < N; j += N_BLOCK) {
+                const Block block = {i, j, k, at_most(M - i, M_BLOCK), at_most(N - j, N_BLOCK), at_most(K - k, K_most)};
+                block_pack(room, j == 0 ? &a : NULL, i == 0 || N > N_BLOCK ? &b : NULL, block, i == 0 ? b_sum : NULL, y.scale);
+                block_multiply(&part, room, block);
+            }
+    }
+}
+
+// y = x (BT,C) w (C,OC) and what else y says
+static void matmul_forward(Result y, const PackRoom *room, const real *x, const real *w, size_t BT, size_t C, size_t OC) {
+    multiply(y, room, lines(x, C), lines(w, OC), BT, OC, C, NULL);
+}
+
+// Of y = x w + bias, from scale * dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) += x^T dy;  dbias (OC) += the columns of dy.
+// dx carries the scale in; it is finished before x is read, since a recomputed x may come with it.
+static void matmul_backward(Result dx, real *dw, real *dbias, const PackRoom *room, Matrix dy, const real *x, const real *w,
+                            size_t BT, size_t C, size_t OC) {
+    multiply(dx, room, dy, turned(w, OC), BT, C, OC, NULL);
+    multiply(added(dw, OC, dx.scale), room, turned(x, C), dy, C, OC, BT, dbias);
+}
+
+// sum (N) += the columns of y (M,N); with xhat (M,N) also scaled (N) += the columns of y * xhat.
+static void column_sums(real *sum, real *scaled, const real *y, const real *xhat, size_t M, size_t N) {
+    enum { WIDTH = 64 };
+#pragma omp parallel for
+    for (size_t n = 0; n < N; n += WIDTH) {
+        size_t width = at_most(N - n, WIDTH);
+        real s[WIDTH] = {0}, z[WIDTH] = {0};
+        for (size_t i = 0; i < M; i++) {
+            const real *yi = y + i * N + n, *xi = xhat ? xhat + i * N + n : NULL;
+            for (size_t j = 0; j < width; j++) s[j] += yi[j];
+            for (size_t j = 0; xi && j < width; j++) z[j] += yi[j] * xi[j];
+        }
+        for (size_t j = 0; j < width; j++) sum[n + j] += s[j];
+        for (size_t j = 0; xhat && j < width; j++) scaled[n + j] += z[j];
+    }
+}
+
+// ---- Embedding: tokens (B,T) -> x (B,T,C) ----
+
+static void embedding_forward(real *x, const int *tokens, const real *wte, const real *wpe, size_t B, size_t T, size_t C) {
+#pragma omp parallel for
+    for (size_t bt = 0; bt < B * T; bt++)
+        for (size_t c = 0; c < C; c++) x[bt * C + c] = wte[(size_t)tokens[bt] * C + c] + wpe[bt % T * C + c];
+}
+
+// dwte (V,C) and dwpe (T,C) +=. Threads share out the channels, not the tokens: one token may occur many times.
+static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const real *dx, size_t B, size_t T, size_t C) {
+    enum { WIDTH = 16 };
+#pragma omp parallel for
+    for (size_t c0 = 0; c0 < C; c0 += WIDTH)
+        for (size_t bt = 0; bt < B * T; bt++)
+            for (size_t c = c0; c < at_most(c0 + WIDTH, C); c++) {
+                dwte[(size_t)tokens[bt] * C + c] += dx[bt * C + c];
+                dwpe[bt % T * C + c] += dx[bt * C + c];
+            }
+}
+
+// ---- The residual stream x (B,T,C), seen by a branch that runs on n of its B rows ----
+// Products read and write its rows in place (Matrix.on, Result.on). These two are for tied branches, whose attention
+// reaches the stream only after the MLP has read it.
+
+// x[rows] += scale * out (n,T,C)
+static void residual_forward(real *x, const real *out, const BranchPlan *b, size_t T, size_t C) {
+    const real scale = (real)b->scale;
+#pragma omp parallel for
+    for (size_t t = 0; t < (size_t)b->n * T; t++) {
+        real *to = x + token_place(b, T, t) * C;
+        for (size_t c = 0; c < C; c++) to[c] += scale * out[t * C + c];
+    }
+}
+
+// dout (n,T,C) = scale * dx[rows]
+static void residual_backward(real *dout, const real *dx, const BranchPlan *b, size_t T, size_t C) {
+    const real scale = (real)b->scale;
+#pragma omp parallel for
+    for (size_t t = 0; t < (size_t)b->n * T; t++) {
+        const real *from = dx + token_place(b, T, t) * C;
+        for (size_t c = 0; c < C; c++) dout[t * C + c] = scale * from[c];
+    }
+}
+
+// ---- LayerNorm (Ba, Kiros, Hinton 2016): reads x by row index, writes packed rows; keeps xhat and 1/sigma ----
+
+// y (n,T,C) = xhat * w + b with xhat (n,T,C) = (z - mean) * rstd of z = x[rows], plus `more` (n,T,C) where given.
+// Without `on` all rows are read.
+static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, const real *more, const BranchPlan *on,
+                              const real *w, const real *b, size_t nT, size_t T, size_t C) {
+#pragma omp parallel for
+    for (size_t t = 0; t < nT; t++) {
+        const real *from = x + token_place(on, T, t) * C;
+        real *z = xhat + t * C, mean = 0, variance = 0;
+        for (size_t c = 0; c < C; c++) z[c] = from[c] + (more ? more[t * C + c] : 0);
+#pragma omp simd reduction(+:mean)
+        for (size_t c = 0; c < C; c++) mean += z[c];
+        mean /= (real)C;
+#pragma omp simd reduction(+:variance)
+        for (size_t c = 0; c < C; c++) variance += (z[c] - mean) * (z[c] - mean);
+        rstd[t] = (real)(1 / sqrt((double)variance / (double)C + 1e-5));
+        for (size_t c = 0; c < C; c++) {
+            z[c] = (z[c] - mean) * rstd[t];
+            y[t * C + c] = z[c] * w[c] + b[c];
+        }
+    }
+}
+
+// y (n,T,C) again, from what was kept: the backward pass needs it as the input of a matrix product.
+static void layernorm_again(real *y, const real *xhat, const real *w, const real *b, size_t nT, size_t C) {
+#pragma omp parallel for
+    for (size_t t = 0; t < nT; t++)
+        for (size_t c = 0; c < C; c++) y[t * C + c] = xhat[t * C + c] * w[c] + b[c];
+}
+
+// dx[rows] += dz = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * w (n,T,C);  dw, db (C) +=.
+// `also` (n,T,C), where given, += dz: the gradient of `more`.
+static void layernorm_backward(real *dx, real *also, real *dw, real *db, const real *dy, const real *xhat, const real *rstd,
+                               const BranchPlan *on, const real *w, size_t nT, size_t T, size_t C) {
+    column_sums(db, dw, dy, xhat, nT, C);
+#pragma omp parallel for
+    for (size_t t = 0; t < nT; t++) {
+        const real *g = dy + t * C, *z = xhat + t * C;
+        real *to = dx + token_place(on, T, t) * C, mean = 0, along = 0;
+#pragma omp simd reduction(+:mean, along)
+        for (size_t c = 0; c < C; c++) {
+            mean += g[c] * w[c];
+            along += g[c] * w[c] * z[c];
+        }
+        mean /= (real)C;
+        along /= (real)C;
+        for (size_t c = 0; c < C; c++) to[c] += rstd[t] * (g[c] * w[c] - mean - z[c] * along);
+        if (!also) continue;
+        for (size_t c = 0; c < C; c++) also[t * C + c] += rstd[t] * (g[c] * w[c] - mean - z[c] * along);
+    }
+}
+
+// ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; keeps the log-sum-exp (n,NH,T) for the backward pass ----
+// Blocks of queries against blocks of keys with a running softmax (Milakov and Gimelshein 2018; Dao et al. 2022):
+// no (T,T) matrix exists. The products of blocks use the tiles above.
+
+enum { BLOCK = 64, HEAD_MAX = 256 };
+
+typedef struct {                                         // one thread's room
+    real a[(BLOCK / TILE_ROWS + 1) * TILE_ROWS * HEAD_MAX], b[TILE_COLS * HEAD_MAX];
+    real s[BLOCK * BLOCK], ds[BLOCK * BLOCK], out[BLOCK * HEAD_MAX];
+} AttentionRoom;
+
+typedef struct { const real *at; size_t row, col; } View;
+typedef struct { int old; const real *bias; } Start;
+static const Start FRESH = {0, NULL}, ADD = {1, NULL};
 static inline View view(const real *at, size_t row, size_t col) {
     View v = {at, row, col};
     return v;
@@ -110,23 +464,8 @@ static void pack_strip(real *to, const real *from, size_t step, size_t k_step, s
     }
 }
 
-// What a product is added to: nothing, the old y, or the same bias (N) in every row.
-typedef struct { int old; const real *bias; } Start;
-
-// sum += a (TILE_ROWS,K) b (K,TILE_COLS), with a[i*a_row + k*a_k] and b[k*b_k + j]: of packed strips, or in place.
-static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, size_t a_row, size_t a_k,
-                                           const real *b, size_t b_k, size_t K) {
-    for (size_t k = 0; k < K; k++, a += a_k, b += b_k) {
-        Vector bk[TILE_VECTORS];
-        for (int j = 0; j < TILE_VECTORS; j++) bk[j] = *(const Vector *)(b + j * LANES);
-#pragma GCC unroll 16
-        for (size_t i = 0; i < TILE_ROWS; i++)
-            for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] += a[i * a_row] * bk[j];
-    }
-}
-
 // y (M,N), rows ldy apart, M <= TILE_ROWS, N <= TILE_COLS: start + strip a (K,TILE_ROWS) x strip b (K,TILE_COLS).
-static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, size_t M, size_t N, size_t K, Start start) {
+static void multiply_tile_old(real *y, size_t ldy, const real *a, const real *b, size_t M, size_t N, size_t K, Start start) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
     tile_sums(sum, a, 1, TILE_ROWS, b, TILE_COLS, K);
     if (M == TILE_ROWS && N == TILE_COLS) {
@@ -147,180 +486,6 @@ static void multiply_tile(real *y, size_t ldy, const real *a, const real *b, siz
             y[i * ldy + j] = (start.old ? y[i * ldy + j] : start.bias ? start.bias[j] : 0) + edge[i][j];
 }
 
-// One block y (M,N) = start + a (M,K) b (K,N): tasks of ROW_STRIPS x COL_STRIPS tiles over the threads.
-static void multiply_block(real *y, size_t ldy, PackRoom room, View a, View b, size_t M, size_t N, size_t K, Start start) {
-    size_t row_strips = strips(M, TILE_ROWS), col_strips = strips(N, TILE_COLS);
-#pragma omp parallel
-    {
-#pragma omp for nowait
-        for (size_t s = 0; s < row_strips; s++)
-            pack_strip(room.a + s * TILE_ROWS * K, a.at + s * TILE_ROWS * a.row, a.row, a.col,
-                       at_most(M - s * TILE_ROWS, TILE_ROWS), TILE_ROWS, K);
-#pragma omp for
-        for (size_t s = 0; s < col_strips; s++)
-            pack_strip(room.b + s * TILE_COLS * K, b.at + s * TILE_COLS * b.col, b.col, b.row,
-                       at_most(N - s * TILE_COLS, TILE_COLS), TILE_COLS, K);
-#pragma omp for collapse(2) schedule(dynamic)
-        for (size_t i0 = 0; i0 < row_strips; i0 += ROW_STRIPS)
-            for (size_t j0 = 0; j0 < col_strips; j0 += COL_STRIPS)
-                for (size_t j = j0; j < at_most(j0 + COL_STRIPS, col_strips); j++) {
-                    const Start from = {start.old, start.bias ? start.bias + j * TILE_COLS : NULL};
-                    for (size_t i = i0; i < at_most(i0 + ROW_STRIPS, row_strips); i++)
-                        multiply_tile(y + i * TILE_ROWS * ldy + j * TILE_COLS, ldy, room.a + i * TILE_ROWS * K,
-                                      room.b + j * TILE_COLS * K, at_most(M - i * TILE_ROWS, TILE_ROWS),
-                                      at_most(N - j * TILE_COLS, TILE_COLS), K, from);
-                }
-    }
-}
-
-static const Start FRESH = {0, NULL}, ADD = {1, NULL};
-
-// y (M,N) = start + a b; y must not overlap a or b.
-static void multiply(real *y, PackRoom room, View a, View b, size_t M, size_t N, size_t K, Start start) {
-    for (size_t n = 0; n < N; n += N_BLOCK)
-        for (size_t k = 0; k < K; k += K_BLOCK) {
-            const Start from = {k > 0 || start.old, start.bias ? start.bias + n : NULL};
-            for (size_t i = 0; i < M; i += M_BLOCK)
-                multiply_block(y + i * N + n, N, room, view(a.at + i * a.row + k * a.col, a.row, a.col),
-                               view(b.at + k * b.row + n * b.col, b.row, b.col), at_most(M - i, M_BLOCK),
-                               at_most(N - n, N_BLOCK), at_most(K - k, K_BLOCK), from);
-        }
-}
-
-// y (BT,OC) = x (BT,C) w (C,OC) + bias (OC)
-static void matmul_forward(real *y, PackRoom room, const real *x, const real *w, const real *bias,
-                           size_t BT, size_t C, size_t OC) {
-    const Start from = {0, bias};
-    multiply(y, room, view(x, C, 1), view(w, OC, 1), BT, OC, C, from);
-}
-
-// sum (N) += the columns of y (M,N); with xhat (M,N) also scaled (N) += the columns of y * xhat.
-static void column_sums(real *sum, real *scaled, const real *y, const real *xhat, size_t M, size_t N) {
-    enum { WIDTH = 64 };
-#pragma omp parallel for
-    for (size_t n = 0; n < N; n += WIDTH) {
-        size_t width = at_most(N - n, WIDTH);
-        real s[WIDTH] = {0}, z[WIDTH] = {0};
-        for (size_t i = 0; i < M; i++) {
-            const real *yi = y + i * N + n, *xi = xhat ? xhat + i * N + n : NULL;
-            for (size_t j = 0; j < width; j++) s[j] += yi[j];
-            for (size_t j = 0; xi && j < width; j++) z[j] += yi[j] * xi[j];
-        }
-        for (size_t j = 0; j < width; j++) sum[n + j] += s[j];
-        for (size_t j = 0; xhat && j < width; j++) scaled[n + j] += z[j];
-    }
-}
-
-// dx (BT,C) = dy (BT,OC) w^T;  dw (C,OC) += x^T dy;  dbias (OC) += the columns of dy
-static void matmul_backward(real *dx, real *dw, real *dbias, PackRoom room, const real *dy, const real *x, const real *w,
-                            size_t BT, size_t C, size_t OC) {
-    multiply(dx, room, view(dy, OC, 1), view(w, 1, OC), BT, C, OC, FRESH);
-    multiply(dw, room, view(x, 1, C), view(dy, OC, 1), C, OC, BT, ADD);
-    column_sums(dbias, NULL, dy, NULL, BT, OC);
-}
-
-// ---- Embedding: tokens (B,T) -> x (B,T,C) ----
-
-static void embedding_forward(real *x, const int *tokens, const real *wte, const real *wpe, size_t B, size_t T, size_t C) {
-#pragma omp parallel for
-    for (size_t bt = 0; bt < B * T; bt++)
-        for (size_t c = 0; c < C; c++) x[bt * C + c] = wte[(size_t)tokens[bt] * C + c] + wpe[bt % T * C + c];
-}
-
-// dwte (V,C) and dwpe (T,C) +=. Threads share out the channels, not the tokens: one token may occur many times.
-static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const real *dx, size_t B, size_t T, size_t C) {
-    enum { WIDTH = 16 };
-#pragma omp parallel for
-    for (size_t c0 = 0; c0 < C; c0 += WIDTH)
-        for (size_t bt = 0; bt < B * T; bt++)
-            for (size_t c = c0; c < at_most(c0 + WIDTH, C); c++) {
-                dwte[(size_t)tokens[bt] * C + c] += dx[bt * C + c];
-                dwpe[bt % T * C + c] += dx[bt * C + c];
-            }
-}
-
-// ---- The residual stream x (B,T,C), seen by a branch that runs on n of its B rows ----
-
-// x[rows] += scale * out (n,T,C)
-static void residual_forward(real *x, const real *out, const BranchPlan *b, size_t T, size_t C) {
-    const real scale = (real)b->scale;
-#pragma omp parallel for
-    for (size_t t = 0; t < (size_t)b->n * T; t++) {
-        real *to = x + ((size_t)b->rows[t / T] * T + t % T) * C;
-        for (size_t c = 0; c < C; c++) to[c] += scale * out[t * C + c];
-    }
-}
-
-// dout (n,T,C) = scale * dx[rows]
-static void residual_backward(real *dout, const real *dx, const BranchPlan *b, size_t T, size_t C) {
-    const real scale = (real)b->scale;
-#pragma omp parallel for
-    for (size_t t = 0; t < (size_t)b->n * T; t++) {
-        const real *from = dx + ((size_t)b->rows[t / T] * T + t % T) * C;
-        for (size_t c = 0; c < C; c++) dout[t * C + c] = scale * from[c];
-    }
-}
-
-// ---- LayerNorm (Ba, Kiros, Hinton 2016): reads x by row index, writes packed rows; keeps xhat and 1/sigma ----
-
-// y (n,T,C) = xhat * w + b with xhat (n,T,C) = (z - mean) * rstd of z = x[rows], plus `more` (n,T,C) where given.
-static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, const real *more, const int *rows,
-                              const real *w, const real *b, size_t n, size_t T, size_t C) {
-#pragma omp parallel for
-    for (size_t t = 0; t < n * T; t++) {
-        const real *from = x + ((size_t)rows[t / T] * T + t % T) * C;
-        real *z = xhat + t * C, mean = 0, variance = 0;
-        for (size_t c = 0; c < C; c++) z[c] = from[c] + (more ? more[t * C + c] : 0);
-#pragma omp simd reduction(+:mean)
-        for (size_t c = 0; c < C; c++) mean += z[c];
-        mean /= (real)C;
-#pragma omp simd reduction(+:variance)
-        for (size_t c = 0; c < C; c++) variance += (z[c] - mean) * (z[c] - mean);
-        rstd[t] = (real)(1 / sqrt((double)variance / (double)C + 1e-5));
-        for (size_t c = 0; c < C; c++) {
-            z[c] = (z[c] - mean) * rstd[t];
-            y[t * C + c] = z[c] * w[c] + b[c];
-        }
-    }
-}
-
-// y (n,T,C) again, from what was kept: the backward pass needs it as the input of a matrix product.
-static void layernorm_again(real *y, const real *xhat, const real *w, const real *b, size_t nT, size_t C) {
-#pragma omp parallel for
-    for (size_t t = 0; t < nT; t++)
-        for (size_t c = 0; c < C; c++) y[t * C + c] = xhat[t * C + c] * w[c] + b[c];
-}
-
-// dz (n,T,C) = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * w;  dw, db (C) +=. dz may be dy.
-static void layernorm_backward(real *dz, real *dw, real *db, const real *dy, const real *xhat, const real *rstd,
-                               const real *w, size_t nT, size_t C) {
-    column_sums(db, dw, dy, xhat, nT, C);
-#pragma omp parallel for
-    for (size_t t = 0; t < nT; t++) {
-        const real *g = dy + t * C, *z = xhat + t * C;
-        real mean = 0, along = 0;
-#pragma omp simd reduction(+:mean, along)
-        for (size_t c = 0; c < C; c++) {
-            mean += g[c] * w[c];
-            along += g[c] * w[c] * z[c];
-        }
-        mean /= (real)C;
-        along /= (real)C;
-        for (size_t c = 0; c < C; c++) dz[t * C + c] = rstd[t] * (g[c] * w[c] - mean - z[c] * along);
-    }
-}
-
-// ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; keeps the log-sum-exp (n,NH,T) for the backward pass ----
-// Blocks of queries against blocks of keys with a running softmax (Milakov and Gimelshein 2018; Dao et al. 2022):
-// no (T,T) matrix exists. The products of blocks use the tiles above.
-
-enum { BLOCK = 64, HEAD_MAX = 256 };
-
-typedef struct {                                         // one thread's room
-    real a[(BLOCK / TILE_ROWS + 1) * TILE_ROWS * HEAD_MAX], b[TILE_COLS * HEAD_MAX];
-    real s[BLOCK * BLOCK], ds[BLOCK * BLOCK], out[BLOCK * HEAD_MAX];
-} AttentionRoom;
-
 // y (M,N), rows ldy apart, = start + a (M,K) b (K,N) without bias; M <= BLOCK, N <= HEAD_MAX, K <= HEAD_MAX.
 static void multiply_small(real *y, size_t ldy, AttentionRoom *room, View a, View b, size_t M, size_t N, size_t K,
                            Start start) {
@@ -329,7 +494,7 @@ static void multiply_small(real *y, size_t ldy, AttentionRoom *room, View a, Vie
     for (size_t j = 0; j < N; j += TILE_COLS) {
         pack_strip(room->b, b.at + j * b.col, b.col, b.row, at_most(N - j, TILE_COLS), TILE_COLS, K);
         for (size_t i = 0; i < M; i += TILE_ROWS)
-            multiply_tile(y + i * ldy + j, ldy, room->a + i * K, room->b, at_most(M - i, TILE_ROWS),
+            multiply_tile_old(y + i * ldy + j, ldy, room->a + i * K, room->b, at_most(M - i, TILE_ROWS),
                           at_most(N - j, TILE_COLS), K, start);
     }
 }
@@ -430,27 +595,6 @@ static void attention_backward(real *dqkv, const real *dy, const real *qkv, cons
         }
 }
 
-// ---- GELU, the tanh form (Hendrycks and Gimpel 2016): x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) ----
-
-static inline real gelu_sigmoid(real x) {
-    return 1 / (1 + exp_real((real)-1.5957691216057308 * (x + (real)0.044715 * x * x * x)));
-}
-
-static void gelu_forward(real *y, const real *x, size_t n) {
-#pragma omp parallel for simd
-    for (size_t i = 0; i < n; i++) y[i] = x[i] * gelu_sigmoid(x[i]);
-}
-
-// y = gelu(x) again, for the product that follows it, and dx = dy * gelu'(x). dx may be dy.
-static void gelu_backward(real *dx, real *y, const real *dy, const real *x, size_t n) {
-#pragma omp parallel for simd
-    for (size_t i = 0; i < n; i++) {
-        const real s = gelu_sigmoid(x[i]), slope = (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * x[i] * x[i]);
-        y[i] = x[i] * s;
-        dx[i] = dy[i] * (s + x[i] * s * (1 - s) * slope);
-    }
-}
-
 // ---- Classifier and loss: x (BT,C) against wte (V,C), a chunk of rows at a time ----
 // Neither logits nor probabilities of the whole batch exist. With weight 0 only the losses are made; else the chunk
 // of logits turns into its gradient in place and goes on into dx and dwte at once.
@@ -480,12 +624,12 @@ static real softmax_loss(real *logits, int target, real grad, size_t V) {
 }
 
 // losses (BT), 0 for negative targets; with grad (the weight of one token's loss) dx (BT,C) = and dwte (V,C) +=.
-static void classifier(real *losses, real *dx, real *dwte, real *logits, PackRoom room, const real *x, const real *wte,
+static void classifier(real *losses, real *dx, real *dwte, real *logits, const PackRoom *room, const real *x, const real *wte,
                        const int *targets, real grad, size_t BT, size_t C, size_t V) {
     const size_t chunk = classifier_chunk(BT, V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
-        multiply(logits, room, view(x + t0 * C, C, 1), view(wte, 1, C), n, V, C, FRESH);
+        multiply(fresh(logits, V, NULL), room, lines(x + t0 * C, C), turned(wte, C), n, V, C, NULL);
 #pragma omp parallel for
         for (size_t t = 0; t < n; t++) {
             const int target = targets[t0 + t];
@@ -493,8 +637,8 @@ static void classifier(real *losses, real *dx, real *dwte, real *logits, PackRoo
             if (target < 0) memset(logits + t * V, 0, V * sizeof(real));
         }
         if (grad == 0) continue;
-        multiply(dx + t0 * C, room, view(logits, V, 1), view(wte, C, 1), n, C, V, FRESH);
-        multiply(dwte, room, view(logits, 1, V), view(x + t0 * C, C, 1), V, C, n, ADD);
+        multiply(fresh(dx + t0 * C, C, NULL), room, lines(logits, V), lines(wte, C), n, C, V, NULL);
+        multiply(added(dwte, C, 1), room, turned(logits, V), lines(x + t0 * C, C), V, C, n, NULL);
     }
 }
 
@@ -521,11 +665,10 @@ struct Model {
     real *x, *dx;                                        // (B,T,C) the residual stream
     real *lnf, *lnf_xhat, *lnf_rstd;                     // (B,T,C) (B,T,C) (B,T)
     real *losses;                                        // (B,T)
-    real *ln, *gelu, *attn_out, *mlp_out;                // (B,T,C) (B,T,4C) (B,T,C) (B,T,C): one branch at a time
-    real *dwide, *dy, *dattn, *dmlp;                     // (B,T,4C) (B,T,C) (B,T,C) (B,T,C)
+    real *ln, *gelu, *attn_out;                          // (B,T,C) (B,T,4C) (B,T,C): one branch at a time
+    real *dwide, *dy, *dattn;                            // (B,T,4C) (B,T,C) (B,T,C)
     real *logits;                                        // (chunk,V)
     PackRoom pack;
-    int *all_rows;                                       // (B) 0, 1, ..., B-1
     int last_B, last_T;                                  // of the last forward
 };
 
@@ -614,15 +757,13 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->attention = xcalloc(L, sizeof *m->attention);
     m->mlp = xcalloc(L, sizeof *m->mlp);
     real **of_bt[] = {&m->losses, &m->lnf_rstd};
-    real **of_btc[] = {&m->x, &m->lnf, &m->lnf_xhat, &m->ln, &m->attn_out, &m->mlp_out};
-    real **of_training[] = {&m->dx, &m->dy, &m->dattn, &m->dmlp};
+    real **of_btc[] = {&m->x, &m->lnf, &m->lnf_xhat, &m->ln, &m->attn_out};
+    real **of_training[] = {&m->dx, &m->dy, &m->dattn};
     for (int i = 0; i < 2; i++) *of_bt[i] = room_new(BT);
-    for (int i = 0; i < 6; i++) *of_btc[i] = room_new(BT * C);
-    for (int i = 0; i < 4 && train; i++) *of_training[i] = room_new(BT * C);
+    for (int i = 0; i < 5; i++) *of_btc[i] = room_new(BT * C);
+    for (int i = 0; i < 3 && train; i++) *of_training[i] = room_new(BT * C);
     m->gelu = room_new(BT * 4 * C);
     if (train) m->dwide = room_new(BT * 4 * C);
-    m->all_rows = xcalloc((size_t)args->B, sizeof *m->all_rows);
-    for (int row = 0; row < args->B; row++) m->all_rows[row] = row;
     m->logits = room_new(classifier_chunk(BT, V) * V);
     m->pack.a = room_new((size_t)M_BLOCK * K_BLOCK);
     m->pack.b = room_new((size_t)K_BLOCK * N_BLOCK);
@@ -631,10 +772,9 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
 
 static void model_close(Model *m) {
     real *rooms[] = {m->slot[0], m->slot[1], m->slot[2], m->slot[3], m->kept, m->x, m->dx, m->lnf, m->lnf_xhat, m->lnf_rstd,
-                     m->losses, m->ln, m->gelu, m->attn_out, m->mlp_out, m->dwide, m->dy, m->dattn, m->dmlp, m->logits,
+                     m->losses, m->ln, m->gelu, m->attn_out, m->dwide, m->dy, m->dattn, m->logits,
                      m->pack.a, m->pack.b};
     for (size_t i = 0; i < sizeof rooms / sizeof rooms[0]; i++) free(rooms[i]);
-    free(m->all_rows);
     free(m->chunk);
     free(m->partial);
     free(m->attention);
@@ -653,92 +793,95 @@ static real *keep(Model *m, size_t n) {
 
 // ---- The two branches, on the rows that keep them ----
 
-// attn_out (n,T,C) = attn(LN(x[rows]))
-static void attention_branch_forward(Model *m, int l, const BranchPlan *b, int T) {
-    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, n = (size_t)b->n, nT = n * (size_t)T;
+// The branch's rows of the residual stream; a branch that all rows run needs no index.
+static const BranchPlan *rows_of(const Model *m, const BranchPlan *b) { return b->n == m->last_B ? NULL : b; }
+
+// x[rows] += scale * (the product + bias): the end of a branch
+static Result to_stream(const Model *m, const BranchPlan *b, const real *bias) {
+    const size_t C = (size_t)m->config.C;
+    return (Result){.at = m->x, .ld = C, .on = rows_of(m, b), .T = (size_t)m->last_T, .add = 1, .scale = (real)b->scale, .bias = bias};
+}
+
+// dx[rows], whose scale the products carry: its beginning on the way back
+static Matrix from_stream(const Model *m, const BranchPlan *b) {
+    return (Matrix){.at = m->dx, .ld = (size_t)m->config.C, .on = rows_of(m, b), .T = (size_t)m->last_T};
+}
+
+static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
+
+// out: attn(LN(x[rows]))
+static void attention_branch_forward(Model *m, int l, const BranchPlan *b, Result out) {
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l);
     AttentionKept *k = &m->attention[l];
     k->xhat = keep(m, nT * C), k->rstd = keep(m, nT);
     k->qkv = keep(m, nT * 3 * C), k->lse = keep(m, nT * NH), k->y = keep(m, nT * C);
-    layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, b->rows, w.ln1w, w.ln1b, n, (size_t)T, C);
-    matmul_forward(k->qkv, m->pack, m->ln, w.qkvw, w.qkvb, nT, C, 3 * C);
-    attention_forward(k->y, k->lse, k->qkv, n, (size_t)T, C, NH);
-    matmul_forward(m->attn_out, m->pack, k->y, w.attprojw, w.attprojb, nT, C, C);
+    layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, rows_of(m, b), w.ln1w, w.ln1b, nT, T, C);
+    matmul_forward(fresh(k->qkv, 3 * C, w.qkvb), &m->pack, m->ln, w.qkvw, nT, C, 3 * C);
+    attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH);
+    matmul_forward(out, &m->pack, k->y, w.attprojw, nT, C, C);
 }
 
-// dattn (n,T,C): in, the gradient of attn_out; out, that of the rows the branch has read
-static void attention_branch_backward(Model *m, int l, const BranchPlan *b, int T) {
-    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, n = (size_t)b->n, nT = n * (size_t)T;
+// dx[rows] += the gradient through the branch, from scale * dout (n,T,C)
+static void attention_branch_backward(Model *m, int l, const BranchPlan *b, Matrix dout, real scale) {
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const AttentionKept *k = &m->attention[l];
-    real *dqkv = m->dwide;
-    matmul_backward(m->dy, dw.attprojw, dw.attprojb, m->pack, m->dattn, k->y, w.attprojw, nT, C, C);
-    attention_backward(dqkv, m->dy, k->qkv, k->y, k->lse, n, (size_t)T, C, NH);
+    const Result dy = {.at = m->dy, .ld = C, .scale = scale};
+    real *dqkv = m->dwide, *dln = m->dy;
+    matmul_backward(dy, dw.attprojw, dw.attprojb, &m->pack, dout, k->y, w.attprojw, nT, C, C);
+    attention_backward(dqkv, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH);
     layernorm_again(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
-    matmul_backward(m->dattn, dw.qkvw, dw.qkvb, m->pack, dqkv, m->ln, w.qkvw, nT, C, 3 * C);
-    layernorm_backward(m->dattn, dw.ln1w, dw.ln1b, m->dattn, k->xhat, k->rstd, w.ln1w, nT, C);
+    matmul_backward(fresh(dln, C, NULL), dw.qkvw, dw.qkvb, &m->pack, lines(dqkv, 3 * C), m->ln, w.qkvw, nT, C, 3 * C);
+    layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w, nT, T, C);
 }
 
-// mlp_out (n,T,C) = mlp(LN(x[rows])), or of x[rows] + more (n,T,C)
-static void mlp_branch_forward(Model *m, int l, const BranchPlan *b, const real *more, int T) {
-    const size_t C = (size_t)m->config.C, n = (size_t)b->n, nT = n * (size_t)T;
+// x[rows] += scale * mlp(LN(x[rows])); tied: of x[rows] + attn_out, which joins the stream as soon as it has been read
+static void mlp_branch_forward(Model *m, int l, const BranchPlan *b, int tied) {
+    const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l);
     MlpKept *k = &m->mlp[l];
     k->xhat = keep(m, nT * C), k->rstd = keep(m, nT), k->h = keep(m, nT * 4 * C);
-    layernorm_forward(m->ln, k->xhat, k->rstd, m->x, more, b->rows, w.ln2w, w.ln2b, n, (size_t)T, C);
-    matmul_forward(k->h, m->pack, m->ln, w.fcw, w.fcb, nT, C, 4 * C);
-    gelu_forward(m->gelu, k->h, nT * 4 * C);
-    matmul_forward(m->mlp_out, m->pack, m->gelu, w.fcprojw, w.fcprojb, nT, 4 * C, C);
+    Result h = fresh(k->h, 4 * C, w.fcb);
+    h.gelu = m->gelu;
+    layernorm_forward(m->ln, k->xhat, k->rstd, m->x, tied ? m->attn_out : NULL, rows_of(m, b), w.ln2w, w.ln2b, nT, T, C);
+    if (tied) residual_forward(m->x, m->attn_out, b, T, C);
+    matmul_forward(h, &m->pack, m->ln, w.fcw, nT, C, 4 * C);
+    matmul_forward(to_stream(m, b, w.fcprojb), &m->pack, m->gelu, w.fcprojw, nT, 4 * C, C);
 }
 
-// dmlp (n,T,C): in, the gradient of mlp_out; out, that of the rows the branch has read
-static void mlp_branch_backward(Model *m, int l, const BranchPlan *b, int T) {
-    const size_t C = (size_t)m->config.C, nT = (size_t)b->n * (size_t)T;
+// dx[rows] += the gradient through the branch, from scale * dx[rows]; dmore (n,T,C), where given, += it
+static void mlp_branch_backward(Model *m, int l, const BranchPlan *b, real *dmore) {
+    const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const MlpKept *k = &m->mlp[l];
-    real *dh = m->dwide;
-    multiply(dh, m->pack, view(m->dmlp, C, 1), view(w.fcprojw, 1, C), nT, 4 * C, C, FRESH);
-    gelu_backward(dh, m->gelu, dh, k->h, nT * 4 * C);
-    multiply(dw.fcprojw, m->pack, view(m->gelu, 1, 4 * C), view(m->dmlp, C, 1), 4 * C, C, nT, ADD);
-    column_sums(dw.fcprojb, NULL, m->dmlp, NULL, nT, C);
+    const Result dh = {.at = m->dwide, .ld = 4 * C, .scale = (real)b->scale, .h = k->h, .gelu = m->gelu};
+    real *dln = m->dy;
+    matmul_backward(dh, dw.fcprojw, dw.fcprojb, &m->pack, from_stream(m, b), m->gelu, w.fcprojw, nT, 4 * C, C);
     layernorm_again(m->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
-    matmul_backward(m->dmlp, dw.fcw, dw.fcb, m->pack, dh, m->ln, w.fcw, nT, C, 4 * C);
-    layernorm_backward(m->dmlp, dw.ln2w, dw.ln2b, m->dmlp, k->xhat, k->rstd, w.ln2w, nT, C);
+    matmul_backward(fresh(dln, C, NULL), dw.fcw, dw.fcb, &m->pack, lines(dh.at, 4 * C), m->ln, w.fcw, nT, C, 4 * C);
+    layernorm_backward(m->dx, dmore, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w, nT, T, C);
 }
 
 // ---- A block with drop path ----
 //     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
 
-static void block_forward(Model *m, int l, const DropPlan *plan, int T) {
-    const size_t C = (size_t)m->config.C;
+static void block_forward(Model *m, int l, const DropPlan *plan) {
     const BranchPlan *attn = &plan->branch[BRANCHES * l + ATTN], *mlp = &plan->branch[BRANCHES * l + MLP];
-    if (attn->n) attention_branch_forward(m, l, attn, T);
-    if (!plan->tied) residual_forward(m->x, m->attn_out, attn, (size_t)T, C);
-    if (mlp->n) mlp_branch_forward(m, l, mlp, plan->tied ? m->attn_out : NULL, T);
-    if (plan->tied) residual_forward(m->x, m->attn_out, attn, (size_t)T, C);
-    residual_forward(m->x, m->mlp_out, mlp, (size_t)T, C);
+    const size_t C = (size_t)m->config.C;
+    const real *attprojb = params_at(m, SLOT_PARAM, l).attprojb;
+    if (attn->n) attention_branch_forward(m, l, attn, plan->tied ? fresh(m->attn_out, C, attprojb) : to_stream(m, attn, attprojb));
+    if (mlp->n) mlp_branch_forward(m, l, mlp, plan->tied);
 }
 
-// dx[rows] += dz (n,T,C): what a branch has read from the residual stream
-static void residual_add(real *dx, const real *dz, const BranchPlan *b, int T, size_t C) {
-    const BranchPlan plain = {b->n, b->rows, 1};
-    residual_forward(dx, dz, &plain, (size_t)T, C);
-}
-
-static void block_backward(Model *m, int l, const DropPlan *plan, int T) {
-    const size_t C = (size_t)m->config.C;
+static void block_backward(Model *m, int l, const DropPlan *plan) {
+    const size_t T = (size_t)m->last_T, C = (size_t)m->config.C;
     const BranchPlan *attn = &plan->branch[BRANCHES * l + ATTN], *mlp = &plan->branch[BRANCHES * l + MLP];
-    residual_backward(m->dmlp, m->dx, mlp, (size_t)T, C);
-    if (mlp->n) mlp_branch_backward(m, l, mlp, T);
-    if (!plan->tied) residual_add(m->dx, m->dmlp, mlp, T, C);
-    residual_backward(m->dattn, m->dx, attn, (size_t)T, C);
-    if (plan->tied) {
-        residual_add(m->dx, m->dmlp, mlp, T, C);
-#pragma omp parallel for
-        for (size_t i = 0; i < (size_t)attn->n * (size_t)T * C; i++) m->dattn[i] += m->dmlp[i];   // the MLP has read x + a
-    }
-    if (attn->n) attention_branch_backward(m, l, attn, T);
-    residual_add(m->dx, m->dattn, attn, T, C);
+    if (plan->tied) residual_backward(m->dattn, m->dx, attn, T, C);
+    if (mlp->n) mlp_branch_backward(m, l, mlp, plan->tied ? m->dattn : NULL);       // tied: it has read x + a
+    if (!attn->n) return;
+    if (plan->tied) attention_branch_backward(m, l, attn, lines(m->dattn, C), 1);
+    else attention_branch_backward(m, l, attn, from_stream(m, attn), (real)attn->scale);
 }
 
 // ---- Forward and backward of the whole model ----
@@ -753,7 +896,7 @@ static void check_call(const Model *m, int T, const int *tokens, const int *targ
     }
 }
 
-// The mean loss; with weight != 0 also dx = its gradient times weight, at the end of the residual stream.
+// The mean loss; with weight != 0 also dy = its gradient times weight, by the output of the last LayerNorm.
 static double model_loss(Model *m, int T, const int *targets, const DropPlan *plan, double weight) {
     const size_t BT = (size_t)plan->batch * (size_t)T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
@@ -762,7 +905,7 @@ static double model_loss(Model *m, int T, const int *targets, const DropPlan *pl
     for (size_t t = 0; t < BT; t++) count += targets[t] >= 0;
     if (!count) count = 1;
     real *dwte = weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
-    classifier(m->losses, m->dx, dwte, m->logits, m->pack, m->lnf, w.wte, targets, (real)(weight / (double)count), BT, C,
+    classifier(m->losses, m->dy, dwte, m->logits, &m->pack, m->lnf, w.wte, targets, (real)(weight / (double)count), BT, C,
                (size_t)m->config.V);
     for (size_t t = 0; t < BT; t++) sum += (double)m->losses[t];
     return sum / (double)count;
@@ -778,9 +921,9 @@ static double run_forward(Model *m, int T, const int *tokens, const int *targets
     embedding_forward(m->x, tokens, w.wte, w.wpe, B, (size_t)T, C);
     for (int l = 0; l < m->config.L; l++) {
         if (weight == 0) m->kept_end = m->kept;          // evaluation keeps nothing
-        block_forward(m, l, plan, T);
+        block_forward(m, l, plan);
     }
-    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, m->all_rows, w.lnfw, w.lnfb, B, (size_t)T, C);
+    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * (size_t)T, (size_t)T, C);
     return targets ? model_loss(m, T, targets, plan, weight) : 0;
 }
 
@@ -794,8 +937,9 @@ static double model_forward_backward(Model *m, int T, const int *tokens, const i
     const size_t BT = (size_t)plan->batch * (size_t)T, C = (size_t)m->config.C;
     const double loss = run_forward(m, T, tokens, targets, plan, weight);
     const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
-    layernorm_backward(m->dx, dw.lnfw, dw.lnfb, m->dx, m->lnf_xhat, m->lnf_rstd, w.lnfw, BT, C);
-    for (int l = m->config.L - 1; l >= 0; l--) block_backward(m, l, plan, T);
+    memset(m->dx, 0, BT * C * sizeof(real));
+    layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw, BT, (size_t)T, C);
+    for (int l = m->config.L - 1; l >= 0; l--) block_backward(m, l, plan);
     embedding_backward(dw.wte, dw.wpe, tokens, m->dx, (size_t)plan->batch, (size_t)T, C);
     return loss;
 }
@@ -808,7 +952,7 @@ static void model_logits(Model *m, int row, int t, real *host) {
     const size_t C = (size_t)m->config.C, V = (size_t)m->config.V;
     CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T, "no logits at row %d, position %d", row, t);
     const real *x = m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C;
-    multiply(host, m->pack, view(x, C, 1), view(params_at(m, SLOT_PARAM, 0).wte, 1, C), 1, V, C, FRESH);
+    multiply(fresh(host, V, NULL), &m->pack, lines(x, C), turned(params_at(m, SLOT_PARAM, 0).wte, C), 1, V, C, NULL);
 }
 
 // ---- AdamW (Loshchilov and Hutter 2019, algorithm 2), with the gradients clipped to a norm ----
@@ -887,7 +1031,7 @@ static void model_memory(const Model *m, size_t bytes[4]) {
     bytes[0] = one;
     bytes[1] = train * one;
     bytes[2] = train * 2 * one;
-    bytes[3] = sizeof(real) * (m->kept_peak + BT * C * (10 + 8 * train) + 2 * BT + classifier_chunk(BT, V) * V);
+    bytes[3] = sizeof(real) * (m->kept_peak + BT * C * (9 + 7 * train) + 2 * BT + classifier_chunk(BT, V) * V);
 }
 
 // Multiply-adds on registers, on all threads: no machine does more per second with these instructions. The best of

@@ -10,7 +10,7 @@
 typedef struct {
     Model *room;
     size_t B, T, C, NH, V, BT, head_BT;                  // head_BT: two chunks, since they are all alike
-    int *rows, *targets;                                 // (B) (BT)
+    int *targets;                                        // (BT)
     real *x, *y, *dx, *dy, *xhat, *rstd, *w, *b, *dw, *db;         // LayerNorm: (BT,C), rstd (BT), w and b (C)
     real *qkv, *dqkv, *att, *lse;                        // attention: (BT,3C) (BT,3C) (BT,C) (B,NH,T)
     real *h, *gelu, *dgelu, *dh;                         // GELU: (BT,4C)
@@ -40,8 +40,6 @@ static void layers_open(Layers *s, const GptConfig *c, int B, int T) {
     layers_arrays(s, array, n);
     for (int i = 0; i < N_LAYER_ARRAYS; i++) *array[i] = filled(n[i], 2, 10 + i);
     fill(s->wte, s->V * s->C, 0.03, 9);                  // so that logits have the size that they have in training
-    s->rows = xcalloc(s->B, sizeof *s->rows);
-    for (int row = 0; row < B; row++) s->rows[row] = row;
     s->targets = xcalloc(s->BT, sizeof *s->targets);
     fill_tokens(s->targets, s->BT, c->V, 7);
 }
@@ -51,7 +49,6 @@ static void layers_close(Layers *s) {
     size_t n[N_LAYER_ARRAYS];
     layers_arrays(s, array, n);
     for (int i = 0; i < N_LAYER_ARRAYS; i++) free(*array[i]);
-    free(s->rows);
     free(s->targets);
     cpu_engine.close(s->room);
 }
@@ -70,22 +67,28 @@ static void attention_backward_run(void *arg) {
 
 static void layernorm_forward_run(void *arg) {
     const Layers *s = arg;
-    layernorm_forward(s->y, s->xhat, s->rstd, s->x, NULL, s->rows, s->w, s->b, s->B, s->T, s->C);
+    layernorm_forward(s->y, s->xhat, s->rstd, s->x, NULL, NULL, s->w, s->b, s->BT, s->T, s->C);
 }
 
 static void layernorm_backward_run(void *arg) {
     const Layers *s = arg;
-    layernorm_backward(s->dx, s->dw, s->db, s->dy, s->xhat, s->rstd, s->w, s->BT, s->C);
+    layernorm_backward(s->dx, NULL, s->dw, s->db, s->dy, s->xhat, s->rstd, NULL, s->w, s->BT, s->T, s->C);
 }
 
 static void gelu_forward_run(void *arg) {
     const Layers *s = arg;
-    gelu_forward(s->gelu, s->h, 4 * s->BT * s->C);
+#pragma omp parallel for
+    for (size_t t = 0; t < s->BT; t++) gelu_forward(s->gelu + t * 4 * s->C, s->h + t * 4 * s->C, 4 * s->C);
 }
 
 static void gelu_backward_run(void *arg) {
     const Layers *s = arg;
-    gelu_backward(s->dh, s->gelu, s->dgelu, s->h, 4 * s->BT * s->C);
+#pragma omp parallel for
+    for (size_t t = 0; t < s->BT; t++) {
+        const size_t at = t * 4 * s->C;
+        memcpy(s->dh + at, s->dgelu + at, 4 * s->C * sizeof(real));
+        gelu_backward(s->dh + at, s->gelu + at, s->h + at, 4 * s->C);
+    }
 }
 
 static void head_run(void *arg) {
@@ -190,6 +193,7 @@ static double layernorm_backward_check(void *arg) {
     double *mean = xcalloc(s->BT, sizeof *mean), *rstd = xcalloc(s->BT, sizeof *rstd);
     memset(s->dw, 0, C * sizeof(real));
     memset(s->db, 0, C * sizeof(real));
+    memset(s->dx, 0, s->BT * C * sizeof(real));
     layernorm_forward_run(arg);
     layernorm_backward_run(arg);
     for (size_t t = 0; t < s->BT; t++) layernorm_reference(&mean[t], &rstd[t], s->x + t * C, C);
