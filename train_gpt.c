@@ -51,7 +51,8 @@ static void gelu_backward(real *dx, real *y, const real *x, size_t n) {
 // K_BLOCK is the C of a small GPT-2, so that y is written once; a strip of b and ROW_STRIPS strips of a stay in L2. The
 // blocks are as large as the products of a micro-batch, so that little is packed twice (measured: dev/bench/SPEED.md).
 
-enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8, PACK_STRIPS = 4 };
+enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8 };
+enum { PACK_NUMBERS = 256, PACK_AHEAD = 64 };             // packed at a time by one thread; prefetched so far ahead
 
 // Lines of contiguous numbers, ld apart; a product sees the matrix or, `turned`, its transpose. With `on`, the lines are
 // tokens of the residual stream (B,T,ld), and line t is the t-th token of the rows that run that branch.
@@ -101,81 +102,100 @@ static void pack_round(real *strip, size_t width, size_t K) {
         }
 }
 
-// The words of LANES lines from word w on, transposed: v[j] has word w + j of each. Zeros stand for the lines after n and
-// for the numbers after K.
-static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const *line, size_t n, size_t w, size_t K, int pairs) {
-    const size_t per_word = pairs ? 2 : 1, from = w * per_word, width = LANES * per_word;
-    if (n >= LANES && from + width <= K) {
+// The words of `width` <= LANES lines from word w on, transposed: v[j] has word w + j of each. Zeros stand for the lines
+// after n and for the numbers after K.
+static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const *line, size_t n, size_t width, size_t w, size_t K,
+                                             int pairs) {
+    const size_t from = pairs ? 2 * w : w, count = pairs ? 2 * LANES : LANES;
+    if (n >= width && from + count <= K) {
 #pragma GCC unroll 16
-        for (size_t i = 0; i < LANES; i++) v[i] = pairs ? pairs_of_line(line[i] + from) : vector_load(line[i] + from);
+        for (size_t i = 0; i < width; i++) {
+            v[i] = pairs ? pairs_of_line(line[i] + from) : vector_load(line[i] + from);
+            __builtin_prefetch(line[i] + from + PACK_AHEAD);
+        }
     } else {
-        for (size_t i = 0; i < LANES; i++) {
+        for (size_t i = 0; i < at_most(n, width); i++) {
             real part[2 * LANES] = {0};
-            if (i < n) memcpy(part, line[i] + from, at_most(K - from, width) * sizeof(real));
+            memcpy(part, line[i] + from, at_most(K - from, count) * sizeof(real));
             v[i] = pairs ? pairs_of_line(part) : vector_load(part);
         }
+        for (size_t i = n; i < width; i++) v[i] = (Vector){0};
     }
+#pragma GCC unroll 16
+    for (size_t i = width; i < LANES; i++) v[i] = (Vector){0};
     vector_transpose(v);
 }
 
 // n <= width lines from number k on to a strip (K, width).
 static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t i, size_t n, size_t width, size_t k, size_t K,
                                               int pairs) {
-    enum { AHEAD = 64 };                                 // bytes later that each line will be read again, per byte of a word
-    const real *line[TILE_COLS + LANES];
+    const real *line[TILE_COLS];
     const size_t words = pairs ? (K + 1) / 2 : K;
     for (size_t j = 0; j < n; j++) line[j] = line_of(m, i + j) + k;
     for (size_t w = 0; w < words; w += LANES)
+#pragma GCC unroll 4
         for (size_t j = 0; j < width; j += LANES) {
             Vector v[LANES];
-            for (size_t p = j; p < at_most(j + LANES, n); p++) __builtin_prefetch(line[p] + (pairs ? 2 * w : w) + AHEAD);
-            pack_square(v, line + j, n > j ? n - j : 0, w, K, pairs);
-            for (size_t p = 0; p < at_most(words - w, LANES); p++)
-                memcpy(to + (w + p) * width + j, &v[p], at_most(width - j, LANES) * sizeof(real));
+            pack_square(v, line + j, n > j ? n - j : 0, at_most(width - j, LANES), w, K, pairs);
+            if (words - w >= LANES) {
+#pragma GCC unroll 16
+                for (size_t p = 0; p < LANES; p++)
+                    memcpy(to + (w + p) * width + j, &v[p], at_most(width - j, LANES) * sizeof(real));
+            } else {
+                for (size_t p = 0; p < words - w; p++)
+                    memcpy(to + (w + p) * width + j, &v[p], at_most(width - j, LANES) * sizeof(real));
+            }
         }
 }
 
+// Columns 0 .. n of one word of K to strips of `size` words; `second` is the other line of a pair.
+static inline ALWAYS_INLINE void pack_word(real *to, const real *first, const real *second, size_t n, size_t width, int pairs) {
+    real part[2][TILE_COLS + LANES];
+    if (n < width + LANES) {                             // the last strip: nothing is read beyond the line
+        memset(part, 0, sizeof part);
+        memcpy(part[0], first, at_most(n, width) * sizeof(real));
+        if (pairs) memcpy(part[1], second, at_most(n, width) * sizeof(real));
+        first = part[0], second = part[1];
+    }
+#pragma GCC unroll 4
+    for (size_t c = 0; c < width; c += LANES) {
+        Vector x = vector_load(first + c);
+        if (pairs) x = pairs_of_lines(x, vector_load(second + c));
+        memcpy(to + c, &x, at_most(width - c, LANES) * sizeof(real));
+    }
+}
+
 // Columns j .. j+n of the lines k .. k+K to strips (K, width), a strip of `size` words after the other; sum (n), where
-// given, += scale * the columns.
+// given, += scale * the columns. A few lines at a time, so that few places are written at once.
 static inline ALWAYS_INLINE void pack_copying(real *to, size_t size, const Matrix *m, size_t j, size_t n, size_t width,
                                               size_t k, size_t K, int pairs, real *sum, real scale) {
-    static const real zeros[PACK_STRIPS * TILE_COLS];
-    real total[PACK_STRIPS * TILE_COLS] = {0};
-    for (size_t w = 0; w < K; w += pairs ? 2 : 1) {
-        const real *line = line_of(m, k + w) + j, *next = zeros;
-        if (pairs && w + 1 < K) next = line_of(m, k + w + 1) + j;
-        real *word = to + (pairs ? w / 2 : w) * width;
-        for (size_t s = 0; s < n; s += width, word += size) {
-            if (n - s >= width && width % LANES == 0) {
-#pragma GCC unroll 4
-                for (size_t c = 0; c < width; c += LANES) {
-                    const Vector x = vector_load(line + s + c);
-                    vector_store(word + c, pairs ? pairs_of_lines(x, vector_load(next + s + c)) : x);
-                }
-            } else {
-                real part[2][TILE_COLS + LANES] = {{0}};
-                memcpy(part[0], line + s, at_most(n - s, width) * sizeof(real));
-                memcpy(part[1], next + s, at_most(n - s, width) * sizeof(real));
-                for (size_t c = 0; pairs && c < width; c += LANES)
-                    vector_store(part[0] + c, pairs_of_lines(vector_load(part[0] + c), vector_load(part[1] + c)));
-                memcpy(word, part[0], width * sizeof(real));
-            }
-        }
-        for (size_t c = 0; sum && c < n; c++) total[c] += line[c];
-        for (size_t c = 0; sum && pairs && c < n; c++) total[c] += next[c];
+    enum { AT_ONCE = 16 };
+    static const real zeros[PACK_NUMBERS];
+    const real *line[AT_ONCE + 1];
+    real total[PACK_NUMBERS] = {0};
+    for (size_t w = 0; w < K; w += AT_ONCE) {
+        const size_t count = at_most(K - w, AT_ONCE), step = pairs ? 2 : 1;
+        for (size_t i = 0; i < count; i++) line[i] = line_of(m, k + w + i) + j;
+        line[count] = zeros;                             // the partner of the last, if they are odd
+        for (size_t s = 0; s < n; s += width)
+            for (size_t i = 0; i < count; i += step)
+                pack_word(to + s / width * size + (w + i) / step * width, line[i] + s, pairs ? line[i + 1] + s : NULL, n - s,
+                          width, pairs);
+        for (size_t i = 0; sum && i < count; i++)
+            for (size_t c = 0; c < n; c++) total[c] += line[i][c];
     }
     for (size_t c = 0; sum && c < n; c++) sum[c] += scale * total[c];
 }
 
-// PACK_STRIPS strips of `width` words from the one of line (or column) i on, of `size` words each; of all, there are n.
+// The strips of `width` words of n lines (or columns) from i on.
 static inline ALWAYS_INLINE void pack_strips(real *to, const Matrix *m, int turning, size_t i, size_t n, size_t width,
                                              size_t k, size_t K, const PackRoom *room, real *sum, real scale) {
-    const size_t size = pack_words(room, K) * width, most = at_most(n, PACK_STRIPS * width);
+    const size_t size = pack_words(room, K) * width;
     const int pairs = room->bf16 && PAIRS;
-    if (!turning) pack_copying(to, size, m, i, most, width, k, K, pairs, sum, scale);
-    for (size_t s = 0; s < most; s += width) {
-        if (turning) pack_turning(to + s / width * size, m, i + s, at_most(most - s, width), width, k, K, pairs);
-        if (room->bf16 && !PAIRS) pack_round(to + s / width * size, width, K);
+    if (!turning) pack_copying(to, size, m, i, n, width, k, K, pairs, sum, scale);
+    for (size_t s = 0; s < n; s += width, to += size) {
+        if (turning) pack_turning(to, m, i + s, at_most(n - s, width), width, k, K, pairs);
+        if (room->bf16 && !PAIRS) pack_round(to, width, K);
     }
 }
 
@@ -243,14 +263,14 @@ typedef struct { size_t i, j, k, M, N, K; } Block;                 // rows from 
 
 // To be met by all threads of a parallel region, like what follows.
 static void block_pack(const PackRoom *room, const Matrix *a, const Matrix *b, Block k, real *b_sum, real scale) {
-    enum { A_GROUP = PACK_STRIPS * TILE_ROWS, B_GROUP = PACK_STRIPS * TILE_COLS };
+    enum { A_GROUP = PACK_NUMBERS / TILE_ROWS * TILE_ROWS, B_GROUP = PACK_NUMBERS / TILE_COLS * TILE_COLS };
     const size_t words = pack_words(room, k.K);
 #pragma omp for nowait
     for (size_t i = 0; i < (a ? k.M : 0); i += A_GROUP)
-        pack_strips(room->a + i * words, a, !a->turned, k.i + i, k.M - i, TILE_ROWS, k.k, k.K, room, NULL, 0);
+        pack_strips(room->a + i * words, a, !a->turned, k.i + i, at_most(k.M - i, A_GROUP), TILE_ROWS, k.k, k.K, room, NULL, 0);
 #pragma omp for
     for (size_t j = 0; j < (b ? k.N : 0); j += B_GROUP)
-        pack_strips(room->b + j * words, b, b->turned, k.j + j, k.N - j, TILE_COLS, k.k, k.K, room,
+        pack_strips(room->b + j * words, b, b->turned, k.j + j, at_most(k.N - j, B_GROUP), TILE_COLS, k.k, k.K, room,
                     b_sum ? b_sum + k.j + j : NULL, scale);
 }
 
