@@ -619,10 +619,11 @@ static void attention_backward(real *dqkv, const real *dy, const real *qkv, cons
 // Neither logits nor probabilities of the whole batch exist. With weight 0 only the losses are made; else the chunk
 // of logits turns into its gradient in place and goes on into dx and dwte at once.
 
-enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 240 };     // a chunk: 16 MiB of logits in fp32, or rows enough for wte
+enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 512 };     // 16 MiB of logits in fp32, or rows enough to pack wte seldom
 
+// Rows of a chunk; chunks are equal, but for the last.
 static size_t classifier_chunk(size_t BT, size_t V) {
-    return at_most(BT, CHUNK_NUMBERS / V > CHUNK_LEAST ? CHUNK_NUMBERS / V : CHUNK_LEAST);
+    return strips(BT, strips(BT, CHUNK_NUMBERS / V > CHUNK_LEAST ? CHUNK_NUMBERS / V : CHUNK_LEAST));
 }
 
 // One row: returns -log softmax(logits)[target]; with grad != 0 logits (V) become grad * (softmax - onehot).
@@ -678,7 +679,7 @@ struct Model {
     double *partial;                                     // (n_chunks) squared norms
 
     real *kept, *kept_end;                               // what forward keeps for backward, one branch after the other
-    size_t kept_room, kept_peak;
+    size_t kept_room, kept_peak;                         // numbers set aside; the most that was used
     AttentionKept *attention;                            // (L) into `kept`
     MlpKept *mlp;                                        // (L)
 
@@ -692,10 +693,15 @@ struct Model {
     int last_B, last_T;                                  // of the last forward
 };
 
+// n numbers, zero. Each thread touches its share first, so that the memory is near all of those that will use it.
 static real *room_new(size_t n) {
+    enum { PIECE = 1 << 18 };
     void *p = NULL;
     if (posix_memalign(&p, 64, (n ? n : 1) * sizeof(real))) die("out of memory: %zu bytes for the model", n * sizeof(real));
-    return (real *)p;
+    real *x = (real *)p;
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i += PIECE) memset(x + i, 0, at_most(n - i, PIECE) * sizeof(real));
+    return x;
 }
 
 static Params params_at(const Model *m, Slot slot, int l) {
@@ -743,13 +749,31 @@ static size_t kept_per_row(const GptConfig *c, int branch, int T) {
     return (size_t)T * (branch == ATTN ? 5 * (size_t)c->C + (size_t)c->NH + 1 : 5 * (size_t)c->C + 1);
 }
 
-static size_t kept_bound(const Model *m) {
+// The most that a plan within the bound keeps; evaluation needs one layer at a time.
+static size_t kept_bound(const Model *m, const MemoryBound *b) {
     const GptConfig *c = &m->config;
-    const MemoryBound *b = &m->args.bound;
     const size_t attn = kept_per_row(c, ATTN, m->args.T), mlp = kept_per_row(c, MLP, m->args.T);
     const int attn_rows = b->attn_rows < b->rows ? b->attn_rows : b->rows, mlp_rows = b->rows - attn_rows;   // attn is larger
     const size_t most = (size_t)attn_rows * attn + (size_t)mlp_rows * mlp, one = (size_t)m->args.B * (attn + mlp);
-    return most > one ? most : one;                      // evaluation needs one layer at a time
+    return most > one ? most : one;
+}
+
+typedef struct { real **at; size_t n; } Room;
+enum { N_ROOMS = 16, N_TRAINING_ROOMS = 4 };
+
+// All arrays of activations but those kept; the last are for training.
+static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C, V = (size_t)m->config.V;
+    const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;  // words of the packed blocks are K_BLOCK only if they are pairs
+    const Room all[N_ROOMS] = {
+        {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT}, {&m->losses, BT}, {&m->ln, BT * C},
+        {&m->gelu, BT * 4 * C}, {&m->attn_out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
+        {&m->pack.a, wide * M_BLOCK * K_BLOCK}, {&m->pack.b, wide * K_BLOCK * N_BLOCK},
+        {&m->kept, 0},                                   // has its own size
+        {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dattn, BT * C}, {&m->dwide, BT * 4 * C},
+    };
+    memcpy(rooms, all, sizeof all);
+    return m->args.bound.rows > 0 ? N_ROOMS : N_ROOMS - N_TRAINING_ROOMS;
 }
 
 static Model *model_open(const GptConfig *config, const EngineArgs *args) {
@@ -762,44 +786,46 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     if (args->threads > 0) omp_set_num_threads(args->threads);
 #endif
     Model *m = xcalloc(1, sizeof *m);
-    const size_t BT = (size_t)args->B * (size_t)args->T, C = (size_t)config->C, V = (size_t)config->V, L = (size_t)config->L;
-    const int train = args->bound.rows > 0;
+    Room rooms[N_ROOMS];
     m->config = *config;
     m->args = *args;
+    m->pack.bf16 = args->dtype == DTYPE_BF16;
     params_layout(m);
     params_chunks(m);
-    for (int s = 0; s < (train ? 4 : 1); s++) {
-        m->slot[s] = room_new(m->n_params);
-        memset(m->slot[s], 0, m->n_params * sizeof(real));
-    }
-    m->kept_room = kept_bound(m);
-    m->kept = room_new(m->kept_room);
-    m->attention = xcalloc(L, sizeof *m->attention);
-    m->mlp = xcalloc(L, sizeof *m->mlp);
-    real **of_bt[] = {&m->losses, &m->lnf_rstd};
-    real **of_btc[] = {&m->x, &m->lnf, &m->lnf_xhat, &m->ln, &m->attn_out};
-    real **of_training[] = {&m->dx, &m->dy, &m->dattn};
-    for (int i = 0; i < 2; i++) *of_bt[i] = room_new(BT);
-    for (int i = 0; i < 5; i++) *of_btc[i] = room_new(BT * C);
-    for (int i = 0; i < 3 && train; i++) *of_training[i] = room_new(BT * C);
-    m->gelu = room_new(BT * 4 * C);
-    if (train) m->dwide = room_new(BT * 4 * C);
-    m->logits = room_new(classifier_chunk(BT, V) * V);
-    m->pack.a = room_new((size_t)M_BLOCK * K_BLOCK);
-    m->pack.b = room_new((size_t)K_BLOCK * N_BLOCK);
+    for (int s = 0; s < (args->bound.rows > 0 ? 4 : 1); s++) m->slot[s] = room_new(m->n_params);
+    m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
+    m->mlp = xcalloc((size_t)config->L, sizeof *m->mlp);
+    m->kept_room = kept_bound(m, &args->bound);
+    for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
+        *rooms[i].at = room_new(rooms[i].at == &m->kept ? m->kept_room : rooms[i].n);
     return m;
 }
 
 static void model_close(Model *m) {
-    real *rooms[] = {m->slot[0], m->slot[1], m->slot[2], m->slot[3], m->kept, m->x, m->dx, m->lnf, m->lnf_xhat, m->lnf_rstd,
-                     m->losses, m->ln, m->gelu, m->attn_out, m->dwide, m->dy, m->dattn, m->logits,
-                     m->pack.a, m->pack.b};
-    for (size_t i = 0; i < sizeof rooms / sizeof rooms[0]; i++) free(rooms[i]);
+    Room rooms[N_ROOMS];
+    for (int i = 0, n = model_rooms(m, rooms); i < n; i++) free(*rooms[i].at);
+    for (int s = 0; s < 4; s++) free(m->slot[s]);
     free(m->chunk);
     free(m->partial);
     free(m->attention);
     free(m->mlp);
     free(m);
+}
+
+static void model_memory(const Model *m, EngineMemory *bytes) {
+    const size_t one = m->n_params * sizeof(real), train = m->args.bound.rows > 0;
+    const int branch = m->args.B * m->config.L;
+    const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
+    Model copy = *m;
+    Room rooms[N_ROOMS];
+    size_t working = 0;
+    for (int i = 0, n = model_rooms(&copy, rooms); i < n; i++) working += rooms[i].n;
+    bytes->parameters = one;
+    bytes->gradients = train * one;
+    bytes->moments = train * 2 * one;
+    bytes->activations = (working + m->kept_room) * sizeof(real);
+    bytes->activations_full = (working + kept_bound(m, &all)) * sizeof(real);
+    bytes->activations_used = (working + m->kept_peak) * sizeof(real);
 }
 
 static real *keep(Model *m, size_t n) {
@@ -1045,38 +1071,32 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
     memcpy(param_at(m, slot, param, layer), host, gpt_param_size(&m->config, param) * sizeof(real));
 }
 
-static void model_memory(const Model *m, size_t bytes[4]) {
-    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C, V = (size_t)m->config.V;
-    const size_t one = m->n_params * sizeof(real), train = m->slot[SLOT_GRAD] != NULL;
-    bytes[0] = one;
-    bytes[1] = train * one;
-    bytes[2] = train * 2 * one;
-    bytes[3] = sizeof(real) * (m->kept_peak + BT * C * (9 + 7 * train) + 2 * BT + classifier_chunk(BT, V) * V);
-}
-
 // Multiply-adds on registers, on all threads: no machine does more per second with these instructions. The best of
 // many short runs, since other programs can only slow one down.
 static double model_peak(Model *m, double seconds) {
     enum { INNER = 20000 };
+    const int pairs = m->pack.bf16 && PAIRS;
     double best = 0, elapsed = 0;
-    (void)m;
     while (elapsed < seconds) {
         double sum = 0, flops = 0;
         const double from = clock_seconds();
 #pragma omp parallel reduction(+:sum, flops)
         {
             real a[TILE_ROWS], y[TILE_ROWS * TILE_COLS];
-            Vector b[TILE_VECTORS], acc[TILE_ROWS][TILE_VECTORS] = {0};
+            Vector b[TILE_VECTORS], acc[TILE_ROWS][TILE_VECTORS] = {{{0}}};
             for (int i = 0; i < TILE_ROWS; i++) a[i] = (real)1e-3 * (real)i;
             for (int j = 0; j < TILE_VECTORS; j++) b[j] = acc[0][0] + (real)1e-3 * (real)(j + 1);
             for (int k = 0; k < INNER; k++) {
 #pragma GCC unroll 16
                 for (int i = 0; i < TILE_ROWS; i++)
-                    for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = acc[i][j] * b[j] + a[i];
+                    for (int j = 0; j < TILE_VECTORS; j++) {
+                        if (pairs) acc[i][j] = pairs_dot(acc[i][j], a[i], b[j]);
+                        else acc[i][j] = acc[i][j] * b[j] + a[i];
+                    }
             }
             memcpy(y, acc, sizeof y);
             for (int i = 0; i < TILE_ROWS * TILE_COLS; i++) sum += (double)y[i];
-            flops += 2.0 * INNER * TILE_ROWS * TILE_COLS;
+            flops += (pairs ? 4.0 : 2.0) * INNER * TILE_ROWS * TILE_COLS;
         }
         const double run = clock_seconds() - from;
         if (sum > 0 && flops / run > best) best = flops / run;     // sum > 0: the loop must not be optimised away

@@ -16,9 +16,14 @@ typedef struct Model Model;                              // the engine's own
 // attention branches, rows of MLP branches, and rows of both together. drop_path_bound() computes it.
 typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
 
+// What the operands of matrix products are rounded to. Sums, weights, gradients and moments are fp32 in both (fp64 when
+// built with REAL=double), and so is attention on the CPU.
+enum { DTYPE_FP32, DTYPE_BF16 };
+
 typedef struct {
     int B, T;                                            // largest batch and row length of any call
     int threads;                                         // of the whole process; 0: OpenMP's default, all cores
+    int dtype;                                           // DTYPE_*
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
 } EngineArgs;
 
@@ -29,6 +34,10 @@ typedef struct {
                           // branch that no backward pass has reached since the last update, so that its gradient is zero
     int discard;                                         // only zero the gradients: this step is not to be taken
 } UpdateArgs;
+
+// Bytes by purpose. Activations are what is set aside for forward and backward under EngineArgs.bound, what it would be
+// if every branch could be kept at once, and the most that calls have used so far.
+typedef struct { size_t parameters, gradients, moments, activations, activations_full, activations_used; } EngineMemory;
 
 typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
 
@@ -57,10 +66,9 @@ typedef struct {
     void (*read)(Model *, Slot, int param, int layer, real *host);
     void (*write)(Model *, Slot, int param, int layer, const real *host);
 
-    // Bytes by purpose: parameters, gradients, moments, activations (as many as the plans so far have used).
-    void (*memory)(const Model *, size_t bytes[4]);
+    void (*memory)(const Model *, EngineMemory *);
 
-    // Measures for about that many seconds: the machine's peak in FLOP/s on this engine's multiply-adds.
+    // Measures for about that many seconds: the machine's peak in FLOP/s on the multiply-adds of this model's dtype.
     double (*peak)(Model *, double seconds);
 
     void (*close)(Model *);
@@ -74,6 +82,9 @@ static inline void engine_init_weights(const Engine *e, Model *m, const GptConfi
         const double sigma = init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * c->L) : 0.02;
         real *host = (real *)xcalloc(n + 1, sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
+#ifdef _OPENMP
+#pragma omp parallel for
+#endif
             for (size_t i = 0; i < n; i += 2) {
                 const double constant = init == INIT_ONE ? 1 : 0;
                 double z[2] = {constant, constant};

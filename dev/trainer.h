@@ -227,7 +227,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     if (*o->drop_replay) trainer_open_replay(tr);
 
     const size_t BT = (size_t)tr->B * (size_t)tr->T, branches = (size_t)(BRANCHES * tr->config.L);
-    const EngineArgs args = {tr->B, tr->T, (int)o->threads, trainer_memory_bound(tr)};
+    const EngineArgs args = {tr->B, tr->T, (int)o->threads, o->dtype, trainer_memory_bound(tr)};
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
@@ -452,20 +452,27 @@ static inline void trainer_print_start(const Trainer *tr) {
     const GptConfig *c = &tr->config;
     const TrainOptions *o = tr->options;
     char count[32], tokens[32];
-    size_t bytes[4], parameters = gpt_params_count(c);
+    const size_t parameters = gpt_params_count(c);
+    const double mib = 1048576;
+    EngineMemory memory;
     double usual, fraction = 0;
     metrics_grouped(count, (double)parameters);
     metrics_grouped(tokens, (double)tr->train.tokens);
-    tr->engine->memory(tr->model, bytes);
-    printf("engine:  %s; peak %.0f GFLOP/s, measured\n", tr->engine->name, tr->peak_flops / 1e9);
+    tr->engine->memory(tr->model, &memory);
+    printf("engine:  %s%s; peak %.0f GFLOP/s, measured\n", tr->engine->name,
+           o->dtype == DTYPE_BF16 ? ", matrix products of bf16" : "", tr->peak_flops / 1e9);
     printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d\n", count, c->L, c->NH,
            c->C, tr->T, c->V);
     printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n, tr->train.n == 1 ? "" : "s",
            (long long)tr->eval_rows * tr->T);
     printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B, tr->T, tr->M,
            tr->M == 1 ? "" : "es", (long long)tr->steps, (double)tr->steps * tr->M * tr->B / (double)tr->train.windows);
-    printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB\n", (double)bytes[0] / 1048576,
-           (double)bytes[1] / 1048576, (double)bytes[2] / 1048576);
+    printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB, activations %.0f MiB",
+           (double)memory.parameters / mib, (double)memory.gradients / mib, (double)memory.moments / mib,
+           (double)memory.activations / mib);
+    if (memory.activations < memory.activations_full)
+        printf(" of %.0f MiB without drop path", (double)memory.activations_full / mib);
+    printf("\n");
     if (o->drop_path > 0 || tr->replay.n) {
         for (int64_t t = 0; t < tr->steps; t++) fraction += drop_path_expected_compute(&tr->drop, c, tr->T, t);
         printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path,

@@ -38,7 +38,7 @@ static int thread_count(void) {
 
 // A model of one layer that only lends the room that kernels need besides their arguments.
 static Model *room_open(GptConfig config, int B, int T) {
-    const EngineArgs args = {B, T, 0, {0, 0, 0}};
+    const EngineArgs args = {B, T, 0, DTYPE_FP32, {0, 0, 0}};
     config.L = 1;
     return cpu_engine.open(&config, &args);
 }

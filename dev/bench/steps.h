@@ -18,7 +18,7 @@ typedef struct {
 
 // A model with initial weights, for steps of at most B rows of T tokens.
 static Model *step_model(const GptConfig *c, int B, int T) {
-    const EngineArgs args = {B, T, 0, {B * c->L, B * c->L, BRANCHES * B * c->L}};
+    const EngineArgs args = {B, T, 0, DTYPE_FP32, {B * c->L, B * c->L, BRANCHES * B * c->L}};
     Model *m = cpu_engine.open(c, &args);
     engine_init_weights(&cpu_engine, m, c, 1);
     return m;
@@ -180,7 +180,7 @@ static double drop_baseline(Step *s, int steps) {
 
 // Seconds of one step with it; *kept receives the mean fraction of full FLOPs.
 static double drop_slice(DropRow *r, Step *s, int steps, double *kept) {
-    size_t bytes[4];
+    EngineMemory memory;
     *kept = 0;
     memory_forget(s->m);
     const double from = clock_seconds();
@@ -189,8 +189,8 @@ static double drop_slice(DropRow *r, Step *s, int steps, double *kept) {
         step_run(s);
     }
     const double seconds = (clock_seconds() - from) / steps;
-    cpu_engine.memory(s->m, bytes);
-    r->bytes = fmax(r->bytes, (double)bytes[3]);
+    cpu_engine.memory(s->m, &memory);
+    r->bytes = fmax(r->bytes, (double)memory.activations_used);
     r->kept += *kept * steps;
     return seconds;
 }

@@ -153,7 +153,7 @@ static void rig_weights(real *all, const GptConfig *c) {
 
 static Rig rig_open_threads(GptConfig c, int B, int T, int threads) {
     Rig r = {c, B, T, NULL, NULL, NULL, drop_plan_new(c.L, B)};
-    EngineArgs args = {B, T, threads, {c.L * B, c.L * B, BRANCHES * c.L * B}};
+    EngineArgs args = {B, T, threads, DTYPE_FP32, {c.L * B, c.L * B, BRANCHES * c.L * B}};
     real *weights = slot_new(&c);
     r.model = test_engine->open(&c, &args);
     rig_weights(weights, &c);
@@ -1080,7 +1080,7 @@ static void test_engine_update_untouched(void) {
 // A new model is all zero; what is written into a slot is read from it, and from no other.
 static void test_engine_slots(void) {
     const GptConfig c = {11, 5, 2, 2, 6};
-    const EngineArgs args = {2, 3, 1, {4, 4, 8}};
+    const EngineArgs args = {2, 3, 1, DTYPE_FP32, {4, 4, 8}};
     Model *m = test_engine->open(&c, &args);
     real *zero = slot_new(&c), *write[4];
     for (int slot = 0; slot < 4; slot++) {
@@ -1101,20 +1101,20 @@ static void test_engine_slots(void) {
 
 // A model opened to evaluate gives the same losses as one opened to train, and has no gradients.
 static void test_engine_evaluates(void) {
-    const EngineArgs args = {SMALL_B, SMALL_T, 1, {0, 0, 0}};
+    const EngineArgs args = {SMALL_B, SMALL_T, 1, DTYPE_FP32, {0, 0, 0}};
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
     Model *m = test_engine->open(&small_config, &args);
     real *w = slot_read(&r.c, r.model, SLOT_PARAM);
-    size_t bytes[4] = {1, 1, 1, 1};
+    EngineMemory memory;
     slot_write(&r.c, m, SLOT_PARAM, w);
     for (int f = 0; f < N_FORCED; f++) {
         plan_force(&r.plan, f, r.B);
         double want = rig_forward(&r), got = test_engine->forward(m, r.T, r.tokens, r.targets, &r.plan);
         EXPECT(got == want, "%s: %.17g, want %.17g", forced_plans[f].name, got, want);
     }
-    test_engine->memory(m, bytes);
-    EXPECT(bytes[0] >= gpt_params_count(&r.c) * 2 && !bytes[1] && !bytes[2] && bytes[3], "%zu %zu %zu %zu bytes", bytes[0],
-           bytes[1], bytes[2], bytes[3]);
+    test_engine->memory(m, &memory);
+    EXPECT(memory.parameters >= gpt_params_count(&r.c) * 2 && !memory.gradients && !memory.moments && memory.activations_used,
+           "%zu %zu %zu %zu bytes", memory.parameters, memory.gradients, memory.moments, memory.activations_used);
     free(w);
     test_engine->close(m);
     rig_close(&r);
@@ -1129,20 +1129,23 @@ static void test_engine_bounded(void) {
         memset(&d, 0, sizeof d);
         d.layers = c.L, d.steps = 30, d.ramp_up = 10;
         d.p_max = k & 1 ? 0.8 : 0, d.ramp_from = 0.9, d.unit = k >> 1 & 1, d.branches = k >> 2;
-        EngineArgs args = {4, 9, 1, {0, 0, 0}};
+        EngineArgs args = {4, 9, 1, DTYPE_FP32, {0, 0, 0}};
         drop_path_bound(&d, 4, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
         Model *m = test_engine->open(&c, &args);
         DropPlan plan = drop_plan_new(c.L, 4);
         int tokens[36] = {0};
-        size_t bytes[4];
+        EngineMemory memory;
         for (int step = 0; step < 30; step++) {
             drop_plan_sample(&plan, &d, step, step % 3, 3, 1, 4);
             test_engine->forward_backward(m, 9, tokens, tokens, &plan, 1);
         }
-        test_engine->memory(m, bytes);
-        EXPECT(bytes[0] && bytes[1] && bytes[2] && bytes[3], "a purpose without bytes");
-        if (bytes[3] < least) least = bytes[3];
-        if (bytes[3] > most) most = bytes[3];
+        test_engine->memory(m, &memory);
+        EXPECT(memory.parameters && memory.gradients && memory.moments && memory.activations_used, "a purpose without bytes");
+        EXPECT(memory.activations_used <= memory.activations && memory.activations <= memory.activations_full,
+               "activations: used %zu of %zu, of %zu without drop path", memory.activations_used, memory.activations,
+               memory.activations_full);
+        if (memory.activations < least) least = memory.activations;
+        if (memory.activations > most) most = memory.activations;
         drop_plan_free(&plan);
         test_engine->close(m);
     }
