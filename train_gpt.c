@@ -21,12 +21,28 @@
 
 // The widest vectors of the target, by the compiler's vector extension; LANES numbers each.
 #if defined(__AVX512F__)
+#ifdef __AVX512BF16__
+#define INSTRUCTIONS "AVX-512 + BF16"
+#else
+#define INSTRUCTIONS "AVX-512"
+#endif
 enum { VECTOR_BYTES = 64, TILE_ROWS = 12, TILE_VECTORS = 2 };      // 24 accumulators of 32 registers
 #elif defined(__AVX__)
+#ifdef __AVX2__
+#define INSTRUCTIONS "AVX2"
+#else
+#define INSTRUCTIONS "AVX"
+#endif
 enum { VECTOR_BYTES = 32, TILE_ROWS = 6, TILE_VECTORS = 2 };       // 12 of 16
 #elif defined(__aarch64__)
+#define INSTRUCTIONS "NEON"
 enum { VECTOR_BYTES = 16, TILE_ROWS = 8, TILE_VECTORS = 3 };       // 24 of 32
 #else
+#ifdef __SSE2__
+#define INSTRUCTIONS "SSE2"
+#else
+#define INSTRUCTIONS "plain C"
+#endif
 enum { VECTOR_BYTES = 16, TILE_ROWS = 4, TILE_VECTORS = 2 };       // 8 of 16
 #endif
 enum { LANES = VECTOR_BYTES / sizeof(real), TILE_COLS = TILE_VECTORS * LANES };
@@ -914,13 +930,19 @@ static double model_peak(Model *m, double seconds) {
     return best;
 }
 
-const Engine cpu_engine = {
-    "CPU, " REAL_NAME, model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
+#ifndef CPU_ENGINE                                       // a fat build names each of its engines, and dev/engines.c chooses
+#define CPU_ENGINE cpu_engine
+extern const Engine CPU_ENGINE;
+const Engine *engine_cpu(void) { return &CPU_ENGINE; }
+#endif
+
+const Engine CPU_ENGINE = {
+    "CPU, " REAL_NAME ", " INSTRUCTIONS, model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
     model_read, model_write, model_memory, model_peak, model_close,
 };
 
 #ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main
 #include "dev/trainer.h"
 
-int main(int argc, char **argv) { return trainer_main(argc, argv, &cpu_engine); }
+int main(int argc, char **argv) { return trainer_main(argc, argv, engine_cpu()); }
 #endif
