@@ -1,7 +1,7 @@
 #!/bin/sh
 # Whether a fat build keeps each engine's instructions to itself, so that its programs run on any x86-64: an engine's object
-# must show nothing but its table, and no program may have a vector instruction (AVX and later: all their names begin with v)
-# that is not in one of these objects. Needs nm and objdump. make instructions FAT=1 runs it.
+# must show nothing but its table, and no program may have a vector instruction (AVX and later: their names begin with v,
+# those on masks with k) that is not in one of these objects. Needs nm and objdump. make instructions FAT=1 runs it.
 #
 # Variables: BUILD=build/fat.
 set -eu
@@ -12,7 +12,7 @@ fail() { echo "FAIL $*"; wrong=1; }
 code() { objdump -d --no-show-raw-insn "$1"; }
 count() { code "$2" | grep -cE "$1" || true; }           # lines of the disassembly of $2 that match $1
 
-v=':[[:space:]]+v[a-z0-9]+([[:space:]]|$)'                 # AVX and later
+v=':[[:space:]]+(v[a-z0-9]+|k[a-z]+[bwdq])([[:space:]]|$)'   # AVX and later
 avx512='%zmm|%[xy]mm(1[6-9]|2[0-9]|3[01])|[{,]%k[0-7]|:[[:space:]]+k[a-z]+[bwdq][[:space:]]'
 total=0
 for object in "$BUILD"/engine_*.o; do
