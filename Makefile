@@ -33,9 +33,9 @@ endif
 ARCH := $(or $(call probe,-march=$(MARCH)),$(call probe,-mcpu=$(MARCH)))
 ENGINES := $(B)/engine_cpu.o
 
-# The engines of a fat build, best first, and the instructions that train_gpt.c is compiled for under each name; dev/engines.c
-# asks the processor for the same. All else is compiled for the last, which every processor has. Another architecture would
-# have its own list here.
+# The engines of a fat build, best first, and the instructions that train_gpt.c is compiled for under each name;
+# dev/engines.c asks the processor for the same. All else is compiled for the last, which every processor has. Another
+# architecture would have its own list here.
 ifeq ($(FAT),1)
 ifneq ($(strip $(shell echo __x86_64__ | $(CC) -E -P -x c -)),1)
 $(error FAT=1 is for x86-64 only, and $(CC) compiles for something else: leave it out)
@@ -47,6 +47,7 @@ FAT_ENGINES    := avx512bf16 avx512 avx2 sse2
 FAT_avx2       := avx2 fma
 FAT_avx512     := $(FAT_avx2) avx512f avx512bw avx512cd avx512dq avx512vl
 FAT_avx512bf16 := $(FAT_avx512) avx512bf16
+FAT_CHOICE     := the best at start of $(FAT_ENGINES)
 FAT_BASE       := $(lastword $(FAT_ENGINES))
 FAT_train_gpt  := -DCPU_ENGINE=cpu_engine_$(FAT_BASE)
 FAT_TABLE      := '-DCPU_ENGINES(X)=$(foreach e,$(FAT_ENGINES),X($(e), 1$(FAT_$(e):%= && HAS(%))))'
@@ -69,7 +70,7 @@ all: choices $(PROGRAMS)
 
 choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
-	@echo "numbers:  $(REAL), instructions: $(if $(FAT_ENGINES),the best at start of $(FAT_ENGINES),$(or $(ARCH),the compiler's default))"
+	@echo "numbers:  $(REAL), instructions: $(or $(FAT_CHOICE),$(ARCH),the compiler's default)"
 	@echo "threads:  $(if $(OMP),OpenMP,none (OPENMP=0, or a compiler without OpenMP): every step takes as long as on one core)"
 
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
@@ -82,7 +83,7 @@ $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(FAT_$(@F)) -MMD -MF $@.d $(filter %.c %.o,$^) -o $@ $(LIBS)
 
-$(B)/engine_%.o: train_gpt.c
+$(filter $(B)/engine_%.o,$(ENGINES)): $(B)/engine_%.o: train_gpt.c
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(FAT_$*:%=-m%) $(if $(FAT_BASE),-DCPU_ENGINE=cpu_engine_$*) -MMD -MF $@.d -DENGINE_ONLY -c $< -o $@
 

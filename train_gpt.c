@@ -937,7 +937,8 @@ const Engine *engine_cpu(void) { return &CPU_ENGINE; }
 #endif
 
 const Engine CPU_ENGINE = {
-    "CPU, " REAL_NAME ", " INSTRUCTIONS, model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
+    "CPU, " REAL_NAME ", " INSTRUCTIONS,
+    model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
     model_read, model_write, model_memory, model_peak, model_close,
 };
 
