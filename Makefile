@@ -100,7 +100,7 @@ $(B)/bench: dev/bench/bench.c                            # includes train_gpt.c,
 
 # Downloads or finds a text, makes shards, trains with and without drop path, compares, prints a sample.
 quickstart: all
-	@OUT="$(OUT)" TEXT="$(TEXT)" sh scripts/quickstart.sh
+	@BUILD="$(B)" OUT="$(OUT)" TEXT="$(TEXT)" sh scripts/quickstart.sh
 
 # Everything that can be tested; ends with "N passed, N failed" and fails if any test does.
 test: choices $(PROGRAMS) $(B)/test_gpt
