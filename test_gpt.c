@@ -14,6 +14,7 @@
 #include "dev/test/test_compare.h"
 #include "dev/test/test_drop_path.h"
 #include "dev/test/test_engine.h"
+#include "dev/test/test_fat.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_options.h"
 #include "dev/test/test_rng.h"
@@ -26,8 +27,7 @@
 #include "dev/test/test_tools.h"
 #include "dev/test/test_trainer.h"
 
-extern const Engine cpu_engine;
-static const Engine *const engines[] = {&cpu_engine};
+static const Engine *(*const engines[])(void) = {engine_cpu};
 enum { N_ENGINES = sizeof engines / sizeof engines[0] };
 
 typedef struct { const char *name; void (*run)(void); int engines; } Test;
@@ -35,7 +35,7 @@ typedef struct { const char *name; void (*run)(void); int engines; } Test;
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
     RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X) SCHEDULE_TESTS(X)
-    STATS_TESTS(X) DROP_PATH_TESTS(X)
+    STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
     ENGINE_TESTS(X)
@@ -57,7 +57,7 @@ static int run_test(const Test *test) {
     const double from = clock_seconds();
     test_failures = 0;
     for (int e = 0; e < test->engines; e++) {
-        test_engine = engines[e];
+        test_engine = engines[e]();
         test->run();
     }
     const double ms = 1e3 * (clock_seconds() - from);
@@ -73,6 +73,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     for (int i = 1; i < argc; i++) find_test(argv[i]);   // a wrong name is told before anything runs
+    for (int e = 0; e < N_ENGINES; e++) printf("engine: %s\n", engines[e]()->name);
     int count = argc > 1 ? argc - 1 : N_TESTS, passed = 0;
     for (int i = 0; i < count; i++) passed += run_test(argc > 1 ? find_test(argv[i + 1]) : &tests[i]);
     test_directories_remove();

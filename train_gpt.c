@@ -1105,13 +1105,20 @@ static double model_peak(Model *m, double seconds) {
     return best;
 }
 
-const Engine cpu_engine = {
-    "CPU, " REAL_NAME, model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
+#ifndef CPU_ENGINE                                       // a fat build names each of its engines, and dev/engines.c chooses
+#define CPU_ENGINE cpu_engine
+extern const Engine CPU_ENGINE;
+const Engine *engine_cpu(void) { return &CPU_ENGINE; }
+#endif
+
+const Engine CPU_ENGINE = {
+    "CPU, " REAL_NAME ", " INSTRUCTIONS,
+    model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
     model_read, model_write, model_memory, model_peak, model_close,
 };
 
 #ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main
 #include "dev/trainer.h"
 
-int main(int argc, char **argv) { return trainer_main(argc, argv, &cpu_engine); }
+int main(int argc, char **argv) { return trainer_main(argc, argv, engine_cpu()); }
 #endif

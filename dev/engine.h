@@ -74,6 +74,9 @@ typedef struct {
     void (*close)(Model *);
 } Engine;
 
+// The engine of train_gpt.c; in a fat build (make FAT=1) the best of several that this processor can run.
+const Engine *engine_cpu(void);
+
 // GPT-2's initial weights. Each number is a function of (seed, parameter, layer, place): the same on every engine.
 static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c, uint64_t seed) {
     for (int p = 0; p < N_PARAMS; p++) {

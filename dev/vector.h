@@ -9,17 +9,34 @@
 #include "check.h"
 #include <math.h>
 
-// The shape of a tile of a matrix product: as many accumulators as leave registers for the operands.
+// INSTRUCTIONS is their name; the shape of a tile of a matrix product gives it as many accumulators as leave registers
+// for the operands.
 #if defined(__AVX512F__)
+#ifdef __AVX512BF16__
+#define INSTRUCTIONS "AVX-512 + BF16"
+#else
+#define INSTRUCTIONS "AVX-512"
+#endif
 #define VECTOR_BYTES 64
 enum { TILE_ROWS = 12, TILE_VECTORS = 2 };               // 24 accumulators of 32 registers
 #elif defined(__AVX__)
+#ifdef __AVX2__
+#define INSTRUCTIONS "AVX2"
+#else
+#define INSTRUCTIONS "AVX"
+#endif
 #define VECTOR_BYTES 32
 enum { TILE_ROWS = 6, TILE_VECTORS = 2 };                // 12 of 16
 #elif defined(__aarch64__)
+#define INSTRUCTIONS "NEON"
 #define VECTOR_BYTES 16
 enum { TILE_ROWS = 8, TILE_VECTORS = 3 };                // 24 of 32
 #else
+#ifdef __SSE2__
+#define INSTRUCTIONS "SSE2"
+#else
+#define INSTRUCTIONS "plain C"
+#endif
 #define VECTOR_BYTES 16
 enum { TILE_ROWS = 4, TILE_VECTORS = 2 };                // 8 of 16
 #endif

