@@ -363,18 +363,22 @@ static inline ALWAYS_INLINE void vector_transpose(Vector v[LANES]) {
 // whole vectors, have no edges, and none of the distances that let few lines of a cache serve all of them.
 
 enum {
-    BLOCK = 64, HEAD_MAX = 256,                          // queries or keys of a block; channels of a head
+#ifdef QB
+    QUERIES = QB, KEYS = KB, HEAD_MAX = 256,
+#else
+    QUERIES = 512 / sizeof(real), KEYS = 64, HEAD_MAX = 256,       // of a block; channels of a head
+#endif
     STRIP_ROWS = TILE_ROWS < 8 ? 4 : 8, STRIP_VECTORS = 2,         // a tile here: these divide BLOCK and most heads
     PAD = (int)LANES > (int)STRIP_ROWS ? (int)LANES : (int)STRIP_ROWS
 };
 
 typedef struct {                                         // one thread's room
-    _Alignas(64) real q[BLOCK * HEAD_MAX], dy[BLOCK * HEAD_MAX];   // (BLOCK,W) queries; q carries the scale 1/sqrt(HS)
-    real qt[HEAD_MAX * BLOCK], dyt[HEAD_MAX * BLOCK];    // (W,BLOCK) the same, transposed
-    real k[BLOCK * HEAD_MAX], v[BLOCK * HEAD_MAX];       // (BLOCK,W) keys
-    real out[BLOCK * HEAD_MAX];                          // (BLOCK,W) queries: of y or dq
-    real s[BLOCK * BLOCK], ds[BLOCK * BLOCK];            // (keys,queries)
-    real top[BLOCK], sum[BLOCK], shrink[BLOCK], inner[BLOCK];      // of each query
+    _Alignas(64) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];   // (QUERIES,W) queries; q carries the scale 1/sqrt(HS)
+    real qt[HEAD_MAX * QUERIES], dyt[HEAD_MAX * QUERIES];    // (W,QUERIES) the same, transposed
+    real k[KEYS * HEAD_MAX], v[KEYS * HEAD_MAX];         // (KEYS,W) keys
+    real out[QUERIES * HEAD_MAX];                        // (QUERIES,W) queries: of y or dq
+    real s[KEYS * QUERIES], ds[KEYS * QUERIES];          // (keys,queries)
+    real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];      // of each query
 } AttentionRoom;
 
 static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
@@ -391,7 +395,7 @@ static void load_lines(real *to, const real *from, size_t ld, real scale, size_t
     memset(to + n * W, 0, (round_up(n, PAD) - n) * W * sizeof(real));
 }
 
-// to (W,BLOCK) = from (n,W) transposed, in squares of LANES.
+// to (W,QUERIES) = from (n,W) transposed, in squares of LANES.
 static void load_turned(real *to, const real *from, size_t n, size_t W) {
     for (size_t i = 0; i < n; i += LANES)
         for (size_t d = 0; d < W; d += LANES) {
@@ -400,7 +404,7 @@ static void load_turned(real *to, const real *from, size_t n, size_t W) {
             for (size_t j = 0; j < LANES; j++) v[j] = *(const Vector *)(from + (i + j) * W + d);
             vector_transpose(v);
 #pragma GCC unroll 16
-            for (size_t j = 0; j < LANES; j++) *(Vector *)(to + (d + j) * BLOCK + i) = v[j];
+            for (size_t j = 0; j < LANES; j++) *(Vector *)(to + (d + j) * QUERIES + i) = v[j];
         }
 }
 
@@ -453,28 +457,31 @@ static void strip_by_columns(real *y, size_t ldy, const real *keep, const real *
     strip_columns(y, ldy, keep, a, 1, lda, b, ldb, M, N, K);
 }
 
-// The first query of a block that a tile of scores must have for key j of the block: on the diagonal, that of the vector
-// in which the first query at or after the key stands.
-static inline size_t first_lane(size_t j, int diagonal) { return diagonal ? j / LANES * LANES : 0; }
+// How many queries of the block from i0 on come before key j: they do not see it.
+static inline size_t blind(size_t i0, size_t j) { return j > i0 ? j - i0 : 0; }
 
-// s (nj,lanes) = k (nj,HS) qt (HS,lanes), on the diagonal from first_lane on.
-static void attention_scores(real *s, const real *k, const real *qt, size_t nj, size_t lanes, size_t HS, size_t W, int diagonal) {
+// The first of the block's queries for which scores with key j are made: that of the vector with the first that sees it.
+static inline size_t first_lane(size_t i0, size_t j) { return blind(i0, j) / LANES * LANES; }
+
+// s (nj,lanes) = k (nj,HS) qt (HS,lanes), each from first_lane on.
+static void attention_scores(real *s, const real *k, const real *qt, size_t i0, size_t j0, size_t nj,
+                             size_t lanes, size_t HS, size_t W) {
     for (size_t j = 0; j < nj; j += STRIP_ROWS) {
-        const size_t lane = first_lane(j, diagonal);
-        strip_by_lines(s + j * BLOCK + lane, BLOCK, NULL, k + j * W, W, qt + lane, BLOCK, STRIP_ROWS, lanes - lane, HS);
+        const size_t lane = first_lane(i0, j0 + j);
+        strip_by_lines(s + j * QUERIES + lane, QUERIES, NULL, k + j * W, W, qt + lane, QUERIES, STRIP_ROWS, lanes - lane, HS);
     }
 }
 
 // One block of scores into the running softmax: s becomes exp(s - top), and sum is brought to the new top, as what was
 // summed up of y must be: times shrink. A query's first block has a key that it sees, so top is finite after it.
-static void softmax_block(AttentionRoom *room, size_t nj, size_t lanes, int diagonal) {
-    real *top = room->top, *sum = room->sum, *shrink = room->shrink, high[BLOCK];
+static void softmax_block(AttentionRoom *room, size_t i0, size_t j0, size_t nj, size_t lanes) {
+    real *top = room->top, *sum = room->sum, *shrink = room->shrink, high[QUERIES];
     memcpy(high, top, sizeof high);
     for (size_t j = 0; j < nj; j++) {
-        real *s = room->s + j * BLOCK;
-        for (size_t i = first_lane(j, diagonal); diagonal && i < j; i++) s[i] = -INFINITY;       // earlier than the key
+        real *s = room->s + j * QUERIES;
+        for (size_t i = first_lane(i0, j0 + j); i < blind(i0, j0 + j); i++) s[i] = -INFINITY;       // earlier than the key
 #pragma omp simd
-        for (size_t i = first_lane(j, diagonal); i < lanes; i++) high[i] = s[i] > high[i] ? s[i] : high[i];
+        for (size_t i = first_lane(i0, j0 + j); i < lanes; i++) high[i] = s[i] > high[i] ? s[i] : high[i];
     }
 #pragma omp simd
     for (size_t i = 0; i < lanes; i++) {
@@ -483,9 +490,9 @@ static void softmax_block(AttentionRoom *room, size_t nj, size_t lanes, int diag
         top[i] = high[i];
     }
     for (size_t j = 0; j < nj; j++) {
-        real *s = room->s + j * BLOCK;
+        real *s = room->s + j * QUERIES;
 #pragma omp simd
-        for (size_t i = first_lane(j, diagonal); i < lanes; i++) {
+        for (size_t i = first_lane(i0, j0 + j); i < lanes; i++) {
             s[i] = exp_real(s[i] - top[i]);
             sum[i] += s[i];
         }
@@ -495,21 +502,20 @@ static void softmax_block(AttentionRoom *room, size_t nj, size_t lanes, int diag
 // One block of queries of one head: y (T,HS), lines C apart, and lse (T), from q, k and v (T,HS), lines 3C apart.
 static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room, size_t i0, size_t T, size_t C,
                                     size_t HS) {
-    const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, BLOCK), lanes = round_up(ni, LANES);
+    const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES), lanes = round_up(ni, LANES);
     const real *k = q + C, *v = k + C;
     load_lines(room->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
     load_turned(room->qt, room->q, ni, W);
-    for (size_t i = 0; i < BLOCK; i++) room->top[i] = -INFINITY, room->sum[i] = 0;
-    for (size_t j0 = 0; j0 <= i0; j0 += BLOCK) {
-        const size_t nj = at_most(T - j0, BLOCK);
-        const int diagonal = j0 == i0;
+    for (size_t i = 0; i < QUERIES; i++) room->top[i] = -INFINITY, room->sum[i] = 0;
+    for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
+        const size_t nj = at_most(T - j0, KEYS);
         load_lines(room->k, k + j0 * ld, ld, 1, nj, HS, W);
         load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
-        attention_scores(room->s, room->k, room->qt, nj, lanes, HS, W, diagonal);
-        softmax_block(room, nj, lanes, diagonal);
-        for (size_t i = 0; i < ni; i += STRIP_ROWS)
-            strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i, BLOCK, room->v, W, STRIP_ROWS, W,
-                             diagonal ? at_most(i + STRIP_ROWS, nj) : nj);
+        attention_scores(room->s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
+        softmax_block(room, i0, j0, nj, lanes);
+        for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
+            strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i, QUERIES, room->v, W, STRIP_ROWS, W,
+                             at_most(i0 + i + STRIP_ROWS - j0, nj));
     }
     for (size_t i = 0; i < ni; i++) {
         const real share = 1 / room->sum[i];
@@ -527,7 +533,7 @@ static void attention_forward(real *y, real *lse, const real *qkv, size_t n, siz
 #pragma omp for collapse(3) schedule(dynamic)
         for (size_t row = 0; row < n; row++)
             for (size_t h = 0; h < NH; h++)
-                for (size_t i0 = 0; i0 < T; i0 += BLOCK)
+                for (size_t i0 = 0; i0 < T; i0 += QUERIES)
                     attention_forward_block(y + row * T * C + h * HS, lse + (row * NH + h) * T, qkv + row * T * 3 * C + h * HS,
                                             &room, i0, T, C, HS);
     }
@@ -550,12 +556,12 @@ static void attention_backward_queries(AttentionRoom *room, const real *q, const
 }
 
 // s and dP (nj,lanes), which is in ds, become P and dP's share of ds.
-static void attention_backward_scores(AttentionRoom *room, const real *lse, size_t nj, size_t lanes, int diagonal) {
+static void attention_backward_scores(AttentionRoom *room, const real *lse, size_t i0, size_t j0, size_t nj, size_t lanes) {
     for (size_t j = 0; j < nj; j++) {
-        real *s = room->s + j * BLOCK, *ds = room->ds + j * BLOCK;
-        for (size_t i = first_lane(j, diagonal); diagonal && i < j; i++) s[i] = -INFINITY;       // earlier than the key
+        real *s = room->s + j * QUERIES, *ds = room->ds + j * QUERIES;
+        for (size_t i = first_lane(i0, j0 + j); i < blind(i0, j0 + j); i++) s[i] = -INFINITY;       // earlier than the key
 #pragma omp simd
-        for (size_t i = first_lane(j, diagonal); i < lanes; i++) {
+        for (size_t i = first_lane(i0, j0 + j); i < lanes; i++) {
             s[i] = exp_real(s[i] - lse[i]);
             ds[i] = s[i] * (ds[i] - room->inner[i]);
         }
@@ -569,28 +575,27 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
     const size_t ld = 3 * C, W = round_up(HS, LANES);
     const real scale = (real)(1 / sqrt((double)HS)), *k = q + C, *v = k + C;
     real *dk = dq + C, *dv = dk + C, *s = room->s, *ds = room->ds;
-    for (size_t i0 = 0; i0 < T; i0 += BLOCK) {
-        const size_t ni = at_most(T - i0, BLOCK), lanes = round_up(ni, LANES);
+    for (size_t i0 = 0; i0 < T; i0 += QUERIES) {
+        const size_t ni = at_most(T - i0, QUERIES), lanes = round_up(ni, LANES);
         attention_backward_queries(room, q + i0 * ld, dy + i0 * C, y + i0 * C, ni, C, HS, W);
         memset(room->top, 0, sizeof room->top);
         memcpy(room->top, lse + i0, ni * sizeof(real));
-        for (size_t j0 = 0; j0 <= i0; j0 += BLOCK) {
-            const size_t nj = at_most(T - j0, BLOCK);
-            const int diagonal = j0 == i0;
-            const real *keys = diagonal ? NULL : ones;   // the first queries that see these keys set dK and dV
+        for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
+            const size_t nj = at_most(T - j0, KEYS);
+            const real *keys = j0 >= i0 ? NULL : ones;   // the first queries that see these keys set dK and dV
             load_lines(room->k, k + j0 * ld, ld, 1, nj, HS, W);
             load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
-            attention_scores(s, room->k, room->qt, nj, lanes, HS, W, diagonal);
-            attention_scores(ds, room->v, room->dyt, nj, lanes, HS, W, diagonal);
-            attention_backward_scores(room, room->top, nj, lanes, diagonal);
+            attention_scores(s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
+            attention_scores(ds, room->v, room->dyt, i0, j0, nj, lanes, HS, W);
+            attention_backward_scores(room, room->top, i0, j0, nj, lanes);
             for (size_t j = 0; j < nj; j += STRIP_ROWS) {
-                const size_t i = diagonal ? j : 0, rows = at_most(nj - j, STRIP_ROWS), at = j * BLOCK + i, to = (j0 + j) * ld;
-                strip_by_lines(dv + to, ld, keys, s + at, BLOCK, room->dy + i * W, W, rows, HS, ni - i);
-                strip_by_lines(dk + to, ld, keys, ds + at, BLOCK, room->q + i * W, W, rows, HS, ni - i);
+                const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS), at = j * QUERIES + i, to = (j0 + j) * ld;
+                strip_by_lines(dv + to, ld, keys, s + at, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
+                strip_by_lines(dk + to, ld, keys, ds + at, QUERIES, room->q + i * W, W, rows, HS, ni - i);
             }
-            for (size_t i = 0; i < ni; i += STRIP_ROWS)
-                strip_by_columns(room->out + i * W, W, j0 ? ones : NULL, ds + i, BLOCK, room->k, W, STRIP_ROWS, W,
-                                 diagonal ? at_most(i + STRIP_ROWS, nj) : nj);
+            for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
+                strip_by_columns(room->out + i * W, W, j0 ? ones : NULL, ds + i, QUERIES, room->k, W, STRIP_ROWS, W,
+                                 at_most(i0 + i + STRIP_ROWS - j0, nj));
         }
         for (size_t i = 0; i < ni; i++)
             for (size_t d = 0; d < HS; d++) dq[(i0 + i) * ld + d] = scale * room->out[i * W + d];
