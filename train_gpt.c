@@ -472,30 +472,69 @@ static void attention_scores(real *s, const real *k, const real *qt, size_t i0, 
     }
 }
 
+#ifdef REAL_DOUBLE
+typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int32_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+
+static inline ALWAYS_INLINE Vector select_lanes(Mask first, Vector a, Vector b) {
+    return (Vector)(((Mask)a & first) | ((Mask)b & ~first));
+}
+
+// exp_real of each, for x <= 88: the same bits, in vectors since gcc would mask every line of that one.
+static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
+#ifdef REAL_DOUBLE
+    for (int l = 0; l < LANES; l++) x[l] = exp(x[l]);
+    return x;
+#else
+    const Vector t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
+    const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vector p = r * 1.98412698e-4f + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    p *= (Vector)(((Mask)t - 0x4B400000 + 127) << 23);   // times 2^n; NaN stays NaN
+    return (Vector)((Mask)p & ~(x < -87.0f));
+#endif
+}
+
+// For the queries i .. i + LANES of the block and keys from j0 on: how many of nj keys the last of them sees.
+static inline size_t keys_seen(size_t i0, size_t i, size_t j0, size_t nj) {
+    return i0 + i + LANES <= j0 ? 0 : at_most(i0 + i + LANES - j0, nj);
+}
+
+// The scores of key j with queries i .. i + LANES: -inf where the key is later than the query.
+static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
+    if (j <= i) return s;
+    Mask lane;
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    const Vector never = (Vector){0} - INFINITY;
+    return select_lanes(lane >= (int)(j - i), s, never);
+}
+
 // One block of scores into the running softmax: s becomes exp(s - top), and sum is brought to the new top, as what was
 // summed up of y must be: times shrink. A query's first block has a key that it sees, so top is finite after it.
 static void softmax_block(AttentionRoom *room, size_t i0, size_t j0, size_t nj, size_t lanes) {
-    real *top = room->top, *sum = room->sum, *shrink = room->shrink, high[QUERIES];
-    memcpy(high, top, sizeof high);
-    for (size_t j = 0; j < nj; j++) {
-        real *s = room->s + j * QUERIES;
-        for (size_t i = first_lane(i0, j0 + j); i < blind(i0, j0 + j); i++) s[i] = -INFINITY;       // earlier than the key
-#pragma omp simd
-        for (size_t i = first_lane(i0, j0 + j); i < lanes; i++) high[i] = s[i] > high[i] ? s[i] : high[i];
-    }
-#pragma omp simd
-    for (size_t i = 0; i < lanes; i++) {
-        shrink[i] = exp_real(top[i] - high[i]);
-        sum[i] *= shrink[i];
-        top[i] = high[i];
-    }
-    for (size_t j = 0; j < nj; j++) {
-        real *s = room->s + j * QUERIES;
-#pragma omp simd
-        for (size_t i = first_lane(i0, j0 + j); i < lanes; i++) {
-            s[i] = exp_real(s[i] - top[i]);
-            sum[i] += s[i];
+    for (size_t i = 0; i < lanes; i += LANES) {
+        const size_t seen = keys_seen(i0, i, j0, nj);
+        Vector *top = (Vector *)(room->top + i), *sum = (Vector *)(room->sum + i), high = *top, total = {0};
+        for (size_t j = 0; j < seen; j++) {
+            Vector *s = (Vector *)(room->s + j * QUERIES + i);
+            if (j0 + j > i0 + i) *s = causal(*s, i0 + i, j0 + j);
+            high = select_lanes(*s > high, *s, high);
         }
+        const Vector shrink = exp_lanes(*top - high);
+        for (size_t j = 0; j < seen; j++) {
+            Vector *s = (Vector *)(room->s + j * QUERIES + i);
+            total += *s = exp_lanes(*s - high);
+        }
+        *(Vector *)(room->shrink + i) = shrink;
+        *sum = *sum * shrink + total;
+        *top = high;
     }
 }
 
@@ -555,15 +594,15 @@ static void attention_backward_queries(AttentionRoom *room, const real *q, const
     }
 }
 
-// s and dP (nj,lanes), which is in ds, become P and dP's share of ds.
-static void attention_backward_scores(AttentionRoom *room, const real *lse, size_t i0, size_t j0, size_t nj, size_t lanes) {
-    for (size_t j = 0; j < nj; j++) {
-        real *s = room->s + j * QUERIES, *ds = room->ds + j * QUERIES;
-        for (size_t i = first_lane(i0, j0 + j); i < blind(i0, j0 + j); i++) s[i] = -INFINITY;       // earlier than the key
-#pragma omp simd
-        for (size_t i = first_lane(i0, j0 + j); i < lanes; i++) {
-            s[i] = exp_real(s[i] - lse[i]);
-            ds[i] = s[i] * (ds[i] - room->inner[i]);
+// s and dP (nj,lanes), which is in ds, become P and dP's share of ds; both 0 where the key is later than the query.
+static void attention_backward_scores(AttentionRoom *room, size_t i0, size_t j0, size_t nj, size_t lanes) {
+    for (size_t i = 0; i < lanes; i += LANES) {
+        const Vector lse = *(const Vector *)(room->top + i), inner = *(const Vector *)(room->inner + i);
+        for (size_t j = 0, seen = keys_seen(i0, i, j0, nj); j < seen; j++) {
+            Vector *s = (Vector *)(room->s + j * QUERIES + i), *ds = (Vector *)(room->ds + j * QUERIES + i);
+            const Vector p = exp_lanes(causal(*s, i0 + i, j0 + j) - lse);
+            *s = p;
+            *ds = p * (*ds - inner);
         }
     }
 }
@@ -587,7 +626,7 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
             load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
             attention_scores(s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
             attention_scores(ds, room->v, room->dyt, i0, j0, nj, lanes, HS, W);
-            attention_backward_scores(room, room->top, i0, j0, nj, lanes);
+            attention_backward_scores(room, i0, j0, nj, lanes);
             for (size_t j = 0; j < nj; j += STRIP_ROWS) {
                 const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS), at = j * QUERIES + i, to = (j0 + j) * ld;
                 strip_by_lines(dv + to, ld, keys, s + at, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
