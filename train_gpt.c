@@ -363,22 +363,18 @@ static inline ALWAYS_INLINE void vector_transpose(Vector v[LANES]) {
 // whole vectors, have no edges, and none of the distances that let few lines of a cache serve all of them.
 
 enum {
-#ifdef QB
-    QUERIES = QB, KEYS = KB, HEAD_MAX = 256,
-#else
-    QUERIES = 512 / sizeof(real), KEYS = 64, HEAD_MAX = 256,       // of a block; channels of a head
-#endif
-    STRIP_ROWS = TILE_ROWS < 8 ? 4 : 8, STRIP_VECTORS = 2,         // a tile here: these divide BLOCK and most heads
+    QUERIES = 512 / sizeof(real), KEYS = 64, HEAD_MAX = 256,       // of a block (its room: 850 KB); channels of a head
+    STRIP_ROWS = TILE_ROWS < 8 ? 4 : 8, STRIP_VECTORS = 2,         // a tile here: these divide the blocks and most heads
     PAD = (int)LANES > (int)STRIP_ROWS ? (int)LANES : (int)STRIP_ROWS
 };
 
 typedef struct {                                         // one thread's room
-    _Alignas(64) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];   // (QUERIES,W) queries; q carries the scale 1/sqrt(HS)
+    _Alignas(64) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];         // (QUERIES,W); q carries the scale 1/sqrt(HS)
     real qt[HEAD_MAX * QUERIES], dyt[HEAD_MAX * QUERIES];    // (W,QUERIES) the same, transposed
     real k[KEYS * HEAD_MAX], v[KEYS * HEAD_MAX];         // (KEYS,W) keys
     real out[QUERIES * HEAD_MAX];                        // (QUERIES,W) queries: of y or dq
     real s[KEYS * QUERIES], ds[KEYS * QUERIES];          // (keys,queries)
-    real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];      // of each query
+    real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // of each query
 } AttentionRoom;
 
 static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
@@ -388,9 +384,10 @@ static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / u
 // to (n,W) = scale * from (n,HS), lines ld apart, with zeros in the columns after HS and in lines up to a multiple of PAD.
 static void load_lines(real *to, const real *from, size_t ld, real scale, size_t n, size_t HS, size_t W) {
     for (size_t i = 0; i < n; i++) {
-#pragma omp simd
-        for (size_t d = 0; d < HS; d++) to[i * W + d] = scale * from[i * ld + d];
-        for (size_t d = HS; d < W; d++) to[i * W + d] = 0;
+        size_t d = 0;
+        for (; d + LANES <= HS; d += LANES) *(Vector *)(to + i * W + d) = scale * *(const Vector *)(from + i * ld + d);
+        for (; d < HS; d++) to[i * W + d] = scale * from[i * ld + d];
+        for (; d < W; d++) to[i * W + d] = 0;
     }
     memset(to + n * W, 0, (round_up(n, PAD) - n) * W * sizeof(real));
 }
@@ -437,8 +434,8 @@ static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *kee
 }
 
 // The same for any N.
-static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *keep, const real *a, size_t a_row, size_t a_k,
-                                               const real *b, size_t ldb, size_t M, size_t N, size_t K) {
+static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *keep, const real *a, size_t a_row,
+                                               size_t a_k, const real *b, size_t ldb, size_t M, size_t N, size_t K) {
     size_t j = 0;
     for (; j + LANES < N; j += STRIP_VECTORS * LANES)
         strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M, at_most(N - j, STRIP_VECTORS * LANES), K, STRIP_VECTORS);
@@ -460,22 +457,25 @@ static void strip_by_columns(real *y, size_t ldy, const real *keep, const real *
 // How many queries of the block from i0 on come before key j: they do not see it.
 static inline size_t blind(size_t i0, size_t j) { return j > i0 ? j - i0 : 0; }
 
-// The first of the block's queries for which scores with key j are made: that of the vector with the first that sees it.
-static inline size_t first_lane(size_t i0, size_t j) { return blind(i0, j) / LANES * LANES; }
+// The first of the block's queries for which scores with key j are made: that of the PAD with the first that sees it.
+static inline size_t first_lane(size_t i0, size_t j) { return blind(i0, j) / PAD * PAD; }
 
 // s (nj,lanes) = k (nj,HS) qt (HS,lanes), each from first_lane on.
 static void attention_scores(real *s, const real *k, const real *qt, size_t i0, size_t j0, size_t nj,
                              size_t lanes, size_t HS, size_t W) {
     for (size_t j = 0; j < nj; j += STRIP_ROWS) {
         const size_t lane = first_lane(i0, j0 + j);
-        strip_by_lines(s + j * QUERIES + lane, QUERIES, NULL, k + j * W, W, qt + lane, QUERIES, STRIP_ROWS, lanes - lane, HS);
+        strip_by_lines(s + j * QUERIES + lane, QUERIES, NULL, k + j * W, W, qt + lane, QUERIES, STRIP_ROWS, lanes - lane,
+                       HS);
     }
 }
 
 #ifdef REAL_DOUBLE
 typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+static inline real log_real(real x) { return log(x); }
 #else
 typedef int32_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+static inline real log_real(real x) { return logf(x); }
 #endif
 
 static inline ALWAYS_INLINE Vector select_lanes(Mask first, Vector a, Vector b) {
@@ -502,9 +502,10 @@ static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
 #endif
 }
 
-// For the queries i .. i + LANES of the block and keys from j0 on: how many of nj keys the last of them sees.
+// Of nj keys from j0 on, those with scores for query i of the block: up to the last that the queries of its PAD see.
 static inline size_t keys_seen(size_t i0, size_t i, size_t j0, size_t nj) {
-    return i0 + i + LANES <= j0 ? 0 : at_most(i0 + i + LANES - j0, nj);
+    const size_t end = i0 + i / PAD * PAD + PAD;
+    return end <= j0 ? 0 : at_most(end - j0, nj);
 }
 
 // The scores of key j with queries i .. i + LANES: -inf where the key is later than the query.
@@ -512,8 +513,7 @@ static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
     if (j <= i) return s;
     Mask lane;
     for (int l = 0; l < LANES; l++) lane[l] = l;
-    const Vector never = (Vector){0} - INFINITY;
-    return select_lanes(lane >= (int)(j - i), s, never);
+    return select_lanes(lane >= (int)(j - i), s, (Vector){0} - (real)INFINITY);
 }
 
 // One block of scores into the running softmax: s becomes exp(s - top), and sum is brought to the new top, as what was
@@ -541,7 +541,7 @@ static void softmax_block(AttentionRoom *room, size_t i0, size_t j0, size_t nj, 
 // One block of queries of one head: y (T,HS), lines C apart, and lse (T), from q, k and v (T,HS), lines 3C apart.
 static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room, size_t i0, size_t T, size_t C,
                                     size_t HS) {
-    const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES), lanes = round_up(ni, LANES);
+    const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
     const real *k = q + C, *v = k + C;
     load_lines(room->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
     load_turned(room->qt, room->q, ni, W);
@@ -553,14 +553,14 @@ static void attention_forward_block(real *y, real *lse, const real *q, Attention
         attention_scores(room->s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
         softmax_block(room, i0, j0, nj, lanes);
         for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
-            strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i, QUERIES, room->v, W, STRIP_ROWS, W,
-                             at_most(i0 + i + STRIP_ROWS - j0, nj));
+            strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i, QUERIES, room->v, W,
+                             STRIP_ROWS, W, at_most(i0 + i + STRIP_ROWS - j0, nj));
     }
     for (size_t i = 0; i < ni; i++) {
         const real share = 1 / room->sum[i];
 #pragma omp simd
         for (size_t d = 0; d < HS; d++) y[(i0 + i) * C + d] = room->out[i * W + d] * share;
-        lse[i0 + i] = room->top[i] + (real)log((double)room->sum[i]);
+        lse[i0 + i] = room->top[i] + log_real(room->sum[i]);
     }
 }
 
@@ -573,14 +573,14 @@ static void attention_forward(real *y, real *lse, const real *qkv, size_t n, siz
         for (size_t row = 0; row < n; row++)
             for (size_t h = 0; h < NH; h++)
                 for (size_t i0 = 0; i0 < T; i0 += QUERIES)
-                    attention_forward_block(y + row * T * C + h * HS, lse + (row * NH + h) * T, qkv + row * T * 3 * C + h * HS,
-                                            &room, i0, T, C, HS);
+                    attention_forward_block(y + row * T * C + h * HS, lse + (row * NH + h) * T,
+                                            qkv + row * T * 3 * C + h * HS, &room, i0, T, C, HS);
     }
 }
 
 // One block of queries before the keys come: q and dy both ways, and inner = <dy, y>.
-static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy, const real *y, size_t ni, size_t C,
-                                       size_t HS, size_t W) {
+static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy, const real *y, size_t ni,
+                                       size_t C, size_t HS, size_t W) {
     load_lines(room->q, q, 3 * C, (real)(1 / sqrt((double)HS)), ni, HS, W);
     load_lines(room->dy, dy, C, 1, ni, HS, W);
     load_turned(room->qt, room->q, ni, W);
@@ -615,7 +615,7 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
     const real scale = (real)(1 / sqrt((double)HS)), *k = q + C, *v = k + C;
     real *dk = dq + C, *dv = dk + C, *s = room->s, *ds = room->ds;
     for (size_t i0 = 0; i0 < T; i0 += QUERIES) {
-        const size_t ni = at_most(T - i0, QUERIES), lanes = round_up(ni, LANES);
+        const size_t ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
         attention_backward_queries(room, q + i0 * ld, dy + i0 * C, y + i0 * C, ni, C, HS, W);
         memset(room->top, 0, sizeof room->top);
         memcpy(room->top, lse + i0, ni * sizeof(real));
@@ -628,7 +628,8 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
             attention_scores(ds, room->v, room->dyt, i0, j0, nj, lanes, HS, W);
             attention_backward_scores(room, i0, j0, nj, lanes);
             for (size_t j = 0; j < nj; j += STRIP_ROWS) {
-                const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS), at = j * QUERIES + i, to = (j0 + j) * ld;
+                const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS);
+                const size_t at = j * QUERIES + i, to = (j0 + j) * ld;
                 strip_by_lines(dv + to, ld, keys, s + at, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
                 strip_by_lines(dk + to, ld, keys, ds + at, QUERIES, room->q + i * W, W, rows, HS, ni - i);
             }
