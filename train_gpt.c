@@ -448,157 +448,258 @@ static void layernorm_backward(real *dx, real *also, real *dw, real *db, const r
 
 // ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; keeps the log-sum-exp (n,NH,T) for the backward pass ----
 // Blocks of queries against blocks of keys with a running softmax (Milakov and Gimelshein 2018; Dao et al. 2022):
-// no (T,T) matrix exists. The products of blocks use the tiles above.
+// no (T,T) matrix exists.
+//
+// Scores stand transposed, as (keys, queries), so that a vector of maxima and one of sums serve LANES queries. Of every
+// product one operand is then read number by number, in either direction, and the other by vectors along its lines: only q
+// (and in the backward pass dy) is transposed, once per block. Copies of the lines of one head, W = HS rounded up to
+// whole vectors, have no edges, and none of the distances that let few lines of a cache serve all of them.
 
-enum { BLOCK = 64, HEAD_MAX = 256 };
+enum {
+    QUERIES = 512 / sizeof(real), KEYS = 64, HEAD_MAX = 256,       // of a block (its room: 850 KB); channels of a head
+    STRIP_ROWS = TILE_ROWS < 8 ? 4 : 8, STRIP_VECTORS = 2,         // a tile here: these divide the blocks and most heads
+    PAD = (int)LANES > (int)STRIP_ROWS ? (int)LANES : (int)STRIP_ROWS
+};
 
 typedef struct {                                         // one thread's room
-    real a[(BLOCK / TILE_ROWS + 1) * TILE_ROWS * HEAD_MAX], b[TILE_COLS * HEAD_MAX];
-    real s[BLOCK * BLOCK], ds[BLOCK * BLOCK], out[BLOCK * HEAD_MAX];
+    _Alignas(64) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];         // (QUERIES,W); q carries the scale 1/sqrt(HS)
+    real qt[HEAD_MAX * QUERIES], dyt[HEAD_MAX * QUERIES];    // (W,QUERIES) the same, transposed
+    real k[KEYS * HEAD_MAX], v[KEYS * HEAD_MAX];         // (KEYS,W) keys
+    real out[QUERIES * HEAD_MAX];                        // (QUERIES,W) queries: of y or dq
+    real s[KEYS * QUERIES], ds[KEYS * QUERIES];          // (keys,queries)
+    real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // of each query
 } AttentionRoom;
 
-typedef struct { const real *at; size_t row, col; } View;
-typedef struct { int old; const real *bias; } Start;
-static const Start FRESH = {0, NULL}, ADD = {1, NULL};
-static inline View view(const real *at, size_t row, size_t col) {
-    View v = {at, row, col};
-    return v;
+static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
+
+static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+// to (n,W) = scale * from (n,HS), lines ld apart, with zeros in the columns after HS and in lines up to a multiple of PAD.
+static void load_lines(real *to, const real *from, size_t ld, real scale, size_t n, size_t HS, size_t W) {
+    for (size_t i = 0; i < n; i++) {
+        size_t d = 0;
+        for (; d + LANES <= HS; d += LANES) *(Vector *)(to + i * W + d) = scale * *(const Vector *)(from + i * ld + d);
+        for (; d < HS; d++) to[i * W + d] = scale * from[i * ld + d];
+        for (; d < W; d++) to[i * W + d] = 0;
+    }
+    memset(to + n * W, 0, (round_up(n, PAD) - n) * W * sizeof(real));
 }
 
-// One strip, n <= width of the `step`-spaced lines, to (K, width), with zeros for the lines that are missing.
-static void pack_strip(real *to, const real *from, size_t step, size_t k_step, size_t n, size_t width, size_t K) {
-    if (step == 1) {
-        for (size_t k = 0; k < K; k++) {
-            memcpy(to + k * width, from + k * k_step, n * sizeof(real));
-            for (size_t i = n; i < width; i++) to[k * width + i] = 0;
-        }
-        return;
-    }
-    enum { AT_ONCE = 16 };                               // a cache line of each line, to few enough places to stay in L1
-    for (size_t k0 = 0; k0 < K; k0 += AT_ONCE) {
-        const size_t k1 = at_most(k0 + AT_ONCE, K);
-        for (size_t i = 0; i < n; i++)
-            for (size_t k = k0; k < k1; k++) to[k * width + i] = from[i * step + k * k_step];
-        for (size_t i = n; i < width; i++)
-            for (size_t k = k0; k < k1; k++) to[k * width + i] = 0;
-    }
-}
-
-// y (M,N), rows ldy apart, M <= TILE_ROWS, N <= TILE_COLS: start + strip a (K,TILE_ROWS) x strip b (K,TILE_COLS).
-static void multiply_tile_old(real *y, size_t ldy, const real *a, const real *b, size_t M, size_t N, size_t K, Start start) {
-    Vector sum[TILE_ROWS][TILE_VECTORS] = {0};
-    tile_sums(sum, a, 1, TILE_ROWS, b, TILE_COLS, K);
-    if (M == TILE_ROWS && N == TILE_COLS) {
+// to (W,QUERIES) = from (n,W) transposed, in squares of LANES.
+static void load_turned(real *to, const real *from, size_t n, size_t W) {
+    for (size_t i = 0; i < n; i += LANES)
+        for (size_t d = 0; d < W; d += LANES) {
+            Vector v[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < TILE_ROWS; i++)
-            for (int j = 0; j < TILE_VECTORS; j++) {
-                Vector *to = (Vector *)(y + (size_t)i * ldy + j * LANES);
-                if (start.old) *to += sum[i][j];
-                else if (start.bias) *to = *(const Vector *)(start.bias + j * LANES) + sum[i][j];
-                else *to = sum[i][j];
+            for (size_t j = 0; j < LANES; j++) v[j] = *(const Vector *)(from + (i + j) * W + d);
+            vector_transpose(v);
+#pragma GCC unroll 16
+            for (size_t j = 0; j < LANES; j++) *(Vector *)(to + (d + j) * QUERIES + i) = v[j];
+        }
+}
+
+// y (M,N), lines ldy apart, = keep (M) * y + a (M,K) b (K,N), with a[i*a_row + k*a_k] and b[k*ldb + j]. M <= STRIP_ROWS and
+// N <= vectors * LANES say what of y is written; a and b are read as if they were equal. Without keep, y is not read.
+static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *keep, const real *a, size_t a_row, size_t a_k,
+                                            const real *b, size_t ldb, size_t M, size_t N, size_t K, size_t vectors) {
+    Vector sum[STRIP_ROWS][STRIP_VECTORS] = {0};
+    for (size_t k = 0; k < K; k++, a += a_k, b += ldb) {
+        Vector bk[STRIP_VECTORS];
+        for (size_t j = 0; j < vectors; j++) bk[j] = *(const Vector *)(b + j * LANES);
+#pragma GCC unroll 8
+        for (size_t i = 0; i < STRIP_ROWS; i++)
+            for (size_t j = 0; j < vectors; j++) sum[i][j] += a[i * a_row] * bk[j];
+    }
+    if (M == STRIP_ROWS && N == vectors * LANES) {
+#pragma GCC unroll 8
+        for (size_t i = 0; i < STRIP_ROWS; i++)
+            for (size_t j = 0; j < vectors; j++) {
+                Vector *to = (Vector *)(y + i * ldy + j * LANES);
+                if (keep) sum[i][j] += keep[i] * *to;
+                *to = sum[i][j];
             }
         return;
     }
-    real edge[TILE_ROWS][TILE_COLS];
+    real edge[STRIP_ROWS][STRIP_VECTORS * LANES];
     memcpy(edge, sum, sizeof edge);
     for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++)
-            y[i * ldy + j] = (start.old ? y[i * ldy + j] : start.bias ? start.bias[j] : 0) + edge[i][j];
+        for (size_t j = 0; j < N; j++) y[i * ldy + j] = (keep ? keep[i] * y[i * ldy + j] : 0) + edge[i][j];
 }
 
-// y (M,N), rows ldy apart, = start + a (M,K) b (K,N) without bias; M <= BLOCK, N <= HEAD_MAX, K <= HEAD_MAX.
-static void multiply_small(real *y, size_t ldy, AttentionRoom *room, View a, View b, size_t M, size_t N, size_t K,
-                           Start start) {
-    for (size_t i = 0; i < M; i += TILE_ROWS)
-        pack_strip(room->a + i * K, a.at + i * a.row, a.row, a.col, at_most(M - i, TILE_ROWS), TILE_ROWS, K);
-    for (size_t j = 0; j < N; j += TILE_COLS) {
-        pack_strip(room->b, b.at + j * b.col, b.col, b.row, at_most(N - j, TILE_COLS), TILE_COLS, K);
-        for (size_t i = 0; i < M; i += TILE_ROWS)
-            multiply_tile_old(y + i * ldy + j, ldy, room->a + i * K, room->b, at_most(M - i, TILE_ROWS),
-                          at_most(N - j, TILE_COLS), K, start);
+// The same for any N.
+static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *keep, const real *a, size_t a_row,
+                                               size_t a_k, const real *b, size_t ldb, size_t M, size_t N, size_t K) {
+    size_t j = 0;
+    for (; j + LANES < N; j += STRIP_VECTORS * LANES)
+        strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M, at_most(N - j, STRIP_VECTORS * LANES), K, STRIP_VECTORS);
+    if (j < N) strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M, N - j, K, 1);
+}
+
+// With the lines of a contiguous, a[i*lda + k], ...
+static void strip_by_lines(real *y, size_t ldy, const real *keep, const real *a, size_t lda, const real *b, size_t ldb,
+                           size_t M, size_t N, size_t K) {
+    strip_columns(y, ldy, keep, a, lda, 1, b, ldb, M, N, K);
+}
+
+// ... and with its columns, a[i + k*lda].
+static void strip_by_columns(real *y, size_t ldy, const real *keep, const real *a, size_t lda, const real *b, size_t ldb,
+                             size_t M, size_t N, size_t K) {
+    strip_columns(y, ldy, keep, a, 1, lda, b, ldb, M, N, K);
+}
+
+// How many queries of the block from i0 on come before key j: they do not see it.
+static inline size_t blind(size_t i0, size_t j) { return j > i0 ? j - i0 : 0; }
+
+// The first of the block's queries for which scores with key j are made: that of the PAD with the first that sees it.
+static inline size_t first_lane(size_t i0, size_t j) { return blind(i0, j) / PAD * PAD; }
+
+// s (nj,lanes) = k (nj,HS) qt (HS,lanes), each from first_lane on.
+static void attention_scores(real *s, const real *k, const real *qt, size_t i0, size_t j0, size_t nj,
+                             size_t lanes, size_t HS, size_t W) {
+    for (size_t j = 0; j < nj; j += STRIP_ROWS) {
+        const size_t lane = first_lane(i0, j0 + j);
+        strip_by_lines(s + j * QUERIES + lane, QUERIES, NULL, k + j * W, W, qt + lane, QUERIES, STRIP_ROWS, lanes - lane,
+                       HS);
     }
 }
 
-// s (BLOCK,BLOCK) = scale * q k^T for queries from i0 and keys from j0; -inf where the key is later than the query.
-static void attention_scores(AttentionRoom *room, const real *q, const real *k, size_t ld, size_t i0, size_t j0,
-                             size_t ni, size_t nj, size_t HS) {
-    const real scale = (real)(1 / sqrt((double)HS));
-    multiply_small(room->s, BLOCK, room, view(q + i0 * ld, ld, 1), view(k + j0 * ld, 1, ld), ni, nj, HS, FRESH);
-    for (size_t i = 0; i < ni; i++) {
-        real *s = room->s + i * BLOCK;
-        for (size_t j = 0; j < nj; j++) s[j] = j0 + j <= i0 + i ? s[j] * scale : -INFINITY;
-    }
+// Of nj keys from j0 on, those with scores for query i of the block: up to the last that the queries of its PAD see.
+static inline size_t keys_seen(size_t i0, size_t i, size_t j0, size_t nj) {
+    const size_t end = i0 + i / PAD * PAD + PAD;
+    return end <= j0 ? 0 : at_most(end - j0, nj);
 }
 
-// One block of scores into the running softmax: s becomes exp(s - top), out and sum are brought to the new top.
-static void softmax_block(AttentionRoom *room, real *top, real *sum, size_t ni, size_t nj, size_t HS) {
-    for (size_t i = 0; i < ni; i++) {
-        real *s = room->s + i * BLOCK, total = 0;
-        const real block_top = max_of(s, nj), high = block_top > top[i] ? block_top : top[i];
-        const real shrink = exp_real(top[i] - high);
-#pragma omp simd reduction(+:total)
-        for (size_t j = 0; j < nj; j++) {
-            s[j] = exp_real(s[j] - high);
-            total += s[j];
+// The scores of key j with queries i .. i + LANES: -inf where the key is later than the query.
+static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
+    if (j <= i) return s;
+    Mask lane;
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    return select_lanes(lane >= (int)(j - i), s, (Vector){0} - (real)INFINITY);
+}
+
+// One block of scores into the running softmax: s becomes exp(s - top), and sum is brought to the new top, as what was
+// summed up of y must be: times shrink. A query's first block has a key that it sees, so top is finite after it.
+static void softmax_block(AttentionRoom *room, size_t i0, size_t j0, size_t nj, size_t lanes) {
+    for (size_t i = 0; i < lanes; i += LANES) {
+        const size_t seen = keys_seen(i0, i, j0, nj);
+        Vector *top = (Vector *)(room->top + i), *sum = (Vector *)(room->sum + i), high = *top, total = {0};
+        for (size_t j = 0; j < seen; j++) {
+            Vector *s = (Vector *)(room->s + j * QUERIES + i);
+            if (j0 + j > i0 + i) *s = causal(*s, i0 + i, j0 + j);
+            high = select_lanes(*s > high, *s, high);
         }
-        for (size_t d = 0; d < HS; d++) room->out[i * HS + d] *= shrink;
-        sum[i] = sum[i] * shrink + total;
-        top[i] = high;
+        const Vector shrink = exp_lanes(*top - high);
+        for (size_t j = 0; j < seen; j++) {
+            Vector *s = (Vector *)(room->s + j * QUERIES + i);
+            total += *s = exp_lanes(*s - high);
+        }
+        *(Vector *)(room->shrink + i) = shrink;
+        *sum = *sum * shrink + total;
+        *top = high;
+    }
+}
+
+// One block of queries of one head: y (T,HS), lines C apart, and lse (T), from q, k and v (T,HS), lines 3C apart.
+static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room, size_t i0, size_t T, size_t C,
+                                    size_t HS) {
+    const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
+    const real *k = q + C, *v = k + C;
+    load_lines(room->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
+    load_turned(room->qt, room->q, ni, W);
+    for (size_t i = 0; i < QUERIES; i++) room->top[i] = -INFINITY, room->sum[i] = 0;
+    for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
+        const size_t nj = at_most(T - j0, KEYS);
+        load_lines(room->k, k + j0 * ld, ld, 1, nj, HS, W);
+        load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
+        attention_scores(room->s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
+        softmax_block(room, i0, j0, nj, lanes);
+        for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
+            strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i, QUERIES, room->v, W,
+                             STRIP_ROWS, W, at_most(i0 + i + STRIP_ROWS - j0, nj));
+    }
+    for (size_t i = 0; i < ni; i++) {
+        const real share = 1 / room->sum[i];
+#pragma omp simd
+        for (size_t d = 0; d < HS; d++) y[(i0 + i) * C + d] = room->out[i * W + d] * share;
+        lse[i0 + i] = room->top[i] + log_real(room->sum[i]);
     }
 }
 
 static void attention_forward(real *y, real *lse, const real *qkv, size_t n, size_t T, size_t C, size_t NH) {
-    const size_t HS = C / NH, ld = 3 * C, blocks = strips(T, BLOCK);
-#pragma omp parallel for collapse(3) schedule(dynamic)
-    for (size_t row = 0; row < n; row++)
-        for (size_t h = 0; h < NH; h++)
-            for (size_t block = 0; block < blocks; block++) {
-                AttentionRoom room;
-                const real *q = qkv + row * T * ld + h * HS, *k = q + C, *v = k + C;
-                const size_t i0 = block * BLOCK, ni = at_most(T - i0, BLOCK);
-                real top[BLOCK], sum[BLOCK];
-                for (size_t i = 0; i < ni; i++) top[i] = -INFINITY, sum[i] = 0;
-                memset(room.out, 0, ni * HS * sizeof(real));
-                for (size_t j0 = 0; j0 <= i0; j0 += BLOCK) {
-                    const size_t nj = at_most(T - j0, BLOCK);
-                    attention_scores(&room, q, k, ld, i0, j0, ni, nj, HS);
-                    softmax_block(&room, top, sum, ni, nj, HS);
-                    multiply_small(room.out, HS, &room, view(room.s, BLOCK, 1), view(v + j0 * ld, ld, 1), ni, HS, nj, ADD);
-                }
-                for (size_t i = 0; i < ni; i++) {
-                    for (size_t d = 0; d < HS; d++) y[(row * T + i0 + i) * C + h * HS + d] = room.out[i * HS + d] / sum[i];
-                    lse[(row * NH + h) * T + i0 + i] = top[i] + (real)log((double)sum[i]);
-                }
-            }
+    const size_t HS = C / NH;
+#pragma omp parallel
+    {
+        AttentionRoom room;
+#pragma omp for collapse(3) schedule(dynamic)
+        for (size_t row = 0; row < n; row++)
+            for (size_t h = 0; h < NH; h++)
+                for (size_t i0 = 0; i0 < T; i0 += QUERIES)
+                    attention_forward_block(y + row * T * C + h * HS, lse + (row * NH + h) * T,
+                                            qkv + row * T * 3 * C + h * HS, &room, i0, T, C, HS);
+    }
 }
 
-// With P = exp(s - lse): dV = P^T dy, dP = dy V^T, ds = P * (dP - <dy, y>) * scale, dQ = ds K, dK = ds^T Q
-// (Dao et al. 2022, algorithm 4). One thread does one head of one row: nothing is added from two sides.
-static void attention_backward_head(real *dqkv, const real *dy, const real *qkv, const real *y, const real *lse,
-                                    AttentionRoom *room, size_t T, size_t C, size_t HS) {
-    const size_t ld = 3 * C;
-    const real scale = (real)(1 / sqrt((double)HS)), *q = qkv, *k = q + C, *v = k + C;
-    real *dq = dqkv, *dk = dq + C, *dv = dk + C;
-    for (size_t i0 = 0; i0 < T; i0 += BLOCK) {
-        const size_t ni = at_most(T - i0, BLOCK);
-        real inner[BLOCK] = {0};
-        for (size_t i = 0; i < ni; i++)
-            for (size_t d = 0; d < HS; d++) inner[i] += dy[(i0 + i) * C + d] * y[(i0 + i) * C + d];
-        for (size_t j0 = 0; j0 <= i0; j0 += BLOCK) {
-            const size_t nj = at_most(T - j0, BLOCK);
-            const Start keys = i0 > j0 ? ADD : FRESH;    // the first queries that see these keys set dK and dV
-            attention_scores(room, q, k, ld, i0, j0, ni, nj, HS);
-            multiply_small(room->ds, BLOCK, room, view(dy + i0 * C, C, 1), view(v + j0 * ld, 1, ld), ni, nj, HS, FRESH);
-            for (size_t i = 0; i < ni; i++)
-                for (size_t j = 0; j < nj; j++) {
-                    const real p = exp_real(room->s[i * BLOCK + j] - lse[i0 + i]);
-                    room->s[i * BLOCK + j] = p;
-                    room->ds[i * BLOCK + j] = p * (room->ds[i * BLOCK + j] - inner[i]) * scale;
-                }
-            multiply_small(dv + j0 * ld, ld, room, view(room->s, 1, BLOCK), view(dy + i0 * C, C, 1), nj, HS, ni, keys);
-            multiply_small(dq + i0 * ld, ld, room, view(room->ds, BLOCK, 1), view(k + j0 * ld, ld, 1), ni, HS, nj, j0 ? ADD : FRESH);
-            multiply_small(dk + j0 * ld, ld, room, view(room->ds, 1, BLOCK), view(q + i0 * ld, ld, 1), nj, HS, ni, keys);
+// One block of queries before the keys come: q and dy both ways, and inner = <dy, y>.
+static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy, const real *y, size_t ni,
+                                       size_t C, size_t HS, size_t W) {
+    load_lines(room->q, q, 3 * C, (real)(1 / sqrt((double)HS)), ni, HS, W);
+    load_lines(room->dy, dy, C, 1, ni, HS, W);
+    load_turned(room->qt, room->q, ni, W);
+    load_turned(room->dyt, room->dy, ni, W);
+    memset(room->inner, 0, sizeof room->inner);
+    for (size_t i = 0; i < ni; i++) {
+        real inner = 0;
+#pragma omp simd reduction(+:inner)
+        for (size_t d = 0; d < HS; d++) inner += dy[i * C + d] * y[i * C + d];
+        room->inner[i] = inner;
+    }
+}
+
+// s and dP (nj,lanes), which is in ds, become P and dP's share of ds; both 0 where the key is later than the query.
+static void attention_backward_scores(AttentionRoom *room, size_t i0, size_t j0, size_t nj, size_t lanes) {
+    for (size_t i = 0; i < lanes; i += LANES) {
+        const Vector lse = *(const Vector *)(room->top + i), inner = *(const Vector *)(room->inner + i);
+        for (size_t j = 0, seen = keys_seen(i0, i, j0, nj); j < seen; j++) {
+            Vector *s = (Vector *)(room->s + j * QUERIES + i), *ds = (Vector *)(room->ds + j * QUERIES + i);
+            const Vector p = exp_lanes(causal(*s, i0 + i, j0 + j) - lse);
+            *s = p;
+            *ds = p * (*ds - inner);
         }
+    }
+}
+
+// With P = exp(s - lse): dV = P^T dy, dP = dy V^T, ds = P * (dP - <dy, y>), dQ = ds K * scale, dK = ds^T Q * scale
+// (Dao et al. 2022, algorithm 4). One thread does one head of one row: nothing is added from two sides.
+static void attention_backward_head(real *dq, const real *dy, const real *q, const real *y, const real *lse,
+                                    AttentionRoom *room, size_t T, size_t C, size_t HS) {
+    const size_t ld = 3 * C, W = round_up(HS, LANES);
+    const real scale = (real)(1 / sqrt((double)HS)), *k = q + C, *v = k + C;
+    real *dk = dq + C, *dv = dk + C, *s = room->s, *ds = room->ds;
+    for (size_t i0 = 0; i0 < T; i0 += QUERIES) {
+        const size_t ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
+        attention_backward_queries(room, q + i0 * ld, dy + i0 * C, y + i0 * C, ni, C, HS, W);
+        memset(room->top, 0, sizeof room->top);
+        memcpy(room->top, lse + i0, ni * sizeof(real));
+        for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
+            const size_t nj = at_most(T - j0, KEYS);
+            const real *keys = j0 >= i0 ? NULL : ones;   // the first queries that see these keys set dK and dV
+            load_lines(room->k, k + j0 * ld, ld, 1, nj, HS, W);
+            load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
+            attention_scores(s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
+            attention_scores(ds, room->v, room->dyt, i0, j0, nj, lanes, HS, W);
+            attention_backward_scores(room, i0, j0, nj, lanes);
+            for (size_t j = 0; j < nj; j += STRIP_ROWS) {
+                const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS);
+                const size_t at = j * QUERIES + i, to = (j0 + j) * ld;
+                strip_by_lines(dv + to, ld, keys, s + at, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
+                strip_by_lines(dk + to, ld, keys, ds + at, QUERIES, room->q + i * W, W, rows, HS, ni - i);
+            }
+            for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
+                strip_by_columns(room->out + i * W, W, j0 ? ones : NULL, ds + i, QUERIES, room->k, W, STRIP_ROWS, W,
+                                 at_most(i0 + i + STRIP_ROWS - j0, nj));
+        }
+        for (size_t i = 0; i < ni; i++)
+            for (size_t d = 0; d < HS; d++) dq[(i0 + i) * ld + d] = scale * room->out[i * W + d];
     }
 }
 
@@ -606,13 +707,16 @@ static void attention_backward_head(real *dqkv, const real *dy, const real *qkv,
 static void attention_backward(real *dqkv, const real *dy, const real *qkv, const real *y, const real *lse, size_t n,
                                size_t T, size_t C, size_t NH) {
     const size_t HS = C / NH;
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (size_t row = 0; row < n; row++)
-        for (size_t h = 0; h < NH; h++) {
-            AttentionRoom room;
-            const size_t at = row * T * C + h * HS, at3 = row * T * 3 * C + h * HS;
-            attention_backward_head(dqkv + at3, dy + at, qkv + at3, y + at, lse + (row * NH + h) * T, &room, T, C, HS);
-        }
+#pragma omp parallel
+    {
+        AttentionRoom room;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (size_t row = 0; row < n; row++)
+            for (size_t h = 0; h < NH; h++) {
+                const size_t at = row * T * C + h * HS, at3 = row * T * 3 * C + h * HS;
+                attention_backward_head(dqkv + at3, dy + at, qkv + at3, y + at, lse + (row * NH + h) * T, &room, T, C, HS);
+            }
+    }
 }
 
 // ---- Classifier and loss: x (BT,C) against wte (V,C), a chunk of rows at a time ----

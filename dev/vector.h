@@ -77,6 +77,38 @@ static inline real exp_real(real x) {
 }
 #endif
 
+#ifdef REAL_DOUBLE
+typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+static inline real log_real(real x) { return log(x); }
+#else
+typedef int32_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+static inline real log_real(real x) { return logf(x); }
+#endif
+
+static inline ALWAYS_INLINE Vector select_lanes(Mask first, Vector a, Vector b) {
+    return (Vector)(((Mask)a & first) | ((Mask)b & ~first));
+}
+
+// exp_real of each, for x <= 88: the same bits, in vectors since gcc would mask every line of that one.
+static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
+#ifdef REAL_DOUBLE
+    for (int l = 0; l < LANES; l++) x[l] = exp(x[l]);
+    return x;
+#else
+    const Vector t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
+    const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vector p = r * 1.98412698e-4f + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    p *= (Vector)(((Mask)t - 0x4B400000 + 127) << 23);   // times 2^n; NaN stays NaN
+    return (Vector)((Mask)p & ~(x < -87.0f));
+#endif
+}
+
 // The largest of x (n), n >= 1, in independent lanes because no compiler may reorder a plain maximum. NaNs are passed over.
 static inline real max_of(const real *x, size_t n) {
     real top[LANES];
