@@ -48,7 +48,8 @@ $(B)/train_gpt: train_gpt.c
 $(B)/engine_cpu.o: train_gpt.c
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(B)/engine_cpu.o
 $(B)/data_bytes: data/bytes.c
-$(B)/test_gpt: test_gpt.c $(B)/engine_cpu.o
+$(B)/test_gpt: test_gpt.c $(B)/engine_cpu.o $(B)/engine_no_pairs.o
+$(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
 $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
 	@mkdir -p $(@D)
@@ -57,6 +58,10 @@ $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
 $(B)/engine_cpu.o:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -MMD -MF $@.d -DENGINE_ONLY -c $< -o $@
+
+$(B)/engine_no_pairs.o:
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -MMD -MF $@.d -DENGINE_ONLY -DNO_PAIRS -Dcpu_engine=no_pairs_engine -c $< -o $@
 
 $(B)/bench: dev/bench/bench.c                            # includes train_gpt.c, to reach its kernels
 	@mkdir -p $(@D)
