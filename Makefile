@@ -77,7 +77,8 @@ choices:
 $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_BASE).o,$(ENGINES)))
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
 $(B)/data_bytes: data/bytes.c
-$(B)/test_gpt: test_gpt.c $(ENGINES)
+$(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o)
+$(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
 $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
 	@mkdir -p $(@D)
@@ -90,6 +91,10 @@ $(filter $(B)/engine_%.o,$(ENGINES)): $(B)/engine_%.o: train_gpt.c
 $(B)/engines.o: dev/engines.c
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(FAT_TABLE) -MMD -MF $@.d -c $< -o $@
+
+$(B)/engine_no_pairs.o:
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -MMD -MF $@.d -DENGINE_ONLY -DNO_PAIRS -DCPU_ENGINE=no_pairs_engine -c $< -o $@
 
 $(B)/bench: dev/bench/bench.c                            # includes train_gpt.c, to reach its kernels
 	$(if $(FAT_ENGINES),$(error bench measures the one engine that is compiled into it: MARCH=x86-64-v3 instead of FAT=1))

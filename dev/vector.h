@@ -57,7 +57,8 @@ static inline real sqrt_real(real x) { return sqrt(x); }
 #else
 static inline real sqrt_real(real x) { return sqrtf(x); }
 
-// e^x in a form that compilers vectorise, within 1.25 ulp for -87 <= x <= 88; 0 below, inf above, NaN for NaN.
+// e^x in a form that compilers vectorise, within 1.25 ulp for -87 <= x <= 88; 0 below, inf above, NaN for NaN, 1 for numbers
+// too small to matter, denormal or -0.
 // x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor polynomial of degree 7 (the remainder is below 2^-27).
 static inline real exp_real(real x) {
     const float magic = 12582912.0f;                     // 1.5 * 2^23: adding it rounds to an integer
@@ -109,10 +110,11 @@ static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
 #endif
 }
 
-// The largest of x (n), n >= 1, in independent lanes because no compiler may reorder a plain maximum. NaNs are passed over.
+// The largest of x (n), in independent lanes because no compiler may reorder a plain maximum. NaNs are passed over; of
+// nothing else it is -infinity.
 static inline real max_of(const real *x, size_t n) {
     real top[LANES];
-    for (size_t j = 0; j < LANES; j++) top[j] = x[0];
+    for (size_t j = 0; j < LANES; j++) top[j] = -INFINITY;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
@@ -186,7 +188,8 @@ static inline real bf16_round(real x) {
 #include <immintrin.h>
 enum { PAIRS = 1 };
 
-// sum + the products of both pairs: the upper pair is added first, each with one rounding, as two multiply-adds would.
+// sum + the products of both pairs: the upper pair is added first, each with one rounding, as two multiply-adds would (but
+// a sum below the smallest normal number is zero).
 static inline ALWAYS_INLINE Vector pairs_dot(Vector sum, real a, Vector b) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
 }

@@ -21,7 +21,8 @@
     X(engine_reference_losses) X(engine_reference_gradients) X(engine_many_tokens) ENGINE_DOUBLE_TESTS(X) \
     X(engine_rows_alone) X(engine_rows_apart) X(engine_dropped_is_zero) X(engine_poison) X(engine_scale) \
     X(engine_nan_reaches_the_loss) \
-    X(engine_threads) X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
+    X(engine_threads) X(engine_bf16_is_near) X(engine_bf16_threads) X(engine_any_batch) \
+    X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
     X(engine_logits) X(engine_update) X(engine_update_clipped) X(engine_update_not_taken) X(engine_update_untouched) \
     X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
 
@@ -151,9 +152,9 @@ static void rig_weights(real *all, const GptConfig *c) {
     }
 }
 
-static Rig rig_open_threads(GptConfig c, int B, int T, int threads) {
+static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
     Rig r = {c, B, T, NULL, NULL, NULL, drop_plan_new(c.L, B)};
-    EngineArgs args = {B, T, threads, DTYPE_FP32, {c.L * B, c.L * B, BRANCHES * c.L * B}};
+    EngineArgs args = {B, T, threads, dtype, {c.L * B, c.L * B, BRANCHES * c.L * B}};
     real *weights = slot_new(&c);
     r.model = test_engine->open(&c, &args);
     rig_weights(weights, &c);
@@ -169,6 +170,8 @@ static Rig rig_open_threads(GptConfig c, int B, int T, int threads) {
     plan_force(&r.plan, FULL, B);
     return r;
 }
+
+static Rig rig_open_threads(GptConfig c, int B, int T, int threads) { return rig_open_dtype(c, B, T, threads, DTYPE_FP32); }
 
 // One thread: these models are so small that more would mostly wait. test_engine_threads runs more.
 static Rig rig_open(GptConfig c, int B, int T) { return rig_open_threads(c, B, T, 1); }
@@ -808,11 +811,11 @@ static void test_engine_scale(void) {
 // ---- Promises of every call ----
 
 // Parameters, moments and gradients after two updates and one more backward pass, one after the other.
-static real *threads_run(int threads, double loss[3]) {
+static real *threads_run(int threads, int dtype, double loss[3]) {
     const GptConfig c = {300, 90, 2, 3, 48};             // tensors of several pieces of 2^14 numbers
     static const int64_t steps[][5] = {{1, 1, 1, 1, 1}, {2, 2, 0, 2, 2}};
     static const int plans[] = {ROW, TIED_ROW, BATCH};
-    Rig r = rig_open_threads(c, 5, 85, threads);
+    Rig r = rig_open_dtype(c, 5, 85, threads, dtype);
     size_t n = gpt_params_count(&c);
     real *all = (real *)xcalloc(4 * n, sizeof(real));
     for (int k = 0; k < 3; k++) {
@@ -833,14 +836,71 @@ static real *threads_run(int threads, double loss[3]) {
 static void test_engine_threads(void) {
     const GptConfig c = {300, 90, 2, 3, 48};
     double want_loss[3], loss[3];
-    real *want = threads_run(1, want_loss);
+    real *want = threads_run(1, DTYPE_FP32, want_loss);
     for (int threads = 1; threads <= 4; threads++) {
-        real *got = threads_run(threads, loss);
+        real *got = threads_run(threads, DTYPE_FP32, loss);
         EXPECT(!memcmp(loss, want_loss, sizeof loss), "%d threads: other losses", threads);
         EXPECT(!memcmp(got, want, 4 * gpt_params_count(&c) * sizeof(real)), "%d threads: other bits", threads);
         free(got);
     }
     free(want);
+}
+
+// Rounding operands to 8 bits moves a product's result by about 2^-9 of its size, and gradients through three layers by a
+// few times that; what no product computes with is still there in fp32.
+static void test_engine_bf16_is_near(void) {
+    static const int plans[] = {FULL, ROW, TIED_ROW};
+    Rig fp32 = rig_open(small_config, SMALL_B, SMALL_T);
+    Rig bf16 = rig_open_dtype(small_config, SMALL_B, SMALL_T, 1, DTYPE_BF16);
+    for (int k = 0; k < 3; k++) {
+        double want_loss, loss;
+        plan_force(&fp32.plan, plans[k], SMALL_B), plan_force(&bf16.plan, plans[k], SMALL_B);
+        real *want = rig_gradient(&fp32, &want_loss), *got = rig_gradient(&bf16, &loss);
+        EXPECT(loss != want_loss, "%s: bf16 has the loss of fp32", forced_plans[plans[k]].name);
+        EXPECT_CLOSE(loss, want_loss, want_loss / 512, forced_plans[plans[k]].name);
+        EACH_TENSOR(&small_config) {
+            const size_t at = slot_at(&small_config, p, l), n = gpt_param_size(&small_config, p);
+            const double size = rms(want + at, n);
+            for (size_t i = at; i < at + n; i++) got[i] -= want[i];
+            const double error = rms(got + at, n);
+            EXPECT(size == 0 ? error == 0 : error > 0 && error < 8 * size / 512,
+                   "%s: parameter %d of layer %d: off by %.3g of %.3g", forced_plans[plans[k]].name, p, l, error, size);
+        }
+        free(want), free(got);
+    }
+    rig_close(&fp32), rig_close(&bf16);
+}
+
+static void test_engine_bf16_threads(void) {
+    const GptConfig c = {300, 90, 2, 3, 48};
+    double want_loss[3], loss[3];
+    real *want = threads_run(1, DTYPE_BF16, want_loss);
+    for (int threads = 2; threads <= 5; threads += 3) {
+        real *got = threads_run(threads, DTYPE_BF16, loss);
+        EXPECT(!memcmp(loss, want_loss, sizeof loss), "%d threads: other losses", threads);
+        EXPECT(!memcmp(got, want, 4 * gpt_params_count(&c) * sizeof(real)), "%d threads: other bits", threads);
+        free(got);
+    }
+    free(want);
+}
+
+// Evaluation gives a row the same bits whatever rows are beside it: it does not depend on the batch size.
+static void test_engine_any_batch(void) {
+    for (int dtype = DTYPE_FP32; dtype <= DTYPE_BF16; dtype++) {
+        Rig r = rig_open_dtype(small_config, 5, SMALL_T, 1, dtype);
+        rig_forward(&r);
+        real *want = rig_losses(&r), *got = (real *)xcalloc((size_t)(r.B * r.T), sizeof(real));
+        for (int batch = 1; batch < r.B; batch++)
+            for (int row = 0; row + batch <= r.B; row++) {
+                plan_force(&r.plan, FULL, batch);
+                test_engine->forward(r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
+                test_engine->losses(r.model, got);
+                EXPECT(!memcmp(got, want + row * r.T, (size_t)(batch * r.T) * sizeof(real)),
+                       "dtype %d: %d rows from %d: other bits", dtype, batch, row);
+            }
+        free(want), free(got);
+        rig_close(&r);
+    }
 }
 
 // Eight rows at once are four times two rows of weight 1/4.

@@ -118,8 +118,9 @@ static void test_trainer_drop_path_zero_is_plain_training(void) {
 static void test_trainer_resume_is_bit_identical(void) {
     const char *dir = test_directory();
     const char *variant[] = {"--drop-ramp-up 80%", "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
-                             "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli"};
-    for (int i = 0; i < 3; i++) {
+                             "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli",
+                             "--dtype bf16 --drop-unit row"};
+    for (int i = 0; i < 4; i++) {
         char a[400], b[400], whole[500], part[500];
         snprintf(a, sizeof a, "%s/%d_whole", dir, i), snprintf(b, sizeof b, "%s/%d_part", dir, i);
         snprintf(whole, sizeof whole, "%s/latest", a), snprintf(part, sizeof part, "%s/latest", b);
@@ -129,6 +130,26 @@ static void test_trainer_resume_is_bit_identical(void) {
         EXPECT_SAME(whole, part, "optimizer.safetensors");
         expect_same_metrics(a, b, 100);
     }
+}
+
+// Products of bf16: the same bits from any number of threads, others than those of fp32, and nearly its loss.
+static void test_trainer_bf16(void) {
+    const char *dir = test_directory(), *options = "--steps 100 --drop-path 0.2 --eval-every 0 --save-every 0";
+    static const char *const runs[] = {"--dtype fp32", "--dtype bf16 --threads 1", "--dtype bf16 --threads 3"};
+    char latest[3][500];
+    double loss[3] = {0};
+    for (int i = 0; i < 3; i++) {
+        snprintf(latest[i], sizeof latest[i], "%s/%d/latest", dir, i);
+        EXPECT_RUN("--out %s/%d %s %s", dir, i, options, runs[i]);
+        char *path = xprintf("%s/%d/metrics.jsonl", dir, i);
+        MetricsLog log = metrics_read(path);
+        for (int64_t k = log.n / 2; k < log.n; k++) loss[i] += log.record[k].loss / (double)(log.n - log.n / 2);
+        metrics_log_free(&log);
+        free(path);
+    }
+    EXPECT_SAME(latest[1], latest[2], "model.safetensors");
+    EXPECT(!same_file(latest[0], latest[1], "model.safetensors"), "bf16 trains as fp32");
+    EXPECT_CLOSE(loss[1], loss[0], 0.01 * loss[0], "mean loss of the later half");
 }
 
 // Killed after its first checkpoint, resumed from the latest whole one: metrics without gap or double, and the same end.
@@ -245,7 +266,7 @@ static void test_trainer_refuses(void) {
         {"--seq-len 100000", "shorter --seq-len"}, {"--train '/nowhere/*.bin'", "/nowhere"},
         {"--val '/nowhere/*.bin'", "/nowhere"}, {"--tokenizer /nowhere", "/nowhere"},
         {"--resume /nowhere", "/nowhere"}, {"--config /nowhere", "/nowhere"}, {"--drop-replay /nowhere", "/nowhere"},
-        {"--epochs 1e-6", "--epochs"}, {"--threads many", "--threads"}, {"stray", "stray"}};
+        {"--dtype bf61", "fp32|bf16"}, {"--epochs 1e-6", "--epochs"}, {"--threads many", "--threads"}, {"stray", "stray"}};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         EXPECT_REFUSED(1, wrong[i].part, "--out %s %s", none, wrong[i].options);
         EXPECT(!path_exists(none), "%s was made by a run that was refused: %s", none, wrong[i].options);
@@ -282,7 +303,7 @@ static void test_trainer_survives_numbers_that_are_not_finite(void) {
 
 #define TRAINER_TESTS(X)                                                                          \
     X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                    \
-    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical)                \
+    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
     X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
     X(trainer_refuses) X(trainer_warns_of_a_high_rate) X(trainer_survives_numbers_that_are_not_finite)
