@@ -503,7 +503,7 @@ static double *rig_weights_double(Rig *r) {
     return w;
 }
 
-// Odd sizes: one of everything; heads of 1, 3, 64, 256; rows of 1, 2 and 3 blocks of 64; nothing a multiple of a tile.
+// Odd sizes: one of everything; heads of 1, 3, 20, 64, 100, 256; rows of 1 to 4 blocks of 64; nothing a multiple of a tile.
 static const struct { GptConfig c; int B, T, plan; } shapes[] = {
     //  V    T  L NH   C    B    T
     {{  2,   1, 1, 1,   1}, 1,   1, FULL},
@@ -511,6 +511,8 @@ static const struct { GptConfig c; int B, T, plan; } shapes[] = {
     {{ 11,   9, 2, 5,   5}, 3,   9, ROW},
     {{ 13,  70, 1, 2,   6}, 3,  67, TIED_ROW},
     {{  7, 130, 1, 1,  64}, 2, 130, ROW},
+    {{  7, 200, 1, 1,  20}, 1, 200, FULL},
+    {{  7,  97, 1, 1, 100}, 1,  97, FULL},
     {{  5,   5, 1, 1, 256}, 2,   5, FULL},
     {{301,  33, 3, 3,  21}, 3,  31, ROW},
     {{301,  33, 3, 3,  21}, 3,  31, TIED_ROW},
