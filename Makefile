@@ -111,7 +111,7 @@ quickstart: all
 test: choices $(PROGRAMS) $(B)/test_gpt
 	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt
 
-# Kernels, steps and drop path beside the machine's peaks, in a few minutes: dev/bench/README.md.
+# Kernels, steps and drop path beside the machine's peaks, and memory, in about ten minutes: dev/bench/README.md.
 bench: choices $(B)/bench
 	@$(B)/bench --json $(B)/bench.json
 

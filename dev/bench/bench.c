@@ -1,6 +1,6 @@
 // bench.c: how fast the engine on the CPU is, as a fraction of what the machine can do at that moment.
 //
-//     make bench                                        everything, in a few minutes; also to build/bench.json
+//     make bench                                        everything, in about ten minutes; also to build/bench.json
 //     build/bench --only step --preset gpt2             one table, one preset
 //
 // README.md beside this file says what the rows mean; measure.h says how they are measured. Every row is checked
@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "layers.h"
 #include "steps.h"
+#include "memory.h"
 #include "../options.h"
 
 // ---- Options ----
@@ -15,10 +16,12 @@
 //  OPTION(field, name, type, default, domain, help)
 #define BENCH_OPTIONS(HEADING, OPTION)                                                                               \
   HEADING("Bench")                                                                                                   \
-    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|step|drop|turns",                                    \
+    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|step|drop|memory|turns",                             \
            "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
     OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
            "default: those of each table")                                                                           \
+    OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16",                                                              \
+           "operands of products in drop, memory and turns; matmul and step have both")                              \
     OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
     OPTION(rounds, "rounds", INTEGER, "0", "[0,1e6]", "slices of each row; 0: the table's")                          \
@@ -33,13 +36,14 @@ static const OptionSpec bench_option_specs[] = {
 #undef X
 };
 enum { N_BENCH_OPTION_SPECS = sizeof bench_option_specs / sizeof bench_option_specs[0] };
-enum { ONLY_ALL, ONLY_TURNS = 6 };
+enum { ONLY_ALL, ONLY_MEMORY = 6, ONLY_TURNS };
 
 // ---- What is measured unless the options say otherwise ----
 
 static const Case kernel_cases[] = {{"gpt2", 1, 1024}, {"small", 4, 256}};
-static const Case step_cases[] = {{"gpt2", 4, 64}, {"gpt2", 1, 512}, {"small", 4, 256}};     // equal presets are neighbours
-static const Case drop_cases[] = {{"small", 8, 64}};
+static const Case step_cases[] = {{"gpt2", 4, 256}, {"gpt2", 4, 64}, {"small", 4, 256}, {"tiny", 12, 64}};  // equal presets
+static const Case drop_cases[] = {{"small", 8, 64}};                                                // are neighbours
+static const Case memory_cases[] = {{"gpt2", 4, 1024}, {"small", 8, 256}};
 #define CASES(all) all, sizeof all / sizeof all[0]
 
 static const struct {                                    // in the order of --only
@@ -88,17 +92,25 @@ static void bench_write(const Bench *b, const char *path, const char *cpu) {
     measure_json_text(&out, "compiler", __VERSION__);
     measure_json(&out, "threads", thread_count());
     measure_json(&out, "vector_bytes", VECTOR_BYTES);
-    text_printf(&out, ", \"rows\": %s\n], \"drop_path\": %s\n]}\n", b->rows.s, b->drop.s);
+    measure_json(&out, "bf16_pairs", PAIRS);
+    text_printf(&out, ", \"rows\": %s\n], \"drop_path\": %s\n], \"memory\": %s\n]}\n", b->rows.s, b->drop.s, b->memory.s);
     file_write_whole(path, out.s, out.n);
     printf("\nalso in %s\n", path);
     text_free(&out);
 }
 
-// All tables, or the one that --only names.
+// All tables, or the one that --only names. Memory comes first: this process must be small, and have no threads yet.
 static void bench_tables(Bench *b, const BenchOptions *o) {
+    Case only;
+    if (o->only == ONLY_ALL || o->only == ONLY_MEMORY) {
+        const int one = case_of(&only, o, CASES(memory_cases));
+        bench_memory(b, one ? &only : memory_cases, one ? 1 : (int)(sizeof memory_cases / sizeof memory_cases[0]));
+    }
+    if (o->only == ONLY_MEMORY) return;
+    peak_rows(&b->peaks);
+    for (int i = 0; i < b->peaks.n; i++) measure_prepare(&b->peaks.row[i], MEASURE_PEAK_SLICE);
     for (int i = 0; i < N_TABLES; i++) {
         if (o->only != ONLY_ALL && o->only != i + 1) continue;
-        Case only;
         const int one = case_of(&only, o, tables[i].cases, tables[i].n);
         const int rounds = o->rounds ? (int)o->rounds : tables[i].rounds;
         tables[i].run(b, one ? &only : tables[i].cases, one ? 1 : tables[i].n, rounds);
@@ -116,7 +128,7 @@ int main(int argc, char **argv) {
     set_threads((int)o.threads);
     if (o.only == ONLY_TURNS) {
         case_of(&only, &o, CASES(step_cases));
-        bench_turns(&only);
+        bench_turns(&only, o.dtype);
         options_free(&options);
         return 0;
     }
@@ -125,14 +137,12 @@ int main(int argc, char **argv) {
     char *cpu = processor();
     printf("%s, %d threads, vectors of %d bytes; %s\n", cpu, thread_count(), VECTOR_BYTES, cpu_engine.name);
     memset(&b, 0, sizeof b);
-    text_printf(&b.rows, "[");
-    text_printf(&b.drop, "[");
-    peak_rows(&b.peaks);
-    for (int i = 0; i < b.peaks.n; i++) measure_prepare(&b.peaks.row[i], MEASURE_PEAK_SLICE);
+    b.dtype = o.dtype;
+    Text *const arrays[] = {&b.rows, &b.drop, &b.memory};
+    for (int i = 0; i < 3; i++) text_printf(arrays[i], "[");
     bench_tables(&b, &o);
     bench_write(&b, o.json, cpu);
-    text_free(&b.rows);
-    text_free(&b.drop);
+    for (int i = 0; i < 3; i++) text_free(arrays[i]);
     free(cpu);
     options_free(&options);
     return 0;

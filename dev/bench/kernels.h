@@ -5,9 +5,6 @@
 #define ENGINE_ONLY
 #include "../../train_gpt.c"                             // the kernels are static
 #include "measure.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 // ---- What all tables share ----
 
@@ -15,8 +12,12 @@ typedef struct { const char *preset; int B, T; } Case;   // a model, and B rows 
 
 typedef struct {
     MeasureTable peaks;                                  // PEAK_*, prepared as slices beside others
-    Text rows, drop;                                     // JSON arrays
+    Text rows, drop, memory;                             // JSON arrays
+    int dtype;                                           // of the tables that are for one
 } Bench;
+
+static const char *const dtype_name[] = {REAL_NAME, "bf16"};       // by DTYPE_*
+enum { N_DTYPES = sizeof dtype_name / sizeof dtype_name[0] };
 
 // ---- Adapters: with the layers' runs in layers.h, all that the benchmark knows of the kernels' signatures ----
 
@@ -37,8 +38,8 @@ static int thread_count(void) {
 }
 
 // A model of one layer that only lends the room that kernels need besides their arguments.
-static Model *room_open(GptConfig config, int B, int T) {
-    const EngineArgs args = {B, T, 0, DTYPE_FP32, {0, 0, 0}};
+static Model *room_open(GptConfig config, int B, int T, int dtype) {
+    const EngineArgs args = {B, T, 0, dtype, {0, 0, 0}};
     config.L = 1;
     return cpu_engine.open(&config, &args);
 }
@@ -84,6 +85,9 @@ static real *filled(size_t n, double size, int id) {
     return x;
 }
 
+// Small weights, uniform in (-size, size), in the model's own memory.
+static void weights_fill(Model *m, double size, int id) { fill(m->slot[SLOT_PARAM], m->n_params, size, id); }
+
 static void fill_tokens(int *x, size_t n, int V, int id) {
     for (size_t i = 0; i < n; i++) x[i] = (int)(rng_words(0, STREAM_TEST, i, (uint32_t)id, 1).v[0] % (uint32_t)V);
 }
@@ -101,7 +105,7 @@ static double rounding(double n) { return 8 * REAL_EPSILON * sqrt(n); }
 enum { PEAK_FMA, PEAK_UPDATE, PEAK_READ, PEAK_COPY, PEAK_BF16 };
 
 // Threads take small pieces as they come, as those of a product do: one that the system stops must not hold up the rest.
-enum { FMA_CHAINS = TILE_ROWS * TILE_VECTORS, BF16_CHAINS = 24, PIECE_STEPS = 10000, PIECES = 64 };     // per thread
+enum { FMA_CHAINS = TILE_ROWS * TILE_VECTORS, PIECE_STEPS = 10000, PIECES = 64 };         // per thread
 
 // Multiply-adds on registers, a <- a/2 + 1 in independent chains: 2 in the end, wherever a began.
 static double fma_piece(int from) {
@@ -132,21 +136,21 @@ static double fma_check(void *sum) {
     return fabs(*(double *)sum / (2.0 * FMA_CHAINS * LANES * PIECES * thread_count()) - 1);
 }
 
-#ifdef __AVX512BF16__
-// Dot products of two pairs, added up in fp32: each step adds 2, which is exact here.
+// Dot products of two pairs of ones, where the processor has them, added up in fp32: each step adds 2, which is exact here.
 static double bf16_piece(int from) {
-    __m512 a[BF16_CHAINS];
-    float end[BF16_CHAINS * 16];
-    const __m512bh one = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1), _mm512_set1_ps(1));
+    Vector a[FMA_CHAINS], zero = {0};
+    const Vector ones = pairs_of_lines(zero + (real)1, zero + (real)1);
+    real one, end[FMA_CHAINS * LANES];
     double sum = 0;
+    memcpy(&one, &ones, sizeof one);                     // a word: a pair
 #pragma GCC unroll 32
-    for (int i = 0; i < BF16_CHAINS; i++) a[i] = _mm512_set1_ps((float)(from + i));
+    for (int i = 0; i < FMA_CHAINS; i++) a[i] = zero + (real)(from + i);
     for (int k = 0; k < PIECE_STEPS; k++) {
 #pragma GCC unroll 32
-        for (int i = 0; i < BF16_CHAINS; i++) a[i] = _mm512_dpbf16_ps(a[i], one, one);
+        for (int i = 0; i < FMA_CHAINS; i++) a[i] = pairs_dot(a[i], one, ones);
     }
     memcpy(end, a, sizeof end);
-    for (int i = 0; i < BF16_CHAINS * 16; i++) sum += (double)end[i] - (from + i / 16);
+    for (int i = 0; i < FMA_CHAINS * (int)LANES; i++) sum += (double)end[i] - (from + i / (int)LANES);
     return sum;
 }
 
@@ -159,9 +163,8 @@ static void bf16_run(void *sum_of_all) {
 
 static double bf16_check(void *sum) {
     bf16_run(sum);
-    return fabs(*(double *)sum / (2.0 * PIECE_STEPS * BF16_CHAINS * 16 * PIECES * thread_count()) - 1);
+    return fabs(*(double *)sum / (2.0 * PIECE_STEPS * FMA_CHAINS * LANES * PIECES * thread_count()) - 1);
 }
-#endif
 
 enum { STREAM_PIECE = 1 << 16 };                         // numbers that a thread takes at a time
 
@@ -244,11 +247,12 @@ static void peak_rows(MeasureTable *t) {
     peak_row(t, "memory, update", 0, 2 * bytes, update_run, update_check, &s);
     peak_row(t, "memory, read", 0, bytes, read_run, read_check, &s);
     peak_row(t, "memory, copy", 0, 2 * bytes, copy_run, copy_check, &s);
-#ifdef __AVX512BF16__
-    peak_row(t, "dot product, bf16", 4 * BF16_CHAINS * 16 * all, 0, bf16_run, bf16_check, &bf16_sum);
-#else
-    (void)bf16_sum;
-#endif
+    if (PAIRS) peak_row(t, "dot product, bf16", 4 * FMA_CHAINS * LANES * all, 0, bf16_run, bf16_check, &bf16_sum);
+}
+
+// What bounds the products of that dtype: without dot products of pairs bf16 is multiplied as fp32 is.
+static MeasureRow *product_peak(Bench *b, int dtype) {
+    return &b->peaks.row[dtype == DTYPE_BF16 && PAIRS ? PEAK_BF16 : PEAK_FMA];
 }
 
 static void bench_peak(Bench *b, const Case *cases, int n, int rounds) {
@@ -281,7 +285,13 @@ static const struct { const char *name; int in, out; } linears[] = {        // i
 };
 enum { N_LINEARS = sizeof linears / sizeof linears[0], N_PRODUCTS = 3 * (N_LINEARS + 1) };
 
-typedef struct { Model *room; real *y, *a, *b, *bias; size_t M, N, K; int a_turned, b_turned, how; } Product;
+typedef struct {
+    Model *room;
+    real *y, *a, *b, *bias;
+    size_t M, N, K;
+    int a_turned, b_turned, how, dtype;
+    double times;                                        // how often a training step does it
+} Product;
 
 static void product_run(void *arg) {
     const Product *p = arg;
@@ -289,39 +299,80 @@ static void product_run(void *arg) {
     else product(p->y, p->room, p->a, p->a_turned, p->b, p->b_turned, p->M, p->N, p->K, p->how == FORM_ADD);
 }
 
+// An operand as the product takes it: in bf16 only the operands are rounded, neither the sum nor what it is added to.
+static double product_operand(const Product *p, real x) { return (double)(p->dtype == DTYPE_BF16 ? bf16_round(x) : x); }
+
 static double product_check(void *arg) {
     enum { SAMPLES = 200 };
     const Product *p = arg;
+    const size_t M = p->M, N = p->N, K = p->K;
     double want[SAMPLES];
     Deviation d = {0};
+    fill(p->y, M * N, 1, 3);
     for (int s = 0; s < SAMPLES; s++) {
-        const size_t i = pick(p->M, s, 0), j = pick(p->N, s, 1), M = p->M, N = p->N, K = p->K;
+        const size_t i = pick(M, s, 0), j = pick(N, s, 1);
         want[s] = p->how == FORM_ADD ? (double)p->y[i * N + j] : p->how == FORM_BIAS ? (double)p->bias[j] : 0;
         for (size_t k = 0; k < K; k++)
-            want[s] += (double)p->a[p->a_turned ? k * M + i : i * K + k] * (double)p->b[p->b_turned ? j * K + k : k * N + j];
+            want[s] += product_operand(p, p->a[p->a_turned ? k * M + i : i * K + k]) *
+                       product_operand(p, p->b[p->b_turned ? j * K + k : k * N + j]);
     }
     product_run(arg);
-    for (int s = 0; s < SAMPLES; s++) deviation_add(&d, (double)p->y[pick(p->M, s, 0) * p->N + pick(p->N, s, 1)], want[s]);
+    for (int s = 0; s < SAMPLES; s++) deviation_add(&d, (double)p->y[pick(M, s, 0) * N + pick(N, s, 1)], want[s]);
     return deviation(&d);
 }
 
-// The three products of one layer, in -> out, or with is_head of the head.
-static void product_rows(MeasureTable *t, Product *p, Model *room, MeasureRow *peak, const char *name, int is_head,
-                         size_t BT, size_t in, size_t out) {
+// The three products of one layer, in -> out, or with is_head of the head; `times` of each are in a training step.
+static void products_new(Product *p, int is_head, size_t BT, size_t in, size_t out, double times) {
     const size_t size[] = {BT, in, out};
     for (int f = 0; f < 3; f++, p++) {
-        p->room = room;
         p->M = size[forms[is_head][f].m], p->N = size[forms[is_head][f].n], p->K = size[forms[is_head][f].k];
         p->a_turned = forms[is_head][f].a_turned, p->b_turned = forms[is_head][f].b_turned;
         p->how = forms[is_head][f].how;
-        p->y = filled(p->M * p->N, 1, 3), p->a = filled(p->M * p->K, 1, 4), p->b = filled(p->K * p->N, 1, 5);
+        p->times = times;
+        p->y = room_new(p->M * p->N), p->a = filled(p->M * p->K, 1, 4), p->b = filled(p->K * p->N, 1, 5);
         p->bias = filled(p->N, 1, 6);
-        MeasureRow *r = measure_row(t, "%s %s", name, forms[is_head][f].name);
-        snprintf(r->shape, sizeof r->shape, "%zu x %zu x %zu", p->M, p->N, p->K);
-        r->unit = "GFLOP/s", r->peak = peak;
-        r->work = 2.0 * (double)p->M * (double)p->N * (double)p->K;
-        r->run = product_run, r->check = product_check, r->arg = p;
-        r->tolerance = rounding((double)p->K);
+    }
+}
+
+// The rows of one dtype: those of p (N_PRODUCTS), as `copy` (N_PRODUCTS) on the same numbers.
+static void product_rows(MeasureTable *t, Product *copy, const Product *p, Model *room, Bench *b, int dtype) {
+    for (int i = 0; i < N_PRODUCTS; i++) {
+        const int layer = i / 3, is_head = layer == N_LINEARS;
+        copy[i] = p[i], copy[i].room = room, copy[i].dtype = dtype;
+        MeasureRow *r = measure_row(t, "%s %s%s", is_head ? "head" : linears[layer].name, forms[is_head][i % 3].name,
+                                    dtype == DTYPE_BF16 ? ", bf16" : "");
+        snprintf(r->shape, sizeof r->shape, "%zu x %zu x %zu", p[i].M, p[i].N, p[i].K);
+        r->unit = "GFLOP/s", r->peak = product_peak(b, dtype);
+        r->work = 2.0 * (double)p[i].M * (double)p[i].N * (double)p[i].K;
+        r->run = product_run, r->check = product_check, r->arg = &copy[i];
+        r->tolerance = rounding((double)p[i].K);
+    }
+}
+
+// Of n rows one after the other, each as often as a training step does it: all FLOPs / what the peak would have done in
+// the same time, by the rows' medians.
+static double products_of_peak(const MeasureTable *t, const MeasureRow *rows, int n) {
+    double work = 0, peak_work = 0;
+    for (int i = 0; i < n; i++) {
+        const double flops = ((const Product *)rows[i].arg)->times * rows[i].work;
+        work += flops, peak_work += flops / measure_median(rows[i].fraction, t->rounds);
+    }
+    return work / peak_work;
+}
+
+static void products_print(const MeasureTable *t, const char *title, Text *json) {
+    for (int dtype = 0; dtype < N_DTYPES; dtype++) {
+        const MeasureRow *rows = &t->row[dtype * N_PRODUCTS];
+        const double layers = products_of_peak(t, rows, 3 * N_LINEARS), all = products_of_peak(t, rows, N_PRODUCTS);
+        printf("all products of a step, %s: %.1f%% of peak in the layers, %.1f%% with the head\n", dtype_name[dtype],
+               100 * layers, 100 * all);
+        measure_json_open(json);
+        measure_json_text(json, "table", title);
+        measure_json_text(json, "name", "all products of a step");
+        measure_json_text(json, "dtype", dtype_name[dtype]);
+        measure_json(json, "of_peak_layers", layers);
+        measure_json(json, "of_peak", all);
+        text_printf(json, "}");
     }
 }
 
@@ -330,20 +381,23 @@ static void bench_matmul(Bench *b, const Case *cases, int n, int rounds) {
         const GptConfig c = gpt_preset(cases[i].preset)->config;
         const size_t BT = (size_t)cases[i].B * (size_t)cases[i].T, C = (size_t)c.C, V = (size_t)c.V;
         MeasureTable t = {.rounds = rounds};
-        MeasureRow *peak = &b->peaks.row[PEAK_FMA];
-        Product p[N_PRODUCTS];
-        Model *room = room_open(c, cases[i].B, cases[i].T);
+        Product p[N_PRODUCTS] = {{0}}, row[N_DTYPES][N_PRODUCTS];
+        Model *room[N_DTYPES];
         for (int k = 0; k < N_LINEARS; k++)
-            product_rows(&t, p + 3 * k, room, peak, linears[k].name, 0, BT, (size_t)linears[k].in * C,
-                         (size_t)linears[k].out * C);
-        product_rows(&t, p + 3 * N_LINEARS, room, peak, "head", 1, head_chunk(BT, V), C, V);
+            products_new(p + 3 * k, 0, BT, (size_t)linears[k].in * C, (size_t)linears[k].out * C, c.L);
+        products_new(p + 3 * N_LINEARS, 1, head_chunk(BT, V), C, V, (double)BT / (double)head_chunk(BT, V));
+        for (int d = 0; d < N_DTYPES; d++) {
+            room[d] = room_open(c, cases[i].B, cases[i].T, d);
+            product_rows(&t, row[d], p, room[d], b, d);
+        }
         measure_table(&t);
         char *title = xprintf("matrix products, (M,N) over K: %s, B %d, T %d", cases[i].preset, cases[i].B, cases[i].T);
         measure_print(&t, title, &b->rows);
+        products_print(&t, title, &b->rows);
         measure_free(&t);
         free(title);
         for (int k = 0; k < N_PRODUCTS; k++) free(p[k].y), free(p[k].a), free(p[k].b), free(p[k].bias);
-        cpu_engine.close(room);
+        for (int d = 0; d < N_DTYPES; d++) cpu_engine.close(room[d]);
     }
 }
 

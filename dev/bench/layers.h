@@ -33,7 +33,7 @@ static void layers_arrays(Layers *s, real **array[N_LAYER_ARRAYS], size_t n[N_LA
 static void layers_open(Layers *s, const GptConfig *c, int B, int T) {
     real **array[N_LAYER_ARRAYS];
     size_t n[N_LAYER_ARRAYS];
-    s->room = room_open(*c, B, T);
+    s->room = room_open(*c, B, T, DTYPE_FP32);
     s->B = (size_t)B, s->T = (size_t)T, s->C = (size_t)c->C, s->NH = (size_t)c->NH, s->V = (size_t)c->V;
     s->BT = s->B * s->T;
     s->head_BT = at_most(s->BT, 2 * head_chunk(s->BT, s->V));

@@ -5,8 +5,9 @@
 #     dev/bench/torch.sh --preset small --batch 8 --seq-len 128     one shape; options of torch_step.py
 #
 #   cost     the first time PyTorch is installed into build/torch-venv (from PyPI: several GB with what it brings along);
-#            then about ten minutes on 2 cores and 5 GB of memory, part of it torch.compile, which needs a C++ compiler
-#   result   a table per shape: time per step, tokens per second, PyTorch's time over ours; also in build/torch.json
+#            then about half an hour on 2 cores and 10 GB of memory, part of it torch.compile, which needs a C++ compiler
+#   result   a table per shape: time per step, tokens per second, PyTorch's time over ours in the same dtype, and PyTorch's
+#            best over ours in fp32, in bf16 and of all; also in build/torch.json
 #
 # Variables: VENV=/path of a virtual environment that has torch, BUILD=build, PYTHON=python3.
 set -eu
@@ -24,6 +25,7 @@ step() { "$VENV/bin/python" dev/bench/torch_step.py --bench "$BUILD/bench" --jso
 if [ $# -gt 0 ]; then
     step "$@"
 else
+    step --preset gpt2 --batch 4 --seq-len 256
     step --preset gpt2 --batch 4 --seq-len 64
     step --preset small --batch 4 --seq-len 256
 fi

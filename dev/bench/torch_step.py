@@ -4,7 +4,8 @@
 
 GPT-2 with a tied head, random tokens, AdamW with weight decay on matrices only, gradients clipped to a norm of 1. All
 configurations share one model and one optimizer. A round gives each of them a slice of steps right after a slice of
-ours, so that both see the same machine: the ratio is the median over rounds of (its time / ours beside it).
+ours, in fp32 before fp32 and in bf16 before bf16, so that both see the same machine: the ratio is the median over rounds
+of (its time / ours beside it).
 """
 import argparse
 import json
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 HERE = pathlib.Path(__file__).resolve().parent
+DTYPES = "fp32", "bf16"
 LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-4, 0.1, (0.9, 0.95), 1e-8, 1.0     # as in steps.h
 
 
@@ -91,7 +93,7 @@ class Step:
 
 
 def make_steps(sizes, batch, seq_len, compiled):
-    """name: Step."""
+    """(name, dtype): Step."""
     torch.manual_seed(1)
     model = Gpt(*sizes)
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -100,32 +102,32 @@ def make_steps(sizes, batch, seq_len, compiled):
                                    {"params": vectors, "weight_decay": 0.0}], lr=LR, betas=BETAS, eps=EPS, fused=True)
     tokens, targets = torch.randint(sizes[0], (2, batch, seq_len))
     models = {"eager": model} | ({"compiled": torch.compile(model)} if compiled else {})
-    return {f"PyTorch {name}, {dtype}": Step(m, optimizer, tokens, targets, dtype == "bf16")
-            for dtype in ("fp32", "bf16") for name, m in models.items()}
+    return {(f"PyTorch {name}", dtype): Step(m, optimizer, tokens, targets, dtype == "bf16")
+            for dtype in DTYPES for name, m in models.items()}
 
 
 def check(steps, vocabulary):
     """All configurations must agree on the fresh model's loss, and a step must lower it. Compiles and warms up, too."""
     want = math.log(vocabulary)
-    losses = {name: step.loss().item() for name, step in steps.items()}
+    losses = {", ".join(key): step.loss().item() for key, step in steps.items()}
     for name, loss in losses.items():
         if not abs(loss - want) < 0.5:
             raise SystemExit(f"error: {name}: the loss of a fresh model is {loss:.4f}, far from ln V = {want:.4f}")
     if max(losses.values()) - min(losses.values()) > 0.05:
         raise SystemExit(f"error: the configurations disagree on the loss: {losses}")
-    for name, step in steps.items():
+    for key, step in steps.items():
         before = step.loss().item()
         step(2)
         if not step.loss().item() < before:
-            raise SystemExit(f"error: {name}: two steps do not lower the loss on the same tokens")
+            raise SystemExit(f"error: {', '.join(key)}: two steps do not lower the loss on the same tokens")
 
 
 class Ours:
     """build/bench --only turns: it waits until it is asked for n steps, and answers the milliseconds of one."""
 
-    def __init__(self, bench, preset, batch, seq_len, threads):
-        command = [bench, "--only", "turns", "--preset", preset, "--batch", str(batch), "--seq-len", str(seq_len),
-                   "--threads", str(threads)]
+    def __init__(self, args, dtype):
+        command = [args.bench, "--only", "turns", "--dtype", dtype, "--preset", args.preset, "--batch", str(args.batch),
+                   "--seq-len", str(args.seq_len), "--threads", str(args.threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, n):
@@ -145,21 +147,65 @@ class Ours:
 # ---- Measuring ----
 
 def measure(ours, steps, rounds):
-    """({name: [ms]}, {name: [ms of ours, the slice before]}), one entry per round."""
-    n = max(1, round(500 / ours(2)))                                       # slices of half a second
-    theirs, beside = {name: [] for name in steps}, {name: [] for name in steps}
+    """Of ours {dtype: Ours} and steps: ({key: [ms]}, {key: [ms of ours in its dtype, the slice before]}), one per round."""
+    n = {dtype: max(1, round(500 / our(2))) for dtype, our in ours.items()}           # slices of half a second
+    theirs, beside = {key: [] for key in steps}, {key: [] for key in steps}
     for _ in range(rounds):
-        for name, step in steps.items():
-            beside[name].append(ours(n))
-            theirs[name].append(step(n))
+        for (name, dtype), step in steps.items():
+            beside[name, dtype].append(ours[dtype](n[dtype]))
+            theirs[name, dtype].append(step(n[dtype]))
     return theirs, beside
 
 
-def record(name, times, ratios, args):
+def ratio_of(theirs, beside, key):
+    return statistics.median(t / o for t, o in zip(theirs[key], beside[key]))
+
+
+def compare_best(theirs, beside):
+    """{what: (PyTorch's best configuration, our dtype, its time / ours)} in fp32, in bf16, and best of all against our best.
+
+    In a dtype the best configuration is the one with the least time over ours beside it. Of all, the best of each side is
+    the one with the least median time; the ratio is the median over rounds of its slice over our slices of that round.
+    """
+    best = {}
+    for dtype in DTYPES:
+        key = min((key for key in theirs if key[1] == dtype), key=lambda key: ratio_of(theirs, beside, key))
+        best[dtype] = (*key, dtype, ratio_of(theirs, beside, key))
+    ours = {dtype: [statistics.mean(slices) for slices in zip(*(beside[key] for key in beside if key[1] == dtype))]
+            for dtype in DTYPES}                                           # one number a round
+    our_dtype = min(ours, key=lambda dtype: statistics.median(ours[dtype]))
+    key = min(theirs, key=lambda key: statistics.median(theirs[key]))
+    best["any dtype"] = (*key, our_dtype, statistics.median(t / o for t, o in zip(theirs[key], ours[our_dtype])))
+    return best
+
+
+# ---- What is said of it ----
+
+def record(name, dtype, times, ratio, args):
     median = statistics.median(times)
-    return {"name": name, "preset": args.preset, "batch": args.batch, "seq_len": args.seq_len, "threads": args.threads,
-            "torch": torch.__version__, "rounds": args.rounds, "median_ms": median, "best_ms": min(times),
-            "tokens_per_s": 1e3 * args.batch * args.seq_len / median, "ratio": statistics.median(ratios)}
+    return {"name": name, "dtype": dtype, "preset": args.preset, "batch": args.batch, "seq_len": args.seq_len,
+            "threads": args.threads, "torch": torch.__version__, "rounds": args.rounds, "median_ms": median,
+            "best_ms": min(times), "tokens_per_s": 1e3 * args.batch * args.seq_len / median, "ratio": ratio}
+
+
+def report(theirs, beside, args):
+    """Prints the table and the comparison of the best; returns both as records."""
+    records = []
+    for dtype in DTYPES:
+        keys = [key for key in theirs if key[1] == dtype]
+        records.append(record("droppath.c", dtype, sum((beside[key] for key in keys), []), 1.0, args))
+        records += [record(*key, theirs[key], ratio_of(theirs, beside, key), args) for key in keys]
+    print(f"{args.preset}, B {args.batch}, T {args.seq_len}, {args.threads} threads, PyTorch {torch.__version__}")
+    print(f"{'':18} {'':5} {'median ms':>10} {'best ms':>10} {'tokens/s':>10} {'time / ours':>12}")
+    for r in records:
+        print(f"{r['name']:18} {r['dtype']:5} {r['median_ms']:10.1f} {r['best_ms']:10.1f} {r['tokens_per_s']:10.0f} "
+              f"{r['ratio']:12.3f}")
+    for what, (name, dtype, our_dtype, ratio) in compare_best(theirs, beside).items():
+        print(f"PyTorch's best / ours, {what + ':':10} {ratio:6.3f}   ({name}, {dtype} / droppath.c, {our_dtype})")
+        records.append({"name": "PyTorch's best / ours", "what": what, "theirs": f"{name}, {dtype}", "ours": our_dtype,
+                        "preset": args.preset, "batch": args.batch, "seq_len": args.seq_len, "threads": args.threads,
+                        "torch": torch.__version__, "rounds": args.rounds, "ratio": ratio})
+    return records
 
 
 def main():
@@ -172,22 +218,17 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--eager-only", action="store_true", help="leave out torch.compile, which takes minutes to start")
     parser.add_argument("--bench", default="build/bench", help="our program")
-    parser.add_argument("--json", help="append one line of JSON per configuration to this file")
+    parser.add_argument("--json", help="append a line of JSON per row and per comparison to this file")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     steps = make_steps(table[args.preset], args.batch, args.seq_len, not args.eager_only)
     check(steps, table[args.preset][0])
-    ours = Ours(args.bench, args.preset, args.batch, args.seq_len, args.threads)
+    ours = {dtype: Ours(args, dtype) for dtype in DTYPES}
     theirs, beside = measure(ours, steps, args.rounds)
-    ours.close()
-
-    records = [record("droppath.c, fp32", sum(beside.values(), []), [1.0], args)]
-    records += [record(name, theirs[name], [t / o for t, o in zip(theirs[name], beside[name])], args) for name in steps]
-    print(f"{args.preset}, B {args.batch}, T {args.seq_len}, {args.threads} threads, PyTorch {torch.__version__}")
-    print(f"{'':26} {'median ms':>10} {'best ms':>10} {'tokens/s':>10} {'time / ours':>12}")
-    for r in records:
-        print(f"{r['name']:26} {r['median_ms']:10.1f} {r['best_ms']:10.1f} {r['tokens_per_s']:10.0f} {r['ratio']:12.3f}")
+    for our in ours.values():
+        our.close()
+    records = report(theirs, beside, args)
     if args.json:
         with open(args.json, "a", encoding="utf-8") as f:
             f.writelines(json.dumps(r) + "\n" for r in records)
