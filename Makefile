@@ -82,7 +82,7 @@ $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without
 
 $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $(FAT_$(@F)) -MMD -MF $@.d $(filter %.c %.o,$^) -o $@ $(LIBS)
+	$(CC) $(FLAGS) $(FAT_$(@F)) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
 $(filter $(B)/engine_%.o,$(ENGINES)): $(B)/engine_%.o: train_gpt.c
 	@mkdir -p $(@D)
