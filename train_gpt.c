@@ -23,30 +23,46 @@ static inline int team_size(void) { return 1; }
 // ---- GELU, the tanh form (Hendrycks and Gimpel 2016): x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) ----
 // On pieces of a line, where a product has just written them.
 
-static inline real gelu_sigmoid(real x) {
-    return 1 / (1 + exp_real((real)-1.5957691216057308 * (x + (real)0.044715 * x * x * x)));
+// Beyond these the sigmoid is 0 or 1 to all digits: x stops there, so that infinity never meets 0.
+static const real gelu_least = -30, gelu_most = 30, gelu_exponent = 87;
+
+static inline ALWAYS_INLINE Vector gelu_sigmoid(Vector x) {
+    const Vector u = (real)-1.5957691216057308 * (x + (real)0.044715 * x * x * x);
+    return 1 / (1 + exp_lanes(select_lanes(u > gelu_exponent, vector_of(gelu_exponent), u)));
 }
 
-// Outside (-GELU_FLAT, GELU_FLAT) the sigmoid is 0 or 1, and x stays there, so that infinity never meets 0.
-enum { GELU_FLAT = 30 };
-static inline real gelu_from(real x) { return x < -GELU_FLAT ? -GELU_FLAT : x; }
-static inline real gelu_to(real x) { return x > GELU_FLAT ? GELU_FLAT : x; }
+// Within 4 ulp for x >= -1, within 2^-24 below (in fp64 2^-53), less than 1e-36 for x < -30; infinity for infinity, NaN for NaN.
+static inline ALWAYS_INLINE Vector gelu_lanes(Vector x) {
+    const Vector h = select_lanes(x < gelu_least, vector_of(gelu_least), x);
+    return h * gelu_sigmoid(h);
+}
 
-// Within 4 ulp for x >= -1, within 2^-24 below (in fp64 2^-53); -0 for -infinity, infinity for infinity, NaN for NaN.
+// Within 20 * 2^-23 for x >= 0, where 1 - s cancels, and 2^-23 below (in fp64 80 * 2^-52 and 2^-52), less than
+// 1e-33 for x < -30; NaN for NaN.
+static inline ALWAYS_INLINE Vector gelu_slope(Vector x) {
+    const Vector h = select_lanes(x < gelu_least, vector_of(gelu_least), x);
+    const Vector z = select_lanes(h > gelu_most, vector_of(gelu_most), h), s = gelu_sigmoid(z);
+    return s + z * s * (1 - s) * ((real)1.5957691216057308 * (1 + 3 * (real)0.044715 * z * z));
+}
+
 static void gelu_forward(real *y, const real *x, size_t n) {
-    for (size_t i = 0; i < n; i++) y[i] = gelu_from(x[i]) * gelu_sigmoid(gelu_from(x[i]));
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) vector_store(y + i, gelu_lanes(vector_load(x + i)));
+    if (i < n) vector_store_some(y + i, gelu_lanes(vector_load_some(x + i, n - i)), n - i);
 }
 
 // y = GELU(x) again, for the product that follows it, and dx *= GELU'(x).
-// The slope is within 20 * 2^-23 for x >= 0, where 1 - s cancels, and 2^-23 below (in fp64 80 * 2^-52 and 2^-52); 0 and 1 at
-// the infinities, NaN for NaN.
 static void gelu_backward(real *dx, real *y, const real *x, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        const real h = gelu_from(x[i]), z = gelu_to(h), s = gelu_sigmoid(z);
-        const real slope = (real)1.5957691216057308 * (1 + 3 * (real)0.044715 * z * z);
-        y[i] = h * s;
-        dx[i] *= s + z * s * (1 - s) * slope;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Vector v = vector_load(x + i);
+        vector_store(y + i, gelu_lanes(v));
+        vector_store(dx + i, vector_load(dx + i) * gelu_slope(v));
     }
+    if (i == n) return;
+    const Vector v = vector_load_some(x + i, n - i), d = vector_load_some(dx + i, n - i);
+    vector_store_some(y + i, gelu_lanes(v), n - i);
+    vector_store_some(dx + i, d * gelu_slope(v), n - i);
 }
 
 // ---- Matrix products: y (M,N) = a (M,K) b (K,N) ----
@@ -61,7 +77,7 @@ static void gelu_backward(real *dx, real *y, const real *x, size_t n) {
 // blocks are as large as the products of a micro-batch, so that little is packed twice (measured: dev/bench/SPEED.md).
 
 enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8 };
-enum { PACK_NUMBERS = 256, PACK_AHEAD = 64 };             // packed at a time by one thread; prefetched so far ahead
+enum { PACK_NUMBERS = 128, PACK_AHEAD = 64 };             // packed at a time by one thread; prefetched so far ahead
 
 // Lines of contiguous numbers, ld apart; a product sees the matrix or, `turned`, its transpose. With `on`, the lines are
 // tokens of the residual stream (B,T,ld), and line t is the t-th token of the rows that run that branch.
@@ -274,10 +290,10 @@ typedef struct { size_t i, j, k, M, N, K; } Block;                 // rows from 
 static void block_pack(const PackRoom *room, const Matrix *a, const Matrix *b, Block k, real *b_sum, real scale) {
     enum { A_GROUP = PACK_NUMBERS / TILE_ROWS * TILE_ROWS, B_GROUP = PACK_NUMBERS / TILE_COLS * TILE_COLS };
     const size_t words = pack_words(room, k.K);
-#pragma omp for nowait
+#pragma omp for schedule(dynamic) nowait
     for (size_t i = 0; i < (a ? k.M : 0); i += A_GROUP)
         pack_strips(room->a + i * words, a, !a->turned, k.i + i, at_most(k.M - i, A_GROUP), TILE_ROWS, k.k, k.K, room, NULL, 0);
-#pragma omp for
+#pragma omp for schedule(dynamic)
     for (size_t j = 0; j < (b ? k.N : 0); j += B_GROUP)
         pack_strips(room->b + j * words, b, b->turned, k.j + j, at_most(k.N - j, B_GROUP), TILE_COLS, k.k, k.K, room,
                     b_sum ? b_sum + k.j + j : NULL, scale);
@@ -742,17 +758,25 @@ static size_t classifier_chunk(size_t BT, size_t V) {
 
 // One row: returns -log softmax(logits)[target]; with grad != 0 logits (V) become grad * (softmax - onehot).
 static real softmax_loss(real *logits, int target, real grad, size_t V) {
+    enum { AT_ONCE = 4 };
     const real top = max_of(logits, V), at_target = logits[target] - top;
-    real sum = 0;
-#pragma omp simd reduction(+:sum)
-    for (size_t v = 0; v < V; v++) {
+    Vector sums[AT_ONCE] = {{0}};
+    size_t v = 0;
+    for (; v + AT_ONCE * LANES <= V; v += AT_ONCE * LANES)
+        for (size_t j = 0; j < AT_ONCE; j++) {
+            const Vector e = exp_lanes(vector_load(logits + v + j * LANES) - top);
+            if (grad != 0) vector_store(logits + v + j * LANES, e);
+            sums[j] += e;
+        }
+    real sum = vector_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; v < V; v++) {
         const real e = exp_real(logits[v] - top);
         if (grad != 0) logits[v] = e;
         sum += e;
     }
     if (grad != 0) {
         const real scale = grad / sum;
-        for (size_t v = 0; v < V; v++) logits[v] *= scale;
+        for (v = 0; v < V; v++) logits[v] *= scale;
         logits[target] -= grad;
     }
     return (real)(log((double)sum) - (double)at_target);
@@ -810,8 +834,13 @@ struct Model {
 // n numbers, zero. Each thread touches its share first, so that the memory is near all of those that will use it.
 static real *room_new(size_t n) {
     enum { PIECE = 1 << 18 };
+    enum { PAGE = 2 << 20 };                             // a huge page: strips are packed from lines far apart
+    const size_t bytes = (n ? n : 1) * sizeof(real);
     void *p = NULL;
-    if (posix_memalign(&p, 64, (n ? n : 1) * sizeof(real))) die("out of memory: %zu bytes for the model", n * sizeof(real));
+    if (posix_memalign(&p, bytes < PAGE ? 64 : PAGE, bytes)) die("out of memory: %zu bytes for the model", bytes);
+#ifdef MADV_HUGEPAGE
+    if (bytes >= PAGE) madvise(p, bytes, MADV_HUGEPAGE); // a wish
+#endif
     real *x = (real *)p;
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n; i += PIECE) memset(x + i, 0, at_most(n - i, PIECE) * sizeof(real));

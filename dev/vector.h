@@ -48,6 +48,26 @@ typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(rea
 
 static inline ALWAYS_INLINE Vector vector_load(const real *x) { return *(const Vector *)x; }
 static inline ALWAYS_INLINE void vector_store(real *x, Vector v) { *(Vector *)x = v; }
+static inline ALWAYS_INLINE Vector vector_of(real x) { return (Vector){0} + x; }
+
+// The same of n < LANES numbers, the other lanes being zero.
+static inline Vector vector_load_some(const real *x, size_t n) {
+    real all[LANES] = {0};
+    memcpy(all, x, n * sizeof(real));
+    return vector_load(all);
+}
+
+static inline void vector_store_some(real *x, Vector v, size_t n) {
+    memcpy(x, &v, n * sizeof(real));
+}
+
+// The sum of the lanes, in order.
+static inline real vector_sum(Vector v) {
+    real all[LANES], sum = 0;
+    memcpy(all, &v, sizeof all);
+    for (size_t j = 0; j < LANES; j++) sum += all[j];
+    return sum;
+}
 
 // ---- Exponential ----
 
@@ -110,17 +130,25 @@ static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
 #endif
 }
 
-// The largest of x (n), in independent lanes because no compiler may reorder a plain maximum. NaNs are passed over; of
+// The largest of x (n), in independent lanes, since compilers make no vectors of a plain maximum. NaNs are passed over; of
 // nothing else it is -infinity.
 static inline real max_of(const real *x, size_t n) {
-    real top[LANES];
-    for (size_t j = 0; j < LANES; j++) top[j] = -INFINITY;
+    enum { AT_ONCE = 4 };
+    Vector top[AT_ONCE];
+    real all[LANES], largest = -(real)INFINITY;
+    for (size_t j = 0; j < AT_ONCE; j++) top[j] = vector_of(largest);
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
-    for (; i < n; i++) top[0] = x[i] > top[0] ? x[i] : top[0];
-    for (size_t j = 1; j < LANES; j++) top[0] = top[j] > top[0] ? top[j] : top[0];
-    return top[0];
+    for (; i + AT_ONCE * LANES <= n; i += AT_ONCE * LANES)
+        for (size_t j = 0; j < AT_ONCE; j++) {
+            const Vector v = vector_load(x + i + j * LANES);
+            top[j] = select_lanes(v > top[j], v, top[j]);
+        }
+    for (; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    for (size_t j = 0; j < AT_ONCE; j++) {
+        memcpy(all, &top[j], sizeof all);
+        for (size_t l = 0; l < LANES; l++) largest = all[l] > largest ? all[l] : largest;
+    }
+    return largest;
 }
 
 // ---- Transposing LANES x LANES numbers ----
