@@ -3,14 +3,16 @@
 #
 #   model   0.83 M parameters: 4 layers, 4 heads, 128 channels, rows of 64 bytes (nanoGPT's CPU recipe)
 #   data    12 rows x 64 bytes x 1000 steps = 0.77 M bytes per run
-#   cost    3 runs of about 4 TFLOPs: none, drop, drop for as many FLOPs as none; about two minutes on 2 cores
+#   cost    3 runs of about 4 TFLOPs: none, drop, drop for as many FLOPs as none; one to three minutes on 2 cores
 #
-# Variables: TEXT=/path of a text file or folder, OUT=runs/quickstart, BUILD=build.
+# Variables: TEXT=/path of a text file or folder, OUT=runs/quickstart, BUILD=build, DTYPE=fp32 or bf16 (the default where the
+# processor multiplies in it).
 # Interrupted, the same command goes on where it stopped.
 set -eu
 BUILD=${BUILD:-build}
 OUT=${OUT:-runs/quickstart}
 DATA=$OUT/data
+DTYPE=${DTYPE:-$(if grep -qs avx512_bf16 /proc/cpuinfo; then echo bf16; else echo fp32; fi)}
 
 text=$(TEXT="${TEXT:-}" sh data/get_text.sh)
 if [ ! -f "$DATA/source" ]; then
@@ -25,7 +27,7 @@ fi
 
 "$BUILD/compare" --train "$DATA/train_*.bin" --val "$DATA/val_*.bin" --out "$OUT" --seeds 1 \
     --preset tiny --batch 12 --steps 1000 --lr 1e-3 --warmup 50 --beta2 0.99 \
-    --drop-path 0.1 --eval-every 250 --log-every 100
+    --drop-path 0.1 --dtype "$DTYPE" --eval-every 250 --log-every 100
 
 echo
 echo "A sample from the model trained with drop path:"
