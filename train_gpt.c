@@ -31,7 +31,8 @@ static inline ALWAYS_INLINE Vector gelu_sigmoid(Vector x) {
     return 1 / (1 + exp_lanes(select_lanes(u > gelu_exponent, vector_of(gelu_exponent), u)));
 }
 
-// Within 4 ulp for x >= -1, within 2^-24 below (in fp64 2^-53), less than 1e-36 for x < -30; infinity for infinity, NaN for NaN.
+// Within 4 ulp for x >= -1, within 2^-24 below (in fp64 2^-53), less than 1e-36 for x < -30; infinity for infinity, NaN
+// for NaN.
 static inline ALWAYS_INLINE Vector gelu_lanes(Vector x) {
     const Vector h = select_lanes(x < gelu_least, vector_of(gelu_least), x);
     return h * gelu_sigmoid(h);
@@ -113,7 +114,9 @@ static inline Matrix turned(const real *at, size_t ld) { return (Matrix){.at = a
 static inline Result fresh(real *at, size_t ld, const real *bias) {
     return (Result){.at = at, .ld = ld, .scale = 1, .bias = bias};
 }
-static inline Result added(real *at, size_t ld, real scale) { return (Result){.at = at, .ld = ld, .scale = scale, .add = 1}; }
+static inline Result added(real *at, size_t ld, real scale) {
+    return (Result){.at = at, .ld = ld, .scale = scale, .add = 1};
+}
 
 // Words of K numbers in a packed strip.
 static inline size_t pack_words(const PackRoom *room, size_t K) { return !room->bf16 ? K : PAIRS ? (K + 1) / 2 : K + K % 2; }
@@ -129,8 +132,8 @@ static void pack_round(real *strip, size_t width, size_t K) {
 
 // The words of `width` <= LANES lines from word w on, transposed: v[j] has word w + j of each. Zeros stand for the lines
 // after n and for the numbers after K.
-static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const *line, size_t n, size_t width, size_t w, size_t K,
-                                             int pairs) {
+static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const *line, size_t n, size_t width, size_t w,
+                                             size_t K, int pairs) {
     const size_t from = pairs ? 2 * w : w, count = pairs ? 2 * LANES : LANES;
     if (n >= width && from + count <= K) {
 #pragma GCC unroll 16
@@ -152,8 +155,8 @@ static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const 
 }
 
 // n <= width lines from number k on to a strip (K, width).
-static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t i, size_t n, size_t width, size_t k, size_t K,
-                                              int pairs) {
+static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t i, size_t n, size_t width, size_t k,
+                                              size_t K, int pairs) {
     const real *line[TILE_COLS];
     const size_t words = pairs ? (K + 1) / 2 : K;
     for (size_t j = 0; j < n; j++) line[j] = line_of(m, i + j) + k;
@@ -174,7 +177,8 @@ static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t 
 }
 
 // Columns 0 .. n of one word of K to strips of `size` words; `second` is the other line of a pair.
-static inline ALWAYS_INLINE void pack_word(real *to, const real *first, const real *second, size_t n, size_t width, int pairs) {
+static inline ALWAYS_INLINE void pack_word(real *to, const real *first, const real *second, size_t n, size_t width,
+                                           int pairs) {
     real part[2][TILE_COLS + LANES];
     if (n < width + LANES) {                             // the last strip: nothing is read beyond the line
         memset(part, 0, sizeof part);
@@ -237,7 +241,8 @@ static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], 
 }
 
 // The same of packed strips of K pairs.
-static inline ALWAYS_INLINE void tile_sums_pairs(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, const real *b, size_t K) {
+static inline ALWAYS_INLINE void tile_sums_pairs(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, const real *b,
+                                                 size_t K) {
     for (size_t k = 0; k < K; k++, a += TILE_ROWS, b += TILE_COLS) {
         Vector bk[TILE_VECTORS];
         for (int j = 0; j < TILE_VECTORS; j++) bk[j] = vector_load(b + j * LANES);
@@ -292,7 +297,8 @@ static void block_pack(const PackRoom *room, const Matrix *a, const Matrix *b, B
     const size_t words = pack_words(room, k.K);
 #pragma omp for schedule(dynamic) nowait
     for (size_t i = 0; i < (a ? k.M : 0); i += A_GROUP)
-        pack_strips(room->a + i * words, a, !a->turned, k.i + i, at_most(k.M - i, A_GROUP), TILE_ROWS, k.k, k.K, room, NULL, 0);
+        pack_strips(room->a + i * words, a, !a->turned, k.i + i, at_most(k.M - i, A_GROUP), TILE_ROWS, k.k, k.K, room,
+                    NULL, 0);
 #pragma omp for schedule(dynamic)
     for (size_t j = 0; j < (b ? k.N : 0); j += B_GROUP)
         pack_strips(room->b + j * words, b, b->turned, k.j + j, at_most(k.N - j, B_GROUP), TILE_COLS, k.k, k.K, room,
@@ -339,7 +345,8 @@ static void multiply(Result y, const PackRoom *room, Matrix a, Matrix b, size_t 
         for (size_t i = 0; i < M; i += M_BLOCK)
             for (size_t j = 0; j < N; j += N_BLOCK) {
                 const Block block = {i, j, k, at_most(M - i, M_BLOCK), at_most(N - j, N_BLOCK), at_most(K - k, K_most)};
-                block_pack(room, j == 0 ? &a : NULL, i == 0 || N > N_BLOCK ? &b : NULL, block, i == 0 ? b_sum : NULL, y.scale);
+                const int other_a = j == 0, other_b = i == 0 || N > N_BLOCK;          // than those that are packed
+                block_pack(room, other_a ? &a : NULL, other_b ? &b : NULL, block, i == 0 ? b_sum : NULL, y.scale);
                 block_multiply(&part, room, block);
             }
     }
@@ -783,8 +790,8 @@ static real softmax_loss(real *logits, int target, real grad, size_t V) {
 }
 
 // losses (BT), 0 for negative targets; with grad (the weight of one token's loss) dx (BT,C) = and dwte (V,C) +=.
-static void classifier(real *losses, real *dx, real *dwte, real *logits, const PackRoom *room, const real *x, const real *wte,
-                       const int *targets, real grad, size_t BT, size_t C, size_t V) {
+static void classifier(real *losses, real *dx, real *dwte, real *logits, const PackRoom *room, const real *x,
+                       const real *wte, const int *targets, real grad, size_t BT, size_t C, size_t V) {
     const size_t chunk = classifier_chunk(BT, V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
@@ -896,7 +903,8 @@ static size_t kept_per_row(const GptConfig *c, int branch, int T) {
 static size_t kept_bound(const Model *m, const MemoryBound *b) {
     const GptConfig *c = &m->config;
     const size_t attn = kept_per_row(c, ATTN, m->args.T), mlp = kept_per_row(c, MLP, m->args.T);
-    const int attn_rows = b->attn_rows < b->rows ? b->attn_rows : b->rows, mlp_rows = b->rows - attn_rows;   // attn is larger
+    const int attn_rows = b->attn_rows < b->rows ? b->attn_rows : b->rows;         // these keep more
+    const int mlp_rows = b->rows - attn_rows;
     const size_t most = (size_t)attn_rows * attn + (size_t)mlp_rows * mlp, one = (size_t)m->args.B * (attn + mlp);
     return most > one ? most : one;
 }
@@ -988,7 +996,8 @@ static const BranchPlan *rows_of(const Model *m, const BranchPlan *b) { return b
 // x[rows] += scale * (the product + bias): the end of a branch
 static Result to_stream(const Model *m, const BranchPlan *b, const real *bias) {
     const size_t C = (size_t)m->config.C;
-    return (Result){.at = m->x, .ld = C, .on = rows_of(m, b), .T = (size_t)m->last_T, .add = 1, .scale = (real)b->scale, .bias = bias};
+    return (Result){.at = m->x, .ld = C, .on = rows_of(m, b), .T = (size_t)m->last_T, .add = 1, .scale = (real)b->scale,
+                    .bias = bias};
 }
 
 // dx[rows], whose scale the products carry: its beginning on the way back
@@ -1059,7 +1068,8 @@ static void block_forward(Model *m, int l, const DropPlan *plan) {
     const BranchPlan *attn = &plan->branch[BRANCHES * l + ATTN], *mlp = &plan->branch[BRANCHES * l + MLP];
     const size_t C = (size_t)m->config.C;
     const real *attprojb = params_at(m, SLOT_PARAM, l).attprojb;
-    if (attn->n) attention_branch_forward(m, l, attn, plan->tied ? fresh(m->attn_out, C, attprojb) : to_stream(m, attn, attprojb));
+    const Result out = plan->tied ? fresh(m->attn_out, C, attprojb) : to_stream(m, attn, attprojb);
+    if (attn->n) attention_branch_forward(m, l, attn, out);
     if (mlp->n) mlp_branch_forward(m, l, mlp, plan->tied);
 }
 

@@ -42,7 +42,7 @@ enum { ONLY_ALL, ONLY_MEMORY = 6, ONLY_TURNS };
 
 static const Case kernel_cases[] = {{"gpt2", 1, 1024}, {"small", 4, 256}};
 static const Case step_cases[] = {{"gpt2", 4, 256}, {"gpt2", 4, 64}, {"small", 4, 256}, {"tiny", 12, 64}};  // equal presets
-static const Case drop_cases[] = {{"small", 8, 64}};                                                // are neighbours
+static const Case drop_cases[] = {{"small", 4, 256}};                                                // are neighbours
 static const Case memory_cases[] = {{"gpt2", 4, 1024}, {"small", 8, 256}};
 #define CASES(all) all, sizeof all / sizeof all[0]
 
