@@ -916,10 +916,11 @@ enum { N_ROOMS = 16, N_TRAINING_ROOMS = 4 };
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C, V = (size_t)m->config.V;
     const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;  // words of the packed blocks are K_BLOCK only if they are pairs
+    const size_t most = BT > 4 * C ? BT > V ? BT : V : 4 * C > V ? 4 * C : V, K = at_most(most + 1, wide * K_BLOCK);
     const Room all[N_ROOMS] = {
         {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT}, {&m->losses, BT}, {&m->ln, BT * C},
         {&m->gelu, BT * 4 * C}, {&m->attn_out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
-        {&m->pack.a, wide * M_BLOCK * K_BLOCK}, {&m->pack.b, wide * K_BLOCK * N_BLOCK},
+        {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K}, {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
         {&m->kept, 0},                                   // has its own size
         {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dattn, BT * C}, {&m->dwide, BT * 4 * C},
     };
