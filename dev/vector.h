@@ -99,10 +99,11 @@ static inline real exp_real(real x) {
 #endif
 
 #ifdef REAL_DOUBLE
-typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));    // of a comparison: all bits or none
 static inline real log_real(real x) { return log(x); }
 #else
 typedef int32_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
 static inline real log_real(real x) { return logf(x); }
 #endif
 
@@ -125,7 +126,7 @@ static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    p *= (Vector)(((Mask)t - 0x4B400000 + 127) << 23);   // times 2^n; NaN stays NaN
+    p *= (Vector)(((Bits)t - 0x4B400000u + 127u) << 23);  // times 2^n; NaN stays NaN
     return (Vector)((Mask)p & ~(x < -87.0f));
 #endif
 }
