@@ -252,7 +252,8 @@ static inline ALWAYS_INLINE void tile_sums_pairs(Vector sum[TILE_ROWS][TILE_VECT
     }
 }
 
-// The tile of y at (i,j), of which M x N numbers exist.
+// The tile of y at (i,j), of which M x N numbers exist. There is one expression for all cases, so that every row of a tile
+// has its multiply-add contracted alike: results must not depend on where in a tile a token falls.
 static inline ALWAYS_INLINE void tile_write(Result y, size_t i0, size_t j0, Vector sum[TILE_ROWS][TILE_VECTORS],
                                             size_t M, size_t N) {
     real edge[TILE_ROWS][TILE_COLS];
@@ -265,14 +266,13 @@ static inline ALWAYS_INLINE void tile_write(Result y, size_t i0, size_t j0, Vect
         if (i == M) return;
         real *to = y.at + token_place(y.on, y.T, i0 + i) * y.ld + j0;
         for (size_t j = 0; N == TILE_COLS && j < TILE_VECTORS; j++) {
-            Vector v = (sum[i][j] + bias[j]) * y.scale;
-            if (y.add) v += vector_load(to + j * LANES);
-            vector_store(to + j * LANES, v);
+            Vector old = {0};
+            if (y.add) old = vector_load(to + j * LANES);
+            vector_store(to + j * LANES, old + (sum[i][j] + bias[j]) * y.scale);
         }
         for (size_t j = 0; N < TILE_COLS && j < N; j++) {
-            real v = (edge[i][j] + (y.bias ? y.bias[j0 + j] : 0)) * y.scale;
-            if (y.add) v += to[j];
-            to[j] = v;
+            const real old = y.add ? to[j] : 0;
+            to[j] = old + (edge[i][j] + (y.bias ? y.bias[j0 + j] : 0)) * y.scale;
         }
     }
 }
