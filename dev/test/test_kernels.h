@@ -674,7 +674,7 @@ static void softmax_expect(size_t V, double size, double height) {
     double *z = doubles((int)V), top = -INFINITY, sum = 0;
     for (size_t v = 0; v < V; v++) {
         x[v] = (real)((double)x[v] * size + height);
-        top = fmax(top, (double)x[v]);
+        if ((double)x[v] > top) top = (double)x[v];      // gcc 12 for ARM fails on fmax here
     }
     for (size_t v = 0; v < V; v++) sum += z[v] = exp((double)x[v] - top);
     const double want = log(sum) - ((double)x[target] - top), error = kernels_rounding((double)V, 1 + 2 * size);
