@@ -30,7 +30,7 @@ static void test_json_accepts(void) {
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
         Json doc;
         const char *error = test_json_parse(&doc, texts[i], strlen(texts[i]));
-        EXPECT(!error, "%s: %s", texts[i], error);
+        EXPECT(!error, "%s: %s", texts[i], error ? error : "");
         if (!error) json_free(&doc);
     }
 }
