@@ -228,27 +228,18 @@ static inline ALWAYS_INLINE void pack_strips(real *to, const Matrix *m, int turn
     }
 }
 
-// sum += a (TILE_ROWS,K) b (K,TILE_COLS), with a[i*a_row + k*a_k] and b[k*b_k + j]: of packed strips, or in place.
-static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, size_t a_row, size_t a_k,
-                                           const real *b, size_t b_k, size_t K) {
-    for (size_t k = 0; k < K; k++, a += a_k, b += b_k) {
-        Vector bk[TILE_VECTORS];
-        for (int j = 0; j < TILE_VECTORS; j++) bk[j] = vector_load(b + j * LANES);
-#pragma GCC unroll 16
-        for (size_t i = 0; i < TILE_ROWS; i++)
-            for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] += a[i * a_row] * bk[j];
-    }
-}
-
-// The same of packed strips of K pairs.
-static inline ALWAYS_INLINE void tile_sums_pairs(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, const real *b,
-                                                 size_t K) {
+// sum += the product of strips a (K,TILE_ROWS) and b (K,TILE_COLS), of K numbers or of K pairs.
+static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, const real *b, size_t K,
+                                           int pairs) {
     for (size_t k = 0; k < K; k++, a += TILE_ROWS, b += TILE_COLS) {
         Vector bk[TILE_VECTORS];
         for (int j = 0; j < TILE_VECTORS; j++) bk[j] = vector_load(b + j * LANES);
 #pragma GCC unroll 16
         for (size_t i = 0; i < TILE_ROWS; i++)
-            for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] = pairs_dot(sum[i][j], a[i], bk[j]);
+            for (int j = 0; j < TILE_VECTORS; j++) {
+                if (pairs) sum[i][j] = pairs_dot(sum[i][j], a[i], bk[j]);
+                else sum[i][j] += a[i] * bk[j];
+            }
     }
 }
 
@@ -279,13 +270,13 @@ static inline ALWAYS_INLINE void tile_write(Result y, size_t i0, size_t j0, Vect
 
 static void multiply_tile(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t K) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
-    tile_sums(sum, a, 1, TILE_ROWS, b, TILE_COLS, K);
+    tile_sums(sum, a, b, K, 0);
     tile_write(y, i, j, sum, M, N);
 }
 
 static void multiply_tile_pairs(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t K) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
-    tile_sums_pairs(sum, a, b, K);
+    tile_sums(sum, a, b, K, 1);
     tile_write(y, i, j, sum, M, N);
 }
 
