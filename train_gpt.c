@@ -26,44 +26,38 @@ static inline int team_size(void) { return 1; }
 // Beyond these the sigmoid is 0 or 1 to all digits: x stops there, so that infinity never meets 0.
 static const real gelu_least = -30, gelu_most = 30, gelu_exponent = 87;
 
-static inline ALWAYS_INLINE Vector gelu_sigmoid(Vector x) {
-    const Vector u = (real)-1.5957691216057308 * (x + (real)0.044715 * x * x * x);
-    return 1 / (1 + exp_lanes(select_lanes(u > gelu_exponent, vector_of(gelu_exponent), u)));
-}
+typedef struct { Vector y, slope; } Gelu;
 
-// Within 4 ulp for x >= -1, within 2^-24 below (in fp64 2^-53), less than 1e-36 for x < -30; infinity for infinity, NaN
-// for NaN.
-static inline ALWAYS_INLINE Vector gelu_lanes(Vector x) {
+// GELU(x), within 4 ulp for x >= -1, within 2^-24 below (in fp64 2^-53), less than 1e-36 for x < -30; infinity for
+// infinity, NaN for NaN. Its derivative within 20 * 2^-23 for x >= 0, where 1 - s cancels, and 2^-23 below (in fp64
+// 80 * 2^-52 and 2^-52), less than 1e-33 for x < -30; NaN for NaN.
+static inline ALWAYS_INLINE Gelu gelu_lanes(Vector x) {
     const Vector h = select_lanes(x < gelu_least, vector_of(gelu_least), x);
-    return h * gelu_sigmoid(h);
-}
-
-// Within 20 * 2^-23 for x >= 0, where 1 - s cancels, and 2^-23 below (in fp64 80 * 2^-52 and 2^-52), less than
-// 1e-33 for x < -30; NaN for NaN.
-static inline ALWAYS_INLINE Vector gelu_slope(Vector x) {
-    const Vector h = select_lanes(x < gelu_least, vector_of(gelu_least), x);
-    const Vector z = select_lanes(h > gelu_most, vector_of(gelu_most), h), s = gelu_sigmoid(z);
-    return s + z * s * (1 - s) * ((real)1.5957691216057308 * (1 + 3 * (real)0.044715 * z * z));
+    const Vector z = select_lanes(h > gelu_most, vector_of(gelu_most), h), square = z * z;
+    const Vector u = (real)-1.5957691216057308 * (z + (real)0.044715 * square * z);
+    const Vector s = 1 / (1 + exp_lanes(select_lanes(u > gelu_exponent, vector_of(gelu_exponent), u)));
+    const Gelu g = {h * s, s + z * s * (1 - s) * ((real)1.5957691216057308 * (1 + 3 * (real)0.044715 * square))};
+    return g;
 }
 
 static void gelu_forward(real *y, const real *x, size_t n) {
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES) vector_store(y + i, gelu_lanes(vector_load(x + i)));
-    if (i < n) vector_store_some(y + i, gelu_lanes(vector_load_some(x + i, n - i)), n - i);
+    for (; i + LANES <= n; i += LANES) vector_store(y + i, gelu_lanes(vector_load(x + i)).y);
+    if (i < n) vector_store_some(y + i, gelu_lanes(vector_load_some(x + i, n - i)).y, n - i);
 }
 
 // y = GELU(x) again, for the product that follows it, and dx *= GELU'(x).
 static void gelu_backward(real *dx, real *y, const real *x, size_t n) {
     size_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        const Vector v = vector_load(x + i);
-        vector_store(y + i, gelu_lanes(v));
-        vector_store(dx + i, vector_load(dx + i) * gelu_slope(v));
+        const Gelu g = gelu_lanes(vector_load(x + i));
+        vector_store(y + i, g.y);
+        vector_store(dx + i, vector_load(dx + i) * g.slope);
     }
     if (i == n) return;
-    const Vector v = vector_load_some(x + i, n - i), d = vector_load_some(dx + i, n - i);
-    vector_store_some(y + i, gelu_lanes(v), n - i);
-    vector_store_some(dx + i, d * gelu_slope(v), n - i);
+    const Gelu g = gelu_lanes(vector_load_some(x + i, n - i));
+    vector_store_some(y + i, g.y, n - i);
+    vector_store_some(dx + i, vector_load_some(dx + i, n - i) * g.slope, n - i);
 }
 
 // ---- Matrix products: y (M,N) = a (M,K) b (K,N) ----
@@ -114,8 +108,8 @@ static inline Matrix turned(const real *at, size_t ld) { return (Matrix){.at = a
 static inline Result fresh(real *at, size_t ld, const real *bias) {
     return (Result){.at = at, .ld = ld, .scale = 1, .bias = bias};
 }
-static inline Result added(real *at, size_t ld, real scale) {
-    return (Result){.at = at, .ld = ld, .scale = scale, .add = 1};
+static inline Result scaled(real *at, size_t ld, real scale, int add) {
+    return (Result){.at = at, .ld = ld, .scale = scale, .add = add};
 }
 
 // Words of K numbers in a packed strip.
@@ -233,7 +227,11 @@ static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], 
                                            int pairs) {
     for (size_t k = 0; k < K; k++, a += TILE_ROWS, b += TILE_COLS) {
         Vector bk[TILE_VECTORS];
-        for (int j = 0; j < TILE_VECTORS; j++) bk[j] = vector_load(b + j * LANES);
+        for (int j = 0; j < TILE_VECTORS; j++) {
+            bk[j] = vector_load(b + j * LANES);
+            __builtin_prefetch(b + j * LANES + 16 * TILE_COLS);
+        }
+        __builtin_prefetch(a + 32 * TILE_ROWS);
 #pragma GCC unroll 16
         for (size_t i = 0; i < TILE_ROWS; i++)
             for (int j = 0; j < TILE_VECTORS; j++) {
@@ -268,14 +266,24 @@ static inline ALWAYS_INLINE void tile_write(Result y, size_t i0, size_t j0, Vect
     }
 }
 
+// The lines that tile_write will touch begin to arrive while the sums are made.
+static inline ALWAYS_INLINE void tile_prefetch(Result y, size_t i0, size_t j0, size_t M, size_t N) {
+    for (size_t i = 0; i < M; i++) {
+        const real *to = y.at + token_place(y.on, y.T, i0 + i) * y.ld + j0;
+        for (size_t j = 0; j < N; j += 64 / sizeof(real)) __builtin_prefetch(to + j, 1);
+    }
+}
+
 static void multiply_tile(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t K) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
+    tile_prefetch(y, i, j, M, N);
     tile_sums(sum, a, b, K, 0);
     tile_write(y, i, j, sum, M, N);
 }
 
 static void multiply_tile_pairs(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t K) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
+    tile_prefetch(y, i, j, M, N);
     tile_sums(sum, a, b, K, 1);
     tile_write(y, i, j, sum, M, N);
 }
@@ -348,12 +356,13 @@ static void matmul_forward(Result y, const PackRoom *room, const real *x, const 
     multiply(y, room, lines(x, C), lines(w, OC), BT, OC, C, NULL);
 }
 
-// Of y = x w + bias, from scale * dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) += x^T dy;  dbias (OC) += the columns of dy.
-// dx carries the scale in; it is finished before x is read, since a recomputed x may come with it.
-static void matmul_backward(Result dx, real *dw, real *dbias, const PackRoom *room, Matrix dy, const real *x, const real *w,
-                            size_t BT, size_t C, size_t OC) {
+// Of y = x w + bias, from scale * dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) = x^T dy, or += with `add`;
+// dbias (OC) += the columns of dy. dx carries the scale in; it is finished before x is read, since a recomputed x may
+// come with it.
+static void matmul_backward(Result dx, real *dw, int add, real *dbias, const PackRoom *room, Matrix dy, const real *x,
+                            const real *w, size_t BT, size_t C, size_t OC) {
     multiply(dx, room, dy, turned(w, OC), BT, C, OC, NULL);
-    multiply(added(dw, OC, dx.scale), room, turned(x, C), dy, C, OC, BT, dbias);
+    multiply(scaled(dw, OC, dx.scale, add), room, turned(x, C), dy, C, OC, BT, dbias);
 }
 
 // sum (N) += the columns of y (M,N); with xhat (M,N) also scaled (N) += the columns of y * xhat.
@@ -780,8 +789,9 @@ static real softmax_loss(real *logits, int target, real grad, size_t V) {
     return (real)(log((double)sum) - (double)at_target);
 }
 
-// losses (BT), 0 for negative targets; with grad (the weight of one token's loss) dx (BT,C) = and dwte (V,C) +=.
-static void classifier(real *losses, real *dx, real *dwte, real *logits, const PackRoom *room, const real *x,
+// losses (BT), 0 for negative targets; with grad (the weight of one token's loss) dx (BT,C) = and dwte (V,C) =, or += with
+// `add`.
+static void classifier(real *losses, real *dx, real *dwte, int add, real *logits, const PackRoom *room, const real *x,
                        const real *wte, const int *targets, real grad, size_t BT, size_t C, size_t V) {
     const size_t chunk = classifier_chunk(BT, V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
@@ -795,13 +805,14 @@ static void classifier(real *losses, real *dx, real *dwte, real *logits, const P
         }
         if (grad == 0) continue;
         multiply(fresh(dx + t0 * C, C, NULL), room, lines(logits, V), lines(wte, C), n, C, V, NULL);
-        multiply(added(dwte, C, 1), room, turned(logits, V), lines(x + t0 * C, C), V, C, n, NULL);
+        multiply(scaled(dwte, C, 1, add || t0), room, turned(logits, V), lines(x + t0 * C, C), V, C, n, NULL);
     }
 }
 
 // ---- The model: its memory ----
 
-typedef struct { size_t at, n; int branch, decay; } UpdateChunk;   // a piece of one tensor; branch: index into UpdateArgs.t
+enum { UPDATE_CHUNK = 1 << 14 };
+typedef struct { size_t at, n, branch; int decay; } UpdateChunk;   // a piece of one tensor; branch: index into UpdateArgs.t
 typedef struct { real *xhat, *rstd, *qkv, *lse, *y; } AttentionKept;   // (n,T,C) (n,T) (n,T,3C) (n,NH,T) (n,T,C)
 typedef struct { real *xhat, *rstd, *h; } MlpKept;                 // (n,T,C) (n,T) (n,T,4C)
 
@@ -813,6 +824,8 @@ struct Model {
     UpdateChunk *chunk;
     int n_chunks;
     double *partial;                                     // (n_chunks) squared norms
+    unsigned char *spent;                                // (2L+1) by branch, as UpdateArgs.t: gradients that an update has
+                                                         // used up; they are zeros, whatever the memory still says
 
     real *kept, *kept_end;                               // what forward keeps for backward, one branch after the other
     size_t kept_room, kept_peak;                         // numbers set aside; the most that was used
@@ -855,6 +868,24 @@ static Params params_at(const Model *m, Slot slot, int l) {
     return w;
 }
 
+static size_t gradient_index(const Model *m, int l, int branch) {
+    return (size_t)(branch == NO_BRANCH ? BRANCHES * m->config.L : BRANCHES * l + branch);
+}
+
+// To be called before something is added to the gradient of a branch. If the gradient is spent, it becomes zeros: all of
+// it, or with `but_products` all but the weights of matrix products. Then 0 is returned, and the products must set theirs,
+// which saves writing zeros and reading them again; else 1, and they must add.
+static int gradient_add(Model *m, int l, int branch, int but_products) {
+    const size_t index = gradient_index(m, l, branch);
+    if (!m->spent[index]) return 1;
+    m->spent[index] = 0;
+    for (int p = 0; p < N_PARAMS; p++)
+        if (gpt_param[p].branch == branch && !(but_products && gpt_param[p].dims == 2 && p != P_wpe))
+            memset(m->slot[SLOT_GRAD] + m->offset[p] + (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size), 0,
+                   gpt_param_size(&m->config, p) * sizeof(real));
+    return 0;
+}
+
 static void params_layout(Model *m) {
     const GptConfig *c = &m->config;
     for (int p = 0; p < N_PARAMS; p++)
@@ -864,19 +895,17 @@ static void params_layout(Model *m) {
         if (gpt_param[p].branch == NO_BRANCH) m->offset[p] = m->n_params, m->n_params += gpt_param_size(c, p);
 }
 
-// Every tensor in pieces of CHUNK numbers, the unit of work of norm and update.
+// Every tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
 static void params_chunks(Model *m) {
-    enum { CHUNK = 1 << 14 };
     const GptConfig *c = &m->config;
     for (int fill = 0; fill < 2; fill++) {
         int n = 0;
         for (int p = 0; p < N_PARAMS; p++)
             for (int l = 0; l < gpt_param_layers(c, p); l++)
-                for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += CHUNK, n++) {
+                for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += UPDATE_CHUNK, n++) {
                     if (!fill) continue;
-                    const int branch = gpt_param[p].branch, decay = gpt_param[p].dims == 2;
-                    UpdateChunk chunk = {m->offset[p] + (size_t)l * m->layer_size + at, at_most(size - at, CHUNK),
-                                         branch == NO_BRANCH ? BRANCHES * c->L : BRANCHES * l + branch, decay};
+                    UpdateChunk chunk = {m->offset[p] + (size_t)l * m->layer_size + at, at_most(size - at, UPDATE_CHUNK),
+                                         gradient_index(m, l, gpt_param[p].branch), gpt_param[p].dims == 2};
                     m->chunk[n] = chunk;
                 }
         if (!fill) m->chunk = xcalloc((size_t)n, sizeof *m->chunk);
@@ -936,6 +965,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     params_layout(m);
     params_chunks(m);
     for (int s = 0; s < (args->bound.rows > 0 ? 4 : 1); s++) m->slot[s] = room_new(m->n_params);
+    m->spent = xcalloc((size_t)BRANCHES * (size_t)config->L + 1, sizeof *m->spent);
     m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = xcalloc((size_t)config->L, sizeof *m->mlp);
     m->kept_room = kept_bound(m, &args->bound);
@@ -950,6 +980,7 @@ static void model_close(Model *m) {
     for (int s = 0; s < 4; s++) free(m->slot[s]);
     free(m->chunk);
     free(m->partial);
+    free(m->spent);
     free(m->attention);
     free(m->mlp);
     free(m);
@@ -1018,11 +1049,12 @@ static void attention_branch_backward(Model *m, int l, const BranchPlan *b, Matr
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const AttentionKept *k = &m->attention[l];
     const Result dy = {.at = m->dy, .ld = C, .scale = scale};
+    const int add = gradient_add(m, l, ATTN, 1);
     real *dqkv = m->dwide, *dln = m->dy;
-    matmul_backward(dy, dw.attprojw, dw.attprojb, &m->pack, dout, k->y, w.attprojw, nT, C, C);
+    matmul_backward(dy, dw.attprojw, add, dw.attprojb, &m->pack, dout, k->y, w.attprojw, nT, C, C);
     attention_backward(dqkv, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH);
     layernorm_again(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
-    matmul_backward(fresh(dln, C, NULL), dw.qkvw, dw.qkvb, &m->pack, lines(dqkv, 3 * C), m->ln, w.qkvw, nT, C, 3 * C);
+    matmul_backward(fresh(dln, C, NULL), dw.qkvw, add, dw.qkvb, &m->pack, lines(dqkv, 3 * C), m->ln, w.qkvw, nT, C, 3 * C);
     layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w, nT, T, C);
 }
 
@@ -1046,10 +1078,11 @@ static void mlp_branch_backward(Model *m, int l, const BranchPlan *b, real *dmor
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const MlpKept *k = &m->mlp[l];
     const Result dh = {.at = m->dwide, .ld = 4 * C, .scale = (real)b->scale, .h = k->h, .gelu = m->gelu};
+    const int add = gradient_add(m, l, MLP, 1);
     real *dln = m->dy;
-    matmul_backward(dh, dw.fcprojw, dw.fcprojb, &m->pack, from_stream(m, b), m->gelu, w.fcprojw, nT, 4 * C, C);
+    matmul_backward(dh, dw.fcprojw, add, dw.fcprojb, &m->pack, from_stream(m, b), m->gelu, w.fcprojw, nT, 4 * C, C);
     layernorm_again(m->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
-    matmul_backward(fresh(dln, C, NULL), dw.fcw, dw.fcb, &m->pack, lines(dh.at, 4 * C), m->ln, w.fcw, nT, C, 4 * C);
+    matmul_backward(fresh(dln, C, NULL), dw.fcw, add, dw.fcb, &m->pack, lines(dh.at, 4 * C), m->ln, w.fcw, nT, C, 4 * C);
     layernorm_backward(m->dx, dmore, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w, nT, T, C);
 }
 
@@ -1096,7 +1129,8 @@ static double model_loss(Model *m, int T, const int *targets, const DropPlan *pl
     for (size_t t = 0; t < BT; t++) count += targets[t] >= 0;
     if (!count) count = 1;
     real *dwte = weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
-    classifier(m->losses, m->dy, dwte, m->logits, &m->pack, m->lnf, w.wte, targets, (real)(weight / (double)count), BT, C,
+    const int add = weight != 0 ? gradient_add(m, 0, NO_BRANCH, 1) : 0;
+    classifier(m->losses, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, targets, (real)(weight / (double)count), BT, C,
                (size_t)m->config.V);
     for (size_t t = 0; t < BT; t++) sum += (double)m->losses[t];
     return sum / (double)count;
@@ -1154,7 +1188,7 @@ static double gradient_norm(Model *m, const int64_t *step) {
         const UpdateChunk *k = &m->chunk[i];
         const real *g = m->slot[SLOT_GRAD] + k->at;
         double sum = 0;
-        if (step[k->branch] > 0) {                       // an untouched branch has no gradient
+        if (step[k->branch] > 0 && !m->spent[k->branch]) {         // others have no gradient
 #pragma omp simd reduction(+:sum)
             for (size_t j = 0; j < k->n; j++) sum += (double)g[j] * (double)g[j];
         }
@@ -1165,8 +1199,9 @@ static double gradient_norm(Model *m, const int64_t *step) {
     return sqrt(sum);
 }
 
-// One chunk: p, m, v from g, which is zeroed. `step` counts from 1.
-static void adamw(real *p, real *g, real *m, real *v, size_t n, const UpdateArgs *a, int64_t step, double clip, int decay) {
+// One chunk: p, m, v from g. `step` counts from 1.
+static void adamw(real *p, const real *g, real *m, real *v, size_t n, const UpdateArgs *a, int64_t step, double clip,
+                  int decay) {
     const real b1 = (real)a->beta1, b2 = (real)a->beta2, eps = (real)a->eps, shrink = (real)clip;
     const real keep_p = (real)(decay ? 1 - a->lr * a->weight_decay : 1);
     const real rate = (real)(a->lr / (1 - pow(a->beta1, (double)step)));
@@ -1177,34 +1212,32 @@ static void adamw(real *p, real *g, real *m, real *v, size_t n, const UpdateArgs
         m[i] = b1 * m[i] + (1 - b1) * gi;
         v[i] = b2 * v[i] + (1 - b2) * gi * gi;
         p[i] = keep_p * p[i] - rate * m[i] / (sqrt_real(v[i]) * unbias + eps);
-        g[i] = 0;
     }
 }
 
 static double model_update(Model *m, const UpdateArgs *a) {
     CHECK(m->slot[SLOT_GRAD], "this model was opened to evaluate");
     const double norm = gradient_norm(m, a->t);
-    if (a->discard || !isfinite(norm)) {
-        memset(m->slot[SLOT_GRAD], 0, m->n_params * sizeof(real));
-        return norm;
-    }
     const double clip = a->grad_clip > 0 ? fmin(1, a->grad_clip / (norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
+    static const real zeros[UPDATE_CHUNK];
 #pragma omp parallel for schedule(dynamic, 8)
-    for (int i = 0; i < m->n_chunks; i++) {
+    for (int i = 0; i < (a->discard || !isfinite(norm) ? 0 : m->n_chunks); i++) {
         const UpdateChunk *k = &m->chunk[i];
         if (a->t[k->branch] > 0)
-            adamw(m->slot[SLOT_PARAM] + k->at, m->slot[SLOT_GRAD] + k->at, m->slot[SLOT_M] + k->at, m->slot[SLOT_V] + k->at,
-                  k->n, a, a->t[k->branch], clip, k->decay);
+            adamw(m->slot[SLOT_PARAM] + k->at, m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] + k->at,
+                  m->slot[SLOT_M] + k->at, m->slot[SLOT_V] + k->at, k->n, a, a->t[k->branch], clip, k->decay);
     }
+    memset(m->spent, 1, (size_t)BRANCHES * (size_t)m->config.L + 1);
     return norm;
 }
 
 // ---- The engine ----
 
-static real *param_at(const Model *m, Slot slot, int param, int layer) {
+static real *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(m->slot[slot], "this model was opened to evaluate");
     CHECK(param >= 0 && param < N_PARAMS && layer >= 0 && layer < gpt_param_layers(&m->config, param),
           "no parameter %d in layer %d", param, layer);
+    if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 0);
     return m->slot[slot] + m->offset[param] + (size_t)layer * m->layer_size;
 }
 

@@ -47,7 +47,7 @@ static Model *room_open(GptConfig config, int B, int T, int dtype) {
 // y (M,N) = a (M,K) b (K,N), += with add; "turned" operands are stored transposed.
 static void product(real *y, Model *room, const real *a, int a_turned, const real *b, int b_turned, size_t M, size_t N,
                     size_t K, int add) {
-    multiply(add ? added(y, N, 1) : fresh(y, N, NULL), &room->pack, a_turned ? turned(a, M) : lines(a, K),
+    multiply(scaled(y, N, 1, add), &room->pack, a_turned ? turned(a, M) : lines(a, K),
              b_turned ? turned(b, K) : lines(b, N), M, N, K, NULL);
 }
 
@@ -62,7 +62,7 @@ static size_t head_chunk(size_t BT, size_t V) { return classifier_chunk(BT, V); 
 // losses (BT), dx (BT,C) =, dwte (V,C) +=, each token with the weight 1/BT
 static void head_all(real *losses, real *dx, real *dwte, Model *room, const real *x, const real *wte, const int *targets,
                  size_t BT, size_t C, size_t V) {
-    classifier(losses, dx, dwte, room->logits, &room->pack, x, wte, targets, (real)(1 / (double)BT), BT, C, V);
+    classifier(losses, dx, dwte, 1, room->logits, &room->pack, x, wte, targets, (real)(1 / (double)BT), BT, C, V);
 }
 
 // From here on engine->memory reports what the plans that follow use.

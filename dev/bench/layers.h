@@ -298,7 +298,7 @@ typedef struct { GptConfig c; Model *m; int64_t t[BRANCHES * ADAM_LAYERS + 1]; U
 
 static void adam_run(void *arg) {
     Adam *a = arg;
-    for (int i = 0; i <= BRANCHES * ADAM_LAYERS; i++) a->t[i]++;
+    for (int i = 0; i <= BRANCHES * ADAM_LAYERS; i++) a->t[i]++, a->m->spent[i] = 0;   // the same gradients again
     cpu_engine.update(a->m, &a->update);
 }
 

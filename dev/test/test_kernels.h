@@ -713,9 +713,9 @@ static void test_kernels_classifier_chunks(void) {
     real *logits = (real *)xcalloc(PART * V, sizeof *logits);
     int targets[BT];
     for (int t = 0; t < BT; t++) targets[t] = t % 7 ? (t * 13) % V : -1;
-    classifier(losses, dx, dwte, logits, &s->room, x, wte, targets, (real)0.1, BT, C, V);
-    classifier(losses_parts, dx_parts, dwte_parts, logits, &s->room, x, wte, targets, (real)0.1, PART, C, V);
-    classifier(losses_parts + PART, dx_parts + PART * C, dwte_parts, logits, &s->room, x + PART * C, wte, targets + PART,
+    classifier(losses, dx, dwte, 1, logits, &s->room, x, wte, targets, (real)0.1, BT, C, V);
+    classifier(losses_parts, dx_parts, dwte_parts, 1, logits, &s->room, x, wte, targets, (real)0.1, PART, C, V);
+    classifier(losses_parts + PART, dx_parts + PART * C, dwte_parts, 1, logits, &s->room, x + PART * C, wte, targets + PART,
                (real)0.1, BT - PART, C, V);
     EXPECT(!memcmp(losses, losses_parts, BT * sizeof(real)), "other losses in other chunks");
     EXPECT(!memcmp(dx, dx_parts, BT * C * sizeof(real)), "other gradients in other chunks");
