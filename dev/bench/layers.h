@@ -385,7 +385,7 @@ static void layer_rows(MeasureTable *t, Bench *b, Layers *s, Adam *a) {
         snprintf(t->row[i].shape, sizeof t->row[i].shape, "%zu x %zu x %zu", s->B, s->T, (i < 4 ? 1 : 4) * s->C);
     layer_row(t, b, "head, loss, gradients", flops, 6 * (double)s->head_BT * C * V, V, head_run, head_check, s);
     snprintf(t->row[t->n - 1].shape, sizeof t->row[0].shape, "%zu x %zu x %zu", s->head_BT, s->V, s->C);
-    layer_row(t, b, "norm and AdamW", memory, 9 * sizeof(real) * parameters, 16, adam_run, adam_check, a);
+    layer_row(t, b, "norm and AdamW", memory, 8 * sizeof(real) * parameters, 16, adam_run, adam_check, a);
     snprintf(t->row[t->n - 1].shape, sizeof t->row[0].shape, "%.1f M", 1e-6 * parameters);
 }
 
