@@ -95,6 +95,7 @@ typedef struct { real *a, *b; int bf16; } PackRoom;                // (M_BLOCK, 
 
 static inline size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
 static inline size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
+static inline size_t round_up(size_t n, size_t unit) { return strips(n, unit) * unit; }
 
 // The place in the residual stream of the t-th token of the rows that run a branch; t itself without a branch.
 static inline size_t token_place(const BranchPlan *on, size_t T, size_t t) {
@@ -505,8 +506,6 @@ typedef struct {                                         // one thread's room
 
 static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
 
-static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
-
 // to (n,W) = scale * from (n,HS), lines ld apart, with zeros in the columns after HS and in lines up to a multiple of PAD.
 static void load_lines(real *to, const real *from, size_t ld, real scale, size_t n, size_t HS, size_t W) {
     for (size_t i = 0; i < n; i++) {
@@ -776,10 +775,11 @@ static real softmax_loss(real *logits, int target, real grad, size_t V) {
             sums[j] += e;
         }
     real sum = vector_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; v < V; v++) {
-        const real e = exp_real(logits[v] - top);
-        if (grad != 0) logits[v] = e;
-        sum += e;
+    for (; v < V; v += LANES) {
+        const size_t n = at_most(V - v, LANES);
+        const Vector e = exp_lanes(vector_load_some(logits + v, n) - top);
+        if (grad != 0) vector_store_some(logits + v, e, n);
+        sum += vector_sum_some(e, n);
     }
     if (grad != 0) {
         const real scale = grad / sum;

@@ -61,63 +61,41 @@ static inline void vector_store_some(real *x, Vector v, size_t n) {
     memcpy(x, &v, n * sizeof(real));
 }
 
-// The sum of the lanes, in order.
-static inline real vector_sum(Vector v) {
+// The sum of the first n lanes, in order.
+static inline real vector_sum_some(Vector v, size_t n) {
     real all[LANES], sum = 0;
     memcpy(all, &v, sizeof all);
-    for (size_t j = 0; j < LANES; j++) sum += all[j];
+    for (size_t j = 0; j < n; j++) sum += all[j];
     return sum;
 }
+
+static inline real vector_sum(Vector v) { return vector_sum_some(v, LANES); }
 
 // ---- Exponential ----
 
 #ifdef REAL_DOUBLE
-static inline real exp_real(real x) { return exp(x); }
-static inline real sqrt_real(real x) { return sqrt(x); }
-#else
-static inline real sqrt_real(real x) { return sqrtf(x); }
-
-// e^x in a form that compilers vectorise, within 1.25 ulp for -87 <= x <= 88; 0 below, inf above, NaN for NaN, 1 for numbers
-// too small to matter, denormal or -0.
-// x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor polynomial of degree 7 (the remainder is below 2^-27).
-static inline real exp_real(real x) {
-    const float magic = 12582912.0f;                     // 1.5 * 2^23: adding it rounds to an integer
-    float t = x * 1.44269504f + magic, n = t - magic;
-    float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-    float p = 1.98412698e-4f;
-    p = p * r + 1.38888889e-3f;
-    p = p * r + 8.33333333e-3f;
-    p = p * r + 4.16666667e-2f;
-    p = p * r + 1.66666667e-1f;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    union { float f; uint32_t bits; } shift = {t}, y = {p};
-    y.bits += (shift.bits - 0x4B400000u) << 23;          // times 2^n
-    return x < -87.0f ? 0.0f : x <= 88.0f ? y.f : x + INFINITY;      // the last for NaN, too
-}
-#endif
-
-#ifdef REAL_DOUBLE
 typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));    // of a comparison: all bits or none
 static inline real log_real(real x) { return log(x); }
+static inline real sqrt_real(real x) { return sqrt(x); }
 #else
 typedef int32_t Mask __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
 static inline real log_real(real x) { return logf(x); }
+static inline real sqrt_real(real x) { return sqrtf(x); }
 #endif
 
 static inline ALWAYS_INLINE Vector select_lanes(Mask first, Vector a, Vector b) {
     return (Vector)(((Mask)a & first) | ((Mask)b & ~first));
 }
 
-// exp_real of each, for x <= 88: the same bits, in vectors since gcc would mask every line of that one.
+// e^x of each x <= 88, within 1.25 ulp from -87 on; 0 below, NaN for NaN, 1 for numbers too small to matter, denormal or -0.
+// x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor polynomial of degree 7 (the remainder is below 2^-27).
 static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
 #ifdef REAL_DOUBLE
     for (int l = 0; l < LANES; l++) x[l] = exp(x[l]);
     return x;
 #else
-    const Vector t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
+    const Vector t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;   // adding 1.5 * 2^23 rounds to an integer
     const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     Vector p = r * 1.98412698e-4f + 1.38888889e-3f;
     p = p * r + 8.33333333e-3f;

@@ -42,7 +42,7 @@ enum { ONLY_ALL, ONLY_MEMORY = 6, ONLY_TURNS };
 
 static const Case kernel_cases[] = {{"gpt2", 1, 1024}, {"small", 4, 256}};
 static const Case step_cases[] = {{"gpt2", 4, 256}, {"gpt2", 4, 64}, {"small", 4, 256}, {"tiny", 12, 64}};  // equal presets
-static const Case drop_cases[] = {{"small", 4, 256}};                                                // are neighbours
+static const Case drop_cases[] = {{"small", 2, 128}};                                                // are neighbours
 static const Case memory_cases[] = {{"gpt2", 4, 1024}, {"small", 8, 256}};
 #define CASES(all) all, sizeof all / sizeof all[0]
 
@@ -55,7 +55,7 @@ static const struct {                                    // in the order of --on
     {bench_matmul, CASES(kernel_cases), 10},
     {bench_layers, CASES(kernel_cases), 10},
     {bench_step,   CASES(step_cases),   4},
-    {bench_drop,   CASES(drop_cases),   4},
+    {bench_drop,   CASES(drop_cases),   12},
 };
 enum { N_TABLES = sizeof tables / sizeof tables[0] };
 
