@@ -16,8 +16,12 @@
 #ifdef _OPENMP
 #include <omp.h>
 static inline int team_size(void) { return omp_get_num_threads(); }
+static inline int team_most(void) { return omp_get_max_threads(); }
+static inline int team_member(void) { return omp_get_thread_num(); }
 #else
 static inline int team_size(void) { return 1; }
+static inline int team_most(void) { return 1; }
+static inline int team_member(void) { return 0; }
 #endif
 
 // ---- GELU, the tanh form (Hendrycks and Gimpel 2016): x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) ----
@@ -504,6 +508,8 @@ typedef struct {                                         // one thread's room
     real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // of each query
 } AttentionRoom;
 
+typedef struct { real *at; int threads; } AttentionRooms;         // AttentionRoom at[threads]: too large for some stacks
+
 static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
 
 // to (n,W) = scale * from (n,HS), lines ld apart, with zeros in the columns after HS and in lines up to a multiple of PAD.
@@ -657,17 +663,18 @@ static void attention_forward_block(real *y, real *lse, const real *q, Attention
     }
 }
 
-static void attention_forward(real *y, real *lse, const real *qkv, size_t n, size_t T, size_t C, size_t NH) {
+static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, const real *qkv, size_t n, size_t T, size_t C,
+                              size_t NH) {
     const size_t HS = C / NH;
-#pragma omp parallel
+#pragma omp parallel num_threads(rooms->threads)
     {
-        AttentionRoom room;
+        AttentionRoom *room = (AttentionRoom *)rooms->at + team_member();
 #pragma omp for collapse(3) schedule(dynamic)
         for (size_t row = 0; row < n; row++)
             for (size_t h = 0; h < NH; h++)
                 for (size_t i0 = 0; i0 < T; i0 += QUERIES)
                     attention_forward_block(y + row * T * C + h * HS, lse + (row * NH + h) * T,
-                                            qkv + row * T * 3 * C + h * HS, &room, i0, T, C, HS);
+                                            qkv + row * T * 3 * C + h * HS, room, i0, T, C, HS);
     }
 }
 
@@ -736,17 +743,17 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
 }
 
 // dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's.
-static void attention_backward(real *dqkv, const real *dy, const real *qkv, const real *y, const real *lse, size_t n,
-                               size_t T, size_t C, size_t NH) {
+static void attention_backward(real *dqkv, const AttentionRooms *rooms, const real *dy, const real *qkv, const real *y,
+                               const real *lse, size_t n, size_t T, size_t C, size_t NH) {
     const size_t HS = C / NH;
-#pragma omp parallel
+#pragma omp parallel num_threads(rooms->threads)
     {
-        AttentionRoom room;
+        AttentionRoom *room = (AttentionRoom *)rooms->at + team_member();
 #pragma omp for collapse(2) schedule(dynamic)
         for (size_t row = 0; row < n; row++)
             for (size_t h = 0; h < NH; h++) {
                 const size_t at = row * T * C + h * HS, at3 = row * T * 3 * C + h * HS;
-                attention_backward_head(dqkv + at3, dy + at, qkv + at3, y + at, lse + (row * NH + h) * T, &room, T, C, HS);
+                attention_backward_head(dqkv + at3, dy + at, qkv + at3, y + at, lse + (row * NH + h) * T, room, T, C, HS);
             }
     }
 }
@@ -839,6 +846,7 @@ struct Model {
     real *dwide, *dy, *dattn;                            // (B,T,4C) (B,T,C) (B,T,C)
     real *logits;                                        // (chunk,V)
     PackRoom pack;
+    AttentionRooms rooms;
     int last_B, last_T;                                  // of the last forward
 };
 
@@ -930,7 +938,7 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { real **at; size_t n; } Room;
-enum { N_ROOMS = 16, N_TRAINING_ROOMS = 4 };
+enum { N_ROOMS = 17, N_TRAINING_ROOMS = 4 };
 
 // All arrays of activations but those kept; the last are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
@@ -941,6 +949,7 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
         {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT}, {&m->losses, BT}, {&m->ln, BT * C},
         {&m->gelu, BT * 4 * C}, {&m->attn_out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
         {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K}, {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
+        {&m->rooms.at, (size_t)m->rooms.threads * (sizeof(AttentionRoom) / sizeof(real))},
         {&m->kept, 0},                                   // has its own size
         {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dattn, BT * C}, {&m->dwide, BT * 4 * C},
     };
@@ -962,6 +971,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->config = *config;
     m->args = *args;
     m->pack.bf16 = args->dtype == DTYPE_BF16;
+    m->rooms.threads = team_most();
     params_layout(m);
     params_chunks(m);
     for (int s = 0; s < (args->bound.rows > 0 ? 4 : 1); s++) m->slot[s] = room_new(m->n_params);
@@ -1039,7 +1049,7 @@ static void attention_branch_forward(Model *m, int l, const BranchPlan *b, Resul
     k->qkv = keep(m, nT * 3 * C), k->lse = keep(m, nT * NH), k->y = keep(m, nT * C);
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, rows_of(m, b), w.ln1w, w.ln1b, nT, T, C);
     matmul_forward(fresh(k->qkv, 3 * C, w.qkvb), &m->pack, m->ln, w.qkvw, nT, C, 3 * C);
-    attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH);
+    attention_forward(k->y, k->lse, &m->rooms, k->qkv, nT / T, T, C, NH);
     matmul_forward(out, &m->pack, k->y, w.attprojw, nT, C, C);
 }
 
@@ -1052,7 +1062,7 @@ static void attention_branch_backward(Model *m, int l, const BranchPlan *b, Matr
     const int add = gradient_add(m, l, ATTN, 1);
     real *dqkv = m->dwide, *dln = m->dy;
     matmul_backward(dy, dw.attprojw, add, dw.attprojb, &m->pack, dout, k->y, w.attprojw, nT, C, C);
-    attention_backward(dqkv, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH);
+    attention_backward(dqkv, &m->rooms, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH);
     layernorm_again(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     matmul_backward(fresh(dln, C, NULL), dw.qkvw, add, dw.qkvb, &m->pack, lines(dqkv, 3 * C), m->ln, w.qkvw, nT, C, 3 * C);
     layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w, nT, T, C);

@@ -57,12 +57,12 @@ static void layers_close(Layers *s) {
 
 static void attention_forward_run(void *arg) {
     const Layers *s = arg;
-    attention_forward(s->att, s->lse, s->qkv, s->B, s->T, s->C, s->NH);
+    attention_forward(s->att, s->lse, &s->room->rooms, s->qkv, s->B, s->T, s->C, s->NH);
 }
 
 static void attention_backward_run(void *arg) {
     const Layers *s = arg;
-    attention_backward(s->dqkv, s->dy, s->qkv, s->att, s->lse, s->B, s->T, s->C, s->NH);
+    attention_backward(s->dqkv, &s->room->rooms, s->dy, s->qkv, s->att, s->lse, s->B, s->T, s->C, s->NH);
 }
 
 static void layernorm_forward_run(void *arg) {
