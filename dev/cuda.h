@@ -25,7 +25,7 @@ static inline const char *cuda_hint(cudaError_t e) {
     case cudaErrorMemoryAllocation: return "\n  hint: a smaller --batch needs less memory";
 #ifndef CUDA_EMULATED
     case cudaErrorInsufficientDriver: return "\n  hint: the driver is older than this program's CUDA: update the driver";
-    case cudaErrorNoKernelImageForDevice: return "\n  hint: this program was not built for this GPU: make CUDA=1 GPU_ARCH=native";
+    case cudaErrorNoKernelImageForDevice: return "\n  hint: built for other GPUs than this: make CUDA=1 GPU_ARCH=native";
     case cudaErrorIllegalAddress:
     case cudaErrorMisalignedAddress:
     case cudaErrorLaunchFailure:
@@ -45,10 +45,10 @@ static inline void cublas_check(cublasStatus_t e, const char *call, const char *
 }
 #define CUBLAS_CHECK(call) cublas_check(call, #call, __FILE__, __LINE__)
 
-#define NCCL_CHECK(call)                                                                                             \
-    do {                                                                                                             \
-        const ncclResult_t nccl_result = (call);                                                                     \
-        if (nccl_result != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(nccl_result)); \
+#define NCCL_CHECK(call)                                                                                  \
+    do {                                                                                                  \
+        const ncclResult_t r_ = (call);                                                                   \
+        if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_));   \
     } while (0)
 
 // ---- Launches ----
@@ -185,7 +185,9 @@ static inline __device__ void cp_async16(void *shared, const void *global, bool 
 
 static inline __device__ void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-template <int N> static inline __device__ void cp_async_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+template <int N> static inline __device__ void cp_async_wait(void) {
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
 
 static inline __device__ uint32_t pack_bf16(float low, float high) {
     uint32_t pair;

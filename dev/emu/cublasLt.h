@@ -110,7 +110,8 @@ inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t 
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { delete p; return CUBLAS_STATUS_SUCCESS; }
 
 inline cublasStatus_t emu_lt_set(void *field, size_t size, const void *value, size_t bytes) {
-    if (!value || bytes != size) return emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "an attribute of %zu bytes set by %zu", size, bytes);
+    if (!value || bytes != size)
+        return emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "an attribute of %zu bytes set by %zu", size, bytes);
     memcpy(field, value, size);
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -144,7 +145,8 @@ inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l,
     }
     return emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "attribute %d of a layout", attribute);
 }
-inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t attribute,
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                                           cublasLtMatmulPreferenceAttributes_t attribute,
                                                            const void *value, size_t bytes) {
     switch (attribute) {
     EMU_SET(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, p->workspace);
@@ -161,28 +163,38 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
 // ---- What is supported ----
 
 inline size_t emu_lt_size(uint32_t type) { return type == CUDA_R_32F ? 4 : 2; }
-inline bool emu_lt_biased(uint32_t e) { return e == CUBLASLT_EPILOGUE_BIAS || e == CUBLASLT_EPILOGUE_GELU_BIAS || e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
-inline bool emu_lt_sums(uint32_t e) { return e == CUBLASLT_EPILOGUE_DGELU_BGRAD || e == CUBLASLT_EPILOGUE_BGRADA || e == CUBLASLT_EPILOGUE_BGRADB; }
-inline bool emu_lt_gelu(uint32_t e) { return e == CUBLASLT_EPILOGUE_GELU || e == CUBLASLT_EPILOGUE_GELU_BIAS || e == CUBLASLT_EPILOGUE_GELU_AUX || e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
-inline bool emu_lt_dgelu(uint32_t e) { return e == CUBLASLT_EPILOGUE_DGELU || e == CUBLASLT_EPILOGUE_DGELU_BGRAD; }
+inline bool emu_lt_biased(uint32_t e) {
+    return e == CUBLASLT_EPILOGUE_BIAS || e == CUBLASLT_EPILOGUE_GELU_BIAS || e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+}
+inline bool emu_lt_sums(uint32_t e) {                    // a bias gradient
+    return e == CUBLASLT_EPILOGUE_DGELU_BGRAD || e == CUBLASLT_EPILOGUE_BGRADA || e == CUBLASLT_EPILOGUE_BGRADB;
+}
+inline bool emu_lt_gelu(uint32_t e) { return e & 32; }
+inline bool emu_lt_dgelu(uint32_t e) { return e & 64; }
 inline bool emu_lt_aux(uint32_t e) { return e & 128; }
+inline bool emu_lt_known(uint32_t e) {
+    return e == CUBLASLT_EPILOGUE_DEFAULT || emu_lt_biased(e) || emu_lt_sums(e) || e == CUBLASLT_EPILOGUE_GELU ||
+           e == CUBLASLT_EPILOGUE_GELU_AUX || e == CUBLASLT_EPILOGUE_DGELU;
+}
 
 // What cublasLtMatmulAlgoGetHeuristic() can see: types, layouts, operations, the epilogue.
-inline cublasStatus_t emu_lt_check(const EmuDesc *d, const EmuLayout *a, const EmuLayout *b, const EmuLayout *c, const EmuLayout *y) {
+inline cublasStatus_t emu_lt_check(const EmuDesc *d, const EmuLayout *a, const EmuLayout *b, const EmuLayout *c,
+                                   const EmuLayout *y) {
     const cublasStatus_t invalid = CUBLAS_STATUS_INVALID_VALUE, unsupported = CUBLAS_STATUS_NOT_SUPPORTED;
     if (!d || !a || !b || !c || !y) return emu_lt_error(invalid, "a descriptor is NULL");
     for (const EmuLayout *l : {a, b, c, y}) {
         if (l->type != CUDA_R_32F && l->type != CUDA_R_16BF) return emu_lt_error(unsupported, "matrices of type %u", l->type);
         if (l->order != CUBLASLT_ORDER_COL) return emu_lt_error(unsupported, "matrices of order %d", l->order);
         if (!l->rows || !l->cols || l->ld < (int64_t)l->rows)
-            return emu_lt_error(invalid, "a matrix (%lu,%lu) of leading dimension %ld", (long)l->rows, (long)l->cols, (long)l->ld);
+            return emu_lt_error(invalid, "a matrix (%ld,%ld) of leading dimension %ld", (long)l->rows, (long)l->cols,
+                                (long)l->ld);
     }
     if (d->transa > CUBLAS_OP_T || d->transb > CUBLAS_OP_T) return emu_lt_error(unsupported, "operation C");
     const uint64_t m = d->transa ? a->cols : a->rows, k = d->transa ? a->rows : a->cols;
     const uint64_t n = d->transb ? b->rows : b->cols, k_of_b = d->transb ? b->cols : b->rows;
     if (k != k_of_b || m != y->rows || n != y->cols || c->rows != y->rows || c->cols != y->cols)
-        return emu_lt_error(invalid, "(%lu,%lu) times (%lu,%lu) to (%lu,%lu), C (%lu,%lu)", (long)m, (long)k, (long)k_of_b, (long)n,
-                            (long)y->rows, (long)y->cols, (long)c->rows, (long)c->cols);
+        return emu_lt_error(invalid, "(%ld,%ld) times (%ld,%ld) to (%ld,%ld), C (%ld,%ld)", (long)m, (long)k, (long)k_of_b,
+                            (long)n, (long)y->rows, (long)y->cols, (long)c->rows, (long)c->cols);
     const bool fp32 = a->type == CUDA_R_32F;
     const bool tf32 = d->compute == CUBLAS_COMPUTE_32F_FAST_TF32;
     if (d->scale != CUDA_R_32F || (d->compute != CUBLAS_COMPUTE_32F && !(tf32 && fp32)) || a->type != b->type ||
@@ -190,9 +202,8 @@ inline cublasStatus_t emu_lt_check(const EmuDesc *d, const EmuLayout *a, const E
         return emu_lt_error(unsupported, "types A %u B %u C %u D %u, scale %d, compute %d", a->type, b->type, c->type, y->type,
                             d->scale, d->compute);
     const uint32_t e = d->epilogue;
-    if (e != CUBLASLT_EPILOGUE_DEFAULT && !emu_lt_biased(e) && !emu_lt_sums(e) && !emu_lt_gelu(e) && !emu_lt_dgelu(e))
-        return emu_lt_error(unsupported, "epilogue %u", e);
-    // The manual's example of nvmath-python: "cuBLAS requires transposed B for BGRADB"; in the same way A is not, for BGRADA.
+    if (!emu_lt_known(e)) return emu_lt_error(unsupported, "epilogue %u", e);
+    // Examples of NVIDIA's nvmath-python: "cuBLAS requires transposed B for BGRADB"; so A is not transposed for BGRADA.
     if ((e == CUBLASLT_EPILOGUE_BGRADA && d->transa) || (e == CUBLASLT_EPILOGUE_BGRADB && !d->transb))
         return emu_lt_error(unsupported, "BGRADA with A transposed, or BGRADB with B not transposed");
     if ((emu_lt_biased(e) || emu_lt_sums(e)) && d->bias_type != -1 && d->bias_type != (int32_t)y->type)
@@ -200,15 +211,16 @@ inline cublasStatus_t emu_lt_check(const EmuDesc *d, const EmuLayout *a, const E
     if (emu_lt_aux(e) && ((d->aux_type != -1 && d->aux_type != (int32_t)y->type)))
         return emu_lt_error(unsupported, "an auxiliary matrix of type %d for D of type %u", d->aux_type, y->type);
     if (emu_lt_aux(e) && (d->aux_ld % 8 || d->aux_ld < (int64_t)y->rows))
-        return emu_lt_error(invalid, "an auxiliary matrix of leading dimension %ld for %lu rows", (long)d->aux_ld, (long)y->rows);
+        return emu_lt_error(invalid, "an auxiliary matrix of leading dimension %ld for %ld rows", (long)d->aux_ld,
+                            (long)y->rows);
     return CUBLAS_STATUS_SUCCESS;
 }
 
 // Two algorithms, which compute the same.
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
-                                                     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t y,
-                                                     cublasLtMatmulPreference_t p, int asked, cublasLtMatmulHeuristicResult_t *result,
-                                                     int *found) {
+                                                     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                                                     cublasLtMatrixLayout_t y, cublasLtMatmulPreference_t p, int asked,
+                                                     cublasLtMatmulHeuristicResult_t *result, int *found) {
     if (found) *found = 0;
     if (!h || h->open != EMU_LT_OPEN) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!p || !result || !found || asked < 1) return emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "no room for algorithms");
@@ -298,7 +310,7 @@ inline void emu_lt_run(const EmuProduct &p) {
 inline bool emu_lt_is_device(const char *what, const void *at, uint64_t cols, int64_t ld, uint64_t rows, uint32_t type) {
     const size_t size = emu_lt_size(type), bytes = ((cols - 1) * (size_t)ld + rows) * size;
     if (!at || (uintptr_t)at % size || !emu_is_device(at, bytes)) {
-        fprintf(stderr, "emulator: cuBLASLt: %s at %p: %zu bytes there are not device memory, or it is not aligned\n", what, at, bytes);
+        emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "%s at %p is not %zu bytes of device memory, aligned", what, at, bytes);
         return false;
     }
     return true;
@@ -307,7 +319,8 @@ inline bool emu_lt_is_device(const char *what, const void *at, uint64_t cols, in
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d, const void *alpha, const void *a,
                                      cublasLtMatrixLayout_t la, const void *b, cublasLtMatrixLayout_t lb, const void *beta,
                                      const void *c, cublasLtMatrixLayout_t lc, void *y, cublasLtMatrixLayout_t ly,
-                                     const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes, cudaStream_t stream) {
+                                     const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
+                                     cudaStream_t stream) {
     if (!h || h->open != EMU_LT_OPEN) return CUBLAS_STATUS_NOT_INITIALIZED;
     const cublasStatus_t s = emu_lt_check(d, la, lb, lc, ly), invalid = CUBLAS_STATUS_INVALID_VALUE;
     if (s != CUBLAS_STATUS_SUCCESS) return s;

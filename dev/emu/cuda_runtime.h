@@ -246,7 +246,9 @@ inline cudaError_t emu_release(void *p, bool device) {
 inline cudaError_t cudaMalloc(void **p, size_t bytes) { return emu_allocate(p, bytes, true); }
 inline cudaError_t cudaMallocHost(void **p, size_t bytes) { return emu_allocate(p, bytes, false); }
 template <class T> inline cudaError_t cudaMalloc(T **p, size_t bytes) { return emu_allocate((void **)(void *)p, bytes, true); }
-template <class T> inline cudaError_t cudaMallocHost(T **p, size_t bytes) { return emu_allocate((void **)(void *)p, bytes, false); }
+template <class T> inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
+    return emu_allocate((void **)(void *)p, bytes, false);
+}
 inline cudaError_t cudaFree(void *p) { return emu_release(p, true); }
 inline cudaError_t cudaFreeHost(void *p) { return emu_release(p, false); }
 inline cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
@@ -311,7 +313,9 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithFlags(s, cudaStreamDefault); }
-inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int) { return cudaStreamCreateWithFlags(s, flags); }
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int) {
+    return cudaStreamCreateWithFlags(s, flags);
+}
 inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = *greatest = 0; return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     if (!emu_is_stream(s)) return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
@@ -364,22 +368,25 @@ inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t
 
 // ---- Copies ----
 
-typedef enum { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault } cudaMemcpyKind;
+typedef enum {
+    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
+} cudaMemcpyKind;
 
 // What is wrong with one end of a copy, or NULL.
 inline const char *emu_copy_error(const void *p, size_t bytes, bool device) {
     uintptr_t from = 0;
     const EmuMemory *m = bytes ? emu_memory_at(p, &from) : NULL;
-    if (device) return !bytes || emu_is_device(p, bytes) ? NULL : m && m->device ? "runs out of its allocation" : "is not device memory";
+    if (device && (!bytes || emu_is_device(p, bytes))) return NULL;
+    if (device) return m && m->device ? "runs out of its allocation" : "is not device memory";
     if (m && (uintptr_t)p == from + m->bytes) m = NULL;  // begins where another's ends
     if (!m) return NULL;
     return m->device ? "is device memory" : (uintptr_t)p - from + bytes > m->bytes ? "runs out of its allocation" : NULL;
 }
 
 inline cudaError_t emu_copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t s, bool wait) {
-    const bool infer = kind == cudaMemcpyDefault;
-    const bool to_device = infer ? emu_is_device(to, bytes) : kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    const bool from_device = infer ? emu_is_device(from, bytes) : kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (kind == cudaMemcpyDefault) to_device = emu_is_device(to, bytes), from_device = emu_is_device(from, bytes);
     const char *wrong = emu_copy_error(to, bytes, to_device);
     if (wrong) return emu_error(cudaErrorInvalidValue, "a copy of %zu bytes to %p, which %s", bytes, to, wrong);
     if ((wrong = emu_copy_error(from, bytes, from_device)))
@@ -409,7 +416,9 @@ inline cudaError_t cudaMemset(void *to, int byte, size_t bytes) { return cudaMem
 
 // ---- Launches ----
 
-typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 } cudaFuncAttribute;
+typedef enum {
+    cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9
+} cudaFuncAttribute;
 
 inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute attribute, int value) {
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > (int)EMU_SHARED_LIMIT)
@@ -421,10 +430,11 @@ inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute attribut
 template <class T> inline void emu_check_argument(const char *, int, const T &) {}
 template <class T> inline void emu_check_argument(const char *kernel, int i, T *const &p) {
     const EmuMemory *m = p ? emu_memory_at((const void *)p, NULL) : NULL;
-    if (p && !(m && m->device)) emu_fail("kernel %s: its argument %d, %p, does not point to device memory", kernel, i, (const void *)p);
+    if (p && !(m && m->device))
+        emu_fail("kernel %s: its argument %d, %p, does not point to device memory", kernel, i, (const void *)p);
 }
 
-// Whether CUDA would take these sizes (CUDA C++ Programming Guide, "Compute Capabilities", table of technical specifications).
+// Whether CUDA would take these sizes (CUDA C++ Programming Guide, "Compute Capabilities", technical specifications).
 inline cudaError_t emu_launch_check(const char *kernel, dim3 grid, dim3 block, size_t shared) {
     const uint64_t threads = (uint64_t)block.x * block.y * block.z;
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)

@@ -132,7 +132,7 @@ struct EmuCore {
     EmuFiber home, *fiber, *idle[EMU_LANES + 1];         // the host's own stack; the running one; those at rest
     unsigned idles;
     char *shared_base, *shared;
-    size_t shared_bytes;
+    size_t shared_bytes, shared_room;                    // of this launch; of the memory at hand
 };
 
 inline thread_local EmuCore *emu_core = NULL;            // NULL: no kernel has run on this thread of the host
@@ -291,9 +291,9 @@ extern "C" __attribute__((noreturn)) inline void emu_fiber_begin(void) {
 inline EmuFiber *emu_fiber_new(void) {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
     EmuFiber *f = (EmuFiber *)calloc(1, sizeof *f);
-    char *memory = (char *)mmap(NULL, page + EMU_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (!f || memory == (char *)MAP_FAILED || mprotect(memory, page, PROT_NONE)) emu_fail("no memory for the stack of a thread");
-    f->stack = memory + page, f->size = EMU_STACK;
+    void *memory = mmap(NULL, page + EMU_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!f || memory == MAP_FAILED || mprotect(memory, page, PROT_NONE)) emu_fail("no memory for the stack of a thread");
+    f->stack = (char *)memory + page, f->size = EMU_STACK;   // below it a page that cannot be touched
 #if EMU_FRAME_WORDS
     void **frame = (void **)(void *)(f->stack + f->size) - EMU_FRAME_WORDS;
     frame[EMU_FRAME_RETURN] = (void *)(uintptr_t)emu_fiber_begin;
@@ -347,7 +347,7 @@ inline void emu_collect(const char *what, unsigned mask, void *operand, void (*s
     const unsigned warp = (unsigned)(l - c->lanes) / 32, bit = 1u << (l - c->lanes) % 32;
     EmuWarp *w = &c->warp[warp];
     if (!(mask & bit)) emu_fail("%s at %s:%d: mask %08x lacks the calling lane", what, file, line, mask);
-    if (mask & ~w->all) emu_fail("%s at %s:%d: mask %08x names lanes that this warp lacks (%08x)", what, file, line, mask, w->all);
+    if (mask & ~w->all) emu_fail("%s at %s:%d: mask %08x, but this warp has only %08x", what, file, line, mask, w->all);
     emu_stand(l, EMU_WARP, what, mask, file, line);
     l->operand = operand;
     w->waiting |= bit;
@@ -443,13 +443,13 @@ inline void emu_check_alignment(const void *p, const char *what) {
 }
 
 // Shared memory of exactly this size: under AddressSanitizer it is on the heap, otherwise guard bytes stand around it.
-inline void emu_shared_open(EmuCore *c, size_t bytes) {
-    const size_t guard = EMU_GUARD_BYTES;
-    if (!c->shared_base || c->shared_bytes != bytes) {
+inline void emu_shared_open(EmuCore *c) {
+    const size_t guard = EMU_GUARD_BYTES, bytes = c->shared_bytes;
+    if (!c->shared_base || c->shared_room != bytes) {
         free(c->shared_base);
         void *p = NULL;
         if (posix_memalign(&p, 128, bytes + 2 * guard + !bytes)) emu_fail("no memory for %zu bytes of shared memory", bytes);
-        c->shared_base = (char *)p, c->shared = c->shared_base + guard, c->shared_bytes = bytes;
+        c->shared_base = (char *)p, c->shared = c->shared_base + guard, c->shared_room = bytes;
         memset(c->shared_base, EMU_GUARD, bytes + 2 * guard);
     }
     memset(c->shared, EMU_POISON, bytes);
@@ -474,19 +474,10 @@ inline EmuCore *emu_core_open(void) {
 }
 
 inline void emu_run_block(EmuCore *c) {
-    for (unsigned i = 0; i < c->threads; i++) {
-        EmuLane *l = &c->lanes[i];
-        l->index.x = i % blockDim.x, l->index.y = i / blockDim.x % blockDim.y, l->index.z = i / blockDim.x / blockDim.y;
-        l->state = EMU_NEW, l->copies = l->group = l->mask = 0, l->line = 0;
-    }
-    for (unsigned w = 0; w < c->warps; w++) {
-        const unsigned lanes = c->threads - 32 * w;
-        c->warp[w].all = lanes >= 32 ? EMU_FULL : (1u << lanes) - 1;
-        c->warp[w].waiting = 0;
-    }
+    for (unsigned i = 0; i < c->threads; i++) c->lanes[i].state = EMU_NEW, c->lanes[i].group = 0;
     c->lane = NULL, c->done = 0, c->warps_ready = 0;
     c->at_barrier = c->threads;                          // as if they all came from a barrier: emu_next makes them ready
-    emu_shared_open(c, c->shared_bytes);
+    emu_shared_open(c);
     c->fiber = &c->home;
     emu_become(c, emu_next(c));
     emu_run_lanes(c);
@@ -505,7 +496,16 @@ inline void emu_run_grid(const char *kernel, dim3 grid, dim3 block, size_t share
     while (std::gcd(step, blocks) != 1) step++;
     c->kernel = kernel, c->body = &body;
     c->threads = block.x * block.y * block.z, c->warps = (c->threads + 31) / 32;
-    emu_shared_open(c, shared);
+    c->shared_bytes = shared;
+    for (unsigned i = 0; i < c->threads; i++) {
+        EmuLane *l = &c->lanes[i];
+        l->index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+        l->copies = 0;
+    }
+    for (unsigned w = 0; w < c->warps; w++) {
+        c->warp[w].all = c->threads - 32 * w >= 32 ? EMU_FULL : (1u << c->threads % 32) - 1;
+        c->warp[w].waiting = 0;
+    }
     emu_in_kernel = true;
     gridDim = grid, blockDim = block;
     for (uint64_t i = 0; i < blocks; i++) {

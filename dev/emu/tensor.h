@@ -11,7 +11,8 @@ inline void emu_check_shared(const void *p, const char *what, const char *file, 
     const uintptr_t at = (uintptr_t)p, from = (uintptr_t)c->shared;
     if (at % 16) emu_fail("%s at %s:%d: address %p is not a multiple of 16", what, file, line, p);
     if (at < from || at + 16 > from + c->shared_bytes)
-        emu_fail("%s at %s:%d: address %p is outside of the block's %zu bytes of shared memory", what, file, line, p, c->shared_bytes);
+        emu_fail("%s at %s:%d: address %p is not in the block's %zu bytes of shared memory", what, file, line, p,
+                 c->shared_bytes);
 }
 
 // ---- Tensor cores ----
