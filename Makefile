@@ -88,7 +88,7 @@ LIBS     := -lm
 TOOLS    := compare generate evaluate
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes
 GPU_PROGRAMS := $(B)/train_gpt_cuda $(TOOLS:%=$(B)/%_cuda)
-HEADERS  := $(wildcard dev/*.h)
+HEADERS  := $(filter-out dev/cuda.h,$(wildcard dev/*.h))   # cuda.h is for nvcc, or for dev/emu
 
 all: choices $(PROGRAMS) $(if $(filter 1,$(CUDA)),$(GPU_PROGRAMS))
 

@@ -183,7 +183,7 @@ static void product_describe(const Gpu *g, Product *p, const Result *y) {
     const ProductKey *k = &p->key;
     const int number = g->half ? CUDA_R_16BF : CUDA_R_32F;
     const cublasOperation_t no = CUBLAS_OP_N, yes = CUBLAS_OP_T;
-    const cublasLtEpilogue_t epilogue = (cublasLtEpilogue_t)k->epilogue;
+    const cublasLtEpilogue_t epilogue = p->fused ? (cublasLtEpilogue_t)k->epilogue : CUBLASLT_EPILOGUE_DEFAULT;
     const cudaDataType bias = (cudaDataType)number;
     const int64_t ld = (int64_t)k->ldy;
     CUBLAS_CHECK(cublasLtMatmulDescCreate(&p->what, g->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
@@ -191,9 +191,8 @@ static void product_describe(const Gpu *g, Product *p, const Result *y) {
     SET_OF_PRODUCT(p, TRANSA, *(k->b_turned ? &yes : &no));
     SET_OF_PRODUCT(p, TRANSB, *(k->a_turned ? &yes : &no));
     SET_OF_PRODUCT(p, EPILOGUE, epilogue);
-    p->fused = 1;
-    if (y->bias) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
-    if (y->gelu || y->h) SET_OF_PRODUCT(p, EPILOGUE_AUX_LD, ld);
+    if (p->fused && y->bias) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
+    if (p->fused && (y->gelu || y->h)) SET_OF_PRODUCT(p, EPILOGUE_AUX_LD, ld);
     product_pointers(p, y);
     p->b = k->b_turned ? product_layout(number, k->K, k->N, k->ldb) : product_layout(number, k->N, k->K, k->ldb);
     p->a = k->a_turned ? product_layout(number, k->M, k->K, k->lda) : product_layout(number, k->K, k->M, k->lda);
@@ -309,6 +308,7 @@ static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Mat
     Product *p = &g->product[g->n_products++];
     memset(p, 0, sizeof *p);
     p->key = key;
+    p->fused = !((y->gelu || y->h) && y->ld % 8);        // cublasLt.h asks that of the matrix h, EPILOGUE_AUX_LD
     product_describe(g, p, y);
     if (product_choose(g, p, a, b)) return p;
     const cublasLtEpilogue_t none = CUBLASLT_EPILOGUE_DEFAULT;
