@@ -212,7 +212,7 @@ void test_emu_barrier_divergent(void) {
     static const struct { int how; const char *part; } wrong[] = {
         {EXIT_EARLY, "is met by 63 of the block's 64 threads"}, {SOME_ONLY, "__syncthreads at"},
         {OTHER_PLACE, "while others of the block are in the one of line"}, {ONE_LOOP_MORE, "__syncthreads at"},
-        {BARRIER_AND_SHUFFLE, "__shfl_xor_sync at"}};
+        {BARRIER_AND_SHUFFLE, "__syncthreads at"}};
     for (auto w : wrong) EXPECT_EXIT(1, w.part, run_divergent, &w.how);
     int how = EXIT_EARLY;
     EXPECT_EXIT(1, "kernel divergent, block (", run_divergent, &how);
