@@ -95,7 +95,7 @@ all: choices $(PROGRAMS) $(if $(filter 1,$(CUDA)),$(GPU_PROGRAMS))
 choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
 	@echo "numbers:  $(REAL), instructions: $(or $(FAT_CHOICE),$(ARCH),the compiler's default)"
-	@$(if $(filter 1,$(CUDA)),echo "GPU:      $$($(NVCC) --version | tail -n 1), for compute capability $(GPU_ARCH)")
+	@[ "$(CUDA)" != 1 ] || echo "GPU:      $$($(NVCC) --version | tail -n 1), for compute capability $(GPU_ARCH)"
 	@echo "threads:  $(if $(OMP),OpenMP,none (OPENMP=0, or a compiler without OpenMP): every step takes as long as on one core)"
 
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
