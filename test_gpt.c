@@ -12,6 +12,7 @@
 #include "dev/test/test.h"
 #include "dev/test/test_checkpoint.h"
 #include "dev/test/test_compare.h"
+#include "dev/test/test_cuda.h"
 #include "dev/test/test_drop_path.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
@@ -46,6 +47,9 @@ static const Test tests[] = {
     ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
+#ifdef CUDA_EMULATED
+    CUDA_TESTS(X)
+#endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X)
 #undef X
 };

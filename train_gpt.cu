@@ -35,7 +35,11 @@ typedef struct {
     int n_products, room_products;
 } Gpu;
 
-enum { WARP = 32, WORKSPACE = 32 << 20, PARTIAL = 512, CHANNELS_MAX = 12288 };   // channels: two lines in shared memory
+#ifndef WORKSPACE_BYTES
+#define WORKSPACE_BYTES (32 << 20)                       // NVIDIA's advice for compute capability 9.0
+#endif
+enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES, PARTIAL = 512, CHANNELS_MAX = 12288 };  // channels: two lines of them fit into
+                                                                                       // shared memory
 
 static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
 static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
