@@ -19,6 +19,9 @@
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
 #include "dev/test/test_options.h"
+#ifdef CUDA_EMULATED
+#include "dev/test/test_parity.h"
+#endif
 #include "dev/test/test_rng.h"
 #include "dev/test/test_safetensors.h"
 #include "dev/test/test_sample.h"
@@ -48,7 +51,7 @@ static const Test tests[] = {
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef CUDA_EMULATED
-    CUDA_TESTS(X)
+    CUDA_TESTS(X) PARITY_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X)
 #undef X
