@@ -1042,7 +1042,8 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
         {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N}, {(void **)&m->lnf_rstd, BT * one},
         {(void **)&m->losses, BT * one}, {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
         {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) * padded_vocabulary(V) * N},
-        {(void **)&m->token_logits, V * one}, {(void **)&m->gpu.partial, PARTIAL * C * one}, {(void **)&m->gpu.sum, 4 * C * one},
+        {(void **)&m->token_logits, V * one}, {(void **)&m->gpu.partial, PARTIAL * C * one},
+        {(void **)&m->gpu.sum, 4 * C * one},
         {(void **)&m->kept, 0},                          // has its own size
         {(void **)&m->dx, BT * C * one}, {&m->dy, BT * C * N}, {&m->dout, BT * C * N}, {&m->dwide, BT * 4 * C * N},
         {(void **)&m->inner, heads}, {&m->redo, again * (BT * 4 * C * N + ALIGN)}, {(void **)&m->lse, again * heads},
