@@ -56,11 +56,24 @@ ARCH           := -march=x86-64
 ENGINES        := $(FAT_ENGINES:%=$(B)/engine_%.o) $(B)/engines.o
 endif
 
+# C++ is for the tests that run the GPU engine where there is no GPU, on dev/emu: the C compiler's own, if it has C++17.
+ifeq ($(origin CXX),default)
+CXX := $(CC)
+endif
+cxx_probe = $(shell printf '\043include <vector>\nint main() { std::vector<int> v(1); return v[0]; }\n' | \
+              $(CXX) -std=c++17 -x c++ - -o /dev/null $(1) 2>/dev/null && echo '$(1)')
+CXX_LIB   := $(or $(call cxx_probe,-lstdc++),$(call cxx_probe,-lc++))
+EMU       := $(if $(CXX_LIB),$(B)/test_emu.o)
+
 CFLAGS   ?= -O3 -g
 WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(call probe,-Wpass-failed),-Wno-pass-failed))
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
             $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 LIBS     := -lm
+# No contraction: on every compiler the sums are those that the code says.
+EMU_FLAGS := -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing $(WARNINGS) \
+             -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. \
+             $(if $(SAN),-fsanitize=$(SAN) -fno-sanitize=vptr -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 
 TOOLS    := compare generate evaluate
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes
@@ -71,18 +84,21 @@ all: choices $(PROGRAMS)
 choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
 	@echo "numbers:  $(REAL), instructions: $(or $(FAT_CHOICE),$(ARCH),the compiler's default)"
+	@echo "C++:      $(if $(EMU),$(CXX),no compiler: the tests leave out the GPU engine)"
 	@echo "threads:  $(if $(OMP),OpenMP,none (OPENMP=0, or a compiler without OpenMP): every step takes as long as on one core)"
 
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
 $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_BASE).o,$(ENGINES)))
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
 $(B)/data_bytes: data/bytes.c
-$(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o)
+$(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
+$(B)/test_gpt: TEST_FLAGS := $(if $(EMU),-DCUDA_EMULATED)
+$(B)/test_gpt: LIBS += $(if $(EMU),$(CXX_LIB))
 $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
 $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $(FAT_$(@F)) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
+	$(CC) $(FLAGS) $(FAT_$(@F)) $(TEST_FLAGS) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
 $(filter $(B)/engine_%.o,$(ENGINES)): $(B)/engine_%.o: train_gpt.c
 	@mkdir -p $(@D)
@@ -95,6 +111,10 @@ $(B)/engines.o: dev/engines.c
 $(B)/engine_no_pairs.o:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -MMD -MF $@.d -DENGINE_ONLY -DNO_PAIRS -DCPU_ENGINE=no_pairs_engine -c $< -o $@
+
+$(B)/test_emu.o: dev/test/test_emu.cu
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d -c $< -o $@
 
 $(B)/bench: dev/bench/bench.c                            # includes train_gpt.c, to reach its kernels
 	$(if $(FAT_ENGINES),$(error bench measures the one engine that is compiled into it: MARCH=x86-64-v3 instead of FAT=1))
@@ -121,6 +141,9 @@ headers:
 	    echo "#include \"$$h\"" | $(CC) -std=c11 -Wall -Wextra -Werror -I. -fsyntax-only -x c - || exit 1; \
 	    echo "#include \"$$h\"" | $(CC) -std=c++17 -Wall -Wextra -Werror -I. -fsyntax-only -x c++ - || exit 1; \
 	done; echo "headers: $(words $(HEADERS)) compile alone as C11 and as C++17"
+	@[ -z "$(EMU)" ] || for h in cublasLt.h cuda_bf16.h cuda_runtime.h simt.h tensor.h ../cuda.h; do \
+	    echo "#include \"dev/emu/$$h\"" | $(CXX) $(EMU_FLAGS) -Werror -fsyntax-only - || exit 1; \
+	done
 
 # Of a fat build: each engine's instructions are in its object alone.
 instructions: $(PROGRAMS) $(B)/test_gpt

@@ -13,6 +13,7 @@
 #include "dev/test/test_checkpoint.h"
 #include "dev/test/test_compare.h"
 #include "dev/test/test_drop_path.h"
+#include "dev/test/test_emu.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
 #include "dev/test/test_json.h"
@@ -36,7 +37,7 @@ typedef struct { const char *name; void (*run)(void); int engines; } Test;
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
     RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X) SCHEDULE_TESTS(X)
-    STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X)
+    STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
     ENGINE_TESTS(X)
