@@ -73,7 +73,8 @@ LIBS     := -lm
 # No contraction: on every compiler the sums are those that the code says.
 EMU_FLAGS := -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing $(WARNINGS) \
              -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. \
-             $(if $(SAN),-fsanitize=$(SAN) -fno-sanitize=vptr -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
+             $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fno-sanitize=vptr \
+             $(call probe,-fno-sanitize=function))       # these two need a C++ linker
 
 TOOLS    := compare generate evaluate
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes
