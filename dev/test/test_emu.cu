@@ -678,7 +678,8 @@ static cublasStatus_t multiply(const Product *p, Operands *o) {
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&lb, in, p->transb ? n : k, p->transb ? k : n, o->ldb));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&lc, out, m, n, o->ldc));
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
-    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room,
+                                                      sizeof room));
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, d, la, lb, lc, lc, preference, 3, found, &count);
     if (status == CUBLAS_STATUS_SUCCESS) {
         EXPECT(count == 2, "%d algorithms", count);
