@@ -104,7 +104,7 @@ template <class N, int W>
 static __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, const void *h, size_t n, size_t columns) {
     const size_t i = thread_index() * W;
     if (i >= n) return;
-    Floats<W> v = load<N, W>(y, i), g;
+    Floats<W> v = load<N, W>(y, i), g = v;
     if (bias) {
         const Floats<W> b = load<N, W>(bias, i % columns);
         for (int k = 0; k < W; k++) v.x[k] += b.x[k];
