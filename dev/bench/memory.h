@@ -50,7 +50,7 @@ static double bytes_together(const EngineMemory *m) {
 static void memory_step(MemoryStep *out, const Case *c, int dtype, double rate) {
     const GptConfig config = gpt_preset(c->preset)->config;
     const DropPath policy = {.layers = config.L, .steps = 1, .p_max = rate};
-    EngineArgs args = {c->B, c->T, 0, dtype, {0, 0, 0}};
+    EngineArgs args = {c->B, c->T, 0, dtype, {0, 0, 0}, RECOMPUTE_GELU};
     struct rusage usage;
     Step s;
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);

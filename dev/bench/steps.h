@@ -18,7 +18,7 @@ typedef struct {
 
 // A model with initial weights, for steps of at most B rows of T tokens.
 static Model *step_model(const GptConfig *c, int B, int T, int dtype) {
-    const EngineArgs args = {B, T, 0, dtype, {B * c->L, B * c->L, BRANCHES * B * c->L}};
+    const EngineArgs args = {B, T, 0, dtype, {B * c->L, B * c->L, BRANCHES * B * c->L}, RECOMPUTE_GELU};
     Model *m = cpu_engine.open(c, &args);
     engine_init_weights(&cpu_engine, m, c, 1);
     return m;
@@ -182,7 +182,7 @@ static void drop_rows(DropRow *rows, int layers, int rounds) {
 // Bytes of activations that an engine sets aside which is opened for no more than the policy can ask for.
 static double drop_bound(const DropRow *r, const Case *c, const GptConfig *config, int dtype) {
     EngineMemory memory;
-    EngineArgs args = {c->B, c->T, 0, dtype, {0, 0, 0}};
+    EngineArgs args = {c->B, c->T, 0, dtype, {0, 0, 0}, RECOMPUTE_GELU};
     DropPath policy = r->policy;
     policy.steps = 1;                                    // all are alike
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
