@@ -60,7 +60,7 @@ CFLAGS   ?= -O3 -g
 WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(call probe,-Wpass-failed),-Wno-pass-failed))
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
             $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
-LIBS     := -lm
+LIBS     := -lm -pthread
 
 TOOLS    := compare generate evaluate
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes

@@ -395,7 +395,7 @@ static const CommTimes comm_times = {300, 3, 30};                  // longest si
 
 typedef struct CommLinks CommLinks;                      // what changes behind a const Comm
 
-typedef struct {
+typedef struct Comm {
     int rank, world, local_rank;
     CommLinks *links;                                    // NULL when alone
 } Comm;

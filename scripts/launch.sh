@@ -27,7 +27,10 @@ case $n in ''|*[!0-9]*|0*) usage ;; esac
 
 # Ports below those that the system hands out for outgoing connections (32768 on Linux), that nobody listens on.
 random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
-taken() { [ -r /proc/net/tcp ] && cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -q ":$(printf %04X "$1") [0-9A-F]*:0000 0A"; }
+taken() {
+    [ -r /proc/net/tcp ] || return 1                     # elsewhere: rank 0 will say so
+    cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -q ":$(printf %04X "$1") [0-9A-F]*:0000 0A"
+}
 while
     MASTER_PORT=$((20000 + 0x$(random 2) % 12000))
     taken "$MASTER_PORT"
