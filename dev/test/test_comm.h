@@ -556,7 +556,7 @@ static void test_ranks_killed(void) {
     const char *dir = test_directory(), *data = trainer_test_data();
     char *line = xprintf("{ while ! [ -e %s/out/latest ]; do sleep 0.05; done; kill -9 $(cat %s/pid); } & "
                          "scripts/launch.sh -n 3 sh -c '[ $RANK = 1 ] && echo $$ > %s/pid; exec %s/train_gpt --train "
-                         "\"%s/data/train_*.bin\" " TRAINER_TEST_RUN " --total-batch 192 --steps 1000000000 --save-every 2 "
+                         "\"%s/data/train_*.bin\" " TRAINER_TEST_RUN " --total-batch 192 --steps 3000000 --save-every 2 "
                          "--keep 2 --log-every 1000000 --out %s/out'", dir, dir, dir, test_build(), data, dir);
     ToolRun r = shell_run(line);
     EXPECT(r.code == 137, "exit code %d", r.code);
