@@ -269,7 +269,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     memset(&args, 0, sizeof args);
     args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = o->dtype;
     args.bound = trainer_memory_bound(tr);
-    args.comm = comm, args.zero = (int)o->zero, args.reduce_fp32 = o->reduce_fp32;
+    args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
