@@ -886,7 +886,8 @@ static void test_engine_bf16_threads(void) {
     free(want);
 }
 
-// Evaluation gives a row the same bits whatever rows are beside it: it does not depend on the batch size.
+// Evaluation gives a row the same losses whatever rows are beside it: to the bit where the engine promises so, else within
+// rounding.
 static void test_engine_any_batch(void) {
     for (int dtype = DTYPE_FP32; dtype <= DTYPE_BF16; dtype++) {
         Rig r = rig_open_dtype(small_config, 5, SMALL_T, 1, dtype);
@@ -897,8 +898,12 @@ static void test_engine_any_batch(void) {
                 plan_force(&r.plan, FULL, batch);
                 test_engine->forward(r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
                 test_engine->losses(r.model, got);
-                EXPECT(!memcmp(got, want + row * r.T, (size_t)(batch * r.T) * sizeof(real)),
-                       "dtype %d: %d rows from %d: other bits", dtype, batch, row);
+                if (test_engine->any_batch)
+                    EXPECT(!memcmp(got, want + row * r.T, (size_t)(batch * r.T) * sizeof(real)),
+                           "dtype %d: %d rows from %d: other bits", dtype, batch, row);
+                for (int i = 0; i < batch * r.T; i++)
+                    EXPECT_CLOSE(got[i], want[row * r.T + i], rounding(4 * r.c.C) * (dtype == DTYPE_BF16 ? 1 << 16 : 1) *
+                                 (1 + fabs((double)got[i])), "a row among others");
             }
         free(want), free(got);
         rig_close(&r);
