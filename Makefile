@@ -70,7 +70,10 @@ GPU_CODE   = $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
              $(foreach a,$(lastword $(GPU_ARCH)),-gencode arch=compute_$(a),code=compute_$(a))
 NVCCFLAGS ?= -O3 -lineinfo
 GPU_FLAGS  = -std=c++17 $(NVCCFLAGS) $(GPU_CODE) -Xcompiler -Wall,-Wextra $(if $(OMP),-Xcompiler $(OMP))
-GPU_LIBS  := -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt -lm
+NCCL_TEST := printf '\#include <nccl.h>\nint main() { ncclUniqueId id; return ncclGetUniqueId(&id); }\n'
+NCCL      ?= $(shell $(NCCL_TEST) | $(NVCC) -x cu - -o /dev/null -lnccl 2>/dev/null && echo 1)
+GPU_FLAGS += $(if $(filter 1,$(NCCL)),,-DNO_NCCL)
+GPU_LIBS   = -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt $(if $(filter 1,$(NCCL)),-lnccl) -lm -lpthread
 
 cxx_probe = $(shell echo 'int main() { return 0; }' | $(1) -x c++ - -o /dev/null 2>/dev/null && echo 1)
 ifneq ($(REAL)$(FAT),float0)
