@@ -13,12 +13,19 @@
 #include "dev/test/test_checkpoint.h"
 #include "dev/test/test_comm.h"
 #include "dev/test/test_compare.h"
+#include "dev/test/test_cuda.h"
 #include "dev/test/test_drop_path.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
+#ifdef CUDA_EMULATED
+#include "dev/test/test_nccl.h"
+#endif
 #include "dev/test/test_options.h"
+#ifdef CUDA_EMULATED
+#include "dev/test/test_parity.h"
+#endif
 #include "dev/test/test_rng.h"
 #include "dev/test/test_safetensors.h"
 #include "dev/test/test_sample.h"
@@ -47,6 +54,9 @@ static const Test tests[] = {
     ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
+#ifdef CUDA_EMULATED
+    CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
+#endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X) COMM_TESTS(X)
 #undef X
 };

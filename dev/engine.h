@@ -33,7 +33,7 @@ typedef struct {
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
     int recompute;                                       // RECOMPUTE_*
     const Comm *comm;                                    // the ranks that train this model together; NULL: alone
-    int zero;                                            // 1: each rank keeps the moments and master weights of its share
+    int zero;                                            // 1: each rank keeps the moments of its share of the weights
     int reduce_fp32;                                     // gradients are summed over the ranks in fp32, whatever the dtype
 } EngineArgs;
 

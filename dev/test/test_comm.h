@@ -407,24 +407,28 @@ static void test_comm_ranks_disagree(void) {
 
 // ---- Whole runs, as a user starts them ----
 
-// The launcher with n ranks of a command line in which $RANK stands for the rank.
-static inline ToolRun PRINTF_LIKE(2, 3) ranks_run(int n, const char *format, ...) {
+// The launcher with n ranks of a command line in which $RANK stands for the rank; `program` may begin with variables.
+static inline ToolRun PRINTF_LIKE(3, 4) program_run(const char *program, int n, const char *format, ...) {
     int length;
     va_list args;
     va_start(args, format);
     char *options = xprintf_v(&length, format, args);
     va_end(args);
     const char *data = trainer_test_data();
-    char *line = xprintf("scripts/launch.sh -n %d -- sh -c 'exec %s/train_gpt --train \"%s/data/train_*.bin\" --val "
+    const int variables = (int)(strrchr(program, ' ') ? strrchr(program, ' ') - program : 0);
+    char *line = xprintf("%.*s scripts/launch.sh -n %d -- sh -c 'exec %s/%s --train \"%s/data/train_*.bin\" --val "
                          "\"%s/data/val_*.bin\" --layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 256 "
-                         "--eval-tokens 500 --threads 1 --eps 1e-3 --lr 1e-2 %s'", n, test_build(), data, data, options);
+                         "--eval-tokens 500 --threads 1 --eps 1e-3 --lr 1e-2 %s'", variables, program, n, test_build(),
+                         program + variables + !!variables, data, data, options);
     ToolRun r = shell_run(line);
     free(line);
     free(options);
     return r;
 }
 
-#define EXPECT_RANKS(n, ...) tool_expect(0, "", ranks_run(n, __VA_ARGS__), __FILE__, __LINE__)
+#define ranks_run(n, ...)              program_run("train_gpt", n, __VA_ARGS__)
+#define EXPECT_RANKS(n, ...)           tool_expect(0, "", ranks_run(n, __VA_ARGS__), __FILE__, __LINE__)
+#define EXPECT_PROGRAM(program, n, ...) tool_expect(0, "", program_run(program, n, __VA_ARGS__), __FILE__, __LINE__)
 
 // Largest difference between two checkpoints' files of tensors, relative to the largest number of each tensor.
 static inline double tensors_differ(const char *a_dir, const char *b_dir, const char *name) {
@@ -457,14 +461,14 @@ static inline double tensors_differ(const char *a_dir, const char *b_dir, const 
 
 // Weights and first moments of a run of 12 steps, and its plans and losses, but for the order of sums. The moments are sums
 // of gradients that cancel, so they differ by more.
-#define EXPECT_NEAR_RUN(a, b) expect_near_run(a, b, __FILE__, __LINE__)
-static inline void expect_near_run(const char *a, const char *b, const char *file, int line) {
+#define EXPECT_NEAR_RUN(a, b) expect_near_run(a, b, REAL_EPSILON, __FILE__, __LINE__)
+static inline void expect_near_run(const char *a, const char *b, double epsilon, const char *file, int line) {
     char *a_last = xprintf("%s/latest", a), *b_last = xprintf("%s/latest", b);
     char *a_path = xprintf("%s/metrics.jsonl", a), *b_path = xprintf("%s/metrics.jsonl", b);
     const double weights = tensors_differ(a_last, b_last, "model.safetensors");
     const double moments = tensors_differ(a_last, b_last, "optimizer.safetensors");
-    test_expect(weights < 200 * REAL_EPSILON, file, line, "weights of %s and %s: %g", a, b, weights);
-    test_expect(moments < 2000 * REAL_EPSILON, file, line, "moments of %s and %s: %g", a, b, moments);
+    test_expect(weights < 200 * epsilon, file, line, "weights of %s and %s: %g", a, b, weights);
+    test_expect(moments < 2000 * epsilon, file, line, "moments of %s and %s: %g", a, b, moments);
     MetricsLog x = metrics_read(a_path), y = metrics_read(b_path);
     const int64_t skip = x.n - y.n;
     test_expect(x.n == 12 && skip >= 0, file, line, "%lld and %lld steps", (long long)x.n, (long long)y.n);
@@ -472,8 +476,8 @@ static inline void expect_near_run(const char *a, const char *b, const char *fil
         const Metrics *p = &x.record[i], *q = &y.record[i - skip];
         test_expect(!strcmp(p->plan, q->plan) && p->flops == q->flops && p->tokens == q->tokens, file, line,
                     "step %lld: %s, %s", (long long)i + 1, p->plan, q->plan);
-        test_expect(fabs(p->loss - q->loss) < 100 * REAL_EPSILON * p->loss, file, line, "loss %.9g, %.9g", p->loss, q->loss);
-        test_expect(fabs(p->grad_norm - q->grad_norm) < 1000 * REAL_EPSILON * p->grad_norm, file, line, "norm %.9g, %.9g",
+        test_expect(fabs(p->loss - q->loss) < 100 * epsilon * p->loss, file, line, "loss %.9g, %.9g", p->loss, q->loss);
+        test_expect(fabs(p->grad_norm - q->grad_norm) < 1000 * epsilon * p->grad_norm, file, line, "norm %.9g, %.9g",
                     p->grad_norm, q->grad_norm);
     }
     metrics_log_free(&x), metrics_log_free(&y);
@@ -552,12 +556,12 @@ static void test_ranks_resume(void) {
 }
 
 // One rank is killed: the others name it, and all is over; what was saved is whole.
-static void test_ranks_killed(void) {
+static inline void ranks_killed(const char *program) {
     const char *dir = test_directory(), *data = trainer_test_data();
     char *line = xprintf("{ while ! [ -e %s/out/latest ]; do sleep 0.05; done; kill -9 $(cat %s/pid); } & "
-                         "scripts/launch.sh -n 3 sh -c '[ $RANK = 1 ] && echo $$ > %s/pid; exec %s/train_gpt --train "
+                         "scripts/launch.sh -n 3 sh -c '[ $RANK = 1 ] && echo $$ > %s/pid; exec %s/%s --train "
                          "\"%s/data/train_*.bin\" " TRAINER_TEST_RUN " --total-batch 192 --steps 3000000 --save-every 2 "
-                         "--keep 2 --log-every 1000000 --out %s/out'", dir, dir, dir, test_build(), data, dir);
+                         "--keep 2 --log-every 1000000 --out %s/out'", dir, dir, dir, test_build(), program, data, dir);
     ToolRun r = shell_run(line);
     EXPECT(r.code == 137, "exit code %d", r.code);
     EXPECT(strstr(r.err.s, "rank 1 (") && strstr(r.err.s, "has ended without a goodbye"), "%s", r.err.s);
@@ -567,6 +571,9 @@ static void test_ranks_killed(void) {
     tool_free(&r);
     free(line), free(latest), free(wrong);
 }
+
+static void test_ranks_killed(void) { ranks_killed("train_gpt"); }
+static inline void test_gpu_ranks_killed(void) { ranks_killed("train_gpt_emu"); }
 
 static void test_ranks_refuse(void) {
     const char *dir = test_directory(), *data = trainer_test_data();
@@ -613,6 +620,83 @@ static void test_ranks_launcher(void) {
         free(line);
     }
 }
+
+// ---- The same on the GPU engine, under the emulator: NCCL beside the backward pass, ZeRO ----
+
+#define EMULATED "train_gpt_emu"
+#define LAZY     "EMU_LAZY=1 EMU_SEED=3 train_gpt_emu"       // each stream as late as it may be
+
+static inline void test_gpu_ranks_equal_one(void) {
+    const char *dir = test_directory(), *drop = "--steps 12 --dtype fp32 --drop-path 0.5 --drop-ramp-up 0";
+    static const struct { const char *program, *options; int ranks; } run[] = {
+        {EMULATED, "--drop-adam skip", 1}, {LAZY, "--drop-adam skip --zero 0", 2}, {LAZY, "--drop-adam skip --zero 1", 2},
+        {EMULATED, "--drop-adam skip --zero 1", 4}, {"train_gpt", "--drop-adam skip", 4}};
+    char out[5][500];
+    for (int unit = 0; unit < 2; unit++)
+        for (int i = 0; i < 5; i++) {
+            snprintf(out[i], sizeof out[0], "%s/%d_%d", dir, unit, i);
+            EXPECT_PROGRAM(run[i].program, run[i].ranks, "--out %s %s %s %s", out[i], drop, run[i].options,
+                           unit ? "--drop-unit row" : "--drop-sync 0 --drop-depth uniform");
+            if (i) EXPECT_NEAR_RUN(out[0], out[i]);
+        }
+}
+
+// What all ranks have dropped is neither reduced nor gathered.
+static inline void test_gpu_ranks_synced_plans(void) {
+    const char *dir = test_directory(), *drop = "--steps 12 --dtype fp32 --drop-path 0.8 --drop-depth uniform --drop-ramp-up 0";
+    char a[500], b[500], c[500];
+    snprintf(a, sizeof a, "%s/2", dir), snprintf(b, sizeof b, "%s/1", dir), snprintf(c, sizeof c, "%s/2zero", dir);
+    EXPECT_PROGRAM(LAZY, 2, "--out %s %s --drop-adam skip", a, drop);
+    EXPECT_PROGRAM(EMULATED, 1, "--out %s %s --drop-adam skip --drop-replay %s/metrics.jsonl", b, drop, a);
+    EXPECT_PROGRAM(LAZY, 2, "--out %s %s --drop-adam skip --zero 1", c, drop);
+    EXPECT_NEAR_RUN(a, b);
+    EXPECT_NEAR_RUN(a, c);
+}
+
+// In bf16 the sums travel rounded, or with --reduce-fp32 not; ZeRO changes only the order of the norm's sum.
+static inline void test_gpu_ranks_bf16(void) {
+    const char *dir = test_directory();
+    static const char *const options[] = {"", "--zero 1", "--reduce-fp32", "--reduce-fp32 --zero 1"};
+    char one[500], out[500];
+    snprintf(one, sizeof one, "%s/one", dir);
+    EXPECT_PROGRAM(EMULATED, 1, "--out %s --steps 12 --dtype bf16", one);
+    for (int i = 0; i < 4; i++) {
+        snprintf(out, sizeof out, "%s/%d", dir, i);
+        EXPECT_PROGRAM(LAZY, 2, "--out %s --steps 12 --dtype bf16 %s", out, options[i]);
+        expect_near_run(one, out, (i < 2 ? 4e-3 : 1e-3) / 200, __FILE__, __LINE__);
+    }
+}
+
+// A checkpoint of shares is a checkpoint: it goes on with other ranks, other shares, on another engine.
+static inline void test_gpu_ranks_resume(void) {
+    const char *dir = test_directory(), *options = "--steps 12 --dtype fp32 --drop-path 0.4 --drop-unit row --keep 0";
+    static const struct { const char *program, *options; int ranks; } run[] = {
+        {EMULATED, "--zero 1", 2}, {EMULATED, "--zero 0", 1}, {LAZY, "--zero 1", 4}, {"train_gpt", "", 2}};
+    char whole[500], out[500], last[600], latest[600];
+    snprintf(whole, sizeof whole, "%s/whole", dir), snprintf(last, sizeof last, "%s/latest", whole);
+    EXPECT_PROGRAM(EMULATED, 2, "--out %s %s --zero 1 --save-every 6", whole, options);
+    for (int i = 0; i < 4; i++) {
+        snprintf(out, sizeof out, "%s/%d", dir, i), snprintf(latest, sizeof latest, "%s/latest", out);
+        EXPECT_PROGRAM(run[i].program, run[i].ranks, "--out %s %s %s --resume %s/step_00000006", out, options, run[i].options,
+                       whole);
+        EXPECT_NEAR_RUN(whole, out);
+        if (i == 0) EXPECT_SAME(last, latest, "model.safetensors");
+        if (i == 0) EXPECT_SAME(last, latest, "optimizer.safetensors");
+    }
+}
+
+static inline void test_gpu_ranks_not_finite(void) {
+    const char *dir = test_directory();
+    for (int zero = 0; zero < 2; zero++) {
+        ToolRun r = program_run(EMULATED, 2, "--out %s/%d --steps 9 --dtype fp32 --lr 1e38 --warmup 0 --grad-clip 0 "
+                                "--max-bad-steps 2 --zero %d", dir, zero, zero);
+        EXPECT(r.code == 3 && strstr(r.err.s, "2 steps in a row were not finite"), "%d: %s", r.code, r.err.s);
+        tool_free(&r);
+    }
+}
+
+#define GPU_RANKS_TESTS(X) X(gpu_ranks_equal_one) X(gpu_ranks_synced_plans) X(gpu_ranks_bf16) X(gpu_ranks_resume) \
+    X(gpu_ranks_not_finite) X(gpu_ranks_killed)
 
 #define COMM_TESTS(X)                                                                                      \
     X(comm_environment) X(comm_rendezvous_text) X(comm_parsers) X(comm_ranks_meet) X(comm_stale_file)      \
