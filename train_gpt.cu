@@ -32,9 +32,10 @@ typedef struct Product Product;
 typedef struct {
     cudaStream_t stream;
     cublasLtHandle_t blas;
-    int half, tf32, search;                              // search: time the algorithms of a product at its first use
+    int half, tf32, search, plain;                       // search: time the algorithms of a product at its first use;
+                                                         // plain: kernels of this file do what a product could as well
     void *workspace;                                     // (WORKSPACE) bytes for products
-    float *partial;                                      // (PARTIAL * C) sums of parts of a column
+    float *partial, *sum;                                // (PARTIAL * C) sums of parts of a column; (4C) of a whole one
     Product *product;                                    // those met so far, by their shapes
     int n_products, room_products;
 } Gpu;
@@ -44,6 +45,7 @@ typedef struct {
 #endif
 enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES, PARTIAL = 512, CHANNELS_MAX = 12288 };  // channels: two lines of them fit into
                                                                                        // shared memory
+enum { ALIGN = 256 };                                    // bytes: every array begins where any access is aligned
 
 static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
 static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
@@ -144,23 +146,25 @@ static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
 //
 // Descriptors, layouts and the algorithm of a product are made at its first use and kept by its shapes. Of the algorithms
 // that the heuristic proposes, the fastest is taken whose result has the same bits as the first one's: the choice, which a
-// busy device may change, changes no result. DROPPATH_GEMM_SEARCH=0 always takes the first.
+// busy device may change, changes no result. DROPPATH_GEMM_SEARCH=0 always takes the first;
+// DROPPATH_GEMM_EPILOGUE=0 lets cuBLASLt do the products alone.
 
 // Lines of numbers, ld apart; a product sees the matrix or, `turned`, its transpose. All N.
 typedef struct { const void *at; size_t ld; int turned; } Matrix;
 
 // Where a product goes: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is float, else N.
-// With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h), and y is multiplied by GELU'(h).
-typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; } Result;
+// With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h), and y is multiplied by GELU'(h). With `b_sum`
+// (N), where y is float, also b_sum = the columns of b.
+typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; float *b_sum; } Result;
 
 static inline Matrix lines(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
 static inline Matrix turned(const void *at, size_t ld) { const Matrix m = {at, ld, 1}; return m; }
 static inline Result fresh(void *at, size_t ld, const void *bias) {
-    const Result y = {at, ld, 0, 0, bias, NULL, NULL};
+    const Result y = {at, ld, 0, 0, bias, NULL, NULL, NULL};
     return y;
 }
 static inline Result summed(float *at, size_t ld, int add) {
-    const Result y = {at, ld, 1, add, NULL, NULL, NULL};
+    const Result y = {at, ld, 1, add, NULL, NULL, NULL, NULL};
     return y;
 }
 
@@ -188,6 +192,7 @@ static void product_pointers(Product *p, const Result *y) {
     const void *aux = y->h ? y->h : y->at;
     if (!p->fused) return;
     if (y->bias) SET_OF_PRODUCT(p, BIAS_POINTER, y->bias);
+    if (y->b_sum) SET_OF_PRODUCT(p, BIAS_POINTER, y->b_sum);
     if (y->gelu || y->h) SET_OF_PRODUCT(p, EPILOGUE_AUX_POINTER, aux);
 }
 
@@ -196,14 +201,14 @@ static void product_describe(const Gpu *g, Product *p, const Result *y) {
     const int number = g->half ? CUDA_R_16BF : CUDA_R_32F;
     const cublasOperation_t no = CUBLAS_OP_N, yes = CUBLAS_OP_T;
     const cublasLtEpilogue_t epilogue = p->fused ? (cublasLtEpilogue_t)k->epilogue : CUBLASLT_EPILOGUE_DEFAULT;
-    const cudaDataType bias = (cudaDataType)number;
+    const cudaDataType bias = (cudaDataType)(y->b_sum ? CUDA_R_32F : number);
     const int64_t ld = (int64_t)k->ldy;
     CUBLAS_CHECK(cublasLtMatmulDescCreate(&p->what, g->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
                                           CUDA_R_32F));
     SET_OF_PRODUCT(p, TRANSA, *(k->b_turned ? &yes : &no));
     SET_OF_PRODUCT(p, TRANSB, *(k->a_turned ? &yes : &no));
     SET_OF_PRODUCT(p, EPILOGUE, epilogue);
-    if (p->fused && y->bias) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
+    if (p->fused && (y->bias || y->b_sum)) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
     if (p->fused && (y->gelu || y->h)) SET_OF_PRODUCT(p, EPILOGUE_AUX_LD, ld);
     product_pointers(p, y);
     p->b = k->b_turned ? product_layout(number, k->K, k->N, k->ldb) : product_layout(number, k->N, k->K, k->ldb);
@@ -243,25 +248,30 @@ static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulA
 // The index of the fastest of n algorithms whose result has the bits of the first. The products go to memory that is taken
 // for this alone; if there is none to be had, the first algorithm is the choice.
 static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHeuristicResult_t *found, int n,
-                          const Matrix *a, const Matrix *b) {
-    const size_t numbers = p->key.M * p->key.ldy, bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), 256);
+                          const Matrix *a, const Matrix *b, const float *b_sum) {
+    const size_t numbers = p->key.M * p->key.ldy, bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), ALIGN);
+    const size_t sum_bytes = b_sum && p->fused ? p->key.N * sizeof *b_sum : 0;
     char *room = NULL;
-    int best = 0, *differ, differs;
+    int best = 0, differs;
+    double least = -1;
     cudaEvent_t from, to;
-    if (cudaMalloc((void **)&room, 2 * bytes + 256) != cudaSuccess) {
+    if (cudaMalloc((void **)&room, 2 * bytes + round_up(sum_bytes, ALIGN) + ALIGN) != cudaSuccess) {
         (void)cudaGetLastError();                        // it has been told
         return 0;
     }
-    differ = (int *)(room + 2 * bytes);
+    char *first_sum = room + 2 * bytes;
+    int *differ = (int *)(void *)(first_sum + round_up(sum_bytes, ALIGN));
     CUDA_CHECK(cudaEventCreate(&from));
     CUDA_CHECK(cudaEventCreate(&to));
-    double least = -1;
     for (int i = 0; i < n; i++) {
         void *y = i ? room + bytes : room;
         CUDA_CHECK(cudaMemsetAsync(y, 0, bytes, g->stream));
         if (product_run(g, p, &found[i].algo, y, a, b) != CUBLAS_STATUS_SUCCESS) continue;
+        if (!i && sum_bytes) CUDA_CHECK(cudaMemcpyAsync(first_sum, b_sum, sum_bytes, cudaMemcpyDeviceToDevice, g->stream));
         CUDA_CHECK(cudaMemsetAsync(differ, 0, sizeof *differ, g->stream));
         if (i) LAUNCH(differ_kernel, 256, BLOCK, 0, g->stream, differ, (unsigned *)room, (unsigned *)y, bytes / 4);
+        if (i && sum_bytes)
+            LAUNCH(differ_kernel, 1, BLOCK, 0, g->stream, differ, (unsigned *)first_sum, (unsigned *)b_sum, sum_bytes / 4);
         CUDA_CHECK(cudaMemcpyAsync(&differs, differ, sizeof differs, cudaMemcpyDeviceToHost, g->stream));
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         if (differs) continue;
@@ -275,7 +285,7 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
 }
 
 // Takes an algorithm; returns 0 where there is none for these types, shapes and this epilogue.
-static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matrix *b) {
+static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matrix *b, const float *b_sum) {
     const size_t room = WORKSPACE;
     const double flops = 2.0 * (double)p->key.M * (double)p->key.N * (double)p->key.K;
     cublasLtMatmulPreference_t wish;
@@ -286,9 +296,12 @@ static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matri
     const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(g->blas, p->what, p->b, p->a, p->y, p->y, wish, ALGORITHMS,
                                                                  found, &n);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(wish));
-    if (status != CUBLAS_STATUS_SUCCESS || n < 1) return 0;
+    int usable = 0;
+    for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < n; i++)
+        if (found[i].state == CUBLAS_STATUS_SUCCESS) found[usable++] = found[i];
+    if (!usable) return 0;
     const int worth_it = flops > 1e8;                    // below, launching takes as long as computing
-    p->algorithm = found[g->search && worth_it && n > 1 ? product_search(g, p, found, n, a, b) : 0].algo;
+    p->algorithm = found[g->search && worth_it && usable > 1 ? product_search(g, p, found, usable, a, b, b_sum) : 0].algo;
     return 1;
 }
 
@@ -301,6 +314,7 @@ static void product_free(Product *p) {
 
 static int product_epilogue(const Result *y) {
     if (y->h) return CUBLASLT_EPILOGUE_DGELU;
+    if (y->b_sum) return CUBLASLT_EPILOGUE_BGRADA;       // its A is our b
     if (y->gelu) return CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
     return y->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
 }
@@ -320,27 +334,14 @@ static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Mat
     Product *p = &g->product[g->n_products++];
     memset(p, 0, sizeof *p);
     p->key = key;
-    p->fused = !((y->gelu || y->h) && y->ld % 8);        // cublasLt.h asks that of the matrix h, EPILOGUE_AUX_LD
+    p->fused = !g->plain && !((y->gelu || y->h) && y->ld % 8);         // by cublasLt.h, EPILOGUE_AUX_LD
     product_describe(g, p, y);
-    if (product_choose(g, p, a, b)) return p;
+    if (product_choose(g, p, a, b, y->b_sum)) return p;
     const cublasLtEpilogue_t none = CUBLASLT_EPILOGUE_DEFAULT;
     SET_OF_PRODUCT(p, EPILOGUE, none);
     p->fused = 0;
-    if (!product_choose(g, p, a, b)) die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
+    if (!product_choose(g, p, a, b, y->b_sum)) die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
     return p;
-}
-
-// y (M,N) from a (M,K) b (K,N); it must not overlap a, b or h.
-static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, size_t K) {
-    Product *p = product_find(g, &y, &a, &b, M, N, K);
-    const int gelu_inside = p->fused && y.gelu && !y.h;
-    product_pointers(p, &y);
-    CUBLAS_CHECK(product_run(g, p, &p->algorithm, gelu_inside ? y.gelu : y.at, &a, &b));
-    if (!p->fused && (y.bias || y.gelu || y.h)) {
-        const int wide = N % WIDE == 0;
-        LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y.at, y.bias, y.gelu, y.h,
-                  M * N, N);
-    } else if (y.h && y.gelu) gelu_forward(g, y.gelu, y.h, M * N);
 }
 
 // sums (parts,N): of the columns of y (M,N), the lines in `parts` equal parts. A block takes WARP * W columns of one part;
@@ -385,9 +386,9 @@ static __global__ void sum_parts_kernel(float *first, float *second, const float
     *to = add ? *to + sum : sum;
 }
 
-static void sum_parts(const Gpu *g, float *first, float *second, size_t n, size_t parts, int add) {
+static void sum_parts(const Gpu *g, float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
     const unsigned blocks = (unsigned)strips(second ? 2 * n : n, WARP);
-    LAUNCH(sum_parts_kernel, blocks, BLOCK, BLOCK * sizeof(float), g->stream, first, second, g->partial, n, parts, add);
+    LAUNCH(sum_parts_kernel, blocks, BLOCK, BLOCK * sizeof(float), g->stream, first, second, sums, n, parts, add);
 }
 
 // sum (N) = the columns of y (M,N), or += with `add`. N is at most 4 C, for which g->partial has room.
@@ -396,7 +397,21 @@ static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t
     const int wide = N % WIDE == 0;
     const dim3 grid((unsigned)strips(N, WARP * (wide ? WIDE : 1)), (unsigned)parts);
     LAUNCH_AS(column_sums_kernel, g, wide, grid, BLOCK, BLOCK * WIDE * sizeof(float), g->partial, y, M, N, part);
-    sum_parts(g, sum, NULL, N, parts, add);
+    sum_parts(g, sum, NULL, g->partial, N, parts, add);
+}
+
+// y (M,N) from a (M,K) b (K,N); it must not overlap a, b or h, nor b_sum g->partial.
+static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, size_t K) {
+    Product *p = product_find(g, &y, &a, &b, M, N, K);
+    const int gelu_inside = p->fused && y.gelu && !y.h;
+    product_pointers(p, &y);
+    CUBLAS_CHECK(product_run(g, p, &p->algorithm, gelu_inside ? y.gelu : y.at, &a, &b));
+    if (!p->fused && (y.bias || y.gelu || y.h)) {
+        const int wide = N % WIDE == 0;
+        LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y.at, y.bias, y.gelu, y.h,
+                  M * N, N);
+    } else if (y.h && y.gelu) gelu_forward(g, y.gelu, y.h, M * N);
+    if (!p->fused && y.b_sum) column_sums(g, y.b_sum, 0, b.at, K, N);
 }
 
 // y = x (BT,C) w (C,OC) and what else y says
@@ -408,9 +423,11 @@ static void matmul_forward(Gpu *g, Result y, const void *x, const void *w, size_
 // `add`. dx is finished before x is read, since a recomputed x may come with it.
 static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add, const void *dy, const void *x,
                             const void *w, size_t BT, size_t C, size_t OC) {
+    Result y = summed(dw, OC, add);                      // sets b_sum, whatever it does to y
+    y.b_sum = g->sum;
     multiply(g, dx, lines(dy, OC), turned(w, OC), BT, C, OC);
-    multiply(g, summed(dw, OC, add), turned(x, C), lines(dy, OC), C, OC, BT);
-    column_sums(g, dbias, add, dy, BT, OC);
+    multiply(g, y, turned(x, C), lines(dy, OC), C, OC, BT);
+    sum_parts(g, dbias, NULL, g->sum, OC, 1, add);
 }
 
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
@@ -636,7 +653,7 @@ static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, flo
     const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps), PARTIAL / 2);
     LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * 2 * C * sizeof(float), dx,
               dout, g->partial, dy, xhat, rstd, begin, end, fresh, tied, w, B * T, T, C);
-    sum_parts(g, dw, db, C, blocks, add);
+    sum_parts(g, dw, db, g->partial, C, blocks, add);
 }
 
 // ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; keeps the log-sum-exp (n,NH,T) for the backward pass ----
@@ -963,7 +980,7 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
 
 // ---- The model: its memory ----
 
-enum { UPDATE_CHUNK = 1 << 14, ALIGN = 256 };            // bytes: every array begins where any access is aligned
+enum { UPDATE_CHUNK = 1 << 14 };
 typedef struct { size_t at, moment, n, branch; int decay; } UpdateChunk;     // a piece of one tensor, its place in m and v;
                                                          // branch: index into UpdateArgs.t
 typedef struct { float rate, unbias; int run, spent; } BranchUpdate;  // of one branch in one update
@@ -1174,7 +1191,7 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { void **at; size_t bytes; } Room;
-enum { N_ROOMS = 19, N_TRAINING_ROOMS = 7 };
+enum { N_ROOMS = 20, N_TRAINING_ROOMS = 7 };
 
 // All arrays of activations but those kept; the last are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
@@ -1186,6 +1203,7 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
         {(void **)&m->losses, BT * one}, {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
         {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) * padded_vocabulary(V) * N},
         {(void **)&m->token_logits, V * one}, {(void **)&m->gpu.partial, PARTIAL * C * one},
+        {(void **)&m->gpu.sum, 4 * C * one},
         {(void **)&m->kept, 0},                          // has its own size
         {(void **)&m->dx, BT * C * one}, {&m->dy, BT * C * N}, {&m->dout, BT * C * N}, {&m->dwide, BT * 4 * C * N},
         {(void **)&m->inner, heads}, {&m->redo, again * (BT * 4 * C * N + ALIGN)}, {(void **)&m->lse, again * heads},
@@ -1245,7 +1263,7 @@ static int gpu_of(const Comm *comm, int count) {
 }
 
 static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
-    const char *search = getenv("DROPPATH_GEMM_SEARCH");
+    const char *search = getenv("DROPPATH_GEMM_SEARCH"), *epilogue = getenv("DROPPATH_GEMM_EPILOGUE");
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count < 1)
@@ -1262,6 +1280,7 @@ static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
     g->half = dtype == DTYPE_BF16;
     g->tf32 = dtype == DTYPE_TF32;
     g->search = !search || strcmp(search, "0");
+    g->plain = epilogue && !strcmp(epilogue, "0");
     g->workspace = room_new("the workspace of products", WORKSPACE);
 }
 
@@ -1811,6 +1830,15 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
 }
 
+// Numbers in (-1, 1), for a measurement: of zeros a GPU makes products faster, since they cost no power.
+template <class N, int W> static __global__ void fill_kernel(void *to, size_t n) {
+    const size_t i = thread_index() * W;
+    if (i >= n) return;
+    Floats<W> v;
+    for (int k = 0; k < W; k++) v.x[k] = (float)((unsigned)(i + k) * 2654435761u >> 8) * 0x1p-23f - 1;
+    store<N, W>(to, i, v);
+}
+
 // Products of squares, larger until one takes a while; then the best of many. (8192: more than a device runs at once.)
 static double model_peak(Model *m, double seconds) {
     enum { LEAST = 128, MOST = 8192 };
@@ -1820,7 +1848,7 @@ static double model_peak(Model *m, double seconds) {
     for (size_t n = LEAST, enough = 0; best == 0 || clock_seconds() < end;) {
         const size_t bytes = n * n * size_of_number(g);
         char *room = (char *)room_new("the measurement of the peak", 3 * bytes);
-        CUDA_CHECK(cudaMemsetAsync(room, 0, 3 * bytes, g->stream));
+        LAUNCH_AS(fill_kernel, g, 1, blocks_for(2 * n * n / WIDE), BLOCK, 0, room, 2 * n * n);
         multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n, n);   // its algorithm
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         do {
