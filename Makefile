@@ -70,7 +70,10 @@ GPU_CODE   = $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
              $(foreach a,$(lastword $(GPU_ARCH)),-gencode arch=compute_$(a),code=compute_$(a))
 NVCCFLAGS ?= -O3 -lineinfo
 GPU_FLAGS  = -std=c++17 $(NVCCFLAGS) $(GPU_CODE) -Xcompiler -Wall,-Wextra $(if $(OMP),-Xcompiler $(OMP))
-GPU_LIBS  := -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt -lm
+NCCL_TEST := printf '\#include <nccl.h>\nint main() { ncclUniqueId id; return ncclGetUniqueId(&id); }\n'
+NCCL      ?= $(shell $(NCCL_TEST) | $(NVCC) -x cu - -o /dev/null -lnccl 2>/dev/null && echo 1)
+GPU_FLAGS += $(if $(filter 1,$(NCCL)),,-DNO_NCCL)
+GPU_LIBS   = -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt $(if $(filter 1,$(NCCL)),-lnccl) -lm -lpthread
 
 # C++ is for the tests that run the GPU engine where there is no GPU, on dev/emu: the C compiler's own, if it has C++17.
 ifeq ($(origin CXX),default)
@@ -79,13 +82,14 @@ endif
 cxx_probe = $(shell printf '\043include <vector>\nint main() { std::vector<int> v(1); return v[0]; }\n' | \
               $(CXX) -std=c++17 -x c++ - -o /dev/null $(1) 2>/dev/null && echo '$(1)')
 CXX_LIB   := $(or $(call cxx_probe,-lstdc++),$(call cxx_probe,-lc++))
-EMU       := $(if $(CXX_LIB),$(B)/test_emu.o $(if $(filter float,$(REAL)),$(B)/test_cuda.o))
+EMU       := $(if $(CXX_LIB),$(B)/test_emu.o $(if $(filter float,$(REAL)),$(B)/test_cuda.o $(B)/test_nccl.o))
+EMU_PROGRAM := $(if $(and $(CXX_LIB),$(filter float,$(REAL))),$(B)/train_gpt_emu)
 
 CFLAGS   ?= -O3 -g
 WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(call probe,-Wpass-failed),-Wno-pass-failed))
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
             $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
-LIBS     := -lm
+LIBS     := -lm -pthread
 # No contraction: on every compiler the sums are those that the code says.
 EMU_FLAGS := -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing $(WARNINGS) \
              -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. \
@@ -140,6 +144,14 @@ $(B)/test_cuda.o: dev/test/test_cuda.cu
 	@mkdir -p $(@D)
 	$(CXX) $(EMU_FLAGS) -DLOGITS_BYTES='(1 << 18)' -DWORKSPACE_BYTES=65536 -MMD -MF $@.d -c $< -o $@
 
+$(B)/test_nccl.o: dev/test/test_nccl.cu
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d -c $< -o $@
+
+$(B)/train_gpt_emu: train_gpt.cu                         # for whole runs of several ranks
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -DCUDA_BUILD -MMD -MF $@.d $< -o $@ $(CXX_LIB) $(LIBS)
+
 $(B)/train_gpt_cuda: train_gpt.cu
 	@mkdir -p $(@D)
 	$(NVCC) $(GPU_FLAGS) -DCUDA_BUILD -MMD -MF $@.d $< -o $@ $(GPU_LIBS)
@@ -175,7 +187,7 @@ quickstart: all
 	@BUILD="$(B)" OUT="$(OUT)" TEXT="$(TEXT)" sh scripts/quickstart.sh
 
 # Everything that can be tested; ends with "N passed, N failed" and fails if any test does.
-test: choices $(PROGRAMS) $(B)/test_gpt
+test: choices $(PROGRAMS) $(B)/test_gpt $(EMU_PROGRAM)
 	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt
 
 # Kernels, steps and drop path beside the machine's peaks, and memory, in about ten minutes: dev/bench/README.md.

@@ -11,6 +11,7 @@
 #include "dev/engine.h"
 #include "dev/test/test.h"
 #include "dev/test/test_checkpoint.h"
+#include "dev/test/test_comm.h"
 #include "dev/test/test_compare.h"
 #include "dev/test/test_cuda.h"
 #include "dev/test/test_drop_path.h"
@@ -19,6 +20,9 @@
 #include "dev/test/test_fat.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
+#ifdef WITH_CUDA_ENGINE
+#include "dev/test/test_nccl.h"
+#endif
 #include "dev/test/test_options.h"
 #ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_parity.h"
@@ -52,9 +56,9 @@ static const Test tests[] = {
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
-    CUDA_TESTS(X) PARITY_TESTS(X)
+    CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
-    KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X)
+    KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X) COMM_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

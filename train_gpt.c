@@ -965,6 +965,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     if (args->dtype != DTYPE_FP32 && args->dtype != DTYPE_BF16)
         die("--dtype tf32 is for GPUs\n  hint: --dtype fp32 or bf16; or build with make CUDA=1");
     if (args->recompute != RECOMPUTE_GELU) die("--recompute is for GPUs; the CPU has room\n  hint: --recompute gelu");
+    if (args->zero) die("--zero %d: the CPU engine keeps all on every rank\n  hint: --zero 0", args->zero);
     CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
 #ifdef _OPENMP
     if (args->threads > 0) omp_set_num_threads(args->threads);
@@ -1169,8 +1170,22 @@ static double model_forward(Model *m, int T, const int *tokens, const int *targe
     return run_forward(m, T, tokens, targets, plan, 0);
 }
 
+// The flagged gradients of all ranks, added in the order of the ranks. A branch's gradients are next to each other.
+static void reduce_gradients(Model *m, const unsigned char *reduce) {
+    const GptConfig *c = &m->config;
+    for (int i = BRANCHES * c->L; i >= 0; i--) {
+        const int shared = i == BRANCHES * c->L, l = shared ? 0 : i / BRANCHES, branch = shared ? NO_BRANCH : i % BRANCHES;
+        size_t n = 0, first = 0;
+        if (!reduce[i]) continue;
+        gradient_add(m, l, branch, 0);                   // zeros, if this rank alone has dropped it
+        for (int p = N_PARAMS - 1; p >= 0; p--)
+            if (gpt_param[p].branch == branch) n += gpt_param_size(c, p), first = m->offset[p] + (size_t)l * m->layer_size;
+        comm_sum_reals(m->args.comm, m->slot[SLOT_GRAD] + first, n);
+    }
+}
+
 static double model_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan,
-                                     double weight) {
+                                     double weight, const unsigned char *reduce) {
     CHECK(m->slot[SLOT_GRAD] && targets && weight != 0, "this model was opened to evaluate");
     const size_t BT = (size_t)plan->batch * (size_t)T, C = (size_t)m->config.C;
     const double loss = run_forward(m, T, tokens, targets, plan, weight);
@@ -1179,6 +1194,7 @@ static double model_forward_backward(Model *m, int T, const int *tokens, const i
     layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw, BT, (size_t)T, C);
     for (int l = m->config.L - 1; l >= 0; l--) block_backward(m, l, plan);
     embedding_backward(dw.wte, dw.wpe, tokens, m->dx, (size_t)plan->batch, (size_t)T, C);
+    if (reduce) reduce_gradients(m, reduce);
     return loss;
 }
 

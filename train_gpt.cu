@@ -13,12 +13,16 @@
 // runs: it adds the scaled output of the first to its rows of the stream and normalises the rows of the second.
 //
 // Every sum is taken in an order that depends on the shapes alone, and there are no atomics: the same call gives the same
-// bits. All work is on one stream; a call that returns numbers waits for it once.
+// bits. All work is on one stream; a call that returns numbers waits for it once. Sums over the ranks of a run are on a
+// second stream, beside the backward pass.
 
 #include "dev/check.h"
 #include "dev/cuda.h"
 #include "dev/engine.h"
 #include <limits.h>
+#ifndef NO_NCCL
+#include <nccl.h>
+#endif
 
 // ---- The device, and numbers in memory ----
 
@@ -853,10 +857,132 @@ static __global__ void logits_kernel(float *logits, const void *x, const void *w
     if (lane == 0) logits[v] = sum;
 }
 
+// ---- Ranks: sums over the processes of a run, by NCCL, on a stream of their own ----
+// All ranks make the same calls in the same order. What a call reads must be there when ranks_begin is called on the main
+// stream; after ranks_end that stream waits for what the calls write.
+
+typedef struct {
+    int rank, world;
+    int shares;                                          // world, where each rank keeps moments of its share only; else 1
+    cudaStream_t stream;
+    cudaEvent_t event;
+#ifndef NO_NCCL
+    ncclComm_t nccl;
+#endif
+} Ranks;
+
+static void ranks_begin(const Ranks *r, const Gpu *g) {
+    CUDA_CHECK(cudaEventRecord(r->event, g->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(r->stream, r->event, 0));
+}
+
+static void ranks_end(const Ranks *r, const Gpu *g) {
+    CUDA_CHECK(cudaEventRecord(r->event, r->stream));
+    CUDA_CHECK(cudaStreamWaitEvent(g->stream, r->event, 0));
+}
+
+#ifdef NO_NCCL
+static void ranks_start(Ranks *, const Comm *) {
+    die("this program was built without NCCL: it runs on one GPU\n  hint: install NCCL (libnccl-dev) and build again");
+}
+static void ranks_stop(Ranks *) {}
+static void ranks_abort(const Ranks *) {}
+static const char *ranks_error(const Ranks *) { return NULL; }
+static void ranks_sum(const Ranks *, void *, size_t, int) {}
+static void ranks_sum_double(const Ranks *, double *) {}
+static void ranks_gather(const Ranks *, float *, size_t) {}
+static void ranks_send(const Ranks *, float *, const float *, size_t, int) {}
+#else
+static void ranks_start(Ranks *r, const Comm *comm) {
+    ncclUniqueId id;
+    if (r->rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
+    comm_broadcast(comm, &id, sizeof id);
+    NCCL_CHECK(ncclCommInitRank(&r->nccl, r->world, id, r->rank));
+}
+
+static void ranks_stop(Ranks *r) { NCCL_CHECK(ncclCommDestroy(r->nccl)); }
+static void ranks_abort(const Ranks *r) { ncclCommAbort(r->nccl); }
+
+// What went wrong on the way since ranks_start, or NULL.
+static const char *ranks_error(const Ranks *r) {
+    ncclResult_t error;
+    NCCL_CHECK(ncclCommGetAsyncError(r->nccl, &error));
+    return error == ncclSuccess || error == ncclInProgress ? NULL : ncclGetErrorString(error);
+}
+
+// x (n), of bf16 or float, becomes the sum of all ranks' x; with shares, only this rank's share of it does.
+static void ranks_sum(const Ranks *r, void *x, size_t n, int half) {
+    const ncclDataType_t type = half ? ncclBfloat16 : ncclFloat32;
+    const size_t share = n / (size_t)r->shares, bytes = share * (half ? sizeof(bf16) : sizeof(float));
+    if (r->shares == 1) NCCL_CHECK(ncclAllReduce(x, x, n, type, ncclSum, r->nccl, r->stream));
+    else NCCL_CHECK(ncclReduceScatter(x, (char *)x + (size_t)r->rank * bytes, share, type, ncclSum, r->nccl, r->stream));
+}
+
+static void ranks_sum_double(const Ranks *r, double *x) {
+    NCCL_CHECK(ncclAllReduce(x, x, 1, ncclFloat64, ncclSum, r->nccl, r->stream));
+}
+
+// x (n), of which each rank has its share, becomes whole on all.
+static void ranks_gather(const Ranks *r, float *x, size_t n) {
+    const size_t share = n / (size_t)r->world;
+    NCCL_CHECK(ncclAllGather(x + (size_t)r->rank * share, x, share, ncclFloat32, r->nccl, r->stream));
+}
+
+// to (n) = rank `root`'s from (n)
+static void ranks_send(const Ranks *r, float *to, const float *from, size_t n, int root) {
+    NCCL_CHECK(ncclBroadcast(r->rank == root ? from : to, to, n, ncclFloat32, root, r->nccl, r->stream));
+}
+#endif
+
+static void ranks_open(Ranks *r, const EngineArgs *args) {
+    r->rank = args->comm ? args->comm->rank : 0;
+    r->world = args->comm ? args->comm->world : 1;
+    r->shares = args->zero ? r->world : 1;
+    if (r->world == 1) return;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&r->stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaEventCreateWithFlags(&r->event, cudaEventDisableTiming));
+    ranks_start(r, args->comm);
+}
+
+static void ranks_close(Ranks *r) {
+    if (r->world == 1) return;
+    CUDA_CHECK(cudaStreamSynchronize(r->stream));
+    ranks_stop(r);
+    CUDA_CHECK(cudaEventDestroy(r->event));
+    CUDA_CHECK(cudaStreamDestroy(r->stream));
+}
+
+// Waits for the main stream while watching for a rank that has gone: then the work before it never ends, or has no result.
+static void ranks_wait(const Ranks *r, const Gpu *g) {
+    const char *wrong = NULL;
+    for (cudaError_t e = cudaErrorNotReady; r->world > 1 && e == cudaErrorNotReady && !wrong;) {
+        e = cudaStreamQuery(g->stream);
+        if (e != cudaSuccess && e != cudaErrorNotReady) CUDA_CHECK(e);
+        wrong = ranks_error(r);
+    }
+    if (wrong) {
+        sleep(2);                                        // if a rank has ended, comm.h's watch knows which, and ends this one
+        ranks_abort(r);                                  // a kernel that waits for ever would hold up the exit
+        die("rank %d of %d: NCCL: %s\n  hint: NCCL_DEBUG=WARN tells more", r->rank, r->world, wrong);
+    }
+    CUDA_CHECK(cudaStreamSynchronize(g->stream));
+}
+
+static __global__ void round_kernel(bf16 *to, const float *from, size_t n) {
+    const size_t i = thread_index();
+    if (i < n) to[i] = from_float<bf16>(from[i]);
+}
+
+static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
+    const size_t i = thread_index();
+    if (i < n) to[i] = to_float(from[i]);
+}
+
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
-typedef struct { size_t at, n, branch; int decay; } UpdateChunk;     // a piece of one tensor; branch: index into UpdateArgs.t
+typedef struct { size_t at, moment, n, branch; int decay; } UpdateChunk;     // a piece of one tensor, its place in m and v;
+                                                         // branch: index into UpdateArgs.t
 typedef struct { float rate, unbias; int run, spent; } BranchUpdate;  // of one branch in one update
 
 // What forward keeps for backward; rstd and lse are float, all else N. What a model recomputes is not kept but lies in room
@@ -872,9 +998,14 @@ struct Model {
     GptConfig config;
     EngineArgs args;
     Gpu gpu;
+    Ranks ranks;                                         // those of this run
     size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
-    float *slot[4];                                      // parameters, gradients, m, v: (n_params) each
+    size_t span[BRANCHES + 1], span_size[BRANCHES + 1];  // where a branch's parameters are in a layer, and in all; the last
+                                                         // are those of no branch
+    size_t n_moments;                                    // numbers of m and v here: n_params, or this rank's share
+    float *slot[4];                                      // parameters, gradients, m, v: (n_params) (n_params) (n_moments) twice
     bf16 *copy;                                          // (n_params) the parameters, rounded; NULL where N is float
+    bf16 *wire;                                          // (n_params) gradients on their way between ranks; NULL: as they are
     UpdateChunk *chunk;                                  // (n_chunks) on the device
     int n_chunks;
     double *norms;                                       // (n_chunks + 1) squared norms, of chunks and last of all
@@ -976,13 +1107,39 @@ static int gradient_add(Model *m, int l, int branch, int now) {
     return now;
 }
 
+// The parameters of a branch are next to each other, and divide evenly among the ranks.
 static void params_layout(Model *m) {
     const GptConfig *c = &m->config;
-    for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch != NO_BRANCH) m->offset[p] = m->layer_size, m->layer_size += param_room(c, p);
-    m->n_params = m->layer_size * (size_t)c->L;
-    for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch == NO_BRANCH) m->offset[p] = m->n_params, m->n_params += param_room(c, p);
+    const size_t unit = (size_t)m->ranks.shares * (ALIGN / sizeof(bf16));
+    for (int branch = 0; branch <= NO_BRANCH; branch++) {
+        size_t *end = branch == NO_BRANCH ? &m->n_params : &m->layer_size;
+        if (branch == NO_BRANCH) m->n_params = m->layer_size * (size_t)c->L;
+        m->span[branch] = *end;
+        for (int p = 0; p < N_PARAMS; p++)
+            if (gpt_param[p].branch == branch) m->offset[p] = *end, *end += param_room(c, p);
+        *end = m->span[branch] + round_up(*end - m->span[branch], unit);
+        m->span_size[branch] = *end - m->span[branch];
+    }
+    m->n_moments = m->n_params / (size_t)m->ranks.shares;
+}
+
+typedef struct { size_t at, n; } Piece;                   // of all parameters
+
+// Those of branch i, as UpdateArgs.t counts.
+static Piece span_of(const Model *m, size_t i) {
+    const size_t last = (size_t)BRANCHES * (size_t)m->config.L, branch = i == last ? (size_t)NO_BRANCH : i % BRANCHES;
+    const Piece s = {m->span[branch] + (i == last ? 0 : i / BRANCHES * m->layer_size), m->span_size[branch]};
+    return s;
+}
+
+// What of n numbers at `at`, which lie in branch i, a rank keeps moments of; *moment: where the first of them are in m and v.
+static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *moment) {
+    const Piece s = span_of(m, i);
+    const size_t share = s.n / (size_t)m->ranks.shares, from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
+    const size_t first = at > from ? at : from, end = at_most(at + n, from + share);
+    const Piece part = {first, end > first ? end - first : 0};
+    *moment = s.at / (size_t)m->ranks.shares + first - from;
+    return part;
 }
 
 // Every tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
@@ -993,16 +1150,19 @@ static void params_chunks(Model *m) {
         int n = 0;
         for (int p = 0; p < N_PARAMS; p++)
             for (int l = 0; l < gpt_param_layers(c, p); l++)
-                for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += UPDATE_CHUNK, n++) {
-                    if (!fill) continue;
-                    const UpdateChunk chunk = {m->offset[p] + (size_t)l * m->layer_size + at, at_most(size - at, UPDATE_CHUNK),
-                                               gradient_index(m, l, gpt_param[p].branch), gpt_param[p].dims == 2};
-                    all[n] = chunk;
+                for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += UPDATE_CHUNK) {
+                    const size_t branch = gradient_index(m, l, gpt_param[p].branch);
+                    size_t moment;
+                    const Piece part = share_of(m, branch, m->ranks.rank, m->offset[p] + (size_t)l * m->layer_size + at,
+                                               at_most(size - at, UPDATE_CHUNK), &moment);
+                    const UpdateChunk chunk = {part.at, moment, part.n, branch, gpt_param[p].dims == 2};
+                    if (fill && part.n) all[n] = chunk;
+                    n += part.n > 0;
                 }
         if (!fill) all = (UpdateChunk *)xcalloc((size_t)n, sizeof *all);
         m->n_chunks = n;
     }
-    const size_t bytes = (size_t)m->n_chunks * sizeof *all;
+    const size_t bytes = (size_t)m->n_chunks * sizeof *all;  // 0 for a rank without a share of so small a model
     m->chunk = (UpdateChunk *)room_new("the table of parameters", bytes);
     CUDA_CHECK(cudaMemcpy(m->chunk, all, bytes, cudaMemcpyHostToDevice));
     free(all);
@@ -1092,7 +1252,17 @@ static void inputs_new(Model *m) {
     for (int v = 0; v < m->config.V; v++) m->group[v] = -1;
 }
 
-static void gpu_open(Gpu *g, int dtype) {
+// The device of this process: of those it sees, that of its number on this machine. A launcher may show each its own only.
+static int gpu_of(const Comm *comm, int count) {
+    const int local = comm ? comm->local_rank : 0;
+    if (local < count) return local;
+    if (count > 1)
+        die("rank %d is number %d on its machine, which has %d GPUs\n  hint: start as many ranks on each machine as it has "
+            "GPUs", comm->rank, local, count);
+    return 0;
+}
+
+static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
     const char *search = getenv("DROPPATH_GEMM_SEARCH"), *epilogue = getenv("DROPPATH_GEMM_EPILOGUE");
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
@@ -1100,10 +1270,11 @@ static void gpu_open(Gpu *g, int dtype) {
         die("no CUDA device: %s\n  hint: nvidia-smi lists them; build/train_gpt runs on the CPU",
             error != cudaSuccess ? cudaGetErrorString(error) : "the driver knows none");
     cudaDeviceProp device;
-    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    const int number = gpu_of(comm, count);
+    CUDA_CHECK(cudaGetDeviceProperties(&device, number));
     if (device.major < 8)
         die("%s is too old: compute capability %d.%d, and this engine needs 8.0", device.name, device.major, device.minor);
-    CUDA_CHECK(cudaSetDevice(0));
+    CUDA_CHECK(cudaSetDevice(number));
     CUDA_CHECK(cudaStreamCreate(&g->stream));
     CUBLAS_CHECK(cublasLtCreate(&g->blas));
     g->half = dtype == DTYPE_BF16;
@@ -1135,15 +1306,18 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->config = *config;
     m->args = *args;
     if (!train) m->args.recompute = RECOMPUTE_GELU;      // nothing is kept; there is no room to make it in again
-    gpu_open(&m->gpu, args->dtype);
+    gpu_open(&m->gpu, args->dtype, args->comm);
+    ranks_open(&m->ranks, args);
     params_layout(m);
     m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_params);
     if (m->gpu.half) m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
     if (train) {
         params_chunks(m);
         m->slot[SLOT_GRAD] = zeros_new(&m->gpu, "gradients", m->n_params);
-        m->slot[SLOT_M] = zeros_new(&m->gpu, "the optimizer's moments", 2 * m->n_params);
-        m->slot[SLOT_V] = m->slot[SLOT_M] + m->n_params;
+        m->slot[SLOT_M] = zeros_new(&m->gpu, "the optimizer's moments", 2 * m->n_moments);
+        m->slot[SLOT_V] = m->slot[SLOT_M] + m->n_moments;
+        if (m->gpu.half && m->ranks.world > 1 && !args->reduce_fp32)
+            m->wire = (bf16 *)zeros_new(&m->gpu, "gradients on their way", strips(m->n_params, 2));
         m->update = (BranchUpdate *)room_new("step counts", branches * sizeof *m->update);
         m->host_update = (BranchUpdate *)host_new(branches * sizeof *m->host_update);
         m->host_norm = (double *)host_new(sizeof *m->host_norm);
@@ -1159,8 +1333,9 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
 
 static void model_close(Model *m) {
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
-    void *const device[] = {m->activations, m->slot[SLOT_PARAM], m->slot[SLOT_GRAD], m->slot[SLOT_M], m->copy, m->chunk,
-                            m->norms, m->update, m->device.place};
+    ranks_close(&m->ranks);
+    void *const device[] = {m->activations, m->slot[SLOT_PARAM], m->slot[SLOT_GRAD], m->slot[SLOT_M], m->copy, m->wire,
+                            m->chunk, m->norms, m->update, m->device.place};
     void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm};
     void *const host[] = {m->group, m->spent, m->attention, m->mlp, m};
     gpu_close(&m->gpu);
@@ -1176,8 +1351,8 @@ static void model_memory(const Model *m, EngineMemory *bytes) {
     const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
     Model copy = *m;
     bytes->parameters = one + (m->copy ? m->n_params * sizeof(bf16) : 0);
-    bytes->gradients = train * one;
-    bytes->moments = train * 2 * one;
+    bytes->gradients = train * one + (m->wire ? m->n_params * sizeof(bf16) : 0);
+    bytes->moments = train * 2 * m->n_moments * sizeof(float);
     bytes->activations = WORKSPACE + m->activation_bytes;
     bytes->activations_full = WORKSPACE + rooms_bytes(&copy, kept_bound(m, &all));
     bytes->activations_used = WORKSPACE + rooms_bytes(&copy, m->kept_peak);
@@ -1434,16 +1609,36 @@ static double model_forward(Model *m, int T, const int *tokens, const int *targe
     return model_finish(m, T, targets, plan);
 }
 
+// Sums the gradients of branch i over the ranks, beside what follows on the main stream.
+static void reduce_branch(Model *m, int i) {
+    const int last = i == BRANCHES * m->config.L;
+    const Ranks *r = &m->ranks;
+    const Piece s = span_of(m, (size_t)i);
+    const size_t share = s.n / (size_t)r->shares, mine = s.at + (r->shares > 1 ? (size_t)r->rank * share : 0);
+    float *grad = m->slot[SLOT_GRAD];
+    gradient_add(m, last ? 0 : i / BRANCHES, last ? NO_BRANCH : i % BRANCHES, 1);  // zeros, if this rank alone has dropped it
+    ranks_begin(r, &m->gpu);
+    if (m->wire) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, r->stream, m->wire + s.at, grad + s.at, s.n);
+    ranks_sum(r, m->wire ? (void *)(m->wire + s.at) : grad + s.at, s.n, m->wire != NULL);
+    if (m->wire) LAUNCH(widen_kernel, blocks_for(share), BLOCK, 0, r->stream, grad + mine, m->wire + mine, share);
+}
+
 static double model_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan,
-                                     double weight) {
+                                     double weight, const unsigned char *reduce) {
     CHECK(m->slot[SLOT_GRAD] && targets && weight != 0, "this model was opened to evaluate");
     const Grouped by = run_forward(m, T, tokens, targets, plan, weight);
     const int add = gradient_add(m, 0, NO_BRANCH, 0);
     const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
     begin_branch_backward(m, plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
-    for (int l = m->config.L - 1; l >= 0; l--) block_backward(m, l, plan);
+    if (m->ranks.world == 1) reduce = NULL;
+    for (int l = m->config.L - 1; l >= 0; l--) {
+        block_backward(m, l, plan);
+        for (int i = BRANCHES * l + MLP; i >= BRANCHES * l + ATTN; i--)
+            if (reduce && reduce[i]) reduce_branch(m, i);
+    }
     embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)plan->batch, (size_t)T,
                        (size_t)m->config.T, (size_t)m->config.C);
+    if (reduce) reduce_branch(m, BRANCHES * m->config.L);
     return model_finish(m, T, targets, plan);
 }
 
@@ -1488,13 +1683,13 @@ static __global__ void chunk_norms_kernel(double *norms, const float *grad, cons
     if (threadIdx.x == 0) norms[blockIdx.x] = sum;
 }
 
-// norms[n] = the norm of all. One block.
-static __global__ void total_norm_kernel(double *norms, int n) {
+// to = the sum of norms (n), or its root. One block.
+static __global__ void total_norm_kernel(double *to, const double *norms, int n, int root) {
     SHARED(double, shared);
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) sum += norms[i];
     sum = block_sum_double(sum, shared);
-    if (threadIdx.x == 0) norms[n] = sqrt(sum);
+    if (threadIdx.x == 0) *to = root ? sqrt(sum) : sum;
 }
 
 typedef struct { float b1, b2, eps, keep; double grad_clip; } AdamArgs;   // keep: what weight decay leaves of p
@@ -1510,11 +1705,39 @@ static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, flo
     for (size_t j = threadIdx.x; j < k.n; j += blockDim.x) {
         const size_t i = k.at + j;
         const float g = b.spent ? 0 : grad[i] * shrink;
-        const float mi = m[i] = a.b1 * m[i] + (1 - a.b1) * g;
-        const float vi = v[i] = a.b2 * v[i] + (1 - a.b2) * g * g;
+        const float mi = m[k.moment + j] = a.b1 * m[k.moment + j] + (1 - a.b1) * g;
+        const float vi = v[k.moment + j] = a.b2 * v[k.moment + j] + (1 - a.b2) * g * g;
         const float pi = p[i] = keep * p[i] - b.rate * mi / (sqrtf(vi) * b.unbias + a.eps);
         if (copy) copy[i] = from_float<bf16>(pi);
     }
+}
+
+// The norm of the gradient, which is on all ranks or each has its share of it, to norms[n_chunks].
+static void gradient_norm(Model *m) {
+    const cudaStream_t stream = m->gpu.stream;
+    double *total = m->norms + m->n_chunks;
+    if (m->n_chunks)
+        LAUNCH(chunk_norms_kernel, (unsigned)m->n_chunks, BLOCK, BLOCK * sizeof(double), stream, m->norms, m->slot[SLOT_GRAD],
+               m->chunk, m->update);
+    LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, m->norms, m->n_chunks, m->ranks.shares == 1);
+    if (m->ranks.shares == 1) return;
+    ranks_begin(&m->ranks, &m->gpu);
+    ranks_sum_double(&m->ranks, total);
+    ranks_end(&m->ranks, &m->gpu);
+    LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, total, 1, 1);
+}
+
+// After an update of shares: the whole parameters to all ranks, but those that no rank has touched.
+static void gather_parameters(Model *m, const UpdateArgs *a) {
+    ranks_begin(&m->ranks, &m->gpu);
+    for (size_t i = 0; i <= (size_t)BRANCHES * (size_t)m->config.L; i++) {
+        const Piece s = span_of(m, i);
+        float *p = m->slot[SLOT_PARAM] + s.at;
+        if (a->t[i] <= 0) continue;
+        ranks_gather(&m->ranks, p, s.n);
+        if (m->copy) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, m->ranks.stream, m->copy + s.at, p, s.n);
+    }
+    ranks_end(&m->ranks, &m->gpu);
 }
 
 static double model_update(Model *m, const UpdateArgs *a) {
@@ -1530,14 +1753,14 @@ static double model_update(Model *m, const UpdateArgs *a) {
         m->host_update[i] = b;
     }
     CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update, cudaMemcpyHostToDevice, stream));
-    LAUNCH(chunk_norms_kernel, (unsigned)m->n_chunks, BLOCK, BLOCK * sizeof(double), stream, m->norms, m->slot[SLOT_GRAD],
-           m->chunk, m->update);
-    LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, m->norms, m->n_chunks);
-    if (!a->discard)
+    if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);
+    gradient_norm(m);
+    if (!a->discard && m->n_chunks)
         LAUNCH(adamw_kernel, (unsigned)m->n_chunks, BLOCK, 0, stream, m->slot[SLOT_PARAM], m->copy, m->slot[SLOT_GRAD],
                m->slot[SLOT_M], m->slot[SLOT_V], m->chunk, m->update, m->norms + m->n_chunks, args);
+    if (!a->discard && m->ranks.shares > 1) gather_parameters(m, a);
     CUDA_CHECK(cudaMemcpyAsync(m->host_norm, m->norms + m->n_chunks, sizeof(double), cudaMemcpyDeviceToHost, stream));
-    CUDA_CHECK(cudaStreamSynchronize(stream));
+    ranks_wait(&m->ranks, &m->gpu);
     memset(m->spent, 1, branches);
     return *m->host_norm;
 }
@@ -1552,20 +1775,54 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
     return m->slot[slot] + m->offset[param] + (size_t)layer * m->layer_size;
 }
 
+static int is_shared(const Model *m, Slot slot) { return m->ranks.shares > 1 && (slot == SLOT_M || slot == SLOT_V); }
+
+// A moment of which each rank has a part: all ranks get it whole.
+static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
+    const size_t n = gpt_param_size(&m->config, param), at = m->offset[param] + (size_t)layer * m->layer_size;
+    const size_t branch = gradient_index(m, layer, gpt_param[param].branch);
+    float *whole = (float *)room_new("a moment to be saved", n * sizeof *whole);
+    ranks_begin(&m->ranks, &m->gpu);
+    for (int rank = 0; rank < m->ranks.world; rank++) {
+        size_t moment;
+        const Piece part = share_of(m, branch, rank, at, n, &moment);
+        if (part.n) ranks_send(&m->ranks, whole + (part.at - at), m->slot[slot] + moment, part.n, rank);
+    }
+    ranks_end(&m->ranks, &m->gpu);
+    CUDA_CHECK(cudaMemcpyAsync(host, whole, n * sizeof(real), cudaMemcpyDeviceToHost, m->gpu.stream));
+    ranks_wait(&m->ranks, &m->gpu);
+    CUDA_CHECK(cudaFree(whole));
+}
+
+// This rank's part of it, which may be nothing.
+static void write_shared(Model *m, Slot slot, int param, int layer, const real *host) {
+    const size_t n = gpt_param_size(&m->config, param), at = m->offset[param] + (size_t)layer * m->layer_size;
+    size_t moment;
+    const Piece part = share_of(m, gradient_index(m, layer, gpt_param[param].branch), m->ranks.rank, at, n, &moment);
+    if (part.n)
+        CUDA_CHECK(cudaMemcpyAsync(m->slot[slot] + moment, host + (part.at - at), part.n * sizeof(real),
+                                   cudaMemcpyHostToDevice, m->gpu.stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+}
+
 static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
     const size_t n = gpt_param_size(&m->config, param);
+    if (is_shared(m, slot)) {
+        read_shared(m, slot, param, layer, host);
+        return;
+    }
+    if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);         // sums of gradients may be under way
     CUDA_CHECK(cudaMemcpyAsync(host, param_at(m, slot, param, layer), n * sizeof(real), cudaMemcpyDeviceToHost,
                                m->gpu.stream));
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
 }
 
-static __global__ void round_kernel(bf16 *to, const float *from, size_t n) {
-    const size_t i = thread_index();
-    if (i < n) to[i] = from_float<bf16>(from[i]);
-}
-
 static void model_write(Model *m, Slot slot, int param, int layer, const real *host) {
     const size_t n = gpt_param_size(&m->config, param);
+    if (is_shared(m, slot)) {
+        write_shared(m, slot, param, layer, host);
+        return;
+    }
     float *to = param_at(m, slot, param, layer);
     CUDA_CHECK(cudaMemcpyAsync(to, host, n * sizeof(real), cudaMemcpyHostToDevice, m->gpu.stream));
     if (slot == SLOT_PARAM && m->copy)

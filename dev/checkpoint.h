@@ -140,6 +140,17 @@ static inline void checkpoint_remove(const char *dir) {
     if (rmdir(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
 }
 
+// What the other ranks do while rank 0 writes, if each has a share of what is read: the same reads in the same order.
+static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c) {
+    static const Slot slots[3] = {SLOT_PARAM, SLOT_M, SLOT_V};
+    for (int s = 0; s < 3; s++)
+        for (int p = 0; p < N_PARAMS; p++) {
+            real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
+            for (int l = 0; l < gpt_param_layers(c, p); l++) e->read(m, slots[s], p, l, host);
+            free(host);
+        }
+}
+
 // Writes OUT/step_NNNNNNNN whole, or dies and leaves what was there. An older one of that step gives way.
 static inline void checkpoint_save(const char *out, const Engine *e, Model *m, const GptConfig *c, const CheckpointState *s) {
     char *name = xprintf("step_%08lld", (long long)s->step), *final = xprintf("%s/%s", out, name);

@@ -7,6 +7,7 @@
 #ifndef ENGINE_H
 #define ENGINE_H
 
+#include "comm.h"
 #include "drop_path.h"
 #include "gpt.h"
 
@@ -31,6 +32,9 @@ typedef struct {
     int dtype;                                           // DTYPE_*
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
     int recompute;                                       // RECOMPUTE_*
+    const Comm *comm;                                    // the ranks that train this model together; NULL: alone
+    int zero;                                            // 1: each rank keeps the moments of its share of the weights
+    int reduce_fp32;                                     // gradients are summed over the ranks in fp32, whatever the dtype
 } EngineArgs;
 
 // One AdamW update (Loshchilov and Hutter 2019, algorithm 2), on gradients clipped to a norm of grad_clip (0: never).
@@ -61,17 +65,23 @@ typedef struct {
     double (*forward)(Model *, int T, const int *tokens, const int *targets, const DropPlan *plan);
 
     // The same with all targets in [0, V), and adds weight * d(mean loss)/d(parameter) to the gradients.
-    double (*forward_backward)(Model *, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight);
+    // With `reduce` (2L+1), indexed as UpdateArgs.t, this is the rank's last micro-batch before the update: the gradients
+    // whose flag is set are summed over all ranks (EngineArgs.comm), which may go on behind this call and which update
+    // waits for; those of the other branches are zero on every rank. All ranks give the same flags. NULL: no sums yet.
+    double (*forward_backward)(Model *, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight,
+                               const unsigned char *reduce);
 
     // Of the last forward: its losses (plan->batch, T), 0 where the target is negative; the logits (V) at (row, t).
     void (*losses)(Model *, real *host);
     void (*logits)(Model *, int row, int t, real *host);
 
     // Clips and applies the gradients, zeroes them and returns their norm before clipping. A norm that is not finite
-    // changes no parameter and no moment (the gradients are zeroed all the same), as does args->discard.
+    // changes no parameter and no moment (the gradients are zeroed all the same), as does args->discard. All ranks call it
+    // with the same arguments and get the same norm.
     double (*update)(Model *, const UpdateArgs *);
 
-    // Copy one layer's part of one parameter, gpt_param_size() numbers, out of or into a slot.
+    // Copy one layer's part of one parameter, gpt_param_size() numbers, out of or into a slot. With args->zero all ranks
+    // call read in the same order, since each has a share.
     void (*read)(Model *, Slot, int param, int layer, real *host);
     void (*write)(Model *, Slot, int param, int layer, const real *host);
 

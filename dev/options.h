@@ -142,6 +142,14 @@ enum { ADAM_DENSE, ADAM_SKIP };
     OPTION(sample_tokens, "sample-tokens", INTEGER, "200", "[1,1e9]", "tokens of a sample")                          \
     OPTION(prompt, "prompt", TEXT, "", "TEXT", "what a sample continues")                                            \
     OPTION(log_every, "log-every", INTEGER, "10", "[1,1e12]", "steps between lines on the console")                  \
+  HEADING("Data parallel: processes share a step's micro-batches; on CPUs for tests and small clusters only")        \
+    OPTION(rendezvous, "rendezvous", TEXT, "", "PLACE",                                                              \
+           "where they meet: tcp://HOST:PORT of rank 0, or dir:/PATH that all see; if not given, MASTER_ADDR and "   \
+           "MASTER_PORT. mpirun, srun, torchrun and scripts/launch.sh tell each process its rank")                   \
+    OPTION(job_token, "job-token", TEXT, "", "TEXT",                                                                 \
+           "tells this job's processes from others; if not given, DROPPATH_JOB_TOKEN or the launcher's job number")  \
+    OPTION(zero, "zero", CHOICE, "0", "0|1", "1: each GPU keeps its share of the optimizer's moments (ZeRO-1)")      \
+    OPTION(reduce_fp32, "reduce-fp32", FLAG, "0", "0|1", "sum gradients over the GPUs in fp32, not in --dtype")      \
   HEADING("Drop path: rate = drop-path * depth(layer) * ramp(step)")                                                 \
     OPTION(drop_path, "drop-path", NUMBER, "0", "[0,1)",                                                             \
            "p_max, the largest rate at which a branch is dropped; 0: plain training")                                \

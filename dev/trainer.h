@@ -1,5 +1,8 @@
 // trainer.h: the training loop, written once against engine.h: data order, gradient accumulation, schedules, drop path,
 // evaluation, checkpoints, resume, samples, metrics. `main` is one call: trainer_main(argc, argv, &engine).
+//
+// Several processes (comm.h) run the same loop: rank r of W has micro-batches r, r + W, ... of each step and every W-th
+// batch of an evaluation. Whatever decides something is the same bits on all of them; rank 0 alone prints and writes.
 #ifndef TRAINER_H
 #define TRAINER_H
 
@@ -26,6 +29,7 @@ typedef struct {
     Shards train, val;
     Tokenizer tokenizer;
     int has_val, has_tokenizer;
+    Comm *comm;                                          // NULL: alone
     int rank, world;                                     // this process among equal ones; they share a step's micro-batches
     int B, T, M;                                         // rows and tokens of a micro-batch, micro-batches of a step
     int64_t steps, eval_rows;
@@ -37,7 +41,8 @@ typedef struct {
     DropPlan plan;
     int *tokens, *targets;                               // (B,T)
     real *losses;                                        // (B,T)
-    int *kept;                                           // (2L) rows of the current step that ran each branch
+    int *kept;                                           // (2L) rows of the current step that ran each branch, on any rank
+    unsigned char *reduce;                               // (2L+1) whether any did: these gradients are to be summed
     int64_t *adamw_steps;                                // (2L+1) what this update uses
     Text plan_text;
     FILE *metrics;
@@ -189,10 +194,28 @@ static inline char *trainer_start(const TrainOptions *o, int *resume) {
     return from || !*o->init_from ? from : xstrdup(o->init_from);
 }
 
+// Rank 0 looks where to start, the others follow: by the time they looked, it might have written something.
+static inline char *trainer_start_together(const Trainer *tr, int *resume) {
+    struct { int some, resume; char path[4096]; } found;
+    char *from = NULL;
+    memset(&found, 0, sizeof found);
+    if (tr->rank == 0) {
+        from = trainer_start(tr->options, &found.resume);
+        found.some = from != NULL;
+        if (from && strlen(from) >= sizeof found.path) die("this path is too long: %s", from);
+        if (from) strcpy(found.path, from);
+        free(from);
+    }
+    comm_broadcast(tr->comm, &found, sizeof found);
+    *resume = found.resume;
+    return found.some ? xstrdup(found.path) : NULL;
+}
+
 // One line where resumed options differ from the checkpoint's: allowed, but not the same run any more.
 static inline void trainer_compare_options(const char *now, const char *then) {
     static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens", "save-every", "keep",
-                                                 "log-every", "sample-every", "sample-tokens", "prompt", "val", "init-from"};
+                                                 "log-every", "sample-every", "sample-tokens", "prompt", "val", "init-from",
+                                                 "zero"};
     Text changed = {NULL, 0, 0};
     for (const char *line = now, *end; *line; line = end + 1) {
         end = strchr(line, '\n');
@@ -209,16 +232,31 @@ static inline void trainer_compare_options(const char *now, const char *then) {
     text_free(&changed);
 }
 
-static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOptions *o, const char *config_text) {
+// All ranks must run the same options.
+static inline void trainer_agree(const Trainer *tr) {
+    char mine[SHA256_HEX], first[SHA256_HEX];
+    sha256_hex(mine, tr->config_text, strlen(tr->config_text));
+    memcpy(first, mine, sizeof first);
+    comm_broadcast(tr->comm, first, sizeof first);
+    if (strcmp(first, mine))
+        die("rank %d has other options than rank 0\n  hint: start all ranks with the same command and the same files",
+            tr->rank);
+}
+
+static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOptions *o, const char *config_text,
+                                Comm *comm) {
     memset(tr, 0, sizeof *tr);
     tr->options = o;
     tr->config_text = config_text;
     tr->engine = engine;
-    tr->world = 1;
+    tr->comm = comm;
+    tr->rank = comm ? comm->rank : 0;
+    tr->world = comm ? comm->world : 1;
     if (!*o->train)
         die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
     int resume;
-    char *from = trainer_start(o, &resume);
+    trainer_agree(tr);
+    char *from = trainer_start_together(tr, &resume);
     trainer_open_tokenizer(tr);
     trainer_config(tr, from);
     shards_open(&tr->train, o->train, tr->T, tr->config.V);
@@ -231,12 +269,16 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     if (*o->drop_replay) trainer_open_replay(tr);
 
     const size_t BT = (size_t)tr->B * (size_t)tr->T, branches = (size_t)(BRANCHES * tr->config.L);
-    const EngineArgs args = {tr->B, tr->T, (int)o->threads, trainer_dtype(engine, o), trainer_memory_bound(tr),
-                             o->recompute};
+    EngineArgs args;
+    memset(&args, 0, sizeof args);
+    args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o);
+    args.bound = trainer_memory_bound(tr), args.recompute = o->recompute;
+    args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
     tr->kept = (int *)xcalloc(branches, sizeof(int));
+    tr->reduce = (unsigned char *)xcalloc(branches + 1, 1);
     tr->adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
     tr->state.adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
     tr->state.eval_scale = (double *)xcalloc(branches, sizeof(double));
@@ -247,12 +289,12 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->model = engine->open(&tr->config, &args);
     if (resume) {
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
-        trainer_compare_options(config_text, tr->state.options);
+        if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options);
         free((char *)(uintptr_t)tr->state.options);
     } else if (from) checkpoint_load_weights(from, engine, tr->model, &tr->config);
     else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
     tr->state.options = config_text;
-    if (from) printf("%s: %s\n", resume ? "resumed" : "weights", from);
+    if (from && tr->rank == 0) printf("%s: %s\n", resume ? "resumed" : "weights", from);
     free(from);
 }
 
@@ -264,7 +306,7 @@ static inline void trainer_close(Trainer *tr) {
     metrics_log_free(&tr->replay);
     drop_plan_free(&tr->plan);
     text_free(&tr->plan_text);
-    free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->adamw_steps);
+    free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->reduce), free(tr->adamw_steps);
     free(tr->state.adamw_steps), free(tr->state.eval_scale);
     if (tr->metrics) fclose(tr->metrics);
 }
@@ -308,38 +350,45 @@ typedef struct { double loss, bits_per_byte; int64_t tokens, bytes; } Evaluation
 
 // Mean loss over the first `rows` windows of the shards, each token with the same weight whatever the batch, under the
 // plan of all rows with each branch times its factor (2L), 0 to leave it out; plan is room for B rows. bits_per_byte is
-// NaN without a tokenizer (t NULL).
+// NaN without a tokenizer (t NULL). The ranks of comm (NULL: alone) share the batches; rows are added up in their order,
+// so that neither the batch nor the number of ranks changes the sum.
 static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards *shards, int64_t rows, const Tokenizer *t,
-                                         int B, DropPlan *plan, const double *scale, int tied) {
+                                         int B, DropPlan *plan, const double *scale, int tied, const Comm *comm) {
     const int T = shards->T;
     const size_t BT = (size_t)B * (size_t)T;
     int *tokens = (int *)xcalloc(BT, sizeof *tokens), *targets = (int *)xcalloc(BT, sizeof *targets);
     real *losses = (real *)xcalloc(BT, sizeof *losses);
-    Evaluation sum = {0, NAN, 0, 0};
-    for (int64_t row = 0; row < rows; row += B) {
+    double *loss = (double *)xcalloc((size_t)rows, sizeof *loss), bytes = 0;
+    const int64_t stride = (int64_t)B * (comm ? comm->world : 1);
+    Evaluation sum = {0, NAN, rows * T, 0};
+    for (int64_t row = (int64_t)B * (comm ? comm->rank : 0); row < rows; row += stride) {
         const int n = rows - row < B ? (int)(rows - row) : B;
         for (int b = 0; b < n; b++) shards_read_window(shards, row + b, tokens + b * T, targets + b * T);
         drop_plan_keep_all(plan, scale, tied, n);
         e->forward(m, T, tokens, targets, plan);
         e->losses(m, losses);
         for (int i = 0; i < n * T; i++) {
-            sum.loss += (double)losses[i];
-            if (t) sum.bytes += targets[i] < t->V ? tokenizer_text_length(t, targets[i]) : 0;
+            loss[row + i / T] += (double)losses[i];
+            if (t) bytes += targets[i] < t->V ? tokenizer_text_length(t, targets[i]) : 0;
         }
-        sum.tokens += (int64_t)n * T;
     }
+    comm_sum(comm, loss, (size_t)rows);                  // of each row, one rank has the loss and the others 0
+    comm_sum(comm, &bytes, 1);
+    for (int64_t row = 0; row < rows; row++) sum.loss += loss[row];
+    sum.bytes = (int64_t)bytes;
     if (t && sum.bytes) sum.bits_per_byte = sum.loss / 0.69314718055994530942 / (double)sum.bytes;
     sum.loss /= sum.tokens ? (double)sum.tokens : 1;
     free(tokens);
     free(targets);
     free(losses);
+    free(loss);
     return sum;
 }
 
 static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
     const Tokenizer *t = tr->has_tokenizer ? &tr->tokenizer : NULL;
     Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, t, tr->B, &tr->plan, tr->state.eval_scale,
-                                   tr->state.tied);
+                                   tr->state.tied, tr->comm);
     r->val_loss = v.loss;
     r->val_ppl = exp(v.loss);
     r->val_bpb = v.bits_per_byte;
@@ -355,15 +404,27 @@ static inline void trainer_read_batch(Trainer *tr, int64_t t, int m) {
     }
 }
 
+// The plan of micro-batch m, this rank's or another's: it is a function of (seed, step, m).
 static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
     if (!tr->replay.n) drop_plan_sample(&tr->plan, &tr->drop, t, m, tr->M, tr->world, tr->B);
     else {
         const char *error = drop_plan_read(&tr->plan, &tr->drop, t, tr->replay.record[t].plan, m, tr->B);
         CHECK(!error, "%s", error);                      // trainer_open_replay has read them all
     }
-    if (tr->plan_text.n) text_append(&tr->plan_text, " ", 1);
-    drop_plan_write(&tr->plan_text, &tr->plan, tr->drop.unit);
-    for (int i = 0; i < BRANCHES * tr->config.L; i++) tr->kept[i] += tr->plan.branch[i].n;
+}
+
+// What the step's plans keep, over all ranks: known before anything runs.
+static inline void trainer_plan_step(Trainer *tr, int64_t t) {
+    const int branches = BRANCHES * tr->config.L;
+    memset(tr->kept, 0, (size_t)branches * sizeof *tr->kept);
+    tr->plan_text.n = 0;
+    for (int m = 0; m < tr->M; m++) {
+        trainer_plan(tr, t, m);
+        if (tr->plan_text.n) text_append(&tr->plan_text, " ", 1);
+        drop_plan_write(&tr->plan_text, &tr->plan, tr->drop.unit);
+        for (int i = 0; i < branches; i++) tr->kept[i] += tr->plan.branch[i].n;
+    }
+    for (int i = 0; i <= branches; i++) tr->reduce[i] = i == branches || tr->kept[i] > 0;
 }
 
 // The AdamW step of every branch in this update: one more than before, or 0 (untouched) for what was dropped throughout.
@@ -394,28 +455,33 @@ static inline void trainer_account(Trainer *tr, Metrics *r) {
 }
 
 static inline void trainer_bad_step(Trainer *tr, double loss, double norm) {
-    warn("step %lld: loss %g, gradient norm %g: not finite, so the weights stay as they were",
-         (long long)tr->state.step + 1, loss, norm);
+    if (tr->rank == 0)
+        warn("step %lld: loss %g, gradient norm %g: not finite, so the weights stay as they were",
+             (long long)tr->state.step + 1, loss, norm);
     if (++tr->bad_steps < tr->options->max_bad_steps) return;
-    fprintf(stderr, "error: %d steps in a row were not finite\n  hint: a lower --lr, a longer --warmup; --resume continues "
-            "from the last checkpoint in %s\n", tr->bad_steps, tr->options->out);
+    if (tr->rank == 0)
+        fprintf(stderr, "error: %d steps in a row were not finite\n  hint: a lower --lr, a longer --warmup; --resume "
+                "continues from the last checkpoint in %s\n", tr->bad_steps, tr->options->out);
+    comm_close(tr->comm);                                // all ranks come here together
     exit(3);
 }
 
-// Step t = state.step: M micro-batches forward and backward, one update.
+// Step t = state.step: of M micro-batches this rank's forward and backward, one update.
 static inline Metrics trainer_step(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const int64_t t = tr->state.step;
     const int branches = BRANCHES * tr->config.L;
     Metrics r = metrics_new();
-    memset(tr->kept, 0, (size_t)branches * sizeof *tr->kept);
-    tr->plan_text.n = 0;
+    trainer_plan_step(tr, t);
     r.loss = 0;
     for (int m = tr->rank; m < tr->M; m += tr->world) {
+        const unsigned char *reduce = tr->world > 1 && m + tr->world >= tr->M ? tr->reduce : NULL;
         trainer_read_batch(tr, t, m);
         trainer_plan(tr, t, m);
-        r.loss += tr->engine->forward_backward(tr->model, tr->T, tr->tokens, tr->targets, &tr->plan, 1.0 / tr->M) / tr->M;
+        r.loss += tr->engine->forward_backward(tr->model, tr->T, tr->tokens, tr->targets, &tr->plan, 1.0 / tr->M, reduce) /
+                  tr->M;
     }
+    comm_sum(tr->comm, &r.loss, 1);
     r.lr = schedule_lr(&tr->schedule, t);
     trainer_count_updates(tr);
     const UpdateArgs args = {r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps,
@@ -473,6 +539,9 @@ static inline void trainer_print_start(const Trainer *tr) {
            (long long)tr->eval_rows * tr->T);
     printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B, tr->T, tr->M,
            tr->M == 1 ? "" : "es", (long long)tr->steps, (double)tr->steps * tr->M * tr->B / (double)tr->train.windows);
+    if (tr->world > 1)
+        printf("ranks:   %d processes, each %d micro-batch%s of a step; numbers of memory are of each, of speed of all\n",
+               tr->world, tr->M / tr->world, tr->M == tr->world ? "" : "es");
     printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB, activations %.0f MiB",
            (double)memory.parameters / mib, (double)memory.gradients / mib, (double)memory.moments / mib,
            (double)memory.activations / mib);
@@ -522,25 +591,54 @@ static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
     return step == steps || (every > 0 && step % every == 0);
 }
 
+// What rank 0 does after a step: metrics, the console, a sample.
+static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *turn, int first, double seconds_left) {
+    const TrainOptions *o = tr->options;
+    const int64_t step = tr->state.step;
+    char *map = (char *)xcalloc((size_t)tr->config.L + 1, 1);
+    r->peak_bytes = trainer_peak_bytes();
+    trainer_record(tr, r);
+    trainer_kept_map(tr, map);
+    if (trainer_due(o->log_every, step, tr->steps) || first || !isnan(r->val_loss))
+        metrics_print(r, turn ? turn->label : "", (double)tr->steps, map, seconds_left);
+    if (o->sample_every && trainer_due(o->sample_every, step, tr->steps)) trainer_sample(tr);
+    free(map);
+}
+
+// Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part.
+static inline void trainer_save(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    if (tr->rank) {
+        if (o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config);
+        return;
+    }
+    fsync(fileno(tr->metrics));                          // no checkpoint is ahead of its metrics
+    checkpoint_save(o->out, tr->engine, tr->model, &tr->config, &tr->state);
+    checkpoint_prune(o->out, o->keep);
+}
+
 // Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt;
-// turn is NULL for a run that has the machine to itself.
-static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text, TrainerTurn *turn) {
+// turn is NULL for a run that has the machine to itself, comm for one that is alone.
+static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text, TrainerTurn *turn,
+                               Comm *comm) {
     Trainer trainer, *tr = &trainer;
-    trainer_open(tr, engine, o, config_text);
+    trainer_open(tr, engine, o, config_text, comm);
     if (tr->state.step >= tr->steps) {
-        printf("%s has all %lld steps already\n", o->out, (long long)tr->steps);
+        if (tr->rank == 0) printf("%s has all %lld steps already\n", o->out, (long long)tr->steps);
         trainer_close(tr);
         return;
     }
-    if (*o->drop_replay && o->drop_path == 0)
+    if (*o->drop_replay && o->drop_path == 0 && tr->rank == 0)
         warn("--drop-replay without --drop-path: branches drop as recorded, with scale 1");
-    if (!tr->has_val) warn("no --val: the run will not be evaluated");
+    if (!tr->has_val && tr->rank == 0) warn("no --val: the run will not be evaluated");
     if (o->sample_every && !tr->has_tokenizer)
         die("--sample-every needs a tokenizer\n  hint: --tokenizer FILE, see data/README.md");
     tr->peak_flops = engine->peak(tr->model, 0.2);
-    trainer_print_start(tr);
-    trainer_open_metrics(tr, tr->state.step);
-    char *map = (char *)xcalloc((size_t)tr->config.L + 1, 1);
+    comm_sum(comm, &tr->peak_flops, 1);
+    if (tr->rank == 0) {
+        trainer_print_start(tr);
+        trainer_open_metrics(tr, tr->state.step);
+    }
     double busy = 0;
     for (int64_t first = tr->state.step; tr->state.step < tr->steps;) {
         trainer_take_turn(turn);
@@ -553,21 +651,19 @@ static inline void trainer_run(const Engine *engine, const TrainOptions *o, cons
         r.tok_per_s = (double)tr->M * tr->B * tr->T / seconds;
         r.mfu = r.flops / seconds / tr->peak_flops;
         if (tr->has_val && trainer_due(o->eval_every, step, tr->steps)) trainer_evaluate(tr, &r);
-        r.peak_bytes = trainer_peak_bytes();
-        trainer_record(tr, &r);
-        trainer_kept_map(tr, map);
-        if (trainer_due(o->log_every, step, tr->steps) || step == first + 1 || !isnan(r.val_loss))
-            metrics_print(&r, turn ? turn->label : "", (double)tr->steps, map,
-                          busy / (double)(step - first) * (double)(tr->steps - step));
-        if (o->sample_every && trainer_due(o->sample_every, step, tr->steps)) trainer_sample(tr);
-        if (trainer_due(o->save_every, step, tr->steps)) {
-            fsync(fileno(tr->metrics));                  // no checkpoint is ahead of its metrics
-            checkpoint_save(o->out, engine, tr->model, &tr->config, &tr->state);
-            checkpoint_prune(o->out, o->keep);
-        }
+        if (tr->rank == 0)
+            trainer_report(tr, &r, turn, step == first + 1, busy / (double)(step - first) * (double)(tr->steps - step));
+        if (trainer_due(o->save_every, step, tr->steps)) trainer_save(tr);
     }
-    free(map);
     trainer_close(tr);
+}
+
+// The other processes of this run, if a launcher has started several. NULL: alone.
+static inline Comm *trainer_ranks(const TrainOptions *o) {
+    CommLaunch launch;
+    char *error = comm_launch(&launch, o->rendezvous, o->job_token, comm_look, NULL);
+    if (error) die("%s", error);
+    return launch.world > 1 ? comm_open(&launch, &comm_times) : NULL;
 }
 
 // The whole program: reads the options, trains. Returns the exit code.
@@ -575,15 +671,17 @@ static inline int trainer_main(int argc, char **argv, const Engine *engine) {
     TrainOptions o;
     Options options;
     Text config = {NULL, 0, 0};
-    char *resume;
     options_init(&options, "train_gpt --train GLOB [--val GLOB] [options]");
     options_add(&options, train_option_specs, N_TRAIN_OPTION_SPECS, &o);
     options_parse(&options, argc, argv);
     options_apply_recipe(&options, &o);
-    resume = o.resume, o.resume = (char *)(uintptr_t)"";   // config.txt is of the run, however often it is resumed
+    Comm *comm = trainer_ranks(&o);
+    const TrainOptions given = o;
+    o.resume = o.rendezvous = o.job_token = (char *)(uintptr_t)"";        // config.txt is of the run, however it is started
     options_dump(&options, &config);
-    o.resume = resume;
-    trainer_run(engine, &o, config.s, NULL);
+    o = given;
+    trainer_run(engine, &o, config.s, NULL, comm);
+    comm_close(comm);
     text_free(&config);
     options_free(&options);
     return 0;

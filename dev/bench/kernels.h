@@ -39,7 +39,7 @@ static int thread_count(void) {
 
 // A model of one layer that only lends the room that kernels need besides their arguments.
 static Model *room_open(GptConfig config, int B, int T, int dtype) {
-    const EngineArgs args = {B, T, 0, dtype, {0, 0, 0}, RECOMPUTE_GELU};
+    const EngineArgs args = {.B = B, .T = T, .dtype = dtype};
     config.L = 1;
     return cpu_engine.open(&config, &args);
 }

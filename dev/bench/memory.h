@@ -50,14 +50,14 @@ static double bytes_together(const EngineMemory *m) {
 static void memory_step(MemoryStep *out, const Case *c, int dtype, double rate) {
     const GptConfig config = gpt_preset(c->preset)->config;
     const DropPath policy = {.layers = config.L, .steps = 1, .p_max = rate};
-    EngineArgs args = {c->B, c->T, 0, dtype, {0, 0, 0}, RECOMPUTE_GELU};
+    EngineArgs args = {.B = c->B, .T = c->T, .dtype = dtype};
     struct rusage usage;
     Step s;
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
     step_open(&s, &config, cpu_engine.open(&config, &args), c->B, c->T);
     weights_fill(s.m, 0.02, 8);
     drop_plan_sample(&s.plan, &policy, 0, 0, 1, 1, c->B);
-    out->loss = cpu_engine.forward_backward(s.m, s.T, s.tokens, s.targets, &s.plan, 1);
+    out->loss = cpu_engine.forward_backward(s.m, s.T, s.tokens, s.targets, &s.plan, 1, NULL);
     for (int i = 0; i <= BRANCHES * config.L; i++) s.t[i]++;
     out->norm = cpu_engine.update(s.m, &s.update);
     cpu_engine.memory(s.m, &out->memory);

@@ -18,7 +18,7 @@ typedef struct {
 
 // A model with initial weights, for steps of at most B rows of T tokens.
 static Model *step_model(const GptConfig *c, int B, int T, int dtype) {
-    const EngineArgs args = {B, T, 0, dtype, {B * c->L, B * c->L, BRANCHES * B * c->L}, RECOMPUTE_GELU};
+    const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .bound = {B * c->L, B * c->L, BRANCHES * B * c->L}};
     Model *m = cpu_engine.open(c, &args);
     engine_init_weights(&cpu_engine, m, c, 1);
     return m;
@@ -47,7 +47,7 @@ static void step_close(Step *s) {
 }
 
 static double step_loss(Step *s) {
-    const double loss = cpu_engine.forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1);
+    const double loss = cpu_engine.forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1, NULL);
     for (int i = 0; i <= BRANCHES * s->c.L; i++) s->t[i]++;
     cpu_engine.update(s->m, &s->update);
     return loss;
@@ -182,7 +182,7 @@ static void drop_rows(DropRow *rows, int layers, int rounds) {
 // Bytes of activations that an engine sets aside which is opened for no more than the policy can ask for.
 static double drop_bound(const DropRow *r, const Case *c, const GptConfig *config, int dtype) {
     EngineMemory memory;
-    EngineArgs args = {c->B, c->T, 0, dtype, {0, 0, 0}, RECOMPUTE_GELU};
+    EngineArgs args = {.B = c->B, .T = c->T, .dtype = dtype};
     DropPath policy = r->policy;
     policy.steps = 1;                                    // all are alike
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
@@ -207,7 +207,7 @@ static void drop_check(DropRow *r, Step *s) {
     Deviation d = {0};
     double mean = 0;
     drop_next(r, s);
-    const double loss = cpu_engine.forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1);
+    const double loss = cpu_engine.forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1, NULL);
     for (int row = 0; row < s->B; row++) {
         const size_t at = (size_t)row * (size_t)s->T;
         one.batch = 1;

@@ -324,7 +324,11 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     emu_memory_check_all();
     return cudaSuccess;
 }
-inline cudaError_t cudaStreamQuery(cudaStream_t s) { return s && !s->work.empty() ? cudaErrorNotReady : cudaSuccess; }
+// Time goes on while one asks: a piece of work is done.
+inline cudaError_t cudaStreamQuery(cudaStream_t s) {
+    if (s && !s->work.empty()) emu_step(s);
+    return s && !s->work.empty() ? cudaErrorNotReady : cudaSuccess;
+}
 inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     if (!s || !emu_is_stream(s)) return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
     emu_drain(s);

@@ -140,21 +140,29 @@ static inline const char *test_build(void) {
 
 typedef struct { int code; Text out, err; } ToolRun;     // exit code, standard output and error
 
+// Runs a command line.
+static inline ToolRun shell_run(const char *line) {
+    static const char *dir;
+    if (!dir) dir = test_directory();
+    char *out = xprintf("%s/out", dir), *err = xprintf("%s/err", dir);
+    // Threads that wait should sleep: models so small are all waiting, and the machine may have other work.
+    char *command = xprintf("export OMP_WAIT_POLICY=passive; { %s\n} > %s 2> %s", line, out, err);
+    const int status = system(command);
+    ToolRun r = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, test_read_file(out), test_read_file(err)};
+    free(out), free(err), free(command);
+    return r;
+}
+
 // Runs a program with its arguments, as a shell reads them: "train_gpt --steps 3".
 static inline ToolRun PRINTF_LIKE(1, 2) tool_run(const char *format, ...) {
-    static const char *dir;
     int length;
     va_list args;
     va_start(args, format);
     char *arguments = xprintf_v(&length, format, args);
     va_end(args);
-    if (!dir) dir = test_directory();
-    char *out = xprintf("%s/out", dir), *err = xprintf("%s/err", dir);
-    // Threads that wait should sleep: models so small are all waiting, and the machine may have other work.
-    char *command = xprintf("OMP_WAIT_POLICY=passive %s/%s > %s 2> %s", test_build(), arguments, out, err);
-    const int status = system(command);
-    ToolRun r = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, test_read_file(out), test_read_file(err)};
-    free(arguments), free(out), free(err), free(command);
+    char *command = xprintf("%s/%s", test_build(), arguments);
+    ToolRun r = shell_run(command);
+    free(arguments), free(command);
     return r;
 }
 

@@ -74,7 +74,7 @@ static const char *const dtype_names[] = {"fp32", "bf16", "tf32"};   // by DTYPE
 static Gpu test_gpu(int dtype, size_t C) {
     Gpu g;
     memset(&g, 0, sizeof g);
-    gpu_open(&g, dtype);
+    gpu_open(&g, dtype, NULL);
     g.partial = (float *)device_new(PARTIAL * C * sizeof(float));
     g.sum = (float *)device_new(4 * C * sizeof(float));
     return g;
@@ -535,7 +535,7 @@ void test_cuda_norm(void) {
         double sum = 0, *host = doubles((size_t)n + 1), got;
         for (int i = 0; i < n; i++) sum += host[i] = fabs((double)number(1, (size_t)i));
         void *norms = device_copy(host, ((size_t)n + 1) * sizeof *host);
-        LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), g.stream, (double *)norms, n);
+        LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), g.stream, (double *)norms + n, (double *)norms, n, 1);
         CUDA_CHECK(cudaStreamSynchronize(g.stream));
         CUDA_CHECK(cudaMemcpy(&got, (double *)norms + n, sizeof got, cudaMemcpyDeviceToHost));
         EXPECT_CLOSE(got, sqrt(sum), 1e-14 * n, "norm");

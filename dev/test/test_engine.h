@@ -154,7 +154,7 @@ static void rig_weights(real *all, const GptConfig *c) {
 
 static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
     Rig r = {c, B, T, NULL, NULL, NULL, drop_plan_new(c.L, B)};
-    EngineArgs args = {B, T, threads, dtype, {c.L * B, c.L * B, BRANCHES * c.L * B}, RECOMPUTE_GELU};
+    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B}};
     real *weights = slot_new(&c);
     r.model = test_engine->open(&c, &args);
     rig_weights(weights, &c);
@@ -196,7 +196,7 @@ static real *rig_gradient(Rig *r, double *loss) {
     real *zero = slot_new(&r->c);
     slot_write(&r->c, r->model, SLOT_GRAD, zero);
     free(zero);
-    double mean = test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1);
+    double mean = test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1, NULL);
     if (loss) *loss = mean;
     return slot_read(&r->c, r->model, SLOT_GRAD);
 }
@@ -327,7 +327,7 @@ static double golden_micro_steps(Golden *g, int step, int skip, int64_t *count, 
         golden_ints(r->targets, g, "train/", "targets", at * BT, BT);
         golden_plan(g, "train/", at);
         for (int i = 0; i < N; i++) ran[i] |= r->plan.branch[i].n > 0;
-        loss += test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1.0 / M) / M;
+        loss += test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1.0 / M, NULL) / M;
     }
     for (int i = 0; i <= N; i++) t[i] = i == N || ran[i] || !skip ? ++count[i] : 0;
     return loss;
@@ -669,7 +669,7 @@ static void test_engine_rows_alone(void) {
             const ForcedPlan *f = &forced_plans[plans[k]];
             r.plan.batch = 1;
             for (int i = 0; i < r.c.L * BRANCHES; i++) plan_branch(&r.plan, i, f->kept[i] >> row & 1, f->scale[i]);
-            test_engine->forward_backward(r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan, 1.0 / r.B);
+            test_engine->forward_backward(r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan, 1.0 / r.B, NULL);
             test_engine->losses(r.model, row_losses);
             for (int t = 0; t < r.T; t++)
                 expect_loss(row_losses[t], losses[row * r.T + t], &r.c, f->name);
@@ -822,7 +822,7 @@ static real *threads_run(int threads, int dtype, double loss[3]) {
     real *all = (real *)xcalloc(4 * n, sizeof(real));
     for (int k = 0; k < 3; k++) {
         plan_force(&r.plan, plans[k], r.B);
-        loss[k] = test_engine->forward_backward(r.model, r.T, r.tokens, r.targets, &r.plan, 0.5);
+        loss[k] = test_engine->forward_backward(r.model, r.T, r.tokens, r.targets, &r.plan, 0.5, NULL);
         UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5, steps[k % 2], 0};
         if (k < 2) test_engine->update(r.model, &args);
     }
@@ -921,7 +921,7 @@ static void test_engine_micro_batches(void) {
         slot_write(&r.c, r.model, SLOT_GRAD, zero);
         plan_force(&r.plan, plans[k], 2);
         for (int at = 0; at < r.B * r.T; at += 2 * r.T)
-            sum += test_engine->forward_backward(r.model, r.T, r.tokens + at, r.targets + at, &r.plan, 0.25) / 4;
+            sum += test_engine->forward_backward(r.model, r.T, r.tokens + at, r.targets + at, &r.plan, 0.25, NULL) / 4;
         real *got = slot_read(&r.c, r.model, SLOT_GRAD);
         EXPECT_CLOSE(sum, loss, rounding(4 * r.c.C) * loss, "loss");
         expect_slot(&r.c, got, want, 2 * rounding(r.B * r.T), forced_plans[plans[k]].name);
@@ -1147,7 +1147,7 @@ static void test_engine_update_untouched(void) {
 // A new model is all zero; what is written into a slot is read from it, and from no other.
 static void test_engine_slots(void) {
     const GptConfig c = {11, 5, 2, 2, 6};
-    const EngineArgs args = {2, 3, 1, DTYPE_FP32, {4, 4, 8}, RECOMPUTE_GELU};
+    const EngineArgs args = {.B = 2, .T = 3, .threads = 1, .dtype = DTYPE_FP32, .bound = {4, 4, 8}};
     Model *m = test_engine->open(&c, &args);
     real *zero = slot_new(&c), *write[4];
     for (int slot = 0; slot < 4; slot++) {
@@ -1168,7 +1168,7 @@ static void test_engine_slots(void) {
 
 // A model opened to evaluate gives the same losses as one opened to train, and has no gradients.
 static void test_engine_evaluates(void) {
-    const EngineArgs args = {SMALL_B, SMALL_T, 1, DTYPE_FP32, {0, 0, 0}, RECOMPUTE_GELU};
+    const EngineArgs args = {.B = SMALL_B, .T = SMALL_T, .threads = 1, .dtype = DTYPE_FP32};
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
     Model *m = test_engine->open(&small_config, &args);
     real *w = slot_read(&r.c, r.model, SLOT_PARAM);
@@ -1196,7 +1196,7 @@ static void test_engine_bounded(void) {
         memset(&d, 0, sizeof d);
         d.layers = c.L, d.steps = 30, d.ramp_up = 10;
         d.p_max = k & 1 ? 0.8 : 0, d.ramp_from = 0.9, d.unit = k >> 1 & 1, d.branches = k >> 2;
-        EngineArgs args = {4, 9, 1, DTYPE_FP32, {0, 0, 0}, RECOMPUTE_GELU};
+        EngineArgs args = {.B = 4, .T = 9, .threads = 1, .dtype = DTYPE_FP32};
         drop_path_bound(&d, 4, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
         Model *m = test_engine->open(&c, &args);
         DropPlan plan = drop_plan_new(c.L, 4);
@@ -1204,7 +1204,7 @@ static void test_engine_bounded(void) {
         EngineMemory memory;
         for (int step = 0; step < 30; step++) {
             drop_plan_sample(&plan, &d, step, step % 3, 3, 1, 4);
-            test_engine->forward_backward(m, 9, tokens, tokens, &plan, 1);
+            test_engine->forward_backward(m, 9, tokens, tokens, &plan, 1, NULL);
         }
         test_engine->memory(m, &memory);
         EXPECT(memory.parameters && memory.gradients && memory.moments && memory.activations_used, "a purpose without bytes");

@@ -87,7 +87,7 @@ static Result evaluate_layers(const char *name, unsigned char *kept, Loaded *m, 
     const Tokenizer *t = m->has_tokenizer ? &m->tokenizer : NULL;
     Result r = {.name = name, .kept = kept};
     for (int i = 0; i < branches; i++) scale[i] = kept[i / BRANCHES] ? m->scale[i] : 0;
-    r.v = evaluate_shards(m->engine, m->model, shards, rows, t, B, &m->plan, scale, m->tied);
+    r.v = evaluate_shards(m->engine, m->model, shards, rows, t, B, &m->plan, scale, m->tied, NULL);
     for (int i = 0; i < branches; i++) flops += m->plan.branch[i].n ? gpt_branch_flops(c, i % BRANCHES, shards->T) : 0;
     r.flops_fraction = flops / gpt_row_flops(c, shards->T);
     free(scale);

@@ -1,0 +1,260 @@
+// nccl.h: stands in for NCCL (tests only): collectives between the processes of one machine through shared memory, for
+// ncclFloat32, ncclFloat64 and ncclBfloat16. Sums are taken in the order of the ranks; in bf16 each addition is rounded, as
+// by a ring of GPUs. Work is given to streams, and a process waits inside it for the others.
+//
+// Checked here: that all ranks are in the same call with the same sizes, and that arrays are in device memory. A rank that
+// has died is an asynchronous error (ncclRemoteError): what is under way ends without its result, and so does all later work.
+#ifndef EMU_NCCL_H
+#define EMU_NCCL_H
+
+#include "cuda_bf16.h"
+#include "cuda_runtime.h"
+#include <atomic>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define EMU_NCCL_RESULTS(X)                                                                                              \
+    X(ncclSuccess, 0, "no error") X(ncclUnhandledCudaError, 1, "unhandled cuda error")                                   \
+    X(ncclSystemError, 2, "unhandled system error") X(ncclInternalError, 3, "internal error")                            \
+    X(ncclInvalidArgument, 4, "invalid argument") X(ncclInvalidUsage, 5, "invalid usage")                                \
+    X(ncclRemoteError, 6, "remote process exited or there was a network error") X(ncclInProgress, 7, "in progress")
+
+#define X(name, number, text) name = number,
+typedef enum { EMU_NCCL_RESULTS(X) } ncclResult_t;
+#undef X
+typedef enum { ncclFloat32 = 7, ncclFloat = 7, ncclFloat64 = 8, ncclDouble = 8, ncclBfloat16 = 9 } ncclDataType_t;
+typedef enum { ncclSum = 0 } ncclRedOp_t;
+typedef struct { char internal[128]; } ncclUniqueId;
+typedef struct { int blocking; } ncclConfig_t;
+#define NCCL_CONFIG_INITIALIZER {1}
+
+inline const char *ncclGetErrorString(ncclResult_t r) {
+#define X(name, number, text) if (r == name) return text;
+    EMU_NCCL_RESULTS(X)
+#undef X
+    return "unknown result code";
+}
+
+// ---- What the processes share ----
+
+enum { EMU_NCCL_RANKS = 16, EMU_NCCL_PIECE = 1 << 16 };            // bytes of a rank's room
+enum { EMU_ALL_REDUCE = 1, EMU_REDUCE_SCATTER, EMU_ALL_GATHER, EMU_BROADCAST };
+struct EmuNcclCall { int what, type, root; size_t count; };
+struct EmuNcclShared {
+    std::atomic<int> arrived, generation, failed;
+    EmuNcclCall call[EMU_NCCL_RANKS];
+    char room[EMU_NCCL_RANKS][EMU_NCCL_PIECE];
+};
+struct EmuNccl {
+    EmuNcclShared *shared;
+    int fd, rank, world;
+    ncclResult_t error;
+};
+typedef EmuNccl *ncclComm_t;
+
+inline double emu_nccl_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Each rank locks the byte of its number while it lives: the system frees a lock with the process, however it ends.
+inline bool emu_nccl_alive(const EmuNccl *c, int rank) {
+    struct flock f = {};
+    f.l_type = F_WRLCK, f.l_whence = SEEK_SET, f.l_start = rank, f.l_len = 1;
+    return rank == c->rank || (fcntl(c->fd, F_GETLK, &f) == 0 && f.l_type != F_UNLCK);
+}
+
+// Waits for all ranks. `seconds`: how long for ranks that have not come yet; 0: they all have, and one that is gone is dead.
+inline bool emu_nccl_meet(EmuNccl *c, double seconds) {
+    EmuNcclShared *s = c->shared;
+    const int generation = s->generation;
+    const double until = emu_nccl_seconds() + seconds;
+    if (s->failed) return false;
+    if (s->arrived.fetch_add(1) + 1 == c->world) {
+        s->arrived = 0;
+        s->generation = generation + 1;
+        return true;
+    }
+    for (int spins = 1; s->generation == generation && !s->failed; spins++) {
+        sched_yield();
+        if (spins % 256) continue;
+        for (int r = 0; r < c->world && !seconds; r++)
+            if (!emu_nccl_alive(c, r) && s->generation == generation) s->failed = 1;
+        if (seconds && emu_nccl_seconds() > until) s->failed = 1;
+        usleep(50);
+    }
+    return s->generation != generation;
+}
+
+// ---- Communicators ----
+
+inline ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
+    unsigned char random[16];
+    const int source = open("/dev/urandom", O_RDONLY);
+    if (source < 0 || read(source, random, sizeof random) != (ssize_t)sizeof random) return ncclSystemError;
+    close(source);
+    memset(id, 0, sizeof *id);
+    int n = snprintf(id->internal, sizeof id->internal, "/emu_nccl_");
+    for (unsigned char byte : random) n += snprintf(id->internal + n, sizeof id->internal - (size_t)n, "%02x", byte);
+    const int fd = shm_open(id->internal, O_CREAT | O_EXCL | O_RDWR, 0600);
+    if (fd < 0 || ftruncate(fd, sizeof(EmuNcclShared))) return ncclSystemError;       // zeros
+    close(fd);
+    return ncclSuccess;
+}
+
+inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int world, ncclUniqueId id, int rank) {
+    *comm = NULL;
+    if (world < 1 || world > EMU_NCCL_RANKS || rank < 0 || rank >= world) return ncclInvalidArgument;
+    id.internal[sizeof id.internal - 1] = 0;
+    const int fd = shm_open(id.internal, O_RDWR, 0);
+    if (fd < 0) return ncclSystemError;
+    void *at = mmap(NULL, sizeof(EmuNcclShared), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    struct flock f = {};
+    f.l_type = F_WRLCK, f.l_whence = SEEK_SET, f.l_start = rank, f.l_len = 1;
+    if (at == MAP_FAILED || fcntl(fd, F_SETLK, &f)) return ncclSystemError;            // EAGAIN: this rank is there already
+    EmuNccl *c = new EmuNccl{(EmuNcclShared *)at, fd, rank, world, ncclSuccess};
+    const bool met = emu_nccl_meet(c, 60);
+    if (rank == 0) shm_unlink(id.internal);
+    if (!met) return ncclSystemError;
+    *comm = c;
+    return ncclSuccess;
+}
+inline ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int world, ncclUniqueId id, int rank, ncclConfig_t *) {
+    return ncclCommInitRank(comm, world, id, rank);
+}
+
+inline ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) {
+    *error = c->error;
+    return ncclSuccess;
+}
+inline ncclResult_t ncclCommAbort(ncclComm_t c) {
+    munmap(c->shared, sizeof *c->shared);
+    close(c->fd);                                        // and the lock is free
+    delete c;
+    return ncclSuccess;
+}
+inline ncclResult_t ncclCommDestroy(ncclComm_t c) {
+    cudaDeviceSynchronize();
+    if (c->error == ncclSuccess) emu_nccl_meet(c, 0);    // nobody still needs this rank
+    return ncclCommAbort(c);
+}
+
+// ---- Collectives ----
+
+inline size_t emu_nccl_size(int type) {
+    return type == ncclFloat32 ? 4 : type == ncclFloat64 ? 8 : type == ncclBfloat16 ? 2 : 0;
+}
+
+// to (n) = the sum of all ranks' rooms
+template <class T> inline void emu_nccl_sum(EmuNccl *c, void *to, size_t n) {
+    T *sum = (T *)to;
+    memcpy(sum, c->shared->room[0], n * sizeof(T));
+    for (int r = 1; r < c->world; r++) {
+        const T *other = (const T *)(const void *)c->shared->room[r];
+        for (size_t i = 0; i < n; i++) sum[i] = sum[i] + other[i];
+    }
+}
+template <> inline void emu_nccl_sum<__nv_bfloat16>(EmuNccl *c, void *to, size_t n) {
+    __nv_bfloat16 *sum = (__nv_bfloat16 *)to;
+    memcpy(to, c->shared->room[0], n * sizeof *sum);
+    for (int r = 1; r < c->world; r++) {
+        const __nv_bfloat16 *other = (const __nv_bfloat16 *)(const void *)c->shared->room[r];
+        for (size_t i = 0; i < n; i++) sum[i] = __float2bfloat16_rn(__bfloat162float(sum[i]) + __bfloat162float(other[i]));
+    }
+}
+
+// One block of `bytes` that each rank in `gives` puts into its room, piece by piece; `take` reads the rooms.
+template <class Take> inline bool emu_nccl_pieces(EmuNccl *c, const char *gives, size_t bytes, Take take) {
+    for (size_t at = 0; at < bytes; at += EMU_NCCL_PIECE) {
+        const size_t n = std::min(bytes - at, (size_t)EMU_NCCL_PIECE);
+        if (gives) memcpy(c->shared->room[c->rank], gives + at, n);
+        if (!emu_nccl_meet(c, 0)) return false;
+        take(at, n);
+        if (!emu_nccl_meet(c, 0)) return false;
+    }
+    return true;
+}
+
+inline bool emu_nccl_run(EmuNccl *c, EmuNcclCall call, const char *from, char *to) {
+    EmuNcclShared *s = c->shared;
+    const size_t one = emu_nccl_size(call.type), bytes = call.count * one;
+    auto sum = [=](char *at, size_t n) {
+        if (call.type == ncclFloat32) emu_nccl_sum<float>(c, at, n / one);
+        else if (call.type == ncclFloat64) emu_nccl_sum<double>(c, at, n / one);
+        else emu_nccl_sum<__nv_bfloat16>(c, at, n / one);
+    };
+    s->call[c->rank] = call;
+    if (!emu_nccl_meet(c, 0)) return false;
+    for (int r = 0; r < c->world; r++) {
+        const EmuNcclCall &o = s->call[r];
+        if (o.what == call.what && o.type == call.type && o.root == call.root && o.count == call.count) continue;
+        emu_fail("NCCL: rank %d is in collective %d of %zu numbers of type %d, rank %d in %d of %zu of type %d", c->rank,
+                 call.what, call.count, call.type, r, o.what, o.count, o.type);
+    }
+    if (!emu_nccl_meet(c, 0)) return false;
+    if (call.what == EMU_ALL_REDUCE) return emu_nccl_pieces(c, from, bytes, [=](size_t at, size_t n) { sum(to + at, n); });
+    if (call.what == EMU_BROADCAST)
+        return emu_nccl_pieces(c, c->rank == call.root ? from : NULL, bytes,
+                               [=](size_t at, size_t n) { memcpy(to + at, s->room[call.root], n); });
+    if (call.what == EMU_ALL_GATHER)
+        return emu_nccl_pieces(c, from, bytes, [=](size_t at, size_t n) {
+            for (int r = 0; r < c->world; r++) memcpy(to + (size_t)r * bytes + at, s->room[r], n);
+        });
+    for (int r = 0; r < c->world; r++)                   // reduce and scatter: one rank's share after the other
+        if (!emu_nccl_pieces(c, from + (size_t)r * bytes, bytes, [=](size_t at, size_t n) { if (r == c->rank) sum(to + at, n); }))
+            return false;
+    return true;
+}
+
+// Within ncclGroupStart and ncclGroupEnd, calls are only collected.
+struct EmuNcclWork { cudaStream_t stream; std::function<void()> work; };
+inline int emu_nccl_group = 0;
+inline std::vector<EmuNcclWork> emu_nccl_waiting;
+
+inline ncclResult_t ncclGroupStart(void) { emu_nccl_group++; return ncclSuccess; }
+inline ncclResult_t ncclGroupEnd(void) {
+    if (emu_nccl_group < 1) return ncclInvalidUsage;
+    if (--emu_nccl_group) return ncclSuccess;
+    const std::vector<EmuNcclWork> all = std::move(emu_nccl_waiting);
+    emu_nccl_waiting.clear();
+    for (const EmuNcclWork &w : all)
+        if (emu_enqueue(w.stream, w.work) != cudaSuccess) return ncclUnhandledCudaError;
+    return ncclSuccess;
+}
+
+inline ncclResult_t emu_nccl_give(EmuNccl *c, EmuNcclCall call, const void *from, void *to, size_t gives, size_t takes,
+                                  cudaStream_t stream) {
+    const size_t one = emu_nccl_size(call.type), count = call.count;
+    if (!c || !one || call.root < 0 || call.root >= c->world) return ncclInvalidArgument;
+    if (!count) return ncclSuccess;
+    if ((gives && !emu_is_device(from, gives * count * one)) || !emu_is_device(to, takes * count * one))
+        return ncclInvalidArgument;
+    const EmuNcclWork w = {stream, [=] {
+        if (c->error == ncclSuccess && !emu_nccl_run(c, call, (const char *)from, (char *)to)) c->error = ncclRemoteError;
+    }};
+    ncclGroupStart();
+    emu_nccl_waiting.push_back(w);
+    return ncclGroupEnd();
+}
+
+inline ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t, ncclComm_t c,
+                                  cudaStream_t stream) {
+    return emu_nccl_give(c, {EMU_ALL_REDUCE, type, 0, n}, from, to, 1, 1, stream);
+}
+inline ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t, ncclComm_t c,
+                                      cudaStream_t stream) {
+    return emu_nccl_give(c, {EMU_REDUCE_SCATTER, type, 0, n}, from, to, (size_t)c->world, 1, stream);
+}
+inline ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t c, cudaStream_t stream) {
+    return emu_nccl_give(c, {EMU_ALL_GATHER, type, 0, n}, from, to, 1, (size_t)c->world, stream);
+}
+inline ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t type, int root, ncclComm_t c,
+                                  cudaStream_t stream) {
+    return emu_nccl_give(c, {EMU_BROADCAST, type, root, n}, from, to, c->rank == root, 1, stream);
+}
+
+#endif

@@ -1,0 +1,17 @@
+// test_nccl.h: the tests of test_nccl.cu, which a C++ compiler makes into an object of its own.
+#ifndef TEST_NCCL_H
+#define TEST_NCCL_H
+
+#define NCCL_TESTS(X) X(nccl_collectives) X(nccl_dead_rank) X(nccl_ranks_disagree)
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#define X(name) void test_##name(void);
+NCCL_TESTS(X)
+#undef X
+#ifdef __cplusplus
+}
+#endif
+
+#endif
