@@ -7,10 +7,24 @@
 // In bf16 on tensor cores: a warp owns 16 M lines. Tiles of 8 N lines of the other side come to shared memory one tile
 // ahead of their use, and serve all warps. Scores leave mma in the layout in which the next product takes them as its first
 // operand (PTX ISA, figures of mma.m16n8k16), so they never leave the warp's registers.
-// Heads are filled up with zeros to W = 64 or 128 numbers. Wider heads, and fp32, run on the plain kernels further down.
+// Heads are filled up with zeros to W = 64 or 128 numbers. Wider heads, heads of no multiple of 8 (a piece of 16 bytes) and
+// fp32 run on the plain kernels further down.
 //
 // Causality also keeps lines past T, which are read as zeros, from those before T: as keys they are too late, and as
 // queries nobody stores them.
+
+#ifdef CUDA_EMULATED
+#define UNROLL
+static inline __device__ float exp2_fast(float x) { return exp2f(x); }
+#else
+#define UNROLL _Pragma("unroll")
+// 2^x by the one instruction, within 2^-22; what would be denormal is 0 (PTX ISA, ex2.approx).
+static inline __device__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
 
 enum { ATTENTION_WARPS = 4, ATTENTION_THREADS = 32 * ATTENTION_WARPS, ATTENTION_WIDEST = 256 };
 
@@ -29,16 +43,18 @@ static __device__ AttentionPlace attention_place(int blocks, int NH) {
     return AttentionPlace{(size_t)(head / NH), (size_t)(head % NH), (int)blockIdx.x % blocks};
 }
 
-// Lines of a head, ld numbers apart, HS of them each; reads past T or HS give 0.
-template <class N> struct HeadLines { N *at; size_t ld; int T, HS; };
+// Lines of a head, HS numbers each, ld numbers apart; reads past T or HS give 0.
+template <class N> struct HeadLines { N *at; int ld, T, HS; };
+
+template <class N> static __device__ N *head_line(HeadLines<N> x, int i) { return x.at + (ptrdiff_t)i * x.ld; }
 
 // Part 0, 1 or 2 (q, k or v) of a head of qkv or dqkv, and a head of y or dy.
 template <class N> static __device__ HeadLines<N> head_of_qkv(N *qkv, AttentionPlace p, int part, int T, int C, int HS) {
-    return HeadLines<N>{qkv + (p.row * T * 3 + part) * C + p.h * HS, 3 * (size_t)C, T, HS};
+    return HeadLines<N>{qkv + (p.row * T * 3 + part) * C + p.h * HS, 3 * C, T, HS};
 }
 
 template <class N> static __device__ HeadLines<N> head_of_y(N *y, AttentionPlace p, int T, int C, int HS) {
-    return HeadLines<N>{y + p.row * T * C + p.h * HS, (size_t)C, T, HS};
+    return HeadLines<N>{y + p.row * T * C + p.h * HS, C, T, HS};
 }
 
 // ---- Attention in bf16: tiles in shared memory ----
@@ -49,59 +65,54 @@ template <int W> static __device__ bf16 *tile_piece(bf16 *tile, int line, int pi
     return tile + line * W + ((piece ^ (line & 7)) << 3);
 }
 
-// Copies LINES lines from `first` on, in the background where heads have whole pieces; else number by number, at once.
+// Copies LINES lines from `first` on in the background. A thread has one piece of every STEP-th line.
 template <int LINES, int W> static __device__ void tile_load(bf16 *tile, HeadLines<const bf16> x, int first) {
     constexpr int PIECES = W / 8, STEP = ATTENTION_THREADS / PIECES;
-    const int line0 = (int)threadIdx.x / PIECES, piece = (int)threadIdx.x % PIECES;
-    if (x.HS % 8 == 0) {
-        UNROLL for (int r = 0; r < LINES / STEP; r++) {
-            const int line = line0 + r * STEP;
-            const bool valid = first + line < x.T && piece * 8 < x.HS;
-            cp_async16(tile_piece<W>(tile, line, piece), valid ? x.at + (first + line) * x.ld + piece * 8 : x.at, valid);
-        }
-        return;
-    }
-    for (int line = line0; line < LINES; line += STEP) {
-        Pack<bf16> p;
-        for (int e = 0; e < 8; e++) {
-            const bool valid = first + line < x.T && piece * 8 + e < x.HS;
-            p.x[e] = valid ? x.at[(first + line) * x.ld + piece * 8 + e] : from_float<bf16>(0);
-        }
-        pack_store(tile_piece<W>(tile, line, piece), p);
+    static_assert(LINES % STEP == 0 && STEP % 8 == 0, "the same place in each line");
+    const int line = (int)threadIdx.x / PIECES, piece = (int)threadIdx.x % PIECES;
+    const bf16 *from = head_line(x, first + line) + piece * 8;
+    bf16 *to = tile_piece<W>(tile, line, piece);
+    const int left = piece * 8 < x.HS ? x.T - first - line : 0;
+    UNROLL for (int r = 0; r < LINES / STEP; r++) {
+        cp_async16(to + r * STEP * W, from, r * STEP < left);
+        from += STEP * x.ld;
     }
 }
 
 // Where this lane's line of a 16 by 16 corner of a tile is, for ldmatrix_x4: as the first operand of mma, or transposed as
-// two second operands, ...
+// two second operands, ... `line` is a multiple of 8 and `piece` is even, both constants: the sum is in an order in which
+// all but a few terms are constants or the same for every tile.
 template <int W> static __device__ bf16 *tile_lane(bf16 *tile, int line, int piece) {
     const int lane = (int)threadIdx.x % 32;
-    return tile_piece<W>(tile, line + lane % 16, piece + lane / 16);
+    return tile + lane % 16 * W + ((lane / 16 ^ lane % 8 ^ piece) << 3) + line * W;
 }
 
 // ... and as two second operands that are not transposed.
 template <int W> static __device__ bf16 *tile_lane_second(bf16 *tile, int line, int piece) {
     const int lane = (int)threadIdx.x % 32;
-    return tile_piece<W>(tile, line + lane / 16 * 8 + lane % 8, piece + lane / 8 % 2);
+    return tile + (lane / 16 * 8 + lane % 8) * W + ((lane / 8 % 2 ^ lane % 8 ^ piece) << 3) + line * W;
 }
 
-// The 16 M lines that a warp owns, as first operands: kept in registers (KEPT), or read from their tile when needed.
-template <int W, int M, bool KEPT> struct OwnLines { bf16 *tile; uint32_t a[KEPT ? W / 16 : 1][M][4]; };
-
-template <int W, int M, bool KEPT> static __device__ void own_read(OwnLines<W, M, KEPT> *own, int k) {
-    UNROLL for (int m = 0; m < M; m++) ldmatrix_x4(own->a[KEPT ? k : 0][m], tile_lane<W>(own->tile, 16 * m, 2 * k));
+// Step k of the 16 M lines that a warp owns, as first operands; all steps where they are KEPT in registers.
+template <int W, int M> static __device__ void own_read(uint32_t a[M][4], bf16 *tile, int k) {
+    UNROLL for (int m = 0; m < M; m++) ldmatrix_x4(a[m], tile_lane<W>(tile, 16 * m, 2 * k));
 }
 
-template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M, KEPT> *own) {
-    if (KEPT) UNROLL for (int k = 0; k < W / 16; k++) own_read(own, k);
+template <int W, int M, bool KEPT> struct OwnLines { uint32_t a[KEPT ? W / 16 : 1][M][4]; };
+
+template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M, KEPT> *own, bf16 *tile) {
+    if (KEPT) {
+        UNROLL for (int k = 0; k < W / 16; k++) own_read<W, M>(own->a[k], tile, k);
+    }
 }
 
 // s (16M,8N) = own (16M,W) tile (8N,W)^T
 template <int W, int M, int N, bool KEPT>
-static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, bf16 *tile) {
+static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, bf16 *own_tile, bf16 *tile) {
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int n = 0; n < N; n++) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
     UNROLL for (int k = 0; k < W / 16; k++) {
-        if (!KEPT) own_read(own, k);
+        if (!KEPT) own_read<W, M>(own->a[0], own_tile, k);
         UNROLL for (int n = 0; n < N; n += 2) {
             uint32_t b[4];
             ldmatrix_x4(b, tile_lane_second<W>(tile, 8 * n, 2 * k));
@@ -146,13 +157,8 @@ static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M
             }
     __syncwarp();
     for (int at = lane; at < 16 * M * (W / 8); at += 32) {
-        const int line = at / (W / 8), piece = at % (W / 8), i = first + line, left = x.HS - piece * 8;
-        if (i >= x.T || left <= 0) continue;
-        bf16 *to = x.at + i * x.ld + piece * 8;
-        const Pack<bf16> p = pack_load(tile_piece<W>(tile, line, piece));
-        if (x.HS % 8 == 0) pack_store(to, p);
-        else
-            for (int e = 0; e < 8 && e < left; e++) to[e] = p.x[e];
+        const int line = at / (W / 8), piece = at % (W / 8), i = first + line;
+        if (i < x.T && piece * 8 < x.HS) pack_store(head_line(x, i) + piece * 8, pack_load(tile_piece<W>(tile, line, piece)));
     }
 }
 
@@ -218,8 +224,8 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
     const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;           // the longest walks of a head start first
     const HeadLines<const bf16> k = head_of_qkv(qkv, p, 1, T, C, HS), v = head_of_qkv(qkv, p, 2, T, C, HS);
     const float scale2 = scale * 1.44269504f;
+    bf16 *const q_tile = shared + own * W;
     OwnLines<W, M, KEPT> q;
-    q.tile = shared + own * W;
     float out[M][W / 8][4] = {}, top[M][2], sum[M][2] = {};
     UNROLL for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
 
@@ -236,10 +242,10 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
             tile_load<KEYS, W>(v_tiles + (at ^ 1) * KEYS * W, v, j0 + KEYS);
             cp_async_commit();
         }
-        if (j0 == 0) own_keep(&q);
+        if (j0 == 0) own_keep<W, M, KEPT>(&q, q_tile);
         if (j0 >= i_own + 16 * M) continue;              // too late for all queries of this warp
         float s[M][N][4];
-        tile_scores<W, M, N>(s, &q, k_tiles + at * KEYS * W);
+        tile_scores<W, M, N, KEPT>(s, &q, q_tile, k_tiles + at * KEYS * W);
         causal<false, M, N>(s, i_own, j0);
         softmax_tile<W, M, N>(s, out, top, sum, scale2);
         tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
@@ -252,7 +258,7 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
             UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= share, out[m][d][2 * half + 1] *= share;
             if (lane % 4 == 0 && i < T) lse[(p.row * NH + p.h) * T + i] = top[m][half] * scale + logf(all);
         }
-    own_store<W, M>(head_of_y(y, p, T, C, HS), i_own, out, q.tile);
+    own_store<W, M>(head_of_y(y, p, T, C, HS), i_own, out, q_tile);
 }
 
 // dQ = scale ds K, ds = P (dP - inner), dP = dy V^T (Dao et al. 2022, algorithm 4).
@@ -268,9 +274,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;
     const HeadLines<const bf16> k = head_of_qkv(qkv, p, 1, T, C, HS), v = head_of_qkv(qkv, p, 2, T, C, HS);
     const float scale2 = scale * 1.44269504f;
+    bf16 *const q_tile = shared + own * W, *const g_tile = q_tile + LINES * W;
     OwnLines<W, M, KEPT> q, g;                           // g: dy
-    q.tile = shared + own * W;
-    g.tile = q.tile + LINES * W;
     float dq[M][W / 8][4] = {}, lse2[M][2], inner_of[M][2];
 
     tile_load<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
@@ -294,11 +299,11 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
             tile_load<KEYS, W>(v_tiles + (at ^ 1) * KEYS * W, v, j0 + KEYS);
             cp_async_commit();
         }
-        if (j0 == 0) own_keep(&q), own_keep(&g);
+        if (j0 == 0) own_keep<W, M, KEPT>(&q, q_tile), own_keep<W, M, KEPT>(&g, g_tile);
         if (j0 >= i_own + 16 * M) continue;
         float s[M][N][4], ds[M][N][4];
-        tile_scores<W, M, N>(s, &q, k_tiles + at * KEYS * W);
-        tile_scores<W, M, N>(ds, &g, v_tiles + at * KEYS * W);
+        tile_scores<W, M, N, KEPT>(s, &q, q_tile, k_tiles + at * KEYS * W);
+        tile_scores<W, M, N, KEPT>(ds, &g, g_tile, v_tiles + at * KEYS * W);
         causal<false, M, N>(s, i_own, j0);
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int n = 0; n < N; n++)
@@ -310,7 +315,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dq[m][d][e] *= scale;
-    own_store<W, M>(head_of_qkv(dqkv, p, 0, T, C, HS), i_own, dq, q.tile);
+    own_store<W, M>(head_of_qkv(dqkv, p, 0, T, C, HS), i_own, dq, q_tile);
 }
 
 // lse log2(e), or inner, of one query, by thread x < 2 QUERIES; queries past T get what makes P 0 and ds 0.
@@ -336,9 +341,8 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     const HeadLines<const bf16> q = head_of_qkv(qkv, p, 0, T, C, HS), g = head_of_y(dy, p, T, C, HS);
     const float scale2 = scale * 1.44269504f;
     lse += (p.row * NH + p.h) * T, inner += (p.row * NH + p.h) * T;
+    bf16 *const k_tile = shared + own * W, *const v_tile = k_tile + LINES * W;
     OwnLines<W, M, KEPT> k, v;
-    k.tile = shared + own * W;
-    v.tile = k.tile + LINES * W;
     float dk[M][W / 8][4] = {}, dv[M][W / 8][4] = {};
 
     int i0 = j0 / QUERIES * QUERIES;                     // the first tile with a query that sees a key of the block
@@ -358,17 +362,17 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
             cp_async_commit();
             number = query_number<QUERIES>(lse, inner, i0 + QUERIES, T);
         }
-        if (first) own_keep(&k), own_keep(&v);
+        if (first) own_keep<W, M, KEPT>(&k, k_tile), own_keep<W, M, KEPT>(&v, v_tile);
         if (i0 + QUERIES <= j_own) continue;             // all too early to see a key of this warp
         float s[M][N][4], ds[M][N][4];
-        tile_scores<W, M, N>(s, &k, q_tiles + at * QUERIES * W);
+        tile_scores<W, M, N, KEPT>(s, &k, k_tile, q_tiles + at * QUERIES * W);
         causal<true, M, N>(s, j_own, i0);
         const float *lse2 = numbers + at * 2 * QUERIES + lane % 4 * 2, *inner_of = lse2 + QUERIES;
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int n = 0; n < N; n++)
                 UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
         tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
-        tile_scores<W, M, N>(ds, &v, dy_tiles + at * QUERIES * W);
+        tile_scores<W, M, N, KEPT>(ds, &v, v_tile, dy_tiles + at * QUERIES * W);
         UNROLL for (int m = 0; m < M; m++)
             UNROLL for (int n = 0; n < N; n++)
                 UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - inner_of[8 * n + e % 2]);
@@ -378,8 +382,8 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dk[m][d][e] *= scale;
-    own_store<W, M>(head_of_qkv(dqkv, p, 1, T, C, HS), j_own, dk, k.tile);
-    own_store<W, M>(head_of_qkv(dqkv, p, 2, T, C, HS), j_own, dv, v.tile);
+    own_store<W, M>(head_of_qkv(dqkv, p, 1, T, C, HS), j_own, dk, k_tile);
+    own_store<W, M>(head_of_qkv(dqkv, p, 2, T, C, HS), j_own, dv, v_tile);
 }
 
 // inner (n,NH,T) = <dy, y> of each head of each token, by `lanes` threads, a power of 2; each takes SIZE numbers at once.
@@ -415,7 +419,7 @@ template <class N, int W> static __device__ void plain_load(float *tile, HeadLin
     for (int at = (int)threadIdx.x; at < PLAIN_TILE; at += PLAIN_THREADS) {
         const int line = at / W, d = at % W;
         const bool valid = first + line < x.T && d < x.HS;
-        tile[line * Plain<W>::LD + d] = valid ? to_float(x.at[(first + line) * x.ld + d]) : 0;
+        tile[line * Plain<W>::LD + d] = valid ? to_float(head_line(x, first + line)[d]) : 0;
     }
 }
 
@@ -468,7 +472,7 @@ static __device__ void plain_store(HeadLines<N> x, int first, const float out[R]
         UNROLL for (int c = 0; c < W / 64; c++)
             UNROLL for (int l = 0; l < 4; l++) {
                 const int d = (int)threadIdx.x % 16 * 4 + 64 * c + l;
-                if (i < x.T && d < x.HS) x.at[i * x.ld + d] = from_float<N>(out[r][c][l] * factor[r]);
+                if (i < x.T && d < x.HS) head_line(x, i)[d] = from_float<N>(out[r][c][l] * factor[r]);
             }
     }
 }
@@ -644,21 +648,38 @@ static void attention_backward_keys_mma(void *dqkv, const void *dy, const void *
 }
 
 template <class N, int W>
-static void attention_forward_plainly(void *y, float *lse, const void *qkv, const AttentionShape *a) {
+static void attention_forward_plain_launch(void *y, float *lse, const void *qkv, const AttentionShape *a) {
     const size_t shared = (3 * Plain<W>::TILE + Plain<W>::P_TILE) * sizeof(float);
     LAUNCH((attention_forward_plain<N, W>), attention_grid(a, Plain<W>::LINES), PLAIN_THREADS, shared, a->stream, (N *)y, lse,
            (const N *)qkv, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
 
 template <class N, int W>
-static void attention_backward_plainly(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
-                                       const AttentionShape *a) {
+static void attention_backward_plain_launch(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
+                                            const AttentionShape *a) {
     const size_t shared = (4 * Plain<W>::TILE + Plain<W>::P_TILE) * sizeof(float);
     const unsigned grid = attention_grid(a, Plain<W>::LINES);
     LAUNCH((attention_backward_keys_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream, (N *)dqkv, (const N *)dy,
            (const N *)qkv, lse, inner, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
     LAUNCH((attention_backward_queries_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream, (N *)dqkv, (const N *)dy,
            (const N *)qkv, lse, inner, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
+}
+
+template <class N>
+static void attention_forward_plainly(void *y, float *lse, const void *qkv, const AttentionShape *a) {
+    const size_t HS = a->C / a->NH;
+    if (HS <= 64) attention_forward_plain_launch<N, 64>(y, lse, qkv, a);
+    else if (HS <= 128) attention_forward_plain_launch<N, 128>(y, lse, qkv, a);
+    else attention_forward_plain_launch<N, 256>(y, lse, qkv, a);
+}
+
+template <class N>
+static void attention_backward_plainly(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
+                                       const AttentionShape *a) {
+    const size_t HS = a->C / a->NH;
+    if (HS <= 64) attention_backward_plain_launch<N, 64>(dqkv, dy, qkv, lse, inner, a);
+    else if (HS <= 128) attention_backward_plain_launch<N, 128>(dqkv, dy, qkv, lse, inner, a);
+    else attention_backward_plain_launch<N, 256>(dqkv, dy, qkv, lse, inner, a);
 }
 
 template <class N>
@@ -677,19 +698,17 @@ static void attention_inner(float *inner, const void *dy, const void *y, const A
                heads, (int)a->T, (int)a->C, (int)a->NH, (int)lanes);
 }
 
-// All pointers are 16-byte aligned. Of qkv in bf16, or else fp32, as y, dy and dqkv.
+// All pointers are 16-byte aligned; with in_bf16 qkv, y, dy and dqkv are bf16, else fp32.
 static void attention_forward(void *y, float *lse, const void *qkv, size_t n, size_t T, size_t C, size_t NH, int in_bf16,
                               cudaStream_t stream) {
     const AttentionShape a = {n, T, C, NH, stream};
     const size_t HS = C / NH;
     CHECK(HS <= ATTENTION_WIDEST, "heads of %zu channels", HS);
     if (n == 0) return;
-    if (in_bf16 && HS <= 64) attention_forward_mma<64, 2, 8, true>(y, lse, qkv, &a);
-    else if (in_bf16 && HS <= 128) attention_forward_mma<128, 2, 4, false>(y, lse, qkv, &a);
-    else if (in_bf16) attention_forward_plainly<bf16, 256>(y, lse, qkv, &a);
-    else if (HS <= 64) attention_forward_plainly<float, 64>(y, lse, qkv, &a);
-    else if (HS <= 128) attention_forward_plainly<float, 128>(y, lse, qkv, &a);
-    else attention_forward_plainly<float, 256>(y, lse, qkv, &a);
+    if (in_bf16 && HS % 8 == 0 && HS <= 64) attention_forward_mma<64, 2, 8, true>(y, lse, qkv, &a);
+    else if (in_bf16 && HS % 8 == 0 && HS <= 128) attention_forward_mma<128, 2, 4, false>(y, lse, qkv, &a);
+    else if (in_bf16) attention_forward_plainly<bf16>(y, lse, qkv, &a);
+    else attention_forward_plainly<float>(y, lse, qkv, &a);
 }
 
 // dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's. inner (n,NH,T) is room for <dy, y>.
@@ -701,14 +720,12 @@ static void attention_backward(void *dqkv, float *inner, const void *dy, const v
     if (n == 0) return;
     if (in_bf16) attention_inner<bf16>(inner, dy, y, &a);
     else attention_inner<float>(inner, dy, y, &a);
-    if (in_bf16 && HS <= 64) {
+    if (in_bf16 && HS % 8 == 0 && HS <= 64) {
         attention_backward_keys_mma<64, 2, 4, false>(dqkv, dy, qkv, lse, inner, &a);
         attention_backward_queries_mma<64, 2, 4, true>(dqkv, dy, qkv, lse, inner, &a);
-    } else if (in_bf16 && HS <= 128) {
+    } else if (in_bf16 && HS % 8 == 0 && HS <= 128) {
         attention_backward_keys_mma<128, 1, 4, false>(dqkv, dy, qkv, lse, inner, &a);
         attention_backward_queries_mma<128, 1, 4, true>(dqkv, dy, qkv, lse, inner, &a);
-    } else if (in_bf16) attention_backward_plainly<bf16, 256>(dqkv, dy, qkv, lse, inner, &a);
-    else if (HS <= 64) attention_backward_plainly<float, 64>(dqkv, dy, qkv, lse, inner, &a);
-    else if (HS <= 128) attention_backward_plainly<float, 128>(dqkv, dy, qkv, lse, inner, &a);
-    else attention_backward_plainly<float, 256>(dqkv, dy, qkv, lse, inner, &a);
+    } else if (in_bf16) attention_backward_plainly<bf16>(dqkv, dy, qkv, lse, inner, &a);
+    else attention_backward_plainly<float>(dqkv, dy, qkv, lse, inner, &a);
 }
