@@ -84,13 +84,14 @@ template <int LINES, int W> static __device__ void tile_load(bf16 *tile, HeadLin
 // all but a few terms are constants or the same for every tile.
 template <int W> static __device__ bf16 *tile_lane(bf16 *tile, int line, int piece) {
     const int lane = (int)threadIdx.x % 32;
-    return tile + lane % 16 * W + ((lane / 16 ^ lane % 8 ^ piece) << 3) + line * W;
+    return (bf16 *)((char *)tile + (lane % 16 * 2 * W + ((lane / 16 ^ lane % 8 ^ piece) << 4)) + line * 2 * W);
 }
 
 // ... and as two second operands that are not transposed.
 template <int W> static __device__ bf16 *tile_lane_second(bf16 *tile, int line, int piece) {
     const int lane = (int)threadIdx.x % 32;
-    return tile + (lane / 16 * 8 + lane % 8) * W + ((lane / 8 % 2 ^ lane % 8 ^ piece) << 3) + line * W;
+    return (bf16 *)((char *)tile + ((lane / 16 * 8 + lane % 8) * 2 * W + ((lane / 8 % 2 ^ lane % 8 ^ piece) << 4)) +
+                    line * 2 * W);
 }
 
 // Step k of the 16 M lines that a warp owns, as first operands; all steps where they are KEPT in registers.
@@ -233,22 +234,25 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
     tile_load<KEYS, W>(k_tiles, k, 0);
     tile_load<KEYS, W>(v_tiles, v, 0);
     cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    own_keep<W, M, KEPT>(&q, q_tile);
     const int end = i0 + LINES < T ? i0 + LINES : T;
     for (int j0 = 0, at = 0; j0 < end; j0 += KEYS, at ^= 1) {
-        cp_async_wait<0>();
-        __syncthreads();                                 // this tile is here, and nobody reads the other one any more
         if (j0 + KEYS < end) {
             tile_load<KEYS, W>(k_tiles + (at ^ 1) * KEYS * W, k, j0 + KEYS);
             tile_load<KEYS, W>(v_tiles + (at ^ 1) * KEYS * W, v, j0 + KEYS);
             cp_async_commit();
         }
-        if (j0 == 0) own_keep<W, M, KEPT>(&q, q_tile);
-        if (j0 >= i_own + 16 * M) continue;              // too late for all queries of this warp
-        float s[M][N][4];
-        tile_scores<W, M, N, KEPT>(s, &q, q_tile, k_tiles + at * KEYS * W);
-        causal<false, M, N>(s, i_own, j0);
-        softmax_tile<W, M, N>(s, out, top, sum, scale2);
-        tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
+        if (j0 < i_own + 16 * M) {                       // not too late for all queries of this warp
+            float s[M][N][4];
+            tile_scores<W, M, N, KEPT>(s, &q, q_tile, k_tiles + at * KEYS * W);
+            causal<false, M, N>(s, i_own, j0);
+            softmax_tile<W, M, N>(s, out, top, sum, scale2);
+            tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
+        }
+        cp_async_wait<0>();
+        __syncthreads();                                 // the next tile is here, and nobody reads this one any more
     }
 
     UNROLL for (int m = 0; m < M; m++)
@@ -290,26 +294,30 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
             lse2[m][half] = i < T ? lse[at] * 1.44269504f : 0;
             inner_of[m][half] = i < T ? inner[at] : 0;
         }
+    cp_async_wait<0>();
+    __syncthreads();
+    own_keep<W, M, KEPT>(&q, q_tile);
+    own_keep<W, M, KEPT>(&g, g_tile);
     const int end = i0 + LINES < T ? i0 + LINES : T;
     for (int j0 = 0, at = 0; j0 < end; j0 += KEYS, at ^= 1) {
-        cp_async_wait<0>();
-        __syncthreads();                                 // as in the forward kernel
         if (j0 + KEYS < end) {
             tile_load<KEYS, W>(k_tiles + (at ^ 1) * KEYS * W, k, j0 + KEYS);
             tile_load<KEYS, W>(v_tiles + (at ^ 1) * KEYS * W, v, j0 + KEYS);
             cp_async_commit();
         }
-        if (j0 == 0) own_keep<W, M, KEPT>(&q, q_tile), own_keep<W, M, KEPT>(&g, g_tile);
-        if (j0 >= i_own + 16 * M) continue;
-        float s[M][N][4], ds[M][N][4];
-        tile_scores<W, M, N, KEPT>(s, &q, q_tile, k_tiles + at * KEYS * W);
-        tile_scores<W, M, N, KEPT>(ds, &g, g_tile, v_tiles + at * KEYS * W);
-        causal<false, M, N>(s, i_own, j0);
-        UNROLL for (int m = 0; m < M; m++)
-            UNROLL for (int n = 0; n < N; n++)
-                UNROLL for (int e = 0; e < 4; e++)
-                    ds[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]) * (ds[m][n][e] - inner_of[m][e / 2]);
-        tile_product<W, M, N>(dq, ds, k_tiles + at * KEYS * W);
+        if (j0 < i_own + 16 * M) {
+            float s[M][N][4], ds[M][N][4];
+            tile_scores<W, M, N, KEPT>(s, &q, q_tile, k_tiles + at * KEYS * W);
+            causal<false, M, N>(s, i_own, j0);
+            tile_scores<W, M, N, KEPT>(ds, &g, g_tile, v_tiles + at * KEYS * W);
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int n = 0; n < N; n++)
+                    UNROLL for (int e = 0; e < 4; e++)
+                        ds[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]) * (ds[m][n][e] - inner_of[m][e / 2]);
+            tile_product<W, M, N>(dq, ds, k_tiles + at * KEYS * W);
+        }
+        cp_async_wait<0>();
+        __syncthreads();                                 // as in the forward kernel
     }
 
     UNROLL for (int m = 0; m < M; m++)
@@ -323,6 +331,10 @@ template <int QUERIES> static __device__ float query_number(const float *lse, co
     const int x = (int)threadIdx.x, i = i0 + x % QUERIES;
     if (x >= 2 * QUERIES || i >= T) return x < QUERIES ? INFINITY : 0;
     return x < QUERIES ? lse[i] * 1.44269504f : inner[i];
+}
+
+template <int QUERIES> static __device__ void query_numbers(float *numbers, float number) {
+    if ((int)threadIdx.x < 2 * QUERIES) numbers[threadIdx.x] = number;
 }
 
 // dV = P^T dy, dK = scale ds^T Q. Lines are keys here, so that P^T and ds^T are what the warp has.
@@ -351,32 +363,37 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     tile_load<QUERIES, W>(q_tiles, q, i0);
     tile_load<QUERIES, W>(dy_tiles, g, i0);
     cp_async_commit();
-    float number = query_number<QUERIES>(lse, inner, i0, T);
-    for (int at = 0, first = 1; i0 < T; i0 += QUERIES, at ^= 1, first = 0) {
-        if ((int)threadIdx.x < 2 * QUERIES) numbers[at * 2 * QUERIES + threadIdx.x] = number;
-        cp_async_wait<0>();
-        __syncthreads();
+    query_numbers<QUERIES>(numbers, query_number<QUERIES>(lse, inner, i0, T));
+    cp_async_wait<0>();
+    __syncthreads();
+    own_keep<W, M, KEPT>(&k, k_tile);
+    own_keep<W, M, KEPT>(&v, v_tile);
+    for (int at = 0; i0 < T; i0 += QUERIES, at ^= 1) {
+        float next = 0;
         if (i0 + QUERIES < T) {
             tile_load<QUERIES, W>(q_tiles + (at ^ 1) * QUERIES * W, q, i0 + QUERIES);
             tile_load<QUERIES, W>(dy_tiles + (at ^ 1) * QUERIES * W, g, i0 + QUERIES);
             cp_async_commit();
-            number = query_number<QUERIES>(lse, inner, i0 + QUERIES, T);
+            next = query_number<QUERIES>(lse, inner, i0 + QUERIES, T);
         }
-        if (first) own_keep<W, M, KEPT>(&k, k_tile), own_keep<W, M, KEPT>(&v, v_tile);
-        if (i0 + QUERIES <= j_own) continue;             // all too early to see a key of this warp
-        float s[M][N][4], ds[M][N][4];
-        tile_scores<W, M, N, KEPT>(s, &k, k_tile, q_tiles + at * QUERIES * W);
-        causal<true, M, N>(s, j_own, i0);
-        const float *lse2 = numbers + at * 2 * QUERIES + lane % 4 * 2, *inner_of = lse2 + QUERIES;
-        UNROLL for (int m = 0; m < M; m++)
-            UNROLL for (int n = 0; n < N; n++)
-                UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
-        tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
-        tile_scores<W, M, N, KEPT>(ds, &v, v_tile, dy_tiles + at * QUERIES * W);
-        UNROLL for (int m = 0; m < M; m++)
-            UNROLL for (int n = 0; n < N; n++)
-                UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - inner_of[8 * n + e % 2]);
-        tile_product<W, M, N>(dk, ds, q_tiles + at * QUERIES * W);
+        if (i0 + QUERIES > j_own) {                      // not too early for all keys of this warp
+            float s[M][N][4], ds[M][N][4];
+            tile_scores<W, M, N, KEPT>(s, &k, k_tile, q_tiles + at * QUERIES * W);
+            causal<true, M, N>(s, j_own, i0);
+            const float *lse2 = numbers + at * 2 * QUERIES + lane % 4 * 2, *inner_of = lse2 + QUERIES;
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int n = 0; n < N; n++)
+                    UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
+            tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
+            tile_scores<W, M, N, KEPT>(ds, &v, v_tile, dy_tiles + at * QUERIES * W);
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int n = 0; n < N; n++)
+                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - inner_of[8 * n + e % 2]);
+            tile_product<W, M, N>(dk, ds, q_tiles + at * QUERIES * W);
+        }
+        query_numbers<QUERIES>(numbers + (at ^ 1) * 2 * QUERIES, next);
+        cp_async_wait<0>();
+        __syncthreads();
     }
 
     UNROLL for (int m = 0; m < M; m++)
