@@ -64,7 +64,7 @@ LIBS     := -lm
 
 TOOLS    := compare generate evaluate
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes
-HEADERS  := $(wildcard dev/*.h)
+HEADERS  := $(filter-out dev/cuda.h,$(wildcard dev/*.h))   # cuda.h is for nvcc, or for dev/emu
 
 all: choices $(PROGRAMS)
 
