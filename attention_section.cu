@@ -144,11 +144,11 @@ static __device__ void tile_product(float out[M][W / 8][4], const float p[M][N][
     }
 }
 
-// x's 16 M lines from `first` on = out (16M,W), by way of the warp's own tile, so that whole pieces are written.
+// x's 16 M lines from `first` on = out (16M,W), by way of the warp's own tile, so that whole pieces are written. What the
+// tile held has been read: a barrier came since.
 template <int W, int M>
 static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M][W / 8][4], bf16 *tile) {
     const int lane = (int)threadIdx.x % 32;
-    __syncwarp();                                        // all lanes have read what the tile held
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int half = 0; half < 2; half++) {
@@ -326,10 +326,10 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     own_store<W, M>(head_of_qkv(dqkv, p, 0, T, C, HS), i_own, dq, q_tile);
 }
 
-// lse log2(e), or inner, of one query, by thread x < 2 QUERIES; queries past T get what makes P 0 and ds 0.
+// lse log2(e), or inner, of one query, by thread x < 2 QUERIES. Past T 0 will do, for dy is 0 there: P dy and ds are.
 template <int QUERIES> static __device__ float query_number(const float *lse, const float *inner, int i0, int T) {
     const int x = (int)threadIdx.x, i = i0 + x % QUERIES;
-    if (x >= 2 * QUERIES || i >= T) return x < QUERIES ? INFINITY : 0;
+    if (x >= 2 * QUERIES || i >= T) return 0;
     return x < QUERIES ? lse[i] * 1.44269504f : inner[i];
 }
 

@@ -228,7 +228,7 @@ static void test_cuda_attention_same_bits(void) {
         attention_run(&first, &c);
         const size_t numbers = first.tokens * first.C;
         for (int other = 2; other < 5; other++) {
-            char text[8];
+            char text[16];
             snprintf(text, sizeof text, "%d", other);
             setenv("EMU_SEED", text, 1);
             AttentionRun r = attention_inputs(&c);
