@@ -36,12 +36,16 @@ static void attention_check(size_t C, size_t NH) {
 
 // The block's head, h of NH of one row, and which of the head's own blocks it is. The blocks of a head run about together,
 // so that K and V come from L2.
-typedef struct { size_t row, h; int block; } AttentionPlace;
+typedef struct { int row, h, block; } AttentionPlace;
 
 static __device__ AttentionPlace attention_place(int blocks, int NH) {
     const int head = (int)blockIdx.x / blocks;
-    return AttentionPlace{(size_t)(head / NH), (size_t)(head % NH), (int)blockIdx.x % blocks};
+    return AttentionPlace{head / NH, head % NH, (int)blockIdx.x % blocks};
 }
+
+// Where the head's numbers begin in a matrix (n,T,numbers) and in (n,NH,T).
+static __device__ size_t head_start(AttentionPlace p, size_t numbers, int T, int HS) { return p.row * T * numbers + p.h * HS; }
+static __device__ size_t head_tokens(AttentionPlace p, int NH, int T) { return ((size_t)p.row * NH + p.h) * T; }
 
 // Lines of a head, HS numbers each, ld numbers apart; reads past T or HS give 0.
 template <class N> struct HeadLines { N *at; int ld, T, HS; };
@@ -50,11 +54,11 @@ template <class N> static __device__ N *head_line(HeadLines<N> x, int i) { retur
 
 // Part 0, 1 or 2 (q, k or v) of a head of qkv or dqkv, and a head of y or dy.
 template <class N> static __device__ HeadLines<N> head_of_qkv(N *qkv, AttentionPlace p, int part, int T, int C, int HS) {
-    return HeadLines<N>{qkv + (p.row * T * 3 + part) * C + p.h * HS, 3 * C, T, HS};
+    return HeadLines<N>{qkv + head_start(p, 3 * (size_t)C, T, HS) + part * C, 3 * C, T, HS};
 }
 
 template <class N> static __device__ HeadLines<N> head_of_y(N *y, AttentionPlace p, int T, int C, int HS) {
-    return HeadLines<N>{y + p.row * T * C + p.h * HS, C, T, HS};
+    return HeadLines<N>{y + head_start(p, C, T, HS), C, T, HS};
 }
 
 // ---- Attention in bf16: tiles in shared memory ----
@@ -65,18 +69,33 @@ template <int W> static __device__ bf16 *tile_piece(bf16 *tile, int line, int pi
     return tile + line * W + ((piece ^ (line & 7)) << 3);
 }
 
-// Copies LINES lines from `first` on in the background. A thread has one piece of every STEP-th line.
-template <int LINES, int W> static __device__ void tile_load(bf16 *tile, HeadLines<const bf16> x, int first) {
-    constexpr int PIECES = W / 8, STEP = ATTENTION_THREADS / PIECES;
-    static_assert(LINES % STEP == 0 && STEP % 8 == 0, "the same place in each line");
-    const int line = (int)threadIdx.x / PIECES, piece = (int)threadIdx.x % PIECES;
-    const bf16 *from = head_line(x, first + line) + piece * 8;
-    bf16 *to = tile_piece<W>(tile, line, piece);
-    const int left = piece * 8 < x.HS ? x.T - first - line : 0;
-    UNROLL for (int r = 0; r < LINES / STEP; r++) {
-        cp_async16(to + r * STEP * W, from, r * STEP < left);
-        from += STEP * x.ld;
-    }
+// What one thread copies of a head's tiles, one after the other: one piece of every STEP-th line. `left`: lines from its first
+// one to T; none of a piece past HS.
+template <int W> struct TileSource {
+    enum { PIECES = W / 8, STEP = ATTENTION_THREADS / PIECES };
+    const bf16 *from;
+    int step, left;
+};
+
+template <int W> static __device__ TileSource<W> tile_source(HeadLines<const bf16> x, int first) {
+    const int line = first + (int)threadIdx.x / TileSource<W>::PIECES, piece = (int)threadIdx.x % TileSource<W>::PIECES;
+    return TileSource<W>{head_line(x, line) + piece * 8, TileSource<W>::STEP * x.ld, piece * 8 < x.HS ? x.T - line : 0};
+}
+
+// Copies the next LINES lines in the background.
+template <int LINES, int W> static __device__ void tile_load(bf16 *tile, TileSource<W> *x) {
+    constexpr int PIECES = TileSource<W>::PIECES, STEP = TileSource<W>::STEP, TIMES = LINES / STEP;
+    static_assert(LINES % STEP == 0 && STEP % 8 == 0, "a thread's pieces have the same place in each line");
+    bf16 *to = tile_piece<W>(tile, (int)threadIdx.x / PIECES, (int)threadIdx.x % PIECES);
+    UNROLL for (int r = 0; r < TIMES; r++)
+        cp_async16(to + r * STEP * W, x->from + (ptrdiff_t)r * x->step, r * STEP < x->left);
+    x->from += (ptrdiff_t)TIMES * x->step, x->left -= LINES;
+}
+
+// The lines that a block owns: one tile.
+template <int LINES, int W> static __device__ void tile_load_own(bf16 *tile, HeadLines<const bf16> x, int first) {
+    TileSource<W> source = tile_source<W>(x, first);
+    tile_load<LINES, W>(tile, &source);
 }
 
 // Where this lane's line of a 16 by 16 corner of a tile is, for ldmatrix_x4: as the first operand of mma, or transposed as
@@ -94,26 +113,25 @@ template <int W> static __device__ bf16 *tile_lane_second(bf16 *tile, int line, 
                     line * 2 * W);
 }
 
-// Step k of the 16 M lines that a warp owns, as first operands; all steps where they are KEPT in registers.
-template <int W, int M> static __device__ void own_read(uint32_t a[M][4], bf16 *tile, int k) {
-    UNROLL for (int m = 0; m < M; m++) ldmatrix_x4(a[m], tile_lane<W>(tile, 16 * m, 2 * k));
+// Step k of the 16 M lines that a warp owns, as first operands; all steps where they are KEPT in registers. `line`: of the
+// two tiles of such lines the second is LINES lines after the first, a constant in the address and not a pointer more.
+template <int W, int M> static __device__ void own_read(uint32_t a[M][4], bf16 *tile, int line, int k) {
+    UNROLL for (int m = 0; m < M; m++) ldmatrix_x4(a[m], tile_lane<W>(tile, line + 16 * m, 2 * k));
 }
 
 template <int W, int M, bool KEPT> struct OwnLines { uint32_t a[KEPT ? W / 16 : 1][M][4]; };
 
-template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M, KEPT> *own, bf16 *tile) {
+template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M, KEPT> *own, bf16 *tile, int line) {
     if (KEPT) {
-        UNROLL for (int k = 0; k < W / 16; k++) own_read<W, M>(own->a[k], tile, k);
+        UNROLL for (int k = 0; k < W / 16; k++) own_read<W, M>(own->a[k], tile, line, k);
     }
 }
 
-// s (16M,8N) = own (16M,W) tile (8N,W)^T
+// s (16M,8N) += own (16M,W) tile (8N,W)^T
 template <int W, int M, int N, bool KEPT>
-static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, bf16 *own_tile, bf16 *tile) {
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int n = 0; n < N; n++) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
+static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, bf16 *own_tile, int line, bf16 *tile) {
     UNROLL for (int k = 0; k < W / 16; k++) {
-        if (!KEPT) own_read<W, M>(own->a[0], own_tile, k);
+        if (!KEPT) own_read<W, M>(own->a[0], own_tile, line, k);
         UNROLL for (int n = 0; n < N; n += 2) {
             uint32_t b[4];
             ldmatrix_x4(b, tile_lane_second<W>(tile, 8 * n, 2 * k));
@@ -223,30 +241,31 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
     const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
     const AttentionPlace p = attention_place(blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;           // the longest walks of a head start first
-    const HeadLines<const bf16> k = head_of_qkv(qkv, p, 1, T, C, HS), v = head_of_qkv(qkv, p, 2, T, C, HS);
+    TileSource<W> k = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
+    TileSource<W> v = tile_source<W>(head_of_qkv(qkv, p, 2, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
     bf16 *const q_tile = shared + own * W;
     OwnLines<W, M, KEPT> q;
     float out[M][W / 8][4] = {}, top[M][2], sum[M][2] = {};
     UNROLL for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
 
-    tile_load<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
-    tile_load<KEYS, W>(k_tiles, k, 0);
-    tile_load<KEYS, W>(v_tiles, v, 0);
+    tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
+    tile_load<KEYS>(k_tiles, &k);
+    tile_load<KEYS>(v_tiles, &v);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    own_keep<W, M, KEPT>(&q, q_tile);
+    own_keep<W, M, KEPT>(&q, q_tile, 0);
     const int end = i0 + LINES < T ? i0 + LINES : T;
     for (int j0 = 0, at = 0; j0 < end; j0 += KEYS, at ^= 1) {
         if (j0 + KEYS < end) {
-            tile_load<KEYS, W>(k_tiles + (at ^ 1) * KEYS * W, k, j0 + KEYS);
-            tile_load<KEYS, W>(v_tiles + (at ^ 1) * KEYS * W, v, j0 + KEYS);
+            tile_load<KEYS>(k_tiles + (at ^ 1) * KEYS * W, &k);
+            tile_load<KEYS>(v_tiles + (at ^ 1) * KEYS * W, &v);
             cp_async_commit();
         }
         if (j0 < i_own + 16 * M) {                       // not too late for all queries of this warp
-            float s[M][N][4];
-            tile_scores<W, M, N, KEPT>(s, &q, q_tile, k_tiles + at * KEYS * W);
+            float s[M][N][4] = {};
+            tile_scores<W, M, N, KEPT>(s, &q, q_tile, 0, k_tiles + at * KEYS * W);
             causal<false, M, N>(s, i_own, j0);
             softmax_tile<W, M, N>(s, out, top, sum, scale2);
             tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
@@ -260,7 +279,7 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
             const int i = i_own + 16 * m + 8 * half + lane / 4;
             const float all = line_sum(sum[m][half]), share = 1 / all;
             UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= share, out[m][d][2 * half + 1] *= share;
-            if (lane % 4 == 0 && i < T) lse[(p.row * NH + p.h) * T + i] = top[m][half] * scale + logf(all);
+            if (lane % 4 == 0 && i < T) lse[head_tokens(p, NH, T) + i] = top[m][half] * scale + logf(all);
         }
     own_store<W, M>(head_of_y(y, p, T, C, HS), i_own, out, q_tile);
 }
@@ -276,44 +295,47 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
     const AttentionPlace p = attention_place(blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;
-    const HeadLines<const bf16> k = head_of_qkv(qkv, p, 1, T, C, HS), v = head_of_qkv(qkv, p, 2, T, C, HS);
+    TileSource<W> k = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
+    TileSource<W> v = tile_source<W>(head_of_qkv(qkv, p, 2, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
-    bf16 *const q_tile = shared + own * W, *const g_tile = q_tile + LINES * W;
+    bf16 *const q_tile = shared + own * W;               // the warp's lines; those of dy are LINES further
     OwnLines<W, M, KEPT> q, g;                           // g: dy
-    float dq[M][W / 8][4] = {}, lse2[M][2], inner_of[M][2];
+    float dq[M][W / 8][4] = {}, lse2[M][2], minus_inner[M][2];
 
-    tile_load<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
-    tile_load<LINES, W>(shared + LINES * W, head_of_y(dy, p, T, C, HS), i0);
-    tile_load<KEYS, W>(k_tiles, k, 0);
-    tile_load<KEYS, W>(v_tiles, v, 0);
+    tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
+    tile_load_own<LINES, W>(shared + LINES * W, head_of_y(dy, p, T, C, HS), i0);
+    tile_load<KEYS>(k_tiles, &k);
+    tile_load<KEYS>(v_tiles, &v);
     cp_async_commit();
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
             const int i = i_own + 16 * m + 8 * half + lane / 4;
-            const size_t at = (p.row * NH + p.h) * T + i;
+            const size_t at = head_tokens(p, NH, T) + i;
             lse2[m][half] = i < T ? lse[at] * 1.44269504f : 0;
-            inner_of[m][half] = i < T ? inner[at] : 0;
+            minus_inner[m][half] = i < T ? -inner[at] : 0;
         }
     cp_async_wait<0>();
     __syncthreads();
-    own_keep<W, M, KEPT>(&q, q_tile);
-    own_keep<W, M, KEPT>(&g, g_tile);
+    own_keep<W, M, KEPT>(&q, q_tile, 0);
+    own_keep<W, M, KEPT>(&g, q_tile, LINES);
     const int end = i0 + LINES < T ? i0 + LINES : T;
     for (int j0 = 0, at = 0; j0 < end; j0 += KEYS, at ^= 1) {
         if (j0 + KEYS < end) {
-            tile_load<KEYS, W>(k_tiles + (at ^ 1) * KEYS * W, k, j0 + KEYS);
-            tile_load<KEYS, W>(v_tiles + (at ^ 1) * KEYS * W, v, j0 + KEYS);
+            tile_load<KEYS>(k_tiles + (at ^ 1) * KEYS * W, &k);
+            tile_load<KEYS>(v_tiles + (at ^ 1) * KEYS * W, &v);
             cp_async_commit();
         }
         if (j0 < i_own + 16 * M) {
-            float s[M][N][4], ds[M][N][4];
-            tile_scores<W, M, N, KEPT>(s, &q, q_tile, k_tiles + at * KEYS * W);
+            float s[M][N][4] = {}, ds[M][N][4];
+            tile_scores<W, M, N, KEPT>(s, &q, q_tile, 0, k_tiles + at * KEYS * W);
             causal<false, M, N>(s, i_own, j0);
-            tile_scores<W, M, N, KEPT>(ds, &g, g_tile, v_tiles + at * KEYS * W);
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++)
-                        ds[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]) * (ds[m][n][e] - inner_of[m][e / 2]);
+                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[m][e / 2];   // where dP begins
+            tile_scores<W, M, N, KEPT>(ds, &g, q_tile, LINES, v_tiles + at * KEYS * W);
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int n = 0; n < N; n++)
+                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] *= exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]);
             tile_product<W, M, N>(dq, ds, k_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
@@ -326,14 +348,24 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     own_store<W, M>(head_of_qkv(dqkv, p, 0, T, C, HS), i_own, dq, q_tile);
 }
 
-// lse log2(e), or inner, of one query, by thread x < 2 QUERIES. Past T 0 will do, for dy is 0 there: P dy and ds are.
-template <int QUERIES> static __device__ float query_number(const float *lse, const float *inner, int i0, int T) {
+// lse log2(e) and -inner of the next QUERIES queries, each of them by one of the first 2 QUERIES threads. Past T 0 will do, for
+// dy is 0 there: P dy and ds are.
+template <int QUERIES> struct QueryNumbers { const float *from; float factor; int left; };
+
+template <int QUERIES>
+static __device__ QueryNumbers<QUERIES> query_numbers(const float *lse, const float *inner, size_t start, int i0, int T) {
     const int x = (int)threadIdx.x, i = i0 + x % QUERIES;
-    if (x >= 2 * QUERIES || i >= T) return 0;
-    return x < QUERIES ? lse[i] * 1.44269504f : inner[i];
+    const bool first = x < QUERIES;
+    return QueryNumbers<QUERIES>{(first ? lse : inner) + start + i, first ? 1.44269504f : -1, x < 2 * QUERIES ? T - i : 0};
 }
 
-template <int QUERIES> static __device__ void query_numbers(float *numbers, float number) {
+template <int QUERIES> static __device__ float query_read(QueryNumbers<QUERIES> *x) {
+    const float number = x->left > 0 ? *x->from * x->factor : 0;
+    x->from += QUERIES, x->left -= QUERIES;
+    return number;
+}
+
+template <int QUERIES> static __device__ void query_write(float *numbers, float number) {
     if ((int)threadIdx.x < 2 * QUERIES) numbers[threadIdx.x] = number;
 }
 
@@ -343,55 +375,59 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner, int T,
                                int C, int NH, float scale) {
     constexpr int LINES = 16 * M * ATTENTION_WARPS, QUERIES = 8 * N;
-    static_assert(2 * QUERIES <= ATTENTION_THREADS, "query_number: a thread for each");
+    static_assert(2 * QUERIES <= ATTENTION_THREADS, "query_numbers: a thread for each");
     SHARED(bf16, shared);                                // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
     bf16 *const q_tiles = shared + 2 * LINES * W, *const dy_tiles = q_tiles + 2 * QUERIES * W;
     float *const numbers = (float *)(void *)(dy_tiles + 2 * QUERIES * W);
     const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
     const AttentionPlace p = attention_place(blocks, NH);
     const int j0 = p.block * LINES, j_own = j0 + own;
-    const HeadLines<const bf16> q = head_of_qkv(qkv, p, 0, T, C, HS), g = head_of_y(dy, p, T, C, HS);
+    int i0 = j0 / QUERIES * QUERIES;                     // the first tile with a query that sees a key of the block
+    TileSource<W> q = tile_source<W>(head_of_qkv(qkv, p, 0, T, C, HS), i0);
+    TileSource<W> g = tile_source<W>(head_of_y(dy, p, T, C, HS), i0);
     const float scale2 = scale * 1.44269504f;
-    lse += (p.row * NH + p.h) * T, inner += (p.row * NH + p.h) * T;
-    bf16 *const k_tile = shared + own * W, *const v_tile = k_tile + LINES * W;
+    QueryNumbers<QUERIES> source = query_numbers<QUERIES>(lse, inner, head_tokens(p, NH, T), i0, T);
+    bf16 *const k_tile = shared + own * W;               // the warp's lines; those of v are LINES further
     OwnLines<W, M, KEPT> k, v;
     float dk[M][W / 8][4] = {}, dv[M][W / 8][4] = {};
 
-    int i0 = j0 / QUERIES * QUERIES;                     // the first tile with a query that sees a key of the block
-    tile_load<LINES, W>(shared, head_of_qkv(qkv, p, 1, T, C, HS), j0);
-    tile_load<LINES, W>(shared + LINES * W, head_of_qkv(qkv, p, 2, T, C, HS), j0);
-    tile_load<QUERIES, W>(q_tiles, q, i0);
-    tile_load<QUERIES, W>(dy_tiles, g, i0);
+    tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 1, T, C, HS), j0);
+    tile_load_own<LINES, W>(shared + LINES * W, head_of_qkv(qkv, p, 2, T, C, HS), j0);
+    tile_load<QUERIES>(q_tiles, &q);
+    tile_load<QUERIES>(dy_tiles, &g);
     cp_async_commit();
-    query_numbers<QUERIES>(numbers, query_number<QUERIES>(lse, inner, i0, T));
+    query_write<QUERIES>(numbers, query_read(&source));
     cp_async_wait<0>();
     __syncthreads();
-    own_keep<W, M, KEPT>(&k, k_tile);
-    own_keep<W, M, KEPT>(&v, v_tile);
+    own_keep<W, M, KEPT>(&k, k_tile, 0);
+    own_keep<W, M, KEPT>(&v, k_tile, LINES);
     for (int at = 0; i0 < T; i0 += QUERIES, at ^= 1) {
         float next = 0;
         if (i0 + QUERIES < T) {
-            tile_load<QUERIES, W>(q_tiles + (at ^ 1) * QUERIES * W, q, i0 + QUERIES);
-            tile_load<QUERIES, W>(dy_tiles + (at ^ 1) * QUERIES * W, g, i0 + QUERIES);
+            tile_load<QUERIES>(q_tiles + (at ^ 1) * QUERIES * W, &q);
+            tile_load<QUERIES>(dy_tiles + (at ^ 1) * QUERIES * W, &g);
             cp_async_commit();
-            next = query_number<QUERIES>(lse, inner, i0 + QUERIES, T);
+            next = query_read(&source);
         }
         if (i0 + QUERIES > j_own) {                      // not too early for all keys of this warp
-            float s[M][N][4], ds[M][N][4];
-            tile_scores<W, M, N, KEPT>(s, &k, k_tile, q_tiles + at * QUERIES * W);
+            float s[M][N][4] = {}, ds[M][N][4];
+            tile_scores<W, M, N, KEPT>(s, &k, k_tile, 0, q_tiles + at * QUERIES * W);
             causal<true, M, N>(s, j_own, i0);
-            const float *lse2 = numbers + at * 2 * QUERIES + lane % 4 * 2, *inner_of = lse2 + QUERIES;
+            const float *lse2 = numbers + at * 2 * QUERIES + lane % 4 * 2, *minus_inner = lse2 + QUERIES;
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
                     UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
             tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
-            tile_scores<W, M, N, KEPT>(ds, &v, v_tile, dy_tiles + at * QUERIES * W);
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = s[m][n][e] * (ds[m][n][e] - inner_of[8 * n + e % 2]);
+                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[8 * n + e % 2];  // where dP begins
+            tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
+            UNROLL for (int m = 0; m < M; m++)
+                UNROLL for (int n = 0; n < N; n++)
+                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] *= s[m][n][e];
             tile_product<W, M, N>(dk, ds, q_tiles + at * QUERIES * W);
         }
-        query_numbers<QUERIES>(numbers + (at ^ 1) * 2 * QUERIES, next);
+        query_write<QUERIES>(numbers + (at ^ 1) * 2 * QUERIES, next);
         cp_async_wait<0>();
         __syncthreads();
     }
@@ -400,7 +436,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dk[m][d][e] *= scale;
     own_store<W, M>(head_of_qkv(dqkv, p, 1, T, C, HS), j_own, dk, k_tile);
-    own_store<W, M>(head_of_qkv(dqkv, p, 2, T, C, HS), j_own, dv, v_tile);
+    own_store<W, M>(head_of_qkv(dqkv, p, 2, T, C, HS), j_own, dv, k_tile + LINES * W);
 }
 
 // inner (n,NH,T) = <dy, y> of each head of each token, by `lanes` threads, a power of 2; each takes SIZE numbers at once.
@@ -540,7 +576,7 @@ attention_forward_plain(N *y, float *lse, const N *qkv, int T, int C, int NH, fl
         UNROLL for (int other = 8; other; other /= 2) sum[r] += __shfl_xor_sync(0xFFFFFFFF, sum[r], other);
         share[r] = 1 / sum[r];
         const int i = i0 + line + 16 * r;
-        if (column == 0 && i < T) lse[(p.row * NH + p.h) * T + i] = top[r] + logf(sum[r]);
+        if (column == 0 && i < T) lse[head_tokens(p, NH, T) + i] = top[r] + logf(sum[r]);
     }
     plain_store<N, W, R>(head_of_y(y, p, T, C, HS), i0, out, share);
 }
@@ -559,7 +595,7 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
     float dq[R][W / 64][4] = {}, lse_of[R], inner_of[R], factor[R];
     UNROLL for (int r = 0; r < R; r++) {
         const int i = i0 + line + 16 * r;
-        const size_t at = (p.row * NH + p.h) * T + i;
+        const size_t at = head_tokens(p, NH, T) + i;
         lse_of[r] = i < T ? lse[at] : 0, inner_of[r] = i < T ? inner[at] : 0, factor[r] = scale;
     }
     plain_load<N, W>(q, head_of_qkv(qkv, p, 0, T, C, HS), i0);
@@ -596,7 +632,7 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
     const int j0 = p.block * LINES;
     float dk[R][W / 64][4] = {}, dv[R][W / 64][4] = {}, factor[R], one[R];
     UNROLL for (int r = 0; r < R; r++) factor[r] = scale, one[r] = 1;
-    lse += (p.row * NH + p.h) * T, inner += (p.row * NH + p.h) * T;
+    lse += head_tokens(p, NH, T), inner += head_tokens(p, NH, T);
     plain_load<N, W>(k, head_of_qkv(qkv, p, 1, T, C, HS), j0);
     plain_load<N, W>(v, head_of_qkv(qkv, p, 2, T, C, HS), j0);
     for (int i0 = j0; i0 < T; i0 += LINES) {
@@ -738,10 +774,10 @@ static void attention_backward(void *dqkv, float *inner, const void *dy, const v
     if (in_bf16) attention_inner<bf16>(inner, dy, y, &a);
     else attention_inner<float>(inner, dy, y, &a);
     if (in_bf16 && HS % 8 == 0 && HS <= 64) {
-        attention_backward_keys_mma<64, 2, 4, false>(dqkv, dy, qkv, lse, inner, &a);
+        attention_backward_keys_mma<64, 1, 8, true>(dqkv, dy, qkv, lse, inner, &a);
         attention_backward_queries_mma<64, 2, 4, true>(dqkv, dy, qkv, lse, inner, &a);
     } else if (in_bf16 && HS % 8 == 0 && HS <= 128) {
-        attention_backward_keys_mma<128, 1, 4, false>(dqkv, dy, qkv, lse, inner, &a);
+        attention_backward_keys_mma<128, 1, 2, false>(dqkv, dy, qkv, lse, inner, &a);
         attention_backward_queries_mma<128, 1, 4, true>(dqkv, dy, qkv, lse, inner, &a);
     } else if (in_bf16) attention_backward_plainly<bf16>(dqkv, dy, qkv, lse, inner, &a);
     else attention_backward_plainly<float>(dqkv, dy, qkv, lse, inner, &a);
