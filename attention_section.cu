@@ -547,7 +547,7 @@ static __device__ void plain_softmax(float s[R][R], float out[R][W / 64][4], flo
 }
 
 template <class N, int W>
-static __global__ void __launch_bounds__(PLAIN_THREADS)
+static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_forward_plain(N *y, float *lse, const N *qkv, int T, int C, int NH, float scale) {
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, q);
@@ -582,7 +582,7 @@ attention_forward_plain(N *y, float *lse, const N *qkv, int T, int C, int NH, fl
 }
 
 template <class N, int W>
-static __global__ void __launch_bounds__(PLAIN_THREADS)
+static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, int T, int C, int NH,
                                  float scale) {
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
@@ -620,7 +620,7 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
 }
 
 template <class N, int W>
-static __global__ void __launch_bounds__(PLAIN_THREADS)
+static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, int T, int C, int NH,
                               float scale) {
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
