@@ -82,20 +82,23 @@ template <int W> static __device__ TileSource<W> tile_source(HeadLines<const bf1
     return TileSource<W>{head_line(x, line) + piece * 8, TileSource<W>::STEP * x.ld, piece * 8 < x.HS ? x.T - line : 0};
 }
 
-// Copies the next LINES lines in the background.
-template <int LINES, int W> static __device__ void tile_load(bf16 *tile, TileSource<W> *x) {
+// Copies the next LINES lines in the background; of what lies `further` numbers on in each line (v after k).
+template <int LINES, int W> static __device__ void tile_load(bf16 *tile, const TileSource<W> *x, int further) {
     constexpr int PIECES = TileSource<W>::PIECES, STEP = TileSource<W>::STEP, TIMES = LINES / STEP;
     static_assert(LINES % STEP == 0 && STEP % 8 == 0, "a thread's pieces have the same place in each line");
     bf16 *to = tile_piece<W>(tile, (int)threadIdx.x / PIECES, (int)threadIdx.x % PIECES);
     UNROLL for (int r = 0; r < TIMES; r++)
-        cp_async16(to + r * STEP * W, x->from + (ptrdiff_t)r * x->step, r * STEP < x->left);
-    x->from += (ptrdiff_t)TIMES * x->step, x->left -= LINES;
+        cp_async16(to + r * STEP * W, x->from + further + (ptrdiff_t)r * x->step, r * STEP < x->left);
+}
+
+template <int LINES, int W> static __device__ void tile_advance(TileSource<W> *x) {
+    x->from += (ptrdiff_t)(LINES / TileSource<W>::STEP) * x->step, x->left -= LINES;
 }
 
 // The lines that a block owns: one tile.
 template <int LINES, int W> static __device__ void tile_load_own(bf16 *tile, HeadLines<const bf16> x, int first) {
-    TileSource<W> source = tile_source<W>(x, first);
-    tile_load<LINES, W>(tile, &source);
+    const TileSource<W> source = tile_source<W>(x, first);
+    tile_load<LINES>(tile, &source, 0);
 }
 
 // Where this lane's line of a 16 by 16 corner of a tile is, for ldmatrix_x4: as the first operand of mma, or transposed as
@@ -241,8 +244,7 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
     const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
     const AttentionPlace p = attention_place(blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;           // the longest walks of a head start first
-    TileSource<W> k = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
-    TileSource<W> v = tile_source<W>(head_of_qkv(qkv, p, 2, T, C, HS), 0);
+    TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
     bf16 *const q_tile = shared + own * W;
     OwnLines<W, M, KEPT> q;
@@ -250,8 +252,8 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
     UNROLL for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
 
     tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
-    tile_load<KEYS>(k_tiles, &k);
-    tile_load<KEYS>(v_tiles, &v);
+    tile_load<KEYS>(k_tiles, &keys, 0);
+    tile_load<KEYS>(v_tiles, &keys, C);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -259,8 +261,9 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
     const int end = i0 + LINES < T ? i0 + LINES : T;
     for (int j0 = 0, at = 0; j0 < end; j0 += KEYS, at ^= 1) {
         if (j0 + KEYS < end) {
-            tile_load<KEYS>(k_tiles + (at ^ 1) * KEYS * W, &k);
-            tile_load<KEYS>(v_tiles + (at ^ 1) * KEYS * W, &v);
+            tile_advance<KEYS>(&keys);
+            tile_load<KEYS>(k_tiles + (at ^ 1) * KEYS * W, &keys, 0);
+            tile_load<KEYS>(v_tiles + (at ^ 1) * KEYS * W, &keys, C);
             cp_async_commit();
         }
         if (j0 < i_own + 16 * M) {                       // not too late for all queries of this warp
@@ -295,8 +298,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
     const AttentionPlace p = attention_place(blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;
-    TileSource<W> k = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
-    TileSource<W> v = tile_source<W>(head_of_qkv(qkv, p, 2, T, C, HS), 0);
+    TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
     bf16 *const q_tile = shared + own * W;               // the warp's lines; those of dy are LINES further
     OwnLines<W, M, KEPT> q, g;                           // g: dy
@@ -304,8 +306,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
 
     tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
     tile_load_own<LINES, W>(shared + LINES * W, head_of_y(dy, p, T, C, HS), i0);
-    tile_load<KEYS>(k_tiles, &k);
-    tile_load<KEYS>(v_tiles, &v);
+    tile_load<KEYS>(k_tiles, &keys, 0);
+    tile_load<KEYS>(v_tiles, &keys, C);
     cp_async_commit();
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
@@ -321,8 +323,9 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     const int end = i0 + LINES < T ? i0 + LINES : T;
     for (int j0 = 0, at = 0; j0 < end; j0 += KEYS, at ^= 1) {
         if (j0 + KEYS < end) {
-            tile_load<KEYS>(k_tiles + (at ^ 1) * KEYS * W, &k);
-            tile_load<KEYS>(v_tiles + (at ^ 1) * KEYS * W, &v);
+            tile_advance<KEYS>(&keys);
+            tile_load<KEYS>(k_tiles + (at ^ 1) * KEYS * W, &keys, 0);
+            tile_load<KEYS>(v_tiles + (at ^ 1) * KEYS * W, &keys, C);
             cp_async_commit();
         }
         if (j0 < i_own + 16 * M) {
@@ -393,8 +396,8 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
 
     tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 1, T, C, HS), j0);
     tile_load_own<LINES, W>(shared + LINES * W, head_of_qkv(qkv, p, 2, T, C, HS), j0);
-    tile_load<QUERIES>(q_tiles, &q);
-    tile_load<QUERIES>(dy_tiles, &g);
+    tile_load<QUERIES>(q_tiles, &q, 0);
+    tile_load<QUERIES>(dy_tiles, &g, 0);
     cp_async_commit();
     query_write<QUERIES>(numbers, query_read(&source));
     cp_async_wait<0>();
@@ -404,8 +407,9 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     for (int at = 0; i0 < T; i0 += QUERIES, at ^= 1) {
         float next = 0;
         if (i0 + QUERIES < T) {
-            tile_load<QUERIES>(q_tiles + (at ^ 1) * QUERIES * W, &q);
-            tile_load<QUERIES>(dy_tiles + (at ^ 1) * QUERIES * W, &g);
+            tile_advance<QUERIES>(&q), tile_advance<QUERIES>(&g);
+            tile_load<QUERIES>(q_tiles + (at ^ 1) * QUERIES * W, &q, 0);
+            tile_load<QUERIES>(dy_tiles + (at ^ 1) * QUERIES * W, &g, 0);
             cp_async_commit();
             next = query_read(&source);
         }
@@ -759,7 +763,7 @@ static void attention_forward(void *y, float *lse, const void *qkv, size_t n, si
     CHECK(HS <= ATTENTION_WIDEST, "heads of %zu channels", HS);
     if (n == 0) return;
     if (in_bf16 && HS % 8 == 0 && HS <= 64) attention_forward_mma<64, 2, 8, true>(y, lse, qkv, &a);
-    else if (in_bf16 && HS % 8 == 0 && HS <= 128) attention_forward_mma<128, 2, 4, false>(y, lse, qkv, &a);
+    else if (in_bf16 && HS % 8 == 0 && HS <= 128) attention_forward_mma<128, 1, 8, true>(y, lse, qkv, &a);
     else if (in_bf16) attention_forward_plainly<bf16>(y, lse, qkv, &a);
     else attention_forward_plainly<float>(y, lse, qkv, &a);
 }
