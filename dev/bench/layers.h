@@ -304,7 +304,7 @@ static void adam_run(void *arg) {
 
 static void adam_open(Adam *a, const GptConfig *c) {
     const GptConfig config = {2, 1, ADAM_LAYERS, c->NH, c->C};
-    const EngineArgs args = {1, 1, 0, DTYPE_FP32, {ADAM_LAYERS, ADAM_LAYERS, BRANCHES * ADAM_LAYERS}};
+    const EngineArgs args = {.B = 1, .T = 1, .dtype = DTYPE_FP32, .bound = {ADAM_LAYERS, ADAM_LAYERS, BRANCHES * ADAM_LAYERS}};
     const UpdateArgs update = {6e-4, 0.9, 0.95, 1e-8, 0.1, 1, a->t, 0};
     a->c = config;
     a->update = update;
