@@ -8,6 +8,10 @@
 #   FAT=1                           for any x86-64: several engines, the best is chosen at start -> build/fat/
 #   B=build/arm64                   another folder for all that is built, as for another machine
 #   RUN="qemu-aarch64 -L /DIR"      make test: what starts the programs where this machine cannot itself
+#   CUDA=1                          also the programs for the GPU: build/train_gpt_cuda, build/compare_cuda, ...
+#   GPU_ARCH="80 90"                compute capabilities they are for; the default is all that nvcc knows from 8.0 on
+#   CUDA_HOME=/usr/local/cuda       where the CUDA Toolkit is (NVCC: its compiler)
+#   CXX=clang++                     another C++ compiler, for the tests that run the GPU engine without a GPU
 #   TEXT=/path                      make quickstart on your own text file or folder
 
 CC     ?= cc
@@ -18,6 +22,7 @@ MARCH  ?= native
 FAT    ?= 0
 RUN    ?=
 OUT    ?= runs/quickstart
+CUDA   ?= 0
 
 B := build$(if $(filter 1,$(FAT)),/fat)$(if $(filter double,$(REAL)),/double)$(if $(SAN),/san)
 
@@ -56,6 +61,24 @@ ARCH           := -march=x86-64
 ENGINES        := $(FAT_ENGINES:%=$(B)/engine_%.o) $(B)/engines.o
 endif
 
+# The GPU engine. Without a GPU the tests run it on an emulator, dev/emu, if there is a C++ compiler.
+CUDA_HOME ?= /usr/local/cuda
+NVCC      ?= $(or $(wildcard $(CUDA_HOME)/bin/nvcc),nvcc)
+GPU_KNOWN  = $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_//p' | awk '$$1 >= 80' | sort -n)
+GPU_ARCH  ?= $(GPU_KNOWN)
+GPU_CODE   = $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+             $(foreach a,$(lastword $(GPU_ARCH)),-gencode arch=compute_$(a),code=compute_$(a))
+NVCCFLAGS ?= -O3 -lineinfo
+GPU_FLAGS  = -std=c++17 $(NVCCFLAGS) $(GPU_CODE) -Xcompiler -Wall,-Wextra $(if $(OMP),-Xcompiler $(OMP))
+GPU_LIBS  := -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt -lm
+
+cxx_probe = $(shell echo 'int main() { return 0; }' | $(1) -x c++ - -o /dev/null 2>/dev/null && echo 1)
+ifneq ($(REAL)$(FAT),float0)
+else ifeq ($(call cxx_probe,$(CXX) -std=c++17),1)
+CXX_LIB := $(or $(call probe,-lstdc++),$(call probe,-lc++))
+EMU     := $(if $(CXX_LIB),$(B)/engine_emu.o)
+endif
+
 CFLAGS   ?= -O3 -g
 WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(call probe,-Wpass-failed),-Wno-pass-failed))
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
@@ -64,25 +87,29 @@ LIBS     := -lm
 
 TOOLS    := compare generate evaluate
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes
-HEADERS  := $(wildcard dev/*.h)
+GPU_PROGRAMS := $(B)/train_gpt_cuda $(TOOLS:%=$(B)/%_cuda)
+HEADERS  := $(filter-out dev/cuda.h,$(wildcard dev/*.h))   # cuda.h is for nvcc, or for dev/emu
 
-all: choices $(PROGRAMS)
+all: choices $(PROGRAMS) $(if $(filter 1,$(CUDA)),$(GPU_PROGRAMS))
 
 choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
 	@echo "numbers:  $(REAL), instructions: $(or $(FAT_CHOICE),$(ARCH),the compiler's default)"
+	@$(if $(filter 1,$(CUDA)),echo "GPU:      $$($(NVCC) --version | tail -n 1), for compute capability $(GPU_ARCH)")
 	@echo "threads:  $(if $(OMP),OpenMP,none (OPENMP=0, or a compiler without OpenMP): every step takes as long as on one core)"
 
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
 $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_BASE).o,$(ENGINES)))
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
 $(B)/data_bytes: data/bytes.c
-$(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o)
+$(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
+$(B)/test_gpt: TEST_FLAGS := $(if $(EMU),-DCUDA_EMULATED)
+$(B)/test_gpt: LIBS += $(if $(EMU),$(CXX_LIB))
 $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
 $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $(FAT_$(@F)) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
+	$(CC) $(FLAGS) $(FAT_$(@F)) $(TEST_FLAGS) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
 $(filter $(B)/engine_%.o,$(ENGINES)): $(B)/engine_%.o: train_gpt.c
 	@mkdir -p $(@D)
@@ -95,6 +122,36 @@ $(B)/engines.o: dev/engines.c
 $(B)/engine_no_pairs.o:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -MMD -MF $@.d -DENGINE_ONLY -DNO_PAIRS -DCPU_ENGINE=no_pairs_engine -c $< -o $@
+
+# The GPU engine on the host: every kernel is executed, slowly. No contraction: the sums are those that the code says.
+EMU_FLAGS := -std=c++17 -O2 -g -x c++ -DCUDA_EMULATED -Idev/emu -I. -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas \
+             $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
+$(B)/engine_emu.o: train_gpt.cu
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d -DENGINE_ONLY -c $< -o $@
+
+$(B)/train_gpt_cuda: train_gpt.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(GPU_FLAGS) -DCUDA_BUILD -MMD -MF $@.d $< -o $@ $(GPU_LIBS)
+
+$(B)/engine_cuda.o: train_gpt.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(GPU_FLAGS) -MMD -MF $@.d -DENGINE_ONLY -c $< -o $@
+
+$(TOOLS:%=$(B)/%_cuda.o): $(B)/%_cuda.o: dev/tools/%.c
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -DCUDA_BUILD -MMD -MF $@.d -c $< -o $@
+
+$(TOOLS:%=$(B)/%_cuda): $(B)/%_cuda: $(B)/%_cuda.o $(B)/engine_cuda.o
+	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)
+
+# Registers, spills and shared memory of every kernel, for each compute capability.
+cuda-report:
+	@for a in $(GPU_ARCH); do \
+	    echo "compute capability $$a: registers, bytes spilled, bytes of stack"; \
+	    $(NVCC) -std=c++17 -O3 -arch=sm_$$a -Xptxas -v -DENGINE_ONLY -cubin -o /dev/null train_gpt.cu 2>&1 | c++filt | \
+	        sh dev/test/cuda_report.sh || exit 1; \
+	done
 
 $(B)/bench: dev/bench/bench.c                            # includes train_gpt.c, to reach its kernels
 	$(if $(FAT_ENGINES),$(error bench measures the one engine that is compiled into it: MARCH=x86-64-v3 instead of FAT=1))
@@ -127,10 +184,10 @@ instructions: $(PROGRAMS) $(B)/test_gpt
 	@BUILD=$(B) sh dev/test/fat.sh
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 11
-	@echo "targets: all quickstart test bench headers instructions clean"
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 15
+	@echo "targets: all quickstart test bench headers instructions cuda-report clean"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test bench headers instructions help clean
+.PHONY: all choices quickstart test bench headers instructions cuda-report help clean

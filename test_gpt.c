@@ -28,7 +28,11 @@
 #include "dev/test/test_tools.h"
 #include "dev/test/test_trainer.h"
 
+#ifdef CUDA_EMULATED
+static const Engine *(*const engines[])(void) = {engine_cpu, engine_cuda};
+#else
 static const Engine *(*const engines[])(void) = {engine_cpu};
+#endif
 enum { N_ENGINES = sizeof engines / sizeof engines[0] };
 
 typedef struct { const char *name; void (*run)(void); int engines; } Test;

@@ -953,6 +953,9 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     if (error) die("this model cannot be built: %s", error);
     if (config->C / config->NH > HEAD_MAX)
         die("heads of %d channels: this engine takes at most %d", config->C / config->NH, HEAD_MAX);
+    if (args->dtype != DTYPE_FP32 && args->dtype != DTYPE_BF16)
+        die("--dtype tf32 is for GPUs\n  hint: --dtype fp32 or bf16; or build with make CUDA=1");
+    if (args->recompute != RECOMPUTE_GELU) die("--recompute is for GPUs; the CPU has room\n  hint: --recompute gelu");
     CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
 #ifdef _OPENMP
     if (args->threads > 0) omp_set_num_threads(args->threads);
@@ -1290,7 +1293,7 @@ const Engine *engine_cpu(void) { return &CPU_ENGINE; }
 #endif
 
 const Engine CPU_ENGINE = {
-    "CPU, " REAL_NAME ", " INSTRUCTIONS,
+    "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32, 1,
     model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
     model_read, model_write, model_memory, model_peak, model_close,
 };

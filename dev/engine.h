@@ -3,7 +3,7 @@
 //
 // An engine draws nothing at random and decides nothing: which rows run which branch, the scales, the learning
 // rate and the step counts of AdamW come in as data. All pointers are to host memory and are read or written before
-// the call returns. The CPU engine has nothing running after any call.
+// the call returns, and no engine has anything running then: all that a call began on a device has ended.
 #ifndef ENGINE_H
 #define ENGINE_H
 
@@ -16,15 +16,21 @@ typedef struct Model Model;                              // the engine's own
 // attention branches, rows of MLP branches, and rows of both together. drop_path_bound() computes it.
 typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
 
-// What the operands of matrix products are rounded to. Sums, weights, gradients and moments are fp32 in both (fp64 when
-// built with REAL=double), and so is attention on the CPU.
-enum { DTYPE_FP32, DTYPE_BF16 };
+// What the operands of matrix products are rounded to. Sums, weights, gradients and moments are fp32 in all (fp64 when
+// built with REAL=double), and so is attention on the CPU. On the GPU bf16 is also how activations are stored; tf32 is
+// fp32 that the GPU's tensor cores read with 10 bits of fraction.
+enum { DTYPE_FP32, DTYPE_BF16, DTYPE_TF32, DTYPE_AUTO };   // auto: the engine's own, for options only
+
+// What forward does not keep, because backward makes it again: the output of LayerNorm and GELU; nothing; all that is
+// between a branch's LayerNorm and its end. The CPU knows the first only.
+enum { RECOMPUTE_GELU, RECOMPUTE_NONE, RECOMPUTE_BRANCH };
 
 typedef struct {
     int B, T;                                            // largest batch and row length of any call
     int threads;                                         // of the whole process; 0: OpenMP's default, all cores
     int dtype;                                           // DTYPE_*
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
+    int recompute;                                       // RECOMPUTE_*
 } EngineArgs;
 
 // One AdamW update (Loshchilov and Hutter 2019, algorithm 2), on gradients clipped to a norm of grad_clip (0: never).
@@ -43,6 +49,9 @@ typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
 
 typedef struct {
     const char *name;
+    int dtype;                                           // what --dtype auto means
+    int any_batch;       // a row's losses are the same bits whatever rows, and however many, are beside it; else they are
+                         // so for calls of equal shapes, and differ by rounding where another number of rows is chosen
 
     // A model with all parameters, gradients and moments zero.
     Model *(*open)(const GptConfig *config, const EngineArgs *args);
@@ -74,8 +83,29 @@ typedef struct {
     void (*close)(Model *);
 } Engine;
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 // The engine of train_gpt.c; in a fat build (make FAT=1) the best of several that this processor can run.
 const Engine *engine_cpu(void);
+
+// The engine of train_gpt.cu, on the first device of CUDA_VISIBLE_DEVICES. Starts the driver, which a fork does not survive:
+// call it in the process that will use it.
+const Engine *engine_cuda(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+// The engine that the programs of this build run on.
+static inline const Engine *engine_default(void) {
+#ifdef CUDA_BUILD                                        // make CUDA=1
+    return engine_cuda();
+#else
+    return engine_cpu();
+#endif
+}
 
 // GPT-2's initial weights. Each number is a function of (seed, parameter, layer, place): the same on every engine.
 static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c, uint64_t seed) {

@@ -112,8 +112,12 @@ enum { ADAM_DENSE, ADAM_SKIP };
            "continue from this checkpoint; without PATH, from the latest of --out")                                  \
     OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "names all randomness of the run")                              \
     OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
-    OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16",                                                            \
-           "what operands of matrix products are rounded to; sums and weights stay fp32")                            \
+    OPTION(dtype, "dtype", CHOICE, "auto", "fp32|bf16|tf32|auto",                                                    \
+           "what operands of matrix products are rounded to; sums and weights stay fp32. auto: fp32 on the CPU, bf16 on" \
+           " the GPU; tf32 is for GPUs")                                                                             \
+    OPTION(recompute, "recompute", CHOICE, "gelu", "gelu|none|branch",                                               \
+           "GPU: what the backward pass makes again instead of keeping it: the outputs of LayerNorm and GELU, nothing, or" \
+           " all of a branch but its input")                                                                         \
     OPTION(max_bad_steps, "max-bad-steps", INTEGER, "10", "[1,1e9]",                                                 \
            "stop after this many steps in a row whose loss or gradient is not finite; such steps change nothing")    \
   HEADING("Optimizer (AdamW)")                                                                                       \

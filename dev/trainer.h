@@ -43,6 +43,10 @@ typedef struct {
     FILE *metrics;
 } Trainer;
 
+static inline int trainer_dtype(const Engine *engine, const TrainOptions *o) {
+    return o->dtype == DTYPE_AUTO ? engine->dtype : o->dtype;
+}
+
 static inline double trainer_peak_bytes(void) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
@@ -227,7 +231,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     if (*o->drop_replay) trainer_open_replay(tr);
 
     const size_t BT = (size_t)tr->B * (size_t)tr->T, branches = (size_t)(BRANCHES * tr->config.L);
-    const EngineArgs args = {tr->B, tr->T, (int)o->threads, o->dtype, trainer_memory_bound(tr)};
+    const EngineArgs args = {tr->B, tr->T, (int)o->threads, trainer_dtype(engine, o), trainer_memory_bound(tr),
+                             o->recompute};
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
@@ -454,13 +459,14 @@ static inline void trainer_print_start(const Trainer *tr) {
     char count[32], tokens[32];
     const size_t parameters = gpt_params_count(c);
     const double mib = 1048576;
+    static const char *const products[] = {"", ", matrix products of bf16", ", matrix products of tf32"};
     EngineMemory memory;
     double usual, fraction = 0;
     metrics_grouped(count, (double)parameters);
     metrics_grouped(tokens, (double)tr->train.tokens);
     tr->engine->memory(tr->model, &memory);
     printf("engine:  %s%s; peak %.0f GFLOP/s, measured\n", tr->engine->name,
-           o->dtype == DTYPE_BF16 ? ", matrix products of bf16" : "", tr->peak_flops / 1e9);
+           products[trainer_dtype(tr->engine, o)], tr->peak_flops / 1e9);
     printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d\n", count, c->L, c->NH,
            c->C, tr->T, c->V);
     printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n, tr->train.n == 1 ? "" : "s",

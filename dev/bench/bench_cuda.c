@@ -8,8 +8,6 @@
 #include "steps.h"
 #include "../options.h"
 
-const Engine *engine_cuda(void);                         // train_gpt.cu
-
 // ---- Options ----
 
 //  OPTION(field, name, type, default, domain, help)
@@ -20,6 +18,7 @@ const Engine *engine_cuda(void);                         // train_gpt.cu
     OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
            "default: those of each table")                                                                           \
     OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|tf32", "operands of products")                                 \
+    OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward makes again")                  \
     OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
     OPTION(rounds, "rounds", INTEGER, "0", "[0,1e6]", "slices of each row; 0: the table's")                          \
@@ -74,9 +73,10 @@ static void bench_write(const Bench *b, const char *path) {
     text_free(&out);
 }
 
-static void bench_open(Bench *b, int dtype) {
+static void bench_open(Bench *b, int dtype, int recompute) {
     memset(b, 0, sizeof *b);
     b->engine = engine_cuda();
+    b->recompute = recompute;
     b->dtype = b->dtypes[0] = dtype, b->n_dtypes = 1, b->samplings = 1;
     b->sheet_peak = sheet_peak(b->engine->name, dtype);
     // A batch of another size has its products summed by another algorithm: in fp32 the last bits of a loss move, in bf16
@@ -97,7 +97,7 @@ int main(int argc, char **argv) {
     const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, step_cases, N_CASES), rounds = (int)o.rounds;
     if (o.only != ONLY_TURNS) fclose(file_open(o.json, "ab"));     // rather now than after minutes
     setvbuf(stdout, NULL, _IOLBF, 0);
-    bench_open(&b, (int)o.dtype);
+    bench_open(&b, (int)o.dtype, (int)o.recompute);
     if (o.only == ONLY_TURNS) {
         bench_turns(&b, &only);
     } else {

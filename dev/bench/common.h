@@ -7,7 +7,7 @@
 
 typedef struct { const char *preset; int B, T; } Case;   // a model, and B rows of T tokens
 
-enum { N_DTYPES = 3 };
+enum { N_DTYPES = DTYPE_TF32 + 1 };
 static const char *const dtype_name[N_DTYPES] = {REAL_NAME, "bf16", "tf32"};       // by DTYPE_*
 
 typedef struct {
@@ -20,7 +20,7 @@ typedef struct {
     int dtypes[2], n_dtypes;                             // of the table of steps
     int samplings;                                       // of the drop-path table: 1, systematic; 2, and bernoulli
     Text rows, drop, memory;                             // JSON arrays
-    int dtype;                                           // of the tables that are for one
+    int dtype, recompute;                                // of the tables that are for one; RECOMPUTE_* of all
 } Bench;
 
 // The preset of that name on few tokens, or as the first of its defaults (n) has it.

@@ -19,10 +19,11 @@ typedef struct {
 } Step;
 
 // A model with initial weights, for steps of at most B rows of T tokens.
-static Model *step_model(const Engine *engine, const GptConfig *c, int B, int T, int dtype) {
-    const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .bound = {B * c->L, B * c->L, BRANCHES * B * c->L}};
-    Model *m = engine->open(c, &args);
-    engine_init_weights(engine, m, c, 1);
+static Model *step_model(const Bench *b, const GptConfig *c, int B, int T, int dtype) {
+    const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .bound = {B * c->L, B * c->L, BRANCHES * B * c->L},
+                             .recompute = b->recompute};
+    Model *m = b->engine->open(c, &args);
+    engine_init_weights(b->engine, m, c, 1);
     return m;
 }
 
@@ -144,7 +145,7 @@ static void steps_print(const Bench *b, const MeasureTable *t, const Step *s, co
 // Seconds of `runs` FLOPs at the peak that the engine measures now.
 static double step_peak_slice(void *arg, int runs) {
     const Step *s = arg;
-    return runs / s->engine->peak(s->m, 2 * MEASURE_PEAK_SLICE);
+    return runs / s->engine->peak(s->m, 0.2);            // it looks for its best product first
 }
 
 // The row of one case in one dtype; *peak is room for one that the engine measures.
@@ -174,7 +175,7 @@ static int bench_steps_of(Bench *b, const Case *first, int n, int rounds) {
     MeasureTable t = {.rounds = rounds};
     Step *s = xcalloc((size_t)(same * D), sizeof *s);
     MeasureRow *peak = xcalloc((size_t)(same * D), sizeof *peak);
-    for (int d = 0; d < D; d++) m[d] = step_model(b->engine, &c, B, T, b->dtypes[d]);
+    for (int d = 0; d < D; d++) m[d] = step_model(b, &c, B, T, b->dtypes[d]);
     for (int i = 0; i < same; i++) {
         for (int d = 0; d < D; d++) {
             const int k = i * D + d;
@@ -235,15 +236,15 @@ static int drop_rows(DropRow *rows, int samplings, int layers, int rounds) {
 }
 
 // Bytes of activations that an engine sets aside which is opened for no more than the policy can ask for.
-static double drop_bound(const DropRow *r, const Engine *engine, const Case *c, const GptConfig *config, int dtype) {
+static double drop_bound(const DropRow *r, const Bench *b, const Case *c, const GptConfig *config) {
     EngineMemory memory;
-    EngineArgs args = {.B = c->B, .T = c->T, .dtype = dtype};
+    EngineArgs args = {.B = c->B, .T = c->T, .dtype = b->dtype, .recompute = b->recompute};
     DropPath policy = r->policy;
     policy.steps = 1;                                    // all are alike
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
-    Model *m = engine->open(config, &args);
-    engine->memory(m, &memory);
-    engine->close(m);
+    Model *m = b->engine->open(config, &args);
+    b->engine->memory(m, &memory);
+    b->engine->close(m);
     return (double)memory.activations;
 }
 
@@ -367,8 +368,8 @@ static void bench_drop_of(Bench *b, const Case *c, int rounds) {
     EngineMemory memory;
     Step s;
     const int n = drop_rows(rows, b->samplings, config.L, rounds);
-    for (int i = 0; i < n; i++) rows[i].bound = drop_bound(&rows[i], b->engine, c, &config, b->dtype);
-    step_open(&s, b, b->dtype, &config, step_model(b->engine, &config, c->B, c->T, b->dtype), c->B, c->T);
+    for (int i = 0; i < n; i++) rows[i].bound = drop_bound(&rows[i], b, c, &config);
+    step_open(&s, b, b->dtype, &config, step_model(b, &config, c->B, c->T, b->dtype), c->B, c->T);
     for (int i = 0; i < n; i++) drop_check(&rows[i], &s);
     step_run(&s);                                        // their gradients go here
     const double slices = 0.3 / drop_baseline(&s, 1);
@@ -391,7 +392,7 @@ static void bench_turns(const Bench *b, const Case *c) {
     char line[64];
     const GptConfig config = gpt_preset(c->preset)->config;
     Step s;
-    step_open(&s, b, b->dtype, &config, step_model(b->engine, &config, c->B, c->T, b->dtype), c->B, c->T);
+    step_open(&s, b, b->dtype, &config, step_model(b, &config, c->B, c->T, b->dtype), c->B, c->T);
     step_check(&s);
     while (fgets(line, sizeof line, stdin)) {
         const int steps = atoi(line);

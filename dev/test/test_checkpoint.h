@@ -8,7 +8,7 @@
 static const GptConfig checkpoint_test_config = {7, 5, 2, 2, 4};
 
 static inline Model *checkpoint_test_model(uint64_t seed) {
-    const EngineArgs args = {1, 5, 1, DTYPE_FP32, {2, 2, 4}};
+    const EngineArgs args = {1, 5, 1, DTYPE_FP32, {2, 2, 4}, RECOMPUTE_GELU};
     Model *m = engine_cpu()->open(&checkpoint_test_config, &args);
     engine_init_weights(engine_cpu(), m, &checkpoint_test_config, seed);
     return m;

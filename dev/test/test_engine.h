@@ -154,7 +154,7 @@ static void rig_weights(real *all, const GptConfig *c) {
 
 static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
     Rig r = {c, B, T, NULL, NULL, NULL, drop_plan_new(c.L, B)};
-    EngineArgs args = {B, T, threads, dtype, {c.L * B, c.L * B, BRANCHES * c.L * B}};
+    EngineArgs args = {B, T, threads, dtype, {c.L * B, c.L * B, BRANCHES * c.L * B}, RECOMPUTE_GELU};
     real *weights = slot_new(&c);
     r.model = test_engine->open(&c, &args);
     rig_weights(weights, &c);
@@ -886,7 +886,8 @@ static void test_engine_bf16_threads(void) {
     free(want);
 }
 
-// Evaluation gives a row the same bits whatever rows are beside it: it does not depend on the batch size.
+// Evaluation gives a row the same losses whatever rows are beside it: to the bit where the engine promises so, else within
+// rounding.
 static void test_engine_any_batch(void) {
     for (int dtype = DTYPE_FP32; dtype <= DTYPE_BF16; dtype++) {
         Rig r = rig_open_dtype(small_config, 5, SMALL_T, 1, dtype);
@@ -897,8 +898,12 @@ static void test_engine_any_batch(void) {
                 plan_force(&r.plan, FULL, batch);
                 test_engine->forward(r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
                 test_engine->losses(r.model, got);
-                EXPECT(!memcmp(got, want + row * r.T, (size_t)(batch * r.T) * sizeof(real)),
-                       "dtype %d: %d rows from %d: other bits", dtype, batch, row);
+                if (test_engine->any_batch)
+                    EXPECT(!memcmp(got, want + row * r.T, (size_t)(batch * r.T) * sizeof(real)),
+                           "dtype %d: %d rows from %d: other bits", dtype, batch, row);
+                for (int i = 0; i < batch * r.T; i++)
+                    EXPECT_CLOSE(got[i], want[row * r.T + i], rounding(4 * r.c.C) * (dtype == DTYPE_BF16 ? 1 << 16 : 1) *
+                                 (1 + fabs((double)got[i])), "a row among others");
             }
         free(want), free(got);
         rig_close(&r);
@@ -1142,7 +1147,7 @@ static void test_engine_update_untouched(void) {
 // A new model is all zero; what is written into a slot is read from it, and from no other.
 static void test_engine_slots(void) {
     const GptConfig c = {11, 5, 2, 2, 6};
-    const EngineArgs args = {2, 3, 1, DTYPE_FP32, {4, 4, 8}};
+    const EngineArgs args = {2, 3, 1, DTYPE_FP32, {4, 4, 8}, RECOMPUTE_GELU};
     Model *m = test_engine->open(&c, &args);
     real *zero = slot_new(&c), *write[4];
     for (int slot = 0; slot < 4; slot++) {
@@ -1163,7 +1168,7 @@ static void test_engine_slots(void) {
 
 // A model opened to evaluate gives the same losses as one opened to train, and has no gradients.
 static void test_engine_evaluates(void) {
-    const EngineArgs args = {SMALL_B, SMALL_T, 1, DTYPE_FP32, {0, 0, 0}};
+    const EngineArgs args = {SMALL_B, SMALL_T, 1, DTYPE_FP32, {0, 0, 0}, RECOMPUTE_GELU};
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
     Model *m = test_engine->open(&small_config, &args);
     real *w = slot_read(&r.c, r.model, SLOT_PARAM);
@@ -1191,7 +1196,7 @@ static void test_engine_bounded(void) {
         memset(&d, 0, sizeof d);
         d.layers = c.L, d.steps = 30, d.ramp_up = 10;
         d.p_max = k & 1 ? 0.8 : 0, d.ramp_from = 0.9, d.unit = k >> 1 & 1, d.branches = k >> 2;
-        EngineArgs args = {4, 9, 1, DTYPE_FP32, {0, 0, 0}};
+        EngineArgs args = {4, 9, 1, DTYPE_FP32, {0, 0, 0}, RECOMPUTE_GELU};
         drop_path_bound(&d, 4, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
         Model *m = test_engine->open(&c, &args);
         DropPlan plan = drop_plan_new(c.L, 4);

@@ -140,7 +140,7 @@ static void evaluate(Loaded *m, const EvaluateOptions *o, unsigned char *kept) {
     shards_open(&shards, o->val, T, m->config.V);
     const int64_t rows = shards_rows(&shards, o->eval_tokens);
     const int B = rows < o->batch ? (int)rows : (int)o->batch;
-    load_model(m, engine_cpu(), B, T, (int)o->threads);
+    load_model(m, engine_default(), B, T, (int)o->threads);
 
     unsigned char *all = (unsigned char *)xcalloc((size_t)L, 1);
     memset(all, 1, (size_t)L);

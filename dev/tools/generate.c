@@ -63,7 +63,7 @@ int main(int argc, char **argv) {
     load_tokenizer(&m, o.tokenizer, NULL);
     if (!m.has_tokenizer)
         die("found no tokenizer for %s\n  hint: --tokenizer FILE, a tokenizer.bin or GPT-2's vocab.json", m.dir);
-    load_model(&m, engine_cpu(), 1, m.config.T, (int)o.threads);
+    load_model(&m, engine_default(), 1, m.config.T, (int)o.threads);
 
     const double from = clock_seconds();
     const int64_t made = generate(&m, &o);

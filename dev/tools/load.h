@@ -67,7 +67,7 @@ static inline void load_config(Loaded *m, const char *path) {
 
 // Opens it on an engine to run B rows of T tokens at once, T at most config.T.
 static inline void load_model(Loaded *m, const Engine *engine, int B, int T, int threads) {
-    const EngineArgs args = {B, T, threads, DTYPE_FP32, {0, 0, 0}};
+    const EngineArgs args = {B, T, threads, DTYPE_FP32, {0, 0, 0}, RECOMPUTE_GELU};
     m->engine = engine;
     m->model = engine->open(&m->config, &args);
     m->plan = drop_plan_new(m->config.L, B);

@@ -1,0 +1,520 @@
+// simt.h: runs CUDA kernels on the host, so that the tests can execute train_gpt.cu where there is no GPU.
+//
+// The blocks of a grid run one after the other, in an order shuffled by the variable EMU_SEED. The threads of a block
+// ("lanes") run one at a time until they wait: at __syncthreads, or at a step that a whole warp does together (shuffles,
+// votes, mma). A lane that waits is left on its own stack (a "fiber") and another one goes on, also in shuffled order.
+// So a missing barrier shows as other bits under other seeds, or as NaN: all memory starts as NaN (0xFF in each byte).
+//
+// What a GPU would leave undefined ends the program with the kernel's name, the block and the thread: a barrier that part
+// of the block does not meet, a step of a warp with lanes missing, shared memory overrun, misaligned vectors.
+#ifndef EMU_SIMT_H
+#define EMU_SIMT_H
+
+#include <functional>
+#include <math.h>
+#include <numeric>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#if defined __SANITIZE_ADDRESS__
+#define EMU_ASAN 1
+#elif defined __has_feature
+#if __has_feature(address_sanitizer)
+#define EMU_ASAN 1
+#endif
+#endif
+#ifndef EMU_ASAN
+#define EMU_ASAN 0
+#endif
+#if EMU_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__        inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n)           __attribute__((aligned(n)))
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline thread_local uint3 threadIdx, blockIdx;
+inline thread_local dim3 blockDim, gridDim;
+enum { warpSize = 32 };
+
+enum { EMU_LANES = 1024, EMU_POISON = 0xFF, EMU_GUARD = 0xA5 };
+const size_t EMU_GUARD_BYTES = EMU_ASAN ? 0 : 1024, EMU_SHARED_LIMIT = 227 << 10, EMU_STACK = (EMU_ASAN ? 512 : 128) << 10;
+
+// ---- Fibers: stacks, and the switch from one to another ----
+
+// A stack that waits: `sp` is where; `fake` is AddressSanitizer's.
+struct EmuFiber { void *sp; char *stack; size_t size; void *fake; };
+
+// emu_switch(&from, to): saves what the calling convention asks a function to keep, and goes on on another stack.
+#if defined __x86_64__ && defined __ELF__                 // System V ABI: rbx, rbp, r12 to r15
+#define EMU_FRAME_WORDS 8
+asm(".pushsection .text.emu_switch,\"axG\",@progbits,emu_switch,comdat\n"
+    ".weak emu_switch\n .hidden emu_switch\n .type emu_switch,@function\n"
+    "emu_switch:\n"
+    " pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+    " movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
+    " popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n"
+    ".popsection\n");
+enum { EMU_FRAME_RETURN = 6 };                            // the word of the frame that holds the place to go on at
+extern "C" void emu_switch(void **from, void *to);
+#elif defined __aarch64__ && defined __ELF__              // AAPCS64: x19 to x30, d8 to d15
+#define EMU_FRAME_WORDS 20
+asm(".pushsection .text.emu_switch,\"axG\",@progbits,emu_switch,comdat\n"
+    ".weak emu_switch\n .hidden emu_switch\n .type emu_switch,@function\n"
+    "emu_switch:\n"
+    " sub sp, sp, #160\n"
+    " stp x19, x20, [sp, #0]\n stp x21, x22, [sp, #16]\n stp x23, x24, [sp, #32]\n stp x25, x26, [sp, #48]\n"
+    " stp x27, x28, [sp, #64]\n stp x29, x30, [sp, #80]\n stp d8, d9, [sp, #96]\n stp d10, d11, [sp, #112]\n"
+    " stp d12, d13, [sp, #128]\n stp d14, d15, [sp, #144]\n"
+    " mov x9, sp\n str x9, [x0]\n mov sp, x1\n"
+    " ldp x19, x20, [sp, #0]\n ldp x21, x22, [sp, #16]\n ldp x23, x24, [sp, #32]\n ldp x25, x26, [sp, #48]\n"
+    " ldp x27, x28, [sp, #64]\n ldp x29, x30, [sp, #80]\n ldp d8, d9, [sp, #96]\n ldp d10, d11, [sp, #112]\n"
+    " ldp d12, d13, [sp, #128]\n ldp d14, d15, [sp, #144]\n"
+    " add sp, sp, #160\n ret\n"
+    ".popsection\n");
+enum { EMU_FRAME_RETURN = 11 };
+extern "C" void emu_switch(void **from, void *to);
+#else                                                     // elsewhere: ucontext, which is slower; sp is a ucontext_t
+#include <ucontext.h>
+#define EMU_FRAME_WORDS 0
+inline void emu_switch(void **from, void *to) {
+    ucontext_t here;
+    *from = &here;
+    swapcontext(&here, (ucontext_t *)to);
+}
+#endif
+
+// ---- A block in the making ----
+
+enum EmuState { EMU_NEW, EMU_RUNS, EMU_BARRIER, EMU_WARP, EMU_DONE };
+
+struct EmuCopy { void *to; const void *from; unsigned group; };   // 16 bytes, or zeros where from is NULL
+
+struct EmuLane {
+    uint3 index;
+    EmuState state;
+    EmuFiber *fiber;                                     // where it waits; NULL: it runs, has not begun or is done
+    const char *what, *file;                             // what it waits in
+    int line;
+    unsigned mask;
+    void *operand;
+    EmuCopy *copy;                                       // asynchronous copies that have not landed
+    unsigned copies, room, group;
+};
+
+// Lanes that can go on, that wait in a step of the warp, that exist; the order in which they run: odd * i + add.
+struct EmuWarp { unsigned ready, waiting, all, i, odd, add; };
+
+// One processor: a block, its lanes and the fibers they run on. Each thread of the host that runs blocks has its own.
+struct EmuCore {
+    const char *kernel;
+    const std::function<void()> *body;
+    EmuLane lanes[EMU_LANES], *lane;                     // the running one
+    EmuWarp warp[EMU_LANES / 32];
+    unsigned threads, warps, warps_ready, at, i, odd, add, at_barrier, done;
+    uint64_t random;
+    EmuFiber home, *fiber, *idle[EMU_LANES + 1];         // the host's own stack; the running one; those at rest
+    unsigned idles;
+    char *shared_base, *shared;
+    size_t shared_bytes, shared_room;                    // of this launch; of the memory at hand
+};
+
+inline thread_local EmuCore *emu_core = NULL;            // NULL: no kernel has run on this thread of the host
+inline thread_local bool emu_in_kernel = false;
+
+// Ends the program: kernel, block, thread and what is wrong.
+__attribute__((format(printf, 1, 2), noreturn)) inline void emu_fail(const char *format, ...) {
+    fflush(stdout);
+    fprintf(stderr, "error: ");
+    if (emu_in_kernel) {
+        fprintf(stderr, "kernel %s, block (%u,%u,%u)", emu_core->kernel, blockIdx.x, blockIdx.y, blockIdx.z);
+        if (emu_core->lane) fprintf(stderr, ", thread (%u,%u,%u)", threadIdx.x, threadIdx.y, threadIdx.z);
+        fprintf(stderr, ": ");
+    }
+    va_list args;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+    fflush(stderr);
+    _exit(1);                                            // not exit(): this may be any stack
+}
+
+inline uint64_t emu_number(const char *variable, uint64_t otherwise) {
+    const char *text = getenv(variable);
+    return text && *text ? strtoull(text, NULL, 10) : otherwise;
+}
+
+// splitmix64 (Steele, Lea and Flood 2014).
+inline uint64_t emu_random(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+inline void emu_shuffle_warp(EmuCore *c, EmuWarp *w) {
+    const uint64_t r = emu_random(&c->random);
+    w->odd = (unsigned)r | 1, w->add = (unsigned)(r >> 32);
+}
+
+// Begins or ends the steps of a fiber: AddressSanitizer must know which stack is in use.
+inline void emu_go(EmuCore *c, EmuFiber *to) {
+    EmuFiber *from = c->fiber;
+    c->fiber = to;
+#if EMU_ASAN
+    __sanitizer_start_switch_fiber(&from->fake, to->stack, to->size);
+#endif
+    emu_switch(&from->sp, to->sp);
+#if EMU_ASAN
+    __sanitizer_finish_switch_fiber(from->fake, NULL, NULL);
+#endif
+}
+
+// The lane before which n lanes of a block wait in vain, told with where they are.
+inline void emu_tell_lane(const EmuLane *l) {
+    static const char *const state[] = {"has not begun", "runs", "waits", "waits", "has exited"};
+    fprintf(stderr, "  thread (%u,%u,%u) %s", l->index.x, l->index.y, l->index.z, state[l->state]);
+    if (l->state == EMU_BARRIER || l->state == EMU_WARP) fprintf(stderr, " in %s at %s:%d", l->what, l->file, l->line);
+    if (l->state == EMU_WARP) fprintf(stderr, ", mask %08x", l->mask);
+    fputc('\n', stderr);
+}
+
+// Nobody can go on: says who waits where, one line for each distinct place.
+__attribute__((noreturn)) inline void emu_deadlock(EmuCore *c) {
+    const EmuLane *waits = NULL;
+    for (unsigned i = 0; i < c->threads; i++) {
+        const EmuLane *l = &c->lanes[i];
+        if (l->state == EMU_WARP || (l->state == EMU_BARRIER && !waits)) waits = l;
+    }
+    unsigned met = 0;
+    const unsigned first = (unsigned)(waits - c->lanes) / 32 * 32;
+    for (unsigned i = 0; i < c->threads; i++) {
+        const EmuLane *l = &c->lanes[i];
+        if (waits->state == EMU_WARP && (i < first || i >= first + 32)) continue;
+        met += l->state == waits->state && l->line == waits->line && l->mask == waits->mask;
+    }
+    fprintf(stderr, "in kernel %s nobody can go on:\n", c->kernel);
+    for (unsigned i = 0, told = 0; i < c->threads && told < 6; i++) {
+        const EmuLane *l = &c->lanes[i], *before = i ? l - 1 : NULL;
+        if (before && before->state == l->state && before->what == l->what && before->line == l->line) continue;
+        emu_tell_lane(l);
+        told++;
+    }
+    c->lane = (EmuLane *)waits;
+    threadIdx = waits->index;
+    if (waits->state == EMU_BARRIER)
+        emu_fail("%s at %s:%d is met by %u of the block's %u threads", waits->what, waits->file, waits->line, met, c->threads);
+    emu_fail("%s at %s:%d, mask %08x, is met by %u lanes of its warp only", waits->what, waits->file, waits->line, waits->mask,
+             met);
+}
+
+// The next lane to run, in shuffled order; NULL when the block is complete. The barrier opens when all have come.
+inline EmuLane *emu_next(EmuCore *c) {
+    if (!c->warps_ready) {
+        if (c->done == c->threads) return NULL;
+        if (c->at_barrier < c->threads) emu_deadlock(c);
+        for (unsigned w = 0; w < c->warps; w++) {
+            c->warp[w].ready = c->warp[w].all;
+            emu_shuffle_warp(c, &c->warp[w]);
+        }
+        const uint64_t r = emu_random(&c->random);
+        c->warps_ready = c->warps == 32 ? ~0u : (1u << c->warps) - 1;
+        c->odd = (unsigned)r | 1, c->add = (unsigned)(r >> 32), c->at_barrier = 0;
+    }
+    while (!(c->warps_ready >> c->at & 1)) c->at = (c->i++ * c->odd + c->add) & 31;
+    EmuWarp *w = &c->warp[c->at];
+    unsigned lane = (w->i++ * w->odd + w->add) & 31;
+    while (!(w->ready >> lane & 1)) lane = (w->i++ * w->odd + w->add) & 31;
+    w->ready &= ~(1u << lane);
+    if (!w->ready) c->warps_ready &= ~(1u << c->at);
+    return &c->lanes[32 * c->at + lane];
+}
+
+// Makes n the running lane; returns the fiber that it waits on, or NULL if it has not begun.
+inline EmuFiber *emu_become(EmuCore *c, EmuLane *n) {
+    EmuFiber *on = n->fiber;
+    c->lane = n;
+    n->fiber = NULL;
+    n->state = EMU_RUNS;
+    threadIdx = n->index;
+    return on;
+}
+
+// Runs the lane c->lane, which has not begun, and then others that have not, on the stack that it is called on. Returns on
+// the host's own stack, when the block is complete.
+inline void emu_run_lanes(EmuCore *c) {
+    for (;;) {
+        EmuLane *l = c->lane;
+        (*c->body)();
+        if (l->copies) emu_fail("exits with %u asynchronous copies that it has not waited for", l->copies);
+        l->state = EMU_DONE;
+        c->done++;
+        EmuLane *n = emu_next(c);
+        EmuFiber *on = n ? emu_become(c, n) : &c->home;
+        if (n && !on) continue;
+        if (!n) c->lane = NULL;
+        if (c->fiber != &c->home) c->idle[c->idles++] = c->fiber;
+        if (c->fiber != on) emu_go(c, on);
+        if (!c->lane) return;
+    }
+}
+
+extern "C" __attribute__((noreturn)) inline void emu_fiber_begin(void) {
+    EmuCore *c = emu_core;
+#if EMU_ASAN
+    const void *bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(NULL, &bottom, &size);
+    if (!c->home.stack) c->home.stack = (char *)(uintptr_t)bottom, c->home.size = size;   // the first comes from the host's
+#endif
+    emu_run_lanes(c);
+    abort();
+}
+
+inline EmuFiber *emu_fiber_new(void) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    EmuFiber *f = (EmuFiber *)calloc(1, sizeof *f);
+    void *memory = mmap(NULL, page + EMU_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!f || memory == MAP_FAILED || mprotect(memory, page, PROT_NONE)) emu_fail("no memory for the stack of a thread");
+    f->stack = (char *)memory + page, f->size = EMU_STACK;   // below it a page that cannot be touched
+#if EMU_FRAME_WORDS
+    void **frame = (void **)(void *)(f->stack + f->size) - EMU_FRAME_WORDS;
+    frame[EMU_FRAME_RETURN] = (void *)(uintptr_t)emu_fiber_begin;
+    f->sp = frame;
+#else
+    ucontext_t *start = (ucontext_t *)calloc(1, sizeof *start);
+    getcontext(start);
+    start->uc_stack.ss_sp = f->stack, start->uc_stack.ss_size = f->size;
+    makecontext(start, emu_fiber_begin, 0);
+    f->sp = start;
+#endif
+    return f;
+}
+
+// The running lane waits until others have made it ready.
+inline void emu_wait(EmuCore *c) {
+    EmuLane *l = c->lane, *n = emu_next(c);
+    if (n == l) {
+        l->state = EMU_RUNS;
+        return;
+    }
+    l->fiber = c->fiber;
+    EmuFiber *on = emu_become(c, n);
+    emu_go(c, on ? on : c->idles ? c->idle[--c->idles] : emu_fiber_new());
+}
+
+inline EmuCore *emu_core_of_kernel(const char *what) {
+    if (!emu_in_kernel) emu_fail("%s outside of a kernel", what);
+    return emu_core;
+}
+
+inline void emu_stand(EmuLane *l, EmuState state, const char *what, unsigned mask, const char *file, int line) {
+    l->state = state, l->what = what, l->mask = mask, l->file = file, l->line = line;
+}
+
+// ---- What lanes do together ----
+
+inline void __syncthreads(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+    EmuCore *c = emu_core_of_kernel("__syncthreads");
+    emu_stand(c->lane, EMU_BARRIER, "__syncthreads", 0, file, line);
+    c->at_barrier++;
+    emu_wait(c);
+}
+
+// A step of the lanes in `mask`: the last that comes does it for all, with the operand of each lane (NULL where not in the
+// mask), which are on the stacks of those that wait.
+inline void emu_collect(const char *what, unsigned mask, void *operand, void (*step)(void *const operands[32]),
+                        const char *file, int line) {
+    EmuCore *c = emu_core_of_kernel(what);
+    EmuLane *l = c->lane;
+    const unsigned warp = (unsigned)(l - c->lanes) / 32, bit = 1u << (l - c->lanes) % 32;
+    EmuWarp *w = &c->warp[warp];
+    if (!(mask & bit)) emu_fail("%s at %s:%d: mask %08x lacks the calling lane", what, file, line, mask);
+    if (mask & ~w->all) emu_fail("%s at %s:%d: mask %08x, but this warp has only %08x", what, file, line, mask, w->all);
+    emu_stand(l, EMU_WARP, what, mask, file, line);
+    l->operand = operand;
+    w->waiting |= bit;
+    bool all = (w->waiting & mask) == mask;
+    void *operands[32];
+    for (unsigned i = 0; all && i < 32; i++) {
+        const EmuLane *o = &c->lanes[32 * warp + i];
+        operands[i] = mask >> i & 1 ? o->operand : NULL;
+        if (mask >> i & 1) all = o->mask == mask && o->line == line && o->what == what;
+    }
+    if (!all) {
+        emu_wait(c);
+        return;
+    }
+    if (step) step(operands);
+    w->waiting &= ~mask;
+    w->ready |= mask & ~bit;
+    if (w->ready) c->warps_ready |= 1u << warp;
+    emu_shuffle_warp(c, w);
+    l->state = EMU_RUNS;
+}
+
+#define EMU_FULL 0xffffffffu
+#define EMU_FROM const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncwarp(unsigned mask = EMU_FULL, EMU_FROM) { emu_collect("__syncwarp", mask, NULL, NULL, file, line); }
+
+// A shuffle: each lane reads the value of lane `source`; a source outside of the mask is undefined, and here an error.
+struct EmuShuffle { uint64_t value, result; unsigned source; };
+
+inline void emu_shuffle_step(void *const operands[32]) {
+    for (unsigned i = 0; i < 32; i++) {
+        EmuShuffle *to = (EmuShuffle *)operands[i];
+        if (!to) continue;
+        const EmuShuffle *from = (const EmuShuffle *)operands[to->source];
+        if (!from) emu_fail("a shuffle reads lane %u, which is not in the mask", to->source);
+        to->result = from->value;
+    }
+}
+
+// Lane `source` of the calling lane's segment of `width` lanes; the lane itself where that is outside of [low, high).
+template <class T> inline T emu_shuffle(const char *what, unsigned mask, T value, int source, int width, const char *file,
+                                        int line) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
+    if (width < 1 || width > 32 || (width & (width - 1))) emu_fail("%s: width %d is not a power of two up to 32", what, width);
+    const int lane = (int)(emu_core_of_kernel(what)->lane - emu_core->lanes) % 32, segment = lane & ~(width - 1);
+    EmuShuffle s = {0, 0, (unsigned)(source >= segment && source < segment + width ? source : lane)};
+    memcpy(&s.value, &value, sizeof value);
+    emu_collect(what, mask, &s, emu_shuffle_step, file, line);
+    memcpy(&value, &s.result, sizeof value);
+    return value;
+}
+
+inline int emu_lane(void) { return (int)(emu_core_of_kernel("a shuffle")->lane - emu_core->lanes) % 32; }
+
+template <class T> inline T __shfl_sync(unsigned mask, T v, int source, int width = 32, EMU_FROM) {
+    return emu_shuffle("__shfl_sync", mask, v, (emu_lane() & ~(width - 1)) + (source & (width - 1)), width, file, line);
+}
+template <class T> inline T __shfl_xor_sync(unsigned mask, T v, int x, int width = 32, EMU_FROM) {
+    return emu_shuffle("__shfl_xor_sync", mask, v, emu_lane() ^ x, width, file, line);
+}
+template <class T> inline T __shfl_down_sync(unsigned mask, T v, unsigned n, int width = 32, EMU_FROM) {
+    return emu_shuffle("__shfl_down_sync", mask, v, emu_lane() + (int)n, width, file, line);
+}
+template <class T> inline T __shfl_up_sync(unsigned mask, T v, unsigned n, int width = 32, EMU_FROM) {
+    return emu_shuffle("__shfl_up_sync", mask, v, emu_lane() - (int)n, width, file, line);
+}
+
+struct EmuVote { unsigned predicate, ballot; };
+
+inline void emu_vote_step(void *const operands[32]) {
+    unsigned ballot = 0;
+    for (unsigned i = 0; i < 32; i++)
+        if (operands[i]) ballot |= (unsigned)(((EmuVote *)operands[i])->predicate != 0) << i;
+    for (unsigned i = 0; i < 32; i++)
+        if (operands[i]) ((EmuVote *)operands[i])->ballot = ballot;
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_FROM) {
+    EmuVote v = {(unsigned)(predicate != 0), 0};
+    emu_collect("a vote", mask, &v, emu_vote_step, file, line);
+    return v.ballot;
+}
+inline int __any_sync(unsigned mask, int p, EMU_FROM) { return __ballot_sync(mask, p, file, line) != 0; }
+inline int __all_sync(unsigned mask, int p, EMU_FROM) { return __ballot_sync(mask, p, file, line) == mask; }
+
+// ---- A grid ----
+
+inline void *emu_shared(void) { return emu_core_of_kernel("SHARED")->shared; }
+
+inline void emu_check_alignment(const void *p, const char *what) {
+    if ((uintptr_t)p % 16) emu_fail("%s at %p, which is not a multiple of 16", what, p);
+}
+
+// Shared memory of exactly this size: under AddressSanitizer it is on the heap, otherwise guard bytes stand around it.
+inline void emu_shared_open(EmuCore *c) {
+    const size_t guard = EMU_GUARD_BYTES, bytes = c->shared_bytes;
+    if (!c->shared_base || c->shared_room != bytes) {
+        free(c->shared_base);
+        void *p = NULL;
+        if (posix_memalign(&p, 128, bytes + 2 * guard + !bytes)) emu_fail("no memory for %zu bytes of shared memory", bytes);
+        c->shared_base = (char *)p, c->shared = c->shared_base + guard, c->shared_room = bytes;
+        memset(c->shared_base, EMU_GUARD, bytes + 2 * guard);
+    }
+    memset(c->shared, EMU_POISON, bytes);
+}
+
+inline bool emu_guard_whole(const char *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++)
+        if ((unsigned char)p[i] != EMU_GUARD) return false;
+    return true;
+}
+
+inline void emu_shared_check(EmuCore *c) {
+    if (EMU_ASAN) return;
+    if (!emu_guard_whole(c->shared - EMU_GUARD_BYTES, EMU_GUARD_BYTES)) emu_fail("wrote before its shared memory");
+    if (!emu_guard_whole(c->shared + c->shared_bytes, EMU_GUARD_BYTES))
+        emu_fail("wrote beyond its %zu bytes of shared memory", c->shared_bytes);
+}
+
+inline EmuCore *emu_core_open(void) {
+    if (!emu_core && !(emu_core = (EmuCore *)calloc(1, sizeof *emu_core))) emu_fail("no memory for the emulator");
+    return emu_core;
+}
+
+inline void emu_run_block(EmuCore *c) {
+    for (unsigned i = 0; i < c->threads; i++) c->lanes[i].state = EMU_NEW, c->lanes[i].group = 0;
+    c->lane = NULL, c->done = 0, c->warps_ready = 0;
+    c->at_barrier = c->threads;                          // as if they all came from a barrier: emu_next makes them ready
+    emu_shared_open(c);
+    c->fiber = &c->home;
+    emu_become(c, emu_next(c));
+    emu_run_lanes(c);
+    emu_shared_check(c);
+}
+
+// Runs every thread of the grid to its end.
+inline void emu_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shared, uint64_t number,
+                         const std::function<void()> &body) {
+    EmuCore *c = emu_core_open();
+    if (emu_in_kernel) emu_fail("launches a kernel");
+    const uint64_t seed = emu_number("EMU_SEED", 1), blocks = (uint64_t)grid.x * grid.y * grid.z;
+    uint64_t random = seed * 0x9E3779B97F4A7C15u ^ number;
+    const uint64_t add = emu_random(&random) % blocks;
+    uint64_t step = 1 + emu_random(&random) % blocks;    // add + step * i meets every block once if step is coprime
+    while (std::gcd(step, blocks) != 1) step++;
+    c->kernel = kernel, c->body = &body;
+    c->threads = block.x * block.y * block.z, c->warps = (c->threads + 31) / 32;
+    c->shared_bytes = shared;
+    for (unsigned i = 0; i < c->threads; i++) {
+        EmuLane *l = &c->lanes[i];
+        l->index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+        l->copies = 0;
+    }
+    for (unsigned w = 0; w < c->warps; w++) {
+        c->warp[w].all = c->threads - 32 * w >= 32 ? EMU_FULL : (1u << c->threads % 32) - 1;
+        c->warp[w].waiting = 0;
+    }
+    emu_in_kernel = true;
+    gridDim = grid, blockDim = block;
+    for (uint64_t i = 0; i < blocks; i++) {
+        const uint64_t at = (add + step % blocks * i) % blocks;
+        blockIdx = {(unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y), (unsigned)(at / grid.x / grid.y)};
+        c->random = seed + 0x9E3779B97F4A7C15u * (number * 0x100000001b3u + at);
+        emu_run_block(c);
+    }
+    emu_in_kernel = false;
+}
+
+#endif

@@ -1,0 +1,1581 @@
+// train_gpt.cu: GPT-2 with drop path on the GPU: every layer forward and backward, AdamW, and nothing else.
+//
+// Read it top to bottom, beside train_gpt.c: the same functions in the same order, the same letters. B rows, T tokens of a
+// row, C channels, NH heads of HS = C/NH channels, L layers, V tokens in the vocabulary (Vp: V up to a multiple of 128). A
+// shape stands with every pointer; a gradient is d + the name.
+//
+// Storage: N is the type of what goes into matrix products, bf16 or float. The residual stream x (B,T,C), its gradient, all
+// sums, the weights that the optimizer keeps, gradients and moments are float in every mode; in bf16 the products read a
+// rounded copy of the weights.
+//
+// Drop path is in the block loop (block_forward, block_backward): a branch runs on the n rows that keep it, packed together
+// as (n,T,...). With n = 0 nothing is launched. One kernel joins the end of a branch and the beginning of the next one that
+// runs: it adds the scaled output of the first to its rows of the stream and normalises the rows of the second.
+//
+// Every sum is taken in an order that depends on the shapes alone, and there are no atomics: the same call gives the same
+// bits. All work is on one stream; a call that returns numbers waits for it once.
+
+#include "dev/check.h"
+#include "dev/cuda.h"
+#include "dev/engine.h"
+
+// ---- The device, and numbers in memory ----
+
+typedef struct Product Product;
+
+// What layers run on. `half`: N is bf16, else float.
+typedef struct {
+    cudaStream_t stream;
+    cublasLtHandle_t blas;
+    int half, tf32, search;                              // search: time the algorithms of a product at its first use
+    void *workspace;                                     // (WORKSPACE) bytes for products
+    float *partial;                                      // (PARTIAL * C) sums of parts of a column
+    Product *product;                                    // those met so far, by their shapes
+    int n_products, room_products;
+} Gpu;
+
+enum { WARP = 32, WORKSPACE = 32 << 20, PARTIAL = 512, CHANNELS_MAX = 12288 };   // channels: two lines in shared memory
+
+static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
+static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
+static inline __host__ __device__ size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
+static inline size_t round_up(size_t n, size_t unit) { return strips(n, unit) * unit; }
+
+// W numbers of an array of N at once, as floats: one access of memory where W numbers make 4, 8 or 16 bytes.
+template <int W> struct Floats { float x[W]; };
+template <class N, int W> struct alignas(W * sizeof(N)) Stored { N x[W]; };
+
+template <class N, int W> static __device__ inline Floats<W> load(const void *from, size_t i) {
+    const Stored<N, W> s = *(const Stored<N, W> *)((const N *)from + i);
+    Floats<W> v;
+    for (int k = 0; k < W; k++) v.x[k] = to_float(s.x[k]);
+    return v;
+}
+
+template <class N, int W> static __device__ inline void store(void *to, size_t i, Floats<W> v) {
+    Stored<N, W> s;
+    for (int k = 0; k < W; k++) s.x[k] = from_float<N>(v.x[k]);
+    *(Stored<N, W> *)((N *)to + i) = s;
+}
+
+// Launches kernel<N, W>: the storage type of this model, and 4 numbers at a time where `wide`, else 1.
+#define LAUNCH_AS(kernel, g, wide, grid, block, shared, ...)                                                         \
+    do {                                                                                                             \
+        if ((g)->half && (wide)) LAUNCH((kernel<bf16, 4>), grid, block, shared, (g)->stream, __VA_ARGS__);           \
+        else if ((g)->half) LAUNCH((kernel<bf16, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);                \
+        else if (wide) LAUNCH((kernel<float, 4>), grid, block, shared, (g)->stream, __VA_ARGS__);                    \
+        else LAUNCH((kernel<float, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);                              \
+    } while (0)
+
+enum { BLOCK = 256, WIDE = 4 };                          // threads of a block where nothing else decides; numbers of one
+
+// Blocks for n pieces of work, one thread each.
+static inline dim3 blocks_for(size_t n) { return dim3((unsigned)strips(n, BLOCK)); }
+
+static __device__ inline size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
+
+// ---- GELU, the tanh form (Hendrycks and Gimpel 2016): x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) ----
+// Where cuBLASLt can, a product does it as it is written; these are for the rest, and to have y again.
+
+typedef struct { float y, slope; } Gelu;
+
+// As gelu_lanes of train_gpt.c: beyond -30 and 30 the sigmoid is 0 or 1 to all digits, so infinity never meets 0.
+static __device__ inline Gelu gelu_of(float x) {
+    const float h = x < -30 ? -30 : x, z = h > 30 ? 30 : h, square = z * z;
+    const float u = -1.5957691216057308f * (z + 0.044715f * square * z);
+    const float s = 1 / (1 + expf(u > 87 ? 87 : u));
+    const Gelu g = {h * s, s + z * s * (1 - s) * (1.5957691216057308f * (1 + 3 * 0.044715f * square))};
+    return g;
+}
+
+// What a product could not do itself: y (M,N) += bias (N); gelu (M,N) = GELU(y). With h (M,N): y *= GELU'(h), and gelu =
+// GELU(h). Each of bias, gelu and h may be NULL.
+template <class N, int W> __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, const void *h, size_t n,
+                                                          size_t columns) {
+    const size_t i = thread_index() * W;
+    if (i >= n) return;
+    Floats<W> v = load<N, W>(y, i), g;
+    if (bias) {
+        const Floats<W> b = load<N, W>(bias, i % columns);
+        for (int k = 0; k < W; k++) v.x[k] += b.x[k];
+    }
+    if (h) {
+        const Floats<W> x = load<N, W>(h, i);
+        for (int k = 0; k < W; k++) {
+            const Gelu both = gelu_of(x.x[k]);
+            v.x[k] *= both.slope;
+            g.x[k] = both.y;
+        }
+    }
+    if (bias || h) store<N, W>(y, i, v);
+    if (bias) v = load<N, W>(y, i);                      // GELU sees what is stored
+    for (int k = 0; k < W && !h; k++) g.x[k] = gelu_of(v.x[k]).y;
+    if (gelu) store<N, W>(gelu, i, g);
+}
+
+// y (n) = GELU(x)
+template <class N, int W> __global__ void gelu_forward_kernel(void *y, const void *x, size_t n) {
+    const size_t i = thread_index() * W;
+    if (i >= n) return;
+    Floats<W> v = load<N, W>(x, i);
+    for (int k = 0; k < W; k++) v.x[k] = gelu_of(v.x[k]).y;
+    store<N, W>(y, i, v);
+}
+
+static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
+    const int wide = n % WIDE == 0;
+    LAUNCH_AS(gelu_forward_kernel, g, wide, blocks_for(n / (wide ? WIDE : 1)), BLOCK, 0, y, x, n);
+}
+
+// ---- Matrix products: y (M,N) = a (M,K) b (K,N), by cuBLASLt ----
+// cuBLASLt thinks in columns, so it is asked for the transpose: y^T = b^T a^T, its A is our b and its m our N.
+//
+// Descriptors, layouts and the algorithm of a product are made at its first use and kept by its shapes. Of the algorithms
+// that the heuristic proposes, the fastest is taken whose result has the same bits as the first one's: the choice, which a
+// busy device may change, changes no result. DROPPATH_GEMM_SEARCH=0 always takes the first.
+
+// Lines of numbers, ld apart; a product sees the matrix or, `turned`, its transpose. All N.
+typedef struct { const void *at; size_t ld; int turned; } Matrix;
+
+// Where a product goes: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is float, else N.
+// With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h), and y is multiplied by GELU'(h).
+typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; } Result;
+
+static inline Matrix lines(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
+static inline Matrix turned(const void *at, size_t ld) { const Matrix m = {at, ld, 1}; return m; }
+static inline Result fresh(void *at, size_t ld, const void *bias) {
+    const Result y = {at, ld, 0, 0, bias, NULL, NULL};
+    return y;
+}
+static inline Result summed(float *at, size_t ld, int add) {
+    const Result y = {at, ld, 1, add, NULL, NULL, NULL};
+    return y;
+}
+
+typedef struct { size_t M, N, K, lda, ldb, ldy; int a_turned, b_turned, sums, add, epilogue; } ProductKey;
+
+struct Product {
+    ProductKey key;
+    cublasLtMatmulDesc_t what;
+    cublasLtMatrixLayout_t a, b, y;                      // our a and b
+    cublasLtMatmulAlgo_t algorithm;
+    int fused;                                           // it does the epilogue itself
+};
+
+#define SET_OF_PRODUCT(p, attribute, value) \
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute((p)->what, CUBLASLT_MATMUL_DESC_##attribute, &(value), sizeof(value)))
+
+static cublasLtMatrixLayout_t product_layout(int type, size_t columns, size_t lines, size_t ld) {
+    cublasLtMatrixLayout_t layout;
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, (cudaDataType)type, columns, lines, (int64_t)ld));
+    return layout;
+}
+
+// The pointers of one call: where bias and pre-activation are.
+static void product_pointers(Product *p, const Result *y) {
+    const void *aux = y->h ? y->h : y->at;
+    if (!p->fused) return;
+    if (y->bias) SET_OF_PRODUCT(p, BIAS_POINTER, y->bias);
+    if (y->gelu || y->h) SET_OF_PRODUCT(p, EPILOGUE_AUX_POINTER, aux);
+}
+
+static void product_describe(const Gpu *g, Product *p, const Result *y) {
+    const ProductKey *k = &p->key;
+    const int number = g->half ? CUDA_R_16BF : CUDA_R_32F;
+    const cublasOperation_t no = CUBLAS_OP_N, yes = CUBLAS_OP_T;
+    const cublasLtEpilogue_t epilogue = p->fused ? (cublasLtEpilogue_t)k->epilogue : CUBLASLT_EPILOGUE_DEFAULT;
+    const cudaDataType bias = (cudaDataType)number;
+    const int64_t ld = (int64_t)k->ldy;
+    CUBLAS_CHECK(cublasLtMatmulDescCreate(&p->what, g->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
+                                          CUDA_R_32F));
+    SET_OF_PRODUCT(p, TRANSA, *(k->b_turned ? &yes : &no));
+    SET_OF_PRODUCT(p, TRANSB, *(k->a_turned ? &yes : &no));
+    SET_OF_PRODUCT(p, EPILOGUE, epilogue);
+    if (p->fused && y->bias) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
+    if (p->fused && (y->gelu || y->h)) SET_OF_PRODUCT(p, EPILOGUE_AUX_LD, ld);
+    product_pointers(p, y);
+    p->b = k->b_turned ? product_layout(number, k->K, k->N, k->ldb) : product_layout(number, k->N, k->K, k->ldb);
+    p->a = k->a_turned ? product_layout(number, k->M, k->K, k->lda) : product_layout(number, k->K, k->M, k->lda);
+    p->y = product_layout(k->sums ? CUDA_R_32F : number, k->N, k->M, k->ldy);
+}
+
+static cublasStatus_t product_run(const Gpu *g, const Product *p, const cublasLtMatmulAlgo_t *algorithm, void *y,
+                                  const Matrix *a, const Matrix *b) {
+    const float alpha = 1, beta = p->key.add ? 1 : 0;
+    return cublasLtMatmul(g->blas, p->what, &alpha, b->at, p->b, a->at, p->a, &beta, y, p->y, y, p->y, algorithm,
+                          g->workspace, WORKSPACE, g->stream);
+}
+
+__global__ void differ_kernel(int *differ, const unsigned *a, const unsigned *b, size_t n) {
+    for (size_t i = thread_index(); i < n; i += (size_t)gridDim.x * blockDim.x)
+        if (a[i] != b[i]) *differ = 1;                   // whoever writes it, it is the same
+}
+
+enum { ALGORITHMS = 8, ALGORITHM_RUNS = 3 };
+
+// Seconds of the fastest of a few runs into y; negative if it does not run.
+static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulAlgo_t *algorithm, void *y, const Matrix *a,
+                           const Matrix *b, cudaEvent_t from, cudaEvent_t to) {
+    float best = -1, ms = 0;
+    for (int i = 0; i < ALGORITHM_RUNS; i++) {
+        CUDA_CHECK(cudaEventRecord(from, g->stream));
+        if (product_run(g, p, algorithm, y, a, b) != CUBLAS_STATUS_SUCCESS) return -1;
+        CUDA_CHECK(cudaEventRecord(to, g->stream));
+        CUDA_CHECK(cudaEventSynchronize(to));
+        CUDA_CHECK(cudaEventElapsedTime(&ms, from, to));
+        if (best < 0 || ms < best) best = ms;
+    }
+    return best;
+}
+
+// The index of the fastest of n algorithms whose result has the bits of the first. The products go to memory that is taken
+// for this alone; if there is none to be had, the first algorithm is the choice.
+static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHeuristicResult_t *found, int n,
+                          const Matrix *a, const Matrix *b) {
+    const size_t numbers = p->key.M * p->key.ldy, bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), 256);
+    char *room = NULL;
+    int best = 0, *differ, differs;
+    cudaEvent_t from, to;
+    if (cudaMalloc((void **)&room, 2 * bytes + 256) != cudaSuccess) {
+        (void)cudaGetLastError();                        // it has been told
+        return 0;
+    }
+    differ = (int *)(room + 2 * bytes);
+    CUDA_CHECK(cudaEventCreate(&from));
+    CUDA_CHECK(cudaEventCreate(&to));
+    double least = -1;
+    for (int i = 0; i < n; i++) {
+        void *y = i ? room + bytes : room;
+        CUDA_CHECK(cudaMemsetAsync(y, 0, bytes, g->stream));
+        if (product_run(g, p, &found[i].algo, y, a, b) != CUBLAS_STATUS_SUCCESS) continue;
+        CUDA_CHECK(cudaMemsetAsync(differ, 0, sizeof *differ, g->stream));
+        if (i) LAUNCH(differ_kernel, 256, BLOCK, 0, g->stream, differ, (unsigned *)room, (unsigned *)y, bytes / 4);
+        CUDA_CHECK(cudaMemcpyAsync(&differs, differ, sizeof differs, cudaMemcpyDeviceToHost, g->stream));
+        CUDA_CHECK(cudaStreamSynchronize(g->stream));
+        if (differs) continue;
+        const double time = product_time(g, p, &found[i].algo, y, a, b, from, to);
+        if (time >= 0 && (least < 0 || time < least)) least = time, best = i;
+    }
+    CUDA_CHECK(cudaEventDestroy(from));
+    CUDA_CHECK(cudaEventDestroy(to));
+    CUDA_CHECK(cudaFree(room));
+    return best;
+}
+
+// Takes an algorithm; returns 0 where there is none for these types, shapes and this epilogue.
+static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matrix *b) {
+    const size_t room = WORKSPACE;
+    const double flops = 2.0 * (double)p->key.M * (double)p->key.N * (double)p->key.K;
+    cublasLtMatmulPreference_t wish;
+    cublasLtMatmulHeuristicResult_t found[ALGORITHMS];
+    int n = 0;
+    CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&wish));
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(g->blas, p->what, p->b, p->a, p->y, p->y, wish, ALGORITHMS,
+                                                                 found, &n);
+    CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(wish));
+    if (status != CUBLAS_STATUS_SUCCESS || n < 1) return 0;
+    const int worth_it = flops > 1e8;                    // below, launching takes as long as computing
+    p->algorithm = found[g->search && worth_it && n > 1 ? product_search(g, p, found, n, a, b) : 0].algo;
+    return 1;
+}
+
+static void product_free(Product *p) {
+    CUBLAS_CHECK(cublasLtMatmulDescDestroy(p->what));
+    CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(p->a));
+    CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(p->b));
+    CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(p->y));
+}
+
+static int product_epilogue(const Result *y) {
+    if (y->h) return CUBLASLT_EPILOGUE_DGELU;
+    if (y->gelu) return CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+    return y->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+}
+
+static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Matrix *b, size_t M, size_t N, size_t K) {
+    ProductKey key;
+    memset(&key, 0, sizeof key);                         // the gaps as well: keys are compared as bytes
+    key.M = M, key.N = N, key.K = K, key.lda = a->ld, key.ldb = b->ld, key.ldy = y->ld;
+    key.a_turned = a->turned, key.b_turned = b->turned, key.sums = y->sums, key.add = y->add;
+    key.epilogue = product_epilogue(y);
+    for (int i = 0; i < g->n_products; i++)
+        if (!memcmp(&g->product[i].key, &key, sizeof key)) return &g->product[i];
+    if (g->n_products == g->room_products) {
+        g->room_products = 2 * g->room_products + 64;
+        g->product = (Product *)xrealloc(g->product, (size_t)g->room_products, sizeof *g->product);
+    }
+    Product *p = &g->product[g->n_products++];
+    memset(p, 0, sizeof *p);
+    p->key = key;
+    p->fused = !((y->gelu || y->h) && y->ld % 8);        // cublasLt.h asks that of the matrix h, EPILOGUE_AUX_LD
+    product_describe(g, p, y);
+    if (product_choose(g, p, a, b)) return p;
+    const cublasLtEpilogue_t none = CUBLASLT_EPILOGUE_DEFAULT;
+    SET_OF_PRODUCT(p, EPILOGUE, none);
+    p->fused = 0;
+    if (!product_choose(g, p, a, b)) die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
+    return p;
+}
+
+// y (M,N) from a (M,K) b (K,N); it must not overlap a, b or h.
+static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, size_t K) {
+    Product *p = product_find(g, &y, &a, &b, M, N, K);
+    const int gelu_inside = p->fused && y.gelu && !y.h;
+    product_pointers(p, &y);
+    CUBLAS_CHECK(product_run(g, p, &p->algorithm, gelu_inside ? y.gelu : y.at, &a, &b));
+    if (!p->fused && (y.bias || y.gelu || y.h)) {
+        const int wide = N % WIDE == 0;
+        LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y.at, y.bias, y.gelu, y.h,
+                  M * N, N);
+    } else if (y.h && y.gelu) gelu_forward(g, y.gelu, y.h, M * N);
+}
+
+// sums (parts,N): of the columns of y (M,N), the lines in `parts` equal parts. A block takes WARP * W columns of one part;
+// its warps share out the lines.
+template <class N, int W> __global__ void column_sums_kernel(float *sums, const void *y, size_t M, size_t columns,
+                                                             size_t part) {
+    SHARED(float, room);                                 // (warps, WARP * W)
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const size_t column = ((size_t)blockIdx.x * WARP + lane) * W, end = at_most(M, (blockIdx.y + 1) * part);
+    Floats<W> sum;
+    for (int k = 0; k < W; k++) sum.x[k] = 0;
+    if (column < columns)
+        for (size_t i = blockIdx.y * part + warp; i < end; i += warps) {
+            const Floats<W> v = load<N, W>(y, i * columns + column);
+            for (int k = 0; k < W; k++) sum.x[k] += v.x[k];
+        }
+    for (int k = 0; k < W; k++) room[(warp * W + k) * WARP + lane] = sum.x[k];
+    __syncthreads();
+    if (warp > 0 || column >= columns) return;
+    for (int k = 0; k < W; k++) {
+        float total = 0;
+        for (int w = 0; w < warps; w++) total += room[(w * W + k) * WARP + lane];
+        sums[blockIdx.y * columns + column + k] = total;
+    }
+}
+
+// first (n), then second (n) where given: = the columns of sums (parts, n or 2n) summed up, or += with `add`. A block takes
+// WARP columns; its warps share out the parts.
+__global__ void sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
+    SHARED(float, room);                                 // (warps, WARP)
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const size_t columns = second ? 2 * n : n, column = (size_t)blockIdx.x * WARP + lane, share = strips(parts, warps);
+    float sum = 0;
+    if (column < columns)
+        for (size_t i = warp * share; i < at_most(parts, (warp + 1) * share); i++) sum += sums[i * columns + column];
+    room[warp * WARP + lane] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= columns) return;
+    sum = 0;
+    for (int w = 0; w < warps; w++) sum += room[w * WARP + lane];
+    float *to = column < n ? &first[column] : &second[column - n];
+    *to = add ? *to + sum : sum;
+}
+
+static void sum_parts(const Gpu *g, float *first, float *second, size_t n, size_t parts, int add) {
+    const unsigned blocks = (unsigned)strips(second ? 2 * n : n, WARP);
+    LAUNCH(sum_parts_kernel, blocks, BLOCK, BLOCK * sizeof(float), g->stream, first, second, g->partial, n, parts, add);
+}
+
+// sum (N) = the columns of y (M,N), or += with `add`. N is at most 4 C, for which g->partial has room.
+static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t M, size_t N) {
+    const size_t part = strips(M, at_most(strips(M, 64), PARTIAL / 4)), parts = strips(M, part);
+    const int wide = N % WIDE == 0;
+    const dim3 grid((unsigned)strips(N, WARP * (wide ? WIDE : 1)), (unsigned)parts);
+    LAUNCH_AS(column_sums_kernel, g, wide, grid, BLOCK, BLOCK * WIDE * sizeof(float), g->partial, y, M, N, part);
+    sum_parts(g, sum, NULL, N, parts, add);
+}
+
+// y = x (BT,C) w (C,OC) and what else y says
+static void matmul_forward(Gpu *g, Result y, const void *x, const void *w, size_t BT, size_t C, size_t OC) {
+    multiply(g, y, lines(x, C), lines(w, OC), BT, OC, C);
+}
+
+// Of y = x w + bias, from dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) = x^T dy and dbias (OC) = the columns of dy, or += with
+// `add`. dx is finished before x is read, since a recomputed x may come with it.
+static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add, const void *dy, const void *x,
+                            const void *w, size_t BT, size_t C, size_t OC) {
+    multiply(g, dx, lines(dy, OC), turned(w, OC), BT, C, OC);
+    multiply(g, summed(dw, OC, add), turned(x, C), lines(dy, OC), C, OC, BT);
+    column_sums(g, dbias, add, dy, BT, OC);
+}
+
+// ---- Embedding: tokens (B,T) -> x (B,T,C) ----
+// All of it in float: the weights are read from the optimizer's, not from the rounded copy.
+
+template <int W> __global__ void embedding_forward_kernel(float *x, const int *tokens, const float *wte, const float *wpe,
+                                                          size_t BT, size_t T, size_t C) {
+    const size_t i = thread_index() * W, bt = i / C, c = i % C;
+    if (bt >= BT) return;
+    Floats<W> v = load<float, W>(wte, (size_t)tokens[bt] * C + c);
+    const Floats<W> p = load<float, W>(wpe, bt % T * C + c);
+    for (int k = 0; k < W; k++) v.x[k] += p.x[k];
+    store<float, W>(x, i, v);
+}
+
+static void embedding_forward(const Gpu *g, float *x, const int *tokens, const float *wte, const float *wpe, size_t B,
+                              size_t T, size_t C) {
+    if (C % WIDE == 0)
+        LAUNCH(embedding_forward_kernel<WIDE>, blocks_for(B * T * C / WIDE), BLOCK, 0, g->stream, x, tokens, wte, wpe, B * T,
+               T, C);
+    else LAUNCH(embedding_forward_kernel<1>, blocks_for(B * T * C), BLOCK, 0, g->stream, x, tokens, wte, wpe, B * T, T, C);
+}
+
+// dwte (V,C) +=: group i is one token, whose places in the batch are order[first[i]] .. order[first[i + 1]]. A block takes
+// WARP * W channels of a group; its warps share out the places.
+template <int W> __global__ void embedding_backward_kernel(float *dwte, const int *tokens, const int *order, const int *first,
+                                                           const float *dx, size_t C) {
+    SHARED(float, room);                                 // (warps, WARP * W)
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const int from = first[blockIdx.x], end = first[blockIdx.x + 1];
+    const size_t c = ((size_t)blockIdx.y * WARP + lane) * W;
+    Floats<W> sum;
+    for (int k = 0; k < W; k++) sum.x[k] = 0;
+    if (c < C)
+        for (int i = from + warp; i < end; i += warps) {
+            const Floats<W> v = load<float, W>(dx, (size_t)order[i] * C + c);
+            for (int k = 0; k < W; k++) sum.x[k] += v.x[k];
+        }
+    for (int k = 0; k < W; k++) room[(warp * W + k) * WARP + lane] = sum.x[k];
+    __syncthreads();
+    if (warp > 0 || c >= C) return;
+    const size_t to = (size_t)tokens[order[from]] * C + c;
+    Floats<W> total = load<float, W>(dwte, to);
+    for (int k = 0; k < W; k++)
+        for (int w = 0; w < warps && w < end - from; w++) total.x[k] += room[(w * W + k) * WARP + lane];
+    store<float, W>(dwte, to, total);
+}
+
+// dwpe (T_all,C) = the sum over the rows of dx (B,T,C), or += with `add`; positions from T on have no gradient.
+__global__ void position_backward_kernel(float *dwpe, const float *dx, size_t B, size_t T, size_t T_all, size_t C, int add) {
+    const size_t i = thread_index();
+    if (i >= T_all * C || (add && i >= T * C)) return;
+    float sum = 0;
+    for (size_t b = 0; b < B && i < T * C; b++) sum += dx[b * T * C + i];
+    dwpe[i] = add ? dwpe[i] + sum : sum;
+}
+
+// The batch's places by their token: group after group, each in the order of the batch.
+typedef struct { int groups; const int *order, *first; } Grouped;    // (BT) (groups + 1), on the device
+
+// dwte (V,C) += and dwpe (T_all,C) =, or += with `add`.
+static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, const int *tokens, Grouped by,
+                               const float *dx, size_t B, size_t T, size_t T_all, size_t C) {
+    const int wide = C % WIDE == 0;
+    const dim3 grid((unsigned)by.groups, (unsigned)strips(C, WARP * (wide ? WIDE : 1)));
+    const size_t shared = BLOCK * WIDE * sizeof(float);
+    if (wide)
+        LAUNCH(embedding_backward_kernel<WIDE>, grid, BLOCK, shared, g->stream, dwte, tokens, by.order, by.first, dx, C);
+    else LAUNCH(embedding_backward_kernel<1>, grid, BLOCK, shared, g->stream, dwte, tokens, by.order, by.first, dx, C);
+    LAUNCH(position_backward_kernel, blocks_for(T_all * C), BLOCK, 0, g->stream, dwpe, dx, B, T, T_all, C, add);
+}
+
+// ---- The residual stream x (B,T,C) and LayerNorm (Ba, Kiros, Hinton 2016) ----
+// A branch that runs on n of the B rows has them packed: place[row] says where, and is -1 for a row that drops the branch.
+// NULL stands for all rows in their order. One kernel does for each token the end of one branch and the beginning of the
+// next, so that the stream is read and written once between two branches. A warp does a token.
+//
+// Tied branches (x + s (a + mlp(LN(x + a)))): what is normalised sees the first branch unscaled, and so on the way back.
+
+typedef struct { const int *place; float scale; } Rows;  // of one branch, on the device
+
+static __device__ inline long row_place(const int *place, size_t row) { return place ? place[row] : (long)row; }
+
+// Forward: x += end.scale * out (n,T,C) on the rows of `end`; then ln (n',T,C) = xhat * w + b, xhat (n',T,C), rstd (n',T) on
+// the rows of `begin`. No out: nothing is added. xhat is rounded to N first, so that layernorm_again gives the same ln.
+template <class N, int W>
+__global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat, float *rstd, const void *out, Rows end,
+                                                  Rows begin, int tied, const float *w, const float *b, size_t BT, size_t T,
+                                                  size_t C) {
+    SHARED(float, room);                                 // (warps, C)
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const size_t token = (size_t)blockIdx.x * (blockDim.x / WARP) + warp, row = token / T, t = token % T;
+    if (token >= BT) return;
+    const long ended = out ? row_place(end.place, row) : -1, begun = row_place(begin.place, row);
+    if (ended < 0 && begun < 0) return;
+    float *z = room + warp * C, sum = 0, squares = 0;    // each lane only meets its own numbers of z
+    for (size_t c = lane * W; c < C; c += WARP * W) {
+        Floats<W> v = load<float, W>(x, token * C + c), seen = v;
+        if (ended >= 0) {
+            const Floats<W> o = load<N, W>(out, ((size_t)ended * T + t) * C + c);
+            for (int k = 0; k < W; k++) {
+                seen.x[k] = v.x[k] + o.x[k];
+                v.x[k] += end.scale * o.x[k];
+            }
+            store<float, W>(x, token * C + c, v);
+        }
+        for (int k = 0; k < W; k++) sum += z[c + k] = tied ? seen.x[k] : v.x[k];
+    }
+    if (begun < 0) return;
+    const float mean = warp_sum(sum) / C;
+    for (size_t c = lane * W; c < C; c += WARP * W)
+        for (int k = 0; k < W; k++) squares += (z[c + k] - mean) * (z[c + k] - mean);
+    const float r = 1 / sqrtf(warp_sum(squares) / C + 1e-5f);
+    const size_t to = (size_t)begun * T + t;
+    if (lane == 0) rstd[to] = r;
+    for (size_t c = lane * W; c < C; c += WARP * W) {
+        const Floats<W> weight = load<float, W>(w, c), bias = load<float, W>(b, c);
+        Floats<W> h, y;
+        for (int k = 0; k < W; k++) {
+            h.x[k] = to_float(from_float<N>((z[c + k] - mean) * r));
+            y.x[k] = h.x[k] * weight.x[k] + bias.x[k];
+        }
+        store<N, W>(xhat, to * C + c, h);
+        store<N, W>(ln, to * C + c, y);
+    }
+}
+
+// Warps of a block that leave it shared memory enough, C floats `lines` times for each.
+static inline unsigned warps_for(size_t C, size_t lines) { return C * lines * 4 * sizeof(float) <= 96 << 10 ? 4 : 1; }
+
+static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *xhat, float *rstd, const void *out, Rows end,
+                                       Rows begin, int tied, const float *w, const float *b, size_t B, size_t T, size_t C) {
+    const unsigned warps = warps_for(C, 1), blocks = (unsigned)strips(B * T, warps);
+    LAUNCH_AS(residual_layernorm_forward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * C * sizeof(float), x, ln,
+              xhat, rstd, out, end, begin, tied, w, b, B * T, T, C);
+}
+
+// y (n) again, from what was kept: the backward pass needs it as the input of a matrix product.
+template <class N, int W>
+__global__ void layernorm_again_kernel(void *y, const void *xhat, const float *w, const float *b, size_t n, size_t C) {
+    const size_t i = thread_index() * W, c = i % C;
+    if (i >= n) return;
+    Floats<W> v = load<N, W>(xhat, i);
+    const Floats<W> weight = load<float, W>(w, c), bias = load<float, W>(b, c);
+    for (int k = 0; k < W; k++) v.x[k] = v.x[k] * weight.x[k] + bias.x[k];
+    store<N, W>(y, i, v);
+}
+
+static void layernorm_again(const Gpu *g, void *y, const void *xhat, const float *w, const float *b, size_t nT, size_t C) {
+    const int wide = C % WIDE == 0;
+    LAUNCH_AS(layernorm_again_kernel, g, wide, blocks_for(nT * C / (wide ? WIDE : 1)), BLOCK, 0, y, xhat, w, b, nT * C, C);
+}
+
+// Backward: dx += dz = rstd * (v - mean(v) - xhat * mean(v * xhat)), v = dy * w (n,T,C), on the rows of `begin`, or = dz with
+// `fresh`; then dout (n',T,C) = end.scale * dx on the rows of `end`, the branch that comes before (tied: scale * dx as it was,
+// + dz). A block's sums over its tokens of dy * xhat and dy: sums (blocks,2C). Without dout nothing is handed on.
+template <class N, int W>
+__global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *dy, const void *xhat,
+                                                   const float *rstd, Rows begin, Rows end, int fresh, int tied,
+                                                   const float *w, size_t BT, size_t T, size_t C) {
+    SHARED(float, room);                                 // (warps, 2C)
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    float *dw = room + warp * 2 * C, *db = dw + C;       // each lane only meets its own numbers until the end
+    for (size_t c = lane * W; c < C; c += WARP * W)
+        for (int k = 0; k < W; k++) dw[c + k] = db[c + k] = 0;
+    for (size_t token = (size_t)blockIdx.x * warps + warp; token < BT; token += (size_t)gridDim.x * warps) {
+        const size_t row = token / T, t = token % T;
+        const long begun = row_place(begin.place, row), ended = dout ? row_place(end.place, row) : -1;
+        if (begun < 0 && ended < 0) continue;
+        const size_t from = ((size_t)begun * T + t) * C, to = ((size_t)ended * T + t) * C;
+        float mean = 0, along = 0, r = 0;
+        if (begun >= 0) {
+            for (size_t c = lane * W; c < C; c += WARP * W) {
+                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<float, W>(w, c);
+                for (int k = 0; k < W; k++) {
+                    mean += g.x[k] * weight.x[k];
+                    along += g.x[k] * weight.x[k] * h.x[k];
+                    dw[c + k] += g.x[k] * h.x[k];
+                    db[c + k] += g.x[k];
+                }
+            }
+            mean = warp_sum(mean) / C;
+            along = warp_sum(along) / C;
+            r = rstd[(size_t)begun * T + t];
+        }
+        for (size_t c = lane * W; c < C; c += WARP * W) {
+            Floats<W> old, z, sum;
+            for (int k = 0; k < W; k++) old.x[k] = z.x[k] = 0;
+            if (!fresh) old = load<float, W>(dx, token * C + c);
+            if (begun >= 0) {
+                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<float, W>(w, c);
+                for (int k = 0; k < W; k++) z.x[k] = r * (g.x[k] * weight.x[k] - mean - h.x[k] * along);
+            }
+            for (int k = 0; k < W; k++) sum.x[k] = old.x[k] + z.x[k];
+            if (begun >= 0) store<float, W>(dx, token * C + c, sum);
+            for (int k = 0; k < W; k++) sum.x[k] = tied ? end.scale * old.x[k] + z.x[k] : end.scale * sum.x[k];
+            if (ended >= 0) store<N, W>(dout, to + c, sum);
+        }
+    }
+    __syncthreads();
+    for (size_t c = threadIdx.x; c < 2 * C; c += blockDim.x) {
+        float total = 0;
+        for (int i = 0; i < warps; i++) total += room[i * 2 * C + c];
+        sums[blockIdx.x * 2 * C + c] = total;
+    }
+}
+
+// dw, db (C) =, or += with `add`.
+static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, float *dw, float *db, int add, const void *dy,
+                                        const void *xhat, const float *rstd, Rows begin, Rows end, int fresh, int tied,
+                                        const float *w, size_t B, size_t T, size_t C) {
+    const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps), PARTIAL / 2);
+    LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * 2 * C * sizeof(float), dx,
+              dout, g->partial, dy, xhat, rstd, begin, end, fresh, tied, w, B * T, T, C);
+    sum_parts(g, dw, db, C, blocks, add);
+}
+
+// ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; keeps the log-sum-exp (n,NH,T) for the backward pass ----
+// One thread a query, or in the backward pass a key; a running softmax (Milakov and Gimelshein 2018).
+
+enum { HEAD_MAX = 256 };
+
+// Query (or key) t of head h of row `row`, from the index of a thread.
+typedef struct { size_t row, h, t; } HeadPlace;
+
+static __device__ inline HeadPlace head_place(size_t i, size_t T, size_t NH) {
+    const HeadPlace p = {i / T / NH, i / T % NH, i % T};
+    return p;
+}
+
+template <class N> static __device__ inline float head_dot(const N *a, const N *b, size_t HS) {
+    float sum = 0;
+    for (size_t d = 0; d < HS; d++) sum += to_float(a[d]) * to_float(b[d]);
+    return sum;
+}
+
+template <class N> __global__ void attention_forward_kernel(N *y, float *lse, const N *qkv, size_t n, size_t T, size_t C,
+                                                            size_t NH) {
+    const size_t i = thread_index(), HS = C / NH;
+    if (i >= n * NH * T) return;
+    const HeadPlace p = head_place(i, T, NH);
+    const N *q = qkv + (p.row * T + p.t) * 3 * C + p.h * HS, *k = qkv + p.row * T * 3 * C + C + p.h * HS, *v = k + C;
+    const float scale = 1 / sqrtf((float)HS);
+    float acc[HEAD_MAX], top = -INFINITY, sum = 0;
+    for (size_t d = 0; d < HS; d++) acc[d] = 0;
+    for (size_t s = 0; s <= p.t; s++) {
+        const float score = scale * head_dot(q, k + s * 3 * C, HS), high = score > top ? score : top;
+        const float shrink = expf(top - high), e = expf(score - high);
+        sum = sum * shrink + e;
+        for (size_t d = 0; d < HS; d++) acc[d] = acc[d] * shrink + e * to_float(v[s * 3 * C + d]);
+        top = high;
+    }
+    for (size_t d = 0; d < HS; d++) y[(p.row * T + p.t) * C + p.h * HS + d] = from_float<N>(acc[d] / sum);
+    lse[i] = top + logf(sum);
+}
+
+// dq of one query, and inner = <dy, y>.
+template <class N> __global__ void attention_backward_queries(N *dqkv, float *inner, const N *dy, const N *qkv, const N *y,
+                                                              const float *lse, size_t n, size_t T, size_t C, size_t NH) {
+    const size_t i = thread_index(), HS = C / NH;
+    if (i >= n * NH * T) return;
+    const HeadPlace p = head_place(i, T, NH);
+    const size_t at = (p.row * T + p.t) * C + p.h * HS, at3 = (p.row * T + p.t) * 3 * C + p.h * HS;
+    const N *q = qkv + at3, *k = qkv + p.row * T * 3 * C + C + p.h * HS, *v = k + C;
+    const float scale = 1 / sqrtf((float)HS), own = head_dot(dy + at, y + at, HS);
+    float acc[HEAD_MAX];
+    for (size_t d = 0; d < HS; d++) acc[d] = 0;
+    for (size_t s = 0; s <= p.t; s++) {
+        const float prob = expf(scale * head_dot(q, k + s * 3 * C, HS) - lse[i]);
+        const float ds = prob * (head_dot(dy + at, v + s * 3 * C, HS) - own);
+        for (size_t d = 0; d < HS; d++) acc[d] += ds * to_float(k[s * 3 * C + d]);
+    }
+    for (size_t d = 0; d < HS; d++) dqkv[at3 + d] = from_float<N>(scale * acc[d]);
+    inner[i] = own;
+}
+
+// dk and dv of one key.
+template <class N> __global__ void attention_backward_keys(N *dqkv, const float *inner, const N *dy, const N *qkv,
+                                                           const float *lse, size_t n, size_t T, size_t C, size_t NH) {
+    const size_t i = thread_index(), HS = C / NH;
+    if (i >= n * NH * T) return;
+    const HeadPlace p = head_place(i, T, NH);
+    const size_t at3 = (p.row * T + p.t) * 3 * C + p.h * HS;
+    const N *k = qkv + at3 + C, *v = k + C, *q = qkv + p.row * T * 3 * C + p.h * HS, *g = dy + p.row * T * C + p.h * HS;
+    const float scale = 1 / sqrtf((float)HS);
+    float dk[HEAD_MAX], dv[HEAD_MAX];
+    for (size_t d = 0; d < HS; d++) dk[d] = dv[d] = 0;
+    for (size_t s = p.t; s < T; s++) {
+        const size_t j = i - p.t + s;
+        const float prob = expf(scale * head_dot(q + s * 3 * C, k, HS) - lse[j]);
+        const float ds = prob * (head_dot(g + s * C, v, HS) - inner[j]);
+        for (size_t d = 0; d < HS; d++) {
+            dv[d] += prob * to_float(g[s * C + d]);
+            dk[d] += scale * ds * to_float(q[s * 3 * C + d]);
+        }
+    }
+    for (size_t d = 0; d < HS; d++) {
+        dqkv[at3 + C + d] = from_float<N>(dk[d]);
+        dqkv[at3 + 2 * C + d] = from_float<N>(dv[d]);
+    }
+}
+
+static void attention_forward(void *y, float *lse, const void *qkv, size_t n, size_t T, size_t C, size_t NH, int half,
+                              cudaStream_t stream) {
+    const dim3 grid = blocks_for(n * NH * T);
+    if (half)
+        LAUNCH(attention_forward_kernel<bf16>, grid, BLOCK, 0, stream, (bf16 *)y, lse, (const bf16 *)qkv, n, T, C, NH);
+    else LAUNCH(attention_forward_kernel<float>, grid, BLOCK, 0, stream, (float *)y, lse, (const float *)qkv, n, T, C, NH);
+}
+
+// dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's; inner (n,NH,T) is room.
+static void attention_backward(void *dqkv, float *inner, const void *dy, const void *qkv, const void *y, const float *lse,
+                               size_t n, size_t T, size_t C, size_t NH, int half, cudaStream_t stream) {
+    const dim3 grid = blocks_for(n * NH * T);
+    if (half) {
+        LAUNCH(attention_backward_queries<bf16>, grid, BLOCK, 0, stream, (bf16 *)dqkv, inner, (const bf16 *)dy,
+               (const bf16 *)qkv, (const bf16 *)y, lse, n, T, C, NH);
+        LAUNCH(attention_backward_keys<bf16>, grid, BLOCK, 0, stream, (bf16 *)dqkv, inner, (const bf16 *)dy,
+               (const bf16 *)qkv, lse, n, T, C, NH);
+    } else {
+        LAUNCH(attention_backward_queries<float>, grid, BLOCK, 0, stream, (float *)dqkv, inner, (const float *)dy,
+               (const float *)qkv, (const float *)y, lse, n, T, C, NH);
+        LAUNCH(attention_backward_keys<float>, grid, BLOCK, 0, stream, (float *)dqkv, inner, (const float *)dy,
+               (const float *)qkv, lse, n, T, C, NH);
+    }
+}
+
+// ---- Classifier and loss: x (BT,C) against wte (Vp,C), a chunk of rows at a time ----
+// Neither logits nor probabilities of the whole batch exist. With weight 0 only the losses are made; else the chunk of
+// logits turns into its gradient in place and goes on into dx and dwte at once.
+
+#ifndef LOGITS_BYTES
+#define LOGITS_BYTES (512 << 20)                         // of a chunk: dwte is read and written again for each
+#endif
+enum { CHUNK_UNIT = 128, V_UNIT = 128 };                 // chunks begin on whole lines of memory and fill tiles
+
+static inline size_t padded_vocabulary(size_t V) { return round_up(V, V_UNIT); }
+
+// Rows of a chunk; chunks are nearly equal.
+static size_t classifier_chunk(size_t BT, size_t V, size_t number) {
+    const size_t most = at_most(LOGITS_BYTES, SIZE_MAX) / (padded_vocabulary(V) * number);
+    return round_up(strips(BT, strips(BT, most > CHUNK_UNIT ? most : (size_t)CHUNK_UNIT)), CHUNK_UNIT);
+}
+
+// A block does one row: its loss = -log softmax(logits)[target], 0 for a negative target; with grad != 0 logits (Vp) become
+// grad * (softmax - onehot), 0 from V on.
+template <class N> __global__ void softmax_loss_kernel(float *losses, void *logits, const int *targets, float grad, size_t V,
+                                                       size_t Vp) {
+    enum { W = 16 / sizeof(N) };
+    SHARED(float, shared);                               // (2 * 32)
+    const size_t at = blockIdx.x * Vp, first = threadIdx.x * W, step = blockDim.x * W;
+    const int target = targets[blockIdx.x];
+    const float at_target = target < 0 ? 0 : to_float(((const N *)logits)[at + target]);
+    float top = -INFINITY, sum = 0;
+    for (size_t v = first; v < V; v += step) {
+        const Floats<W> z = load<N, W>(logits, at + v);
+        float high = top;
+        for (int k = 0; k < W; k++)
+            if (v + k < V) high = fmaxf(high, z.x[k]);
+        if (high > top) sum *= expf(top - high), top = high;
+        for (int k = 0; k < W; k++)
+            if (v + k < V) sum += expf(z.x[k] - top);
+    }
+    const float highest = block_max(top, shared);
+    sum = block_sum(sum == 0 ? 0 : sum * expf(top - highest), shared + WARP);   // sum 0: this thread had no number
+    if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logf(sum) - (at_target - highest);
+    if (grad == 0) return;
+    const float scale = target < 0 ? 0 : grad / sum;
+    for (size_t v = first; v < Vp; v += step) {
+        Floats<W> z = load<N, W>(logits, at + v);
+        for (int k = 0; k < W; k++) {
+            z.x[k] = v + k < V && target >= 0 ? expf(z.x[k] - highest) * scale : 0;
+            if (v + k == (size_t)target && target >= 0) z.x[k] -= grad;
+        }
+        store<N, W>(logits, at + v, z);
+    }
+}
+
+// losses (BT), 0 for negative targets; with grad (the weight of one token's loss) dx (BT,C) = and dwte (Vp,C) =, or += with
+// `add`. logits (chunk,Vp) is room.
+static void classifier(Gpu *g, float *losses, void *dx, float *dwte, int add, void *logits, const void *x, const void *wte,
+                       const int *targets, float grad, size_t BT, size_t C, size_t V) {
+    const size_t number = size_of_number(g), chunk = classifier_chunk(BT, V, number), Vp = padded_vocabulary(V);
+    const size_t shared = 2 * WARP * sizeof(float);
+    const int threads = Vp <= 1024 ? 128 : 512;
+    for (size_t t0 = 0; t0 < BT; t0 += chunk) {
+        const size_t n = at_most(BT - t0, chunk);
+        const void *from = (const char *)x + t0 * C * number;
+        multiply(g, fresh(logits, Vp, NULL), lines(from, C), turned(wte, C), n, Vp, C);
+        if (g->half)
+            LAUNCH(softmax_loss_kernel<bf16>, (unsigned)n, threads, shared, g->stream, losses + t0, logits, targets + t0, grad,
+                   V, Vp);
+        else
+            LAUNCH(softmax_loss_kernel<float>, (unsigned)n, threads, shared, g->stream, losses + t0, logits, targets + t0, grad,
+                   V, Vp);
+        if (grad == 0) continue;
+        multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), lines(logits, Vp), lines(wte, C), n, C, Vp);
+        multiply(g, summed(dwte, C, add || t0), turned(logits, Vp), lines(from, C), Vp, C, n);
+    }
+}
+
+// logits (V) = wte (V,C) x (C): of one token, for sampling. A warp does a number.
+template <class N, int W> __global__ void logits_kernel(float *logits, const void *x, const void *wte, size_t V, size_t C) {
+    const size_t v = thread_index() / WARP, lane = threadIdx.x % WARP;
+    float sum = 0;
+    if (v >= V) return;
+    for (size_t c = lane * W; c < C; c += WARP * W) {
+        const Floats<W> a = load<N, W>(x, c), b = load<N, W>(wte, v * C + c);
+        for (int k = 0; k < W; k++) sum += a.x[k] * b.x[k];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) logits[v] = sum;
+}
+
+// ---- The model: its memory ----
+
+enum { UPDATE_CHUNK = 1 << 14, ALIGN = 256 };            // bytes: every array begins where any access is aligned
+typedef struct { size_t at, n, branch; int decay; } UpdateChunk;     // a piece of one tensor; branch: index into UpdateArgs.t
+typedef struct { float rate, unbias; int run, spent; } BranchUpdate;  // of one branch in one update
+
+// What forward keeps for backward; rstd and lse are float, all else N. What a model recomputes is not kept but lies in room
+// that all branches share: ln and gelu, or (RECOMPUTE_BRANCH) all but xhat and rstd.
+typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; } AttentionKept;
+                                                         // (n,T,C) (n,T) (n,T,C) (n,T,3C) (n,NH,T) (n,T,C)
+typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;    // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
+
+// Numbers that go to the device with each call, in one copy, and where they are there. `place` is by branch.
+typedef struct { int *place, *tokens, *targets, *order, *first; } Inputs;    // (2L,B) (BT) (BT) (BT) (BT + 1)
+
+struct Model {
+    GptConfig config;
+    EngineArgs args;
+    Gpu gpu;
+    size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
+    float *slot[4];                                      // parameters, gradients, m, v: (n_params) each
+    bf16 *copy;                                          // (n_params) the parameters, rounded; NULL where N is float
+    UpdateChunk *chunk;                                  // (n_chunks) on the device
+    int n_chunks;
+    double *norms;                                       // (n_chunks + 1) squared norms, of chunks and last of all
+    BranchUpdate *update, *host_update;                  // (2L+1)
+    double *host_norm;
+    unsigned char *spent;                                // (2L+1) by branch, as UpdateArgs.t: gradients that an update has
+                                                         // used up; they are zeros, whatever the memory still says
+
+    char *activations;                                   // all that follows, up to the inputs
+    char *kept, *kept_end;                               // what forward keeps for backward, one branch after the other
+    size_t activation_bytes, kept_room, kept_peak;       // bytes set aside; the most that was used of what is kept
+    AttentionKept *attention;                            // (L) into `kept`
+    MlpKept *mlp;                                        // (L)
+
+    float *x, *dx;                                       // (B,T,C) the residual stream
+    void *lnf, *lnf_xhat;                                // (B,T,C) (B,T,C)
+    float *lnf_rstd, *losses;                            // (B,T) (B,T)
+    void *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): one branch at a time
+    void *redo;                                          // (B,T,4C) qkv and y, or h, where they are made again
+    float *lse;                                          // (B,NH,T) likewise
+    void *dwide, *dy, *dout;                             // (B,T,4C) (B,T,C) (B,T,C)
+    float *inner;                                        // (B,NH,T)
+    void *logits;                                        // (chunk,Vp)
+    float *token_logits;                                 // (V)
+
+    Inputs host, device;
+    int *group;                                          // (V) of each token, -1 where it is not in the batch
+    float *host_losses;                                  // (B,T)
+    const void *ended;                                   // what the last branch leaves to be added to x, or NULL, and
+    Rows end;                                            // to which rows
+    int last_B, last_T;                                  // of the last forward
+};
+
+static void memory_error(const char *what, size_t bytes) {
+    size_t left = 0, all = 0;
+    if (cudaMemGetInfo(&left, &all) != cudaSuccess) left = all = 0;
+    die("out of memory on the GPU: %s needs %.0f MiB; %.0f of %.0f MiB are free\n"
+        "  hint: a smaller --batch (with the same --total-batch the run is the same), or --recompute branch",
+        what, (double)bytes / 1048576, (double)left / 1048576, (double)all / 1048576);
+}
+
+// Bytes on the device; their contents are undefined.
+static void *room_new(const char *what, size_t bytes) {
+    void *p = NULL;
+    if (cudaMalloc(&p, bytes + ALIGN) != cudaSuccess) memory_error(what, bytes);
+    return p;
+}
+
+static float *zeros_new(const Gpu *g, const char *what, size_t n) {
+    float *p = (float *)room_new(what, n * sizeof *p);
+    CUDA_CHECK(cudaMemsetAsync(p, 0, n * sizeof *p, g->stream));
+    return p;
+}
+
+// Memory of the host that the device can copy from while the host goes on.
+static void *host_new(size_t bytes) {
+    void *p = NULL;
+    CUDA_CHECK(cudaMallocHost(&p, bytes + ALIGN));
+    memset(p, 0, bytes);
+    return p;
+}
+
+static Params params_at(const Model *m, Slot slot, int l) {
+    Params w;
+    float *base = m->slot[slot];
+#define X(id, name, branch, dims, rows, cols, init) \
+    w.id = base + m->offset[P_##id] + (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
+    GPT_PARAMS(X)
+#undef X
+    return w;
+}
+
+// The same parameter as products read it.
+static const void *operand(const Model *m, const float *w) {
+    return m->copy ? (const void *)(m->copy + (w - m->slot[SLOT_PARAM])) : w;
+}
+
+static size_t gradient_index(const Model *m, int l, int branch) {
+    return (size_t)(branch == NO_BRANCH ? BRANCHES * m->config.L : BRANCHES * l + branch);
+}
+
+// Numbers set aside for one layer's part of a parameter: wte has Vp rows, the last of them always zeros.
+static size_t param_room(const GptConfig *c, int p) {
+    const size_t n = p == P_wte ? padded_vocabulary((size_t)c->V) * (size_t)c->C : gpt_param_size(c, p);
+    return round_up(n, ALIGN / sizeof(bf16));
+}
+
+// To be called before a backward pass through a branch: whether it must add to the branch's gradients, which it writes once
+// each; if not, they are spent, and it must set them. With `now` they become zeros here, and it is to be added to them.
+static int gradient_add(Model *m, int l, int branch, int now) {
+    const size_t index = gradient_index(m, l, branch);
+    if (!m->spent[index]) return 1;
+    m->spent[index] = 0;
+    for (int p = 0; p < N_PARAMS && now; p++)
+        if (gpt_param[p].branch == branch)
+            CUDA_CHECK(cudaMemsetAsync(m->slot[SLOT_GRAD] + m->offset[p] +
+                                       (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size), 0,
+                                       param_room(&m->config, p) * sizeof(float), m->gpu.stream));
+    return now;
+}
+
+static void params_layout(Model *m) {
+    const GptConfig *c = &m->config;
+    for (int p = 0; p < N_PARAMS; p++)
+        if (gpt_param[p].branch != NO_BRANCH) m->offset[p] = m->layer_size, m->layer_size += param_room(c, p);
+    m->n_params = m->layer_size * (size_t)c->L;
+    for (int p = 0; p < N_PARAMS; p++)
+        if (gpt_param[p].branch == NO_BRANCH) m->offset[p] = m->n_params, m->n_params += param_room(c, p);
+}
+
+// Every tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
+static void params_chunks(Model *m) {
+    const GptConfig *c = &m->config;
+    UpdateChunk *all = NULL;
+    for (int fill = 0; fill < 2; fill++) {
+        int n = 0;
+        for (int p = 0; p < N_PARAMS; p++)
+            for (int l = 0; l < gpt_param_layers(c, p); l++)
+                for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += UPDATE_CHUNK, n++) {
+                    if (!fill) continue;
+                    const UpdateChunk chunk = {m->offset[p] + (size_t)l * m->layer_size + at, at_most(size - at, UPDATE_CHUNK),
+                                               gradient_index(m, l, gpt_param[p].branch), gpt_param[p].dims == 2};
+                    all[n] = chunk;
+                }
+        if (!fill) all = (UpdateChunk *)xcalloc((size_t)n, sizeof *all);
+        m->n_chunks = n;
+    }
+    const size_t bytes = (size_t)m->n_chunks * sizeof *all;
+    m->chunk = (UpdateChunk *)room_new("the table of parameters", bytes);
+    CUDA_CHECK(cudaMemcpy(m->chunk, all, bytes, cudaMemcpyHostToDevice));
+    free(all);
+    m->norms = (double *)room_new("the gradient norms", ((size_t)m->n_chunks + 1) * sizeof *m->norms);
+}
+
+// Bytes that a kept branch of one row needs.
+static size_t kept_per_row(const Model *m, int branch) {
+    const size_t N = size_of_number(&m->gpu), C = (size_t)m->config.C, NH = (size_t)m->config.NH;
+    const int recompute = m->args.recompute;
+    size_t bytes = N * C + sizeof(float);                // of one token: xhat and rstd, then what is not made again
+    if (recompute != RECOMPUTE_BRANCH) bytes += branch == ATTN ? N * 4 * C + NH * sizeof(float) : N * 4 * C;
+    if (recompute == RECOMPUTE_NONE) bytes += branch == ATTN ? N * C : N * 5 * C;
+    return (size_t)m->args.T * bytes;
+}
+
+// The most that a plan within the bound keeps; evaluation needs one layer at a time.
+static size_t kept_bound(const Model *m, const MemoryBound *b) {
+    enum { ARRAYS = 6 };                                 // of a branch; each is rounded up to ALIGN
+    const size_t size[BRANCHES] = {kept_per_row(m, ATTN), kept_per_row(m, MLP)};
+    const int rows[BRANCHES] = {b->attn_rows, b->mlp_rows}, larger = size[MLP] > size[ATTN] ? MLP : ATTN;
+    const int first = b->rows < rows[larger] ? b->rows : rows[larger], second = b->rows - first;
+    const size_t most = (size_t)first * size[larger] + (size_t)second * size[!larger];
+    const size_t one = (size_t)m->args.B * (size[ATTN] + size[MLP]), gaps = (size_t)m->config.L * BRANCHES * ARRAYS * ALIGN;
+    return round_up(most > one ? most : one, ALIGN) + gaps;
+}
+
+typedef struct { void **at; size_t bytes; } Room;
+enum { N_ROOMS = 19, N_TRAINING_ROOMS = 7 };
+
+// All arrays of activations but those kept; the last are for training.
+static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
+    const GptConfig *c = &m->config;
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V, N = size_of_number(&m->gpu);
+    const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, again = m->args.recompute == RECOMPUTE_BRANCH;
+    const Room all[N_ROOMS] = {
+        {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N}, {(void **)&m->lnf_rstd, BT * one},
+        {(void **)&m->losses, BT * one}, {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
+        {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) * padded_vocabulary(V) * N},
+        {(void **)&m->token_logits, V * one}, {(void **)&m->gpu.partial, PARTIAL * C * one},
+        {(void **)&m->kept, 0},                          // has its own size
+        {(void **)&m->dx, BT * C * one}, {&m->dy, BT * C * N}, {&m->dout, BT * C * N}, {&m->dwide, BT * 4 * C * N},
+        {(void **)&m->inner, heads}, {&m->redo, again * (BT * 4 * C * N + ALIGN)}, {(void **)&m->lse, again * heads},
+    };
+    memcpy(rooms, all, sizeof all);
+    return m->args.bound.rows > 0 ? N_ROOMS : N_ROOMS - N_TRAINING_ROOMS;
+}
+
+static size_t rooms_bytes(Model *m, size_t kept) {
+    Room rooms[N_ROOMS];
+    size_t bytes = 0;
+    for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
+        bytes += round_up(rooms[i].at == (void **)&m->kept ? kept : rooms[i].bytes, ALIGN);
+    return bytes;
+}
+
+static void rooms_new(Model *m) {
+    Room rooms[N_ROOMS];
+    m->kept_room = kept_bound(m, &m->args.bound);
+    m->activation_bytes = rooms_bytes(m, m->kept_room);
+    char *at = m->activations = (char *)room_new("what forward and backward write", m->activation_bytes);
+    for (int i = 0, n = model_rooms(m, rooms); i < n; i++) {
+        *rooms[i].at = at;
+        at += round_up(rooms[i].at == (void **)&m->kept ? m->kept_room : rooms[i].bytes, ALIGN);
+    }
+}
+
+// The inputs in one array, on the host or on the device; returns how many numbers that is.
+static size_t inputs_layout(const Model *m, Inputs *in, int *at) {
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, places = (size_t)BRANCHES * m->config.L * m->args.B;
+    in->place = at;
+    in->tokens = in->place + places;
+    in->targets = in->tokens + BT;
+    in->order = in->targets + BT;
+    in->first = in->order + BT;
+    return places + 4 * BT + 1;
+}
+
+static void inputs_new(Model *m) {
+    int dummy = 0;
+    const size_t bytes = inputs_layout(m, &m->host, &dummy) * sizeof(int);
+    inputs_layout(m, &m->host, (int *)host_new(bytes));
+    inputs_layout(m, &m->device, (int *)room_new("the inputs", bytes));
+    m->host_losses = (float *)host_new((size_t)m->args.B * (size_t)m->args.T * sizeof(float));
+    m->group = (int *)xcalloc((size_t)m->config.V, sizeof *m->group);
+    for (int v = 0; v < m->config.V; v++) m->group[v] = -1;
+}
+
+static void gpu_open(Gpu *g, int dtype) {
+    const char *search = getenv("DROPPATH_GEMM_SEARCH");
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count < 1)
+        die("no CUDA device: %s\n  hint: nvidia-smi lists them; build/train_gpt runs on the CPU",
+            error != cudaSuccess ? cudaGetErrorString(error) : "the driver knows none");
+    cudaDeviceProp device;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    if (device.major < 8)
+        die("%s is too old: compute capability %d.%d, and this engine needs 8.0", device.name, device.major, device.minor);
+    CUDA_CHECK(cudaSetDevice(0));
+    CUDA_CHECK(cudaStreamCreate(&g->stream));
+    CUBLAS_CHECK(cublasLtCreate(&g->blas));
+    g->half = dtype == DTYPE_BF16;
+    g->tf32 = dtype == DTYPE_TF32;
+    g->search = !search || strcmp(search, "0");
+    g->workspace = room_new("the workspace of products", WORKSPACE);
+}
+
+static void gpu_close(Gpu *g) {
+    for (int i = 0; i < g->n_products; i++) product_free(&g->product[i]);
+    free(g->product);
+    CUDA_CHECK(cudaFree(g->workspace));
+    CUBLAS_CHECK(cublasLtDestroy(g->blas));
+    CUDA_CHECK(cudaStreamDestroy(g->stream));
+}
+
+static Model *model_open(const GptConfig *config, const EngineArgs *args) {
+    const char *error = gpt_config_error(config);
+    if (error) die("this model cannot be built: %s", error);
+    if (config->C / config->NH > HEAD_MAX)
+        die("heads of %d channels: this engine takes at most %d", config->C / config->NH, HEAD_MAX);
+    if (config->C > CHANNELS_MAX) die("%d channels: this engine takes at most %d", config->C, CHANNELS_MAX);
+    CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
+    Model *m = (Model *)xcalloc(1, sizeof *m);
+    const size_t branches = (size_t)BRANCHES * (size_t)config->L + 1;
+    const int train = args->bound.rows > 0;
+    m->config = *config;
+    m->args = *args;
+    if (!train) m->args.recompute = RECOMPUTE_GELU;      // nothing is kept; there is no room to make it in again
+    gpu_open(&m->gpu, args->dtype);
+    params_layout(m);
+    m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_params);
+    if (m->gpu.half) m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
+    if (train) {
+        params_chunks(m);
+        m->slot[SLOT_GRAD] = zeros_new(&m->gpu, "gradients", m->n_params);
+        m->slot[SLOT_M] = zeros_new(&m->gpu, "the optimizer's moments", 2 * m->n_params);
+        m->slot[SLOT_V] = m->slot[SLOT_M] + m->n_params;
+        m->update = (BranchUpdate *)room_new("step counts", branches * sizeof *m->update);
+        m->host_update = (BranchUpdate *)host_new(branches * sizeof *m->host_update);
+        m->host_norm = (double *)host_new(sizeof *m->host_norm);
+    }
+    m->spent = (unsigned char *)xcalloc(branches, sizeof *m->spent);
+    m->attention = (AttentionKept *)xcalloc((size_t)config->L, sizeof *m->attention);
+    m->mlp = (MlpKept *)xcalloc((size_t)config->L, sizeof *m->mlp);
+    rooms_new(m);
+    inputs_new(m);
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    return m;
+}
+
+static void model_close(Model *m) {
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    void *const device[] = {m->activations, m->slot[SLOT_PARAM], m->slot[SLOT_GRAD], m->slot[SLOT_M], m->copy, m->chunk,
+                            m->norms, m->update, m->device.place};
+    void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm};
+    void *const host[] = {m->group, m->spent, m->attention, m->mlp, m};
+    gpu_close(&m->gpu);
+    for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) CUDA_CHECK(cudaFree(device[i]));
+    for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++) CUDA_CHECK(cudaFreeHost(pinned[i]));
+    for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) free(host[i]);
+}
+
+// Parameters with their rounded copy. The activations include the workspace of the products.
+static void model_memory(const Model *m, EngineMemory *bytes) {
+    const size_t one = m->n_params * sizeof(float), train = m->args.bound.rows > 0;
+    const int branch = m->args.B * m->config.L;
+    const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
+    Model copy = *m;
+    bytes->parameters = one + (m->copy ? m->n_params * sizeof(bf16) : 0);
+    bytes->gradients = train * one;
+    bytes->moments = train * 2 * one;
+    bytes->activations = WORKSPACE + m->activation_bytes;
+    bytes->activations_full = WORKSPACE + rooms_bytes(&copy, kept_bound(m, &all));
+    bytes->activations_used = WORKSPACE + rooms_bytes(&copy, m->kept_peak);
+}
+
+static void *keep(Model *m, size_t bytes) {
+    char *p = m->kept_end;
+    m->kept_end += round_up(bytes, ALIGN);
+    const size_t used = (size_t)(m->kept_end - m->kept);
+    CHECK(used <= m->kept_room, "the plan keeps more branches than the model was opened for");
+    if (used > m->kept_peak) m->kept_peak = used;
+    return p;
+}
+
+// ---- The two branches, on the rows that keep them ----
+
+// The rows of branch i; one that all rows run needs no index.
+static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
+    const BranchPlan *b = &plan->branch[i];
+    const Rows r = {b->n == m->last_B ? NULL : m->device.place + (size_t)i * (size_t)m->args.B, (float)b->scale};
+    return r;
+}
+
+static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
+
+// Adds to x what the branch before has left, and normalises the rows of branch i.
+static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied, const float *w, const float *b) {
+    residual_layernorm_forward(&m->gpu, m->x, ln, xhat, rstd, m->ended, m->end, rows, tied, w, b, (size_t)m->last_B,
+                               (size_t)m->last_T, (size_t)m->config.C);
+    m->ended = NULL;
+}
+
+// What out (n,T,C) holds is to be added to these rows.
+static void end_branch(Model *m, const void *out, Rows rows) { m->ended = out, m->end = rows; }
+
+// Where a branch of nT tokens keeps what it has to.
+static AttentionKept attention_keep(Model *m, size_t nT) {
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, N = size_of_number(&m->gpu);
+    AttentionKept k;
+    k.xhat = keep(m, nT * C * N), k.rstd = (float *)keep(m, nT * sizeof(float));
+    k.ln = m->args.recompute == RECOMPUTE_NONE ? keep(m, nT * C * N) : m->ln;
+    if (m->args.recompute == RECOMPUTE_BRANCH) {
+        k.qkv = m->redo, k.lse = m->lse, k.y = (char *)m->redo + round_up(nT * 3 * C * N, ALIGN);
+        return k;
+    }
+    k.qkv = keep(m, nT * 3 * C * N), k.lse = (float *)keep(m, nT * NH * sizeof(float)), k.y = keep(m, nT * C * N);
+    return k;
+}
+
+static MlpKept mlp_keep(Model *m, size_t nT) {
+    const size_t C = (size_t)m->config.C, N = size_of_number(&m->gpu);
+    MlpKept k;
+    k.xhat = keep(m, nT * C * N), k.rstd = (float *)keep(m, nT * sizeof(float));
+    k.ln = m->args.recompute == RECOMPUTE_NONE ? keep(m, nT * C * N) : m->ln;
+    k.h = m->args.recompute == RECOMPUTE_BRANCH ? m->redo : keep(m, nT * 4 * C * N);
+    k.gelu = m->args.recompute == RECOMPUTE_NONE ? keep(m, nT * 4 * C * N) : m->gelu;
+    return k;
+}
+
+// y = attention of ln, before the last product
+static void attention_inside(Model *m, const Params *w, const AttentionKept *k, size_t nT) {
+    Gpu *g = &m->gpu;
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
+    matmul_forward(g, fresh(k->qkv, 3 * C, operand(m, w->qkvb)), k->ln, operand(m, w->qkvw), nT, C, 3 * C);
+    attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH, g->half, g->stream);
+}
+
+// gelu = GELU(h), h from ln, before the last product
+static void mlp_inside(Model *m, const Params *w, const MlpKept *k, size_t nT) {
+    const size_t C = (size_t)m->config.C;
+    Result h = fresh(k->h, 4 * C, operand(m, w->fcb));
+    h.gelu = k->gelu;
+    matmul_forward(&m->gpu, h, k->ln, operand(m, w->fcw), nT, C, 4 * C);
+}
+
+// out: attn(LN(x[rows]))
+static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
+    const int i = BRANCHES * l + ATTN;
+    const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
+    const Params w = params_at(m, SLOT_PARAM, l);
+    const AttentionKept *k = &(m->attention[l] = attention_keep(m, nT));
+    begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
+    attention_inside(m, &w, k, nT);
+    matmul_forward(&m->gpu, fresh(m->out, C, operand(m, w.attprojb)), k->y, operand(m, w.attprojw), nT, C, C);
+    end_branch(m, m->out, rows_of(m, plan, i));
+}
+
+// out: mlp(LN(x[rows])); tied: of x[rows] + the attention's out, which joins the stream when it is read
+static void mlp_branch_forward(Model *m, int l, const DropPlan *plan) {
+    const int i = BRANCHES * l + MLP;
+    const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
+    const Params w = params_at(m, SLOT_PARAM, l);
+    const MlpKept *k = &(m->mlp[l] = mlp_keep(m, nT));
+    begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), plan->tied, w.ln2w, w.ln2b);
+    mlp_inside(m, &w, k, nT);
+    matmul_forward(&m->gpu, fresh(m->out, C, operand(m, w.fcprojb)), k->gelu, operand(m, w.fcprojw), nT, 4 * C, C);
+    end_branch(m, m->out, rows_of(m, plan, i));
+}
+
+// dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before i that runs: its scale
+// times dx on its rows.
+static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db, int add, const void *xhat,
+                                  const float *rstd, const float *w) {
+    const int last = i == BRANCHES * plan->layers, tied = plan->tied && !last && i % BRANCHES == MLP;
+    const Rows all = {NULL, 1}, rows = last ? all : rows_of(m, plan, i);
+    int before = i - 1;
+    while (before >= 0 && !plan->branch[before].n) before--;
+    residual_layernorm_backward(&m->gpu, m->dx, before < 0 ? NULL : m->dout, dw, db, add, m->dy, xhat, rstd, rows,
+                                before < 0 ? all : rows_of(m, plan, before), last, tied, w, (size_t)m->last_B,
+                                (size_t)m->last_T, (size_t)m->config.C);
+}
+
+// From dout (n,T,C), which carries the scale, to dx[rows].
+static void attention_branch_backward(Model *m, int l, const DropPlan *plan) {
+    const int i = BRANCHES * l + ATTN, add = gradient_add(m, l, ATTN, 0);
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
+    const size_t nT = tokens_of(m, &plan->branch[i]);
+    const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
+    const AttentionKept *k = &m->attention[l];
+    Gpu *g = &m->gpu;
+    void *dqkv = m->dwide, *dln = m->dy;
+    if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
+    if (k->qkv == m->redo) attention_inside(m, &w, k, nT);
+    matmul_backward(g, fresh(m->dy, C, NULL), dw.attprojw, dw.attprojb, add, m->dout, k->y, operand(m, w.attprojw), nT, C, C);
+    attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH, g->half, g->stream);
+    matmul_backward(g, fresh(dln, C, NULL), dw.qkvw, dw.qkvb, add, dqkv, k->ln, operand(m, w.qkvw), nT, C, 3 * C);
+    begin_branch_backward(m, plan, i, dw.ln1w, dw.ln1b, add, k->xhat, k->rstd, w.ln1w);
+}
+
+static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
+    const int i = BRANCHES * l + MLP, add = gradient_add(m, l, MLP, 0);
+    const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
+    const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
+    const MlpKept *k = &m->mlp[l];
+    Gpu *g = &m->gpu;
+    Result dh = fresh(m->dwide, 4 * C, NULL);
+    void *dln = m->dy;
+    if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
+    if (k->h == m->redo) mlp_inside(m, &w, k, nT);
+    dh.h = k->h;
+    dh.gelu = m->args.recompute == RECOMPUTE_GELU ? k->gelu : NULL;
+    matmul_backward(g, dh, dw.fcprojw, dw.fcprojb, add, m->dout, k->gelu, operand(m, w.fcprojw), nT, 4 * C, C);
+    matmul_backward(g, fresh(dln, C, NULL), dw.fcw, dw.fcb, add, dh.at, k->ln, operand(m, w.fcw), nT, C, 4 * C);
+    begin_branch_backward(m, plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
+}
+
+// ---- A block with drop path ----
+//     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
+
+static void block_forward(Model *m, int l, const DropPlan *plan) {
+    if (plan->branch[BRANCHES * l + ATTN].n) attention_branch_forward(m, l, plan);
+    if (plan->branch[BRANCHES * l + MLP].n) mlp_branch_forward(m, l, plan);
+}
+
+static void block_backward(Model *m, int l, const DropPlan *plan) {
+    if (plan->branch[BRANCHES * l + MLP].n) mlp_branch_backward(m, l, plan);
+    if (plan->branch[BRANCHES * l + ATTN].n) attention_branch_backward(m, l, plan);
+}
+
+// ---- Forward and backward of the whole model ----
+
+static void check_call(const Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
+    CHECK(plan->layers == m->config.L, "a plan of %d layers for a model of %d", plan->layers, m->config.L);
+    CHECK(plan->batch > 0 && plan->batch <= m->args.B && T > 0 && T <= m->args.T, "%d rows of %d tokens; opened for %d of %d",
+          plan->batch, T, m->args.B, m->args.T);
+    for (size_t i = 0, n = (size_t)plan->batch * (size_t)T; i < n; i++) {
+        CHECK(tokens[i] >= 0 && tokens[i] < m->config.V, "token %d is outside the vocabulary of %d", tokens[i], m->config.V);
+        CHECK(!targets || targets[i] < m->config.V, "target %d is outside the vocabulary of %d", targets[i], m->config.V);
+    }
+}
+
+// The places of the batch by their token, in the order in which tokens first appear; returns how many tokens that is.
+static int group_tokens(Model *m, const int *tokens, size_t BT) {
+    int groups = 0, *first = m->host.first, *order = m->host.order;
+    for (size_t i = 0; i <= BT; i++) first[i] = 0;
+    for (size_t i = 0; i < BT; i++) {
+        int *group = &m->group[tokens[i]];
+        if (*group < 0) *group = groups++;
+        first[*group + 1]++;
+    }
+    for (int g = 0; g < groups; g++) first[g + 1] += first[g];
+    for (size_t i = 0; i < BT; i++) order[first[m->group[tokens[i]]]++] = (int)i;      // moves first[g] to where g + 1 begins
+    for (int g = groups; g > 0; g--) first[g] = first[g - 1];
+    first[0] = 0;
+    for (size_t i = 0; i < BT; i++) m->group[tokens[i]] = -1;
+    return groups;
+}
+
+// Everything that a call reads from the host goes to the device at once. Returns the groups of equal tokens.
+static int send_inputs(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, int train) {
+    const size_t BT = (size_t)plan->batch * (size_t)T, B = (size_t)m->args.B;
+    int dummy = 0, groups = 0;
+    Inputs unused;
+    for (int i = 0; i < BRANCHES * plan->layers; i++) {
+        int *place = m->host.place + (size_t)i * B;
+        for (size_t row = 0; row < B; row++) place[row] = -1;
+        for (int j = 0; j < plan->branch[i].n; j++) place[plan->branch[i].rows[j]] = j;
+    }
+    memcpy(m->host.tokens, tokens, BT * sizeof(int));
+    if (targets) memcpy(m->host.targets, targets, BT * sizeof(int));
+    if (train) groups = group_tokens(m, tokens, BT);
+    CUDA_CHECK(cudaMemcpyAsync(m->device.place, m->host.place, inputs_layout(m, &unused, &dummy) * sizeof(int),
+                               cudaMemcpyHostToDevice, m->gpu.stream));
+    return groups;
+}
+
+// The losses; with weight != 0 also dy = the gradient of the mean loss times weight, by the output of the last LayerNorm.
+// They come to the host with the end of the call.
+static void model_loss(Model *m, int T, const int *targets, const DropPlan *plan, double weight) {
+    const size_t BT = (size_t)plan->batch * (size_t)T;
+    size_t count = 0;
+    for (size_t t = 0; t < BT; t++) count += targets[t] >= 0;
+    float *dwte = weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
+    const int add = weight != 0 && !m->spent[gradient_index(m, 0, NO_BRANCH)];
+    classifier(&m->gpu, m->losses, m->dy, dwte, add, m->logits, m->lnf, operand(m, params_at(m, SLOT_PARAM, 0).wte),
+               m->device.targets, (float)(weight / (double)(count ? count : 1)), BT, (size_t)m->config.C, (size_t)m->config.V);
+    CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, BT * sizeof(float), cudaMemcpyDeviceToHost, m->gpu.stream));
+}
+
+// Waits for the call to end; returns the mean loss.
+static double model_finish(Model *m, int T, const int *targets, const DropPlan *plan) {
+    size_t count = 0;
+    double sum = 0;
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    for (size_t t = 0; targets && t < (size_t)plan->batch * (size_t)T; t++) {
+        count += targets[t] >= 0;
+        sum += (double)m->host_losses[t];
+    }
+    return sum / (double)(count ? count : 1);
+}
+
+static Grouped run_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight) {
+    const size_t B = (size_t)plan->batch, C = (size_t)m->config.C;
+    const Rows all = {NULL, 1};
+    check_call(m, T, tokens, targets, plan);
+    const Params w = params_at(m, SLOT_PARAM, 0);
+    const Grouped by = {send_inputs(m, T, tokens, targets, plan, weight != 0), m->device.order, m->device.first};
+    m->last_B = plan->batch;
+    m->last_T = T;
+    m->kept_end = m->kept;
+    m->ended = NULL;
+    embedding_forward(&m->gpu, m->x, m->device.tokens, w.wte, w.wpe, B, (size_t)T, C);
+    for (int l = 0; l < m->config.L; l++) {
+        if (weight == 0) m->kept_end = m->kept;          // evaluation keeps nothing
+        block_forward(m, l, plan);
+    }
+    begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
+    if (targets) model_loss(m, T, targets, plan, weight);
+    return by;
+}
+
+static double model_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
+    run_forward(m, T, tokens, targets, plan, 0);
+    return model_finish(m, T, targets, plan);
+}
+
+static double model_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan,
+                                     double weight) {
+    CHECK(m->slot[SLOT_GRAD] && targets && weight != 0, "this model was opened to evaluate");
+    const Grouped by = run_forward(m, T, tokens, targets, plan, weight);
+    const int add = gradient_add(m, 0, NO_BRANCH, 0);
+    const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
+    begin_branch_backward(m, plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
+    for (int l = m->config.L - 1; l >= 0; l--) block_backward(m, l, plan);
+    embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)plan->batch, (size_t)T,
+                       (size_t)m->config.T, (size_t)m->config.C);
+    return model_finish(m, T, targets, plan);
+}
+
+static void model_losses(Model *m, real *host) {
+    memcpy(host, m->host_losses, (size_t)m->last_B * (size_t)m->last_T * sizeof(real));
+}
+
+static void model_logits(Model *m, int row, int t, real *host) {
+    const size_t C = (size_t)m->config.C, V = (size_t)m->config.V;
+    const Gpu *g = &m->gpu;
+    CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T, "no logits at row %d, position %d", row, t);
+    const char *x = (const char *)m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C * size_of_number(g);
+    LAUNCH_AS(logits_kernel, g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, m->token_logits, x,
+              operand(m, params_at(m, SLOT_PARAM, 0).wte), V, C);
+    CUDA_CHECK(cudaMemcpyAsync(host, m->token_logits, V * sizeof(real), cudaMemcpyDeviceToHost, g->stream));
+    CUDA_CHECK(cudaStreamSynchronize(g->stream));
+}
+
+// ---- AdamW (Loshchilov and Hutter 2019, algorithm 2), with the gradients clipped to a norm ----
+
+// The sum of one number of each thread, to the first; shared (blockDim.x).
+static __device__ inline double block_sum_double(double x, double *shared) {
+    shared[threadIdx.x] = x;
+    __syncthreads();
+    for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+        __syncthreads();
+    }
+    return shared[0];
+}
+
+// norms[i] = the squared norm of chunk i's gradient, 0 for branches that have none.
+__global__ void chunk_norms_kernel(double *norms, const float *grad, const UpdateChunk *chunk, const BranchUpdate *branch) {
+    SHARED(double, shared);
+    const UpdateChunk k = chunk[blockIdx.x];
+    const BranchUpdate b = branch[k.branch];
+    double sum = 0;
+    if (b.run && !b.spent)
+        for (size_t i = threadIdx.x; i < k.n; i += blockDim.x) sum += (double)grad[k.at + i] * (double)grad[k.at + i];
+    sum = block_sum_double(sum, shared);
+    if (threadIdx.x == 0) norms[blockIdx.x] = sum;
+}
+
+// norms[n] = the norm of all. One block.
+__global__ void total_norm_kernel(double *norms, int n) {
+    SHARED(double, shared);
+    double sum = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += norms[i];
+    sum = block_sum_double(sum, shared);
+    if (threadIdx.x == 0) norms[n] = sqrt(sum);
+}
+
+typedef struct { float b1, b2, eps, keep; double grad_clip; } AdamArgs;   // keep: what weight decay leaves of p
+
+// A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite.
+__global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
+                             const BranchUpdate *branch, const double *norm, AdamArgs a) {
+    const UpdateChunk k = chunk[blockIdx.x];
+    const BranchUpdate b = branch[k.branch];
+    if (!b.run || !isfinite(*norm)) return;
+    const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
+    const float shrink = (float)clip, keep = k.decay ? a.keep : 1;
+    for (size_t j = threadIdx.x; j < k.n; j += blockDim.x) {
+        const size_t i = k.at + j;
+        const float g = b.spent ? 0 : grad[i] * shrink;
+        const float mi = m[i] = a.b1 * m[i] + (1 - a.b1) * g;
+        const float vi = v[i] = a.b2 * v[i] + (1 - a.b2) * g * g;
+        const float pi = p[i] = keep * p[i] - b.rate * mi / (sqrtf(vi) * b.unbias + a.eps);
+        if (copy) copy[i] = from_float<bf16>(pi);
+    }
+}
+
+static double model_update(Model *m, const UpdateArgs *a) {
+    CHECK(m->slot[SLOT_GRAD], "this model was opened to evaluate");
+    const size_t branches = (size_t)BRANCHES * (size_t)m->config.L + 1;
+    const cudaStream_t stream = m->gpu.stream;
+    const AdamArgs args = {(float)a->beta1, (float)a->beta2, (float)a->eps, (float)(1 - a->lr * a->weight_decay),
+                           a->grad_clip};
+    for (size_t i = 0; i < branches; i++) {
+        const double t = (double)a->t[i];
+        const BranchUpdate b = {t > 0 ? (float)(a->lr / (1 - pow(a->beta1, t))) : 0,
+                                t > 0 ? (float)(1 / sqrt(1 - pow(a->beta2, t))) : 0, t > 0, m->spent[i]};
+        m->host_update[i] = b;
+    }
+    CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update, cudaMemcpyHostToDevice, stream));
+    LAUNCH(chunk_norms_kernel, (unsigned)m->n_chunks, BLOCK, BLOCK * sizeof(double), stream, m->norms, m->slot[SLOT_GRAD],
+           m->chunk, m->update);
+    LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, m->norms, m->n_chunks);
+    if (!a->discard)
+        LAUNCH(adamw_kernel, (unsigned)m->n_chunks, BLOCK, 0, stream, m->slot[SLOT_PARAM], m->copy, m->slot[SLOT_GRAD],
+               m->slot[SLOT_M], m->slot[SLOT_V], m->chunk, m->update, m->norms + m->n_chunks, args);
+    CUDA_CHECK(cudaMemcpyAsync(m->host_norm, m->norms + m->n_chunks, sizeof(double), cudaMemcpyDeviceToHost, stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    memset(m->spent, 1, branches);
+    return *m->host_norm;
+}
+
+// ---- The engine ----
+
+static float *param_at(Model *m, Slot slot, int param, int layer) {
+    CHECK(m->slot[slot], "this model was opened to evaluate");
+    CHECK(param >= 0 && param < N_PARAMS && layer >= 0 && layer < gpt_param_layers(&m->config, param),
+          "no parameter %d in layer %d", param, layer);
+    if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 1);
+    return m->slot[slot] + m->offset[param] + (size_t)layer * m->layer_size;
+}
+
+static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
+    const size_t n = gpt_param_size(&m->config, param);
+    CUDA_CHECK(cudaMemcpyAsync(host, param_at(m, slot, param, layer), n * sizeof(real), cudaMemcpyDeviceToHost,
+                               m->gpu.stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+}
+
+__global__ void round_kernel(bf16 *to, const float *from, size_t n) {
+    const size_t i = thread_index();
+    if (i < n) to[i] = from_float<bf16>(from[i]);
+}
+
+static void model_write(Model *m, Slot slot, int param, int layer, const real *host) {
+    const size_t n = gpt_param_size(&m->config, param);
+    float *to = param_at(m, slot, param, layer);
+    CUDA_CHECK(cudaMemcpyAsync(to, host, n * sizeof(real), cudaMemcpyHostToDevice, m->gpu.stream));
+    if (slot == SLOT_PARAM && m->copy)
+        LAUNCH(round_kernel, blocks_for(n), BLOCK, 0, m->gpu.stream, m->copy + (to - m->slot[SLOT_PARAM]), to, n);
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+}
+
+// Products of squares, larger until one takes a while; then the best of many. (8192: more than a device runs at once.)
+static double model_peak(Model *m, double seconds) {
+    enum { LEAST = 128, MOST = 8192 };
+    Gpu *g = &m->gpu;
+    const double end = clock_seconds() + seconds;
+    double best = 0;
+    for (size_t n = LEAST, enough = 0; best == 0 || clock_seconds() < end;) {
+        const size_t bytes = n * n * size_of_number(g);
+        char *room = (char *)room_new("the measurement of the peak", 3 * bytes);
+        CUDA_CHECK(cudaMemsetAsync(room, 0, 3 * bytes, g->stream));
+        multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n, n);   // its algorithm
+        CUDA_CHECK(cudaStreamSynchronize(g->stream));
+        do {
+            const double from = clock_seconds();
+            multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n, n);
+            CUDA_CHECK(cudaStreamSynchronize(g->stream));
+            const double run = clock_seconds() - from;
+            best = fmax(best, 2.0 * (double)n * (double)n * (double)n / run);
+            enough = run > 2e-3 || n == MOST;
+        } while (enough && clock_seconds() < end);
+        CUDA_CHECK(cudaFree(room));
+        n *= enough ? 1 : 2;
+    }
+    return best;
+}
+
+#ifndef CUDA_ENGINE
+#define CUDA_ENGINE engine_cuda
+#endif
+
+// Its name is the device's, which must be asked for first.
+const Engine *CUDA_ENGINE(void) {
+    static char name[300] = "GPU";
+    static const Engine engine = {
+        name, DTYPE_BF16, 0,
+        model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
+        model_read, model_write, model_memory, model_peak, model_close,
+    };
+    cudaDeviceProp device;
+    int count = 0;
+    if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0 && cudaGetDeviceProperties(&device, 0) == cudaSuccess)
+        snprintf(name, sizeof name, "GPU, %s", device.name);
+    return &engine;
+}
+
+#ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main
+#include "dev/trainer.h"
+
+int main(int argc, char **argv) { return trainer_main(argc, argv, engine_cuda()); }
+#endif
