@@ -145,6 +145,25 @@ $(TOOLS:%=$(B)/%_cuda.o): $(B)/%_cuda.o: dev/tools/%.c
 $(TOOLS:%=$(B)/%_cuda): $(B)/%_cuda: $(B)/%_cuda.o $(B)/engine_cuda.o
 	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)
 
+# What measures on a GPU; the same under the emulator, to try it where there is none.
+$(B)/bench_cuda.o: dev/bench/bench_cuda.c
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -MMD -MF $@.d -c $< -o $@
+
+$(B)/bench_cuda: $(B)/bench_cuda.o $(B)/engine_cuda.o
+	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)
+
+$(B)/kernels_cuda: dev/bench/kernels.cu                  # includes train_gpt.cu, to reach its kernels
+	@mkdir -p $(@D)
+	$(NVCC) $(GPU_FLAGS) -MMD -MF $@.d $< -o $@ $(GPU_LIBS)
+
+$(B)/bench_emu: $(B)/bench_cuda.o $(B)/engine_emu.o
+	$(CC) $(FLAGS) $^ -o $@ $(LIBS) $(CXX_LIB)
+
+$(B)/kernels_emu: dev/bench/kernels.cu
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS)
+
 # Registers, spills and shared memory of every kernel, for each compute capability.
 cuda-report:
 	@for a in $(GPU_ARCH); do \
