@@ -18,6 +18,7 @@
 #include "dev/check.h"
 #include "dev/cuda.h"
 #include "dev/engine.h"
+#include <limits.h>
 
 // ---- The device, and numbers in memory ----
 
@@ -71,6 +72,9 @@ enum { BLOCK = 256, WIDE = 4 };                          // threads of a block w
 
 // Blocks for n pieces of work, one thread each.
 static inline dim3 blocks_for(size_t n) { return dim3((unsigned)strips(n, BLOCK)); }
+
+// Threads of a block that does one line of C numbers, WIDE each.
+static inline unsigned threads_for(size_t C) { return (unsigned)at_most(round_up(strips(C, WIDE), WARP), BLOCK); }
 
 static __device__ inline size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
@@ -404,22 +408,23 @@ static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add,
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
 // All of it in float: the weights are read from the optimizer's, not from the rounded copy.
 
+// A block does a token.
 template <int W> __global__ void embedding_forward_kernel(float *x, const int *tokens, const float *wte, const float *wpe,
-                                                          size_t BT, size_t T, size_t C) {
-    const size_t i = thread_index() * W, bt = i / C, c = i % C;
-    if (bt >= BT) return;
-    Floats<W> v = load<float, W>(wte, (size_t)tokens[bt] * C + c);
-    const Floats<W> p = load<float, W>(wpe, bt % T * C + c);
-    for (int k = 0; k < W; k++) v.x[k] += p.x[k];
-    store<float, W>(x, i, v);
+                                                          size_t T, size_t C) {
+    const size_t bt = blockIdx.x, token = (size_t)tokens[bt], t = blockIdx.x % (unsigned)T;
+    for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
+        const Floats<W> p = load<float, W>(wpe, t * C + c);
+        Floats<W> v = load<float, W>(wte, token * C + c);
+        for (int k = 0; k < W; k++) v.x[k] += p.x[k];
+        store<float, W>(x, bt * C + c, v);
+    }
 }
 
 static void embedding_forward(const Gpu *g, float *x, const int *tokens, const float *wte, const float *wpe, size_t B,
                               size_t T, size_t C) {
-    if (C % WIDE == 0)
-        LAUNCH(embedding_forward_kernel<WIDE>, blocks_for(B * T * C / WIDE), BLOCK, 0, g->stream, x, tokens, wte, wpe, B * T,
-               T, C);
-    else LAUNCH(embedding_forward_kernel<1>, blocks_for(B * T * C), BLOCK, 0, g->stream, x, tokens, wte, wpe, B * T, T, C);
+    const unsigned BT = (unsigned)(B * T), threads = threads_for(C);
+    if (C % WIDE == 0) LAUNCH(embedding_forward_kernel<WIDE>, BT, threads, 0, g->stream, x, tokens, wte, wpe, T, C);
+    else LAUNCH(embedding_forward_kernel<1>, BT, threads, 0, g->stream, x, tokens, wte, wpe, T, C);
 }
 
 // dwte (V,C) +=: group i is one token, whose places in the batch are order[first[i]] .. order[first[i + 1]]. A block takes
@@ -490,7 +495,8 @@ __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat
                                                   size_t C) {
     SHARED(float, room);                                 // (warps, C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const size_t token = (size_t)blockIdx.x * (blockDim.x / WARP) + warp, row = token / T, t = token % T;
+    const size_t token = (size_t)blockIdx.x * (blockDim.x / WARP) + warp;
+    const unsigned row = (unsigned)token / (unsigned)T, t = (unsigned)token % (unsigned)T;
     if (token >= BT) return;
     const long ended = out ? row_place(end.place, row) : -1, begun = row_place(begin.place, row);
     if (ended < 0 && begun < 0) return;
@@ -505,20 +511,24 @@ __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat
             }
             store<float, W>(x, token * C + c, v);
         }
-        for (int k = 0; k < W; k++) sum += z[c + k] = tied ? seen.x[k] : v.x[k];
+        if (!tied) seen = v;
+        for (int k = 0; k < W; k++) sum += seen.x[k];
+        store<float, W>(z, c, seen);
     }
     if (begun < 0) return;
     const float mean = warp_sum(sum) / C;
-    for (size_t c = lane * W; c < C; c += WARP * W)
-        for (int k = 0; k < W; k++) squares += (z[c + k] - mean) * (z[c + k] - mean);
+    for (size_t c = lane * W; c < C; c += WARP * W) {
+        const Floats<W> v = load<float, W>(z, c);
+        for (int k = 0; k < W; k++) squares += (v.x[k] - mean) * (v.x[k] - mean);
+    }
     const float r = 1 / sqrtf(warp_sum(squares) / C + 1e-5f);
     const size_t to = (size_t)begun * T + t;
     if (lane == 0) rstd[to] = r;
     for (size_t c = lane * W; c < C; c += WARP * W) {
-        const Floats<W> weight = load<float, W>(w, c), bias = load<float, W>(b, c);
+        const Floats<W> v = load<float, W>(z, c), weight = load<float, W>(w, c), bias = load<float, W>(b, c);
         Floats<W> h, y;
         for (int k = 0; k < W; k++) {
-            h.x[k] = to_float(from_float<N>((z[c + k] - mean) * r));
+            h.x[k] = to_float(from_float<N>((v.x[k] - mean) * r));
             y.x[k] = h.x[k] * weight.x[k] + bias.x[k];
         }
         store<N, W>(xhat, to * C + c, h);
@@ -536,20 +546,19 @@ static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *x
               xhat, rstd, out, end, begin, tied, w, b, B * T, T, C);
 }
 
-// y (n) again, from what was kept: the backward pass needs it as the input of a matrix product.
-template <class N, int W>
-__global__ void layernorm_again_kernel(void *y, const void *xhat, const float *w, const float *b, size_t n, size_t C) {
-    const size_t i = thread_index() * W, c = i % C;
-    if (i >= n) return;
-    Floats<W> v = load<N, W>(xhat, i);
-    const Floats<W> weight = load<float, W>(w, c), bias = load<float, W>(b, c);
-    for (int k = 0; k < W; k++) v.x[k] = v.x[k] * weight.x[k] + bias.x[k];
-    store<N, W>(y, i, v);
+// y (n,T,C) again, from what was kept: the backward pass needs it as the input of a matrix product. A block does a token.
+template <class N, int W> __global__ void layernorm_again_kernel(void *y, const void *xhat, const float *w, const float *b,
+                                                                 size_t C) {
+    for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
+        const Floats<W> weight = load<float, W>(w, c), bias = load<float, W>(b, c);
+        Floats<W> v = load<N, W>(xhat, blockIdx.x * C + c);
+        for (int k = 0; k < W; k++) v.x[k] = v.x[k] * weight.x[k] + bias.x[k];
+        store<N, W>(y, blockIdx.x * C + c, v);
+    }
 }
 
 static void layernorm_again(const Gpu *g, void *y, const void *xhat, const float *w, const float *b, size_t nT, size_t C) {
-    const int wide = C % WIDE == 0;
-    LAUNCH_AS(layernorm_again_kernel, g, wide, blocks_for(nT * C / (wide ? WIDE : 1)), BLOCK, 0, y, xhat, w, b, nT * C, C);
+    LAUNCH_AS(layernorm_again_kernel, g, C % WIDE == 0, (unsigned)nT, threads_for(C), 0, y, xhat, w, b, C);
 }
 
 // Backward: dx += dz = rstd * (v - mean(v) - xhat * mean(v * xhat)), v = dy * w (n,T,C), on the rows of `begin`, or = dz with
@@ -562,10 +571,11 @@ __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float 
     SHARED(float, room);                                 // (warps, 2C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float *dw = room + warp * 2 * C, *db = dw + C;       // each lane only meets its own numbers until the end
-    for (size_t c = lane * W; c < C; c += WARP * W)
-        for (int k = 0; k < W; k++) dw[c + k] = db[c + k] = 0;
+    Floats<W> zero;
+    for (int k = 0; k < W; k++) zero.x[k] = 0;
+    for (size_t c = lane * W; c < C; c += WARP * W) store<float, W>(dw, c, zero), store<float, W>(db, c, zero);
     for (size_t token = (size_t)blockIdx.x * warps + warp; token < BT; token += (size_t)gridDim.x * warps) {
-        const size_t row = token / T, t = token % T;
+        const unsigned row = (unsigned)token / (unsigned)T, t = (unsigned)token % (unsigned)T;
         const long begun = row_place(begin.place, row), ended = dout ? row_place(end.place, row) : -1;
         if (begun < 0 && ended < 0) continue;
         const size_t from = ((size_t)begun * T + t) * C, to = ((size_t)ended * T + t) * C;
@@ -573,20 +583,21 @@ __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float 
         if (begun >= 0) {
             for (size_t c = lane * W; c < C; c += WARP * W) {
                 const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<float, W>(w, c);
+                Floats<W> dwc = load<float, W>(dw, c), dbc = load<float, W>(db, c);
                 for (int k = 0; k < W; k++) {
                     mean += g.x[k] * weight.x[k];
                     along += g.x[k] * weight.x[k] * h.x[k];
-                    dw[c + k] += g.x[k] * h.x[k];
-                    db[c + k] += g.x[k];
+                    dwc.x[k] += g.x[k] * h.x[k];
+                    dbc.x[k] += g.x[k];
                 }
+                store<float, W>(dw, c, dwc), store<float, W>(db, c, dbc);
             }
             mean = warp_sum(mean) / C;
             along = warp_sum(along) / C;
             r = rstd[(size_t)begun * T + t];
         }
         for (size_t c = lane * W; c < C; c += WARP * W) {
-            Floats<W> old, z, sum;
-            for (int k = 0; k < W; k++) old.x[k] = z.x[k] = 0;
+            Floats<W> old = zero, z = zero, sum;
             if (!fresh) old = load<float, W>(dx, token * C + c);
             if (begun >= 0) {
                 const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<float, W>(w, c);
@@ -1086,6 +1097,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
         die("heads of %d channels: this engine takes at most %d", config->C / config->NH, HEAD_MAX);
     if (config->C > CHANNELS_MAX) die("%d channels: this engine takes at most %d", config->C, CHANNELS_MAX);
     CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
+    if ((double)args->B * args->T > INT_MAX) die("a micro-batch of %d rows of %d tokens: 2^31 are too many", args->B, args->T);
     Model *m = (Model *)xcalloc(1, sizeof *m);
     const size_t branches = (size_t)BRANCHES * (size_t)config->L + 1;
     const int train = args->bound.rows > 0;

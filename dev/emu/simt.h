@@ -130,7 +130,8 @@ struct EmuCore {
     unsigned threads, warps, warps_ready, at, i, odd, add, at_barrier, done;
     uint64_t random;
     EmuFiber home, *fiber, *idle[EMU_LANES + 1];         // the host's own stack; the running one; those at rest
-    unsigned idles;
+    unsigned idles, fibers;
+    int barrier_line;                                    // of the __syncthreads that some are in
     char *shared_base, *shared;
     size_t shared_bytes, shared_room;                    // of this launch; of the memory at hand
 };
@@ -295,7 +296,8 @@ inline EmuFiber *emu_fiber_new(void) {
     if (!f || memory == MAP_FAILED || mprotect(memory, page, PROT_NONE)) emu_fail("no memory for the stack of a thread");
     f->stack = (char *)memory + page, f->size = EMU_STACK;   // below it a page that cannot be touched
 #if EMU_FRAME_WORDS
-    void **frame = (void **)(void *)(f->stack + f->size) - EMU_FRAME_WORDS;
+    const size_t stagger = emu_core->fibers++ * 320 % 4096;   // or the tops of all stacks would share a few lines of the cache
+    void **frame = (void **)(void *)(f->stack + f->size - stagger) - EMU_FRAME_WORDS;
     frame[EMU_FRAME_RETURN] = (void *)(uintptr_t)emu_fiber_begin;
     f->sp = frame;
 #else
@@ -334,7 +336,9 @@ inline void emu_stand(EmuLane *l, EmuState state, const char *what, unsigned mas
 inline void __syncthreads(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
     EmuCore *c = emu_core_of_kernel("__syncthreads");
     emu_stand(c->lane, EMU_BARRIER, "__syncthreads", 0, file, line);
-    c->at_barrier++;
+    if (c->at_barrier++ == 0) c->barrier_line = line;
+    if (line != c->barrier_line)
+        emu_fail("__syncthreads at %s:%d, while others of the block are in the one of line %d", file, line, c->barrier_line);
     emu_wait(c);
 }
 

@@ -9,7 +9,10 @@
 #include <math.h>
 #include <sys/wait.h>
 
-static int test_failures;                                // expectations failed in the running test
+// Tests in C and in C++ (test_emu.cu) are objects of one program: these are one and the same in all of them.
+#define TEST_SHARED __attribute__((weak))
+
+TEST_SHARED int test_failures;                           // expectations failed in the running test
 
 // Prints the first few failures of a test (one wrong kernel fails a thousand comparisons).
 static inline void PRINTF_LIKE(4, 5) test_expect(int ok, const char *file, int line, const char *format, ...) {
@@ -44,9 +47,12 @@ static inline void test_expect_error(const char *error, const char *part, const 
 
 // A program that dies leaves its memory to the system: no leak check in the children of EXPECT_EXIT (a hook of
 // LeakSanitizer, see its lsan_interface.h).
-static int test_is_child;
+TEST_SHARED int test_is_child;
+#ifdef __cplusplus
+extern "C"
+#endif
 int __lsan_is_turned_off(void);
-int __lsan_is_turned_off(void) { return test_is_child; }
+TEST_SHARED int __lsan_is_turned_off(void) { return test_is_child; }
 
 // Runs f(arg) in a child process; it must exit with `code` and print `part` on its standard error.
 #define EXPECT_EXIT(code, part, f, arg) test_expect_exit(code, part, f, arg, __FILE__, __LINE__)
@@ -69,6 +75,7 @@ static inline void test_expect_exit(int code, const char *part, void (*f)(void *
     }
     close(ends[1]);
     for (ssize_t got; n < sizeof seen - 1 && (got = read(ends[0], seen + n, sizeof seen - 1 - n)) > 0; n += (size_t)got) {}
+    for (char rest[4096]; read(ends[0], rest, sizeof rest) > 0;) {}          // a sanitizer says more than that
     close(ends[0]);
     seen[n] = 0;
     int status = 0;
@@ -80,20 +87,20 @@ static inline void test_expect_exit(int code, const char *part, void (*f)(void *
 
 // ---- Directories ----
 
-static char test_root[256];                              // the one folder of this run, or ""
+TEST_SHARED char test_root[256];                         // the one folder of this run, or ""
+TEST_SHARED char test_made[200][300];                    // and what is in it
+TEST_SHARED int test_made_count;
 
 // A new empty directory under TMPDIR for the running test; test_gpt.c removes them all when it is done.
 static inline const char *test_directory(void) {
-    static char made[200][300];
-    static int count;
-    CHECK(count < 200, "more than 200 directories");
-    char *current = made[count];
+    CHECK(test_made_count < 200, "more than 200 directories");
+    char *current = test_made[test_made_count];
     if (!test_root[0]) {
         const char *base = getenv("TMPDIR");
         snprintf(test_root, sizeof test_root, "%s/droppath_test_XXXXXX", base ? base : "/tmp");
         if (!mkdtemp(test_root)) die("cannot make %s: %s", test_root, strerror(errno));
     }
-    snprintf(current, sizeof made[0], "%s/%d", test_root, count++);
+    snprintf(current, sizeof test_made[0], "%s/%d", test_root, test_made_count++);
     directory_make(current);
     return current;
 }
