@@ -5,6 +5,7 @@
 //
 // The tables are those of bench.c, by the same text (steps.h), on the engine that is linked: this file knows of the GPU
 // only what its makers promise. README.md beside this file says what the rows mean.
+#include "cuda_cases.h"
 #include "steps.h"
 #include "../options.h"
 
@@ -33,31 +34,7 @@ static const OptionSpec bench_option_specs[] = {
 };
 enum { N_BENCH_OPTION_SPECS = sizeof bench_option_specs / sizeof bench_option_specs[0] };
 enum { ONLY_ALL, ONLY_STEP, ONLY_DROP, ONLY_TURNS };
-
-// ---- What is measured unless the options say otherwise ----
-
-// One micro-batch a step, as large as 80 GB hold with ease: the larger the model, the more of a step is its AdamW.
-static const Case step_cases[] = {
-    {"gpt2", 32, 1024}, {"gpt2-medium", 32, 1024}, {"gpt2-large", 16, 1024}, {"gpt2-xl", 16, 1024},
-    {"small", 64, 256}, {"tiny", 64, 64},
-};
-enum { DEFAULT_STEPS = 4, DEFAULT_DROPS = 1, N_CASES = sizeof step_cases / sizeof step_cases[0] };
 enum { STEP_ROUNDS = 8, DROP_ROUNDS = 3 };
-
-// Dense products of bf16 with sums in fp32, without structured sparsity, in TFLOP/s, from the makers' data sheets (NVIDIA:
-// A100, H100, H100 NVL, H200, L40S, GeForce RTX 4090 by the Ada whitepaper). The first name that is part of the device's
-// holds; of H100 the plain name is the SXM5 module.
-static const struct { const char *name; double peak; } sheet[] = {
-    {"A100", 312}, {"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H200 NVL", 835}, {"H200", 989},
-    {"L40S", 362}, {"RTX 4090", 165},
-};
-
-// FLOP/s by the data sheet; 0 for a device that is not in the table, and for other dtypes.
-static double sheet_peak(const char *device, int dtype) {
-    for (size_t i = 0; dtype == DTYPE_BF16 && i < sizeof sheet / sizeof sheet[0]; i++)
-        if (strstr(device, sheet[i].name)) return 1e12 * sheet[i].peak;
-    return 0;
-}
 
 // ---- The program ----
 
@@ -94,7 +71,7 @@ int main(int argc, char **argv) {
     options_init(&options, "bench_cuda [options]");
     options_add(&options, bench_option_specs, N_BENCH_OPTION_SPECS, &o);
     options_parse(&options, argc, argv);
-    const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, step_cases, N_CASES), rounds = (int)o.rounds;
+    const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES), rounds = (int)o.rounds;
     if (o.only != ONLY_TURNS) fclose(file_open(o.json, "ab"));     // rather now than after minutes
     setvbuf(stdout, NULL, _IOLBF, 0);
     bench_open(&b, (int)o.dtype, (int)o.recompute);
@@ -103,9 +80,9 @@ int main(int argc, char **argv) {
     } else {
         printf("%s\n", b.engine->name);
         if (o.only != ONLY_DROP)
-            bench_step(&b, one ? &only : step_cases, one ? 1 : DEFAULT_STEPS, rounds ? rounds : STEP_ROUNDS);
+            bench_step(&b, one ? &only : cuda_cases, one ? 1 : N_CUDA_DEFAULTS, rounds ? rounds : STEP_ROUNDS);
         if (o.only != ONLY_STEP)
-            bench_drop(&b, one ? &only : step_cases, one ? 1 : DEFAULT_DROPS, rounds ? rounds : DROP_ROUNDS);
+            bench_drop(&b, one ? &only : cuda_cases, 1, rounds ? rounds : DROP_ROUNDS);
         bench_write(&b, o.json);
     }
     text_free(&b.rows);

@@ -4,7 +4,7 @@
 
 #define ENGINE_ONLY
 #include "../../train_gpt.c"                             // the kernels are static
-#include "common.h"
+#include "reference.h"
 
 // ---- Adapters: with the layers' runs in layers.h, all that the benchmark knows of the kernels' signatures ----
 
@@ -56,15 +56,6 @@ static void head_all(real *losses, real *dx, real *dwte, Model *room, const real
 static void memory_forget(Model *m) { m->kept_peak = 0; }
 
 // ---- Numbers to work on ----
-
-// x (n) uniform in (-size, size), a function of id and place.
-static void fill(real *x, size_t n, double size, int id) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i += 4) {
-        const Philox w = rng_words(0, STREAM_TEST, i, (uint32_t)id, 0);
-        for (size_t j = i; j < n && j < i + 4; j++) x[j] = (real)(size * (2 * uniform01(w.v[j - i]) - 1));
-    }
-}
 
 static real *filled(size_t n, double size, int id) {
     real *x = room_new(n);

@@ -38,7 +38,7 @@ typedef struct MeasureRow {
     const char *unit;                                    // of 1e9 * work: "GFLOP/s" or "GB/s"
     double work;                                         // FLOPs or bytes of one run
     void (*run)(void *arg);
-    double (*slice)(void *arg, int runs);                // seconds of so many runs; NULL: run's, by the clock
+    double (*slice)(const struct MeasureRow *, int runs);          // seconds of so many runs; NULL: run's, by the clock
     double (*check)(void *arg);                          // runs it too; returns the error
     void *arg;
     double tolerance;                                    // of the error
@@ -70,7 +70,7 @@ static inline MeasureRow *PRINTF_LIKE(2, 3) measure_row(MeasureTable *t, const c
 
 // Seconds of one run, over `runs` of them.
 static inline double measure_slice(const MeasureRow *r, int runs) {
-    if (r->slice) return r->slice(r->arg, runs) / runs;
+    if (r->slice) return r->slice(r, runs) / runs;
     const double from = clock_seconds();
     for (int i = 0; i < runs; i++) r->run(r->arg);
     return (clock_seconds() - from) / runs;

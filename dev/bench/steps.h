@@ -143,8 +143,8 @@ static void steps_print(const Bench *b, const MeasureTable *t, const Step *s, co
 }
 
 // Seconds of `runs` FLOPs at the peak that the engine measures now.
-static double step_peak_slice(void *arg, int runs) {
-    const Step *s = arg;
+static double step_peak_slice(const MeasureRow *r, int runs) {
+    const Step *s = r->arg;
     return runs / s->engine->peak(s->m, 0.2);            // it looks for its best product first
 }
 
@@ -353,11 +353,13 @@ static void drop_print(const DropRow *rows, int n, const Case *c, double full, i
            "used", "set aside", "of full");
     for (int i = 0; i < n; i++) {
         const DropRow *r = &rows[i];
+        char used[24] = "-";
+        if (r->bytes > 0) snprintf(used, sizeof used, "%.1f", r->bytes / (1 << 20));
         const double kept = r->kept / (rounds * (double)steps);
-        printf("%6.2f  %-6s %-11s %9.1f %9.1f %8.1f%% %8.3fx %8.3fx %8.1f%% %8.1f %9.1f %7.1f%%\n", r->policy.p_max,
+        printf("%6.2f  %-6s %-11s %9.1f %9.1f %8.1f%% %8.3fx %8.3fx %8.1f%% %8s %9.1f %7.1f%%\n", r->policy.p_max,
                unit_name[r->policy.unit], sampling_name[r->policy.sampling], 1e3 * measure_median(r->seconds, rounds),
                1e3 * measure_least(r->seconds, rounds), 100 * kept, measure_median(r->speedup, rounds), 1 / kept,
-               100 * measure_median(r->ratio, rounds), r->bytes / (1 << 20), r->bound / (1 << 20), 100 * r->bound / full);
+               100 * measure_median(r->ratio, rounds), used, r->bound / (1 << 20), 100 * r->bound / full);
         drop_json(r, c, full, dtype, steps, rounds, json);
     }
 }
