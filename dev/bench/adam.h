@@ -47,7 +47,7 @@ static inline void adam_fill(real *x, size_t n, Slot slot, int param) {
 static inline double adam_check(void *arg) {
     Adam *a = (Adam *)arg;
     const UpdateArgs *u = &a->update;
-    Deviation d[4] = {{0}}, norms = {0};
+    Deviation d[4] = {{0, 0, 0}}, norms = {0, 0, 0};
     double squares = 0;
     real *x[4], *before[4];
     for (int s = 0; s < 4; s++)                          // fcw is the largest

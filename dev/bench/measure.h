@@ -51,6 +51,13 @@ typedef struct MeasureRow {
 
 typedef struct { MeasureRow row[64]; int n, rounds; } MeasureTable;
 
+static inline MeasureTable measure_new(int rounds) {
+    MeasureTable t;
+    memset(&t, 0, sizeof t);
+    t.rounds = rounds;
+    return t;
+}
+
 // A new row of that name, for the caller to fill in.
 static inline MeasureRow *PRINTF_LIKE(2, 3) measure_row(MeasureTable *t, const char *format, ...) {
     CHECK(t->n < (int)(sizeof t->row / sizeof t->row[0]), "too many rows for one table");
