@@ -76,7 +76,7 @@ cxx_probe = $(shell echo 'int main() { return 0; }' | $(1) -x c++ - -o /dev/null
 ifneq ($(REAL)$(FAT),float0)
 else ifeq ($(call cxx_probe,$(CXX) -std=c++17),1)
 CXX_LIB := $(or $(call probe,-lstdc++),$(call probe,-lc++))
-EMU     := $(if $(CXX_LIB),$(B)/engine_emu.o)
+EMU     := $(if $(CXX_LIB),$(B)/test_cuda.o)
 endif
 
 CFLAGS   ?= -O3 -g
@@ -95,7 +95,7 @@ all: choices $(PROGRAMS) $(if $(filter 1,$(CUDA)),$(GPU_PROGRAMS))
 choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
 	@echo "numbers:  $(REAL), instructions: $(or $(FAT_CHOICE),$(ARCH),the compiler's default)"
-	@$(if $(filter 1,$(CUDA)),echo "GPU:      $$($(NVCC) --version | tail -n 1), for compute capability $(GPU_ARCH)")
+	@[ "$(CUDA)" != 1 ] || echo "GPU:      $$($(NVCC) --version | tail -n 1), for compute capability $(GPU_ARCH)"
 	@echo "threads:  $(if $(OMP),OpenMP,none (OPENMP=0, or a compiler without OpenMP): every step takes as long as on one core)"
 
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
@@ -126,9 +126,9 @@ $(B)/engine_no_pairs.o:
 # The GPU engine on the host: every kernel is executed, slowly. No contraction: the sums are those that the code says.
 EMU_FLAGS := -std=c++17 -O2 -g -x c++ -DCUDA_EMULATED -Idev/emu -I. -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas \
              $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
-$(B)/engine_emu.o: train_gpt.cu
+$(B)/test_cuda.o: dev/test/test_cuda.cu                  # the engine and the tests of its kernels; little memory
 	@mkdir -p $(@D)
-	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d -DENGINE_ONLY -c $< -o $@
+	$(CXX) $(EMU_FLAGS) -DLOGITS_BYTES='(1 << 18)' -DWORKSPACE_BYTES=65536 -MMD -MF $@.d -c $< -o $@
 
 $(B)/train_gpt_cuda: train_gpt.cu
 	@mkdir -p $(@D)

@@ -12,12 +12,16 @@
 #include "dev/test/test.h"
 #include "dev/test/test_checkpoint.h"
 #include "dev/test/test_compare.h"
+#include "dev/test/test_cuda.h"
 #include "dev/test/test_drop_path.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
 #include "dev/test/test_options.h"
+#ifdef CUDA_EMULATED
+#include "dev/test/test_parity.h"
+#endif
 #include "dev/test/test_rng.h"
 #include "dev/test/test_safetensors.h"
 #include "dev/test/test_sample.h"
@@ -46,6 +50,9 @@ static const Test tests[] = {
     ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
+#ifdef CUDA_EMULATED
+    CUDA_TESTS(X) PARITY_TESTS(X)
+#endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X)
 #undef X
 };

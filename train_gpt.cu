@@ -35,7 +35,11 @@ typedef struct {
     int n_products, room_products;
 } Gpu;
 
-enum { WARP = 32, WORKSPACE = 32 << 20, PARTIAL = 512, CHANNELS_MAX = 12288 };   // channels: two lines in shared memory
+#ifndef WORKSPACE_BYTES
+#define WORKSPACE_BYTES (32 << 20)                       // NVIDIA's advice for compute capability 9.0
+#endif
+enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES, PARTIAL = 512, CHANNELS_MAX = 12288 };  // channels: two lines of them fit into
+                                                                                       // shared memory
 
 static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
 static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
@@ -94,8 +98,8 @@ static __device__ inline Gelu gelu_of(float x) {
 
 // What a product could not do itself: y (M,N) += bias (N); gelu (M,N) = GELU(y). With h (M,N): y *= GELU'(h), and gelu =
 // GELU(h). Each of bias, gelu and h may be NULL.
-template <class N, int W> __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, const void *h, size_t n,
-                                                          size_t columns) {
+template <class N, int W>
+static __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, const void *h, size_t n, size_t columns) {
     const size_t i = thread_index() * W;
     if (i >= n) return;
     Floats<W> v = load<N, W>(y, i), g;
@@ -118,7 +122,7 @@ template <class N, int W> __global__ void epilogue_kernel(void *y, const void *b
 }
 
 // y (n) = GELU(x)
-template <class N, int W> __global__ void gelu_forward_kernel(void *y, const void *x, size_t n) {
+template <class N, int W> static __global__ void gelu_forward_kernel(void *y, const void *x, size_t n) {
     const size_t i = thread_index() * W;
     if (i >= n) return;
     Floats<W> v = load<N, W>(x, i);
@@ -210,7 +214,7 @@ static cublasStatus_t product_run(const Gpu *g, const Product *p, const cublasLt
                           g->workspace, WORKSPACE, g->stream);
 }
 
-__global__ void differ_kernel(int *differ, const unsigned *a, const unsigned *b, size_t n) {
+static __global__ void differ_kernel(int *differ, const unsigned *a, const unsigned *b, size_t n) {
     for (size_t i = thread_index(); i < n; i += (size_t)gridDim.x * blockDim.x)
         if (a[i] != b[i]) *differ = 1;                   // whoever writes it, it is the same
 }
@@ -337,8 +341,8 @@ static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, s
 
 // sums (parts,N): of the columns of y (M,N), the lines in `parts` equal parts. A block takes WARP * W columns of one part;
 // its warps share out the lines.
-template <class N, int W> __global__ void column_sums_kernel(float *sums, const void *y, size_t M, size_t columns,
-                                                             size_t part) {
+template <class N, int W>
+static __global__ void column_sums_kernel(float *sums, const void *y, size_t M, size_t columns, size_t part) {
     SHARED(float, room);                                 // (warps, WARP * W)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const size_t column = ((size_t)blockIdx.x * WARP + lane) * W, end = at_most(M, (blockIdx.y + 1) * part);
@@ -361,7 +365,7 @@ template <class N, int W> __global__ void column_sums_kernel(float *sums, const 
 
 // first (n), then second (n) where given: = the columns of sums (parts, n or 2n) summed up, or += with `add`. A block takes
 // WARP columns; its warps share out the parts.
-__global__ void sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
+static __global__ void sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
     SHARED(float, room);                                 // (warps, WARP)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const size_t columns = second ? 2 * n : n, column = (size_t)blockIdx.x * WARP + lane, share = strips(parts, warps);
@@ -409,8 +413,9 @@ static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add,
 // All of it in float: the weights are read from the optimizer's, not from the rounded copy.
 
 // A block does a token.
-template <int W> __global__ void embedding_forward_kernel(float *x, const int *tokens, const float *wte, const float *wpe,
-                                                          size_t T, size_t C) {
+template <int W>
+static __global__ void embedding_forward_kernel(float *x, const int *tokens, const float *wte, const float *wpe, size_t T,
+                                                size_t C) {
     const size_t bt = blockIdx.x, token = (size_t)tokens[bt], t = blockIdx.x % (unsigned)T;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         const Floats<W> p = load<float, W>(wpe, t * C + c);
@@ -429,8 +434,9 @@ static void embedding_forward(const Gpu *g, float *x, const int *tokens, const f
 
 // dwte (V,C) +=: group i is one token, whose places in the batch are order[first[i]] .. order[first[i + 1]]. A block takes
 // WARP * W channels of a group; its warps share out the places.
-template <int W> __global__ void embedding_backward_kernel(float *dwte, const int *tokens, const int *order, const int *first,
-                                                           const float *dx, size_t C) {
+template <int W>
+static __global__ void embedding_backward_kernel(float *dwte, const int *tokens, const int *order, const int *first,
+                                                 const float *dx, size_t C) {
     SHARED(float, room);                                 // (warps, WARP * W)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int from = first[blockIdx.x], end = first[blockIdx.x + 1];
@@ -453,7 +459,8 @@ template <int W> __global__ void embedding_backward_kernel(float *dwte, const in
 }
 
 // dwpe (T_all,C) = the sum over the rows of dx (B,T,C), or += with `add`; positions from T on have no gradient.
-__global__ void position_backward_kernel(float *dwpe, const float *dx, size_t B, size_t T, size_t T_all, size_t C, int add) {
+static __global__ void position_backward_kernel(float *dwpe, const float *dx, size_t B, size_t T, size_t T_all, size_t C,
+                                                int add) {
     const size_t i = thread_index();
     if (i >= T_all * C || (add && i >= T * C)) return;
     float sum = 0;
@@ -490,9 +497,9 @@ static __device__ inline long row_place(const int *place, size_t row) { return p
 // Forward: x += end.scale * out (n,T,C) on the rows of `end`; then ln (n',T,C) = xhat * w + b, xhat (n',T,C), rstd (n',T) on
 // the rows of `begin`. No out: nothing is added. xhat is rounded to N first, so that layernorm_again gives the same ln.
 template <class N, int W>
-__global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat, float *rstd, const void *out, Rows end,
-                                                  Rows begin, int tied, const float *w, const float *b, size_t BT, size_t T,
-                                                  size_t C) {
+static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat, float *rstd, const void *out,
+                                                         Rows end, Rows begin, int tied, const float *w, const float *b,
+                                                         size_t BT, size_t T, size_t C) {
     SHARED(float, room);                                 // (warps, C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const size_t token = (size_t)blockIdx.x * (blockDim.x / WARP) + warp;
@@ -547,8 +554,8 @@ static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *x
 }
 
 // y (n,T,C) again, from what was kept: the backward pass needs it as the input of a matrix product. A block does a token.
-template <class N, int W> __global__ void layernorm_again_kernel(void *y, const void *xhat, const float *w, const float *b,
-                                                                 size_t C) {
+template <class N, int W>
+static __global__ void layernorm_again_kernel(void *y, const void *xhat, const float *w, const float *b, size_t C) {
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         const Floats<W> weight = load<float, W>(w, c), bias = load<float, W>(b, c);
         Floats<W> v = load<N, W>(xhat, blockIdx.x * C + c);
@@ -565,9 +572,10 @@ static void layernorm_again(const Gpu *g, void *y, const void *xhat, const float
 // `fresh`; then dout (n',T,C) = end.scale * dx on the rows of `end`, the branch that comes before (tied: scale * dx as it was,
 // + dz). A block's sums over its tokens of dy * xhat and dy: sums (blocks,2C). Without dout nothing is handed on.
 template <class N, int W>
-__global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *dy, const void *xhat,
-                                                   const float *rstd, Rows begin, Rows end, int fresh, int tied,
-                                                   const float *w, size_t BT, size_t T, size_t C) {
+static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *dy,
+                                                          const void *xhat, const float *rstd, Rows begin, Rows end,
+                                                          int fresh, int tied, const float *w, size_t BT, size_t T,
+                                                          size_t C) {
     SHARED(float, room);                                 // (warps, 2C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float *dw = room + warp * 2 * C, *db = dw + C;       // each lane only meets its own numbers until the end
@@ -646,8 +654,8 @@ template <class N> static __device__ inline float head_dot(const N *a, const N *
     return sum;
 }
 
-template <class N> __global__ void attention_forward_kernel(N *y, float *lse, const N *qkv, size_t n, size_t T, size_t C,
-                                                            size_t NH) {
+template <class N>
+static __global__ void attention_forward_kernel(N *y, float *lse, const N *qkv, size_t n, size_t T, size_t C, size_t NH) {
     const size_t i = thread_index(), HS = C / NH;
     if (i >= n * NH * T) return;
     const HeadPlace p = head_place(i, T, NH);
@@ -667,8 +675,9 @@ template <class N> __global__ void attention_forward_kernel(N *y, float *lse, co
 }
 
 // dq of one query, and inner = <dy, y>.
-template <class N> __global__ void attention_backward_queries(N *dqkv, float *inner, const N *dy, const N *qkv, const N *y,
-                                                              const float *lse, size_t n, size_t T, size_t C, size_t NH) {
+template <class N>
+static __global__ void attention_backward_queries(N *dqkv, float *inner, const N *dy, const N *qkv, const N *y,
+                                                  const float *lse, size_t n, size_t T, size_t C, size_t NH) {
     const size_t i = thread_index(), HS = C / NH;
     if (i >= n * NH * T) return;
     const HeadPlace p = head_place(i, T, NH);
@@ -687,8 +696,9 @@ template <class N> __global__ void attention_backward_queries(N *dqkv, float *in
 }
 
 // dk and dv of one key.
-template <class N> __global__ void attention_backward_keys(N *dqkv, const float *inner, const N *dy, const N *qkv,
-                                                           const float *lse, size_t n, size_t T, size_t C, size_t NH) {
+template <class N>
+static __global__ void attention_backward_keys(N *dqkv, const float *inner, const N *dy, const N *qkv, const float *lse,
+                                               size_t n, size_t T, size_t C, size_t NH) {
     const size_t i = thread_index(), HS = C / NH;
     if (i >= n * NH * T) return;
     const HeadPlace p = head_place(i, T, NH);
@@ -756,8 +766,9 @@ static size_t classifier_chunk(size_t BT, size_t V, size_t number) {
 
 // A block does one row: its loss = -log softmax(logits)[target], 0 for a negative target; with grad != 0 logits (Vp) become
 // grad * (softmax - onehot), 0 from V on.
-template <class N> __global__ void softmax_loss_kernel(float *losses, void *logits, const int *targets, float grad, size_t V,
-                                                       size_t Vp) {
+template <class N>
+static __global__ void softmax_loss_kernel(float *losses, void *logits, const int *targets, float grad, size_t V,
+                                           size_t Vp) {
     enum { W = 16 / sizeof(N) };
     SHARED(float, shared);                               // (2 * 32)
     const size_t at = blockIdx.x * Vp, first = threadIdx.x * W, step = blockDim.x * W;
@@ -812,7 +823,8 @@ static void classifier(Gpu *g, float *losses, void *dx, float *dwte, int add, vo
 }
 
 // logits (V) = wte (V,C) x (C): of one token, for sampling. A warp does a number.
-template <class N, int W> __global__ void logits_kernel(float *logits, const void *x, const void *wte, size_t V, size_t C) {
+template <class N, int W>
+static __global__ void logits_kernel(float *logits, const void *x, const void *wte, size_t V, size_t C) {
     const size_t v = thread_index() / WARP, lane = threadIdx.x % WARP;
     float sum = 0;
     if (v >= V) return;
@@ -1445,7 +1457,8 @@ static __device__ inline double block_sum_double(double x, double *shared) {
 }
 
 // norms[i] = the squared norm of chunk i's gradient, 0 for branches that have none.
-__global__ void chunk_norms_kernel(double *norms, const float *grad, const UpdateChunk *chunk, const BranchUpdate *branch) {
+static __global__ void chunk_norms_kernel(double *norms, const float *grad, const UpdateChunk *chunk,
+                                          const BranchUpdate *branch) {
     SHARED(double, shared);
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
@@ -1457,7 +1470,7 @@ __global__ void chunk_norms_kernel(double *norms, const float *grad, const Updat
 }
 
 // norms[n] = the norm of all. One block.
-__global__ void total_norm_kernel(double *norms, int n) {
+static __global__ void total_norm_kernel(double *norms, int n) {
     SHARED(double, shared);
     double sum = 0;
     for (int i = threadIdx.x; i < n; i += blockDim.x) sum += norms[i];
@@ -1468,8 +1481,8 @@ __global__ void total_norm_kernel(double *norms, int n) {
 typedef struct { float b1, b2, eps, keep; double grad_clip; } AdamArgs;   // keep: what weight decay leaves of p
 
 // A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite.
-__global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
-                             const BranchUpdate *branch, const double *norm, AdamArgs a) {
+static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
+                                    const BranchUpdate *branch, const double *norm, AdamArgs a) {
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
     if (!b.run || !isfinite(*norm)) return;
@@ -1527,7 +1540,7 @@ static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
 }
 
-__global__ void round_kernel(bf16 *to, const float *from, size_t n) {
+static __global__ void round_kernel(bf16 *to, const float *from, size_t n) {
     const size_t i = thread_index();
     if (i < n) to[i] = from_float<bf16>(from[i]);
 }

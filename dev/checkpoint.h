@@ -188,7 +188,7 @@ static inline CheckpointList checkpoint_list(const char *out) {
     CheckpointList list = {NULL, 0};
     DIR *d = opendir(out);
     if (!d) return list;
-    for (struct dirent *entry; (entry = readdir(d));) {
+    for (struct dirent *entry; (entry = readdir(d)) != NULL;) {
         char *end;
         if (strncmp(entry->d_name, "step_", 5)) continue;
         long long step = strtoll(entry->d_name + 5, &end, 10);
