@@ -170,6 +170,10 @@ $(B)/kernels_cuda: dev/bench/kernels.cu                  # includes train_gpt.cu
 	@mkdir -p $(@D)
 	$(NVCC) $(GPU_FLAGS) -MMD -MF $@.d $< -o $@ $(GPU_LIBS)
 
+$(B)/gpu_summary: dev/bench/gpu_summary.c                # the table at the end of scripts/gpu_check.sh
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS)
+
 $(B)/bench_emu: $(B)/bench_cuda.o $(B)/engine_emu.o
 	$(CC) $(FLAGS) $^ -o $@ $(LIBS) $(CXX_LIB)
 

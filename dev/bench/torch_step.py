@@ -204,6 +204,7 @@ def ratio_of(theirs, beside, key):
 
 def compare_best(theirs, beside):
     """{what: (PyTorch's best configuration, our dtype, its time / ours)} in each dtype, and best of all against our best.
+
     In a dtype the best configuration is the one with the least time over ours beside it. Of all, the best of each side is
     the one with the least median time; the ratio is the median over rounds of its slice over our slices of that round.
     """
