@@ -9,7 +9,7 @@
 #   B=build/arm64                   another folder for all that is built, as for another machine
 #   RUN="qemu-aarch64 -L /DIR"      make test: what starts the programs where this machine cannot itself
 #   CUDA=1                          also the programs for the GPU: build/train_gpt_cuda, build/compare_cuda, ...
-#   GPU_ARCH="80 90"                compute capabilities they are for; the default is all that nvcc knows from 8.0 on
+#   GPU_ARCH="80 90"                compute capabilities they are for, or native: this machine's; all that nvcc knows from 8.0
 #   CUDA_HOME=/usr/local/cuda       where the CUDA Toolkit is (NVCC: its compiler)
 #   CXX=clang++                     another C++ compiler, for the tests that run the GPU engine without a GPU
 #   TEXT=/path                      make quickstart on your own text file or folder
@@ -66,7 +66,8 @@ CUDA_HOME ?= /usr/local/cuda
 NVCC      ?= $(or $(wildcard $(CUDA_HOME)/bin/nvcc),nvcc)
 GPU_KNOWN  = $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_//p' | awk '$$1 >= 80' | sort -n)
 GPU_ARCH  ?= $(GPU_KNOWN)
-GPU_CODE   = $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+GPU_CODE   = $(if $(filter native,$(GPU_ARCH)),-arch=native,$(GPU_CODES))
+GPU_CODES  = $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
              $(foreach a,$(lastword $(GPU_ARCH)),-gencode arch=compute_$(a),code=compute_$(a))
 NVCCFLAGS ?= -O3 -lineinfo
 GPU_FLAGS  = -std=c++17 $(NVCCFLAGS) $(GPU_CODE) -Xcompiler -Wall,-Wextra $(if $(OMP),-Xcompiler $(OMP))
@@ -166,6 +167,45 @@ $(TOOLS:%=$(B)/%_cuda.o): $(B)/%_cuda.o: dev/tools/%.c
 
 $(TOOLS:%=$(B)/%_cuda): $(B)/%_cuda: $(B)/%_cuda.o $(B)/engine_cuda.o
 	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)
+
+# All tests, on the CPU's engine and on a GPU: with the object of its tests test_gpt.c knows them.
+$(B)/test_cuda_device.o: dev/test/test_cuda.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(GPU_FLAGS) -MMD -MF $@.d -c $< -o $@
+
+$(B)/test_gpt_cuda.o: test_gpt.c
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -DCUDA_EMULATED -MMD -MF $@.d -c $< -o $@
+
+$(B)/test_gpt_cuda: $(B)/test_gpt_cuda.o $(ENGINES) $(B)/engine_no_pairs.o $(B)/test_cuda_device.o
+	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)
+
+# What measures on a GPU; the same under the emulator, to try it where there is none.
+$(B)/bench_cuda.o: dev/bench/bench_cuda.c
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -MMD -MF $@.d -c $< -o $@
+
+$(B)/bench_cuda: $(B)/bench_cuda.o $(B)/engine_cuda.o
+	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)
+
+$(B)/kernels_cuda: dev/bench/kernels.cu                  # includes train_gpt.cu, to reach its kernels
+	@mkdir -p $(@D)
+	$(NVCC) $(GPU_FLAGS) -MMD -MF $@.d $< -o $@ $(GPU_LIBS)
+
+$(B)/gpu_summary: dev/bench/gpu_summary.c                # the table at the end of scripts/gpu_check.sh
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS)
+
+$(B)/bench_emu: $(B)/bench_cuda.o $(B)/engine_emu.o
+	$(CC) $(FLAGS) $^ -o $@ $(LIBS) $(CXX_LIB)
+
+$(B)/engine_emu.o: train_gpt.cu
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d -DENGINE_ONLY -c $< -o $@
+
+$(B)/kernels_emu: dev/bench/kernels.cu
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS)
 
 # Registers, spills and shared memory of every kernel, for each compute capability.
 cuda-report:

@@ -59,16 +59,8 @@ static const struct {                                    // in the order of --on
 };
 enum { N_TABLES = sizeof tables / sizeof tables[0] };
 
-// Whether an option describes a case; then it is *only, with what the options leave open from the defaults (n).
-static int case_of(Case *only, const BenchOptions *o, const Case *defaults, int n) {
-    const GptPreset *preset = o->preset ? &gpt_presets[o->preset - 1] : gpt_preset(defaults[0].preset);
-    only->preset = preset->name, only->B = 4, only->T = preset->config.T < 256 ? preset->config.T : 256;
-    for (int i = n - 1; i >= 0; i--)
-        if (!strcmp(defaults[i].preset, preset->name)) *only = defaults[i];
-    if (o->batch) only->B = (int)o->batch;
-    if (o->seq_len) only->T = (int)o->seq_len;
-    if (only->T > preset->config.T) die("--seq-len %d: %s has rows of at most %d", only->T, only->preset, preset->config.T);
-    return o->preset || o->batch || o->seq_len;
+static int bench_case(Case *only, const BenchOptions *o, const Case *defaults, int n) {
+    return case_of(only, (int)o->preset, o->batch, o->seq_len, defaults, n);
 }
 
 // ---- The program ----
@@ -87,7 +79,7 @@ static char *processor(void) {
 static void bench_write(const Bench *b, const char *path, const char *cpu) {
     Text out = {0};
     text_printf(&out, "{");
-    measure_json_text(&out, "engine", cpu_engine.name);
+    measure_json_text(&out, "engine", b->engine->name);
     measure_json_text(&out, "processor", cpu);
     measure_json_text(&out, "compiler", __VERSION__);
     measure_json(&out, "threads", thread_count());
@@ -103,15 +95,16 @@ static void bench_write(const Bench *b, const char *path, const char *cpu) {
 static void bench_tables(Bench *b, const BenchOptions *o) {
     Case only;
     if (o->only == ONLY_ALL || o->only == ONLY_MEMORY) {
-        const int one = case_of(&only, o, CASES(memory_cases));
+        const int one = bench_case(&only, o, CASES(memory_cases));
         bench_memory(b, one ? &only : memory_cases, one ? 1 : (int)(sizeof memory_cases / sizeof memory_cases[0]));
     }
     if (o->only == ONLY_MEMORY) return;
     peak_rows(&b->peaks);
     for (int i = 0; i < b->peaks.n; i++) measure_prepare(&b->peaks.row[i], MEASURE_PEAK_SLICE);
+    product_peaks(b);
     for (int i = 0; i < N_TABLES; i++) {
         if (o->only != ONLY_ALL && o->only != i + 1) continue;
-        const int one = case_of(&only, o, tables[i].cases, tables[i].n);
+        const int one = bench_case(&only, o, tables[i].cases, tables[i].n);
         const int rounds = o->rounds ? (int)o->rounds : tables[i].rounds;
         tables[i].run(b, one ? &only : tables[i].cases, one ? 1 : tables[i].n, rounds);
     }
@@ -126,18 +119,19 @@ int main(int argc, char **argv) {
     options_add(&options, bench_option_specs, N_BENCH_OPTION_SPECS, &o);
     options_parse(&options, argc, argv);
     set_threads((int)o.threads);
+    memset(&b, 0, sizeof b);
+    b.engine = &cpu_engine, b.forget = memory_forget, b.dtype = o.dtype;
+    b.dtypes[0] = DTYPE_FP32, b.dtypes[1] = DTYPE_BF16, b.n_dtypes = 2, b.samplings = 2;
     if (o.only == ONLY_TURNS) {
-        case_of(&only, &o, CASES(step_cases));
-        bench_turns(&only, o.dtype);
+        bench_case(&only, &o, CASES(step_cases));
+        bench_turns(&b, &only);
         options_free(&options);
         return 0;
     }
     fclose(file_open(o.json, "ab"));                     // rather now than after minutes
     setvbuf(stdout, NULL, _IOLBF, 0);
     char *cpu = processor();
-    printf("%s, %d threads, vectors of %d bytes; %s\n", cpu, thread_count(), VECTOR_BYTES, cpu_engine.name);
-    memset(&b, 0, sizeof b);
-    b.dtype = o.dtype;
+    printf("%s, %d threads, vectors of %d bytes; %s\n", cpu, thread_count(), VECTOR_BYTES, b.engine->name);
     Text *const arrays[] = {&b.rows, &b.drop, &b.memory};
     for (int i = 0; i < 3; i++) text_printf(arrays[i], "[");
     bench_tables(&b, &o);

@@ -4,20 +4,7 @@
 
 #define ENGINE_ONLY
 #include "../../train_gpt.c"                             // the kernels are static
-#include "measure.h"
-
-// ---- What all tables share ----
-
-typedef struct { const char *preset; int B, T; } Case;   // a model, and B rows of T tokens
-
-typedef struct {
-    MeasureTable peaks;                                  // PEAK_*, prepared as slices beside others
-    Text rows, drop, memory;                             // JSON arrays
-    int dtype;                                           // of the tables that are for one
-} Bench;
-
-static const char *const dtype_name[] = {REAL_NAME, "bf16"};       // by DTYPE_*
-enum { N_DTYPES = sizeof dtype_name / sizeof dtype_name[0] };
+#include "reference.h"
 
 // ---- Adapters: with the layers' runs in layers.h, all that the benchmark knows of the kernels' signatures ----
 
@@ -70,15 +57,6 @@ static void memory_forget(Model *m) { m->kept_peak = 0; }
 
 // ---- Numbers to work on ----
 
-// x (n) uniform in (-size, size), a function of id and place.
-static void fill(real *x, size_t n, double size, int id) {
-#pragma omp parallel for
-    for (size_t i = 0; i < n; i += 4) {
-        const Philox w = rng_words(0, STREAM_TEST, i, (uint32_t)id, 0);
-        for (size_t j = i; j < n && j < i + 4; j++) x[j] = (real)(size * (2 * uniform01(w.v[j - i]) - 1));
-    }
-}
-
 static real *filled(size_t n, double size, int id) {
     real *x = room_new(n);
     fill(x, n, size, id);
@@ -87,18 +65,6 @@ static real *filled(size_t n, double size, int id) {
 
 // Small weights, uniform in (-size, size), in the model's own memory.
 static void weights_fill(Model *m, double size, int id) { fill(m->slot[SLOT_PARAM], m->n_params, size, id); }
-
-static void fill_tokens(int *x, size_t n, int V, int id) {
-    for (size_t i = 0; i < n; i++) x[i] = (int)(rng_words(0, STREAM_TEST, i, (uint32_t)id, 1).v[0] % (uint32_t)V);
-}
-
-// The k-th place among n to compare: the ends, then random ones. Another axis has another salt.
-static size_t pick(size_t n, int k, uint32_t salt) {
-    return k == 0 ? n - 1 : k == 1 ? 0 : rng_words(0, STREAM_TEST, (uint64_t)k, salt, 2).v[0] % n;
-}
-
-// What rounding explains in a sum of n terms, relative to its size.
-static double rounding(double n) { return 8 * REAL_EPSILON * sqrt(n); }
 
 // ---- Peaks ----
 
@@ -251,8 +217,9 @@ static void peak_rows(MeasureTable *t) {
 }
 
 // What bounds the products of that dtype: without dot products of pairs bf16 is multiplied as fp32 is.
-static MeasureRow *product_peak(Bench *b, int dtype) {
-    return &b->peaks.row[dtype == DTYPE_BF16 && PAIRS ? PEAK_BF16 : PEAK_FMA];
+static void product_peaks(Bench *b) {
+    b->product_peak[DTYPE_FP32] = &b->peaks.row[PEAK_FMA];
+    b->product_peak[DTYPE_BF16] = &b->peaks.row[PAIRS ? PEAK_BF16 : PEAK_FMA];
 }
 
 static void bench_peak(Bench *b, const Case *cases, int n, int rounds) {
@@ -283,7 +250,7 @@ static const struct { const char *name; int m, n, k, a_turned, b_turned, how; } 
 static const struct { const char *name; int in, out; } linears[] = {        // in channels
     {"qkv", 1, 3}, {"attproj", 1, 1}, {"fc", 1, 4}, {"fcproj", 4, 1},
 };
-enum { N_LINEARS = sizeof linears / sizeof linears[0], N_PRODUCTS = 3 * (N_LINEARS + 1) };
+enum { N_LINEARS = sizeof linears / sizeof linears[0], N_PRODUCTS = 3 * (N_LINEARS + 1), CPU_DTYPES = DTYPE_BF16 + 1 };
 
 typedef struct {
     Model *room;
@@ -342,7 +309,7 @@ static void product_rows(MeasureTable *t, Product *copy, const Product *p, Model
         MeasureRow *r = measure_row(t, "%s %s%s", is_head ? "head" : linears[layer].name, forms[is_head][i % 3].name,
                                     dtype == DTYPE_BF16 ? ", bf16" : "");
         snprintf(r->shape, sizeof r->shape, "%zu x %zu x %zu", p[i].M, p[i].N, p[i].K);
-        r->unit = "GFLOP/s", r->peak = product_peak(b, dtype);
+        r->unit = "GFLOP/s", r->peak = b->product_peak[dtype];
         r->work = 2.0 * (double)p[i].M * (double)p[i].N * (double)p[i].K;
         r->run = product_run, r->check = product_check, r->arg = &copy[i];
         r->tolerance = rounding((double)p[i].K);
@@ -361,7 +328,7 @@ static double products_of_peak(const MeasureTable *t, const MeasureRow *rows, in
 }
 
 static void products_print(const MeasureTable *t, const char *title, Text *json) {
-    for (int dtype = 0; dtype < N_DTYPES; dtype++) {
+    for (int dtype = 0; dtype < CPU_DTYPES; dtype++) {
         const MeasureRow *rows = &t->row[dtype * N_PRODUCTS];
         const double layers = products_of_peak(t, rows, 3 * N_LINEARS), all = products_of_peak(t, rows, N_PRODUCTS);
         printf("all products of a step, %s: %.1f%% of peak in the layers, %.1f%% with the head\n", dtype_name[dtype],
@@ -381,12 +348,12 @@ static void bench_matmul(Bench *b, const Case *cases, int n, int rounds) {
         const GptConfig c = gpt_preset(cases[i].preset)->config;
         const size_t BT = (size_t)cases[i].B * (size_t)cases[i].T, C = (size_t)c.C, V = (size_t)c.V;
         MeasureTable t = {.rounds = rounds};
-        Product p[N_PRODUCTS] = {{0}}, row[N_DTYPES][N_PRODUCTS];
-        Model *room[N_DTYPES];
+        Product p[N_PRODUCTS] = {{0}}, row[CPU_DTYPES][N_PRODUCTS];
+        Model *room[CPU_DTYPES];
         for (int k = 0; k < N_LINEARS; k++)
             products_new(p + 3 * k, 0, BT, (size_t)linears[k].in * C, (size_t)linears[k].out * C, c.L);
         products_new(p + 3 * N_LINEARS, 1, head_chunk(BT, V), C, V, (double)BT / (double)head_chunk(BT, V));
-        for (int d = 0; d < N_DTYPES; d++) {
+        for (int d = 0; d < CPU_DTYPES; d++) {
             room[d] = room_open(c, cases[i].B, cases[i].T, d);
             product_rows(&t, row[d], p, room[d], b, d);
         }
@@ -397,7 +364,7 @@ static void bench_matmul(Bench *b, const Case *cases, int n, int rounds) {
         measure_free(&t);
         free(title);
         for (int k = 0; k < N_PRODUCTS; k++) free(p[k].y), free(p[k].a), free(p[k].b), free(p[k].bias);
-        for (int d = 0; d < N_DTYPES; d++) cpu_engine.close(room[d]);
+        for (int d = 0; d < CPU_DTYPES; d++) cpu_engine.close(room[d]);
     }
 }
 

@@ -4,6 +4,7 @@
 #define LAYERS_H
 
 #include "kernels.h"
+#include "adam.h"
 
 // ---- Layers: what they work on ----
 
@@ -96,38 +97,6 @@ static void head_run(void *arg) {
     head_all(s->losses, s->dx, s->dwte, s->room, s->x, s->wte, s->targets, s->head_BT, s->C, s->V);
 }
 
-static double dot_double(const real *a, const real *b, size_t n) {
-    double sum = 0;
-#pragma omp simd reduction(+:sum)
-    for (size_t i = 0; i < n; i++) sum += (double)a[i] * (double)b[i];
-    return sum;
-}
-
-// One head of one row: y (T,HS), and where dy is given dqkv (3,T,HS), which begins as zeros.
-static void attention_reference(double *y, double *dqkv, const real *dy, const real *qkv, size_t T, size_t C, size_t HS) {
-    const real *q = qkv, *k = q + C, *v = k + C;
-    const double scale = 1 / sqrt((double)HS);
-    double *p = xcalloc(T, sizeof *p), *dq = dqkv, *dk = dq + T * HS, *dv = dk + T * HS;
-    for (size_t i = 0; i < T; i++) {
-        double sum = 0, inner = 0;
-        for (size_t j = 0; j <= i; j++) sum += p[j] = exp(scale * dot_double(q + i * 3 * C, k + j * 3 * C, HS));
-        for (size_t d = 0; d < HS; d++) {
-            y[i * HS + d] = 0;
-            for (size_t j = 0; j <= i; j++) y[i * HS + d] += p[j] / sum * (double)v[j * 3 * C + d];
-            inner += y[i * HS + d] * (double)dy[i * C + d];
-        }
-        for (size_t j = 0; j <= i; j++) {
-            const double pj = p[j] / sum, ds = scale * pj * (dot_double(dy + i * C, v + j * 3 * C, HS) - inner);
-            for (size_t d = 0; d < HS; d++) {
-                dq[i * HS + d] += ds * (double)k[j * 3 * C + d];
-                dk[j * HS + d] += ds * (double)q[i * 3 * C + d];
-                dv[j * HS + d] += pj * (double)dy[i * C + d];
-            }
-        }
-    }
-    free(p);
-}
-
 // The first head of the first row and the last of the last: of y, or with `backward` of dq, dk and dv, the worst.
 static double attention_compare(const Layers *s, int backward) {
     const size_t T = s->T, C = s->C, HS = C / s->NH;
@@ -157,17 +126,6 @@ static double attention_backward_check(void *arg) {
     attention_forward_run(arg);
     attention_backward_run(arg);
     return attention_compare(arg, 1);
-}
-
-enum { SAMPLES = 100 };
-
-// Mean and 1/sigma of x (C), in double.
-static void layernorm_reference(double *mean, double *rstd, const real *x, size_t C) {
-    double sum = 0, squares = 0;
-    for (size_t c = 0; c < C; c++) sum += (double)x[c];
-    *mean = sum / (double)C;
-    for (size_t c = 0; c < C; c++) squares += ((double)x[c] - *mean) * ((double)x[c] - *mean);
-    *rstd = 1 / sqrt(squares / (double)C + 1e-5);
 }
 
 static double layernorm_forward_check(void *arg) {
@@ -290,75 +248,6 @@ static double head_check(void *arg) {
     return fmax(worst, fmax(deviation(&losses), deviation(&dx)));
 }
 
-// ---- AdamW: the norm and the update of a few layers ----
-
-enum { ADAM_LAYERS = 4 };
-
-typedef struct { GptConfig c; Model *m; int64_t t[BRANCHES * ADAM_LAYERS + 1]; UpdateArgs update; } Adam;
-
-static void adam_run(void *arg) {
-    Adam *a = arg;
-    for (int i = 0; i <= BRANCHES * ADAM_LAYERS; i++) a->t[i]++, a->m->spent[i] = 0;   // the same gradients again
-    cpu_engine.update(a->m, &a->update);
-}
-
-static void adam_open(Adam *a, const GptConfig *c) {
-    const GptConfig config = {2, 1, ADAM_LAYERS, c->NH, c->C};
-    const EngineArgs args = {.B = 1, .T = 1, .dtype = DTYPE_FP32, .bound = {ADAM_LAYERS, ADAM_LAYERS, BRANCHES * ADAM_LAYERS}};
-    const UpdateArgs update = {6e-4, 0.9, 0.95, 1e-8, 0.1, 1, a->t, 0};
-    a->c = config;
-    a->update = update;
-    a->m = cpu_engine.open(&a->c, &args);
-    memset(a->t, 0, sizeof a->t);
-}
-
-// What a slot of a parameter holds before the update, in every layer; the second moment is no less than the first's square.
-static void adam_fill(real *x, size_t n, Slot slot, int param) {
-    const double size[] = {0.05, 1, 0.001, 0.02};
-    fill(x, n, size[slot], 40 + 4 * param + (int)slot);
-    for (size_t i = 0; i < n && slot == SLOT_V; i++) x[i] *= x[i];
-}
-
-// Each parameter's last layer, some elements, after one update from there with step count 10.
-static double adam_check(void *arg) {
-    Adam *a = arg;
-    const UpdateArgs *u = &a->update;
-    Deviation d[4] = {{0}}, norms = {0};
-    double squares = 0;
-    real *x[4], *before[4];
-    for (int s = 0; s < 4; s++)                          // fcw is the largest
-        x[s] = room_new(gpt_param_size(&a->c, P_fcw)), before[s] = room_new(gpt_param_size(&a->c, P_fcw));
-    for (int p = 0; p < N_PARAMS; p++)
-        for (int s = 0; s < 4; s++) {
-            const size_t n = gpt_param_size(&a->c, p);
-            adam_fill(x[0], n, (Slot)s, p);
-            for (int l = 0; l < gpt_param_layers(&a->c, p); l++) cpu_engine.write(a->m, (Slot)s, p, l, x[0]);
-            if (s == SLOT_GRAD) squares += gpt_param_layers(&a->c, p) * dot_double(x[0], x[0], n);
-        }
-    for (int i = 0; i <= BRANCHES * ADAM_LAYERS; i++) a->t[i] = 10;
-    deviation_add(&norms, cpu_engine.update(a->m, u), sqrt(squares));
-    for (int p = 0; p < N_PARAMS; p++) {
-        const size_t n = gpt_param_size(&a->c, p);
-        for (int s = 0; s < 4; s++) {
-            adam_fill(before[s], n, (Slot)s, p);
-            cpu_engine.read(a->m, (Slot)s, p, gpt_param_layers(&a->c, p) - 1, x[s]);
-        }
-        for (int k = 0; k < SAMPLES; k++) {
-            const size_t i = pick(n, k, (uint32_t)p);
-            const double g = (double)before[SLOT_GRAD][i] * fmin(1, u->grad_clip / (sqrt(squares) + 1e-6));
-            const double m = u->beta1 * (double)before[SLOT_M][i] + (1 - u->beta1) * g;
-            const double v = u->beta2 * (double)before[SLOT_V][i] + (1 - u->beta2) * g * g;
-            const double decay = gpt_param[p].dims == 2 ? u->lr * u->weight_decay * (double)before[SLOT_PARAM][i] : 0;
-            const double step = u->lr * m / (1 - pow(u->beta1, 10)) / (sqrt(v / (1 - pow(u->beta2, 10))) + u->eps);
-            const double want[4] = {(double)before[SLOT_PARAM][i] - decay - step, 0, m, v};
-            for (int s = 0; s < 4; s++) deviation_add(&d[s], (double)x[s][i], want[s]);
-        }
-    }
-    for (int s = 0; s < 4; s++) free(x[s]), free(before[s]);
-    return fmax(fmax(deviation(&norms), deviation(&d[SLOT_GRAD])),
-                fmax(deviation(&d[SLOT_PARAM]), fmax(deviation(&d[SLOT_M]), deviation(&d[SLOT_V]))));
-}
-
 // ---- Layers: the table ----
 
 static void layer_row(MeasureTable *t, Bench *b, const char *name, const char *unit, double work, double terms,
@@ -396,7 +285,7 @@ static void bench_layers(Bench *b, const Case *cases, int n, int rounds) {
         Layers s;
         Adam a;
         layers_open(&s, &c, cases[i].B, cases[i].T);
-        adam_open(&a, &c);
+        adam_open(&a, b->engine, &c, DTYPE_FP32);
         layer_rows(&t, b, &s, &a);
         measure_table(&t);
         char *title = xprintf("layers: %s, B %d, T %d", cases[i].preset, cases[i].B, cases[i].T);

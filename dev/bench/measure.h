@@ -38,6 +38,7 @@ typedef struct MeasureRow {
     const char *unit;                                    // of 1e9 * work: "GFLOP/s" or "GB/s"
     double work;                                         // FLOPs or bytes of one run
     void (*run)(void *arg);
+    double (*slice)(const struct MeasureRow *, int runs);          // seconds of so many runs; NULL: run's, by the clock
     double (*check)(void *arg);                          // runs it too; returns the error
     void *arg;
     double tolerance;                                    // of the error
@@ -49,6 +50,13 @@ typedef struct MeasureRow {
 } MeasureRow;
 
 typedef struct { MeasureRow row[64]; int n, rounds; } MeasureTable;
+
+static inline MeasureTable measure_new(int rounds) {
+    MeasureTable t;
+    memset(&t, 0, sizeof t);
+    t.rounds = rounds;
+    return t;
+}
 
 // A new row of that name, for the caller to fill in.
 static inline MeasureRow *PRINTF_LIKE(2, 3) measure_row(MeasureTable *t, const char *format, ...) {
@@ -69,6 +77,7 @@ static inline MeasureRow *PRINTF_LIKE(2, 3) measure_row(MeasureTable *t, const c
 
 // Seconds of one run, over `runs` of them.
 static inline double measure_slice(const MeasureRow *r, int runs) {
+    if (r->slice) return r->slice(r, runs) / runs;
     const double from = clock_seconds();
     for (int i = 0; i < runs; i++) r->run(r->arg);
     return (clock_seconds() - from) / runs;

@@ -6,6 +6,7 @@
 #ifndef MEMORY_H
 #define MEMORY_H
 
+#include "kernels.h"
 #include "steps.h"
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -47,20 +48,20 @@ static double bytes_together(const EngineMemory *m) {
 }
 
 // In the child. The weights are made in place: engine_init_weights would add a copy of the largest tensor to the peak.
-static void memory_step(MemoryStep *out, const Case *c, int dtype, double rate) {
+static void memory_step(MemoryStep *out, const Bench *b, const Case *c, double rate) {
     const GptConfig config = gpt_preset(c->preset)->config;
     const DropPath policy = {.layers = config.L, .steps = 1, .p_max = rate};
-    EngineArgs args = {.B = c->B, .T = c->T, .dtype = dtype};
+    EngineArgs args = {.B = c->B, .T = c->T, .dtype = b->dtype};
     struct rusage usage;
     Step s;
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
-    step_open(&s, &config, cpu_engine.open(&config, &args), c->B, c->T);
+    step_open(&s, b, b->dtype, &config, b->engine->open(&config, &args), c->B, c->T);
     weights_fill(s.m, 0.02, 8);
     drop_plan_sample(&s.plan, &policy, 0, 0, 1, 1, c->B);
-    out->loss = cpu_engine.forward_backward(s.m, s.T, s.tokens, s.targets, &s.plan, 1, NULL);
+    out->loss = b->engine->forward_backward(s.m, s.T, s.tokens, s.targets, &s.plan, 1, NULL);
     for (int i = 0; i <= BRANCHES * config.L; i++) s.t[i]++;
-    out->norm = cpu_engine.update(s.m, &s.update);
-    cpu_engine.memory(s.m, &out->memory);
+    out->norm = b->engine->update(s.m, &s.update);
+    b->engine->memory(s.m, &out->memory);
     if (getrusage(RUSAGE_SELF, &usage)) die("getrusage: %s", strerror(errno));
 #ifdef __APPLE__
     out->peak = (double)usage.ru_maxrss;                 // in bytes there, in KiB elsewhere
@@ -69,14 +70,14 @@ static void memory_step(MemoryStep *out, const Case *c, int dtype, double rate) 
 #endif
 }
 
-static void memory_fork(MemoryStep *out, const Case *c, int dtype, double rate) {
+static void memory_fork(MemoryStep *out, const Bench *b, const Case *c, double rate) {
     int ends[2], status;
     fflush(stdout);
     if (pipe(ends)) die("pipe: %s", strerror(errno));
     const pid_t child = fork();
     if (child < 0) die("fork: %s", strerror(errno));
     if (child == 0) {
-        memory_step(out, c, dtype, rate);
+        memory_step(out, b, c, rate);
         _exit(write(ends[1], out, sizeof *out) == (ssize_t)sizeof *out ? 0 : 1);
     }
     close(ends[1]);
@@ -143,7 +144,7 @@ static void bench_memory(Bench *b, const Case *cases, int n) {
                "stored all", "of it", "+ d(acts)", "of it");
         for (size_t k = 0; k < sizeof memory_rates / sizeof memory_rates[0]; k++) {
             MemoryStep s;
-            memory_fork(&s, &cases[i], b->dtype, memory_rates[k]);
+            memory_fork(&s, b, &cases[i], memory_rates[k]);
             memory_check(&s, &cases[i], memory_rates[k]);
             memory_print(&s, &cases[i], b->dtype, memory_rates[k], &b->memory);
         }

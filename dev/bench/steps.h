@@ -2,14 +2,16 @@
 #ifndef STEPS_H
 #define STEPS_H
 
-#include "kernels.h"
+#include "common.h"
 
 // ---- The whole step ----
 
 typedef struct {
+    const Engine *engine;
     GptConfig c;
     Model *m;
     int B, T, fresh;                                     // fresh: the model has not done a step before
+    double loss_error;                                   // what rounding explains between two ways to the same loss
     int *tokens, *targets;                               // (B,T) random
     DropPlan plan;
     int64_t *t;                                          // (2L+1)
@@ -17,16 +19,18 @@ typedef struct {
 } Step;
 
 // A model with initial weights, for steps of at most B rows of T tokens.
-static Model *step_model(const GptConfig *c, int B, int T, int dtype) {
-    const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .bound = {B * c->L, B * c->L, BRANCHES * B * c->L}};
-    Model *m = cpu_engine.open(c, &args);
-    engine_init_weights(&cpu_engine, m, c, 1);
+static Model *step_model(const Bench *b, const GptConfig *c, int B, int T, int dtype) {
+    const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .bound = {B * c->L, B * c->L, BRANCHES * B * c->L},
+                             .recompute = b->recompute};
+    Model *m = b->engine->open(c, &args);
+    engine_init_weights(b->engine, m, c, 1);
     return m;
 }
 
-static void step_open(Step *s, const GptConfig *c, Model *m, int B, int T) {
+static void step_open(Step *s, const Bench *b, int dtype, const GptConfig *c, Model *m, int B, int T) {
     const UpdateArgs update = {1e-4, 0.9, 0.95, 1e-8, 0.1, 1, NULL, 0};
     const size_t BT = (size_t)B * (size_t)T;
+    s->engine = b->engine, s->loss_error = b->loss_error[dtype];
     s->c = *c, s->m = m, s->B = B, s->T = T, s->fresh = 1;
     s->tokens = xcalloc(BT, sizeof *s->tokens);
     s->targets = xcalloc(BT, sizeof *s->targets);
@@ -47,19 +51,22 @@ static void step_close(Step *s) {
 }
 
 static double step_loss(Step *s) {
-    const double loss = cpu_engine.forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1, NULL);
+    const double loss = s->engine->forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1, NULL);
     for (int i = 0; i <= BRANCHES * s->c.L; i++) s->t[i]++;
-    cpu_engine.update(s->m, &s->update);
+    s->engine->update(s->m, &s->update);
     return loss;
 }
 
 static void step_run(void *arg) { step_loss(arg); }
 
+// What rounding explains in a loss that was found in two ways, of which each adds n terms.
+static double step_tolerance(const Step *s, double n) { return fmax(s->loss_error, rounding(n)); }
+
 // The loss must be that of a forward pass alone, near ln V in a fresh model, and lower after a step on the same tokens.
 static double step_check(void *arg) {
     Step *s = arg;
     Deviation d = {0};
-    const double alone = cpu_engine.forward(s->m, s->T, s->tokens, s->targets, &s->plan);
+    const double alone = s->engine->forward(s->m, s->T, s->tokens, s->targets, &s->plan);
     const double first = step_loss(s), second = step_loss(s);
     if (s->fresh && !(fabs(first - log(s->c.V)) < 0.5))
         die("the loss of a fresh model is %g, far from ln V = %g", first, log(s->c.V));
@@ -68,80 +75,126 @@ static double step_check(void *arg) {
     return deviation(&d);
 }
 
-// On equal weights, the loss in bf16 must be near the one in fp32 and not the same: else the dtype has not arrived.
-static void step_dtypes_check(Step s[N_DTYPES]) {
-    double loss[N_DTYPES];
-    for (int d = 0; d < N_DTYPES; d++)
-        loss[d] = cpu_engine.forward(s[d].m, s[d].T, s[d].tokens, s[d].targets, &s[d].plan);
-    if (!(fabs(loss[DTYPE_BF16] - loss[DTYPE_FP32]) < 0.01) || loss[DTYPE_BF16] == loss[DTYPE_FP32])
-        die("the loss of a fresh model is %.9g in %s and %.9g in bf16", loss[DTYPE_FP32], dtype_name[DTYPE_FP32],
-            loss[DTYPE_BF16]);
+// On equal weights, the loss in the second dtype must be near the one in the first and not the same: else the dtype has not
+// arrived.
+static void step_dtypes_check(const Step s[2], const int dtype[2]) {
+    double loss[2];
+    for (int d = 0; d < 2; d++) loss[d] = s[d].engine->forward(s[d].m, s[d].T, s[d].tokens, s[d].targets, &s[d].plan);
+    if (!(fabs(loss[1] - loss[0]) < 0.01) || loss[1] == loss[0])
+        die("the loss of a fresh model is %.9g in %s and %.9g in %s", loss[0], dtype_name[dtype[0]], loss[1],
+            dtype_name[dtype[1]]);
 }
 
-// Tokens per second of each row; for each case the speed of bf16 over that of the fp32 slice before it, as a median over
-// the rounds.
-static void steps_print(const MeasureTable *t, Step (*s)[N_DTYPES], const char *title, Text *json) {
-    double *ratio = xcalloc((size_t)t->rounds, sizeof *ratio);
-    for (int i = 0; i < t->n; i++) {
-        const Step *step = &s[i / N_DTYPES][i % N_DTYPES];
-        printf("%-26s %-22s %9.0f tokens per second\n", t->row[i].name, t->row[i].shape,
-               step->B * step->T / measure_median(t->row[i].seconds, t->rounds));
-    }
-    for (int i = 0; i < t->n; i += N_DTYPES) {
-        const MeasureRow *fp32 = &t->row[i + DTYPE_FP32], *bf16 = &t->row[i + DTYPE_BF16];
-        for (int round = 0; round < t->rounds; round++) ratio[round] = fp32->seconds[round] / bf16->seconds[round];
-        const double speed = measure_median(ratio, t->rounds);
-        printf("%-26s %-22s %8.3fx the speed of %s\n", bf16->name, bf16->shape, speed, dtype_name[DTYPE_FP32]);
-        measure_json_open(json);
-        measure_json_text(json, "table", title);
-        measure_json_text(json, "name", "speed of bf16 over fp32");
-        measure_json_text(json, "shape", bf16->shape);
-        measure_json(json, "speedup", speed);
-        measure_json(json, "rounds", t->rounds);
-        text_printf(json, "}");
-    }
+// Of one case, the speed of the second dtype over that of the slice in the first before it: a median over the rounds.
+static void steps_print_ratio(const MeasureRow row[2], const int dtype[2], const char *title, int rounds, Text *json) {
+    double *ratio = xcalloc((size_t)rounds, sizeof *ratio);
+    for (int round = 0; round < rounds; round++) ratio[round] = row[0].seconds[round] / row[1].seconds[round];
+    const double speed = measure_median(ratio, rounds);
+    printf("%-26s %-22s %8.3fx the speed of %s\n", row[1].name, row[1].shape, speed, dtype_name[dtype[0]]);
+    measure_json_open(json);
+    measure_json_text(json, "table", title);
+    char *name = xprintf("speed of %s over %s", dtype_name[dtype[1]], dtype_name[dtype[0]]);
+    measure_json_text(json, "name", name);
+    measure_json_text(json, "shape", row[1].shape);
+    measure_json(json, "speedup", speed);
+    measure_json(json, "rounds", rounds);
+    text_printf(json, "}");
+    free(name);
     free(ratio);
 }
 
-// The row of one case in one dtype.
-static void step_row(MeasureTable *t, Bench *b, Step *s, int dtype) {
+// Of a machine whose maker's peak is known or not: a step's part of the peaks, and the memory it takes, as a record.
+static void step_print_mfu(const Bench *b, const MeasureRow *r, const Step *s, int dtype, const char *preset, int rounds,
+                           Text *json) {
+    const double seconds = measure_median(r->seconds, rounds), sheet = b->sheet_peak;
+    EngineMemory m;
+    s->engine->memory(s->m, &m);
+    const double bytes = (double)m.parameters + (double)m.gradients + (double)m.moments + (double)m.activations;
+    const double of_peak = measure_median(r->fraction, rounds), peak = r->work / seconds / of_peak;
+    printf("%-26s %-22s MFU %.1f%% of the measured %.0f TFLOP/s", r->name, r->shape, 100 * of_peak, 1e-12 * peak);
+    if (sheet > 0) printf(", %.1f%% of the data sheet's %.0f", 100 * r->work / seconds / sheet, 1e-12 * sheet);
+    printf("; %.1f GiB\n", bytes / (1 << 30));
+    measure_json_open(json);
+    measure_json_text(json, "name", "MFU");
+    measure_json_text(json, "preset", preset);
+    measure_json_text(json, "dtype", dtype_name[dtype]);
+    measure_json(json, "batch", s->B);
+    measure_json(json, "seq_len", s->T);
+    measure_json(json, "median_ms", 1e3 * seconds);
+    measure_json(json, "tokens_per_s", s->B * s->T / seconds);
+    measure_json(json, "measured_peak", peak);
+    measure_json(json, "of_measured_peak", of_peak);
+    measure_json(json, "sheet_peak", sheet > 0 ? sheet : NAN);
+    measure_json(json, "of_sheet_peak", sheet > 0 ? r->work / seconds / sheet : NAN);
+    measure_json(json, "bytes", bytes);
+    text_printf(json, "}");
+}
+
+// Tokens per second of each row; then for each case what one dtype gains over the other, or of one dtype alone its MFU.
+static void steps_print(const Bench *b, const MeasureTable *t, const Step *s, const char *preset, const char *title,
+                        Text *json) {
+    for (int i = 0; i < t->n; i++)
+        printf("%-26s %-22s %9.0f tokens per second\n", t->row[i].name, t->row[i].shape,
+               s[i].B * s[i].T / measure_median(t->row[i].seconds, t->rounds));
+    for (int i = 0; i < t->n; i += b->n_dtypes) {
+        if (b->n_dtypes == 2) steps_print_ratio(&t->row[i], b->dtypes, title, t->rounds, json);
+        else step_print_mfu(b, &t->row[i], &s[i], b->dtypes[0], preset, t->rounds, json);
+    }
+}
+
+// Seconds of `runs` FLOPs at the peak that the engine measures now.
+static double step_peak_slice(const MeasureRow *r, int runs) {
+    const Step *s = r->arg;
+    return runs / s->engine->peak(s->m, 0.2);            // it looks for its best product first
+}
+
+// The row of one case in one dtype; *peak is room for one that the engine measures.
+static void step_row(MeasureTable *t, Bench *b, Step *s, MeasureRow *peak, int dtype) {
     MeasureRow *r = measure_row(t, "training step, %s", dtype_name[dtype]);
     snprintf(r->shape, sizeof r->shape, "B %d, T %d", s->B, s->T);
-    r->unit = "GFLOP/s", r->peak = product_peak(b, dtype);
+    r->unit = "GFLOP/s", r->peak = b->product_peak[dtype];
+    if (!r->peak) {
+        peak->work = 1, peak->runs = 1, peak->slice = step_peak_slice, peak->arg = s;
+        r->peak = peak;
+    }
     r->work = 3 * s->B * gpt_row_flops(&s->c, s->T);
     r->run = step_run, r->check = step_check, r->arg = s;
-    r->tolerance = rounding(1);
+    r->tolerance = step_tolerance(s, 1);
 }
 
 // The cases from `first` on that have one preset share a table, and a model for each dtype. Returns how many they are.
 static int bench_steps_of(Bench *b, const Case *first, int n, int rounds) {
     const GptConfig c = gpt_preset(first->preset)->config;
+    const int D = b->n_dtypes;
     int same = 0, B = 0, T = 0;
     for (; same < n && !strcmp(first[same].preset, first->preset); same++) {
         B = first[same].B > B ? first[same].B : B;
         T = first[same].T > T ? first[same].T : T;
     }
-    Model *m[N_DTYPES];
+    Model *m[2];
     MeasureTable t = {.rounds = rounds};
-    Step (*s)[N_DTYPES] = xcalloc((size_t)same, sizeof *s);
-    for (int d = 0; d < N_DTYPES; d++) m[d] = step_model(&c, B, T, d);
+    Step *s = xcalloc((size_t)(same * D), sizeof *s);
+    MeasureRow *peak = xcalloc((size_t)(same * D), sizeof *peak);
+    for (int d = 0; d < D; d++) m[d] = step_model(b, &c, B, T, b->dtypes[d]);
     for (int i = 0; i < same; i++) {
-        for (int d = 0; d < N_DTYPES; d++) {
-            step_open(&s[i][d], &c, m[d], first[i].B, first[i].T);
-            s[i][d].fresh = i == 0;
-            step_row(&t, b, &s[i][d], d);
+        for (int d = 0; d < D; d++) {
+            const int k = i * D + d;
+            step_open(&s[k], b, b->dtypes[d], &c, m[d], first[i].B, first[i].T);
+            s[k].fresh = i == 0;
+            step_row(&t, b, &s[k], &peak[k], b->dtypes[d]);
         }
-        step_dtypes_check(s[i]);
+        if (D == 2) step_dtypes_check(&s[i * D], b->dtypes);
     }
     measure_table(&t);
     char *title = xprintf("training steps: %s, %.0f M parameters", first->preset, 1e-6 * (double)gpt_params_count(&c));
     measure_print(&t, title, &b->rows);
-    steps_print(&t, s, title, &b->rows);
-    for (int i = 0; i < t.n; i++) step_close(&s[i / N_DTYPES][i % N_DTYPES]);
+    steps_print(b, &t, s, first->preset, title, &b->rows);
+    for (int i = 0; i < t.n; i++) step_close(&s[i]);
     measure_free(&t);
+    free(peak);
     free(s);
     free(title);
-    for (int d = 0; d < N_DTYPES; d++) cpu_engine.close(m[d]);
+    for (int d = 0; d < D; d++) b->engine->close(m[d]);
     return same;
 }
 
@@ -152,7 +205,7 @@ static void bench_step(Bench *b, const Case *cases, int n, int rounds) {
 // ---- Drop path: a step with it beside a step without, and what the FLOPs promise ----
 
 static const double drop_rates[] = {0, 0.1, 0.2, 0.3, 0.5};
-enum { N_DROP_RATES = sizeof drop_rates / sizeof drop_rates[0], N_DROP_ROWS = 4 * (N_DROP_RATES - 1) + 1 };
+enum { N_DROP_RATES = sizeof drop_rates / sizeof drop_rates[0], MAX_DROP_ROWS = 4 * (N_DROP_RATES - 1) + 1 };
 static const char *const unit_name[] = {"batch", "row"}, *const sampling_name[] = {"systematic", "bernoulli"};
 
 typedef struct {
@@ -163,32 +216,35 @@ typedef struct {
     double *seconds, *speedup, *ratio;                   // (rounds) of one step; measured; measured / ideal
 } DropRow;
 
-// Every rate once with each unit and sampling; rate 0 once, as a control. The rates are held: there is no ramp.
-static void drop_rows(DropRow *rows, int layers, int rounds) {
-    for (int i = 0; i < N_DROP_ROWS; i++) {
+// Every rate once with each unit and each of the samplings; rate 0 once, as a control. The rates are held: there is no
+// ramp. Returns how many rows that is.
+static int drop_rows(DropRow *rows, int samplings, int layers, int rounds) {
+    const int each = 2 * samplings, n = each * (N_DROP_RATES - 1) + 1;
+    for (int i = 0; i < n; i++) {
         DropRow *r = &rows[i];
         memset(r, 0, sizeof *r);
         r->policy.layers = layers;
         r->policy.steps = 1 << 30;
-        r->policy.p_max = drop_rates[(i + 3) / 4];
-        r->policy.unit = i > 0 && (i - 1) % 4 / 2;
-        r->policy.sampling = i > 0 && (i - 1) % 2;
+        r->policy.p_max = drop_rates[(i + each - 1) / each];
+        r->policy.unit = i > 0 && (i - 1) % each / samplings;
+        r->policy.sampling = i > 0 && (i - 1) % samplings;
         r->seconds = xcalloc((size_t)rounds, sizeof(double));
         r->speedup = xcalloc((size_t)rounds, sizeof(double));
         r->ratio = xcalloc((size_t)rounds, sizeof(double));
     }
+    return n;
 }
 
 // Bytes of activations that an engine sets aside which is opened for no more than the policy can ask for.
-static double drop_bound(const DropRow *r, const Case *c, const GptConfig *config, int dtype) {
+static double drop_bound(const DropRow *r, const Bench *b, const Case *c, const GptConfig *config) {
     EngineMemory memory;
-    EngineArgs args = {.B = c->B, .T = c->T, .dtype = dtype};
+    EngineArgs args = {.B = c->B, .T = c->T, .dtype = b->dtype, .recompute = b->recompute};
     DropPath policy = r->policy;
     policy.steps = 1;                                    // all are alike
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
-    Model *m = cpu_engine.open(config, &args);
-    cpu_engine.memory(m, &memory);
-    cpu_engine.close(m);
+    Model *m = b->engine->open(config, &args);
+    b->engine->memory(m, &memory);
+    b->engine->close(m);
     return (double)memory.activations;
 }
 
@@ -207,7 +263,7 @@ static void drop_check(DropRow *r, Step *s) {
     Deviation d = {0};
     double mean = 0;
     drop_next(r, s);
-    const double loss = cpu_engine.forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1, NULL);
+    const double loss = s->engine->forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1, NULL);
     for (int row = 0; row < s->B; row++) {
         const size_t at = (size_t)row * (size_t)s->T;
         one.batch = 1;
@@ -215,10 +271,10 @@ static void drop_check(DropRow *r, Step *s) {
             const unsigned char kept = (unsigned char)drop_plan_has_row(&s->plan.branch[i], row);
             drop_plan_keep(&one, i, &kept, 1, s->plan.branch[i].scale);
         }
-        mean += cpu_engine.forward(s->m, s->T, s->tokens + at, s->targets + at, &one) / s->B;
+        mean += s->engine->forward(s->m, s->T, s->tokens + at, s->targets + at, &one) / s->B;
     }
     deviation_add(&d, loss, mean);
-    if (!(deviation(&d) <= rounding(s->c.L)))
+    if (!(deviation(&d) <= step_tolerance(s, s->c.L)))
         die("drop path %g by %s, %s: the loss is %.9g, and %.9g row by row", r->policy.p_max, unit_name[r->policy.unit],
             sampling_name[r->policy.sampling], loss, mean);
     drop_plan_free(&one);
@@ -233,18 +289,18 @@ static double drop_baseline(Step *s, int steps) {
 }
 
 // Seconds of one step with it; *kept receives the mean fraction of full FLOPs.
-static double drop_slice(DropRow *r, Step *s, int steps, double *kept) {
+static double drop_slice(DropRow *r, const Bench *b, Step *s, int steps, double *kept) {
     EngineMemory memory;
     *kept = 0;
-    memory_forget(s->m);
+    if (b->forget) b->forget(s->m);
     const double from = clock_seconds();
     for (int k = 0; k < steps; k++) {
         *kept += drop_next(r, s) / steps;
         step_run(s);
     }
     const double seconds = (clock_seconds() - from) / steps;
-    cpu_engine.memory(s->m, &memory);
-    r->bytes = fmax(r->bytes, (double)memory.activations_used);
+    s->engine->memory(s->m, &memory);
+    if (b->forget) r->bytes = fmax(r->bytes, (double)memory.activations_used);
     if (!(r->bytes <= r->bound))
         die("drop path %g by %s, %s: a plan kept %.0f bytes of activations, more than the bound of %.0f", r->policy.p_max,
             unit_name[r->policy.unit], sampling_name[r->policy.sampling], r->bytes, r->bound);
@@ -253,11 +309,11 @@ static double drop_slice(DropRow *r, Step *s, int steps, double *kept) {
 }
 
 // Slices in turn: without, row, without, row, ..., without. A row is compared with the mean of its two neighbours.
-static void drop_round(DropRow *rows, Step *s, int steps, int round) {
+static void drop_round(DropRow *rows, int n, const Bench *b, Step *s, int steps, int round) {
     double before = drop_baseline(s, steps);
-    for (int i = 0; i < N_DROP_ROWS; i++) {
+    for (int i = 0; i < n; i++) {
         double kept;
-        rows[i].seconds[round] = drop_slice(&rows[i], s, steps, &kept);
+        rows[i].seconds[round] = drop_slice(&rows[i], b, s, steps, &kept);
         const double after = drop_baseline(s, steps);
         rows[i].speedup[round] = (before + after) / 2 / rows[i].seconds[round];
         rows[i].ratio[round] = rows[i].speedup[round] * kept;
@@ -281,7 +337,7 @@ static void drop_json(const DropRow *r, const Case *c, double full, int dtype, i
     measure_json(json, "speedup", measure_median(r->speedup, rounds));
     measure_json(json, "ideal", 1 / kept);
     measure_json(json, "of_ideal", measure_median(r->ratio, rounds));
-    measure_json(json, "activation_bytes", r->bytes);
+    measure_json(json, "activation_bytes", r->bytes > 0 ? r->bytes : NAN);
     measure_json(json, "activation_bytes_bound", r->bound);
     measure_json(json, "activation_bytes_full", full);
     measure_json(json, "rounds", rounds);
@@ -290,39 +346,41 @@ static void drop_json(const DropRow *r, const Case *c, double full, int dtype, i
 }
 
 // full: bytes of activations without drop path
-static void drop_print(const DropRow *rows, const Case *c, double full, int dtype, int steps, int rounds, Text *json) {
+static void drop_print(const DropRow *rows, int n, const Case *c, double full, int dtype, int steps, int rounds, Text *json) {
     printf("\ndrop path: %s, B %d, T %d, %s, %d rounds of %d steps; MiB of activations, %.1f without drop path\n"
            "%6s  %-6s %-11s %9s %9s %9s %9s %9s %9s %8s %9s %8s\n", c->preset, c->B, c->T, dtype_name[dtype], rounds, steps,
            full / (1 << 20), "rate", "unit", "sampling", "median ms", "best ms", "FLOPs", "speed-up", "ideal", "of ideal",
            "used", "set aside", "of full");
-    for (int i = 0; i < N_DROP_ROWS; i++) {
+    for (int i = 0; i < n; i++) {
         const DropRow *r = &rows[i];
+        char used[24] = "-";
+        if (r->bytes > 0) snprintf(used, sizeof used, "%.1f", r->bytes / (1 << 20));
         const double kept = r->kept / (rounds * (double)steps);
-        printf("%6.2f  %-6s %-11s %9.1f %9.1f %8.1f%% %8.3fx %8.3fx %8.1f%% %8.1f %9.1f %7.1f%%\n", r->policy.p_max,
+        printf("%6.2f  %-6s %-11s %9.1f %9.1f %8.1f%% %8.3fx %8.3fx %8.1f%% %8s %9.1f %7.1f%%\n", r->policy.p_max,
                unit_name[r->policy.unit], sampling_name[r->policy.sampling], 1e3 * measure_median(r->seconds, rounds),
                1e3 * measure_least(r->seconds, rounds), 100 * kept, measure_median(r->speedup, rounds), 1 / kept,
-               100 * measure_median(r->ratio, rounds), r->bytes / (1 << 20), r->bound / (1 << 20), 100 * r->bound / full);
+               100 * measure_median(r->ratio, rounds), used, r->bound / (1 << 20), 100 * r->bound / full);
         drop_json(r, c, full, dtype, steps, rounds, json);
     }
 }
 
 static void bench_drop_of(Bench *b, const Case *c, int rounds) {
     const GptConfig config = gpt_preset(c->preset)->config;
-    DropRow rows[N_DROP_ROWS];
+    DropRow rows[MAX_DROP_ROWS];
     EngineMemory memory;
     Step s;
-    drop_rows(rows, config.L, rounds);
-    for (int i = 0; i < N_DROP_ROWS; i++) rows[i].bound = drop_bound(&rows[i], c, &config, b->dtype);
-    step_open(&s, &config, step_model(&config, c->B, c->T, b->dtype), c->B, c->T);
-    for (int i = 0; i < N_DROP_ROWS; i++) drop_check(&rows[i], &s);
+    const int n = drop_rows(rows, b->samplings, config.L, rounds);
+    for (int i = 0; i < n; i++) rows[i].bound = drop_bound(&rows[i], b, c, &config);
+    step_open(&s, b, b->dtype, &config, step_model(b, &config, c->B, c->T, b->dtype), c->B, c->T);
+    for (int i = 0; i < n; i++) drop_check(&rows[i], &s);
     step_run(&s);                                        // their gradients go here
     const double slices = 0.3 / drop_baseline(&s, 1);
     const int steps = slices > 1 ? (int)slices : 1;
-    for (int round = 0; round < rounds; round++) drop_round(rows, &s, steps, round);
-    cpu_engine.memory(s.m, &memory);
-    drop_print(rows, c, (double)memory.activations_full, b->dtype, steps, rounds, &b->drop);
-    for (int i = 0; i < N_DROP_ROWS; i++) free(rows[i].seconds), free(rows[i].speedup), free(rows[i].ratio);
-    cpu_engine.close(s.m);
+    for (int round = 0; round < rounds; round++) drop_round(rows, n, b, &s, steps, round);
+    b->engine->memory(s.m, &memory);
+    drop_print(rows, n, c, (double)memory.activations_full, b->dtype, steps, rounds, &b->drop);
+    for (int i = 0; i < n; i++) free(rows[i].seconds), free(rows[i].speedup), free(rows[i].ratio);
+    b->engine->close(s.m);
     step_close(&s);
 }
 
@@ -332,11 +390,11 @@ static void bench_drop(Bench *b, const Case *cases, int n, int rounds) {
 
 // ---- Turns with another program: each waits while the other works ----
 
-static void bench_turns(const Case *c, int dtype) {
+static void bench_turns(const Bench *b, const Case *c) {
     char line[64];
     const GptConfig config = gpt_preset(c->preset)->config;
     Step s;
-    step_open(&s, &config, step_model(&config, c->B, c->T, dtype), c->B, c->T);
+    step_open(&s, b, b->dtype, &config, step_model(b, &config, c->B, c->T, b->dtype), c->B, c->T);
     step_check(&s);
     while (fgets(line, sizeof line, stdin)) {
         const int steps = atoi(line);
@@ -344,7 +402,7 @@ static void bench_turns(const Case *c, int dtype) {
         printf("%.6f\n", 1e3 * drop_baseline(&s, steps));
         fflush(stdout);
     }
-    cpu_engine.close(s.m);
+    b->engine->close(s.m);
     step_close(&s);
 }
 

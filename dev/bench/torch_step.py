@@ -1,11 +1,13 @@
 """The same training step in PyTorch, eager and compiled, in fp32 and under bf16 autocast, in turn with build/bench.
 
     python3 dev/bench/torch_step.py --preset gpt2 --batch 4 --seq-len 64        (torch.sh installs PyTorch first)
+    python3 dev/bench/torch_step.py --device cuda --preset gpt2 --batch 32 --seq-len 1024
 
 GPT-2 with a tied head, random tokens, AdamW with weight decay on matrices only, gradients clipped to a norm of 1. All
 configurations share one model and one optimizer. A round gives each of them a slice of steps right after a slice of
 ours, in fp32 before fp32 and in bf16 before bf16, so that both see the same machine: the ratio is the median over rounds
-of (its time / ours beside it).
+of (its time / ours beside it). On a GPU it is compiled PyTorch under bf16 autocast, against build/bench_cuda, with its
+vocabulary padded to a multiple of 128 in its favour; where both do not fit, --apart measures ours first.
 """
 import argparse
 import json
@@ -21,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 HERE = pathlib.Path(__file__).resolve().parent
-DTYPES = "fp32", "bf16"
+DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
 LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-4, 0.1, (0.9, 0.95), 1e-8, 1.0     # as in steps.h
 
 
@@ -79,31 +81,42 @@ class Step:
         self.model, self.optimizer, self.tokens, self.targets, self.bf16 = model, optimizer, tokens, targets, bf16
 
     def loss(self):
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.tokens.device.type, torch.bfloat16, enabled=self.bf16):
             return self.model(self.tokens, self.targets)
 
+    def wait(self):
+        if self.tokens.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def __call__(self, n):
+        self.wait()
         start = time.perf_counter()
         for _ in range(n):
             self.optimizer.zero_grad(set_to_none=True)
             self.loss().backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
             self.optimizer.step()
+        self.wait()
         return 1e3 * (time.perf_counter() - start) / n
 
 
-def make_steps(sizes, batch, seq_len, compiled):
+def make_steps(sizes, args):
     """(name, dtype): Step."""
     torch.manual_seed(1)
-    model = Gpt(*sizes)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")                         # tf32 for what autocast leaves in fp32
+    vocabulary = -(-sizes[0] // 128) * 128 if args.device == "cuda" else sizes[0]
+    with torch.device(args.device):
+        model = Gpt(vocabulary, *sizes[1:])
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
                                    {"params": vectors, "weight_decay": 0.0}], lr=LR, betas=BETAS, eps=EPS, fused=True)
-    tokens, targets = torch.randint(sizes[0], (2, batch, seq_len))
-    models = {"eager": model} | ({"compiled": torch.compile(model)} if compiled else {})
+    tokens, targets = torch.randint(sizes[0], (2, args.batch, args.seq_len)).to(args.device)
+    models = {"eager": model} if args.device == "cpu" or args.eager_only else {}
+    models |= {} if args.eager_only else {"compiled": torch.compile(model)}
     return {(f"PyTorch {name}", dtype): Step(m, optimizer, tokens, targets, dtype == "bf16")
-            for dtype in DTYPES for name, m in models.items()}
+            for dtype in DTYPES[args.device] for name, m in models.items()}
 
 
 def check(steps, vocabulary):
@@ -123,11 +136,12 @@ def check(steps, vocabulary):
 
 
 class Ours:
-    """build/bench --only turns: it waits until it is asked for n steps, and answers the milliseconds of one."""
+    """build/bench --only turns, or build/bench_cuda's: it waits until it is asked for n steps, and answers the milliseconds
+    of one."""
 
     def __init__(self, args, dtype):
         command = [args.bench, "--only", "turns", "--dtype", dtype, "--preset", args.preset, "--batch", str(args.batch),
-                   "--seq-len", str(args.seq_len), "--threads", str(args.threads)]
+                   "--seq-len", str(args.seq_len)] + (["--threads", str(args.threads)] if args.device == "cpu" else [])
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, n):
@@ -146,9 +160,13 @@ class Ours:
 
 # ---- Measuring ----
 
+def slice_steps(ours):
+    return {dtype: max(1, round(500 / our(2))) for dtype, our in ours.items()}          # slices of half a second
+
+
 def measure(ours, steps, rounds):
     """Of ours {dtype: Ours} and steps: ({key: [ms]}, {key: [ms of ours in its dtype, the slice before]}), one per round."""
-    n = {dtype: max(1, round(500 / our(2))) for dtype, our in ours.items()}           # slices of half a second
+    n = slice_steps(ours)
     theirs, beside = {key: [] for key in steps}, {key: [] for key in steps}
     for _ in range(rounds):
         for (name, dtype), step in steps.items():
@@ -157,22 +175,47 @@ def measure(ours, steps, rounds):
     return theirs, beside
 
 
+def measure_apart(args, sizes):
+    """The same, but ours has ended, and its memory is free, before PyTorch begins."""
+    ours = {dtype: Ours(args, dtype) for dtype in DTYPES[args.device]}
+    n = slice_steps(ours)
+    first = {dtype: [our(n[dtype]) for _ in range(args.rounds)] for dtype, our in ours.items()}
+    for our in ours.values():
+        our.close()
+    steps = make_steps(sizes, args)
+    check(steps, sizes[0])
+    theirs = {key: [step(n[key[1]]) for _ in range(args.rounds)] for key, step in steps.items()}
+    return theirs, {key: first[key[1]] for key in steps}
+
+
+def measure_in_turn(args, sizes):
+    steps = make_steps(sizes, args)
+    check(steps, sizes[0])
+    ours = {dtype: Ours(args, dtype) for dtype in DTYPES[args.device]}
+    theirs, beside = measure(ours, steps, args.rounds)
+    for our in ours.values():
+        our.close()
+    return theirs, beside
+
+
 def ratio_of(theirs, beside, key):
     return statistics.median(t / o for t, o in zip(theirs[key], beside[key]))
 
 
 def compare_best(theirs, beside):
-    """{what: (PyTorch's best configuration, our dtype, its time / ours)} in fp32, in bf16, and best of all against our best.
+    """{what: (PyTorch's best configuration, our dtype, its time / ours)} in each dtype, and best of all against our best.
 
     In a dtype the best configuration is the one with the least time over ours beside it. Of all, the best of each side is
     the one with the least median time; the ratio is the median over rounds of its slice over our slices of that round.
     """
-    best = {}
-    for dtype in DTYPES:
+    best, dtypes = {}, list(dict.fromkeys(key[1] for key in theirs))
+    for dtype in dtypes:
         key = min((key for key in theirs if key[1] == dtype), key=lambda key: ratio_of(theirs, beside, key))
         best[dtype] = (*key, dtype, ratio_of(theirs, beside, key))
+    if len(dtypes) == 1:
+        return best
     ours = {dtype: [statistics.mean(slices) for slices in zip(*(beside[key] for key in beside if key[1] == dtype))]
-            for dtype in DTYPES}                                           # one number a round
+            for dtype in dtypes}                                           # one number a round
     our_dtype = min(ours, key=lambda dtype: statistics.median(ours[dtype]))
     key = min(theirs, key=lambda key: statistics.median(theirs[key]))
     best["any dtype"] = (*key, our_dtype, statistics.median(t / o for t, o in zip(theirs[key], ours[our_dtype])))
@@ -181,21 +224,26 @@ def compare_best(theirs, beside):
 
 # ---- What is said of it ----
 
+def where(args):
+    return {"threads": args.threads} if args.device == "cpu" else {"device": torch.cuda.get_device_name(), "apart": args.apart}
+
+
 def record(name, dtype, times, ratio, args):
     median = statistics.median(times)
     return {"name": name, "dtype": dtype, "preset": args.preset, "batch": args.batch, "seq_len": args.seq_len,
-            "threads": args.threads, "torch": torch.__version__, "rounds": args.rounds, "median_ms": median,
+            **where(args), "torch": torch.__version__, "rounds": args.rounds, "median_ms": median,
             "best_ms": min(times), "tokens_per_s": 1e3 * args.batch * args.seq_len / median, "ratio": ratio}
 
 
 def report(theirs, beside, args):
     """Prints the table and the comparison of the best; returns both as records."""
     records = []
-    for dtype in DTYPES:
+    for dtype in DTYPES[args.device]:
         keys = [key for key in theirs if key[1] == dtype]
         records.append(record("droppath.c", dtype, sum((beside[key] for key in keys), []), 1.0, args))
         records += [record(*key, theirs[key], ratio_of(theirs, beside, key), args) for key in keys]
-    print(f"{args.preset}, B {args.batch}, T {args.seq_len}, {args.threads} threads, PyTorch {torch.__version__}")
+    print(f"{args.preset}, B {args.batch}, T {args.seq_len}, "
+          f"{f'{args.threads} threads' if args.device == 'cpu' else where(args)['device']}, PyTorch {torch.__version__}")
     print(f"{'':18} {'':5} {'median ms':>10} {'best ms':>10} {'tokens/s':>10} {'time / ours':>12}")
     for r in records:
         print(f"{r['name']:18} {r['dtype']:5} {r['median_ms']:10.1f} {r['best_ms']:10.1f} {r['tokens_per_s']:10.0f} "
@@ -203,7 +251,7 @@ def report(theirs, beside, args):
     for what, (name, dtype, our_dtype, ratio) in compare_best(theirs, beside).items():
         print(f"PyTorch's best / ours, {what + ':':10} {ratio:6.3f}   ({name}, {dtype} / droppath.c, {our_dtype})")
         records.append({"name": "PyTorch's best / ours", "what": what, "theirs": f"{name}, {dtype}", "ours": our_dtype,
-                        "preset": args.preset, "batch": args.batch, "seq_len": args.seq_len, "threads": args.threads,
+                        "preset": args.preset, "batch": args.batch, "seq_len": args.seq_len, **where(args),
                         "torch": torch.__version__, "rounds": args.rounds, "ratio": ratio})
     return records
 
@@ -211,23 +259,26 @@ def report(theirs, beside, args):
 def main():
     table = presets()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=DTYPES, default="cpu")
     parser.add_argument("--preset", choices=table, default="gpt2")
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--seq-len", type=int, default=64, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=7, help="slices of each configuration")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--eager-only", action="store_true", help="leave out torch.compile, which takes minutes to start")
-    parser.add_argument("--bench", default="build/bench", help="our program")
+    parser.add_argument("--apart", action="store_true", help="ours first, then PyTorch, for models that do not fit together")
+    parser.add_argument("--bench", help="our program; default: build/bench, on a GPU build/bench_cuda")
     parser.add_argument("--json", help="append a line of JSON per row and per comparison to this file")
     args = parser.parse_args()
 
+    args.bench = args.bench or {"cpu": "build/bench", "cuda": "build/bench_cuda"}[args.device]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: this PyTorch sees no GPU\n  hint: nvidia-smi lists them; torch.version.cuda must not be None")
     torch.set_num_threads(args.threads)
-    steps = make_steps(table[args.preset], args.batch, args.seq_len, not args.eager_only)
-    check(steps, table[args.preset][0])
-    ours = {dtype: Ours(args, dtype) for dtype in DTYPES}
-    theirs, beside = measure(ours, steps, args.rounds)
-    for our in ours.values():
-        our.close()
+    try:
+        theirs, beside = (measure_apart if args.apart else measure_in_turn)(args, table[args.preset])
+    except torch.cuda.OutOfMemoryError:
+        raise SystemExit("error: PyTorch is out of memory\n  hint: a smaller --batch" + ("" if args.apart else ", or --apart"))
     records = report(theirs, beside, args)
     if args.json:
         with open(args.json, "a", encoding="utf-8") as f:

@@ -1,0 +1,92 @@
+// bench_cuda.c: whole training steps and drop path on the GPU; its kernels are in kernels.cu.
+//
+//     build/bench_cuda                                  both tables; also to build/bench_cuda.json
+//     build/bench_cuda --only step --preset gpt2-xl     one table, one preset
+//
+// The tables are those of bench.c, by the same text (steps.h), on the engine that is linked: this file knows of the GPU
+// only what its makers promise. README.md beside this file says what the rows mean.
+#include "cuda_cases.h"
+#include "steps.h"
+#include "../options.h"
+
+// ---- Options ----
+
+//  OPTION(field, name, type, default, domain, help)
+#define BENCH_OPTIONS(HEADING, OPTION)                                                                               \
+  HEADING("Bench")                                                                                                   \
+    OPTION(only, "only", CHOICE, "all", "all|step|drop|turns",                                                       \
+           "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
+    OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
+           "default: those of each table")                                                                           \
+    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|tf32", "operands of products")                                 \
+    OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward makes again")                  \
+    OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
+    OPTION(rounds, "rounds", INTEGER, "0", "[0,1e6]", "slices of each row; 0: the table's")                          \
+    OPTION(json, "json", TEXT, "build/bench_cuda.json", "FILE", "where the results go, too")
+
+typedef struct { BENCH_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } BenchOptions;
+
+static const OptionSpec bench_option_specs[] = {
+#define X(...) OPTION_SPEC(BenchOptions, __VA_ARGS__)
+    BENCH_OPTIONS(OPTION_HEADING_SPEC, X)
+#undef X
+};
+enum { N_BENCH_OPTION_SPECS = sizeof bench_option_specs / sizeof bench_option_specs[0] };
+enum { ONLY_ALL, ONLY_STEP, ONLY_DROP, ONLY_TURNS };
+enum { STEP_ROUNDS = 8, DROP_ROUNDS = 3 };
+
+// ---- The program ----
+
+static void bench_write(const Bench *b, const char *path) {
+    Text out = {0};
+    text_printf(&out, "{");
+    measure_json_text(&out, "engine", b->engine->name);
+    measure_json_text(&out, "dtype", dtype_name[b->dtype]);
+    measure_json(&out, "sheet_peak", b->sheet_peak > 0 ? b->sheet_peak : NAN);
+    text_printf(&out, ", \"rows\": %s\n], \"drop_path\": %s\n]}\n", b->rows.s, b->drop.s);
+    file_write_whole(path, out.s, out.n);
+    printf("\nalso in %s\n", path);
+    text_free(&out);
+}
+
+static void bench_open(Bench *b, int dtype, int recompute) {
+    memset(b, 0, sizeof *b);
+    b->engine = engine_cuda();
+    b->recompute = recompute;
+    b->dtype = b->dtypes[0] = dtype, b->n_dtypes = 1, b->samplings = 1;
+    b->sheet_peak = sheet_peak(b->engine->name, dtype);
+    // A batch of another size has its products summed by another algorithm: in fp32 the last bits of a loss move, in bf16
+    // (2^-9) and tf32 (2^-11) what was rounded on the way, of which a mean over tokens keeps little.
+    for (int d = 0; d < N_DTYPES; d++) b->loss_error[d] = d == DTYPE_FP32 ? 1e-5 : 2e-4;
+    text_printf(&b->rows, "[");
+    text_printf(&b->drop, "[");
+}
+
+int main(int argc, char **argv) {
+    BenchOptions o;
+    Options options;
+    Bench b;
+    Case only;
+    options_init(&options, "bench_cuda [options]");
+    options_add(&options, bench_option_specs, N_BENCH_OPTION_SPECS, &o);
+    options_parse(&options, argc, argv);
+    const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES), rounds = (int)o.rounds;
+    if (o.only != ONLY_TURNS) fclose(file_open(o.json, "ab"));     // rather now than after minutes
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    bench_open(&b, (int)o.dtype, (int)o.recompute);
+    if (o.only == ONLY_TURNS) {
+        bench_turns(&b, &only);
+    } else {
+        printf("%s\n", b.engine->name);
+        if (o.only != ONLY_DROP)
+            bench_step(&b, one ? &only : cuda_cases, one ? 1 : N_CUDA_DEFAULTS, rounds ? rounds : STEP_ROUNDS);
+        if (o.only != ONLY_STEP)
+            bench_drop(&b, one ? &only : cuda_cases, 1, rounds ? rounds : DROP_ROUNDS);
+        bench_write(&b, o.json);
+    }
+    text_free(&b.rows);
+    text_free(&b.drop);
+    options_free(&options);
+    return 0;
+}

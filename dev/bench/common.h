@@ -1,0 +1,57 @@
+// common.h: what all tables share, on either engine: which model on how many tokens, and how a loss is judged.
+#ifndef COMMON_H
+#define COMMON_H
+
+#include "../engine.h"
+#include "measure.h"
+
+typedef struct { const char *preset; int B, T; } Case;   // a model, and B rows of T tokens
+
+enum { N_DTYPES = DTYPE_TF32 + 1 };
+static const char *const dtype_name[N_DTYPES] = {REAL_NAME, "bf16", "tf32"};       // by DTYPE_*
+
+typedef struct {
+    const Engine *engine;                                // of whole steps
+    MeasureTable peaks;                                  // PEAK_*, prepared as slices beside others
+    MeasureRow *product_peak[N_DTYPES];                  // what bounds products; NULL: what engine->peak measures
+    double sheet_peak;                                   // FLOP/s of dense products by the maker's data sheet; 0: unknown
+    double loss_error[N_DTYPES];                         // between a loss and the mean of its rows' alone; 0: REAL's rounding
+    void (*forget)(Model *);                             // from here on engine->memory tells what new plans use; or NULL
+    int dtypes[2], n_dtypes;                             // of the table of steps
+    int samplings;                                       // of the drop-path table: 1, systematic; 2, and bernoulli
+    Text rows, drop, memory;                             // JSON arrays
+    int dtype, recompute;                                // of the tables that are for one; RECOMPUTE_* of all
+} Bench;
+
+// The preset of that name on few tokens, or as the first of its defaults (n) has it.
+static inline Case case_default(const GptPreset *preset, const Case *defaults, int n) {
+    const Case few = {preset->name, 4, preset->config.T < 256 ? preset->config.T : 256};
+    for (int i = 0; i < n; i++)
+        if (!strcmp(defaults[i].preset, preset->name)) return defaults[i];
+    return few;
+}
+
+// Whether the options --preset (its number, 0: not given), --batch and --seq-len (0) describe a case; then it is *only,
+// with what they leave open from the defaults (n).
+static inline int case_of(Case *only, int preset, int64_t batch, int64_t seq_len, const Case *defaults, int n) {
+    const GptPreset *p = preset ? &gpt_presets[preset - 1] : gpt_preset(defaults[0].preset);
+    *only = case_default(p, defaults, n);
+    if (batch) only->B = (int)batch;
+    if (seq_len) only->T = (int)seq_len;
+    if (only->T > p->config.T) die("--seq-len %d: %s has rows of at most %d", only->T, only->preset, p->config.T);
+    return preset || batch || seq_len;
+}
+
+static inline void fill_tokens(int *x, size_t n, int V, int id) {
+    for (size_t i = 0; i < n; i++) x[i] = (int)(rng_words(0, STREAM_TEST, i, (uint32_t)id, 1).v[0] % (uint32_t)V);
+}
+
+// The k-th place among n to compare: the ends, then random ones. Another axis has another salt.
+static inline size_t pick(size_t n, int k, uint32_t salt) {
+    return k == 0 ? n - 1 : k == 1 ? 0 : rng_words(0, STREAM_TEST, (uint64_t)k, salt, 2).v[0] % n;
+}
+
+// What rounding explains in a sum of n terms, relative to its size.
+static inline double rounding(double n) { return 8 * REAL_EPSILON * sqrt(n); }
+
+#endif

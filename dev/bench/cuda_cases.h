@@ -1,0 +1,29 @@
+// cuda_cases.h: what the benchmarks of the GPU measure unless their options say otherwise, and what GPUs are sold as.
+#ifndef CUDA_CASES_H
+#define CUDA_CASES_H
+
+#include "common.h"
+
+// One micro-batch a step, as large as 80 GB hold with ease: the larger the model, the more of a step is its AdamW.
+static const Case cuda_cases[] = {
+    {"gpt2", 32, 1024}, {"gpt2-medium", 32, 1024}, {"gpt2-large", 16, 1024}, {"gpt2-xl", 16, 1024},
+    {"small", 64, 256}, {"tiny", 64, 64},
+};
+enum { N_CUDA_CASES = sizeof cuda_cases / sizeof cuda_cases[0], N_CUDA_DEFAULTS = 4 };
+
+// Dense products of bf16 with sums in fp32, without structured sparsity, in TFLOP/s, from the makers' data sheets (NVIDIA:
+// A100, H100, H100 NVL, H200, L40S, GeForce RTX 4090 by the Ada whitepaper). The first name that is part of the device's
+// holds; of H100 the plain name is the SXM5 module.
+static const struct { const char *name; double peak; } cuda_sheet[] = {
+    {"A100", 312}, {"H100 PCIe", 756}, {"H100 NVL", 835}, {"H100", 989}, {"H200 NVL", 835}, {"H200", 989},
+    {"L40S", 362}, {"RTX 4090", 165},
+};
+
+// FLOP/s by the data sheet; 0 for a device that is not in the table, and for other dtypes.
+static inline double sheet_peak(const char *device, int dtype) {
+    for (size_t i = 0; dtype == DTYPE_BF16 && i < sizeof cuda_sheet / sizeof cuda_sheet[0]; i++)
+        if (strstr(device, cuda_sheet[i].name)) return 1e12 * cuda_sheet[i].peak;
+    return 0;
+}
+
+#endif

@@ -1,0 +1,192 @@
+// gpu_summary.c: the short table at the end of scripts/gpu_check.sh, and everything it measured in one JSON file.
+//
+//     build/gpu_summary build/gpu_check build/gpu_check.json      folder of the stages' files, where the JSON goes
+//
+// In the folder: stages.jsonl, a line for each stage {"stage", "status", "seconds", "note"}; kernels.json, drop.json and
+// step_PRESET.json of the benchmarks; torch_PRESET.json (lines) and sdpa.json where there was PyTorch. What is missing is
+// left out of the JSON and a dash in the table.
+#include "../json.h"
+#include "cuda_cases.h"
+
+// ---- Files that may be there ----
+
+typedef struct { Text text; Json json; int there; } Part;
+
+// `lines`: a file of one value a line, read as an array.
+static void part_open(Part *p, const char *folder, const char *name, int lines) {
+    FileMap map;
+    char *path = xprintf("%s/%s", folder, name);
+    memset(p, 0, sizeof *p);
+    if (!file_map(&map, path)) {
+        if (lines) text_append(&p->text, "[", 1);
+        text_append(&p->text, map.data, map.size);
+        for (size_t i = 0; lines && i + 2 < p->text.n; i++)        // not after the last
+            if (p->text.s[i] == '\n') p->text.s[i] = ',';
+        if (lines) text_append(&p->text, "]", 1);
+        file_unmap(&map);
+        const char *error = json_parse(&p->json, p->text.s, p->text.n);
+        if (error) warn("%s is left out: %s", path, error);
+        else p->there = 1;
+    }
+    free(path);
+}
+
+static void part_close(Part *p) {
+    if (p->there) json_free(&p->json);
+    text_free(&p->text);
+}
+
+static void part_write(const Part *p, const char *key, Text *out) {
+    if (!p->there) return;
+    text_printf(out, ",\n\"%s\": ", key);
+    text_append(out, p->text.s, p->text.n);
+}
+
+static double number_of(const Part *p, int object, const char *key) {
+    double x = NAN;
+    if (p->there) json_number(&p->json, json_get(&p->json, object, key), &x);
+    return x;
+}
+
+// ---- Looking up ----
+
+// The array under a key of the file's object, or without a key the file's own; its first element, else JSON_NONE.
+static int first_of(const Part *p, const char *key) {
+    if (!p->there) return JSON_NONE;
+    return json_first(&p->json, key ? json_get(&p->json, 0, key) : 0);
+}
+
+// The first element from `node` on in which `key` is the text `value`.
+static int find(const Part *p, int node, const char *key, const char *value) {
+    while (node >= 0 && !json_equals(&p->json, json_get(&p->json, node, key), value)) node = json_next(&p->json, node);
+    return node;
+}
+
+// Of a preset's step: its part of the data sheet's peak, or where that is unknown of the measured one; *sheet says which.
+static double step_mfu(const Part *p, int *sheet) {
+    const int node = find(p, first_of(p, "rows"), "name", "MFU");
+    const double of_sheet = number_of(p, node, "of_sheet_peak");
+    *sheet = isfinite(of_sheet);
+    return *sheet ? of_sheet : number_of(p, node, "of_measured_peak");
+}
+
+// The least of_ideal of the rates above 0 in that unit.
+static double drop_least(const Part *p, const char *unit) {
+    double least = NAN;
+    for (int n = first_of(p, "drop_path"); n >= 0; n = json_next(&p->json, n))
+        if (number_of(p, n, "rate") > 0 && json_equals(&p->json, json_get(&p->json, n, "unit"), unit))
+            least = fmin(least, number_of(p, n, "of_ideal"));
+    return least;
+}
+
+static double torch_ratio(const Part *p) {
+    return number_of(p, find(p, find(p, first_of(p, NULL), "name", "PyTorch's best / ours"), "what", "bf16"), "ratio");
+}
+
+// The least of_best over the shapes.
+static double sdpa_least(const Part *p, const char *way) {
+    double least = NAN;
+    for (int n = find(p, first_of(p, NULL), "way", way); n >= 0; n = find(p, json_next(&p->json, n), "way", way))
+        least = fmin(least, number_of(p, n, "of_best"));
+    return least;
+}
+
+// ---- The table ----
+
+// One row: a part as a percentage, or with `times` a factor. aim 0: there is none.
+static void row(Text *json, const char *what, double measured, double aim, int times) {
+    const char *verdict = !(aim > 0) ? "" : isnan(measured) ? "not measured" : measured >= aim ? "met" : "missed";
+    char value[32] = "-", wanted[32] = "";
+    if (isfinite(measured)) snprintf(value, sizeof value, times ? "%.2fx" : "%.1f%%", times ? measured : 100 * measured);
+    if (aim > 0) snprintf(wanted, sizeof wanted, times ? "%.2fx" : "%.0f%%", times ? aim : 100 * aim);
+    printf("%-58s %9s %7s  %s\n", what, value, wanted, verdict);
+    measure_json_open(json);
+    measure_json_text(json, "what", what);
+    measure_json(json, "measured", measured);
+    measure_json(json, "aim", aim > 0 ? aim : NAN);
+    measure_json_text(json, "verdict", verdict);
+    text_printf(json, "}");
+}
+
+static void stages_print(const Part *p) {
+    for (int n = first_of(p, NULL); n >= 0; n = json_next(&p->json, n)) {
+        const char *const key[] = {"stage", "status", "note"};
+        char *text[3];
+        for (int i = 0; i < 3; i++) text[i] = json_string(&p->json, json_get(&p->json, n, key[i]), NULL);
+        printf("%-22s %-14s %5.0f s   %s\n", text[0] ? text[0] : "?", text[1] ? text[1] : "?", number_of(p, n, "seconds"),
+               text[2] ? text[2] : "");
+        for (int i = 0; i < 3; i++) free(text[i]);
+    }
+}
+
+// What there is an aim for; the aims are those for an H100 (README.md).
+static void table_print(const Part step[], const Part torch[], const Part *kernels, const Part *drop, const Part *sdpa,
+                        Text *json) {
+    const double mfu_aim[N_CUDA_DEFAULTS] = {0.5, 0, 0, 0.55};
+    printf("\n%-58s %9s %7s\n", "", "measured", "aim");
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
+        int sheet;
+        const double mfu = step_mfu(&step[i], &sheet);
+        char *what = xprintf("%s, MFU of the %s peak", cuda_cases[i].preset, sheet ? "data sheet's" : "measured");
+        row(json, what, mfu, mfu_aim[i], 0);
+        free(what);
+        what = xprintf("%s, step, PyTorch's time / ours", cuda_cases[i].preset);
+        if (i == 0 || torch[i].there) row(json, what, torch_ratio(&torch[i]), 1.2, 1);
+        free(what);
+    }
+    row(json, "drop path of whole batches, least of ideal speed-up", drop_least(drop, "batch"), 0.95, 0);
+    row(json, "drop path of rows, least of ideal speed-up", drop_least(drop, "row"), 0.95, 0);
+    row(json, "attention forward, least of the best SDPA", sdpa_least(sdpa, "forward"), 0.7, 0);
+    row(json, "attention backward, least of the best SDPA", sdpa_least(sdpa, "backward"), 0.7, 0);
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
+        int n = find(kernels, first_of(kernels, "rows"), "name", "all products of a step");
+        while (n >= 0 && !json_equals(&kernels->json, json_get(&kernels->json, n, "preset"), cuda_cases[i].preset))
+            n = find(kernels, json_next(&kernels->json, n), "name", "all products of a step");
+        char *what = xprintf("%s, all products of a step, of the measured peak", cuda_cases[i].preset);
+        if (n >= 0) row(json, what, number_of(kernels, n, "of_peak"), 0, 0);
+        free(what);
+    }
+    if (kernels->there)
+        printf("measured peak %.0f TFLOP/s, copy %.0f GB/s\n", 1e-12 * number_of(kernels, 0, "measured_peak"),
+               1e-9 * number_of(kernels, 0, "copy_bandwidth"));
+}
+
+int main(int argc, char **argv) {
+    if (argc != 3) die("usage: gpu_summary FOLDER FILE.json");
+    Part stages, kernels, drop, sdpa, step[N_CUDA_DEFAULTS], torch[N_CUDA_DEFAULTS];
+    Text out = {0}, table = {0};
+    part_open(&stages, argv[1], "stages.jsonl", 1);
+    part_open(&kernels, argv[1], "kernels.json", 0);
+    part_open(&drop, argv[1], "drop.json", 0);
+    part_open(&sdpa, argv[1], "sdpa.json", 0);
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
+        char *name = xprintf("step_%s.json", cuda_cases[i].preset), *other = xprintf("torch_%s.json", cuda_cases[i].preset);
+        part_open(&step[i], argv[1], name, 0);
+        part_open(&torch[i], argv[1], other, 1);
+        free(name);
+        free(other);
+    }
+    text_printf(&table, "[");
+    stages_print(&stages);
+    table_print(step, torch, &kernels, &drop, &sdpa, &table);
+    text_printf(&out, "{\"table\": %s\n]", table.s);
+    part_write(&stages, "stages", &out);
+    part_write(&kernels, "kernels", &out);
+    part_write(&drop, "drop", &out);
+    part_write(&sdpa, "sdpa", &out);
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
+        char *name = xprintf("step_%s", cuda_cases[i].preset), *other = xprintf("torch_%s", cuda_cases[i].preset);
+        part_write(&step[i], name, &out);
+        part_write(&torch[i], other, &out);
+        free(name);
+        free(other);
+    }
+    text_printf(&out, "}\n");
+    file_write_whole(argv[2], out.s, out.n);
+    Part *const single[] = {&stages, &kernels, &drop, &sdpa};
+    for (int i = 0; i < 4; i++) part_close(single[i]);
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) part_close(&step[i]), part_close(&torch[i]);
+    text_free(&out);
+    text_free(&table);
+    return 0;
+}

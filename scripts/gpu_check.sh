@@ -1,0 +1,202 @@
+#!/bin/sh
+# What the GPU engine does on this machine's GPU: is it right, and how fast is it beside the hardware and beside PyTorch?
+#
+#     scripts/gpu_check.sh                              all, in less than nine minutes
+#
+#   needs    an NVIDIA GPU of compute capability 8.0 or newer, its driver, the CUDA Toolkit 12 or 13 (nvcc, cuBLASLt), a C
+#            compiler and make; about 75 GB of GPU memory for gpt2-xl (what does not fit is told, and the rest goes on);
+#            with python3 and PyTorch for CUDA also the comparison. Nothing is downloaded.
+#   cost     at most TOTAL seconds. Each stage has its own limit and is ended there; what is worth most comes first
+#   result   a line for each stage, a short table beside the aims for an H100, build/gpu_check.json with everything measured;
+#            logs and JSON of the stages in $OUT. Exit code 0 if build, tests, training and sanitizers are good
+#
+# Variables: OUT=build/gpu_check, BUILD=build, PYTHON=python3, CUDA_HOME=/usr/local/cuda, TOTAL=530 (seconds), JOBS (of make);
+# ENGINE=emu tries this script where there is no GPU: the same stages on the emulator, on tiny models, where nothing is fast.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+BUILD=${BUILD:-build}
+OUT=${OUT:-$BUILD/gpu_check}
+PYTHON=${PYTHON:-python3}
+TOTAL=${TOTAL:-530}
+ENGINE=${ENGINE:-cuda}
+JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 4)}
+export CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" BUILD
+PATH=$PATH:$CUDA_HOME/bin
+begun=$(date +%s)
+failed=0
+
+fail() {                                                 # what is wrong, a hint
+    echo "error: $1" >&2
+    echo "  hint: $2" >&2
+    exit 1
+}
+
+# ---- The machine ----
+
+if [ "$ENGINE" = cuda ]; then
+    nvidia-smi -L 2>/dev/null | grep -q GPU ||
+        fail "no NVIDIA GPU: nvidia-smi lists none" "make test runs the GPU engine's kernels on an emulator, without a GPU"
+    command -v nvcc >/dev/null || fail "no nvcc in PATH or $CUDA_HOME/bin" "install the CUDA Toolkit, or set CUDA_HOME"
+    nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | sed 's/^/GPU:      /'
+    nvcc --version | sed -n 's/.*release/toolkit:  CUDA/p'
+    programs="all $BUILD/test_gpt_cuda $BUILD/bench_cuda $BUILD/kernels_cuda $BUILD/gpu_summary"
+    tests=$BUILD/test_gpt_cuda bench=$BUILD/bench_cuda kernels=$BUILD/kernels_cuda
+    build_args="CUDA=1 GPU_ARCH=native" steps=100
+    rounds="" few="" shape="--preset small --batch 2 --seq-len 80"     # 80: no multiple of a tile of attention
+else
+    programs="all $BUILD/test_gpt $BUILD/bench_emu $BUILD/kernels_emu $BUILD/gpu_summary"
+    tests=$BUILD/test_gpt bench=$BUILD/bench_emu kernels=$BUILD/kernels_emu
+    build_args="" steps=2
+    rounds="--rounds 1" few="--size 64" shape="--preset tiny --batch 2 --seq-len 16"
+fi
+mkdir -p "$OUT" || fail "cannot make $OUT" "set OUT to a folder that can be written"
+rm -f "$OUT"/*.log "$OUT"/*.json "$OUT"/*.jsonl
+: >"$OUT/stages.jsonl" || fail "cannot write in $OUT" "set OUT to a folder that can be written"
+
+# ---- Stages ----
+
+record() {                                               # stage, status, seconds, note
+    note=$(printf '%s' "$4" | LC_ALL=C tr -cd '[:alnum:] .,:%()/_+-' | cut -c 1-90)
+    printf '{"stage": "%s", "status": "%s", "seconds": %d, "note": "%s"}\n' "$1" "$2" "$3" "$note" >>"$OUT/stages.jsonl"
+    printf '   %s, %d s%s\n' "$2" "$3" "${note:+: $note}"
+}
+
+skip() {                                                 # stage, why
+    echo "== $1"
+    record "$1" skipped 0 "$2"
+}
+
+# Runs a command for at most its limit, and not beyond TOTAL. Its output goes to a log, whose last lines are shown if it
+# fails. Returns 0, 1 when it failed, 2 when it was skipped.
+stage() {                                                # stage, limit in seconds, command ...
+    name=$1 limit=$2
+    shift 2
+    from=$(date +%s)
+    left=$((TOTAL - from + begun))
+    if [ "$left" -lt 10 ]; then
+        skip "$name" "no time left of $TOTAL s"
+        return 2
+    fi
+    [ "$left" -lt "$limit" ] && limit=$left
+    echo "== $name: $*"
+    timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 </dev/null
+    status=$?
+    seconds=$(($(date +%s) - from))
+    note=$(grep -E '^[0-9]+ passed, [0-9]+ failed$|ERROR SUMMARY|RACECHECK SUMMARY|^error:' "$OUT/$name.log" | tail -n 1)
+    case $status in
+        0) record "$name" ok $seconds "$note"; return 0 ;;
+        124 | 137) record "$name" "out of time" $seconds "limit $limit s" ;;
+        *) record "$name" "failed ($status)" $seconds "$note" ;;
+    esac
+    tail -n 15 "$OUT/$name.log" | sed 's/^/   | /'
+    return 1
+}
+
+must() {                                                 # its failure is the check's, unless it was skipped
+    stage "$@"
+    [ $? -ne 1 ] || failed=1
+}
+
+show() { sed -n '/^$/,/^also in/p' "$OUT/$1.log" | grep -v '^also in'; }     # a benchmark's tables
+
+# ---- Is it right? ----
+
+# shellcheck disable=SC2086  # lists of words, on purpose
+must build 200 make -j "$JOBS" $build_args $programs
+if [ "$failed" -ne 0 ]; then
+    echo "error: it was not built: $OUT/build.log" >&2
+    exit 1
+fi
+[ "$ENGINE" = cuda ] || test_names="cuda_gelu cuda_norm parity_refuses"
+# shellcheck disable=SC2086
+must tests 100 "$tests" ${test_names:-$("$tests" --list | grep -E '^(cuda|engine|parity)_')}
+
+# Whole programs, on the bytes of this folder's sources: the loss must fall. fp32, then bf16 with drop path of rows.
+train() {                                                # dtype, more options
+    dtype=$1
+    shift
+    # shellcheck disable=SC2016  # they are the inner shell's
+    must "train_$dtype" 40 sh -c '
+        set -e
+        out=$1 trainer=$2 steps=$3
+        shift 3
+        [ -f "$out/bytes/train_000000.bin" ] || "$BUILD/data_bytes" --out "$out/bytes" --ext .h dev
+        rm -rf "$out/run"
+        "$trainer" --train "$out/bytes/train_*.bin" --val "$out/bytes/val_*.bin" --out "$out/run" --preset tiny \
+            --batch 4 --steps "$steps" --lr 1e-3 --warmup 5 --eval-every 0 --save-every 0 "$@"
+        ' train "$OUT" "$BUILD/train_gpt_cuda" $steps --dtype "$dtype" "$@"
+}
+if [ "$ENGINE" = cuda ]; then
+    train fp32
+    train bf16 --drop-path 0.2 --drop-unit row --drop-ramp-up 10
+fi
+
+# ---- How fast is a step, beside PyTorch and with drop path? ----
+
+has_torch=0
+if [ "$ENGINE" = cuda ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    has_torch=1
+fi
+
+step() {                                                 # preset, limit
+    if [ "$ENGINE" = cuda ]; then sizes="--preset $1"; else sizes=$shape; fi
+    # shellcheck disable=SC2086
+    stage "step_$1" "$2" "$bench" --only step $sizes $rounds --json "$OUT/step_$1.json" && show "step_$1"
+}
+
+torch() {                                                # preset, limit, more options
+    if [ $has_torch = 0 ]; then skip "torch_$1" "no PyTorch that sees a GPU (PYTHON=$PYTHON)"; return; fi
+    preset=$1 limit=$2
+    shift 2
+    stage "torch_$preset" "$limit" "$PYTHON" dev/bench/torch_step.py --device cuda --preset "$preset" --seq-len 1024 \
+        --bench "$bench" --json "$OUT/torch_$preset.json" "$@" && cat "$OUT/torch_$preset.log"
+}
+
+step gpt2 40
+torch gpt2 150 --batch 32 --rounds 5
+if [ "$ENGINE" = cuda ]; then sizes="--preset gpt2"; else sizes=$shape; fi
+# shellcheck disable=SC2086
+stage drop 80 "$bench" --only drop $sizes $rounds --json "$OUT/drop.json" && show drop
+
+# ---- Attention beside PyTorch's; the sanitizers; larger models; all kernels ----
+
+if [ "$ENGINE" = cuda ]; then sizes="--rounds 5"; else sizes="$shape $rounds $few"; fi
+# shellcheck disable=SC2086
+stage attention 45 "$kernels" --only attention $sizes --json "$OUT/attention.json" && show attention
+if [ $has_torch = 1 ] && [ -f "$OUT/attention.json" ]; then
+    stage sdpa 60 "$PYTHON" dev/bench/sdpa.py --kernels "$OUT/attention.json" --json "$OUT/sdpa.json" && cat "$OUT/sdpa.log"
+else
+    skip sdpa "no PyTorch that sees a GPU (PYTHON=$PYTHON), or no attention"
+fi
+
+# Three steps each: of a model whose heads take the tensor cores, in bf16 and in fp32.
+sanitize() {                                             # tool, dtype, limit
+    # shellcheck disable=SC2016
+    must "$1_$2" "$3" env DROPPATH_GEMM_SEARCH=0 sh -c '
+        tool=$1 bench=$2 dtype=$3
+        shift 3
+        echo 1 | compute-sanitizer --tool "$tool" --error-exitcode 9 "$bench" --only turns --dtype "$dtype" "$@"
+        ' sanitize "$1" "$bench" "$2" --preset small --batch 2 --seq-len 80
+}
+if [ "$ENGINE" = cuda ] && command -v compute-sanitizer >/dev/null; then
+    sanitize memcheck bf16 45
+    sanitize racecheck bf16 60
+    sanitize memcheck fp32 30
+else
+    skip sanitizers "no compute-sanitizer in PATH or $CUDA_HOME/bin"
+fi
+
+step gpt2-xl 60
+# shellcheck disable=SC2086
+stage kernels 110 "$kernels" $sizes --json "$OUT/kernels.json" && show kernels
+step gpt2-medium 40
+step gpt2-large 50
+torch gpt2-medium 130 --batch 32 --rounds 3 --apart
+
+# ---- The table ----
+
+echo
+echo "== in short"
+"$BUILD/gpu_summary" "$OUT" "$BUILD/gpu_check.json" || failed=1
+echo "also in $BUILD/gpu_check.json; logs in $OUT; $(($(date +%s) - begun)) s"
+exit $failed
