@@ -9,6 +9,7 @@
 #include "../../train_gpt.cu"
 #include "test.h"
 #include "test_cuda.h"
+#include "test_cuda_attention.h"
 
 // ---- Arrays ----
 

@@ -9,10 +9,6 @@
 #include "../rng.h"
 #include "test.h"
 
-#define CUDA_ATTENTION_TESTS(X)                                                                                   \
-    X(cuda_attention_fp32) X(cuda_attention_bf16) X(cuda_attention_wide_heads) X(cuda_attention_sharp)              \
-    X(cuda_attention_same_bits) X(cuda_attention_neighbours) X(cuda_attention_refused)
-
 typedef struct { size_t n, T, NH, HS; int bf16; double sharp; } AttentionCase;         // sharp: factor of q
 
 // What a case computes, in double: host copies of what the device has, of its own type.
@@ -204,21 +200,21 @@ static void attention_shapes(int in_bf16) {
             attention_case(AttentionCase{1 + (t + s) % 2, tokens[t], 1 + (t + 2 * s) % 3, sizes[s], in_bf16, 3});
 }
 
-static void test_cuda_attention_fp32(void) { attention_shapes(0); }
-static void test_cuda_attention_bf16(void) { attention_shapes(1); }
+void test_cuda_attention_fp32(void) { attention_shapes(0); }
+void test_cuda_attention_bf16(void) { attention_shapes(1); }
 
-static void test_cuda_attention_wide_heads(void) {
+void test_cuda_attention_wide_heads(void) {
     static const size_t tokens[] = {1, 17, 65}, sizes[] = {136, 250, 256};
     for (int i = 0; i < 18; i++) attention_case(AttentionCase{1, tokens[i / 2 % 3], 2, sizes[i / 6], i % 2, 3});
 }
 
 // Scores in the hundreds: one key gets nearly everything, exponentials underflow, nothing overflows.
-static void test_cuda_attention_sharp(void) {
+void test_cuda_attention_sharp(void) {
     for (int i = 0; i < 4; i++) attention_case(AttentionCase{1, 150, 2, (size_t)(i / 2 ? 128 : 64), i % 2, 300});
 }
 
 // The same bits for every order of threads and blocks that the emulator tries, and for every launch on a GPU.
-static void test_cuda_attention_same_bits(void) {
+void test_cuda_attention_same_bits(void) {
     static const size_t sizes[] = {20, 64, 128};
     const char *seed = getenv("EMU_SEED");
     char *before = seed ? xprintf("%s", seed) : NULL;
@@ -246,7 +242,7 @@ static void test_cuda_attention_same_bits(void) {
 }
 
 // Neither another row nor another head is read: NaN in them stays there.
-static void test_cuda_attention_neighbours(void) {
+void test_cuda_attention_neighbours(void) {
     static const size_t sizes[] = {40, 64, 80};
     for (int i = 0; i < 6; i++) {
         const AttentionCase c = {3, 70, 3, sizes[i / 2], i % 2, 3};
@@ -273,7 +269,7 @@ static void attention_check_257(void *unused) {
 }
 
 // No rows: nothing is launched, and no pointer is looked at.
-static void test_cuda_attention_refused(void) {
+void test_cuda_attention_refused(void) {
     for (int in_bf16 = 0; in_bf16 < 2; in_bf16++) {
         attention_forward(NULL, NULL, NULL, 0, 16, 64, 1, in_bf16, NULL);
         attention_backward(NULL, NULL, NULL, NULL, NULL, NULL, 0, 16, 64, 1, in_bf16, NULL);
