@@ -61,7 +61,7 @@ ARCH           := -march=x86-64
 ENGINES        := $(FAT_ENGINES:%=$(B)/engine_%.o) $(B)/engines.o
 endif
 
-# The GPU engine. Without a GPU the tests run it on an emulator, dev/emu, if there is a C++ compiler.
+# The GPU engine, make CUDA=1.
 CUDA_HOME ?= /usr/local/cuda
 NVCC      ?= $(or $(wildcard $(CUDA_HOME)/bin/nvcc),nvcc)
 GPU_KNOWN  = $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_//p' | awk '$$1 >= 80' | sort -n)
@@ -73,18 +73,25 @@ NVCCFLAGS ?= -O3 -lineinfo
 GPU_FLAGS  = -std=c++17 $(NVCCFLAGS) $(GPU_CODE) -Xcompiler -Wall,-Wextra $(if $(OMP),-Xcompiler $(OMP))
 GPU_LIBS  := -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt -lm
 
-cxx_probe = $(shell echo 'int main() { return 0; }' | $(1) -x c++ - -o /dev/null 2>/dev/null && echo 1)
-ifneq ($(REAL)$(FAT),float0)
-else ifeq ($(call cxx_probe,$(CXX) -std=c++17),1)
-CXX_LIB := $(or $(call probe,-lstdc++),$(call probe,-lc++))
-EMU     := $(if $(CXX_LIB),$(B)/test_cuda.o)
+# C++ is for the tests that run the GPU engine where there is no GPU, on dev/emu: the C compiler's own, if it has C++17.
+ifeq ($(origin CXX),default)
+CXX := $(CC)
 endif
+cxx_probe = $(shell printf '\043include <vector>\nint main() { std::vector<int> v(1); return v[0]; }\n' | \
+              $(CXX) -std=c++17 -x c++ - -o /dev/null $(1) 2>/dev/null && echo '$(1)')
+CXX_LIB   := $(or $(call cxx_probe,-lstdc++),$(call cxx_probe,-lc++))
+EMU       := $(if $(CXX_LIB),$(B)/test_emu.o $(if $(filter float,$(REAL)),$(B)/test_cuda.o))
 
 CFLAGS   ?= -O3 -g
 WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(call probe,-Wpass-failed),-Wno-pass-failed))
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
             $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 LIBS     := -lm
+# No contraction: on every compiler the sums are those that the code says.
+EMU_FLAGS := -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing $(WARNINGS) \
+             -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. \
+             $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fno-sanitize=vptr \
+             $(call probe,-fno-sanitize=function))       # these two need a C++ linker
 
 TOOLS    := compare generate evaluate
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes
@@ -97,6 +104,7 @@ choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
 	@echo "numbers:  $(REAL), instructions: $(or $(FAT_CHOICE),$(ARCH),the compiler's default)"
 	@[ "$(CUDA)" != 1 ] || echo "GPU:      $$($(NVCC) --version | tail -n 1), for compute capability $(GPU_ARCH)"
+	@echo "C++:      $(if $(EMU),$(CXX),no compiler: the tests leave out the GPU engine)"
 	@echo "threads:  $(if $(OMP),OpenMP,none (OPENMP=0, or a compiler without OpenMP): every step takes as long as on one core)"
 
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
@@ -124,10 +132,12 @@ $(B)/engine_no_pairs.o:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -MMD -MF $@.d -DENGINE_ONLY -DNO_PAIRS -DCPU_ENGINE=no_pairs_engine -c $< -o $@
 
-# The GPU engine on the host: every kernel is executed, slowly. No contraction: the sums are those that the code says.
-EMU_FLAGS := -std=c++17 -O2 -g -x c++ -DCUDA_EMULATED -Idev/emu -I. -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas \
-             $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
-$(B)/test_cuda.o: dev/test/test_cuda.cu                  # the engine and the tests of its kernels; little memory
+$(B)/test_emu.o: dev/test/test_emu.cu
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d -c $< -o $@
+
+# The engine and the tests of its kernels; with little memory for logits, so that there are several chunks of them.
+$(B)/test_cuda.o: dev/test/test_cuda.cu
 	@mkdir -p $(@D)
 	$(CXX) $(EMU_FLAGS) -DLOGITS_BYTES='(1 << 18)' -DWORKSPACE_BYTES=65536 -MMD -MF $@.d -c $< -o $@
 
@@ -218,6 +228,9 @@ headers:
 	    echo "#include \"$$h\"" | $(CC) -std=c11 -Wall -Wextra -Werror -I. -fsyntax-only -x c - || exit 1; \
 	    echo "#include \"$$h\"" | $(CC) -std=c++17 -Wall -Wextra -Werror -I. -fsyntax-only -x c++ - || exit 1; \
 	done; echo "headers: $(words $(HEADERS)) compile alone as C11 and as C++17"
+	@[ -z "$(EMU)" ] || for h in cublasLt.h cuda_bf16.h cuda_runtime.h simt.h tensor.h ../cuda.h; do \
+	    echo "#include \"dev/emu/$$h\"" | $(CXX) $(EMU_FLAGS) -Werror -fsyntax-only - || exit 1; \
+	done
 
 # Of a fat build: each engine's instructions are in its object alone.
 instructions: $(PROGRAMS) $(B)/test_gpt

@@ -14,12 +14,13 @@
 #include "dev/test/test_compare.h"
 #include "dev/test/test_cuda.h"
 #include "dev/test/test_drop_path.h"
+#include "dev/test/test_emu.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
 #include "dev/test/test_options.h"
-#ifdef CUDA_EMULATED
+#ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_parity.h"
 #endif
 #include "dev/test/test_rng.h"
@@ -32,7 +33,7 @@
 #include "dev/test/test_tools.h"
 #include "dev/test/test_trainer.h"
 
-#ifdef CUDA_EMULATED
+#ifdef WITH_CUDA_ENGINE
 static const Engine *(*const engines[])(void) = {engine_cpu, engine_cuda};
 #else
 static const Engine *(*const engines[])(void) = {engine_cpu};
@@ -44,13 +45,13 @@ typedef struct { const char *name; void (*run)(void); int engines; } Test;
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
     RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X) SCHEDULE_TESTS(X)
-    STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X)
+    STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
     ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
-#ifdef CUDA_EMULATED
+#ifdef WITH_CUDA_ENGINE
     CUDA_TESTS(X) PARITY_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X)

@@ -13,6 +13,7 @@
 #include <functional>
 #include <math.h>
 #include <numeric>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -175,7 +176,7 @@ inline void emu_shuffle_warp(EmuCore *c, EmuWarp *w) {
     w->odd = (unsigned)r | 1, w->add = (unsigned)(r >> 32);
 }
 
-// Begins or ends the steps of a fiber: AddressSanitizer must know which stack is in use.
+// Goes on on another fiber; returns when something goes on on this one. AddressSanitizer must know which stack is in use.
 inline void emu_go(EmuCore *c, EmuFiber *to) {
     EmuFiber *from = c->fiber;
     c->fiber = to;
@@ -188,7 +189,7 @@ inline void emu_go(EmuCore *c, EmuFiber *to) {
 #endif
 }
 
-// The lane before which n lanes of a block wait in vain, told with where they are.
+// Where a lane is, as a line of the report below.
 inline void emu_tell_lane(const EmuLane *l) {
     static const char *const state[] = {"has not begun", "runs", "waits", "waits", "has exited"};
     fprintf(stderr, "  thread (%u,%u,%u) %s", l->index.x, l->index.y, l->index.z, state[l->state]);
@@ -392,7 +393,7 @@ inline void emu_shuffle_step(void *const operands[32]) {
     }
 }
 
-// Lane `source` of the calling lane's segment of `width` lanes; the lane itself where that is outside of [low, high).
+// The value of lane `source`; the calling lane's own where that is outside of its segment of `width` lanes.
 template <class T> inline T emu_shuffle(const char *what, unsigned mask, T value, int source, int width, const char *file,
                                         int line) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
@@ -472,8 +473,25 @@ inline void emu_shared_check(EmuCore *c) {
         emu_fail("wrote beyond its %zu bytes of shared memory", c->shared_bytes);
 }
 
+// Memory that does not exist, or a stack that is too small: the kernel is named, then the program ends as it would have.
+inline void emu_on_signal(int number) {
+    if (emu_in_kernel)
+        emu_fail("signal %d: it touches memory that does not exist, or needs more than %zu bytes of stack", number, EMU_STACK);
+    signal(number, SIG_DFL);
+}
+
 inline EmuCore *emu_core_open(void) {
-    if (!emu_core && !(emu_core = (EmuCore *)calloc(1, sizeof *emu_core))) emu_fail("no memory for the emulator");
+    static char stack[1 << 16];                          // for the handler: the fiber's own may be the one that is too small
+    if (emu_core) return emu_core;
+    if (!(emu_core = (EmuCore *)calloc(1, sizeof *emu_core))) emu_fail("no memory for the emulator");
+    if (EMU_ASAN) return emu_core;                       // it says more
+    stack_t alternate = {};
+    alternate.ss_sp = stack, alternate.ss_size = sizeof stack;
+    struct sigaction action = {};
+    action.sa_handler = emu_on_signal, action.sa_flags = SA_ONSTACK;
+    sigaltstack(&alternate, NULL);
+    sigaction(SIGSEGV, &action, NULL);
+    sigaction(SIGBUS, &action, NULL);
     return emu_core;
 }
 

@@ -2,10 +2,18 @@
 #ifndef TEST_CUDA_H
 #define TEST_CUDA_H
 
+#if defined CUDA_EMULATED && !defined REAL_DOUBLE       // the GPU engine knows no fp64
+#define WITH_CUDA_ENGINE 1
+#endif
+
+#define CUDA_ATTENTION_TESTS(X)                                                                                   \
+    X(cuda_attention_fp32) X(cuda_attention_bf16) X(cuda_attention_wide_heads) X(cuda_attention_sharp)              \
+    X(cuda_attention_same_bits) X(cuda_attention_neighbours) X(cuda_attention_refused)
+
 #define CUDA_TESTS(X)                                                                                                 \
     X(cuda_products) X(cuda_products_search) X(cuda_column_sums) X(cuda_gelu) X(cuda_embedding)                       \
     X(cuda_layernorm_forward) X(cuda_layernorm_backward) X(cuda_softmax_loss) X(cuda_classifier_chunks) X(cuda_logits) \
-    X(cuda_norm)
+    X(cuda_norm) CUDA_ATTENTION_TESTS(X)
 
 #ifdef __cplusplus
 extern "C" {
