@@ -56,7 +56,7 @@ rm -f "$OUT"/*.log "$OUT"/*.json "$OUT"/*.jsonl
 # ---- Stages ----
 
 record() {                                               # stage, status, seconds, note
-    note=$(printf '%s' "$4" | LC_ALL=C tr -cd '[:alnum:] .,:%()/_+-' | cut -c 1-90)
+    note=$(printf '%s' "$4" | LC_ALL=C tr -cd '[:alnum:] .,:%()/_=+-' | cut -c 1-90)
     printf '{"stage": "%s", "status": "%s", "seconds": %d, "note": "%s"}\n' "$1" "$2" "$3" "$note" >>"$OUT/stages.jsonl"
     printf '   %s, %d s%s\n' "$2" "$3" "${note:+: $note}"
 }
@@ -139,9 +139,9 @@ if [ "$ENGINE" = cuda ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.c
 fi
 
 step() {                                                 # preset, limit
-    if [ "$ENGINE" = cuda ]; then sizes="--preset $1"; else sizes=$shape; fi
+    if [ "$ENGINE" = cuda ]; then model="--preset $1"; else model=$shape; fi
     # shellcheck disable=SC2086
-    stage "step_$1" "$2" "$bench" --only step $sizes $rounds --json "$OUT/step_$1.json" && show "step_$1"
+    stage "step_$1" "$2" "$bench" --only step $model $rounds --json "$OUT/step_$1.json" && show "step_$1"
 }
 
 torch() {                                                # preset, limit, more options
@@ -154,9 +154,9 @@ torch() {                                                # preset, limit, more o
 
 step gpt2 40
 torch gpt2 150 --batch 32 --rounds 5
-if [ "$ENGINE" = cuda ]; then sizes="--preset gpt2"; else sizes=$shape; fi
+if [ "$ENGINE" = cuda ]; then model="--preset gpt2"; else model=$shape; fi
 # shellcheck disable=SC2086
-stage drop 80 "$bench" --only drop $sizes $rounds --json "$OUT/drop.json" && show drop
+stage drop 80 "$bench" --only drop $model $rounds --json "$OUT/drop.json" && show drop
 
 # ---- Attention beside PyTorch's; the sanitizers; larger models; all kernels ----
 

@@ -17,7 +17,8 @@ static void part_open(Part *p, const char *folder, const char *name, int lines) 
     FileMap map;
     char *path = xprintf("%s/%s", folder, name);
     memset(p, 0, sizeof *p);
-    if (!file_map(&map, path)) {
+    const char *missing = file_map(&map, path);
+    if (!missing && map.size) {                          // empty: a stage that was ended
         if (lines) text_append(&p->text, "[", 1);
         text_append(&p->text, map.data, map.size);
         for (size_t i = 0; lines && i + 2 < p->text.n; i++)        // not after the last
