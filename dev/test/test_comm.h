@@ -592,6 +592,9 @@ static void test_ranks_refuse(void) {
     const char *first = strstr(r.err.s, "error: ");
     EXPECT(first && !strstr(first + 1, "error: "), "all ranks speak: %s", r.err.s);
     tool_free(&r);
+    r = shell_run("scripts/launch.sh -n 2 ${BUILD:-build}/compare --train x --val x --drop-path 0.1");
+    EXPECT(r.code == 1 && strstr(r.err.s, "compare is one process"), "%d: %s", r.code, r.err.s);
+    tool_free(&r);
     char *line = xprintf("RANK=0 WORLD_SIZE=2 %s/train_gpt --train '%s/data/train_*.bin' --out %s/c", test_build(), data, dir);
     tool_expect(1, "LOCAL_RANK is not set", shell_run(line), __FILE__, __LINE__);
     free(line);

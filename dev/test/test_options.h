@@ -304,7 +304,7 @@ static void test_options_recipes(void) {
 // A value of the spec's type that is not its default.
 static const char *options_test_other(const OptionSpec *s, char word[64]) {
     size_t length = 0;
-    const char *last = s->domain;
+    const char *last;
     switch (s->type) {
     case OPTION_INTEGER: return "977";
     case OPTION_NUMBER:  return "0.30000000000000004";
@@ -312,8 +312,11 @@ static const char *options_test_other(const OptionSpec *s, char word[64]) {
     case OPTION_TEXT:    return " \xc3\xa9 \"quoted\" # \\n\n\t= '";
     case OPTION_FLAG:    return strcmp(s->initial, "0") ? "0" : "1";
     default:
-        for (int i = 0; options_word(s->domain, i, &length); i++) last = options_word(s->domain, i, &length);
-        snprintf(word, 64, "%.*s", (int)strcspn(last, "|"), last);
+        for (int i = 0; (last = options_word(s->domain, i, &length)); i++) {         // the last that is not the default
+            char this_word[64];
+            snprintf(this_word, sizeof this_word, "%.*s", (int)length, last);
+            if (i == 0 || strcmp(this_word, s->initial)) memcpy(word, this_word, sizeof this_word);
+        }
         return word;
     }
 }
