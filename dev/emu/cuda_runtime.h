@@ -4,6 +4,7 @@
 //
 //   EMU_SEED=n      another order of the threads of a block, of blocks, and of work in streams
 //   EMU_LAZY=1      the work of a stream runs only when the host, or another stream, waits for it
+//   EMU_LAZY=2      the same, but cudaStreamNonBlocking streams do their work at once, ahead of the others
 //   EMU_DEVICES=n   so many devices (default 1); EMU_MEMORY=n: with so many bytes each (default 16 GiB)
 #ifndef EMU_CUDA_RUNTIME_H
 #define EMU_CUDA_RUNTIME_H
@@ -299,7 +300,8 @@ inline void emu_drain_all(bool all) {
 inline cudaError_t emu_enqueue(EmuStream *s, std::function<void()> work) {
     if (!emu_is_stream(s)) return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
     if (!s) emu_drain_all(false);
-    if (s && emu_number("EMU_LAZY", 0)) s->work.push_back(std::move(work));
+    const uint64_t lazy = emu_number("EMU_LAZY", 0);
+    if (s && (lazy == 1 || (lazy == 2 && !(s->flags & cudaStreamNonBlocking)))) s->work.push_back(std::move(work));
     else {
         if (s) emu_drain(s);
         work();

@@ -28,8 +28,6 @@ typedef enum { EMU_NCCL_RESULTS(X) } ncclResult_t;
 typedef enum { ncclFloat32 = 7, ncclFloat = 7, ncclFloat64 = 8, ncclDouble = 8, ncclBfloat16 = 9 } ncclDataType_t;
 typedef enum { ncclSum = 0 } ncclRedOp_t;
 typedef struct { char internal[128]; } ncclUniqueId;
-typedef struct { int blocking; } ncclConfig_t;
-#define NCCL_CONFIG_INITIALIZER {1}
 
 inline const char *ncclGetErrorString(ncclResult_t r) {
 #define X(name, number, text) if (r == name) return text;
@@ -123,9 +121,6 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int world, ncclUniqueId i
     *comm = c;
     return ncclSuccess;
 }
-inline ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int world, ncclUniqueId id, int rank, ncclConfig_t *) {
-    return ncclCommInitRank(comm, world, id, rank);
-}
 
 inline ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) {
     *error = c->error;
@@ -205,8 +200,8 @@ inline bool emu_nccl_run(EmuNccl *c, EmuNcclCall call, const char *from, char *t
             for (int r = 0; r < c->world; r++) memcpy(to + (size_t)r * bytes + at, s->room[r], n);
         });
     for (int r = 0; r < c->world; r++)                   // reduce and scatter: one rank's share after the other
-        if (!emu_nccl_pieces(c, from + (size_t)r * bytes, bytes, [=](size_t at, size_t n) { if (r == c->rank) sum(to + at, n); }))
-            return false;
+        if (!emu_nccl_pieces(c, from + (size_t)r * bytes, bytes,
+                             [=](size_t at, size_t n) { if (r == c->rank) sum(to + at, n); })) return false;
     return true;
 }
 
@@ -249,7 +244,8 @@ inline ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, nccl
                                       cudaStream_t stream) {
     return emu_nccl_give(c, {EMU_REDUCE_SCATTER, type, 0, n}, from, to, (size_t)c->world, 1, stream);
 }
-inline ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t c, cudaStream_t stream) {
+inline ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t c,
+                                  cudaStream_t stream) {
     return emu_nccl_give(c, {EMU_ALL_GATHER, type, 0, n}, from, to, 1, (size_t)c->world, stream);
 }
 inline ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t type, int root, ncclComm_t c,

@@ -93,7 +93,7 @@ static void read_options(Compare *c, int argc, char **argv) {
     if (*o->resume) die("compare does without --resume: the same command goes on where it stopped");
     if (*o->drop_replay) die("--drop-replay: compare draws its plans\n  hint: train_gpt replays them");
     CommLaunch launch;
-    char *error = comm_launch(&launch, "dir:.", "unused", comm_look, NULL);
+    char *error = comm_launch(&launch, "tcp://localhost:1", "unused", comm_look, NULL);
     if (error || launch.world > 1) die("compare is one process: start it without mpirun, srun or scripts/launch.sh");
     if (o->seed > INT64_MAX - c->own.seeds)
         die("--seed %lld leaves no room for %lld seeds", (long long)o->seed, (long long)c->own.seeds);
