@@ -193,7 +193,7 @@ $(B)/engine_emu.o: train_gpt.cu
 
 $(B)/kernels_emu: dev/bench/kernels.cu
 	@mkdir -p $(@D)
-	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS) $(CXX_LIB)
 
 # Registers, spills and shared memory of every kernel, for each compute capability.
 cuda-report:
