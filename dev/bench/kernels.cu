@@ -357,12 +357,13 @@ static double attention_backward_check(void *arg) {
 }
 
 // FLOPs as gpt.h counts them: causal, without what the backward pass computes again. In bf16 probabilities and their
-// gradients are rounded before the second products, and the first queries, whose numbers are the largest, see few keys.
+// gradients are rounded before the second products, and the first queries, whose numbers are the largest, see few keys: the
+// longer the rows, the further they are above the root mean square. (T 20, 80, 256, 384: errors of 0.023 to 0.044.)
 static void lab_attention(Lab *l) {
     MeasureTable t = measure_new(l->rounds);
     Attention a = {{0, 0, 0}, l, NULL, NULL, NULL, NULL, NULL, NULL};
     const double flops = 4 * (double)l->C * (double)l->B * (double)l->T * ((double)l->T + 1) / 2;
-    const double error = l->g->half ? 0.08 : 4 * rounding((double)l->T);
+    const double error = l->g->half ? 0.05 + 0.002 * sqrt((double)l->T) : 4 * rounding((double)l->T);
     timer_open(&a.timer, l->g->stream);
     a.qkv = device_filled(l->g, 0, 3 * l->BT * l->C, 2, 20), a.dqkv = device_filled(l->g, 0, 3 * l->BT * l->C, 1, 21);
     a.y = device_filled(l->g, 0, l->BT * l->C, 1, 22), a.dy = device_filled(l->g, 0, l->BT * l->C, 1, 23);
