@@ -20,7 +20,7 @@
     OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|attention", "one table")                             \
     OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
            "default: from gpt2 to gpt2-xl")                                                                          \
-    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|tf32", "operands of products")                                 \
+    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|auto|tf32", "operands of products; auto: the engine's own")    \
     OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the preset's")                      \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the preset's")                      \
     OPTION(rounds, "rounds", INTEGER, "6", "[1,1e6]", "slices of each row")                                          \
@@ -844,7 +844,8 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     memset(&b, 0, sizeof b);
     memset(&l, 0, sizeof l);
-    b.engine = engine_cuda(), b.dtype = (int)o.dtype, b.sheet_peak = sheet_peak(b.engine->name, b.dtype);
+    b.engine = engine_cuda(), b.dtype = o.dtype == DTYPE_AUTO ? b.engine->dtype : (int)o.dtype;
+    b.sheet_peak = sheet_peak(b.engine->name, b.dtype);
     l.bench = &b, l.rounds = (int)o.rounds;
     text_printf(&b.rows, "[");
     text_printf(&l.attention, "[");
