@@ -168,17 +168,20 @@ $(TOOLS:%=$(B)/%_cuda.o): $(B)/%_cuda.o: dev/tools/%.c
 $(TOOLS:%=$(B)/%_cuda): $(B)/%_cuda: $(B)/%_cuda.o $(B)/engine_cuda.o
 	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)
 
-# All tests, on the CPU's engine and on a GPU: with the object of its tests test_gpt.c knows them.
-$(B)/test_cuda_device.o: dev/test/test_cuda.cu
-	@mkdir -p $(@D)
-	$(NVCC) $(GPU_FLAGS) -MMD -MF $@.d -c $< -o $@
-
+# All tests that concern the GPU engine, on a GPU.
 $(B)/test_gpt_cuda.o: test_gpt.c
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) -DCUDA_EMULATED -MMD -MF $@.d -c $< -o $@
+	$(CC) $(FLAGS) -DCUDA_BUILD -MMD -MF $@.d -c $< -o $@
+
+$(B)/test_cuda_device.o: dev/test/test_cuda.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(GPU_FLAGS) -DLOGITS_BYTES='(1 << 18)' -MMD -MF $@.d -c $< -o $@
 
 $(B)/test_gpt_cuda: $(B)/test_gpt_cuda.o $(ENGINES) $(B)/engine_no_pairs.o $(B)/test_cuda_device.o
 	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)
+
+test-cuda: choices $(B)/test_gpt_cuda
+	@$(B)/test_gpt_cuda $$($(B)/test_gpt_cuda --list | grep -e ^engine_ -e ^cuda_ -e ^parity_)
 
 # What measures on a GPU; the same under the emulator, to try it where there is none.
 $(B)/bench_cuda.o: dev/bench/bench_cuda.c
@@ -205,7 +208,7 @@ $(B)/engine_emu.o: train_gpt.cu
 
 $(B)/kernels_emu: dev/bench/kernels.cu
 	@mkdir -p $(@D)
-	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS)
+	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS) $(CXX_LIB)
 
 # Registers, spills and shared memory of every kernel, for each compute capability.
 cuda-report:
@@ -250,9 +253,9 @@ instructions: $(PROGRAMS) $(B)/test_gpt
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 15
-	@echo "targets: all quickstart test bench headers instructions cuda-report clean"
+	@echo "targets: all quickstart test bench headers instructions test-cuda cuda-report clean"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test bench headers instructions cuda-report help clean
+.PHONY: all choices quickstart test bench headers instructions test-cuda cuda-report help clean

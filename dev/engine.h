@@ -20,7 +20,7 @@ typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
 // What the operands of matrix products are rounded to. Sums, weights, gradients and moments are fp32 in all (fp64 when
 // built with REAL=double), and so is attention on the CPU. On the GPU bf16 is also how activations are stored; tf32 is
 // fp32 that the GPU's tensor cores read with 10 bits of fraction.
-enum { DTYPE_FP32, DTYPE_BF16, DTYPE_TF32, DTYPE_AUTO };   // auto: the engine's own, for options only
+enum { DTYPE_FP32, DTYPE_BF16, DTYPE_AUTO, DTYPE_TF32 };   // auto: the engine's own, for options only
 
 // What forward does not keep, because backward makes it again: the output of LayerNorm and GELU; nothing; all that is
 // between a branch's LayerNorm and its end. The CPU knows the first only.

@@ -82,7 +82,7 @@ typedef struct {
 #define OPTION_RECIPE_NAME(name, config) "|" #name
 
 // The words of a choice stand in the order of the enum that names them: gpt_presets (gpt.h), SCHEDULE_* (schedule.h),
-// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_* (engine.h), and ADAM_* here.
+// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_* and RECOMPUTE_* (engine.h), and ADAM_* here.
 enum { ADAM_DENSE, ADAM_SKIP };
 
 //  OPTION(field, name, type, default, domain, help)
@@ -112,7 +112,7 @@ enum { ADAM_DENSE, ADAM_SKIP };
            "continue from this checkpoint; without PATH, from the latest of --out")                                  \
     OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "names all randomness of the run")                              \
     OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
-    OPTION(dtype, "dtype", CHOICE, "auto", "fp32|bf16|tf32|auto",                                                    \
+    OPTION(dtype, "dtype", CHOICE, "auto", "fp32|bf16|auto|tf32",                                                    \
            "what operands of matrix products are rounded to; sums and weights stay fp32. auto: fp32 on the CPU, bf16 on" \
            " the GPU; tf32 is for GPUs")                                                                             \
     OPTION(recompute, "recompute", CHOICE, "gelu", "gelu|none|branch",                                               \

@@ -525,7 +525,7 @@ static inline void trainer_print_start(const Trainer *tr) {
     char count[32], tokens[32];
     const size_t parameters = gpt_params_count(c);
     const double mib = 1048576;
-    static const char *const products[] = {"", ", matrix products of bf16", ", matrix products of tf32"};
+    static const char *const products[] = {"", ", matrix products of bf16", "", ", matrix products of tf32"};
     EngineMemory memory;
     double usual, fraction = 0;
     metrics_grouped(count, (double)parameters);

@@ -78,7 +78,7 @@ stage() {                                                # stage, limit in secon
         return 2
     fi
     [ "$left" -lt "$limit" ] && limit=$left
-    echo "== $name: $*"
+    printf '== %s: %s\n' "$name" "$(printf '%s' "$*" | tr -s '\n ' ' ' | cut -c 1-118)"
     timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 </dev/null
     status=$?
     seconds=$(($(date +%s) - from))
@@ -163,7 +163,7 @@ stage drop 80 "$bench" --only drop $model $rounds --json "$OUT/drop.json" && sho
 if [ "$ENGINE" = cuda ]; then sizes="--rounds 5"; else sizes="$shape $rounds $few"; fi
 # shellcheck disable=SC2086
 stage attention 45 "$kernels" --only attention $sizes --json "$OUT/attention.json" && show attention
-if [ $has_torch = 1 ] && [ -f "$OUT/attention.json" ]; then
+if [ $has_torch = 1 ] && [ -s "$OUT/attention.json" ]; then
     stage sdpa 60 "$PYTHON" dev/bench/sdpa.py --kernels "$OUT/attention.json" --json "$OUT/sdpa.json" && cat "$OUT/sdpa.log"
 else
     skip sdpa "no PyTorch that sees a GPU (PYTHON=$PYTHON), or no attention"

@@ -18,7 +18,7 @@
            "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
     OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
            "default: those of each table")                                                                           \
-    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|tf32", "operands of products")                                 \
+    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|auto|tf32", "operands of products; auto: the engine's own")    \
     OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward makes again")                  \
     OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
@@ -54,6 +54,7 @@ static void bench_open(Bench *b, int dtype, int recompute) {
     memset(b, 0, sizeof *b);
     b->engine = engine_cuda();
     b->recompute = recompute;
+    if (dtype == DTYPE_AUTO) dtype = b->engine->dtype;
     b->dtype = b->dtypes[0] = dtype, b->n_dtypes = 1, b->samplings = 1;
     b->sheet_peak = sheet_peak(b->engine->name, dtype);
     // A batch of another size has its products summed by another algorithm: in fp32 the last bits of a loss move, in bf16

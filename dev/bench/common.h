@@ -8,7 +8,7 @@
 typedef struct { const char *preset; int B, T; } Case;   // a model, and B rows of T tokens
 
 enum { N_DTYPES = DTYPE_TF32 + 1 };
-static const char *const dtype_name[N_DTYPES] = {REAL_NAME, "bf16", "tf32"};       // by DTYPE_*
+static const char *const dtype_name[N_DTYPES] = {REAL_NAME, "bf16", "auto", "tf32"};         // by DTYPE_*
 
 typedef struct {
     const Engine *engine;                                // of whole steps

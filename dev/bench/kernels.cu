@@ -20,7 +20,7 @@
     OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|attention", "one table")                             \
     OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
            "default: from gpt2 to gpt2-xl")                                                                          \
-    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|tf32", "operands of products")                                 \
+    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|auto|tf32", "operands of products; auto: the engine's own")    \
     OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the preset's")                      \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the preset's")                      \
     OPTION(rounds, "rounds", INTEGER, "6", "[1,1e6]", "slices of each row")                                          \
@@ -357,12 +357,13 @@ static double attention_backward_check(void *arg) {
 }
 
 // FLOPs as gpt.h counts them: causal, without what the backward pass computes again. In bf16 probabilities and their
-// gradients are rounded before the second products, and the first queries, whose numbers are the largest, see few keys.
+// gradients are rounded before the second products, and the first queries, whose numbers are the largest, see few keys: the
+// longer the rows, the further they are above the root mean square. (T 20, 80, 256, 384: errors of 0.023 to 0.044.)
 static void lab_attention(Lab *l) {
     MeasureTable t = measure_new(l->rounds);
     Attention a = {{0, 0, 0}, l, NULL, NULL, NULL, NULL, NULL, NULL};
     const double flops = 4 * (double)l->C * (double)l->B * (double)l->T * ((double)l->T + 1) / 2;
-    const double error = l->g->half ? 0.08 : 4 * rounding((double)l->T);
+    const double error = l->g->half ? 0.05 + 0.002 * sqrt((double)l->T) : 4 * rounding((double)l->T);
     timer_open(&a.timer, l->g->stream);
     a.qkv = device_filled(l->g, 0, 3 * l->BT * l->C, 2, 20), a.dqkv = device_filled(l->g, 0, 3 * l->BT * l->C, 1, 21);
     a.y = device_filled(l->g, 0, l->BT * l->C, 1, 22), a.dy = device_filled(l->g, 0, l->BT * l->C, 1, 23);
@@ -843,7 +844,8 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     memset(&b, 0, sizeof b);
     memset(&l, 0, sizeof l);
-    b.engine = engine_cuda(), b.dtype = (int)o.dtype, b.sheet_peak = sheet_peak(b.engine->name, b.dtype);
+    b.engine = engine_cuda(), b.dtype = o.dtype == DTYPE_AUTO ? b.engine->dtype : (int)o.dtype;
+    b.sheet_peak = sheet_peak(b.engine->name, b.dtype);
     l.bench = &b, l.rounds = (int)o.rounds;
     text_printf(&b.rows, "[");
     text_printf(&l.attention, "[");

@@ -69,7 +69,7 @@ static void device_free(void *p) { CUDA_CHECK(cudaFree(p)); }
 // ---- What is expected ----
 
 static const int dtypes[] = {DTYPE_FP32, DTYPE_TF32, DTYPE_BF16};
-static const char *const dtype_names[] = {"fp32", "bf16", "tf32"};   // by DTYPE_*
+static const char *const dtype_names[] = {"fp32", "bf16", "auto", "tf32"};   // by DTYPE_*
 #define EACH_DTYPE(dtype) for (int dtype : dtypes)
 
 static Gpu test_gpu(int dtype, size_t C) {

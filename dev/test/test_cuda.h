@@ -2,7 +2,7 @@
 #ifndef TEST_CUDA_H
 #define TEST_CUDA_H
 
-#if defined CUDA_EMULATED && !defined REAL_DOUBLE       // the GPU engine knows no fp64
+#if (defined CUDA_EMULATED || defined CUDA_BUILD) && !defined REAL_DOUBLE    // the GPU engine knows no fp64
 #define WITH_CUDA_ENGINE 1
 #endif
 
