@@ -284,7 +284,7 @@ static void run_touch(void *at) {
     fprintf(stderr, "not found out\n");
 }
 static void run_touch_host(void *) {
-    float host[4];
+    float host[4] = {0};
     LAUNCH(touch, 1, 1, 0, NULL, host, 0);
 }
 static void run_touch_freed(void *) {
