@@ -15,6 +15,7 @@
 #include "dev/test/test_drop_path.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
+#include "dev/test/test_interop.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
 #include "dev/test/test_options.h"
@@ -42,7 +43,7 @@ static const Test tests[] = {
     ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
-    KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X)
+    KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };
