@@ -76,11 +76,12 @@ choices:
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
 $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_BASE).o,$(ENGINES)))
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
+$(B)/interop_logits: dev/test/interop/logits.c $(ENGINES)
 $(B)/data_bytes: data/bytes.c
 $(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o)
 $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
-$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
+$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(FAT_$(@F)) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
@@ -111,6 +112,10 @@ quickstart: all
 test: choices $(PROGRAMS) $(B)/test_gpt
 	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt
 
+# Our checkpoints in transformers and its checkpoints here: makes a virtual environment once, or takes VENV=/path of one.
+test-interop: $(PROGRAMS) $(B)/interop_logits
+	@BUILD="$(B)" VENV="$(VENV)" sh dev/test/interop/run.sh
+
 # Kernels, steps and drop path beside the machine's peaks, and memory, in about ten minutes: dev/bench/README.md.
 bench: choices $(B)/bench
 	@$(B)/bench --json $(B)/bench.json
@@ -128,9 +133,9 @@ instructions: $(PROGRAMS) $(B)/test_gpt
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 11
-	@echo "targets: all quickstart test bench headers instructions clean"
+	@echo "targets: all quickstart test test-interop bench headers instructions clean"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test bench headers instructions help clean
+.PHONY: all choices quickstart test test-interop bench headers instructions help clean

@@ -157,8 +157,8 @@ static inline const SafetensorsEntry *weights_find(const Weights *w, const char 
     if (!w->index.n) return safetensors_find(&w->file[0].tensors, name);
     const WeightsPlace *place = weights_index_find(&w->index, name);
     const SafetensorsEntry *t = place ? safetensors_find(&w->file[place->file].tensors, name) : NULL;
-    if (place && !t) die("%s has no tensor %s\n  hint: model.safetensors.index.json says that it has", w->file[place->file].path,
-                         name);
+    if (place && !t)
+        die("%s has no tensor %s\n  hint: model.safetensors.index.json says that it has", w->file[place->file].path, name);
     return t;
 }
 
@@ -173,8 +173,9 @@ static inline void weights_open(Weights *w, const char *path) {
     else if (!path_exists(one) && path_exists(index)) weights_open_shards(w, index);
     else {
         w->file = (WeightsFile *)xcalloc(1, sizeof *w->file);
-        weights_add_file(w, xstrdup(one), path_exists(pickle) ? "pytorch_model.bin is not read: let transformers load it and "
-                         "save_pretrained() it as safetensors" : "a checkpoint is a directory with config.json and model.safetensors");
+        weights_add_file(w, xstrdup(one), path_exists(pickle)
+                         ? "pytorch_model.bin is not read: let transformers load it and save_pretrained() it as safetensors"
+                         : "a checkpoint is a directory with config.json and model.safetensors");
     }
     if (!w->llmc.data && weights_find(w, "transformer.wte.weight")) w->prefix = "transformer.";
     free(one), free(index), free(pickle);

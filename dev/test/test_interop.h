@@ -170,7 +170,8 @@ static void test_interop_index_damaged(void) {
         {"{\"weight_map\": {}}", "weight_map"}, {"{\"weight_map\": {\"a\": 1}}", "must be a string: \"a\""},
         {"{\"weight_map\": {\"a\\u0000\": \"m.safetensors\"}}", "NUL"},
         {"{\"weight_map\": {\"a\": \"m.safetensors\\u0000\"}}", "must be a string"},
-        {"{\"weight_map\": {\"a\": \"m.safetensors\", \"b\": \"m.safetensors\", \"\\u0061\": \"n.safetensors\"}}", "twice: \"a\""},
+        {"{\"weight_map\": {\"a\": \"m.safetensors\", \"b\": \"m.safetensors\", \"\\u0061\": \"n.safetensors\"}}",
+         "twice: \"a\""},
 #define NAMED(name) {"{\"weight_map\": {\"b\": \"m.safetensors\", \"a\": \"" name "\"}}", "same directory: "}
         NAMED(""), NAMED("."), NAMED(".."), NAMED("/etc/m.safetensors"), NAMED("../m.safetensors"), NAMED("x/m.safetensors"),
         NAMED("..\\\\m.safetensors"), NAMED(".m.safetensors"), NAMED(".safetensors"), NAMED("pytorch_model.bin"),
@@ -183,8 +184,8 @@ static void test_interop_index_damaged(void) {
     }
 }
 
-#define INTEROP_TEST_CONFIG "{\"model_type\": \"gpt2\", \"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, " \
-                            "\"n_embd\": 4, \"n_inner\": null}"
+#define INTEROP_TEST_SIZES "\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4"
+#define INTEROP_TEST_CONFIG "{\"model_type\": \"gpt2\", " INTEROP_TEST_SIZES ", \"n_inner\": null}"
 
 // The model in two files, tensor by tensor in turn, and the index of them.
 static void interop_test_shards(const char *dir, Model *m) {
@@ -261,7 +262,7 @@ static void test_interop_sharded_refuses(void) {
     EXPECT_EXIT(1, "a checkpoint is a directory", checkpoint_test_read_config, arg);
     fclose(file_open(pickle, "wb"));
     EXPECT_EXIT(1, "pytorch_model.bin is not read", checkpoint_test_read_config, arg);
-    const char inner[] = "{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4, \"n_inner\": 8}";
+    const char inner[] = "{" INTEROP_TEST_SIZES ", \"n_inner\": 8}";
     file_write_whole(config, inner, sizeof inner - 1);
     EXPECT_EXIT(1, "n_inner", checkpoint_test_read_config, arg);
     engine_cpu()->close(m);
@@ -272,8 +273,8 @@ static void test_interop_sharded_refuses(void) {
 
 // A vocabulary of bytes and merges; token 5 could be made of two pairs, and is by that of the lower tokens; nothing makes 7.
 static void test_interop_tokenizer_json(void) {
-    static const char vocab[] = "{\"a\": 0, \"b\": 1, \"\\u0120\": 2, \"ab\": 3, \"\\u0120ab\": 4, \"abab\": 5, \"<|endoftext|>\": 6, "
-                                "\"bbbb\": 7, \"\\u00c3\": 8, \"\\u010a\": 9}";
+    static const char vocab[] = "{\"a\": 0, \"b\": 1, \"\\u0120\": 2, \"ab\": 3, \"\\u0120ab\": 4, \"abab\": 5, "
+                                "\"<|endoftext|>\": 6, \"bbbb\": 7, \"\\u00c3\": 8, \"\\u010a\": 9}";
     Tokenizer t;
     Json doc;
     Text out = {NULL, 0, 0}, config = {NULL, 0, 0};
@@ -284,7 +285,8 @@ static void test_interop_tokenizer_json(void) {
     error = json_parse(&doc, out.s, out.n);
     EXPECT(!error, "%s", error);
     static const char *const want[3] = {"a b", "\xC4\xA0 ab", "ab ab"};
-    const int model = json_get(&doc, 0, "model"), merges = json_get(&doc, model, "merges"), words = json_get(&doc, model, "vocab");
+    const int model = json_get(&doc, 0, "model");
+    const int merges = json_get(&doc, model, "merges"), words = json_get(&doc, model, "vocab");
     int count = 0;
     for (int k = json_first(&doc, merges); k >= 0; k = json_next(&doc, k), count++)
         EXPECT(count < 3 && json_equals(&doc, k, want[count]), "merge %d is wrong", count);

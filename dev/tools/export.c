@@ -79,8 +79,8 @@ static void *export_tensor(const Export *x, int p, int l, size_t *bytes, char **
     const size_t bad = safetensors_from_real(x->to->dtype, from, n, out);
     if (bad < n) {
         char *name = gpt_param_name(p, l);
-        *error = xprintf("%s: a weight of %s is %g, which is not finite in %s%s", x->m.dir, name, (double)from[bad], x->to->name,
-                         isfinite(from[bad]) ? "\n  hint: --dtype bf16 has the range of f32, f32 loses nothing" : "");
+        *error = xprintf("%s: a weight of %s is %g, which is not finite in %s%s", x->m.dir, name, (double)from[bad],
+                         x->to->name, isfinite(from[bad]) ? "\n  hint: --dtype bf16 has the range of f32" : "");
         free(name), free(out);
         out = NULL;
     }
@@ -326,8 +326,8 @@ static void export_open(Export *x, const ExportOptions *o, const char *path) {
     load_config(&x->m, path);
     for (int i = 0; i < BRANCHES * x->m.config.L; i++) x->folded |= x->m.scale[i] != 1;
     if (x->m.tied && x->folded)
-        die("%s was trained with --drop-scale survival and --drop-branches tied, which cannot be folded into weights: the factor "
-            "scales the sum of both branches, after the MLP has read it unscaled\n"
+        die("%s was trained with --drop-scale survival and --drop-branches tied, which cannot be folded into weights: the "
+            "factor scales the sum of both branches, after the MLP has read it unscaled\n"
             "  hint: generate and evaluate apply it; for an export train with --drop-branches separate", x->m.dir);
     x->eot = export_eot(x->m.dir, x->m.config.V);
     if (o->format == FORMAT_HUGGINGFACE) export_tokenizer(x);

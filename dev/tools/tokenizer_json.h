@@ -6,7 +6,7 @@
 #include "../tokenizer.h"
 
 // GPT-2's alphabet the other way round: the character that stands for each byte, as UTF-8.
-static inline void tokenizer_json_alphabet(char written[256][4]) {
+static inline void tokenizer_json_alphabet(char written[256][5]) {
     int byte[TOKENIZER_ALPHABET];
     tokenizer_alphabet(byte);
     memset(written, 0, 256 * sizeof written[0]);
@@ -15,12 +15,12 @@ static inline void tokenizer_json_alphabet(char written[256][4]) {
 }
 
 // A token as the vocabulary has it: in that alphabet, end-of-text by its name. From malloc.
-static inline char *tokenizer_json_token(const Tokenizer *t, char written[256][4], int token) {
+static inline char *tokenizer_json_token(const Tokenizer *t, char written[256][5], int token) {
     int n;
     const char *bytes = tokenizer_bytes(t, token, &n);
     Text s = {NULL, 0, 0};
     if (token == t->eot) text_append(&s, bytes, (size_t)n);
-    else for (int i = 0; i < n; i++) text_append(&s, written[(unsigned char)bytes[i]], strlen(written[(unsigned char)bytes[i]]));
+    else for (int i = 0; i < n; i++) text_printf(&s, "%s", written[(unsigned char)bytes[i]]);
     return s.s;
 }
 
@@ -61,8 +61,9 @@ static inline int tokenizer_json_ambiguous(const Tokenizer *t) {
 
 // Appends the tokenizer.json. Returns NULL, or why there can be none.
 static inline const char *tokenizer_json_write(Text *out, const Tokenizer *t) {
-    static const char byte_level[] = "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true, \"use_regex\": true}";
-    char written[256][4];
+    static const char byte_level[] =
+        "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true, \"use_regex\": true}";
+    char written[256][5];
     if (tokenizer_json_ambiguous(t)) return "two of its tokens have the same bytes";
     tokenizer_json_alphabet(written);
     text_printf(out, "{\n\"version\": \"1.0\", \"truncation\": null, \"padding\": null,\n\"added_tokens\": [");
@@ -76,8 +77,9 @@ static inline const char *tokenizer_json_write(Text *out, const Tokenizer *t) {
     }
     text_printf(out, "],\n\"normalizer\": null,\n\"pre_tokenizer\": %s,\n\"post_processor\": null,\n\"decoder\": %s,\n",
                 byte_level, byte_level);
-    text_printf(out, "\"model\": {\"type\": \"BPE\", \"dropout\": null, \"unk_token\": null, \"continuing_subword_prefix\": \"\", "
-                "\"end_of_word_suffix\": \"\", \"fuse_unk\": false, \"byte_fallback\": false,\n\"vocab\": {");
+    text_printf(out, "\"model\": {\"type\": \"BPE\", \"dropout\": null, \"unk_token\": null, "
+                "\"continuing_subword_prefix\": \"\", \"end_of_word_suffix\": \"\", \"fuse_unk\": false, "
+                "\"byte_fallback\": false,\n\"vocab\": {");
     for (int token = 0; token < t->V; token++) {
         char *name = tokenizer_json_token(t, written, token);
         text_printf(out, token ? ",\n" : "\n");
