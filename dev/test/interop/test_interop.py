@@ -4,7 +4,7 @@ Run:    make test-interop              or, of the methods below, some: dev/test/
 Needs:  torch, numpy, transformers, safetensors, in the virtual environment that run.sh makes
 
 Weights are random and far from small, sizes are odd. The reference is transformers' GPT2LMHeadModel in double
-precision. Our fp32 may differ from it by what fp32 itself loses: transformers' own fp32 is the measure where there is one.
+precision. Our fp32 may differ from it by what fp32 loses: transformers' own fp32 is the measure where there is one.
 """
 import json
 import os
@@ -246,6 +246,7 @@ class Logits(Interop):
 
 class Training(Interop):
     SIZE, T, B, M, STEPS = SIZES[0], 13, 4, 2, 10          # rows shorter than the positions; M micro-batches a step
+    EPS = 1e-5          # not less: the bias of attention's keys has gradient 0, so that AdamW divides rounding by it
 
     def drop(self, model, kept, scale, tied):
         """Makes model multiply its branches by masks, as torchvision.ops.stochastic_depth does: kept (2L,B) of 0 and 1,
@@ -277,7 +278,7 @@ class Training(Interop):
         matrices = [p for p in model.parameters() if p.dim() == 2]
         vectors = [p for p in model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=self.EPS)
         n, losses, norms = (len(tokens) - 1) // self.T, [], []
         for step, record in enumerate(records):
             optimizer.zero_grad()
@@ -323,7 +324,7 @@ class Training(Interop):
         write_shard(self.folder / "train.bin", tokens)
         run("train_gpt", "--train", self.folder / "train.bin", "--init-from", start, "--out", out, "--seq-len", self.T,
             "--batch", self.B, "--total-batch", self.B * self.T * self.M, "--steps", self.STEPS, "--lr", 0.004,
-            "--warmup", 2, "--eps", 1e-6, "--drop-ramp-up", 3, "--seed", seed, *options)
+            "--warmup", 2, "--eps", self.EPS, "--drop-ramp-up", 3, "--seed", seed, *options)
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         self.assertEqual(len(records), self.STEPS)
         kept = np.array([self.read_plan(text) for record in records for text in record["plan"].split(" ")])
@@ -339,7 +340,7 @@ class Training(Interop):
             moved = (want - before[name]).abs().max().item()
             error = np.abs(ours[f"transformer.{name}"] - want.numpy()).max()
             self.assertGreater(moved, 1e-3, name)
-            self.assertLess(error, 2e-3 * moved, f"{name} moved by {moved:.3g}")
+            self.assertLess(error, 5e-4 * moved, f"{name} moved by {moved:.3g}")
         loaded = load(out / "latest")                    # what we saved is what they load
         checked = random_tokens(2, self.SIZE["T"], V)
         self.assert_logits(our_logits(out / "latest", checked, self.folder), their_logits(loaded, checked))
@@ -405,7 +406,7 @@ class Runs(Interop):
         self.assertGreater(np.abs(unfolded - ours).max(), 0.1, "the factors do nothing here")
 
     def test_merges(self):
-        """A vocabulary that was learned elsewhere: the merges that it comes from are found again, and a text's tokens."""
+        """A vocabulary that was learned elsewhere: the merges that made it are found again, and a text's tokens."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         learned = Tokenizer(models.BPE())
         learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
