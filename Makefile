@@ -97,9 +97,9 @@ EMU_FLAGS := -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno
              $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fno-sanitize=vptr \
              $(call probe,-fno-sanitize=function))       # these two need a C++ linker
 
-TOOLS    := compare generate evaluate
+TOOLS    := compare generate evaluate export
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes
-GPU_PROGRAMS := $(B)/train_gpt_cuda $(TOOLS:%=$(B)/%_cuda)
+GPU_PROGRAMS := $(B)/train_gpt_cuda $(patsubst %,$(B)/%_cuda,$(filter-out export,$(TOOLS)))
 HEADERS  := $(filter-out dev/cuda.h,$(wildcard dev/*.h))   # cuda.h is for nvcc, or for dev/emu
 
 all: choices $(PROGRAMS) $(if $(filter 1,$(CUDA)),$(GPU_PROGRAMS))
@@ -114,13 +114,14 @@ choices:
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
 $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_BASE).o,$(ENGINES)))
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
+$(B)/interop_logits: dev/test/interop/logits.c $(ENGINES)
 $(B)/data_bytes: data/bytes.c
 $(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
 $(B)/test_gpt: TEST_FLAGS := $(if $(EMU),-DCUDA_EMULATED)
 $(B)/test_gpt: LIBS += $(if $(EMU),$(CXX_LIB))
 $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
-$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt:
+$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(FAT_$(@F)) $(TEST_FLAGS) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
@@ -233,6 +234,10 @@ quickstart: all
 test: choices $(PROGRAMS) $(B)/test_gpt $(EMU_PROGRAM)
 	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt
 
+# Our checkpoints in transformers and its checkpoints here: makes a virtual environment once, or takes VENV=/path of one.
+test-interop: $(PROGRAMS) $(B)/interop_logits
+	@BUILD="$(B)" VENV="$(VENV)" sh dev/test/interop/run.sh
+
 # Kernels, steps and drop path beside the machine's peaks, and memory, in about ten minutes: dev/bench/README.md.
 bench: choices $(B)/bench
 	@$(B)/bench --json $(B)/bench.json
@@ -253,9 +258,9 @@ instructions: $(PROGRAMS) $(B)/test_gpt
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 15
-	@echo "targets: all quickstart test bench headers instructions test-cuda cuda-report clean"
+	@echo "targets: all quickstart test test-interop test-data test-look test-cuda bench headers instructions cuda-report clean"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test bench headers instructions test-cuda cuda-report help clean
+.PHONY: all choices quickstart test test-interop test-data test-look test-cuda bench headers instructions cuda-report help clean

@@ -14,6 +14,7 @@
 #include "json.h"
 #include "safetensors.h"
 #include "sha256.h"
+#include "weights.h"
 #include <dirent.h>
 
 typedef struct {
@@ -96,7 +97,8 @@ static inline void checkpoint_write_text(const char *path, char hex[SHA256_HEX],
 }
 
 // GPT-2's configuration in transformers' words; the factors of survival scaling, where not 1, in ours.
-static inline void checkpoint_config_json(Text *t, const GptConfig *c, const CheckpointState *s) {
+// dtype: "float32", what the weights are stored in.
+static inline void checkpoint_config_json(Text *t, const GptConfig *c, const CheckpointState *s, const char *dtype) {
     int scaled = 0;
     for (int i = 0; i < BRANCHES * c->L; i++) scaled |= s->eval_scale[i] != 1;
     text_printf(t, "{\n  \"architectures\": [\"GPT2LMHeadModel\"],\n  \"model_type\": \"gpt2\",\n"
@@ -107,7 +109,7 @@ static inline void checkpoint_config_json(Text *t, const GptConfig *c, const Che
     char eot[16] = "null";
     if (s->eot >= 0) snprintf(eot, sizeof eot, "%d", s->eot);
     text_printf(t, "  \"bos_token_id\": %s,\n  \"eos_token_id\": %s,\n  \"torch_dtype\": \"%s\"", eot, eot,
-                sizeof(real) == 4 ? "float32" : "float64");
+                dtype);
     for (int i = 0; scaled && i < BRANCHES * c->L; i++) {
         text_printf(t, i ? ", " : ",\n  \"drop_path_eval_scale\": [");
         json_write_number(t, s->eval_scale[i]);
@@ -165,7 +167,7 @@ static inline void checkpoint_save(const char *out, const Engine *e, Model *m, c
     for (int i = 0; i <= CHECKPOINT_FILES; i++)
         path[i] = xprintf("%s/%s", temporary, i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json");
     checkpoint_write_model(path[0], sums.hex[0], e, m, c);
-    checkpoint_config_json(&config, c, s);
+    checkpoint_config_json(&config, c, s, sizeof(real) == 4 ? "float32" : "float64");
     checkpoint_write_text(path[1], sums.hex[1], &config);
     checkpoint_write_optimizer(path[2], sums.hex[2], e, m, c, s);
     checkpoint_trainer_json(&trainer, s, &sums);
@@ -310,11 +312,30 @@ static inline void checkpoint_check_config(const Json *doc, const char *path) {
     double eps = 1e-5;
     json_number(doc, json_get(doc, 0, "layer_norm_epsilon"), &eps);
     if (eps != 1e-5) die("%s: \"layer_norm_epsilon\" must be 1e-5", path);
+    int64_t inner = 0, channels = 0;
+    if (json_int64(doc, json_get(doc, 0, "n_inner"), &inner) && json_int64(doc, json_get(doc, 0, "n_embd"), &channels) &&
+        inner != 4 * channels)
+        die("%s: \"n_inner\" must be null or 4 times n_embd: this is another kind of model", path);
 }
 
-// The sizes of the model in a checkpoint directory, ours or Hugging Face's, and how its branches count in evaluation:
-// *eval_scale (2L) from malloc, *tied. Dies with the reason when there is none.
+// The sizes of a model of llm.c, which has no factors.
+static inline void checkpoint_read_llmc(const char *path, GptConfig *c, double **eval_scale, int *tied) {
+    Weights w;
+    weights_open(&w, path);
+    *c = w.llmc.config;
+    weights_close(&w);
+    *eval_scale = (double *)xcalloc((size_t)(BRANCHES * c->L), sizeof **eval_scale);
+    for (int i = 0; i < BRANCHES * c->L; i++) (*eval_scale)[i] = 1;
+    *tied = 0;
+}
+
+// The sizes of the model in a checkpoint directory, ours or Hugging Face's, or in a file of llm.c, and how its branches count
+// in evaluation: *eval_scale (2L) from malloc, *tied. Dies with the reason when there is none.
 static inline void checkpoint_read_config(const char *dir, GptConfig *c, double **eval_scale, int *tied) {
+    if (path_exists(dir) && !path_is_directory(dir)) {
+        checkpoint_read_llmc(dir, c, eval_scale, tied);
+        return;
+    }
     char *path = xprintf("%s/config.json", dir);
     FileMap map;
     Json doc;
@@ -351,47 +372,25 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     free(path);
 }
 
-// One slot of the model out of a parsed file, each tensor as "<prefix><name>"; dies when one is missing or misshapen.
-static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConfig *c, Slot slot, const Safetensors *file,
-                                        const char *path, const char *prefix) {
+// One slot of the model, each tensor as "<prefix><name>"; dies when one is missing or misshapen.
+static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConfig *c, Slot slot, const Weights *w,
+                                        const char *prefix) {
     for (int p = 0; p < N_PARAMS; p++) {
         real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
-            int64_t shape[2];
-            const int dims = gpt_param_shape(c, p, shape);
-            char *name = gpt_param_name(p, l), *full = xprintf("%s%s", prefix, name);
-            const SafetensorsEntry *t = safetensors_find(file, full);
-            if (!t) die("%s has no tensor %s\n  hint: is it a GPT-2 of the sizes in config.json?", path, full);
-            if (t->ndim != dims || memcmp(t->shape, shape, (size_t)dims * sizeof *shape))
-                die("%s: %s has another shape than config.json says", path, full);
-            const char *error = safetensors_to_real(t, host);
-            if (error) die("%s: %s: %s", path, full, error);
+            weights_read(w, c, prefix, p, l, host);
             e->write(m, slot, p, l, host);
-            free(name);
-            free(full);
         }
         free(host);
     }
 }
 
-static inline void checkpoint_open_tensors(Safetensors *file, FileMap *map, const char *path) {
-    const char *error = file_map(map, path);
-    if (error) die("cannot read %s: %s", path, error);
-    if ((error = safetensors_parse(file, map->data, map->size))) die("%s: %s", path, error);
-}
-
-// The weights of a checkpoint directory, ours or Hugging Face's (with or without "transformer." before the names, in
-// F64, F32, F16 or BF16), into a model of the sizes that checkpoint_read_config gave.
-static inline void checkpoint_load_weights(const char *dir, const Engine *e, Model *m, const GptConfig *c) {
-    char *path = xprintf("%s/model.safetensors", dir);
-    Safetensors file;
-    FileMap map;
-    checkpoint_open_tensors(&file, &map, path);
-    const char *prefix = safetensors_find(&file, "transformer.wte.weight") ? "transformer." : "";
-    checkpoint_load_slot(e, m, c, SLOT_PARAM, &file, path, prefix);
-    safetensors_free(&file);
-    file_unmap(&map);
-    free(path);
+// The weights of a checkpoint, in any form of weights.h, into a model of the sizes that checkpoint_read_config gave.
+static inline void checkpoint_load_weights(const char *from, const Engine *e, Model *m, const GptConfig *c) {
+    Weights w;
+    weights_open(&w, from);
+    checkpoint_load_slot(e, m, c, SLOT_PARAM, &w, w.prefix);
+    weights_close(&w);
 }
 
 // All of a checkpoint of ours into the model and s, whose adamw_steps (2L+1) is the caller's; s->options from malloc.
@@ -400,7 +399,7 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
     char *wrong = checkpoint_verify(dir), *path = xprintf("%s/trainer.json", dir);
     FileMap map;
     Json doc;
-    Safetensors file;
+    Weights w;
     if (wrong) die("this checkpoint is damaged: %s\n  hint: --resume without a path takes the latest that is whole", wrong);
     const char *error = file_map(&map, path);
     if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
@@ -415,14 +414,13 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
 
     checkpoint_load_weights(dir, e, m, c);
     path = xprintf("%s/optimizer.safetensors", dir);
-    checkpoint_open_tensors(&file, &map, path);
-    checkpoint_load_slot(e, m, c, SLOT_M, &file, path, "m.");
-    checkpoint_load_slot(e, m, c, SLOT_V, &file, path, "v.");
-    const SafetensorsEntry *steps = safetensors_find(&file, "adamw_steps");
+    weights_open_file(&w, path, "--init-from takes the weights alone and starts at step 0");
+    checkpoint_load_slot(e, m, c, SLOT_M, &w, "m.");
+    checkpoint_load_slot(e, m, c, SLOT_V, &w, "v.");
+    const SafetensorsEntry *steps = weights_find(&w, "adamw_steps");
     if (!steps || steps->count != (size_t)(BRANCHES * c->L + 1)) die("%s: adamw_steps is missing or has another size", path);
     if ((error = safetensors_to_int64(steps, s->adamw_steps))) die("%s: adamw_steps: %s", path, error);
-    safetensors_free(&file);
-    file_unmap(&map);
+    weights_close(&w);
     free(path);
 }
 

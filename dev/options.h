@@ -101,8 +101,9 @@ enum { ADAM_DENSE, ADAM_SKIP };
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the preset's")                      \
     OPTION(vocab_size, "vocab-size", INTEGER, "0", "[0,16777216]",                                                   \
            "tokens of the vocabulary; 0: the tokenizer's if there is one, else the preset's")                        \
-    OPTION(init_from, "init-from", TEXT, "", "DIR",                                                                  \
-           "start from the weights of this checkpoint (ours or a Hugging Face GPT-2), at step 0")                    \
+    OPTION(init_from, "init-from", TEXT, "", "PATH",                                                                 \
+           "start from these weights at step 0: a checkpoint's directory, ours or a Hugging Face GPT-2, or a model " \
+           "of llm.c")                                                                                               \
   HEADING("Run")                                                                                                     \
     OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows of a micro-batch")                                       \
     OPTION(total_batch, "total-batch", INTEGER, "0", "[0,1e12]", "tokens of an optimizer step; 0: one micro-batch")  \

@@ -254,6 +254,42 @@ static inline const char *safetensors_to_real(const SafetensorsEntry *e, real *o
     return NULL;
 }
 
+// The 16-bit number nearest to x, of two as near the even one, with so many bits of fraction and that exponent bias: binary16
+// is (10, 15), bfloat16 (7, 127). What passes the largest becomes an infinity. One rounding, also from a double.
+static inline uint16_t safetensors_narrow(double x, int fraction, int bias) {
+    const double least = ldexp(1, 1 - bias), absolute = fabs(x);   // the least normal number
+    const uint64_t infinity = (uint64_t)(2 * bias + 1) << fraction, sign = signbit(x) ? 0x8000 : 0;
+    uint64_t bits;
+    if (isnan(x)) return (uint16_t)(sign | infinity | 1u << (fraction - 1));
+    if (absolute < least) return (uint16_t)(sign | (uint64_t)nearbyint(ldexp(absolute, bias - 1 + fraction)));
+    memcpy(&bits, &absolute, sizeof bits);
+    const int rest = 52 - fraction;                                // bits of a double's fraction that do not fit
+    bits += (((uint64_t)1 << (rest - 1)) - 1) + (bits >> rest & 1);
+    bits = (bits >> rest) - ((uint64_t)(1023 - bias) << fraction);
+    return (uint16_t)(sign | (bits < infinity ? bits : infinity));
+}
+
+// Converts x (n) to F64, F32, F16 or BF16 at out, rounded to nearest, ties to even. Returns n, or the first place at which
+// the result is not finite; what is in out from there on is not defined then.
+static inline size_t safetensors_from_real(int dtype, const real *x, size_t n, void *out) {
+    for (size_t i = 0; i < n; i++) {
+        const double f64 = (double)x[i];
+        const float f32 = (float)f64;
+        uint16_t bits = 0;
+        int finite = isfinite(f64);
+        switch (dtype) {
+        case SAFETENSORS_F64: ((double *)out)[i] = f64; break;
+        case SAFETENSORS_F32: ((float *)out)[i] = f32, finite = isfinite(f32); break;
+        case SAFETENSORS_F16: bits = safetensors_narrow(f64, 10, 15), finite = isfinite(safetensors_half(bits)); break;
+        case SAFETENSORS_BF16: bits = safetensors_narrow(f64, 7, 127), finite = isfinite(safetensors_bfloat(bits)); break;
+        default: CHECK(0, "dtype %d is none of reals", dtype);
+        }
+        if (safetensors_dtype[dtype].size == sizeof bits) ((uint16_t *)out)[i] = bits;
+        if (!finite) return i;
+    }
+    return n;
+}
+
 // Converts a tensor to out (count). Returns NULL, or what is wrong.
 static inline const char *safetensors_to_int64(const SafetensorsEntry *e, int64_t *out) {
     if (e->dtype <= SAFETENSORS_BF16) return "its dtype must be an integer's";

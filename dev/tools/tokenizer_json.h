@@ -1,0 +1,116 @@
+// tokenizer_json.h: our tokenizer as Hugging Face's tokenizer.json and tokenizer_config.json, which AutoTokenizer opens.
+#ifndef TOKENIZER_JSON_H
+#define TOKENIZER_JSON_H
+
+#include "../json.h"
+#include "../tokenizer.h"
+
+// GPT-2's alphabet the other way round: the character that stands for each byte, as UTF-8.
+static inline void tokenizer_json_alphabet(char written[256][5]) {
+    int byte[TOKENIZER_ALPHABET];
+    tokenizer_alphabet(byte);
+    memset(written, 0, 256 * sizeof written[0]);
+    for (int c = 0; c < TOKENIZER_ALPHABET; c++)
+        if (byte[c] >= 0) json_utf8_encode((uint32_t)c, written[byte[c]]);
+}
+
+// A token as the vocabulary has it: in that alphabet, end-of-text by its name. From malloc.
+static inline char *tokenizer_json_token(const Tokenizer *t, char written[256][5], int token) {
+    int n;
+    const char *bytes = tokenizer_bytes(t, token, &n);
+    Text s = {NULL, 0, 0};
+    if (token == t->eot) text_append(&s, bytes, (size_t)n);
+    else for (int i = 0; i < n; i++) text_printf(&s, "%s", written[(unsigned char)bytes[i]]);
+    return s.s;
+}
+
+// The two tokens whose merge made `token`: what the merges of lower tokens leave of its bytes. 0 where that is not two: no
+// merge makes it. So tiktoken's ranks become merges (Hugging Face converts its vocabularies in the same way).
+static inline int tokenizer_json_merge(const Tokenizer *t, int token, int *pieces, int pair[2]) {
+    int n;
+    const char *bytes = tokenizer_bytes(t, token, &n);
+    for (int i = 0; i < n; i++) {
+        pieces[i] = t->slot[tokenizer_slot(t, bytes + i, 1, bytes, 0)] - 1;
+        if (pieces[i] < 0) return 0;
+    }
+    while (n > 2) {
+        int at = -1, lowest = token;
+        for (int i = 0; i + 1 < n; i++) {
+            const int made = tokenizer_pair(t, pieces[i], pieces[i + 1]);
+            if (made >= 0 && made < lowest) lowest = made, at = i;
+        }
+        if (at < 0) return 0;
+        pieces[at] = lowest;
+        memmove(pieces + at + 1, pieces + at + 2, (size_t)(n - at - 2) * sizeof *pieces);
+        n--;
+    }
+    if (n < 2) return 0;
+    memcpy(pair, pieces, 2 * sizeof *pair);
+    return 1;
+}
+
+// Whether two tokens are written alike, which a JSON object cannot hold.
+static inline int tokenizer_json_ambiguous(const Tokenizer *t) {
+    for (int token = 0; token < t->V; token++) {
+        int n;
+        const char *bytes = tokenizer_bytes(t, token, &n);
+        if (token != t->eot && t->slot[tokenizer_slot(t, bytes, n, bytes, 0)] != token + 1) return 1;
+    }
+    return 0;
+}
+
+// Appends the tokenizer.json. Returns NULL, or why there can be none.
+static inline const char *tokenizer_json_write(Text *out, const Tokenizer *t) {
+    static const char byte_level[] =
+        "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true, \"use_regex\": true}";
+    char written[256][5];
+    if (tokenizer_json_ambiguous(t)) return "two of its tokens have the same bytes";
+    tokenizer_json_alphabet(written);
+    text_printf(out, "{\n\"version\": \"1.0\", \"truncation\": null, \"padding\": null,\n\"added_tokens\": [");
+    if (t->eot >= 0) {
+        char *name = tokenizer_json_token(t, written, t->eot);
+        text_printf(out, "{\"id\": %d, \"content\": ", t->eot);
+        json_write_string(out, name);
+        text_printf(out, ", \"single_word\": false, \"lstrip\": false, \"rstrip\": false, \"normalized\": false, "
+                    "\"special\": true}");
+        free(name);
+    }
+    text_printf(out, "],\n\"normalizer\": null,\n\"pre_tokenizer\": %s,\n\"post_processor\": null,\n\"decoder\": %s,\n",
+                byte_level, byte_level);
+    text_printf(out, "\"model\": {\"type\": \"BPE\", \"dropout\": null, \"unk_token\": null, "
+                "\"continuing_subword_prefix\": \"\", \"end_of_word_suffix\": \"\", \"fuse_unk\": false, "
+                "\"byte_fallback\": false,\n\"vocab\": {");
+    for (int token = 0; token < t->V; token++) {
+        char *name = tokenizer_json_token(t, written, token);
+        text_printf(out, token ? ",\n" : "\n");
+        json_write_string(out, name);
+        text_printf(out, ": %d", token);
+        free(name);
+    }
+    text_printf(out, "},\n\"merges\": [");
+    int *pieces = (int *)xcalloc(t->bytes.n + 1, sizeof *pieces), pair[2], merges = 0;
+    for (int token = 0; token < t->V; token++) {
+        if (token == t->eot || !tokenizer_json_merge(t, token, pieces, pair)) continue;
+        char *a = tokenizer_json_token(t, written, pair[0]), *b = tokenizer_json_token(t, written, pair[1]);
+        char *line = xprintf("%s %s", a, b);
+        text_printf(out, merges++ ? ",\n" : "\n");
+        json_write_string(out, line);
+        free(a), free(b), free(line);
+    }
+    text_printf(out, "]}\n}\n");
+    free(pieces);
+    return NULL;
+}
+
+// Appends the tokenizer_config.json of a model with T positions; eot is the end-of-text token's name, or NULL.
+static inline void tokenizer_json_config(Text *out, int T, const char *eot) {
+    static const char *const role[3] = {"bos_token", "eos_token", "unk_token"};
+    text_printf(out, "{\n  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n  \"clean_up_tokenization_spaces\": false");
+    for (int i = 0; eot && i < 3; i++) {
+        text_printf(out, ",\n  \"%s\": ", role[i]);
+        json_write_string(out, eot);
+    }
+    text_printf(out, ",\n  \"model_max_length\": %d\n}\n", T);
+}
+
+#endif
