@@ -55,9 +55,9 @@ class Recipes(unittest.TestCase):
 
     def test_tinystories(self):
         self.need_data("numpy", "tqdm", "tokenizers")
-        out, text = self.recipe("tinystories", TEXT=self.text(), VOCAB="300", STEPS="4", MORE=SMALL)
+        out, text = self.recipe("tinystories", TEXT=self.text(), VOCAB="270", STEPS="4", MORE=SMALL)
         self.assertIn("Once upon a time", text)
-        text = self.recipe("tinystories", TEXT=self.text(), VOCAB="300", STEPS="4", MORE=SMALL)[1]
+        text = self.recipe("tinystories", TEXT=self.text(), VOCAB="270", STEPS="4", MORE=SMALL)[1]
         self.assertIn("nothing to do", text)
 
 
