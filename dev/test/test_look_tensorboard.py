@@ -102,6 +102,15 @@ class TensorBoard(unittest.TestCase):
         self.assertIn("written anew", self.once())
         self.expect_events()
 
+    def test_another_run_in_its_place(self):
+        """Longer than what was read of the first, so that only the checksum tells."""
+        self.copy()
+        self.cut(15)
+        self.once()
+        shutil.copy(real_runs.trained("base_s2", "--seed", "2") + "/metrics.jsonl", self.run)
+        self.assertIn("written anew", self.once())
+        self.expect_events()
+
     def test_other_folder(self):
         self.copy()
         logdir = os.path.join(os.path.dirname(self.run), "log")
