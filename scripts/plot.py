@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Draws any set of runs from their metrics.jsonl: curves, and heat maps of what drop path dropped.
 
-    scripts/plot.py runs/base runs/drop                     losses, perplexity, gradient norm, speed, drops: plot.png, plot.svg
-    scripts/plot.py runs --x steps,flops --y val_loss --out loss.svg         the same loss for less compute?
-    scripts/plot.py runs --by drop-path                     where the runs ended, against an option in which they differ
-    scripts/plot.py runs --table                            the same ends as a table; this needs no matplotlib
+    scripts/plot.py runs/base runs/drop                 losses, perplexity, gradients, speed, drops: plot.png, .svg
+    scripts/plot.py runs --x steps,flops --y val_loss --out loss.svg     the same loss for less compute?
+    scripts/plot.py runs --by drop-path                 where the runs ended, against an option in which they differ
+    scripts/plot.py runs --table                        the same ends as a table; this needs no matplotlib
 
 A RUN is a folder with metrics.jsonl, such a file, or a folder of runs. Runs that differ by seed only are drawn as one:
 their mean, and the range between the lowest and the highest as a band.
@@ -51,7 +51,7 @@ INSIDE = 0.97                                           # of a curve's points; t
 # ---- What was dropped: (columns, L, 2) from the plans of the steps ----
 
 def kept_of_plan(plan, record, np):
-    """The fractions of the step's rows that ran each branch (L,2); drop_plan_write in dev/drop_path.h has the format."""
+    """The fractions of the step's rows that ran each branch (L,2); the format is drop_plan_write's, dev/drop_path.h."""
     micro = plan.split(" ")
     if "." not in plan:                                 # a digit per layer: bit 0 attention, bit 1 MLP
         digits = np.array([list(m.encode()) for m in micro]) - ord("0")
@@ -169,8 +169,8 @@ def draw_curve(ax, i, xs, runs, marks, thin):
     mean = [statistics.fmean(values) for values in zip(*runs)]
     ax.plot(xs, mean, linewidth=0.8 if thin else 1.3, **style, **mark)
     if len(runs) > 1:
-        ax.fill_between(xs, [min(v) for v in zip(*runs)], [max(v) for v in zip(*runs)], color=style["color"], alpha=0.15,
-                        linewidth=0)
+        low, high = [min(values) for values in zip(*runs)], [max(values) for values in zip(*runs)]
+        ax.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
     return mean
 
 
@@ -222,9 +222,11 @@ def draw_panel(ax, groups, x, y, smooth):
 
 
 def draw_legend(part, groups, plt):
-    handles = [plt.Line2D([], [], color=COLORS[i % len(COLORS)], linestyle=LINES[i % len(LINES)], marker=MARKS[i % len(MARKS)],
-                          markerfacecolor="white", label=group_name(g) + (f" ({len(g)} seeds: mean, range)" if len(g) > 1 else ""))
-               for i, g in enumerate(groups)]
+    handles = []
+    for i, group in enumerate(groups):
+        label = group_name(group) + (f" ({len(group)} seeds: mean, range)" if len(group) > 1 else "")
+        handles.append(plt.Line2D([], [], color=COLORS[i % len(COLORS)], linestyle=LINES[i % len(LINES)], label=label,
+                                  marker=MARKS[i % len(MARKS)], markerfacecolor="white"))
     part.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), fontsize=9)
 
 
@@ -275,7 +277,7 @@ def mean_sd(values, form):
 def paired(group, base):
     """The loss of each seed minus the same seed's in the first group: mean and standard error."""
     losses = {run.config.get("seed", ""): run.last("val_loss") for run in base}
-    both = [run.last("val_loss") - losses[run.config.get("seed", "")] for run in group if run.config.get("seed", "") in losses]
+    both = [run.last("val_loss") - losses.get(run.config.get("seed", ""), math.nan) for run in group]
     both = [d for d in both if math.isfinite(d)]
     if group is base or not both:
         return ""
@@ -289,9 +291,9 @@ def print_table(groups):
     for group in groups:
         ends = {key: [number(run) for run in group] for key, (_, number) in ENDS.items()}
         mean = {key: statistics.fmean(values) for key, values in ends.items()}
-        rows.append([group_name(group), str(len(group)), f"{mean['steps']:.0f}", f"{mean['tokens']:.4g}", f"{mean['flops']:.4g}",
-                     mean_sd(ends["val_loss"], ".4f"), mean_sd(ends["val_ppl"], ".3f"), f"{mean['seconds']:.1f}",
-                     paired(group, groups[0])])
+        rows.append([group_name(group), str(len(group)), f"{mean['steps']:.0f}", f"{mean['tokens']:.4g}",
+                     f"{mean['flops']:.4g}", mean_sd(ends["val_loss"], ".4f"), mean_sd(ends["val_ppl"], ".3f"),
+                     f"{mean['seconds']:.1f}", paired(group, groups[0])])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for i, row in enumerate(rows):
         cells = [c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths))]
@@ -308,7 +310,7 @@ def number_or_fail(run, name):
 
 
 def draw_ends(runs, by, plt):
-    """Validation loss and FLOPs at the end of each run, against an option; a line per set of runs alike in all others."""
+    """Validation loss and FLOPs at the end of each run, against an option; a line per set of runs alike in others."""
     lines = group_runs(runs, {by})
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for ax, key in zip(axes, ("val_loss", "flops")):
@@ -323,7 +325,7 @@ def draw_ends(runs, by, plt):
             ax.plot([x for x in xs for _ in at[x]], [v for x in xs for v in at[x]], linestyle="", color=color,
                     marker=MARKS[i % len(MARKS)], markerfacecolor="white", label="runs")
         ax.set_xlabel(f"--{by}")
-        ax.set_ylabel({"val_loss": "validation loss at the end (nats per token)", "flops": "FLOPs executed in all"}[key])
+        ax.set_ylabel("FLOPs executed in all" if key == "flops" else "validation loss at the end (nats per token)")
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return figure
@@ -377,15 +379,16 @@ def main():
         help=f"{', '.join(Y_LABELS)} (default {DEFAULT_Y})")
     add("--smooth", type=at_least(1), metavar="N", help="a point is the mean of N steps (default: as many as leave "
         f"{USUAL_POINTS} points; never of validation)")
-    add("--heat", type=at_least(0), default=3, metavar="N", help="maps of what was dropped, of the first N runs that drop "
-        "(default 3; of a group, the first seed)")
+    add("--heat", type=at_least(0), default=3, metavar="N", help="maps of what was dropped, of the first N runs that "
+        "drop (default 3; of a group, the first seed)")
     add("--by", metavar="OPTION", help="draw where the runs ended against this option, such as drop-path")
     add("--table", action="store_true", help="print where the runs ended, and draw nothing")
     add("--out", default="plot", help="file: .png, .svg or .pdf; without an ending .png and .svg (default plot)")
     options = parser.parse_args()
     found = find_runs(options.runs)
     if not found:
-        fail(f"{' '.join(options.runs)}: no run in there\n  hint: a run is a folder with metrics.jsonl, the --out of train_gpt")
+        fail(f"{' '.join(options.runs)}: no run in there\n"
+             "  hint: a run is a folder with metrics.jsonl, the --out of train_gpt")
     if options.table:
         print_table(group_runs([Run(run, name) for run, name in zip(found, run_names(found))]))
         return

@@ -1,6 +1,7 @@
 """What plot.py and tensorboard.py share: a run's folder as train_gpt leaves it. The standard library alone.
 
-metrics.jsonl has an object per optimizer step (dev/metrics.h), config.txt the options as `name = value` (dev/options.h).
+metrics.jsonl has an object per optimizer step (dev/metrics.h), config.txt the options as `name = value`
+(dev/options.h).
 """
 import json
 import math
@@ -10,8 +11,8 @@ import sys
 from array import array
 
 # What two runs of one experiment may differ in, and the numbers of their steps still be taken together.
-SAME_EXPERIMENT = {"seed", "out", "threads", "resume", "save-every", "keep", "log-every", "sample-every", "sample-tokens",
-                   "prompt"}
+SAME_EXPERIMENT = {"seed", "out", "threads", "resume", "save-every", "keep", "log-every", "sample-every",
+                   "sample-tokens", "prompt"}
 
 
 def fail(message):
@@ -89,7 +90,8 @@ def records(path):
                 last, good = record["step"], True
                 yield record
     except OSError as e:
-        fail(f"cannot read {path}: {e.strerror}\n  hint: a run is the folder that train_gpt got as --out, or its metrics.jsonl")
+        fail(f"cannot read {path}: {e.strerror}\n"
+             "  hint: a run is the folder that train_gpt got as --out, or its metrics.jsonl")
     if not good:
         fail(f"{path}: no records yet")
     if bad:
@@ -123,7 +125,7 @@ class Run:
 
 
 def group_runs(runs, ignored=()):
-    """Lists of runs that differ by seed (and ignored options) only, in the order given. Without config.txt a run is alone."""
+    """Lists of runs that differ by seed (and ignored options) only, in the order given; without config.txt, of one."""
     groups = {}
     for run in runs:
         options = tuple((k, v) for k, v in sorted(run.config.items()) if k not in SAME_EXPERIMENT and k not in ignored)

@@ -6,8 +6,8 @@
     scripts/tensorboard.py runs --wandb gpt     the same to the project gpt of Weights & Biases
     tensorboard --logdir runs                   looks at them
 
-Event files are written into each run's folder, or into a folder of its name in --logdir. It can be stopped and started at
-any time: nothing is written twice. Where a resumed run does steps again, the numbers of the old ones give way.
+Event files are written into each run's folder, or into a folder of its name in --logdir. It can be stopped and
+started at any time: nothing is written twice. Where a resumed run does steps again, the old numbers give way.
 Needs tensorboard; with --wandb also wandb, with WANDB_MODE=offline without a network.
 """
 import argparse
@@ -46,7 +46,8 @@ stop = threading.Event()                                # by Ctrl-C, between two
 
 
 def tagged(record):
-    return {TAGS.get(key, key): float(v) for key, v in record.items() if key != "step" and is_number(v) and math.isfinite(v)}
+    numbers = {key: float(v) for key, v in record.items() if key != "step" and is_number(v)}
+    return {TAGS.get(key, key): v for key, v in numbers.items() if math.isfinite(v)}
 
 
 # ---- Where the numbers go ----
@@ -66,7 +67,8 @@ class Events:
 
     def add(self, record, wall_time):
         values = [self.summary.Value(tag=tag, simple_value=v) for tag, v in tagged(record).items()]
-        self.writer.add_event(self.event(step=int(record["step"]), wall_time=wall_time, summary=self.summary(value=values)))
+        summary = self.summary(value=values)
+        self.writer.add_event(self.event(step=int(record["step"]), wall_time=wall_time, summary=summary))
 
     def add_text(self, tag, markdown):
         from tensorboard.compat.proto import summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
@@ -84,12 +86,12 @@ class Events:
 
 
 class Wandb:
-    """A run of Weights & Biases. It cannot take numbers back: where old ones give way, a new run begins in its place."""
+    """A run of Weights & Biases. It cannot take numbers back: where old ones give way, a new run begins instead."""
 
     def __init__(self, project, folder, name, id_, config):
         import wandb
-        self.run = wandb.init(project=project, dir=folder, name=name, id=id_, resume="allow" if id_ else None, config=config,
-                              reinit="create_new", settings=wandb.Settings(console="off", silent=True))
+        self.run = wandb.init(project=project, dir=folder, name=name, id=id_, resume="allow" if id_ else None,
+                              config=config, reinit="create_new", settings=wandb.Settings(console="off", silent=True))
         self.id = self.run.id
 
     def add(self, record, _):
@@ -102,11 +104,12 @@ class Wandb:
 # ---- A run: what is new in its metrics.jsonl ----
 
 class Follower:
-    """Knows how far it has read: so many bytes with this checksum. Whatever else the file holds then was written anew."""
+    """Knows how far it has read: so many bytes with this checksum. If the file holds others, it was written anew."""
 
     def __init__(self, run, name, options):
         self.path, self.name, self.options = metrics_path(run), name, options
-        self.folder = os.path.join(options.logdir, name) if options.logdir else os.path.dirname(os.path.abspath(self.path))
+        own = os.path.dirname(os.path.abspath(self.path))
+        self.folder = os.path.join(options.logdir, name) if options.logdir else own
         os.makedirs(self.folder, exist_ok=True)
         self.state_path = os.path.join(self.folder, STATE)
         self.lock = os.open(self.folder, os.O_RDONLY)
@@ -270,14 +273,14 @@ def seconds(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run, its metrics.jsonl, or a folder of runs")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, its metrics.jsonl, or a folder of runs")
     parser.add_argument("--once", action="store_true", help="take over what is there, then end")
     parser.add_argument("--every", type=seconds, default=2.0, metavar="S", help="seconds between two looks (default 2)")
     parser.add_argument("--logdir", metavar="DIR", help="where the event files go (default: each run's own folder)")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to this project of Weights & Biases")
     options = parser.parse_args()
     here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != here]    # or this file would be imported as tensorboard
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != here]    # tensorboard is the library, not this
     try:
         import tensorboard.summary.writer.event_file_writer  # noqa: F401  # before anything is written
     except ImportError:

@@ -1,4 +1,4 @@
-"""What the tests here share: real runs of the built train_gpt, tiny and short, made once; BUILD names the folder it is in."""
+"""What test_look_*.py share: real runs of the built train_gpt, tiny and short, made once. BUILD names its folder."""
 import atexit
 import functools
 import importlib.metadata
@@ -58,8 +58,8 @@ def data():
 
 def train(out, *options):
     """Trains into that folder, 40 steps unless options say otherwise."""
-    run(os.path.join(BUILD, "train_gpt"), "--train", data() + "/train_*.bin", "--val", data() + "/val_*.bin", "--out", out,
-        *MODEL, "--steps", "40", *options)
+    run(os.path.join(BUILD, "train_gpt"), "--train", data() + "/train_*.bin", "--val", data() + "/val_*.bin",
+        "--out", out, *MODEL, "--steps", "40", *options)
 
 
 @functools.lru_cache(maxsize=None)

@@ -12,8 +12,8 @@ class Recipes(unittest.TestCase):
     def recipe(self, name, *arguments, expect=0, **variables):
         out = os.path.join(real_runs.folder(), name)
         env = {**os.environ, "BUILD": real_runs.BUILD, "OUT": out, "PYTHON": real_runs.sys.executable, **variables}
-        done = subprocess.run(["sh", f"scripts/{name}.sh", *arguments], cwd=real_runs.ROOT, env=env, capture_output=True,
-                              text=True, errors="replace")   # a sample of a barely trained model is not UTF-8
+        done = subprocess.run(["sh", f"scripts/{name}.sh", *arguments], cwd=real_runs.ROOT, env=env, text=True,
+                              capture_output=True, errors="replace")   # samples may be no UTF-8 so early
         self.assertEqual(done.returncode, expect, done.stdout + done.stderr)
         return out, done.stdout + done.stderr
 
@@ -21,7 +21,8 @@ class Recipes(unittest.TestCase):
         return os.path.join(os.path.dirname(real_runs.data()), "text")
 
     def need_data(self, *packages):
-        if not os.path.exists(os.path.join(real_runs.ROOT, "data/prepare.py")) or not all(map(real_runs.have, packages)):
+        here = os.path.exists(os.path.join(real_runs.ROOT, "data/prepare.py"))
+        if not here or not all(map(real_runs.have, packages)):
             self.skipTest("data/requirements.txt is not installed")
 
     def test_tinyshakespeare(self):

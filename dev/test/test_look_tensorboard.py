@@ -97,7 +97,8 @@ class TensorBoard(unittest.TestCase):
         self.copy()
         self.once()
         shutil.rmtree(self.run + "/step_00000040")
-        real_runs.train(self.run, "--resume", self.run + "/step_00000020", "--drop-path", "0.5", "--seed", "5", "--steps", "30")
+        real_runs.train(self.run, "--resume", self.run + "/step_00000020", "--drop-path", "0.5", "--seed", "5",
+                        "--steps", "30")
         self.assertEqual(len(records(self.run)), 30)
         self.assertIn("written anew", self.once())
         self.expect_events()
@@ -165,7 +166,7 @@ class TensorBoard(unittest.TestCase):
 
 
 def wandb_steps(path):
-    """The steps in the file of an offline run: 7 bytes, then LevelDB's log format (its doc/log_format.md) of protobufs."""
+    """The steps in the file of an offline run: 7 bytes, then protobufs in LevelDB's log format (doc/log_format.md)."""
     from wandb.proto import wandb_internal_pb2
     with open(path, "rb") as file:
         data = file.read()
