@@ -136,7 +136,7 @@ $(LOOK_VENV)/bin/python: scripts/requirements.txt
 	      echo "  hint: it needs Python 3.9 or newer with venv, and a network; the log is $(LOOK_VENV).log"; exit 1; }
 
 test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
-	@BUILD=$(B) $(PYTHON) -m unittest discover -s dev/test -p 'test_look_*.py'
+	@BUILD=$(B) $(PYTHON) -m unittest discover -b -s dev/test -p 'test_look_*.py'
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 11

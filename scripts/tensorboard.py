@@ -8,7 +8,7 @@
 
 Event files are written into each run's folder, or into a folder of its name in --logdir. It can be stopped and
 started at any time: nothing is written twice. Where a resumed run does steps again, the old numbers give way.
-Needs tensorboard; with --wandb also wandb, with WANDB_MODE=offline without a network.
+Needs tensorboard; with --wandb also wandb, 0.20 or newer, with WANDB_MODE=offline without a network.
 """
 import argparse
 import fcntl

@@ -2,7 +2,7 @@
 # TinyStories overnight on a CPU: a GPT that tells children's stories, with a tokenizer of its own.
 #
 #   model   7.4 M parameters: 8 layers, 8 heads, 256 channels, rows of 256 tokens, vocabulary 4096
-#   data    32 rows x 256 tokens x 12000 steps = 98 M tokens, a fifth of the stories once; 13 tokens a parameter
+#   data    32 rows x 256 tokens x 12000 steps = 98 M tokens, about a fifth of the stories once; 13 tokens a parameter
 #   cost    47.2 MFLOPs a token (forward and backward), 4.6e15 FLOPs in all, 4.6 % less with DROP=0.1: at 130 GFLOP/s, two
 #           cores with AVX-512, 9 to 10 hours; at 50 GFLOP/s, two older ones, a day
 #   result  Eldan and Li 2023 (arXiv:2305.07759) get fluent stories from models of this size. Losses depend on the tokenizer:
