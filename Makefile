@@ -256,6 +256,18 @@ headers:
 instructions: $(PROGRAMS) $(B)/test_gpt
 	@BUILD=$(B) sh dev/test/fat.sh
 
+# The Python scripts that draw and follow runs, and the recipes, in a virtual environment of what scripts/requirements.txt
+# names. Another Python that has it does as well: make test-look PYTHON=python3
+LOOK_VENV := build/venv-look
+PYTHON    ?= $(LOOK_VENV)/bin/python
+$(LOOK_VENV)/bin/python: scripts/requirements.txt
+	@mkdir -p build; { python3 -m venv $(LOOK_VENV) && $@ -m pip install -q -r $< && touch $@; } >$(LOOK_VENV).log 2>&1 || \
+	    { tail -n 3 $(LOOK_VENV).log; rm -rf $(LOOK_VENV); echo "error: cannot install $< in $(LOOK_VENV)"; \
+	      echo "  hint: it needs Python 3.9 or newer with venv, and a network; the log is $(LOOK_VENV).log"; exit 1; }
+
+test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
+	@BUILD=$(B) $(PYTHON) -m unittest discover -b -s dev/test -p 'test_look_*.py'
+
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 15
 	@echo "targets: all quickstart test test-interop test-data test-look test-cuda bench headers instructions cuda-report clean"

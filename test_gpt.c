@@ -56,14 +56,11 @@ static const Test tests[] = {
     ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
-<<<<<<< HEAD
 #ifdef WITH_CUDA_ENGINE
     CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
-    KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X) COMM_TESTS(X)
-=======
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
->>>>>>> interop
+    COMM_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

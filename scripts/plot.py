@@ -1,17 +1,21 @@
 #!/usr/bin/env python3
-"""Draws curves of any set of runs from their metrics.jsonl.
+"""Draws any set of runs from their metrics.jsonl: curves, and heat maps of what drop path dropped.
 
-    scripts/plot.py runs/base runs/drop                                  training loss (lines) and validation loss (marks)
-    scripts/plot.py runs/* --x flops --y val_loss --out loss.svg         the same loss for less compute?
-    scripts/plot.py runs/drop --y tok_per_s --smooth 50 --out speed.png
+    scripts/plot.py runs/base runs/drop                 losses, perplexity, gradients, speed, drops: plot.png, .svg
+    scripts/plot.py runs --x steps,flops --y val_loss --out loss.svg     the same loss for less compute?
+    scripts/plot.py runs --by drop-path                 where the runs ended, against an option in which they differ
+    scripts/plot.py runs --table                        the same ends as a table; this needs no matplotlib
 
-A RUN is a directory with metrics.jsonl, or such a file. Needs matplotlib.
+A RUN is a folder with metrics.jsonl, such a file, or a folder of runs. Runs that differ by seed only are drawn as one:
+their mean, and the range between the lowest and the highest as a band.
 """
 import argparse
-import json
 import math
 import os
-import sys
+import re
+import statistics
+
+from runs import Run, fail, find_runs, group_name, group_runs, note, run_names
 
 X_LABELS = {
     "steps": "optimizer steps",
@@ -20,144 +24,392 @@ X_LABELS = {
     "seconds": "training time without evaluation (s)",
 }
 Y_LABELS = {
+    "losses": "loss (nats per token)",                  # both: training as a thin line, validation with marks
     "loss": "training loss (nats per token)",
     "val_loss": "validation loss (nats per token)",
     "val_ppl": "validation perplexity (per token)",
     "val_bpb": "validation loss (bits per byte)",
     "grad_norm": "gradient norm before clipping",
     "drop_p": "drop rate of the last layer",
+    "kept_attn": "attention branches that ran",
+    "kept_mlp": "MLP branches that ran",
     "flops_fraction": "executed FLOPs / full FLOPs",
     "tok_per_s": "tokens per second",
+    "mfu": "FLOPs per second / measured peak",
+    "peak_bytes": "peak memory (bytes)",
     "lr": "learning rate",
 }
-LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3))]
-MARKS = ["o", "s", "^", "D", "v", "x", "P"]
+DEFAULT_Y = "losses,val_ppl,grad_norm,tok_per_s"
+COLORS = ["black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"]     # Okabe and Ito: told apart by all eyes
+LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1))]
+MARKS = ["o", "s", "^", "D", "v", "x", "P", "*"]
+MOST_POINTS, USUAL_POINTS = 2000, 100                   # of a curve: what a file bears, what an eye takes in
+COLUMNS = 48                                            # of a heat map: so many, or up to twice as many
+INSIDE = 0.97                                           # of a curve's points; the highest ones may leave the picture
 
 
-def fail(message):
-    sys.exit(f"error: {message}")
+# ---- What was dropped: (columns, L, 2) from the plans of the steps ----
+
+def kept_of_plan(plan, record, np):
+    """The fractions of the step's rows that ran each branch (L,2); the format is drop_plan_write's, dev/drop_path.h."""
+    micro = plan.split(" ")
+    if "." not in plan:                                 # a digit per layer: bit 0 attention, bit 1 MLP
+        digits = np.array([list(m.encode()) for m in micro]) - ord("0")
+        return np.stack([digits & 1, digits >> 1 & 1], axis=-1).mean(axis=0)
+    rows = np.array([[bin(int(row, 16)).count("1") for row in m.split(".")] for m in micro]).sum(axis=0).reshape(-1, 2)
+    for branch, key in enumerate(("kept_attn", "kept_mlp")):
+        if rows[:, branch].any() and record.get(key):   # how many rows there were follows from what was kept of them
+            return rows / (rows[:, branch].mean() / record[key])
+    return rows * 0.0
 
 
-def read_records(path):
-    """The objects of a metrics.jsonl. Only its last line may be cut off: the run may still be writing, or have died."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        fail(f"cannot read {path}: {getattr(e, 'strerror', None) or e}")
-    records = []
-    for number, line in enumerate(lines, 1):
+class KeptMap:
+    """Means of kept_of_plan over bins of steps, which double as the run gets longer, so that memory is bounded."""
+
+    def __init__(self, np):
+        self.np, self.sums, self.width, self.inside, self.first, self.last = np, [], 1, 0, None, 0
+
+    def look(self, record):
+        plan = record.get("plan")
+        if not plan:
+            return
         try:
-            record = json.loads(line)
-        except ValueError:
-            if number < len(lines):
-                fail(f"{path}:{number}: not JSON")
-            print(f"warning: {path}:{number}: the last line is cut off, left out", file=sys.stderr)
-            break
-        if not isinstance(record, dict):
-            fail(f"{path}:{number}: not a JSON object")
-        records.append(record)
-    if not records:
-        fail(f"{path}: no records")
-    return records
+            kept = kept_of_plan(plan, record, self.np)
+            if self.sums and kept.shape != self.sums[0].shape:
+                raise ValueError
+        except (ValueError, AttributeError):
+            fail(f"step {record['step']}: plan {str(plan)[:40]!r} is not one of this run")
+        if self.inside == 0:
+            if len(self.sums) == 2 * COLUMNS:
+                self.sums = [a + b for a, b in zip(self.sums[::2], self.sums[1::2])]
+                self.width *= 2
+            self.sums.append(0 * kept)
+        self.sums[-1] = self.sums[-1] + kept
+        self.inside = (self.inside + 1) % self.width
+        self.first, self.last = record["step"] if self.first is None else self.first, record["step"]
+
+    def dropped(self):
+        """(columns, L, 2), or None where nothing was dropped."""
+        if not self.sums:
+            return None
+        counts = [self.width] * (len(self.sums) - 1) + [self.inside or self.width]
+        dropped = 1 - self.np.stack([s / n for s, n in zip(self.sums, counts)])
+        return dropped if dropped.max() > 1e-9 else None
 
 
-def number_of(record, key, path, number):
-    """The number under that key; None when it is absent or null, as val_* are between evaluations."""
-    value = record.get(key)
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        return value
-    fail(f"{path}:{number}: {key} is {value!r}, not a number")
+def depths(config, layers):
+    """D(l) of l = 1..L: --drop-depth in README.md; None where the options are not known."""
+    span = max(1, layers - 1)
+    rule = {"linear": lambda l: l / layers, "linear0": lambda l: (l - 1) / span, "uniform": lambda l: 1.0,
+            "exp": lambda l: 2 ** ((l - 1) / span) - 1}.get(config.get("drop-depth"))
+    return rule and [rule(l) if layers > 1 else 1.0 for l in range(1, layers + 1)]
 
 
-def read_curve(path, records, x, y):
-    """Points (x, y) of the records that have y. The axes flops and seconds add up what each step has spent."""
+def draw_heat(part, run, kept, np, plt):
+    """Three maps of a run, layers by steps: the rate that the options ask for, and what was dropped of each branch."""
+    dropped = kept.dropped()
+    layers = dropped.shape[1]
+    maps = [("attention dropped", dropped[:, :, 0]), ("MLP dropped", dropped[:, :, 1])]
+    depth = depths(run.config, layers)
+    if depth and not run.config.get("drop-replay", '""').strip('"'):
+        rates = np.nan_to_num(np.array(run.column("drop_p")))
+        rates = np.array([part.mean() for part in np.array_split(rates, min(len(rates), len(dropped)))])
+        maps.insert(0, ("drop rate p(layer, step)", rates[:, None] * np.array(depth)[None, :]))
+    part.suptitle(f"{run.name}: what was dropped, in bins of {kept.width} step{'s' * (kept.width > 1)}", fontsize=10)
+    axes = part.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    top = max(float(values.max()) for _, values in maps)
+    for ax, (title, values) in zip(axes, maps):
+        image = ax.imshow(values.T, cmap="Greys", vmin=0, vmax=top or 1, origin="lower", aspect="auto",
+                          interpolation="nearest", extent=(kept.first - 1, kept.last, 0.5, layers + 0.5))
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel(X_LABELS["steps"])
+        ax.yaxis.set_major_locator(plt.MaxNLocator(integer=True, nbins=8))
+    axes[0].set_ylabel("layer")
+    part.colorbar(image, ax=list(axes), label="fraction dropped")
+
+
+# ---- Curves ----
+
+def bins(values, width, harmonic=False):
+    """Means over bins of that many values. Of speeds the harmonic mean: all tokens of the bin by all its seconds."""
+    parts = [[v for v in values[i:i + width] if math.isfinite(v)] for i in range(0, len(values), width)]
+    mean = statistics.harmonic_mean if harmonic else statistics.fmean
+    return [mean(part) if part else math.nan for part in parts]
+
+
+def read_curve(run, x, y):
+    """{step: (x, y)} of the steps that have y. The axes flops and seconds add up what each step has spent."""
     key, unit = {"steps": ("step", 1), "tokens": ("tokens", 1), "flops": ("flops", 1), "seconds": ("ms", 1e-3)}[x]
-    xs, ys, total = [], [], 0.0
-    for number, record in enumerate(records, 1):
-        at, value = number_of(record, key, path, number), number_of(record, y, path, number)
-        if at is None:
-            fail(f"{path}:{number}: {key} is missing")
+    total, curve = 0.0, {}
+    for step, at, value in zip(run.column("step"), run.column(key), run.column(y)):
+        if not math.isfinite(at):
+            fail(f"{run.path}: step {step:.0f}: {key} is missing")
         total += at * unit
-        if value is not None:
-            xs.append(total if x in ("flops", "seconds") else at)
-            ys.append(value)
-    return xs, ys
+        if math.isfinite(value):
+            curve[step] = total if x in ("flops", "seconds") else at, value
+    return curve
 
 
-def smoothed(values, n):
-    """The mean of each value and the up to n-1 before it; what is not finite is left out of the mean."""
-    result = []
-    for i in range(len(values)):
-        window = [v for v in values[max(0, i + 1 - n):i + 1] if math.isfinite(v)]
-        result.append(sum(window) / len(window) if window else math.nan)
-    return result
+def read_group(group, x, y, smooth):
+    """xs and, per run, ys of a group over the steps that all its runs have; how many steps a point is the mean of."""
+    curves = [read_curve(run, x, y) for run in group]
+    steps = sorted(set(curves[0]).intersection(*curves[1:]))
+    sparse = y.startswith("val_")                       # few points: every one is drawn
+    width = max(1 if sparse else smooth or math.ceil(len(steps) / USUAL_POINTS), math.ceil(len(steps) / MOST_POINTS))
+    xs = bins([statistics.fmean(c[s][0] for c in curves) for s in steps], width)
+    return xs, [bins([c[s][1] for s in steps], width, y == "tok_per_s") for c in curves], width
 
 
-def run_names(runs):
-    """The directory's name, or the whole path where two runs share it."""
-    short = [os.path.basename(os.path.normpath(run)) for run in runs]
-    return [name if short.count(name) == 1 else run for name, run in zip(short, runs)]
+def draw_curve(ax, i, xs, runs, marks, thin):
+    style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+    mark = {"marker": MARKS[i % len(MARKS)], "markersize": 5, "markerfacecolor": "white"} if marks else {}
+    if marks and len(xs) > 12:
+        every = len(xs) // 8
+        mark["markevery"] = (i * every // 8, every)     # marks of different runs at different places
+    mean = [statistics.fmean(values) for values in zip(*runs)]
+    ax.plot(xs, mean, linewidth=0.8 if thin else 1.3, **style, **mark)
+    if len(runs) > 1:
+        low, high = [min(values) for values in zip(*runs)], [max(values) for values in zip(*runs)]
+        ax.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    return mean
 
 
-def draw_run(axes, i, name, path, options):
-    """Draws one run; returns how many points it has."""
-    records = read_records(path)
-    style = {"color": f"C{i % 10}", "linestyle": LINES[i % len(LINES)]}
-    mark = {"marker": MARKS[i % len(MARKS)], "markersize": 5, "markerfacecolor": "white"}
-    points = 0
-    for y in [options.y] if options.y else ["loss", "val_loss"]:
-        xs, ys = read_curve(path, records, options.x, y)
-        points += len(xs)
-        if not xs:
-            continue
-        if y.startswith("val_"):                        # few points: every one is marked, none is smoothed
-            label = f"{name}, validation" if not options.y else name
-            axes.plot(xs, ys, label=label, linewidth=1.2, **style, **mark)
-        else:
-            label = f"{name}, training" if not options.y else name
-            every = max(1, len(xs) // 8)
-            marks = mark if options.y else {}           # beside validation marks, training is a plain thin line
-            axes.plot(xs, smoothed(ys, options.smooth), label=label, linewidth=0.8, markevery=(i % every, every), **style,
-                      **marks)
-    return points
+def draw_labels(ax, ends):
+    """Names at the right end of their curves; ends = [(y, name)], moved apart where they would cover each other."""
+    low, high = ax.get_ylim()
+    log = ax.get_yscale() == "log"
+    place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
+    height = 9 / (ax.get_window_extent().height * 72 / ax.figure.dpi)          # of a line of text, of the axes
+    below = -1.0
+    for at, name in sorted((min(1.0, max(0.0, place(y))), name) for y, name in ends):
+        below = max(at, below + height)
+        ax.annotate(name, (1, below), xycoords="axes fraction", xytext=(3, 0), textcoords="offset points", fontsize=7,
+                    va="center", annotation_clip=False)
+
+
+def draw_panel(ax, groups, x, y, smooth):
+    """One pair of axes; returns the labels' ends, for when the layout is known."""
+    ends, widths, lows, tops = {}, set(), [], []
+    for i, group in enumerate(groups):
+        for key in ("loss", "val_loss") if y == "losses" else (y,):
+            xs, runs, width = read_group(group, x, key, smooth)
+            if not xs:
+                continue
+            both = y == "losses" and key == "loss"
+            ends[i] = draw_curve(ax, i, xs, runs, not both, both)[-1], group_name(group)
+            values = sorted(v for run in runs for v in run)
+            lows.append(values[0])
+            tops.append(values[int((1 if key.startswith("val_") else INSIDE) * (len(values) - 1))])
+            if not key.startswith("val_"):
+                widths.add(width)
+    if not ends:
+        ax.text(0.5, 0.5, f"no run has {y}", ha="center", transform=ax.transAxes)
+    elif y in ("val_ppl", "grad_norm") and min(lows) > 0:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if ax.get_ylim()[1] < 9 * ax.get_ylim()[0] else "")
+    elif y in ("losses", "loss", "val_loss", "val_bpb"):
+        span = max(tops) - min(lows) or 1
+        ax.set_ylim(min(lows) - 0.05 * span, max(tops) + 0.05 * span)
+    elif y == "tok_per_s":
+        ax.set_ylim(0, 1.1 * max(tops))
+    means = f"\nmeans of {max(widths)} steps" if widths and max(widths) > 1 else ""
+    ax.set_ylabel(Y_LABELS[y] + means)
+    ax.set_xlabel(X_LABELS[x])
+    ax.grid(alpha=0.3)
+    ax.tick_params(axis="both", which="both", labelsize=8)
+    return list(ends.values())
+
+
+def draw_legend(part, groups, plt):
+    handles = []
+    for i, group in enumerate(groups):
+        label = group_name(group) + (f" ({len(group)} seeds: mean, range)" if len(group) > 1 else "")
+        handles.append(plt.Line2D([], [], color=COLORS[i % len(COLORS)], linestyle=LINES[i % len(LINES)], label=label,
+                                  marker=MARKS[i % len(MARKS)], markerfacecolor="white"))
+    part.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), fontsize=9)
+
+
+def draw_runs(groups, kept, options, np, plt):
+    """The whole sheet: curves above, heat maps below."""
+    panels = [(x, y) for y in options.y for x in options.x]
+    columns = len(options.x) if len(options.x) > 1 else min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    hot = [g[0] for g in groups if kept[g[0]].dropped() is not None]
+    if len(hot) > options.heat and options.heat:
+        note(f"heat maps of the first {options.heat} of {len(hot)} runs that drop: --heat {len(hot)} draws all")
+    hot = hot[:options.heat]
+    heights = [3.2 * rows] + [2.6] * len(hot)
+    figure = plt.figure(figsize=(5.2 * max(columns, 1 + (len(panels) == 1)), sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = parts[0].subplots(rows, columns, squeeze=False).flat
+    ends = [draw_panel(ax, groups, x, y, options.smooth) for ax, (x, y) in zip(axes, panels)]
+    for ax in list(axes)[len(panels):]:
+        ax.set_visible(False)
+    draw_legend(parts[0], groups, plt)
+    for part, run in zip(parts[1:], hot):
+        draw_heat(part, run, kept[run], np, plt)
+    figure.draw_without_rendering()
+    for ax, e in zip(parts[0].axes, ends):
+        draw_labels(ax, e)
+    return figure
+
+
+# ---- Where runs ended ----
+
+ENDS = {                                                # title, and its number of a run
+    "steps": ("steps", lambda r: r.last("step")),
+    "tokens": ("tokens", lambda r: r.last("tokens")),
+    "flops": ("FLOPs executed", lambda r: math.fsum(v for v in r.column("flops") if math.isfinite(v))),
+    "val_loss": ("validation loss", lambda r: r.last("val_loss")),
+    "val_ppl": ("perplexity", lambda r: r.last("val_ppl")),
+    "seconds": ("seconds", lambda r: math.fsum(v for v in r.column("ms") if math.isfinite(v)) / 1000),
+}
+
+
+def mean_sd(values, form):
+    mean = statistics.fmean(values)
+    if math.isnan(mean):
+        return "n/a"
+    return format(mean, form) + (f" (sd {statistics.stdev(values):{form}})" if len(values) > 1 else "")
+
+
+def paired(group, base):
+    """The loss of each seed minus the same seed's in the first group: mean and standard error."""
+    losses = {run.config.get("seed", ""): run.last("val_loss") for run in base}
+    both = [run.last("val_loss") - losses.get(run.config.get("seed", ""), math.nan) for run in group]
+    both = [d for d in both if math.isfinite(d)]
+    if group is base or not both:
+        return ""
+    error = f" ± {statistics.stdev(both) / math.sqrt(len(both)):.4f}" if len(both) > 1 else ""
+    return f"{statistics.fmean(both):+.4f}{error}"
+
+
+def print_table(groups):
+    rows = [["runs", "seeds", "steps", "tokens", "FLOPs", "validation loss", "perplexity", "seconds",
+             f"loss minus {group_name(groups[0])}'s, by seed"]]
+    for group in groups:
+        ends = {key: [number(run) for run in group] for key, (_, number) in ENDS.items()}
+        mean = {key: statistics.fmean(values) for key, values in ends.items()}
+        rows.append([group_name(group), str(len(group)), f"{mean['steps']:.0f}", f"{mean['tokens']:.4g}",
+                     f"{mean['flops']:.4g}", mean_sd(ends["val_loss"], ".4f"), mean_sd(ends["val_ppl"], ".3f"),
+                     f"{mean['seconds']:.1f}", paired(group, groups[0])])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    for i, row in enumerate(rows):
+        cells = [c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths))]
+        print("| " + " | ".join(cells) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 1) + ("-" if k == 0 else ":") for k, w in enumerate(widths)) + "|")
+
+
+def number_or_fail(run, name):
+    try:
+        return float(run.config[name].rstrip("%"))
+    except (KeyError, ValueError):
+        return fail(f"--by {name}: {run.path} has no number of that name in its config.txt")
+
+
+def draw_ends(runs, by, plt):
+    """Validation loss and FLOPs at the end of each run, against an option; a line per set of runs alike in others."""
+    lines = group_runs(runs, {by})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for ax, key in zip(axes, ("val_loss", "flops")):
+        for i, line in enumerate(lines):
+            at = {}
+            for run in line:
+                at.setdefault(number_or_fail(run, by), []).append(ENDS[key][1](run))
+            xs = sorted(at)
+            color = COLORS[i % len(COLORS)]
+            ax.plot(xs, [statistics.fmean(at[x]) for x in xs], color=color, linestyle=LINES[i % len(LINES)],
+                    label="mean" if len(lines) == 1 else f"mean of {line[0].name}, ...")
+            ax.plot([x for x in xs for _ in at[x]], [v for x in xs for v in at[x]], linestyle="", color=color,
+                    marker=MARKS[i % len(MARKS)], markerfacecolor="white", label="runs")
+        ax.set_xlabel(f"--{by}")
+        ax.set_ylabel("FLOPs executed in all" if key == "flops" else "validation loss at the end (nats per token)")
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+# ---- Options, and the files ----
+
+def names(choices):
+    def convert(text):
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in choices:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(choices)}")
+        return chosen
+    return convert
+
+
+def at_least(least):
+    def convert(text):
+        if not re.fullmatch(r"\d{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+    return convert
+
+
+def out_files(out):
+    ending = os.path.splitext(out)[1]
+    if ending in (".png", ".svg", ".pdf"):
+        return [out]
+    if re.fullmatch(r"\.[A-Za-z]+", ending):
+        fail(f"--out {out}: the name must end in .png, .svg or .pdf, or have no ending for .png and .svg")
+    return [out + ".png", out + ".svg"]
+
+
+def save(figure, path):
+    """A whole picture or none: it gets its name when it is complete."""
+    part = f"{path}.part"
+    try:
+        figure.savefig(part, dpi=150, format=path[-3:], metadata={"Date": None} if path.endswith(".svg") else None)
+        os.replace(part, path)
+    except OSError as e:
+        fail(f"cannot write {path}: {e.strerror}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="directory with metrics.jsonl, or the file")
-    parser.add_argument("--x", choices=X_LABELS, default="steps")
-    parser.add_argument("--y", choices=Y_LABELS, help="default: loss and val_loss")
-    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="mean over N steps (default 1; not for val_*)")
-    parser.add_argument("--out", default="plot.png", help="the extension picks the format: png, svg, pdf (default plot.png)")
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", help="folder with metrics.jsonl, the file, or a folder of runs")
+    add("--x", type=names(X_LABELS), default=["steps"], metavar="X,...", help=f"{', '.join(X_LABELS)} (default steps)")
+    add("--y", type=names(Y_LABELS), default=DEFAULT_Y.split(","), metavar="Y,...",
+        help=f"{', '.join(Y_LABELS)} (default {DEFAULT_Y})")
+    add("--smooth", type=at_least(1), metavar="N", help="a point is the mean of N steps (default: as many as leave "
+        f"{USUAL_POINTS} points; never of validation)")
+    add("--heat", type=at_least(0), default=3, metavar="N", help="maps of what was dropped, of the first N runs that "
+        "drop (default 3; of a group, the first seed)")
+    add("--by", metavar="OPTION", help="draw where the runs ended against this option, such as drop-path")
+    add("--table", action="store_true", help="print where the runs ended, and draw nothing")
+    add("--out", default="plot", help="file: .png, .svg or .pdf; without an ending .png and .svg (default plot)")
     options = parser.parse_args()
-    if options.smooth < 1:
-        fail("--smooth must be at least 1")
-    if os.path.splitext(options.out)[1] not in (".png", ".svg", ".pdf"):
-        fail(f"--out {options.out}: the name must end in .png, .svg or .pdf")
+    found = find_runs(options.runs)
+    if not found:
+        fail(f"{' '.join(options.runs)}: no run in there\n"
+             "  hint: a run is a folder with metrics.jsonl, the --out of train_gpt")
+    if options.table:
+        print_table(group_runs([Run(run, name) for run, name in zip(found, run_names(found))]))
+        return
+    files = out_files(options.out)
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        import numpy as np
     except ImportError:
-        fail("matplotlib is missing: python3 -m pip install matplotlib")
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    points = 0
-    for i, (run, name) in enumerate(zip(options.runs, run_names(options.runs))):
-        path = os.path.join(run, "metrics.jsonl") if os.path.isdir(run) else run
-        points += draw_run(axes, i, name, path, options)
-    if not points:
-        fail(f"no run has {options.y or 'loss or val_loss'}")
-    axes.set_xlabel(X_LABELS[options.x])
-    axes.set_ylabel(Y_LABELS[options.y] if options.y else "loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    try:
-        figure.savefig(options.out, dpi=150)
-    except OSError as e:
-        fail(f"cannot write {options.out}: {e.strerror}")
-    print(f"wrote {options.out}")
+        fail("matplotlib is missing: python3 -m pip install matplotlib\n  hint: --table does without it")
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "droppath.c", "font.size": 9})
+    kept, runs = {}, []
+    for path, name in zip(found, run_names(found)):
+        heat = KeptMap(np)
+        runs.append(Run(path, name, heat.look if options.heat and not options.by else None))
+        kept[runs[-1]] = heat
+    figure = draw_ends(runs, options.by, plt) if options.by else draw_runs(group_runs(runs), kept, options, np, plt)
+    for path in files:
+        save(figure, path)
+    print(f"wrote {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@
 // The arguments with these options after the standard ones; from malloc.
 static inline char *compare_test_arguments(const char *out, const char *options) {
     const char *data = trainer_test_data();
-    return xprintf("compare --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " --out %s %s", data,
-                   data, out, options);
+    return xprintf("compare --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN
+                   " --picture 0 --out %s %s", data, data, out, options);
 }
 
 static inline ToolRun compare_test_run(const char *out, const char *options) {
@@ -157,6 +157,36 @@ static void test_compare_answers(void) {
     EXPECT_SAME(a, b, "model.safetensors");
 }
 
+// A python3 of the test's own tells what compare would have had drawn, and may fail.
+static void compare_test_picture(const char *dir, const char *out, int code) {
+    char *python = xprintf("%s/python3", dir), *path = xprintf("%s:%s", dir, getenv("PATH")), *before = xstrdup(getenv("PATH"));
+    char *script = xprintf("#!/bin/sh\necho \"$@\" > %s/arguments\nexit %d\n", dir, code);
+    file_write_whole(python, script, strlen(script));
+    chmod(python, 0755);
+    setenv("PATH", path, 1);
+    ToolRun r = compare_test_run(out, "--picture 1 --steps 4 --drop-path 0.1 --seeds 2 --equal-flops 0");
+    setenv("PATH", before, 1);
+    char *want = xprintf("scripts/plot.py --out %s/compare %s/none_s1337 %s/none_s1338 %s/drop_s1337 %s/drop_s1338\n", out, out,
+                         out, out, out), *arguments = xprintf("%s/arguments", dir);
+    Text got = test_read_file(arguments);
+    EXPECT(strstr(got.s, want), "python3 was started with %s", got.s);
+    EXPECT(!strstr(r.out.s, "compare.png") == (code != 0), "exit code %d of plot.py, but compare said: %s", code, r.out.s);
+    tool_expect(0, "", r, __FILE__, __LINE__);
+    text_free(&got);
+    free(python), free(path), free(before), free(script), free(want), free(arguments);
+}
+
+static void test_compare_picture(void) {
+    const char *dir = test_directory();
+    char *out = xprintf("%s/c", dir), *arguments = xprintf("%s/arguments", dir);
+    compare_test_picture(dir, out, 0);
+    compare_test_picture(dir, out, 1);                   // no matplotlib, say: compare does not mind
+    remove(arguments);
+    EXPECT_COMPARED(out, "--steps 4 --drop-path 0.1 --seeds 2 --equal-flops 0");
+    EXPECT(!path_exists(arguments), "--picture 0 has drawn");
+    free(out), free(arguments);
+}
+
 // ---- Going on ----
 
 // Finished runs stay as they are, to the byte; only what is missing is done.
@@ -253,7 +283,7 @@ static void test_compare_refuses(void) {
 }
 
 #define COMPARE_TESTS(X)                                                                     \
-    X(compare_answers) X(compare_adds_what_is_missing) X(compare_killed)                     \
+    X(compare_answers) X(compare_picture) X(compare_adds_what_is_missing) X(compare_killed)  \
     X(compare_flags_underfitting) X(compare_refuses)
 
 #endif

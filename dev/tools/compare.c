@@ -26,7 +26,9 @@
            "also train with drop path for as many more steps as its saving pays for")                                \
     OPTION(take_turns, "take-turns", FLAG, "1", "0|1",                                                               \
            "the runs of a seed work in turn, half a second each, so that a noisy machine slows all alike; 0: one "    \
-           "after the other, in less memory")
+           "after the other, in less memory")                                                                        \
+    OPTION(picture, "picture", FLAG, "1", "0|1",                                                                     \
+           "also draw OUT/compare.png and .svg, where python3 has matplotlib")
 
 typedef struct { COMPARE_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } CompareOptions;
 
@@ -531,6 +533,57 @@ static void json(const Compare *c, Text *out, const char *command) {
     text_printf(out, "\n  },\n  \"underfitting\": %s\n}\n", underfits(c, DROP) ? "true" : "false");
 }
 
+// ---- compare.png and compare.svg, by scripts/plot.py: an extra, whose absence is no failure ----
+
+#define PICTURE_SECONDS 120
+
+// Where plot.py is, from the program's name: in scripts/ of one of the folders above build/double/san. From malloc, or NULL.
+static char *find_plot(const char *program) {
+    static const char *const above[] = {"..", "../..", "../../..", "../../../.."};
+    const char *slash = strrchr(program, '/');
+    for (int i = 0; slash && i < 4; i++) {
+        char *path = xprintf("%.*s/%s/scripts/plot.py", (int)(slash - program), program, above[i]);
+        if (path_exists(path)) return path;
+        free(path);
+    }
+    return NULL;
+}
+
+// Runs that command, silently; returns whether it has succeeded. One that hangs is ended after a while.
+static int draw(char **arguments) {
+    int status;
+    const pid_t pid = fork();
+    if (pid == 0) {
+        const int null = open("/dev/null", O_RDWR);
+        for (int fd = 0; fd < 3; fd++) dup2(null, fd);
+        alarm(PICTURE_SECONDS);
+        execvp(arguments[0], arguments);
+        _exit(127);
+    }
+    while (pid > 0 && waitpid(pid, &status, 0) < 0)
+        if (errno != EINTR) return 0;
+    return pid > 0 && status == 0;
+}
+
+static void write_picture(const Compare *c, const char *program) {
+    char *plot = find_plot(program), *out = xprintf("%s/compare", c->train.out);
+    char **arguments = (char **)xcalloc((size_t)(c->seeds * c->arms) + 5, sizeof *arguments);
+    int n = 0;
+    arguments[n++] = "python3";
+    arguments[n++] = plot;
+    arguments[n++] = "--out";
+    arguments[n++] = out;
+    for (int i = 0; i < c->seeds * c->arms; i++) {
+        TrainOptions o = run_options(c, i / c->seeds, i % c->seeds);
+        arguments[n++] = o.out;
+    }
+    if (plot && draw(arguments)) printf("drawn:   %s.png, %s.svg\n", out, out);
+    for (int i = 4; i < n; i++) free(arguments[i]);
+    free(arguments);
+    free(plot);
+    free(out);
+}
+
 static void write_report(const Compare *c, int argc, char **argv) {
     Text command = {NULL, 0, 0}, report = {NULL, 0, 0}, md = {NULL, 0, 0}, js = {NULL, 0, 0};
     char *md_path = xprintf("%s/compare.md", c->train.out), *js_path = xprintf("%s/compare.json", c->train.out);
@@ -563,6 +616,7 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);                            // a run that has died is told by its exit code
     for (int s = 0; s < c->seeds; s++) run_seed(c, s);
     write_report(c, argc, argv);
+    if (c->own.picture) write_picture(c, argv[0]);
     for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++) free(c->value[i / N_NUMBERS][i % N_NUMBERS]);
     options_free(&c->options);
     return 0;

@@ -1,0 +1,66 @@
+"""Tests of the recipes in scripts/, scaled down by their variables: they run to their end, and go on."""
+import os
+import subprocess
+import unittest
+
+import real_runs
+
+SMALL = "--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --eval-tokens 500 --threads 1"
+
+
+class Recipes(unittest.TestCase):
+    def recipe(self, name, *arguments, expect=0, **variables):
+        out = os.path.join(real_runs.folder(), name)
+        env = {**os.environ, "BUILD": real_runs.BUILD, "OUT": out, "PYTHON": real_runs.sys.executable, **variables}
+        done = subprocess.run(["sh", f"scripts/{name}.sh", *arguments], cwd=real_runs.ROOT, env=env, text=True,
+                              capture_output=True, errors="replace")   # samples may be no UTF-8 so early
+        self.assertEqual(done.returncode, expect, done.stdout + done.stderr)
+        return out, done.stdout + done.stderr
+
+    def text(self):
+        return os.path.join(os.path.dirname(real_runs.data()), "text")
+
+    def need_data(self, *packages):
+        here = os.path.exists(os.path.join(real_runs.ROOT, "data/prepare.py"))
+        if not here or not all(map(real_runs.have, packages)):
+            self.skipTest("data/requirements.txt is not installed")
+
+    def test_tinyshakespeare(self):
+        out, text = self.recipe("tinyshakespeare", TEXT=self.text(), STEPS="4", MORE=SMALL)
+        for part in ("step 4/4", "reduced", "tokens, "):
+            self.assertIn(part, text)
+        self.assertEqual(os.path.exists(out + "/picture.png"), real_runs.have("matplotlib"))
+
+    def test_sweep(self):
+        sizes = SMALL.split()
+        data = real_runs.data()
+        out, text = self.recipe("sweep", *sizes, DATA=data, STEPS="4", RATES="0 0.4", SEEDS="1 2")
+        self.assertEqual(text.count("== rate"), 4)
+        self.assertRegex(text, r"\| p0.4 +\| +2 \|")
+        out, text = self.recipe("sweep", *sizes, DATA=data, STEPS="4", RATES="0 0.2 0.4", SEEDS="1 2")
+        self.assertEqual(text.count("== rate 0.2"), text.count("== rate"))
+        with open(out + "/table.md", encoding="utf-8") as file:
+            self.assertEqual([line.split("|")[1].strip() for line in file][2:], ["p0", "p0.2", "p0.4"])
+        for name in ("curves.png", "ends.svg"):
+            self.assertEqual(os.path.exists(f"{out}/{name}"), real_runs.have("matplotlib"))
+
+    def test_finetune(self):
+        self.assertIn("on which text?", self.recipe("finetune", expect=1, TEXT="")[1])
+        self.assertIn("hint: hf download", self.recipe("finetune", expect=1, TEXT=self.text(), INIT="/nowhere")[1])
+        self.need_data("numpy", "tqdm")
+        start = real_runs.trained("base_s1", "--seed", "1") + "/latest"
+        text = self.recipe("finetune", TEXT=self.text(), INIT=start, TOKENIZER="bytes", STEPS="4", SEQ="16",
+                           MORE="--batch 4 --eval-tokens 500")[1]
+        self.assertIn("before:", text)
+        self.assertIn("after:", text)
+
+    def test_tinystories(self):
+        self.need_data("numpy", "tqdm", "tokenizers")
+        out, text = self.recipe("tinystories", TEXT=self.text(), VOCAB="270", STEPS="4", MORE=SMALL)
+        self.assertIn("Once upon a time", text)
+        text = self.recipe("tinystories", TEXT=self.text(), VOCAB="270", STEPS="4", MORE=SMALL)[1]
+        self.assertIn("nothing to do", text)
+
+
+if __name__ == "__main__":
+    unittest.main()
