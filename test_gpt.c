@@ -17,6 +17,7 @@
 #include "dev/test/test_fat.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
+#include "dev/test/test_manifest.h"
 #include "dev/test/test_options.h"
 #include "dev/test/test_rng.h"
 #include "dev/test/test_safetensors.h"
@@ -43,6 +44,7 @@ static const Test tests[] = {
 #undef X
 #define X(name) {#name, test_##name, 1},
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) COMPARE_TESTS(X)
+    MANIFEST_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };
