@@ -115,6 +115,17 @@ test: choices $(PROGRAMS) $(B)/test_gpt
 bench: choices $(B)/bench
 	@$(B)/bench --json $(B)/bench.json
 
+# data/'s Python programs, in a virtual environment with what data/requirements.txt names. GPT2_FILES=DIR, with GPT-2's
+# encoder.json and vocab.bpe, tests its tokenizer where it cannot be downloaded.
+DATA_VENV := build/venv-data
+$(DATA_VENV)/ready: data/requirements.txt
+	@mkdir -p build; { python3 -m venv $(DATA_VENV) && $(DATA_VENV)/bin/python -m pip install -q -r $<; } >$(DATA_VENV).log 2>&1 && touch $@ || \
+	    { tail -n 3 $(DATA_VENV).log; echo "error: cannot install data/requirements.txt in $(DATA_VENV)"; \
+	      echo "  hint: it needs Python 3.9 or newer with venv, and a network; the log is $(DATA_VENV).log"; exit 1; }
+
+test-data: $(B)/data_bytes $(DATA_VENV)/ready
+	@BUILD=$(B) $(DATA_VENV)/bin/python dev/test/test_data.py
+
 # Each header alone, as C11 and as C++17.
 headers:
 	@for h in $(HEADERS); do \
@@ -128,9 +139,9 @@ instructions: $(PROGRAMS) $(B)/test_gpt
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 11
-	@echo "targets: all quickstart test bench headers instructions clean"
+	@echo "targets: all quickstart test test-data bench headers instructions clean"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test bench headers instructions help clean
+.PHONY: all choices quickstart test test-data bench headers instructions help clean

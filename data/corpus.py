@@ -16,17 +16,17 @@ from collections import namedtuple
 from vocabulary import Problem, library
 
 UNIT = 1 << 20                          # bytes of text in a unit
-PART = 8 << 20                          # longer documents are encoded in parts, at places where no tokenizer looks across
+PART = 8 << 20                          # longer documents are encoded in parts, cut where no tokenizer looks across
 RECORD = 256 << 20                      # the longest line of JSON
 SPLIT_BYTES = 1 << 20                   # what of a document decides on its side
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 
-# kind: "text", "json", "parquet", or "files": small ones, of which each is a document; side: None, or "train" or
-# "val" for all of it; size: bytes on the disk; cut: where the end of a sole document begins, on which to validate
+# kind: "text", "json", "parquet", or "files": small ones, of which each is a document; side: None, or "train" or "val"
+# for all of it; size: bytes on the disk; cut: where the end of a sole document begins, on which to validate
 Source = namedtuple("Source", "kind paths side size cut")
-# kind: "files" (data: paths), "documents" (data: list of bytes), "json" (lines), "arrow" (a record batch), or "part" of a
-# document (data: bytes; side: its side; last: whether end-of-text follows). where: for messages. advance: bytes of input
+# kind: "files" (data: paths), "documents" (a list of bytes), "json" (lines), "arrow" (a record batch), or "part" of a
+# document (bytes; side: its side; last: whether end-of-text follows). where: for messages. advance: bytes of the input
 Unit = namedtuple("Unit", "kind data where advance side last")
 
 
@@ -145,8 +145,9 @@ class Corpus:
         source = self.sources[0]
         path = source.paths[0]
         if path == "-" or endings(path)[1]:
-            raise Problem(f"{'standard input' if path == '-' else path} is a single document, of which none can be kept "
-                          "to validate on\n  hint: --separate line (or another separator), or --val 0")
+            name = "standard input" if path == "-" else path
+            raise Problem(f"{name} is a single document, of which none can be kept to validate on\n"
+                          "  hint: --separate line (or another separator), or --val 0")
         cut = int((1 - o.val) * source.size)
         with open(path, "rb") as file:
             file.seek(max(0, cut - 3))
@@ -316,7 +317,8 @@ def parquet_units(source, field):
     try:
         file = pq.ParquetFile(path)
         if field not in file.schema_arrow.names:
-            raise Problem(f"{path} has no column {field}\n  hint: --field NAME; it has {', '.join(file.schema_arrow.names)}")
+            names = ", ".join(file.schema_arrow.names)
+            raise Problem(f"{path} has no column {field}\n  hint: --field NAME; it has {names}")
         kind = file.schema_arrow.field(field).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise Problem(f"{path}: the column {field} is of type {kind}, not text\n  hint: --field NAME")
@@ -392,9 +394,11 @@ def json_documents(unit, options, counts):
         elif options.skip_bad:
             counts["bad"] += 1
         elif not isinstance(record, dict):
-            raise Problem(f"{name}, byte {start}: this line is no JSON object\n  hint: --skip-bad leaves such lines out")
+            raise Problem(f"{name}, byte {start}: this line is no JSON object\n"
+                          "  hint: --skip-bad leaves such lines out")
         elif options.field in record:
-            raise Problem(f"{name}, byte {start}: \"{options.field}\" is no text\n  hint: --skip-bad leaves such lines out")
+            raise Problem(f"{name}, byte {start}: \"{options.field}\" is no text\n"
+                          "  hint: --skip-bad leaves such lines out")
         else:
             raise Problem(f"{name}, byte {start}: there is no \"{options.field}\"\n"
                           f"  hint: --field NAME; this line has {', '.join(map(str, record))[:200]}")

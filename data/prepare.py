@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Turns text into token shards, a tokenizer file and a manifest, in memory that does not depend on the text's size.
+"""Turns text into token shards, a tokenizer file and a manifest, in memory that does not grow with the text.
 
-    data/prepare.py --out data/mine --tokenizer gpt2 ~/texts notes.txt           files and folders, each file a document
-    data/prepare.py --out data/web --tokenizer gpt2 --val 0.001 crawl/*.jsonl.gz   lines of JSON, their field "text"
+    data/prepare.py --out data/mine ~/texts notes.txt                            files and folders, each file a document
+    data/prepare.py --out data/web --val 0.001 crawl/*.jsonl.gz                  lines of JSON, their field "text"
     data/prepare.py --out data/small --tokenizer bpe --vocab-size 8192 books/    a byte-pair encoding of its own
     zcat all.txt.gz | data/prepare.py --out data/all --tokenizer bytes --separate '\\n\\n' -
 
-Tokenizers: gpt2 (tiktoken), bytes, bpe (trained on the text), a tokenizer.json (tokenizers), or a folder with one or with
-GPT-2's encoder.json and vocab.bpe. An interrupted run is continued by the same command. data/README.md tells the rest.
+Tokenizers: gpt2 (tiktoken), bytes, bpe (trained on the text), a tokenizer.json (tokenizers), or a folder with one or
+with GPT-2's encoder.json and vocab.bpe. An interrupted run is continued by the same command. data/README.md tells more.
 """
 import argparse
 import hashlib
@@ -25,7 +25,7 @@ import numpy as np
 
 import corpus as corpora
 import vocabulary as vocabularies
-from shards import MOST, ShardWriter, sha256_file, write_json, write_whole
+from shards import MOST, ShardWriter, write_json, write_whole
 from vocabulary import Problem
 
 SAVE_SECONDS = 20                       # at most so much work is done again after an interruption
@@ -111,7 +111,9 @@ class Run:
         """All that decides on the bits but the tokenizer's files."""
         o = self.options
         chosen = {name: getattr(o, name) for name in SETTINGS}
-        chosen["tokenizer"] = [o.tokenizer, o.end_of_text, *([o.vocab_size, o.train_bytes] if o.tokenizer == "bpe" else [])]
+        chosen["tokenizer"] = [o.tokenizer, o.end_of_text]
+        if o.tokenizer == "bpe":
+            chosen["tokenizer"] += [o.vocab_size, o.train_bytes]
         chosen["files"] = self.corpus.listing
         chosen["inputs"] = [[s.kind, s.paths, s.side] for s in self.corpus.sources]
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
@@ -176,7 +178,8 @@ class Run:
         """Documents to learn a tokenizer from: training ones, by the hash of their content, of about train_bytes."""
         o = self.options
         if self.corpus.from_stdin:
-            raise Problem("--tokenizer bpe reads its text twice, which standard input does not allow\n  hint: save it to a file")
+            raise Problem("--tokenizer bpe reads its text twice, which standard input does not allow\n"
+                          "  hint: save it to a file")
         share = o.train_bytes / max(1, self.corpus.size)
         say(f"training a tokenizer of {o.vocab_size} tokens on {'all' if share >= 1 else f'{share:.1%}'} of the text")
         for source in self.corpus.sources:
@@ -254,7 +257,8 @@ class Run:
             return
         self.open_vocabulary(progress)
         o, state = self.options, progress or {}
-        self.writers = {s: ShardWriter(self.out, s, self.vocabulary.width, o.shard_tokens, state.get(s)) for s in SIDES}
+        self.writers = {side: ShardWriter(self.out, side, self.vocabulary.width, o.shard_tokens, state.get(side))
+                        for side in SIDES}
         if progress:
             self.at = progress["source"], progress["unit"]
             self.counts.update(progress["counts"])
@@ -274,18 +278,19 @@ class Run:
     def finish(self):
         for side in SIDES:
             self.writers[side].finish()
-        left = {"binary_files": self.corpus.binary, "empty_files": self.corpus.empty, "empty_documents": self.counts["empty"],
-                "bad_records": self.counts["bad"]}
+        left = {"binary_files": self.corpus.binary, "empty_files": self.corpus.empty,
+                "empty_documents": self.counts["empty"], "bad_records": self.counts["bad"]}
         write_json(self.manifest_path, {
             "format": "droppath.c token shards 1", "settings": self.settings, "tokenizer": self.tokenizer,
-            "val": self.options.val, "seed": self.options.seed, "left_out": left,
+            "val": None if self.options.val_inputs else self.options.val, "seed": self.options.seed, "left_out": left,
             "invalid_utf8": self.counts["invalid"], "splits": {s: self.writers[s].summary() for s in SIDES}})
         os.remove(self.progress_path)
         sole = self.corpus.sources[0].cut is not None
         documents = 1 if sole else sum(self.writers[s].documents for s in SIDES)
         size = sum(self.writers[s].text_bytes for s in SIDES)
-        print(f"{documents:,} document{'s' * (documents != 1)}, {size:,} bytes (left out: {left['binary_files']} binary files, "
-              f"{left['empty_files']} empty ones, {left['empty_documents']} empty documents, {left['bad_records']} bad records)")
+        print(f"{documents:,} document{'s' * (documents != 1)}, {size:,} bytes "
+              f"(left out: {left['binary_files']} binary files, {left['empty_files']} empty ones, "
+              f"{left['empty_documents']} empty documents, {left['bad_records']} bad records)")
         if self.counts["invalid"]:
             say(f"warning: {self.counts['invalid']} documents had bytes that are not UTF-8; they became U+FFFD")
         for side in SIDES:
@@ -350,34 +355,38 @@ class Parser(argparse.ArgumentParser):
 def add_run_options(parser):
     """Those that data/fetch.py has too."""
     add = parser.add_argument
-    add("--tokenizer", metavar="T", default="gpt2", help="gpt2, bytes, bpe, a tokenizer.json, or a folder with one or with "
-        "GPT-2's encoder.json and vocab.bpe (default gpt2)")
-    add("--vocab-size", type=whole(257, 1 << 24), default=8192, metavar="N", help="of --tokenizer bpe: its tokens "
-        "(default 8192)")
-    add("--train-bytes", type=whole(1, 1 << 50), default=1 << 28, metavar="N", help="of --tokenizer bpe: learn it from about "
-        "so many bytes, drawn over the whole text (default 268435456)")
-    add("--end-of-text", metavar="TOKEN", help="of a tokenizer.json: the token that ends a document, if it is not a usual one")
+    add("--tokenizer", metavar="T", default="gpt2", help="gpt2, bytes, bpe, a tokenizer.json, or a folder with one or "
+        "with GPT-2's encoder.json and vocab.bpe (default gpt2)")
+    add("--vocab-size", type=whole(257, 1 << 24), default=8192, metavar="N",
+        help="of --tokenizer bpe: its tokens (default 8192)")
+    add("--train-bytes", type=whole(1, 1 << 50), default=1 << 28, metavar="N",
+        help="of --tokenizer bpe: learn it from about so many bytes, drawn over the whole text (default 268435456)")
+    add("--end-of-text", metavar="TOKEN",
+        help="of a tokenizer.json: the token that ends a document, if it has not one of the usual names")
     add("--shard-tokens", type=whole(1, MOST), default=10 ** 8, metavar="N", help="tokens of a shard (default 1e8)")
     add("--seed", type=whole(0, 2 ** 63 - 1), default=1337, metavar="N", help="key of the split (default 1337)")
-    add("--processes", type=whole(1, 4096), default=os.cpu_count() or 1, metavar="N", help="processes that encode (default: "
-        "one a core); the shards do not depend on it")
+    add("--processes", type=whole(1, 4096), default=os.cpu_count() or 1, metavar="N",
+        help="processes that encode (default: one a core); the shards do not depend on it")
 
 
 def parser():
     p = Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("inputs", metavar="INPUT", nargs="+", help="a file, a folder, or - for standard input")
     p.add_argument("--out", required=True, metavar="DIR", help="where to write; made if missing")
-    p.add_argument("--val", type=fraction, default=0.1, metavar="F", help="the part of the documents to validate on, by a "
-                   "hash of their content, 0 to 0.5 (default 0.1); of a sole document: its end")
-    p.add_argument("--val-inputs", nargs="+", default=[], metavar="INPUT", help="validate on these, train on all of the others")
+    p.add_argument("--val", type=fraction, default=0.1, metavar="F", help="the part of the documents to validate on, "
+                   "by a hash of their content, 0 to 0.5 (default 0.1); of a sole document: its end")
+    p.add_argument("--val-inputs", nargs="+", default=[], metavar="INPUT",
+                   help="validate on these, train on all of the others")
     add_run_options(p)
     p.add_argument("--format", choices=("auto", "text", "json", "parquet"), default="auto",
                    help="of the inputs (default auto: by the name; standard input is text)")
-    p.add_argument("--separate", default="file", metavar="S", help="of text, what stands between documents: file (each file is "
-                   "one), line (each line is one), or a string such as '\\n\\n' or '<|endoftext|>' (default file)")
-    p.add_argument("--field", default="text", metavar="NAME", help="of JSON and Parquet: where the text is (default text)")
+    p.add_argument("--separate", default="file", metavar="S", help="of text, what stands between documents: file (each "
+                   "file is one), line (each line is one), or a string: '\\n\\n', '<|endoftext|>' (default file)")
+    p.add_argument("--field", default="text", metavar="NAME",
+                   help="of JSON and Parquet: where the text is (default text)")
     p.add_argument("--ext", default="", metavar=".A,.B", help="of folders, only files that end in one of these")
-    p.add_argument("--skip-bad", action="store_true", help="leave out lines that are no JSON or lack the text, and count them")
+    p.add_argument("--skip-bad", action="store_true",
+                   help="leave out lines that are no JSON or lack the text, and count them")
     return p
 
 

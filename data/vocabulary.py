@@ -193,8 +193,8 @@ def load_gpt2(folder=None):
     for part, names in (("encoder", ("encoder.json", "vocab.json")), ("merges", ("vocab.bpe", "merges.txt"))):
         found = [p for p in (os.path.join(folder, n) for n in names) if os.path.exists(p)]
         if not found:
-            raise Problem(f"{folder} has neither {names[0]} nor {names[1]}\n  hint: --tokenizer takes gpt2, bytes, bpe, "
-                          "a tokenizer.json, or a folder with GPT-2's files")
+            raise Problem(f"{folder} has neither {names[0]} nor {names[1]}\n  hint: --tokenizer takes gpt2, bytes, "
+                          "bpe, a tokenizer.json, or a folder with GPT-2's files")
         paths[part] = found[0]
         if hashlib.sha256(read(found[0])).hexdigest() != GPT2_SHA256[part]:
             raise Problem(f"{found[0]} is not GPT-2's (by its SHA-256)\n  hint: give a tokenizer.json for another one")
