@@ -151,7 +151,7 @@ class Run:
             text = vocabularies.train_bpe(self.sample(), o.vocab_size)
             vocabulary = vocabularies.JsonVocabulary("tokenizer.json", text)
         if o.tokenizer == "bpe":
-            vocabulary.name = f"bpe {vocabulary.size}"
+            vocabulary.name = "bpe"
         os.makedirs(self.out, exist_ok=True)
         files, table = {}, vocabularies.tokenizer_bin(vocabulary)
         for name, data in (("tokenizer.bin", table), ("tokenizer.json", vocabulary.json and vocabulary.json.encode())):

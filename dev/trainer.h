@@ -101,10 +101,10 @@ static inline void trainer_config(Trainer *tr, const char *from) {
     const char *error = gpt_config_error(c);
     if (error)
         die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L, c->NH, c->C, c->T, c->V);
+    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_model(&tr->manifest[i], c->V, from);
     if (tr->has_tokenizer && tr->tokenizer.V > c->V)
         die("the tokenizer has %d tokens, the model only %d\n  hint: --vocab-size 0 takes the tokenizer's", tr->tokenizer.V,
             c->V);
-    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_model(&tr->manifest[i], c->V, from);
 }
 
 // Micro-batches of a step, steps of the run, rows of an evaluation.
