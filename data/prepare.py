@@ -84,12 +84,21 @@ def encode_unit(unit):
     return {side: np.concatenate(p) if p else np.empty(0, dtype=kind) for side, p in parts.items()}, counts
 
 
+class Done:
+    """A future that is over."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def result(self):
+        return self.value
+
+
 class Here:
-    """What ProcessPoolExecutor is, for one process: its futures are results."""
+    """What ProcessPoolExecutor is, for one process."""
 
     def submit(self, function, argument):
-        result = function(argument)
-        return type("Done", (), {"result": lambda self: result})()
+        return Done(function(argument))
 
     def shutdown(self, **_):
         pass

@@ -459,6 +459,24 @@ class Runs(Case):
         self.assertEqual([s["tokens"] for s in self.manifest(out)["splits"]["train"]["shards"]], [300, 300, 300, 101])
         self.assertEqual(self.documents(out, "train"), [b"x" * 1000])
 
+    def test_memory_does_not_grow_with_the_text(self):
+        most = {}
+        for processes in ("1", "2"):
+            for megabytes in (10, 60):
+                text = self.write("big.txt", (b"x" * 99 + b"\n") * (megabytes * 10000))
+                code = (f"import resource, sys; sys.path.insert(0, {DATA!r}); import prepare\n"
+                        "if __name__ == '__main__':\n    prepare.main(sys.argv[1:])\n"
+                        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n")
+                for separate in ("file", "\\n\\n"):
+                    out = self.path(f"m{processes}_{megabytes}_{separate.isalpha()}")
+                    command = [sys.executable, self.write("memory.py", code), "--tokenizer", "bytes", "--out", out,
+                               "--processes", processes, "--separate", separate, text]
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    self.assertEqual(done.returncode, 0, done.stderr)
+                    most[megabytes, separate] = int(done.stderr.split()[-1])    # KiB
+            for separate in ("file", "\\n\\n"):
+                self.assertLess(most[60, separate], most[10, separate] + 50000, f"{processes} processes, {separate}")
+
     def test_again_and_foreign(self):
         text = self.write("a.txt", "one\ntwo\nthree\n")
         arguments = ("--tokenizer", "bytes", "--val", "0", "--separate", "line", text)
