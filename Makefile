@@ -242,6 +242,17 @@ test-interop: $(PROGRAMS) $(B)/interop_logits
 bench: choices $(B)/bench
 	@$(B)/bench --json $(B)/bench.json
 
+# data/'s Python programs, in a virtual environment with what data/requirements.txt names. GPT2_FILES=DIR, with GPT-2's
+# encoder.json and vocab.bpe, tests its tokenizer where it cannot be downloaded.
+DATA_VENV := build/venv-data
+$(DATA_VENV)/ready: data/requirements.txt
+	@mkdir -p build; { python3 -m venv $(DATA_VENV) && $(DATA_VENV)/bin/python -m pip install -q -r $<; } >$(DATA_VENV).log 2>&1 && touch $@ || \
+	    { tail -n 3 $(DATA_VENV).log; echo "error: cannot install data/requirements.txt in $(DATA_VENV)"; \
+	      echo "  hint: it needs Python 3.9 or newer with venv, and a network; the log is $(DATA_VENV).log"; exit 1; }
+
+test-data: $(B)/data_bytes $(DATA_VENV)/ready
+	@BUILD=$(B) $(DATA_VENV)/bin/python dev/test/test_data.py
+
 # Each header alone, as C11 and as C++17.
 headers:
 	@for h in $(HEADERS); do \

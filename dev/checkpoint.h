@@ -24,6 +24,7 @@ typedef struct {
     int tied;                                            // how those factors apply: DropPlan.tied
     int eot;                                             // the end-of-text token, or -1
     const char *options;                                 // the run's options, as config.txt
+    const char *tokenizer_sha256;                        // of the shards' manifest; NULL or "" where there is none
 } CheckpointState;
 
 enum { CHECKPOINT_FILES = 3 };
@@ -110,6 +111,8 @@ static inline void checkpoint_config_json(Text *t, const GptConfig *c, const Che
     if (s->eot >= 0) snprintf(eot, sizeof eot, "%d", s->eot);
     text_printf(t, "  \"bos_token_id\": %s,\n  \"eos_token_id\": %s,\n  \"torch_dtype\": \"%s\"", eot, eot,
                 dtype);
+    if (s->tokenizer_sha256 && *s->tokenizer_sha256)
+        text_printf(t, ",\n  \"tokenizer_sha256\": \"%s\"", s->tokenizer_sha256);
     for (int i = 0; scaled && i < BRANCHES * c->L; i++) {
         text_printf(t, i ? ", " : ",\n  \"drop_path_eval_scale\": [");
         json_write_number(t, s->eval_scale[i]);

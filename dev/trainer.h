@@ -10,6 +10,7 @@
 #include "checkpoint.h"
 #include "drop_path.h"
 #include "engine.h"
+#include "manifest.h"
 #include "metrics.h"
 #include "options.h"
 #include "sample.h"
@@ -28,6 +29,7 @@ typedef struct {
     Schedule schedule;
     Shards train, val;
     Tokenizer tokenizer;
+    Manifest manifest[MANIFEST_SIDES];                   // of the train and val shards; V = 0 where there is none
     int has_val, has_tokenizer;
     Comm *comm;                                          // NULL: alone
     int rank, world;                                     // this process among equal ones; they share a step's micro-batches
@@ -68,8 +70,12 @@ static inline double trainer_peak_bytes(void) {
 static inline void trainer_open_tokenizer(Trainer *tr) {
     const TrainOptions *o = tr->options;
     char *path = *o->tokenizer ? xstrdup(o->tokenizer) : tokenizer_find(o->train);
+    manifest_find(&tr->manifest[MANIFEST_TRAIN], o->train);
+    manifest_find(&tr->manifest[MANIFEST_VAL], *o->val ? o->val : o->train);
+    manifest_check_pair(&tr->manifest[MANIFEST_TRAIN], &tr->manifest[MANIFEST_VAL]);
     if (!path) return;
     tokenizer_load(&tr->tokenizer, path);
+    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_tokenizer(&tr->manifest[i], &tr->tokenizer, path);
     tr->has_tokenizer = 1;
     free(path);
 }
@@ -92,6 +98,7 @@ static inline void trainer_config(Trainer *tr, const char *from) {
         if (tr->T > c->T) die("--seq-len %d: %s has %d positions", tr->T, from, c->T);
     } else {
         *c = gpt_presets[o->preset].config;
+        if (tr->manifest[MANIFEST_TRAIN].V) c->V = tr->manifest[MANIFEST_TRAIN].V;
         if (tr->has_tokenizer) c->V = tr->tokenizer.V;
         if (o->vocab_size) c->V = (int)o->vocab_size;
         if (o->layers) c->L = (int)o->layers;
@@ -103,6 +110,7 @@ static inline void trainer_config(Trainer *tr, const char *from) {
     const char *error = gpt_config_error(c);
     if (error)
         die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L, c->NH, c->C, c->T, c->V);
+    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_model(&tr->manifest[i], c->V, from);
     if (tr->has_tokenizer && tr->tokenizer.V > c->V)
         die("the tokenizer has %d tokens, the model only %d\n  hint: --vocab-size 0 takes the tokenizer's", tr->tokenizer.V,
             c->V);
@@ -262,6 +270,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     shards_open(&tr->train, o->train, tr->T, tr->config.V);
     tr->has_val = *o->val != 0;
     if (tr->has_val) shards_open(&tr->val, o->val, tr->T, tr->config.V);
+    manifest_check_shards(&tr->manifest[MANIFEST_TRAIN], &tr->train);
+    if (tr->has_val) manifest_check_shards(&tr->manifest[MANIFEST_VAL], &tr->val);
     trainer_sizes(tr);
     tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
     tr->schedule = trainer_schedule(o, tr->steps);
@@ -285,7 +295,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     for (int i = 0; i < (int)branches; i++)
         tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, i / BRANCHES + 1, i % BRANCHES);
     tr->state.tied = tr->drop.branches == BRANCHES_TIED;
-    tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : -1;
+    tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : tr->manifest[MANIFEST_TRAIN].V ? tr->manifest[MANIFEST_TRAIN].eot : -1;
+    tr->state.tokenizer_sha256 = tr->manifest[MANIFEST_TRAIN].sha256;
     tr->model = engine->open(&tr->config, &args);
     if (resume) {
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
@@ -303,6 +314,7 @@ static inline void trainer_close(Trainer *tr) {
     shards_close(&tr->train);
     if (tr->has_val) shards_close(&tr->val);
     if (tr->has_tokenizer) tokenizer_free(&tr->tokenizer);
+    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr->manifest[i]);
     metrics_log_free(&tr->replay);
     drop_plan_free(&tr->plan);
     text_free(&tr->plan_text);
@@ -391,7 +403,7 @@ static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
                                    tr->state.tied, tr->comm);
     r->val_loss = v.loss;
     r->val_ppl = exp(v.loss);
-    r->val_bpb = v.bits_per_byte;
+    r->val_bpb = t ? v.bits_per_byte : manifest_bits_per_byte(&tr->manifest[MANIFEST_VAL], MANIFEST_VAL, v.loss);
 }
 
 // ---- One optimizer step ----

@@ -147,7 +147,8 @@ static void test_parity_checkpoints(void) {
         double scale[6] = {1, 1, 1, 1, 1, 1}, loss[2][PARITY_MICRO], norm[2];
         Rig a = parity_open(both[from], &c);
         parity_step(&a, &c, 0, count, loss[0], norm);
-        CheckpointState saved = {1, 64, count, scale, 0, -1, "steps = 3\n"}, loaded = {0, 0, loaded_count, scale, 0, 0, NULL};
+        CheckpointState saved = {1, 64, count, scale, 0, -1, "steps = 3\n", NULL},
+                        loaded = {0, 0, loaded_count, scale, 0, 0, NULL, NULL};
         checkpoint_save(out, both[from], a.model, &a.c, &saved);
         Rig b = parity_open(both[!from], &c);
         char *dir = xprintf("%s/latest", out);

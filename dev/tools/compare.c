@@ -122,6 +122,7 @@ static void read_sizes(Compare *c) {
     shards_close(&tr.train);
     shards_close(&tr.val);
     if (tr.has_tokenizer) tokenizer_free(&tr.tokenizer);
+    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr.manifest[i]);
 }
 
 // What a run of so many steps with drop path is expected to cost, in steps without it.

@@ -1,0 +1,258 @@
+"""Tokenizers: what turns documents into token numbers, and the files that turn them back.
+
+A vocabulary has `name`, `size`, `end_of_text` (a token number), `encode` (documents -> arrays of tokens), `token_bytes`
+(the bytes of every token, for tokenizer.bin) and `json` (a tokenizer.json, or None). It can be pickled: every worker
+process gets a copy.
+"""
+import hashlib
+import json
+import os
+import re
+import struct
+
+import numpy as np
+
+END_OF_TEXT = "<|endoftext|>"
+MOST_TOKENS = 1 << 24                   # what dev/tokenizer.h reads
+# What other tokenizers call it; the first one that a tokenizer.json has is taken.
+END_OF_TEXT_NAMES = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end|>", "[EOS]", "[SEP]"]
+# GPT-2's files as OpenAI published them; Hugging Face has the same bytes as vocab.json and merges.txt.
+GPT2_SHA256 = {"encoder": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+               "merges": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"}
+
+
+class Problem(Exception):
+    """What a person has to set right: shown as one line, with a hint after a newline."""
+
+
+def library(name):
+    """Imports a library, or says how to get it."""
+    import importlib
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise Problem(f"the Python library {name} is missing\n  hint: python3 -m pip install -r data/requirements.txt")
+
+
+def decoded(document):
+    """The text of a document, and whether some of its bytes were not UTF-8 (each becomes U+FFFD)."""
+    try:
+        return document.decode("utf-8"), False
+    except UnicodeDecodeError:
+        return document.decode("utf-8", "replace"), True
+
+
+class ByteVocabulary:
+    """Token b is byte b: what build/data_bytes writes, too."""
+    name, size, end_of_text, json, width = "bytes", 257, 256, None, 2
+
+    def encode(self, documents):
+        """A list of tokens, bytes of text and whether it had bad bytes, one for each document (bytes)."""
+        return [(np.frombuffer(d, dtype=np.uint8).astype(np.uint16), len(d), False) for d in documents]
+
+    def token_bytes(self):
+        return [bytes([b]) for b in range(256)] + [END_OF_TEXT.encode()]
+
+
+class Gpt2Vocabulary:
+    """GPT-2's, by tiktoken. "<|endoftext|>" in a document is text."""
+    name, size, end_of_text, json, width = "gpt2", 50257, 50256, None, 2
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+
+    def tokens(self, text):
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # GPT-2's expression gives up on some 100,000 white spaces in a row. It takes all but the last of them as
+            # one piece, so that cutting there changes no token.
+            cuts = [m.end() - 1 for m in re.finditer(r"\s{1000,}", text)]
+            if not cuts:
+                raise
+            ends = cuts + [len(text)]
+            return np.concatenate([self.encoding.encode_to_numpy(text[a:b], disallowed_special=())
+                                   for a, b in zip([0] + cuts, ends)])
+
+    def encode(self, documents):
+        result = []
+        for document in documents:
+            text, bad = decoded(document)
+            size = len(text.encode()) if bad else len(document)
+            result.append((self.tokens(text).astype(np.uint16), size, bad))
+        return result
+
+    def token_bytes(self):
+        return [self.encoding.decode_single_token_bytes(i) for i in range(self.size)]
+
+
+class JsonVocabulary:
+    """Any tokenizer.json, by tokenizers. No special token is found in a document: there its name is text."""
+
+    def __init__(self, name, text, end_of_text=None):
+        tokenizer = library("tokenizers").Tokenizer.from_str(text)
+        self.name, self.json = name, text
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values()) + 1
+        self.width = 2 if self.size <= 1 << 16 else 4
+        known = [end_of_text] if end_of_text else END_OF_TEXT_NAMES
+        found = [n for n in known if n in vocabulary]
+        if not found:
+            wanted = f"no token {end_of_text}" if end_of_text else "no end-of-text token of a usual name"
+            special = ", ".join(t.content for t in tokenizer.get_added_tokens_decoder().values())
+            raise Problem(f"{name} has {wanted}\n  hint: --end-of-text TOKEN; its special tokens: {special or 'none'}")
+        self.end_of_text = vocabulary[found[0]]
+        self.start()
+
+    def start(self):
+        self.tokenizer = library("tokenizers").Tokenizer.from_str(self.json)
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "tokenizer"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.start()
+
+    def encode(self, documents):
+        pairs = [decoded(document) for document in documents]
+        coded = self.tokenizer.encode_batch_fast([text for text, bad in pairs], add_special_tokens=False)
+        kind = np.uint16 if self.width == 2 else np.uint32
+        return [(np.array(c.ids, dtype=kind), len(text.encode()) if bad else len(d), bad)
+                for c, (text, bad), d in zip(coded, pairs, documents)]
+
+    def token_bytes(self):
+        """None where a token's bytes depend on the tokens around it, as WordPiece's do."""
+        state = json.loads(self.json)
+        kinds = component_types(state.get("pre_tokenizer")) | component_types(state.get("decoder"))
+        if "ByteLevel" in kinds:
+            written = gpt2_written
+        elif kinds & {"ByteFallback", "Metaspace"}:
+            written = sentencepiece_written
+        else:
+            return None
+        special = {t["id"] for t in state.get("added_tokens", [])}
+        table = [f"<|unused {i}|>".encode() for i in range(self.size)]
+        for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items():
+            table[i] = token.encode() if i in special else written(token)
+        return table if all(t and len(t) < 256 for t in table) else None
+
+
+def component_types(part):
+    """The types of a tokenizer.json's component and of those that it is made of."""
+    if isinstance(part, dict):
+        return {part.get("type")}.union(*(component_types(v) for v in part.values()))
+    return set().union(*(component_types(v) for v in part)) if isinstance(part, list) else set()
+
+
+def gpt2_alphabet():
+    """Character -> byte in GPT-2's way of writing tokens (its encoder.py, bytes_to_unicode)."""
+    prints = [b for b in range(256) if 33 <= b <= 126 or (b >= 161 and b != 173)]
+    others = [b for b in range(256) if b not in prints]
+    return {**{chr(b): b for b in prints}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+ALPHABET = gpt2_alphabet()
+
+
+def gpt2_written(token):
+    return bytes(ALPHABET[c] for c in token) if all(c in ALPHABET for c in token) else token.encode()
+
+
+def sentencepiece_written(token):
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+
+
+# ---- Finding one ----
+
+def read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as e:
+        raise Problem(f"cannot read {path}: {e.strerror}")
+
+
+def load_gpt2(folder=None):
+    """GPT-2's vocabulary from a folder with its two files, or through tiktoken's download, which it keeps."""
+    tiktoken = library("tiktoken")
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+    if folder is None:
+        try:
+            return Gpt2Vocabulary(tiktoken.get_encoding("gpt2"))
+        except Exception as e:          # of requests, or of the file that it got
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise Problem(f"cannot download GPT-2's tokenizer: {reason[:200]}\n  hint: --tokenizer DIR, a folder with "
+                          "GPT-2's encoder.json and vocab.bpe (or vocab.json and merges.txt)")
+    paths = {}
+    for part, names in (("encoder", ("encoder.json", "vocab.json")), ("merges", ("vocab.bpe", "merges.txt"))):
+        found = [p for p in (os.path.join(folder, n) for n in names) if os.path.exists(p)]
+        if not found:
+            raise Problem(f"{folder} has neither {names[0]} nor {names[1]}\n  hint: --tokenizer takes gpt2, bytes, "
+                          "bpe, a tokenizer.json, or a folder with GPT-2's files")
+        paths[part] = found[0]
+        if hashlib.sha256(read(found[0])).hexdigest() != GPT2_SHA256[part]:
+            raise Problem(f"{found[0]} is not GPT-2's (by its SHA-256)\n  hint: give a tokenizer.json for another one")
+    ranks = data_gym_to_mergeable_bpe_ranks(paths["merges"], paths["encoder"])
+    return Gpt2Vocabulary(tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                                            special_tokens={END_OF_TEXT: 50256}, explicit_n_vocab=50257))
+
+
+def load_json(path, end_of_text=None):
+    data = read(path)
+    try:
+        return JsonVocabulary(os.path.basename(os.path.abspath(path)), data.decode("utf-8"), end_of_text)
+    except Problem:
+        raise
+    except Exception as e:              # tokenizers raises plain Exception
+        raise Problem(f"{path} is not a tokenizer.json: {str(e).splitlines()[0][:200]}")
+
+
+def load(name, end_of_text=None):
+    """gpt2, bytes, a tokenizer.json, or a folder with one or with GPT-2's files."""
+    if name == "bytes":
+        return ByteVocabulary()
+    if name == "gpt2":
+        return load_gpt2()
+    if os.path.isdir(name):
+        inside = os.path.join(name, "tokenizer.json")
+        return load_json(inside, end_of_text) if os.path.exists(inside) else load_gpt2(name)
+    if not os.path.exists(name):
+        raise Problem(f"--tokenizer {name}: there is no such file\n  hint: gpt2, bytes, bpe, a tokenizer.json, or a "
+                      "folder with GPT-2's encoder.json and vocab.bpe")
+    return load_json(name, end_of_text)
+
+
+def train_bpe(documents, size):
+    """A byte-level BPE of `size` tokens with GPT-2's pieces, learned from documents (bytes); its tokenizer.json."""
+    tokenizers = library("tokenizers")
+    least = 257
+    if not least <= size <= MOST_TOKENS:
+        raise Problem(f"--vocab-size {size}: 256 bytes and end-of-text are {least} tokens, {MOST_TOKENS} are the most")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator((decoded(d)[0] for d in documents), trainer)
+    got = tokenizer.get_vocab_size()
+    if got < size:
+        raise Problem(f"--vocab-size {size}: the text to learn from has pairs for {got} tokens only\n"
+                      f"  hint: --vocab-size {got}, or more text")
+    return tokenizer.to_str()
+
+
+# ---- tokenizer.bin ----
+
+def tokenizer_bin(vocabulary):
+    """llm.c's format, version 2 (dev/tokenizer.h has it), or None where tokens have no bytes of their own."""
+    table = vocabulary.token_bytes()
+    if table is None:
+        return None
+    header = struct.pack("<256i", 20240328, 2, vocabulary.size, vocabulary.end_of_text, *[0] * 252)
+    return header + b"".join(bytes([len(t)]) + t for t in table)

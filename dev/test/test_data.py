@@ -1,0 +1,691 @@
+#!/usr/bin/env python3
+"""Tests of data/prepare.py and data/fetch.py: make test-data. Needs their libraries.
+
+GPT-2's tokenizer is tested where GPT2_FILES names a folder with its encoder.json and vocab.bpe, or where it can be
+downloaded; data/bytes.c's program, in the folder BUILD, is compared with the same in Python.
+"""
+import bz2
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+from unittest import mock
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+DATA = os.path.join(ROOT, "data")
+BUILD = os.path.join(ROOT, os.environ.get("BUILD", "build"))
+sys.path.insert(0, DATA)
+
+import numpy as np          # noqa: E402
+import pyarrow as pa        # noqa: E402
+import pyarrow.parquet as pq    # noqa: E402
+import corpus               # noqa: E402
+import prepare              # noqa: E402
+import vocabulary           # noqa: E402
+from shards import read_shard   # noqa: E402
+
+WORDS = "the cat sat on a mat and slept; it's 12 o'clock,  naïve café — 日本語 \U0001F600 isn't\tHOW".split(" ")
+
+
+def some_text(seed, words):
+    """Words with white space of every kind between them."""
+    r = random.Random(seed)
+    return "".join(r.choice(WORDS) + r.choice([" ", " ", " ", "  ", "\n", "\n\n", " \n", "\r\n", "\u3000"])
+                   for _ in range(words))
+
+
+def gpt2():
+    """GPT-2's vocabulary and the --tokenizer that names it, or None."""
+    folder = os.environ.get("GPT2_FILES")
+    try:
+        return vocabulary.load(folder or "gpt2"), folder or "gpt2"
+    except vocabulary.Problem:
+        return None
+
+
+GPT2 = gpt2()
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.mkdtemp(prefix="droppath_data_")
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.runs = 0
+
+    def path(self, *names):
+        return os.path.join(self.dir, *names)
+
+    def write(self, name, data):
+        path = self.path(name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        return path
+
+    def prepare(self, *arguments, out=None, act=None):
+        """Runs prepare.py in this process; returns its folder. What it printed is in self.said."""
+        self.runs += 1
+        out = out or self.path(f"out{self.runs}")
+        if "--processes" not in arguments:
+            arguments += ("--processes", "1")
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            try:
+                prepare.main([*arguments, "--out", out], act)
+            finally:
+                self.said = text.getvalue()
+        return out
+
+    def refused(self, part, *arguments, **more):
+        with self.assertRaises(SystemExit) as caught:
+            self.prepare(*arguments, **more)
+        self.assertIn(part, str(caught.exception))
+        self.assertLessEqual(str(caught.exception).count("\n"), 1)      # a line and a hint
+        self.assertTrue(str(caught.exception).startswith("error: "))
+
+    def manifest(self, out):
+        with open(os.path.join(out, "manifest.json"), encoding="utf-8") as file:
+            return json.load(file)
+
+    def tokens(self, out, side):
+        """All of a side's tokens, after the files were checked against the manifest."""
+        m, parts = self.manifest(out), [np.empty(0, np.uint16)]
+        for shard in m["splits"][side]["shards"]:
+            path = os.path.join(out, shard["file"])
+            with open(path, "rb") as file:
+                self.assertEqual(hashlib.sha256(file.read()).hexdigest(), shard["sha256"])
+            self.assertEqual(os.path.getsize(path), shard["file_bytes"])
+            parts.append(read_shard(path))
+            self.assertEqual(len(parts[-1]), shard["tokens"])
+        self.assertEqual(sum(map(len, parts)), m["splits"][side]["tokens"])
+        names = {n for n in os.listdir(out) if n.startswith(side)}
+        self.assertEqual(names, {s["file"] for s in m["splits"][side]["shards"]})
+        return np.concatenate(parts)
+
+    def table(self, out):
+        """The bytes of each token, from tokenizer.bin, and end-of-text."""
+        with open(os.path.join(out, "tokenizer.bin"), "rb") as file:
+            data = file.read()
+        magic, version, size, end = struct.unpack("<4i", data[:16])
+        self.assertEqual((magic, version), (20240328, 2))
+        self.assertEqual(hashlib.sha256(data).hexdigest(), self.manifest(out)["tokenizer"]["sha256"])
+        at, table = 1024, []
+        while at < len(data):
+            table.append(data[at + 1:at + 1 + data[at]])
+            at += 1 + data[at]
+        self.assertEqual((len(table), at), (size, len(data)))
+        return table, end
+
+    def documents(self, out, side):
+        """The documents back from the tokens."""
+        table, end = self.table(out)
+        found, now = [], []
+        for token in self.tokens(out, side):
+            if token == end:
+                found.append(b"".join(now))
+                now = []
+            else:
+                now.append(table[token])
+        self.assertEqual(now, [])
+        split = self.manifest(out)["splits"][side]
+        self.assertEqual((len(found), sum(map(len, found))), (split["documents"], split["bytes"]))
+        return found
+
+    def bits(self, out):
+        """The sums of all files of a folder."""
+        names = sorted(os.listdir(out))
+        return [(n, hashlib.sha256(vocabulary.read(os.path.join(out, n))).hexdigest()) for n in names]
+
+
+class Tokenizers(Case):
+    def texts(self):
+        return [some_text(i, 50 + 40 * i).encode() for i in range(60)] + [b"<|endoftext|> is text", b" ", b"\n\n\n"]
+
+    def jsonl(self, documents, name="in.jsonl"):
+        return self.write(name, "".join(json.dumps({"text": d.decode()}) + "\n" for d in documents))
+
+    def round_trip(self, *tokenizer):
+        documents = self.texts()
+        out = self.prepare(*tokenizer, "--val", "0.3", self.jsonl(documents))
+        got = {side: self.documents(out, side) for side in ("train", "val")}
+        for side in got:
+            self.assertEqual(got[side], [d for d in documents if corpus.side_of(d, 0.3, 1337) == side])
+            self.assertTrue(got[side])
+        return out
+
+    def test_bytes(self):
+        out = self.round_trip("--tokenizer", "bytes")
+        self.assertEqual(self.manifest(out)["tokenizer"]["vocab_size"], 257)
+
+    def test_bpe(self):
+        out = self.round_trip("--tokenizer", "bpe", "--vocab-size", "300")
+        m = self.manifest(out)["tokenizer"]
+        self.assertEqual((m["vocab_size"], m["name"]), (300, "bpe"))
+        again = self.round_trip("--tokenizer", os.path.join(out, "tokenizer.json"))
+        for side in ("train", "val"):
+            np.testing.assert_array_equal(self.tokens(out, side), self.tokens(again, side))
+        import tokenizers
+        reference = tokenizers.Tokenizer.from_file(os.path.join(out, "tokenizer.json"))
+        want = []
+        for d in self.texts()[:-3]:
+            if corpus.side_of(d, 0.3, 1337) == "train":
+                want += reference.encode(d.decode()).ids + [m["end_of_text"]]
+        np.testing.assert_array_equal(self.tokens(out, "train")[:len(want)], want)
+
+    def test_bpe_learns_the_same_twice_and_not_from_validation(self):
+        path = self.jsonl(self.texts() + [b"qqqqzzzz " * 100] * 2)
+        self.assertEqual(corpus.side_of(b"qqqqzzzz " * 100, 0.5, 7), "val")
+        arguments = ("--tokenizer", "bpe", "--vocab-size", "280", "--val", "0.5", "--seed", "7", path)
+        a, b = self.prepare(*arguments), self.prepare(*arguments)
+        self.assertEqual(self.bits(a), self.bits(b))
+        self.assertNotIn(b"qq", self.table(a)[0])
+
+    @unittest.skipUnless(GPT2, "GPT-2's files are not here: GPT2_FILES=DIR")
+    def test_gpt2(self):
+        out = self.round_trip("--tokenizer", GPT2[1])
+        reference, want = GPT2[0].encoding, []
+        for d in self.texts():
+            if corpus.side_of(d, 0.3, 1337) == "train":
+                want += reference.encode_ordinary(d.decode()) + [50256]
+        np.testing.assert_array_equal(self.tokens(out, "train"), want)
+
+    @unittest.skipUnless(GPT2, "GPT-2's files are not here: GPT2_FILES=DIR")
+    def test_gpt2_takes_endless_white_space_and_words(self):
+        for text in ("\n" * 400000 + "x", " " * 400000 + "x", "a\n\n" + "\t" * 300000 + " b" * 9, "a" * 100000):
+            found = GPT2[0].encode([text.encode()])[0][0]
+            table = GPT2[0].token_bytes()
+            self.assertEqual(b"".join(table[t] for t in found).decode(), text)
+        short = "x" + "\n" * 3000 + " y" + " " * 2000 + "z"
+        whole = GPT2[0].encoding.encode_ordinary(short)
+        with mock.patch.object(GPT2[0], "encoding", Fragile(GPT2[0].encoding)):
+            np.testing.assert_array_equal(GPT2[0].tokens(short), whole)
+
+    def test_wide_tokens(self):
+        import tokenizers
+        words = {f"w{i}": i for i in range(70000)}
+        t = tokenizers.Tokenizer(tokenizers.models.WordLevel({**words, "</s>": 70000, "?": 70001}, unk_token="?"))
+        t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        t.add_special_tokens(["</s>"])
+        out = self.prepare("--tokenizer", self.write("tokenizer.json", t.to_str()), "--val", "0", "--separate", "line",
+                           self.write("a.txt", "w0 w69999\nw65536"))
+        self.assertEqual(list(self.tokens(out, "train")), [0, 69999, 70000, 65536, 70000])
+        self.assertIn("no tokenizer.bin", self.said)
+        self.assertEqual(self.manifest(out)["tokenizer"]["file"], "tokenizer.json")
+
+    def test_refused(self):
+        text = self.write("a.txt", "hello")
+        self.refused("no such file", "--tokenizer", self.path("none.json"), text)
+        self.refused("is not a tokenizer.json", "--tokenizer", self.write("b.json", "{}"), text)
+        self.refused("neither encoder.json nor vocab.json", "--tokenizer", self.dir, text)
+        for name in ("encoder.json", "vocab.bpe"):
+            self.write(name, "{}")
+        self.refused("is not GPT-2's", "--tokenizer", self.dir, text)
+        self.refused("pairs for 257 tokens only", "--tokenizer", "bpe", "--val", "0", "--vocab-size", "300",
+                     self.write("c.txt", "a"))
+        self.refused("from 257 to", "--tokenizer", "bpe", "--vocab-size", "256", text)
+        import tokenizers
+        nameless = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str()
+        self.refused("no end-of-text token of a usual name", "--tokenizer", self.write("d.json", nameless), text)
+        self.refused("no token <x>", "--tokenizer", self.path("d.json"), "--end-of-text", "<x>", text)
+        self.assertFalse(os.path.exists(self.path("out1")))
+
+
+class Fragile:
+    """An encoding that gives up on long white space, as tiktoken's does on longer."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+
+    def encode_to_numpy(self, text, **more):
+        if re.search(r"\s{1200,}\S", text):
+            raise ValueError("too much")
+        return self.encoding.encode_to_numpy(text, **more)
+
+
+class Inputs(Case):
+    def found(self, *arguments):
+        return self.documents(self.prepare("--tokenizer", "bytes", "--val", "0", *arguments), "train")
+
+    def test_formats_agree(self):
+        documents = [some_text(i, 30) for i in range(40)]
+        for i, d in enumerate(documents):
+            self.write(f"folder/{i // 10}/{i % 10}.txt", d.encode())
+        lines = "".join(json.dumps({"id": i, "body": d}) + "\r\n" for i, d in enumerate(documents))
+        joined = "<|endoftext|>".join(documents)
+        table = pa.table({"body": pa.array(documents, pa.large_string())})
+        pq.write_table(table, self.path("p.parquet"), row_group_size=7)
+        cases = [[self.path("folder")], ["--field", "body", self.write("a.jsonl", lines)],
+                 ["--field", "body", self.write("b.jsonl.gz", gzip.compress(lines.encode()))],
+                 ["--field", "body", self.path("p.parquet")],
+                 ["--separate", "<|endoftext|>", self.write("c.txt", joined)],
+                 ["--separate", "<|endoftext|>", self.write("d.txt.bz2", bz2.compress(joined.encode()))],
+                 ["--field", "body", "--format", "json", self.write("e.data", lines)]]
+        for case in cases:
+            self.assertEqual(self.found(*case), [d.encode() for d in documents], case)
+
+    def test_standard_input(self):
+        for arguments, text, want in (
+                (["--separate", "line"], b"one\r\ntwo\n\nthree", [b"one", b"two", b"three"]),
+                (["--separate", "\\n\\n"], b"a\nb\n\n\nc", [b"a\nb", b"\nc"]),
+                (["--format", "json"], b'{"text": "x\\ny"}\n', [b"x\ny"]),
+                ([], b"all\nof it", [b"all\nof it"])):
+            with mock.patch("sys.stdin", mock.Mock(buffer=io.BytesIO(text))):
+                self.assertEqual(self.found(*arguments, "-"), want)
+        with mock.patch("sys.stdin", mock.Mock(buffer=io.BytesIO(b"x"))):
+            self.refused("standard input is a single document", "--tokenizer", "bytes", "-")
+        self.refused("does not allow", "--tokenizer", "bpe", "--separate", "line", "-")
+
+    def test_odd_bytes(self):
+        self.assertEqual(self.found("--separate", "line", self.write("a.txt", b"\xef\xbb\xbfx\n\xff\xfe\ny\r\n")),
+                         [b"x", b"\xff\xfe", b"y"])                      # the tokenizer of bytes keeps every byte
+        out = self.prepare("--tokenizer", "bpe", "--vocab-size", "257", "--val", "0", "--separate", "line",
+                           self.write("b.txt", b"ab\n\xffcd\xe6\x97\nok"))
+        self.assertEqual(self.documents(out, "train"), [b"ab", "\ufffdcd\ufffd".encode(), b"ok"])
+        self.assertEqual(self.manifest(out)["invalid_utf8"], 1)
+        self.assertIn("1 documents had bytes that are not UTF-8", self.said)
+        self.assertEqual(self.found(self.write("c.jsonl", b'{"text": "\xff"}\n{"text": "\\ud800!"}\n')),
+                         ["\ufffd".encode(), b"?!"])
+
+    def test_left_out(self):
+        for name, data in (("a.txt", "text"), ("b.bin", b"x\0y"), ("empty.txt", ""), (".hidden", "no"),
+                           ("sub/.git/x", "no")):
+            self.write("in/" + name, data)
+        os.symlink(self.path("in/a.txt"), self.path("in/link.txt"))
+        out = self.prepare("--tokenizer", "bytes", "--val", "0", self.path("in"))
+        self.assertEqual(self.documents(out, "train"), [b"text"])
+        self.assertEqual(self.manifest(out)["left_out"],
+                         {"binary_files": 1, "empty_files": 1, "empty_documents": 0, "bad_records": 0})
+        self.assertEqual(self.found("--ext", ".txt", self.path("in")), [b"text"])
+        self.refused("no text was found (left out: 0 binary files, 1 empty ones)", self.path("in/empty.txt"))
+        out = self.prepare("--tokenizer", "bytes", "--val", "0", self.write("d.jsonl", '{"text": ""}\n\n{"text": "x"}'))
+        self.assertEqual(self.documents(out, "train"), [b"x"])
+        self.assertEqual(self.manifest(out)["left_out"]["empty_documents"], 1)
+
+    def test_huge_line(self):
+        line = "word " * 2500000                                         # longer than PART
+        for arguments in (["--separate", "line", self.write("a.txt", "x\n" + line + "\ny")],
+                          [self.write("b.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in ("x", line, "y")))]):
+            got = self.found(*arguments)
+            self.assertEqual([len(d) for d in got], [1, len(line), 1])
+            self.assertEqual(got[1], line.encode())
+        with mock.patch.object(corpus, "RECORD", 1 << 20):
+            self.refused("a line of more than 1 MiB", "--tokenizer", "bytes", self.path("b.jsonl"))
+
+    def test_bad_records(self):
+        good = '{"text": "ok"}\n'
+        for bad, part in (("{broken\n", "byte 15: this line is no JSON object"), ("[1]\n", "byte 15: this line is no"),
+                          ('{"text": 3}\n', 'byte 15: "text" is no text'), ('{"body": "x"}\n', 'there is no "text"'),
+                          ('{"text": null}\n', '"text" is no text'), ("[" * 100000 + "\n", "no JSON object")):
+            path = self.write("a.jsonl", good + bad + good)
+            self.refused(part, "--tokenizer", "bytes", path)
+            out = self.prepare("--tokenizer", "bytes", "--val", "0", "--skip-bad", path)
+            self.assertEqual(self.documents(out, "train"), [b"ok", b"ok"])
+            self.assertEqual(self.manifest(out)["left_out"]["bad_records"], 1)
+
+    def test_damaged_files(self):
+        packed = gzip.compress(b'{"text": "some text to be cut"}\n' * 1000)
+        self.refused("cannot read", "--tokenizer", "bytes", self.write("a.jsonl.gz", packed[:-20]))
+        self.refused("cannot read", "--tokenizer", "bytes", self.write("b.jsonl.gz", b"plain"))
+        self.refused("cannot read", "--tokenizer", "bytes", self.write("c.parquet", b"PAR1 no"))
+        pq.write_table(pa.table({"body": ["x"], "n": [1]}), self.path("d.parquet"))
+        self.refused("no column text\n  hint: --field NAME; it has body, n", "--tokenizer", "bytes",
+                     self.path("d.parquet"))
+        self.refused("is of type int64", "--tokenizer", "bytes", "--field", "n", self.path("d.parquet"))
+        self.refused("cannot read", "--tokenizer", "bytes", self.path("nowhere"))
+        pq.write_table(pa.table({"text": ["x", None, "", "y"]}), self.path("e.parquet"))
+        self.assertEqual(self.found(self.path("e.parquet")), [b"x", b"y"])
+
+    def test_options(self):
+        text = self.write("a.txt", "hello")
+        self.refused("0 to 0.5", "--val", "0.6", text)
+        self.refused("--shard-tokens", "--shard-tokens", "0", text)
+        self.refused("unrecognized arguments: --vall", "--vall", "1", text)
+        self.refused("--separate needs a string", "--separate", "", text)
+
+    def test_sole_document_is_cut(self):
+        text = some_text(3, 5000)
+        out = self.prepare("--tokenizer", "bytes", self.write("a.txt", text))
+        whole, cut = text.encode(), int(0.9 * len(text.encode()))
+        while 0x80 <= whole[cut] < 0xC0:
+            cut -= 1
+        self.assertEqual(bytes(self.tokens(out, "train").astype(np.uint8)), whole[:cut])
+        self.assertEqual(bytes(self.tokens(out, "val").astype(np.uint8)), whole[cut:])
+        self.assertIn("1 document, ", self.said)
+
+    def test_validation_inputs(self):
+        train, val = self.write("t.txt", "train"), self.write("v.txt", "val")
+        out = self.prepare("--tokenizer", "bytes", train, "--val-inputs", val)
+        self.assertEqual((self.documents(out, "train"), self.documents(out, "val")), ([b"train"], [b"val"]))
+
+    @unittest.skipUnless(os.path.exists(os.path.join(BUILD, "data_bytes")), "build/data_bytes is not built: make")
+    def test_as_data_bytes(self):
+        text = self.write("a.txt", ("plain ascii text\n" * 3000).encode())
+        out = self.prepare("--tokenizer", "bytes", text)
+        program = os.path.join(BUILD, "data_bytes")
+        subprocess.run([program, "--out", self.path("c"), text], check=True, capture_output=True)
+        for name in os.listdir(self.path("c")):
+            self.assertEqual(vocabulary.read(self.path("c", name)), vocabulary.read(os.path.join(out, name)), name)
+
+
+class Cuts(Case):
+    def units_of(self, data, separator, kind="text"):
+        source = corpus.Source(kind, [self.write("s", data)], None, len(data), None)
+        return list(corpus.stream_units(source, separator, 0.5, 1))
+
+    def test_stream_is_split_as_a_whole(self):
+        r = random.Random(5)
+        for separator in (b"\n", b"\n\n", b"ab", b"aba", None):
+            for trial in range(150):
+                data = bytes(r.choice(b"ab\n \xc3") for _ in range(r.randrange(200)))
+                with mock.patch.multiple(corpus, UNIT=r.randrange(1, 30), PART=r.randrange(5, 40)):
+                    units = self.units_of(data, separator)
+                got, long = [], b""
+                for u in units:
+                    if u.kind == "documents":
+                        self.assertEqual(long, b"")
+                        got += u.data
+                    else:
+                        long += u.data
+                        if u.last:
+                            got, long = got + [long], b""
+                want = data.split(separator) if separator else [data]
+                self.assertEqual([d for d in got if d], [d for d in want if d], (data, separator))
+
+    def test_long_documents_keep_their_tokens(self):
+        """In parts of some hundred bytes, at word and line ends, as in one piece."""
+        texts = [re.sub("[^ -~\n]", "", some_text(i, 3000)) for i in range(4)]
+        for tokenizer in [("--tokenizer", "bpe", "--vocab-size", "300")] + ([("--tokenizer", GPT2[1])] if GPT2 else []):
+            path = self.write("a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
+            whole = self.prepare(*tokenizer, "--val", "0", path)
+            for i, t in enumerate(texts):
+                self.write(f"folder/{i}.txt", t)
+            same = ("--tokenizer", os.path.join(whole, "tokenizer.json")) if "bpe" in tokenizer else tokenizer
+            for source in (path, self.path("folder")):
+                with mock.patch.multiple(corpus, UNIT=100, PART=300):
+                    parts = self.prepare(*same, "--val", "0", source)
+                np.testing.assert_array_equal(self.tokens(whole, "train"), self.tokens(parts, "train"))
+
+    def test_sides(self):
+        documents = [b"document %d" % i for i in range(20000)]
+        val = [d for d in documents if corpus.side_of(d, 0.1, 1) == "val"]
+        self.assertAlmostEqual(len(val), 2000, delta=5 * (20000 * 0.1 * 0.9) ** 0.5)
+        more = {d for d in documents if corpus.side_of(d, 0.2, 1) == "val"}
+        self.assertLess(set(val), more)                                  # a larger part keeps the smaller one
+        other = [d for d in val if corpus.side_of(d, 0.1, 2) == "val"]
+        self.assertLess(len(other), 400)
+        self.assertTrue(all(corpus.side_of(d, 0, 1) == "train" for d in documents))
+
+
+class Runs(Case):
+    def big(self):
+        """About 6 MB in several formats."""
+        documents = [some_text(i, 400) for i in range(1500)]
+        third = len(documents) // 3
+        self.write("in/a.jsonl", "".join(json.dumps({"text": d}) + "\n" for d in documents[:third]))
+        pq.write_table(pa.table({"text": documents[third:2 * third]}), self.path("in/b.parquet"), row_group_size=100)
+        for i, d in enumerate(documents[2 * third:]):
+            self.write(f"in/c/{i:04d}.txt", d)
+        return self.path("in")
+
+    def test_processes_change_no_bit(self):
+        text = self.big()
+        arguments = ("--tokenizer", "bpe", "--vocab-size", "400", "--shard-tokens", "300000", text)
+        one = self.prepare(*arguments, "--processes", "1")
+        two = self.prepare(*arguments, "--processes", "2")
+        three = self.prepare(*arguments, "--processes", "3")
+        self.assertEqual(self.bits(one), self.bits(two))
+        self.assertEqual(self.bits(one), self.bits(three))
+        self.assertGreater(len(self.manifest(one)["splits"]["train"]["shards"]), 2)
+        self.assertTrue(len(self.tokens(one, "val")))
+
+    def test_shards_are_cut(self):
+        text = self.write("a.txt", "x" * 1000)
+        out = self.prepare("--tokenizer", "bytes", "--val", "0", "--shard-tokens", "300", "--separate", "line", text)
+        self.assertEqual([s["tokens"] for s in self.manifest(out)["splits"]["train"]["shards"]], [300, 300, 300, 101])
+        self.assertEqual(self.documents(out, "train"), [b"x" * 1000])
+
+    def test_memory_does_not_grow_with_the_text(self):
+        most = {}
+        for processes in ("1", "2"):
+            for megabytes in (60, 160):
+                text = self.path("big.txt")
+                with open(text, "wb") as file:
+                    for _ in range(megabytes):  # in pieces: a child's peak begins with its parent's memory
+                        file.write((b"x" * 99 + b"\n") * 10000)
+                code = (f"import resource, sys; sys.path.insert(0, {DATA!r}); import prepare\n"
+                        "if __name__ == '__main__':\n    prepare.main(sys.argv[1:])\n"
+                        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n")
+                for separate in ("file", "\\n\\n"):
+                    out = self.path(f"m{processes}_{megabytes}_{separate.isalpha()}")
+                    command = [sys.executable, self.write("memory.py", code), "--tokenizer", "bytes", "--out", out,
+                               "--processes", processes, "--separate", separate, text]
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    self.assertEqual(done.returncode, 0, done.stderr)
+                    most[megabytes, separate] = int(done.stderr.split()[-1])    # KiB
+            for separate in ("file", "\\n\\n"):
+                self.assertLess(most[160, separate], most[60, separate] + 60000, f"{processes} processes, {separate}")
+
+    def test_again_and_foreign(self):
+        text = self.write("a.txt", "one\ntwo\nthree\n")
+        arguments = ("--tokenizer", "bytes", "--val", "0", "--separate", "line", text)
+        out = self.prepare(*arguments)
+        before = self.bits(out)
+        self.prepare(*arguments, out=out)
+        self.assertIn("nothing to do", self.said)
+        self.refused("holds other data already", *arguments, "--seed", "3", out=out)
+        self.write("a.txt", "one\ntwo\nfour!\n")
+        self.refused("holds other data already", *arguments, out=out)
+        self.assertEqual(self.bits(out), before)
+        os.remove(os.path.join(out, "manifest.json"))
+        self.refused("holds train_000000.bin, which is of other data", *arguments, out=out)
+        self.write("other/tokenizer.bin", "x")
+        self.refused("is of another tokenizer", *arguments, out=self.path("other"))
+
+    def start(self, *arguments):
+        """prepare.py in processes of its own, of units of 64 KiB, which saves after every one."""
+        path = self.write("start.py", f"import os, sys\nsys.path.insert(0, {DATA!r})\nimport corpus, prepare\n"
+                          "if __name__ == '__main__':\n    corpus.UNIT, prepare.SAVE_SECONDS = 1 << 16, 0\n"
+                          "    print('started', flush=True)\n    prepare.main(sys.argv[1:])\n")
+        process = subprocess.Popen([sys.executable, path, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, start_new_session=True)
+        process.stdout.readline()
+        return process
+
+    def tokens_done(self, out):
+        """So many tokens an unfinished run would not make again."""
+        try:
+            progress = prepare.read_json(os.path.join(out, "progress.json"))
+        except vocabulary.Problem:
+            return 0
+        return progress["train"]["tokens"] + progress["val"]["tokens"]
+
+    def test_interrupted_runs_give_the_same_bits(self):
+        text, r = self.big(), random.Random(11)
+        arguments = ("--tokenizer", "bytes", "--shard-tokens", "50000", text)
+        whole = self.path("whole")
+        process = self.start(*arguments, "--out", whole)
+        said = process.communicate()[0]
+        self.assertEqual(process.returncode, 0, said)
+        total = sum(split["tokens"] for split in self.manifest(whole)["splits"].values())
+        for processes, end in (("1", signal.SIGKILL), ("1", signal.SIGINT), ("2", signal.SIGINT)):
+            out, interrupted = self.path(f"out_{processes}_{int(end)}"), 0
+            for stop in sorted(r.uniform(0, 0.8) for _ in range(4)) + [2]:
+                process = self.start(*arguments, "--processes", processes, "--out", out)
+                while process.poll() is None and self.tokens_done(out) <= stop * total:
+                    time.sleep(0.001)
+                if process.poll() is None:
+                    os.killpg(process.pid, end)
+                said = process.communicate()[0]
+                interrupted += process.returncode != 0
+                if process.returncode and end == signal.SIGINT:
+                    self.assertIn("the same command goes on", said)
+            self.assertEqual(process.returncode, 0, said)
+            self.assertGreaterEqual(interrupted, 2)
+            self.assertEqual(self.bits(out), self.bits(whole), f"{processes} processes, {interrupted} times")
+
+    def test_interrupted_run_refuses_other_options(self):
+        arguments = ("--tokenizer", "bytes", "--val", "0")
+        path = self.write("a.jsonl", '{"text": "x"}\n' * 10 + "broken\n")
+        out = self.path("out")
+        self.refused("no JSON object", *arguments, path, out=out)
+        self.assertTrue(os.path.exists(os.path.join(out, "progress.json")))
+        self.refused("interrupted run with other options", *arguments, "--skip-bad", path, out=out)
+        self.write("a.jsonl", '{"text": "x"}\n' * 11)
+        self.refused("or its input has changed", *arguments, path, out=out)
+
+
+# ---- fetch.py, with a hub on this machine ----
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as its client asks for: a data set's commit, a folder's files, their bytes."""
+    files, commit, break_after, ranges = {}, "0123456789abcdef0123456789abcdef01234567", None, []
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def serve(self, head):
+        path = urllib.parse.unquote(self.path.split("?")[0])
+        if "/resolve/" in path:
+            data = self.files[path.split(self.commit + "/")[1]]
+            start = int(re.match(r"bytes=(\d+)", self.headers.get("Range", "bytes=0"))[1])
+            if start:
+                self.ranges.append(start)
+            self.send_response(206 if "Range" in self.headers else 200)
+            self.send_header("ETag", '"%s"' % hashlib.sha256(data).hexdigest())
+            self.send_header("X-Repo-Commit", self.commit)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(data) - start))
+            if "Range" in self.headers:
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.end_headers()
+            if not head:
+                self.wfile.write(data[start:] if self.break_after is None else data[start:start + self.break_after])
+                if self.break_after is not None:
+                    self.close_connection = True
+        elif "/tree/" in path:
+            folder = path.split(self.commit + "/")[1]
+            sums = {p: self.sums.get(p, hashlib.sha256(d).hexdigest()) for p, d in self.files.items()}
+            self.reply([{"type": "file", "path": p, "size": len(d), "oid": "0" * 40,
+                         "lfs": {"oid": sums[p], "size": len(d), "pointerSize": 130}}
+                        for p, d in self.files.items() if p.startswith(folder + "/")])
+        else:
+            self.reply({"id": "some/set", "sha": self.commit, "tags": [], "siblings": []})
+
+    sums = {}
+
+    def do_GET(self):
+        self.serve(False)
+
+    def do_HEAD(self):
+        self.serve(True)
+
+
+class Fetch(Case):
+    def parquet(self, documents):
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"text": documents, "n": list(range(len(documents)))}), sink, compression="none")
+        return sink.getvalue()
+
+    def hub(self, files):
+        """Serves files {path: bytes} as the hub; returns the environment in which fetch.py finds it."""
+        handler = type("Handler", (HubHandler,), {"files": files, "ranges": [], "sums": {}})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        home = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HOME": self.path("home"),
+                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return handler, {**os.environ, **home}
+
+    def start_fetch(self, env, *arguments):
+        command = [sys.executable, os.path.join(DATA, "fetch.py"), *arguments, "--downloads", self.path("down"),
+                   "--tokenizer", "bytes", "--processes", "1"]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    def test_tinystories_from_a_hub(self):
+        stories = [f"Story {i}. " + "Once upon a time. " * 6000 for i in range(250)]
+        files = {"data/train-0.parquet": self.parquet(stories[:230]),
+                 "data/train-1.parquet": self.parquet(stories[230:]),
+                 "data/validation-0.parquet": self.parquet(["A last story."]), "data/README.txt": b"no"}
+        handler, env = self.hub(files)
+        handler.break_after = 11 << 20          # connections break; the client keeps each 10 MiB
+        done = self.start_fetch(env, "tinystories", "--out", self.path("out"))
+        handler.break_after = None
+        if done.returncode:
+            self.assertIn("the same command goes on from here", done.stderr)
+            done = self.start_fetch(env, "tinystories", "--out", self.path("out"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertTrue(handler.ranges, "nothing was resumed")
+        self.assertEqual(self.documents(self.path("out"), "train"), [s.encode() for s in stories])
+        self.assertEqual(self.documents(self.path("out"), "val"), [b"A last story."])
+        gone = {**env, "HF_ENDPOINT": "http://127.0.0.1:9"}               # all is here: no network is needed
+        done = self.start_fetch(gone, "tinystories", "--out", self.path("out"))
+        self.assertIn("nothing to do", done.stderr)
+
+    def test_fineweb_from_a_hub_with_a_wrong_file(self):
+        files = {f"sample/10BT/{i:03d}_00000.parquet": self.parquet([f"page {i} {k}" for k in range(50)])
+                 for i in range(3)}
+        handler, env = self.hub(files)
+        handler.sums["sample/10BT/001_00000.parquet"] = "0" * 64
+        done = self.start_fetch(env, "fineweb", "--out", self.path("out"))
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("001_00000.parquet is not what HuggingFaceFW/fineweb lists (by its SHA-256)", done.stderr)
+        self.assertFalse(os.path.exists(self.path("down/sample/10BT/001_00000.parquet")))
+        self.assertFalse(os.path.exists(self.path("out")))
+        done = self.start_fetch(env, "fineweb", "--files", "1", "--val", "0.2", "--out", self.path("out"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        got = self.documents(self.path("out"), "train") + self.documents(self.path("out"), "val")
+        self.assertEqual(sorted(got), sorted(b"page 0 %d" % k for k in range(50)))
+
+    def test_no_network(self):
+        env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": self.path("home")}
+        done = self.start_fetch(env, "fineweb", "--edu", "--out", self.path("out"))
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"^error: cannot list HuggingFaceFW/fineweb-edu at http://127.0.0.1:9: .*\n  hi")
+        done = self.start_fetch(env, "tinyshakespeare", "--source", "http://127.0.0.1:9/x", "--out", self.path("out"))
+        self.assertRegex(done.stderr, r"^error: cannot download http://127.0.0.1:9/x: .*\n  hint: ")
+        self.assertFalse(os.path.exists(self.path("out")))
+
+    def test_from_a_folder(self):
+        self.write("src/sample/10BT/000.parquet", self.parquet(["a", "b"]))
+        self.write("flat/train-0.parquet", self.parquet(["a", "b"]))
+        self.write("flat/validation-0.parquet", self.parquet(["c"]))
+        env = os.environ
+        done = self.start_fetch(env, "fineweb", "--source", self.path("src"), "--val", "0", "--out", self.path("a"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.documents(self.path("a"), "train"), [b"a", b"b"])
+        done = self.start_fetch(env, "tinystories", "--source", self.path("flat"), "--out", self.path("b"))
+        self.assertEqual(self.documents(self.path("b"), "val"), [b"c"])
+        done = self.start_fetch(env, "tinystories", "--source", self.path("src"), "--out", self.path("c"))
+        self.assertIn("has no file train-*.parquet", done.stderr)
+        text = self.write("x.txt", "no")
+        done = self.start_fetch(env, "tinyshakespeare", "--source", text, "--out", self.path("c"))
+        self.assertIn("is not tinyshakespeare (by its SHA-256)", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
