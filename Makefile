@@ -12,6 +12,7 @@
 #   GPU_ARCH="80 90"                compute capabilities they are for, or native: this machine's; all that nvcc knows from 8.0
 #   CUDA_HOME=/usr/local/cuda       where the CUDA Toolkit is (NVCC: its compiler)
 #   CXX=clang++                     another C++ compiler, for the tests that run the GPU engine without a GPU
+#   EMULATE=0                       leaves those tests out: they are most of the time that make test takes
 #   TEXT=/path                      make quickstart on your own text file or folder
 
 CC     ?= cc
@@ -21,6 +22,7 @@ OPENMP ?= auto
 MARCH  ?= native
 FAT    ?= 0
 RUN    ?=
+EMULATE ?= 1
 OUT    ?= runs/quickstart
 CUDA   ?= 0
 
@@ -83,8 +85,8 @@ endif
 cxx_probe = $(shell printf '\043include <vector>\nint main() { std::vector<int> v(1); return v[0]; }\n' | \
               $(CXX) -std=c++17 -x c++ - -o /dev/null $(1) 2>/dev/null && echo '$(1)')
 CXX_LIB   := $(or $(call cxx_probe,-lstdc++),$(call cxx_probe,-lc++))
-EMU       := $(if $(CXX_LIB),$(B)/test_emu.o $(if $(filter float,$(REAL)),$(B)/test_cuda.o $(B)/test_nccl.o))
-EMU_PROGRAM := $(if $(and $(CXX_LIB),$(filter float,$(REAL))),$(B)/train_gpt_emu)
+EMU       := $(if $(and $(CXX_LIB),$(filter 1,$(EMULATE))),$(B)/test_emu.o $(if $(filter float,$(REAL)),$(B)/test_cuda.o $(B)/test_nccl.o))
+EMU_PROGRAM := $(if $(filter %/test_cuda.o,$(EMU)),$(B)/train_gpt_emu)
 
 CFLAGS   ?= -O3 -g
 WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(call probe,-Wpass-failed),-Wno-pass-failed))
@@ -108,7 +110,7 @@ choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
 	@echo "numbers:  $(REAL), instructions: $(or $(FAT_CHOICE),$(ARCH),the compiler's default)"
 	@[ "$(CUDA)" != 1 ] || echo "GPU:      $$($(NVCC) --version | tail -n 1), for compute capability $(GPU_ARCH)"
-	@echo "C++:      $(if $(EMU),$(CXX),no compiler: the tests leave out the GPU engine)"
+	@echo "C++:      $(if $(EMU),$(CXX),none: the tests leave out the GPU engine)"
 	@echo "threads:  $(if $(OMP),OpenMP,none (OPENMP=0, or a compiler without OpenMP): every step takes as long as on one core)"
 
 # train_gpt.c is the program and an engine, of a fat build the last; the other programs are linked with engines alone.
@@ -280,7 +282,7 @@ test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
 	@BUILD=$(B) $(PYTHON) -m unittest discover -b -s dev/test -p 'test_look_*.py'
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 15
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 16
 	@echo "targets: all quickstart test test-interop test-data test-look test-cuda bench headers instructions cuda-report clean"
 
 clean:
