@@ -1279,14 +1279,16 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
 }
 
 // Multiply-adds on registers, on all threads: no machine does more per second with these instructions. The best of
-// many short runs, since other programs can only slow one down.
+// many short runs, since other programs can only slow one down. A system may leave the threads on one core for a while
+// before it spreads them: up to five times as long is tried until each had most of a core.
 static double model_peak(Model *m, double seconds) {
     enum { INNER = 20000 };
     const int pairs = m->pack.bf16 && PAIRS;
-    double best = 0, elapsed = 0;
-    while (elapsed < seconds) {
+    double best = 0, elapsed = 0, cores = 0;             // cores: the most that a run has kept busy
+    while (elapsed < seconds || (cores < 0.8 * team_most() && elapsed < 5 * seconds)) {
         double sum = 0, flops = 0;
         const double from = clock_seconds();
+        const clock_t busy = clock();
 #pragma omp parallel reduction(+:sum, flops)
         {
             real a[TILE_ROWS], y[TILE_ROWS * TILE_COLS];
@@ -1307,6 +1309,7 @@ static double model_peak(Model *m, double seconds) {
         }
         const double run = clock_seconds() - from;
         if (sum > 0 && flops / run > best) best = flops / run;     // sum > 0: the loop must not be optimised away
+        cores = fmax(cores, (double)(clock() - busy) / CLOCKS_PER_SEC / run);
         elapsed += run;
     }
     return best;
