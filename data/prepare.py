@@ -21,7 +21,10 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("error: the Python library numpy is missing\n  hint: python3 -m pip install -r data/requirements.txt")
 
 import corpus as corpora
 import vocabulary as vocabularies
