@@ -100,7 +100,7 @@ static inline void llmc_model_read(const LlmcModel *m, int param, int layer, rea
 // ---- Writing ----
 
 static inline void llmc_model_header(unsigned char header[LLMC_HEADER_BYTES], const GptConfig *c, int dtype) {
-    const uint32_t words[8] = {LLMC_MODEL_MAGIC, dtype == SAFETENSORS_F32 ? LLMC_FP32 : LLMC_BF16, (uint32_t)c->T,
+    const uint32_t words[8] = {LLMC_MODEL_MAGIC, (uint32_t)(dtype == SAFETENSORS_F32 ? LLMC_FP32 : LLMC_BF16), (uint32_t)c->T,
                                (uint32_t)c->V, (uint32_t)c->L, (uint32_t)c->NH, (uint32_t)c->C, (uint32_t)llmc_vocab(c->V)};
     llmc_header(header, words, 8);
 }
