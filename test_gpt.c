@@ -48,10 +48,11 @@ enum { N_ENGINES = sizeof engines / sizeof engines[0] };
 
 typedef struct { const char *name; void (*run)(void); int engines; } Test;
 
+// Those of comm.h first: they fork processes that start threads, which QEMU's user mode cannot once this one has threads.
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
-    RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X) SCHEDULE_TESTS(X)
-    STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
+    COMM_TESTS(X) RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
+    SCHEDULE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
     ENGINE_TESTS(X)
@@ -61,7 +62,7 @@ static const Test tests[] = {
     CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
-    COMM_TESTS(X) MANIFEST_TESTS(X)
+    MANIFEST_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };
