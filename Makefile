@@ -91,12 +91,12 @@ EMU_PROGRAM := $(if $(filter %/test_cuda.o,$(EMU)),$(B)/train_gpt_emu)
 CFLAGS   ?= -O3 -g
 WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(call probe,-Wpass-failed),-Wno-pass-failed))
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
-            $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
+            $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-DSANITIZED -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 LIBS     := -lm -pthread
 # No contraction: on every compiler the sums are those that the code says. With sanitizers -O3 would compile for minutes.
 EMU_FLAGS := -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing $(WARNINGS) \
              -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. \
-             $(if $(SAN),-O1 -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fno-sanitize=vptr \
+             $(if $(SAN),-DSANITIZED -O1 -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fno-sanitize=vptr \
              $(call probe,-fno-sanitize=function))       # these two need a C++ linker
 
 TOOLS    := compare generate evaluate export

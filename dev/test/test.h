@@ -45,15 +45,6 @@ static inline void test_expect_error(const char *error, const char *part, const 
                 part);
 }
 
-// A program that dies leaves its memory to the system: no leak check in the children of EXPECT_EXIT (a hook of
-// LeakSanitizer, see its lsan_interface.h).
-TEST_SHARED int test_is_child;
-#ifdef __cplusplus
-extern "C"
-#endif
-int __lsan_is_turned_off(void);
-TEST_SHARED int __lsan_is_turned_off(void) { return test_is_child; }
-
 // Runs f(arg) in a child process; it must exit with `code` and print `part` on its standard error.
 #define EXPECT_EXIT(code, part, f, arg) test_expect_exit(code, part, f, arg, __FILE__, __LINE__)
 static inline void test_expect_exit(int code, const char *part, void (*f)(void *), void *arg, const char *file, int line) {
@@ -65,7 +56,7 @@ static inline void test_expect_exit(int code, const char *part, void (*f)(void *
     pid_t child = fork();
     if (child < 0) die("fork: %s", strerror(errno));
     if (child == 0) {
-        test_is_child = 1;
+        leave_memory();
         dup2(ends[1], 2);
         if (!freopen("/dev/null", "w", stdout)) _exit(99);
         close(ends[0]);

@@ -213,7 +213,7 @@ static inline void comm_test_run(TestEnd end[COMM_TEST_MOST], const TestRank *ra
         end[i].pid = ranks[i].act == ACT_NOT_STARTED ? 0 : fork();
         if (end[i].pid < 0) die("fork: %s", strerror(errno));
         if (end[i].pid || ranks[i].act == ACT_NOT_STARTED) continue;
-        test_is_child = 1;
+        leave_memory();
         alarm(60);                                       // rather a failed test than one that hangs
         if (!freopen(err, "w", stderr) || !freopen("/dev/null", "w", stdout)) _exit(99);
         comm_test_child(&ranks[i], place, join, silence);
@@ -301,7 +301,7 @@ static void test_comm_stale_file(void) {
             fflush(NULL);
             other = fork();
             if (other == 0) {
-                test_is_child = 1;
+                leave_memory();
                 if (!freopen("/dev/null", "w", stderr)) _exit(99);
                 comm_test_child(&stranger, port, 30, 30);
             }
