@@ -17,6 +17,9 @@
 // Slurm's variables come last, since torchrun and mpirun are started under srun, too. SLURM_NTASKS does not count: a batch
 // script sees it, though it is one process; SLURM_STEP_NUM_TASKS is only there where srun has started the process.
 //
+// torchrun itself listens on MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE=True says so): rank 0 then takes another, of those
+// below 32768 that Linux hands out to nobody.
+//
 // Rendezvous. Rank 0 listens, the others connect and show the job's token; what comes without it is refused.
 //     tcp://HOST:PORT    rank 0 listens on that address and no other (default: MASTER_ADDR, MASTER_PORT)
 //     dir:/PATH          rank 0 listens on a free port of all its addresses, and tells them in a file that the token names
@@ -134,10 +137,12 @@ static inline const char *comm_parse_rendezvous(CommLaunch *l, const char *text)
 // The address that the variables MASTER_ADDR and MASTER_PORT name; none is no error.
 static inline char *comm_read_master(CommLaunch *l, CommLook *look, const void *vars) {
     const char *host = look(vars, "MASTER_ADDR"), *port = look(vars, "MASTER_PORT");
+    const char *agent = look(vars, "TORCHELASTIC_USE_AGENT_STORE");
     l->port = COMM_PORT;
     if (!host || !*host) return NULL;
     if (strlen(host) >= COMM_HOST) return xprintf("MASTER_ADDR is too long");
     if (port && !comm_integer(port, 1, 65535, &l->port)) return xprintf("MASTER_PORT is '%s': it must be 1 to 65535", port);
+    if (agent && !strcmp(agent, "True")) l->port = 20000 + l->port % 12000;
     strcpy(l->host, host);
     return NULL;
 }
@@ -381,7 +386,7 @@ static inline int comm_listen(const char *host, int port) {
     freeaddrinfo(list);
     if (fd < 0)
         die("rank 0 cannot listen on %s:%d: %s\n  hint: %s", host ? host : "*", port, strerror(error),
-            error == EADDRINUSE ? "another job has this port: choose another MASTER_PORT"
+            error == EADDRINUSE ? "another job has this port: choose another by MASTER_PORT or --rendezvous tcp://HOST:PORT"
                                 : "the address (MASTER_ADDR) must be one of the machine that rank 0 runs on");
     comm_socket_options(fd);
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);

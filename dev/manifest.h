@@ -111,7 +111,8 @@ static inline const char *manifest_parse(Manifest *m, const void *mem, size_t si
 
 // ---- Finding, and refusing what does not belong together ----
 
-// The manifest in the directory of the first of the comma-separated patterns; V = 0 when there is none. Dies when it is damaged.
+// The manifest in the directory of the first of the comma-separated patterns; V = 0 when there is none. Dies when it is
+// damaged.
 static inline void manifest_find(Manifest *m, const char *shards_pattern) {
     size_t n = strcspn(shards_pattern, ",");
     while (n > 0 && shards_pattern[n - 1] != '/') n--;

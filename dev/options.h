@@ -6,7 +6,7 @@
 //     TrainOptions t;
 //     Options o;
 //     options_init(&o, "train_gpt [options]");
-//     options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &t);   // fills in the defaults
+//     options_add(&o, train_options(), &t);             // fills in the defaults
 //     options_parse(&o, argc, argv);                                   // or exits: --help, an error
 //     options_apply_recipe(&o, &t);
 //     ...
@@ -57,12 +57,22 @@ typedef struct {
     const char *initial, *domain, *help;                 // the default, as text; see above; one sentence with units
 } OptionSpec;
 
-// How a table, #define TABLE(HEADING, OPTION), becomes a struct and its specs: see TrainOptions below.
+typedef struct { const OptionSpec *specs; int n; } OptionTable;
+
+// Makes of a table, #define TABLE(HEADING, OPTION), the struct of its values and a function that returns its specs.
 #define OPTION_FIELD(field, name, type, initial, domain, help) OPTION_FIELD_##type field;
 #define OPTION_NO_FIELD(title)
-#define OPTION_SPEC(Struct, field, name, type, initial, domain, help) \
-    {name, OPTION_##type, offsetof(Struct, field), initial, domain, help},
+#define OPTION_SPEC(field, name, type, initial, domain, help) \
+    {name, OPTION_##type, offsetof(Values, field), initial, domain, help},
 #define OPTION_HEADING_SPEC(title) {title, OPTION_HEADING, 0, "", "", ""},
+#define OPTION_TABLE(TABLE, Struct, function)                                                     \
+    typedef struct { TABLE(OPTION_NO_FIELD, OPTION_FIELD) } Struct;                               \
+    static inline OptionTable function(void) {                                                    \
+        typedef Struct Values;                                                                    \
+        static const OptionSpec specs[] = {TABLE(OPTION_HEADING_SPEC, OPTION_SPEC)};              \
+        const OptionTable table = {specs, sizeof specs / sizeof specs[0]};                        \
+        return table;                                                                             \
+    }
 
 // ---- The trainer's options ----
 
@@ -179,14 +189,7 @@ enum { ADAM_DENSE, ADAM_SKIP };
            "a branch dropped in a whole step is updated with gradient 0, or left untouched")                         \
     OPTION(drop_replay, "drop-replay", TEXT, "", "FILE", "take the plans of the steps from this metrics.jsonl")
 
-typedef struct { TRAIN_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } TrainOptions;
-
-static const OptionSpec train_option_specs[] = {
-#define X(...) OPTION_SPEC(TrainOptions, __VA_ARGS__)
-    TRAIN_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
-enum { N_TRAIN_OPTION_SPECS = sizeof train_option_specs / sizeof train_option_specs[0] };
+OPTION_TABLE(TRAIN_OPTIONS, TrainOptions, train_options)
 
 static const char *const drop_recipe_configs[] = {
     "",                                                  // none
@@ -423,20 +426,20 @@ static inline void options_init(Options *o, const char *usage) {
     o->n_sets = 1;
 }
 
-// Chains a table: specs (n), values the struct they describe, which gets its defaults and must outlive o.
-static inline void options_add(Options *o, const OptionSpec *specs, int n, void *values) {
+// Chains a table; values is the struct that it describes, which gets its defaults and must outlive o.
+static inline void options_add(Options *o, OptionTable table, void *values) {
     CHECK(o->n_sets < OPTIONS_MAX_SETS, "more than %d tables of options", OPTIONS_MAX_SETS);
     OptionSet *set = &o->set[o->n_sets++];
-    set->specs = specs;
-    set->n = n;
+    set->specs = table.specs;
+    set->n = table.n;
     set->values = values;
-    set->source = (unsigned char *)xcalloc((size_t)n, 1);
-    for (int i = 0; i < n; i++) {
-        OptionRef r = {set, &specs[i]};
+    set->source = (unsigned char *)xcalloc((size_t)table.n, 1);
+    for (int i = 0; i < table.n; i++) {
+        OptionRef r = {set, &table.specs[i]};
         OptionValue v;
-        if (specs[i].type == OPTION_HEADING) continue;
-        CHECK(options_read(&specs[i], specs[i].initial, &v), "bad default of --%s", specs[i].name);
-        if (specs[i].type == OPTION_TEXT) *(char **)options_field(r) = NULL;    // nothing to free yet
+        if (r.spec->type == OPTION_HEADING) continue;
+        CHECK(options_read(r.spec, r.spec->initial, &v), "bad default of --%s", r.spec->name);
+        if (r.spec->type == OPTION_TEXT) *(char **)options_field(r) = NULL;    // nothing to free yet
         options_store(r, v);
     }
 }

@@ -295,8 +295,9 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     for (int i = 0; i < (int)branches; i++)
         tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, i / BRANCHES + 1, i % BRANCHES);
     tr->state.tied = tr->drop.branches == BRANCHES_TIED;
-    tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : tr->manifest[MANIFEST_TRAIN].V ? tr->manifest[MANIFEST_TRAIN].eot : -1;
-    tr->state.tokenizer_sha256 = tr->manifest[MANIFEST_TRAIN].sha256;
+    const Manifest *made = &tr->manifest[MANIFEST_TRAIN];
+    tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : made->V ? made->eot : -1;
+    tr->state.tokenizer_sha256 = made->sha256;
     tr->model = engine->open(&tr->config, &args);
     if (resume) {
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
@@ -684,7 +685,7 @@ static inline int trainer_main(int argc, char **argv, const Engine *engine) {
     Options options;
     Text config = {NULL, 0, 0};
     options_init(&options, "train_gpt --train GLOB [--val GLOB] [options]");
-    options_add(&options, train_option_specs, N_TRAIN_OPTION_SPECS, &o);
+    options_add(&options, train_options(), &o);
     options_parse(&options, argc, argv);
     options_apply_recipe(&options, &o);
     Comm *comm = trainer_ranks(&o);

@@ -37,7 +37,8 @@ while
 do :; done
 
 # Another launcher's variables would contradict ours.
-for name in $(env | sed -n 's/^\(OMPI_COMM_WORLD_[A-Z_]*\|PMI_[A-Z_]*\|MPI_LOCALRANKID\)=.*/\1/p'); do unset "$name"; done
+others='OMPI_COMM_WORLD_[A-Z_]*\|PMI_[A-Z_]*\|MPI_LOCALRANKID\|TORCHELASTIC_[A-Z_]*'
+for name in $(env | sed -n "s/^\($others\)=.*/\1/p"); do unset "$name"; done
 MASTER_ADDR=127.0.0.1 DROPPATH_JOB_TOKEN=$(random 16)
 export WORLD_SIZE="$n" LOCAL_WORLD_SIZE="$n" MASTER_ADDR MASTER_PORT DROPPATH_JOB_TOKEN
 if [ -z "${OMP_NUM_THREADS:-}" ]; then                   # the ranks share the cores

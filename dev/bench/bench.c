@@ -18,24 +18,12 @@
   HEADING("Bench")                                                                                                   \
     OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|step|drop|memory|turns",                             \
            "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
-    OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
-           "default: those of each table")                                                                           \
     OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16",                                                              \
            "operands of products in drop, memory and turns; matmul and step have both")                              \
-    OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
-    OPTION(rounds, "rounds", INTEGER, "0", "[0,1e6]", "slices of each row; 0: the table's")                          \
     OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
-    OPTION(json, "json", TEXT, "build/bench.json", "FILE", "where the results go, too")
+    BENCH_OPTIONS_FOR(OPTION, "build/bench.json")
 
-typedef struct { BENCH_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } BenchOptions;
-
-static const OptionSpec bench_option_specs[] = {
-#define X(...) OPTION_SPEC(BenchOptions, __VA_ARGS__)
-    BENCH_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
-enum { N_BENCH_OPTION_SPECS = sizeof bench_option_specs / sizeof bench_option_specs[0] };
+OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
 enum { ONLY_ALL, ONLY_MEMORY = 6, ONLY_TURNS };
 
 // ---- What is measured unless the options say otherwise ----
@@ -116,7 +104,7 @@ int main(int argc, char **argv) {
     Bench b;
     Case only;
     options_init(&options, "bench [options]");
-    options_add(&options, bench_option_specs, N_BENCH_OPTION_SPECS, &o);
+    options_add(&options, bench_options(), &o);
     options_parse(&options, argc, argv);
     set_threads((int)o.threads);
     memset(&b, 0, sizeof b);

@@ -16,23 +16,10 @@
   HEADING("Bench")                                                                                                   \
     OPTION(only, "only", CHOICE, "all", "all|step|drop|turns",                                                       \
            "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
-    OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
-           "default: those of each table")                                                                           \
-    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|auto|tf32", "operands of products; auto: the engine's own")    \
     OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward makes again")                  \
-    OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
-    OPTION(rounds, "rounds", INTEGER, "0", "[0,1e6]", "slices of each row; 0: the table's")                          \
-    OPTION(json, "json", TEXT, "build/bench_cuda.json", "FILE", "where the results go, too")
+    CUDA_BENCH_OPTIONS(OPTION, "build/bench_cuda.json")
 
-typedef struct { BENCH_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } BenchOptions;
-
-static const OptionSpec bench_option_specs[] = {
-#define X(...) OPTION_SPEC(BenchOptions, __VA_ARGS__)
-    BENCH_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
-enum { N_BENCH_OPTION_SPECS = sizeof bench_option_specs / sizeof bench_option_specs[0] };
+OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
 enum { ONLY_ALL, ONLY_STEP, ONLY_DROP, ONLY_TURNS };
 enum { STEP_ROUNDS = 8, DROP_ROUNDS = 3 };
 
@@ -70,7 +57,7 @@ int main(int argc, char **argv) {
     Bench b;
     Case only;
     options_init(&options, "bench_cuda [options]");
-    options_add(&options, bench_option_specs, N_BENCH_OPTION_SPECS, &o);
+    options_add(&options, bench_options(), &o);
     options_parse(&options, argc, argv);
     const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES), rounds = (int)o.rounds;
     if (o.only != ONLY_TURNS) fclose(file_open(o.json, "ab"));     // rather now than after minutes

@@ -7,6 +7,15 @@
 
 typedef struct { const char *preset; int B, T; } Case;   // a model, and B rows of T tokens
 
+// Rows of every benchmark's table of options (dev/options.h); what is not given is the table's own case.
+#define BENCH_OPTIONS_FOR(OPTION, json_file)                                                                         \
+    OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
+           "default: those of each table")                                                                           \
+    OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
+    OPTION(rounds, "rounds", INTEGER, "0", "[0,1e6]", "slices of each row; 0: the table's")                          \
+    OPTION(json, "json", TEXT, json_file, "FILE", "where the results go, too")
+
 enum { N_DTYPES = DTYPE_TF32 + 1 };
 static const char *const dtype_name[N_DTYPES] = {REAL_NAME, "bf16", "auto", "tf32"};         // by DTYPE_*
 

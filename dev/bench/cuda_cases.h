@@ -9,6 +9,11 @@ static const Case cuda_cases[] = {
     {"gpt2", 32, 1024}, {"gpt2-medium", 32, 1024}, {"gpt2-large", 16, 1024}, {"gpt2-xl", 16, 1024},
     {"small", 64, 256}, {"tiny", 64, 64},
 };
+// Rows of the options of the GPU's benchmarks.
+#define CUDA_BENCH_OPTIONS(OPTION, json_file)                                                                        \
+    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|auto|tf32", "operands of products; auto: the engine's own")    \
+    BENCH_OPTIONS_FOR(OPTION, json_file)
+
 enum { N_CUDA_CASES = sizeof cuda_cases / sizeof cuda_cases[0], N_CUDA_DEFAULTS = 4 };
 
 // Dense products of bf16 with sums in fp32, without structured sparsity, in TFLOP/s, from the makers' data sheets (NVIDIA:

@@ -18,24 +18,13 @@
 #define BENCH_OPTIONS(HEADING, OPTION)                                                                               \
   HEADING("Bench")                                                                                                   \
     OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|attention", "one table")                             \
-    OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
-           "default: from gpt2 to gpt2-xl")                                                                          \
-    OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|auto|tf32", "operands of products; auto: the engine's own")    \
-    OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the preset's")                      \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the preset's")                      \
-    OPTION(rounds, "rounds", INTEGER, "6", "[1,1e6]", "slices of each row")                                          \
-    OPTION(size, "size", INTEGER, "8192", "[16,32768]", "side of the product that shows the peak; 4 size^2 bytes are copied") \
-    OPTION(json, "json", TEXT, "build/kernels_cuda.json", "FILE", "where the results go, too")
+    OPTION(size, "size", INTEGER, "8192", "[16,32768]",                                                              \
+           "side of the product that shows the peak; 4 size^2 bytes are copied")                                     \
+    CUDA_BENCH_OPTIONS(OPTION, "build/kernels_cuda.json")
 
-typedef struct { BENCH_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } BenchOptions;
-
-static const OptionSpec bench_option_specs[] = {
-#define X(...) OPTION_SPEC(BenchOptions, __VA_ARGS__)
-    BENCH_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
-enum { N_BENCH_OPTION_SPECS = sizeof bench_option_specs / sizeof bench_option_specs[0] };
+OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
 enum { ONLY_ALL, ONLY_PEAK, ONLY_MATMUL, ONLY_LAYERS, ONLY_ATTENTION };
+enum { ROUNDS = 6 };
 
 // ---- Time on the device ----
 
@@ -762,7 +751,7 @@ typedef struct { Gpu g; ProductRow product; Copy copy; } Peaks;
 // Both peaks as rows, and prepared as slices beside others.
 static void peaks_open(Peaks *p, Bench *b, size_t size) {
     memset(p, 0, sizeof *p);
-    gpu_open(&p->g, b->dtype);
+    gpu_open(&p->g, b->dtype, NULL);
     product_row_new(&p->product, &p->g, 0, 1, 0, size, size, size);
     timer_open(&p->copy.timer, p->g.stream);
     p->copy.g = &p->g, p->copy.bytes = 4 * size * size;
@@ -837,7 +826,7 @@ int main(int argc, char **argv) {
     Peaks peaks;
     double rate[2];
     options_init(&options, "kernels_cuda [options]");
-    options_add(&options, bench_option_specs, N_BENCH_OPTION_SPECS, &o);
+    options_add(&options, bench_options(), &o);
     options_parse(&options, argc, argv);
     const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES);
     fclose(file_open(o.json, "ab"));                     // rather now than after minutes
@@ -846,7 +835,7 @@ int main(int argc, char **argv) {
     memset(&l, 0, sizeof l);
     b.engine = engine_cuda(), b.dtype = o.dtype == DTYPE_AUTO ? b.engine->dtype : (int)o.dtype;
     b.sheet_peak = sheet_peak(b.engine->name, b.dtype);
-    l.bench = &b, l.rounds = (int)o.rounds;
+    l.bench = &b, l.rounds = o.rounds ? (int)o.rounds : ROUNDS;
     text_printf(&b.rows, "[");
     text_printf(&l.attention, "[");
     printf("%s\n", b.engine->name);

@@ -76,7 +76,15 @@ static void test_comm_environment(void) {
         EXPECT(error && strstr(error, wrong[i].part[0] == 'M' ? "" : "hint: "), "no hint: %s", error);
         free(error);
     }
-    char *error = comm_launch(&l, "tcp://other:9", "mine", comm_test_look, MEET " " TORCHRUN(1, 2, 0));
+    const char *agent = "MASTER_ADDR=h MASTER_PORT=29500 TORCHELASTIC_RUN_ID=r TORCHELASTIC_USE_AGENT_STORE=True "
+                        TORCHRUN(1, 2, 1);
+    char *error = comm_launch(&l, "", "", comm_test_look, agent);
+    EXPECT(!error && l.port != 29500 && l.port >= 20000 && l.port < 32000, "the agent's own port, or no free one: %d", l.port);
+    free(error);
+    error = comm_launch(&l, "tcp://h:29500", "", comm_test_look, agent);
+    EXPECT(!error && l.port == 29500, "the option's port counts: %d", l.port);
+    free(error);
+    error = comm_launch(&l, "tcp://other:9", "mine", comm_test_look, MEET " " TORCHRUN(1, 2, 0));
     EXPECT(!error && !strcmp(l.host, "other") && l.port == 9 && !strcmp(l.token, "mine"), "options come first: %s", l.host);
 }
 

@@ -11,8 +11,8 @@ static char *manifest_text(int V, int eot, const char *sha256, int64_t train, in
     return xprintf("{\"format\": \"droppath.c token shards 1\", \"settings\": \"x\",\n"
                    "\"tokenizer\": {\"name\": \"some\", \"vocab_size\": %d, \"end_of_text\": %d, \"file\": \"tokenizer.bin\", "
                    "\"sha256\": \"%s\", \"files\": {}}, \"val\": 0.1,\n\"splits\": {"
-                   "\"train\": {\"tokens\": %lld, \"bytes\": 5000, \"documents\": 3, \"shards\": [{\"file\": \"train_000000.bin\", "
-                   "\"tokens\": %lld, \"file_bytes\": 9, \"sha256\": \"\"}]},\n"
+                   "\"train\": {\"tokens\": %lld, \"bytes\": 5000, \"documents\": 3, "
+                   "\"shards\": [{\"file\": \"train_000000.bin\", \"tokens\": %lld, \"file_bytes\": 9, \"sha256\": \"\"}]},\n"
                    "\"val\": {\"tokens\": %lld, \"bytes\": 1000, \"documents\": 1, \"shards\": [{\"file\": \"val_000000.bin\", "
                    "\"tokens\": %lld}]}}}\n",
                    V, eot, sha256, (long long)train, (long long)train, (long long)val, (long long)val);
@@ -128,9 +128,9 @@ static void manifest_put(const ManifestData *d, const char *folder, int V, int e
     free(parent), free(text), free(path);
 }
 
-#define MANIFEST_RUN(d, options) \
-    tool_run("train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " --steps 2 --out %s/run %s", \
-             (d).dir, (d).dir, (d).dir, options)
+#define MANIFEST_RUN(d, options)                                                              \
+    tool_run("train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' --out %s/run " \
+             TRAINER_TEST_RUN " --steps 2 %s", (d).dir, (d).dir, (d).dir, options)
 #define EXPECT_MANIFEST(code, part, d, options) tool_expect(code, part, MANIFEST_RUN(d, options), __FILE__, __LINE__)
 
 static void test_manifest_refuses(void) {

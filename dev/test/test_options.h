@@ -12,19 +12,14 @@
   HEADING("Tool")                                                                     \
     OPTION(temperature, "temperature", NUMBER, "1", "(0,inf)", "flattens the choice") \
     OPTION(greedy, "greedy", FLAG, "0", "0|1", "takes the likeliest")
-typedef struct { TOOL_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } ToolOptions;
-static const OptionSpec tool_option_specs[] = {
-#define X(...) OPTION_SPEC(ToolOptions, __VA_ARGS__)
-    TOOL_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
+OPTION_TABLE(TOOL_OPTIONS, ToolOptions, tool_options)
 
 typedef struct { TrainOptions train; ToolOptions tool; Options o; } TestOptions;
 
 static void options_test_open(TestOptions *t) {
     options_init(&t->o, "test CHECKPOINT [options]");
-    options_add(&t->o, train_option_specs, N_TRAIN_OPTION_SPECS, &t->train);
-    options_add(&t->o, tool_option_specs, sizeof tool_option_specs / sizeof tool_option_specs[0], &t->tool);
+    options_add(&t->o, train_options(), &t->train);
+    options_add(&t->o, tool_options(), &t->tool);
 }
 
 // Applies a command line, given as words between blanks; returns its error. Arguments must not outlive the call.
@@ -333,8 +328,8 @@ static void options_test_round_trip(TestOptions *t) {
     options_apply_recipe(&u.o, &u.train);
     options_dump(&u.o, &second);
     EXPECT_TEXT(second.s, first.s);
-    for (int i = 0; i < N_TRAIN_OPTION_SPECS; i++) {
-        const OptionSpec *s = &train_option_specs[i];
+    for (int i = 0; i < train_options().n; i++) {
+        const OptionSpec *s = &train_options().specs[i];
         const char *a = (const char *)&t->train + s->offset, *b = (const char *)&u.train + s->offset;
         if (s->type == OPTION_HEADING) continue;
         if (s->type == OPTION_TEXT) EXPECT_TEXT(*(char *const *)(const void *)b, *(char *const *)(const void *)a);
@@ -357,8 +352,8 @@ static void test_options_round_trip(void) {
     char word[64];
     options_test_good(&t, "");
     options_test_round_trip(&t);
-    for (int i = 0; i < N_TRAIN_OPTION_SPECS; i++) {
-        const OptionSpec *s = &train_option_specs[i];
+    for (int i = 0; i < train_options().n; i++) {
+        const OptionSpec *s = &train_options().specs[i];
         OptionRef r = {NULL, NULL};
         if (s->type == OPTION_HEADING) continue;
         EXPECT(!options_find(&t.o, s->name, &r) && r.spec == s, "--%s is not unique", s->name);

@@ -30,14 +30,7 @@
     OPTION(picture, "picture", FLAG, "1", "0|1",                                                                     \
            "also draw OUT/compare.png and .svg, where python3 has matplotlib")
 
-typedef struct { COMPARE_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } CompareOptions;
-
-static const OptionSpec compare_option_specs[] = {
-#define X(...) OPTION_SPEC(CompareOptions, __VA_ARGS__)
-    COMPARE_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
-enum { N_COMPARE_OPTION_SPECS = sizeof compare_option_specs / sizeof compare_option_specs[0] };
+OPTION_TABLE(COMPARE_OPTIONS, CompareOptions, compare_options)
 
 // ---- What is compared ----
 
@@ -85,8 +78,8 @@ typedef struct {
 static void read_options(Compare *c, int argc, char **argv) {
     const TrainOptions *o = &c->train;
     options_init(&c->options, "compare --train GLOB --val GLOB --drop-path X [--seeds N] [options]");
-    options_add(&c->options, train_option_specs, N_TRAIN_OPTION_SPECS, &c->train);
-    options_add(&c->options, compare_option_specs, N_COMPARE_OPTION_SPECS, &c->own);
+    options_add(&c->options, train_options(), &c->train);
+    options_add(&c->options, compare_options(), &c->own);
     options_parse(&c->options, argc, argv);
     options_apply_recipe(&c->options, &c->train);
     if (!*o->train || !*o->val)
@@ -377,11 +370,12 @@ static char *mean_cell(const Compare *c, int arm, int k) {
     const double mean = mean_of(c, arm, k), sd = stats_sd(c->value[arm][k], c->seeds);
     if (isnan(mean)) return xstrdup("n/a");
     Text t = {NULL, 0, 0};
-    char s[64];
-    snprintf(s, sizeof s, number[k].format, mean / number[k].unit);
-    text_printf(&t, "%s", s);
-    snprintf(s, sizeof s, number[k].format, sd / number[k].unit);
-    if (sd > 0) text_printf(&t, " (sd %s)", s);
+    text_printf(&t, number[k].format, mean / number[k].unit);
+    if (sd > 0) {
+        text_printf(&t, " (sd ");
+        text_printf(&t, number[k].format, sd / number[k].unit);
+        text_printf(&t, ")");
+    }
     return t.s;
 }
 

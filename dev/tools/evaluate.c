@@ -29,14 +29,7 @@
   HEADING("Output")                                                                                                  \
     OPTION(json, "json", TEXT, "", "FILE", "write the numbers to this file too")
 
-typedef struct { EVALUATE_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } EvaluateOptions;
-
-static const OptionSpec evaluate_option_specs[] = {
-#define X(...) OPTION_SPEC(EvaluateOptions, __VA_ARGS__)
-    EVALUATE_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
-enum { N_EVALUATE_OPTION_SPECS = sizeof evaluate_option_specs / sizeof evaluate_option_specs[0] };
+OPTION_TABLE(EVALUATE_OPTIONS, EvaluateOptions, evaluate_options)
 
 // ---- Which layers: kept (L), 1 for those that run ----
 
@@ -162,7 +155,7 @@ int main(int argc, char **argv) {
     Options options;
     Loaded m;
     options_init(&options, "evaluate CHECKPOINT --val GLOB [options]");
-    options_add(&options, evaluate_option_specs, N_EVALUATE_OPTION_SPECS, &o);
+    options_add(&options, evaluate_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);
     if (options.n_arguments < 1) die("the checkpoint is missing\n  hint: evaluate runs/gpt/latest --val GLOB");

@@ -26,14 +26,7 @@
            "a tokenizer.json, or one of our tokenizer files, from which one is made; if not given: beside the "      \
            "checkpoint's files, else the one that the run was trained with")
 
-typedef struct { EXPORT_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } ExportOptions;
-
-static const OptionSpec export_option_specs[] = {
-#define X(...) OPTION_SPEC(ExportOptions, __VA_ARGS__)
-    EXPORT_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
-enum { N_EXPORT_OPTION_SPECS = sizeof export_option_specs / sizeof export_option_specs[0] };
+OPTION_TABLE(EXPORT_OPTIONS, ExportOptions, export_options)
 
 enum { FORMAT_HUGGINGFACE, FORMAT_LLMC };
 
@@ -351,7 +344,7 @@ int main(int argc, char **argv) {
     Export x;
     char *parent;
     options_init(&options, "export CHECKPOINT --out PATH [options]");
-    options_add(&options, export_option_specs, N_EXPORT_OPTION_SPECS, &o);
+    options_add(&options, export_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);
     if (options.n_arguments < 1) die("the checkpoint is missing\n  hint: export runs/gpt/latest --out runs/gpt-hf");

@@ -25,14 +25,7 @@
            "if not given: beside the checkpoint's files, else the one that the run was trained with")                \
     OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")
 
-typedef struct { GENERATE_OPTIONS(OPTION_NO_FIELD, OPTION_FIELD) } GenerateOptions;
-
-static const OptionSpec generate_option_specs[] = {
-#define X(...) OPTION_SPEC(GenerateOptions, __VA_ARGS__)
-    GENERATE_OPTIONS(OPTION_HEADING_SPEC, X)
-#undef X
-};
-enum { N_GENERATE_OPTION_SPECS = sizeof generate_option_specs / sizeof generate_option_specs[0] };
+OPTION_TABLE(GENERATE_OPTIONS, GenerateOptions, generate_options)
 
 // Writes the samples to stdout; returns the tokens made.
 static int64_t generate(Loaded *m, const GenerateOptions *o) {
@@ -55,7 +48,7 @@ int main(int argc, char **argv) {
     Options options;
     Loaded m;
     options_init(&options, "generate CHECKPOINT [options]");
-    options_add(&options, generate_option_specs, N_GENERATE_OPTION_SPECS, &o);
+    options_add(&options, generate_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);
     if (options.n_arguments < 1) die("the checkpoint is missing\n  hint: generate runs/gpt/latest");

@@ -79,7 +79,7 @@ static inline char *load_run_tokenizer(const char *run) {
     TrainOptions t;
     Options o;
     options_init(&o, "");
-    options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &t);
+    options_add(&o, train_options(), &t);
     char *error = options_config(&o, run, strlen(run), FROM_CONFIG, "trainer.json");
     free(error);                                         // an option of another version; --train comes first
     char *path = *t.tokenizer ? xstrdup(t.tokenizer) : tokenizer_find(t.train);
