@@ -18,6 +18,7 @@
 #include "dev/test/test_emu.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
+#include "dev/test/test_fuzz.h"
 #include "dev/test/test_interop.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
@@ -35,6 +36,7 @@
 #include "dev/test/test_schedule.h"
 #include "dev/test/test_shards.h"
 #include "dev/test/test_stats.h"
+#include "dev/test/test_strangers.h"
 #include "dev/test/test_tokenizer.h"
 #include "dev/test/test_tools.h"
 #include "dev/test/test_trainer.h"
@@ -61,7 +63,7 @@ static const Test tests[] = {
     CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
-    COMM_TESTS(X) MANIFEST_TESTS(X)
+    COMM_TESTS(X) MANIFEST_TESTS(X) FUZZ_TESTS(X) STRANGERS_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };
