@@ -118,12 +118,13 @@ $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_B
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
 $(B)/interop_logits: dev/test/interop/logits.c $(ENGINES)
 $(B)/data_bytes: data/bytes.c
+$(B)/fuzz_replay: dev/fuzz/replay.c
 $(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
 $(B)/test_gpt: TEST_FLAGS := $(if $(EMU),-DCUDA_EMULATED)
 $(B)/test_gpt: LIBS += $(if $(EMU),$(CXX_LIB))
 $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
-$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits:
+$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits $(B)/fuzz_replay:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(FAT_$(@F)) $(TEST_FLAGS) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
@@ -226,15 +227,30 @@ $(B)/bench: dev/bench/bench.c                            # includes train_gpt.c,
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS)
 
--include $(wildcard $(B)/*.d)
+-include $(wildcard $(B)/*.d $(B)/fuzz/*.d)
 
 # Downloads or finds a text, makes shards, trains with and without drop path, compares, prints a sample.
 quickstart: all
 	@BUILD="$(B)" OUT="$(OUT)" TEXT="$(TEXT)" sh scripts/quickstart.sh
 
 # Everything that can be tested; ends with "N passed, N failed" and fails if any test does.
-test: choices $(PROGRAMS) $(B)/test_gpt $(EMU_PROGRAM)
+test: choices $(PROGRAMS) $(B)/test_gpt $(B)/fuzz_replay $(EMU_PROGRAM)
 	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt
+
+# Every parser of outside bytes under libFuzzer, one after the other, FUZZ_RUNS inputs each; it stops at the first finding.
+# FUZZ="json shards" takes some of them, FUZZ_SECONDS=60 ends each after so long: dev/fuzz/README.md.
+FUZZ_RUNS    ?= 10000000
+FUZZ_SECONDS ?= 0
+FUZZ_CC      ?= clang
+FUZZ_FLAGS   := -std=c11 -O1 -g -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+                -fno-omit-frame-pointer
+
+$(B)/fuzz/parsers: dev/fuzz/fuzz.c
+	@mkdir -p $(@D)
+	$(FUZZ_CC) $(FUZZ_FLAGS) -MMD -MF $@.d $< -o $@ -lm -pthread
+
+fuzz: $(B)/fuzz/parsers $(B)/fuzz_replay
+	@FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_SECONDS=$(FUZZ_SECONDS) BUILD=$(B) sh dev/fuzz/run.sh $(FUZZ)
 
 # Our checkpoints in transformers and its checkpoints here: makes a virtual environment once, or takes VENV=/path of one.
 test-interop: $(PROGRAMS) $(B)/interop_logits
@@ -283,9 +299,9 @@ test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 16
-	@echo "targets: all quickstart test test-interop test-data test-look test-cuda bench headers instructions cuda-report clean"
+	@echo "targets: all quickstart test fuzz test-interop test-data test-look test-cuda bench headers instructions cuda-report clean"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test test-interop test-data test-look test-cuda bench headers instructions cuda-report help clean
+.PHONY: all choices quickstart test fuzz test-interop test-data test-look test-cuda bench headers instructions cuda-report help clean

@@ -18,6 +18,7 @@
 #include "dev/test/test_emu.h"
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
+#include "dev/test/test_fuzz.h"
 #include "dev/test/test_interop.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
@@ -35,6 +36,7 @@
 #include "dev/test/test_schedule.h"
 #include "dev/test/test_shards.h"
 #include "dev/test/test_stats.h"
+#include "dev/test/test_strangers.h"
 #include "dev/test/test_tokenizer.h"
 #include "dev/test/test_tools.h"
 #include "dev/test/test_trainer.h"
@@ -51,7 +53,8 @@ typedef struct { const char *name; void (*run)(void); int engines; } Test;
 // Those of comm.h first: they fork processes that start threads, which QEMU's user mode cannot once this one has threads.
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
-    COMM_TESTS(X) RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
+    COMM_TESTS(X) STRANGERS_TESTS(X)
+    RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
     SCHEDULE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
@@ -62,7 +65,7 @@ static const Test tests[] = {
     CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
-    MANIFEST_TESTS(X)
+    MANIFEST_TESTS(X) FUZZ_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

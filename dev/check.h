@@ -51,11 +51,18 @@ typedef float real;
 
 // ---- Messages ----
 
+// A message may quote a file or a peer: what could steer a terminal (control characters of ASCII and, as UTF-8, of Latin-1)
+// becomes '?', but for line feeds and tabs.
 static inline void message_v(const char *kind, const char *format, va_list args) {
+    char text[8192];                                     // no malloc: memory may be out
     fflush(stdout);                                      // keep the order a reader sees
-    fprintf(stderr, "%s: ", kind);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    if (vsnprintf(text, sizeof text, format, args) >= (int)sizeof text) strcpy(text + sizeof text - 4, "...");
+    for (char *c = text; *c; c++) {
+        const unsigned char u = (unsigned char)*c, next = (unsigned char)c[1];
+        if ((u < ' ' && u != '\n' && u != '\t') || u == 0x7F) *c = '?';
+        if (u == 0xC2 && next >= 0x80 && next < 0xA0) c[0] = c[1] = '?';
+    }
+    fprintf(stderr, "%s: %s\n", kind, text);
 }
 
 // A program that dies leaves its memory to the system: from then on LeakSanitizer looks for no leaks. Its hook, see its
@@ -186,11 +193,12 @@ static inline void text_free(Text *t) {
 // A file mapped read-only. An empty file has data NULL and size 0.
 typedef struct { const unsigned char *data; size_t size; } FileMap;
 
-// Maps path. Returns NULL, or what is wrong (errno's text); nothing to release after an error.
+// Maps path. Returns NULL, or what is wrong (errno's text); nothing to release after an error. Never waits, as opening a
+// named pipe would.
 static inline const char *file_map(FileMap *map, const char *path) {
     map->data = NULL;
     map->size = 0;
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);
     if (fd < 0) return strerror(errno);
     struct stat st;
     const char *error = NULL;

@@ -293,32 +293,28 @@ static inline char *checkpoint_latest(const char *out) {
 
 // ---- Reading ----
 
-static inline int64_t checkpoint_integer(const Json *doc, const char *path, const char *key) {
-    int64_t v = 0;
-    if (!json_int64(doc, json_get(doc, 0, key), &v)) die("%s: \"%s\" is missing or no integer", path, key);
-    return v;
-}
-
-// config.json must describe a model that this program computes; a setting that is absent has GPT-2's value.
-static inline void checkpoint_check_config(const Json *doc, const char *path) {
+// config.json must describe a model that this program computes; a setting that is absent has GPT-2's value. Returns NULL or,
+// from malloc, what is wrong.
+static inline char *checkpoint_check_config(const Json *doc) {
     static const struct { const char *key; int type; const char *value; } fixed[] = {
         {"model_type", JSON_STRING, "gpt2"}, {"scale_attn_weights", JSON_TRUE, "true"},
         {"scale_attn_by_inverse_layer_idx", JSON_FALSE, "false"}, {"tie_word_embeddings", JSON_TRUE, "true"}};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) {
         const int node = json_get(doc, 0, fixed[i].key), text = fixed[i].type == JSON_STRING;
         if (node >= 0 && (json_type(doc, node) != fixed[i].type || (text && !json_equals(doc, node, fixed[i].value))))
-            die("%s: \"%s\" must be %s: this is another kind of model", path, fixed[i].key, fixed[i].value);
+            return xprintf("\"%s\" must be %s: this is another kind of model", fixed[i].key, fixed[i].value);
     }
     int gelu = json_get(doc, 0, "activation_function");
     if (gelu >= 0 && !json_equals(doc, gelu, "gelu_new") && !json_equals(doc, gelu, "gelu_pytorch_tanh"))
-        die("%s: \"activation_function\" must be gelu_new, GPT-2's tanh-GELU", path);
+        return xstrdup("\"activation_function\" must be gelu_new, GPT-2's tanh-GELU");
     double eps = 1e-5;
     json_number(doc, json_get(doc, 0, "layer_norm_epsilon"), &eps);
-    if (eps != 1e-5) die("%s: \"layer_norm_epsilon\" must be 1e-5", path);
+    if (eps != 1e-5) return xstrdup("\"layer_norm_epsilon\" must be 1e-5");
     int64_t inner = 0, channels = 0;
     if (json_int64(doc, json_get(doc, 0, "n_inner"), &inner) && json_int64(doc, json_get(doc, 0, "n_embd"), &channels) &&
         inner != 4 * channels)
-        die("%s: \"n_inner\" must be null or 4 times n_embd: this is another kind of model", path);
+        return xstrdup("\"n_inner\" must be null or 4 times n_embd: this is another kind of model");
+    return NULL;
 }
 
 // The sizes of a model of llm.c, which has no factors.
@@ -332,8 +328,62 @@ static inline void checkpoint_read_llmc(const char *path, GptConfig *c, double *
     *tied = 0;
 }
 
+// The factors of the branches in evaluation (2L). Returns NULL or, from malloc, what is wrong.
+static inline char *checkpoint_read_scale(const Json *doc, int L, double *eval_scale, int *tied) {
+    const int scale = json_get(doc, 0, "drop_path_eval_scale");
+    if (scale >= 0 && json_count(doc, scale) != BRANCHES * L)
+        return xprintf("\"drop_path_eval_scale\" must have %d numbers", BRANCHES * L);
+    for (int i = 0, node = json_first(doc, scale); i < BRANCHES * L; i++) {
+        eval_scale[i] = 1;
+        if (scale < 0) continue;
+        if (!json_number(doc, node, &eval_scale[i]) || !(eval_scale[i] >= 0 && eval_scale[i] <= 1))
+            return xstrdup("\"drop_path_eval_scale\" must have numbers from 0 to 1");
+        node = json_next(doc, node);
+    }
+    *tied = json_type(doc, json_get(doc, 0, "drop_path_tied")) == JSON_TRUE;
+    for (int l = 0; *tied && l < L; l++)
+        if (eval_scale[BRANCHES * l + ATTN] != eval_scale[BRANCHES * l + MLP])
+            return xstrdup("\"drop_path_eval_scale\" of a tied model must be equal in both branches of a layer");
+    return NULL;
+}
+
+static inline char *checkpoint_read_sizes(const Json *doc, GptConfig *c) {
+    const char *key[5] = {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd"};
+    int *size[5] = {&c->V, &c->T, &c->L, &c->NH, &c->C};
+    for (int i = 0; i < 5; i++) {
+        int64_t v;
+        if (!json_int64(doc, json_get(doc, 0, key[i]), &v)) return xprintf("\"%s\" is missing or no integer", key[i]);
+        if (v < 1 || v > 1 << 24) return xprintf("\"%s\" is %lld", key[i], (long long)v);
+        *size[i] = (int)v;
+    }
+    const char *error = gpt_config_error(c);
+    return error ? xstrdup(error) : NULL;
+}
+
+// Reads a config.json of `size` bytes at mem: sizes, and how the branches count in evaluation: *eval_scale (2L) from malloc,
+// *tied. Returns NULL or, from malloc, what is wrong; nothing else is to be freed then.
+static inline char *checkpoint_parse_config(GptConfig *c, double **eval_scale, int *tied, const void *mem, size_t size) {
+    Json doc;
+    const char *wrong = json_parse(&doc, mem, size);
+    *eval_scale = NULL;
+    if (wrong) return xstrdup(wrong);
+    char *error = checkpoint_read_sizes(&doc, c);
+    if (!error) error = checkpoint_check_config(&doc);
+    if (!error) {
+        *eval_scale = (double *)xcalloc((size_t)(BRANCHES * c->L), sizeof **eval_scale);
+        error = checkpoint_read_scale(&doc, c->L, *eval_scale, tied);
+    }
+    json_free(&doc);
+    if (error) {
+        free(*eval_scale);
+        *eval_scale = NULL;
+    }
+    return error;
+}
+
 // The sizes of the model in a checkpoint directory, ours or Hugging Face's, or in a file of llm.c, and how its branches count
-// in evaluation: *eval_scale (2L) from malloc, *tied. Dies with the reason when there is none.
+// in evaluation: *eval_scale (2L) from malloc, *tied. Dies with the reason when there is none, or when the weights are not
+// of these sizes.
 static inline void checkpoint_read_config(const char *dir, GptConfig *c, double **eval_scale, int *tied) {
     if (path_exists(dir) && !path_is_directory(dir)) {
         checkpoint_read_llmc(dir, c, eval_scale, tied);
@@ -341,38 +391,16 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     }
     char *path = xprintf("%s/config.json", dir);
     FileMap map;
-    Json doc;
+    Weights w;
     const char *error = file_map(&map, path);
     if (error)
         die("cannot read %s: %s\n  hint: a checkpoint is a directory with config.json and model.safetensors", path, error);
-    if ((error = json_parse(&doc, map.data, map.size))) die("%s: %s", path, error);
-    const char *key[5] = {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd"};
-    int *size[5] = {&c->V, &c->T, &c->L, &c->NH, &c->C};
-    for (int i = 0; i < 5; i++) {
-        int64_t v = checkpoint_integer(&doc, path, key[i]);
-        if (v < 1 || v > 1 << 24) die("%s: \"%s\" is %lld", path, key[i], (long long)v);
-        *size[i] = (int)v;
-    }
-    if ((error = gpt_config_error(c))) die("%s: %s", path, error);
-    checkpoint_check_config(&doc, path);
-    int scale = json_get(&doc, 0, "drop_path_eval_scale"), node = json_first(&doc, scale);
-    if (scale >= 0 && json_count(&doc, scale) != BRANCHES * c->L)
-        die("%s: \"drop_path_eval_scale\" must have %d numbers", path, BRANCHES * c->L);
-    *eval_scale = (double *)xcalloc((size_t)(BRANCHES * c->L), sizeof **eval_scale);
-    for (int i = 0; i < BRANCHES * c->L; i++) {
-        (*eval_scale)[i] = 1;
-        if (scale < 0) continue;
-        if (!json_number(&doc, node, &(*eval_scale)[i]) || !((*eval_scale)[i] >= 0 && (*eval_scale)[i] <= 1))
-            die("%s: \"drop_path_eval_scale\" must have numbers from 0 to 1", path);
-        node = json_next(&doc, node);
-    }
-    *tied = json_type(&doc, json_get(&doc, 0, "drop_path_tied")) == JSON_TRUE;
-    for (int l = 0; *tied && l < c->L; l++)
-        if ((*eval_scale)[BRANCHES * l + ATTN] != (*eval_scale)[BRANCHES * l + MLP])
-            die("%s: \"drop_path_eval_scale\" of a tied model must be equal in both branches of a layer", path);
-    json_free(&doc);
+    if ((error = checkpoint_parse_config(c, eval_scale, tied, map.data, map.size))) die("%s: %s", path, error);
     file_unmap(&map);
     free(path);
+    weights_open(&w, dir);
+    weights_check(&w, c);
+    weights_close(&w);
 }
 
 // One slot of the model, each tensor as "<prefix><name>"; dies when one is missing or misshapen.
@@ -396,22 +424,37 @@ static inline void checkpoint_load_weights(const char *from, const Engine *e, Mo
     weights_close(&w);
 }
 
+#define CHECKPOINT_MOST ((int64_t)1 << 60)               // steps or tokens: what a run adds to them cannot overflow
+
+// Reads a trainer.json of `size` bytes at mem: step, tokens, and options from malloc. Returns NULL, or what is wrong.
+static inline const char *checkpoint_parse_state(CheckpointState *s, const void *mem, size_t size) {
+    Json doc;
+    const char *error = checkpoint_parse_trainer(&doc, mem, size);
+    if (error) return error;
+    s->step = s->tokens = -1;
+    json_int64(&doc, json_get(&doc, 0, "step"), &s->step);
+    json_int64(&doc, json_get(&doc, 0, "tokens"), &s->tokens);
+    s->options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
+    json_free(&doc);
+    if (s->step < 0 || s->step > CHECKPOINT_MOST) error = "\"step\" is missing or out of range";
+    else if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST) error = "\"tokens\" is missing or out of range";
+    else if (!s->options) error = "\"options\" is missing";
+    if (!error) return NULL;
+    free((char *)(uintptr_t)s->options);
+    s->options = NULL;
+    return error;
+}
+
 // All of a checkpoint of ours into the model and s, whose adamw_steps (2L+1) is the caller's; s->options from malloc.
 // Dies when a file does not match its sum.
 static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, const GptConfig *c, CheckpointState *s) {
     char *wrong = checkpoint_verify(dir), *path = xprintf("%s/trainer.json", dir);
     FileMap map;
-    Json doc;
     Weights w;
     if (wrong) die("this checkpoint is damaged: %s\n  hint: --resume without a path takes the latest that is whole", wrong);
     const char *error = file_map(&map, path);
-    if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
+    if (!error) error = checkpoint_parse_state(s, map.data, map.size);
     if (error) die("%s: %s", path, error);
-    s->step = checkpoint_integer(&doc, path, "step");
-    s->tokens = checkpoint_integer(&doc, path, "tokens");
-    s->options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
-    if (!s->options) die("%s: \"options\" is missing", path);
-    json_free(&doc);
     file_unmap(&map);
     free(path);
 
@@ -423,6 +466,9 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
     const SafetensorsEntry *steps = weights_find(&w, "adamw_steps");
     if (!steps || steps->count != (size_t)(BRANCHES * c->L + 1)) die("%s: adamw_steps is missing or has another size", path);
     if ((error = safetensors_to_int64(steps, s->adamw_steps))) die("%s: adamw_steps: %s", path, error);
+    for (int i = 0; i <= BRANCHES * c->L; i++)
+        if (s->adamw_steps[i] < 0 || s->adamw_steps[i] > s->step)
+            die("%s: adamw_steps has %lld, but the run did %lld steps", path, (long long)s->adamw_steps[i], (long long)s->step);
     weights_close(&w);
     free(path);
 }

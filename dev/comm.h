@@ -266,7 +266,7 @@ static inline const char *comm_parse_answer(uint32_t *status, char text[COMM_ANS
 }
 
 // The file of a rendezvous by directory: "droppath rendezvous 1", the port, and addresses of rank 0, each on its line.
-enum { COMM_ADDRESSES = 16, COMM_PLACE = 2048 };
+enum { COMM_ADDRESSES = 16, COMM_PLACE = 1 << 16 };          // as many as are read; bytes at most
 typedef struct { int port, n; char address[COMM_ADDRESSES][64]; } CommPlace;
 
 static inline const char *comm_parse_place(CommPlace *p, const void *mem, size_t size) {
@@ -274,6 +274,7 @@ static inline const char *comm_parse_place(CommPlace *p, const void *mem, size_t
     const char *at = (const char *)mem, *end = at + size;
     char line[64];
     memset(p, 0, sizeof *p);
+    if (size > COMM_PLACE) return "it is too long for a rendezvous";
     if (size < sizeof first - 1 || memcmp(at, first, sizeof first - 1)) return "it is no rendezvous of this program";
     for (at += sizeof first - 1; at < end;) {
         const char *newline = (const char *)memchr(at, '\n', (size_t)(end - at));
@@ -608,7 +609,8 @@ static inline int comm_join(CommLinks *k, const CommLaunch *l, const char *token
         }
         for (int i = 0; i < p.n; i++) {
             int status, final = 0, fd = -1;
-            struct addrinfo *list = comm_resolve(*l->directory ? p.address[i] : l->host, p.port, 0, &status);
+            struct addrinfo *list = *l->directory ? comm_resolve(p.address[i], p.port, AI_NUMERICHOST, &status)
+                                                  : comm_resolve(l->host, p.port, 0, &status);   // a file's word asks no DNS
             if (!list) snprintf(why, sizeof why, "%s", gai_strerror(status));
             for (struct addrinfo *a = list; a && fd < 0 && !final; a = a->ai_next)
                 if ((fd = comm_introduce(a, hello, until, why, &final)) >= 0) comm_peer_address(fd, where);

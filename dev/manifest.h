@@ -35,7 +35,7 @@ static inline void manifest_free(Manifest *m) {
 // ---- Parsing ----
 
 static inline const char *manifest_fail(Manifest *m, const char *what, const char *key) {
-    snprintf(m->error, sizeof m->error, "%s: \"%s\"", what, key);
+    snprintf(m->error, sizeof m->error, "%s: \"%.100s\"", what, key);
     return m->error;
 }
 

@@ -88,22 +88,31 @@ static inline void metrics_log_free(MetricsLog *log) {
     log->n = 0;
 }
 
-// Reads a whole metrics.jsonl. A torn last line, without its newline, is passed over: a run was killed while writing.
-// Dies when the file cannot be read or another line is damaged.
+// Reads a metrics.jsonl of `size` bytes at mem. A torn last line, without its newline, is passed over: a run was killed while
+// writing. Returns NULL, or what is wrong with line log->n; then, too, the log is to be freed.
+static inline const char *metrics_log_parse(MetricsLog *log, const void *mem, size_t size) {
+    const char *at = (const char *)mem, *end = size ? at + size : at;
+    int64_t room = 0;
+    log->record = NULL;
+    log->n = 0;
+    while (at < end) {
+        const char *newline = (const char *)memchr(at, '\n', (size_t)(end - at));
+        if (!newline) break;
+        if (log->n == room) log->record = (Metrics *)xrealloc(log->record, (size_t)(room = 2 * room + 64), sizeof *log->record);
+        const char *error = metrics_parse(&log->record[log->n++], at, (size_t)(newline - at));
+        if (error) return error;
+        at = newline + 1;
+    }
+    return NULL;
+}
+
+// Reads a whole file, or dies.
 static inline MetricsLog metrics_read(const char *path) {
-    MetricsLog log = {NULL, 0};
+    MetricsLog log;
     FileMap map;
     const char *error = file_map(&map, path);
     if (error) die("cannot read %s: %s", path, error);
-    const char *at = (const char *)map.data, *end = at + map.size;
-    for (int64_t room = 0, number = 1; at < end; number++) {
-        const char *newline = (const char *)memchr(at, '\n', (size_t)(end - at));
-        if (!newline) break;
-        if (log.n == room) log.record = (Metrics *)xrealloc(log.record, (size_t)(room = 2 * room + 64), sizeof *log.record);
-        error = metrics_parse(&log.record[log.n++], at, (size_t)(newline - at));
-        if (error) die("%s, line %lld: %s", path, (long long)number, error);
-        at = newline + 1;
-    }
+    if ((error = metrics_log_parse(&log, map.data, map.size))) die("%s, line %lld: %s", path, (long long)log.n, error);
     file_unmap(&map);
     return log;
 }

@@ -377,7 +377,7 @@ static inline int options_distance(const char *a, const char *b) {
     int row[LONGEST + 1], n = (int)strlen(b);            // row[j]: from the part of a read so far to b[0..j)
     CHECK(n <= LONGEST, "option name %s is too long", b);
     for (int j = 0; j <= n; j++) row[j] = j;
-    for (; *a; a++) {
+    for (const char *end = a + 2 * LONGEST; *a && a < end; a++) {  // nothing is near so long a name
         int diagonal = row[0]++;
         for (int j = 1; j <= n; j++) {
             int replaced = diagonal + ((*a == '_' ? '-' : *a) != b[j - 1]);
@@ -389,24 +389,31 @@ static inline int options_distance(const char *a, const char *b) {
     return row[n];
 }
 
+static inline int options_same_name(const char *a, const char *b) {
+    for (; *a && (*a == '_' ? '-' : *a) == *b; a++) b++;
+    return !*a && !*b;
+}
+
 // Finds an option by name. Returns NULL, or an error from malloc that names the nearest.
 static inline char *options_find(Options *o, const char *name, OptionRef *found) {
     int best = INT_MAX;
     found->set = NULL;
     found->spec = NULL;
-    for (int k = 0; k < o->n_sets; k++) {
-        OptionSet *set = &o->set[k];
-        for (int i = 0; i < set->n; i++) {
-            if (set->specs[i].type == OPTION_HEADING) continue;
-            int distance = options_distance(name, set->specs[i].name);
-            if (distance >= best) continue;
-            best = distance;
-            found->set = set;
-            found->spec = &set->specs[i];
+    for (int nearest = 0; nearest < 2 && best; nearest++)          // distances only where no name is the same
+        for (int k = 0; k < o->n_sets; k++) {
+            OptionSet *set = &o->set[k];
+            for (int i = 0; i < set->n; i++) {
+                const char *other = set->specs[i].name;
+                if (set->specs[i].type == OPTION_HEADING || (!nearest && !options_same_name(name, other))) continue;
+                const int distance = nearest ? options_distance(name, other) : 0;
+                if (distance >= best) continue;
+                best = distance;
+                found->set = set;
+                found->spec = &set->specs[i];
+            }
         }
-    }
     CHECK(found->spec, "options_init was not called");
-    return best == 0 ? NULL : xprintf("unknown option --%s; the nearest is --%s", name, found->spec->name);
+    return best == 0 ? NULL : xprintf("unknown option --%.100s; the nearest is --%s", name, found->spec->name);
 }
 
 // ---- Building the chain ----
@@ -479,7 +486,7 @@ static inline char *options_set(Options *o, const char *name, const char *text, 
     if (r.spec->type > OPTION_HEADING) return xprintf("--%s is for the command line only", r.spec->name);
     if (!options_read(r.spec, text, &v)) {
         char *wanted = options_wanted(r.spec);
-        error = xprintf("--%s: '%s' is not %s", r.spec->name, text, wanted);
+        error = xprintf("--%s: '%.200s' is not %s", r.spec->name, text, wanted);
         free(wanted);
         return error;
     }
@@ -540,9 +547,12 @@ static inline char *options_config_line(Options *o, const char *s, const char *e
     return error;
 }
 
+enum { OPTIONS_MAX_CONFIG = 1 << 20 };                   // bytes; keeps every length in it an int
+
 // Applies a config held in memory. Returns NULL, or an error from malloc that names the file and the line; the lines
 // before it have been applied.
 static inline char *options_config(Options *o, const void *mem, size_t size, int source, const char *file) {
+    if (size > OPTIONS_MAX_CONFIG) return xprintf("%s: not a config file: it is larger than 1 MiB", file);
     if (size && memchr(mem, 0, size)) return xprintf("%s: not a config file: it has zero bytes", file);
     const char *s = (const char *)mem, *end = size ? s + size : s;
     for (int line = 1; s < end; line++) {

@@ -165,7 +165,7 @@ static inline void trainer_open_replay(Trainer *tr) {
     tr->replay = metrics_read(path);
     for (int64_t s = 0; s < tr->replay.n; s++) {
         const Metrics *r = &tr->replay.record[s];
-        if ((int64_t)r->step != s + 1 || !r->plan)
+        if (r->step != (double)(s + 1) || !r->plan)
             die("%s: line %lld has no plan of step %lld", path, (long long)s + 1, (long long)s + 1);
         for (int m = 0; m < tr->M; m++) {
             const char *error = drop_plan_read(&tr->plan, &tr->drop, s, r->plan, m, tr->B);

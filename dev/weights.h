@@ -193,6 +193,28 @@ static inline void weights_close(Weights *w) {
 
 // ---- Reading ----
 
+// The tensor "<prefix><name>" of one layer's part of a parameter, in safetensors. Dies when it is missing or misshapen.
+static inline const SafetensorsEntry *weights_tensor(const Weights *w, const GptConfig *c, const char *prefix, int param,
+                                                     int layer) {
+    int64_t shape[2];
+    const int dims = gpt_param_shape(c, param, shape);
+    char *name = gpt_param_name(param, layer), *full = xprintf("%s%s", prefix, name);
+    const SafetensorsEntry *t = weights_find(w, full);
+    if (!t) die("%s has no tensor %s\n  hint: is it a GPT-2 of the sizes in config.json?", w->path, full);
+    if (t->ndim != dims || memcmp(t->shape, shape, (size_t)dims * sizeof *shape))
+        die("%s: %s has another shape than config.json says", w->path, full);
+    free(name);
+    free(full);
+    return t;
+}
+
+// Dies unless every parameter of a model of sizes c is there: before memory is taken for sizes that only config.json claims.
+static inline void weights_check(const Weights *w, const GptConfig *c) {
+    if (w->llmc.data) return;                            // its parser has compared its size
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int l = 0; l < gpt_param_layers(c, p); l++) weights_tensor(w, c, w->prefix, p, l);
+}
+
 // One layer's part of a parameter of a model of sizes c, gpt_param_size() numbers, from the tensor "<prefix><its name>".
 // Dies when it is missing or misshapen.
 static inline void weights_read(const Weights *w, const GptConfig *c, const char *prefix, int param, int layer, real *host) {
@@ -201,17 +223,9 @@ static inline void weights_read(const Weights *w, const GptConfig *c, const char
         llmc_model_read(&w->llmc, param, layer, host);
         return;
     }
-    int64_t shape[2];
-    const int dims = gpt_param_shape(c, param, shape);
-    char *name = gpt_param_name(param, layer), *full = xprintf("%s%s", prefix, name);
-    const SafetensorsEntry *t = weights_find(w, full);
-    if (!t) die("%s has no tensor %s\n  hint: is it a GPT-2 of the sizes in config.json?", w->path, full);
-    if (t->ndim != dims || memcmp(t->shape, shape, (size_t)dims * sizeof *shape))
-        die("%s: %s has another shape than config.json says", w->path, full);
+    const SafetensorsEntry *t = weights_tensor(w, c, prefix, param, layer);
     const char *error = safetensors_to_real(t, host);
-    if (error) die("%s: %s: %s", w->path, full, error);
-    free(name);
-    free(full);
+    if (error) die("%s: %s: %s", w->path, t->name, error);
 }
 
 #endif

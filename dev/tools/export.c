@@ -236,7 +236,7 @@ static int export_eot(const char *dir, int V) {
     int64_t eot = -1;
     if (path_is_directory(dir) && !file_map(&map, path)) {
         if (!json_parse(&doc, map.data, map.size)) {
-            if (!json_int64(&doc, json_get(&doc, 0, "eos_token_id"), &eot) || eot >= V) eot = -1;
+            if (!json_int64(&doc, json_get(&doc, 0, "eos_token_id"), &eot) || eot < 0 || eot >= V) eot = -1;
             json_free(&doc);
         }
         file_unmap(&map);

@@ -59,6 +59,22 @@ static inline int tokenizer_json_ambiguous(const Tokenizer *t) {
     return 0;
 }
 
+// The name of end-of-text is written as it is: it must be UTF-8 without a NUL, and no other token may be written so. NULL, or why
+// not.
+static inline const char *tokenizer_json_end_error(const Tokenizer *t, char written[256][5]) {
+    int n, same = 0;
+    if (t->eot < 0) return NULL;
+    const char *bytes = tokenizer_bytes(t, t->eot, &n);
+    for (int i = 0, length; i < n; i += length)
+        if (!bytes[i] || !(length = json_utf8_length(bytes + i, bytes + n))) return "its end-of-text token is not UTF-8 text";
+    for (int token = 0; token < t->V && !same; token++) {
+        char *name = token != t->eot ? tokenizer_json_token(t, written, token) : NULL;
+        same = name && strlen(name) == (size_t)n && !memcmp(name, bytes, (size_t)n);
+        free(name);
+    }
+    return same ? "its end-of-text token is written like another token" : NULL;
+}
+
 // Appends the tokenizer.json. Returns NULL, or why there can be none.
 static inline const char *tokenizer_json_write(Text *out, const Tokenizer *t) {
     static const char byte_level[] =
@@ -66,6 +82,8 @@ static inline const char *tokenizer_json_write(Text *out, const Tokenizer *t) {
     char written[256][5];
     if (tokenizer_json_ambiguous(t)) return "two of its tokens have the same bytes";
     tokenizer_json_alphabet(written);
+    const char *error = tokenizer_json_end_error(t, written);
+    if (error) return error;
     text_printf(out, "{\n\"version\": \"1.0\", \"truncation\": null, \"padding\": null,\n\"added_tokens\": [");
     if (t->eot >= 0) {
         char *name = tokenizer_json_token(t, written, t->eot);

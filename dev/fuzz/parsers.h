@@ -1,0 +1,451 @@
+// parsers.h: every parser of outside bytes, as a fuzzer calls it: with n bytes at p, and nothing after them. What a parser
+// accepts is then used as the programs use it, and what we can write is written and read again.
+#ifndef PARSERS_H
+#define PARSERS_H
+
+#include "fuzz.h"
+
+#include "../checkpoint.h"
+#include "../comm.h"
+#include "../drop_path.h"
+#include "../json.h"
+#include "../llmc.h"
+#include "../manifest.h"
+#include "../metrics.h"
+#include "../options.h"
+#include "../safetensors.h"
+#include "../shards.h"
+#include "../tokenizer.h"
+#include "../tools/tokenizer_json.h"
+#include "../weights.h"
+
+// ---- json.h ----
+
+// What a JSON string means, written and read again, is the same.
+static void fuzz_json_string(const Json *d, int node) {
+    size_t size;
+    char *whole = json_string(d, node, &size), *s = json_string(d, node, NULL);
+    FUZZ_REQUIRE(whole && !whole[size] && (s ? strlen(s) == size : strlen(whole) < size));
+    if (s) {
+        Text t = {NULL, 0, 0};
+        Json again;
+        json_write_string(&t, s);
+        FUZZ_REQUIRE(!json_parse(&again, t.s, t.n) && json_equals(&again, 0, s) && json_equals(d, node, s));
+        json_free(&again);
+        text_free(&t);
+    }
+    free(whole), free(s);
+}
+
+static int fuzz_json(const unsigned char *p, size_t n) {
+    Json d;
+    const char *error = json_parse(&d, p, n);
+    FUZZ_REQUIRE(!error || (*error && strlen(error) < sizeof d.error));
+    if (error) return 0;
+    for (int i = 0, depth = 0, end[JSON_MAX_DEPTH]; i < d.n; i++) {
+        const JsonNode *node = &d.node[i];
+        while (depth && node->begin >= end[depth - 1]) depth--;
+        FUZZ_REQUIRE(node->type < JSON_ARRAY || depth < JSON_MAX_DEPTH);
+        if (node->type >= JSON_ARRAY) end[depth++] = node->end;
+        int64_t integer;
+        double number = 0;
+        int count = 0, twice = json_duplicate(&d, i);
+        FUZZ_REQUIRE(0 <= node->begin && node->begin <= node->end && (size_t)node->end <= n && node->next < d.n);
+        if (json_int64(&d, i, &integer)) FUZZ_REQUIRE(json_number(&d, i, &number) && number == (double)integer);
+        if (node->type == JSON_STRING) fuzz_json_string(&d, i);
+        for (int k = json_first(&d, i); k >= 0; k = json_next(&d, k)) count++;
+        FUZZ_REQUIRE(count == json_count(&d, i) && twice < d.n);
+    }
+    json_free(&d);
+    return 1;
+}
+
+// ---- shards.h ----
+
+static int fuzz_shards(const unsigned char *p, size_t n) {
+    Shard s;
+    if (shard_parse(&s, p, n)) return 0;
+    FUZZ_REQUIRE(s.count > 0 && s.tokens + s.count * s.width == p + n);
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < s.count; i++) sum += shard_token(&s, i);
+    FUZZ_REQUIRE(sum <= (uint64_t)s.count << 8 * s.width);
+    return 1;
+}
+
+// ---- safetensors.h, weights.h, llmc.h ----
+
+static int fuzz_safetensors(const unsigned char *p, size_t n) {
+    Safetensors t;
+    size_t data = 0;
+    const char *error = safetensors_parse(&t, p, n);
+    FUZZ_REQUIRE(!error || (*error && strlen(error) < sizeof t.error));
+    if (error) return 0;
+    for (int i = 0; i < t.n; i++) {
+        const SafetensorsEntry *e = &t.entry[i];
+        FUZZ_REQUIRE(e->data >= p && e->bytes <= n && e->data + e->bytes <= p + n && safetensors_find(&t, e->name) == e);
+        real *x = (real *)xcalloc(e->count, sizeof *x);
+        int64_t *k = (int64_t *)xcalloc(e->count, sizeof *k);
+        FUZZ_REQUIRE(!!safetensors_to_real(e, x) != !!(e->dtype <= SAFETENSORS_BF16));
+        safetensors_to_int64(e, k);
+        if (e->dtype <= SAFETENSORS_BF16 && e->count) safetensors_from_real(SAFETENSORS_BF16, x, e->count, k);
+        free(x), free(k);
+        data += e->bytes;
+    }
+    FUZZ_REQUIRE(8 + llmc_word(p, 0) + data == n);
+    safetensors_free(&t);
+    return 1;
+}
+
+// No name leads out of the directory.
+static int fuzz_index(const unsigned char *p, size_t n) {
+    WeightsIndex x;
+    const char *error = weights_index_parse(&x, p, n);
+    FUZZ_REQUIRE(!error || (*error && strlen(error) < 256));
+    if (error) return 0;
+    for (int i = 0; i < x.n; i++) {
+        const WeightsPlace *place = &x.place[i];
+        FUZZ_REQUIRE(weights_index_find(&x, place->tensor) == place && !strcmp(x.file[place->file], place->name));
+        FUZZ_REQUIRE(!strpbrk(place->name, "/\\") && *place->name != '.' && strstr(place->name, ".safetensors"));
+    }
+    weights_index_free(&x);
+    return 1;
+}
+
+static int fuzz_llmc(const unsigned char *p, size_t n) {
+    LlmcModel m;
+    const char *error = llmc_model_parse(&m, p, n);
+    FUZZ_REQUIRE(!error || (*error && strlen(error) < sizeof m.error));
+    if (error) return 0;
+    for (int param = 0; param < N_PARAMS; param++)
+        for (int l = 0; l < gpt_param_layers(&m.config, param); l++) {
+            real *host = (real *)xcalloc(gpt_param_size(&m.config, param), sizeof *host);
+            llmc_model_read(&m, param, l, host);
+            free(host);
+        }
+    return 1;
+}
+
+// ---- checkpoint.h ----
+
+static int fuzz_config(const unsigned char *p, size_t n) {
+    GptConfig c, again;
+    CheckpointState s;
+    Text t = {NULL, 0, 0};
+    double *scale;
+    int tied;
+    memset(&s, 0, sizeof s);
+    s.eot = -1;
+    char *error = checkpoint_parse_config(&c, &s.eval_scale, &s.tied, p, n);
+    FUZZ_REQUIRE(!!error == !s.eval_scale && (!error || *error));
+    free(error);
+    if (!s.eval_scale) return 0;
+    FUZZ_REQUIRE(!gpt_config_error(&c));
+    if (c.L > 64) {                                      // what follows takes time in proportion
+        free(s.eval_scale);
+        return 1;
+    }
+    checkpoint_config_json(&t, &c, &s, "float32");
+    FUZZ_REQUIRE(!checkpoint_parse_config(&again, &scale, &tied, t.s, t.n) && !memcmp(&again, &c, sizeof c));
+    for (int i = 0; i < BRANCHES * c.L; i++) FUZZ_REQUIRE(scale[i] == s.eval_scale[i] && scale[i] >= 0 && scale[i] <= 1);
+    text_free(&t);
+    free(scale), free(s.eval_scale);
+    return 1;
+}
+
+// The options that a checkpoint names, as the tools take them.
+static void fuzz_trainer_options(const char *text) {
+    TrainOptions t;
+    Options o;
+    options_init(&o, "");
+    options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &t);
+    free(options_config(&o, text, strlen(text), FROM_CONFIG, "trainer.json"));
+    options_free(&o);
+}
+
+// The bytes as they are, and as the beginning of a trainer.json whose sum is right.
+static int fuzz_trainer(const unsigned char *p, size_t n) {
+    char hex[SHA256_HEX];
+    int accepted = 0;
+    for (int summed = 0; summed < 2; summed++) {
+        CheckpointState s;
+        Text t = {NULL, 0, 0};
+        text_append(&t, n ? (const void *)p : "", n);
+        sha256_hex(hex, t.s, t.n);
+        if (summed) text_printf(&t, CHECKPOINT_SELF "%s\"\n}\n", hex);
+        char *exact = (char *)xcalloc(t.n, 1);           // a sanitizer sees its end
+        memcpy(exact, t.s, t.n);
+        if (!checkpoint_parse_state(&s, exact, t.n)) {
+            FUZZ_REQUIRE(s.step >= 0 && s.tokens >= 0 && s.step + ((int64_t)1 << 60) > 0 && s.options);
+            fuzz_trainer_options(s.options);
+            free((char *)(uintptr_t)s.options);
+            accepted = 1;
+        }
+        free(exact);
+        text_free(&t);
+    }
+    return accepted;
+}
+
+// ---- tokenizer.h, manifest.h ----
+
+static int fuzz_tokenizer(const unsigned char *p, size_t n) {
+    enum { LONGEST = 1024 };                             // encoding takes the square of this
+    Tokenizer t;
+    const char *error = tokenizer_parse(&t, p, n);
+    FUZZ_REQUIRE(!error || (*error && strlen(error) < sizeof t.error));
+    if (error) return 0;
+    const size_t length = n < 256 ? n : 256;
+    int *tokens = (int *)xcalloc(length, sizeof *tokens), bytes;
+    Text text = {NULL, 0, 0}, json = {NULL, 0, 0};
+    FUZZ_REQUIRE(t.V > 0 && t.eot < t.V);
+    const int64_t count = tokenizer_encode(&t, (const char *)p, length, tokens);
+    for (int64_t i = 0; i < count; i++) {
+        const char *s = tokenizer_bytes(&t, tokens[i], &bytes);
+        text_append(&text, s, (size_t)bytes);
+    }
+    if (count > 0) FUZZ_REQUIRE(text.n == length && !memcmp(text.s, p, length));
+    if (t.bytes.n <= LONGEST && !tokenizer_json_write(&json, &t)) {
+        Json doc;
+        FUZZ_REQUIRE(!json_parse(&doc, json.s, json.n));
+        const int vocab = json_get(&doc, json_get(&doc, 0, "model"), "vocab");
+        FUZZ_REQUIRE(json_count(&doc, vocab) == t.V && json_duplicate(&doc, vocab) < 0);
+        json_free(&doc);
+    }
+    free(tokens), text_free(&text), text_free(&json);
+    tokenizer_free(&t);
+    return 1;
+}
+
+static int fuzz_manifest(const unsigned char *p, size_t n) {
+    Manifest m;
+    const char *error = manifest_parse(&m, p, n);
+    FUZZ_REQUIRE(!error || (*error && strlen(error) < sizeof m.error));
+    if (error) return 0;
+    int64_t left = m.tokens[MANIFEST_TRAIN];
+    FUZZ_REQUIRE(m.V > 0 && m.eot >= 0 && m.eot < m.V && strlen(m.sha256) == SHA256_HEX - 1 && !strchr(m.file, '/'));
+    for (int i = 0; i < m.shards; i++) {
+        FUZZ_REQUIRE(m.shard[i].tokens > 0 && !strchr(m.shard[i].file, '/'));
+        if (left == 0) left = m.tokens[MANIFEST_VAL];
+        left -= m.shard[i].tokens;
+    }
+    manifest_bits_per_byte(&m, MANIFEST_VAL, 1);
+    manifest_free(&m);
+    return 1;
+}
+
+// ---- options.h ----
+
+typedef struct { TrainOptions values; Options options; } FuzzOptions;
+
+static char *fuzz_options_read(FuzzOptions *o, Text *dump, const void *mem, size_t n) {
+    options_init(&o->options, "");
+    options_add(&o->options, train_option_specs, N_TRAIN_OPTION_SPECS, &o->values);
+    char *error = options_config(&o->options, mem, n, FROM_CONFIG, "fuzz");
+    options_dump(&o->options, dump);
+    return error;
+}
+
+static int fuzz_options(const unsigned char *p, size_t n) {
+    FuzzOptions a, b;
+    Text first = {NULL, 0, 0}, second = {NULL, 0, 0};
+    char *error = fuzz_options_read(&a, &first, p, n);
+    const int accepted = !error;
+    FUZZ_REQUIRE(!error || *error);
+    FUZZ_REQUIRE(!fuzz_options_read(&b, &second, first.s, first.n) && !strcmp(first.s, second.s));
+    options_apply_recipe(&a.options, &a.values);
+    options_free(&a.options), options_free(&b.options);
+    text_free(&first), text_free(&second), free(error);
+    return accepted;
+}
+
+// ---- drop_path.h, metrics.h: --drop-replay ----
+
+static void fuzz_drop_path(DropPath *d, int layers, int branches) {
+    memset(d, 0, sizeof *d);
+    d->layers = layers, d->branches = branches, d->steps = 10, d->p_max = 0.5;
+}
+
+// A plan that is read is the text that it was read from.
+static int fuzz_plan_text(const char *text, const DropPath *d, int m, int batch) {
+    DropPlan plan = drop_plan_new(d->layers, batch);
+    Text t = {NULL, 0, 0};
+    const int accepted = !drop_plan_read(&plan, d, 3, text, m, batch);
+    if (accepted) {
+        for (; m > 0; m--) text = strchr(text, ' ') + 1;
+        const size_t n = strcspn(text, " ");
+        drop_plan_write(&t, &plan, memchr(text, '.', n) ? UNIT_ROW : UNIT_BATCH);
+        FUZZ_REQUIRE(t.n == n && !memcmp(t.s, text, n));
+    }
+    text_free(&t);
+    drop_plan_free(&plan);
+    return accepted;
+}
+
+// The first three bytes say for which model, rows and micro-batch.
+static int fuzz_plan(const unsigned char *p, size_t n) {
+    DropPath d;
+    if (n < 3) return 0;
+    char *text = (char *)xcalloc(n - 2, 1);
+    memcpy(text, p + 3, n - 3);
+    fuzz_drop_path(&d, 1 + p[0] % 8, p[0] / 8 % 4);
+    const int accepted = fuzz_plan_text(text, &d, p[2] % 4, 1 + p[1] % 40);
+    free(text);
+    return accepted;
+}
+
+static int fuzz_metrics_same(double a, double b) { return a == b || (isnan(a) && isnan(b)); }
+
+static int fuzz_metrics(const unsigned char *p, size_t n) {
+    MetricsLog log;
+    DropPath d;
+    const char *error = metrics_log_parse(&log, p, n);
+    fuzz_drop_path(&d, 2, BRANCHES_SEPARATE);
+    for (int64_t i = 0; !error && i < log.n; i++) {
+        const Metrics *r = &log.record[i];
+        Metrics again;
+        Text line = {NULL, 0, 0};
+        metrics_write(&line, r);
+        FUZZ_REQUIRE(!metrics_parse(&again, line.s, line.n - 1) && !r->plan == !again.plan);
+#define X(name) FUZZ_REQUIRE(fuzz_metrics_same(r->name, again.name));
+        METRICS(X)
+#undef X
+        if (r->plan) FUZZ_REQUIRE(!strcmp(r->plan, again.plan));
+        for (int m = 0; r->plan && m < 2; m++) fuzz_plan_text(r->plan, &d, m, 5);
+        free((char *)(uintptr_t)again.plan);
+        text_free(&line);
+    }
+    const int accepted = !error && log.n;
+    metrics_log_free(&log);
+    return accepted;
+}
+
+// ---- comm.h ----
+
+static int fuzz_printable(const char *s, size_t room) {
+    for (size_t i = 0; i < room; i++) {
+        if (!s[i]) return 1;
+        if (s[i] < ' ' || s[i] > '~') return 0;
+    }
+    return 0;
+}
+
+static int fuzz_hello(const unsigned char *p, size_t n) {
+    CommHello h, again;
+    unsigned char bytes[COMM_HELLO];
+    if (comm_parse_hello(&h, p, n)) return 0;
+    FUZZ_REQUIRE(h.kind <= COMM_WATCH && h.rank < h.world && h.world <= COMM_MOST_RANKS && fuzz_printable(h.host, 64));
+    comm_write_hello(bytes, &h);
+    FUZZ_REQUIRE(!comm_parse_hello(&again, bytes, sizeof bytes) && !strcmp(again.token, h.token) && !strcmp(again.host, h.host));
+    return 1;
+}
+
+static const char fuzz_token[] = "the job";
+
+// Rank 0 of four hears a newcomer: only who knows the token comes in, at its own place.
+static int fuzz_admit(const unsigned char *p, size_t n) {
+    static CommLinks k;
+    CommPending newcomer;
+    char token[SHA256_HEX];
+    memset(&newcomer, 0, sizeof newcomer);
+    sha256_hex(token, fuzz_token, strlen(fuzz_token));
+    k.world = 4;
+    for (int r = 0; r < k.world; r++) k.data[r] = k.watch[r] = -1;
+    newcomer.fd = 1000;
+    newcomer.got = n < COMM_HELLO ? n : COMM_HELLO;
+    if (newcomer.got) memcpy(newcomer.bytes, p, newcomer.got);
+    char *error = comm_admit(&k, &newcomer, token);
+    int taken = 0;
+    for (int r = 0; r < k.world; r++) taken += (k.data[r] == 1000) + (k.watch[r] == 1000);
+    FUZZ_REQUIRE(taken == !error && k.data[0] < 0 && k.watch[0] < 0);
+    if (!error) {
+        for (int i = 0; i < 32; i++) {
+            unsigned byte = 0;
+            sscanf(token + 2 * i, "%2x", &byte);
+            FUZZ_REQUIRE(newcomer.bytes[24 + i] == byte);
+        }
+    }
+    free(error);
+    return taken;
+}
+
+static int fuzz_answer(const unsigned char *p, size_t n) {
+    uint32_t status;
+    char text[COMM_ANSWER];
+    if (comm_parse_answer(&status, text, p, n)) return 0;
+    FUZZ_REQUIRE(status >= COMM_JOINED && status <= COMM_REFUSED && fuzz_printable(text, sizeof text));
+    return 1;
+}
+
+static int fuzz_place(const unsigned char *p, size_t n) {
+    CommPlace place;
+    if (comm_parse_place(&place, p, n)) return 0;
+    FUZZ_REQUIRE(place.port > 0 && place.port < 65536 && place.n > 0 && place.n <= COMM_ADDRESSES);
+    for (int i = 0; i < place.n; i++) FUZZ_REQUIRE(fuzz_printable(place.address[i], 64));
+    return 1;
+}
+
+// What a peer tells on the connection that is watched, in pieces.
+static int fuzz_watch(const unsigned char *p, size_t n) {
+    CommPeer peer;
+    char text[COMM_ANSWER];
+    const char *news = NULL;
+    memset(&peer, 0, sizeof peer);
+    for (size_t at = 0, piece; at < n && !news; at += piece) {
+        piece = (size_t)1 + p[at] % 61;
+        if (piece > n - at) piece = n - at;
+        news = comm_hear(&peer, p + at, piece, text);
+        FUZZ_REQUIRE(peer.n < COMM_ANSWER);
+        if (news == text) FUZZ_REQUIRE(fuzz_printable(text, sizeof text));
+    }
+    return !news;
+}
+
+// Variables as "NAME=value\n"; a value lives until the next but seven.
+static const char *fuzz_look(const void *vars, const char *name) {
+    static char value[8][400];
+    static int next;
+    const size_t n = strlen(name);
+    for (const char *at = (const char *)vars; at; at = strchr(at, '\n')) {
+        at += *at == '\n';
+        if (strncmp(at, name, n) || at[n] != '=') continue;
+        char *v = value[next++ % 8];
+        snprintf(v, sizeof value[0], "%.*s", (int)strcspn(at + n + 1, "\n"), at + n + 1);
+        return v;
+    }
+    return NULL;
+}
+
+// A launcher's variables; the first line is --rendezvous.
+static int fuzz_launch(const unsigned char *p, size_t n) {
+    CommLaunch l;
+    char *text = (char *)xcalloc(n + 1, 1);
+    if (n) memcpy(text, p, n);
+    char *line = strchr(text, '\n');
+    if (line) *line = 0;
+    char *error = comm_launch(&l, text, "", fuzz_look, line ? line + 1 : "");
+    const int accepted = !error && l.world > 1;
+    if (accepted) FUZZ_REQUIRE(l.rank >= 0 && l.rank < l.world && l.local_rank < l.world && (*l.host || *l.directory) && *l.token);
+    free(error), free(text);
+    return accepted;
+}
+
+// ---- All of them ----
+
+#define FUZZ_PARSERS(X)                                                                                                    \
+    X(json) X(shards) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) X(manifest) X(options) X(metrics)  \
+    X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch)
+
+static const FuzzParser fuzz_parsers[] = {
+#define X(name) {#name, fuzz_##name},
+    FUZZ_PARSERS(X)
+#undef X
+};
+enum { N_FUZZ_PARSERS = sizeof fuzz_parsers / sizeof fuzz_parsers[0] };
+
+static inline const FuzzParser *fuzz_find(const char *name) {
+    for (int i = 0; i < N_FUZZ_PARSERS; i++)
+        if (!strcmp(fuzz_parsers[i].name, name)) return &fuzz_parsers[i];
+    return NULL;
+}
+
+#endif

@@ -1,0 +1,205 @@
+// seeds.h: small good inputs for every parser, most of them by our own writers, as files CORPUS/PARSER/NAME.
+#ifndef SEEDS_H
+#define SEEDS_H
+
+#include "parsers.h"
+
+static void seed_write(const char *corpus, const char *parser, const char *name, const void *bytes, size_t n) {
+    char *dir = xprintf("%s/%s", corpus, parser), *path = xprintf("%s/%s", dir, name);
+    directory_make(dir);
+    FILE *f = file_open(path, "wb");
+    file_write(f, path, bytes, n);
+    if (fclose(f)) die("cannot write %s: %s", path, strerror(errno));
+    free(dir), free(path);
+}
+
+static void seed_text(const char *corpus, const char *parser, const char *name, const char *text) {
+    seed_write(corpus, parser, name, text, strlen(text));
+}
+
+// Writes a text and frees it.
+static void seed_take(const char *corpus, const char *parser, const char *name, Text *t) {
+    seed_write(corpus, parser, name, t->s, t->n);
+    text_free(t);
+}
+
+static void seed_words(Text *t, const uint32_t *words, int n) {
+    unsigned char header[LLMC_HEADER_BYTES];
+    llmc_header(header, words, n);
+    text_append(t, header, sizeof header);
+}
+
+// ---- Tokens ----
+
+static void seeds_shards(const char *corpus) {
+    Text t = {NULL, 0, 0};
+    for (int i = 0; i < 2; i++) {
+        const uint32_t words[3] = {shard_formats[i].magic, shard_formats[i].version, 5};
+        seed_words(&t, words, 3);
+        text_append(&t, "\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0\377\377\0\0", (size_t)(5 * shard_formats[i].width));
+        seed_take(corpus, "shards", i ? "words" : "halves", &t);
+    }
+    seed_words(&t, (uint32_t[3]){SHARD_EVAL_MAGIC, 1, 0}, 3);
+    seed_take(corpus, "shards", "eval", &t);
+}
+
+static void seeds_tokenizer(const char *corpus) {
+    Text t = {NULL, 0, 0};
+    tokenizer_bytes_file(&t);
+    seed_take(corpus, "tokenizer", "bytes", &t);
+    seed_words(&t, (uint32_t[4]){TOKENIZER_MAGIC, 2, 6, 5}, 4);
+    text_append(&t, "\1a\1b\2ab\1 \3 ab\3end", 17);
+    seed_take(corpus, "tokenizer", "merges", &t);
+    seed_text(corpus, "tokenizer", "vocab",
+              "{\"a\": 0, \"b\": 1, \"\\u0120\": 2, \"\\u0120a\": 3, \"ab\": 4, \"{\": 6, \"<|endoftext|>\": 5}");
+    seed_text(corpus, "manifest", "two_sides",
+              "{\"format\": \"droppath.c token shards 1\", \"tokenizer\": {\"name\": \"bytes\", \"vocab_size\": 257, "
+              "\"end_of_text\": 256, \"file\": \"tokenizer.bin\", \"sha256\": "
+              "\"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\"}, \"splits\": {\"train\": {\"tokens\": 12, "
+              "\"bytes\": 11, \"shards\": [{\"file\": \"train_000000.bin\", \"tokens\": 7}, {\"file\": \"train_000001.bin\", "
+              "\"tokens\": 5}]}, \"val\": {\"tokens\": 0, \"bytes\": 0, \"shards\": []}}}");
+}
+
+// ---- Tensors ----
+
+static void seeds_safetensors(const char *corpus) {
+    static const unsigned char data[64] = {0, 0, 0x80, 0x3f, 0xff, 0xff, 0x7f, 0x7f, 0, 0x7c, 1, 0};
+    static const char *const dtype[4] = {"F32", "F16", "I64", "BOOL"};
+    char *dir = xprintf("%s/safetensors", corpus), *path = xprintf("%s/four", dir);
+    SafetensorsWriter w;
+    directory_make(dir);
+    FILE *f = file_open(path, "wb");
+    safetensors_writer_init(&w);
+    for (int i = 0; i < 4; i++) safetensors_declare(&w, &"wte.weight"[i], dtype[i], i % 3, (int64_t[2]){1 + i % 2, i});
+    safetensors_begin(&w, f, path);
+    for (int i = 0; i < 4; i++) safetensors_append(&w, data, w.entry[i].bytes);
+    safetensors_end(&w);
+    if (fclose(f)) die("cannot write %s", path);
+    free(dir), free(path);
+    seed_text(corpus, "index", "two_files",
+              "{\"metadata\": {\"total_size\": 8}, \"weight_map\": {\"wte.weight\": \"model-00001-of-00002.safetensors\", "
+              "\"wpe.weight\": \"model-00002-of-00002.safetensors\", \"ln_f.bias\": \"model-00001-of-00002.safetensors\"}}");
+}
+
+static void seeds_models(const char *corpus) {
+    const GptConfig c = {3, 2, 2, 1, 2};
+    double scale[4] = {1, 1, 0.75, 0.75};
+    Text t = {NULL, 0, 0};
+    CheckpointState s;
+    CheckpointSums sums;
+    for (int i = 0; i < 2; i++) {
+        const int dtype = i ? SAFETENSORS_BF16 : SAFETENSORS_F32;
+        unsigned char header[LLMC_HEADER_BYTES];
+        const GptConfig one = {3, 2, 1, 1, 1}, padded = {4, 2, 1, 1, 1};
+        llmc_model_header(header, &one, dtype);
+        header[4 * 7] = 4;                               // Vp: a padding of one row is enough for a fuzzer
+        text_append(&t, header, sizeof header);
+        for (size_t k = 0; k < gpt_params_count(&padded); k++) text_append(&t, "\1\2\3\4", safetensors_dtype[dtype].size);
+        seed_take(corpus, "llmc", i ? "bf16" : "fp32", &t);
+    }
+    memset(&s, 0, sizeof s);
+    s.step = 100, s.tokens = 1 << 20, s.eval_scale = scale, s.tied = 1, s.eot = 2;
+    s.options = "# Data\ntrain = data/x_*.bin\nsteps = 200\nprompt = \"a b\\n\"\ndrop-recipe = huang2016\n";
+    checkpoint_config_json(&t, &c, &s, "float32");
+    seed_take(corpus, "config", "ours", &t);
+    seed_text(corpus, "config", "gpt2",
+              "{\"activation_function\": \"gelu_new\", \"architectures\": [\"GPT2LMHeadModel\"], \"attn_pdrop\": 0.1, "
+              "\"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", \"n_ctx\": 1024, \"n_embd\": 768, \"n_head\": 12, "
+              "\"n_inner\": null, \"n_layer\": 12, \"n_positions\": 1024, \"task_specific_params\": {}, \"vocab_size\": 50257}");
+    for (int i = 0; i < CHECKPOINT_FILES; i++) sha256_hex(sums.hex[i], &i, 1);
+    checkpoint_trainer_json(&t, &s, &sums);
+    seed_write(corpus, "trainer", "whole", t.s, t.n);
+    const size_t tail = strlen(CHECKPOINT_SELF) + SHA256_HEX - 1 + strlen("\"\n}\n");
+    seed_write(corpus, "trainer", "body", t.s, t.n - tail);
+    text_free(&t);
+}
+
+// ---- Texts ----
+
+static void seeds_text(const char *corpus) {
+    TrainOptions values;
+    Options o;
+    Text t = {NULL, 0, 0};
+    options_init(&o, "");
+    options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &values);
+    options_dump(&o, &t);
+    options_free(&o);
+    seed_take(corpus, "options", "all", &t);
+    seed_text(corpus, "options", "some", "# a run\r\nsteps = 10\nlr = 6e-4 # peak\nwarmup=5%\n  prompt = \"a # \\\"b\\\" \\\\ \\n\"\n"
+              "drop_path = 0.1\ndrop-recipe = pld2020\nreduce-fp32 = 1\n");
+    seed_text(corpus, "json", "all", " {\"a\": [1, -2.5e3, \"\\uD83D\\uDE00\\n\xE2\x82\xAC\", 0.0, 9223372036854775807], \"b\": "
+              "{\"c\": null, \"d\": true}, \"\": false, \"\\u0061\": [[[]]], \"z\": \"\\u0000\"}\n");
+}
+
+static void seeds_depth(const char *corpus) {
+    for (int more = 0; more < 2; more++) {
+        Text t = {NULL, 0, 0};
+        for (int i = 0; i < JSON_MAX_DEPTH + more; i++) text_append(&t, "[", 1);
+        for (int i = 0; i < JSON_MAX_DEPTH + more; i++) text_append(&t, "]", 1);
+        seed_take(corpus, "json", more ? "too_deep" : "deepest", &t);
+    }
+}
+
+static void seeds_replay(const char *corpus) {
+    Text t = {NULL, 0, 0}, line = {NULL, 0, 0};
+    for (int unit = 0; unit < 2; unit++) {
+        DropPath d;
+        DropPlan plan = drop_plan_new(2, 5);
+        Metrics r = metrics_new();
+        fuzz_drop_path(&d, 2, BRANCHES_SEPARATE);
+        d.unit = unit;
+        for (int m = 0; m < 2; m++) {
+            drop_plan_sample(&plan, &d, 5, m, 2, 1, 5);
+            if (m) text_append(&t, " ", 1);
+            drop_plan_write(&t, &plan, unit);
+        }
+        r.step = 1 + unit, r.loss = 2.5, r.lr = 1e-4, r.flops = 1e12;
+        r.plan = t.s;
+        metrics_write(&line, &r);
+        Text with = {NULL, 0, 0};
+        text_append(&with, (unsigned char[3]){1, 4, (unsigned char)unit}, 3);
+        text_append(&with, t.s, t.n);
+        seed_take(corpus, "plan", unit ? "rows" : "batch", &with);
+        text_free(&t);
+        drop_plan_free(&plan);
+    }
+    seed_take(corpus, "metrics", "two_steps", &line);
+}
+
+// ---- Ranks ----
+
+static void seeds_comm(const char *corpus) {
+    CommHello h;
+    unsigned char bytes[COMM_ANSWER];
+    memset(&h, 0, sizeof h);
+    h.kind = COMM_WATCH, h.world = 4, h.rank = 3;
+    sha256_hex(h.token, fuzz_token, strlen(fuzz_token));
+    strcpy(h.host, "node7");
+    comm_write_hello(bytes, &h);
+    seed_write(corpus, "hello", "rank_3", bytes, COMM_HELLO);
+    seed_write(corpus, "admit", "rank_3", bytes, COMM_HELLO);
+    h.kind = COMM_DATA, h.rank = 0, h.token[0] ^= 1;
+    comm_write_hello(bytes, &h);
+    seed_write(corpus, "admit", "stranger", bytes, COMM_HELLO);
+    seed_text(corpus, "admit", "http", "GET / HTTP/1.1\r\nHost: x\r\n\r\n");
+    comm_write_answer(bytes, COMM_REFUSED, "it has another job token");
+    seed_write(corpus, "answer", "refused", bytes, COMM_ANSWER);
+    seed_text(corpus, "place", "two", "droppath rendezvous 1\n4321\n10.0.0.1\n::1\n");
+    memset(bytes, 0, sizeof bytes);
+    memcpy(bytes, "Drank 2 is gone", 15);
+    Text t = {NULL, 0, 0};
+    text_append(&t, "HHH", 3), text_append(&t, bytes, COMM_ANSWER), text_append(&t, "HB", 2);
+    seed_take(corpus, "watch", "dead", &t);
+    seed_text(corpus, "watch", "signs", "HHHHHB");
+    seed_text(corpus, "launch", "torchrun", "tcp://[::1]:29500\nRANK=3\nWORLD_SIZE=8\nLOCAL_RANK=1\nDROPPATH_JOB_TOKEN=t\n");
+    seed_text(corpus, "launch", "slurm", "\nSLURM_PROCID=5\nSLURM_STEP_NUM_TASKS=8\nSLURM_LOCALID=2\nSLURM_JOB_ID=5\nMASTER_ADDR=h\n");
+    seed_text(corpus, "launch", "directory", "dir:/x\nOMPI_COMM_WORLD_RANK=0\nOMPI_COMM_WORLD_SIZE=2\nOMPI_COMM_WORLD_LOCAL_RANK=0\n"
+              "PMIX_NAMESPACE=p\nMASTER_PORT=7\n");
+}
+
+static void seeds_write(const char *corpus) {
+    seeds_shards(corpus), seeds_tokenizer(corpus), seeds_safetensors(corpus), seeds_models(corpus), seeds_text(corpus);
+    seeds_depth(corpus), seeds_replay(corpus), seeds_comm(corpus);
+}
+
+#endif
