@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Do the tests notice a wrong operator, constant or missing statement? In drop_path.h, checkpoint.h and the drop-path parts
-of train_gpt.c, one place at a time is changed (a mutant), what depends on it is compiled, and tests run until one fails.
+"""Do the tests notice a wrong operator, constant or missing statement? In drop_path.h, checkpoint.h and the drop-path
+parts of train_gpt.c, one place at a time is changed (a mutant), what depends on it is compiled, and tests run until
+one fails.
 
     make mutate                          150 mutants drawn by seed 1; what was tried before is not tried again
     make mutate MUTANTS=0                all of them
     dev/mutate/mutate.py --seconds 170   stops in time; the next call goes on
     dev/mutate/mutate.py --list          the mutants, without trying them
 
-A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as the program it was made from.
+A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as what it was made from.
 What survives is printed; dev/mutate/survivors.txt says why it may. Exit code 1 below 90% caught, survivors all counted.
 
 Not changed: CHECK and assert, which no right caller reaches; texts of messages; comments.
 """
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -34,30 +36,35 @@ SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 LIBS = ["-lm", "-pthread"]
 
 # What decides which rows run, at what scale, and what becomes of their gradients and memory.
-ENGINE_FUNCTIONS = """token_place line_of residual_forward residual_backward gradient_index gradient_add kept_per_row kept_bound
-    keep rows_of to_stream from_stream tokens_of attention_branch_forward attention_branch_backward mlp_branch_forward
-    mlp_branch_backward block_forward block_backward run_forward model_forward_backward model_update""".split()
+ENGINE_FUNCTIONS = """
+    token_place line_of residual_forward residual_backward gradient_index gradient_add kept_per_row kept_bound
+    keep rows_of to_stream from_stream tokens_of attention_branch_forward attention_branch_backward
+    mlp_branch_forward mlp_branch_backward block_forward block_backward run_forward model_forward_backward
+    model_update""".split()
 
 # Whole runs by the mutant's train_gpt, for what survives the tests of its part.
-WHOLE_RUNS = """trainer_survival_scaling_reaches_the_checkpoint trainer_replay_gives_the_same_run trainer_weights_of_another_run
-    trainer_drop_path_zero_is_plain_training trainer_refuses trainer_survives_numbers_that_are_not_finite
-    trainer_warns_of_a_high_rate trainer_learns_and_records trainer_resume_is_bit_identical""".split()
-ENGINE_TESTS = """engine_golden_skip engine_golden_dense engine_golden_gradients engine_golden_eval engine_update_untouched
-    engine_update engine_update_clipped engine_update_not_taken engine_slots engine_ignored engine_logits engine_evaluates
-    engine_forward_is_pure engine_rows_alone engine_smaller_calls engine_micro_batches engine_bf16_is_near engine_any_batch
-    engine_dropped_is_zero engine_scale engine_rows_apart engine_poison engine_nan_reaches_the_loss engine_bounded
-    engine_threads""".split()
+WHOLE_RUNS = """
+    trainer_survival_scaling_reaches_the_checkpoint trainer_replay_gives_the_same_run
+    trainer_weights_of_another_run trainer_drop_path_zero_is_plain_training trainer_refuses
+    trainer_survives_numbers_that_are_not_finite trainer_warns_of_a_high_rate trainer_learns_and_records
+    trainer_resume_is_bit_identical""".split()
+ENGINE_TESTS = """
+    engine_golden_skip engine_golden_dense engine_golden_gradients engine_golden_eval engine_update_untouched
+    engine_update engine_update_clipped engine_update_not_taken engine_slots engine_ignored engine_logits
+    engine_evaluates engine_forward_is_pure engine_rows_alone engine_smaller_calls engine_micro_batches
+    engine_bf16_is_near engine_any_batch engine_dropped_is_zero engine_scale engine_rows_apart engine_poison
+    engine_nan_reaches_the_loss engine_bounded engine_threads""".split()
 
 FILES = {"dev/drop_path.h": 1, "dev/checkpoint.h": 2, "train_gpt.c": 3}     # the group of dev/mutate/tests.c
 
 OPERATORS = [(" < ", " <= "), (" < ", " >= "), (" <= ", " < "), (" > ", " >= "), (" > ", " <= "), (" >= ", " > "),
-             (" == ", " != "), (" != ", " == "), (" + ", " - "), (" - ", " + "), (" * ", " / "), (" / ", " * "), (" % ", " * "),
-             (" && ", " || "), (" || ", " && "), (" += ", " -= "), (" -= ", " += "), (" & ", " | "), (" | ", " & "),
-             (" |= ", " &= "), (" << ", " >> "), (" >> ", " << ")]
+             (" == ", " != "), (" != ", " == "), (" + ", " - "), (" - ", " + "), (" * ", " / "), (" / ", " * "),
+             (" % ", " * "), (" && ", " || "), (" || ", " && "), (" += ", " -= "), (" -= ", " += "),
+             (" & ", " | "), (" | ", " & "), (" |= ", " &= "), (" << ", " >> "), (" >> ", " << ")]
 NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?![\w.])")
 STATEMENT = re.compile(r"^(\s+)((?:\*|\()*[A-Za-z_][\w.\[\]>()*+ -]*?(?:\(.*\)|\s(?:[-+*|]?=)\s.*|\+\+|--));\s*$")
-KEYWORD = re.compile(r"^\s*(return|else|if|for|while|do|switch|case|default|typedef|enum|struct|static|const|int|char|double|"
-                     r"float|real|unsigned|size_t|u?int\d+_t|FILE|DIR|Text|Json|FileMap|Weights|CHECK|assert)\b")
+KEYWORD = re.compile(r"^\s*(return|else|if|for|while|do|switch|case|default|typedef|enum|struct|static|const|int|char|"
+                     r"double|float|real|unsigned|size_t|u?int\d+_t|FILE|DIR|Text|Json|FileMap|Weights|CHECK|assert)\b")
 
 
 # ---- Making mutants ----
@@ -69,7 +76,7 @@ def code_only(text):
 
 
 def function_spans(code):
-    """name -> (from, to) of their bodies; a function ends with } at the start of a line, or on the line it begins on."""
+    """name -> (from, to) of their bodies; a function ends with } at the start of a line, or on its first line."""
     spans = {}
     for m in re.finditer(r"^(?:static|[a-zA-Z]).*?\b(\w+)\([^;{}]*\)\s*\{", code, re.M):
         spans[m.group(1)] = (m.end(), code.find("\n" if code[m.end()] != "\n" else "\n}", m.end()))
@@ -149,10 +156,10 @@ def limits():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def call(command, cwd, seconds, env=None):
+def call(command, cwd, seconds):
     """0: success; else how it failed, as a word."""
-    environment = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive", BUILD=os.path.join("build", "mutate", "runs"),
-                       TMPDIR=os.path.join(WORK, "tmp"), ASAN_OPTIONS="max_allocation_size_mb=4096", **(env or {}))
+    environment = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive", BUILD="build/mutate/runs",
+                       TMPDIR=os.path.join(WORK, "tmp"), ASAN_OPTIONS="max_allocation_size_mb=4096")
     try:
         p = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                            env=environment, timeout=seconds, check=False, preexec_fn=limits)
@@ -175,7 +182,8 @@ class Bench:
         os.makedirs(os.path.join(WORK, "tmp"), exist_ok=True)
         shutil.rmtree(TREE, ignore_errors=True)
         os.makedirs(os.path.join(WORK, "runs"), exist_ok=True)
-        shutil.copytree(os.path.join(ROOT, "dev"), os.path.join(TREE, "dev"), ignore=shutil.ignore_patterns("golden", "emu"))
+        shutil.copytree(os.path.join(ROOT, "dev"), os.path.join(TREE, "dev"),
+                        ignore=shutil.ignore_patterns("golden", "emu"))
         for name in ("train_gpt.c", "test_gpt.c"):
             shutil.copy(os.path.join(ROOT, name), TREE)
 
@@ -190,7 +198,8 @@ class Bench:
         """What no mutant changes, and how long the tests take when nothing is wrong."""
         out = os.path.join(WORK, "engine.o")
         self.must(self.compile("-O2", "-DENGINE_ONLY", "-c", "train_gpt.c", "-o", out), "cannot compile train_gpt.c")
-        self.must(self.compile("-O1", "-DGROUP=3", "-c", "dev/mutate/tests.c", "-o", os.path.join(WORK, "engine_tests.o")),
+        out = os.path.join(WORK, "engine_tests.o")
+        self.must(self.compile("-O1", "-DGROUP=3", "-c", "dev/mutate/tests.c", "-o", out),
                   "cannot compile dev/mutate/tests.c")
         env = dict(os.environ, MAKEFLAGS="")
         make = ["make", "-s", f"CC={self.cc}", "B=build/mutate/runs", "EMULATE=0", "CFLAGS=-O1 -g",
@@ -215,8 +224,8 @@ class Bench:
             objects = [os.path.join(WORK, "engine_tests.o"), engine]
             self.compile(*objects, "-o", program, *LIBS)
             return call([program] + ENGINE_TESTS, ROOT, seconds)
-        if self.compile("-O0", *SANITIZERS, f"-DGROUP={group}", "dev/mutate/tests.c", os.path.join(WORK, "engine.o"), "-o", program,
-                        *LIBS):
+        if self.compile("-O0", *SANITIZERS, f"-DGROUP={group}", "dev/mutate/tests.c", os.path.join(WORK, "engine.o"),
+                        "-o", program, *LIBS):
             return "compiler"
         return call([program], ROOT, seconds)
 
@@ -254,9 +263,8 @@ def read_reasons():
 def inputs_hash():
     """Results hold for these sources and tests only."""
     digest = hashlib.sha256()
-    names = ["train_gpt.c", "test_gpt.c"]
-    for folder in ("dev", "dev/test", "dev/mutate"):
-        names += sorted(os.path.join(folder, n) for n in os.listdir(os.path.join(ROOT, folder)) if n.endswith((".h", ".c", ".py")))
+    names = list(FILES) + ["dev/trainer.h"]
+    names += [f"dev/test/test_{n}.h" for n in ("drop_path", "checkpoint", "engine", "trainer")]
     for name in names:
         with open(os.path.join(ROOT, name), "rb") as f:
             digest.update(name.encode() + f.read())
@@ -287,7 +295,8 @@ def report(chosen, results):
             survived.append((path, text.count("\n", 0, mutant[0]) + 1) + describe(text, mutant))
     for path, line, before, after in sorted(survived):
         reason = reasons.get((path, before, after))
-        print(f"\nsurvived: {path}:{line}\n  - {before}\n  + {after}\n  {reason or 'NO REASON in dev/mutate/survivors.txt'}")
+        print(f"\nsurvived: {path}:{line}\n  - {before}\n  + {after}\n"
+              f"  {reason or 'NO REASON in dev/mutate/survivors.txt'}")
     print(f"\n{'file':20} {'caught':>8} {'survived':>9} {'did not compile':>16}")
     for path, row in total.items():
         print(f"{path:20} {row[0]:8} {row[1]:9} {row[2]:16}")
@@ -312,6 +321,11 @@ def main():
             print(f"{path}:{text.count(chr(10), 0, mutant[0]) + 1}: {' -> '.join(describe(text, mutant))}")
         return 0
     os.makedirs(WORK, exist_ok=True)
+    lock = open(os.path.join(WORK, "lock"), "w", encoding="ascii")       # goes with the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"error: another mutate.py is at work in {WORK}")
     store = os.path.join(WORK, "results.json")
     state = {"inputs": inputs_hash(), "results": {}}
     if os.path.exists(store):
@@ -336,7 +350,8 @@ def main():
         results[key] = bench.attempt(path, text, mutant)
         with open(store, "w", encoding="utf-8") as f:
             json.dump(state, f)
-        print(f"{n + 1}/{len(chosen)} {path}:{text.count(chr(10), 0, mutant[0]) + 1}: {results[key] or 'SURVIVED'}", flush=True)
+        line = text.count("\n", 0, mutant[0]) + 1
+        print(f"{n + 1}/{len(chosen)} {path}:{line}: {results[key] or 'SURVIVED'}", flush=True)
     print(f"{len(chosen)} of {len(everything)} mutants, drawn by seed {o.seed}")
     return 0 if report(chosen, results) else 1
 

@@ -4,8 +4,8 @@
     make coverage            builds with counts, runs the tests, prints this table
     make coverage LINES=1    and every line that no test has reached
 
-A header is compiled into several programs, and a function into several copies: a line counts as reached when any of them
-reached it, and so does a branch. What a program counts is lost when it is killed or aborts (CHECK, assert).
+A header is compiled into several programs, and a function into several copies: a line counts as reached when any of
+them reached it, and so does a branch. What a program counts is lost when it is killed or aborts (CHECK, assert).
 """
 import collections
 import fnmatch
@@ -33,7 +33,8 @@ def run_gcov(folder):
         except OSError as e:
             sys.exit(f"error: cannot run {gcov}: {e.strerror}\n  hint: GCOV=gcov-12 names the one of your compiler")
     if out.returncode:
-        sys.exit(f"error: {gcov} fails: {out.stderr.decode().splitlines()[-1:]}\n  hint: it must be of the compiler's version")
+        sys.exit(f"error: {gcov} fails: {out.stderr.decode().splitlines()[-1:]}\n"
+                 "  hint: it must be of the compiler's version")
     return [json.loads(line) for line in out.stdout.splitlines() if line.strip()]
 
 

@@ -191,7 +191,35 @@ static void test_shards_beyond_32_bits(void) {
     free(pattern), free(first), free(b), free(c);
 }
 
+// ---- What a run of days prints and reads ----
+
+static void test_metrics_durations(void) {
+    static const struct { double seconds; const char *want; } row[] = {
+        {-1, "0s"}, {NAN, "0s"}, {0, "0s"}, {59.4, "59s"}, {59.5, "1m00s"}, {3599, "59m59s"}, {3600, "1h00m"},
+        {12059, "3h20m"}, {86399, "23h59m"}, {86400, "1d00h"}, {187200, "2d04h"}, {1e300, "11574074074d01h"}};
+    char text[32];
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        metrics_duration(text, row[i].seconds);
+        EXPECT_TEXT(text, row[i].want);
+    }
+    metrics_grouped(text, 6442452043.0);
+    EXPECT_TEXT(text, "6,442,452,043");
+    metrics_grouped(text, 999);
+    EXPECT_TEXT(text, "999");
+}
+
+// Recorded plans must be of all steps from the first on, without a gap.
+static void test_trainer_replay_needs_every_step(void) {
+    const char *dir = test_directory();
+    EXPECT_RUN("--out %s/run --steps 4 --drop-path 0.5", dir);
+    char *command = xprintf("sed 3d %s/run/metrics.jsonl > %s/gap", dir, dir);
+    tool_expect(0, "", shell_run(command), __FILE__, __LINE__);
+    EXPECT_REFUSED(1, "gap: line 3 has no plan of step 3", "--out %s/again --steps 4 --drop-path 0.5 --drop-replay %s/gap", dir, dir);
+    free(command);
+}
+
 #define LONG_TESTS(X)                                                                             \
-    X(shards_changed) X(shards_fingerprint) X(shards_beyond_32_bits) X(trainer_shard_changed_under_the_run)
+    X(shards_changed) X(shards_fingerprint) X(shards_beyond_32_bits) X(trainer_shard_changed_under_the_run) \
+    X(metrics_durations) X(trainer_replay_needs_every_step)
 
 #endif

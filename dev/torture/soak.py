@@ -5,9 +5,9 @@
     make soak SECONDS=120                two minutes
     dev/torture/soak.py --seed 7         other moments and signals
 
-The run left alone must keep its memory. The other one gets signals at random moments, other numbers of threads and other
-save intervals, and is resumed each time; in the end it must have every step once in metrics.jsonl, with the same numbers,
-and the same weights and moments, byte for byte. Exit code 1 if anything differs. What it made stays in --out then.
+The run left alone must keep its memory. The other one gets signals at random moments, other numbers of threads and
+other save intervals, and is resumed each time; in the end it must have every step once in metrics.jsonl, with the same
+numbers, and the same weights and moments, byte for byte. Exit code 1 if anything differs; what it made stays then.
 """
 import argparse
 import collections
@@ -21,9 +21,8 @@ import subprocess
 import sys
 import time
 
-STEADY = ["--layers", "2", "--heads", "2", "--channels", "16", "--seq-len", "16", "--batch", "4", "--total-batch", "128",
-          "--drop-path", "0.3", "--drop-unit", "row", "--eval-every", "50", "--eval-tokens", "500", "--log-every", "1000",
-          "--keep", "3"]
+STEADY = """--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --drop-path 0.3 --drop-unit row
+    --eval-every 50 --eval-tokens 500 --log-every 1000 --keep 3""".split()
 TIMES = {"ms", "tok_per_s", "mfu", "peak_bytes"}         # what differs between two runs of the same bits
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGSTOP]
 MAY_GROW = 1 << 20                                       # bytes: libc's own buffers and OpenMP's
@@ -41,7 +40,8 @@ class Run:
     def __init__(self, o, out, steps, *options):
         self.log = out + ".log"
         command = [os.path.join(o.build, "train_gpt"), "--train", os.path.join(o.out, "data", "train_*.bin"), "--val",
-                   os.path.join(o.out, "data", "val_*.bin"), "--steps", str(steps), "--out", out] + STEADY + list(options)
+                   os.path.join(o.out, "data", "val_*.bin"), "--steps", str(steps), "--out", out]
+        command += STEADY + list(options)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                             env=dict(os.environ, OMP_WAIT_POLICY="passive"))
@@ -157,7 +157,7 @@ def compare(alone, disturbed, steps):
     numbers = [int(r["step"]) for r in got]
     if numbers != list(range(1, steps + 1)):
         gaps = [n for n in range(1, steps + 1) if n not in set(numbers)]
-        problem(f"metrics.jsonl has {len(numbers)} records for {steps} steps; {len(gaps)} are missing, the first {gaps[:3]}")
+        problem(f"metrics.jsonl has {len(numbers)} records for {steps} steps; {len(gaps)} are missing: {gaps[:3]} ...")
     other = [r["step"] for r, w in zip(got, want) if r != w]
     if other:
         problem(f"metrics.jsonl: {len(other)} steps have other numbers, the first is {other[0]:g}")
@@ -177,9 +177,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", default="build", help="where train_gpt and data_bytes are")
     parser.add_argument("--seconds", type=float, default=3600, help="of both runs together, about")
-    parser.add_argument("--leg", type=float, default=0, help="mean seconds between two signals; default: a fortieth of the time")
+    parser.add_argument("--leg", type=float, default=0, help="mean seconds between two signals; 0: the time / 80")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", default="build/soak", help="a new or old folder of this script; what was there is removed")
+    parser.add_argument("--out", default="build/soak", help="a folder of this script: what was there is removed")
     o = parser.parse_args()
     o.leg = o.leg or max(0.3, min(20.0, o.seconds / 80))
     if os.path.isdir(o.out) and os.listdir(o.out) and not os.path.exists(os.path.join(o.out, "text")):
@@ -202,8 +202,9 @@ def main():
         print(f"soak: {len(problems)} problems; {o.out} has both runs and what they said")
         return 1
     shutil.rmtree(o.out)
-    print(f"soak: {steps} steps, {sum(counts.values()) - counts['starts']} signals, {counts['starts']} starts: the same metrics, "
-          "weights and moments")
+    starts = counts.pop("starts")
+    signals = sum(counts.values())
+    print(f"soak: {steps} steps, {signals} signals, {starts} starts: the same metrics, weights and moments")
     return 0
 
 
