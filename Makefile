@@ -297,11 +297,34 @@ $(LOOK_VENV)/bin/python: scripts/requirements.txt
 test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
 	@BUILD=$(B) $(PYTHON) -m unittest discover -b -s dev/test -p 'test_look_*.py'
 
+# How much of train_gpt.c and dev/*.h the tests reach (the GPU engine left out); LINES=1 lists what they do not. gcc only.
+COVERAGE_FLAGS := -O1 -g --coverage -fno-inline -fkeep-inline-functions -fkeep-static-functions
+coverage:
+	@rm -f build/coverage/*.gcda
+	@$(MAKE) --no-print-directory CC=gcc B=build/coverage EMULATE=0 CFLAGS="$(COVERAGE_FLAGS)" test
+	@python3 dev/test/coverage.py build/coverage $(if $(LINES),--lines)
+
+# Whether the tests notice a changed operator, constant or statement in drop path and checkpoints: dev/mutate/mutate.py.
+MUTANTS ?= 150
+mutate:
+	@python3 dev/mutate/mutate.py --sample $(MUTANTS) --cc "$(CC)"
+
+# Hours of a small run that is stopped, killed and resumed: memory, metrics, steps and weights must come out as undisturbed.
+SECONDS ?= 3600
+soak: $(B)/train_gpt $(B)/data_bytes
+	@python3 dev/torture/soak.py --build $(B) --seconds $(SECONDS)
+
+# Data races, by clang's ThreadSanitizer with an OpenMP runtime that it understands (dev/README.md, Threads).
+test-threads:
+	@sh dev/test/threads.sh $(TESTS)
+
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 16
-	@echo "targets: all quickstart test fuzz test-interop test-data test-look test-cuda bench headers instructions cuda-report clean"
+	@echo "targets: $(TARGETS)"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test fuzz test-interop test-data test-look test-cuda bench headers instructions cuda-report help clean
+TARGETS := all quickstart test bench test-interop test-data test-look test-cuda test-threads fuzz coverage mutate soak \
+           headers instructions cuda-report clean
+.PHONY: choices help $(TARGETS)

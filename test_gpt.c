@@ -22,6 +22,7 @@
 #include "dev/test/test_interop.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
+#include "dev/test/test_long.h"
 #include "dev/test/test_manifest.h"
 #ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_nccl.h"
@@ -65,7 +66,7 @@ static const Test tests[] = {
     CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
-    MANIFEST_TESTS(X) FUZZ_TESTS(X)
+    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

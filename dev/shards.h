@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "rng.h"
+#include "sha256.h"
 #include <glob.h>
 
 // ---- llm.c's header, which its tokenizer files share ----
@@ -83,10 +84,11 @@ static inline const char *shard_parse(Shard *s, const void *mem, size_t size) {
 
 // ---- Many shards ----
 
+// Shards are read, not mapped: a mapped file that is cut short ends the program by a signal that names nothing.
 typedef struct {
     char *path;
-    FileMap map;
-    Shard shard;
+    Shard shard;                                         // its tokens stay in the file
+    int64_t bytes, seconds, nanoseconds;                 // its size, and when it was last written, as it was opened
     int64_t first;                                       // windows in the shards before it
 } ShardFile;
 
@@ -123,18 +125,102 @@ static inline glob_t shards_glob(const char *patterns) {
     return found;
 }
 
-// Token `at` of a file, which must be in [0, V).
-static inline int shards_token(const Shards *s, const ShardFile *f, int64_t at) {
-    uint32_t token = shard_token(&f->shard, at);
-    if (token >= (uint32_t)s->V)
-        die("%s: token %lld is %u, but the vocabulary has %d tokens\n"
-            "  hint: --vocab-size does not match the tokenizer that made these shards", f->path, (long long)at, token, s->V);
-    return (int)token;
+// Opens a shard's file, and what the system knows of it. NULL or, with nothing open, what is wrong.
+static inline const char *shard_file_open(const char *path, int *fd, struct stat *st) {
+    *fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (*fd < 0) return strerror(errno);
+    const char *error = fstat(*fd, st) ? strerror(errno) : !S_ISREG(st->st_mode) ? "not a regular file" : NULL;
+    if (error) close(*fd);
+    return error;
 }
 
-// Maps the shards that the patterns match (see shards_glob), for windows of T+1 tokens in [0, V). A shard that is
+static inline int64_t shard_file_nanoseconds(const struct stat *st) {
+#ifdef __APPLE__
+    return st->st_mtimespec.tv_nsec;
+#else
+    return st->st_mtim.tv_nsec;
+#endif
+}
+
+// n bytes of an open file from `at` on; fewer where it ends. Returns how many, or -1 and errno.
+static inline int64_t shard_file_read(int fd, int64_t at, void *bytes, size_t n) {
+    size_t done = 0;
+    while (done < n) {
+        const ssize_t got = pread(fd, (char *)bytes + done, n - done, (off_t)(at + (int64_t)done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return -1;
+        if (got == 0) break;
+        done += (size_t)got;
+    }
+    return (int64_t)done;
+}
+
+// Tokens [at, at + n) of a shard as the file holds them, n times `width` bytes. Dies when the file is not the one that
+// shards_open has read any more: by its size and by the time it was last written, which are compared after reading.
+static inline void shards_read_bytes(const ShardFile *f, int64_t at, unsigned char *bytes, int64_t n) {
+    static const char hint[] = "\n  hint: put the shard back as it was; --resume continues a run from its last checkpoint";
+    struct stat st;
+    int fd;
+    CHECK(0 <= at && 0 <= n && at + n <= f->shard.count, "%s: %lld tokens from %lld", f->path, (long long)n, (long long)at);
+    const char *error = shard_file_open(f->path, &fd, &st);
+    if (error) die("%s cannot be read any more: %s%s", f->path, error, hint);
+    const size_t size = (size_t)n * (size_t)f->shard.width;
+    const int64_t got = shard_file_read(fd, LLMC_HEADER_BYTES + at * f->shard.width, bytes, size);
+    if (got < 0) die("cannot read %s at token %lld: %s%s", f->path, (long long)at, strerror(errno), hint);
+    if (fstat(fd, &st)) die("cannot read %s: %s%s", f->path, strerror(errno), hint);
+    close(fd);
+    if ((int64_t)st.st_size != f->bytes)
+        die("%s has changed since it was opened: it had %lld bytes, now it has %lld%s", f->path, (long long)f->bytes,
+            (long long)st.st_size, hint);
+    if ((int64_t)st.st_mtime != f->seconds || shard_file_nanoseconds(&st) != f->nanoseconds)
+        die("%s has changed since it was opened: it was written again%s", f->path, hint);
+    if ((size_t)got != size) die("cannot read %s at token %lld: it ends there%s", f->path, (long long)at, hint);
+}
+
+// Of tokens [at, at + n) of a file, which must be in [0, V), all but the last go to `tokens` (n-1) and all but the first to
+// `targets` (n-1). Without these two it only looks whether all are in [0, V).
+static inline void shards_read_tokens(const Shards *s, const ShardFile *f, int64_t at, int64_t n, int *tokens, int *targets) {
+    enum { PIECE = 16384 };
+    unsigned char bytes[4 * PIECE];
+    Shard piece = f->shard;
+    piece.tokens = bytes;
+    for (int64_t done = 0, m; done < n; done += m) {
+        m = n - done < PIECE ? n - done : PIECE;
+        shards_read_bytes(f, at + done, bytes, m);
+        for (int64_t i = 0; i < m; i++) {
+            const uint32_t token = shard_token(&piece, i);
+            if (token >= (uint32_t)s->V)
+                die("%s: token %lld is %u, but the vocabulary has %d tokens\n"
+                    "  hint: --vocab-size does not match the tokenizer that made these shards",
+                    f->path, (long long)(at + done + i), token, s->V);
+            if (tokens && done + i < n - 1) tokens[done + i] = (int)token;
+            if (targets && done + i > 0) targets[done + i - 1] = (int)token;
+        }
+    }
+}
+
+// A shard's header, its size and time. Dies with what is wrong.
+static inline void shards_open_file(ShardFile *f) {
+    unsigned char header[LLMC_HEADER_BYTES];
+    struct stat st;
+    int fd;
+    const char *error = shard_file_open(f->path, &fd, &st);
+    const int64_t got = error ? 0 : shard_file_read(fd, 0, header, sizeof header);
+    if (got < 0) error = strerror(errno);
+    if (error) die("cannot read %s: %s\n  hint: name the shards, as in \"data/text/train_*.bin\"", f->path, error);
+    close(fd);
+    error = shard_parse(&f->shard, header, got < LLMC_HEADER_BYTES ? (size_t)got : (size_t)st.st_size);
+    if (error) die("%s: %s", f->path, error);
+    f->shard.tokens = NULL;
+    f->bytes = (int64_t)st.st_size;
+    f->seconds = (int64_t)st.st_mtime;
+    f->nanoseconds = shard_file_nanoseconds(&st);
+}
+
+// Opens the shards that the patterns match (see shards_glob), for windows of T+1 tokens in [0, V). A shard that is
 // too short has no window. The first shard is read whole, so that a wrong V shows at once; every token is checked
-// again when it is read. Dies with the file and a hint. Files must not shrink while they are open.
+// again when it is read. Dies with the file and a hint. A file is opened again for each window, so that any number of
+// shards needs no more than one descriptor; one that has changed by then, or is gone, is named.
 static inline void shards_open(Shards *s, const char *patterns, int T, int V) {
     CHECK(T >= 1 && V >= 1, "T %d, V %d", T, V);
     memset(s, 0, sizeof *s);
@@ -146,10 +232,7 @@ static inline void shards_open(Shards *s, const char *patterns, int T, int V) {
     for (int i = 0; i < s->n; i++) {
         ShardFile *f = &s->file[i];
         f->path = xstrdup(found.gl_pathv[i]);
-        const char *error = file_map(&f->map, f->path);
-        if (error) die("cannot read %s: %s\n  hint: name the shards, as in \"data/text/train_*.bin\"", f->path, error);
-        error = shard_parse(&f->shard, f->map.data, f->map.size);
-        if (error) die("%s: %s", f->path, error);
+        shards_open_file(f);
         f->first = s->windows;
         s->windows += (f->shard.count - 1) / T;
         s->tokens += f->shard.count;
@@ -158,16 +241,34 @@ static inline void shards_open(Shards *s, const char *patterns, int T, int V) {
     if (s->windows == 0)
         die("%s: no shard is as long as one sample, %d + 1 tokens\n  hint: use a shorter --seq-len or more text",
             patterns, T);
-    for (int64_t i = 0; i < s->file[0].shard.count; i++) shards_token(s, &s->file[0], i);
+    shards_read_tokens(s, &s->file[0], 0, s->file[0].shard.count, NULL, NULL);
 }
 
 static inline void shards_close(Shards *s) {
-    for (int i = 0; i < s->n; i++) {
-        file_unmap(&s->file[i].map);
-        free(s->file[i].path);
-    }
+    for (int i = 0; i < s->n; i++) free(s->file[i].path);
     free(s->file);
     memset(s, 0, sizeof *s);
+}
+
+// What tells these shards from others: SHA-256 over the sizes of all, in their order, and up to 2048 tokens from either
+// end of each. Not over names: shards may move.
+static inline void shards_fingerprint(const Shards *s, char hex[SHA256_HEX]) {
+    enum { SEEN = 2048 };
+    unsigned char bytes[4 * SEEN];
+    Sha256 sha;
+    sha256_init(&sha);
+    for (int i = 0; i < s->n; i++) {
+        const ShardFile *f = &s->file[i];
+        const int64_t n = f->shard.count < SEEN ? f->shard.count : SEEN;
+        char *size = xprintf("%lld %d\n", (long long)f->shard.count, f->shard.width);
+        sha256_update(&sha, size, strlen(size));
+        free(size);
+        for (int end = 0; end < 2; end++) {
+            shards_read_bytes(f, end ? f->shard.count - n : 0, bytes, n);
+            sha256_update(&sha, bytes, (size_t)n * (size_t)f->shard.width);
+        }
+    }
+    sha256_final(&sha, hex);
 }
 
 // The rows of T tokens that hold at least so many tokens, at most all there are; 0 tokens: all.
@@ -187,9 +288,7 @@ static inline void shards_read_window(const Shards *s, int64_t w, int *tokens, i
     }
     const ShardFile *f = &s->file[low];
     int64_t start = (w - f->first) * s->T;
-    for (int t = 0; t < s->T; t++) tokens[t] = shards_token(s, f, start + t);
-    for (int t = 0; t < s->T - 1; t++) targets[t] = tokens[t + 1];
-    targets[s->T - 1] = shards_token(s, f, start + s->T);
+    shards_read_tokens(s, f, start, (int64_t)s->T + 1, tokens, targets);
 }
 
 // ---- The order of samples ----

@@ -22,6 +22,7 @@
 typedef struct {
     const TrainOptions *options;
     const char *config_text;                             // the options as config.txt
+    char *data_line, *run_text;                          // what the train shards are; both together, for checkpoints
     const Engine *engine;
     Model *model;
     GptConfig config;
@@ -240,6 +241,24 @@ static inline void trainer_compare_options(const char *now, const char *then) {
     text_free(&changed);
 }
 
+// What a checkpoint says of the shards, as a comment under its options.
+static inline void trainer_describe_data(Trainer *tr) {
+    char hex[SHA256_HEX];
+    shards_fingerprint(&tr->train, hex);
+    tr->data_line = xprintf("# train: %d shard%s, %lld tokens, %.16s\n", tr->train.n, tr->train.n == 1 ? "" : "s",
+                            (long long)tr->train.tokens, hex);
+    tr->run_text = xprintf("%s%s", tr->config_text, tr->data_line);
+}
+
+// One line where the shards are others than the checkpoint's: sample i is another one then. Older checkpoints do not say.
+static inline void trainer_compare_data(const Trainer *tr, const char *then) {
+    const char *line = strstr(then, "\n# train: ");
+    if (!line || !strcmp(line + 1, tr->data_line)) return;
+    warn("the training shards have changed since the checkpoint: they were %.*s, now %.*s\n"
+         "  hint: samples come in another order from here on; with the shards of before it would be the same run",
+         (int)strcspn(line + 10, "\n"), line + 10, (int)strcspn(tr->data_line + 9, "\n"), tr->data_line + 9);
+}
+
 // All ranks must run the same options.
 static inline void trainer_agree(const Trainer *tr) {
     char mine[SHA256_HEX], first[SHA256_HEX];
@@ -273,6 +292,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     manifest_check_shards(&tr->manifest[MANIFEST_TRAIN], &tr->train);
     if (tr->has_val) manifest_check_shards(&tr->manifest[MANIFEST_VAL], &tr->val);
     trainer_sizes(tr);
+    trainer_describe_data(tr);
     tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
     tr->schedule = trainer_schedule(o, tr->steps);
     tr->plan = drop_plan_new(tr->config.L, tr->B);
@@ -301,11 +321,11 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->model = engine->open(&tr->config, &args);
     if (resume) {
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
-        if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options);
+        if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options), trainer_compare_data(tr, tr->state.options);
         free((char *)(uintptr_t)tr->state.options);
     } else if (from) checkpoint_load_weights(from, engine, tr->model, &tr->config);
     else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
-    tr->state.options = config_text;
+    tr->state.options = tr->run_text;
     if (from && tr->rank == 0) printf("%s: %s\n", resume ? "resumed" : "weights", from);
     free(from);
 }
@@ -320,7 +340,7 @@ static inline void trainer_close(Trainer *tr) {
     drop_plan_free(&tr->plan);
     text_free(&tr->plan_text);
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->reduce), free(tr->adamw_steps);
-    free(tr->state.adamw_steps), free(tr->state.eval_scale);
+    free(tr->state.adamw_steps), free(tr->state.eval_scale), free(tr->data_line), free(tr->run_text);
     if (tr->metrics) fclose(tr->metrics);
 }
 

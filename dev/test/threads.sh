@@ -1,0 +1,35 @@
+#!/bin/sh
+# make test-threads: data races, by clang's ThreadSanitizer. Barriers and tasks of OpenMP are seen through Archer, a library
+# of LLVM's OpenMP runtime: gcc's libgomp has nothing like it, and every barrier there would look like a race.
+# Arguments: names of tests, instead of all that have threads and take less than a minute here.
+set -eu
+CC=${CC:-clang}
+case $("$CC" --version 2>/dev/null) in *clang*) ;; *) CC=clang ;; esac
+archer=
+for f in $("$CC" -print-file-name=libarcher.so) $("$CC" -print-resource-dir)/../../libarcher.so; do
+    if [ -f "$f" ]; then archer=$f; break; fi
+done
+if [ -z "$archer" ]; then
+    echo "error: $CC has no libarcher.so, so that barriers of OpenMP would look like races"
+    echo "  hint: Debian and Ubuntu have it in libomp-dev; CC=clang-16 names another clang"
+    exit 1
+fi
+B=build/tsan
+make --no-print-directory CC="$CC" SAN=thread CFLAGS="-O1 -g" EMULATE=0 B=$B all $B/test_gpt
+rm -f $B/report.*
+# What has threads: the engine, its kernels, ranks with their watching thread, whole runs of several threads.
+if [ $# -eq 0 ]; then
+    set -- $($B/test_gpt --list | grep -e '^engine_' -e '^kernels_' -e '^comm_' -e '^ranks_' | \
+             grep -v -x -e engine_many_tokens -e engine_reference_gradients -e kernels_exp -e kernels_gelu) \
+           trainer_threads_and_cadence_change_no_bit trainer_bf16 evaluate_equals_the_trainer generate_samples
+fi
+# ignore_noninstrumented_modules: libomp itself is not compiled for ThreadSanitizer. die_after_fork: some tests fork.
+status=0
+OMP_TOOL_LIBRARIES=$archer OMP_WAIT_POLICY=passive BUILD=$B \
+    TSAN_OPTIONS="ignore_noninstrumented_modules=1 die_after_fork=0 log_path=$PWD/$B/report" $B/test_gpt "$@" || status=$?
+for f in $B/report.*; do
+    [ -f "$f" ] || continue
+    cat "$f"
+    status=1
+done
+exit $status
