@@ -117,13 +117,15 @@ choices:
 $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_BASE).o,$(ENGINES)))
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
 $(B)/interop_logits: dev/test/interop/logits.c $(ENGINES)
+$(B)/torture: dev/torture/torture.c $(ENGINES)
+$(B)/torture: TEST_FLAGS := -DFAULTS
 $(B)/data_bytes: data/bytes.c
 $(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
 $(B)/test_gpt: TEST_FLAGS := $(if $(EMU),-DCUDA_EMULATED)
 $(B)/test_gpt: LIBS += $(if $(EMU),$(CXX_LIB))
 $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
-$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits:
+$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits $(B)/torture:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(FAT_$(@F)) $(TEST_FLAGS) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
@@ -233,8 +235,12 @@ quickstart: all
 	@BUILD="$(B)" OUT="$(OUT)" TEXT="$(TEXT)" sh scripts/quickstart.sh
 
 # Everything that can be tested; ends with "N passed, N failed" and fails if any test does.
-test: choices $(PROGRAMS) $(B)/test_gpt $(EMU_PROGRAM)
+test: choices $(PROGRAMS) $(B)/test_gpt $(B)/torture $(EMU_PROGRAM)
 	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt
+
+# Runs that are killed, or whose disk fails, at every call that changes the disk: dev/torture/torture.c. Some minutes.
+torture: choices $(B)/torture
+	@OMP_WAIT_POLICY=passive $(RUN) $(B)/torture
 
 # Our checkpoints in transformers and its checkpoints here: makes a virtual environment once, or takes VENV=/path of one.
 test-interop: $(PROGRAMS) $(B)/interop_logits
@@ -283,9 +289,9 @@ test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -n 16
-	@echo "targets: all quickstart test test-interop test-data test-look test-cuda bench headers instructions cuda-report clean"
+	@echo "targets: all quickstart test torture test-interop test-data test-look test-cuda bench headers instructions cuda-report clean"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart test test-interop test-data test-look test-cuda bench headers instructions cuda-report help clean
+.PHONY: all choices quickstart test torture test-interop test-data test-look test-cuda bench headers instructions cuda-report help clean
