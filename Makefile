@@ -117,6 +117,8 @@ choices:
 $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_BASE).o,$(ENGINES)))
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
 $(B)/interop_logits: dev/test/interop/logits.c $(ENGINES)
+$(B)/torture: dev/torture/torture.c $(ENGINES)
+$(B)/torture: TEST_FLAGS := -DFAULTS
 $(B)/data_bytes: data/bytes.c
 $(B)/fuzz_replay: dev/fuzz/replay.c
 $(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
@@ -124,7 +126,7 @@ $(B)/test_gpt: TEST_FLAGS := $(if $(EMU),-DCUDA_EMULATED)
 $(B)/test_gpt: LIBS += $(if $(EMU),$(CXX_LIB))
 $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
-$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits $(B)/fuzz_replay:
+$(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits $(B)/fuzz_replay $(B)/torture:
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $(FAT_$(@F)) $(TEST_FLAGS) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
@@ -234,7 +236,7 @@ quickstart: all
 	@BUILD="$(B)" OUT="$(OUT)" TEXT="$(TEXT)" sh scripts/quickstart.sh
 
 # Everything that can be tested; ends with "N passed, N failed" and fails if any test does.
-test: choices $(PROGRAMS) $(B)/test_gpt $(B)/fuzz_replay $(EMU_PROGRAM)
+test: choices $(PROGRAMS) $(B)/test_gpt $(B)/fuzz_replay $(B)/torture $(EMU_PROGRAM)
 	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt
 
 # Every parser of outside bytes under libFuzzer, one after the other, FUZZ_RUNS inputs each; it stops at the first finding.
@@ -251,6 +253,10 @@ $(B)/fuzz/parsers: dev/fuzz/fuzz.c
 
 fuzz: $(B)/fuzz/parsers $(B)/fuzz_replay
 	@FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_SECONDS=$(FUZZ_SECONDS) BUILD=$(B) sh dev/fuzz/run.sh $(FUZZ)
+
+# Runs that are killed, or whose disk fails, at every call that changes the disk: dev/torture/torture.c. Some minutes.
+torture: choices $(B)/torture
+	@OMP_WAIT_POLICY=passive $(RUN) $(B)/torture
 
 # Our checkpoints in transformers and its checkpoints here: makes a virtual environment once, or takes VENV=/path of one.
 test-interop: $(PROGRAMS) $(B)/interop_logits
@@ -325,6 +331,6 @@ help:
 clean:
 	rm -rf build
 
-TARGETS := all quickstart test bench test-interop test-data test-look test-cuda test-threads fuzz coverage mutate soak \
+TARGETS := all quickstart test bench test-interop test-data test-look test-cuda test-threads fuzz coverage mutate torture soak \
            headers instructions cuda-report clean
 .PHONY: choices help $(TARGETS)

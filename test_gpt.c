@@ -40,6 +40,7 @@
 #include "dev/test/test_strangers.h"
 #include "dev/test/test_tokenizer.h"
 #include "dev/test/test_tools.h"
+#include "dev/test/test_torture.h"
 #include "dev/test/test_trainer.h"
 
 #ifdef WITH_CUDA_ENGINE
@@ -66,7 +67,7 @@ static const Test tests[] = {
     CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
-    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X)
+    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -1,4 +1,4 @@
-// check.h: the three kinds of failure, and the few calls of libc that are always checked.
+// check.h: the three kinds of failure, and memory that is always checked; files.h has the same for files.
 //
 //   die(...)         the user, a file or an option is at fault: one line and a hint, exit code 1
 //   CHECK(ok, ...)   a caller broke a contract: says where, then aborts
@@ -26,8 +26,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -78,6 +76,13 @@ static inline void leave_memory(void) { memory_left = 1; }
 #else
 static inline void leave_memory(void) {}
 #endif
+
+static inline void PRINTF_LIKE(2, 3) UNUSED message(const char *kind, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    message_v(kind, format, args);
+    va_end(args);
+}
 
 // Prints "error: ..." and exits with code 1. A second line of the message is a hint: "...\n  hint: ...".
 static inline void PRINTF_LIKE(1, 2) NORETURN die(const char *format, ...) {
@@ -188,101 +193,6 @@ static inline void text_free(Text *t) {
     t->n = t->room = 0;
 }
 
-// ---- Files ----
-
-// A file mapped read-only. An empty file has data NULL and size 0.
-typedef struct { const unsigned char *data; size_t size; } FileMap;
-
-// Maps path. Returns NULL, or what is wrong (errno's text); nothing to release after an error. Never waits, as opening a
-// named pipe would.
-static inline const char *file_map(FileMap *map, const char *path) {
-    map->data = NULL;
-    map->size = 0;
-    int fd = open(path, O_RDONLY | O_NONBLOCK);
-    if (fd < 0) return strerror(errno);
-    struct stat st;
-    const char *error = NULL;
-    if (fstat(fd, &st)) error = strerror(errno);
-    else if (!S_ISREG(st.st_mode)) error = "not a regular file";
-    else if (st.st_size > 0) {
-        void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (p == MAP_FAILED) error = strerror(errno);
-        else {
-            map->data = (const unsigned char *)p;
-            map->size = (size_t)st.st_size;
-        }
-    }
-    close(fd);
-    return error;
-}
-
-static inline void file_unmap(FileMap *map) {
-    if (map->data) munmap((void *)(uintptr_t)map->data, map->size);
-    map->data = NULL;
-    map->size = 0;
-}
-
-static inline int path_exists(const char *path) {
-    struct stat st;
-    return lstat(path, &st) == 0;
-}
-
-static inline int path_is_directory(const char *path) {
-    struct stat st;
-    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
-}
-
-// Makes a directory and its missing parents, as mkdir -p; dies when it cannot.
-static inline void directory_make(const char *path) {
-    char *p = xstrdup(path);
-    for (size_t i = 1; p[i]; i++) {
-        if (p[i] != '/') continue;
-        p[i] = 0;
-        if (mkdir(p, 0777) && errno != EEXIST) die("cannot make directory %s: %s", p, strerror(errno));
-        p[i] = '/';
-    }
-    if (mkdir(p, 0777) && errno != EEXIST) die("cannot make directory %s: %s", p, strerror(errno));
-    if (!path_is_directory(p)) die("%s is in the way: a directory is needed there", p);
-    free(p);
-}
-
-// Opens a file or dies with the reason.
-static inline FILE *file_open(const char *path, const char *mode) {
-    FILE *f = fopen(path, mode);
-    if (!f) die("cannot open %s: %s", path, strerror(errno));
-    return f;
-}
-
-static inline void file_write(FILE *f, const char *path, const void *bytes, size_t n) {
-    if (n && fwrite(bytes, 1, n, f) != n) die("cannot write %s: %s", path, strerror(errno));
-}
-
-// Flushes to the disk and closes; dies when the disk refuses.
-static inline void file_sync_close(FILE *f, const char *path) {
-    if (fflush(f) || fsync(fileno(f))) die("cannot write %s: %s", path, strerror(errno));
-    if (fclose(f)) die("cannot write %s: %s", path, strerror(errno));
-}
-
-// Makes the directory's entries (names, renames) durable.
-static inline void directory_sync(const char *path) {
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) die("cannot open %s: %s", path, strerror(errno));
-    if (fsync(fd) && errno != EINVAL) die("cannot sync %s: %s", path, strerror(errno));
-    close(fd);
-}
-
-static inline void file_rename(const char *from, const char *to) {
-    if (rename(from, to)) die("cannot rename %s to %s: %s", from, to, strerror(errno));
-}
-
-// Writes a whole file under a temporary name, syncs it and renames it into place: old or new, never half.
-static inline void file_write_whole(const char *path, const void *bytes, size_t n) {
-    char *temporary = xprintf("%s.tmp", path);
-    FILE *f = file_open(temporary, "wb");
-    file_write(f, temporary, bytes, n);
-    file_sync_close(f, temporary);
-    file_rename(temporary, path);
-    free(temporary);
-}
+#include "files.h"
 
 #endif

@@ -4,9 +4,10 @@
 //                       config.json            GPT-2's configuration, as transformers reads it
 //                       optimizer.safetensors  AdamW's moments "m.NAME", "v.NAME", and the step counts "adamw_steps"
 //                       trainer.json           step, tokens, options, and the SHA-256 of the other files and of itself
+//                                              ("sizes" and "marks" tell where a file is damaged)
 //     OUT/latest -> step_00001000
 //
-// A checkpoint is written under a temporary name, synced and renamed; `latest` moves last.
+// A checkpoint is written under a temporary name, synced and renamed; `latest` moves last: see checkpoint_try_save.
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
@@ -32,7 +33,7 @@ static const char *const checkpoint_file[CHECKPOINT_FILES] = {"model.safetensors
 
 // ---- Writing ----
 
-typedef struct { char hex[CHECKPOINT_FILES][SHA256_HEX]; } CheckpointSums;
+typedef struct { FileSum file[CHECKPOINT_FILES]; } CheckpointSums;
 
 // One slot's tensors, "<prefix><name>", in the order of the table.
 static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, const char *prefix) {
@@ -59,25 +60,39 @@ static inline void checkpoint_append(SafetensorsWriter *w, const Engine *e, Mode
     }
 }
 
-static inline void checkpoint_write_model(const char *path, char hex[SHA256_HEX], const Engine *e, Model *m,
-                                          const GptConfig *c) {
+// In what follows *error is NULL, or the first failure, from malloc, after which nothing more is written. Numbers are read
+// from the engine all the same: with EngineArgs.zero all ranks take part in that.
+static inline FILE *checkpoint_begin(SafetensorsWriter *w, const char *path, FileSum *sum, char **error) {
+    FILE *f = NULL;
+    safetensors_writer_init(w);
+    file_sum_init(sum);
+    w->sum = sum;
+    w->error = error;
+    if (!*error) *error = file_try_open(&f, path, "wb");
+    return f;
+}
+
+static inline void checkpoint_end(SafetensorsWriter *w, const char *path, FILE *f, char **error) {
+    safetensors_end(w);
+    file_sum_end(w->sum);
+    if (f) files_keep(error, file_try_sync_close(f, path));
+}
+
+static inline void checkpoint_write_model(const char *path, FileSum *sum, const Engine *e, Model *m, const GptConfig *c,
+                                          char **error) {
     SafetensorsWriter w;
-    FILE *f = file_open(path, "wb");
-    safetensors_writer_init(&w);
+    FILE *f = checkpoint_begin(&w, path, sum, error);
     checkpoint_declare(&w, c, "transformer.");
     safetensors_begin(&w, f, path);
     checkpoint_append(&w, e, m, c, SLOT_PARAM);
-    safetensors_end(&w);
-    sha256_final(&w.sha, hex);
-    file_sync_close(f, path);
+    checkpoint_end(&w, path, f, error);
 }
 
-static inline void checkpoint_write_optimizer(const char *path, char hex[SHA256_HEX], const Engine *e, Model *m,
-                                              const GptConfig *c, const CheckpointState *s) {
+static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, const Engine *e, Model *m, const GptConfig *c,
+                                              const CheckpointState *s, char **error) {
     SafetensorsWriter w;
-    FILE *f = file_open(path, "wb");
+    FILE *f = checkpoint_begin(&w, path, sum, error);
     const int64_t branches = BRANCHES * c->L + 1;
-    safetensors_writer_init(&w);
     safetensors_declare(&w, "adamw_steps", "I64", 1, &branches);
     checkpoint_declare(&w, c, "m.");
     checkpoint_declare(&w, c, "v.");
@@ -85,16 +100,14 @@ static inline void checkpoint_write_optimizer(const char *path, char hex[SHA256_
     safetensors_append(&w, s->adamw_steps, (size_t)branches * sizeof *s->adamw_steps);
     checkpoint_append(&w, e, m, c, SLOT_M);
     checkpoint_append(&w, e, m, c, SLOT_V);
-    safetensors_end(&w);
-    sha256_final(&w.sha, hex);
-    file_sync_close(f, path);
+    checkpoint_end(&w, path, f, error);
 }
 
-static inline void checkpoint_write_text(const char *path, char hex[SHA256_HEX], const Text *t) {
-    FILE *f = file_open(path, "wb");
-    file_write(f, path, t->s, t->n);
-    file_sync_close(f, path);
-    sha256_hex(hex, t->s, t->n);
+static inline void checkpoint_write_text(const char *path, const Text *t, char **error) {
+    FILE *f = NULL;
+    if (*error || (*error = file_try_open(&f, path, "wb"))) return;
+    *error = file_try_write(f, path, t->s, t->n);
+    files_keep(error, file_try_sync_close(f, path));
 }
 
 // GPT-2's configuration in transformers' words; the factors of survival scaling, where not 1, in ours.
@@ -129,20 +142,28 @@ static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, co
     json_write_string(t, s->options);
     text_printf(t, ",\n  \"files\": {");
     for (int i = 0; i < CHECKPOINT_FILES; i++)
-        text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file[i], sums->hex[i]);
-    text_printf(t, "\n  },\n");
+        text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file[i], sums->file[i].hex);
+    text_printf(t, "\n  },\n  \"sizes\": {");
+    for (int i = 0; i < CHECKPOINT_FILES; i++)
+        text_printf(t, "%s\"%s\": %llu", i ? ", " : "", checkpoint_file[i], (unsigned long long)sums->file[i].size);
+    text_printf(t, "},\n  \"marks\": {");              // of file_sum_differs
+    for (int i = 0; i < CHECKPOINT_FILES; i++)
+        text_printf(t, "%s\"%s\": \"%s\"", i ? ", " : "", checkpoint_file[i],
+                    sums->file[i].marks.n ? sums->file[i].marks.s : "");
+    text_printf(t, "},\n");
     sha256_hex(hex, t->s, t->n);
     text_printf(t, CHECKPOINT_SELF "%s\"\n}\n", hex);
 }
 
-// Removes the files of a checkpoint and then its directory; anything else in it stays, and so does it.
+// Removes the files of a checkpoint and then its directory; anything else in it stays, and so does it. trainer.json goes
+// first: from then on it is no checkpoint any more.
 static inline void checkpoint_remove(const char *dir) {
-    for (int i = 0; i <= CHECKPOINT_FILES; i++) {
+    for (int i = CHECKPOINT_FILES; i >= 0; i--) {
         char *path = xprintf("%s/%s", dir, i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json");
-        if (unlink(path) && errno != ENOENT) warn("cannot remove %s: %s", path, strerror(errno));
+        if (disk_unlink(path) && errno != ENOENT) warn("cannot remove %s: %s", path, strerror(errno));
         free(path);
     }
-    if (rmdir(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
+    if (disk_rmdir(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
 }
 
 // What the other ranks do while rank 0 writes, if each has a share of what is read: the same reads in the same order.
@@ -156,38 +177,75 @@ static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig 
         }
 }
 
-// Writes OUT/step_NNNNNNNN whole, or dies and leaves what was there. An older one of that step gives way.
-static inline void checkpoint_save(const char *out, const Engine *e, Model *m, const GptConfig *c, const CheckpointState *s) {
-    char *name = xprintf("step_%08lld", (long long)s->step), *final = xprintf("%s/%s", out, name);
-    char *temporary = xprintf("%s/.%s.tmp", out, name), *old = xprintf("%s/.%s.old", out, name);
-    char *link = xprintf("%s/.latest.tmp", out), *latest = xprintf("%s/latest", out), *path[CHECKPOINT_FILES + 1];
+// Makes OUT/latest point to the checkpoint of that name.
+static inline char *checkpoint_point(const char *out, const char *name) {
+    char *link = xprintf("%s/.latest.tmp", out), *latest = xprintf("%s/latest", out), *error = NULL;
+    if (path_exists(link)) disk_unlink(link);
+    if (disk_symlink(name, link)) error = xprintf("cannot make the link %s: %s", link, strerror(errno));
+    if (!error) error = file_try_rename(link, latest);
+    free(link), free(latest);
+    return error;
+}
+
+// Writes OUT/step_NNNNNNNN; an older one of that step gives way. Returns NULL, or why it could not, from malloc: then what was
+// there is there still, or OUT/step_NNNNNNNN is whole but may not outlive a loss of power, or `latest` has not moved.
+//
+// Why a crash between any two calls loses nothing, and what it leaves:
+//   1. The files are written to .step_N.tmp, synced each, and then the directory's names are synced. Until here no name that
+//      others read has changed. A crash leaves .step_N.tmp, which nobody reads and checkpoint_recover removes.
+//   2. If there is a step_N, it is renamed to .step_N.old. A crash leaves it whole under that name; checkpoint_recover, which
+//      comes before any look for checkpoints, renames it back.
+//   3. .step_N.tmp is renamed to step_N: there are all files or none, since a rename is atomic, and all bytes are on the disk
+//      already. The sync of OUT makes the rename durable. A crash leaves step_N, or, with the power gone before the sync, what
+//      step 1 or 2 leaves. trainer.json has the sums of all files, so that a disk that lied about a sync is found out.
+//   4. `latest` is replaced by a rename, too: the old link or the new one. --resume does not read it, and mends it.
+//   5. .step_N.old is removed, and by the caller the oldest checkpoints: after step 3 is on the disk. A crash leaves a
+//      directory without trainer.json, which is no checkpoint; it is older than a whole one, and removed with the oldest.
+static inline char *checkpoint_try_save(const char *out, const Engine *e, Model *m, const GptConfig *c,
+                                        const CheckpointState *s) {
+    char *name = xprintf("step_%08lld", (long long)s->step), *final = xprintf("%s/%s", out, name), *error = NULL;
+    char *temporary = xprintf("%s/.%s.tmp", out, name), *old = xprintf("%s/.%s.old", out, name), *path[CHECKPOINT_FILES + 1];
     CheckpointSums sums;
     Text config = {NULL, 0, 0}, trainer = {NULL, 0, 0};
-    char unused[SHA256_HEX];
-    if (path_exists(temporary)) checkpoint_remove(temporary);
-    if (path_exists(old)) checkpoint_remove(old);
-    directory_make(temporary);
     for (int i = 0; i <= CHECKPOINT_FILES; i++)
         path[i] = xprintf("%s/%s", temporary, i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json");
-    checkpoint_write_model(path[0], sums.hex[0], e, m, c);
+    if (path_exists(temporary)) checkpoint_remove(temporary);
+    error = directory_try_make(temporary);
+    checkpoint_write_model(path[0], &sums.file[0], e, m, c, &error);
     checkpoint_config_json(&config, c, s, sizeof(real) == 4 ? "float32" : "float64");
-    checkpoint_write_text(path[1], sums.hex[1], &config);
-    checkpoint_write_optimizer(path[2], sums.hex[2], e, m, c, s);
+    file_sum(&sums.file[1], config.s, config.n);
+    checkpoint_write_text(path[1], &config, &error);
+    checkpoint_write_optimizer(path[2], &sums.file[2], e, m, c, s, &error);
     checkpoint_trainer_json(&trainer, s, &sums);
-    checkpoint_write_text(path[3], unused, &trainer);
-    directory_sync(temporary);
-    if (path_exists(final)) file_rename(final, old);
-    file_rename(temporary, final);
-    directory_sync(out);
-    unlink(link);
-    if (symlink(name, link)) die("cannot make the link %s: %s", link, strerror(errno));
-    file_rename(link, latest);
-    directory_sync(out);
-    if (path_exists(old)) checkpoint_remove(old);
+    checkpoint_write_text(path[3], &trainer, &error);
+    if (!error) error = directory_try_sync(temporary);
+
+    int moved = 0;
+    if (!error && path_exists(final)) {
+        if (path_exists(old)) checkpoint_remove(old);
+        error = file_try_rename(final, old);
+        moved = !error;
+    }
+    if (!error) error = file_try_rename(temporary, final);
+    if (error && moved) files_keep(&error, file_try_rename(old, final));
+    if (error) {                                         // the room it takes may be what is missing
+        if (path_exists(temporary)) checkpoint_remove(temporary);
+    } else {
+        error = directory_try_sync(out);
+        if (!error) error = checkpoint_point(out, name);
+        if (!error) error = directory_try_sync(out);
+        if (!error && moved) checkpoint_remove(old);
+    }
     text_free(&config);
     text_free(&trainer);
+    for (int i = 0; i < CHECKPOINT_FILES; i++) text_free(&sums.file[i].marks);
     for (int i = 0; i <= CHECKPOINT_FILES; i++) free(path[i]);
-    free(name), free(final), free(temporary), free(old), free(link), free(latest);
+    free(name), free(final), free(temporary), free(old);
+    return error;
+}
+
+static inline void checkpoint_save(const char *out, const Engine *e, Model *m, const GptConfig *c, const CheckpointState *s) {
+    files_die(checkpoint_try_save(out, e, m, c, s));
 }
 
 // ---- Finding ----
@@ -219,16 +277,37 @@ static inline CheckpointList checkpoint_list(const char *out) {
 
 static inline char *checkpoint_path(const char *out, int64_t step) { return xprintf("%s/step_%08lld", out, (long long)step); }
 
-// Removes all but the newest `keep` checkpoints of OUT; 0 keeps all.
-static inline void checkpoint_prune(const char *out, int64_t keep) {
+// Removes all but the newest `keep` checkpoints of OUT; 0 keeps all. Those after step `written`, which was written last and
+// whole, count for nothing and stay: if they were sound, the run would have gone on from them.
+static inline void checkpoint_prune(const char *out, int64_t keep, int64_t written) {
     CheckpointList list = checkpoint_list(out);
-    for (int i = 0; keep > 0 && i < list.n; i++)
-        if (i >= keep) {
-            char *path = checkpoint_path(out, list.step[i]);
-            checkpoint_remove(path);
-            free(path);
-        }
+    int64_t kept = 0;
+    for (int i = 0; keep > 0 && i < list.n; i++) {
+        if (list.step[i] > written || ++kept <= keep) continue;
+        char *path = checkpoint_path(out, list.step[i]);
+        checkpoint_remove(path);
+        free(path);
+    }
     free(list.step);
+}
+
+// Puts right what a crash in checkpoint_try_save has left in OUT, as is said there. For the one process that writes to OUT.
+static inline void checkpoint_recover(const char *out) {
+    char *link = xprintf("%s/.latest.tmp", out);
+    DIR *d = opendir(out);
+    if (d && path_exists(link)) disk_unlink(link);
+    free(link);
+    if (!d) return;
+    for (struct dirent *entry; (entry = readdir(d)) != NULL;) {
+        const char *end = strrchr(entry->d_name, '.');
+        if (strncmp(entry->d_name, ".step_", 6) || (strcmp(end, ".tmp") && strcmp(end, ".old"))) continue;
+        char *path = xprintf("%s/%s", out, entry->d_name);
+        char *final = xprintf("%s/%.*s", out, (int)(end - entry->d_name - 1), entry->d_name + 1);
+        if (!strcmp(end, ".tmp") || path_exists(final)) checkpoint_remove(path);
+        else file_rename(path, final);
+        free(path), free(final);
+    }
+    closedir(d);
 }
 
 // ---- Checking ----
@@ -245,30 +324,51 @@ static inline const char *checkpoint_parse_trainer(Json *doc, const void *mem, s
     return NULL;
 }
 
+// Checks file i of a checkpoint against trainer.json. Returns NULL or, from malloc, what is wrong and where.
+static inline char *checkpoint_verify_file(const Json *trainer, const char *dir, int i) {
+    char *path = xprintf("%s/%s", dir, checkpoint_file[i]), *wrong = NULL;
+    FileMap file;
+    FileSum sum;
+    const char *error = file_map(&file, path);
+    if (error) wrong = xprintf("%s: %s", path, error);
+    else {
+        file_sum(&sum, file.data, file.size);
+        int64_t size = (int64_t)sum.size;                // what an older trainer.json does not tell is not compared
+        json_int64(trainer, json_get(trainer, json_get(trainer, 0, "sizes"), checkpoint_file[i]), &size);
+        if (size != (int64_t)sum.size)
+            wrong = xprintf("%s: it has %llu bytes, but %lld were written", path, (unsigned long long)sum.size,
+                            (long long)size);
+        else if (!json_equals(trainer, json_get(trainer, json_get(trainer, 0, "files"), checkpoint_file[i]), sum.hex)) {
+            const int node = json_get(trainer, json_get(trainer, 0, "marks"), checkpoint_file[i]);
+            char *marks = json_type(trainer, node) == JSON_STRING ? json_string(trainer, node, NULL) : NULL;
+            const uint64_t from = marks ? file_sum_differs(&sum, marks) : 0;
+            const uint64_t to = marks && from + FILE_SUM_BLOCK < sum.size ? from + FILE_SUM_BLOCK : sum.size;
+            wrong = xprintf("%s: its contents do not match the SHA-256 in trainer.json; the first difference is in bytes %llu "
+                            "to %llu", path, (unsigned long long)from, (unsigned long long)to);
+            free(marks);
+        }
+        text_free(&sum.marks);
+    }
+    file_unmap(&file);
+    free(path);
+    return wrong;
+}
+
 // Checks every file of a checkpoint of ours against its sum. Returns NULL or, from malloc, what is wrong.
 static inline char *checkpoint_verify(const char *dir) {
-    char *path = xprintf("%s/trainer.json", dir), *wrong = NULL, hex[SHA256_HEX];
-    FileMap map, file;
+    char *path = xprintf("%s/trainer.json", dir), *wrong = NULL;
+    FileMap map;
     Json doc;
     const char *error = file_map(&map, path);
-    if (!error && (error = checkpoint_parse_trainer(&doc, map.data, map.size))) file_unmap(&map);
     if (error) wrong = xprintf("%s: %s", path, error);
-    free(path);
-    if (wrong) return wrong;
-    for (int i = 0; i < CHECKPOINT_FILES && !wrong; i++) {
-        path = xprintf("%s/%s", dir, checkpoint_file[i]);
-        error = file_map(&file, path);
-        if (!error) {
-            sha256_hex(hex, file.data, file.size);
-            file_unmap(&file);
-            if (!json_equals(&doc, json_get(&doc, json_get(&doc, 0, "files"), checkpoint_file[i]), hex))
-                error = "its contents do not match the SHA-256 in trainer.json";
-        }
-        if (error) wrong = xprintf("%s: %s", path, error);
-        free(path);
+    else if ((error = checkpoint_parse_trainer(&doc, map.data, map.size)))
+        wrong = xprintf("%s: %s (%zu bytes)", path, error, map.size);
+    else {
+        for (int i = 0; i < CHECKPOINT_FILES && !wrong; i++) wrong = checkpoint_verify_file(&doc, dir, i);
+        json_free(&doc);
     }
-    json_free(&doc);
     file_unmap(&map);
+    free(path);
     return wrong;
 }
 
@@ -281,7 +381,7 @@ static inline char *checkpoint_latest(const char *out) {
         char *path = checkpoint_path(out, list.step[i]), *wrong = checkpoint_verify(path);
         if (!wrong) found = path;
         else {
-            warn("this checkpoint is damaged: %s", wrong);
+            warn("this checkpoint is damaged, an older one is tried: %s", wrong);
             free(wrong);
             free(path);
         }
@@ -289,6 +389,29 @@ static inline char *checkpoint_latest(const char *out) {
     if (list.n && !found) die("all %d checkpoints of %s are damaged\n  hint: start again with another --out", list.n, out);
     free(list.step);
     return found;
+}
+
+// Before a run goes on from OUT/name, the newest whole checkpoint: those after it, all damaged, get another name, and `latest`
+// points to it.
+static inline void checkpoint_settle(const char *out, const char *name) {
+    CheckpointList list = checkpoint_list(out);
+    char *latest = xprintf("%s/latest", out), target[64] = "";
+    const int64_t step = strtoll(name + 5, NULL, 10);
+    for (int i = 0; i < list.n; i++) {
+        if (list.step[i] <= step) continue;
+        char *path = checkpoint_path(out, list.step[i]), *aside = xprintf("%s.damaged", path), *error = NULL;
+        if (path_exists(aside)) error = xprintf("%s is there already", aside);
+        else error = file_try_rename(path, aside);
+        warn("%s %s%s", path, error ? "stays: " : "is now ", error ? error : aside);
+        free(path), free(aside), free(error);
+    }
+    if (readlink(latest, target, sizeof target - 1) < 0 || strcmp(target, name)) {
+        char *error = checkpoint_point(out, name);
+        if (error) warn("%s", error);
+        free(error);
+    }
+    free(list.step);
+    free(latest);
 }
 
 // ---- Reading ----

@@ -117,6 +117,69 @@ static inline MetricsLog metrics_read(const char *path) {
     return log;
 }
 
+// ---- The file of a run that goes on: lines are appended; what cannot be written waits, and goes first ----
+
+typedef struct {
+    int fd;                                              // -1: not open
+    char *path;
+    Text waiting;
+} MetricsFile;
+
+static inline void metrics_file_open(MetricsFile *f, const char *path) {
+    f->path = xstrdup(path);
+    f->fd = disk_open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC);
+    if (f->fd < 0) die("cannot open %s: %s", path, strerror(errno));
+}
+
+// Writes what waits. A write that was cut short is continued where it ended, so that no line is lost, torn or there twice.
+// Returns NULL or, from malloc, why there is something left.
+static inline char *metrics_file_flush(MetricsFile *f) {
+    while (f->waiting.n) {
+        const ssize_t n = disk_write(f->fd, f->path, f->waiting.s, f->waiting.n);
+        if (n < 0) return xprintf("cannot write %s: %s", f->path, strerror(errno));
+        f->waiting.n -= (size_t)n;
+        memmove(f->waiting.s, f->waiting.s + n, f->waiting.n);
+    }
+    return NULL;
+}
+
+// Also to the disk.
+static inline char *metrics_file_sync(MetricsFile *f) {
+    char *error = metrics_file_flush(f);
+    if (!error && disk_sync(f->fd, f->path) && errno != EINVAL)
+        error = xprintf("cannot write %s: %s", f->path, strerror(errno));
+    return error;
+}
+
+static inline void metrics_file_close(MetricsFile *f) {
+    if (f->fd >= 0) close(f->fd);
+    text_free(&f->waiting);
+    free(f->path);
+    f->path = NULL;
+    f->fd = -1;
+}
+
+// Of a metrics.jsonl (size) the bytes up to the end of step `done`, to which an interrupted run went back; later lines are not
+// looked at. *last is the record of that step, its plan the caller's to free, and *at where its line begins; a step that is not
+// there leaves it empty. Returns NULL, or what is wrong with line *number.
+static inline const char *metrics_until(const char *text, size_t size, int64_t done, Metrics *last, size_t *at, size_t *end,
+                                        int64_t *number) {
+    Metrics r;
+    *last = metrics_new();
+    *at = *end = 0;
+    for (*number = 1; done > 0; ++*number) {
+        const char *newline = *end < size ? (const char *)memchr(text + *end, '\n', size - *end) : NULL;
+        if (!newline) break;
+        const size_t begin = *end, n = (size_t)(newline - text) - begin;
+        const char *error = metrics_parse(&r, text + begin, n);
+        if (!error && r.step == (double)done) *last = r, *at = begin, *end = begin + n + 1;
+        else free((char *)(uintptr_t)r.plan);
+        if (error || r.step >= (double)done) return error;
+        *end = begin + n + 1;
+    }
+    return NULL;
+}
+
 // "1m06s", "3h20m", "2d04h"
 static inline void metrics_duration(char text[32], double seconds) {
     long long s = seconds < 0 || isnan(seconds) ? 0 : seconds > 1e15 ? (long long)1e15 : (long long)(seconds + 0.5);

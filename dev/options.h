@@ -92,8 +92,9 @@ typedef struct { const OptionSpec *specs; int n; } OptionTable;
 #define OPTION_RECIPE_NAME(name, config) "|" #name
 
 // The words of a choice stand in the order of the enum that names them: gpt_presets (gpt.h), SCHEDULE_* (schedule.h),
-// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_* and RECOMPUTE_* (engine.h), and ADAM_* here.
+// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_* and RECOMPUTE_* (engine.h), and here.
 enum { ADAM_DENSE, ADAM_SKIP };
+enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
 
 //  OPTION(field, name, type, default, domain, help)
 #define TRAIN_OPTIONS(HEADING, OPTION)                                                                               \
@@ -149,6 +150,8 @@ enum { ADAM_DENSE, ADAM_SKIP };
            "tokens of --val that an evaluation reads, rounded up to whole rows; 0: all")                             \
     OPTION(save_every, "save-every", INTEGER, "1000", "[0,1e12]", "steps between checkpoints; 0: only at the end")   \
     OPTION(keep, "keep", INTEGER, "2", "[0,1e9]", "how many of the newest checkpoints stay; 0: all")                 \
+    OPTION(on_save_error, "on-save-error", CHOICE, "continue", "continue|stop",                                      \
+           "when a checkpoint cannot be written: go on to the next one, or end with code 1. The last one must succeed") \
     OPTION(sample_every, "sample-every", INTEGER, "0", "[0,1e12]", "steps between samples of text; 0: never")        \
     OPTION(sample_tokens, "sample-tokens", INTEGER, "200", "[1,1e9]", "tokens of a sample")                          \
     OPTION(prompt, "prompt", TEXT, "", "TEXT", "what a sample continues")                                            \

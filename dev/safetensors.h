@@ -308,7 +308,6 @@ static inline const char *safetensors_to_int64(const SafetensorsEntry *e, int64_
 //     safetensors_begin(&w, file, path);                          // the header
 //     safetensors_append(&w, wte, bytes); ...                     // a tensor may come in pieces
 //     safetensors_end(&w);                                        // the file is not closed
-//     sha256_final(&w.sha, hex);                                  // of the whole file
 
 typedef struct {
     int n, room;
@@ -317,18 +316,19 @@ typedef struct {
     const char *path;
     int current;                                         // the tensor that is being written
     size_t written;                                      // its bytes so far
-    Sha256 sha;                                          // of every byte so far
+    FileSum *sum;                                        // if set by the caller: of every byte so far
+    char **error;                                        // if set by the caller: where the first failure of a write is kept,
+                                                         // from malloc, and nothing more is written; else it ends the program
 } SafetensorsWriter;
 
 static inline void safetensors_writer_init(SafetensorsWriter *w) {
     memset(w, 0, sizeof *w);
-    sha256_init(&w->sha);
 }
 
 // The next tensor: its own name, a dtype as in the format, shape (ndim).
 static inline void safetensors_declare(SafetensorsWriter *w, const char *name, const char *dtype, int ndim,
                                        const int64_t *shape) {
-    CHECK(!w->file, "%s is declared after the header was written", name);
+    CHECK(!w->path, "%s is declared after the header was written", name);
     CHECK(strcmp(name, "__metadata__"), "the name is reserved");
     for (int i = 0; i < w->n; i++) CHECK(strcmp(name, w->entry[i].name), "%s is declared twice", name);
     if (w->n == w->room) {
@@ -350,12 +350,15 @@ static inline void safetensors_declare(SafetensorsWriter *w, const char *name, c
 }
 
 static inline void safetensors_put(SafetensorsWriter *w, const void *bytes, size_t n) {
-    file_write(w->file, w->path, bytes, n);
-    sha256_update(&w->sha, bytes, n);
+    if (w->error && *w->error) return;
+    char *error = file_try_write(w->file, w->path, bytes, n);
+    if (w->error) *w->error = error;
+    else files_die(error);
+    if (w->sum) file_sum_update(w->sum, bytes, n);
 }
 
 // Writes the header, padded with spaces so that the data start at a multiple of 8 bytes. path is for messages and
-// must last until safetensors_end. Dies when the disk refuses, here and below.
+// must last until safetensors_end; file may be NULL if there is an error already.
 static inline void safetensors_begin(SafetensorsWriter *w, FILE *file, const char *path) {
     Text header = {NULL, 0, 0};
     size_t offset = 0;
@@ -389,7 +392,7 @@ static inline void safetensors_advance(SafetensorsWriter *w) {
 
 // The next n bytes of the present tensor.
 static inline void safetensors_append(SafetensorsWriter *w, const void *bytes, size_t n) {
-    CHECK(w->file, "the header comes first");
+    CHECK(w->path, "the header comes first");
     if (!n) return;
     safetensors_advance(w);
     CHECK(w->current < w->n, "%zu bytes more than were declared", n);
@@ -399,10 +402,10 @@ static inline void safetensors_append(SafetensorsWriter *w, const void *bytes, s
     w->written += n;
 }
 
-// Checks that every byte has come, and frees. What remains is w->sha.
+// Checks that every byte has come, and frees.
 static inline void safetensors_end(SafetensorsWriter *w) {
     safetensors_advance(w);
-    CHECK(w->file && w->current == w->n, "tensor %d of %d is not complete", w->current + 1, w->n);
+    CHECK(w->path && w->current == w->n, "tensor %d of %d is not complete", w->current + 1, w->n);
     for (int i = 0; i < w->n; i++) free(w->entry[i].name);
     free(w->entry);
     w->entry = NULL;

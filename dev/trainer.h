@@ -10,12 +10,14 @@
 #include "checkpoint.h"
 #include "drop_path.h"
 #include "engine.h"
+#include "lock.h"
 #include "manifest.h"
 #include "metrics.h"
 #include "options.h"
 #include "sample.h"
 #include "schedule.h"
 #include "shards.h"
+#include "signals.h"
 #include "tokenizer.h"
 #include <sys/resource.h>
 
@@ -48,7 +50,11 @@ typedef struct {
     unsigned char *reduce;                               // (2L+1) whether any did: these gradients are to be summed
     int64_t *adamw_steps;                                // (2L+1) what this update uses
     Text plan_text;
-    FILE *metrics;
+    MetricsFile metrics;
+    int metrics_wait;                                    // the last attempt to write to it has failed
+    int lock;                                            // of the output directory, on rank 0; -1: not taken
+    int64_t saved;                                       // the step of the last checkpoint known to be whole; -1: none
+    int stop, save_now;                                  // what a signal has asked for, all ranks agreeing
 } Trainer;
 
 static inline int trainer_dtype(const Engine *engine, const TrainOptions *o) {
@@ -186,8 +192,16 @@ static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
     return b;
 }
 
+// The output directory is this process' alone, until it ends.
+static inline void trainer_lock(Trainer *tr) {
+    if (tr->lock >= 0) return;
+    char *error = lock_take(&tr->lock, tr->options->out);
+    if (error) die("%s\n  hint: one run at a time writes to a directory: wait, stop that one, or give another --out", error);
+}
+
 // Where the run starts: a checkpoint of ours to resume (*resume = 1), weights to start from, or nothing (NULL).
-static inline char *trainer_start(const TrainOptions *o, int *resume) {
+static inline char *trainer_start(Trainer *tr, int *resume) {
+    const TrainOptions *o = tr->options;
     char *metrics = xprintf("%s/metrics.jsonl", o->out);
     *resume = 0;
     if (!*o->resume) {
@@ -197,19 +211,24 @@ static inline char *trainer_start(const TrainOptions *o, int *resume) {
         return *o->init_from ? xstrdup(o->init_from) : NULL;
     }
     free(metrics);
+    if (path_is_directory(o->out)) {
+        trainer_lock(tr);
+        checkpoint_recover(o->out);
+    }
     char *from = strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
+    if (from && !strcmp(o->resume, "latest")) checkpoint_settle(o->out, strrchr(from, '/') + 1);
     *resume = from != NULL;
     if (!from) printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
     return from || !*o->init_from ? from : xstrdup(o->init_from);
 }
 
 // Rank 0 looks where to start, the others follow: by the time they looked, it might have written something.
-static inline char *trainer_start_together(const Trainer *tr, int *resume) {
+static inline char *trainer_start_together(Trainer *tr, int *resume) {
     struct { int some, resume; char path[4096]; } found;
     char *from = NULL;
     memset(&found, 0, sizeof found);
     if (tr->rank == 0) {
-        from = trainer_start(tr->options, &found.resume);
+        from = trainer_start(tr, &found.resume);
         found.some = from != NULL;
         if (from && strlen(from) >= sizeof found.path) die("this path is too long: %s", from);
         if (from) strcpy(found.path, from);
@@ -224,7 +243,7 @@ static inline char *trainer_start_together(const Trainer *tr, int *resume) {
 static inline void trainer_compare_options(const char *now, const char *then) {
     static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens", "save-every", "keep",
                                                  "log-every", "sample-every", "sample-tokens", "prompt", "val", "init-from",
-                                                 "zero"};
+                                                 "zero", "on-save-error"};
     Text changed = {NULL, 0, 0};
     for (const char *line = now, *end; *line; line = end + 1) {
         end = strchr(line, '\n');
@@ -259,6 +278,15 @@ static inline void trainer_compare_data(const Trainer *tr, const char *then) {
          (int)strcspn(line + 10, "\n"), line + 10, (int)strcspn(tr->data_line + 9, "\n"), tr->data_line + 9);
 }
 
+// From an older checkpoint into a directory with later ones, two runs would be mixed: the next --resume would take a later one.
+static inline void trainer_refuse_later(const Trainer *tr) {
+    CheckpointList list = checkpoint_list(tr->options->out);
+    if (list.n && list.step[0] > tr->state.step)
+        die("%s has a checkpoint of step %lld, after the %lld to resume from\n  hint: give another --out, or move that "
+            "checkpoint away", tr->options->out, (long long)list.step[0], (long long)tr->state.step);
+    free(list.step);
+}
+
 // All ranks must run the same options.
 static inline void trainer_agree(const Trainer *tr) {
     char mine[SHA256_HEX], first[SHA256_HEX];
@@ -277,6 +305,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->config_text = config_text;
     tr->engine = engine;
     tr->comm = comm;
+    tr->lock = tr->metrics.fd = -1;
+    tr->saved = -1;
     tr->rank = comm ? comm->rank : 0;
     tr->world = comm ? comm->world : 1;
     if (!*o->train)
@@ -321,7 +351,11 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->model = engine->open(&tr->config, &args);
     if (resume) {
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
+        if (tr->rank == 0 && strcmp(o->resume, "latest")) trainer_refuse_later(tr);
         if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options), trainer_compare_data(tr, tr->state.options);
+        char *whole = checkpoint_path(o->out, tr->state.step);
+        if (path_exists(whole)) tr->saved = tr->state.step;
+        free(whole);
         free((char *)(uintptr_t)tr->state.options);
     } else if (from) checkpoint_load_weights(from, engine, tr->model, &tr->config);
     else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
@@ -341,50 +375,66 @@ static inline void trainer_close(Trainer *tr) {
     text_free(&tr->plan_text);
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->reduce), free(tr->adamw_steps);
     free(tr->state.adamw_steps), free(tr->state.eval_scale), free(tr->data_line), free(tr->run_text);
-    if (tr->metrics) fclose(tr->metrics);
+    metrics_file_close(&tr->metrics);
+    lock_release(&tr->lock);
 }
 
 // ---- OUT: config.txt and metrics.jsonl ----
 
-// Opens metrics.jsonl to append after step `done`: of an interrupted run, the lines of later steps give way, since
-// those steps will be done again.
-static inline void trainer_open_metrics(Trainer *tr, int64_t done) {
+// Opens metrics.jsonl to append after step `done`: of an interrupted run, the lines of later steps give way, since those steps
+// will be done again. `again`, if it is of a step, takes the place of the last line.
+static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics *again) {
     const char *out = tr->options->out;
     char *path = xprintf("%s/metrics.jsonl", out), *config = xprintf("%s/config.txt", out);
     directory_make(out);
+    if (tr->lock < 0) {                                  // a new run, and the first look was without a lock
+        trainer_lock(tr);
+        if (path_exists(path) && !*tr->options->resume)
+            die("%s holds a run already\n  hint: another process has just begun it", out);
+    }
     file_write_whole(config, tr->config_text, strlen(tr->config_text));
     if (path_exists(path)) {
         Text kept = {NULL, 0, 0};
-        MetricsLog log = metrics_read(path);
-        for (int64_t i = 0; i < log.n; i++)
-            if (log.record[i].step <= (double)done) metrics_write(&kept, &log.record[i]);
+        FileMap map;
+        Metrics last;
+        size_t at, end;
+        int64_t number;
+        const char *error = file_map(&map, path);
+        if (error) die("cannot read %s: %s", path, error);
+        error = metrics_until((const char *)map.data, map.size, done, &last, &at, &end, &number);
+        if (error) die("%s, line %lld: %s", path, (long long)number, error);
+        text_append(&kept, map.data, isnan(again->step) ? end : at);
+        if (!isnan(again->step)) metrics_write(&kept, again);
         file_write_whole(path, kept.s, kept.n);
-        metrics_log_free(&log);
+        free((char *)(uintptr_t)last.plan);
+        file_unmap(&map);
         text_free(&kept);
     }
-    tr->metrics = file_open(path, "ab");
+    metrics_file_open(&tr->metrics, path);
     free(path);
     free(config);
 }
 
+// A line that cannot be written waits for the next one, unless a failure is to end the run.
 static inline void trainer_record(Trainer *tr, const Metrics *r) {
-    Text line = {NULL, 0, 0};
-    char *path = xprintf("%s/metrics.jsonl", tr->options->out);
-    metrics_write(&line, r);
-    file_write(tr->metrics, path, line.s, line.n);
-    if (fflush(tr->metrics)) die("cannot write %s: %s", path, strerror(errno));
-    free(path);
-    text_free(&line);
+    metrics_write(&tr->metrics.waiting, r);
+    char *error = metrics_file_flush(&tr->metrics);
+    if (error && tr->options->on_save_error == ON_ERROR_STOP)
+        die("%s\n  hint: --resume continues from the last whole checkpoint", error);
+    if (error && !tr->metrics_wait) warn("%s: its lines wait in memory until it can be", error);
+    tr->metrics_wait = error != NULL;
+    free(error);
 }
 
 // ---- Evaluation ----
 
-typedef struct { double loss, bits_per_byte; int64_t tokens, bytes; } Evaluation;
+typedef struct { double loss, bits_per_byte; int64_t tokens, bytes; int stopped; } Evaluation;
 
 // Mean loss over the first `rows` windows of the shards, each token with the same weight whatever the batch, under the
 // plan of all rows with each branch times its factor (2L), 0 to leave it out; plan is room for B rows. bits_per_byte is
 // NaN without a tokenizer (t NULL). The ranks of comm (NULL: alone) share the batches; rows are added up in their order,
-// so that neither the batch nor the number of ranks changes the sum.
+// so that neither the batch nor the number of ranks changes the sum. A signal to any rank ends it after the batch: `stopped`,
+// and the loss is NaN unless that batch was the last.
 static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards *shards, int64_t rows, const Tokenizer *t,
                                          int B, DropPlan *plan, const double *scale, int tied, const Comm *comm) {
     const int T = shards->T;
@@ -393,9 +443,17 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
     real *losses = (real *)xcalloc(BT, sizeof *losses);
     double *loss = (double *)xcalloc((size_t)rows, sizeof *loss), bytes = 0;
     const int64_t stride = (int64_t)B * (comm ? comm->world : 1);
-    Evaluation sum = {0, NAN, rows * T, 0};
-    for (int64_t row = (int64_t)B * (comm ? comm->rank : 0); row < rows; row += stride) {
+    Evaluation sum = {0, NAN, rows * T, 0, 0};
+    for (int64_t first = 0, row = (int64_t)B * (comm ? comm->rank : 0); first < rows; first += stride, row += stride) {
+        double asked = signals_stop ? 1 : 0;
+        comm_sum(comm, &asked, 1);
+        if (asked > 0) {
+            sum.stopped = 1;
+            sum.loss = NAN;
+            break;
+        }
         const int n = rows - row < B ? (int)(rows - row) : B;
+        if (n <= 0) continue;                            // the last batch of other ranks
         for (int b = 0; b < n; b++) shards_read_window(shards, row + b, tokens + b * T, targets + b * T);
         drop_plan_keep_all(plan, scale, tied, n);
         e->forward(m, T, tokens, targets, plan);
@@ -406,9 +464,11 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
         }
     }
     comm_sum(comm, loss, (size_t)rows);                  // of each row, one rank has the loss and the others 0
-    comm_sum(comm, &bytes, 1);
+    double last[2] = {bytes, signals_stop ? 1.0 : 0.0};
+    comm_sum(comm, last, 2);
     for (int64_t row = 0; row < rows; row++) sum.loss += loss[row];
-    sum.bytes = (int64_t)bytes;
+    sum.bytes = (int64_t)last[0];
+    sum.stopped |= last[1] > 0;
     if (t && sum.bytes) sum.bits_per_byte = sum.loss / 0.69314718055994530942 / (double)sum.bytes;
     sum.loss /= sum.tokens ? (double)sum.tokens : 1;
     free(tokens);
@@ -418,13 +478,44 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
     return sum;
 }
 
+static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
+    return step == steps || (every > 0 && step % every == 0);
+}
+
 static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
     const Tokenizer *t = tr->has_tokenizer ? &tr->tokenizer : NULL;
     Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, t, tr->B, &tr->plan, tr->state.eval_scale,
                                    tr->state.tied, tr->comm);
+    tr->stop |= v.stopped;                               // of an evaluation cut short nothing is recorded: trainer_catch_up
     r->val_loss = v.loss;
     r->val_ppl = exp(v.loss);
     r->val_bpb = t ? v.bits_per_byte : manifest_bits_per_byte(&tr->manifest[MANIFEST_VAL], MANIFEST_VAL, v.loss);
+}
+
+// A signal may have ended the run before the evaluation of its last step: it is done now, so that metrics.jsonl has no gap.
+// Returns whether it was owed; then *last is the whole record of that step, its plan from malloc.
+static inline int trainer_catch_up(Trainer *tr, Metrics *last) {
+    const int64_t step = tr->state.step;
+    int owed = 0;
+    *last = metrics_new();
+    if (tr->rank == 0 && tr->has_val && step > 0 && trainer_due(tr->options->eval_every, step, tr->steps)) {
+        char *path = xprintf("%s/metrics.jsonl", tr->options->out);
+        FileMap map;
+        size_t at, end;
+        int64_t number;
+        if (!file_map(&map, path)) {
+            const char *error = metrics_until((const char *)map.data, map.size, step, last, &at, &end, &number);
+            owed = !error && last->step == (double)step && isnan(last->val_loss);
+            file_unmap(&map);
+        }
+        free(path);
+    }
+    comm_broadcast(tr->comm, &owed, sizeof owed);
+    if (owed) trainer_evaluate(tr, last);
+    if (owed && !isnan(last->val_loss)) return 1;
+    free((char *)(uintptr_t)last->plan);
+    *last = metrics_new();
+    return 0;
 }
 
 // ---- One optimizer step ----
@@ -514,7 +605,9 @@ static inline Metrics trainer_step(Trainer *tr) {
         r.loss += tr->engine->forward_backward(tr->model, tr->T, tr->tokens, tr->targets, &tr->plan, 1.0 / tr->M, reduce) /
                   tr->M;
     }
-    comm_sum(tr->comm, &r.loss, 1);
+    double sum[3] = {r.loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0};
+    comm_sum(tr->comm, sum, 3);
+    r.loss = sum[0], tr->stop = sum[1] > 0, tr->save_now = sum[2] > 0;
     r.lr = schedule_lr(&tr->schedule, t);
     trainer_count_updates(tr);
     const UpdateArgs args = {r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps,
@@ -620,10 +713,6 @@ static inline void trainer_take_turn(TrainerTurn *turn) {
     turn->until = clock_seconds() + turn->seconds;
 }
 
-static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
-    return step == steps || (every > 0 && step % every == 0);
-}
-
 // What rank 0 does after a step: metrics, the console, a sample.
 static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *turn, int first, double seconds_left) {
     const TrainOptions *o = tr->options;
@@ -638,16 +727,49 @@ static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *tu
     free(map);
 }
 
-// Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part.
+// What a failed save means: a warning, if another one follows.
+static inline void trainer_save_failed(const Trainer *tr, const char *error, int last) {
+    char *whole = tr->saved < 0 ? NULL : checkpoint_path(tr->options->out, tr->saved);
+    const char *kept = whole ? whole : "none yet";
+    if (last)
+        message("error", "step %lld is not saved: %s\n  hint: --resume continues from the last whole checkpoint: %s",
+                (long long)tr->state.step, error, kept);
+    else
+        warn("step %lld is not saved: %s\n  hint: the run goes on to the next save; the last whole checkpoint: %s",
+             (long long)tr->state.step, error, kept);
+    free(whole);
+}
+
+// Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part. If it cannot be written and the run
+// is to end, or has come to its end, all ranks exit with code 1.
 static inline void trainer_save(Trainer *tr) {
     const TrainOptions *o = tr->options;
-    if (tr->rank) {
-        if (o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config);
-        return;
+    const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
+    char *error = NULL;
+    int failed = 0;
+    if (tr->rank == 0) error = metrics_file_sync(&tr->metrics);    // no checkpoint is ahead of its metrics
+    if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state);
+    else if (o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config);
+    if (tr->rank == 0) {
+        failed = error != NULL;
+        if (failed) trainer_save_failed(tr, error, last);
+        else {
+            tr->saved = tr->state.step;
+            checkpoint_prune(o->out, o->keep, tr->saved);
+        }
+        free(error);
     }
-    fsync(fileno(tr->metrics));                          // no checkpoint is ahead of its metrics
-    checkpoint_save(o->out, tr->engine, tr->model, &tr->config, &tr->state);
-    checkpoint_prune(o->out, o->keep);
+    if (last) comm_broadcast(tr->comm, &failed, sizeof failed);
+    if (!failed || !last) return;
+    comm_close(tr->comm);
+    exit(1);
+}
+
+// The last words of a run that a signal has ended.
+static inline void trainer_stopped(const Trainer *tr) {
+    if (tr->rank == 0)
+        printf("stopped by %s after step %lld of %lld: %s/step_%08lld is saved; --resume continues\n", signals_name(),
+               (long long)tr->state.step, (long long)tr->steps, tr->options->out, (long long)tr->saved);
 }
 
 // Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt;
@@ -655,8 +777,14 @@ static inline void trainer_save(Trainer *tr) {
 static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text, TrainerTurn *turn,
                                Comm *comm) {
     Trainer trainer, *tr = &trainer;
+    Metrics again;
+    signals_begin();
     trainer_open(tr, engine, o, config_text, comm);
+    if (!turn) signals_catch();                          // with turns, compare decides
+    const int owed = trainer_catch_up(tr, &again);
     if (tr->state.step >= tr->steps) {
+        if (owed && tr->rank == 0) trainer_open_metrics(tr, tr->state.step, &again);
+        free((char *)(uintptr_t)again.plan);
         if (tr->rank == 0) printf("%s has all %lld steps already\n", o->out, (long long)tr->steps);
         trainer_close(tr);
         return;
@@ -670,10 +798,11 @@ static inline void trainer_run(const Engine *engine, const TrainOptions *o, cons
     comm_sum(comm, &tr->peak_flops, 1);
     if (tr->rank == 0) {
         trainer_print_start(tr);
-        trainer_open_metrics(tr, tr->state.step);
+        trainer_open_metrics(tr, tr->state.step, &again);
     }
+    free((char *)(uintptr_t)again.plan);
     double busy = 0;
-    for (int64_t first = tr->state.step; tr->state.step < tr->steps;) {
+    for (int64_t first = tr->state.step; tr->state.step < tr->steps && !tr->stop;) {
         trainer_take_turn(turn);
         const double start = clock_seconds();
         Metrics r = trainer_step(tr);
@@ -683,11 +812,12 @@ static inline void trainer_run(const Engine *engine, const TrainOptions *o, cons
         r.ms = 1000 * seconds;
         r.tok_per_s = (double)tr->M * tr->B * tr->T / seconds;
         r.mfu = r.flops / seconds / tr->peak_flops;
-        if (tr->has_val && trainer_due(o->eval_every, step, tr->steps)) trainer_evaluate(tr, &r);
+        if (tr->has_val && !tr->stop && trainer_due(o->eval_every, step, tr->steps)) trainer_evaluate(tr, &r);
         if (tr->rank == 0)
             trainer_report(tr, &r, turn, step == first + 1, busy / (double)(step - first) * (double)(tr->steps - step));
-        if (trainer_due(o->save_every, step, tr->steps)) trainer_save(tr);
+        if (trainer_due(o->save_every, step, tr->steps) || tr->stop || tr->save_now) trainer_save(tr);
     }
+    if (tr->stop) trainer_stopped(tr);
     trainer_close(tr);
 }
 

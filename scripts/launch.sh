@@ -5,7 +5,8 @@
 #     scripts/launch.sh -n 2 --prefix -- build/train_gpt ...         each line of output after its rank: "[1] ..."
 #
 # When a rank fails, the others have 5 seconds to say so themselves, then they are ended. The exit code is that of the first
-# that failed; 128 + the signal's number for one that was killed.
+# that failed; 128 + the signal's number for one that was killed. Ctrl-C or a SIGTERM goes to all ranks as SIGTERM, upon which
+# build/train_gpt saves and ends; a second one kills them.
 set -u
 usage() {
     echo "usage: scripts/launch.sh -n N [--prefix] [--] command ..." >&2
@@ -65,9 +66,18 @@ finish() {
     rm -rf "$dir"
     exit "$1"
 }
-trap 'finish 130' INT
-trap 'finish 143' TERM
-trap 'finish 129' HUP
+
+# The first signal is the ranks' to answer: the trainer saves and ends. SIGINT does not reach them, since a shell has it ignored
+# in what it starts behind itself. A second signal ends all.
+asked=0
+ask() {
+    [ "$asked" -eq 0 ] || finish "$1"
+    asked=1
+    signal_all TERM
+}
+trap 'ask 130' INT
+trap 'ask 143' TERM
+trap 'ask 129' HUP
 
 run_rank() {
     RANK=$1 LOCAL_RANK=$1

@@ -33,21 +33,16 @@ static inline char *load_directory(const char *path) {
 // The options of the run that wrote this checkpoint, from malloc; NULL in a directory that is not ours, which has no
 // trainer.json. What the tools read of ours, weights and sizes, must match its SHA-256.
 static inline char *load_trainer_json(const char *dir) {
-    char *path = xprintf("%s/trainer.json", dir), *run = NULL, hex[SHA256_HEX];
-    FileMap map, file;
+    char *path = xprintf("%s/trainer.json", dir), *run = NULL;
+    FileMap map;
     Json doc;
     if (path_exists(path)) {
         const char *error = file_map(&map, path);
         if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
         if (error) die("this checkpoint is damaged: %s: %s", path, error);
         for (int i = 0; i < 2; i++) {
-            char *name = xprintf("%s/%s", dir, checkpoint_file[i]);
-            if ((error = file_map(&file, name))) die("cannot read %s: %s", name, error);
-            sha256_hex(hex, file.data, file.size);
-            if (!json_equals(&doc, json_get(&doc, json_get(&doc, 0, "files"), checkpoint_file[i]), hex))
-                die("this checkpoint is damaged: %s does not match its SHA-256 in trainer.json", name);
-            file_unmap(&file);
-            free(name);
+            const char *wrong = checkpoint_verify_file(&doc, dir, i);
+            if (wrong) die("this checkpoint is damaged: %s", wrong);
         }
         run = json_string(&doc, json_get(&doc, 0, "options"), NULL);
         json_free(&doc);

@@ -1,0 +1,48 @@
+// The short form of dev/torture/: runs that are killed or whose disk fails, and the sums that say where a file is damaged.
+#ifndef TEST_TORTURE_H
+#define TEST_TORTURE_H
+
+#include "../sha256.h"
+#include "test.h"
+
+static void test_torture_short(void) {
+    ToolRun r = tool_run("torture --short");
+    EXPECT(r.code == 0 && strstr(r.out.s, ", 0 failed"), "exit code %d: %s%s", r.code, r.out.s, r.err.s);
+    tool_free(&r);
+}
+
+// The first damaged MiB of a file is named, whichever it is; pieces of any size give the same sums.
+static void test_torture_sums_tell_where(void) {
+    const size_t block = FILE_SUM_BLOCK, n = 3 * block + 5;
+    char *file = (char *)xcalloc(n, 1);
+    FileSum whole, pieces;
+    file_sum(&whole, file, n);
+    file_sum_init(&pieces);
+    for (size_t at = 0, m; at < n; at += m) {
+        m = at % 3 ? 777777 : 63;
+        if (m > n - at) m = n - at;
+        file_sum_update(&pieces, file + at, m);
+    }
+    file_sum_end(&pieces);
+    EXPECT_TEXT(pieces.hex, whole.hex);
+    EXPECT_TEXT(pieces.marks.s, whole.marks.s);
+    EXPECT(whole.marks.n == 24 && whole.size == n, "%zu digits of %llu bytes", whole.marks.n, (unsigned long long)whole.size);
+    const size_t place[] = {0, block - 1, block, 2 * block - 1, 2 * block, 3 * block - 1, 3 * block, n - 1};
+    for (size_t i = 0; i < sizeof place / sizeof place[0]; i++) {
+        FileSum damaged;
+        file[place[i]] ^= 4;
+        file_sum(&damaged, file, n);
+        file[place[i]] ^= 4;
+        EXPECT(strcmp(damaged.hex, whole.hex) && file_sum_differs(&damaged, whole.marks.s) == place[i] / block * block,
+               "byte %zu: the block at %llu is named", place[i],
+               (unsigned long long)file_sum_differs(&damaged, whole.marks.s));
+        text_free(&damaged.marks);
+    }
+    EXPECT(file_sum_differs(&whole, "") == 0, "marks that are missing");
+    text_free(&whole.marks), text_free(&pieces.marks);
+    free(file);
+}
+
+#define TORTURE_TESTS(X) X(torture_sums_tell_where) X(torture_short)
+
+#endif
