@@ -12,6 +12,7 @@
 
 #include "engine.h"
 #include "json.h"
+#include "numbers.h"
 #include "safetensors.h"
 #include "sha256.h"
 #include "weights.h"
@@ -20,6 +21,8 @@
 typedef struct {
     int64_t step, tokens;                                // optimizer steps done, tokens trained on
     int64_t *adamw_steps;                                // (2L+1) as UpdateArgs.t counts them
+    int bad_steps;                                       // the last steps that were not finite, in a row
+    Spikes losses, norms;                                // of the last steps: what spikes are judged by
     double *eval_scale;                                  // (2L) factors of the branches in evaluation; see drop_path.h
     int tied;                                            // how those factors apply: DropPlan.tied
     int eot;                                             // the end-of-text token, or -1
@@ -122,11 +125,23 @@ static inline void checkpoint_config_json(Text *t, const GptConfig *c, const Che
 
 #define CHECKPOINT_SELF "  \"sha256\": \""               // trainer.json's own sum: of every byte before this line
 
+static inline void checkpoint_write_spikes(Text *t, const char *name, const Spikes *s) {
+    text_printf(t, ",\n  \"%s\": [", name);
+    for (int i = 0; i < s->n; i++) {
+        if (i) text_append(t, ", ", 2);
+        json_write_number(t, s->value[i]);
+    }
+    text_append(t, "]", 1);
+}
+
 static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, const CheckpointSums *sums) {
     char hex[SHA256_HEX];
     text_printf(t, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n  \"options\": ",
                 (long long)s->step, (long long)s->tokens);
     json_write_string(t, s->options);
+    text_printf(t, ",\n  \"bad_steps\": %d", s->bad_steps);
+    checkpoint_write_spikes(t, "losses", &s->losses);
+    checkpoint_write_spikes(t, "grad_norms", &s->norms);
     text_printf(t, ",\n  \"files\": {");
     for (int i = 0; i < CHECKPOINT_FILES; i++)
         text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file[i], sums->hex[i]);
@@ -299,6 +314,18 @@ static inline int64_t checkpoint_integer(const Json *doc, const char *path, cons
     return v;
 }
 
+// What spikes are judged by; older checkpoints have none of it.
+static inline void checkpoint_read_spikes(const Json *doc, const char *path, const char *key, Spikes *s) {
+    const int list = json_get(doc, 0, key);
+    s->n = 0;
+    for (int i = 0, node = json_first(doc, list); i < json_count(doc, list); i++, node = json_next(doc, node)) {
+        double x;
+        if (json_type(doc, list) != JSON_ARRAY || i >= SPIKES_WINDOW || !json_number(doc, node, &x) || !isfinite(x))
+            die("%s: \"%s\" must be at most %d numbers", path, key, SPIKES_WINDOW);
+        spikes_add(s, x);
+    }
+}
+
 // config.json must describe a model that this program computes; a setting that is absent has GPT-2's value.
 static inline void checkpoint_check_config(const Json *doc, const char *path) {
     static const struct { const char *key; int type; const char *value; } fixed[] = {
@@ -411,6 +438,11 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
     s->tokens = checkpoint_integer(&doc, path, "tokens");
     s->options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
     if (!s->options) die("%s: \"options\" is missing", path);
+    const int64_t bad = json_get(&doc, 0, "bad_steps") < 0 ? 0 : checkpoint_integer(&doc, path, "bad_steps");
+    if (bad < 0 || bad > 1000000000) die("%s: \"bad_steps\" is %lld", path, (long long)bad);
+    s->bad_steps = (int)bad;
+    checkpoint_read_spikes(&doc, path, "losses", &s->losses);
+    checkpoint_read_spikes(&doc, path, "grad_norms", &s->norms);
     json_free(&doc);
     file_unmap(&map);
     free(path);
