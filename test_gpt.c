@@ -27,6 +27,7 @@
 #ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_nccl.h"
 #endif
+#include "dev/test/test_numbers.h"
 #include "dev/test/test_options.h"
 #ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_parity.h"
@@ -60,14 +61,14 @@ static const Test tests[] = {
     SCHEDULE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
-    ENGINE_TESTS(X)
+    ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
     CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
-    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X)
+    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) NUMBERS_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -1248,15 +1248,16 @@ static double model_update(Model *m, const UpdateArgs *a) {
     CHECK(m->slot[SLOT_GRAD], "this model was opened to evaluate");
     const double norm = gradient_norm(m, a->t);
     const double clip = a->grad_clip > 0 ? fmin(1, a->grad_clip / (norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
+    const int taken = update_is_taken(a, norm);
     static const real zeros[UPDATE_CHUNK];
 #pragma omp parallel for schedule(dynamic, 8)
-    for (int i = 0; i < (a->discard || !isfinite(norm) ? 0 : m->n_chunks); i++) {
+    for (int i = 0; i < (taken ? m->n_chunks : 0); i++) {
         const UpdateChunk *k = &m->chunk[i];
         if (a->t[k->branch] > 0)
             adamw(m->slot[SLOT_PARAM] + k->at, m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] + k->at,
                   m->slot[SLOT_M] + k->at, m->slot[SLOT_V] + k->at, k->n, a, a->t[k->branch], clip, k->decay);
     }
-    memset(m->spent, 1, (size_t)BRANCHES * (size_t)m->config.L + 1);
+    if (taken || a->discard) memset(m->spent, 1, (size_t)BRANCHES * (size_t)m->config.L + 1);
     return norm;
 }
 

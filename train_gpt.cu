@@ -2368,14 +2368,15 @@ static __global__ void total_norm_kernel(double *to, const double *norms, int n,
     if (threadIdx.x == 0) *to = root ? sqrt(sum) : sum;
 }
 
-typedef struct { float b1, b2, eps, keep; double grad_clip; } AdamArgs;   // keep: what weight decay leaves of p
+typedef struct { float b1, b2, eps, keep; double grad_clip, norm_limit; } AdamArgs;   // keep: what weight decay leaves of p
 
-// A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite.
+// A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite
+// or above the limit (update_is_taken).
 static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
                                     const BranchUpdate *branch, const double *norm, AdamArgs a) {
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
-    if (!b.run || !isfinite(*norm)) return;
+    if (!b.run || !isfinite(*norm) || (a.norm_limit != 0 && *norm > a.norm_limit)) return;
     const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
     const float shrink = (float)clip, keep = k.decay ? a.keep : 1;
     for (size_t j = threadIdx.x; j < k.n; j += blockDim.x) {
@@ -2421,7 +2422,7 @@ static double model_update(Model *m, const UpdateArgs *a) {
     const size_t branches = (size_t)BRANCHES * (size_t)m->config.L + 1;
     const cudaStream_t stream = m->gpu.stream;
     const AdamArgs args = {(float)a->beta1, (float)a->beta2, (float)a->eps, (float)(1 - a->lr * a->weight_decay),
-                           a->grad_clip};
+                           a->grad_clip, a->norm_limit};
     for (size_t i = 0; i < branches; i++) {
         const double t = (double)a->t[i];
         const BranchUpdate b = {t > 0 ? (float)(a->lr / (1 - pow(a->beta1, t))) : 0,
@@ -2437,7 +2438,7 @@ static double model_update(Model *m, const UpdateArgs *a) {
     if (!a->discard && m->ranks.shares > 1) gather_parameters(m, a);
     CUDA_CHECK(cudaMemcpyAsync(m->host_norm, m->norms + m->n_chunks, sizeof(double), cudaMemcpyDeviceToHost, stream));
     ranks_wait(&m->ranks, &m->gpu);
-    memset(m->spent, 1, branches);
+    if (a->discard || update_is_taken(a, *m->host_norm)) memset(m->spent, 1, branches);
     return *m->host_norm;
 }
 

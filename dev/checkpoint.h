@@ -13,6 +13,7 @@
 
 #include "engine.h"
 #include "json.h"
+#include "numbers.h"
 #include "safetensors.h"
 #include "sha256.h"
 #include "weights.h"
@@ -21,6 +22,8 @@
 typedef struct {
     int64_t step, tokens;                                // optimizer steps done, tokens trained on
     int64_t *adamw_steps;                                // (2L+1) as UpdateArgs.t counts them
+    int bad_steps;                                       // the last steps that were not finite, in a row
+    Spikes losses, norms;                                // of the last steps: what spikes are judged by
     double *eval_scale;                                  // (2L) factors of the branches in evaluation; see drop_path.h
     int tied;                                            // how those factors apply: DropPlan.tied
     int eot;                                             // the end-of-text token, or -1
@@ -135,11 +138,23 @@ static inline void checkpoint_config_json(Text *t, const GptConfig *c, const Che
 
 #define CHECKPOINT_SELF "  \"sha256\": \""               // trainer.json's own sum: of every byte before this line
 
+static inline void checkpoint_write_spikes(Text *t, const char *name, const Spikes *s) {
+    text_printf(t, ",\n  \"%s\": [", name);
+    for (int i = 0; i < s->n; i++) {
+        if (i) text_append(t, ", ", 2);
+        json_write_number(t, s->value[i]);
+    }
+    text_append(t, "]", 1);
+}
+
 static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, const CheckpointSums *sums) {
     char hex[SHA256_HEX];
     text_printf(t, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n  \"options\": ",
                 (long long)s->step, (long long)s->tokens);
     json_write_string(t, s->options);
+    text_printf(t, ",\n  \"bad_steps\": %d", s->bad_steps);
+    checkpoint_write_spikes(t, "losses", &s->losses);
+    checkpoint_write_spikes(t, "grad_norms", &s->norms);
     text_printf(t, ",\n  \"files\": {");
     for (int i = 0; i < CHECKPOINT_FILES; i++)
         text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file[i], sums->file[i].hex);
@@ -549,17 +564,39 @@ static inline void checkpoint_load_weights(const char *from, const Engine *e, Mo
 
 #define CHECKPOINT_MOST ((int64_t)1 << 60)               // steps or tokens: what a run adds to them cannot overflow
 
-// Reads a trainer.json of `size` bytes at mem: step, tokens, and options from malloc. Returns NULL, or what is wrong.
+// What spikes are judged by; older checkpoints have none of it. Returns NULL, or what is wrong.
+static inline const char *checkpoint_parse_spikes(const Json *doc, const char *key, Spikes *s) {
+    const int list = json_get(doc, 0, key);
+    s->n = 0;
+    if (list < 0) return NULL;
+    if (json_type(doc, list) != JSON_ARRAY || json_count(doc, list) > SPIKES_WINDOW)
+        return "\"losses\" and \"grad_norms\" must be lists of at most 128 numbers";
+    for (int i = 0, node = json_first(doc, list); i < json_count(doc, list); i++, node = json_next(doc, node)) {
+        double x;
+        if (!json_number(doc, node, &x) || !isfinite(x)) return "\"losses\" or \"grad_norms\" has what is no finite number";
+        spikes_add(s, x);
+    }
+    return NULL;
+}
+
+// Reads a trainer.json of `size` bytes at mem: all of s but adamw_steps and eval_scale; options from malloc. Returns NULL, or
+// what is wrong.
 static inline const char *checkpoint_parse_state(CheckpointState *s, const void *mem, size_t size) {
     Json doc;
     const char *error = checkpoint_parse_trainer(&doc, mem, size);
     if (error) return error;
+    int64_t bad = 0;
     s->step = s->tokens = -1;
+    json_int64(&doc, json_get(&doc, 0, "bad_steps"), &bad);
+    error = checkpoint_parse_spikes(&doc, "losses", &s->losses);
+    if (!error) error = checkpoint_parse_spikes(&doc, "grad_norms", &s->norms);
     json_int64(&doc, json_get(&doc, 0, "step"), &s->step);
     json_int64(&doc, json_get(&doc, 0, "tokens"), &s->tokens);
     s->options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
     json_free(&doc);
-    if (s->step < 0 || s->step > CHECKPOINT_MOST) error = "\"step\" is missing or out of range";
+    s->bad_steps = (int)bad;
+    if (bad < 0 || bad > 1000000000) error = "\"bad_steps\" is out of range";
+    else if (s->step < 0 || s->step > CHECKPOINT_MOST) error = "\"step\" is missing or out of range";
     else if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST) error = "\"tokens\" is missing or out of range";
     else if (!s->options) error = "\"options\" is missing";
     if (!error) return NULL;

@@ -43,11 +43,17 @@ typedef struct {
     const int64_t *t;     // (2L+1): the AdamW step, 1, 2, ..., of each branch and last of all else; 0 leaves untouched a
                           // branch that no backward pass has reached since the last update, so that its gradient is zero
     int discard;                                         // only zero the gradients: this step is not to be taken
+    double norm_limit;                                   // a step of a larger norm is not taken; 0: no limit, negative: none is
 } UpdateArgs;
 
 // Bytes by purpose. Activations are what is set aside for forward and backward under EngineArgs.bound, what it would be
 // if every branch could be kept at once, and the most that calls have used so far.
 typedef struct { size_t parameters, gradients, moments, activations, activations_full, activations_used; } EngineMemory;
+
+// Whether an update of this gradient norm changes the weights.
+static inline int update_is_taken(const UpdateArgs *a, double norm) {
+    return !a->discard && isfinite(norm) && !(a->norm_limit != 0 && norm > a->norm_limit);
+}
 
 typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
 
@@ -75,9 +81,9 @@ typedef struct {
     void (*losses)(Model *, real *host);
     void (*logits)(Model *, int row, int t, real *host);
 
-    // Clips and applies the gradients, zeroes them and returns their norm before clipping. A norm that is not finite
-    // changes no parameter and no moment (the gradients are zeroed all the same), as does args->discard. All ranks call it
-    // with the same arguments and get the same norm.
+    // Clips and applies the gradients, zeroes them and returns their norm before clipping. If the norm is not finite, or
+    // above args->norm_limit, nothing changes, neither parameters and moments nor the gradients: they can be read, and a
+    // call with args->discard must follow to zero them. All ranks call it with the same arguments and get the same norm.
     double (*update)(Model *, const UpdateArgs *);
 
     // Copy one layer's part of one parameter, gpt_param_size() numbers, out of or into a slot. With args->zero all ranks

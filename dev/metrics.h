@@ -13,6 +13,9 @@
     X(loss)             /* mean training loss of the step, nats per token */                  \
     X(lr)                                                                                     \
     X(grad_norm)        /* before clipping */                                                 \
+    X(loss_z)           /* z-scores, see numbers.h; with --skip-loss-zscore, */               \
+    X(norm_z)           /* --skip-norm-zscore */                                              \
+    X(skipped)          /* why the weights stayed: SKIPPED_*; left out where they did not */  \
     X(val_loss)         /* nats per token, after the step; only where evaluated */            \
     X(val_ppl)          /* exp(val_loss) */                                                   \
     X(val_bpb)          /* bits per byte of text; only with a tokenizer */                    \
@@ -25,6 +28,9 @@
     X(tok_per_s)                                                                              \
     X(mfu)              /* flops per second as a fraction of the machine's measured peak */   \
     X(peak_bytes)       /* largest resident memory of the process so far */
+
+// Of a step that changed nothing: its loss or gradient was not finite, or its loss or its gradient norm was a spike.
+enum { SKIPPED_BAD = 1, SKIPPED_LOSS, SKIPPED_NORM };
 
 typedef struct {
 #define X(name) double name;

@@ -132,6 +132,10 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            " all of a branch but its input")                                                                         \
     OPTION(max_bad_steps, "max-bad-steps", INTEGER, "10", "[1,1e9]",                                                 \
            "stop after this many steps in a row whose loss or gradient is not finite; such steps change nothing")    \
+    OPTION(skip_loss_zscore, "skip-loss-zscore", NUMBER, "0", "[0,inf)",                                             \
+           "leave out a step whose loss lies this many standard deviations above that of the last 128; 0: never")    \
+    OPTION(skip_norm_zscore, "skip-norm-zscore", NUMBER, "0", "[0,inf)", "the same for its gradient's norm; 0: never") \
+    OPTION(selfcheck, "selfcheck", FLAG, "1", "0|1", "at start, compare a tiny training run with stored numbers")    \
   HEADING("Optimizer (AdamW)")                                                                                       \
     OPTION(lr, "lr", NUMBER, "6e-4", "[0,inf)", "peak learning rate")                                                \
     OPTION(lr_schedule, "lr-schedule", CHOICE, "cosine", "cosine|linear|wsd|constant",                               \

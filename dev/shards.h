@@ -277,8 +277,8 @@ static inline int64_t shards_rows(const Shards *s, int64_t tokens) {
     return tokens == 0 || rows > s->windows ? s->windows : rows;
 }
 
-// Window w of [0, windows): tokens (T), and targets (T), the tokens one place further. Dies on a token >= V.
-static inline void shards_read_window(const Shards *s, int64_t w, int *tokens, int *targets) {
+// The file that has window w of [0, windows), and the token of that file where it begins.
+static inline const ShardFile *shards_find(const Shards *s, int64_t w, int64_t *start) {
     CHECK(0 <= w && w < s->windows, "window %lld of %lld", (long long)w, (long long)s->windows);
     int low = 0, high = s->n - 1;                        // the last file with first <= w has it
     while (low < high) {
@@ -286,8 +286,14 @@ static inline void shards_read_window(const Shards *s, int64_t w, int *tokens, i
         if (s->file[middle].first <= w) low = middle;
         else high = middle - 1;
     }
-    const ShardFile *f = &s->file[low];
-    int64_t start = (w - f->first) * s->T;
+    *start = (w - s->file[low].first) * s->T;
+    return &s->file[low];
+}
+
+// Window w: tokens (T), and targets (T), the tokens one place further. Dies on a token >= V.
+static inline void shards_read_window(const Shards *s, int64_t w, int *tokens, int *targets) {
+    int64_t start;
+    const ShardFile *f = shards_find(s, w, &start);
     shards_read_tokens(s, f, start, (int64_t)s->T + 1, tokens, targets);
 }
 
@@ -321,11 +327,14 @@ static inline int64_t shards_order(uint64_t seed, int64_t epoch, int64_t index, 
     return (int64_t)x;
 }
 
-// Sample i = 0, 1, ... of the endless sequence: every window once in each epoch of `windows` samples.
-static inline void shards_read_sample(const Shards *s, uint64_t seed, int64_t sample, int *tokens, int *targets) {
+// Sample i = 0, 1, ... of the endless sequence, as a window: every window once in each epoch of `windows` samples.
+static inline int64_t shards_sample(const Shards *s, uint64_t seed, int64_t sample) {
     CHECK(sample >= 0, "sample %lld", (long long)sample);
-    int64_t w = shards_order(seed, sample / s->windows, sample % s->windows, s->windows);
-    shards_read_window(s, w, tokens, targets);
+    return shards_order(seed, sample / s->windows, sample % s->windows, s->windows);
+}
+
+static inline void shards_read_sample(const Shards *s, uint64_t seed, int64_t sample, int *tokens, int *targets) {
+    shards_read_window(s, shards_sample(s, seed, sample), tokens, targets);
 }
 
 // ---- Writing ----

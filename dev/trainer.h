@@ -13,9 +13,11 @@
 #include "lock.h"
 #include "manifest.h"
 #include "metrics.h"
+#include "numbers.h"
 #include "options.h"
 #include "sample.h"
 #include "schedule.h"
+#include "selfcheck.h"
 #include "shards.h"
 #include "signals.h"
 #include "tokenizer.h"
@@ -23,6 +25,7 @@
 
 typedef struct {
     const TrainOptions *options;
+    const char *program;                                 // how it was called, to be called so again
     const char *config_text;                             // the options as config.txt
     char *data_line, *run_text;                          // what the train shards are; both together, for checkpoints
     const Engine *engine;
@@ -42,7 +45,11 @@ typedef struct {
     double peak_flops;                                   // per second, measured
 
     CheckpointState state;
-    int bad_steps;                                       // in a row
+    char *whole;                                         // the newest checkpoint that this run knows: it is from there, or
+                                                         // has written it; NULL: none
+    char *report;                                        // of the last step that was not finite; NULL: none
+    int bad_micro;                                       // this rank's first micro-batch of the step whose loss is not finite,
+    int bad_forward;                                     // or -1; and what numbers_finite_branches says of it
     DropPlan plan;
     int *tokens, *targets;                               // (B,T)
     real *losses;                                        // (B,T)
@@ -69,6 +76,31 @@ static inline double trainer_peak_bytes(void) {
 #else
     return 1024.0 * (double)usage.ru_maxrss;
 #endif
+}
+
+// ---- Before all else: does this machine compute what it should? ----
+
+// Each rank checks itself, on its own device; all learn if one is wrong, and end with code 4.
+static inline void trainer_selfcheck(const Engine *engine, const TrainOptions *o, Comm *comm) {
+    Selfcheck got;
+    EngineArgs args;
+    if (!o->selfcheck) return;
+    memset(&args, 0, sizeof args);
+    args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o), args.recompute = o->recompute, args.comm = comm;
+    selfcheck_run(&got, engine, args);
+    char *wrong = selfcheck_judge(&got, &selfcheck_numbers, args.dtype, NULL);
+    double failed = wrong != NULL;
+    if (wrong) {
+        fflush(stdout);
+        fprintf(stderr, "error: the self-check of %s has failed on rank %d: %s\n  hint: this machine or this build computes "
+                "wrong numbers: make clean and build again, or try another machine; --selfcheck 0 trains all the same\n",
+                engine->name, comm ? comm->rank : 0, wrong);
+    }
+    free(wrong);
+    comm_sum(comm, &failed, 1);
+    if (failed == 0) return;
+    comm_close(comm);
+    exit(4);
 }
 
 // ---- From options to a run: everything that can be refused is refused here, before anything is written ----
@@ -243,7 +275,7 @@ static inline char *trainer_start_together(Trainer *tr, int *resume) {
 static inline void trainer_compare_options(const char *now, const char *then) {
     static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens", "save-every", "keep",
                                                  "log-every", "sample-every", "sample-tokens", "prompt", "val", "init-from",
-                                                 "zero", "on-save-error"};
+                                                 "zero", "on-save-error", "max-bad-steps", "selfcheck"};
     Text changed = {NULL, 0, 0};
     for (const char *line = now, *end; *line; line = end + 1) {
         end = strchr(line, '\n');
@@ -360,6 +392,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     } else if (from) checkpoint_load_weights(from, engine, tr->model, &tr->config);
     else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
     tr->state.options = tr->run_text;
+    if (resume) tr->whole = xstrdup(from);
     if (from && tr->rank == 0) printf("%s: %s\n", resume ? "resumed" : "weights", from);
     free(from);
 }
@@ -374,7 +407,8 @@ static inline void trainer_close(Trainer *tr) {
     drop_plan_free(&tr->plan);
     text_free(&tr->plan_text);
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->reduce), free(tr->adamw_steps);
-    free(tr->state.adamw_steps), free(tr->state.eval_scale), free(tr->data_line), free(tr->run_text);
+    free(tr->state.adamw_steps), free(tr->state.eval_scale), free(tr->data_line), free(tr->run_text), free(tr->whole);
+    free(tr->report);
     metrics_file_close(&tr->metrics);
     lock_release(&tr->lock);
 }
@@ -578,47 +612,274 @@ static inline void trainer_account(Trainer *tr, Metrics *r) {
     r->plan = tr->plan_text.s;
 }
 
-static inline void trainer_bad_step(Trainer *tr, double loss, double norm) {
+// ---- A step that is not finite: what is wrong, and how to see it again ----
+
+// What each rank knows of the step. All ranks call it and get the same; (world), from malloc.
+typedef struct { double loss, micro, forward; } RankNumbers;         // mean of its micro-batches; as Trainer's bad_*
+
+static inline RankNumbers *trainer_ask_ranks(const Trainer *tr, double loss) {
+    RankNumbers *all = (RankNumbers *)xcalloc((size_t)tr->world, sizeof *all);
+    all[tr->rank].loss = loss * tr->world, all[tr->rank].micro = tr->bad_micro, all[tr->rank].forward = tr->bad_forward;
+    comm_sum(tr->comm, (double *)all, (size_t)tr->world * (sizeof *all / sizeof(double)));
+    return all;
+}
+
+// Where a forward pass that gives `finite` branches (numbers_finite_branches) stops being finite.
+static inline void trainer_write_place(const Trainer *tr, Text *t, int finite) {
+    if (finite < 0) text_printf(t, "the embeddings or the head");
+    else if (finite >= BRANCHES * tr->config.L) text_printf(t, "the whole, in training alone");
+    else text_printf(t, "h.%d.%s", finite / BRANCHES, finite % BRANCHES == ATTN ? "attn" : "mlp");
+}
+
+// The command that comes to the same step again: from the newest checkpoint, or from the start.
+static inline void trainer_write_replay(const Trainer *tr, Text *t) {
+    char *config = xprintf("%s/config.txt", tr->options->out);
+    char *out = xprintf("%s/replay_%08lld", tr->options->out, (long long)tr->state.step + 1);
+    const char *const words[] = {tr->program, "--config", config, "--out", out, tr->whole ? "--resume" : NULL, tr->whole};
+    for (size_t i = 0; i < sizeof words / sizeof words[0] && words[i]; i++) {
+        if (i) text_append(t, " ", 1);
+        numbers_quote(t, words[i]);
+    }
+    text_printf(t, " --max-bad-steps %d", tr->state.bad_steps);
+    free(config);
+    free(out);
+}
+
+// Rates by branch, shards, and of each micro-batch the rows: index of the shard, the token where the row begins.
+static inline void trainer_write_data(const Trainer *tr, Text *t) {
+    const int64_t step = tr->state.step;
+    for (int b = 0; b < BRANCHES; b++) {
+        text_printf(t, ",\n  \"drop_rate_%s\": [", b == ATTN ? "attn" : "mlp");
+        for (int l = 1; l <= tr->config.L; l++) {
+            if (l > 1) text_printf(t, ", ");
+            numbers_write(t, drop_path_rate(&tr->drop, l, b, step));
+        }
+        text_printf(t, "]");
+    }
+    text_printf(t, ",\n  \"shards\": [");
+    for (int i = 0; i < tr->train.n; i++) {
+        if (i) text_printf(t, ", ");
+        json_write_string(t, tr->train.file[i].path);
+    }
+    text_printf(t, "],\n  \"rows_of\": \"by micro-batch: [shard, first token] of each row\",\n  \"rows\": [");
+    for (int m = 0; m < tr->M; m++) {
+        text_printf(t, m ? ",\n    [" : "\n    [");
+        for (int b = 0; b < tr->B; b++) {
+            int64_t start, window = shards_sample(&tr->train, (uint64_t)tr->options->seed, (step * tr->M + m) * tr->B + b);
+            const ShardFile *file = shards_find(&tr->train, window, &start);
+            text_printf(t, "%s[%d, %lld]", b ? ", " : "", (int)(file - tr->train.file), (long long)start);
+        }
+        text_printf(t, "]");
+    }
+    text_printf(t, "\n  ]");
+}
+
+static inline void trainer_write_tensors(Text *t, const TensorPlace *places, const TensorNumbers *tensors, int n) {
+    text_printf(t, ",\n  \"tensors_of\": \"in backward order: norms of what is finite, and how many numbers are not\",\n"
+                "  \"tensors\": [");
+    for (int i = 0; i < n; i++) {
+        char *name = gpt_param_name(places[i].param, places[i].layer);
+        text_printf(t, "%s\n    {\"name\": \"%s\"", i ? "," : "", name);
+        for (int which = 0; which < 2; which++) {
+            text_printf(t, ", \"%s_norm\": ", which ? "grad" : "weight");
+            numbers_write(t, tensors[i].norm[which]);
+            text_printf(t, ", \"%s_not_finite\": %.0f", which ? "grad" : "weight", tensors[i].bad[which]);
+        }
+        text_printf(t, "}");
+        free(name);
+    }
+    text_printf(t, "\n  ]");
+}
+
+// OUT/bad_step_NNNNNNNN.json. A disk that refuses it does not end the run.
+static inline void trainer_save_report(Trainer *tr, const Text *t) {
+    char *path = xprintf("%s/bad_step_%08lld.json", tr->options->out, (long long)tr->state.step + 1);
+    char *temporary = xprintf("%s.tmp", path);
+    FILE *f = fopen(temporary, "wb");
+    int ok = f && fwrite(t->s, 1, t->n, f) == t->n && !fflush(f) && !fsync(fileno(f));
+    if (f) ok = !fclose(f) && ok;
+    if (!ok || rename(temporary, path)) warn("cannot write %s: %s", path, strerror(errno));
+    free(temporary);
+    free(tr->report);
+    tr->report = path;
+}
+
+// What people need first, on the console; the rest in the report.
+static inline void trainer_report_bad_step(Trainer *tr, const Metrics *r, const RankNumbers *ranks, const TensorPlace *places,
+                                           const TensorNumbers *tensors, int n) {
+    Text t = {NULL, 0, 0}, said = {NULL, 0, 0}, place = {NULL, 0, 0};
+    static const char *const what[2] = {"weight", "gradient"};
+    text_printf(&t, "{\n  \"step\": %lld,\n  \"loss\": ", (long long)tr->state.step + 1);
+    numbers_write(&t, r->loss);
+    text_printf(&t, ",\n  \"grad_norm\": ");
+    numbers_write(&t, r->grad_norm);
+    text_printf(&t, ",\n  \"lr\": ");
+    numbers_write(&t, r->lr);
+    text_printf(&t, ",\n  \"bad_steps_in_a_row\": %d,\n  \"seed\": %lld,\n  \"replay\": ", tr->state.bad_steps,
+                (long long)tr->options->seed);
+    trainer_write_replay(tr, &place);
+    json_write_string(&t, place.s);
+    text_printf(&t, ",\n  \"ranks\": [");
+    for (int i = 0; i < tr->world; i++) {
+        text_printf(&t, "%s\n    {\"rank\": %d, \"loss\": ", i ? "," : "", i);
+        numbers_write(&t, ranks[i].loss);
+        if (ranks[i].micro >= 0) {
+            place.n = 0;
+            trainer_write_place(tr, &place, (int)ranks[i].forward);
+            text_printf(&t, ", \"micro_batch\": %.0f, \"forward_not_finite_from\": \"%s\"", ranks[i].micro, place.s);
+            text_printf(&said, "; rank %d, micro-batch %.0f: the forward pass is not finite from %s", i, ranks[i].micro,
+                        place.s);
+        }
+        text_printf(&t, "}");
+    }
+    text_printf(&t, "\n  ],\n");
+    for (int which = 1; which >= 0; which--) {
+        const int first = numbers_first_bad(tensors, n, which);
+        char *name = first < 0 ? NULL : gpt_param_name(places[first].param, places[first].layer);
+        text_printf(&t, "  \"first_%s_not_finite\": %s%s%s,\n", what[which], name ? "\"" : "", name ? name : "null",
+                    name ? "\"" : "");
+        if (name) text_printf(&said, "; non-finite %s: %s%s", what[which], name, which ? ", the first in backward order" : "");
+        else text_printf(&said, "; all %ss are finite", what[which]);
+        free(name);
+    }
+    text_printf(&t, "  \"plan\": ");
+    json_write_string(&t, tr->plan_text.s);
+    trainer_write_data(tr, &t);
+    trainer_write_tensors(&t, places, tensors, n);
+    text_printf(&t, "\n}\n");
+    trainer_save_report(tr, &t);
+    warn("step %lld%s\n  %s has more", (long long)tr->state.step + 1, said.s, tr->report);
+    text_free(&t), text_free(&said), text_free(&place);
+}
+
+// After an update that was not taken, when the gradients can still be read. All ranks look, at the first and the last step of a
+// row of such steps; loss: this rank's part of the step's.
+static inline void trainer_examine(Trainer *tr, const Metrics *r, double loss) {
+    TensorPlace *places;
+    const int n = numbers_places(&places, &tr->config);
+    tr->bad_forward = BRANCHES * tr->config.L;
+    if (tr->bad_micro >= 0) {
+        trainer_read_batch(tr, tr->state.step, tr->bad_micro);
+        trainer_plan(tr, tr->state.step, tr->bad_micro);
+        tr->bad_forward = numbers_finite_branches(tr->engine, tr->model, tr->T, tr->tokens, tr->targets, &tr->plan);
+    }
+    RankNumbers *ranks = trainer_ask_ranks(tr, loss);
+    TensorNumbers *tensors = numbers_of_tensors(tr->engine, tr->model, &tr->config, places, n, tr->comm);
+    if (tr->rank == 0) trainer_report_bad_step(tr, r, ranks, places, tensors, n);
+    free(places), free(ranks), free(tensors);
+}
+
+// Whether all weights of a checkpoint are finite.
+static inline int trainer_checkpoint_finite(const char *dir) {
+    char *path = xprintf("%s/model.safetensors", dir);
+    FileMap map;
+    Safetensors t;
+    int finite = !file_map(&map, path);
+    free(path);
+    if (!finite) return 0;
+    finite = !safetensors_parse(&t, map.data, map.size);
+    for (int i = 0; finite && i < t.n; i++)
+        for (size_t k = 0; finite && k < t.entry[i].count; k++) finite = isfinite(safetensors_real(&t.entry[i], k));
+    safetensors_free(&t);
+    file_unmap(&map);
+    return finite;
+}
+
+// The newest checkpoint that is whole and finite: of OUT, else the one that the run comes from; NULL: none. From malloc.
+static inline char *trainer_last_good(const Trainer *tr) {
+    CheckpointList list = checkpoint_list(tr->options->out);
+    char *good = NULL;
+    for (int i = 0; i <= list.n && !good; i++) {
+        char *path = i < list.n ? checkpoint_path(tr->options->out, list.step[i]) : tr->whole ? xstrdup(tr->whole) : NULL;
+        char *wrong = path ? checkpoint_verify(path) : NULL;
+        if (path && !wrong && trainer_checkpoint_finite(path)) good = path;
+        else free(path);
+        free(wrong);
+    }
+    free(list.step);
+    return good;
+}
+
+// Ends the run after --max-bad-steps steps in a row. All ranks come here together.
+static inline void NORETURN trainer_give_up(Trainer *tr) {
+    if (tr->rank == 0) {
+        char *good = trainer_last_good(tr);
+        Text replay = {NULL, 0, 0};
+        tr->state.step--;                                // it has counted the step that the report is of
+        trainer_write_replay(tr, &replay);
+        fflush(stdout);
+        fprintf(stderr, "error: %d steps in a row were not finite\n  last good checkpoint: %s\n  report: %s\n  replay: %s\n"
+                "  hint: --resume continues from that checkpoint, with a lower --lr or a longer --warmup\n",
+                tr->state.bad_steps, good ? good : "none", tr->report ? tr->report : "none", replay.s);
+    }
+    comm_close(tr->comm);
+    exit(3);
+}
+
+// ---- The update ----
+
+static inline void trainer_count_bad_step(Trainer *tr, Metrics *r, double loss) {
+    const int64_t bad = ++tr->state.bad_steps;
+    r->skipped = SKIPPED_BAD;
     if (tr->rank == 0)
         warn("step %lld: loss %g, gradient norm %g: not finite, so the weights stay as they were",
-             (long long)tr->state.step + 1, loss, norm);
-    if (++tr->bad_steps < tr->options->max_bad_steps) return;
+             (long long)tr->state.step + 1, r->loss, r->grad_norm);
+    if (bad == 1 || bad == tr->options->max_bad_steps) trainer_examine(tr, r, loss);
+}
+
+static inline void trainer_warn_of_spike(const Trainer *tr, const Metrics *r) {
+    const int of_loss = r->skipped == SKIPPED_LOSS;
     if (tr->rank == 0)
-        fprintf(stderr, "error: %d steps in a row were not finite\n  hint: a lower --lr, a longer --warmup; --resume "
-                "continues from the last checkpoint in %s\n", tr->bad_steps, tr->options->out);
-    comm_close(tr->comm);                                // all ranks come here together
-    exit(3);
+        warn("step %lld: %s %g is %.1f standard deviations above the last %d: a spike, so the weights stay as they were",
+             (long long)tr->state.step + 1, of_loss ? "loss" : "gradient norm", of_loss ? r->loss : r->grad_norm,
+             of_loss ? r->loss_z : r->norm_z, SPIKES_WINDOW);
+}
+
+// Takes the step, or leaves it out: then nothing changes but the counts. r->loss is known; loss: this rank's part of it.
+static inline void trainer_update(Trainer *tr, Metrics *r, double loss) {
+    const TrainOptions *o = tr->options;
+    CheckpointState *s = &tr->state;
+    const double limit = spikes_limit(&s->norms, o->skip_norm_zscore);
+    const int finite = isfinite(r->loss), spike = finite && r->loss > spikes_limit(&s->losses, o->skip_loss_zscore);
+    trainer_count_updates(tr);
+    UpdateArgs args = {r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps, 0,
+                       spike || !finite ? -1 : isfinite(limit) ? limit : 0};
+    r->grad_norm = tr->engine->update(tr->model, &args);
+    const int taken = update_is_taken(&args, r->grad_norm);
+    if (o->skip_loss_zscore > 0) r->loss_z = spikes_z(&s->losses, r->loss);
+    if (o->skip_norm_zscore > 0) r->norm_z = spikes_z(&s->norms, r->grad_norm);
+    if (!finite || !isfinite(r->grad_norm)) trainer_count_bad_step(tr, r, loss);
+    else {
+        s->bad_steps = 0;
+        if (!taken) r->skipped = spike ? SKIPPED_LOSS : SKIPPED_NORM, trainer_warn_of_spike(tr, r);
+    }
+    for (int i = 0; taken && i <= BRANCHES * tr->config.L; i++)
+        if (tr->adamw_steps[i]) s->adamw_steps[i] = tr->adamw_steps[i];
+    args.discard = 1;
+    if (!taken) tr->engine->update(tr->model, &args);    // only now: what was left out can be looked at until here
+    spikes_add(&s->losses, r->loss);
+    spikes_add(&s->norms, r->grad_norm);
 }
 
 // Step t = state.step: of M micro-batches this rank's forward and backward, one update.
 static inline Metrics trainer_step(Trainer *tr) {
-    const TrainOptions *o = tr->options;
     const int64_t t = tr->state.step;
-    const int branches = BRANCHES * tr->config.L;
     Metrics r = metrics_new();
+    double loss = 0;
     trainer_plan_step(tr, t);
-    r.loss = 0;
+    tr->bad_micro = -1;
     for (int m = tr->rank; m < tr->M; m += tr->world) {
         const unsigned char *reduce = tr->world > 1 && m + tr->world >= tr->M ? tr->reduce : NULL;
         trainer_read_batch(tr, t, m);
         trainer_plan(tr, t, m);
-        r.loss += tr->engine->forward_backward(tr->model, tr->T, tr->tokens, tr->targets, &tr->plan, 1.0 / tr->M, reduce) /
-                  tr->M;
+        loss += tr->engine->forward_backward(tr->model, tr->T, tr->tokens, tr->targets, &tr->plan, 1.0 / tr->M, reduce) / tr->M;
+        if (!isfinite(loss) && tr->bad_micro < 0) tr->bad_micro = m;
     }
-    double sum[3] = {r.loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0};
+    double sum[3] = {loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0};
     comm_sum(tr->comm, sum, 3);
     r.loss = sum[0], tr->stop = sum[1] > 0, tr->save_now = sum[2] > 0;
     r.lr = schedule_lr(&tr->schedule, t);
-    trainer_count_updates(tr);
-    const UpdateArgs args = {r.lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps,
-                             !isfinite(r.loss)};
-    r.grad_norm = tr->engine->update(tr->model, &args);
-    if (!isfinite(r.loss) || !isfinite(r.grad_norm)) trainer_bad_step(tr, r.loss, r.grad_norm);
-    else {
-        tr->bad_steps = 0;
-        for (int i = 0; i <= branches; i++)
-            if (tr->adamw_steps[i]) tr->state.adamw_steps[i] = tr->adamw_steps[i];
-    }
+    trainer_update(tr, &r, loss);
     trainer_account(tr, &r);
     tr->state.step++;
     tr->state.tokens += (int64_t)tr->M * tr->B * tr->T;
@@ -741,7 +1002,8 @@ static inline void trainer_save_failed(const Trainer *tr, const char *error, int
 }
 
 // Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part. If it cannot be written and the run
-// is to end, or has come to its end, all ranks exit with code 1.
+// is to end, or has come to its end, all ranks exit with code 1. In a row of steps that were not finite no older checkpoint
+// gives way: it may be the last that is good.
 static inline void trainer_save(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
@@ -755,7 +1017,9 @@ static inline void trainer_save(Trainer *tr) {
         if (failed) trainer_save_failed(tr, error, last);
         else {
             tr->saved = tr->state.step;
-            checkpoint_prune(o->out, o->keep, tr->saved);
+            free(tr->whole);
+            tr->whole = checkpoint_path(o->out, tr->saved);
+            if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->saved);
         }
         free(error);
     }
@@ -773,13 +1037,15 @@ static inline void trainer_stopped(const Trainer *tr) {
 }
 
 // Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt;
-// turn is NULL for a run that has the machine to itself, comm for one that is alone.
-static inline void trainer_run(const Engine *engine, const TrainOptions *o, const char *config_text, TrainerTurn *turn,
-                               Comm *comm) {
+// program is how a user starts it; turn is NULL for a run that has the machine to itself, comm for one that is alone.
+static inline void trainer_run(const char *program, const Engine *engine, const TrainOptions *o, const char *config_text,
+                               TrainerTurn *turn, Comm *comm) {
     Trainer trainer, *tr = &trainer;
     Metrics again;
     signals_begin();
+    trainer_selfcheck(engine, o, comm);
     trainer_open(tr, engine, o, config_text, comm);
+    tr->program = program;
     if (!turn) signals_catch();                          // with turns, compare decides
     const int owed = trainer_catch_up(tr, &again);
     if (tr->state.step >= tr->steps) {
@@ -815,7 +1081,8 @@ static inline void trainer_run(const Engine *engine, const TrainOptions *o, cons
         if (tr->has_val && !tr->stop && trainer_due(o->eval_every, step, tr->steps)) trainer_evaluate(tr, &r);
         if (tr->rank == 0)
             trainer_report(tr, &r, turn, step == first + 1, busy / (double)(step - first) * (double)(tr->steps - step));
-        if (trainer_due(o->save_every, step, tr->steps) || tr->stop || tr->save_now) trainer_save(tr);
+        if (tr->state.bad_steps >= o->max_bad_steps) trainer_give_up(tr);
+        if (trainer_due(tr->state.bad_steps ? 0 : o->save_every, step, tr->steps) || tr->stop || tr->save_now) trainer_save(tr);
     }
     if (tr->stop) trainer_stopped(tr);
     trainer_close(tr);
@@ -843,7 +1110,7 @@ static inline int trainer_main(int argc, char **argv, const Engine *engine) {
     o.resume = o.rendezvous = o.job_token = (char *)(uintptr_t)"";        // config.txt is of the run, however it is started
     options_dump(&options, &config);
     o = given;
-    trainer_run(engine, &o, config.s, NULL, comm);
+    trainer_run(argv[0], engine, &o, config.s, NULL, comm);
     comm_close(comm);
     text_free(&config);
     options_free(&options);

@@ -24,7 +24,7 @@ static inline void adam_run(void *arg) {
 // Model sizes as the preset's, but a vocabulary and rows of nothing.
 static inline void adam_open(Adam *a, const Engine *engine, const GptConfig *c, int dtype) {
     const GptConfig config = {2, 1, ADAM_LAYERS, c->NH, c->C};
-    const UpdateArgs update = {6e-4, 0.9, 0.95, 1e-8, 0.1, 1, a->t, 0};
+    const UpdateArgs update = {6e-4, 0.9, 0.95, 1e-8, 0.1, 1, a->t, 0, 0};
     EngineArgs args;
     memset(&args, 0, sizeof args);
     args.B = args.T = 1, args.dtype = dtype;

@@ -28,7 +28,7 @@ static Model *step_model(const Bench *b, const GptConfig *c, int B, int T, int d
 }
 
 static void step_open(Step *s, const Bench *b, int dtype, const GptConfig *c, Model *m, int B, int T) {
-    const UpdateArgs update = {1e-4, 0.9, 0.95, 1e-8, 0.1, 1, NULL, 0};
+    const UpdateArgs update = {1e-4, 0.9, 0.95, 1e-8, 0.1, 1, NULL, 0, 0};
     const size_t BT = (size_t)B * (size_t)T;
     s->engine = b->engine, s->loss_error = b->loss_error[dtype];
     s->c = *c, s->m = m, s->B = B, s->T = T, s->fresh = 1;

@@ -19,7 +19,8 @@ static inline void checkpoint_test_save(const char *out, int64_t step) {
     const GptConfig *c = &checkpoint_test_config;
     int64_t counts[5] = {step, step - 1, step, 0, step};
     double scale[4] = {1, 1, 0.75, 0.5};
-    CheckpointState s = {step, 64 * step, counts, scale, 0, 6, "steps = 9\n", NULL};
+    CheckpointState s = {.step = step, .tokens = 64 * step, .adamw_steps = counts, .eval_scale = scale, .eot = 6,
+                         .options = "steps = 9\n"};
     Model *m = checkpoint_test_model((uint64_t)step);
     real moment[28];
     for (int i = 0; i < 28; i++) moment[i] = (real)(i + 1) / 16;
@@ -55,7 +56,7 @@ static void test_checkpoint_round_trip(void) {
     EXPECT(!memcmp(&c, &checkpoint_test_config, sizeof c), "config.json has other sizes");
     EXPECT(scale[2] == 0.75 && scale[3] == 0.5 && !tied, "config.json has other factors");
     int64_t counts[5];
-    CheckpointState s = {0, 0, counts, scale, 0, 0, NULL, NULL};
+    CheckpointState s = {.adamw_steps = counts, .eval_scale = scale};
     Model *saved = checkpoint_test_model(8), *loaded = checkpoint_test_model(1);
     checkpoint_load(dir, engine_cpu(), loaded, &c, &s);
     EXPECT(s.step == 8 && s.tokens == 512, "step %lld, %lld tokens", (long long)s.step, (long long)s.tokens);

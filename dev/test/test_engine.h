@@ -23,7 +23,8 @@
     X(engine_nan_reaches_the_loss) \
     X(engine_threads) X(engine_bf16_is_near) X(engine_bf16_threads) X(engine_any_batch) \
     X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
-    X(engine_logits) X(engine_update) X(engine_update_clipped) X(engine_update_not_taken) X(engine_update_untouched) \
+    X(engine_logits) X(engine_update) X(engine_update_clipped) X(engine_update_not_taken) X(engine_update_norm_limit) \
+    X(engine_update_untouched) \
     X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
 
 static const Engine *test_engine;                        // the one under test: test_gpt.c runs every test on each
@@ -353,7 +354,7 @@ static void golden_train(const char *prefix, int skip) {
     int64_t count[32] = {0}, t[32];
     UpdateArgs args = {0, golden_number(&g, "train/", "beta1", 0), golden_number(&g, "train/", "beta2", 0),
                        golden_number(&g, "train/", "eps", 0), golden_number(&g, "train/", "weight_decay", 0),
-                       golden_number(&g, "train/", "clip", 0), t, 0};
+                       golden_number(&g, "train/", "clip", 0), t, 0, 0};
     double tolerance = REAL_EPSILON > 1e-10 ? 2e-5 : 1e-10;          // ten steps of AdamW; the sizes are about 1
     for (int step = 0; step < 10; step++) {
         double loss = golden_micro_steps(&g, step, skip, count, t);
@@ -823,7 +824,7 @@ static real *threads_run(int threads, int dtype, double loss[3]) {
     for (int k = 0; k < 3; k++) {
         plan_force(&r.plan, plans[k], r.B);
         loss[k] = test_engine->forward_backward(r.model, r.T, r.tokens, r.targets, &r.plan, 0.5, NULL);
-        UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5, steps[k % 2], 0};
+        UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5, steps[k % 2], 0, 0};
         if (k < 2) test_engine->update(r.model, &args);
     }
     for (int slot = 0; slot < 4; slot++) {
@@ -1057,7 +1058,7 @@ static void expect_update(double grad_clip) {
     Rig r = rig_open(c, 1, 1);
     double *p = rig_weights_double(&r), *m = doubles((int)n), *v = doubles((int)n);
     for (int step = 0; step < 3; step++) {
-        UpdateArgs args = {0.01 * (step + 1), 0.9, 0.95, 1e-8, 0.1, grad_clip, counts[step], 0};
+        UpdateArgs args = {0.01 * (step + 1), 0.9, 0.95, 1e-8, 0.1, grad_clip, counts[step], 0, 0};
         real *g = update_gradient(&c, step, 0.01 * (1 + step)), *zero = slot_new(&c);
         double norm = rms(g, n) * sqrt((double)n);
         slot_write(&c, r.model, SLOT_GRAD, g);
@@ -1084,43 +1085,73 @@ static void test_engine_update(void) { expect_update(0); }
 // The second and third norms are above the limit, the first below.
 static void test_engine_update_clipped(void) { expect_update(0.7); }
 
-// A gradient that is not finite, or a step to discard, changes no parameter and no moment; the gradient is gone after.
+// A gradient that is not finite or above the limit, or a step to discard, changes no parameter and no moment. Only the last
+// zeroes the gradients: after the others they can still be read.
 static void test_engine_update_not_taken(void) {
     static const int params[] = {P_wte, P_lnfb, P_qkvw, P_fcprojb};
-    const double values[] = {NAN, INFINITY, -INFINITY, 0.5};
+    static const struct { double value; int discard, limited; } cases[] = {
+        {NAN, 0, 0}, {INFINITY, 0, 0}, {-INFINITY, 0, 0}, {NAN, 1, 0}, {0.5, 1, 0}, {0.5, 0, 1}};
     const GptConfig c = {11, 5, 2, 2, 6};
     static const int64_t t[] = {3, 3, 3, 3, 3};
-    UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0};
+    UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0, 0};
     Rig r = rig_open(c, 1, 1);
-    for (int k = 0; k < 4 * 4; k++) {
+    for (int k = 0; k < 6 * 4; k++) {
         int p = params[k % 4], l = gpt_param_layers(&c, p) - 1;
         real *g = update_gradient(&c, k, 1), *before[4], *zero = slot_new(&c);
         slot_write(&c, r.model, SLOT_GRAD, g);
         if (k == 0) test_engine->update(r.model, &args);                       // moments that are not zero
-        g[slot_at(&c, p, l) + gpt_param_size(&c, p) - 1] = (real)values[k / 4];
+        g[slot_at(&c, p, l) + gpt_param_size(&c, p) - 1] = (real)cases[k / 4].value;
         slot_write(&c, r.model, SLOT_GRAD, g);
         for (int slot = 0; slot < 4; slot++) before[slot] = slot_read(&c, r.model, (Slot)slot);
-        args.discard = isfinite(values[k / 4]);
+        args.discard = cases[k / 4].discard;
+        args.norm_limit = cases[k / 4].limited ? 1e-3 : 0;
         double norm = test_engine->update(r.model, &args);
-        EXPECT(!isfinite(norm) == !args.discard, "the norm is %g", norm);
+        EXPECT(!isfinite(norm) == !isfinite(cases[k / 4].value), "the norm is %g", norm);
         for (int slot = 0; slot < 4; slot++) {
             real *after = slot_read(&c, r.model, (Slot)slot);
-            const real *want = slot == SLOT_GRAD ? zero : before[slot];
-            EXPECT(slot_same_bits(&c, after, want), "slot %d after %g", slot, values[k / 4]);
+            const real *want = slot == SLOT_GRAD && args.discard ? zero : before[slot];
+            EXPECT(slot_same_bits(&c, after, want), "slot %d after %g", slot, cases[k / 4].value);
             free(after);
             free(before[slot]);
         }
-        free(g);
-        free(zero);
+        args.discard = 1;
+        test_engine->update(r.model, &args);
+        real *gone = slot_read(&c, r.model, SLOT_GRAD);
+        EXPECT(slot_same_bits(&c, gone, zero), "the gradient is still there after %g", cases[k / 4].value);
+        free(g), free(zero), free(gone);
     }
     rig_close(&r);
+}
+
+// The limit is on the norm before clipping; one that is not exceeded changes nothing.
+static void test_engine_update_norm_limit(void) {
+    const GptConfig c = {11, 5, 2, 2, 6};
+    static const int64_t t[] = {3, 3, 3, 3, 3};
+    UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0, 0};
+    real *g = update_gradient(&c, 0, 1), *after[3];
+    double norm = 0;
+    for (int k = 0; k < 3; k++) {
+        Rig r = rig_open(c, 1, 1);
+        slot_write(&c, r.model, SLOT_GRAD, g);
+        args.norm_limit = k == 0 ? 0 : norm * (k == 1 ? 1.001 : 0.999);
+        double now = test_engine->update(r.model, &args);
+        if (k == 0) norm = now;
+        EXPECT(now == norm, "norm %.17g, not %.17g", now, norm);
+        after[k] = slot_read(&c, r.model, SLOT_PARAM);
+        rig_close(&r);
+    }
+    EXPECT(norm > args.grad_clip, "a norm of %g is not clipped", norm);
+    EXPECT(slot_same_bits(&c, after[0], after[1]), "a limit above the norm changes the update");
+    EXPECT(!slot_same_bits(&c, after[0], after[2]), "a limit below the norm does not stop the update");
+    for (int k = 0; k < 3; k++) free(after[k]);
+    free(g);
 }
 
 // A branch with step count 0 keeps its parameters and moments to the bit; all others move.
 static void test_engine_update_untouched(void) {
     const GptConfig c = {11, 5, 2, 2, 6};
     static const int64_t t[] = {1, 0, 0, 2, 2};
-    UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0};
+    UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0, 0};
     Rig r = rig_open(c, 1, 1);
     real *g = update_gradient(&c, 0, 1), *before[4], *after[4];
     EACH_TENSOR(&c)

@@ -43,7 +43,7 @@ static void parity_step(Rig *r, const ParityCase *k, int step, int64_t *count, d
     const int N = r->c.L * BRANCHES;
     int ran[32] = {0};
     int64_t t[32];
-    const UpdateArgs args = {1e-2, 0.9, 0.95, 1e-2, 0.1, 0.5, t, 0};
+    const UpdateArgs args = {1e-2, 0.9, 0.95, 1e-2, 0.1, 0.5, t, 0, 0};
     for (int m = 0; m < PARITY_MICRO; m++) {
         drop_plan_sample(&r->plan, &k->drop, step, m, PARITY_MICRO, 1, PARITY_B);
         for (int i = 0; i < N; i++) ran[i] |= r->plan.branch[i].n > 0;

@@ -33,7 +33,7 @@ static inline const char *trainer_test_data(void) {
 
 // Two layers of 16 channels on rows of 16 bytes; two micro-batches of 4 rows make a step.
 #define TRAINER_TEST_RUN \
-    "--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --eval-tokens 500 --threads 1"
+    "--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --eval-tokens 500 --threads 1 --selfcheck 0"
 
 // Runs train_gpt with these options after the standard ones.
 static inline ToolRun PRINTF_LIKE(1, 2) trainer_test_run(const char *format, ...) {

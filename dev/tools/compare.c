@@ -260,7 +260,7 @@ static void run_start(Run *r, double seconds, const Run *others, int n) {
         trainer_take_turn(&turn);
         printf("\n%s -> %s\n", r->title, r->o.out);
         r->o.resume = (char *)(uintptr_t)(r->started ? "latest" : "");
-        trainer_run(engine_default(), &r->o, r->config.s, &turn, NULL);
+        trainer_run("build/train_gpt", engine_default(), &r->o, r->config.s, &turn, NULL);
         exit(0);
     }
     close(go[0]);
