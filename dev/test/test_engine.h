@@ -25,7 +25,8 @@
     X(engine_threads) X(engine_bf16_is_near) X(engine_bf16_threads) X(engine_any_batch) \
     X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
     X(engine_logits) X(engine_decode) X(engine_decode_alone) X(engine_decode_many_rows) X(engine_decode_bf16) \
-    X(engine_decode_after_write) X(engine_decode_refuses) X(engine_update) X(engine_update_clipped) X(engine_update_not_taken) X(engine_update_untouched) \
+    X(engine_decode_after_write) X(engine_decode_refuses) X(engine_update) X(engine_update_clipped) \
+    X(engine_update_not_taken) X(engine_update_untouched) \
     X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
 
 static const Engine *test_engine;                        // the one under test: test_gpt.c runs every test on each
