@@ -361,6 +361,108 @@ static void matmul_forward(Result y, const PackRoom *room, const real *x, const 
     multiply(y, room, lines(x, C), lines(w, OC), BT, OC, C, NULL);
 }
 
+// ---- Products of few rows, by weights that are packed already ----
+// They take as long as the weights take to arrive, so each number is read once, in the order in which it lies: the strips of
+// `multiply` one after the other, FEW_STRIPS at a time, for all of K. The sums have the order, and so the bits, of `multiply`.
+
+enum { FEW_ROWS = 2 * TILE_ROWS, FEW_STRIPS = 2, FEW_AHEAD = 1024 };   // most rows; strips of a task; prefetched so far ahead
+
+static inline size_t few_K(const PackRoom *room) { return room->bf16 ? 2 * K_BLOCK : K_BLOCK; }
+
+// Numbers that b (K,N) takes when it is packed.
+static size_t packed_size(const PackRoom *room, size_t N, size_t K) {
+    size_t words = 0;
+    for (size_t k = 0; k < K; k += few_K(room)) words += pack_words(room, at_most(K - k, few_K(room)));
+    return words * round_up(N, TILE_COLS);
+}
+
+// All strips of b (K,N), of the first K_BLOCK (in bf16 twice as many) of the K, then of the next.
+static void pack_weights(real *to, const PackRoom *room, Matrix b, size_t N, size_t K) {
+    enum { GROUP = PACK_NUMBERS / TILE_COLS * TILE_COLS };
+    for (size_t k = 0; k < K; k += few_K(room)) {
+        const size_t part = at_most(K - k, few_K(room)), words = pack_words(room, part);
+#pragma omp parallel for
+        for (size_t j = 0; j < N; j += GROUP)
+            pack_strips(to + j * words, &b, b.turned, j, at_most(N - j, GROUP), TILE_COLS, k, part, room, NULL, 0);
+        to += words * round_up(N, TILE_COLS);
+    }
+}
+
+// tile_sums of the first `rows` of a strip and `count` strips of b, `next` numbers apart.
+static inline ALWAYS_INLINE void few_sums(Vector sum[FEW_STRIPS][TILE_ROWS][TILE_VECTORS], const real *a, const real *b,
+                                          size_t next, size_t words, size_t rows, size_t count, int pairs) {
+    for (size_t k = 0; k < words; k++, a += TILE_ROWS, b += TILE_COLS)
+#pragma GCC unroll 2
+        for (size_t s = 0; s < count; s++)
+#pragma GCC unroll 4
+            for (size_t j = 0; j < TILE_VECTORS; j++) {
+                const Vector bk = vector_load(b + s * next + j * LANES);
+                __builtin_prefetch(b + s * next + j * LANES + FEW_AHEAD);
+#pragma GCC unroll 16
+                for (size_t i = 0; i < rows; i++) {
+                    if (pairs) sum[s][i][j] = pairs_dot(sum[s][i][j], a[i], bk);
+                    else sum[s][i][j] += a[i] * bk;
+                }
+            }
+}
+
+// Up to `rows` rows of y from `count` strips: M x N numbers exist.
+static inline ALWAYS_INLINE void few_tile(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N,
+                                          size_t words, size_t rows, size_t count, int pairs) {
+    Vector sum[FEW_STRIPS][TILE_ROWS][TILE_VECTORS] = {{{{0}}}};
+    few_sums(sum, a, b, words * TILE_COLS, words, rows, count, pairs);
+    for (size_t s = 0; s < count; s++)
+        tile_write(y, i, j + s * TILE_COLS, sum[s], M, at_most(N - s * TILE_COLS, TILE_COLS));
+}
+
+static void few_task(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t words,
+                     size_t count, int pairs) {
+    enum { SOME = TILE_ROWS / 2 };
+    if (M == 1 && count == 2 && pairs) few_tile(y, i, j, a, b, M, N, words, 1, 2, 1);
+    else if (M == 1 && count == 2) few_tile(y, i, j, a, b, M, N, words, 1, 2, 0);
+    else if (M == 1 && pairs) few_tile(y, i, j, a, b, M, N, words, 1, 1, 1);
+    else if (M == 1) few_tile(y, i, j, a, b, M, N, words, 1, 1, 0);
+    else if (count == 2 && pairs) few_tile(y, i, j, a, b, M, N, words, SOME, 2, 1);
+    else if (count == 2) few_tile(y, i, j, a, b, M, N, words, SOME, 2, 0);
+    else if (pairs) few_tile(y, i, j, a, b, M, N, words, SOME, 1, 1);
+    else few_tile(y, i, j, a, b, M, N, words, SOME, 1, 0);
+}
+
+// `count` strips of y from column j on, over all of K.
+static void few_columns(const Result *y, const PackRoom *room, const real *packed, size_t j, size_t count, size_t M, size_t N,
+                        size_t K) {
+    const real *a = room->a;
+    const size_t here = at_most(N - j, count * TILE_COLS);
+    Result part = *y;
+    for (size_t k = 0; k < K; k += few_K(room)) {
+        const size_t words = pack_words(room, at_most(K - k, few_K(room)));
+        for (size_t i = 0; i < M; i += TILE_ROWS / 2)
+            few_task(part, i, j, a + i / TILE_ROWS * TILE_ROWS * words + i % TILE_ROWS, packed + j * words,
+                     at_most(M - i, TILE_ROWS / 2), here, words, count, room->bf16 && PAIRS);
+        a += round_up(M, TILE_ROWS) * words;
+        packed += words * round_up(N, TILE_COLS);
+        part.add = 1, part.bias = NULL;
+    }
+    if (y->gelu) block_gelu(y, 0, M, j, j + here);
+}
+
+// y (M,N) from a (M,K) and what pack_weights made of b (K,N); M <= FEW_ROWS. room->a is for all of a here.
+static void multiply_few(Result y, const PackRoom *room, Matrix a, const real *packed, size_t M, size_t N, size_t K) {
+#pragma omp parallel
+    {
+        const size_t all = strips(N, TILE_COLS), count = all >= 4 * (size_t)team_size() ? FEW_STRIPS : 1;
+#pragma omp for schedule(static)
+        for (size_t k = 0; k < K; k += few_K(room)) {
+            const size_t words = k / few_K(room) * pack_words(room, few_K(room));          // of the parts before
+            pack_strips(room->a + round_up(M, TILE_ROWS) * words, &a, 1, 0, M, TILE_ROWS, k, at_most(K - k, few_K(room)), room,
+                        NULL, 0);
+        }
+#pragma omp for schedule(dynamic)
+        for (size_t s = 0; s < all; s += count)
+            few_columns(&y, room, packed, s * TILE_COLS, at_most(all - s, count), M, N, K);
+    }
+}
+
 // Of y = x w + bias, from scale * dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) = x^T dy, or += with `add`;
 // dbias (OC) += the columns of dy. dx carries the scale in; it is finished before x is read, since a recomputed x may
 // come with it.
@@ -389,10 +491,14 @@ static void column_sums(real *sum, real *scaled, const real *y, const real *xhat
 
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
 
-static void embedding_forward(real *x, const int *tokens, const real *wte, const real *wpe, size_t B, size_t T, size_t C) {
+// `at` (B): the positions of the rows' first tokens; NULL: 0.
+static void embedding_forward(real *x, const int *tokens, const int *at, const real *wte, const real *wpe, size_t B, size_t T,
+                              size_t C) {
 #pragma omp parallel for
-    for (size_t bt = 0; bt < B * T; bt++)
-        for (size_t c = 0; c < C; c++) x[bt * C + c] = wte[(size_t)tokens[bt] * C + c] + wpe[bt % T * C + c];
+    for (size_t bt = 0; bt < B * T; bt++) {
+        const size_t position = (at ? (size_t)at[bt / T] : 0) + bt % T;
+        for (size_t c = 0; c < C; c++) x[bt * C + c] = wte[(size_t)tokens[bt] * C + c] + wpe[position * C + c];
+    }
 }
 
 // dwte (V,C) and dwpe (T,C) +=. Threads share out the channels, not the tokens: one token may occur many times.
@@ -678,6 +784,93 @@ static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, c
     }
 }
 
+// ---- Attention of tokens that go on with a sequence: one query at a time, over keys and values that are kept ----
+// A head's keys stand as blocks (HS,KEYS), so that a vector has one number of LANES keys, its values as lines of W. All sums
+// have the order, and so the bits, of attention_forward: it does not matter which tokens came in one call.
+
+typedef struct { real *at; size_t T; } HeadCache;        // heads after each other, T tokens each, a multiple of KEYS
+
+static size_t head_cache(size_t T, size_t HS) { return T * (HS + round_up(HS, LANES)); }
+
+// k and v (n,HS), lines ld apart, to positions from `first` on.
+static void cache_append(real *head, size_t T, const real *k, const real *v, size_t ld, size_t first, size_t n, size_t HS) {
+    const size_t W = round_up(HS, LANES);
+    real *values = head + T * HS;
+    for (size_t t = 0; t < n; t++) {
+        const size_t j = first + t;
+        for (size_t d = 0; d < HS; d++) head[(j / KEYS * HS + d) * KEYS + j % KEYS] = k[t * ld + d];
+        memcpy(values + j * W, v + t * ld, HS * sizeof(real));       // what is after HS stays 0
+    }
+}
+
+// s (KEYS) = q (HS) against a block of keys.
+static void query_scores(real *s, const real *q, const real *k, size_t HS) {
+    enum { AT_ONCE = 4 };
+    for (size_t j = 0; j < KEYS; j += AT_ONCE * LANES) {
+        Vector sum[AT_ONCE] = {{0}};
+        for (size_t d = 0; d < HS; d++)
+#pragma GCC unroll 4
+            for (size_t g = 0; g < AT_ONCE; g++) sum[g] += q[d] * vector_load(k + d * KEYS + j + g * LANES);
+        for (size_t g = 0; g < AT_ONCE; g++) vector_store(s + j + g * LANES, sum[g]);
+    }
+}
+
+// out (vectors * LANES) = p (n) v (n,W), + shrink * out unless this is the first block.
+static inline ALWAYS_INLINE void query_values(real *out, const real *p, const real *v, size_t n, size_t W, real shrink, int add,
+                                              size_t vectors) {
+    Vector sum[4] = {{0}};
+    for (size_t j = 0; j < n; j++)
+#pragma GCC unroll 4
+        for (size_t g = 0; g < vectors; g++) sum[g] += p[j] * vector_load(v + j * W + g * LANES);
+    for (size_t g = 0; g < vectors; g++) {
+        if (add) sum[g] += shrink * vector_load(out + g * LANES);
+        vector_store(out + g * LANES, sum[g]);
+    }
+}
+
+// y (HS) of q (HS) and the first `seen` tokens of a head.
+static void attention_query(real *y, const real *q, const real *head, size_t T, size_t seen, size_t HS) {
+    const size_t W = round_up(HS, LANES);
+    const real scale = (real)(1 / sqrt((double)HS)), *k = head, *v = head + T * HS;
+    real scaled_q[HEAD_MAX], out[HEAD_MAX + LANES], s[KEYS], sum = 0;
+    Vector top = vector_of(-(real)INFINITY);
+    for (size_t d = 0; d < HS; d++) scaled_q[d] = scale * q[d];
+    for (size_t j0 = 0; j0 < seen; j0 += KEYS, k += KEYS * HS, v += KEYS * W) {
+        const size_t n = at_most(seen - j0, KEYS);
+        query_scores(s, scaled_q, k, HS);
+        for (size_t j = n; j < KEYS; j++) s[j] = -(real)INFINITY;
+        const Vector block = vector_of(max_of(s, n)), high = select_lanes(block > top, block, top);
+        const Vector shrink = exp_lanes(top - high);
+        real total = 0;
+        for (size_t j = 0; j < KEYS; j += LANES) vector_store(s + j, exp_lanes(vector_load(s + j) - high));
+        for (size_t j = 0; j < n; j++) total += s[j];
+        size_t d = 0;
+        for (; d + 4 * LANES <= W; d += 4 * LANES) query_values(out + d, s, v + d, n, W, shrink[0], j0 > 0, 4);
+        for (; d < W; d += LANES) query_values(out + d, s, v + d, n, W, shrink[0], j0 > 0, 1);
+        sum = sum * shrink[0] + total;
+        top = high;
+    }
+    const real share = 1 / sum;
+    for (size_t d = 0; d < HS; d++) y[d] = out[d] * share;
+}
+
+// y (n,T,C) of qkv (n,T,3C), whose keys and values join the cache: line i of the branch goes on with the sequence seq[row] at
+// position at[row] of the row that it is. Without y they join only.
+static void attention_cached(real *y, const real *qkv, HeadCache cache, const BranchPlan *b, const int *seq, const int *at,
+                             size_t T, size_t C, size_t NH) {
+    const size_t HS = C / NH;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (size_t i = 0; i < (size_t)b->n; i++)
+        for (size_t h = 0; h < NH; h++) {
+            const size_t row = (size_t)b->rows[i], first = (size_t)at[row];
+            const real *q = qkv + i * T * 3 * C + h * HS;
+            real *head = cache.at + ((size_t)seq[row] * NH + h) * head_cache(cache.T, HS);
+            cache_append(head, cache.T, q + C, q + 2 * C, 3 * C, first, T, HS);
+            for (size_t t = 0; y && t < T; t++)
+                attention_query(y + (i * T + t) * C + h * HS, q + t * 3 * C, head, cache.T, first + t + 1, HS);
+        }
+}
+
 // One block of queries before the keys come: q and dy both ways, and inner = <dy, y>.
 static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy, const real *y, size_t ni,
                                        size_t C, size_t HS, size_t W) {
@@ -848,6 +1041,12 @@ struct Model {
     PackRoom pack;
     AttentionRooms rooms;
     int last_B, last_T;                                  // of the last forward
+
+    HeadCache cache;                                     // (L,sequences,NH) heads
+    real *packed, *few;                                  // the weights as multiply_few reads them; (FEW_ROWS,4C): its a
+    size_t packed_at[N_PARAMS], packed_layer;            // param p of layer l is at packed_at[p] + l * packed_layer
+    int packed_old;                                      // the weights have changed since
+    const int *seq, *at;                                 // of the decode under way; NULL: none is
 };
 
 // n numbers, zero. Each thread touches its share first, so that the memory is near all of those that will use it.
@@ -937,19 +1136,36 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
     return most > one ? most : one;
 }
 
+// Where decode's packed weights are: those of a layer's products, layer by layer, then the head.
+static void packed_layout(Model *m) {
+    const GptConfig *c = &m->config;
+    for (int p = 0; p < N_PARAMS; p++) {
+        if (gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims != 2) continue;
+        m->packed_at[p] = m->packed_layer;
+        m->packed_layer += packed_size(&m->pack, (size_t)gpt_param_cols(c, p), (size_t)gpt_param_rows(c, p));
+    }
+    m->packed_at[P_wte] = m->packed_layer * (size_t)c->L;
+    m->cache.T = round_up((size_t)m->args.T, KEYS);
+    m->packed_old = 1;
+}
+
 typedef struct { real **at; size_t n; } Room;
-enum { N_ROOMS = 17, N_TRAINING_ROOMS = 4 };
+enum { N_ROOMS = 20, N_TRAINING_ROOMS = 4 };
 
 // All arrays of activations but those kept; the last are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C, V = (size_t)m->config.V;
     const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;  // words of the packed blocks are K_BLOCK only if they are pairs
     const size_t most = BT > 4 * C ? BT > V ? BT : V : 4 * C > V ? 4 * C : V, K = at_most(most + 1, wide * K_BLOCK);
+    const size_t cached = (size_t)m->args.cache;
     const Room all[N_ROOMS] = {
         {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT}, {&m->losses, BT}, {&m->ln, BT * C},
         {&m->gelu, BT * 4 * C}, {&m->attn_out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
         {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K}, {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
         {&m->rooms.at, (size_t)m->rooms.threads * (sizeof(AttentionRoom) / sizeof(real))},
+        {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T, C / (size_t)m->config.NH)},
+        {&m->packed, cached ? m->packed_layer * (size_t)m->config.L + packed_size(&m->pack, V, C) : 0},
+        {&m->few, cached ? FEW_ROWS * 4 * (C + TILE_COLS) : 0},
         {&m->kept, 0},                                   // has its own size
         {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dattn, BT * C}, {&m->dwide, BT * 4 * C},
     };
@@ -978,6 +1194,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->rooms.threads = team_most();
     params_layout(m);
     params_chunks(m);
+    packed_layout(m);
     for (int s = 0; s < (args->bound.rows > 0 ? 4 : 1); s++) m->slot[s] = room_new(m->n_params);
     m->spent = xcalloc((size_t)BRANCHES * (size_t)config->L + 1, sizeof *m->spent);
     m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
@@ -1006,9 +1223,12 @@ static void model_memory(const Model *m, EngineMemory *bytes) {
     const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
     Model copy = *m;
     Room rooms[N_ROOMS];
-    size_t working = 0;
-    for (int i = 0, n = model_rooms(&copy, rooms); i < n; i++) working += rooms[i].n;
-    bytes->parameters = one;
+    size_t working = 0, packed = 0;
+    for (int i = 0, n = model_rooms(&copy, rooms); i < n; i++) {
+        if (rooms[i].at == &copy.packed) packed = rooms[i].n;
+        else working += rooms[i].n;
+    }
+    bytes->parameters = one + packed * sizeof(real);
     bytes->gradients = train * one;
     bytes->moments = train * 2 * one;
     bytes->activations = (working + m->kept_room) * sizeof(real);
@@ -1044,6 +1264,27 @@ static Matrix from_stream(const Model *m, const BranchPlan *b) {
 
 static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
 
+// y = x (nT,C) w (C,OC) and what else y says, of weights in layer l; decode has them packed, which is for few tokens.
+static void product_forward(Model *m, Result y, const real *x, int l, int param, size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+    const PackRoom room = {m->few, NULL, m->pack.bf16};
+    if (m->at && nT <= FEW_ROWS)
+        multiply_few(y, &room, lines(x, C), m->packed + m->packed_at[param] + (size_t)l * m->packed_layer, nT, OC, C);
+    else matmul_forward(y, &m->pack, x, m->slot[SLOT_PARAM] + m->offset[param] + (size_t)l * m->layer_size, nT, C, OC);
+}
+
+// y = attention of qkv; in decode, that which goes on with sequences. Where all of them begin it is the ordinary one.
+static void attention_inside(Model *m, int l, const BranchPlan *b, const AttentionKept *k, size_t nT) {
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
+    int begins = T > 1;
+    for (int i = 0; m->at && i < b->n; i++) begins &= m->at[b->rows[i]] == 0;
+    if (!m->at || begins) attention_forward(k->y, k->lse, &m->rooms, k->qkv, nT / T, T, C, NH);
+    if (!m->at) return;
+    HeadCache layer = m->cache;
+    layer.at += (size_t)l * (size_t)m->args.cache * NH * head_cache(m->cache.T, C / NH);
+    attention_cached(begins ? NULL : k->y, k->qkv, layer, b, m->seq, m->at, T, C, NH);
+}
+
 // out: attn(LN(x[rows]))
 static void attention_branch_forward(Model *m, int l, const BranchPlan *b, Result out) {
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
@@ -1052,9 +1293,9 @@ static void attention_branch_forward(Model *m, int l, const BranchPlan *b, Resul
     k->xhat = keep(m, nT * C), k->rstd = keep(m, nT);
     k->qkv = keep(m, nT * 3 * C), k->lse = keep(m, nT * NH), k->y = keep(m, nT * C);
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, rows_of(m, b), w.ln1w, w.ln1b, nT, T, C);
-    matmul_forward(fresh(k->qkv, 3 * C, w.qkvb), &m->pack, m->ln, w.qkvw, nT, C, 3 * C);
-    attention_forward(k->y, k->lse, &m->rooms, k->qkv, nT / T, T, C, NH);
-    matmul_forward(out, &m->pack, k->y, w.attprojw, nT, C, C);
+    product_forward(m, fresh(k->qkv, 3 * C, w.qkvb), m->ln, l, P_qkvw, nT);
+    attention_inside(m, l, b, k, nT);
+    product_forward(m, out, k->y, l, P_attprojw, nT);
 }
 
 // dx[rows] += the gradient through the branch, from scale * dout (n,T,C)
@@ -1082,8 +1323,8 @@ static void mlp_branch_forward(Model *m, int l, const BranchPlan *b, int tied) {
     h.gelu = m->gelu;
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, tied ? m->attn_out : NULL, rows_of(m, b), w.ln2w, w.ln2b, nT, T, C);
     if (tied) residual_forward(m->x, m->attn_out, b, T, C);
-    matmul_forward(h, &m->pack, m->ln, w.fcw, nT, C, 4 * C);
-    matmul_forward(to_stream(m, b, w.fcprojb), &m->pack, m->gelu, w.fcprojw, nT, 4 * C, C);
+    product_forward(m, h, m->ln, l, P_fcw, nT);
+    product_forward(m, to_stream(m, b, w.fcprojb), m->gelu, l, P_fcprojw, nT);
 }
 
 // dx[rows] += the gradient through the branch, from scale * dx[rows]; dmore (n,T,C), where given, += it
@@ -1157,7 +1398,7 @@ static double run_forward(Model *m, int T, const int *tokens, const int *targets
     m->last_B = plan->batch;
     m->last_T = T;
     m->kept_end = m->kept;
-    embedding_forward(m->x, tokens, w.wte, w.wpe, B, (size_t)T, C);
+    embedding_forward(m->x, tokens, NULL, w.wte, w.wpe, B, (size_t)T, C);
     for (int l = 0; l < m->config.L; l++) {
         if (weight == 0) m->kept_end = m->kept;          // evaluation keeps nothing
         block_forward(m, l, plan);
@@ -1209,6 +1450,59 @@ static void model_logits(Model *m, int row, int t, real *host) {
     multiply(fresh(host, V, NULL), &m->pack, lines(x, C), turned(params_at(m, SLOT_PARAM, 0).wte, C), 1, V, C, NULL);
 }
 
+// ---- Generation ----
+
+static void check_decode(const Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan) {
+    const int B = plan->batch;
+    CHECK(plan->layers == m->config.L, "a plan of %d layers for a model of %d", plan->layers, m->config.L);
+    CHECK(B > 0 && B <= m->args.cache && n > 0 && (size_t)B * (size_t)n <= (size_t)m->args.B * (size_t)m->args.T,
+          "%d rows of %d tokens; opened for %d sequences and %d tokens", B, n, m->args.cache, m->args.B * m->args.T);
+    for (int row = 0; row < B; row++) {
+        CHECK(seq[row] >= 0 && seq[row] < m->args.cache, "sequence %d of %d", seq[row], m->args.cache);
+        CHECK(at[row] >= 0 && at[row] <= m->args.T - n, "%d tokens at position %d of %d", n, at[row], m->args.T);
+        for (int other = 0; other < row; other++) CHECK(seq[other] != seq[row], "sequence %d twice in a call", seq[row]);
+    }
+    for (size_t i = 0; i < (size_t)B * (size_t)n; i++)
+        CHECK(tokens[i] >= 0 && tokens[i] < m->config.V, "token %d is outside the vocabulary of %d", tokens[i], m->config.V);
+}
+
+// The weights as they are now, for multiply_few.
+static void pack_model(Model *m) {
+    const GptConfig *c = &m->config;
+    for (int p = 0; p < N_PARAMS && m->packed_old; p++)
+        for (int l = 0; l < gpt_param_layers(c, p) && gpt_param[p].branch != NO_BRANCH && gpt_param[p].dims == 2; l++) {
+            const size_t K = (size_t)gpt_param_rows(c, p), N = (size_t)gpt_param_cols(c, p);
+            pack_weights(m->packed + m->packed_at[p] + (size_t)l * m->packed_layer, &m->pack,
+                         lines(m->slot[SLOT_PARAM] + m->offset[p] + (size_t)l * m->layer_size, N), N, K);
+        }
+    if (m->packed_old)
+        pack_weights(m->packed + m->packed_at[P_wte], &m->pack, turned(params_at(m, SLOT_PARAM, 0).wte, (size_t)c->C),
+                     (size_t)c->V, (size_t)c->C);
+    m->packed_old = 0;
+}
+
+static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan,
+                         real *logits) {
+    const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
+    const Params w = params_at(m, SLOT_PARAM, 0);
+    const PackRoom room = {m->few, NULL, m->pack.bf16};
+    check_decode(m, n, tokens, seq, at, plan);
+    pack_model(m);
+    m->last_B = plan->batch, m->last_T = n;
+    m->seq = seq, m->at = at;
+    embedding_forward(m->x, tokens, at, w.wte, w.wpe, B, T, C);
+    for (int l = 0; l < m->config.L; l++) {
+        m->kept_end = m->kept;
+        block_forward(m, l, plan);
+    }
+    m->seq = m->at = NULL;
+    if (!logits) return;
+    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
+    const Matrix last = lines(m->lnf + (T - 1) * C, T * C);
+    if (B <= FEW_ROWS) multiply_few(fresh(logits, V, NULL), &room, last, m->packed + m->packed_at[P_wte], B, V, C);
+    else multiply(fresh(logits, V, NULL), &m->pack, last, turned(w.wte, C), B, V, C, NULL);
+}
+
 // ---- AdamW (Loshchilov and Hutter 2019, algorithm 2), with the gradients clipped to a norm ----
 
 static double gradient_norm(Model *m, const int64_t *step) {
@@ -1258,6 +1552,7 @@ static double model_update(Model *m, const UpdateArgs *a) {
                   m->slot[SLOT_M] + k->at, m->slot[SLOT_V] + k->at, k->n, a, a->t[k->branch], clip, k->decay);
     }
     if (taken || a->discard) memset(m->spent, 1, (size_t)BRANCHES * (size_t)m->config.L + 1);
+    m->packed_old = 1;
     return norm;
 }
 
@@ -1276,6 +1571,7 @@ static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
 }
 
 static void model_write(Model *m, Slot slot, int param, int layer, const real *host) {
+    m->packed_old |= slot == SLOT_PARAM;
     memcpy(param_at(m, slot, param, layer), host, gpt_param_size(&m->config, param) * sizeof(real));
 }
 
@@ -1324,8 +1620,8 @@ const Engine *engine_cpu(void) { return &CPU_ENGINE; }
 
 const Engine CPU_ENGINE = {
     "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32, 1,
-    model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
-    model_read, model_write, model_memory, model_peak, model_close,
+    model_open, model_forward, model_forward_backward, model_losses, model_logits, model_decode,
+    model_update, model_read, model_write, model_memory, model_peak, model_close,
 };
 
 #ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main

@@ -35,6 +35,7 @@ typedef struct {
     const Comm *comm;                                    // the ranks that train this model together; NULL: alone
     int zero;                                            // 1: each rank keeps the moments of its share of the weights
     int reduce_fp32;                                     // gradients are summed over the ranks in fp32, whatever the dtype
+    int cache;                                           // sequences of T tokens whose keys and values decode keeps; 0: none
 } EngineArgs;
 
 // One AdamW update (Loshchilov and Hutter 2019, algorithm 2), on gradients clipped to a norm of grad_clip (0: never).
@@ -80,6 +81,14 @@ typedef struct {
     // Of the last forward: its losses (plan->batch, T), 0 where the target is negative; the logits (V) at (row, t).
     void (*losses)(Model *, real *host);
     void (*logits)(Model *, int row, int t, real *host);
+
+    // Generation, on a model opened with a cache: each of plan->batch rows goes on with n tokens, tokens (batch, n), of the
+    // sequence seq[row] of the cache, at positions at[row], at[row] + 1, ...; what stands before them has been decoded under
+    // the same plan, what stood there or after is forgotten. Only the keys and values of those before are read, so the cost
+    // is that of n tokens a row. No sequence may occur twice; batch * n is at most B * T, and batch may exceed B. Gives the
+    // logits (batch, V) after each row's last token, as forward over the whole sequence would up to rounding; NULL: none.
+    // With any_batch they are the same bits whatever rows are beside a row and wherever its tokens are cut into calls.
+    void (*decode)(Model *, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan, real *logits);
 
     // Clips and applies the gradients, zeroes them and returns their norm before clipping. If the norm is not finite, or
     // above args->norm_limit, nothing changes, neither parameters and moments nor the gradients: they can be read, and a

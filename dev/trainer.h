@@ -951,11 +951,15 @@ static inline void trainer_print_start(const Trainer *tr) {
 static inline void trainer_sample(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const SampleArgs args = {0.8, 0, 1, (uint64_t)o->seed};
-    drop_plan_keep_all(&tr->plan, tr->state.eval_scale, tr->state.tied, 1);
+    const Text prompt = {o->prompt, strlen(o->prompt), 0};
+    Sampler sampler;
+    memset(&sampler, 0, sizeof sampler);
+    sampler.engine = tr->engine, sampler.model = tr->model, sampler.layers = tr->config.L, sampler.V = tr->config.V;
+    sampler.T = tr->T, sampler.batch = 1, sampler.scale = tr->state.eval_scale, sampler.tied = tr->state.tied;
+    sampler.tokenizer = &tr->tokenizer, sampler.args = args;
     printf("---- sample after step %lld ----\n", (long long)tr->state.step);
-    sample_text(stdout, tr->engine, tr->model, tr->config.V, tr->T, &tr->plan, &tr->tokenizer, o->prompt, o->sample_tokens,
-                &args, 0);
-    printf("\n----\n");
+    sample_texts(stdout, &sampler, &prompt, 1, 1, o->sample_tokens);
+    printf("----\n");
     fflush(stdout);
 }
 

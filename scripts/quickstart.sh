@@ -32,7 +32,7 @@ fi
 echo
 echo "A sample from the model trained with drop path:"
 echo
-"$BUILD/generate" "$OUT/drop_s1337/latest" --tokens 300
+"$BUILD/generate" "$OUT/drop_s1337/latest" --prompt "" --tokens 300
 echo
 echo
 echo "Files: $OUT/compare.md, compare.json     the table above"

@@ -9,6 +9,7 @@
 #include "../engine.h"
 #include "../safetensors.h"
 #include "test.h"
+#include <signal.h>
 
 #ifdef REAL_DOUBLE
 #define ENGINE_DOUBLE_TESTS(X) X(engine_differences) X(engine_differences_all)
@@ -23,8 +24,9 @@
     X(engine_nan_reaches_the_loss) \
     X(engine_threads) X(engine_bf16_is_near) X(engine_bf16_threads) X(engine_any_batch) \
     X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
-    X(engine_logits) X(engine_update) X(engine_update_clipped) X(engine_update_not_taken) X(engine_update_norm_limit) \
-    X(engine_update_untouched) \
+    X(engine_logits) X(engine_decode) X(engine_decode_alone) X(engine_decode_many_rows) X(engine_decode_bf16) \
+    X(engine_decode_after_write) X(engine_decode_refuses) X(engine_update) X(engine_update_clipped) \
+    X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_untouched) \
     X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
 
 static const Engine *test_engine;                        // the one under test: test_gpt.c runs every test on each
@@ -1078,6 +1080,194 @@ static void expect_update(double grad_clip) {
     }
     free(p), free(m), free(v);
     rig_close(&r);
+}
+
+// ---- Generation: decode against forward ----
+
+// A model that only evaluates, with the weights of rig_weights and a cache; for calls of up to B * T tokens.
+static Rig decode_open(GptConfig c, int B, int T, int cache, int threads, int dtype) {
+    Rig r = {c, B, T, NULL, NULL, NULL, drop_plan_new(c.L, B > cache ? B : cache)};
+    const EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .cache = cache};
+    real *weights = slot_new(&c);
+    r.model = test_engine->open(&c, &args);
+    rig_weights(weights, &c);
+    slot_write(&c, r.model, SLOT_PARAM, weights);
+    free(weights);
+    r.tokens = (int *)xcalloc((size_t)(B * T), sizeof(int));
+    r.targets = (int *)xcalloc((size_t)(B * T), sizeof(int));
+    for (int i = 0; i < B * T; i++) r.tokens[i] = (int)(rng_words(8, STREAM_TEST, 0, 0, (uint32_t)i).v[0] % (uint32_t)c.V);
+    return r;
+}
+
+// forward's logits (B,T,V)
+static real *decode_forward(Rig *r) {
+    const size_t V = (size_t)r->c.V;
+    real *all = (real *)xcalloc((size_t)(r->B * r->T) * V, sizeof *all);
+    test_engine->forward(r->model, r->T, r->tokens, NULL, &r->plan);
+    for (int i = 0; i < r->B * r->T; i++) test_engine->logits(r->model, i / r->T, i % r->T, all + (size_t)i * V);
+    return all;
+}
+
+// All rows together, in pieces of the lengths that `piece` repeats: the logits (B,T,V) after each piece; the rest stays 0.
+static real *decode_pieces(Rig *r, const int *piece, int pieces) {
+    const size_t V = (size_t)r->c.V, B = (size_t)r->B;
+    real *all = (real *)xcalloc(B * (size_t)r->T * V, sizeof *all), *got = (real *)xcalloc(B * V, sizeof *got);
+    int *tokens = (int *)xcalloc(B * (size_t)r->T, sizeof *tokens), seq[32], at[32];
+    for (int t = 0, i = 0, n; t < r->T; t += n, i++) {
+        n = piece[i % pieces] < r->T - t ? piece[i % pieces] : r->T - t;
+        for (int row = 0; row < r->B; row++) {
+            seq[row] = (row + 1) % r->B, at[row] = t;
+            memcpy(tokens + row * n, r->tokens + row * r->T + t, (size_t)n * sizeof *tokens);
+        }
+        test_engine->decode(r->model, n, tokens, seq, at, &r->plan, got);
+        for (int row = 0; row < r->B; row++)
+            memcpy(all + (size_t)(row * r->T + t + n - 1) * V, got + (size_t)row * V, V * sizeof *got);
+    }
+    free(tokens), free(got);
+    return all;
+}
+
+// Where decode gave logits they are forward's; `tolerance` 0: to the bit. Returns how many there were.
+static int decode_expect(const Rig *r, const real *got, const real *want, double tolerance, const char *what) {
+    const size_t V = (size_t)r->c.V;
+    int seen = 0;
+    for (int i = 0; i < r->B * r->T; i++) {
+        const real *a = got + (size_t)i * V, *b = want + (size_t)i * V;
+        if (a[0] == 0 && a[1] == 0) continue;
+        seen++;
+        for (size_t v = 0; v < V; v++)
+            EXPECT(fabs((double)a[v] - (double)b[v]) <= tolerance * (1 + fabs((double)b[v])),
+                   "%s: row %d, position %d: logit %d is %.9g, want %.9g", what, i / r->T, i % r->T, (int)v, (double)a[v],
+                   (double)b[v]);
+    }
+    return seen;
+}
+
+static const GptConfig decode_config = {53, 75, 3, 3, 39};         // heads of 13; more than a block of keys
+
+// Pieces of every kind, under plans that drop layers, rows, and are tied. Then a sequence that begins anew.
+static void test_engine_decode(void) {
+    static const int pieces[4][3] = {{75, 75, 75}, {1, 1, 1}, {64, 1, 3}, {5, 40, 2}};
+    static const int plans[] = {FULL, BATCH, ROW, TIED_BATCH, TIED_ROW};
+    Rig r = decode_open(decode_config, 3, 75, 3, 1, DTYPE_FP32);
+    const double tolerance = 4 * rounding(4 * r.c.C);
+    for (int p = 0; p < 5; p++) {
+        plan_force(&r.plan, plans[p], r.B);
+        real *want = decode_forward(&r), *first = NULL;
+        for (int i = 0; i < 4; i++) {
+            real *got = decode_pieces(&r, pieces[i], 3);
+            const int seen = decode_expect(&r, got, want, tolerance, forced_plans[plans[p]].name);
+            EXPECT(i != 1 || seen == r.B * r.T, "%d logits, not of every token", seen);
+            if (i == 1) first = got;
+            else if (i > 1 && test_engine->any_batch) decode_expect(&r, got, first, 0, "cut otherwise");
+            if (i != 1) free(got);
+        }
+        free(want), free(first);
+    }
+    rig_close(&r);
+}
+
+// A row beside others, of other lengths and dropped by none, has the logits that it has alone.
+static void test_engine_decode_alone(void) {
+    Rig r = decode_open(decode_config, 3, 75, 5, 2, DTYPE_FP32);
+    const double tolerance = test_engine->any_batch ? 0 : 4 * rounding(4 * r.c.C);
+    const int V = r.c.V, zero = 0, seq[3] = {4, 0, 2}, length[3] = {70, 1, 33};
+    real *alone = (real *)xcalloc((size_t)(3 * V), sizeof *alone), *beside = (real *)xcalloc((size_t)(3 * V), sizeof *beside);
+    int next[3], at[3];
+    for (int row = 0; row < 3; row++) {                  // the whole in one call
+        plan_force(&r.plan, FULL, 1);
+        test_engine->decode(r.model, length[row] + 1, r.tokens + row * r.T, &zero, &zero, &r.plan, alone + row * V);
+    }
+    for (int row = 0; row < 3; row++) {                  // all but the last token; then the last ones together
+        test_engine->decode(r.model, length[row], r.tokens + row * r.T, &seq[row], &zero, &r.plan, NULL);
+        next[row] = r.tokens[row * r.T + length[row]], at[row] = length[row];
+    }
+    plan_force(&r.plan, FULL, 3);
+    test_engine->decode(r.model, 1, next, seq, at, &r.plan, beside);
+    for (int i = 0; i < 3 * V; i++)
+        EXPECT_CLOSE(beside[i], alone[i], tolerance * (1 + fabs((double)alone[i])), "a logit beside others");
+    free(alone), free(beside);
+    rig_close(&r);
+}
+
+// More rows than take the path for few, and more than forward was opened for.
+static void test_engine_decode_many_rows(void) {
+    enum { ROWS = 29 };
+    static const int one[1] = {1};
+    const GptConfig c = {37, 8, 2, 2, 24};
+    Rig r = decode_open(c, ROWS, 4, ROWS, 1, DTYPE_FP32);
+    plan_force(&r.plan, FULL, ROWS);
+    real *want = decode_forward(&r), *got = decode_pieces(&r, one, 1);
+    const int seen = decode_expect(&r, got, want, 4 * rounding(4 * c.C), "many rows");
+    EXPECT(seen == ROWS * 4, "%d logits", seen);
+    Rig few = decode_open(c, 5, 4, ROWS, 1, DTYPE_FP32); // room for 20 tokens: one call of 20 rows
+    int seq[20], at[20] = {0}, tokens[20];
+    real *some = (real *)xcalloc((size_t)(20 * c.V), sizeof *some);
+    for (int row = 0; row < 20; row++) seq[row] = 28 - row, tokens[row] = r.tokens[row * r.T];
+    plan_force(&few.plan, FULL, 20);
+    test_engine->decode(few.model, 1, tokens, seq, at, &few.plan, some);
+    const double tolerance = test_engine->any_batch ? 0 : 4 * rounding(4 * c.C);
+    for (int row = 0; row < 20; row++)
+        for (int v = 0; v < c.V; v++)
+            EXPECT_CLOSE(some[row * c.V + v], got[(row * r.T) * c.V + v], tolerance * 10, "a logit of 20 rows in 29");
+    free(want), free(got), free(some);
+    rig_close(&r), rig_close(&few);
+}
+
+// In bf16 the same roundings go in; sums may be taken in other orders.
+static void test_engine_decode_bf16(void) {
+    static const int pieces[3] = {7, 1, 20};
+    Rig r = decode_open(decode_config, 2, 75, 2, 1, DTYPE_BF16);
+    plan_force(&r.plan, FULL, r.B);
+    real *want = decode_forward(&r), *got = decode_pieces(&r, pieces, 3);
+    decode_expect(&r, got, want, 0.1, "bf16");
+    free(want), free(got);
+    rig_close(&r);
+}
+
+// Weights that are written, or trained, after a decode are those of the next.
+static void test_engine_decode_after_write(void) {
+    static const int one[1] = {1};
+    Rig r = decode_open(decode_config, 1, 5, 1, 1, DTYPE_FP32);
+    plan_force(&r.plan, FULL, 1);
+    free(decode_pieces(&r, one, 1));
+    const int cases[3][2] = {{P_wte, 0}, {P_fcprojw, 2}, {P_lnfb, 0}};
+    for (int i = 0; i < 3; i++) {
+        const size_t n = gpt_param_size(&r.c, cases[i][0]);
+        real *w = (real *)xcalloc(n, sizeof *w);
+        test_engine->read(r.model, SLOT_PARAM, cases[i][0], cases[i][1], w);
+        for (size_t j = 0; j < n; j++) w[j] *= (real)1.5;
+        test_engine->write(r.model, SLOT_PARAM, cases[i][0], cases[i][1], w);
+        real *want = decode_forward(&r), *got = decode_pieces(&r, one, 1);
+        decode_expect(&r, got, want, 4 * rounding(4 * r.c.C), gpt_param[cases[i][0]].id);
+        free(want), free(got), free(w);
+    }
+    rig_close(&r);
+}
+
+typedef struct { Rig *r; int n, rows, seq[3], at; } DecodeWrong;
+
+static void decode_aborted(int signal_number) { _exit(signal_number == SIGABRT ? 6 : 7); }
+
+static void decode_wrongly(void *arg) {
+    const DecodeWrong *w = (const DecodeWrong *)arg;
+    const int at[3] = {w->at, 0, 0};
+    signal(SIGABRT, decode_aborted);
+    plan_force(&w->r->plan, FULL, w->rows);
+    test_engine->decode(w->r->model, w->n, w->r->tokens, w->seq, at, &w->r->plan, NULL);
+}
+
+static void test_engine_decode_refuses(void) {
+    if (strncmp(test_engine->name, "CPU", 3)) return;    // a driver does not survive the fork
+    Rig r = decode_open(decode_config, 1, 6, 2, 1, DTYPE_FP32), none = decode_open(decode_config, 1, 6, 0, 1, DTYPE_FP32);
+    DecodeWrong twice = {&r, 1, 2, {1, 1, 0}, 0}, late = {&r, 2, 1, {0, 0, 0}, 5}, large = {&r, 4, 2, {0, 1, 0}, 0},
+                other = {&r, 1, 1, {2, 0, 0}, 0}, without = {&none, 1, 1, {0, 0, 0}, 0};
+    EXPECT_EXIT(6, "sequence 1 twice", decode_wrongly, &twice);
+    EXPECT_EXIT(6, "2 tokens at position 5 of 6", decode_wrongly, &late);
+    EXPECT_EXIT(6, "2 rows of 4 tokens", decode_wrongly, &large);
+    EXPECT_EXIT(6, "sequence 2 of 2", decode_wrongly, &other);
+    EXPECT_EXIT(6, "opened for 0 sequences", decode_wrongly, &without);
+    rig_close(&r), rig_close(&none);
 }
 
 static void test_engine_update(void) { expect_update(0); }

@@ -460,7 +460,7 @@ static void test_export_takes_tokenizers(void) {
     char *ours = xprintf("%s/tokenizer.bin", dir);       // made of ours, which our tools then find beside the weights
     tokenizer_write_bytes(ours);
     free(TOOL_OUTPUT("export %s --out %s/bytes --tokenizer %s", tools_test_copy("plain", 0), dir, ours));
-    free(TOOL_OUTPUT("generate %s/bytes --tokens 3", dir));
+    free(TOOL_OUTPUT("generate %s/bytes --prompt a --tokens 3", dir));
     free(json), free(out), free(stale), free(config), free(left), free(ours);
 }
 

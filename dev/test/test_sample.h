@@ -109,90 +109,203 @@ static void test_sample_frequencies(void) {
     }
 }
 
-// ---- A text, from a model that is a table: after byte b come b + 1, b + 2, b + 3, and 300, which no tokenizer has ----
+// ---- Texts, from a model that is a table: after byte b come b + 1, b + 2, b + 3, and 300, which no tokenizer has ----
 
-enum { SAMPLE_TEST_MODEL_V = 301 };
+enum { SAMPLE_TEST_MODEL_V = 301, SAMPLE_TEST_BATCH = 4 };
 
-static struct { int last, longest, eot_after; } sample_test_model;
+// longest: most tokens that it saw; reads: of more than one token, or of none before; tokens: read in all. The cache is the
+// number of tokens of each sequence and the sum of those, by which a wrong token, place or order would be found.
+static struct {
+    int longest, eot_after, reads, tokens, cached[SAMPLE_TEST_BATCH];
+    real last[SAMPLE_TEST_BATCH];
+} sample_test_model;
+
+static void sample_test_logits_after(int last, real *logits) {
+    for (int v = 0; v < SAMPLE_TEST_MODEL_V; v++) logits[v] = v == 300 ? 50 : -50;
+    for (int i = 1; i <= 3; i++) logits[(last + i) % 256] = (real)(4 - i);
+    if (last == sample_test_model.eot_after) logits[TOKENIZER_BYTES_EOT] = 100;
+}
+
+static void sample_test_decode(Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan,
+                               real *logits) {
+    (void)m;
+    for (int row = 0; row < plan->batch; row++) {
+        int *cached = &sample_test_model.cached[seq[row]];
+        EXPECT(at[row] == 0 || at[row] == *cached, "position %d after %d tokens", at[row], *cached);
+        *cached = at[row] + n;
+        if (*cached > sample_test_model.longest) sample_test_model.longest = *cached;
+        sample_test_model.reads += at[row] == 0;
+        sample_test_model.tokens += n;
+        sample_test_logits_after(tokens[row * n + n - 1], logits + row * SAMPLE_TEST_MODEL_V);
+    }
+}
 
 static double sample_test_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
     (void)m, (void)targets, (void)plan;
-    sample_test_model.last = tokens[T - 1];
+    sample_test_model.last[0] = (real)tokens[T - 1];
     if (T > sample_test_model.longest) sample_test_model.longest = T;
     return 0;
 }
 
 static void sample_test_read_logits(Model *m, int row, int t, real *logits) {
-    (void)m, (void)row, (void)t;
-    for (int v = 0; v < SAMPLE_TEST_MODEL_V; v++) logits[v] = v == 300 ? 50 : -50;
-    for (int i = 1; i <= 3; i++) logits[(sample_test_model.last + i) % 256] = (real)(4 - i);
-    if (sample_test_model.last == sample_test_model.eot_after) logits[TOKENIZER_BYTES_EOT] = 100;
+    (void)m, (void)t;
+    sample_test_logits_after((int)sample_test_model.last[row], logits);
 }
 
 static const Engine sample_test_engine = {
-    "table", DTYPE_FP32, 1, NULL, sample_test_forward, NULL, NULL, sample_test_read_logits, NULL, NULL, NULL, NULL, NULL, NULL,
+    "table", DTYPE_FP32, 1, NULL, sample_test_forward, NULL, NULL, sample_test_read_logits, sample_test_decode, NULL, NULL, NULL,
+    NULL, NULL, NULL,
 };
 
-// The continuation, from malloc; *written receives its tokens.
-static inline char *sample_test_text(const char *prompt, int64_t n, int T, uint64_t seed, uint32_t index, double temperature,
-                                     int64_t *written) {
-    const SampleArgs args = {temperature, 0, 1, seed};
-    Text file = {NULL, 0, 0};
+typedef struct { int T, batch, cached; uint64_t seed; double temperature; int64_t samples; uint32_t round; } SampleTest;
+
+// The texts of these prompts (a list that NULL ends), from malloc; *s (may be NULL) receives what it took.
+static inline char *sample_test_texts(const char *const *prompts, int64_t n, SampleTest k, Sampler *s) {
+    Text file = {NULL, 0, 0}, prompt[8];
     Tokenizer t;
-    DropPlan plan = drop_plan_new(1, 1);
+    Sampler own;
     char *text = NULL;
     size_t size;
+    int64_t count = 0;
     FILE *f = open_memstream(&text, &size);
     tokenizer_bytes_file(&file);
     EXPECT(!tokenizer_parse(&t, file.s, file.n), "the tokenizer of bytes");
-    sample_test_model.longest = 0;
-    *written = sample_text(f, &sample_test_engine, NULL, SAMPLE_TEST_MODEL_V, T, &plan, &t, prompt, n, &args, index);
+    for (; prompts[count]; count++) {
+        prompt[count].s = (char *)(uintptr_t)prompts[count];
+        prompt[count].n = prompt[count].room = strlen(prompts[count]);
+    }
+    if (!s) s = &own;
+    memset(s, 0, sizeof *s);
+    s->engine = &sample_test_engine, s->cached = k.cached, s->layers = 1, s->V = SAMPLE_TEST_MODEL_V, s->T = k.T;
+    s->batch = k.batch, s->tokenizer = &t, s->round = k.round;
+    s->args.temperature = k.temperature, s->args.top_p = 1, s->args.seed = k.seed;
+    memset(sample_test_model.cached, 0, sizeof sample_test_model.cached);
+    sample_test_model.longest = sample_test_model.reads = sample_test_model.tokens = 0;
+    sample_texts(f, s, prompt, count, k.samples, n);
     fclose(f);
-    drop_plan_free(&plan);
     tokenizer_free(&t);
     text_free(&file);
     return text;
 }
 
+static void sample_test_expect(const char *prompt, int64_t n, SampleTest k, const char *want, int64_t made) {
+    const char *const prompts[] = {prompt, NULL};
+    Sampler s;
+    char *got = sample_test_texts(prompts, n, k, &s);
+    EXPECT_TEXT(got, want);
+    EXPECT(s.made == made, "%d tokens, want %d", (int)s.made, (int)made);
+    free(got);
+}
+
 static void test_sample_text(void) {
-    int64_t n;
+    for (int cached = 0; cached < 2; cached++) {
+        const SampleTest k = {4, 1, cached, 1, 0, 1, 0};
+        sample_test_model.eot_after = -1;
+        sample_test_expect("xyA", 5, k, "xyABCDEF\n", 5);
+        EXPECT(sample_test_model.longest == 4, "the model saw %d tokens of rows of 4", sample_test_model.longest);
+        sample_test_expect("xyzuvwA", 2, k, "xyzuvwABC\n", 2);
+        EXPECT(sample_test_model.longest == 4, "the model saw %d tokens of a long prompt", sample_test_model.longest);
+        sample_test_expect("A", 0, k, "A\n", 0);
+        sample_test_expect("", 2, k, "\x0B\x0C\n", 2);  // what follows '\n'
+        sample_test_model.eot_after = 'D';
+        sample_test_expect("A", 100, k, "ABCD\n", 3);   // without the name of the end-of-text token
+    }
+}
+
+// Each token is read once, until the T positions are full: then the later half is read again.
+static void test_sample_text_reads_once(void) {
+    const char *const prompts[] = {"abc", NULL};
+    const SampleTest k = {8, 1, 1, 1, 0, 1, 0};
+    Sampler s;
     sample_test_model.eot_after = -1;
-    char *greedy = sample_test_text("xyA", 5, 4, 1, 0, 0, &n);
-    EXPECT_TEXT(greedy, "BCDEF");
-    EXPECT(n == 5, "%d tokens", (int)n);
-    EXPECT(sample_test_model.longest == 4, "the model saw %d tokens of rows of 4", sample_test_model.longest);
-    free(greedy);
-
-    char *none = sample_test_text("A", 0, 4, 1, 0, 0, &n);
-    EXPECT(n == 0 && !*none, "no tokens were asked for, got \"%s\"", none);
-    free(none);
-
-    char *empty = sample_test_text("", 2, 4, 1, 0, 0, &n);
-    EXPECT_TEXT(empty, "\x0B\x0C");                      // what follows '\n'
-    free(empty);
-
-    sample_test_model.eot_after = 'D';
-    char *ended = sample_test_text("A", 100, 8, 1, 0, 0, &n);
-    EXPECT_TEXT(ended, "BCD");                           // without the name of the end-of-text token
-    EXPECT(n == 3, "%d tokens before the end", (int)n);
-    free(ended);
+    free(sample_test_texts(prompts, 6, k, &s));          // 3 + 5 tokens fill it
+    EXPECT(sample_test_model.reads == 1 && sample_test_model.tokens == 8, "%d reads, %d tokens", sample_test_model.reads,
+           sample_test_model.tokens);
+    EXPECT(s.prompt_tokens == 3 && s.decoded == 5 && s.made == 6, "counted %d, %d, %d", (int)s.prompt_tokens, (int)s.decoded,
+           (int)s.made);
+    free(sample_test_texts(prompts, 12, k, &s));         // the 9th is read with 3 before it, then 4 alone, and so again
+    EXPECT(sample_test_model.reads == 3 && sample_test_model.longest == 8, "%d reads, %d tokens seen", sample_test_model.reads,
+           sample_test_model.longest);
+    EXPECT(sample_test_model.tokens == 8 + (4 + 4) + 4, "%d tokens", sample_test_model.tokens);
 }
 
 static void test_sample_text_is_its_seeds(void) {
-    int64_t n;
+    const char *const prompts[] = {"A", NULL};
+    const SampleTest k = {8, 1, 1, 1, 1, 2, 0};          // two texts
+    SampleTest shorter = k, seed = k, round = k, uncached = k;
+    shorter.samples = 1, shorter.T = 3, seed.seed = 2, round.round = 1, uncached.cached = 0;
     sample_test_model.eot_after = -1;
-    char *a = sample_test_text("A", 40, 8, 1, 0, 1, &n), *again = sample_test_text("A", 40, 8, 1, 0, 1, &n);
-    char *shorter = sample_test_text("A", 30, 3, 1, 0, 1, &n), *next = sample_test_text("A", 40, 8, 1, 1, 1, &n);
-    char *other = sample_test_text("A", 40, 8, 2, 0, 1, &n);
-    EXPECT(strlen(a) == 40, "%zu bytes", strlen(a));
+    char *a = sample_test_texts(prompts, 40, k, NULL), *again = sample_test_texts(prompts, 40, k, NULL);
+    char *less = sample_test_texts(prompts, 30, shorter, NULL), *other = sample_test_texts(prompts, 40, seed, NULL);
+    char *later = sample_test_texts(prompts, 40, round, NULL), *slow = sample_test_texts(prompts, 40, uncached, NULL);
+    EXPECT(strlen(a) == 2 * 42 + 4 && !memcmp(a + 41, "\n---\nA", 6), "\"%s\"", a);
     EXPECT_TEXT(again, a);
-    EXPECT(strlen(shorter) == 30 && !strncmp(a, shorter, 30), "fewer tokens are no prefix: %s, %s", shorter, a);
-    EXPECT(strcmp(next, a) && strcmp(other, a) && strcmp(other, next), "equal texts of other seeds or indices");
-    free(a), free(again), free(shorter), free(next), free(other);
+    EXPECT_TEXT(slow, a);
+    EXPECT(strlen(less) == 32 && !strncmp(a, less, 31), "fewer tokens are no prefix: %s, %s", less, a);
+    EXPECT(strncmp(a + 46, a, 41) && strcmp(other, a) && strcmp(later, a) && strcmp(other, later),
+           "equal texts of other seeds, rounds or numbers");
+    free(a), free(again), free(less), free(other), free(later), free(slow);
+}
+
+// Texts of unequal lengths, in any batch, come in their order; each of a prompt is as it is without the other prompts.
+static void test_sample_batch(void) {
+    const char *const prompts[] = {"W", "A", "", "Hello", "U", NULL};
+    SampleTest k = {8, 1, 1, 1, 1, 3, 0};
+    sample_test_model.eot_after = 'Z';
+    char *alone = sample_test_texts(prompts, 20, k, NULL), *joined = (char *)xcalloc(strlen(alone) + 1, 1);
+    for (k.batch = 2; k.batch <= SAMPLE_TEST_BATCH; k.batch++) {
+        char *together = sample_test_texts(prompts, 20, k, NULL);
+        EXPECT_TEXT(together, alone);
+        free(together);
+    }
+    k.batch = 1;
+    for (int i = 0; prompts[i]; i++) {
+        const char *const one[] = {prompts[i], NULL};
+        char *part = sample_test_texts(one, 20, k, NULL);
+        if (i) strcat(joined, "---\n");
+        if (strlen(joined) + strlen(part) <= strlen(alone)) strcat(joined, part);
+        free(part);
+    }
+    EXPECT_TEXT(joined, alone);
+    free(alone), free(joined);
+}
+
+// What may be written of text that goes on: never part of a character, and never less than all but its last three bytes.
+static void test_sample_whole(void) {
+    static const struct { const char *s; size_t whole; } cases[] = {
+        {"", 0}, {"a", 1}, {"\xC3", 0}, {"\xC3\xA9", 2}, {"a\xE2\x82", 1}, {"\xE2\x82\xAC", 3}, {"\xF0\x9F\x98", 0},
+        {"\xF0\x9F\x98\x80", 4}, {"ab\xF0\x9F", 2}, {"\xE2\xE2", 1}, {"\x80\x80\x80\x80", 4}, {"\xFF", 1}, {"\xE2" "a", 2},
+        {"\xC3\xA9\xC3", 2}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const size_t got = sample_whole(cases[i].s, strlen(cases[i].s));
+        EXPECT(got == cases[i].whole, "case %d: %zu of the bytes, want %zu", (int)i, got, cases[i].whole);
+    }
+}
+
+// Through a file that notes each write: the bytes of a character come together; what never becomes whole comes at the end.
+static void test_sample_stream(void) {
+    char *text = NULL;
+    size_t size = 0;
+    FILE *f = open_memstream(&text, &size);
+    SampleText t;
+    memset(&t, 0, sizeof t);
+    const char *bytes = "a\xE2\x82\xAC" "b\xF0\x9F";
+    static const size_t seen[7] = {1, 1, 1, 4, 5, 5, 5};
+    for (int i = 0; i < 7; i++) {
+        text_append(&t.waiting, bytes + i, 1);
+        sample_write(f, &t);
+        EXPECT(size == seen[i], "after byte %d: %zu are written, want %zu", i, size, seen[i]);
+    }
+    t.done = 1;
+    sample_write(f, &t);
+    EXPECT(size == 7 && !memcmp(text, bytes, 7), "%zu bytes at the end", size);
+    fclose(f);
+    free(text);
+    text_free(&t.waiting);
 }
 
 #define SAMPLE_TESTS(X) \
     X(sample_top_k) X(sample_top_p) X(sample_temperature) X(sample_likeliest) X(sample_frequencies) X(sample_text) \
-    X(sample_text_is_its_seeds)
+    X(sample_text_reads_once) X(sample_text_is_its_seeds) X(sample_batch) X(sample_whole) X(sample_stream)
 
 #endif

@@ -348,6 +348,38 @@ static void test_generate_samples(void) {
     free(one), free(three), free(greedy), free(same), free(first), free(prompt);
 }
 
+// Prompts from files, standard input and a prompt line; batches change nothing.
+static void test_generate_prompts(void) {
+    const char *runs = tools_test_runs(), *dir = test_directory();
+    char *file = xprintf("%s/prompt", dir), *many = xprintf("%s/prompts", dir);
+    file_write_whole(file, "ab\ncd\n", 6);
+    file_write_whole(many, "ab\n\ncd\r\nThe end", 16);
+    char *named = TOOL_OUTPUT("generate %s/plain --prompt 'ab\ncd' --tokens 30", runs);
+    char *read = TOOL_OUTPUT("generate %s/plain --prompt-file %s --tokens 30", runs, file);
+    char *piped = TOOL_OUTPUT("generate %s/plain --prompt-file - --tokens 30 <%s", runs, file);
+    EXPECT_TEXT(read, named);
+    EXPECT_TEXT(piped, named);
+    char *ab = TOOL_OUTPUT("generate %s/plain --prompt ab --tokens 70 --samples 2", runs);   // more than the 64 positions
+    char *cd = TOOL_OUTPUT("generate %s/plain --prompt cd --tokens 70 --samples 2", runs);
+    char *end = TOOL_OUTPUT("generate %s/plain --prompt 'The end' --tokens 70 --samples 2", runs);
+    char *want = xprintf("%s---\n%s---\n%s", ab, cd, end);
+    for (int batch = 1; batch <= 8; batch += 3) {
+        char *got = TOOL_OUTPUT("generate %s/plain --prompts %s --tokens 70 --samples 2 --batch %d", runs, many, batch);
+        EXPECT_TEXT(got, want);
+        free(got);
+    }
+    char *line = TOOL_OUTPUT("generate %s/plain --interactive --tokens 30 <%s", runs, file);
+    char *first = TOOL_OUTPUT("generate %s/plain --prompt ab --tokens 30", runs);
+    EXPECT(!strncmp(line, first, strlen(first)) && !strncmp(line + strlen(first), "cd", 2), "a prompt line: %s", line);
+    char *bf16 = TOOL_OUTPUT("generate %s/plain --prompt ab --tokens 30 --dtype bf16", runs);
+    EXPECT(!strncmp(bf16, "ab", 2), "in bf16: %s", bf16);
+    EXPECT_TOOL_REFUSES("two sources of prompts", "generate %s/plain --prompt a --prompts %s", runs, many);
+    EXPECT_TOOL_REFUSES("cannot read nowhere", "generate %s/plain --prompts nowhere", runs);
+    EXPECT_TOOL_REFUSES("has no prompt", "generate %s/plain --prompts - </dev/null", runs);
+    free(file), free(many), free(named), free(read), free(piped), free(ab), free(cd), free(end), free(want), free(line);
+    free(first), free(bf16);
+}
+
 // The tokenizer: of the run, beside the checkpoint, named, or none.
 static void test_generate_finds_the_tokenizer(void) {
     const char *with = tools_test_copy("plain", 1), *without = tools_test_copy("plain", 0);
@@ -373,6 +405,7 @@ static void test_generate_refuses(void) {
 #define TOOLS_TESTS(X)                                                                                              \
     X(evaluate_equals_the_trainer) X(evaluate_prints) X(evaluate_without_a_layer) X(evaluate_depths)                \
     X(evaluate_refuses) X(evaluate_refuses_damage) X(tools_apply_the_factors) X(tools_refuse_other_vocabularies)    \
-    X(generate_is_reproducible) X(generate_samples) X(generate_finds_the_tokenizer) X(generate_refuses)
+    X(generate_is_reproducible) X(generate_samples) X(generate_prompts) X(generate_finds_the_tokenizer)              \
+    X(generate_refuses)
 
 #endif

@@ -1,8 +1,9 @@
-// generate.c: text from a checkpoint. Standard output is the text alone: each sample is the prompt and what follows it, up
-// to --tokens or the end of the text; a line "---" stands between two samples.
+// generate.c: text from a checkpoint. Standard output is the text alone: each text is the prompt and what follows it, up
+// to --tokens or the end of the text; a line "---" stands between two texts. A text appears as it is made.
 //
 //     build/generate runs/gpt/latest --prompt "Once upon a time" --tokens 100 --temperature 0.8 --top-p 0.95
-//     build/generate path/of/a/hugging-face/gpt2 --tokenizer vocab.json --prompt "Once upon a time"
+//     build/generate runs/gpt/latest --prompts questions.txt --samples 3 --batch 8 > answers.txt
+//     build/generate path/of/a/hugging-face/gpt2 --tokenizer vocab.json            each line that you type is a prompt
 
 #include "../check.h"
 #include "../options.h"
@@ -13,8 +14,17 @@
 #define GENERATE_OPTIONS(HEADING, OPTION)                                                                            \
   HEADING("Text")                                                                                                    \
     OPTION(prompt, "prompt", TEXT, "", "TEXT", "what the text begins with; empty: the start of a line")              \
+    OPTION(prompt_file, "prompt-file", TEXT, "", "FILE",                                                             \
+           "a file that the text begins with, less the end of its last line; -: standard input")                     \
+    OPTION(prompts, "prompts", TEXT, "", "FILE",                                                                     \
+           "a file of prompts, one a line, each for --samples texts; empty lines are left out; -: standard input")   \
+    OPTION(interactive, "interactive", FLAG, "0", "0|1",                                                             \
+           "each line of standard input is a prompt, until its end; so too without a prompt at a terminal")          \
     OPTION(tokens, "tokens", INTEGER, "200", "[0,1e9]", "most tokens that follow the prompt")                        \
-    OPTION(samples, "samples", INTEGER, "1", "[1,1e9]", "how many texts")                                            \
+    OPTION(samples, "samples", INTEGER, "1", "[1,1e9]", "how many texts for a prompt")                               \
+    OPTION(batch, "batch", INTEGER, "1", "[1,4096]",                                                                 \
+           "texts made at a time: more per second, each later; each text is the same but for rounding, on the CPU "  \
+           "to the bit")                                                                                             \
     OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "names all randomness of the texts")                            \
   HEADING("The choice of a token")                                                                                   \
     OPTION(temperature, "temperature", NUMBER, "0.8", "[0,inf)", "divides the logits; 0: always the likeliest token")\
@@ -23,24 +33,90 @@
   HEADING("Model")                                                                                                   \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                                                 \
            "if not given: beside the checkpoint's files, else the one that the run was trained with")                \
+    OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16|auto|tf32",                                                    \
+           "operands of matrix products; bf16 is half of what is read for each token, where the processor has it; "  \
+           "tf32 for GPUs; auto: the engine's own")                                                                  \
     OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")
 
 OPTION_TABLE(GENERATE_OPTIONS, GenerateOptions, generate_options)
 
-// Writes the samples to stdout; returns the tokens made.
-static int64_t generate(Loaded *m, const GenerateOptions *o) {
-    const SampleArgs args = {o->temperature, (int)o->top_k, o->top_p, (uint64_t)o->seed};
-    int64_t made = 0;
-    drop_plan_keep_all(&m->plan, m->scale, m->tied, 1);
-    for (int64_t i = 0; i < o->samples; i++) {
-        if (i) puts("---");
-        fputs(o->prompt, stdout);
-        made += sample_text(stdout, m->engine, m->model, m->config.V, m->config.T, &m->plan, &m->tokenizer, o->prompt,
-                            o->tokens, &args, (uint32_t)i);
-        puts("");
+// A whole file, or standard input for "-".
+static Text read_all(const char *path) {
+    Text all = {NULL, 0, 0};
+    char part[1 << 14];
+    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    if (!f) die("cannot read %s: %s", path, strerror(errno));
+    for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) text_append(&all, part, n);
+    if (ferror(f)) die("cannot read %s: %s", path, strerror(errno));
+    if (f != stdin) fclose(f);
+    return all;
+}
+
+// The length of a line without its end, "\n" or "\r\n".
+static size_t line_length(const char *s, size_t n) {
+    if (n && s[n - 1] == '\n') n--;
+    return n && s[n - 1] == '\r' ? n - 1 : n;
+}
+
+static void one_prompt(Sampler *s, const GenerateOptions *o, Text prompt) {
+    sample_texts(stdout, s, &prompt, 1, o->samples, o->tokens);
+}
+
+// The lines of a file; `all` owns their bytes.
+static void many_prompts(Sampler *s, const GenerateOptions *o, Text all) {
+    Text *line = NULL;
+    int64_t n = 0, room = 0;
+    for (size_t at = 0; at < all.n;) {
+        const char *end = (const char *)memchr(all.s + at, '\n', all.n - at);
+        const size_t size = end ? (size_t)(end - all.s) + 1 - at : all.n - at, length = line_length(all.s + at, size);
+        if (length) {
+            if (n == room) line = (Text *)xrealloc(line, (size_t)(room = 2 * room + 16), sizeof *line);
+            line[n].s = all.s + at, line[n].n = line[n].room = length, n++;
+        }
+        at += size;
     }
-    if (fflush(stdout) || ferror(stdout)) die("cannot write to standard output: %s", strerror(errno));
-    return made;
+    if (!n) die("%s has no prompt\n  hint: one a line", o->prompts);
+    sample_texts(stdout, s, line, n, o->samples, o->tokens);
+    free(line);
+}
+
+// Every line of standard input, as it comes. The mark goes to standard error, so that output can be kept.
+static void prompt_line(Sampler *s, const GenerateOptions *o) {
+    const int terminal = isatty(STDIN_FILENO);
+    char *line = NULL;
+    size_t room = 0;
+    if (terminal) fputs("Each line is a prompt; Ctrl-D ends.\n", stderr);
+    for (ssize_t n;; s->round++) {
+        if (terminal) fputs("> ", stderr);
+        if ((n = getline(&line, &room, stdin)) < 0) break;
+        const Text prompt = {line, line_length(line, (size_t)n), room};
+        one_prompt(s, o, prompt);
+    }
+    if (terminal) fputc('\n', stderr);
+    free(line);
+}
+
+// Where the prompts come from; dies when that was said twice.
+static void generate(Sampler *s, Options *options, const GenerateOptions *o) {
+    const int named = options_from(options, &o->prompt) != FROM_DEFAULT;
+    if (named + (*o->prompt_file != 0) + (*o->prompts != 0) + o->interactive > 1)
+        die("two sources of prompts\n  hint: one of --prompt, --prompt-file, --prompts, --interactive");
+    if (*o->prompt_file || *o->prompts) {
+        Text all = read_all(*o->prompts ? o->prompts : o->prompt_file), prompt = all;
+        prompt.n = line_length(all.s, all.n);
+        if (*o->prompts) many_prompts(s, o, all);
+        else one_prompt(s, o, prompt);
+        text_free(&all);
+    } else if (o->interactive || (!named && isatty(STDIN_FILENO))) prompt_line(s, o);
+    else {
+        const Text prompt = {o->prompt, strlen(o->prompt), 0};
+        one_prompt(s, o, prompt);
+    }
+}
+
+static void report(const char *what, int64_t tokens, double seconds) {
+    fprintf(stderr, "%s %lld tokens", what, (long long)tokens);
+    if (tokens > 0 && seconds > 0) fprintf(stderr, " at %.1f per second", (double)tokens / seconds);
 }
 
 int main(int argc, char **argv) {
@@ -56,12 +132,21 @@ int main(int argc, char **argv) {
     load_tokenizer(&m, o.tokenizer, NULL);
     if (!m.has_tokenizer)
         die("found no tokenizer for %s\n  hint: --tokenizer FILE, a tokenizer.bin or GPT-2's vocab.json", m.dir);
-    load_model(&m, engine_default(), 1, m.config.T, (int)o.threads);
+    const Engine *engine = engine_default();
+    const int T = m.config.T, batch = (int)o.batch;      // room for the prompt of a text, or a token of each
+    const EngineArgs args = {.B = (batch + T - 1) / T, .T = T, .threads = (int)o.threads, .cache = batch,
+                             .dtype = o.dtype == DTYPE_AUTO ? engine->dtype : o.dtype};
+    load_model_as(&m, engine, &args);
 
-    const double from = clock_seconds();
-    const int64_t made = generate(&m, &o);
-    const double seconds = clock_seconds() - from;
-    fprintf(stderr, "%s: %lld tokens, %.1f per second\n", m.dir, (long long)made, (double)made / seconds);
+    Sampler s = {.engine = engine, .model = m.model, .cached = 1, .layers = m.config.L, .V = m.config.V, .T = T,
+                 .batch = batch, .scale = m.scale, .tied = m.tied, .tokenizer = &m.tokenizer,
+                 .args = {o.temperature, (int)o.top_k, o.top_p, (uint64_t)o.seed}};
+    generate(&s, &options, &o);
+    fprintf(stderr, "%s: ", m.dir);
+    report("prompt", s.prompt_tokens, s.prompt_seconds);
+    report("; text", s.made, 0);
+    if (s.decoded && s.seconds > 0) fprintf(stderr, " at %.1f per second", (double)s.decoded / s.seconds);
+    fputc('\n', stderr);
     load_close(&m);
     options_free(&options);
     return 0;

@@ -60,13 +60,18 @@ static inline void load_config(Loaded *m, const char *path) {
     checkpoint_read_config(m->dir, &m->config, &m->scale, &m->tied);
 }
 
-// Opens it on an engine to run B rows of T tokens at once, T at most config.T.
+// Opens it on an engine as args say.
+static inline void load_model_as(Loaded *m, const Engine *engine, const EngineArgs *args) {
+    m->engine = engine;
+    m->model = engine->open(&m->config, args);
+    m->plan = drop_plan_new(m->config.L, args->B);
+    checkpoint_load_weights(m->dir, engine, m->model, &m->config);
+}
+
+// To run B rows of T tokens at once, T at most config.T.
 static inline void load_model(Loaded *m, const Engine *engine, int B, int T, int threads) {
     const EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = DTYPE_FP32};
-    m->engine = engine;
-    m->model = engine->open(&m->config, &args);
-    m->plan = drop_plan_new(m->config.L, B);
-    checkpoint_load_weights(m->dir, engine, m->model, &m->config);
+    load_model_as(m, engine, &args);
 }
 
 // The tokenizer of the run: what its --tokenizer named, or what is beside its --train. A path from malloc, or NULL.
