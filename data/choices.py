@@ -23,7 +23,6 @@ from shards import HEADER, write_whole
 from vocabulary import Problem, library
 
 MAGIC = 20240522                        # dev/choices.h has the format
-MOST_EXAMPLES = 2 ** 31 - 1
 SUM_WORD = 8                            # of the header, where the tokenizer's SHA-256 is
 STYLES = ("harness", "llmc")
 
@@ -139,7 +138,7 @@ def example_words(index, found, tokens):
     return words
 
 
-def encoded(vocabulary, examples, tokenizer_sha256):
+def encoded(examples, tokenizer_sha256):
     """The file: words of 16 bits, llm.c's version 1, or of 32 where some number needs them."""
     largest = max(max(w) for w in examples)
     wide = largest >= 0xFFFF or max(map(len, examples)) * 2 > 0xFFFF or len(examples) > 0xFFFF
@@ -152,10 +151,18 @@ def encoded(vocabulary, examples, tokenizer_sha256):
     return bytes(header) + b"".join(struct.pack(f"<{len(w)}{code}", *w) for w in examples)
 
 
-def convert(options):
+def check(options):
+    """What fails shall fail before a download. Returns the vocabulary."""
     if os.path.exists(options.out):
         raise Problem(f"{options.out} exists already\n  hint: name another --out, or remove it")
-    vocabulary = vocabularies.load(options.tokenizer, options.end_of_text)
+    if options.tokenizer == "bpe":
+        raise Problem("--tokenizer bpe: the questions need the model's tokenizer\n  hint: the tokenizer.json that "
+                      "prepare.py wrote beside the shards")
+    return vocabularies.load(options.tokenizer, options.end_of_text)
+
+
+def convert(options):
+    vocabulary = check(options)
     table = vocabularies.tokenizer_bin(vocabulary)
     main = table or vocabulary.json.encode()        # the file that prepare.py's manifest names, too
     examples = []
@@ -171,7 +178,7 @@ def convert(options):
             examples.append(example_words(len(examples), found, (context, choices)))
     if not examples:
         raise Problem(f"no question was found in {', '.join(options.inputs)}")
-    data = encoded(vocabulary, examples, hashlib.sha256(main).hexdigest())
+    data = encoded(examples, hashlib.sha256(main).hexdigest())
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     write_whole(options.out, data)
     print(f"{len(examples):,} examples, {len(data):,} bytes, tokens of {vocabulary.name}: {options.out}")
@@ -198,11 +205,7 @@ def parser():
 
 
 def act(arguments):
-    options = parser().parse_args(arguments)
-    if options.tokenizer == "bpe":
-        raise Problem("--tokenizer bpe: the questions need the model's tokenizer\n  hint: the tokenizer.json that "
-                      "prepare.py wrote beside the shards")
-    convert(options)
+    convert(parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

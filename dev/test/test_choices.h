@@ -71,10 +71,11 @@ static void test_choices_format(void) {
 // Words that are wrong, files cut short at every byte, and every word replaced by what is likeliest to mislead.
 static void test_choices_damaged(void) {
     static const struct { int word; uint32_t value; const char *part; } cases[] = {
-        {0, 7, "example 0, at byte 1024: damaged: no example begins"}, {1, 34, "goes on after its last choice"}, {1, 31, "size is wrong"},
-        {1, 4, "size is wrong"}, {1, 1000, "cut short, or its size"}, {2, 1, "another number"}, {3, 3, "right choice is none"},
+        {0, 7, "example 0, at byte 1024: damaged: no example begins"}, {1, 34, "goes on after its last choice"},
+        {1, 31, "size is wrong"}, {1, 4, "size is wrong"}, {1, 1000, "cut short, or its size"}, {2, 1, "another number"}, {3, 3, "right choice is none"},
         {4, 1, "two choices are the fewest"}, {4, 60000, "two choices are the fewest"},
-        {4, 2, "right choice is none"}, {4, 4, "ends outside of the example"}, {5, 0, "context is empty"}, {5, 60000, "the context ends outside"},
+        {4, 2, "right choice is none"}, {4, 4, "ends outside of the example"}, {5, 0, "context is empty"},
+        {5, 60000, "the context ends outside"},
         {8, 0, "a choice is empty"}, {10, 60000, "ends outside of the example"}, {14, 2, "ends outside of the example"},
         {16, 65534, "example 1, at byte 1056: damaged: no example begins"}, {18, 0, "another number"}, {26, 2, "ends outside"}};
     uint32_t word[28];
