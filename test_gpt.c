@@ -11,6 +11,7 @@
 #include "dev/engine.h"
 #include "dev/test/test.h"
 #include "dev/test/test_checkpoint.h"
+#include "dev/test/test_choices.h"
 #include "dev/test/test_comm.h"
 #include "dev/test/test_compare.h"
 #include "dev/test/test_cuda.h"
@@ -61,14 +62,14 @@ static const Test tests[] = {
     SCHEDULE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
-    ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X)
+    ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
     CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
-    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) NUMBERS_TESTS(X)
+    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) NUMBERS_TESTS(X) CHOICES_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -5,6 +5,7 @@
     data/fetch.py tinystories                            TinyStories (Eldan and Li 2023), with its own validation part
     data/fetch.py fineweb --sample 10BT                  FineWeb's sample of 10 billion GPT-2 tokens, some 28 GB
     data/fetch.py fineweb --edu --files 1                the first file of FineWeb-Edu's sample
+    data/fetch.py hellaswag                              HellaSwag's 10042 validation questions, for build/evaluate
 
 Interrupted, the same command goes on; every file is checked by its size and its SHA-256. Without a network, --source
 takes the files from a folder in which they lie as on the hub. Options for tokens and shards: those of data/prepare.py.
@@ -19,6 +20,7 @@ import sys
 import urllib.request
 from collections import namedtuple
 
+import choices
 import prepare
 from shards import sha256_file, write_json
 from vocabulary import Problem, library, load
@@ -27,15 +29,20 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-# A dataset of the Hugging Face hub: its training and validation files (None: a part of the documents) in a folder
-Hub = namedtuple("Hub", "repo folder train val")
+# A dataset of the Hugging Face hub: its training and validation files (None: a part of the documents) in a folder, at
+# a branch (None: the main one)
+Hub = namedtuple("Hub", "repo folder train val branch")
+# The hub keeps a Parquet copy of every dataset on that branch.
+HELLASWAG = Hub("Rowan/hellaswag", "default/validation", None, "*.parquet", "refs/convert/parquet")
 
 
 def of_hub(options):
     if options.dataset == "tinystories":
-        return Hub("roneneldan/TinyStories", "data", "train-*.parquet", "validation-*.parquet")
+        return Hub("roneneldan/TinyStories", "data", "train-*.parquet", "validation-*.parquet", None)
+    if options.dataset == "hellaswag":
+        return HELLASWAG
     return Hub("HuggingFaceFW/fineweb-edu" if options.edu else "HuggingFaceFW/fineweb", f"sample/{options.sample}",
-               "*.parquet", None)
+               "*.parquet", None, None)
 
 
 # ---- Files of the hub ----
@@ -53,7 +60,7 @@ def listing(hub, downloads):
     library("huggingface_hub")
     from huggingface_hub import HfApi, constants
     try:
-        commit = HfApi().dataset_info(hub.repo).sha
+        commit = HfApi().dataset_info(hub.repo, revision=hub.branch).sha
         files = [{"path": f.path, "size": f.size, "sha256": f.lfs.sha256 if f.lfs else None}
                  for f in HfApi().list_repo_tree(hub.repo, hub.folder, repo_type="dataset", revision=commit)
                  if hasattr(f, "size")]
@@ -120,6 +127,8 @@ def from_folder(source, folder, pattern, most):
 
 def hub_inputs(o):
     hub, sides = of_hub(o), []
+    if hub == HELLASWAG and o.source and os.path.isfile(o.source):
+        return [], [o.source]           # the authors' hellaswag_val.jsonl
     downloads = o.downloads or os.path.join(HERE, "downloads", hub.repo.replace("/", "_"), o.sample or "all")
     found = None if o.source else listing(hub, downloads)
     for pattern in (hub.train, hub.val):
@@ -193,16 +202,37 @@ def parser():
             s.add_argument("--val", type=prepare.fraction, default=part, metavar="F",
                            help="the part to validate on (default %(default)s)")
         prepare.add_run_options(s)
+    s = sets.add_parser("hellaswag", help="hellaswag --help lists its options")
+    s.add_argument("--out", metavar="FILE", help="what to write (default data/hellaswag_TOKENIZER/validation.bin)")
+    s.add_argument("--source", metavar="PATH", help="instead of the network, take hellaswag_val.jsonl, or the files "
+                   "from this folder")
+    s.add_argument("--downloads", metavar="DIR", help="where downloaded files are kept (default below data/)")
+    s.set_defaults(edu=False, sample=None, files=0)
+    choices.add_choices_options(s)
     return p
+
+
+def hellaswag(o):
+    """Questions, not text: a file for build/evaluate."""
+    o.out = o.out or os.path.join(HERE, f"hellaswag_{short_name(o.tokenizer)}", "validation.bin")
+    choices.check(o)
+    o.inputs = hub_inputs(o)[1]
+    choices.convert(o)
+
+
+def short_name(tokenizer):
+    return re.sub(r"\W+", "-", os.path.basename(os.path.normpath(tokenizer)))
 
 
 def act(arguments):
     o = parser().parse_args(arguments)
+    if o.dataset == "hellaswag":
+        hellaswag(o)
+        return
     if o.tokenizer != "bpe":
         load(o.tokenizer, o.end_of_text)    # what fails shall fail before a download
     inputs, val_inputs = ([shakespeare(o)], []) if o.dataset == "tinyshakespeare" else hub_inputs(o)
-    short = re.sub(r"\W+", "-", os.path.basename(os.path.normpath(o.tokenizer)))
-    out = o.out or os.path.join(HERE, f"{o.dataset}{'_edu' if o.edu else ''}_{short}")
+    out = o.out or os.path.join(HERE, f"{o.dataset}{'_edu' if o.edu else ''}_{short_name(o.tokenizer)}")
     chosen = prepare.check(prepare.parser().parse_args(["--out", out, *inputs]))
     for name, value in vars(o).items():
         if hasattr(chosen, name) and name != "out":

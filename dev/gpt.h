@@ -127,6 +127,11 @@ static inline char *gpt_param_name(int param, int layer) {
     return xprintf("%.*s%d%s", (int)(mark - name), name, layer, mark + 2);
 }
 
+// Whether it is of a branch's last projection, which multiplies what the branch adds: a factor of the branch is one of these.
+static inline int gpt_param_ends_branch(int param) {
+    return param == P_attprojw || param == P_attprojb || param == P_fcprojw || param == P_fcprojb;
+}
+
 static inline size_t gpt_params_count(const GptConfig *c) {
     size_t n = 0;
     for (int p = 0; p < N_PARAMS; p++) n += gpt_param_size(c, p) * (size_t)gpt_param_layers(c, p);

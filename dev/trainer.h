@@ -330,6 +330,37 @@ static inline void trainer_agree(const Trainer *tr) {
             tr->rank);
 }
 
+// The weights to start from. What trained them with survival scaling scales its branches in evaluation (tied: both of a layer
+// as one). A run that does not scale so itself has these factors folded into the weights, as build/export has; tied ones no
+// weights can express.
+static inline void trainer_load_weights(Trainer *tr, const char *from) {
+    const GptConfig *c = &tr->config;
+    GptConfig same;
+    double *scale;
+    int tied, factors = 0;
+    checkpoint_load_weights(from, tr->engine, tr->model, c);
+    checkpoint_read_config(from, &same, &scale, &tied);
+    for (int i = 0; i < BRANCHES * c->L; i++) factors |= scale[i] != 1;
+    const int keeps = tr->drop.scale == SCALE_SURVIVAL && tr->drop.p_max > 0;
+    for (int p = 0; factors && !tied && !keeps && p < N_PARAMS; p++) {
+        real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
+        for (int l = 0; gpt_param_ends_branch(p) && l < c->L; l++) {
+            tr->engine->read(tr->model, SLOT_PARAM, p, l, host);
+            for (size_t i = 0; i < gpt_param_size(c, p); i++)
+                host[i] = (real)((double)host[i] * scale[BRANCHES * l + gpt_param[p].branch]);
+            tr->engine->write(tr->model, SLOT_PARAM, p, l, host);
+        }
+        free(host);
+    }
+    if (factors && !keeps && tr->rank == 0) {
+        if (tied)
+            warn("%s was trained with --drop-scale survival and --drop-branches tied: this run goes on without its factors\n"
+                 "  hint: give it these two options as well", from);
+        else printf("%s: its survival scaling goes into the weights\n", from);
+    }
+    free(scale);
+}
+
 static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOptions *o, const char *config_text,
                                 Comm *comm) {
     memset(tr, 0, sizeof *tr);
@@ -389,7 +420,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         if (path_exists(whole)) tr->saved = tr->state.step;
         free(whole);
         free((char *)(uintptr_t)tr->state.options);
-    } else if (from) checkpoint_load_weights(from, engine, tr->model, &tr->config);
+    } else if (from) trainer_load_weights(tr, from);
     else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
     tr->state.options = tr->run_text;
     if (resume) tr->whole = xstrdup(from);

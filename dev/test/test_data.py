@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of data/prepare.py and data/fetch.py: make test-data. Needs their libraries.
+"""Tests of data/prepare.py, data/choices.py and data/fetch.py: make test-data. Needs their libraries.
 
 GPT-2's tokenizer is tested where GPT2_FILES names a folder with its encoder.json and vocab.bpe, or where it can be
 downloaded; data/bytes.c's program, in the folder BUILD, is compared with the same in Python.
@@ -34,6 +34,7 @@ sys.path.insert(0, DATA)
 import numpy as np          # noqa: E402
 import pyarrow as pa        # noqa: E402
 import pyarrow.parquet as pq    # noqa: E402
+import choices              # noqa: E402
 import corpus               # noqa: E402
 import prepare              # noqa: E402
 import vocabulary           # noqa: E402
@@ -606,7 +607,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.serve(True)
 
 
-class Fetch(Case):
+class Hub(Case):
     def parquet(self, documents):
         sink = io.BytesIO()
         pq.write_table(pa.table({"text": documents, "n": list(range(len(documents)))}), sink, compression="none")
@@ -624,6 +625,8 @@ class Fetch(Case):
                 "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return handler, {**os.environ, **home}
 
+
+class Fetch(Hub):
     def start_fetch(self, env, *arguments):
         command = [sys.executable, os.path.join(DATA, "fetch.py"), *arguments, "--downloads", self.path("down"),
                    "--tokenizer", "bytes", "--processes", "1"]
@@ -688,6 +691,150 @@ class Fetch(Case):
         text = self.write("x.txt", "no")
         done = self.start_fetch(env, "tinyshakespeare", "--source", text, "--out", self.path("c"))
         self.assertIn("is not tinyshakespeare (by its SHA-256)", done.stderr)
+
+
+# ---- Multiple-choice questions ----
+
+ROOF = {"ind": 24, "activity_label": "Roof shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+        "ctx": "A man is sitting on a roof. he", "split": "val", "label": 3,
+        "endings": ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+                    "is holding a rubik's cube.", "starts pulling up roofing on a roof."]}
+
+
+class Twos:
+    """A tokenizer of whose tokens each is two characters, or the last one."""
+    name, size, end_of_text, json, width = "twos", 1 << 24, 9, None, 4
+
+    def encode(self, documents):
+        texts = [d.decode() for d in documents]
+        return [(np.array([int.from_bytes(t[i:i + 2].encode(), "big") for i in range(0, len(t), 2)], np.uint32),
+                 len(t), False) for t in texts]
+
+
+class Choices(Hub):
+    def convert(self, *arguments, out=None):
+        out = out or self.path("q.bin")
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            prepare.main([*arguments, "--out", out], choices.act)
+        with open(out, "rb") as file:
+            return file.read()
+
+    def questions(self, *records):
+        return self.write("q.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+
+    def words(self, data, code="H"):
+        return list(struct.unpack(f"<{(len(data) - 1024) // struct.calcsize(code)}{code}", data[1024:]))
+
+    def test_bytes_of_the_file(self):
+        path = self.questions({"context": "Sky:", "choices": ["blue", "\nred"], "answer": 1},
+                              {"context": "", "choices": ["a", "bc", "d"], "answer": 0})
+        data = self.convert(path, "--tokenizer", "bytes")
+        table = struct.pack("<256i", 20240328, 2, 257, 256, *[0] * 252)
+        table += b"".join(bytes([1, b]) for b in range(256)) + b"\x0d<|endoftext|>"
+        head = struct.pack("<8I", 20240522, 1, 2, 2 * 21, 0, 0, 0, 0) + hashlib.sha256(table).digest()
+        self.assertEqual(data[:1024], head + bytes(1024 - len(head)))
+        self.assertEqual(self.words(data), [
+            65535, 42, 0, 1, 2, 4, *b"Sky:", 5, *b" blue", 4, *b"\nred",
+            65535, 34, 1, 0, 3, 1, 256, 2, *b" a", 3, *b" bc", 2, *b" d"])
+
+    def test_hellaswag_as_the_harness_asks(self):
+        wikihow = {"activity_label": "Health", "ctx_a": " How to sleep [header] Relax. [title] Lie down.", "ctx_b": "",
+                   "ctx": "raw", "label": "1", "endings": ["[step] Well.  Yes. ", "No [substeps] way."]}
+        words = self.words(self.convert(self.questions(ROOF, wikihow), "--tokenizer", "bytes"))
+        context = b"Roof shingle removal: A man is sitting on a roof. He"
+        self.assertEqual(words[2:6 + len(context)], [0, 3, 4, len(context), *context])
+        second = words[words[1] // 2:]
+        context = b"Health: How to sleep Relax.. Lie down."
+        first, other = b"  Well. Yes.", b" No way."
+        self.assertEqual(second[2:], [1, 1, 2, len(context), *context, len(first), *first, len(other), *other])
+
+    def test_hellaswag_as_llmc_asks(self):
+        for tokenizer, context, last in (("bytes", list(b"A man is sitting on a roof. he"),
+                                          list(b" starts pulling up roofing on a roof.")),
+                                         (GPT2 and GPT2[1], [32, 582, 318, 5586, 319, 257, 9753, 13, 339],
+                                          [4940, 10427, 510, 9753, 278, 319, 257, 9753, 13])):
+            if not tokenizer:
+                continue
+            words = self.words(self.convert(self.questions(ROOF), "--tokenizer", tokenizer, "--style", "llmc",
+                                            out=self.path(f"{len(context)}.bin")))
+            self.assertEqual(words[2:6 + len(context)], [0, 3, 4, len(context), *context])
+            self.assertEqual(words[-len(last) - 1:], [len(last), *last])
+
+    def test_tokens_that_span_context_and_choice(self):
+        found = choices.plain({"context": "abc", "choices": ["x", "yz"], "answer": 0})
+        context, rows = choices.tokens_of(Twos(), found)
+        self.assertEqual([struct.pack(">H", t) for t in context], [b"ab"])
+        self.assertEqual(rows, [[0x6320, 0x78], [0x6320, 0x797A]])
+        context, rows = choices.tokens_of(Twos(), choices.plain({"context": "ab ", "choices": ["x", "y"], "answer": 0}))
+        self.assertEqual((context, rows), ([0x6162], [[0x2078], [0x2079]]))     # the space goes to the choice
+
+    def test_words_of_32_bits(self):
+        sums = "00" * 31 + "07"
+        for token, width in ((65534, 2), (65535, 4), (1 << 24, 4)):
+            data = choices.encoded([[0, 0, 0, 1, 2, 1, token, 1, 5, 1, 6]], sums)
+            self.assertEqual(struct.unpack("<4I", data[:16]), (20240522, width // 2, 1, 11 * width))
+            self.assertEqual(data[32:64], bytes.fromhex(sums))
+            mark = (1 << 8 * width) - 1
+            self.assertEqual(self.words(data, "H" if width == 2 else "I"),
+                             [mark, 11 * width, 0, 1, 2, 1, token, 1, 5, 1, 6])
+        long = {"context": "x" * 33000, "choices": ["a", "b"], "answer": 0}      # more bytes than 16 bits count
+        data = self.convert(self.questions(long), "--tokenizer", "bytes")
+        self.assertEqual(struct.unpack("<4I", data[:16])[1:], (2, 1, 4 * (6 + 33000 + 6)))
+
+    def test_questions_that_are_refused(self):
+        def refused(part, *arguments, name="q.jsonl", text=None):
+            path = self.write(name, text) if text is not None else self.path(name)
+            with self.assertRaises(SystemExit) as caught:
+                self.convert(path, "--tokenizer", "bytes", *arguments)
+            self.assertIn(part, str(caught.exception))
+            self.assertTrue(str(caught.exception).startswith("error: "))
+            self.assertFalse(os.path.exists(self.path("q.bin")))
+        good = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 0}) + "\n"
+        refused("line 2: no JSON object", text=good + "{")
+        refused("line 1: no JSON object", text="[1]\n")
+        refused("line 1: no JSON object", text=b'{"context": "\xff"}\n')
+        for record, part in (({"context": "a"}, 'neither "endings" (HellaSwag) nor "choices"'),
+                             ({"choices": ["b", "c"], "answer": 0}, "it has no 'context'"),
+                             ({"context": "a", "choices": ["b", "c"]}, "it has no 'answer'"),
+                             ({"context": "a", "choices": ["b", "c"], "answer": 2}, "its answer is 2, and it has 2"),
+                             ({"context": "a", "choices": ["b", "c"], "answer": -1}, "its answer is -1"),
+                             ({"context": "a", "choices": ["b", "c"], "answer": "0"}, "its answer a whole number"),
+                             ({"context": "a", "choices": ["b"], "answer": 0}, "two choices or more"),
+                             ({"context": "a", "choices": ["b", ""], "answer": 0}, "none of them empty"),
+                             ({"context": "a", "choices": ["b", 3], "answer": 0}, "of another type"),
+                             ({"context": 7, "choices": ["b", "c"], "answer": 0}, "of another type"),
+                             ({**ROOF, "label": ""}, "it has no label"),
+                             ({**ROOF, "label": "x"}, "invalid literal"),
+                             ({**ROOF, "ctx_b": None}, "of another type")):
+            refused(part, text=good + json.dumps(record))
+            self.assertRaisesRegex(ValueError, re.escape(part), choices.question, record, "harness")
+        refused("no question was found", text="\n\n")
+        refused("questions are lines of JSON", name="q.txt", text="x")
+        refused("is no Parquet that can be read", name="q.parquet", text="x")
+        refused("No such file", name="none.jsonl")
+        refused("need the model's tokenizer", "--tokenizer", "bpe", text=good)
+        kept = self.write("kept.bin", "x")
+        with self.assertRaises(SystemExit) as caught:
+            self.convert(self.questions(ROOF), "--tokenizer", "bytes", out=kept)
+        self.assertIn("exists already", str(caught.exception))
+
+    def test_hellaswag_from_a_hub(self):
+        table = pa.table({k: [v, v] for k, v in {**ROOF, "label": "3"}.items()})
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        handler, env = self.hub({"default/validation/0000.parquet": sink.getvalue(),
+                                 "default/train/0000.parquet": b"no"})
+        command = [sys.executable, os.path.join(DATA, "fetch.py"), "hellaswag", "--tokenizer", "bytes", "--downloads",
+                   self.path("down"), "--out", self.path("h", "v.bin")]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        lines = self.write("q.jsonl.gz", gzip.compress((json.dumps(ROOF) + "\n" + json.dumps(ROOF)).encode()))
+        with open(self.path("h", "v.bin"), "rb") as file:
+            self.assertEqual(file.read(), self.convert(lines, "--tokenizer", "bytes"))
+        self.assertIn("2 examples", done.stdout)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        self.assertIn("exists already", done.stderr)
 
 
 if __name__ == "__main__":

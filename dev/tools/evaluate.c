@@ -1,33 +1,45 @@
-// evaluate.c: loss, perplexity and bits per byte of a checkpoint on token shards, and beside it those of the same weights
-// with fewer layers: --depth 0.5 or --keep-layers 0,2,3. A layer that is left out costs nothing.
+// evaluate.c: loss, perplexity and bits per byte of a checkpoint on token shards, and its answers to multiple-choice questions;
+// beside them those of the same weights with fewer layers: --depth 0.5 or --keep-layers 0,2,3. A layer that is left out costs
+// nothing.
 //
 //     build/evaluate runs/gpt/latest --val 'data/text/val_*.bin' --depth 0.5
+//     build/evaluate runs/gpt/latest --val 'data/text/val_*.bin' --stride 256       windows that slide over documents: score.h
+//     build/evaluate runs/gpt/latest --choices data/hellaswag/validation.bin        data/choices.py makes such files
 //
 // --depth X keeps round(X*L) layers, at least one, at equal distances from the first to the last. Fan et al. 2019
 // (LayerDrop) prune "every other" layer, which this is for X = 0.5, but that the last layer always stays.
 
 #include "../check.h"
+#include "../choices.h"
 #include "../options.h"
+#include "../score.h"
 #include "../trainer.h"
 #include "load.h"
 
 //  OPTION(field, name, type, default, domain, help)
 #define EVALUATE_OPTIONS(HEADING, OPTION)                                                                            \
-  HEADING("Data")                                                                                                    \
+  HEADING("Data: --val, --choices or both")                                                                          \
     OPTION(val, "val", TEXT, "", "GLOB", "token shards to evaluate on; quote a pattern: 'data/val_*.bin'")           \
+    OPTION(choices, "choices", TEXT, "", "FILE",                                                                     \
+           "multiple-choice questions in llm.c's format (hellaswag_val.bin); data/choices.py makes them")            \
     OPTION(eval_tokens, "eval-tokens", INTEGER, "0", "[0,1e15]",                                                     \
-           "tokens of --val to read, from the first on, rounded up to whole rows; 0: all")                           \
+           "tokens of --val to read, from the first on, rounded up to whole rows, or documents with --stride; 0: all") \
+    OPTION(stride, "stride", INTEGER, "0", "[0,1048576]",                                                            \
+           "of --val: windows of --seq-len tokens begin every so many tokens of each document, and count what those before" \
+           " them did not; 0: rows one after the other, whatever document they are in")                              \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: as many as the model has positions")\
     OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows at a time")                                              \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                                                 \
-           "for bits per byte; if not given: beside the checkpoint's files, beside --val, else the training run's")  \
+           "for bytes and characters; if not given: beside the checkpoint's files, beside the data, else the training run's") \
     OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
   HEADING("Reduced depth, beside the full one")                                                                      \
     OPTION(keep_layers, "keep-layers", TEXT, "", "LIST", "run these layers only, counted from 0: 0,1,5; or none")    \
     OPTION(depth, "depth", NUMBER, "1", "(0,1]",                                                                     \
            "run this fraction of the layers, rounded, at equal distances from the first to the last")                \
   HEADING("Output")                                                                                                  \
-    OPTION(json, "json", TEXT, "", "FILE", "write the numbers to this file too")
+    OPTION(json, "json", TEXT, "", "FILE", "write the numbers to this file too")                                     \
+    OPTION(scores, "scores", TEXT, "", "FILE",                                                                       \
+           "of --choices: write what each choice got, a line of JSON for each example")
 
 OPTION_TABLE(EVALUATE_OPTIONS, EvaluateOptions, evaluate_options)
 
@@ -63,109 +75,308 @@ static void write_layers(Text *t, const unsigned char *kept, int L, int brackets
     else if (brackets) text_printf(t, "]");
 }
 
-// ---- Numbers ----
+// ---- A depth ----
+
+enum { FULL, REDUCED, DEPTHS };
 
 typedef struct {
-    const char *name;                                    // "full", "reduced"
-    unsigned char *kept;                                 // (L)
-    Evaluation v;
-    double flops_fraction;                               // of the full model's
+    const char *name;
+    const unsigned char *kept;                           // (L)
+    double *scale;                                       // (2L) factors of the branches, 0 for those that do not run
+    double flops_fraction;                               // of the full model's, in rows of T tokens
+    ScoreDocuments val;                                  // document_loss NaN without --stride
+    ChoicesResult choices;
+    double *choice_loss;                                 // (rows of the questions)
 } Result;
 
-// Mean loss of the first `rows` windows with the kept layers alone: a factor of 0 leaves a branch out.
-static Result evaluate_layers(const char *name, unsigned char *kept, Loaded *m, const Shards *shards, int64_t rows, int B) {
+typedef struct {
+    Loaded *m;
+    const EvaluateOptions *o;
+    int T, B, stride, eot, depths;                       // eot: the end-of-text token, or -1
+    Shards shards;
+    int64_t rows;                                        // windows, without --stride
+    Choices choices;
+    int *characters;                                     // (rows of the questions), or NULL
+    int64_t cut;                                         // of these rows, those that lost the first tokens of their context
+    Result result[DEPTHS];
+} Evaluate;
+
+static void open_depth(Result *r, const char *name, const unsigned char *kept, const Loaded *m, int T) {
     const GptConfig *c = &m->config;
-    const int branches = BRANCHES * c->L;
-    double *scale = xcalloc((size_t)branches, sizeof *scale), flops = gpt_head_flops(c, shards->T);
-    const Tokenizer *t = m->has_tokenizer ? &m->tokenizer : NULL;
-    Result r = {.name = name, .kept = kept};
-    for (int i = 0; i < branches; i++) scale[i] = kept[i / BRANCHES] ? m->scale[i] : 0;
-    r.v = evaluate_shards(m->engine, m->model, shards, rows, t, B, &m->plan, scale, m->tied, NULL);
-    for (int i = 0; i < branches; i++) flops += m->plan.branch[i].n ? gpt_branch_flops(c, i % BRANCHES, shards->T) : 0;
-    r.flops_fraction = flops / gpt_row_flops(c, shards->T);
-    free(scale);
-    return r;
+    double flops = gpt_head_flops(c, T);
+    r->name = name;
+    r->kept = kept;
+    r->scale = xcalloc((size_t)(BRANCHES * c->L), sizeof *r->scale);
+    for (int i = 0; i < BRANCHES * c->L; i++) {
+        r->scale[i] = kept[i / BRANCHES] ? m->scale[i] : 0;
+        flops += r->scale[i] != 0 ? gpt_branch_flops(c, i % BRANCHES, T) : 0;
+    }
+    r->flops_fraction = flops / gpt_row_flops(c, T);
 }
 
-static void print_result(const Result *r, int L) {
+static Scorer scorer(const Evaluate *e, const Result *r) {
+    Loaded *m = e->m;
+    const Scorer s = {m->engine, m->model, &m->plan, r->scale, e->B, e->T, m->tied};
+    return s;
+}
+
+static void print_layers(const Result *r, int L) {
     Text layers = {NULL, 0, 0};
-    char bits[32] = "-";
-    if (!isnan(r->v.bits_per_byte)) snprintf(bits, sizeof bits, "%.6f", r->v.bits_per_byte);
     write_layers(&layers, r->kept, L, 0);
-    printf("%-8s %10.6f %12.4f %14s %7.1f%%  %s\n", r->name, r->v.loss, exp(r->v.loss), bits, 100 * r->flops_fraction,
-           layers.s);
+    printf(" %7.1f%%  %s\n", 100 * r->flops_fraction, layers.s);
     text_free(&layers);
 }
 
+static void json_number_at(Text *t, const char *name, double value) {
+    text_printf(t, ", \"%s\": ", name);
+    json_write_number(t, value);
+}
+
+// ---- Token shards ----
+
+// The end-of-text token, which is where documents end: the tokenizer's, else the manifest's; -1 when neither tells.
+static int find_eot(const Evaluate *e) {
+    Manifest manifest;
+    if (e->m->has_tokenizer) return e->m->tokenizer.eot;
+    manifest_find(&manifest, e->o->val);
+    const int eot = manifest.V ? manifest.eot : -1;
+    manifest_free(&manifest);
+    return eot;
+}
+
+static void evaluate_val(const Evaluate *e, Result *r) {
+    const Tokenizer *t = e->m->has_tokenizer ? &e->m->tokenizer : NULL;
+    const Scorer s = scorer(e, r);
+    if (e->stride) {
+        r->val = score_documents(&s, &e->shards, e->eot, e->stride, e->o->eval_tokens, t);
+        return;
+    }
+    const Evaluation v = evaluate_shards(s.engine, s.model, &e->shards, e->rows, t, e->B, s.plan, r->scale, s.tied, NULL);
+    r->val.loss = v.loss;
+    r->val.document_loss = NAN;
+    r->val.bits_per_byte = v.bits_per_byte;
+    r->val.tokens = v.tokens;
+}
+
+static void print_val(const Evaluate *e) {
+    const Result *full = &e->result[FULL];
+    printf("%s on %lld tokens of %s in rows of %d", e->m->dir, (long long)full->val.tokens, e->o->val, e->T);
+    if (e->stride) {
+        const long long n = full->val.documents;
+        printf(" every %d, %lld %s%s", e->stride, n, e->eot < 0 ? "shard" : "document", n == 1 ? "" : "s");
+        if (e->eot < 0) printf(" (no end-of-text token is known)");
+    }
+    printf("\n%-8s %10s %12s %14s%s %8s  %s\n", "", "loss", "perplexity", "bits per byte", e->stride ? "  by document" : "",
+           "FLOPs", "layers");
+    for (int i = 0; i < e->depths; i++) {
+        const Result *r = &e->result[i];
+        char bits[32] = "-";
+        if (!isnan(r->val.bits_per_byte)) snprintf(bits, sizeof bits, "%.6f", r->val.bits_per_byte);
+        printf("%-8s %10.6f %12.4f %14s", r->name, r->val.loss, exp(r->val.loss), bits);
+        if (e->stride) printf(" %12.6f", r->val.document_loss);
+        print_layers(r, e->m->config.L);
+    }
+}
+
 // The names are those of metrics.jsonl.
-static void json_result(Text *t, const Result *r, int L) {
-    const double value[4] = {r->flops_fraction, r->v.loss, exp(r->v.loss), r->v.bits_per_byte};
-    static const char *const name[4] = {"flops_fraction", "val_loss", "val_ppl", "val_bpb"};
+static void json_val(Text *t, const Result *r, int L) {
     text_printf(t, ",\n  \"%s\": {\"layers\": ", r->name);
     write_layers(t, r->kept, L, 1);
-    for (int i = 0; i < (isnan(r->v.bits_per_byte) ? 3 : 4); i++) {
-        text_printf(t, ", \"%s\": ", name[i]);
-        json_write_number(t, value[i]);
+    json_number_at(t, "flops_fraction", r->flops_fraction);
+    json_number_at(t, "val_loss", r->val.loss);
+    json_number_at(t, "val_ppl", exp(r->val.loss));
+    if (!isnan(r->val.bits_per_byte)) json_number_at(t, "val_bpb", r->val.bits_per_byte);
+    if (!isnan(r->val.document_loss)) json_number_at(t, "val_document_loss", r->val.document_loss);
+    text_printf(t, "}");
+}
+
+// ---- Multiple-choice questions ----
+
+// The checkpoint may know the sum of its tokenizer, and the file that of the one that made it.
+static void check_choices_tokenizer(const Evaluate *e) {
+    char *path = xprintf("%s/config.json", e->m->dir);
+    FileMap map;
+    Json doc;
+    if (*e->choices.tokenizer_sha256 && path_is_directory(e->m->dir) && !file_map(&map, path)) {
+        const char *error = json_parse(&doc, map.data, map.size);
+        if (error) die("%s: %s", path, error);
+        const int sum = json_get(&doc, 0, "tokenizer_sha256");
+        if (sum >= 0 && !json_equals(&doc, sum, e->choices.tokenizer_sha256))
+            die("%s was made with another tokenizer than %s was trained with\n"
+                "  hint: give data/choices.py the --tokenizer that made the shards", e->o->choices, e->m->dir);
+        json_free(&doc);
+        file_unmap(&map);
+    }
+    free(path);
+}
+
+static void open_choices(Evaluate *e) {
+    const Tokenizer *t = &e->m->tokenizer;
+    int known = e->m->has_tokenizer;
+    choices_open(&e->choices, e->o->choices, e->m->config.V);
+    check_choices_tokenizer(e);
+    const Choices *c = &e->choices;
+    for (int64_t i = 0; i < c->examples; i++)
+        for (int64_t r = c->example[i].first; r < c->example[i].first + c->example[i].n; r++) {
+            if (c->row[r].choice_n > e->T)
+                die("%s: example %lld has a choice of %d tokens, and rows have %d\n  hint: a model of more positions", c->path,
+                    (long long)i, c->row[r].choice_n, e->T);
+            for (int k = 0; k < c->row[r].choice_n; k++)
+                known = known && choices_word(c, c->row[r].choice + k) < (uint32_t)t->V;
+        }
+    if (!known) return;
+    e->characters = xcalloc((size_t)c->rows, sizeof *e->characters);
+    for (int64_t r = 0; r < c->rows; r++) e->characters[r] = choices_characters(c, &c->row[r], t);
+}
+
+static void evaluate_choices(Evaluate *e, Result *r) {
+    const Scorer s = scorer(e, r);
+    r->choice_loss = xcalloc((size_t)e->choices.rows, sizeof *r->choice_loss);
+    e->cut = score_choices(&s, &e->choices, r->choice_loss);
+    r->choices = choices_result(&e->choices, r->choice_loss, e->characters);
+}
+
+static void print_choices(const Evaluate *e) {
+    printf("%s on %lld examples of %s, chance %.4f", e->m->dir, (long long)e->choices.examples, e->o->choices,
+           choices_chance(&e->choices));
+    if (e->cut) printf("; %lld contexts cut to rows of %d", (long long)e->cut, e->T);
+    printf("\n%-8s %17s %17s %17s %10s %8s  %s\n", "", "acc", "per token", "per character", "loss", "FLOPs", "layers");
+    for (int i = 0; i < e->depths; i++) {
+        const ChoicesResult *c = &e->result[i].choices;
+        printf("%-8s", e->result[i].name);
+        for (int k = 0; k < CHOICES_NORMS; k++) {
+            if (isnan(c->acc[k])) printf(" %17s", "-");
+            else printf("   %.4f +- %.4f", c->acc[k], c->stderr_of[k]);
+        }
+        printf(" %10.6f", c->loss);
+        print_layers(&e->result[i], e->m->config.L);
+    }
+}
+
+static void json_choices(Text *t, const Evaluate *e) {
+    static const char *const name[CHOICES_NORMS] = {"acc", "acc_per_token", "acc_per_character"};
+    static const char *const error[CHOICES_NORMS] = {"acc_stderr", "acc_per_token_stderr", "acc_per_character_stderr"};
+    text_printf(t, ",\n  \"choices\": {\"file\": ");
+    json_write_string(t, e->o->choices);
+    text_printf(t, ", \"examples\": %lld, \"contexts_cut\": %lld", (long long)e->choices.examples, (long long)e->cut);
+    json_number_at(t, "chance", choices_chance(&e->choices));
+    for (int i = 0; i < e->depths; i++) {
+        const Result *r = &e->result[i];
+        text_printf(t, ",\n    \"%s\": {\"layers\": ", r->name);
+        write_layers(t, r->kept, e->m->config.L, 1);
+        json_number_at(t, "flops_fraction", r->flops_fraction);
+        for (int k = 0; k < CHOICES_NORMS; k++) {
+            if (isnan(r->choices.acc[k])) continue;
+            json_number_at(t, name[k], r->choices.acc[k]);
+            json_number_at(t, error[k], r->choices.stderr_of[k]);
+        }
+        json_number_at(t, "loss", r->choices.loss);
+        text_printf(t, "}");
     }
     text_printf(t, "}");
 }
 
-static void write_json(const char *path, const Loaded *m, const char *val, int T, const Result *r, int n) {
+// Of each example and depth a line: the right choice, and of each choice the sum of -log p, its tokens and its characters.
+static void write_scores(const Evaluate *e) {
+    const Choices *c = &e->choices;
     Text t = {NULL, 0, 0};
-    text_printf(&t, "{\n  \"checkpoint\": ");
-    json_write_string(&t, m->dir);
-    text_printf(&t, ",\n  \"val\": ");
-    json_write_string(&t, val);
-    text_printf(&t, ",\n  \"seq_len\": %d,\n  \"tokens\": %lld", T, (long long)r->v.tokens);
-    for (int i = 0; i < n; i++) json_result(&t, &r[i], m->config.L);
-    text_printf(&t, "\n}\n");
-    file_write_whole(path, t.s, t.n);
+    for (int64_t i = 0; i < c->examples; i++)
+        for (int d = 0; d < e->depths; d++) {
+            const ChoicesExample *x = &c->example[i];
+            text_printf(&t, "{\"example\": %lld, \"depth\": \"%s\", \"label\": %d, \"loss\": [", (long long)i,
+                        e->result[d].name, x->label);
+            for (int k = 0; k < x->n; k++) {
+                if (k) text_printf(&t, ", ");
+                json_write_number(&t, e->result[d].choice_loss[x->first + k]);
+            }
+            text_printf(&t, "], \"tokens\": [");
+            for (int k = 0; k < x->n; k++) text_printf(&t, "%s%d", k ? ", " : "", c->row[x->first + k].choice_n);
+            text_printf(&t, "]");
+            for (int k = 0; e->characters && k < x->n; k++)
+                text_printf(&t, "%s%d", k ? ", " : ", \"characters\": [", e->characters[x->first + k]);
+            text_printf(&t, e->characters ? "]}\n" : "}\n");
+        }
+    file_write_whole(e->o->scores, t.s, t.n);
     text_free(&t);
 }
 
 // ---- The program ----
 
-// Evaluates at full depth and, if kept is not NULL, with these layers (L) alone.
-static void evaluate(Loaded *m, const EvaluateOptions *o, unsigned char *kept) {
-    const int T = o->seq_len ? (int)o->seq_len : m->config.T, L = m->config.L, n = kept ? 2 : 1;
-    if (T > m->config.T) die("--seq-len %d: %s has %d positions", T, m->dir, m->config.T);
-    Shards shards;
-    shards_open(&shards, o->val, T, m->config.V);
-    const int64_t rows = shards_rows(&shards, o->eval_tokens);
-    const int B = rows < o->batch ? (int)rows : (int)o->batch;
-    load_model(m, engine_default(), B, T, (int)o->threads);
-
-    unsigned char *all = (unsigned char *)xcalloc((size_t)L, 1);
-    memset(all, 1, (size_t)L);
-    static const char *const name[2] = {"full", "reduced"};
-    Result r[2];
-    printf("%s on %lld tokens of %s in rows of %d\n", m->dir, (long long)rows * T, o->val, T);
-    printf("%-8s %10s %12s %14s %8s  %s\n", "", "loss", "perplexity", "bits per byte", "FLOPs", "layers");
-    for (int i = 0; i < n; i++) {
-        r[i] = evaluate_layers(name[i], i ? kept : all, m, &shards, rows, B);
-        print_result(&r[i], L);
+static void write_json(const Evaluate *e) {
+    Text t = {NULL, 0, 0};
+    text_printf(&t, "{\n  \"checkpoint\": ");
+    json_write_string(&t, e->m->dir);
+    text_printf(&t, ",\n  \"seq_len\": %d", e->T);
+    if (*e->o->val) {
+        text_printf(&t, ",\n  \"val\": ");
+        json_write_string(&t, e->o->val);
+        text_printf(&t, ",\n  \"tokens\": %lld", (long long)e->result[FULL].val.tokens);
+        if (e->stride)
+            text_printf(&t, ",\n  \"stride\": %d,\n  \"documents\": %lld", e->stride, (long long)e->result[FULL].val.documents);
+        for (int i = 0; i < e->depths; i++) json_val(&t, &e->result[i], e->m->config.L);
     }
-    if (*o->json) write_json(o->json, m, o->val, T, r, n);
-    free(all);
-    shards_close(&shards);
+    if (*e->o->choices) json_choices(&t, e);
+    text_printf(&t, "\n}\n");
+    file_write_whole(e->o->json, t.s, t.n);
+    text_free(&t);
+}
+
+// Evaluates at full depth and, if kept is not NULL, with these layers (L) alone.
+static void evaluate(Loaded *m, const EvaluateOptions *o, const unsigned char *kept) {
+    Evaluate e;
+    memset(&e, 0, sizeof e);
+    e.m = m, e.o = o;
+    e.T = o->seq_len ? (int)o->seq_len : m->config.T;
+    e.stride = (int)o->stride;
+    e.B = (int)o->batch;
+    e.depths = kept ? 2 : 1;
+    if (e.T > m->config.T) die("--seq-len %d: %s has %d positions", e.T, m->dir, m->config.T);
+    if (e.stride > e.T) die("--stride %d: rows have %d tokens\n  hint: --stride %d leaves none out", e.stride, e.T, e.T);
+    if (*o->choices) open_choices(&e);
+    if (*o->val) {
+        shards_open(&e.shards, o->val, e.stride ? 1 : e.T, m->config.V);       // a document may be shorter than a row
+        e.rows = e.stride ? 0 : shards_rows(&e.shards, o->eval_tokens);
+        e.eot = e.stride ? find_eot(&e) : -1;
+        if (e.rows && e.rows < e.B && !*o->choices) e.B = (int)e.rows;
+    }
+    load_model(m, engine_default(), e.B, e.T, (int)o->threads);
+
+    unsigned char *all = (unsigned char *)xcalloc((size_t)m->config.L, 1);
+    memset(all, 1, (size_t)m->config.L);
+    open_depth(&e.result[FULL], "full", all, m, e.T);
+    if (kept) open_depth(&e.result[REDUCED], "reduced", kept, m, e.T);
+    for (int i = 0; *o->val && i < e.depths; i++) evaluate_val(&e, &e.result[i]);
+    if (*o->val) print_val(&e);
+    if (*o->val && *o->choices) printf("\n");
+    for (int i = 0; *o->choices && i < e.depths; i++) evaluate_choices(&e, &e.result[i]);
+    if (*o->choices) print_choices(&e);
+    if (*o->json) write_json(&e);
+    if (*o->scores) write_scores(&e);
+    for (int i = 0; i < e.depths; i++) free(e.result[i].scale), free(e.result[i].choice_loss);
+    if (*o->val) shards_close(&e.shards);
+    if (*o->choices) choices_close(&e.choices);
+    free(e.characters), free(all);
 }
 
 int main(int argc, char **argv) {
     EvaluateOptions o;
     Options options;
     Loaded m;
-    options_init(&options, "evaluate CHECKPOINT --val GLOB [options]");
+    options_init(&options, "evaluate CHECKPOINT --val GLOB [--choices FILE] [options]");
     options_add(&options, evaluate_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);
     if (options.n_arguments < 1) die("the checkpoint is missing\n  hint: evaluate runs/gpt/latest --val GLOB");
-    if (!*o.val) die("--val is missing\n  hint: --val 'data/val_*.bin'; data/README.md tells how to make token shards");
+    if (!*o.val && !*o.choices)
+        die("--val is missing\n  hint: --val 'data/val_*.bin', or --choices FILE; data/README.md tells how to make them");
+    if (o.stride && !*o.val) die("--stride is for --val, which is missing");
+    if (*o.scores && !*o.choices) die("--scores is for --choices, which is missing");
     const int by_list = options_from(&options, &o.keep_layers) != FROM_DEFAULT;
     const int by_depth = options_from(&options, &o.depth) != FROM_DEFAULT;
     if (by_list && by_depth) die("--keep-layers and --depth exclude each other");
 
     load_config(&m, options.arguments[0]);
-    load_tokenizer(&m, o.tokenizer, o.val);
+    load_tokenizer(&m, o.tokenizer, *o.val ? o.val : o.choices);
     unsigned char *kept = (unsigned char *)xcalloc((size_t)m.config.L, 1);
     if (by_list) keep_listed(kept, m.config.L, o.keep_layers);
     else keep_spaced(kept, m.config.L, o.depth);

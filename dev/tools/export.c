@@ -48,10 +48,6 @@ typedef struct {
 
 // ---- Weights ----
 
-static int is_last_projection(int param) {
-    return param == P_attprojw || param == P_attprojb || param == P_fcprojw || param == P_fcprojb;
-}
-
 // One layer's part of a parameter as it is to be stored, from malloc; *bytes long. The file of llm.c has the transpose, and
 // rows of zeros after the last token's. NULL after writing into *error, from malloc, what is wrong.
 static void *export_tensor(const Export *x, int p, int l, size_t *bytes, char **error) {
@@ -62,7 +58,7 @@ static void *export_tensor(const Export *x, int p, int l, size_t *bytes, char **
     real *host = xcalloc(n, sizeof *host), *turned = NULL;
     void *out = xcalloc(n + padding, width);
     weights_read(&x->weights, c, x->weights.prefix, p, l, host);
-    if (is_last_projection(p) && x->m.scale[BRANCHES * l + branch] != 1)
+    if (gpt_param_ends_branch(p) && x->m.scale[BRANCHES * l + branch] != 1)
         for (size_t i = 0; i < n; i++) host[i] = (real)((double)host[i] * x->m.scale[BRANCHES * l + branch]);
     if (llmc && llmc_transposed(p)) {
         turned = xcalloc(n, sizeof *turned);

@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Turns multiple-choice questions into a file for build/evaluate --choices, with the tokenizer that the model has.
+
+    data/choices.py --out data/hellaswag/val.bin --tokenizer gpt2 hellaswag_val.jsonl
+    data/choices.py --out data/quiz.bin --tokenizer data/small/tokenizer.json quiz.jsonl
+
+Questions are lines of JSON (.jsonl, also packed) or Parquet: HellaSwag's own (ctx, endings, label), or plain ones,
+{"context": "The sky is", "choices": ["blue.", "made of cheese."], "answer": 0}. data/README.md tells more.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import struct
+import sys
+from collections import namedtuple
+
+import prepare
+import vocabulary as vocabularies
+from corpus import Stream, endings
+from shards import HEADER, write_whole
+from vocabulary import Problem, library
+
+MAGIC = 20240522                        # dev/choices.h has the format
+SUM_WORD = 8                            # of the header, where the tokenizer's SHA-256 is
+STYLES = ("harness", "llmc")
+
+# choices: what follows the context, its space included; apart: encoded without the context
+Question = namedtuple("Question", "context choices answer apart")
+
+
+# ---- Questions ----
+
+def harness_text(text):
+    """What EleutherAI's harness makes of a text of HellaSwag (preprocess in its tasks/hellaswag/utils.py): WikiHow's
+    marks in brackets go, [title] for a full stop."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def hellaswag(record, style):
+    """style: as EleutherAI's harness asks, or, with the texts as they are, llm.c's dev/data/hellaswag.py."""
+    if style == "llmc":
+        return Question(record["ctx"], [" " + e for e in record["endings"]], int(record["label"]), True)
+    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    return Question(harness_text(context), [" " + harness_text(e) for e in record["endings"]], int(record["label"]),
+                    False)
+
+
+def plain(record):
+    """A space comes between context and choice where neither has white space there."""
+    context = record["context"]
+    choices = [c if c[:1].isspace() or context[-1:].isspace() else " " + c for c in record["choices"]]
+    return Question(context, choices, record["answer"], False)
+
+
+def question(record, style):
+    """The question of a record; ValueError says what is wrong."""
+    try:
+        if "endings" in record:
+            if record["label"] in ("", -1, "-1"):
+                raise ValueError("it has no label: HellaSwag keeps those of its test part to itself")
+            found = hellaswag(record, style)
+        elif "choices" in record:
+            found = plain(record)
+        else:
+            raise ValueError('it has neither "endings" (HellaSwag) nor "choices"')
+    except KeyError as e:
+        raise ValueError(f"it has no {e.args[0]!r}")
+    except (TypeError, AttributeError):
+        raise ValueError("a field is of another type")
+    if not isinstance(found.context, str) or type(found.answer) is not int:
+        raise ValueError("its context must be a text, and its answer a whole number")
+    if len(found.choices) < 2 or not all(c.strip() for c in found.choices):
+        raise ValueError("it needs two choices or more, none of them empty")
+    if not 0 <= found.answer < len(found.choices):
+        raise ValueError(f"its answer is {found.answer}, and it has {len(found.choices)} choices, counted from 0")
+    return found
+
+
+def records(path):
+    """The records of a file, each with where it is."""
+    kind, packed = endings(path)
+    if kind == "parquet":
+        for i, row in enumerate(parquet_rows(path)):
+            yield f"{path}, row {i + 1}", row
+        return
+    if kind != "json":
+        raise Problem(f"{path}: questions are lines of JSON, or Parquet\n  hint: name it .jsonl or .parquet")
+    for i, line in enumerate(json_lines(path)):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:              # of the JSON, or of its UTF-8
+            record = None
+        if not isinstance(record, dict):
+            raise Problem(f"{path}, line {i + 1}: no JSON object")
+        yield f"{path}, line {i + 1}", record
+
+
+def json_lines(path):
+    return b"".join(block for block, taken in Stream(path)).split(b"\n")
+
+
+def parquet_rows(path):
+    library("pyarrow")
+    import pyarrow.parquet as pq
+    try:
+        return pq.read_table(path).to_pylist()
+    except Exception as e:              # of pyarrow, which has many
+        raise Problem(f"{path} is no Parquet that can be read: {str(e).splitlines()[0][:200]}")
+
+
+# ---- Tokens ----
+
+def tokens_of(vocabulary, found):
+    """The context's tokens, and those of each choice. Unless they are to be encoded apart, the text of both is encoded
+    as one and divided where the context's tokens end; where a token spans both, before it. White space at the
+    context's end goes to the choices, as in the harness. An empty context is end-of-text."""
+    if found.apart:
+        texts = [found.context, *found.choices]
+    else:
+        texts = [found.context.rstrip()] + [found.context + c for c in found.choices]
+    context, *choices = [row.tolist() for row, size, bad in vocabulary.encode([t.encode() for t in texts])]
+    if not found.apart:
+        context = os.path.commonprefix([context, *choices])
+        choices = [row[len(context):] for row in choices]
+    return context or [vocabulary.end_of_text], choices
+
+
+def example_words(index, found, tokens):
+    context, choices = tokens
+    words = [0, 0, index, found.answer, len(choices), len(context), *context]
+    for choice in choices:
+        words += [len(choice), *choice]
+    return words
+
+
+def encoded(examples, tokenizer_sha256):
+    """The file: words of 16 bits, llm.c's version 1, or of 32 where some number needs them."""
+    largest = max(max(w) for w in examples)
+    wide = largest >= 0xFFFF or max(map(len, examples)) * 2 > 0xFFFF or len(examples) > 0xFFFF
+    width, mark, code = (4, 0xFFFFFFFF, "I") if wide else (2, 0xFFFF, "H")
+    for words in examples:
+        words[0], words[1] = mark, len(words) * width
+    header = bytearray(HEADER)
+    struct.pack_into("<4I", header, 0, MAGIC, 2 if wide else 1, len(examples), max(w[1] for w in examples))
+    header[4 * SUM_WORD:4 * SUM_WORD + 32] = bytes.fromhex(tokenizer_sha256)
+    return bytes(header) + b"".join(struct.pack(f"<{len(w)}{code}", *w) for w in examples)
+
+
+def check(options):
+    """What fails shall fail before a download. Returns the vocabulary."""
+    if os.path.exists(options.out):
+        raise Problem(f"{options.out} exists already\n  hint: name another --out, or remove it")
+    if options.tokenizer == "bpe":
+        raise Problem("--tokenizer bpe: the questions need the model's tokenizer\n  hint: the tokenizer.json that "
+                      "prepare.py wrote beside the shards")
+    return vocabularies.load(options.tokenizer, options.end_of_text)
+
+
+def convert(options):
+    vocabulary = check(options)
+    table = vocabularies.tokenizer_bin(vocabulary)
+    main = table or vocabulary.json.encode()        # the file that prepare.py's manifest names, too
+    examples = []
+    for path in options.inputs:
+        for where, record in records(path):
+            try:
+                found = question(record, options.style)
+            except ValueError as e:
+                raise Problem(f"{where}: {e}")
+            context, choices = tokens_of(vocabulary, found)
+            if not all(choices):
+                raise Problem(f"{where}: a choice adds no token to the context")
+            examples.append(example_words(len(examples), found, (context, choices)))
+    if not examples:
+        raise Problem(f"no question was found in {', '.join(options.inputs)}")
+    data = encoded(examples, hashlib.sha256(main).hexdigest())
+    os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+    write_whole(options.out, data)
+    print(f"{len(examples):,} examples, {len(data):,} bytes, tokens of {vocabulary.name}: {options.out}")
+
+
+# ---- Options ----
+
+def add_choices_options(p):
+    """Those that data/fetch.py has too."""
+    p.add_argument("--tokenizer", metavar="T", default="gpt2", help="the model's: gpt2, bytes, a tokenizer.json, or a "
+                   "folder with one or with GPT-2's encoder.json and vocab.bpe (default gpt2)")
+    p.add_argument("--end-of-text", metavar="TOKEN",
+                   help="of a tokenizer.json: the token that ends a document, if it has not one of the usual names")
+    p.add_argument("--style", choices=STYLES, default="harness", help="of HellaSwag: the texts as EleutherAI's harness "
+                   "asks them, or as llm.c does (default %(default)s)")
+
+
+def parser():
+    p = prepare.Parser(prog="choices.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("inputs", metavar="INPUT", nargs="+", help="a .jsonl or .parquet file of questions")
+    p.add_argument("--out", required=True, metavar="FILE", help="what to write")
+    add_choices_options(p)
+    return p
+
+
+def act(arguments):
+    convert(parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    prepare.main(sys.argv[1:], act)
