@@ -5,8 +5,8 @@
 // shape stands with every pointer; a gradient is d + the name.
 //
 // Storage: N is the type of what goes into matrix products, bf16 or float. The residual stream x (B,T,C), its gradient, all
-// sums, the weights that the optimizer keeps, gradients and moments are float in every mode; in bf16 the products read a
-// rounded copy of the weights.
+// sums, the weights that the optimizer keeps, gradients and moments are float in every mode; in bf16 forward and backward
+// read a rounded copy of the weights, and nothing else of them.
 //
 // Drop path is in the block loop (block_forward, block_backward): a branch runs on the n rows that keep it, packed together
 // as (n,T,...). With n = 0 nothing is launched. One kernel joins the end of a branch and the beginning of the next one that
@@ -431,26 +431,22 @@ static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add,
 }
 
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
-// All of it in float: the weights are read from the optimizer's, not from the rounded copy.
-
 // A block does a token.
-template <int W>
-static __global__ void embedding_forward_kernel(float *x, const int *tokens, const float *wte, const float *wpe, size_t T,
+template <class N, int W>
+static __global__ void embedding_forward_kernel(float *x, const int *tokens, const void *wte, const void *wpe, size_t T,
                                                 size_t C) {
     const size_t bt = blockIdx.x, token = (size_t)tokens[bt], t = blockIdx.x % (unsigned)T;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
-        const Floats<W> p = load<float, W>(wpe, t * C + c);
-        Floats<W> v = load<float, W>(wte, token * C + c);
+        const Floats<W> p = load<N, W>(wpe, t * C + c);
+        Floats<W> v = load<N, W>(wte, token * C + c);
         for (int k = 0; k < W; k++) v.x[k] += p.x[k];
         store<float, W>(x, bt * C + c, v);
     }
 }
 
-static void embedding_forward(const Gpu *g, float *x, const int *tokens, const float *wte, const float *wpe, size_t B,
+static void embedding_forward(const Gpu *g, float *x, const int *tokens, const void *wte, const void *wpe, size_t B,
                               size_t T, size_t C) {
-    const unsigned BT = (unsigned)(B * T), threads = threads_for(C);
-    if (C % WIDE == 0) LAUNCH(embedding_forward_kernel<WIDE>, BT, threads, 0, g->stream, x, tokens, wte, wpe, T, C);
-    else LAUNCH(embedding_forward_kernel<1>, BT, threads, 0, g->stream, x, tokens, wte, wpe, T, C);
+    LAUNCH_AS(embedding_forward_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, x, tokens, wte, wpe, T, C);
 }
 
 // dwte (V,C) +=: group i is one token, whose places in the batch are order[first[i]] .. order[first[i + 1]]. A block takes
@@ -519,7 +515,7 @@ static __device__ inline long row_place(const int *place, size_t row) { return p
 // the rows of `begin`. No out: nothing is added. xhat is rounded to N first, so that layernorm_again gives the same ln.
 template <class N, int W>
 static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat, float *rstd, const void *out,
-                                                         Rows end, Rows begin, int tied, const float *w, const float *b,
+                                                         Rows end, Rows begin, int tied, const void *w, const void *b,
                                                          size_t BT, size_t T, size_t C) {
     SHARED(float, room);                                 // (warps, C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -553,7 +549,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     const size_t to = (size_t)begun * T + t;
     if (lane == 0) rstd[to] = r;
     for (size_t c = lane * W; c < C; c += WARP * W) {
-        const Floats<W> v = load<float, W>(z, c), weight = load<float, W>(w, c), bias = load<float, W>(b, c);
+        const Floats<W> v = load<float, W>(z, c), weight = load<N, W>(w, c), bias = load<N, W>(b, c);
         Floats<W> h, y;
         for (int k = 0; k < W; k++) {
             h.x[k] = to_float(from_float<N>((v.x[k] - mean) * r));
@@ -568,7 +564,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
 static inline unsigned warps_for(size_t C, size_t lines) { return C * lines * 4 * sizeof(float) <= 96 << 10 ? 4 : 1; }
 
 static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *xhat, float *rstd, const void *out, Rows end,
-                                       Rows begin, int tied, const float *w, const float *b, size_t B, size_t T, size_t C) {
+                                       Rows begin, int tied, const void *w, const void *b, size_t B, size_t T, size_t C) {
     const unsigned warps = warps_for(C, 1), blocks = (unsigned)strips(B * T, warps);
     LAUNCH_AS(residual_layernorm_forward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * C * sizeof(float), x, ln,
               xhat, rstd, out, end, begin, tied, w, b, B * T, T, C);
@@ -576,16 +572,16 @@ static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *x
 
 // y (n,T,C) again, from what was kept: the backward pass needs it as the input of a matrix product. A block does a token.
 template <class N, int W>
-static __global__ void layernorm_again_kernel(void *y, const void *xhat, const float *w, const float *b, size_t C) {
+static __global__ void layernorm_again_kernel(void *y, const void *xhat, const void *w, const void *b, size_t C) {
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
-        const Floats<W> weight = load<float, W>(w, c), bias = load<float, W>(b, c);
+        const Floats<W> weight = load<N, W>(w, c), bias = load<N, W>(b, c);
         Floats<W> v = load<N, W>(xhat, blockIdx.x * C + c);
         for (int k = 0; k < W; k++) v.x[k] = v.x[k] * weight.x[k] + bias.x[k];
         store<N, W>(y, blockIdx.x * C + c, v);
     }
 }
 
-static void layernorm_again(const Gpu *g, void *y, const void *xhat, const float *w, const float *b, size_t nT, size_t C) {
+static void layernorm_again(const Gpu *g, void *y, const void *xhat, const void *w, const void *b, size_t nT, size_t C) {
     LAUNCH_AS(layernorm_again_kernel, g, C % WIDE == 0, (unsigned)nT, threads_for(C), 0, y, xhat, w, b, C);
 }
 
@@ -595,7 +591,7 @@ static void layernorm_again(const Gpu *g, void *y, const void *xhat, const float
 template <class N, int W>
 static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *dy,
                                                           const void *xhat, const float *rstd, Rows begin, Rows end,
-                                                          int fresh, int tied, const float *w, size_t BT, size_t T,
+                                                          int fresh, int tied, const void *w, size_t BT, size_t T,
                                                           size_t C) {
     SHARED(float, room);                                 // (warps, 2C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -611,7 +607,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
         float mean = 0, along = 0, r = 0;
         if (begun >= 0) {
             for (size_t c = lane * W; c < C; c += WARP * W) {
-                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<float, W>(w, c);
+                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<N, W>(w, c);
                 Floats<W> dwc = load<float, W>(dw, c), dbc = load<float, W>(db, c);
                 for (int k = 0; k < W; k++) {
                     mean += g.x[k] * weight.x[k];
@@ -629,7 +625,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
             Floats<W> old = zero, z = zero, sum;
             if (!fresh) old = load<float, W>(dx, token * C + c);
             if (begun >= 0) {
-                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<float, W>(w, c);
+                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<N, W>(w, c);
                 for (int k = 0; k < W; k++) z.x[k] = r * (g.x[k] * weight.x[k] - mean - h.x[k] * along);
             }
             for (int k = 0; k < W; k++) sum.x[k] = old.x[k] + z.x[k];
@@ -649,7 +645,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
 // dw, db (C) =, or += with `add`.
 static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, float *dw, float *db, int add, const void *dy,
                                         const void *xhat, const float *rstd, Rows begin, Rows end, int fresh, int tied,
-                                        const float *w, size_t B, size_t T, size_t C) {
+                                        const void *w, size_t B, size_t T, size_t C) {
     const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps), PARTIAL / 2);
     LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * 2 * C * sizeof(float), dx,
               dout, g->partial, dy, xhat, rstd, begin, end, fresh, tied, w, B * T, T, C);
@@ -1745,19 +1741,32 @@ static void *host_new(size_t bytes) {
     return p;
 }
 
-static Params params_at(const Model *m, Slot slot, int l) {
-    Params w;
-    float *base = m->slot[slot];
-#define X(id, name, branch, dims, rows, cols, init) \
-    w.id = base + m->offset[P_##id] + (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
+// Layer l's parameters as forward and backward read them: numbers of N.
+typedef struct {
+#define X(id, name, branch, dims, rows, cols, init) const void *id;
+    GPT_PARAMS(X)
+#undef X
+} Operands;
+
+static size_t param_offset(const Model *m, int p, int l) {
+    return m->offset[p] + (gpt_param[p].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
+}
+
+static Operands weights_at(const Model *m, int l) {
+    Operands w;
+    const char *base = m->copy ? (const char *)m->copy : (const char *)m->slot[SLOT_PARAM];
+#define X(id, name, branch, dims, rows, cols, init) w.id = base + param_offset(m, P_##id, l) * size_of_number(&m->gpu);
     GPT_PARAMS(X)
 #undef X
     return w;
 }
 
-// The same parameter as products read it.
-static const void *operand(const Model *m, const float *w) {
-    return m->copy ? (const void *)(m->copy + (w - m->slot[SLOT_PARAM])) : w;
+static Params gradients_at(const Model *m, int l) {
+    Params dw;
+#define X(id, name, branch, dims, rows, cols, init) dw.id = m->slot[SLOT_GRAD] + param_offset(m, P_##id, l);
+    GPT_PARAMS(X)
+#undef X
+    return dw;
 }
 
 static size_t gradient_index(const Model *m, int l, int branch) {
@@ -2055,7 +2064,7 @@ static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
 static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
 
 // Adds to x what the branch before has left, and normalises the rows of branch i.
-static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied, const float *w, const float *b) {
+static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied, const void *w, const void *b) {
     residual_layernorm_forward(&m->gpu, m->x, ln, xhat, rstd, m->ended, m->end, rows, tied, w, b, (size_t)m->last_B,
                                (size_t)m->last_T, (size_t)m->config.C);
     m->ended = NULL;
@@ -2089,30 +2098,30 @@ static MlpKept mlp_keep(Model *m, size_t nT) {
 }
 
 // y = attention of ln, before the last product
-static void attention_inside(Model *m, const Params *w, const AttentionKept *k, size_t nT) {
+static void attention_inside(Model *m, const Operands *w, const AttentionKept *k, size_t nT) {
     Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
-    matmul_forward(g, fresh(k->qkv, 3 * C, operand(m, w->qkvb)), k->ln, operand(m, w->qkvw), nT, C, 3 * C);
+    matmul_forward(g, fresh(k->qkv, 3 * C, w->qkvb), k->ln, w->qkvw, nT, C, 3 * C);
     attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH, g->half, g->stream);
 }
 
 // gelu = GELU(h), h from ln, before the last product
-static void mlp_inside(Model *m, const Params *w, const MlpKept *k, size_t nT) {
+static void mlp_inside(Model *m, const Operands *w, const MlpKept *k, size_t nT) {
     const size_t C = (size_t)m->config.C;
-    Result h = fresh(k->h, 4 * C, operand(m, w->fcb));
+    Result h = fresh(k->h, 4 * C, w->fcb);
     h.gelu = k->gelu;
-    matmul_forward(&m->gpu, h, k->ln, operand(m, w->fcw), nT, C, 4 * C);
+    matmul_forward(&m->gpu, h, k->ln, w->fcw, nT, C, 4 * C);
 }
 
 // out: attn(LN(x[rows]))
 static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
     const int i = BRANCHES * l + ATTN;
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
-    const Params w = params_at(m, SLOT_PARAM, l);
+    const Operands w = weights_at(m, l);
     const AttentionKept *k = &(m->attention[l] = attention_keep(m, nT));
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
     attention_inside(m, &w, k, nT);
-    matmul_forward(&m->gpu, fresh(m->out, C, operand(m, w.attprojb)), k->y, operand(m, w.attprojw), nT, C, C);
+    matmul_forward(&m->gpu, fresh(m->out, C, w.attprojb), k->y, w.attprojw, nT, C, C);
     end_branch(m, m->out, rows_of(m, plan, i));
 }
 
@@ -2120,18 +2129,18 @@ static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
 static void mlp_branch_forward(Model *m, int l, const DropPlan *plan) {
     const int i = BRANCHES * l + MLP;
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
-    const Params w = params_at(m, SLOT_PARAM, l);
+    const Operands w = weights_at(m, l);
     const MlpKept *k = &(m->mlp[l] = mlp_keep(m, nT));
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), plan->tied, w.ln2w, w.ln2b);
     mlp_inside(m, &w, k, nT);
-    matmul_forward(&m->gpu, fresh(m->out, C, operand(m, w.fcprojb)), k->gelu, operand(m, w.fcprojw), nT, 4 * C, C);
+    matmul_forward(&m->gpu, fresh(m->out, C, w.fcprojb), k->gelu, w.fcprojw, nT, 4 * C, C);
     end_branch(m, m->out, rows_of(m, plan, i));
 }
 
 // dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before i that runs: its scale
 // times dx on its rows.
 static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db, int add, const void *xhat,
-                                  const float *rstd, const float *w) {
+                                  const float *rstd, const void *w) {
     const int last = i == BRANCHES * plan->layers, tied = plan->tied && !last && i % BRANCHES == MLP;
     const Rows all = {NULL, 1}, rows = last ? all : rows_of(m, plan, i);
     int before = i - 1;
@@ -2146,22 +2155,24 @@ static void attention_branch_backward(Model *m, int l, const DropPlan *plan) {
     const int i = BRANCHES * l + ATTN, add = gradient_add(m, l, ATTN, 0);
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     const size_t nT = tokens_of(m, &plan->branch[i]);
-    const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
+    const Operands w = weights_at(m, l);
+    const Params dw = gradients_at(m, l);
     const AttentionKept *k = &m->attention[l];
     Gpu *g = &m->gpu;
     void *dqkv = m->dwide, *dln = m->dy;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     if (k->qkv == m->redo) attention_inside(m, &w, k, nT);
-    matmul_backward(g, fresh(m->dy, C, NULL), dw.attprojw, dw.attprojb, add, m->dout, k->y, operand(m, w.attprojw), nT, C, C);
+    matmul_backward(g, fresh(m->dy, C, NULL), dw.attprojw, dw.attprojb, add, m->dout, k->y, w.attprojw, nT, C, C);
     attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH, g->half, g->stream);
-    matmul_backward(g, fresh(dln, C, NULL), dw.qkvw, dw.qkvb, add, dqkv, k->ln, operand(m, w.qkvw), nT, C, 3 * C);
+    matmul_backward(g, fresh(dln, C, NULL), dw.qkvw, dw.qkvb, add, dqkv, k->ln, w.qkvw, nT, C, 3 * C);
     begin_branch_backward(m, plan, i, dw.ln1w, dw.ln1b, add, k->xhat, k->rstd, w.ln1w);
 }
 
 static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
     const int i = BRANCHES * l + MLP, add = gradient_add(m, l, MLP, 0);
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
-    const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
+    const Operands w = weights_at(m, l);
+    const Params dw = gradients_at(m, l);
     const MlpKept *k = &m->mlp[l];
     Gpu *g = &m->gpu;
     Result dh = fresh(m->dwide, 4 * C, NULL);
@@ -2170,8 +2181,8 @@ static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
     if (k->h == m->redo) mlp_inside(m, &w, k, nT);
     dh.h = k->h;
     dh.gelu = m->args.recompute == RECOMPUTE_GELU ? k->gelu : NULL;
-    matmul_backward(g, dh, dw.fcprojw, dw.fcprojb, add, m->dout, k->gelu, operand(m, w.fcprojw), nT, 4 * C, C);
-    matmul_backward(g, fresh(dln, C, NULL), dw.fcw, dw.fcb, add, dh.at, k->ln, operand(m, w.fcw), nT, C, 4 * C);
+    matmul_backward(g, dh, dw.fcprojw, dw.fcprojb, add, m->dout, k->gelu, w.fcprojw, nT, 4 * C, C);
+    matmul_backward(g, fresh(dln, C, NULL), dw.fcw, dw.fcb, add, dh.at, k->ln, w.fcw, nT, C, 4 * C);
     begin_branch_backward(m, plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
 }
 
@@ -2241,9 +2252,9 @@ static void model_loss(Model *m, int T, const int *targets, const DropPlan *plan
     const size_t BT = (size_t)plan->batch * (size_t)T;
     size_t count = 0;
     for (size_t t = 0; t < BT; t++) count += targets[t] >= 0;
-    float *dwte = weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
+    float *dwte = weight != 0 ? gradients_at(m, 0).wte : NULL;
     const int add = weight != 0 && !m->spent[gradient_index(m, 0, NO_BRANCH)];
-    classifier(&m->gpu, m->losses, m->dy, dwte, add, m->logits, m->lnf, operand(m, params_at(m, SLOT_PARAM, 0).wte),
+    classifier(&m->gpu, m->losses, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte,
                m->device.targets, (float)(weight / (double)(count ? count : 1)), BT, (size_t)m->config.C, (size_t)m->config.V);
     CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, BT * sizeof(float), cudaMemcpyDeviceToHost, m->gpu.stream));
 }
@@ -2264,7 +2275,7 @@ static Grouped run_forward(Model *m, int T, const int *tokens, const int *target
     const size_t B = (size_t)plan->batch, C = (size_t)m->config.C;
     const Rows all = {NULL, 1};
     check_call(m, T, tokens, targets, plan);
-    const Params w = params_at(m, SLOT_PARAM, 0);
+    const Operands w = weights_at(m, 0);
     const Grouped by = {send_inputs(m, T, tokens, targets, plan, weight != 0), m->device.order, m->device.first};
     m->last_B = plan->batch;
     m->last_T = T;
@@ -2304,7 +2315,8 @@ static double model_forward_backward(Model *m, int T, const int *tokens, const i
     CHECK(m->slot[SLOT_GRAD] && targets && weight != 0, "this model was opened to evaluate");
     const Grouped by = run_forward(m, T, tokens, targets, plan, weight);
     const int add = gradient_add(m, 0, NO_BRANCH, 0);
-    const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
+    const Operands w = weights_at(m, 0);
+    const Params dw = gradients_at(m, 0);
     begin_branch_backward(m, plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
     if (m->ranks.world == 1) reduce = NULL;
     for (int l = m->config.L - 1; l >= 0; l--) {
@@ -2328,7 +2340,7 @@ static void model_logits(Model *m, int row, int t, real *host) {
     CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T, "no logits at row %d, position %d", row, t);
     const char *x = (const char *)m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C * size_of_number(g);
     LAUNCH_AS(logits_kernel, g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, m->token_logits, x,
-              operand(m, params_at(m, SLOT_PARAM, 0).wte), V, C);
+              weights_at(m, 0).wte, V, C);
     CUDA_CHECK(cudaMemcpyAsync(host, m->token_logits, V * sizeof(real), cudaMemcpyDeviceToHost, g->stream));
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
 }
