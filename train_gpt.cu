@@ -78,6 +78,13 @@ template <class N, int W> static __device__ inline void store(void *to, size_t i
         else LAUNCH((kernel<float, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);                              \
     } while (0)
 
+// The same of a kernel<W> that knows its types.
+#define LAUNCH_WIDE(kernel, wide, ...)                    \
+    do {                                                 \
+        if (wide) LAUNCH((kernel<4>), __VA_ARGS__);      \
+        else LAUNCH((kernel<1>), __VA_ARGS__);           \
+    } while (0)
+
 enum { BLOCK = 256, WIDE = 4 };                          // threads of a block where nothing else decides; numbers of one
 
 // Blocks for n pieces of work, one thread each.
@@ -1654,9 +1661,10 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
-typedef struct { size_t at, moment, n, branch; int decay; } UpdateChunk;     // a piece of one tensor, its place in m and v;
-                                                         // branch: index into UpdateArgs.t
-typedef struct { float rate, unbias; int run, spent; } BranchUpdate;  // of one branch in one update
+// A piece of one tensor (param | layer << 8), n numbers from `element` on: its places among all parameters and in m and v;
+// branch: index into UpdateArgs.t.
+typedef struct { size_t at, moment, n, element, branch; uint32_t tensor; int decay; } UpdateChunk;
+typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;   // of one branch in one update; t as in UpdateArgs
 
 // What forward keeps for backward; rstd and lse are float, all else N. What a model recomputes is not kept but lies in room
 // that all branches share: ln and gelu, or (RECOMPUTE_BRANCH) all but xhat and rstd.
@@ -1841,7 +1849,9 @@ static void params_chunks(Model *m) {
                     size_t moment;
                     const Piece part = share_of(m, branch, m->ranks.rank, m->offset[p] + (size_t)l * m->layer_size + at,
                                                at_most(size - at, UPDATE_CHUNK), &moment);
-                    const UpdateChunk chunk = {part.at, moment, part.n, branch, gpt_param[p].dims == 2};
+                    const size_t begin = m->offset[p] + (size_t)l * m->layer_size;
+                    const UpdateChunk chunk = {part.at, moment, part.n, part.at - begin, branch,
+                                               (uint32_t)p | (uint32_t)l << 8, gpt_param[p].dims == 2};
                     if (fill && part.n) all[n] = chunk;
                     n += part.n > 0;
                 }
@@ -1991,6 +2001,8 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->config = *config;
     m->args = *args;
     if (!train) m->args.recompute = RECOMPUTE_GELU;      // nothing is kept; there is no room to make it in again
+    if (args->rounding == ROUNDING_STOCHASTIC && args->dtype != DTYPE_BF16)
+        die("--rounding stochastic rounds weights to bf16, and this --dtype does not\n  hint: --dtype bf16");
     gpu_open(&m->gpu, args->dtype, args->comm);
     ranks_open(&m->ranks, args);
     params_layout(m);
@@ -2365,7 +2377,7 @@ static __global__ void chunk_norms_kernel(double *norms, const float *grad, cons
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
     double sum = 0;
-    if (b.run && !b.spent)
+    if (b.t > 0 && !b.spent)
         for (size_t i = threadIdx.x; i < k.n; i += blockDim.x) sum += (double)grad[k.at + i] * (double)grad[k.at + i];
     sum = block_sum_double(sum, shared);
     if (threadIdx.x == 0) norms[blockIdx.x] = sum;
@@ -2382,21 +2394,63 @@ static __global__ void total_norm_kernel(double *to, const double *norms, int n,
 
 typedef struct { float b1, b2, eps, keep; double grad_clip; } AdamArgs;   // keep: what weight decay leaves of p
 
+typedef struct { int at_random; uint64_t seed; } Rounding;
+
+// One of the two numbers of bf16 around x, the nearer with the greater chance, so that their mean is x; x where bf16 has it.
+// By 16 random bits: they are added where those lie that bf16 does not keep (Gupta et al. 2015, stochastic rounding).
+static __host__ __device__ inline float round_at_random(float x, uint32_t bits) {
+    uint32_t word;
+    if (!isfinite(x)) return x;
+    memcpy(&word, &x, sizeof word);
+    word = (word + bits) & 0xffff0000u;
+    memcpy(&x, &word, sizeof x);
+    return x;
+}
+
+// Numbers j ... of chunk k, whose AdamW step is t, to the copy. Random bits are a function of (seed, t, tensor, element).
+template <int W>
+static __device__ inline void store_rounded(bf16 *copy, const UpdateChunk &k, size_t j, Floats<W> p, int64_t t, Rounding r) {
+    if (r.at_random) {
+        const size_t element = k.element + j;            // a multiple of W
+        const Philox bits = rng_words(r.seed, STREAM_ROUND, (uint64_t)t, k.tensor, (uint32_t)(element / 4));
+        for (int e = 0; e < W; e++) p.x[e] = round_at_random(p.x[e], bits.v[W == 4 ? e : (int)(element % 4)] >> 16);
+    }
+    store<bf16, W>(copy, k.at + j, p);
+}
+
+// The copy again from p, as the update number t of each branch left it.
+template <int W>
+static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const UpdateChunk *chunk, const BranchUpdate *branch,
+                                           Rounding r) {
+    const UpdateChunk k = chunk[blockIdx.x];
+    const int64_t t = branch[k.branch].t;
+    if (t <= 0) return;                                  // as it was written
+    for (size_t j = threadIdx.x * W; j < k.n; j += blockDim.x * W)
+        store_rounded<W>(copy, k, j, load<float, W>(p, k.at + j), t, r);
+}
+
 // A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite.
+template <int W>
 static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
-                                    const BranchUpdate *branch, const double *norm, AdamArgs a) {
+                                    const BranchUpdate *branch, const double *norm, AdamArgs a, Rounding r) {
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
-    if (!b.run || !isfinite(*norm)) return;
+    if (b.t <= 0 || !isfinite(*norm)) return;
     const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
     const float shrink = (float)clip, keep = k.decay ? a.keep : 1;
-    for (size_t j = threadIdx.x; j < k.n; j += blockDim.x) {
-        const size_t i = k.at + j;
-        const float g = b.spent ? 0 : grad[i] * shrink;
-        const float mi = m[k.moment + j] = a.b1 * m[k.moment + j] + (1 - a.b1) * g;
-        const float vi = v[k.moment + j] = a.b2 * v[k.moment + j] + (1 - a.b2) * g * g;
-        const float pi = p[i] = keep * p[i] - b.rate * mi / (sqrtf(vi) * b.unbias + a.eps);
-        if (copy) copy[i] = from_float<bf16>(pi);
+    for (size_t j = threadIdx.x * W; j < k.n; j += blockDim.x * W) {
+        Floats<W> pj = load<float, W>(p, k.at + j), mj = load<float, W>(m, k.moment + j), vj = load<float, W>(v, k.moment + j);
+        Floats<W> g;
+        for (int e = 0; e < W; e++) g.x[e] = 0;
+        if (!b.spent) g = load<float, W>(grad, k.at + j);
+        for (int e = 0; e < W; e++) {
+            const float ge = g.x[e] * shrink;
+            mj.x[e] = a.b1 * mj.x[e] + (1 - a.b1) * ge;
+            vj.x[e] = a.b2 * vj.x[e] + (1 - a.b2) * ge * ge;
+            pj.x[e] = keep * pj.x[e] - b.rate * mj.x[e] / (sqrtf(vj.x[e]) * b.unbias + a.eps);
+        }
+        store<float, W>(m, k.moment + j, mj), store<float, W>(v, k.moment + j, vj), store<float, W>(p, k.at + j, pj);
+        if (copy) store_rounded<W>(copy, k, j, pj, b.t, r);
     }
 }
 
@@ -2415,17 +2469,22 @@ static void gradient_norm(Model *m) {
     LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, total, 1, 1);
 }
 
-// After an update of shares: the whole parameters to all ranks, but those that no rank has touched.
-static void gather_parameters(Model *m, const UpdateArgs *a) {
+// After an update of shares: the whole parameters to all ranks, but those that no rank has touched (t (2L+1) is 0).
+static void gather_parameters(Model *m, const int64_t *t) {
     ranks_begin(&m->ranks, &m->gpu);
     for (size_t i = 0; i <= (size_t)BRANCHES * (size_t)m->config.L; i++) {
         const Piece s = span_of(m, i);
         float *p = m->slot[SLOT_PARAM] + s.at;
-        if (a->t[i] <= 0) continue;
+        if (t[i] <= 0) continue;
         ranks_gather(&m->ranks, p, s.n);
         if (m->copy) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, m->ranks.stream, m->copy + s.at, p, s.n);
     }
     ranks_end(&m->ranks, &m->gpu);
+}
+
+static Rounding rounding_of(const Model *m) {
+    const Rounding r = {m->args.rounding == ROUNDING_STOCHASTIC, m->args.seed};
+    return r;
 }
 
 static double model_update(Model *m, const UpdateArgs *a) {
@@ -2437,20 +2496,34 @@ static double model_update(Model *m, const UpdateArgs *a) {
     for (size_t i = 0; i < branches; i++) {
         const double t = (double)a->t[i];
         const BranchUpdate b = {t > 0 ? (float)(a->lr / (1 - pow(a->beta1, t))) : 0,
-                                t > 0 ? (float)(1 / sqrt(1 - pow(a->beta2, t))) : 0, t > 0, m->spent[i]};
+                                t > 0 ? (float)(1 / sqrt(1 - pow(a->beta2, t))) : 0, a->t[i], m->spent[i]};
         m->host_update[i] = b;
     }
     CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update, cudaMemcpyHostToDevice, stream));
     if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);
     gradient_norm(m);
     if (!a->discard && m->n_chunks)
-        LAUNCH(adamw_kernel, (unsigned)m->n_chunks, BLOCK, 0, stream, m->slot[SLOT_PARAM], m->copy, m->slot[SLOT_GRAD],
-               m->slot[SLOT_M], m->slot[SLOT_V], m->chunk, m->update, m->norms + m->n_chunks, args);
-    if (!a->discard && m->ranks.shares > 1) gather_parameters(m, a);
+        LAUNCH_WIDE(adamw_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, 0, stream, m->slot[SLOT_PARAM],
+                    m->copy, m->slot[SLOT_GRAD], m->slot[SLOT_M], m->slot[SLOT_V], m->chunk, m->update,
+                    m->norms + m->n_chunks, args, rounding_of(m));
+    if (!a->discard && m->ranks.shares > 1) gather_parameters(m, a->t);
     CUDA_CHECK(cudaMemcpyAsync(m->host_norm, m->norms + m->n_chunks, sizeof(double), cudaMemcpyDeviceToHost, stream));
     ranks_wait(&m->ranks, &m->gpu);
     memset(m->spent, 1, branches);
     return *m->host_norm;
+}
+
+// A write has rounded to the nearest.
+static void model_resumed(Model *m, const int64_t *t) {
+    const size_t branches = (size_t)BRANCHES * (size_t)m->config.L + 1;
+    if (m->args.rounding == ROUNDING_NEAREST || !m->slot[SLOT_GRAD]) return;
+    for (size_t i = 0; i < branches; i++) m->host_update[i].t = t[i];
+    CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update, cudaMemcpyHostToDevice, m->gpu.stream));
+    if (m->n_chunks)
+        LAUNCH_WIDE(round_chunks_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, 0, m->gpu.stream, m->copy,
+                    m->slot[SLOT_PARAM], m->chunk, m->update, rounding_of(m));
+    if (m->ranks.shares > 1) gather_parameters(m, t);
+    ranks_wait(&m->ranks, &m->gpu);
 }
 
 // ---- The engine ----
@@ -2563,7 +2636,7 @@ const Engine *CUDA_ENGINE(void) {
     static const Engine engine = {
         name, DTYPE_BF16, 0,
         model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
-        model_read, model_write, model_memory, model_peak, model_close,
+        model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };
     cudaDeviceProp device;
     int count = 0;

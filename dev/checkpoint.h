@@ -425,6 +425,7 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
     if ((error = safetensors_to_int64(steps, s->adamw_steps))) die("%s: adamw_steps: %s", path, error);
     weights_close(&w);
     free(path);
+    e->resumed(m, s->adamw_steps);
 }
 
 #endif

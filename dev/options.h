@@ -82,7 +82,8 @@ typedef struct {
 #define OPTION_RECIPE_NAME(name, config) "|" #name
 
 // The words of a choice stand in the order of the enum that names them: gpt_presets (gpt.h), SCHEDULE_* (schedule.h),
-// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_* and RECOMPUTE_* (engine.h), and ADAM_* here.
+// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_*, RECOMPUTE_* and ROUNDING_* (engine.h), and
+// ADAM_* here.
 enum { ADAM_DENSE, ADAM_SKIP };
 
 //  OPTION(field, name, type, default, domain, help)
@@ -133,6 +134,9 @@ enum { ADAM_DENSE, ADAM_SKIP };
     OPTION(beta2, "beta2", NUMBER, "0.95", "[0,1)", "decay of the second moment, per step")                          \
     OPTION(eps, "eps", NUMBER, "1e-8", "(0,inf)", "added to the root of the second moment")                          \
     OPTION(grad_clip, "grad-clip", NUMBER, "1", "[0,inf)", "largest norm of the whole gradient; 0: never clipped")   \
+    OPTION(rounding, "rounding", CHOICE, "nearest", "nearest|stochastic",                                            \
+           "GPU, --dtype bf16: how the fp32 weights become the bf16 that forward and backward read; stochastic: up or " \
+           "down at random, so that the mean is right")                                                              \
   HEADING("Evaluation, samples, checkpoints")                                                                        \
     OPTION(eval_every, "eval-every", INTEGER, "250", "[0,1e12]", "steps between evaluations; 0: only at the end")    \
     OPTION(eval_tokens, "eval-tokens", INTEGER, "131072", "[0,1e15]",                                                \

@@ -544,3 +544,7 @@ void test_cuda_norm(void) {
     }
     test_gpu_close(&g);
 }
+
+// ---- AdamW ----
+
+#include "test_cuda_update.h"

@@ -131,6 +131,7 @@ static void sample_test_read_logits(Model *m, int row, int t, real *logits) {
 
 static const Engine sample_test_engine = {
     "table", DTYPE_FP32, 1, NULL, sample_test_forward, NULL, NULL, sample_test_read_logits, NULL, NULL, NULL, NULL, NULL, NULL,
+    NULL,
 };
 
 // The continuation, from malloc; *written receives its tokens.
