@@ -1543,7 +1543,7 @@ static __global__ void logits_kernel(float *logits, const void *x, const void *w
 
 typedef struct {
     int rank, world;
-    int shares;                                          // world, where each rank keeps moments of its share only; else 1
+    int shares;                                          // world, where each rank keeps of the optimizer its share only; else 1
     cudaStream_t stream;
     cudaEvent_t event;
 #ifndef NO_NCCL
@@ -1570,7 +1570,7 @@ static void ranks_abort(const Ranks *) {}
 static const char *ranks_error(const Ranks *) { return NULL; }
 static void ranks_sum(const Ranks *, void *, size_t, int) {}
 static void ranks_sum_double(const Ranks *, double *) {}
-static void ranks_gather(const Ranks *, float *, size_t) {}
+static void ranks_gather(const Ranks *, void *, size_t, int) {}
 static void ranks_send(const Ranks *, float *, const float *, size_t, int) {}
 #else
 static void ranks_start(Ranks *r, const Comm *comm) {
@@ -1602,10 +1602,11 @@ static void ranks_sum_double(const Ranks *r, double *x) {
     NCCL_CHECK(ncclAllReduce(x, x, 1, ncclFloat64, ncclSum, r->nccl, r->stream));
 }
 
-// x (n), of which each rank has its share, becomes whole on all.
-static void ranks_gather(const Ranks *r, float *x, size_t n) {
-    const size_t share = n / (size_t)r->world;
-    NCCL_CHECK(ncclAllGather(x + (size_t)r->rank * share, x, share, ncclFloat32, r->nccl, r->stream));
+// x (n), of bf16 or float, of which each rank has its share, becomes whole on all.
+static void ranks_gather(const Ranks *r, void *x, size_t n, int half) {
+    const size_t share = n / (size_t)r->world, bytes = share * (half ? sizeof(bf16) : sizeof(float));
+    NCCL_CHECK(ncclAllGather((char *)x + (size_t)r->rank * bytes, x, share, half ? ncclBfloat16 : ncclFloat32, r->nccl,
+                             r->stream));
 }
 
 // to (n) = rank `root`'s from (n)
@@ -1661,9 +1662,9 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
-// A piece of one tensor (param | layer << 8), n numbers from `element` on: its places among all parameters and in m and v;
-// branch: index into UpdateArgs.t.
-typedef struct { size_t at, moment, n, element, branch; uint32_t tensor; int decay; } UpdateChunk;
+// A piece of one tensor (param | layer << 8), n numbers from `element` on: its places among all parameters, in p, and in m
+// and v; branch: index into UpdateArgs.t.
+typedef struct { size_t at, master, moment, n, element, branch; uint32_t tensor; int decay; } UpdateChunk;
 typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;   // of one branch in one update; t as in UpdateArgs
 
 // What forward keeps for backward; rstd and lse are float, all else N. What a model recomputes is not kept but lies in room
@@ -1683,8 +1684,9 @@ struct Model {
     size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
     size_t span[BRANCHES + 1], span_size[BRANCHES + 1];  // where a branch's parameters are in a layer, and in all; the last
                                                          // are those of no branch
-    size_t n_moments;                                    // numbers of m and v here: n_params, or this rank's share
-    float *slot[4];                                      // parameters, gradients, m, v: (n_params) (n_params) (n_moments) twice
+    size_t n_moments, n_master;                          // numbers of m and v, and of fp32 parameters, that are here:
+                                                         // n_params, or this rank's share
+    float *slot[4];                                      // parameters (n_master), gradients (n_params), m, v (n_moments)
     bf16 *copy;                                          // (n_params) the parameters, rounded; NULL where N is float
     bf16 *wire;                                          // (n_params) gradients on their way between ranks; NULL: as they are
     UpdateChunk *chunk;                                  // (n_chunks) on the device
@@ -1815,6 +1817,12 @@ static void params_layout(Model *m) {
         m->span_size[branch] = *end - m->span[branch];
     }
     m->n_moments = m->n_params / (size_t)m->ranks.shares;
+    m->n_master = m->gpu.half ? m->n_moments : m->n_params;        // where N is float, all ranks read all of them
+}
+
+// Whether each rank has but a share of this slot, placed as m and v are.
+static int is_shared(const Model *m, Slot slot) {
+    return m->ranks.shares > 1 && slot != SLOT_GRAD && (slot != SLOT_PARAM || m->gpu.half);
 }
 
 typedef struct { size_t at, n; } Piece;                   // of all parameters
@@ -1826,7 +1834,7 @@ static Piece span_of(const Model *m, size_t i) {
     return s;
 }
 
-// What of n numbers at `at`, which lie in branch i, a rank keeps moments of; *moment: where the first of them are in m and v.
+// What of n numbers at `at`, which lie in branch i, is in a rank's share; *moment: where the first of them are in m and v.
 static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *moment) {
     const Piece s = span_of(m, i);
     const size_t share = s.n / (size_t)m->ranks.shares, from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
@@ -1850,8 +1858,9 @@ static void params_chunks(Model *m) {
                     const Piece part = share_of(m, branch, m->ranks.rank, m->offset[p] + (size_t)l * m->layer_size + at,
                                                at_most(size - at, UPDATE_CHUNK), &moment);
                     const size_t begin = m->offset[p] + (size_t)l * m->layer_size;
-                    const UpdateChunk chunk = {part.at, moment, part.n, part.at - begin, branch,
-                                               (uint32_t)p | (uint32_t)l << 8, gpt_param[p].dims == 2};
+                    const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? moment : part.at, moment, part.n,
+                                               part.at - begin, branch, (uint32_t)p | (uint32_t)l << 8,
+                                               gpt_param[p].dims == 2};
                     if (fill && part.n) all[n] = chunk;
                     n += part.n > 0;
                 }
@@ -2006,7 +2015,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     gpu_open(&m->gpu, args->dtype, args->comm);
     ranks_open(&m->ranks, args);
     params_layout(m);
-    m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_params);
+    m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_master);
     if (m->gpu.half) m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
     if (train) {
         params_chunks(m);
@@ -2047,7 +2056,7 @@ static void model_memory(const Model *m, EngineMemory *bytes) {
     const int branch = m->args.B * m->config.L;
     const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
     Model copy = *m;
-    bytes->parameters = one + (m->copy ? m->n_params * sizeof(bf16) : 0);
+    bytes->parameters = m->n_master * sizeof(float) + (m->copy ? m->n_params * sizeof(bf16) : 0);
     bytes->gradients = train * one + (m->wire ? m->n_params * sizeof(bf16) : 0);
     bytes->moments = train * 2 * m->n_moments * sizeof(float);
     bytes->activations = WORKSPACE + m->activation_bytes;
@@ -2426,7 +2435,7 @@ static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const Upd
     const int64_t t = branch[k.branch].t;
     if (t <= 0) return;                                  // as it was written
     for (size_t j = threadIdx.x * W; j < k.n; j += blockDim.x * W)
-        store_rounded<W>(copy, k, j, load<float, W>(p, k.at + j), t, r);
+        store_rounded<W>(copy, k, j, load<float, W>(p, k.master + j), t, r);
 }
 
 // A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite.
@@ -2439,8 +2448,8 @@ static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, flo
     const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
     const float shrink = (float)clip, keep = k.decay ? a.keep : 1;
     for (size_t j = threadIdx.x * W; j < k.n; j += blockDim.x * W) {
-        Floats<W> pj = load<float, W>(p, k.at + j), mj = load<float, W>(m, k.moment + j), vj = load<float, W>(v, k.moment + j);
-        Floats<W> g;
+        Floats<W> pj = load<float, W>(p, k.master + j), g;
+        Floats<W> mj = load<float, W>(m, k.moment + j), vj = load<float, W>(v, k.moment + j);
         for (int e = 0; e < W; e++) g.x[e] = 0;
         if (!b.spent) g = load<float, W>(grad, k.at + j);
         for (int e = 0; e < W; e++) {
@@ -2449,7 +2458,7 @@ static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, flo
             vj.x[e] = a.b2 * vj.x[e] + (1 - a.b2) * ge * ge;
             pj.x[e] = keep * pj.x[e] - b.rate * mj.x[e] / (sqrtf(vj.x[e]) * b.unbias + a.eps);
         }
-        store<float, W>(m, k.moment + j, mj), store<float, W>(v, k.moment + j, vj), store<float, W>(p, k.at + j, pj);
+        store<float, W>(m, k.moment + j, mj), store<float, W>(v, k.moment + j, vj), store<float, W>(p, k.master + j, pj);
         if (copy) store_rounded<W>(copy, k, j, pj, b.t, r);
     }
 }
@@ -2469,15 +2478,14 @@ static void gradient_norm(Model *m) {
     LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, total, 1, 1);
 }
 
-// After an update of shares: the whole parameters to all ranks, but those that no rank has touched (t (2L+1) is 0).
+// After an update of shares: what forward reads of all parameters to all ranks, but those that no rank has touched (t (2L+1)
+// is 0).
 static void gather_parameters(Model *m, const int64_t *t) {
     ranks_begin(&m->ranks, &m->gpu);
     for (size_t i = 0; i <= (size_t)BRANCHES * (size_t)m->config.L; i++) {
         const Piece s = span_of(m, i);
-        float *p = m->slot[SLOT_PARAM] + s.at;
         if (t[i] <= 0) continue;
-        ranks_gather(&m->ranks, p, s.n);
-        if (m->copy) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, m->ranks.stream, m->copy + s.at, p, s.n);
+        ranks_gather(&m->ranks, m->copy ? (void *)(m->copy + s.at) : m->slot[SLOT_PARAM] + s.at, s.n, m->copy != NULL);
     }
     ranks_end(&m->ranks, &m->gpu);
 }
@@ -2536,13 +2544,11 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
     return m->slot[slot] + m->offset[param] + (size_t)layer * m->layer_size;
 }
 
-static int is_shared(const Model *m, Slot slot) { return m->ranks.shares > 1 && (slot == SLOT_M || slot == SLOT_V); }
-
-// A moment of which each rank has a part: all ranks get it whole.
+// A tensor of which each rank has a part: all ranks get it whole.
 static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = m->offset[param] + (size_t)layer * m->layer_size;
     const size_t branch = gradient_index(m, layer, gpt_param[param].branch);
-    float *whole = (float *)room_new("a moment to be saved", n * sizeof *whole);
+    float *whole = (float *)room_new("a tensor to be saved", n * sizeof *whole);
     ranks_begin(&m->ranks, &m->gpu);
     for (int rank = 0; rank < m->ranks.world; rank++) {
         size_t moment;
@@ -2553,6 +2559,17 @@ static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
     CUDA_CHECK(cudaMemcpyAsync(host, whole, n * sizeof(real), cudaMemcpyDeviceToHost, m->gpu.stream));
     ranks_wait(&m->ranks, &m->gpu);
     CUDA_CHECK(cudaFree(whole));
+}
+
+// The rounded copy of one tensor, from the host's numbers.
+static void write_copy(Model *m, int param, int layer, const real *host) {
+    const size_t n = gpt_param_size(&m->config, param);
+    bf16 *rounded = (bf16 *)xcalloc(n, sizeof *rounded);
+    for (size_t i = 0; i < n; i++) rounded[i] = from_float<bf16>(host[i]);
+    CUDA_CHECK(cudaMemcpyAsync(m->copy + param_offset(m, param, layer), rounded, n * sizeof *rounded, cudaMemcpyHostToDevice,
+                               m->gpu.stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    free(rounded);
 }
 
 // This rank's part of it, which may be nothing.
@@ -2579,16 +2596,14 @@ static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
 }
 
 static void model_write(Model *m, Slot slot, int param, int layer, const real *host) {
-    const size_t n = gpt_param_size(&m->config, param);
-    if (is_shared(m, slot)) {
-        write_shared(m, slot, param, layer, host);
-        return;
+    if (is_shared(m, slot)) write_shared(m, slot, param, layer, host);
+    else {
+        float *to = param_at(m, slot, param, layer);
+        CUDA_CHECK(cudaMemcpyAsync(to, host, gpt_param_size(&m->config, param) * sizeof(real), cudaMemcpyHostToDevice,
+                                   m->gpu.stream));
+        CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
     }
-    float *to = param_at(m, slot, param, layer);
-    CUDA_CHECK(cudaMemcpyAsync(to, host, n * sizeof(real), cudaMemcpyHostToDevice, m->gpu.stream));
-    if (slot == SLOT_PARAM && m->copy)
-        LAUNCH(round_kernel, blocks_for(n), BLOCK, 0, m->gpu.stream, m->copy + (to - m->slot[SLOT_PARAM]), to, n);
-    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    if (slot == SLOT_PARAM && m->copy) write_copy(m, param, layer, host);
 }
 
 // Numbers in (-1, 1), for a measurement: of zeros a GPU makes products faster, since they cost no power.

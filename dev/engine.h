@@ -38,7 +38,8 @@ typedef struct {
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
     int recompute;                                       // RECOMPUTE_*
     const Comm *comm;                                    // the ranks that train this model together; NULL: alone
-    int zero;                                            // 1: each rank keeps the moments of its share of the weights
+    int zero;                                            // 1: each rank keeps the moments of its share of the weights, and of
+                                                         // fp32 weights that only the optimizer reads its share
     int reduce_fp32;                                     // gradients are summed over the ranks in fp32, whatever the dtype
     int rounding;                                        // ROUNDING_*, and the seed of its random bits
     uint64_t seed;

@@ -153,7 +153,8 @@ enum { ADAM_DENSE, ADAM_SKIP };
            "MASTER_PORT. mpirun, srun, torchrun and scripts/launch.sh tell each process its rank")                   \
     OPTION(job_token, "job-token", TEXT, "", "TEXT",                                                                 \
            "tells this job's processes from others; if not given, DROPPATH_JOB_TOKEN or the launcher's job number")  \
-    OPTION(zero, "zero", CHOICE, "0", "0|1", "1: each GPU keeps its share of the optimizer's moments (ZeRO-1)")      \
+    OPTION(zero, "zero", CHOICE, "0", "0|1",                                                                  \
+           "1: each GPU keeps its share of the optimizer's moments, and with --dtype bf16 of the fp32 weights (ZeRO-1)") \
     OPTION(reduce_fp32, "reduce-fp32", FLAG, "0", "0|1", "sum gradients over the GPUs in fp32, not in --dtype")      \
   HEADING("Drop path: rate = drop-path * depth(layer) * ramp(step)")                                                 \
     OPTION(drop_path, "drop-path", NUMBER, "0", "[0,1)",                                                             \
