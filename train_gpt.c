@@ -1181,6 +1181,8 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     if (args->dtype != DTYPE_FP32 && args->dtype != DTYPE_BF16)
         die("--dtype tf32 is for GPUs\n  hint: --dtype fp32 or bf16; or build with make CUDA=1");
     if (args->recompute != RECOMPUTE_GELU) die("--recompute is for GPUs; the CPU has room\n  hint: --recompute gelu");
+    if (args->rounding)
+        die("--rounding stochastic is for GPUs: the CPU keeps no rounded weights\n  hint: --rounding nearest");
     if (args->zero) die("--zero %d: the CPU engine keeps all on every rank\n  hint: --zero 0", args->zero);
     CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
 #ifdef _OPENMP
@@ -1575,6 +1577,9 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
     memcpy(param_at(m, slot, param, layer), host, gpt_param_size(&m->config, param) * sizeof(real));
 }
 
+// There is nothing to round again: bf16 is made as products read the weights.
+static void model_resumed(Model *m, const int64_t *t) { (void)m, (void)t; }
+
 // Multiply-adds on registers, on all threads: no machine does more per second with these instructions. The best of
 // many short runs, since other programs can only slow one down. A system may leave the threads on one core for a while
 // before it spreads them: up to five times as long is tried until each had most of a core.
@@ -1621,7 +1626,7 @@ const Engine *engine_cpu(void) { return &CPU_ENGINE; }
 const Engine CPU_ENGINE = {
     "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32, 1,
     model_open, model_forward, model_forward_backward, model_losses, model_logits, model_decode,
-    model_update, model_read, model_write, model_memory, model_peak, model_close,
+    model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };
 
 #ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main

@@ -5,8 +5,8 @@
 // shape stands with every pointer; a gradient is d + the name.
 //
 // Storage: N is the type of what goes into matrix products, bf16 or float. The residual stream x (B,T,C), its gradient, all
-// sums, the weights that the optimizer keeps, gradients and moments are float in every mode; in bf16 the products read a
-// rounded copy of the weights.
+// sums, the weights that the optimizer keeps, gradients and moments are float in every mode; in bf16 forward and backward
+// read a rounded copy of the weights, and nothing else of them.
 //
 // Drop path is in the block loop (block_forward, block_backward): a branch runs on the n rows that keep it, packed together
 // as (n,T,...). With n = 0 nothing is launched. One kernel joins the end of a branch and the beginning of the next one that
@@ -76,6 +76,13 @@ template <class N, int W> static __device__ inline void store(void *to, size_t i
         else if ((g)->half) LAUNCH((kernel<bf16, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);                \
         else if (wide) LAUNCH((kernel<float, 4>), grid, block, shared, (g)->stream, __VA_ARGS__);                    \
         else LAUNCH((kernel<float, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);                              \
+    } while (0)
+
+// The same of a kernel<W> that knows its types.
+#define LAUNCH_WIDE(kernel, wide, ...)                    \
+    do {                                                 \
+        if (wide) LAUNCH((kernel<4>), __VA_ARGS__);      \
+        else LAUNCH((kernel<1>), __VA_ARGS__);           \
     } while (0)
 
 enum { BLOCK = 256, WIDE = 4 };                          // threads of a block where nothing else decides; numbers of one
@@ -431,26 +438,22 @@ static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add,
 }
 
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
-// All of it in float: the weights are read from the optimizer's, not from the rounded copy.
-
 // A block does a token.
-template <int W>
-static __global__ void embedding_forward_kernel(float *x, const int *tokens, const float *wte, const float *wpe, size_t T,
+template <class N, int W>
+static __global__ void embedding_forward_kernel(float *x, const int *tokens, const void *wte, const void *wpe, size_t T,
                                                 size_t C) {
     const size_t bt = blockIdx.x, token = (size_t)tokens[bt], t = blockIdx.x % (unsigned)T;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
-        const Floats<W> p = load<float, W>(wpe, t * C + c);
-        Floats<W> v = load<float, W>(wte, token * C + c);
+        const Floats<W> p = load<N, W>(wpe, t * C + c);
+        Floats<W> v = load<N, W>(wte, token * C + c);
         for (int k = 0; k < W; k++) v.x[k] += p.x[k];
         store<float, W>(x, bt * C + c, v);
     }
 }
 
-static void embedding_forward(const Gpu *g, float *x, const int *tokens, const float *wte, const float *wpe, size_t B,
+static void embedding_forward(const Gpu *g, float *x, const int *tokens, const void *wte, const void *wpe, size_t B,
                               size_t T, size_t C) {
-    const unsigned BT = (unsigned)(B * T), threads = threads_for(C);
-    if (C % WIDE == 0) LAUNCH(embedding_forward_kernel<WIDE>, BT, threads, 0, g->stream, x, tokens, wte, wpe, T, C);
-    else LAUNCH(embedding_forward_kernel<1>, BT, threads, 0, g->stream, x, tokens, wte, wpe, T, C);
+    LAUNCH_AS(embedding_forward_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, x, tokens, wte, wpe, T, C);
 }
 
 // dwte (V,C) +=: group i is one token, whose places in the batch are order[first[i]] .. order[first[i + 1]]. A block takes
@@ -519,7 +522,7 @@ static __device__ inline long row_place(const int *place, size_t row) { return p
 // the rows of `begin`. No out: nothing is added. xhat is rounded to N first, so that layernorm_again gives the same ln.
 template <class N, int W>
 static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat, float *rstd, const void *out,
-                                                         Rows end, Rows begin, int tied, const float *w, const float *b,
+                                                         Rows end, Rows begin, int tied, const void *w, const void *b,
                                                          size_t BT, size_t T, size_t C) {
     SHARED(float, room);                                 // (warps, C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -553,7 +556,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     const size_t to = (size_t)begun * T + t;
     if (lane == 0) rstd[to] = r;
     for (size_t c = lane * W; c < C; c += WARP * W) {
-        const Floats<W> v = load<float, W>(z, c), weight = load<float, W>(w, c), bias = load<float, W>(b, c);
+        const Floats<W> v = load<float, W>(z, c), weight = load<N, W>(w, c), bias = load<N, W>(b, c);
         Floats<W> h, y;
         for (int k = 0; k < W; k++) {
             h.x[k] = to_float(from_float<N>((v.x[k] - mean) * r));
@@ -568,7 +571,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
 static inline unsigned warps_for(size_t C, size_t lines) { return C * lines * 4 * sizeof(float) <= 96 << 10 ? 4 : 1; }
 
 static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *xhat, float *rstd, const void *out, Rows end,
-                                       Rows begin, int tied, const float *w, const float *b, size_t B, size_t T, size_t C) {
+                                       Rows begin, int tied, const void *w, const void *b, size_t B, size_t T, size_t C) {
     const unsigned warps = warps_for(C, 1), blocks = (unsigned)strips(B * T, warps);
     LAUNCH_AS(residual_layernorm_forward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * C * sizeof(float), x, ln,
               xhat, rstd, out, end, begin, tied, w, b, B * T, T, C);
@@ -576,16 +579,16 @@ static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *x
 
 // y (n,T,C) again, from what was kept: the backward pass needs it as the input of a matrix product. A block does a token.
 template <class N, int W>
-static __global__ void layernorm_again_kernel(void *y, const void *xhat, const float *w, const float *b, size_t C) {
+static __global__ void layernorm_again_kernel(void *y, const void *xhat, const void *w, const void *b, size_t C) {
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
-        const Floats<W> weight = load<float, W>(w, c), bias = load<float, W>(b, c);
+        const Floats<W> weight = load<N, W>(w, c), bias = load<N, W>(b, c);
         Floats<W> v = load<N, W>(xhat, blockIdx.x * C + c);
         for (int k = 0; k < W; k++) v.x[k] = v.x[k] * weight.x[k] + bias.x[k];
         store<N, W>(y, blockIdx.x * C + c, v);
     }
 }
 
-static void layernorm_again(const Gpu *g, void *y, const void *xhat, const float *w, const float *b, size_t nT, size_t C) {
+static void layernorm_again(const Gpu *g, void *y, const void *xhat, const void *w, const void *b, size_t nT, size_t C) {
     LAUNCH_AS(layernorm_again_kernel, g, C % WIDE == 0, (unsigned)nT, threads_for(C), 0, y, xhat, w, b, C);
 }
 
@@ -595,7 +598,7 @@ static void layernorm_again(const Gpu *g, void *y, const void *xhat, const float
 template <class N, int W>
 static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *dy,
                                                           const void *xhat, const float *rstd, Rows begin, Rows end,
-                                                          int fresh, int tied, const float *w, size_t BT, size_t T,
+                                                          int fresh, int tied, const void *w, size_t BT, size_t T,
                                                           size_t C) {
     SHARED(float, room);                                 // (warps, 2C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -611,7 +614,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
         float mean = 0, along = 0, r = 0;
         if (begun >= 0) {
             for (size_t c = lane * W; c < C; c += WARP * W) {
-                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<float, W>(w, c);
+                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<N, W>(w, c);
                 Floats<W> dwc = load<float, W>(dw, c), dbc = load<float, W>(db, c);
                 for (int k = 0; k < W; k++) {
                     mean += g.x[k] * weight.x[k];
@@ -629,7 +632,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
             Floats<W> old = zero, z = zero, sum;
             if (!fresh) old = load<float, W>(dx, token * C + c);
             if (begun >= 0) {
-                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<float, W>(w, c);
+                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<N, W>(w, c);
                 for (int k = 0; k < W; k++) z.x[k] = r * (g.x[k] * weight.x[k] - mean - h.x[k] * along);
             }
             for (int k = 0; k < W; k++) sum.x[k] = old.x[k] + z.x[k];
@@ -649,7 +652,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
 // dw, db (C) =, or += with `add`.
 static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, float *dw, float *db, int add, const void *dy,
                                         const void *xhat, const float *rstd, Rows begin, Rows end, int fresh, int tied,
-                                        const float *w, size_t B, size_t T, size_t C) {
+                                        const void *w, size_t B, size_t T, size_t C) {
     const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps), PARTIAL / 2);
     LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * 2 * C * sizeof(float), dx,
               dout, g->partial, dy, xhat, rstd, begin, end, fresh, tied, w, B * T, T, C);
@@ -1540,7 +1543,7 @@ static __global__ void logits_kernel(float *logits, const void *x, const void *w
 
 typedef struct {
     int rank, world;
-    int shares;                                          // world, where each rank keeps moments of its share only; else 1
+    int shares;                                          // world, where each rank keeps of the optimizer its share only; else 1
     cudaStream_t stream;
     cudaEvent_t event;
 #ifndef NO_NCCL
@@ -1567,7 +1570,7 @@ static void ranks_abort(const Ranks *) {}
 static const char *ranks_error(const Ranks *) { return NULL; }
 static void ranks_sum(const Ranks *, void *, size_t, int) {}
 static void ranks_sum_double(const Ranks *, double *) {}
-static void ranks_gather(const Ranks *, float *, size_t) {}
+static void ranks_gather(const Ranks *, void *, size_t, int) {}
 static void ranks_send(const Ranks *, float *, const float *, size_t, int) {}
 #else
 static void ranks_start(Ranks *r, const Comm *comm) {
@@ -1599,10 +1602,11 @@ static void ranks_sum_double(const Ranks *r, double *x) {
     NCCL_CHECK(ncclAllReduce(x, x, 1, ncclFloat64, ncclSum, r->nccl, r->stream));
 }
 
-// x (n), of which each rank has its share, becomes whole on all.
-static void ranks_gather(const Ranks *r, float *x, size_t n) {
-    const size_t share = n / (size_t)r->world;
-    NCCL_CHECK(ncclAllGather(x + (size_t)r->rank * share, x, share, ncclFloat32, r->nccl, r->stream));
+// x (n), of bf16 or float, of which each rank has its share, becomes whole on all.
+static void ranks_gather(const Ranks *r, void *x, size_t n, int half) {
+    const size_t share = n / (size_t)r->world, bytes = share * (half ? sizeof(bf16) : sizeof(float));
+    NCCL_CHECK(ncclAllGather((char *)x + (size_t)r->rank * bytes, x, share, half ? ncclBfloat16 : ncclFloat32, r->nccl,
+                             r->stream));
 }
 
 // to (n) = rank `root`'s from (n)
@@ -1658,9 +1662,10 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
-typedef struct { size_t at, moment, n, branch; int decay; } UpdateChunk;     // a piece of one tensor, its place in m and v;
-                                                         // branch: index into UpdateArgs.t
-typedef struct { float rate, unbias; int run, spent; } BranchUpdate;  // of one branch in one update
+// A piece of one tensor (param | layer << 8), n numbers from `element` on: its places among all parameters, in p, and in m
+// and v; branch: index into UpdateArgs.t.
+typedef struct { size_t at, master, moment, n, element, branch; uint32_t tensor; int decay; } UpdateChunk;
+typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;   // of one branch in one update; t as in UpdateArgs
 
 // What forward keeps for backward; rstd and lse are float, all else N. What a model recomputes is not kept but lies in room
 // that all branches share: ln and gelu, or (RECOMPUTE_BRANCH) all but xhat and rstd.
@@ -1679,8 +1684,9 @@ struct Model {
     size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
     size_t span[BRANCHES + 1], span_size[BRANCHES + 1];  // where a branch's parameters are in a layer, and in all; the last
                                                          // are those of no branch
-    size_t n_moments;                                    // numbers of m and v here: n_params, or this rank's share
-    float *slot[4];                                      // parameters, gradients, m, v: (n_params) (n_params) (n_moments) twice
+    size_t n_moments, n_master;                          // numbers of m and v, and of fp32 parameters, that are here:
+                                                         // n_params, or this rank's share
+    float *slot[4];                                      // parameters (n_master), gradients (n_params), m, v (n_moments)
     bf16 *copy;                                          // (n_params) the parameters, rounded; NULL where N is float
     bf16 *wire;                                          // (n_params) gradients on their way between ranks; NULL: as they are
     UpdateChunk *chunk;                                  // (n_chunks) on the device
@@ -1745,19 +1751,32 @@ static void *host_new(size_t bytes) {
     return p;
 }
 
-static Params params_at(const Model *m, Slot slot, int l) {
-    Params w;
-    float *base = m->slot[slot];
-#define X(id, name, branch, dims, rows, cols, init) \
-    w.id = base + m->offset[P_##id] + (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
+// Layer l's parameters as forward and backward read them: numbers of N.
+typedef struct {
+#define X(id, name, branch, dims, rows, cols, init) const void *id;
+    GPT_PARAMS(X)
+#undef X
+} Operands;
+
+static size_t param_offset(const Model *m, int p, int l) {
+    return m->offset[p] + (gpt_param[p].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
+}
+
+static Operands weights_at(const Model *m, int l) {
+    Operands w;
+    const char *base = m->copy ? (const char *)m->copy : (const char *)m->slot[SLOT_PARAM];
+#define X(id, name, branch, dims, rows, cols, init) w.id = base + param_offset(m, P_##id, l) * size_of_number(&m->gpu);
     GPT_PARAMS(X)
 #undef X
     return w;
 }
 
-// The same parameter as products read it.
-static const void *operand(const Model *m, const float *w) {
-    return m->copy ? (const void *)(m->copy + (w - m->slot[SLOT_PARAM])) : w;
+static Params gradients_at(const Model *m, int l) {
+    Params dw;
+#define X(id, name, branch, dims, rows, cols, init) dw.id = m->slot[SLOT_GRAD] + param_offset(m, P_##id, l);
+    GPT_PARAMS(X)
+#undef X
+    return dw;
 }
 
 static size_t gradient_index(const Model *m, int l, int branch) {
@@ -1798,6 +1817,12 @@ static void params_layout(Model *m) {
         m->span_size[branch] = *end - m->span[branch];
     }
     m->n_moments = m->n_params / (size_t)m->ranks.shares;
+    m->n_master = m->gpu.half ? m->n_moments : m->n_params;        // where N is float, all ranks read all of them
+}
+
+// Whether each rank has but a share of this slot, placed as m and v are.
+static int is_shared(const Model *m, Slot slot) {
+    return m->ranks.shares > 1 && slot != SLOT_GRAD && (slot != SLOT_PARAM || m->gpu.half);
 }
 
 typedef struct { size_t at, n; } Piece;                   // of all parameters
@@ -1809,7 +1834,7 @@ static Piece span_of(const Model *m, size_t i) {
     return s;
 }
 
-// What of n numbers at `at`, which lie in branch i, a rank keeps moments of; *moment: where the first of them are in m and v.
+// What of n numbers at `at`, which lie in branch i, is in a rank's share; *moment: where the first of them are in m and v.
 static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *moment) {
     const Piece s = span_of(m, i);
     const size_t share = s.n / (size_t)m->ranks.shares, from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
@@ -1832,7 +1857,10 @@ static void params_chunks(Model *m) {
                     size_t moment;
                     const Piece part = share_of(m, branch, m->ranks.rank, m->offset[p] + (size_t)l * m->layer_size + at,
                                                at_most(size - at, UPDATE_CHUNK), &moment);
-                    const UpdateChunk chunk = {part.at, moment, part.n, branch, gpt_param[p].dims == 2};
+                    const size_t begin = m->offset[p] + (size_t)l * m->layer_size;
+                    const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? moment : part.at, moment, part.n,
+                                               part.at - begin, branch, (uint32_t)p | (uint32_t)l << 8,
+                                               gpt_param[p].dims == 2};
                     if (fill && part.n) all[n] = chunk;
                     n += part.n > 0;
                 }
@@ -1982,10 +2010,12 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->config = *config;
     m->args = *args;
     if (!train) m->args.recompute = RECOMPUTE_GELU;      // nothing is kept; there is no room to make it in again
+    if (args->rounding == ROUNDING_STOCHASTIC && args->dtype != DTYPE_BF16)
+        die("--rounding stochastic rounds weights to bf16, and this --dtype does not\n  hint: --dtype bf16");
     gpu_open(&m->gpu, args->dtype, args->comm);
     ranks_open(&m->ranks, args);
     params_layout(m);
-    m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_params);
+    m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_master);
     if (m->gpu.half) m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
     if (train) {
         params_chunks(m);
@@ -2026,7 +2056,7 @@ static void model_memory(const Model *m, EngineMemory *bytes) {
     const int branch = m->args.B * m->config.L;
     const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
     Model copy = *m;
-    bytes->parameters = one + (m->copy ? m->n_params * sizeof(bf16) : 0);
+    bytes->parameters = m->n_master * sizeof(float) + (m->copy ? m->n_params * sizeof(bf16) : 0);
     bytes->gradients = train * one + (m->wire ? m->n_params * sizeof(bf16) : 0);
     bytes->moments = train * 2 * m->n_moments * sizeof(float);
     bytes->activations = WORKSPACE + m->activation_bytes;
@@ -2055,7 +2085,7 @@ static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
 static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
 
 // Adds to x what the branch before has left, and normalises the rows of branch i.
-static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied, const float *w, const float *b) {
+static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied, const void *w, const void *b) {
     residual_layernorm_forward(&m->gpu, m->x, ln, xhat, rstd, m->ended, m->end, rows, tied, w, b, (size_t)m->last_B,
                                (size_t)m->last_T, (size_t)m->config.C);
     m->ended = NULL;
@@ -2089,30 +2119,30 @@ static MlpKept mlp_keep(Model *m, size_t nT) {
 }
 
 // y = attention of ln, before the last product
-static void attention_inside(Model *m, const Params *w, const AttentionKept *k, size_t nT) {
+static void attention_inside(Model *m, const Operands *w, const AttentionKept *k, size_t nT) {
     Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
-    matmul_forward(g, fresh(k->qkv, 3 * C, operand(m, w->qkvb)), k->ln, operand(m, w->qkvw), nT, C, 3 * C);
+    matmul_forward(g, fresh(k->qkv, 3 * C, w->qkvb), k->ln, w->qkvw, nT, C, 3 * C);
     attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH, g->half, g->stream);
 }
 
 // gelu = GELU(h), h from ln, before the last product
-static void mlp_inside(Model *m, const Params *w, const MlpKept *k, size_t nT) {
+static void mlp_inside(Model *m, const Operands *w, const MlpKept *k, size_t nT) {
     const size_t C = (size_t)m->config.C;
-    Result h = fresh(k->h, 4 * C, operand(m, w->fcb));
+    Result h = fresh(k->h, 4 * C, w->fcb);
     h.gelu = k->gelu;
-    matmul_forward(&m->gpu, h, k->ln, operand(m, w->fcw), nT, C, 4 * C);
+    matmul_forward(&m->gpu, h, k->ln, w->fcw, nT, C, 4 * C);
 }
 
 // out: attn(LN(x[rows]))
 static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
     const int i = BRANCHES * l + ATTN;
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
-    const Params w = params_at(m, SLOT_PARAM, l);
+    const Operands w = weights_at(m, l);
     const AttentionKept *k = &(m->attention[l] = attention_keep(m, nT));
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
     attention_inside(m, &w, k, nT);
-    matmul_forward(&m->gpu, fresh(m->out, C, operand(m, w.attprojb)), k->y, operand(m, w.attprojw), nT, C, C);
+    matmul_forward(&m->gpu, fresh(m->out, C, w.attprojb), k->y, w.attprojw, nT, C, C);
     end_branch(m, m->out, rows_of(m, plan, i));
 }
 
@@ -2120,18 +2150,18 @@ static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
 static void mlp_branch_forward(Model *m, int l, const DropPlan *plan) {
     const int i = BRANCHES * l + MLP;
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
-    const Params w = params_at(m, SLOT_PARAM, l);
+    const Operands w = weights_at(m, l);
     const MlpKept *k = &(m->mlp[l] = mlp_keep(m, nT));
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), plan->tied, w.ln2w, w.ln2b);
     mlp_inside(m, &w, k, nT);
-    matmul_forward(&m->gpu, fresh(m->out, C, operand(m, w.fcprojb)), k->gelu, operand(m, w.fcprojw), nT, 4 * C, C);
+    matmul_forward(&m->gpu, fresh(m->out, C, w.fcprojb), k->gelu, w.fcprojw, nT, 4 * C, C);
     end_branch(m, m->out, rows_of(m, plan, i));
 }
 
 // dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before i that runs: its scale
 // times dx on its rows.
 static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db, int add, const void *xhat,
-                                  const float *rstd, const float *w) {
+                                  const float *rstd, const void *w) {
     const int last = i == BRANCHES * plan->layers, tied = plan->tied && !last && i % BRANCHES == MLP;
     const Rows all = {NULL, 1}, rows = last ? all : rows_of(m, plan, i);
     int before = i - 1;
@@ -2146,22 +2176,24 @@ static void attention_branch_backward(Model *m, int l, const DropPlan *plan) {
     const int i = BRANCHES * l + ATTN, add = gradient_add(m, l, ATTN, 0);
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     const size_t nT = tokens_of(m, &plan->branch[i]);
-    const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
+    const Operands w = weights_at(m, l);
+    const Params dw = gradients_at(m, l);
     const AttentionKept *k = &m->attention[l];
     Gpu *g = &m->gpu;
     void *dqkv = m->dwide, *dln = m->dy;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     if (k->qkv == m->redo) attention_inside(m, &w, k, nT);
-    matmul_backward(g, fresh(m->dy, C, NULL), dw.attprojw, dw.attprojb, add, m->dout, k->y, operand(m, w.attprojw), nT, C, C);
+    matmul_backward(g, fresh(m->dy, C, NULL), dw.attprojw, dw.attprojb, add, m->dout, k->y, w.attprojw, nT, C, C);
     attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH, g->half, g->stream);
-    matmul_backward(g, fresh(dln, C, NULL), dw.qkvw, dw.qkvb, add, dqkv, k->ln, operand(m, w.qkvw), nT, C, 3 * C);
+    matmul_backward(g, fresh(dln, C, NULL), dw.qkvw, dw.qkvb, add, dqkv, k->ln, w.qkvw, nT, C, 3 * C);
     begin_branch_backward(m, plan, i, dw.ln1w, dw.ln1b, add, k->xhat, k->rstd, w.ln1w);
 }
 
 static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
     const int i = BRANCHES * l + MLP, add = gradient_add(m, l, MLP, 0);
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
-    const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
+    const Operands w = weights_at(m, l);
+    const Params dw = gradients_at(m, l);
     const MlpKept *k = &m->mlp[l];
     Gpu *g = &m->gpu;
     Result dh = fresh(m->dwide, 4 * C, NULL);
@@ -2170,8 +2202,8 @@ static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
     if (k->h == m->redo) mlp_inside(m, &w, k, nT);
     dh.h = k->h;
     dh.gelu = m->args.recompute == RECOMPUTE_GELU ? k->gelu : NULL;
-    matmul_backward(g, dh, dw.fcprojw, dw.fcprojb, add, m->dout, k->gelu, operand(m, w.fcprojw), nT, 4 * C, C);
-    matmul_backward(g, fresh(dln, C, NULL), dw.fcw, dw.fcb, add, dh.at, k->ln, operand(m, w.fcw), nT, C, 4 * C);
+    matmul_backward(g, dh, dw.fcprojw, dw.fcprojb, add, m->dout, k->gelu, w.fcprojw, nT, 4 * C, C);
+    matmul_backward(g, fresh(dln, C, NULL), dw.fcw, dw.fcb, add, dh.at, k->ln, w.fcw, nT, C, 4 * C);
     begin_branch_backward(m, plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
 }
 
@@ -2241,9 +2273,9 @@ static void model_loss(Model *m, int T, const int *targets, const DropPlan *plan
     const size_t BT = (size_t)plan->batch * (size_t)T;
     size_t count = 0;
     for (size_t t = 0; t < BT; t++) count += targets[t] >= 0;
-    float *dwte = weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
+    float *dwte = weight != 0 ? gradients_at(m, 0).wte : NULL;
     const int add = weight != 0 && !m->spent[gradient_index(m, 0, NO_BRANCH)];
-    classifier(&m->gpu, m->losses, m->dy, dwte, add, m->logits, m->lnf, operand(m, params_at(m, SLOT_PARAM, 0).wte),
+    classifier(&m->gpu, m->losses, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte,
                m->device.targets, (float)(weight / (double)(count ? count : 1)), BT, (size_t)m->config.C, (size_t)m->config.V);
     CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, BT * sizeof(float), cudaMemcpyDeviceToHost, m->gpu.stream));
 }
@@ -2264,7 +2296,7 @@ static Grouped run_forward(Model *m, int T, const int *tokens, const int *target
     const size_t B = (size_t)plan->batch, C = (size_t)m->config.C;
     const Rows all = {NULL, 1};
     check_call(m, T, tokens, targets, plan);
-    const Params w = params_at(m, SLOT_PARAM, 0);
+    const Operands w = weights_at(m, 0);
     const Grouped by = {send_inputs(m, T, tokens, targets, plan, weight != 0), m->device.order, m->device.first};
     m->last_B = plan->batch;
     m->last_T = T;
@@ -2304,7 +2336,8 @@ static double model_forward_backward(Model *m, int T, const int *tokens, const i
     CHECK(m->slot[SLOT_GRAD] && targets && weight != 0, "this model was opened to evaluate");
     const Grouped by = run_forward(m, T, tokens, targets, plan, weight);
     const int add = gradient_add(m, 0, NO_BRANCH, 0);
-    const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
+    const Operands w = weights_at(m, 0);
+    const Params dw = gradients_at(m, 0);
     begin_branch_backward(m, plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
     if (m->ranks.world == 1) reduce = NULL;
     for (int l = m->config.L - 1; l >= 0; l--) {
@@ -2328,7 +2361,7 @@ static void model_logits(Model *m, int row, int t, real *host) {
     CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T, "no logits at row %d, position %d", row, t);
     const char *x = (const char *)m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C * size_of_number(g);
     LAUNCH_AS(logits_kernel, g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, m->token_logits, x,
-              operand(m, params_at(m, SLOT_PARAM, 0).wte), V, C);
+              weights_at(m, 0).wte, V, C);
     CUDA_CHECK(cudaMemcpyAsync(host, m->token_logits, V * sizeof(real), cudaMemcpyDeviceToHost, g->stream));
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
 }
@@ -2353,7 +2386,7 @@ static __global__ void chunk_norms_kernel(double *norms, const float *grad, cons
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
     double sum = 0;
-    if (b.run && !b.spent)
+    if (b.t > 0 && !b.spent)
         for (size_t i = threadIdx.x; i < k.n; i += blockDim.x) sum += (double)grad[k.at + i] * (double)grad[k.at + i];
     sum = block_sum_double(sum, shared);
     if (threadIdx.x == 0) norms[blockIdx.x] = sum;
@@ -2370,22 +2403,64 @@ static __global__ void total_norm_kernel(double *to, const double *norms, int n,
 
 typedef struct { float b1, b2, eps, keep; double grad_clip, norm_limit; } AdamArgs;   // keep: what weight decay leaves of p
 
+typedef struct { int at_random; uint64_t seed; } Rounding;
+
+// One of the two numbers of bf16 around x, the nearer with the greater chance, so that their mean is x; x where bf16 has it.
+// By 16 random bits: they are added where those lie that bf16 does not keep (Gupta et al. 2015, stochastic rounding).
+static __host__ __device__ inline float round_at_random(float x, uint32_t bits) {
+    uint32_t word;
+    if (!isfinite(x)) return x;
+    memcpy(&word, &x, sizeof word);
+    word = (word + bits) & 0xffff0000u;
+    memcpy(&x, &word, sizeof x);
+    return x;
+}
+
+// Numbers j ... of chunk k, whose AdamW step is t, to the copy. Random bits are a function of (seed, t, tensor, element).
+template <int W>
+static __device__ inline void store_rounded(bf16 *copy, const UpdateChunk &k, size_t j, Floats<W> p, int64_t t, Rounding r) {
+    if (r.at_random) {
+        const size_t element = k.element + j;            // a multiple of W
+        const Philox bits = rng_words(r.seed, STREAM_ROUND, (uint64_t)t, k.tensor, (uint32_t)(element / 4));
+        for (int e = 0; e < W; e++) p.x[e] = round_at_random(p.x[e], bits.v[W == 4 ? e : (int)(element % 4)] >> 16);
+    }
+    store<bf16, W>(copy, k.at + j, p);
+}
+
+// The copy again from p, as the update number t of each branch left it.
+template <int W>
+static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const UpdateChunk *chunk, const BranchUpdate *branch,
+                                           Rounding r) {
+    const UpdateChunk k = chunk[blockIdx.x];
+    const int64_t t = branch[k.branch].t;
+    if (t <= 0) return;                                  // as it was written
+    for (size_t j = threadIdx.x * W; j < k.n; j += blockDim.x * W)
+        store_rounded<W>(copy, k, j, load<float, W>(p, k.master + j), t, r);
+}
+
 // A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite
 // or above the limit (update_is_taken).
+template <int W>
 static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
-                                    const BranchUpdate *branch, const double *norm, AdamArgs a) {
+                                    const BranchUpdate *branch, const double *norm, AdamArgs a, Rounding r) {
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
-    if (!b.run || !isfinite(*norm) || (a.norm_limit != 0 && *norm > a.norm_limit)) return;
+    if (b.t <= 0 || !isfinite(*norm) || (a.norm_limit != 0 && *norm > a.norm_limit)) return;
     const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
     const float shrink = (float)clip, keep = k.decay ? a.keep : 1;
-    for (size_t j = threadIdx.x; j < k.n; j += blockDim.x) {
-        const size_t i = k.at + j;
-        const float g = b.spent ? 0 : grad[i] * shrink;
-        const float mi = m[k.moment + j] = a.b1 * m[k.moment + j] + (1 - a.b1) * g;
-        const float vi = v[k.moment + j] = a.b2 * v[k.moment + j] + (1 - a.b2) * g * g;
-        const float pi = p[i] = keep * p[i] - b.rate * mi / (sqrtf(vi) * b.unbias + a.eps);
-        if (copy) copy[i] = from_float<bf16>(pi);
+    for (size_t j = threadIdx.x * W; j < k.n; j += blockDim.x * W) {
+        Floats<W> pj = load<float, W>(p, k.master + j), g;
+        Floats<W> mj = load<float, W>(m, k.moment + j), vj = load<float, W>(v, k.moment + j);
+        for (int e = 0; e < W; e++) g.x[e] = 0;
+        if (!b.spent) g = load<float, W>(grad, k.at + j);
+        for (int e = 0; e < W; e++) {
+            const float ge = g.x[e] * shrink;
+            mj.x[e] = a.b1 * mj.x[e] + (1 - a.b1) * ge;
+            vj.x[e] = a.b2 * vj.x[e] + (1 - a.b2) * ge * ge;
+            pj.x[e] = keep * pj.x[e] - b.rate * mj.x[e] / (sqrtf(vj.x[e]) * b.unbias + a.eps);
+        }
+        store<float, W>(m, k.moment + j, mj), store<float, W>(v, k.moment + j, vj), store<float, W>(p, k.master + j, pj);
+        if (copy) store_rounded<W>(copy, k, j, pj, b.t, r);
     }
 }
 
@@ -2404,17 +2479,21 @@ static void gradient_norm(Model *m) {
     LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, total, 1, 1);
 }
 
-// After an update of shares: the whole parameters to all ranks, but those that no rank has touched.
-static void gather_parameters(Model *m, const UpdateArgs *a) {
+// After an update of shares: what forward reads of all parameters to all ranks, but those that no rank has touched (t (2L+1)
+// is 0).
+static void gather_parameters(Model *m, const int64_t *t) {
     ranks_begin(&m->ranks, &m->gpu);
     for (size_t i = 0; i <= (size_t)BRANCHES * (size_t)m->config.L; i++) {
         const Piece s = span_of(m, i);
-        float *p = m->slot[SLOT_PARAM] + s.at;
-        if (a->t[i] <= 0) continue;
-        ranks_gather(&m->ranks, p, s.n);
-        if (m->copy) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, m->ranks.stream, m->copy + s.at, p, s.n);
+        if (t[i] <= 0) continue;
+        ranks_gather(&m->ranks, m->copy ? (void *)(m->copy + s.at) : m->slot[SLOT_PARAM] + s.at, s.n, m->copy != NULL);
     }
     ranks_end(&m->ranks, &m->gpu);
+}
+
+static Rounding rounding_of(const Model *m) {
+    const Rounding r = {m->args.rounding == ROUNDING_STOCHASTIC, m->args.seed};
+    return r;
 }
 
 static double model_update(Model *m, const UpdateArgs *a) {
@@ -2426,20 +2505,34 @@ static double model_update(Model *m, const UpdateArgs *a) {
     for (size_t i = 0; i < branches; i++) {
         const double t = (double)a->t[i];
         const BranchUpdate b = {t > 0 ? (float)(a->lr / (1 - pow(a->beta1, t))) : 0,
-                                t > 0 ? (float)(1 / sqrt(1 - pow(a->beta2, t))) : 0, t > 0, m->spent[i]};
+                                t > 0 ? (float)(1 / sqrt(1 - pow(a->beta2, t))) : 0, a->t[i], m->spent[i]};
         m->host_update[i] = b;
     }
     CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update, cudaMemcpyHostToDevice, stream));
     if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);
     gradient_norm(m);
     if (!a->discard && m->n_chunks)
-        LAUNCH(adamw_kernel, (unsigned)m->n_chunks, BLOCK, 0, stream, m->slot[SLOT_PARAM], m->copy, m->slot[SLOT_GRAD],
-               m->slot[SLOT_M], m->slot[SLOT_V], m->chunk, m->update, m->norms + m->n_chunks, args);
-    if (!a->discard && m->ranks.shares > 1) gather_parameters(m, a);
+        LAUNCH_WIDE(adamw_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, 0, stream, m->slot[SLOT_PARAM],
+                    m->copy, m->slot[SLOT_GRAD], m->slot[SLOT_M], m->slot[SLOT_V], m->chunk, m->update,
+                    m->norms + m->n_chunks, args, rounding_of(m));
+    if (!a->discard && m->ranks.shares > 1) gather_parameters(m, a->t);
     CUDA_CHECK(cudaMemcpyAsync(m->host_norm, m->norms + m->n_chunks, sizeof(double), cudaMemcpyDeviceToHost, stream));
     ranks_wait(&m->ranks, &m->gpu);
     if (a->discard || update_is_taken(a, *m->host_norm)) memset(m->spent, 1, branches);
     return *m->host_norm;
+}
+
+// A write has rounded to the nearest.
+static void model_resumed(Model *m, const int64_t *t) {
+    const size_t branches = (size_t)BRANCHES * (size_t)m->config.L + 1;
+    if (m->args.rounding == ROUNDING_NEAREST || !m->slot[SLOT_GRAD]) return;
+    for (size_t i = 0; i < branches; i++) m->host_update[i].t = t[i];
+    CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update, cudaMemcpyHostToDevice, m->gpu.stream));
+    if (m->n_chunks)
+        LAUNCH_WIDE(round_chunks_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, 0, m->gpu.stream, m->copy,
+                    m->slot[SLOT_PARAM], m->chunk, m->update, rounding_of(m));
+    if (m->ranks.shares > 1) gather_parameters(m, t);
+    ranks_wait(&m->ranks, &m->gpu);
 }
 
 // ---- The engine ----
@@ -2452,13 +2545,11 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
     return m->slot[slot] + m->offset[param] + (size_t)layer * m->layer_size;
 }
 
-static int is_shared(const Model *m, Slot slot) { return m->ranks.shares > 1 && (slot == SLOT_M || slot == SLOT_V); }
-
-// A moment of which each rank has a part: all ranks get it whole.
+// A tensor of which each rank has a part: all ranks get it whole.
 static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = m->offset[param] + (size_t)layer * m->layer_size;
     const size_t branch = gradient_index(m, layer, gpt_param[param].branch);
-    float *whole = (float *)room_new("a moment to be saved", n * sizeof *whole);
+    float *whole = (float *)room_new("a tensor to be saved", n * sizeof *whole);
     ranks_begin(&m->ranks, &m->gpu);
     for (int rank = 0; rank < m->ranks.world; rank++) {
         size_t moment;
@@ -2469,6 +2560,17 @@ static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
     CUDA_CHECK(cudaMemcpyAsync(host, whole, n * sizeof(real), cudaMemcpyDeviceToHost, m->gpu.stream));
     ranks_wait(&m->ranks, &m->gpu);
     CUDA_CHECK(cudaFree(whole));
+}
+
+// The rounded copy of one tensor, from the host's numbers.
+static void write_copy(Model *m, int param, int layer, const real *host) {
+    const size_t n = gpt_param_size(&m->config, param);
+    bf16 *rounded = (bf16 *)xcalloc(n, sizeof *rounded);
+    for (size_t i = 0; i < n; i++) rounded[i] = from_float<bf16>(host[i]);
+    CUDA_CHECK(cudaMemcpyAsync(m->copy + param_offset(m, param, layer), rounded, n * sizeof *rounded, cudaMemcpyHostToDevice,
+                               m->gpu.stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    free(rounded);
 }
 
 // This rank's part of it, which may be nothing.
@@ -2495,16 +2597,14 @@ static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
 }
 
 static void model_write(Model *m, Slot slot, int param, int layer, const real *host) {
-    const size_t n = gpt_param_size(&m->config, param);
-    if (is_shared(m, slot)) {
-        write_shared(m, slot, param, layer, host);
-        return;
+    if (is_shared(m, slot)) write_shared(m, slot, param, layer, host);
+    else {
+        float *to = param_at(m, slot, param, layer);
+        CUDA_CHECK(cudaMemcpyAsync(to, host, gpt_param_size(&m->config, param) * sizeof(real), cudaMemcpyHostToDevice,
+                                   m->gpu.stream));
+        CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
     }
-    float *to = param_at(m, slot, param, layer);
-    CUDA_CHECK(cudaMemcpyAsync(to, host, n * sizeof(real), cudaMemcpyHostToDevice, m->gpu.stream));
-    if (slot == SLOT_PARAM && m->copy)
-        LAUNCH(round_kernel, blocks_for(n), BLOCK, 0, m->gpu.stream, m->copy + (to - m->slot[SLOT_PARAM]), to, n);
-    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    if (slot == SLOT_PARAM && m->copy) write_copy(m, param, layer, host);
 }
 
 // Numbers in (-1, 1), for a measurement: of zeros a GPU makes products faster, since they cost no power.
@@ -2552,7 +2652,7 @@ const Engine *CUDA_ENGINE(void) {
     static const Engine engine = {
         name, DTYPE_BF16, 0,
         model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
-        model_read, model_write, model_memory, model_peak, model_close,
+        model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };
     cudaDeviceProp device;
     int count = 0;

@@ -631,6 +631,7 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
             die("%s: adamw_steps has %lld, but the run did %lld steps", path, (long long)s->adamw_steps[i], (long long)s->step);
     weights_close(&w);
     free(path);
+    e->resumed(m, s->adamw_steps);
 }
 
 #endif

@@ -1,9 +1,10 @@
 // engine.h: the small interface that an engine fills: train_gpt.c on the CPU, train_gpt.cu on the GPU. Trainer,
 // tools, checkpoints and tests are written once against it.
 //
-// An engine draws nothing at random and decides nothing: which rows run which branch, the scales, the learning
-// rate and the step counts of AdamW come in as data. All pointers are to host memory and are read or written before
-// the call returns, and no engine has anything running then: all that a call began on a device has ended.
+// An engine decides nothing: which rows run which branch, the scales, the learning rate and the step counts of AdamW come
+// in as data. It draws nothing at random but the bits of ROUNDING_STOCHASTIC, a function of (seed, step, parameter,
+// element). All pointers are to host memory and are read or written before the call returns, and no engine has anything
+// running then: all that a call began on a device has ended.
 #ifndef ENGINE_H
 #define ENGINE_H
 
@@ -26,6 +27,10 @@ enum { DTYPE_FP32, DTYPE_BF16, DTYPE_AUTO, DTYPE_TF32 };   // auto: the engine's
 // between a branch's LayerNorm and its end. The CPU knows the first only.
 enum { RECOMPUTE_GELU, RECOMPUTE_NONE, RECOMPUTE_BRANCH };
 
+// How AdamW rounds the weights to what forward and backward read, where that is not the fp32 weights themselves: to the
+// nearest, or up or down at random, so that the mean is right. GPU only.
+enum { ROUNDING_NEAREST, ROUNDING_STOCHASTIC };
+
 typedef struct {
     int B, T;                                            // largest batch and row length of any call
     int threads;                                         // of the whole process; 0: OpenMP's default, all cores
@@ -33,8 +38,11 @@ typedef struct {
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
     int recompute;                                       // RECOMPUTE_*
     const Comm *comm;                                    // the ranks that train this model together; NULL: alone
-    int zero;                                            // 1: each rank keeps the moments of its share of the weights
+    int zero;                                            // 1: each rank keeps the moments of its share of the weights, and of
+                                                         // fp32 weights that only the optimizer reads its share
     int reduce_fp32;                                     // gradients are summed over the ranks in fp32, whatever the dtype
+    int rounding;                                        // ROUNDING_*, and the seed of its random bits
+    uint64_t seed;
     int cache;                                           // sequences of T tokens whose keys and values decode keeps; 0: none
 } EngineArgs;
 
@@ -99,6 +107,10 @@ typedef struct {
     // call read in the same order, since each has a share.
     void (*read)(Model *, Slot, int param, int layer, real *host);
     void (*write)(Model *, Slot, int param, int layer, const real *host);
+
+    // To be called by all ranks when weights were written that have t (2L+1) AdamW steps behind them, as UpdateArgs.t counts:
+    // what updates round at random is rounded as the last of them did, so that a resumed run goes on with the same bits.
+    void (*resumed)(Model *, const int64_t *t);
 
     void (*memory)(const Model *, EngineMemory *);
 

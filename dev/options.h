@@ -92,7 +92,8 @@ typedef struct { const OptionSpec *specs; int n; } OptionTable;
 #define OPTION_RECIPE_NAME(name, config) "|" #name
 
 // The words of a choice stand in the order of the enum that names them: gpt_presets (gpt.h), SCHEDULE_* (schedule.h),
-// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_* and RECOMPUTE_* (engine.h), and here.
+// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_*, RECOMPUTE_* and ROUNDING_* (engine.h), and
+// here.
 enum { ADAM_DENSE, ADAM_SKIP };
 enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
 
@@ -148,6 +149,9 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(beta2, "beta2", NUMBER, "0.95", "[0,1)", "decay of the second moment, per step")                          \
     OPTION(eps, "eps", NUMBER, "1e-8", "(0,inf)", "added to the root of the second moment")                          \
     OPTION(grad_clip, "grad-clip", NUMBER, "1", "[0,inf)", "largest norm of the whole gradient; 0: never clipped")   \
+    OPTION(rounding, "rounding", CHOICE, "nearest", "nearest|stochastic",                                            \
+           "GPU, --dtype bf16: how the fp32 weights become the bf16 that forward and backward read; stochastic: up or " \
+           "down at random, so that the mean is right")                                                              \
   HEADING("Evaluation, samples, checkpoints")                                                                        \
     OPTION(eval_every, "eval-every", INTEGER, "250", "[0,1e12]", "steps between evaluations; 0: only at the end")    \
     OPTION(eval_tokens, "eval-tokens", INTEGER, "131072", "[0,1e15]",                                                \
@@ -166,7 +170,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "MASTER_PORT. mpirun, srun, torchrun and scripts/launch.sh tell each process its rank")                   \
     OPTION(job_token, "job-token", TEXT, "", "TEXT",                                                                 \
            "tells this job's processes from others; if not given, DROPPATH_JOB_TOKEN or the launcher's job number")  \
-    OPTION(zero, "zero", CHOICE, "0", "0|1", "1: each GPU keeps its share of the optimizer's moments (ZeRO-1)")      \
+    OPTION(zero, "zero", CHOICE, "0", "0|1",                                                                  \
+           "1: each GPU keeps its share of the optimizer's moments, and with --dtype bf16 of the fp32 weights (ZeRO-1)") \
     OPTION(reduce_fp32, "reduce-fp32", FLAG, "0", "0|1", "sum gradients over the GPUs in fp32, not in --dtype")      \
   HEADING("Drop path: rate = drop-path * depth(layer) * ramp(step)")                                                 \
     OPTION(drop_path, "drop-path", NUMBER, "0", "[0,1)",                                                             \

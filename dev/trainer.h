@@ -397,6 +397,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o);
     args.bound = trainer_memory_bound(tr), args.recompute = o->recompute;
     args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
+    args.rounding = o->rounding, args.seed = (uint64_t)o->seed;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));

@@ -386,7 +386,8 @@ static void lab_attention(Lab *l) {
 typedef struct {
     Timer timer;
     const Lab *l;
-    float *x, *dx, *rstd, *w, *b, *dw, *db;              // (BT,C) (BT,C) (BT) (C) (C) (C) (4C)
+    float *x, *dx, *rstd, *dw, *db;                      // (BT,C) (BT,C) (BT) (C) (4C)
+    void *w, *b;                                         // (C) each
     void *out, *ln, *xhat, *dy, *dout;                   // (BT,C) each
     void *wide, *wide_y;                                 // (BT,4C)
 } Layers;
@@ -397,8 +398,8 @@ static void layers_open(Layers *s, const Lab *l) {
     timer_open(&s->timer, g->stream);
     s->l = l;
     s->x = (float *)device_filled(g, 1, BTC, 2, 30), s->dx = (float *)device_filled(g, 1, BTC, 1, 31);
-    s->rstd = (float *)device_filled(g, 1, l->BT, 1, 32), s->w = (float *)device_filled(g, 1, l->C, 2, 33);
-    s->b = (float *)device_filled(g, 1, l->C, 2, 34), s->dw = (float *)device_filled(g, 1, l->C, 1, 35);
+    s->rstd = (float *)device_filled(g, 1, l->BT, 1, 32), s->w = device_filled(g, 0, l->C, 2, 33);
+    s->b = device_filled(g, 0, l->C, 2, 34), s->dw = (float *)device_filled(g, 1, l->C, 1, 35);
     s->db = (float *)device_filled(g, 1, 4 * l->C, 1, 36);
     s->out = device_filled(g, 0, BTC, 1, 37), s->ln = device_filled(g, 0, BTC, 1, 38);
     s->xhat = device_filled(g, 0, BTC, 1, 39);
@@ -447,8 +448,8 @@ static double layernorm_forward_check(void *arg) {
     Deviation x = {0, 0, 0}, y = {0, 0, 0};
     float *row = (float *)xcalloc((size_t)SAMPLES * C, sizeof *row), *out = (float *)xcalloc(C, sizeof *out);
     float *ln = (float *)xcalloc(C, sizeof *ln), *w = (float *)xcalloc(C, sizeof *w), *b = (float *)xcalloc(C, sizeof *b);
-    device_read(g, w, s->w, 1, 0, C);
-    device_read(g, b, s->b, 1, 0, C);
+    device_read(g, w, s->w, 0, 0, C);
+    device_read(g, b, s->b, 0, 0, C);
     for (int k = 0; k < SAMPLES; k++) {
         device_read(g, row + (size_t)k * C, s->x, 1, pick(s->l->BT, k, 0) * C, C);
         device_read(g, out, s->out, 0, pick(s->l->BT, k, 0) * C, C);
@@ -502,7 +503,7 @@ static double layernorm_backward_check(void *arg) {
     device_read(g, dy, s->dy, 0, 0, BT * C);
     device_read(g, xhat, s->xhat, 0, 0, BT * C);
     device_read(g, rstd, s->rstd, 1, 0, BT);
-    device_read(g, w, s->w, 1, 0, C);
+    device_read(g, w, s->w, 0, 0, C);
     for (int k = 0; k < SAMPLES; k++) device_read(g, before + (size_t)k * C, s->dx, 1, pick(BT, k, 0) * C, C);
     layernorm_backward_run(arg);
     device_read(g, dw, s->dw, 1, 0, C);

@@ -267,7 +267,7 @@ void test_cuda_embedding(void) {
             const Grouped by = {groups, (int *)device_copy(m.host.order, BT * sizeof(int)),
                                 (int *)device_copy(m.host.first, (size_t)(groups + 1) * sizeof(int))};
             float *x = (float *)device_new(BT * C * sizeof(float)), *dx = device_floats(3, BT * C);
-            float *wte = device_floats(1, V * C), *wpe = device_floats(2, T_all * C);
+            void *wte = device_numbers(&g, 1, V * C), *wpe = device_numbers(&g, 2, T_all * C);
             float *dwte = device_floats(4, V * C), *dwpe = device_floats(5, T_all * C);
             double *want = doubles(BT * C), *want_te = doubles(V * C), *want_pe = doubles(T_all * C);
             for (size_t i = 0; i < V * C; i++) want_te[i] = number(4, i);
@@ -334,7 +334,7 @@ static void expect_layernorm_forward(int dtype, const NormCase *k) {
     float *x = device_floats(1, n), *w = numbers(3, C), *b = numbers(4, C), *rstd = (float *)device_new(n_begin / C * 4);
     void *out = device_numbers(&g, 2, n_end + 1), *ln = device_numbers(&g, -1, n_begin);
     void *xhat = device_numbers(&g, -1, n_begin);
-    void *again = device_numbers(&g, -1, n_begin), *dw = device_copy(w, C * 4), *db = device_copy(b, C * 4);
+    void *again = device_numbers(&g, -1, n_begin), *dw = device_numbers(&g, 3, C), *db = device_numbers(&g, 4, C);
     double *want_x = doubles(n), *want_ln = doubles(n), *want_xhat = doubles(n), *want_rstd = doubles(B * T), *z = doubles(C);
     for (size_t i = 0; i < n; i++) want_x[i] = number(1, i);
     for (size_t row = 0; row < B; row++)
@@ -351,8 +351,8 @@ static void expect_layernorm_forward(int dtype, const NormCase *k) {
             layernorm_by_hand(want_ln + to * C, want_xhat + to * C, want_rstd + to, z, w, b, C);
         }
     residual_layernorm_forward(&g, x, ln, xhat, rstd, k->end ? out : NULL, rows_given(&end), rows_given(&begin), k->tied,
-                               (float *)dw, (float *)db, B, T, C);
-    layernorm_again(&g, again, xhat, (float *)dw, (float *)db, n_begin / C, C);
+                               dw, db, B, T, C);
+    layernorm_again(&g, again, xhat, dw, db, n_begin / C, C);
     expect_numbers(&g, x, want_x, n, 1, 2, 1, "stream");
     expect_numbers(&g, xhat, want_xhat, n_begin, 0, (double)C, 1, "xhat");
     expect_numbers(&g, ln, want_ln, n_begin, 0, (double)C, g.half ? 2000 : 1, "LayerNorm");    // of a rounded xhat
@@ -378,10 +378,10 @@ static void expect_layernorm_backward(int dtype, const NormCase *k, int fresh, i
     Gpu g = test_gpu(dtype, C);
     TestRows end = rows_new(B, k->end, 1.25f, k->index), begin = rows_new(B, fresh ? ~0u : k->begin, 1, k->index);
     const size_t n_end = (size_t)end.n * T * C, n_begin = (size_t)begin.n * T * C;
-    float *rstd = device_floats(4, n_begin / C), *w = device_floats(5, C), *dw = device_floats(6, C), *db = device_floats(7, C);
+    float *rstd = device_floats(4, n_begin / C), *dw = device_floats(6, C), *db = device_floats(7, C);
     float *dx = fresh ? (float *)device_new(n * sizeof(float)) : device_floats(1, n);
     void *dy = device_numbers(&g, 2, n_begin), *xhat = device_numbers(&g, 3, n_begin);
-    void *dout = device_numbers(&g, -1, n_end + 1);
+    void *dout = device_numbers(&g, -1, n_end + 1), *w = device_numbers(&g, 5, C);
     double *want_dx = doubles(n), *want_dout = doubles(n), *want_dw = doubles(C), *want_db = doubles(C);
     for (size_t c = 0; c < C && add; c++) want_dw[c] = number(6, c), want_db[c] = number(7, c);
     for (size_t row = 0; row < B; row++)
@@ -544,3 +544,7 @@ void test_cuda_norm(void) {
     }
     test_gpu_close(&g);
 }
+
+// ---- AdamW ----
+
+#include "test_cuda_update.h"
