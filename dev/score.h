@@ -123,7 +123,7 @@ typedef struct {
 
 static inline void score_read_window(const void *source, const ScoreRow *row, int *tokens) {
     const Shards *s = (const Shards *)source;
-    for (int i = 0; i <= row->inputs; i++) tokens[i] = shards_token(s, &s->file[row->file], row->at + i);
+    shards_read_tokens(s, &s->file[row->file], row->at, row->inputs + 1, tokens, tokens + 1);   // tokens overlap with targets
 }
 
 enum { SCORE_WINDOWS = 1 << 12 };                        // scored at a time, those of one length together
@@ -177,10 +177,16 @@ static inline ScoreDocuments score_documents(const Scorer *s, const Shards *shar
     ScoreWindows *w = (ScoreWindows *)xcalloc(1, sizeof *w);
     w->scorer = s;
     w->shards = shards;
+    enum { PIECE = 4096 };
+    int piece[PIECE];
     for (int f = 0; f < shards->n; f++) {
         const int64_t count = shards->file[f].shard.count;
-        for (int64_t at = 0, i = 1; i < count && (!tokens || w->result.tokens < tokens); i++) {
-            const int token = shards_token(shards, &shards->file[f], i);
+        for (int64_t at = 0, i = 1, from = 0, end = 0; i < count && (!tokens || w->result.tokens < tokens); i++) {
+            if (i >= end) {                              // the next piece, with the token before it
+                from = i - 1, end = count - from < PIECE ? count : from + PIECE;
+                shards_read_tokens(shards, &shards->file[f], from, end - from, piece, piece + 1);
+            }
+            const int token = piece[i - from];
             if (t && token < t->V) w->result.bytes += tokenizer_text_length(t, token);
             if (token != eot && i < count - 1) continue;
             score_document(w, f, at, i - at, stride);
