@@ -157,7 +157,7 @@ static void fuzz_trainer_options(const char *text) {
     TrainOptions t;
     Options o;
     options_init(&o, "");
-    options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &t);
+    options_add(&o, train_options(), &t);
     free(options_config(&o, text, strlen(text), FROM_CONFIG, "trainer.json"));
     options_free(&o);
 }
@@ -239,7 +239,7 @@ typedef struct { TrainOptions values; Options options; } FuzzOptions;
 
 static char *fuzz_options_read(FuzzOptions *o, Text *dump, const void *mem, size_t n) {
     options_init(&o->options, "");
-    options_add(&o->options, train_option_specs, N_TRAIN_OPTION_SPECS, &o->values);
+    options_add(&o->options, train_options(), &o->values);
     char *error = options_config(&o->options, mem, n, FROM_CONFIG, "fuzz");
     options_dump(&o->options, dump);
     return error;

@@ -121,7 +121,7 @@ static void seeds_text(const char *corpus) {
     Options o;
     Text t = {NULL, 0, 0};
     options_init(&o, "");
-    options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &values);
+    options_add(&o, train_options(), &values);
     options_dump(&o, &t);
     options_free(&o);
     seed_take(corpus, "options", "all", &t);

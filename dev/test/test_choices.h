@@ -327,7 +327,7 @@ static void test_score_documents(void) {
         for (int f = 0; f < shards.n; f++) {
             const int count = (int)shards.file[f].shard.count;
             int token[200];
-            for (int i = 0; i < count; i++) token[i] = shards_token(&shards, &shards.file[f], i);
+            shards_read_tokens(&shards, &shards.file[f], 0, count, token, token + 1);
             for (int start = 0; start < count - 1 && (!cases[k].tokens || n < cases[k].tokens);) {
                 int end = start + 1;                     // the document's last target
                 while (end < count - 1 && token[end] != eot) end++;

@@ -49,7 +49,7 @@ static void test_fuzz_config_size(void) {
     memset(mem, 'x', OPTIONS_MAX_CONFIG + 1);
     for (size_t over = 0; over < 2; over++) {
         options_init(&o, "");
-        options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &t);
+        options_add(&o, train_options(), &t);
         char *error = options_config(&o, mem, OPTIONS_MAX_CONFIG + over, FROM_CONFIG, "file");
         EXPECT_ERROR(error, over ? "file: not a config file: it is larger" : "file:1: a line must be name = value");
         free(error);
@@ -57,7 +57,7 @@ static void test_fuzz_config_size(void) {
     }
     memcpy(mem + OPTIONS_MAX_CONFIG - 4, " = 1", 4);
     options_init(&o, "");
-    options_add(&o, train_option_specs, N_TRAIN_OPTION_SPECS, &t);
+    options_add(&o, train_options(), &t);
     char *error = options_config(&o, mem, OPTIONS_MAX_CONFIG, FROM_CONFIG, "file");
     EXPECT_ERROR(error, "unknown option --xxx");
     EXPECT(error && strlen(error) < 300, "a name of a million characters is quoted whole");
