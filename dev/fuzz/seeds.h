@@ -106,7 +106,8 @@ static void seeds_models(const char *corpus) {
               "{\"activation_function\": \"gelu_new\", \"architectures\": [\"GPT2LMHeadModel\"], \"attn_pdrop\": 0.1, "
               "\"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", \"n_ctx\": 1024, \"n_embd\": 768, \"n_head\": 12, "
               "\"n_inner\": null, \"n_layer\": 12, \"n_positions\": 1024, \"task_specific_params\": {}, \"vocab_size\": 50257}");
-    for (int i = 0; i < CHECKPOINT_FILES; i++) sha256_hex(sums.hex[i], &i, 1);
+    memset(&sums, 0, sizeof sums);
+    for (int i = 0; i < CHECKPOINT_FILES; i++) sha256_hex(sums.file[i].hex, &i, 1);
     checkpoint_trainer_json(&t, &s, &sums);
     seed_write(corpus, "trainer", "whole", t.s, t.n);
     const size_t tail = strlen(CHECKPOINT_SELF) + SHA256_HEX - 1 + strlen("\"\n}\n");
