@@ -438,11 +438,12 @@ static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add,
 }
 
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
-// A block does a token.
+// A block does a token. `at` (B): the positions of the rows' first tokens; NULL: 0.
 template <class N, int W>
-static __global__ void embedding_forward_kernel(float *x, const int *tokens, const void *wte, const void *wpe, size_t T,
-                                                size_t C) {
-    const size_t bt = blockIdx.x, token = (size_t)tokens[bt], t = blockIdx.x % (unsigned)T;
+static __global__ void embedding_forward_kernel(float *x, const int *tokens, const int *at, const void *wte, const void *wpe,
+                                                size_t T, size_t C) {
+    const unsigned row = blockIdx.x / (unsigned)T;
+    const size_t bt = blockIdx.x, token = (size_t)tokens[bt], t = blockIdx.x % (unsigned)T + (at ? at[row] : 0);
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         const Floats<W> p = load<N, W>(wpe, t * C + c);
         Floats<W> v = load<N, W>(wte, token * C + c);
@@ -451,9 +452,9 @@ static __global__ void embedding_forward_kernel(float *x, const int *tokens, con
     }
 }
 
-static void embedding_forward(const Gpu *g, float *x, const int *tokens, const void *wte, const void *wpe, size_t B,
-                              size_t T, size_t C) {
-    LAUNCH_AS(embedding_forward_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, x, tokens, wte, wpe, T, C);
+static void embedding_forward(const Gpu *g, float *x, const int *tokens, const int *at, const void *wte, const void *wpe,
+                              size_t B, size_t T, size_t C) {
+    LAUNCH_AS(embedding_forward_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, x, tokens, at, wte, wpe, T, C);
 }
 
 // dwte (V,C) +=: group i is one token, whose places in the batch are order[first[i]] .. order[first[i + 1]]. A block takes
@@ -1448,6 +1449,95 @@ static void attention_backward(void *dqkv, float *inner, const void *dy, const v
     else attention_backward_plainly<float>(dqkv, dy, qkv, lse, inner, &a);
 }
 
+// ---- Attention of tokens that go on with a sequence: one query at a time, over keys and values that are kept ----
+// The cache of a layer is (sequences,2,T,C): the keys of a sequence, then its values. Line i of qkv and y is that of the row
+// whose place is i; `seq` and `at` (B) say which sequence a row goes on with, and where.
+
+typedef struct { void *at; size_t T; } Cache;
+
+// k and v of qkv (n,T,3C) to the cache. A block does a token of a row.
+template <class N, int W>
+static __global__ void cache_append_kernel(void *cache, const void *qkv, const int *place, const int *seq, const int *at,
+                                           size_t T, size_t T_cache, size_t C) {
+    const unsigned row = blockIdx.x / (unsigned)T, t = blockIdx.x % (unsigned)T;
+    const long line = row_place(place, row);
+    if (line < 0) return;
+    const size_t from = ((size_t)line * T + t) * 3 * C + C, to = (size_t)seq[row] * 2 * T_cache + (size_t)at[row] + t;
+    for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
+        store<N, W>(cache, to * C + c, load<N, W>(qkv, from + c));
+        store<N, W>(cache, (to + T_cache) * C + c, load<N, W>(qkv, from + C + c));
+    }
+}
+
+enum { QUERY_THREADS = 128 };                            // of a block, which takes as many keys at a time
+
+// y (n,T,C) of the queries of qkv: a block does one head of one token, each thread a key; then the threads share out the
+// channels, `parts` of them the keys of a channel.
+template <class N>
+static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache, const int *place, const int *seq,
+                                              const int *at, int T, int T_cache, int C, int NH, float scale) {
+    SHARED(float, q);                                    // (HS)
+    const int HS = C / NH, h = (int)blockIdx.x % NH, t = (int)blockIdx.x / NH % T, row = (int)blockIdx.x / NH / T;
+    const int width = (HS + WARP - 1) / WARP * WARP;     // threads of a part
+    const int parts = width < QUERY_THREADS ? QUERY_THREADS / width : 1;
+    const int part = (int)threadIdx.x / width, first = (int)threadIdx.x % width;
+    float *const p = q + width, *const room = p + QUERY_THREADS, *const joined = room + WARP;    // (QUERY_THREADS) (WARP)
+                                                                                                 // (parts,HS)
+    const long line = row_place(place, (size_t)row);
+    if (line < 0) return;
+    const size_t from = ((size_t)line * T + t) * 3 * C + h * HS;
+    const N *const keys = cache + ((size_t)seq[row] * 2 * T_cache) * C + h * HS, *const values = keys + (size_t)T_cache * C;
+    const int seen = at[row] + t + 1;
+    float top = -INFINITY, sum = 0, out[2] = {0, 0};     // of channels `first` and first + QUERY_THREADS
+    for (int d = (int)threadIdx.x; d < HS; d += QUERY_THREADS) q[d] = scale * to_float(qkv[from + d]);
+    __syncthreads();
+    for (int j0 = 0; j0 < seen; j0 += QUERY_THREADS) {
+        const int j = j0 + (int)threadIdx.x, n = seen - j0 < QUERY_THREADS ? seen - j0 : QUERY_THREADS;
+        float s = -INFINITY;
+        if (j < seen) {
+            s = 0;
+            for (int d = 0; d < HS; d++) s += q[d] * to_float(keys[(size_t)j * C + d]);
+        }
+        const float high = fmaxf(top, block_max(s, room)), shrink = expf(top - high);
+        p[threadIdx.x] = expf(s - high);
+        sum = sum * shrink + block_sum(p[threadIdx.x], room);        // lets all see p
+        for (int e = 0; e < 2; e++) {
+            const int d = first + e * QUERY_THREADS;
+            out[e] *= shrink;
+            for (int i = part; d < HS && part < parts && i < n; i += parts)
+                out[e] += p[i] * to_float(values[(size_t)(j0 + i) * C + d]);
+        }
+        top = high;
+        __syncthreads();                                 // all are done with p
+    }
+    for (int e = 0; e < 2; e++)
+        if (part < parts && first + e * QUERY_THREADS < HS) joined[part * HS + first + e * QUERY_THREADS] = out[e];
+    __syncthreads();
+    for (int d = (int)threadIdx.x; d < HS; d += QUERY_THREADS) {
+        float total = 0;
+        for (int i = 0; i < parts; i++) total += joined[i * HS + d];
+        y[((size_t)line * T + t) * C + h * HS + d] = from_float<N>(total / sum);
+    }
+}
+
+// Without y, keys and values join the cache only. B is how many rows the call has, on `place` or not.
+static void attention_cached(const Gpu *g, void *y, const void *qkv, Cache cache, const int *place, const int *seq,
+                             const int *at, size_t B, size_t T, size_t C, size_t NH) {
+    const size_t HS = C / NH, blocks = B * T * NH;
+    const size_t shared = (round_up(HS, WARP) + QUERY_THREADS + WARP + QUERY_THREADS + HS) * sizeof(float);
+    const float scale = (float)(1 / sqrt((double)HS));
+    CHECK(blocks <= INT_MAX, "%zu rows of %zu tokens and %zu heads in one launch", B, T, NH);
+    LAUNCH_AS(cache_append_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, cache.at, qkv, place, seq, at, T,
+              cache.T, C);
+    if (!y) return;
+    if (g->half)
+        LAUNCH(attention_query_kernel<bf16>, (unsigned)blocks, QUERY_THREADS, shared, g->stream, (bf16 *)y, (const bf16 *)qkv,
+               (const bf16 *)cache.at, place, seq, at, (int)T, (int)cache.T, (int)C, (int)NH, scale);
+    else
+        LAUNCH(attention_query_kernel<float>, (unsigned)blocks, QUERY_THREADS, shared, g->stream, (float *)y,
+               (const float *)qkv, (const float *)cache.at, place, seq, at, (int)T, (int)cache.T, (int)C, (int)NH, scale);
+}
+
 // ---- Classifier and loss: x (BT,C) against wte (Vp,C), a chunk of rows at a time ----
 // Neither logits nor probabilities of the whole batch exist. With weight 0 only the losses are made; else the chunk of
 // logits turns into its gradient in place and goes on into dx and dwte at once.
@@ -1523,18 +1613,18 @@ static void classifier(Gpu *g, float *losses, void *dx, float *dwte, int add, vo
     }
 }
 
-// logits (V) = wte (V,C) x (C): of one token, for sampling. A warp does a number.
+// logits (rows,V) = x wte^T of single tokens, for sampling: x (rows,C) are lines `ld` apart, wte (V,C). A warp does a number.
 template <class N, int W>
-static __global__ void logits_kernel(float *logits, const void *x, const void *wte, size_t V, size_t C) {
-    const size_t v = thread_index() / WARP, lane = threadIdx.x % WARP;
+static __global__ void logits_kernel(float *logits, const void *x, size_t ld, const void *wte, size_t V, size_t C) {
+    const size_t v = thread_index() / WARP, lane = threadIdx.x % WARP, from = blockIdx.y * ld;
     float sum = 0;
     if (v >= V) return;
     for (size_t c = lane * W; c < C; c += WARP * W) {
-        const Floats<W> a = load<N, W>(x, c), b = load<N, W>(wte, v * C + c);
+        const Floats<W> a = load<N, W>(x, from + c), b = load<N, W>(wte, v * C + c);
         for (int k = 0; k < W; k++) sum += a.x[k] * b.x[k];
     }
     sum = warp_sum(sum);
-    if (lane == 0) logits[v] = sum;
+    if (lane == 0) logits[blockIdx.y * V + v] = sum;
 }
 
 // ---- Ranks: sums over the processes of a run, by NCCL, on a stream of their own ----
@@ -1674,7 +1764,8 @@ typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; }
 typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;    // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
 
 // Numbers that go to the device with each call, in one copy, and where they are there. `place` is by branch.
-typedef struct { int *place, *tokens, *targets, *order, *first; } Inputs;    // (2L,B) (BT) (BT) (BT) (BT + 1)
+typedef struct { int *place, *seq, *at, *tokens, *targets, *order, *first; } Inputs;   // (2L,rows) (rows) (rows) (BT) (BT) (BT)
+                                                         // (BT + 1)
 
 struct Model {
     GptConfig config;
@@ -1715,6 +1806,9 @@ struct Model {
     float *token_logits;                                 // (V)
 
     Inputs host, device;
+    size_t rows;                                         // most of a call
+    Cache cache;                                         // (L,sequences,2,T,C)
+    int decoding, begins;                                // a decode is under way; all its rows begin a sequence
     int *group;                                          // (V) of each token, -1 where it is not in the batch
     float *host_losses;                                  // (B,T)
     const void *ended;                                   // what the last branch leaves to be added to x, or NULL, and
@@ -1896,7 +1990,7 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { void **at; size_t bytes; } Room;
-enum { N_ROOMS = 20, N_TRAINING_ROOMS = 7 };
+enum { N_ROOMS = 21, N_TRAINING_ROOMS = 7 };
 
 // All arrays of activations but those kept; the last are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
@@ -1907,8 +2001,9 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
         {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N}, {(void **)&m->lnf_rstd, BT * one},
         {(void **)&m->losses, BT * one}, {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
         {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) * padded_vocabulary(V) * N},
-        {(void **)&m->token_logits, V * one}, {(void **)&m->gpu.partial, PARTIAL * C * one},
-        {(void **)&m->gpu.sum, 4 * C * one},
+        {(void **)&m->token_logits, (m->args.cache ? m->rows : 1) * V * one},
+        {&m->cache.at, (size_t)m->args.cache * (size_t)c->L * 2 * (size_t)m->args.T * C * N},
+        {(void **)&m->gpu.partial, PARTIAL * C * one}, {(void **)&m->gpu.sum, 4 * C * one},
         {(void **)&m->kept, 0},                          // has its own size
         {(void **)&m->dx, BT * C * one}, {&m->dy, BT * C * N}, {&m->dout, BT * C * N}, {&m->dwide, BT * 4 * C * N},
         {(void **)&m->inner, heads}, {&m->redo, again * (BT * 4 * C * N + ALIGN)}, {(void **)&m->lse, again * heads},
@@ -1938,13 +2033,15 @@ static void rooms_new(Model *m) {
 
 // The inputs in one array, on the host or on the device; returns how many numbers that is.
 static size_t inputs_layout(const Model *m, Inputs *in, int *at) {
-    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, places = (size_t)BRANCHES * m->config.L * m->args.B;
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, places = (size_t)BRANCHES * m->config.L * m->rows;
     in->place = at;
-    in->tokens = in->place + places;
+    in->seq = in->place + places;
+    in->at = in->seq + m->rows;
+    in->tokens = in->at + m->rows;
     in->targets = in->tokens + BT;
     in->order = in->targets + BT;
     in->first = in->order + BT;
-    return places + 4 * BT + 1;
+    return places + 2 * m->rows + 4 * BT + 1;
 }
 
 static void inputs_new(Model *m) {
@@ -2009,6 +2106,8 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     const int train = args->bound.rows > 0;
     m->config = *config;
     m->args = *args;
+    m->rows = (size_t)(args->cache > args->B ? args->cache : args->B);
+    m->cache.T = (size_t)args->T;
     if (!train) m->args.recompute = RECOMPUTE_GELU;      // nothing is kept; there is no room to make it in again
     if (args->rounding == ROUNDING_STOCHASTIC && args->dtype != DTYPE_BF16)
         die("--rounding stochastic rounds weights to bf16, and this --dtype does not\n  hint: --dtype bf16");
@@ -2078,7 +2177,7 @@ static void *keep(Model *m, size_t bytes) {
 // The rows of branch i; one that all rows run needs no index.
 static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
     const BranchPlan *b = &plan->branch[i];
-    const Rows r = {b->n == m->last_B ? NULL : m->device.place + (size_t)i * (size_t)m->args.B, (float)b->scale};
+    const Rows r = {b->n == m->last_B ? NULL : m->device.place + (size_t)i * m->rows, (float)b->scale};
     return r;
 }
 
@@ -2123,7 +2222,16 @@ static void attention_inside(Model *m, const Operands *w, const AttentionKept *k
     Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     matmul_forward(g, fresh(k->qkv, 3 * C, w->qkvb), k->ln, w->qkvw, nT, C, 3 * C);
-    attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH, g->half, g->stream);
+    if (!m->decoding || m->begins) attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH, g->half, g->stream);
+}
+
+// What is left of it in decode: keys and values join the cache, and where not all rows begin a sequence, the attention.
+static void attention_goes_on(Model *m, int l, const AttentionKept *k, Rows rows) {
+    const size_t C = (size_t)m->config.C, layer = 2 * (size_t)m->args.cache * m->cache.T * C * size_of_number(&m->gpu);
+    const Cache cache = {(char *)m->cache.at + (size_t)l * layer, m->cache.T};
+    if (m->decoding)
+        attention_cached(&m->gpu, m->begins ? NULL : k->y, k->qkv, cache, rows.place, m->device.seq, m->device.at,
+                         (size_t)m->last_B, (size_t)m->last_T, C, (size_t)m->config.NH);
 }
 
 // gelu = GELU(h), h from ln, before the last product
@@ -2142,6 +2250,7 @@ static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
     const AttentionKept *k = &(m->attention[l] = attention_keep(m, nT));
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
     attention_inside(m, &w, k, nT);
+    attention_goes_on(m, l, k, rows_of(m, plan, i));
     matmul_forward(&m->gpu, fresh(m->out, C, w.attprojb), k->y, w.attprojw, nT, C, C);
     end_branch(m, m->out, rows_of(m, plan, i));
 }
@@ -2251,7 +2360,7 @@ static int group_tokens(Model *m, const int *tokens, size_t BT) {
 
 // Everything that a call reads from the host goes to the device at once. Returns the groups of equal tokens.
 static int send_inputs(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, int train) {
-    const size_t BT = (size_t)plan->batch * (size_t)T, B = (size_t)m->args.B;
+    const size_t BT = (size_t)plan->batch * (size_t)T, B = m->rows;
     int dummy = 0, groups = 0;
     Inputs unused;
     for (int i = 0; i < BRANCHES * plan->layers; i++) {
@@ -2302,7 +2411,7 @@ static Grouped run_forward(Model *m, int T, const int *tokens, const int *target
     m->last_T = T;
     m->kept_end = m->kept;
     m->ended = NULL;
-    embedding_forward(&m->gpu, m->x, m->device.tokens, w.wte, w.wpe, B, (size_t)T, C);
+    embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, (size_t)T, C);
     for (int l = 0; l < m->config.L; l++) {
         if (weight == 0) m->kept_end = m->kept;          // evaluation keeps nothing
         block_forward(m, l, plan);
@@ -2360,9 +2469,55 @@ static void model_logits(Model *m, int row, int t, real *host) {
     const Gpu *g = &m->gpu;
     CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T, "no logits at row %d, position %d", row, t);
     const char *x = (const char *)m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C * size_of_number(g);
-    LAUNCH_AS(logits_kernel, g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, m->token_logits, x,
+    LAUNCH_AS(logits_kernel, g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, m->token_logits, x, C,
               weights_at(m, 0).wte, V, C);
     CUDA_CHECK(cudaMemcpyAsync(host, m->token_logits, V * sizeof(real), cudaMemcpyDeviceToHost, g->stream));
+    CUDA_CHECK(cudaStreamSynchronize(g->stream));
+}
+
+// ---- Generation ----
+
+static void check_decode(const Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan) {
+    const int B = plan->batch;
+    CHECK(plan->layers == m->config.L, "a plan of %d layers for a model of %d", plan->layers, m->config.L);
+    CHECK(B > 0 && B <= m->args.cache && n > 0 && (size_t)B * (size_t)n <= (size_t)m->args.B * (size_t)m->args.T,
+          "%d rows of %d tokens; opened for %d sequences and %d tokens", B, n, m->args.cache, m->args.B * m->args.T);
+    for (int row = 0; row < B; row++) {
+        CHECK(seq[row] >= 0 && seq[row] < m->args.cache, "sequence %d of %d", seq[row], m->args.cache);
+        CHECK(at[row] >= 0 && at[row] <= m->args.T - n, "%d tokens at position %d of %d", n, at[row], m->args.T);
+        for (int other = 0; other < row; other++) CHECK(seq[other] != seq[row], "sequence %d twice in a call", seq[row]);
+    }
+    for (size_t i = 0; i < (size_t)B * (size_t)n; i++)
+        CHECK(tokens[i] >= 0 && tokens[i] < m->config.V, "token %d is outside the vocabulary of %d", tokens[i], m->config.V);
+}
+
+static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan,
+                         real *logits) {
+    const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
+    const Rows all = {NULL, 1};
+    const Operands w = weights_at(m, 0);
+    Gpu *g = &m->gpu;
+    check_decode(m, n, tokens, seq, at, plan);
+    memcpy(m->host.seq, seq, B * sizeof(int));
+    memcpy(m->host.at, at, B * sizeof(int));
+    send_inputs(m, n, tokens, NULL, plan, 0);
+    m->last_B = plan->batch, m->last_T = n;
+    m->ended = NULL;
+    m->decoding = 1, m->begins = n > 1;
+    for (size_t row = 0; row < B; row++) m->begins &= at[row] == 0;
+    embedding_forward(g, m->x, m->device.tokens, m->device.at, w.wte, w.wpe, B, T, C);
+    for (int l = 0; l < m->config.L; l++) {
+        m->kept_end = m->kept;
+        block_forward(m, l, plan);
+    }
+    begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
+    m->decoding = 0;
+    if (logits) {
+        const char *last = (const char *)m->lnf + (T - 1) * C * size_of_number(g);
+        const dim3 grid(blocks_for(V * WARP).x, (unsigned)B);
+        LAUNCH_AS(logits_kernel, g, C % WIDE == 0, grid, BLOCK, 0, m->token_logits, last, T * C, w.wte, V, C);
+        CUDA_CHECK(cudaMemcpyAsync(logits, m->token_logits, B * V * sizeof(real), cudaMemcpyDeviceToHost, g->stream));
+    }
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
 }
 
@@ -2651,7 +2806,7 @@ const Engine *CUDA_ENGINE(void) {
     static char name[300] = "GPU";
     static const Engine engine = {
         name, DTYPE_BF16, 0,
-        model_open, model_forward, model_forward_backward, model_losses, model_logits, model_update,
+        model_open, model_forward, model_forward_backward, model_losses, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };
     cudaDeviceProp device;

@@ -277,7 +277,7 @@ void test_cuda_embedding(void) {
                 want[i] = (double)number(1, te) + (double)number(2, pe);
                 want_te[te] += number(3, i), want_pe[pe] += number(3, i);
             }
-            embedding_forward(&g, x, on_device, wte, wpe, B, T, C);
+            embedding_forward(&g, x, on_device, NULL, wte, wpe, B, T, C);
             expect_numbers(&g, x, want, BT * C, 1, 2, 1, "embedding");
             embedding_backward(&g, dwte, dwpe, add, on_device, by, dx, B, T, T_all, C);
             expect_numbers(&g, dwte, want_te, V * C, 1, (double)BT, sqrt((double)BT), "gradient of tokens");
@@ -520,7 +520,7 @@ void test_cuda_logits(void) {
             float *logits = (float *)device_new(V * sizeof(float));
             double *want = doubles(V);
             for (size_t i = 0; i < V * C; i++) want[i / C] += (double)number(2, i) * (double)number(1, i % C);
-            LAUNCH_AS(logits_kernel, &g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, logits, x, wte, V, C);
+            LAUNCH_AS(logits_kernel, &g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, logits, x, C, wte, V, C);
             expect_numbers(&g, logits, want, V, 1, (double)C, sqrt((double)C), "logits");
             free(want), device_free(x), device_free(wte), device_free(logits);
             test_gpu_close(&g);

@@ -353,25 +353,27 @@ static void test_generate_prompts(void) {
     const char *runs = tools_test_runs(), *dir = test_directory();
     char *file = xprintf("%s/prompt", dir), *many = xprintf("%s/prompts", dir);
     file_write_whole(file, "ab\ncd\n", 6);
-    file_write_whole(many, "ab\n\ncd\r\nThe end", 16);
-    char *named = TOOL_OUTPUT("generate %s/plain --prompt 'ab\ncd' --tokens 30", runs);
-    char *read = TOOL_OUTPUT("generate %s/plain --prompt-file %s --tokens 30", runs, file);
-    char *piped = TOOL_OUTPUT("generate %s/plain --prompt-file - --tokens 30 <%s", runs, file);
+    file_write_whole(many, "ab\n\ncd\r\nThe end", 15);
+    char *named = TOOL_OUTPUT("generate %s/plain --prompt 'ab\ncd' --top-k 8 --tokens 30", runs);
+    char *read = TOOL_OUTPUT("generate %s/plain --prompt-file %s --top-k 8 --tokens 30", runs, file);
+    char *piped = TOOL_OUTPUT("generate %s/plain --prompt-file - --top-k 8 --tokens 30 <%s", runs, file);
     EXPECT_TEXT(read, named);
     EXPECT_TEXT(piped, named);
-    char *ab = TOOL_OUTPUT("generate %s/plain --prompt ab --tokens 70 --samples 2", runs);   // more than the 64 positions
-    char *cd = TOOL_OUTPUT("generate %s/plain --prompt cd --tokens 70 --samples 2", runs);
-    char *end = TOOL_OUTPUT("generate %s/plain --prompt 'The end' --tokens 70 --samples 2", runs);
+    // More tokens than the model has positions.
+    char *ab = TOOL_OUTPUT("generate %s/plain --prompt ab --top-k 8 --tokens 70 --samples 2", runs);
+    char *cd = TOOL_OUTPUT("generate %s/plain --prompt cd --top-k 8 --tokens 70 --samples 2", runs);
+    char *end = TOOL_OUTPUT("generate %s/plain --prompt 'The end' --top-k 8 --tokens 70 --samples 2", runs);
     char *want = xprintf("%s---\n%s---\n%s", ab, cd, end);
     for (int batch = 1; batch <= 8; batch += 3) {
-        char *got = TOOL_OUTPUT("generate %s/plain --prompts %s --tokens 70 --samples 2 --batch %d", runs, many, batch);
+        char *got = TOOL_OUTPUT("generate %s/plain --prompts %s --top-k 8 --tokens 70 --samples 2 --batch %d", runs, many,
+                                batch);
         EXPECT_TEXT(got, want);
         free(got);
     }
-    char *line = TOOL_OUTPUT("generate %s/plain --interactive --tokens 30 <%s", runs, file);
-    char *first = TOOL_OUTPUT("generate %s/plain --prompt ab --tokens 30", runs);
+    char *line = TOOL_OUTPUT("generate %s/plain --interactive --top-k 8 --tokens 30 <%s", runs, file);
+    char *first = TOOL_OUTPUT("generate %s/plain --prompt ab --top-k 8 --tokens 30", runs);
     EXPECT(!strncmp(line, first, strlen(first)) && !strncmp(line + strlen(first), "cd", 2), "a prompt line: %s", line);
-    char *bf16 = TOOL_OUTPUT("generate %s/plain --prompt ab --tokens 30 --dtype bf16", runs);
+    char *bf16 = TOOL_OUTPUT("generate %s/plain --prompt ab --top-k 8 --tokens 30 --dtype bf16", runs);
     EXPECT(!strncmp(bf16, "ab", 2), "in bf16: %s", bf16);
     EXPECT_TOOL_REFUSES("two sources of prompts", "generate %s/plain --prompt a --prompts %s", runs, many);
     EXPECT_TOOL_REFUSES("cannot read nowhere", "generate %s/plain --prompts nowhere", runs);
