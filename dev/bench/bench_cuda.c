@@ -20,6 +20,7 @@
            "default: those of each table")                                                                           \
     OPTION(dtype, "dtype", CHOICE, "bf16", "fp32|bf16|auto|tf32", "operands of products; auto: the engine's own")    \
     OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward makes again")                  \
+    OPTION(graphs, "graphs", FLAG, "0", "0|1", "launch each branch as a CUDA graph")                                 \
     OPTION(batch, "batch", INTEGER, "0", "[0,65536]", "rows of a micro-batch; 0: the table's")                       \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the table's")                       \
     OPTION(rounds, "rounds", INTEGER, "0", "[0,1e6]", "slices of each row; 0: the table's")                          \
@@ -50,10 +51,10 @@ static void bench_write(const Bench *b, const char *path) {
     text_free(&out);
 }
 
-static void bench_open(Bench *b, int dtype, int recompute) {
+static void bench_open(Bench *b, int dtype, int recompute, int graphs) {
     memset(b, 0, sizeof *b);
     b->engine = engine_cuda();
-    b->recompute = recompute;
+    b->recompute = recompute, b->graphs = graphs;
     if (dtype == DTYPE_AUTO) dtype = b->engine->dtype;
     b->dtype = b->dtypes[0] = dtype, b->n_dtypes = 1, b->samplings = 1;
     b->sheet_peak = sheet_peak(b->engine->name, dtype);
@@ -75,7 +76,7 @@ int main(int argc, char **argv) {
     const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES), rounds = (int)o.rounds;
     if (o.only != ONLY_TURNS) fclose(file_open(o.json, "ab"));     // rather now than after minutes
     setvbuf(stdout, NULL, _IOLBF, 0);
-    bench_open(&b, (int)o.dtype, (int)o.recompute);
+    bench_open(&b, (int)o.dtype, (int)o.recompute, o.graphs);
     if (o.only == ONLY_TURNS) {
         bench_turns(&b, &only);
     } else {
