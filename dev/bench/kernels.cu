@@ -771,7 +771,7 @@ typedef struct { Gpu g; ProductRow product; Copy copy; } Peaks;
 // Both peaks as rows, and prepared as slices beside others.
 static void peaks_open(Peaks *p, Bench *b, size_t size) {
     memset(p, 0, sizeof *p);
-    gpu_open(&p->g, b->dtype);
+    gpu_open(&p->g, b->dtype, NULL);
     product_row_new(&p->product, &p->g, 0, 1, 0, size, size, size);
     timer_open(&p->copy.timer, p->g.stream);
     p->copy.g = &p->g, p->copy.bytes = 4 * size * size;
