@@ -216,8 +216,13 @@ $(B)/kernels_emu: dev/bench/kernels.cu
 	@mkdir -p $(@D)
 	$(CXX) $(EMU_FLAGS) -MMD -MF $@.d $< -o $@ $(LIBS) $(CXX_LIB)
 
-# Registers, spills and shared memory of every kernel, for each compute capability.
-cuda-report:
+$(B)/shared_memory: dev/test/shared_memory.cu
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -O0 -MMD -MF $@.d $< -o $@ $(LIBS) $(CXX_LIB)
+
+# Registers and spills of every kernel, for each compute capability; shared memory of those that take much of it.
+cuda-report: $(B)/shared_memory
+	@echo "bytes of shared memory of a block, all of it given at the launch:"; $(B)/shared_memory
 	@for a in $(GPU_ARCH); do \
 	    echo "compute capability $$a: registers, bytes spilled, bytes of stack"; \
 	    $(NVCC) -std=c++17 -O3 -arch=sm_$$a -Xptxas -v -DENGINE_ONLY -cubin -o /dev/null train_gpt.cu 2>&1 | c++filt | \

@@ -1181,6 +1181,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     if (args->dtype != DTYPE_FP32 && args->dtype != DTYPE_BF16)
         die("--dtype tf32 is for GPUs\n  hint: --dtype fp32 or bf16; or build with make CUDA=1");
     if (args->recompute != RECOMPUTE_GELU) die("--recompute is for GPUs; the CPU has room\n  hint: --recompute gelu");
+    if (args->graphs) die("--graphs is for GPUs\n  hint: --graphs 0");
     if (args->rounding)
         die("--rounding stochastic is for GPUs: the CPU keeps no rounded weights\n  hint: --rounding nearest");
     if (args->zero) die("--zero %d: the CPU engine keeps all on every rank\n  hint: --zero 0", args->zero);

@@ -515,7 +515,7 @@ static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, 
 //
 // Tied branches (x + s (a + mlp(LN(x + a)))): what is normalised sees the first branch unscaled, and so on the way back.
 
-typedef struct { const int *place; float scale; } Rows;  // of one branch, on the device
+typedef struct { const int *place; const float *scale; } Rows;        // of one branch, on the device
 
 static __device__ inline long row_place(const int *place, size_t row) { return place ? place[row] : (long)row; }
 
@@ -532,6 +532,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     if (token >= BT) return;
     const long ended = out ? row_place(end.place, row) : -1, begun = row_place(begin.place, row);
     if (ended < 0 && begun < 0) return;
+    const float scale = ended < 0 ? 0 : *end.scale;
     float *z = room + warp * C, sum = 0, squares = 0;    // each lane only meets its own numbers of z
     for (size_t c = lane * W; c < C; c += WARP * W) {
         Floats<W> v = load<float, W>(x, token * C + c), seen = v;
@@ -539,7 +540,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
             const Floats<W> o = load<N, W>(out, ((size_t)ended * T + t) * C + c);
             for (int k = 0; k < W; k++) {
                 seen.x[k] = v.x[k] + o.x[k];
-                v.x[k] += end.scale * o.x[k];
+                v.x[k] += scale * o.x[k];
             }
             store<float, W>(x, token * C + c, v);
         }
@@ -612,6 +613,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
         const long begun = row_place(begin.place, row), ended = dout ? row_place(end.place, row) : -1;
         if (begun < 0 && ended < 0) continue;
         const size_t from = ((size_t)begun * T + t) * C, to = ((size_t)ended * T + t) * C;
+        const float scale = ended < 0 ? 0 : *end.scale;
         float mean = 0, along = 0, r = 0;
         if (begun >= 0) {
             for (size_t c = lane * W; c < C; c += WARP * W) {
@@ -638,7 +640,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
             }
             for (int k = 0; k < W; k++) sum.x[k] = old.x[k] + z.x[k];
             if (begun >= 0) store<float, W>(dx, token * C + c, sum);
-            for (int k = 0; k < W; k++) sum.x[k] = tied ? end.scale * old.x[k] + z.x[k] : end.scale * sum.x[k];
+            for (int k = 0; k < W; k++) sum.x[k] = tied ? scale * old.x[k] + z.x[k] : scale * sum.x[k];
             if (ended >= 0) store<N, W>(dout, to + c, sum);
         }
     }
@@ -1247,14 +1249,27 @@ attention_forward_plain(N *y, float *lse, const N *qkv, int T, int C, int NH, fl
     plain_store<N, W, R>(head_of_y(y, p, T, C, HS), i0, out, share);
 }
 
+// Both of the backward kernels: of four tiles the block owns the first two; the others become lines `first` on of a and b, and
+// s and ds are the products of own and other lines.
+template <class N, int W, int R>
+static __device__ void plain_scores_twice(float s[R][R], float ds[R][R], float *tiles, HeadLines<const N> a,
+                                          HeadLines<const N> b, int first) {
+    float *const others = tiles + 2 * Plain<W>::TILE;
+    __syncthreads();                                     // all are done with the lines before
+    plain_load<N, W>(others, a, first);
+    plain_load<N, W>(others + Plain<W>::TILE, b, first);
+    __syncthreads();
+    plain_scores<W, R>(s, tiles, others, a.HS);
+    plain_scores<W, R>(ds, tiles + Plain<W>::TILE, others + Plain<W>::TILE, a.HS);
+}
+
 template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, int T, int C, int NH,
                                  float scale) {
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
-    SHARED(float, q);
-    float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE, *const v = k + Plain<W>::TILE;
-    float *const shares = v + Plain<W>::TILE;
+    SHARED(float, q);                                    // q, dy, k and v, then the shares
+    float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE, *const shares = k + 2 * Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place(blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
@@ -1267,13 +1282,8 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
     plain_load<N, W>(q, head_of_qkv(qkv, p, 0, T, C, HS), i0);
     plain_load<N, W>(g, head_of_y(dy, p, T, C, HS), i0);
     for (int j0 = 0; j0 <= i0; j0 += LINES) {
-        __syncthreads();
-        plain_load<N, W>(k, head_of_qkv(qkv, p, 1, T, C, HS), j0);
-        plain_load<N, W>(v, head_of_qkv(qkv, p, 2, T, C, HS), j0);
-        __syncthreads();
         float s[R][R], ds[R][R];
-        plain_scores<W, R>(s, q, k, HS);
-        plain_scores<W, R>(ds, g, v, HS);
+        plain_scores_twice<N, W, R>(s, ds, q, head_of_qkv(qkv, p, 1, T, C, HS), head_of_qkv(qkv, p, 2, T, C, HS), j0);
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < R; c++) {
                 const bool seen = j0 + column + 16 * c <= i0 + line + 16 * r;
@@ -1290,7 +1300,7 @@ static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, int T, int C, int NH,
                               float scale) {
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
-    SHARED(float, k);
+    SHARED(float, k);                                    // k, v, q and dy, then the shares
     float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE, *const g = q + Plain<W>::TILE;
     float *const shares = g + Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
@@ -1302,13 +1312,8 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
     plain_load<N, W>(k, head_of_qkv(qkv, p, 1, T, C, HS), j0);
     plain_load<N, W>(v, head_of_qkv(qkv, p, 2, T, C, HS), j0);
     for (int i0 = j0; i0 < T; i0 += LINES) {
-        __syncthreads();
-        plain_load<N, W>(q, head_of_qkv(qkv, p, 0, T, C, HS), i0);
-        plain_load<N, W>(g, head_of_y(dy, p, T, C, HS), i0);
-        __syncthreads();
         float s[R][R], ds[R][R];
-        plain_scores<W, R>(s, k, q, HS);
-        plain_scores<W, R>(ds, v, g, HS);
+        plain_scores_twice<N, W, R>(s, ds, k, head_of_qkv(qkv, p, 0, T, C, HS), head_of_y(dy, p, T, C, HS), i0);
         UNROLL for (int c = 0; c < R; c++) {
             const int i = i0 + column + 16 * c;
             const float lse_of = i < T ? lse[i] : 0, inner_of = i < T ? inner[i] : 0;
@@ -1749,6 +1754,20 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
     if (i < n) to[i] = to_float(from[i]);
 }
 
+// ---- Graphs: what a branch launches, recorded and then launched at once (--graphs 1) ----
+// What a branch launches is a function of this key: the sizes and addresses that its kernels are given. All else that changes
+// from step to step, rows, scales and numbers, they read from memory that stays where it is. A key that comes for the second
+// time is recorded, when all products have their algorithms; of each branch and direction those of late are kept.
+
+typedef struct {
+    const void *kept;                                    // where the branch keeps what backward needs
+    int B, T, n, add, tied, before, before_n;            // rows it runs; of the branch that has run before it, or -1
+} GraphKey;
+typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;   // used: the number of its last call; 0: free
+#ifndef GRAPHS
+#define GRAPHS 32                                        // of a branch and direction
+#endif
+
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
@@ -1763,9 +1782,9 @@ typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; }
                                                          // (n,T,C) (n,T) (n,T,C) (n,T,3C) (n,NH,T) (n,T,C)
 typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;    // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
 
-// Numbers that go to the device with each call, in one copy, and where they are there. `place` is by branch.
-typedef struct { int *place, *seq, *at, *tokens, *targets, *order, *first; } Inputs;   // (2L,rows) (rows) (rows) (BT) (BT) (BT)
-                                                         // (BT + 1)
+// Numbers that go to the device with each call, in one copy, and where they are there. `place` and `scale` are by branch.
+typedef struct { int *place; float *scale; int *seq, *at, *tokens, *targets, *order, *first; } Inputs;
+                                                         // (2L,rows) (2L) (rows) (rows) (BT) (BT) (BT) (BT + 1)
 
 struct Model {
     GptConfig config;
@@ -1814,6 +1833,8 @@ struct Model {
     const void *ended;                                   // what the last branch leaves to be added to x, or NULL, and
     Rows end;                                            // to which rows
     int last_B, last_T;                                  // of the last forward
+    Graph *graph, *recorded;                             // (2L,2,GRAPHS) or NULL; the one being recorded
+    uint64_t graph_calls;
 };
 
 static void memory_error(const char *what, size_t bytes) {
@@ -2033,15 +2054,16 @@ static void rooms_new(Model *m) {
 
 // The inputs in one array, on the host or on the device; returns how many numbers that is.
 static size_t inputs_layout(const Model *m, Inputs *in, int *at) {
-    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, places = (size_t)BRANCHES * m->config.L * m->rows;
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, branches = (size_t)BRANCHES * m->config.L;
     in->place = at;
-    in->seq = in->place + places;
+    in->scale = (float *)(void *)(in->place + branches * m->rows);
+    in->seq = in->place + branches * m->rows + branches;
     in->at = in->seq + m->rows;
     in->tokens = in->at + m->rows;
     in->targets = in->tokens + BT;
     in->order = in->targets + BT;
     in->first = in->order + BT;
-    return places + 2 * m->rows + 4 * BT + 1;
+    return branches * m->rows + branches + 2 * m->rows + 4 * BT + 1;
 }
 
 static void inputs_new(Model *m) {
@@ -2130,6 +2152,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->spent = (unsigned char *)xcalloc(branches, sizeof *m->spent);
     m->attention = (AttentionKept *)xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = (MlpKept *)xcalloc((size_t)config->L, sizeof *m->mlp);
+    if (args->graphs) m->graph = (Graph *)xcalloc(2 * branches * GRAPHS, sizeof *m->graph);
     rooms_new(m);
     inputs_new(m);
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
@@ -2139,10 +2162,12 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
 static void model_close(Model *m) {
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
     ranks_close(&m->ranks);
+    for (int i = 0; m->graph && i < 2 * BRANCHES * m->config.L * GRAPHS; i++)
+        if (m->graph[i].exec) CUDA_CHECK(cudaGraphExecDestroy(m->graph[i].exec));
     void *const device[] = {m->activations, m->slot[SLOT_PARAM], m->slot[SLOT_GRAD], m->slot[SLOT_M], m->copy, m->wire,
                             m->chunk, m->norms, m->update, m->device.place};
     void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm};
-    void *const host[] = {m->group, m->spent, m->attention, m->mlp, m};
+    void *const host[] = {m->graph, m->group, m->spent, m->attention, m->mlp, m};
     gpu_close(&m->gpu);
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) CUDA_CHECK(cudaFree(device[i]));
     for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++) CUDA_CHECK(cudaFreeHost(pinned[i]));
@@ -2172,12 +2197,56 @@ static void *keep(Model *m, size_t bytes) {
     return p;
 }
 
+// The last branch before i that runs, or -1.
+static int branch_before(const DropPlan *plan, int i) {
+    do i--;
+    while (i >= 0 && !plan->branch[i].n);
+    return i;
+}
+
+// 0: branch i has been launched as a graph. 1: it must be, one kernel after the other, and then graph_end called.
+static int graph_begin(Model *m, const DropPlan *plan, int i, int backward, int add, const void *kept) {
+    const int before = branch_before(plan, i);
+    GraphKey key;
+    if (!m->graph || m->decoding) return 1;
+    memset(&key, 0, sizeof key);                         // the gaps as well
+    key.kept = kept, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
+    key.before = before, key.before_n = before < 0 ? 0 : plan->branch[before].n;
+    Graph *all = m->graph + (size_t)(2 * i + backward) * GRAPHS, *g = all;         // the same key, or the oldest
+    for (int k = 0; k < GRAPHS && memcmp(&g->key, &key, sizeof key); k++)
+        if (!memcmp(&all[k].key, &key, sizeof key) || all[k].used < g->used) g = &all[k];
+    const int met = !memcmp(&g->key, &key, sizeof key);
+    g->used = ++m->graph_calls;
+    if (met && g->exec) {
+        CUDA_CHECK(cudaGraphLaunch(g->exec, m->gpu.stream));
+        return 0;
+    }
+    if (met) {
+        CUDA_CHECK(cudaStreamBeginCapture(m->gpu.stream, cudaStreamCaptureModeThreadLocal));
+        m->recorded = g;
+        return 1;
+    }
+    if (g->exec) CUDA_CHECK(cudaGraphExecDestroy(g->exec));
+    g->key = key, g->exec = NULL;
+    return 1;
+}
+
+static void graph_end(Model *m) {
+    cudaGraph_t graph = NULL;
+    if (!m->recorded) return;
+    CUDA_CHECK(cudaStreamEndCapture(m->gpu.stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiateWithFlags(&m->recorded->exec, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    CUDA_CHECK(cudaGraphLaunch(m->recorded->exec, m->gpu.stream));
+    m->recorded = NULL;
+}
+
 // ---- The two branches, on the rows that keep them ----
 
 // The rows of branch i; one that all rows run needs no index.
 static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
     const BranchPlan *b = &plan->branch[i];
-    const Rows r = {b->n == m->last_B ? NULL : m->device.place + (size_t)i * m->rows, (float)b->scale};
+    const Rows r = {b->n == m->last_B ? NULL : m->device.place + (size_t)i * m->rows, m->device.scale + i};
     return r;
 }
 
@@ -2248,10 +2317,13 @@ static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
     const Operands w = weights_at(m, l);
     const AttentionKept *k = &(m->attention[l] = attention_keep(m, nT));
-    begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
-    attention_inside(m, &w, k, nT);
-    attention_goes_on(m, l, k, rows_of(m, plan, i));
-    matmul_forward(&m->gpu, fresh(m->out, C, w.attprojb), k->y, w.attprojw, nT, C, C);
+    if (graph_begin(m, plan, i, 0, 0, k->xhat)) {
+        begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
+        attention_inside(m, &w, k, nT);
+        attention_goes_on(m, l, k, rows_of(m, plan, i));
+        matmul_forward(&m->gpu, fresh(m->out, C, w.attprojb), k->y, w.attprojw, nT, C, C);
+        graph_end(m);
+    }
     end_branch(m, m->out, rows_of(m, plan, i));
 }
 
@@ -2261,9 +2333,12 @@ static void mlp_branch_forward(Model *m, int l, const DropPlan *plan) {
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
     const Operands w = weights_at(m, l);
     const MlpKept *k = &(m->mlp[l] = mlp_keep(m, nT));
-    begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), plan->tied, w.ln2w, w.ln2b);
-    mlp_inside(m, &w, k, nT);
-    matmul_forward(&m->gpu, fresh(m->out, C, w.fcprojb), k->gelu, w.fcprojw, nT, 4 * C, C);
+    if (graph_begin(m, plan, i, 0, 0, k->xhat)) {
+        begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), plan->tied, w.ln2w, w.ln2b);
+        mlp_inside(m, &w, k, nT);
+        matmul_forward(&m->gpu, fresh(m->out, C, w.fcprojb), k->gelu, w.fcprojw, nT, 4 * C, C);
+        graph_end(m);
+    }
     end_branch(m, m->out, rows_of(m, plan, i));
 }
 
@@ -2272,9 +2347,8 @@ static void mlp_branch_forward(Model *m, int l, const DropPlan *plan) {
 static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db, int add, const void *xhat,
                                   const float *rstd, const void *w) {
     const int last = i == BRANCHES * plan->layers, tied = plan->tied && !last && i % BRANCHES == MLP;
-    const Rows all = {NULL, 1}, rows = last ? all : rows_of(m, plan, i);
-    int before = i - 1;
-    while (before >= 0 && !plan->branch[before].n) before--;
+    const Rows all = {NULL, NULL}, rows = last ? all : rows_of(m, plan, i);
+    const int before = branch_before(plan, i);
     residual_layernorm_backward(&m->gpu, m->dx, before < 0 ? NULL : m->dout, dw, db, add, m->dy, xhat, rstd, rows,
                                 before < 0 ? all : rows_of(m, plan, before), last, tied, w, (size_t)m->last_B,
                                 (size_t)m->last_T, (size_t)m->config.C);
@@ -2290,12 +2364,14 @@ static void attention_branch_backward(Model *m, int l, const DropPlan *plan) {
     const AttentionKept *k = &m->attention[l];
     Gpu *g = &m->gpu;
     void *dqkv = m->dwide, *dln = m->dy;
+    if (!graph_begin(m, plan, i, 1, add, k->xhat)) return;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     if (k->qkv == m->redo) attention_inside(m, &w, k, nT);
     matmul_backward(g, fresh(m->dy, C, NULL), dw.attprojw, dw.attprojb, add, m->dout, k->y, w.attprojw, nT, C, C);
     attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH, g->half, g->stream);
     matmul_backward(g, fresh(dln, C, NULL), dw.qkvw, dw.qkvb, add, dqkv, k->ln, w.qkvw, nT, C, 3 * C);
     begin_branch_backward(m, plan, i, dw.ln1w, dw.ln1b, add, k->xhat, k->rstd, w.ln1w);
+    graph_end(m);
 }
 
 static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
@@ -2307,6 +2383,7 @@ static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
     Gpu *g = &m->gpu;
     Result dh = fresh(m->dwide, 4 * C, NULL);
     void *dln = m->dy;
+    if (!graph_begin(m, plan, i, 1, add, k->xhat)) return;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
     if (k->h == m->redo) mlp_inside(m, &w, k, nT);
     dh.h = k->h;
@@ -2314,6 +2391,7 @@ static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
     matmul_backward(g, dh, dw.fcprojw, dw.fcprojb, add, m->dout, k->gelu, w.fcprojw, nT, 4 * C, C);
     matmul_backward(g, fresh(dln, C, NULL), dw.fcw, dw.fcb, add, dh.at, k->ln, w.fcw, nT, C, 4 * C);
     begin_branch_backward(m, plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
+    graph_end(m);
 }
 
 // ---- A block with drop path ----
@@ -2367,6 +2445,7 @@ static int send_inputs(Model *m, int T, const int *tokens, const int *targets, c
         int *place = m->host.place + (size_t)i * B;
         for (size_t row = 0; row < B; row++) place[row] = -1;
         for (int j = 0; j < plan->branch[i].n; j++) place[plan->branch[i].rows[j]] = j;
+        m->host.scale[i] = (float)plan->branch[i].scale;
     }
     memcpy(m->host.tokens, tokens, BT * sizeof(int));
     if (targets) memcpy(m->host.targets, targets, BT * sizeof(int));
@@ -2403,7 +2482,7 @@ static double model_finish(Model *m, int T, const int *targets, const DropPlan *
 
 static Grouped run_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight) {
     const size_t B = (size_t)plan->batch, C = (size_t)m->config.C;
-    const Rows all = {NULL, 1};
+    const Rows all = {NULL, NULL};
     check_call(m, T, tokens, targets, plan);
     const Operands w = weights_at(m, 0);
     const Grouped by = {send_inputs(m, T, tokens, targets, plan, weight != 0), m->device.order, m->device.first};
@@ -2494,7 +2573,7 @@ static void check_decode(const Model *m, int n, const int *tokens, const int *se
 static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan,
                          real *logits) {
     const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
-    const Rows all = {NULL, 1};
+    const Rows all = {NULL, NULL};
     const Operands w = weights_at(m, 0);
     Gpu *g = &m->gpu;
     check_decode(m, n, tokens, seq, at, plan);

@@ -41,6 +41,8 @@ typedef struct {
     int zero;                                            // 1: each rank keeps the moments of its share of the weights, and of
                                                          // fp32 weights that only the optimizer reads its share
     int reduce_fp32;                                     // gradients are summed over the ranks in fp32, whatever the dtype
+    int graphs;                                          // 1: what a branch launches on the device, as one CUDA graph; the same
+                                                         // bits. GPU only
     int rounding;                                        // ROUNDING_*, and the seed of its random bits
     uint64_t seed;
     int cache;                                           // sequences of T tokens whose keys and values decode keeps; 0: none

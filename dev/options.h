@@ -131,6 +131,9 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(recompute, "recompute", CHOICE, "gelu", "gelu|none|branch",                                               \
            "GPU: what the backward pass makes again instead of keeping it: the outputs of LayerNorm and GELU, nothing, or" \
            " all of a branch but its input")                                                                         \
+    OPTION(graphs, "graphs", FLAG, "0", "0|1",                                                                       \
+           "GPU: launch each branch as a CUDA graph, for small models whose launches take longer than they compute; the " \
+           "same bits. Not yet measured on a GPU")                                                                  \
     OPTION(max_bad_steps, "max-bad-steps", INTEGER, "10", "[1,1e9]",                                                 \
            "stop after this many steps in a row whose loss or gradient is not finite; such steps change nothing")    \
     OPTION(skip_loss_zscore, "skip-loss-zscore", NUMBER, "0", "[0,inf)",                                             \

@@ -275,7 +275,7 @@ static inline char *trainer_start_together(Trainer *tr, int *resume) {
 static inline void trainer_compare_options(const char *now, const char *then) {
     static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens", "save-every", "keep",
                                                  "log-every", "sample-every", "sample-tokens", "prompt", "val", "init-from",
-                                                 "zero", "on-save-error", "max-bad-steps", "selfcheck"};
+                                                 "zero", "graphs", "on-save-error", "max-bad-steps", "selfcheck"};
     Text changed = {NULL, 0, 0};
     for (const char *line = now, *end; *line; line = end + 1) {
         end = strchr(line, '\n');
@@ -397,7 +397,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o);
     args.bound = trainer_memory_bound(tr), args.recompute = o->recompute;
     args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
-    args.rounding = o->rounding, args.seed = (uint64_t)o->seed;
+    args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));

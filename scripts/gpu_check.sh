@@ -112,11 +112,11 @@ fi
 must tests 100 "$tests" ${test_names:-$("$tests" --list | grep -E '^(cuda|engine|parity)_')}
 
 # Whole programs, on the bytes of this folder's sources: the loss must fall. fp32, then bf16 with drop path of rows.
-train() {                                                # dtype, more options
-    dtype=$1
-    shift
+train() {                                                # name, dtype, more options
+    name=$1 dtype=$2
+    shift 2
     # shellcheck disable=SC2016  # they are the inner shell's
-    must "train_$dtype" 40 sh -c '
+    must "train_$name" 40 sh -c '
         set -e
         out=$1 trainer=$2 steps=$3
         shift 3
@@ -127,8 +127,13 @@ train() {                                                # dtype, more options
         ' train "$OUT" "$BUILD/train_gpt_cuda" $steps --dtype "$dtype" "$@"
 }
 if [ "$ENGINE" = cuda ]; then
-    train fp32
-    train bf16 --drop-path 0.2 --drop-unit row --drop-ramp-up 10
+    train fp32 fp32
+    train bf16 bf16 --drop-path 0.2 --drop-unit row --drop-ramp-up 10
+    # Rounded at random; then the same with graphs, which must leave the same bits.
+    train stochastic bf16 --rounding stochastic --drop-path 0.2 --drop-ramp-up 10
+    rm -rf "$OUT/without_graphs" && mv "$OUT/run" "$OUT/without_graphs"
+    train graphs bf16 --rounding stochastic --drop-path 0.2 --drop-ramp-up 10 --graphs 1
+    must graphs_same_bits 10 cmp "$OUT/run/latest/model.safetensors" "$OUT/without_graphs/latest/model.safetensors"
 fi
 
 # ---- How fast is a step, beside PyTorch and with drop path? ----
@@ -157,6 +162,14 @@ torch gpt2 150 --batch 32 --rounds 5
 if [ "$ENGINE" = cuda ]; then model="--preset gpt2"; else model=$shape; fi
 # shellcheck disable=SC2086
 stage drop 80 "$bench" --only drop $model $rounds --json "$OUT/drop.json" && show drop
+
+# A small model, whose launches take long beside what they compute: one by one, and each branch as a graph.
+if [ "$ENGINE" = cuda ]; then model="--preset tiny --batch 8"; else model=$shape; fi
+for graphs in 0 1; do
+    # shellcheck disable=SC2086
+    stage "graphs_$graphs" 30 "$bench" --only step $model $rounds --graphs $graphs --json "$OUT/graphs_$graphs.json" &&
+        show "graphs_$graphs"
+done
 
 # ---- Attention beside PyTorch's; the sanitizers; larger models; all kernels ----
 

@@ -17,6 +17,7 @@
     OPTION(only, "only", CHOICE, "all", "all|step|drop|turns",                                                       \
            "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
     OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward makes again")                  \
+    OPTION(graphs, "graphs", FLAG, "0", "0|1", "launch each branch as a CUDA graph")                                 \
     CUDA_BENCH_OPTIONS(OPTION, "build/bench_cuda.json")
 
 OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
@@ -37,10 +38,10 @@ static void bench_write(const Bench *b, const char *path) {
     text_free(&out);
 }
 
-static void bench_open(Bench *b, int dtype, int recompute) {
+static void bench_open(Bench *b, int dtype, int recompute, int graphs) {
     memset(b, 0, sizeof *b);
     b->engine = engine_cuda();
-    b->recompute = recompute;
+    b->recompute = recompute, b->graphs = graphs;
     if (dtype == DTYPE_AUTO) dtype = b->engine->dtype;
     b->dtype = b->dtypes[0] = dtype, b->n_dtypes = 1, b->samplings = 1;
     b->sheet_peak = sheet_peak(b->engine->name, dtype);
@@ -62,7 +63,7 @@ int main(int argc, char **argv) {
     const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES), rounds = (int)o.rounds;
     if (o.only != ONLY_TURNS) fclose(file_open(o.json, "ab"));     // rather now than after minutes
     setvbuf(stdout, NULL, _IOLBF, 0);
-    bench_open(&b, (int)o.dtype, (int)o.recompute);
+    bench_open(&b, (int)o.dtype, (int)o.recompute, o.graphs);
     if (o.only == ONLY_TURNS) {
         bench_turns(&b, &only);
     } else {

@@ -29,7 +29,7 @@ typedef struct {
     int dtypes[2], n_dtypes;                             // of the table of steps
     int samplings;                                       // of the drop-path table: 1, systematic; 2, and bernoulli
     Text rows, drop, memory;                             // JSON arrays
-    int dtype, recompute;                                // of the tables that are for one; RECOMPUTE_* of all
+    int dtype, recompute, graphs;                        // of the tables that are for one; EngineArgs of all
 } Bench;
 
 // The preset of that name on few tokens, or as the first of its defaults (n) has it.

@@ -3,8 +3,8 @@
 //     build/gpu_summary build/gpu_check build/gpu_check.json      folder of the stages' files, where the JSON goes
 //
 // In the folder: stages.jsonl, a line for each stage {"stage", "status", "seconds", "note"}; kernels.json, drop.json and
-// step_PRESET.json of the benchmarks; torch_PRESET.json (lines) and sdpa.json where there was PyTorch. What is missing is
-// left out of the JSON and a dash in the table.
+// step_PRESET.json of the benchmarks; graphs_0.json and graphs_1.json, a step without and with CUDA graphs; torch_PRESET.json
+// (lines) and sdpa.json where there was PyTorch. What is missing is left out of the JSON and a dash in the table.
 #include "../json.h"
 #include "cuda_cases.h"
 
@@ -71,6 +71,10 @@ static double step_mfu(const Part *p, int *sheet) {
     return *sheet ? of_sheet : number_of(p, node, "of_measured_peak");
 }
 
+static double step_speed(const Part *p) {
+    return number_of(p, find(p, first_of(p, "rows"), "name", "MFU"), "tokens_per_s");
+}
+
 // The least of_ideal of the rates above 0 in that unit.
 static double drop_least(const Part *p, const char *unit) {
     double least = NAN;
@@ -122,7 +126,7 @@ static void stages_print(const Part *p) {
 
 // What there is an aim for; the aims are those for an H100 (README.md).
 static void table_print(const Part step[], const Part torch[], const Part *kernels, const Part *drop, const Part *sdpa,
-                        Text *json) {
+                        const Part graphs[2], Text *json) {
     const double mfu_aim[N_CUDA_DEFAULTS] = {0.5, 0, 0, 0.55};
     printf("\n%-58s %9s %7s\n", "", "measured", "aim");
     for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
@@ -137,6 +141,7 @@ static void table_print(const Part step[], const Part torch[], const Part *kerne
     }
     row(json, "drop path of whole batches, least of ideal speed-up", drop_least(drop, "batch"), 0.95, 0);
     row(json, "drop path of rows, least of ideal speed-up", drop_least(drop, "row"), 0.95, 0);
+    row(json, "a small model's step with CUDA graphs, times as fast", step_speed(&graphs[1]) / step_speed(&graphs[0]), 0, 1);
     row(json, "attention forward, least of the best SDPA", sdpa_least(sdpa, "forward"), 0.7, 0);
     row(json, "attention backward, least of the best SDPA", sdpa_least(sdpa, "backward"), 0.7, 0);
     for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
@@ -154,12 +159,14 @@ static void table_print(const Part step[], const Part torch[], const Part *kerne
 
 int main(int argc, char **argv) {
     if (argc != 3) die("usage: gpu_summary FOLDER FILE.json");
-    Part stages, kernels, drop, sdpa, step[N_CUDA_DEFAULTS], torch[N_CUDA_DEFAULTS];
+    Part stages, kernels, drop, sdpa, graphs[2], step[N_CUDA_DEFAULTS], torch[N_CUDA_DEFAULTS];
     Text out = {0}, table = {0};
     part_open(&stages, argv[1], "stages.jsonl", 1);
     part_open(&kernels, argv[1], "kernels.json", 0);
     part_open(&drop, argv[1], "drop.json", 0);
     part_open(&sdpa, argv[1], "sdpa.json", 0);
+    part_open(&graphs[0], argv[1], "graphs_0.json", 0);
+    part_open(&graphs[1], argv[1], "graphs_1.json", 0);
     for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
         char *name = xprintf("step_%s.json", cuda_cases[i].preset), *other = xprintf("torch_%s.json", cuda_cases[i].preset);
         part_open(&step[i], argv[1], name, 0);
@@ -169,12 +176,14 @@ int main(int argc, char **argv) {
     }
     text_printf(&table, "[");
     stages_print(&stages);
-    table_print(step, torch, &kernels, &drop, &sdpa, &table);
+    table_print(step, torch, &kernels, &drop, &sdpa, graphs, &table);
     text_printf(&out, "{\"table\": %s\n]", table.s);
     part_write(&stages, "stages", &out);
     part_write(&kernels, "kernels", &out);
     part_write(&drop, "drop", &out);
     part_write(&sdpa, "sdpa", &out);
+    part_write(&graphs[0], "graphs_0", &out);
+    part_write(&graphs[1], "graphs_1", &out);
     for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
         char *name = xprintf("step_%s", cuda_cases[i].preset), *other = xprintf("torch_%s", cuda_cases[i].preset);
         part_write(&step[i], name, &out);
@@ -184,8 +193,8 @@ int main(int argc, char **argv) {
     }
     text_printf(&out, "}\n");
     file_write_whole(argv[2], out.s, out.n);
-    Part *const single[] = {&stages, &kernels, &drop, &sdpa};
-    for (int i = 0; i < 4; i++) part_close(single[i]);
+    Part *const single[] = {&stages, &kernels, &drop, &sdpa, &graphs[0], &graphs[1]};
+    for (int i = 0; i < 6; i++) part_close(single[i]);
     for (int i = 0; i < N_CUDA_DEFAULTS; i++) part_close(&step[i]), part_close(&torch[i]);
     text_free(&out);
     text_free(&table);

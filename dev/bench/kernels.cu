@@ -388,13 +388,18 @@ typedef struct {
     const Lab *l;
     float *x, *dx, *rstd, *dw, *db;                      // (BT,C) (BT,C) (BT) (C) (4C)
     void *w, *b;                                         // (C) each
+    float *scale;                                        // all_scale
     void *out, *ln, *xhat, *dy, *dout;                   // (BT,C) each
     void *wide, *wide_y;                                 // (BT,4C)
 } Layers;
 
+static const float all_scale = 0.5f;
+
 static void layers_open(Layers *s, const Lab *l) {
     const Gpu *g = l->g;
     const size_t BTC = l->BT * l->C;
+    CUDA_CHECK(cudaMalloc(&s->scale, sizeof *s->scale));
+    CUDA_CHECK(cudaMemcpy(s->scale, &all_scale, sizeof all_scale, cudaMemcpyHostToDevice));
     timer_open(&s->timer, g->stream);
     s->l = l;
     s->x = (float *)device_filled(g, 1, BTC, 2, 30), s->dx = (float *)device_filled(g, 1, BTC, 1, 31);
@@ -409,25 +414,28 @@ static void layers_open(Layers *s, const Lab *l) {
 
 static void layers_close(Layers *s) {
     void *const array[] = {s->x,  s->dx,   s->rstd, s->w,    s->b,    s->dw,     s->db, s->out,
-                           s->ln, s->xhat, s->dy,   s->dout, s->wide, s->wide_y};
+                           s->ln, s->xhat, s->dy,   s->dout, s->wide, s->wide_y, s->scale};
     for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) CUDA_CHECK(cudaFree(array[i]));
     timer_close(&s->timer);
 }
 
-static const Rows all_rows = {NULL, 0.5f};               // as a branch that every row keeps, with its scale
+static Rows all_rows(const Layers *s) {                  // as a branch that every row keeps, with its scale
+    const Rows r = {NULL, s->scale};
+    return r;
+}
 
 static void layernorm_forward_run(void *arg) {
     const Layers *s = (const Layers *)arg;
     const Lab *l = s->l;
-    residual_layernorm_forward(l->g, s->x, s->ln, s->xhat, s->rstd, s->out, all_rows, all_rows, 0, s->w, s->b, l->B, l->T,
-                               l->C);
+    residual_layernorm_forward(l->g, s->x, s->ln, s->xhat, s->rstd, s->out, all_rows(s), all_rows(s), 0, s->w, s->b,
+                               l->B, l->T, l->C);
 }
 
 static void layernorm_backward_run(void *arg) {
     const Layers *s = (const Layers *)arg;
     const Lab *l = s->l;
-    residual_layernorm_backward(l->g, s->dx, s->dout, s->dw, s->db, 0, s->dy, s->xhat, s->rstd, all_rows, all_rows, 0, 0, s->w,
-                                l->B, l->T, l->C);
+    residual_layernorm_backward(l->g, s->dx, s->dout, s->dw, s->db, 0, s->dy, s->xhat, s->rstd, all_rows(s), all_rows(s), 0,
+                                0, s->w, l->B, l->T, l->C);
 }
 
 static void gelu_run(void *arg) {
@@ -453,7 +461,7 @@ static double layernorm_forward_check(void *arg) {
     for (int k = 0; k < SAMPLES; k++) {
         device_read(g, row + (size_t)k * C, s->x, 1, pick(s->l->BT, k, 0) * C, C);
         device_read(g, out, s->out, 0, pick(s->l->BT, k, 0) * C, C);
-        for (size_t c = 0; c < C; c++) row[(size_t)k * C + c] += all_rows.scale * out[c];
+        for (size_t c = 0; c < C; c++) row[(size_t)k * C + c] += all_scale * out[c];
     }
     layernorm_forward_run(arg);
     for (int k = 0; k < SAMPLES; k++) {
@@ -521,7 +529,7 @@ static double layernorm_backward_check(void *arg) {
             for (size_t c = 0; c < C; c++) {
                 const double want = (double)before[(size_t)k * C + c] +
                                     (double)rstd[t] * ((double)dyt[c] * (double)w[c] - mean - (double)ht[c] * along);
-                deviation_add(what ? &dout : &dx, (double)row[c], what ? (double)all_rows.scale * want : want);
+                deviation_add(what ? &dout : &dx, (double)row[c], what ? (double)all_scale * want : want);
             }
         }
     }

@@ -21,7 +21,7 @@ typedef struct {
 // A model with initial weights, for steps of at most B rows of T tokens.
 static Model *step_model(const Bench *b, const GptConfig *c, int B, int T, int dtype) {
     const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .bound = {B * c->L, B * c->L, BRANCHES * B * c->L},
-                             .recompute = b->recompute};
+                             .recompute = b->recompute, .graphs = b->graphs};
     Model *m = b->engine->open(c, &args);
     engine_init_weights(b->engine, m, c, 1);
     return m;

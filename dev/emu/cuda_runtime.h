@@ -29,7 +29,8 @@
     X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                       \
     X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                              \
     X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                     \
-    X(cudaErrorNotReady, 600, "device not ready")
+    X(cudaErrorNotReady, 600, "device not ready")                                         \
+    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")
 
 #define X(name, number, text) name = number,
 typedef enum { EMU_ERRORS(X) } cudaError_t;
@@ -77,12 +78,6 @@ struct __align__(8)  int2   { int x, y; };
 struct __align__(16) int4   { int x, y, z, w; };
 struct __align__(8)  uint2  { unsigned x, y; };
 struct __align__(16) uint4  { unsigned x, y, z, w; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 template <class T, class F> inline T emu_bits(F from) {
     static_assert(sizeof(T) == sizeof(F), "the same number of bits");
@@ -90,31 +85,13 @@ template <class T, class F> inline T emu_bits(F from) {
     memcpy(&to, &from, sizeof to);
     return to;
 }
-inline int      __float_as_int(float x)       { return emu_bits<int>(x); }
-inline unsigned __float_as_uint(float x)      { return emu_bits<unsigned>(x); }
-inline float    __int_as_float(int x)         { return emu_bits<float>(x); }
 inline float    __uint_as_float(unsigned x)   { return emu_bits<float>(x); }
-inline int      __popc(unsigned x)            { return __builtin_popcount(x); }
-inline int      __clz(int x)                  { return x ? __builtin_clz((unsigned)x) : 32; }
-inline int      __ffs(int x)                  { return __builtin_ffs(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
-inline float    __expf(float x)               { return expf(x); }
-inline float    __logf(float x)               { return logf(x); }
-inline float    __fdividef(float a, float b)  { return a / b; }
-inline float    __frcp_rn(float x)            { return 1 / x; }
-inline float    __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-inline float    rsqrtf(float x)               { return 1 / sqrtf(x); }
 inline int      min(int a, int b)             { return a < b ? a : b; }
 inline int      max(int a, int b)             { return a > b ? a : b; }
 inline unsigned min(unsigned a, unsigned b)   { return a < b ? a : b; }
 inline unsigned max(unsigned a, unsigned b)   { return a > b ? a : b; }
 inline size_t   min(size_t a, size_t b)       { return a < b ? a : b; }
 inline size_t   max(size_t a, size_t b)       { return a > b ? a : b; }
-template <class T> inline T __ldg(const T *p)  { return *p; }
-template <class T> inline T __ldcs(const T *p) { return *p; }
-template <class T> inline T __ldcg(const T *p) { return *p; }
-template <class T> inline void __stcs(T *p, T v) { *p = v; }
-template <class T> inline void __stcg(T *p, T v) { *p = v; }
 
 // ---- The device ----
 
@@ -209,9 +186,13 @@ inline void emu_memory_check_all(void) {
     for (auto &m : emu_memory) emu_memory_check(m.first, &m.second);
 }
 
+inline cudaError_t cudaDeviceSynchronize(void);
+inline bool emu_captured(void);                          // whether a stream is
+
 inline cudaError_t emu_allocate(void **p, size_t bytes, bool device) {
     *p = NULL;
     if (device && emu_device_check(emu_device) != cudaSuccess) return emu_last_error;
+    if (emu_captured()) return emu_error(cudaErrorStreamCaptureUnsupported, "takes memory while a stream is captured");
     if (!bytes) return cudaSuccess;
     const size_t guard = device ? EMU_MEMORY_GUARD : 0, limit = emu_number("EMU_MEMORY", (uint64_t)16 << 30);
     void *base = NULL;
@@ -227,8 +208,6 @@ inline cudaError_t emu_allocate(void **p, size_t bytes, bool device) {
     *p = at;
     return cudaSuccess;
 }
-
-inline cudaError_t cudaDeviceSynchronize(void);
 
 inline cudaError_t emu_release(void *p, bool device) {
     if (!p) return cudaSuccess;
@@ -261,7 +240,9 @@ inline cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
 // Work is done when it is given, or with EMU_LAZY=1 queued until the host or another stream waits for it. In both a stream
 // does its own work in order, and stream 0 waits for all streams that are not cudaStreamNonBlocking.
 
-struct EmuStream { std::deque<std::function<void()>> work; unsigned flags; };
+typedef std::vector<std::function<void()>> EmuGraph;     // what a stream got while it was captured
+typedef EmuGraph *cudaGraph_t, *cudaGraphExec_t;
+struct EmuStream { std::deque<std::function<void()>> work; unsigned flags; EmuGraph *capture; };
 typedef EmuStream *cudaStream_t;
 struct EmuRecord { bool done; double seconds; EmuStream *stream; };   // one recording of an event
 struct EmuEvent { std::shared_ptr<EmuRecord> last; };
@@ -299,6 +280,10 @@ inline void emu_drain_all(bool all) {
 
 inline cudaError_t emu_enqueue(EmuStream *s, std::function<void()> work) {
     if (!emu_is_stream(s)) return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
+    if (s && s->capture) {
+        s->capture->push_back(std::move(work));
+        return cudaSuccess;
+    }
     if (!s) emu_drain_all(false);
     const uint64_t lazy = emu_number("EMU_LAZY", 0);
     if (s && (lazy == 1 || (lazy == 2 && !(s->flags & cudaStreamNonBlocking)))) s->work.push_back(std::move(work));
@@ -309,9 +294,15 @@ inline cudaError_t emu_enqueue(EmuStream *s, std::function<void()> work) {
     return cudaSuccess;
 }
 
+inline bool emu_captured(void) {
+    for (EmuStream *s : emu_streams)
+        if (s->capture) return true;
+    return false;
+}
+
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
     if (emu_device_check(emu_device) != cudaSuccess) return emu_last_error;
-    emu_streams.push_back(*s = new EmuStream{{}, flags});
+    emu_streams.push_back(*s = new EmuStream{{}, flags, NULL});
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithFlags(s, cudaStreamDefault); }
@@ -321,6 +312,7 @@ inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags,
 inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = *greatest = 0; return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
     if (!emu_is_stream(s)) return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
+    if (emu_captured()) return emu_error(cudaErrorStreamCaptureUnsupported, "waits while a stream is captured");
     if (s) emu_drain(s);
     else emu_drain_all(false);
     emu_memory_check_all();
@@ -339,6 +331,7 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize(void) {
+    if (emu_captured()) return emu_error(cudaErrorStreamCaptureUnsupported, "waits while a stream is captured");
     emu_drain_all(true);
     emu_memory_check_all();
     return cudaSuccess;
@@ -371,6 +364,34 @@ inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t
     *ms = (float)(1e3 * (to->last->seconds - from->last->seconds));
     return cudaSuccess;
 }
+
+// ---- Graphs ----
+
+typedef enum {
+    cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed
+} cudaStreamCaptureMode;
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+    if (!s || !emu_is_stream(s) || s->capture) return emu_error(cudaErrorInvalidResourceHandle, "a stream to capture");
+    s->capture = new EmuGraph;
+    return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
+    if (!s || !emu_is_stream(s) || !s->capture) return emu_error(cudaErrorInvalidResourceHandle, "a stream not captured");
+    *graph = s->capture, s->capture = NULL;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
+    *exec = new EmuGraph(*graph);
+    return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s) {
+    cudaError_t e = cudaSuccess;
+    for (size_t i = 0; i < exec->size() && e == cudaSuccess; i++) e = emu_enqueue(s, (*exec)[i]);
+    return e;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { delete graph; return cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { delete exec; return cudaSuccess; }
 
 // ---- Copies ----
 

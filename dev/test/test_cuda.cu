@@ -6,6 +6,7 @@
 // is read or written beside it.
 
 #define ENGINE_ONLY
+#define GRAPHS 4                                         // so few that they give way to each other
 #include "../../train_gpt.cu"
 #include "test.h"
 #include "test_cuda.h"
@@ -292,12 +293,12 @@ void test_cuda_embedding(void) {
 // ---- The residual stream and LayerNorm ----
 
 enum { ROWS_MAX = 8 };
-typedef struct { int n, place[ROWS_MAX]; float scale; int *device; } TestRows;   // n < 0: no branch
+typedef struct { int n, place[ROWS_MAX], *device; float *scale; } TestRows;    // device, scale: on the device
 
 // Of B rows, those whose bit is set; all rows need no index, and with `index` get one.
 static TestRows rows_new(size_t B, unsigned bits, float scale, int index) {
     TestRows r;
-    r.n = 0, r.scale = scale;
+    r.n = 0, r.scale = (float *)device_copy(&scale, sizeof scale);
     for (size_t row = 0; row < B; row++) r.place[row] = bits >> row & 1 ? r.n++ : -1;
     r.device = (size_t)r.n < B || index ? (int *)device_copy(r.place, B * sizeof(int)) : NULL;
     return r;
@@ -360,7 +361,7 @@ static void expect_layernorm_forward(int dtype, const NormCase *k) {
     if (C > 1) expect_numbers(&g, rstd, want_rstd, n_begin / C, 1, (double)C, 4, "1 / sigma");
     float *first = host_floats(&g, ln, n_begin, g.half), *second = host_floats(&g, again, n_begin, g.half);
     if (C > 1) EXPECT(g.half ? !memcmp(first, second, n_begin * 4) : 1, "LayerNorm made again has other bits");
-    void *const device[] = {end.device, begin.device, x, rstd, out, ln, xhat, again, dw, db};
+    void *const device[] = {end.device, end.scale, begin.device, begin.scale, x, rstd, out, ln, xhat, again, dw, db};
     void *const host[] = {w, b, want_x, want_ln, want_xhat, want_rstd, z, first, second};
     for (void *p : device) device_free(p);
     for (void *p : host) free(p);
@@ -408,7 +409,7 @@ static void expect_layernorm_backward(int dtype, const NormCase *k, int fresh, i
     if (k->end) expect_numbers(&g, dout, want_dout, n_end, 0, (double)C, 2, "dout");
     expect_numbers(&g, dw, want_dw, C, 1, (double)(B * T), sqrt((double)(B * T)), "dw");
     expect_numbers(&g, db, want_db, C, 1, (double)(B * T), sqrt((double)(B * T)), "db");
-    void *const device[] = {end.device, begin.device, rstd, w, dw, db, dx, dy, xhat, dout};
+    void *const device[] = {end.device, end.scale, begin.device, begin.scale, rstd, w, dw, db, dx, dy, xhat, dout};
     void *const host[] = {want_dx, want_dout, want_dw, want_db};
     for (void *p : device) device_free(p);
     for (void *p : host) free(p);
@@ -545,6 +546,7 @@ void test_cuda_norm(void) {
     test_gpu_close(&g);
 }
 
-// ---- AdamW ----
+// ---- Of the engine what engine.h does not show ----
 
+#include "test_cuda_graphs.h"
 #include "test_cuda_update.h"
