@@ -157,6 +157,13 @@ static inline void choices_open(Choices *c, const char *path, int V) {
     choices_check(c, V);
 }
 
+// Leaves the first n examples alone, n > 0, if there are more.
+static inline void choices_limit(Choices *c, int64_t n) {
+    if (n >= c->examples) return;
+    c->rows = c->example[n].first;
+    c->examples = n;
+}
+
 static inline void choices_close(Choices *c) {
     choices_free(c);
     file_unmap(&c->map);

@@ -169,8 +169,8 @@ static inline void score_document(ScoreWindows *w, int file, int64_t at, int64_t
     w->result.documents++;
 }
 
-// Over whole documents, in their order, until they have at least so many tokens (0: all). eot: the end-of-text token, or -1:
-// each shard is one document. The stride is in [1, T].
+// Over the first so many tokens (0: all), as if the shards ended there. eot: the end-of-text token, or -1: each shard is one
+// document. The stride is in [1, T].
 static inline ScoreDocuments score_documents(const Scorer *s, const Shards *shards, int eot, int stride, int64_t tokens,
                                              const Tokenizer *t) {
     CHECK(1 <= stride && stride <= s->T, "stride %d, T %d", stride, s->T);
@@ -188,7 +188,7 @@ static inline ScoreDocuments score_documents(const Scorer *s, const Shards *shar
             }
             const int token = piece[i - from];
             if (t && token < t->V) w->result.bytes += tokenizer_text_length(t, token);
-            if (token != eot && i < count - 1) continue;
+            if (token != eot && i < count - 1 && w->result.tokens + i - at != tokens) continue;
             score_document(w, f, at, i - at, stride);
             at = i;
         }

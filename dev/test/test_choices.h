@@ -72,7 +72,8 @@ static void test_choices_format(void) {
 static void test_choices_damaged(void) {
     static const struct { int word; uint32_t value; const char *part; } cases[] = {
         {0, 7, "example 0, at byte 1024: damaged: no example begins"}, {1, 34, "goes on after its last choice"},
-        {1, 31, "size is wrong"}, {1, 4, "size is wrong"}, {1, 1000, "cut short, or its size"}, {2, 1, "another number"}, {3, 3, "right choice is none"},
+        {1, 31, "size is wrong"}, {1, 4, "size is wrong"}, {1, 1000, "cut short, or its size"},
+        {2, 1, "another number"}, {3, 3, "right choice is none"},
         {4, 1, "two choices are the fewest"}, {4, 60000, "two choices are the fewest"},
         {4, 2, "right choice is none"}, {4, 4, "ends outside of the example"}, {5, 0, "context is empty"},
         {5, 60000, "the context ends outside"},
@@ -330,7 +331,7 @@ static void test_score_documents(void) {
             shards_read_tokens(&shards, &shards.file[f], 0, count, token, token + 1);
             for (int start = 0; start < count - 1 && (!cases[k].tokens || n < cases[k].tokens);) {
                 int end = start + 1;                     // the document's last target
-                while (end < count - 1 && token[end] != eot) end++;
+                while (end < count - 1 && token[end] != eot && n + end - start != cases[k].tokens) end++;
                 double document = 0;
                 for (int i = start; i < end; i++) {
                     const int begin = start + score_test_begin(i - start, T, cases[k].stride);
@@ -428,6 +429,11 @@ static void test_choices_evaluate(void) {
                       scores);
     char *command = xprintf("cmp %s %s.2", scores, scores);
     EXPECT(system(command) == 0, "batches of 7 give other scores than batches of 4");
+    free(command), free(out);
+    out = TOOL_OUTPUT("evaluate %s/plain --choices %s --examples 2 --scores %s.2", runs, path, scores);
+    EXPECT(strstr(out, "on 2 examples of"), "it printed: %s", out);
+    command = xprintf("grep full %s | head -n 2 | cmp - %s.2", scores, scores);
+    EXPECT(system(command) == 0, "the first two examples have other scores than among all");
     free(command), free(out), free(path), free(json), free(scores);
     json_free(&doc);
     text_free(&text), text_free(&lines);
@@ -438,6 +444,7 @@ static void test_choices_evaluate_refuses(void) {
     char *path = xprintf("%s/q.bin", dir), *val = xprintf("%s/data/val_000000.bin", data);
     choices_test_write(path, 0);
     EXPECT_TOOL_REFUSES("--scores is for --choices", "evaluate %s/plain --val %s --scores %s/s", runs, val, dir);
+    EXPECT_TOOL_REFUSES("--examples is for --choices", "evaluate %s/plain --val %s --examples 3", runs, val);
     EXPECT_TOOL_REFUSES("--stride is for --val", "evaluate %s/plain --choices %s --stride 4", runs, path);
     EXPECT_TOOL_REFUSES("--stride 17: rows have 16", "evaluate %s/plain --val %s --stride 17", runs, val);
     EXPECT_TOOL_REFUSES("not an evaluation file", "evaluate %s/plain --choices %s", runs, val);

@@ -23,10 +23,11 @@
     OPTION(choices, "choices", TEXT, "", "FILE",                                                                     \
            "multiple-choice questions in llm.c's format (hellaswag_val.bin); data/choices.py makes them")            \
     OPTION(eval_tokens, "eval-tokens", INTEGER, "0", "[0,1e15]",                                                     \
-           "tokens of --val to read, from the first on, rounded up to whole rows, or documents with --stride; 0: all") \
+           "tokens of --val to read, from the first on, rounded up to whole rows unless --stride is given; 0: all")  \
     OPTION(stride, "stride", INTEGER, "0", "[0,1048576]",                                                            \
            "of --val: windows of --seq-len tokens begin every so many tokens of each document, and count what those before" \
            " them did not; 0: rows one after the other, whatever document they are in")                              \
+    OPTION(examples, "examples", INTEGER, "0", "[0,1e15]", "of --choices: the first so many; 0: all")                \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: as many as the model has positions")\
     OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows at a time")                                              \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                                                 \
@@ -215,6 +216,7 @@ static void open_choices(Evaluate *e) {
     int known = e->m->has_tokenizer;
     choices_open(&e->choices, e->o->choices, e->m->config.V);
     check_choices_tokenizer(e);
+    if (e->o->examples) choices_limit(&e->choices, e->o->examples);
     const Choices *c = &e->choices;
     for (int64_t i = 0; i < c->examples; i++)
         for (int64_t r = c->example[i].first; r < c->example[i].first + c->example[i].n; r++) {
@@ -370,7 +372,8 @@ int main(int argc, char **argv) {
     if (!*o.val && !*o.choices)
         die("--val is missing\n  hint: --val 'data/val_*.bin', or --choices FILE; data/README.md tells how to make them");
     if (o.stride && !*o.val) die("--stride is for --val, which is missing");
-    if (*o.scores && !*o.choices) die("--scores is for --choices, which is missing");
+    if ((*o.scores || o.examples) && !*o.choices)
+        die("--%s is for --choices, which is missing", *o.scores ? "scores" : "examples");
     const int by_list = options_from(&options, &o.keep_layers) != FROM_DEFAULT;
     const int by_depth = options_from(&options, &o.depth) != FROM_DEFAULT;
     if (by_list && by_depth) die("--keep-layers and --depth exclude each other");
