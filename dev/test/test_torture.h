@@ -43,6 +43,23 @@ static void test_torture_sums_tell_where(void) {
     free(file);
 }
 
-#define TORTURE_TESTS(X) X(torture_sums_tell_where) X(torture_short)
+// scripts/launch.sh hands a first SIGTERM to its ranks, whose answer counts, and ends them at a second one.
+static void test_torture_launch_asks_its_ranks(void) {
+    const char *dir = test_directory();
+    static const struct { const char *answer, *again; int code; } cases[] = {
+        {"exit 0", "", 0}, {":", "while ! [ -e asked ]; do sleep 0.02; done; kill -TERM $p;", 143}};
+    for (int i = 0; i < 2; i++) {
+        char *line = xprintf("here=$PWD; mkdir %s/%d && cd %s/%d; $here/scripts/launch.sh -n 2 sh -c 'trap \": > asked; "
+                             "%s\" TERM; : > up.$RANK; while :; do sleep 0.02; done' & p=$!; "
+                             "while ! [ -e up.0 ] || ! [ -e up.1 ]; do sleep 0.02; done; kill -TERM $p; %s wait $p",
+                             dir, i, dir, i, cases[i].answer, cases[i].again);
+        ToolRun r = shell_run(line);
+        EXPECT(r.code == cases[i].code, "exit code %d, want %d: %s", r.code, cases[i].code, r.err.s);
+        tool_free(&r);
+        free(line);
+    }
+}
+
+#define TORTURE_TESTS(X) X(torture_sums_tell_where) X(torture_short) X(torture_launch_asks_its_ranks)
 
 #endif

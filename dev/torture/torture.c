@@ -328,19 +328,24 @@ static int count_lines(const char *dir, const char *word) {
     return n;
 }
 
+// What cannot be removed is only a warning.
+static int removes(const Calls *c, int64_t at) { return !strcmp(c->kind[at], "unlink") || !strcmp(c->kind[at], "rmdir"); }
+
 // One call fails (last == at), or all from there on. What must hold: no death by a signal; the run goes on to the same end, or
 // ends with one line that says why and the checkpoint before is whole; then --resume comes to that end.
 static void refuse_at(const Calls *c, int mode, int error, int64_t at, int forever, const char *more) {
     const Faults f = fault(mode, error, at, forever ? INT64_MAX : at);
     char *dir = new_case(), *wrong = NULL, what[200];
-    const int code = run(dir, more, &f), quiet = !strcmp(c->kind[at], "unlink") || !strcmp(c->kind[at], "rmdir");
+    const int code = run(dir, more, &f), quiet = removes(c, at);
+    int64_t rest = at;                                   // the first call from here on that does not remove
+    while (rest <= c->n && removes(c, rest)) rest++;
     snprintf(what, sizeof what, "%s%s at call %lld (%s)%s %s", mode == FAULT_SHORT ? "short write, " : "", strerror(error),
              (long long)at, c->kind[at], forever ? " and after" : "", more);
     if (code != 0 && code != 1) wrong = xprintf("it ended with %d", code);
     else if (code == 1 && (count_lines(dir, "error: ") != 1 || !log_has(dir, strerror(error)) || !log_has(dir, "run")))
         wrong = xprintf("not one line that tells what, why and where");
     else if (code == 0 && !log_has(dir, "warning: ")) wrong = xprintf("not a word about it");
-    else if (code == 0 && forever && at < c->n) wrong = xprintf("it ended well without a disk");
+    else if (code == 0 && forever && rest <= c->n) wrong = xprintf("it ended well without a disk");
     else if (code == 0 && *more && !quiet) wrong = xprintf("it went on in spite of --on-save-error stop");
     else if (newest(dir) < c->saved[at]) wrong = xprintf("the checkpoint of step %d is lost", c->saved[at]);
     const char *reference = *more ? tt.stopping : tt.reference;      // trainer.json has the options
