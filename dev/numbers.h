@@ -137,6 +137,9 @@ static inline void numbers_write(Text *t, double x) {
     else json_write_string(t, isnan(x) ? "nan" : x > 0 ? "inf" : "-inf");
 }
 
+// For printf, which tells NaNs of one sign from those of the other.
+static inline double numbers_unsigned(double x) { return isnan(x) ? fabs(x) : x; }
+
 // For a shell: s as it is where it needs no quotes, else in them.
 static inline void numbers_quote(Text *t, const char *s) {
     if (*s && strspn(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-+=:,@") == strlen(s)) {

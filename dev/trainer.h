@@ -780,7 +780,7 @@ static inline void trainer_report_bad_step(Trainer *tr, const Metrics *r, const 
     trainer_write_tensors(&t, places, tensors, n);
     text_printf(&t, "\n}\n");
     trainer_save_report(tr, &t);
-    warn("step %lld%s\n  %s has more", (long long)tr->state.step + 1, said.s, tr->report);
+    warn("step %lld:%s\n  %s has more", (long long)tr->state.step + 1, said.s + strlen(";"), tr->report);
     text_free(&t), text_free(&said), text_free(&place);
 }
 
@@ -832,20 +832,52 @@ static inline char *trainer_last_good(const Trainer *tr) {
     return good;
 }
 
-// Ends the run after --max-bad-steps steps in a row. All ranks come here together.
-static inline void NORETURN trainer_give_up(Trainer *tr) {
+// Ends the run with code 3. `why` is told by rank 0; all ranks come here together.
+static inline void NORETURN trainer_give_up(Trainer *tr, const char *why) {
     if (tr->rank == 0) {
         char *good = trainer_last_good(tr);
-        Text replay = {NULL, 0, 0};
-        tr->state.step--;                                // it has counted the step that the report is of
-        trainer_write_replay(tr, &replay);
         fflush(stdout);
-        fprintf(stderr, "error: %d steps in a row were not finite\n  last good checkpoint: %s\n  report: %s\n  replay: %s\n"
-                "  hint: --resume continues from that checkpoint, with a lower --lr or a longer --warmup\n",
-                tr->state.bad_steps, good ? good : "none", tr->report ? tr->report : "none", replay.s);
+        fprintf(stderr, "error: %s\n  last good checkpoint: %s\n", why, good ? good : "none");
+        if (tr->report) {
+            Text replay = {NULL, 0, 0};
+            tr->state.step--;                            // it has counted the step that the report is of
+            trainer_write_replay(tr, &replay);
+            fprintf(stderr, "  report: %s\n  replay: %s\n", tr->report, replay.s);
+        }
+        fprintf(stderr, "  hint: a lower --lr, a longer --warmup%s\n", good ? "; --resume continues from that checkpoint" : "");
     }
     comm_close(tr->comm);
     exit(3);
+}
+
+static inline void trainer_check_bad_steps(Trainer *tr) {
+    if (tr->state.bad_steps < tr->options->max_bad_steps) return;
+    char *why = xprintf("%d steps in a row were not finite", tr->state.bad_steps);
+    trainer_give_up(tr, why);
+}
+
+// Before a checkpoint is written: weights that are not finite must not replace good ones, and no step mends them. A huge
+// learning rate can make them out of finite gradients. All ranks call it.
+static inline void trainer_check_weights(Trainer *tr) {
+    const GptConfig *c = &tr->config;
+    char *first = NULL;
+    double bad = 0;
+    for (int p = 0; p < N_PARAMS; p++) {
+        const size_t n = gpt_param_size(c, p);
+        real *host = (real *)xcalloc(n, sizeof *host);
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            TensorNumbers t = {{0, 0}, {0, 0}};
+            tr->engine->read(tr->model, SLOT_PARAM, p, l, host);
+            numbers_of_slot(&t, 0, host, n);
+            if (t.bad[0] > 0 && !first) first = gpt_param_name(p, l);
+            bad += t.bad[0];
+        }
+        free(host);
+    }
+    comm_sum(tr->comm, &bad, 1);
+    if (bad == 0) return;
+    trainer_give_up(tr, xprintf("step %lld has made weights that are not finite, first of %s, so it is not saved",
+                                (long long)tr->state.step, first ? first : "another rank"));
 }
 
 // ---- The update ----
@@ -855,7 +887,7 @@ static inline void trainer_count_bad_step(Trainer *tr, Metrics *r, double loss) 
     r->skipped = SKIPPED_BAD;
     if (tr->rank == 0)
         warn("step %lld: loss %g, gradient norm %g: not finite, so the weights stay as they were",
-             (long long)tr->state.step + 1, r->loss, r->grad_norm);
+             (long long)tr->state.step + 1, numbers_unsigned(r->loss), numbers_unsigned(r->grad_norm));
     if (bad == 1 || bad == tr->options->max_bad_steps) trainer_examine(tr, r, loss);
 }
 
@@ -1045,6 +1077,7 @@ static inline void trainer_save(Trainer *tr) {
     const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
     char *error = NULL;
     int failed = 0;
+    trainer_check_weights(tr);
     if (tr->rank == 0) error = metrics_file_sync(&tr->metrics);    // no checkpoint is ahead of its metrics
     if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state);
     else if (o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config);
@@ -1117,7 +1150,7 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
         if (tr->has_val && !tr->stop && trainer_due(o->eval_every, step, tr->steps)) trainer_evaluate(tr, &r);
         if (tr->rank == 0)
             trainer_report(tr, &r, turn, step == first + 1, busy / (double)(step - first) * (double)(tr->steps - step));
-        if (tr->state.bad_steps >= o->max_bad_steps) trainer_give_up(tr);
+        trainer_check_bad_steps(tr);
         if (trainer_due(tr->state.bad_steps ? 0 : o->save_every, step, tr->steps) || tr->stop || tr->save_now) trainer_save(tr);
     }
     if (tr->stop) trainer_stopped(tr);

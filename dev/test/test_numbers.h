@@ -241,6 +241,27 @@ static void test_numbers_bad_gradient_is_named(void) {
     }
 }
 
+// The step after a bad one is a step like any other: nothing of it is left in the gradients. So it
+// does not matter what was wrong in it.
+static void test_numbers_next_step_is_clean(void) {
+    const char *dir = test_directory();
+    static const Fault faults[] = {{0, 4, 6, P_wte, 0, 0}, {0, 4, 6, -1, 0, NAN}};
+    char latest[2][500];
+    for (int k = 0; k < 2; k++) {
+        ToolRun r = fault_run(faults[k], 1, "--out %s/%d --steps 9 --max-bad-steps 2 --drop-path 0.3 --drop-adam skip", dir, k);
+        char *path = xprintf("%s/%d/metrics.jsonl", dir, k);
+        MetricsLog log = metrics_read(path);
+        EXPECT(r.code == 0 && log.n == 9, "exit code %d after %lld steps: %s", r.code, (long long)log.n, r.err.s);
+        for (int i = 0; i < log.n; i++) EXPECT((log.record[i].skipped == SKIPPED_BAD) == (i == 2), "step %d", i + 1);
+        snprintf(latest[k], sizeof latest[k], "%s/%d/latest", dir, k);
+        metrics_log_free(&log);
+        tool_free(&r);
+        free(path);
+    }
+    EXPECT_SAME(latest[0], latest[1], "model.safetensors");
+    EXPECT_SAME(latest[0], latest[1], "optimizer.safetensors");
+}
+
 // A rank's loss is infinite in its second micro-batch of step 2: all ranks skip the step, and the next, and stop.
 static void test_numbers_bad_rank_is_named(void) {
     const char *dir = test_directory();
@@ -291,6 +312,7 @@ static void test_numbers_forward_is_located(void) {
         free(part);
         part = xprintf("; non-finite weight: %s\n", cases[k].weight + strlen("transformer."));
         EXPECT(strstr(r.err.s, part), "%s lacks %s", r.err.s, part);
+        EXPECT(strstr(r.err.s, "; non-finite gradient: ln_f.bias, the first"), "%s", r.err.s);   // all are, this is the first
         tool_free(&r);
         free(copy), free(path), free(part);
     }
@@ -300,9 +322,9 @@ static void test_numbers_forward_is_located(void) {
 static void test_numbers_replay(void) {
     const char *dir = test_directory();
     char *out = xprintf("%s/it's", dir), *again = xprintf("%s/replay_00000006", out);
-    ToolRun r = trainer_test_run("--out \"%s\" --steps 20 --drop-path 0.3 --drop-unit row --lr 1e38 --warmup 0 --grad-clip 0 "
-                                 "--save-every 1 --max-bad-steps 3", out);
-    EXPECT(r.code == 3, "exit code %d: %s", r.code, r.err.s);
+    ToolRun r = trainer_test_run("--out \"%s\" --steps 20 --drop-path 0.3 --drop-unit row --lr %s --warmup 0 --grad-clip 0 "
+                                 "--save-every 1 --max-bad-steps 3", out, HUGE_LR);
+    EXPECT(r.code == 3 && !strstr(r.err.s, "checkpoint: none"), "exit code %d: %s", r.code, r.err.s);
     tool_free(&r);
     MetricsLog log;
     char *metrics = xprintf("%s/metrics.jsonl", out);
@@ -326,6 +348,19 @@ static void test_numbers_replay(void) {
     report_close(&report), report_close(&second);
     tool_free(&r);
     free(out), free(again), free(metrics), free(command);
+}
+
+// A step of finite gradients makes weights that are not: they do not take the place of the last good checkpoint.
+static void test_numbers_weights_are_checked(void) {
+    const char *dir = test_directory();
+    char *good = xprintf("%s/run/step_00000004", dir);
+    char *part = xprintf("first of wte.weight, so it is not saved\n  last good checkpoint: %s\n", good);
+    EXPECT_RUN("--out %s/run --steps 4", dir);
+    EXPECT_REFUSED(3, part, "--out %s/run --steps 8 --resume --lr %s --lr-schedule constant --grad-clip 0 --save-every 1 "
+                   "--keep 1", dir, sizeof(real) == 8 ? "1.7e308" : "3e38");
+    char *wrong = checkpoint_verify(good);
+    EXPECT(!wrong, "%s", wrong);
+    free(good), free(part), free(wrong);
 }
 
 // ---- Spikes ----
@@ -445,6 +480,7 @@ static void test_numbers_are_in_the_checkpoint(void) {
 #define NUMBERS_TESTS(X)                                                                             \
     X(numbers_selfcheck_judges) X(numbers_selfcheck_ends_the_run) X(numbers_bad_gradient_is_named)   \
     X(numbers_bad_rank_is_named) X(numbers_forward_is_located) X(numbers_replay) X(numbers_spikes)   \
-    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_are_in_the_checkpoint)
+    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked)     \
+    X(numbers_next_step_is_clean) X(numbers_are_in_the_checkpoint)
 
 #endif
