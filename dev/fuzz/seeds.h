@@ -57,7 +57,8 @@ static void seeds_tokenizer(const char *corpus) {
                     "\"end_of_text\": 256, \"file\": \"tokenizer.bin\", \"sha256\": "
                     "\"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\"}, \"splits\": {\"train\": "
                     "{\"tokens\": 12, \"bytes\": 11, \"shards\": [{\"file\": \"%strain_000000.bin\", \"tokens\": 7}, "
-                    "{\"file\": \"train_000001.bin\", \"tokens\": 5}]}, \"val\": {\"tokens\": 0, \"bytes\": 0, \"shards\": []}}}",
+                    "{\"file\": \"train_000001.bin\", \"tokens\": 5}]}, "
+                    "\"val\": {\"tokens\": 0, \"bytes\": 0, \"shards\": []}}}",
                     leads_out ? "../" : "");
         seed_take(corpus, "manifest", leads_out ? "leads_out" : "two_sides", &t);
     }
@@ -113,6 +114,11 @@ static void seeds_models(const char *corpus) {
     s.options = "# Data\ntrain = data/x_*.bin\nsteps = 200\nprompt = \"a b\\n\"\ndrop-recipe = huang2016\n";
     checkpoint_config_json(&t, &c, &s, "float32");
     seed_take(corpus, "config", "ours", &t);
+    seed_text(corpus, "config", "factors",
+              "{\"n_embd\": 2, \"n_head\": 1, \"n_layer\": 1, \"n_positions\": 2, \"vocab_size\": 3, "
+              "\"drop_path_eval_scale\": [0.5, 1]}");
+    seed_text(corpus, "config", "past_an_int",
+              "{\"n_embd\": 2, \"n_head\": 1, \"n_layer\": 1, \"n_positions\": 2, \"vocab_size\": 4294967299}");
     seed_text(corpus, "config", "gpt2",
               "{\"activation_function\": \"gelu_new\", \"architectures\": [\"GPT2LMHeadModel\"], \"attn_pdrop\": 0.1, "
               "\"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", \"n_ctx\": 1024, \"n_embd\": 768, \"n_head\": 12, "
@@ -199,10 +205,13 @@ static void seeds_comm(const char *corpus) {
     seed_text(corpus, "admit", "http", "GET / HTTP/1.1\r\nHost: x\r\n\r\n");
     comm_write_answer(bytes, COMM_REFUSED, "it has another job token");
     seed_write(corpus, "answer", "refused", bytes, COMM_ANSWER);
+    Text t = {NULL, 0, 0};
     seed_text(corpus, "place", "two", "droppath rendezvous 1\n4321\n10.0.0.1\n::1\n");
+    text_printf(&t, "droppath rendezvous 1\n4321\n");
+    for (int i = 0; i < 2 * COMM_ADDRESSES; i++) text_printf(&t, "10.0.0.%d\n", i);
+    seed_take(corpus, "place", "many", &t);
     memset(bytes, 0, sizeof bytes);
     memcpy(bytes, "Drank 2 is gone", 15);
-    Text t = {NULL, 0, 0};
     text_append(&t, "HHH", 3), text_append(&t, bytes, COMM_ANSWER), text_append(&t, "HB", 2);
     seed_take(corpus, "watch", "dead", &t);
     seed_text(corpus, "watch", "signs", "HHHHHB");
