@@ -31,7 +31,8 @@ static struct {
 } fuzz;
 
 __attribute__((noreturn)) static inline void fuzz_fail(const char *what) {
-    fprintf(stderr, "fuzz: parser %s, %zu bytes%s%s: %s\n", fuzz.parser, fuzz.size, *fuzz.input ? " of " : "", fuzz.input, what);
+    const char *of = *fuzz.input ? " of " : "";
+    fprintf(stderr, "fuzz: parser %s, %zu bytes%s%s: %s\n", fuzz.parser, fuzz.size, of, fuzz.input, what);
     abort();
 }
 

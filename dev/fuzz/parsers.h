@@ -127,6 +127,18 @@ static int fuzz_llmc(const unsigned char *p, size_t n) {
 
 // ---- checkpoint.h ----
 
+static void fuzz_config_sizes(const GptConfig *c, const unsigned char *p, size_t n) {
+    static const char *const key[5] = {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd"};
+    const int size[5] = {c->V, c->T, c->L, c->NH, c->C};
+    Json d;
+    FUZZ_REQUIRE(!gpt_config_error(c) && !json_parse(&d, p, n));
+    for (int i = 0; i < 5; i++) {
+        int64_t v = 0;
+        FUZZ_REQUIRE(json_int64(&d, json_get(&d, 0, key[i]), &v) && v == size[i]);
+    }
+    json_free(&d);
+}
+
 static int fuzz_config(const unsigned char *p, size_t n) {
     GptConfig c, again;
     CheckpointState s;
@@ -139,7 +151,7 @@ static int fuzz_config(const unsigned char *p, size_t n) {
     FUZZ_REQUIRE(!!error == !s.eval_scale && (!error || *error));
     free(error);
     if (!s.eval_scale) return 0;
-    FUZZ_REQUIRE(!gpt_config_error(&c));
+    fuzz_config_sizes(&c, p, n);
     if (c.L > 64) {                                      // what follows takes time in proportion
         free(s.eval_scale);
         return 1;
@@ -252,7 +264,10 @@ static int fuzz_options(const unsigned char *p, size_t n) {
     const int accepted = !error;
     FUZZ_REQUIRE(!error || *error);
     FUZZ_REQUIRE(!fuzz_options_read(&b, &second, first.s, first.n) && !strcmp(first.s, second.s));
-    options_apply_recipe(&a.options, &a.values);
+    const TrainOptions *t = &a.values;
+    FUZZ_REQUIRE(t->steps >= 1 && t->batch >= 1 && t->batch <= 65536 && t->keep >= 0 && t->seed >= 0 && t->lr >= 0);
+    FUZZ_REQUIRE(t->drop_path >= 0 && t->drop_path < 1 && t->eps > 0 && isfinite(t->eps) && t->warmup.value >= 0);
+    options_apply_recipe(&a.options, t);
     options_free(&a.options), options_free(&b.options);
     text_free(&first), text_free(&second), free(error);
     return accepted;
@@ -335,7 +350,8 @@ static int fuzz_hello(const unsigned char *p, size_t n) {
     if (comm_parse_hello(&h, p, n)) return 0;
     FUZZ_REQUIRE(h.kind <= COMM_WATCH && h.rank < h.world && h.world <= COMM_MOST_RANKS && fuzz_printable(h.host, 64));
     comm_write_hello(bytes, &h);
-    FUZZ_REQUIRE(!comm_parse_hello(&again, bytes, sizeof bytes) && !strcmp(again.token, h.token) && !strcmp(again.host, h.host));
+    FUZZ_REQUIRE(!comm_parse_hello(&again, bytes, sizeof bytes));
+    FUZZ_REQUIRE(!strcmp(again.token, h.token) && !strcmp(again.host, h.host));
     return 1;
 }
 
@@ -424,7 +440,10 @@ static int fuzz_launch(const unsigned char *p, size_t n) {
     if (line) *line = 0;
     char *error = comm_launch(&l, text, "", fuzz_look, line ? line + 1 : "");
     const int accepted = !error && l.world > 1;
-    if (accepted) FUZZ_REQUIRE(l.rank >= 0 && l.rank < l.world && l.local_rank < l.world && (*l.host || *l.directory) && *l.token);
+    if (accepted) {
+        FUZZ_REQUIRE(l.rank >= 0 && l.rank < l.world && l.local_rank >= 0 && l.local_rank < l.world);
+        FUZZ_REQUIRE((*l.directory || (*l.host && l.port > 0 && l.port < 65536)) && *l.token);
+    }
     free(error), free(text);
     return accepted;
 }

@@ -70,8 +70,8 @@ static void input_replace(Input *x, size_t at, size_t gone, const char *bytes, s
     x->n = at + n + rest;
 }
 
-static const char *const odd_numbers[] = {"0", "-1", "-0", "1e999", "2147483647", "2147483648", "4294967296", "9223372036854775807",
-                                          "9223372036854775808", "18446744073709551616", "0.5", "1e-400", "00", "1e18"};
+static const char *const odd_numbers[] = {"0", "-1", "-0", "1e999", "2147483647", "2147483648", "4294967296", "0.5", "1e-400",
+                                          "00", "1e18", "9223372036854775807", "9223372036854775808", "18446744073709551616"};
 static const uint32_t odd_words[] = {0, 1, 0x7fffffff, 0x80000000, 0xffffffff, 0x10000, 0xffff, 20240520, 20240801, 0x01000000};
 
 // A number in the text, if there is one after `at`, becomes another.
@@ -150,7 +150,8 @@ int main(int argc, char **argv) {
             for (int k = 0; k < N_FUZZ_PARSERS; k++) puts(fuzz_parsers[k].name);
             named = 1;
         } else if (!parser) {
-            fprintf(stderr, "usage: fuzz_replay [--mutations N] [--corpus DIR] [PARSER [FILE...]] | --list | --write-seeds DIR\n");
+            fprintf(stderr, "usage: fuzz_replay [--mutations N] [--corpus DIR] [PARSER [FILE...]]\n"
+                            "       fuzz_replay --list | --write-seeds DIR\n");
             return 2;
         } else if (i + 1 < argc && !fuzz_find(argv[i + 1]) && argv[i + 1][0] != '-') {
             while (i + 1 < argc) replay_file(parser, argv[++i]);

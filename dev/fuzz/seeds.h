@@ -52,12 +52,16 @@ static void seeds_tokenizer(const char *corpus) {
     seed_take(corpus, "tokenizer", "merges", &t);
     seed_text(corpus, "tokenizer", "vocab",
               "{\"a\": 0, \"b\": 1, \"\\u0120\": 2, \"\\u0120a\": 3, \"ab\": 4, \"{\": 6, \"<|endoftext|>\": 5}");
-    seed_text(corpus, "manifest", "two_sides",
-              "{\"format\": \"droppath.c token shards 1\", \"tokenizer\": {\"name\": \"bytes\", \"vocab_size\": 257, "
-              "\"end_of_text\": 256, \"file\": \"tokenizer.bin\", \"sha256\": "
-              "\"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\"}, \"splits\": {\"train\": {\"tokens\": 12, "
-              "\"bytes\": 11, \"shards\": [{\"file\": \"train_000000.bin\", \"tokens\": 7}, {\"file\": \"train_000001.bin\", "
-              "\"tokens\": 5}]}, \"val\": {\"tokens\": 0, \"bytes\": 0, \"shards\": []}}}");
+    for (int leads_out = 0; leads_out < 2; leads_out++) {
+        text_printf(&t, "{\"format\": \"droppath.c token shards 1\", \"tokenizer\": {\"name\": \"bytes\", \"vocab_size\": 257, "
+                    "\"end_of_text\": 256, \"file\": \"tokenizer.bin\", \"sha256\": "
+                    "\"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\"}, \"splits\": {\"train\": "
+                    "{\"tokens\": 12, \"bytes\": 11, \"shards\": [{\"file\": \"%strain_000000.bin\", \"tokens\": 7}, "
+                    "{\"file\": \"train_000001.bin\", \"tokens\": 5}]}, "
+                    "\"val\": {\"tokens\": 0, \"bytes\": 0, \"shards\": []}}}",
+                    leads_out ? "../" : "");
+        seed_take(corpus, "manifest", leads_out ? "leads_out" : "two_sides", &t);
+    }
 }
 
 // ---- Tensors ----
@@ -76,6 +80,14 @@ static void seeds_safetensors(const char *corpus) {
     safetensors_end(&w);
     if (fclose(f)) die("cannot write %s", path);
     free(dir), free(path);
+    Text t = {NULL, 0, 0};
+    static const char twice[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},"
+                                "\"\\u0061\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[1,2]}}";
+    const uint64_t header = sizeof twice - 1;
+    text_append(&t, &header, sizeof header), text_append(&t, twice, sizeof twice - 1), text_append(&t, "xy", 2);
+    seed_take(corpus, "safetensors", "twice", &t);
+    seed_text(corpus, "index", "leads_out", "{\"weight_map\": {\"wte.weight\": \"../model.safetensors\"}}");
+    seed_text(corpus, "index", "hidden", "{\"weight_map\": {\"wte.weight\": \"..safetensors\"}}");
     seed_text(corpus, "index", "two_files",
               "{\"metadata\": {\"total_size\": 8}, \"weight_map\": {\"wte.weight\": \"model-00001-of-00002.safetensors\", "
               "\"wpe.weight\": \"model-00002-of-00002.safetensors\", \"ln_f.bias\": \"model-00001-of-00002.safetensors\"}}");
@@ -102,10 +114,15 @@ static void seeds_models(const char *corpus) {
     s.options = "# Data\ntrain = data/x_*.bin\nsteps = 200\nprompt = \"a b\\n\"\ndrop-recipe = huang2016\n";
     checkpoint_config_json(&t, &c, &s, "float32");
     seed_take(corpus, "config", "ours", &t);
+    seed_text(corpus, "config", "factors",
+              "{\"n_embd\": 2, \"n_head\": 1, \"n_layer\": 1, \"n_positions\": 2, \"vocab_size\": 3, "
+              "\"drop_path_eval_scale\": [0.5, 1]}");
+    seed_text(corpus, "config", "past_an_int",
+              "{\"n_embd\": 2, \"n_head\": 1, \"n_layer\": 1, \"n_positions\": 2, \"vocab_size\": 4294967299}");
     seed_text(corpus, "config", "gpt2",
               "{\"activation_function\": \"gelu_new\", \"architectures\": [\"GPT2LMHeadModel\"], \"attn_pdrop\": 0.1, "
               "\"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", \"n_ctx\": 1024, \"n_embd\": 768, \"n_head\": 12, "
-              "\"n_inner\": null, \"n_layer\": 12, \"n_positions\": 1024, \"task_specific_params\": {}, \"vocab_size\": 50257}");
+              "\"n_inner\": null, \"n_layer\": 12, \"n_positions\": 1024, \"task\": {}, \"vocab_size\": 50257}");
     memset(&sums, 0, sizeof sums);
     for (int i = 0; i < CHECKPOINT_FILES; i++) sha256_hex(sums.file[i].hex, &i, 1);
     checkpoint_trainer_json(&t, &s, &sums);
@@ -126,9 +143,11 @@ static void seeds_text(const char *corpus) {
     options_dump(&o, &t);
     options_free(&o);
     seed_take(corpus, "options", "all", &t);
-    seed_text(corpus, "options", "some", "# a run\r\nsteps = 10\nlr = 6e-4 # peak\nwarmup=5%\n  prompt = \"a # \\\"b\\\" \\\\ \\n\"\n"
+    seed_text(corpus, "options", "some",
+              "# a run\r\nsteps = 10\nlr = 6e-4 # peak\nwarmup=5%\n  prompt = \"a # \\\"b\\\" \\\\ \\n\"\n"
               "drop_path = 0.1\ndrop-recipe = pld2020\nreduce-fp32 = 1\n");
-    seed_text(corpus, "json", "all", " {\"a\": [1, -2.5e3, \"\\uD83D\\uDE00\\n\xE2\x82\xAC\", 0.0, 9223372036854775807], \"b\": "
+    seed_text(corpus, "json", "all",
+              " {\"a\": [1, -2.5e3, \"\\uD83D\\uDE00\\n\xE2\x82\xAC\", 0.0, 9223372036854775807], \"b\": "
               "{\"c\": null, \"d\": true}, \"\": false, \"\\u0061\": [[[]]], \"z\": \"\\u0000\"}\n");
 }
 
@@ -165,6 +184,8 @@ static void seeds_replay(const char *corpus) {
         drop_plan_free(&plan);
     }
     seed_take(corpus, "metrics", "two_steps", &line);
+    for (int step = 1; step <= 150; step++) text_printf(&line, "{\"step\": %d}\n", step);
+    seed_take(corpus, "metrics", "many_steps", &line);
 }
 
 // ---- Ranks ----
@@ -185,16 +206,21 @@ static void seeds_comm(const char *corpus) {
     seed_text(corpus, "admit", "http", "GET / HTTP/1.1\r\nHost: x\r\n\r\n");
     comm_write_answer(bytes, COMM_REFUSED, "it has another job token");
     seed_write(corpus, "answer", "refused", bytes, COMM_ANSWER);
+    Text t = {NULL, 0, 0};
     seed_text(corpus, "place", "two", "droppath rendezvous 1\n4321\n10.0.0.1\n::1\n");
+    text_printf(&t, "droppath rendezvous 1\n4321\n");
+    for (int i = 0; i < 2 * COMM_ADDRESSES; i++) text_printf(&t, "10.0.0.%d\n", i);
+    seed_take(corpus, "place", "many", &t);
     memset(bytes, 0, sizeof bytes);
     memcpy(bytes, "Drank 2 is gone", 15);
-    Text t = {NULL, 0, 0};
     text_append(&t, "HHH", 3), text_append(&t, bytes, COMM_ANSWER), text_append(&t, "HB", 2);
     seed_take(corpus, "watch", "dead", &t);
     seed_text(corpus, "watch", "signs", "HHHHHB");
     seed_text(corpus, "launch", "torchrun", "tcp://[::1]:29500\nRANK=3\nWORLD_SIZE=8\nLOCAL_RANK=1\nDROPPATH_JOB_TOKEN=t\n");
-    seed_text(corpus, "launch", "slurm", "\nSLURM_PROCID=5\nSLURM_STEP_NUM_TASKS=8\nSLURM_LOCALID=2\nSLURM_JOB_ID=5\nMASTER_ADDR=h\n");
-    seed_text(corpus, "launch", "directory", "dir:/x\nOMPI_COMM_WORLD_RANK=0\nOMPI_COMM_WORLD_SIZE=2\nOMPI_COMM_WORLD_LOCAL_RANK=0\n"
+    seed_text(corpus, "launch", "slurm",
+              "\nSLURM_PROCID=5\nSLURM_STEP_NUM_TASKS=8\nSLURM_LOCALID=2\nSLURM_JOB_ID=5\nMASTER_ADDR=h\n");
+    seed_text(corpus, "launch", "directory",
+              "dir:/x\nOMPI_COMM_WORLD_RANK=0\nOMPI_COMM_WORLD_SIZE=2\nOMPI_COMM_WORLD_LOCAL_RANK=0\n"
               "PMIX_NAMESPACE=p\nMASTER_PORT=7\n");
 }
 

@@ -59,8 +59,8 @@ static inline int tokenizer_json_ambiguous(const Tokenizer *t) {
     return 0;
 }
 
-// The name of end-of-text is written as it is: it must be UTF-8 without a NUL, and no other token may be written so. NULL, or why
-// not.
+// The name of end-of-text is written as it is: it must be UTF-8 without a NUL, and no other token may be written so. NULL, or
+// why there can be none.
 static inline const char *tokenizer_json_end_error(const Tokenizer *t, char written[256][5]) {
     int n, same = 0;
     if (t->eot < 0) return NULL;
