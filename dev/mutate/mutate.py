@@ -314,10 +314,12 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0, help="stop after so long; the next call goes on")
     parser.add_argument("--quick", action="store_true", help="no whole runs")
+    parser.add_argument("--file", help="of those drawn, the ones of this file only: " + " ".join(FILES))
     parser.add_argument("--cc", default="cc")
     parser.add_argument("--list", action="store_true")
     o = parser.parse_args()
     everything, chosen = choose(o.sample, o.seed)
+    chosen = [c for c in chosen if o.file in (None, c[0])]
     if o.list:
         for path, text, mutant in everything:
             print(f"{path}:{text.count(chr(10), 0, mutant[0]) + 1}: {' -> '.join(describe(text, mutant))}")
