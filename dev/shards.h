@@ -185,7 +185,7 @@ static inline void shards_read_tokens(const Shards *s, const ShardFile *f, int64
     Shard piece = f->shard;
     piece.tokens = bytes;
     for (int64_t done = 0, m; done < n; done += m) {
-        m = n - done < PIECE ? n - done : PIECE;
+        m = n - done < PIECE ? n - done : (int64_t)PIECE;
         shards_read_bytes(f, at + done, bytes, m);
         for (int64_t i = 0; i < m; i++) {
             const uint32_t token = shard_token(&piece, i);
@@ -259,7 +259,7 @@ static inline void shards_fingerprint(const Shards *s, char hex[SHA256_HEX]) {
     sha256_init(&sha);
     for (int i = 0; i < s->n; i++) {
         const ShardFile *f = &s->file[i];
-        const int64_t n = f->shard.count < SEEN ? f->shard.count : SEEN;
+        const int64_t n = f->shard.count < SEEN ? f->shard.count : (int64_t)SEEN;
         char *size = xprintf("%lld %d\n", (long long)f->shard.count, f->shard.width);
         sha256_update(&sha, size, strlen(size));
         free(size);

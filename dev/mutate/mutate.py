@@ -6,6 +6,7 @@ one fails.
     make mutate                          150 mutants drawn by seed 1; what was tried before is not tried again
     make mutate MUTANTS=0                all of them
     dev/mutate/mutate.py --seconds 170   stops in time; the next call goes on
+    dev/mutate/mutate.py --quick         without whole runs by the mutant, which a later call makes up for
     dev/mutate/mutate.py --list          the mutants, without trying them
 
 A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as what it was made from.
@@ -229,7 +230,7 @@ class Bench:
             return "compiler"
         return call([program], ROOT, seconds)
 
-    def attempt(self, path, text, mutant):
+    def attempt(self, path, text, mutant, stages):
         """What caught it; "compiler" if it is no program at all; "" if nothing did."""
         begin, end, new = mutant
         place = os.path.join(TREE, path)
@@ -237,7 +238,7 @@ class Bench:
             f.write(text[:begin] + new + text[end:])
         os.makedirs(os.path.join(WORK, "tmp"), exist_ok=True)
         caught = ""
-        for stage in (1, 2):
+        for stage in stages:
             caught = self.try_stage(FILES[path], stage, self.slowest[str(FILES[path] * (stage == 1))]) or ""
             if caught:
                 break
@@ -312,10 +313,13 @@ def main():
     parser.add_argument("--sample", type=int, default=150, help="mutants to draw; 0: all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0, help="stop after so long; the next call goes on")
+    parser.add_argument("--quick", action="store_true", help="no whole runs")
+    parser.add_argument("--file", help="of those drawn, the ones of this file only: " + " ".join(FILES))
     parser.add_argument("--cc", default="cc")
     parser.add_argument("--list", action="store_true")
     o = parser.parse_args()
     everything, chosen = choose(o.sample, o.seed)
+    chosen = [c for c in chosen if o.file in (None, c[0])]
     if o.list:
         for path, text, mutant in everything:
             print(f"{path}:{text.count(chr(10), 0, mutant[0]) + 1}: {' -> '.join(describe(text, mutant))}")
@@ -332,11 +336,11 @@ def main():
         with open(store, encoding="utf-8") as f:
             old = json.load(f)
         state = old if old["inputs"] == state["inputs"] else state
-    results = state["results"]
+    results, first = state["results"], state.setdefault("first", [])    # first: survived all but whole runs
     begin, bench = time.monotonic(), None
     for n, (path, text, mutant) in enumerate(chosen):
         key = f"{path}:{mutant[0]}:{mutant[1]}:{mutant[2]}"
-        if key in results:
+        if key in results or (o.quick and key in first):
             continue
         if o.seconds and time.monotonic() - begin > o.seconds:
             print(f"{n} of {len(chosen)} tried so far: call again")
@@ -347,13 +351,17 @@ def main():
             if not bench.slowest:
                 bench.prepare()
                 state["slowest"] = bench.slowest
-        results[key] = bench.attempt(path, text, mutant)
+        caught = bench.attempt(path, text, mutant, (2,) if key in first else (1,) if o.quick else (1, 2))
+        if o.quick and not caught:
+            first.append(key)
+        else:
+            results[key] = caught
         with open(store, "w", encoding="utf-8") as f:
             json.dump(state, f)
         line = text.count("\n", 0, mutant[0]) + 1
-        print(f"{n + 1}/{len(chosen)} {path}:{line}: {results[key] or 'SURVIVED'}", flush=True)
+        print(f"{n + 1}/{len(chosen)} {path}:{line}: {caught or 'SURVIVED'}", flush=True)
     print(f"{len(chosen)} of {len(everything)} mutants, drawn by seed {o.seed}")
-    return 0 if report(chosen, results) else 1
+    return 0 if report(chosen, dict(dict.fromkeys(first, ""), **results)) else 1
 
 
 if __name__ == "__main__":
