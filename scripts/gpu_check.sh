@@ -2,6 +2,12 @@
 # What the GPU engine does on this machine's GPU: is it right, and how fast is it beside the hardware and beside PyTorch?
 #
 #     scripts/gpu_check.sh                              all, in less than nine minutes
+#     PART=1 scripts/gpu_check.sh                       is it right: tests, whole runs, sanitizers
+#     PART=2 scripts/gpu_check.sh                       whole steps and drop path, beside PyTorch
+#     PART=3 scripts/gpu_check.sh                       attention and all kernels
+#
+# Where minutes are counted, the parts have nine each, and nothing is left out for want of time. Each builds what is not yet
+# built. 1 forgets earlier results, the others add to them, and the table has what there is.
 #
 #   needs    an NVIDIA GPU of compute capability 8.0 or newer, its driver, the CUDA Toolkit 12 or 13 (nvcc, cuBLASLt), a C
 #            compiler and make; about 75 GB of GPU memory for gpt2-xl (what does not fit is told, and the rest goes on);
@@ -10,15 +16,17 @@
 #   result   a line for each stage, a short table beside the aims for an H100, build/gpu_check.json with everything measured;
 #            logs and JSON of the stages in $OUT. Exit code 0 if build, tests, training and sanitizers are good
 #
-# Variables: OUT=build/gpu_check, BUILD=build, PYTHON=python3, CUDA_HOME=/usr/local/cuda, TOTAL=530 (seconds), JOBS (of make);
-# ENGINE=emu tries this script where there is no GPU: the same stages on the emulator, on tiny models, where nothing is fast.
+# Variables: PART=1,2,3, OUT=build/gpu_check, BUILD=build, PYTHON=python3, CUDA_HOME=/usr/local/cuda, TOTAL=530 (seconds),
+# JOBS (of make); ENGINE=emu tries this script where there is no GPU: the same stages on the emulator, on tiny models, where
+# nothing is fast.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 BUILD=${BUILD:-build}
 OUT=${OUT:-$BUILD/gpu_check}
 PYTHON=${PYTHON:-python3}
-TOTAL=${TOTAL:-530}
+PART=${PART:-1,2,3}
 ENGINE=${ENGINE:-cuda}
+TOTAL=${TOTAL:-$([ "$ENGINE" = cuda ] && echo 530 || echo 3600)}
 JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 4)}
 export CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" BUILD
 PATH=$PATH:$CUDA_HOME/bin
@@ -30,6 +38,9 @@ fail() {                                                 # what is wrong, a hint
     echo "  hint: $2" >&2
     exit 1
 }
+
+case ,$PART, in *[!1-3,]* | *[1-3][1-3]* | *,,*) fail "PART=$PART" "one or several of 1, 2 and 3, with commas between them" ;; esac
+part() { case ,$PART, in *,$1,*) ;; *) return 1 ;; esac; }
 
 # ---- The machine ----
 
@@ -46,17 +57,19 @@ if [ "$ENGINE" = cuda ]; then
 else
     programs="all $BUILD/test_gpt $BUILD/bench_emu $BUILD/kernels_emu $BUILD/gpu_summary"
     tests=$BUILD/test_gpt bench=$BUILD/bench_emu kernels=$BUILD/kernels_emu
-    build_args="" steps=2
+    build_args="" steps=2 slower=10                      # than a GPU
     rounds="--rounds 1" few="--size 64" shape="--preset tiny --batch 2 --seq-len 16"
 fi
 mkdir -p "$OUT" || fail "cannot make $OUT" "set OUT to a folder that can be written"
-rm -f "$OUT"/*.log "$OUT"/*.json "$OUT"/*.jsonl
-: >"$OUT/stages.jsonl" || fail "cannot write in $OUT" "set OUT to a folder that can be written"
+if part 1; then rm -f "$OUT"/*.log "$OUT"/*.json "$OUT"/*.jsonl; fi
+touch "$OUT/stages.jsonl" || fail "cannot write in $OUT" "set OUT to a folder that can be written"
 
 # ---- Stages ----
 
 record() {                                               # stage, status, seconds, note
     note=$(printf '%s' "$4" | LC_ALL=C tr -cd '[:alnum:] .,:%()/_=+-' | cut -c 1-90)
+    grep -v "^{\"stage\": \"$1\"," "$OUT/stages.jsonl" >"$OUT/stages.new"           # of an earlier call
+    mv "$OUT/stages.new" "$OUT/stages.jsonl"
     printf '{"stage": "%s", "status": "%s", "seconds": %d, "note": "%s"}\n' "$1" "$2" "$3" "$note" >>"$OUT/stages.jsonl"
     printf '   %s, %d s%s\n' "$2" "$3" "${note:+: $note}"
 }
@@ -69,7 +82,7 @@ skip() {                                                 # stage, why
 # Runs a command for at most its limit, and not beyond TOTAL. Its output goes to a log, whose last lines are shown if it
 # fails. Returns 0, 1 when it failed, 2 when it was skipped.
 stage() {                                                # stage, limit in seconds, command ...
-    name=$1 limit=$2
+    name=$1 limit=$(($2 * ${slower:-1}))
     shift 2
     from=$(date +%s)
     left=$((TOTAL - from + begun))
@@ -108,8 +121,10 @@ if [ "$failed" -ne 0 ]; then
     exit 1
 fi
 [ "$ENGINE" = cuda ] || test_names="cuda_gelu cuda_norm parity_refuses"
-# shellcheck disable=SC2086
-must tests 100 "$tests" ${test_names:-$("$tests" --list | grep -E '^(cuda|engine|parity)_')}
+if part 1; then
+    # shellcheck disable=SC2086
+    must tests 100 "$tests" ${test_names:-$("$tests" --list | grep -E '^(cuda|engine|parity)_')}
+fi
 
 # Whole programs, on the bytes of this folder's sources: the loss must fall. fp32, then bf16 with drop path of rows.
 train() {                                                # name, dtype, more options
@@ -126,7 +141,7 @@ train() {                                                # name, dtype, more opt
             --batch 4 --steps "$steps" --lr 1e-3 --warmup 5 --eval-every 0 --save-every 0 "$@"
         ' train "$OUT" "$BUILD/train_gpt_cuda" $steps --dtype "$dtype" "$@"
 }
-if [ "$ENGINE" = cuda ]; then
+if part 1 && [ "$ENGINE" = cuda ]; then
     train fp32 fp32
     train bf16 bf16 --drop-path 0.2 --drop-unit row --drop-ramp-up 10
     # Rounded at random; then the same with graphs, which must leave the same bits.
@@ -157,29 +172,36 @@ torch() {                                                # preset, limit, more o
         --bench "$bench" --json "$OUT/torch_$preset.json" "$@" && cat "$OUT/torch_$preset.log"
 }
 
-step gpt2 40
-torch gpt2 150 --batch 32 --rounds 5
-if [ "$ENGINE" = cuda ]; then model="--preset gpt2"; else model=$shape; fi
-# shellcheck disable=SC2086
-stage drop 80 "$bench" --only drop $model $rounds --json "$OUT/drop.json" && show drop
+if part 2; then
+    step gpt2 40
+    torch gpt2 150 --batch 32 --rounds 5
+    if [ "$ENGINE" = cuda ]; then model="--preset gpt2"; else model=$shape; fi
+    # shellcheck disable=SC2086
+    stage drop 80 "$bench" --only drop $model $rounds --json "$OUT/drop.json" && show drop
+fi
 
 # A small model, whose launches take long beside what they compute: one by one, and each branch as a graph.
-if [ "$ENGINE" = cuda ]; then model="--preset tiny --batch 8"; else model=$shape; fi
-for graphs in 0 1; do
-    # shellcheck disable=SC2086
-    stage "graphs_$graphs" 30 "$bench" --only step $model $rounds --graphs $graphs --json "$OUT/graphs_$graphs.json" &&
-        show "graphs_$graphs"
-done
+if part 2; then
+    if [ "$ENGINE" = cuda ]; then model="--preset tiny --batch 8"; else model=$shape; fi
+    for graphs in 0 1; do
+        # shellcheck disable=SC2086
+        stage "graphs_$graphs" 30 "$bench" --only step $model $rounds --graphs $graphs --json "$OUT/graphs_$graphs.json" &&
+            show "graphs_$graphs"
+    done
+fi
 
 # ---- Attention beside PyTorch's; the sanitizers; larger models; all kernels ----
 
 if [ "$ENGINE" = cuda ]; then sizes="--rounds 5"; else sizes="$shape $rounds $few"; fi
-# shellcheck disable=SC2086
-stage attention 45 "$kernels" --only attention $sizes --json "$OUT/attention.json" && show attention
-if [ $has_torch = 1 ] && [ -s "$OUT/attention.json" ]; then
-    stage sdpa 60 "$PYTHON" dev/bench/sdpa.py --kernels "$OUT/attention.json" --json "$OUT/sdpa.json" && cat "$OUT/sdpa.log"
-else
-    skip sdpa "no PyTorch that sees a GPU (PYTHON=$PYTHON), or no attention"
+if part 3; then
+    # shellcheck disable=SC2086
+    stage attention 45 "$kernels" --only attention $sizes --json "$OUT/attention.json" && show attention
+    if [ $has_torch = 1 ] && [ -s "$OUT/attention.json" ]; then
+        stage sdpa 60 "$PYTHON" dev/bench/sdpa.py --kernels "$OUT/attention.json" --json "$OUT/sdpa.json" &&
+            cat "$OUT/sdpa.log"
+    else
+        skip sdpa "no PyTorch that sees a GPU (PYTHON=$PYTHON), or no attention"
+    fi
 fi
 
 # Three steps each: of a model whose heads take the tensor cores, in bf16 and in fp32.
@@ -191,20 +213,22 @@ sanitize() {                                             # tool, dtype, limit
         echo 1 | compute-sanitizer --tool "$tool" --error-exitcode 9 "$bench" --only turns --dtype "$dtype" "$@"
         ' sanitize "$1" "$bench" "$2" --preset small --batch 2 --seq-len 80
 }
-if [ "$ENGINE" = cuda ] && command -v compute-sanitizer >/dev/null; then
+if part 1 && [ "$ENGINE" = cuda ] && command -v compute-sanitizer >/dev/null; then
     sanitize memcheck bf16 45
     sanitize racecheck bf16 60
     sanitize memcheck fp32 30
-else
+elif part 1; then
     skip sanitizers "no compute-sanitizer in PATH or $CUDA_HOME/bin"
 fi
 
-step gpt2-xl 60
+if part 2; then step gpt2-xl 60; fi
 # shellcheck disable=SC2086
-stage kernels 110 "$kernels" $sizes --json "$OUT/kernels.json" && show kernels
-step gpt2-medium 40
-step gpt2-large 50
-torch gpt2-medium 130 --batch 32 --rounds 3 --apart
+if part 3; then stage kernels 110 "$kernels" $sizes --json "$OUT/kernels.json" && show kernels; fi
+if part 2; then
+    step gpt2-medium 40
+    step gpt2-large 50
+    torch gpt2-medium 130 --batch 32 --rounds 3 --apart
+fi
 
 # ---- The table ----
 

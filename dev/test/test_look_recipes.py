@@ -1,11 +1,13 @@
 """Tests of the recipes in scripts/, scaled down by their variables: they run to their end, and go on."""
 import os
+import socket
 import subprocess
 import unittest
 
 import real_runs
 
 SMALL = "--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --eval-tokens 500 --threads 1"
+TINY = "--layers 2 --heads 2 --channels 16 --threads 1"
 
 
 class Recipes(unittest.TestCase):
@@ -60,6 +62,40 @@ class Recipes(unittest.TestCase):
         self.assertIn("Once upon a time", text)
         text = self.recipe("tinystories", TEXT=self.text(), VOCAB="270", STEPS="4", MORE=SMALL)[1]
         self.assertIn("nothing to do", text)
+
+    def test_fineweb124m(self):
+        tiny = {"SCALE": "tiny", "TEXT": self.text(), "STEPS": "4", "MORE": TINY}
+        out, text = self.recipe("fineweb124m", **tiny)
+        for part in ("== drop path 0, 1 process\n", "== drop path 0.1, 1 process\n", "step 4/4", "tokens, "):
+            self.assertIn(part, text)
+        self.assertRegex(text, r"\| drop0.1 +\| +1 \| +4 \| +1.638e\+04 \|")      # 4 steps x 16 x 4 rows x 64 tokens
+        self.assertEqual(os.path.exists(out + "/picture.png"), real_runs.have("matplotlib"))
+        text = self.recipe("fineweb124m", **tiny, GPUS="2", DROP="0 0.2")[1]
+        self.assertIn("has all 4 steps already", text)
+        self.assertIn("ranks:   2 processes, each 8 micro-batches", text)
+        for part, wrong in (("it is full or tiny", {"SCALE": "huge"}), ("has no train_*.bin", {"DATA": "/nowhere"}),
+                            ("hint: make CUDA=1", {"SCALE": "full", "BUILD": "/nowhere"})):
+            self.assertIn(part, self.recipe("fineweb124m", expect=1, **{**tiny, **wrong})[1])
+
+    def test_slurm(self):
+        """A stand-in for srun starts the ranks as it would."""
+        with open(os.path.join(real_runs.folder(), "srun"), "w", encoding="utf-8") as file:
+            file.write("""#!/bin/sh
+                shift
+                for SLURM_PROCID in 0 1; do
+                    SLURM_LOCALID=$SLURM_PROCID SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$SLURM_PROCID "$@" &
+                done
+                wait $! && wait""")
+        os.chmod(file.name, 0o755)
+        with socket.socket() as free:                      # as of now
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+               "PATH": real_runs.folder() + ":" + os.environ["PATH"]}
+        text = self.recipe("slurm", SCALE="tiny", TEXT=self.text(), STEPS="2", DROP="0.1", MORE=TINY, **job)[1]
+        self.assertIn("== drop path 0.1, 2 processes", text)
+        self.assertIn("ranks:   2 processes, each 8 micro-batches", text)
+        self.assertIn("hint: sbatch scripts/slurm.sh", self.recipe("slurm", expect=1, SLURM_NTASKS="")[1])
 
 
 if __name__ == "__main__":
