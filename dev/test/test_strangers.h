@@ -147,7 +147,7 @@ static void test_strangers_write_the_file(void) {
         file_write_whole(path, t.s, t.n);
         comm_test_run(end, guest, 1, place, 1, 30);
         EXPECT_END(end[0], 1, parts[i]);
-        EXPECT(!strstr(end[0].err.s, "not rank 0 of this program"), "it has asked a host of the file: %s", end[0].err.s);
+        EXPECT(!strstr(end[0].err.s, "answer"), "it has asked a host of the file: %s", end[0].err.s);
         comm_test_free(end, 1);
         strangers_end(host);
         free(place), free(path), free(tcp), text_free(&t);
