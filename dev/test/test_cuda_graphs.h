@@ -56,7 +56,7 @@ static uint64_t graphs_launches(void) {
 static void graphs_step(Model *const model[2], const GraphsCase *k, const DropPath *drop, DropPlan *plan, int step,
                         uint64_t launches[2], const char *what) {
     const int64_t t[5] = {step + 1, step + 1, step + 1, step + 1, step + 1};
-    const UpdateArgs update = {1e-2, 0.9, 0.95, 1e-2, 0.1, 1, t, 0};
+    const UpdateArgs update = {1e-2, 0.9, 0.95, 1e-2, 0.1, 1, t, 0, 0};
     const double one[4] = {1, 1, 1, 1};
     int tokens[GRAPHS_B * GRAPHS_T];
     double got[2];

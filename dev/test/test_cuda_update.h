@@ -44,7 +44,7 @@ static float *update_copy(const Model *m, int p, int l) {
 // One update with step counts t from the same weights and gradients every time.
 static void update_once(Model *m, const int64_t *t) {
     const GptConfig *c = &m->config;
-    const UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0, t, 0};
+    const UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0, t, 0, 0};
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             float *w = numbers(2 * p, gpt_param_size(c, p)), *dw = numbers(2 * p + 1, gpt_param_size(c, p));

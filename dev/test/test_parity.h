@@ -147,8 +147,8 @@ static void test_parity_checkpoints(void) {
         double scale[6] = {1, 1, 1, 1, 1, 1}, loss[2][PARITY_MICRO], norm[2];
         Rig a = parity_open(both[from], &c);
         parity_step(&a, &c, 0, count, loss[0], norm);
-        CheckpointState saved = {1, 64, count, scale, 0, -1, "steps = 3\n", NULL},
-                        loaded = {0, 0, loaded_count, scale, 0, 0, NULL, NULL};
+        CheckpointState saved = {.step = 1, .tokens = 64, .adamw_steps = count, .eval_scale = scale, .eot = -1,
+                                 .options = "steps = 3\n"}, loaded = {.adamw_steps = loaded_count, .eval_scale = scale};
         checkpoint_save(out, both[from], a.model, &a.c, &saved);
         Rig b = parity_open(both[!from], &c);
         char *dir = xprintf("%s/latest", out);
