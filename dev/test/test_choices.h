@@ -191,7 +191,7 @@ static void score_test_open(ScoreTest *s, int B) {
     const GptConfig c = {.T = SCORE_TEST_T, .V = SCORE_TEST_V, .L = 2, .NH = 2, .C = 16};
     EngineArgs args;
     memset(&args, 0, sizeof args);
-    args.B = B, args.T = SCORE_TEST_T, args.dtype = DTYPE_FP32;
+    args.B = B, args.T = SCORE_TEST_T, args.dtype = DTYPE_FP32, args.threads = 1;
     s->c = c;
     s->m = test_engine->open(&c, &args);
     s->plan = drop_plan_new(c.L, B);
@@ -210,13 +210,17 @@ static Scorer score_test_scorer(ScoreTest *s, int B, int T) {
     return scorer;
 }
 
-// -log p of `target` after tokens (n), in double from the logits of that row alone.
-static double score_test_loss(ScoreTest *s, const int *tokens, int n, int target) {
-    real logit[SCORE_TEST_V];
-    double sum = 0, top = -INFINITY;
+// A row alone, for score_test_loss.
+static void score_test_run(ScoreTest *s, const int *tokens, int n) {
     drop_plan_keep_all(&s->plan, s->scale, 0, 1);
     test_engine->forward(s->m, n, tokens, NULL, &s->plan);
-    test_engine->logits(s->m, 0, n - 1, logit);
+}
+
+// -log p of `target` after token t of that row, in double from the logits.
+static double score_test_loss(ScoreTest *s, int t, int target) {
+    real logit[SCORE_TEST_V];
+    double sum = 0, top = -INFINITY;
+    test_engine->logits(s->m, 0, t, logit);
     for (int v = 0; v < SCORE_TEST_V; v++)
         if ((double)logit[v] > top) top = (double)logit[v];
     for (int v = 0; v < SCORE_TEST_V; v++) sum += exp((double)logit[v] - top);
@@ -270,7 +274,8 @@ static void test_score_choices(void) {
             for (int i = 0; i < n; i++) tokens[i] = choices_token(&c, row, i);
             const int first = n - 1 > T[k] ? n - 1 - T[k] : 0;   // what does not fit is cut from the front
             long_ones += first > 0;
-            for (int i = row->context_n; i < n; i++) want += score_test_loss(&s, tokens + first, i - first, tokens[i]);
+            score_test_run(&s, tokens + first, n - 1 - first);
+            for (int i = row->context_n; i < n; i++) want += score_test_loss(&s, i - 1 - first, tokens[i]);
             EXPECT_CLOSE(loss[r], want, row->choice_n * rounding(64) * 10, "the sum of a choice");
             const double apart = test_engine->any_batch ? 0 : row->choice_n * rounding(64) * 10;
             EXPECT(fabs(loss[r] - again[r]) <= apart, "choice %lld: %.17g with 8 rows, %.17g with 3", (long long)r, loss[r],
@@ -333,9 +338,11 @@ static void test_score_documents(void) {
                 int end = start + 1;                     // the document's last target
                 while (end < count - 1 && token[end] != eot && n + end - start != cases[k].tokens) end++;
                 double document = 0;
-                for (int i = start; i < end; i++) {
+                for (int i = start, before = -1; i < end; i++) {
                     const int begin = start + score_test_begin(i - start, T, cases[k].stride);
-                    document += score_test_loss(&s, token + begin, i - begin + 1, token[i + 1]);
+                    if (begin != before) score_test_run(&s, token + begin, end - begin < T ? end - begin : T);
+                    before = begin;
+                    document += score_test_loss(&s, i - begin, token[i + 1]);
                 }
                 sum += document, means += document / (end - start);
                 n += end - start, documents++;
