@@ -18,7 +18,7 @@ static inline char *lock_take(int *fd, const char *dir) {
     else if (fcntl(*fd, F_SETLK, &lock) == 0) {
         gethostname(host, sizeof host - 1);
         char *text = xprintf("process %ld on %s\n", (long)getpid(), host);
-        if (ftruncate(*fd, 0) || disk_write(*fd, path, text, strlen(text)) < 0)        // only for messages
+        if (ftruncate(*fd, 0) || write(*fd, text, strlen(text)) < 0)           // only for messages
             warn("cannot write %s: %s", path, strerror(errno));
         free(text);
     } else if (errno == EACCES || errno == EAGAIN) {
