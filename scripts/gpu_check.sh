@@ -39,7 +39,7 @@ fail() {                                                 # what is wrong, a hint
     exit 1
 }
 
-case ,$PART, in *[!1-3,]* | *[1-3][1-3]* | *,,*) fail "PART=$PART" "one or several of 1, 2 and 3, with commas between them" ;; esac
+case ,$PART, in *[!1-3,]* | *[1-3][1-3]* | *,,*) fail "PART=$PART" "some of 1, 2 and 3, with commas between them" ;; esac
 part() { case ,$PART, in *,$1,*) ;; *) return 1 ;; esac; }
 
 # ---- The machine ----
