@@ -168,11 +168,17 @@ static inline char *directory_try_sync(const char *path) {
     return error;
 }
 
-// Writes a whole file under a temporary name, syncs it and renames it into place: old or new, never half.
+// Writes a whole file under a temporary name, syncs it and renames it into place: old or new, never half. What is there and no
+// regular file, as /dev/stdout, is written to.
 static inline char *file_try_write_whole(const char *path, const void *bytes, size_t n) {
-    char *temporary = xprintf("%s.tmp", path), *error;
+    struct stat st;
+    const int special = stat(path, &st) == 0 && !S_ISREG(st.st_mode);
+    char *temporary = xprintf(special ? "%s" : "%s.tmp", path), *error;
     FILE *f;
-    if (!(error = file_try_open(&f, temporary, "wb"))) {
+    if (!(error = file_try_open(&f, temporary, "wb")) && special) {
+        error = file_try_write(f, path, bytes, n);
+        if (fclose(f) && !error) error = xprintf("cannot write %s: %s", path, strerror(errno));
+    } else if (!error) {
         error = file_try_write(f, temporary, bytes, n);
         files_keep(&error, file_try_sync_close(f, temporary));
         if (!error) error = file_try_rename(temporary, path);

@@ -60,7 +60,6 @@ typedef struct {
     MetricsFile metrics;
     int metrics_wait;                                    // the last attempt to write to it has failed
     int lock;                                            // of the output directory, on rank 0; -1: not taken
-    int64_t saved;                                       // the step of the last checkpoint known to be whole; -1: none
     int stop, save_now;                                  // what a signal has asked for, all ranks agreeing
 } Trainer;
 
@@ -369,7 +368,6 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->engine = engine;
     tr->comm = comm;
     tr->lock = tr->metrics.fd = -1;
-    tr->saved = -1;
     tr->rank = comm ? comm->rank : 0;
     tr->world = comm ? comm->world : 1;
     if (!*o->train)
@@ -417,9 +415,6 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
         if (tr->rank == 0 && strcmp(o->resume, "latest")) trainer_refuse_later(tr);
         if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options), trainer_compare_data(tr, tr->state.options);
-        char *whole = checkpoint_path(o->out, tr->state.step);
-        if (path_exists(whole)) tr->saved = tr->state.step;
-        free(whole);
         free((char *)(uintptr_t)tr->state.options);
     } else if (from) trainer_load_weights(tr, from);
     else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
@@ -1058,15 +1053,13 @@ static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *tu
 
 // What a failed save means: a warning, if another one follows.
 static inline void trainer_save_failed(const Trainer *tr, const char *error, int last) {
-    char *whole = tr->saved < 0 ? NULL : checkpoint_path(tr->options->out, tr->saved);
-    const char *kept = whole ? whole : "none yet";
+    const char *kept = tr->whole ? tr->whole : "none yet";
     if (last)
         message("error", "step %lld is not saved: %s\n  hint: --resume continues from the last whole checkpoint: %s",
                 (long long)tr->state.step, error, kept);
     else
         warn("step %lld is not saved: %s\n  hint: the run goes on to the next save; the last whole checkpoint: %s",
              (long long)tr->state.step, error, kept);
-    free(whole);
 }
 
 // Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part. If it cannot be written and the run
@@ -1085,10 +1078,9 @@ static inline void trainer_save(Trainer *tr) {
         failed = error != NULL;
         if (failed) trainer_save_failed(tr, error, last);
         else {
-            tr->saved = tr->state.step;
             free(tr->whole);
-            tr->whole = checkpoint_path(o->out, tr->saved);
-            if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->saved);
+            tr->whole = checkpoint_path(o->out, tr->state.step);
+            if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->state.step);
         }
         free(error);
     }
@@ -1101,8 +1093,8 @@ static inline void trainer_save(Trainer *tr) {
 // The last words of a run that a signal has ended.
 static inline void trainer_stopped(const Trainer *tr) {
     if (tr->rank == 0)
-        printf("stopped by %s after step %lld of %lld: %s/step_%08lld is saved; --resume continues\n", signals_name(),
-               (long long)tr->state.step, (long long)tr->steps, tr->options->out, (long long)tr->saved);
+        printf("stopped by %s after step %lld of %lld: %s is saved; --resume continues\n", signals_name(),
+               (long long)tr->state.step, (long long)tr->steps, tr->whole);
 }
 
 // Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt;

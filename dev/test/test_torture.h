@@ -60,6 +60,16 @@ static void test_torture_launch_asks_its_ranks(void) {
     }
 }
 
-#define TORTURE_TESTS(X) X(torture_sums_tell_where) X(torture_short) X(torture_launch_asks_its_ranks)
+// A device is written to, not replaced: as root, `--json /dev/null` would else take it from the whole machine.
+static void test_torture_spares_devices(void) {
+    char *link = xprintf("%s/null", test_directory()), target[32] = "";
+    if (symlink("/dev/null", link)) die("%s: %s", link, strerror(errno));
+    file_write_whole(link, "x", 1);
+    EXPECT(readlink(link, target, sizeof target - 1) == 9, "the link is gone");
+    EXPECT_TEXT(target, "/dev/null");
+    free(link);
+}
+
+#define TORTURE_TESTS(X) X(torture_spares_devices) X(torture_sums_tell_where) X(torture_short) X(torture_launch_asks_its_ranks)
 
 #endif
