@@ -99,8 +99,8 @@ static void test_trainer_shard_changed_under_the_run(void) {
     char *part = xprintf("error: %s/b_000000.bin has changed since it was opened: it had 1822 bytes, now it has 0\n", dir);
     tool_expect(1, part, shell_run(command), __FILE__, __LINE__);
     free(command);
-    command = xprintf("mv %s/sound %s/b_000000.bin && %s/%s --out %s/cut --resume && %s/%s --out %s/whole", dir, dir, build, run,
-                      dir, build, run, dir);
+    command = xprintf("mv %s/sound %s/b_000000.bin && %s/%s --out %s/cut --resume && %s/%s --out %s/whole", dir, dir, build,
+                      run, dir, build, run, dir);
     ToolRun r = shell_run(command);
     EXPECT(strstr(r.out.s, "resumed: ") && !strstr(r.err.s, "shards have changed"), "%s", r.err.s);
     tool_expect(0, "", r, __FILE__, __LINE__);
@@ -110,8 +110,8 @@ static void test_trainer_shard_changed_under_the_run(void) {
     EXPECT_SAME(cut, whole, "optimizer.safetensors");
     command = xprintf("mv %s/other_000000.bin %s/c_000000.bin && %s/%s --out %s/more --resume %s/whole/step_00000180", dir, dir,
                       build, run, dir, dir);
-    tool_expect(0, "the training shards have changed since the checkpoint: they were 2 shards, 798 tokens, ", shell_run(command),
-                __FILE__, __LINE__);
+    tool_expect(0, "the training shards have changed since the checkpoint: they were 2 shards, 798 tokens, ",
+                shell_run(command), __FILE__, __LINE__);
     free(command), free(cut), free(whole), free(part), free(run);
 }
 
@@ -184,7 +184,8 @@ static void test_shards_beyond_32_bits(void) {
         EXPECT(token == 300, "sample %lld is window %lld and begins with %d", (long long)sample, (long long)w, token);
         shards_close(&s);
         // And a run on them: what it prints and records of tokens has all digits.
-        ToolRun r = tool_run("train_gpt " TRAINER_TEST_RUN " --vocab-size 1000 --train '%s' --steps 2 --out %s/out", pattern, dir);
+        ToolRun r = tool_run("train_gpt " TRAINER_TEST_RUN " --vocab-size 1000 --train '%s' --steps 2 --out %s/out", pattern,
+                             dir);
         EXPECT(strstr(r.out.s, "6,442,452,043 tokens in 3 shards"), "%s", r.out.s);
         tool_expect(0, "", r, __FILE__, __LINE__);
     }
@@ -214,7 +215,8 @@ static void test_trainer_replay_needs_every_step(void) {
     EXPECT_RUN("--out %s/run --steps 4 --drop-path 0.5", dir);
     char *command = xprintf("sed 3d %s/run/metrics.jsonl > %s/gap", dir, dir);
     tool_expect(0, "", shell_run(command), __FILE__, __LINE__);
-    EXPECT_REFUSED(1, "gap: line 3 has no plan of step 3", "--out %s/again --steps 4 --drop-path 0.5 --drop-replay %s/gap", dir, dir);
+    EXPECT_REFUSED(1, "gap: line 3 has no plan of step 3", "--out %s/again --steps 4 --drop-path 0.5 --drop-replay %s/gap", dir,
+                   dir);
     free(command);
 }
 

@@ -153,8 +153,8 @@ static void sample_test_read_logits(Model *m, int row, int t, real *logits) {
 }
 
 static const Engine sample_test_engine = {
-    "table", DTYPE_FP32, 1, NULL, sample_test_forward, NULL, NULL, sample_test_read_logits, sample_test_decode, NULL, NULL, NULL,
-    NULL, NULL, NULL, NULL,
+    "table", DTYPE_FP32, 1, NULL, sample_test_forward, NULL, NULL, sample_test_read_logits, sample_test_decode, NULL, NULL,
+    NULL, NULL, NULL, NULL, NULL,
 };
 
 typedef struct { int T, batch, cached; uint64_t seed; double temperature; int64_t samples; uint32_t round; } SampleTest;
