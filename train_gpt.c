@@ -1368,16 +1368,6 @@ static void block_backward(Model *m, int l, const DropPlan *plan) {
 
 // ---- Forward and backward of the whole model ----
 
-static void check_call(const Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
-    CHECK(plan->layers == m->config.L, "a plan of %d layers for a model of %d", plan->layers, m->config.L);
-    CHECK(plan->batch > 0 && plan->batch <= m->args.B && T > 0 && T <= m->args.T, "%d rows of %d tokens; opened for %d of %d",
-          plan->batch, T, m->args.B, m->args.T);
-    for (size_t i = 0, n = (size_t)plan->batch * (size_t)T; i < n; i++) {
-        CHECK(tokens[i] >= 0 && tokens[i] < m->config.V, "token %d is outside the vocabulary of %d", tokens[i], m->config.V);
-        CHECK(!targets || targets[i] < m->config.V, "target %d is outside the vocabulary of %d", targets[i], m->config.V);
-    }
-}
-
 // The mean loss; with weight != 0 also dy = its gradient times weight, by the output of the last LayerNorm.
 static double model_loss(Model *m, int T, const int *targets, const DropPlan *plan, double weight) {
     const size_t BT = (size_t)plan->batch * (size_t)T, C = (size_t)m->config.C;
@@ -1396,7 +1386,7 @@ static double model_loss(Model *m, int T, const int *targets, const DropPlan *pl
 
 static double run_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight) {
     const size_t B = (size_t)plan->batch, C = (size_t)m->config.C;
-    check_call(m, T, tokens, targets, plan);
+    engine_check_call(&m->config, &m->args, T, tokens, targets, plan);
     const Params w = params_at(m, SLOT_PARAM, 0);
     m->last_B = plan->batch;
     m->last_T = T;
@@ -1455,20 +1445,6 @@ static void model_logits(Model *m, int row, int t, real *host) {
 
 // ---- Generation ----
 
-static void check_decode(const Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan) {
-    const int B = plan->batch;
-    CHECK(plan->layers == m->config.L, "a plan of %d layers for a model of %d", plan->layers, m->config.L);
-    CHECK(B > 0 && B <= m->args.cache && n > 0 && (size_t)B * (size_t)n <= (size_t)m->args.B * (size_t)m->args.T,
-          "%d rows of %d tokens; opened for %d sequences and %d tokens", B, n, m->args.cache, m->args.B * m->args.T);
-    for (int row = 0; row < B; row++) {
-        CHECK(seq[row] >= 0 && seq[row] < m->args.cache, "sequence %d of %d", seq[row], m->args.cache);
-        CHECK(at[row] >= 0 && at[row] <= m->args.T - n, "%d tokens at position %d of %d", n, at[row], m->args.T);
-        for (int other = 0; other < row; other++) CHECK(seq[other] != seq[row], "sequence %d twice in a call", seq[row]);
-    }
-    for (size_t i = 0; i < (size_t)B * (size_t)n; i++)
-        CHECK(tokens[i] >= 0 && tokens[i] < m->config.V, "token %d is outside the vocabulary of %d", tokens[i], m->config.V);
-}
-
 // The weights as they are now, for multiply_few.
 static void pack_model(Model *m) {
     const GptConfig *c = &m->config;
@@ -1489,7 +1465,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
     const Params w = params_at(m, SLOT_PARAM, 0);
     const PackRoom room = {m->few, NULL, m->pack.bf16};
-    check_decode(m, n, tokens, seq, at, plan);
+    engine_check_decode(&m->config, &m->args, n, tokens, seq, at, plan);
     pack_model(m);
     m->last_B = plan->batch, m->last_T = n;
     m->seq = seq, m->at = at;

@@ -2409,16 +2409,6 @@ static void block_backward(Model *m, int l, const DropPlan *plan) {
 
 // ---- Forward and backward of the whole model ----
 
-static void check_call(const Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
-    CHECK(plan->layers == m->config.L, "a plan of %d layers for a model of %d", plan->layers, m->config.L);
-    CHECK(plan->batch > 0 && plan->batch <= m->args.B && T > 0 && T <= m->args.T, "%d rows of %d tokens; opened for %d of %d",
-          plan->batch, T, m->args.B, m->args.T);
-    for (size_t i = 0, n = (size_t)plan->batch * (size_t)T; i < n; i++) {
-        CHECK(tokens[i] >= 0 && tokens[i] < m->config.V, "token %d is outside the vocabulary of %d", tokens[i], m->config.V);
-        CHECK(!targets || targets[i] < m->config.V, "target %d is outside the vocabulary of %d", targets[i], m->config.V);
-    }
-}
-
 // The places of the batch by their token, in the order in which tokens first appear; returns how many tokens that is.
 static int group_tokens(Model *m, const int *tokens, size_t BT) {
     int groups = 0, *first = m->host.first, *order = m->host.order;
@@ -2483,7 +2473,7 @@ static double model_finish(Model *m, int T, const int *targets, const DropPlan *
 static Grouped run_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight) {
     const size_t B = (size_t)plan->batch, C = (size_t)m->config.C;
     const Rows all = {NULL, NULL};
-    check_call(m, T, tokens, targets, plan);
+    engine_check_call(&m->config, &m->args, T, tokens, targets, plan);
     const Operands w = weights_at(m, 0);
     const Grouped by = {send_inputs(m, T, tokens, targets, plan, weight != 0), m->device.order, m->device.first};
     m->last_B = plan->batch;
@@ -2556,27 +2546,13 @@ static void model_logits(Model *m, int row, int t, real *host) {
 
 // ---- Generation ----
 
-static void check_decode(const Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan) {
-    const int B = plan->batch;
-    CHECK(plan->layers == m->config.L, "a plan of %d layers for a model of %d", plan->layers, m->config.L);
-    CHECK(B > 0 && B <= m->args.cache && n > 0 && (size_t)B * (size_t)n <= (size_t)m->args.B * (size_t)m->args.T,
-          "%d rows of %d tokens; opened for %d sequences and %d tokens", B, n, m->args.cache, m->args.B * m->args.T);
-    for (int row = 0; row < B; row++) {
-        CHECK(seq[row] >= 0 && seq[row] < m->args.cache, "sequence %d of %d", seq[row], m->args.cache);
-        CHECK(at[row] >= 0 && at[row] <= m->args.T - n, "%d tokens at position %d of %d", n, at[row], m->args.T);
-        for (int other = 0; other < row; other++) CHECK(seq[other] != seq[row], "sequence %d twice in a call", seq[row]);
-    }
-    for (size_t i = 0; i < (size_t)B * (size_t)n; i++)
-        CHECK(tokens[i] >= 0 && tokens[i] < m->config.V, "token %d is outside the vocabulary of %d", tokens[i], m->config.V);
-}
-
 static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan,
                          real *logits) {
     const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
     const Rows all = {NULL, NULL};
     const Operands w = weights_at(m, 0);
     Gpu *g = &m->gpu;
-    check_decode(m, n, tokens, seq, at, plan);
+    engine_check_decode(&m->config, &m->args, n, tokens, seq, at, plan);
     memcpy(m->host.seq, seq, B * sizeof(int));
     memcpy(m->host.at, at, B * sizeof(int));
     send_inputs(m, n, tokens, NULL, plan, 0);

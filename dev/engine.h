@@ -122,6 +122,36 @@ typedef struct {
     void (*close)(Model *);
 } Engine;
 
+// ---- What a caller must keep to, for engines ----
+
+// Of forward and forward_backward, to a model of sizes c that was opened with args a.
+static inline void engine_check_call(const GptConfig *c, const EngineArgs *a, int T, const int *tokens, const int *targets,
+                                     const DropPlan *plan) {
+    CHECK(plan->layers == c->L, "a plan of %d layers for a model of %d", plan->layers, c->L);
+    CHECK(plan->batch > 0 && plan->batch <= a->B && T > 0 && T <= a->T, "%d rows of %d tokens; opened for %d of %d",
+          plan->batch, T, a->B, a->T);
+    for (size_t i = 0, n = (size_t)plan->batch * (size_t)T; i < n; i++) {
+        CHECK(tokens[i] >= 0 && tokens[i] < c->V, "token %d is outside the vocabulary of %d", tokens[i], c->V);
+        CHECK(!targets || targets[i] < c->V, "target %d is outside the vocabulary of %d", targets[i], c->V);
+    }
+}
+
+// Of decode.
+static inline void engine_check_decode(const GptConfig *c, const EngineArgs *a, int n, const int *tokens, const int *seq,
+                                       const int *at, const DropPlan *plan) {
+    const int B = plan->batch;
+    CHECK(plan->layers == c->L, "a plan of %d layers for a model of %d", plan->layers, c->L);
+    CHECK(B > 0 && B <= a->cache && n > 0 && (size_t)B * (size_t)n <= (size_t)a->B * (size_t)a->T,
+          "%d rows of %d tokens; opened for %d sequences and %d tokens", B, n, a->cache, a->B * a->T);
+    for (int row = 0; row < B; row++) {
+        CHECK(seq[row] >= 0 && seq[row] < a->cache, "sequence %d of %d", seq[row], a->cache);
+        CHECK(at[row] >= 0 && at[row] <= a->T - n, "%d tokens at position %d of %d", n, at[row], a->T);
+        for (int other = 0; other < row; other++) CHECK(seq[other] != seq[row], "sequence %d twice in a call", seq[row]);
+    }
+    for (size_t i = 0; i < (size_t)B * (size_t)n; i++)
+        CHECK(tokens[i] >= 0 && tokens[i] < c->V, "token %d is outside the vocabulary of %d", tokens[i], c->V);
+}
+
 #ifdef __cplusplus
 extern "C" {
 #endif
