@@ -6,6 +6,7 @@
 #include "fuzz.h"
 
 #include "../checkpoint.h"
+#include "../choices.h"
 #include "../comm.h"
 #include "../drop_path.h"
 #include "../json.h"
@@ -69,6 +70,31 @@ static int fuzz_shards(const unsigned char *p, size_t n) {
     uint64_t sum = 0;
     for (int64_t i = 0; i < s.count; i++) sum += shard_token(&s, i);
     FUZZ_REQUIRE(sum <= (uint64_t)s.count << 8 * s.width);
+    return 1;
+}
+
+// ---- choices.h ----
+
+// Every example has choices of its own, one of them the right one, and all tokens can be read.
+static int fuzz_choices(const unsigned char *p, size_t n) {
+    Choices c;
+    if (choices_parse(&c, p, n)) return 0;
+    int64_t rows = 0;
+    for (int64_t e = 0; e < c.examples; e++) {
+        const ChoicesExample *x = &c.example[e];
+        FUZZ_REQUIRE(x->first == rows && x->n > 0 && 0 <= x->label && x->label < x->n);
+        rows += x->n;
+    }
+    FUZZ_REQUIRE(rows == c.rows);
+    for (int64_t r = 0; r < c.rows; r++) {
+        const ChoicesRow *row = &c.row[r];
+        FUZZ_REQUIRE(row->context_n >= 0 && row->choice_n > 0);
+        for (int i = 0; i < row->context_n + row->choice_n; i++)
+            FUZZ_REQUIRE(c.width == 4 || choices_token(&c, row, i) <= 65535);
+    }
+    choices_limit(&c, 1);
+    FUZZ_REQUIRE(c.examples == 1 && c.rows == c.example[0].n);
+    choices_free(&c);
     return 1;
 }
 
@@ -451,8 +477,8 @@ static int fuzz_launch(const unsigned char *p, size_t n) {
 // ---- All of them ----
 
 #define FUZZ_PARSERS(X)                                                                                                    \
-    X(json) X(shards) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) X(manifest) X(options) X(metrics)  \
-    X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch)
+    X(json) X(shards) X(choices) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) X(manifest) X(options)    \
+    X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch)
 
 static const FuzzParser fuzz_parsers[] = {
 #define X(name) {#name, fuzz_##name},

@@ -43,6 +43,26 @@ static void seeds_shards(const char *corpus) {
     seed_take(corpus, "shards", "eval", &t);
 }
 
+// Two questions, of two and of three choices.
+static void seeds_choices(const char *corpus) {
+    enum { EXAMPLE = 14 };                               // words of either
+    static const uint32_t words[2][EXAMPLE] = {{0, 0, 0, 1, 2, 3, 10, 11, 12, 1, 20, 2, 21, 22},
+                                               {0, 0, 1, 0, 3, 1, 13, 1, 30, 1, 31, 2, 32, 33}};
+    for (uint32_t version = 1; version <= 2; version++) {
+        Text t = {NULL, 0, 0};
+        const uint32_t width = 2 * version;
+        seed_words(&t, (uint32_t[4]){SHARD_EVAL_MAGIC, version, 2, EXAMPLE * width}, 4);
+        for (int i = 0; i < 2 * EXAMPLE; i++) {
+            const int at = i % EXAMPLE;
+            const uint32_t w = at == 0 ? UINT32_MAX : at == 1 ? EXAMPLE * width : words[i / EXAMPLE][at];
+            const char little[4] = {(char)w, (char)(w >> 8), (char)(w >> 16), (char)(w >> 24)};
+            text_append(&t, little, width);
+        }
+        FUZZ_REQUIRE(fuzz_choices((const unsigned char *)t.s, t.n));
+        seed_take(corpus, "choices", version == 1 ? "halves" : "words", &t);
+    }
+}
+
 static void seeds_tokenizer(const char *corpus) {
     Text t = {NULL, 0, 0};
     tokenizer_bytes_file(&t);
@@ -225,8 +245,8 @@ static void seeds_comm(const char *corpus) {
 }
 
 static void seeds_write(const char *corpus) {
-    seeds_shards(corpus), seeds_tokenizer(corpus), seeds_safetensors(corpus), seeds_models(corpus), seeds_text(corpus);
-    seeds_depth(corpus), seeds_replay(corpus), seeds_comm(corpus);
+    seeds_shards(corpus), seeds_choices(corpus), seeds_tokenizer(corpus), seeds_safetensors(corpus), seeds_models(corpus);
+    seeds_text(corpus), seeds_depth(corpus), seeds_replay(corpus), seeds_comm(corpus);
 }
 
 #endif
