@@ -392,7 +392,7 @@ static inline int options_distance(const char *a, const char *b) {
     int row[LONGEST + 1], n = (int)strlen(b);            // row[j]: from the part of a read so far to b[0..j)
     CHECK(n <= LONGEST, "option name %s is too long", b);
     for (int j = 0; j <= n; j++) row[j] = j;
-    for (const char *end = a + LONGEST / 2; *a && a < end; a++) {  // nothing is near to a longer name
+    for (int i = 0; *a && i < LONGEST / 2; i++, a++) {   // nothing is near to a longer name
         int diagonal = row[0]++;
         for (int j = 1; j <= n; j++) {
             int replaced = diagonal + ((*a == '_' ? '-' : *a) != b[j - 1]);
