@@ -1055,7 +1055,8 @@ static real *room_new(size_t n) {
     enum { PAGE = 2 << 20 };                             // a huge page: strips are packed from lines far apart
     const size_t bytes = (n ? n : 1) * sizeof(real);
     void *p = NULL;
-    if (posix_memalign(&p, bytes < PAGE ? 64 : PAGE, bytes)) die("out of memory: %zu bytes for the model", bytes);
+    if (posix_memalign(&p, bytes < PAGE ? 64 : PAGE, bytes))
+        die("out of memory: %zu bytes for the model\n  hint: a smaller --batch or model; --dry-run tells the sizes", bytes);
 #ifdef MADV_HUGEPAGE
     if (bytes >= PAGE) madvise(p, bytes, MADV_HUGEPAGE); // a wish
 #endif
@@ -1198,12 +1199,12 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     params_layout(m);
     params_chunks(m);
     packed_layout(m);
-    for (int s = 0; s < (args->bound.rows > 0 ? 4 : 1); s++) m->slot[s] = room_new(m->n_params);
+    for (int s = 0; s < (args->dry ? 0 : args->bound.rows > 0 ? 4 : 1); s++) m->slot[s] = room_new(m->n_params);
     m->spent = xcalloc((size_t)BRANCHES * (size_t)config->L + 1, sizeof *m->spent);
     m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = xcalloc((size_t)config->L, sizeof *m->mlp);
     m->kept_room = kept_bound(m, &args->bound);
-    for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
+    for (int i = 0, n = args->dry ? 0 : model_rooms(m, rooms); i < n; i++)
         *rooms[i].at = room_new(rooms[i].at == &m->kept ? m->kept_room : rooms[i].n);
     return m;
 }

@@ -45,6 +45,8 @@ typedef struct {
                                                          // bits. GPU only
     int rounding;                                        // ROUNDING_*, and the seed of its random bits
     uint64_t seed;
+    int dry;                                             // 1: only memory, peak and close will be called, so that the CPU
+                                                         // sets nothing aside; a GPU does, and so finds out whether it fits
     int cache;                                           // sequences of T tokens whose keys and values decode keeps; 0: none
 } EngineArgs;
 

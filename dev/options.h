@@ -140,6 +140,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "leave out a step whose loss lies this many standard deviations above that of the last 128; 0: never")    \
     OPTION(skip_norm_zscore, "skip-norm-zscore", NUMBER, "0", "[0,inf)", "the same for its gradient's norm; 0: never") \
     OPTION(selfcheck, "selfcheck", FLAG, "1", "0|1", "at start, compare a tiny training run with stored numbers")    \
+    OPTION(dry_run, "dry-run", FLAG, "0", "0|1",                                                                     \
+           "tell sizes, memory, FLOPs, the expected saving and time; train and write nothing")                       \
   HEADING("Optimizer (AdamW)")                                                                                       \
     OPTION(lr, "lr", NUMBER, "6e-4", "[0,inf)", "peak learning rate")                                                \
     OPTION(lr_schedule, "lr-schedule", CHOICE, "cosine", "cosine|linear|wsd|constant",                               \

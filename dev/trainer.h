@@ -133,7 +133,7 @@ static inline void trainer_config(Trainer *tr, const char *from) {
             if (given[i] && given[i] != have[i])
                 die("--%s %lld: %s has %lld", name[i], (long long)given[i], from, (long long)have[i]);
         tr->T = o->seq_len ? (int)o->seq_len : c->T;
-        if (tr->T > c->T) die("--seq-len %d: %s has %d positions", tr->T, from, c->T);
+        if (tr->T > c->T) die("--seq-len %d: %s has %d positions\n  hint: --seq-len %d is the most", tr->T, from, c->T, c->T);
     } else {
         *c = gpt_presets[o->preset].config;
         if (tr->manifest[MANIFEST_TRAIN].V) c->V = tr->manifest[MANIFEST_TRAIN].V;
@@ -233,8 +233,12 @@ static inline void trainer_lock(Trainer *tr) {
 // Where the run starts: a checkpoint of ours to resume (*resume = 1), weights to start from, or nothing (NULL).
 static inline char *trainer_start(Trainer *tr, int *resume) {
     const TrainOptions *o = tr->options;
-    char *metrics = xprintf("%s/metrics.jsonl", o->out);
     *resume = 0;
+    if (o->dry_run) {                                    // looks only
+        char *from = !*o->resume ? NULL : strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
+        return from || !*o->init_from ? from : xstrdup(o->init_from);
+    }
+    char *metrics = xprintf("%s/metrics.jsonl", o->out);
     if (!*o->resume) {
         if (path_exists(metrics))
             die("%s holds a run already\n  hint: --resume continues it; another --out starts a new one", o->out);
@@ -395,7 +399,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o);
     args.bound = trainer_memory_bound(tr), args.recompute = o->recompute;
     args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
-    args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed;
+    args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed, args.dry = o->dry_run;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
@@ -416,11 +420,12 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         if (tr->rank == 0 && strcmp(o->resume, "latest")) trainer_refuse_later(tr);
         if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options), trainer_compare_data(tr, tr->state.options);
         free((char *)(uintptr_t)tr->state.options);
-    } else if (from) trainer_load_weights(tr, from);
+    } else if (o->dry_run) {}                            // no weights
+    else if (from) trainer_load_weights(tr, from);
     else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
     tr->state.options = tr->run_text;
     if (resume) tr->whole = xstrdup(from);
-    if (from && tr->rank == 0) printf("%s: %s\n", resume ? "resumed" : "weights", from);
+    if (from && tr->rank == 0 && !o->dry_run) printf("%s: %s\n", resume ? "resumed" : "weights", from);
     free(from);
 }
 
@@ -965,6 +970,14 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
     map[tr->config.L] = 0;
 }
 
+// The part of the full model's FLOPs that the run is expected to execute.
+static inline double trainer_expected_compute(const Trainer *tr) {
+    double sum = 0;
+    if (tr->options->drop_path == 0 && !tr->replay.n) return 1;
+    for (int64_t t = 0; t < tr->steps; t++) sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
+    return sum / (double)tr->steps;
+}
+
 static inline void trainer_print_start(const Trainer *tr) {
     const GptConfig *c = &tr->config;
     const TrainOptions *o = tr->options;
@@ -973,7 +986,7 @@ static inline void trainer_print_start(const Trainer *tr) {
     const double mib = 1048576;
     static const char *const products[] = {"", ", matrix products of bf16", "", ", matrix products of tf32"};
     EngineMemory memory;
-    double usual, fraction = 0;
+    double usual;
     metrics_grouped(count, (double)parameters);
     metrics_grouped(tokens, (double)tr->train.tokens);
     tr->engine->memory(tr->model, &memory);
@@ -995,9 +1008,8 @@ static inline void trainer_print_start(const Trainer *tr) {
         printf(" of %.0f MiB without drop path", (double)memory.activations_full / mib);
     printf("\n");
     if (o->drop_path > 0 || tr->replay.n) {
-        for (int64_t t = 0; t < tr->steps; t++) fraction += drop_path_expected_compute(&tr->drop, c, tr->T, t);
         printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path,
-               c->L, o->drop_path * drop_path_depth(&tr->drop, 1), 100 * fraction / (double)tr->steps);
+               c->L, o->drop_path * drop_path_depth(&tr->drop, 1), 100 * trainer_expected_compute(tr));
         const char *size = drop_path_excess(o->drop_path, parameters, &usual);
         if (size)
             warn("--drop-path %g is high: %g is usual for a %s model; compare with a run without it", o->drop_path, usual,
@@ -1005,6 +1017,21 @@ static inline void trainer_print_start(const Trainer *tr) {
     }
     printf("output:  %s\n", o->out);
     fflush(stdout);
+}
+
+// --dry-run: what the run would take. Steps of large models reach about half of the peak or more, of tiny ones less.
+static inline void trainer_print_estimate(const Trainer *tr) {
+    const double tokens = (double)tr->steps * tr->M * tr->B * tr->T, mib = 1048576, share = 0.5;
+    const double full = 3 * tokens / tr->T * gpt_row_flops(&tr->config, tr->T), flops = full * trainer_expected_compute(tr);
+    char grouped[32], time[32], saved[32];
+    metrics_grouped(grouped, tokens);
+    metrics_duration(time, flops / (share * tr->peak_flops));
+    metrics_duration(saved, (full - flops) / (share * tr->peak_flops));
+    printf("flops:   %.3e on %s tokens; %.3e without drop path\n", flops, grouped, full);
+    printf("time:    %s if steps reach half of that peak, evaluations left out; drop path saves %s. A run of a few steps tells "
+           "more\n", time, saved);
+    printf("disk:    %.0f MiB a checkpoint\n", 3.0 * (double)gpt_params_count(&tr->config) * sizeof(real) / mib);
+    printf("dry run: nothing has been trained or written\n");
 }
 
 static inline void trainer_sample(Trainer *tr) {
@@ -1104,9 +1131,16 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
     Trainer trainer, *tr = &trainer;
     Metrics again;
     signals_begin();
-    trainer_selfcheck(engine, o, comm);
+    if (!o->dry_run) trainer_selfcheck(engine, o, comm);
     trainer_open(tr, engine, o, config_text, comm);
     tr->program = program;
+    if (o->dry_run) {
+        tr->peak_flops = engine->peak(tr->model, 0.2);
+        comm_sum(comm, &tr->peak_flops, 1);
+        if (tr->rank == 0) trainer_print_start(tr), trainer_print_estimate(tr);
+        trainer_close(tr);
+        return;
+    }
     if (!turn) signals_catch();                          // with turns, compare decides
     const int owed = trainer_catch_up(tr, &again);
     if (tr->state.step >= tr->steps) {

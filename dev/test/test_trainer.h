@@ -304,11 +304,46 @@ static void test_trainer_survives_numbers_that_are_not_finite(void) {
     free(last), free(path), free(wrong);
 }
 
+// --dry-run tells what the run itself says of its sizes, also of one that no machine here could hold, and writes nothing.
+static void test_trainer_dry_run(void) {
+    const char *dir = test_directory();
+    ToolRun dry = trainer_test_run("--out %s/run --drop-path 0.5 --steps 8 --dry-run", dir);
+    char *out = xprintf("%s/run", dir), *metrics = xprintf("%s/metrics.jsonl", out);
+    EXPECT(dry.code == 0 && !path_exists(out), "exit code %d: %s", dry.code, dry.err.s);
+    ToolRun run = trainer_test_run("--out %s/run --drop-path 0.5 --steps 8", dir);
+    const char *const lines[] = {"model: ", "data: ", "step: ", "memory: ", "drop: "};
+    for (int i = 0; i < 5; i++) {
+        const char *a = strstr(dry.out.s, lines[i]), *b = strstr(run.out.s, lines[i]);
+        const size_t n = b ? strcspn(b, "\n") : 0;
+        EXPECT(a && b && !strncmp(a, b, n + 1), "%s\nis not in\n%s", lines[i], dry.out.s);
+    }
+    MetricsLog log = metrics_read(metrics);
+    double said = 0, full = 0, flops = 0;
+    const char *line = strstr(dry.out.s, "flops: ");
+    EXPECT(line && sscanf(line, "flops: %lf on 1,024 tokens; %lf", &said, &full) == 2, "%s", dry.out.s);
+    for (int i = 0; i < log.n; i++) flops += log.record[i].flops / log.record[i].flops_fraction;
+    EXPECT_CLOSE(full, flops, 1e-3 * flops, "FLOPs without drop path");
+    EXPECT(said > 0.5 * full && said < full, "%g FLOPs of %g are expected", said, full);
+    metrics_log_free(&log);
+    tool_free(&dry), tool_free(&run);
+
+    ToolRun again = trainer_test_run("--out %s/run --drop-path 0.5 --steps 16 --dry-run --resume", dir);
+    EXPECT(again.code == 0 && strstr(again.out.s, "2 layers"), "%s%s", again.out.s, again.err.s);
+    MetricsLog same = metrics_read(metrics);
+    EXPECT(same.n == 8, "%lld steps are recorded", (long long)same.n);
+    metrics_log_free(&same);
+    tool_free(&again);
+    ToolRun large = trainer_test_run("--out %s/run --preset gpt2-xl --layers 1000 --channels 1600 --heads 25 --dry-run", dir);
+    EXPECT(large.code == 0 && strstr(large.out.s, "1000 layers"), "%s%s", large.out.s, large.err.s);
+    tool_free(&large);
+    free(out), free(metrics);
+}
+
 #define TRAINER_TESTS(X)                                                                          \
     X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                    \
     X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
     X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
-    X(trainer_refuses) X(trainer_warns_of_a_high_rate) X(trainer_survives_numbers_that_are_not_finite)
+    X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) X(trainer_survives_numbers_that_are_not_finite)
 
 #endif

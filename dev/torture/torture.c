@@ -26,11 +26,6 @@ typedef struct {
 
 static Torture tt;
 
-// The children end by die() and by signals, and free nothing: a leak check of theirs says nothing (a hook of
-// LeakSanitizer's; nothing calls it elsewhere).
-int __lsan_is_turned_off(void);
-int __lsan_is_turned_off(void) { return 1; }
-
 static double no_peak(Model *m, double seconds) {
     (void)m;
     (void)seconds;
@@ -623,6 +618,7 @@ int main(int argc, char **argv) {
     const char *base = getenv("TMPDIR");
     const double from = clock_seconds();
     Calls c;
+    leave_memory();                                      // the children end by die() and by signals, and free nothing
     tt.parts = 1;
     tt.shorter = argc == 2 && !strcmp(argv[1], "--short");
     if (argc > 1 && !tt.shorter && (argc != 3 || strcmp(argv[1], "--part") ||
