@@ -101,6 +101,7 @@ int main(int argc, char **argv) {
         return 0;
     }
     for (int i = 1; i < argc; i++) find_test(argv[i]);   // a wrong name is told before anything runs
+    signal(SIGINT, SIG_DFL);                             // a shell's background jobs ignore it, and what they start does too
     for (int e = 0; e < N_ENGINES; e++) printf("engine: %s\n", engines[e]()->name);
     int count = argc > 1 ? argc - 1 : N_TESTS, passed = 0;
     for (int i = 0; i < count; i++) passed += run_test(argc > 1 ? find_test(argv[i + 1]) : &tests[i]);

@@ -501,7 +501,7 @@ class Runs(Case):
         """prepare.py in processes of its own, of units of 64 KiB, which saves after every one."""
         path = self.write("start.py", f"import os, sys\nsys.path.insert(0, {DATA!r})\nimport corpus, prepare\n"
                           "if __name__ == '__main__':\n    corpus.UNIT, prepare.SAVE_SECONDS = 1 << 16, 0\n"
-                          "    def act(arguments):                     # from here on main() answers to an interruption\n"
+                          "    def act(arguments):                 # from here on main() answers to an interruption\n"
                           "        print('started', flush=True)\n"
                           "        prepare.prepare(prepare.check(prepare.parser().parse_args(arguments)))\n"
                           "    prepare.main(sys.argv[1:], act)\n")
@@ -536,7 +536,8 @@ class Runs(Case):
                     os.killpg(process.pid, end)
                 said = process.communicate()[0]
                 interrupted += process.returncode != 0
-                if process.returncode and end == signal.SIGINT and not os.path.exists(os.path.join(out, "manifest.json")):
+                done = os.path.exists(os.path.join(out, "manifest.json"))
+                if process.returncode and end == signal.SIGINT and not done:
                     self.assertIn("the same command goes on", said)
             self.assertEqual(process.returncode, 0, said)
             self.assertGreaterEqual(interrupted, 2)
@@ -838,4 +839,5 @@ class Choices(Hub):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # which a shell's background jobs ignore
     unittest.main()

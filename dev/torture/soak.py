@@ -209,4 +209,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # which a shell's background jobs ignore
     sys.exit(main())

@@ -618,6 +618,7 @@ int main(int argc, char **argv) {
     const char *base = getenv("TMPDIR");
     const double from = clock_seconds();
     Calls c;
+    signal(SIGINT, SIG_DFL);                             // a shell's background jobs ignore it
     leave_memory();                                      // the children end by die() and by signals, and free nothing
     tt.parts = 1;
     tt.shorter = argc == 2 && !strcmp(argv[1], "--short");
