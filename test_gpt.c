@@ -25,9 +25,7 @@
 #include "dev/test/test_kernels.h"
 #include "dev/test/test_long.h"
 #include "dev/test/test_manifest.h"
-#ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_nccl.h"
-#endif
 #include "dev/test/test_numbers.h"
 #include "dev/test/test_options.h"
 #ifdef WITH_CUDA_ENGINE
@@ -66,7 +64,10 @@ static const Test tests[] = {
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
-    CUDA_TESTS(X) PARITY_TESTS(X) NCCL_TESTS(X) GPU_RANKS_TESTS(X)
+    CUDA_TESTS(X) PARITY_TESTS(X)
+#ifdef CUDA_EMULATED                                     // several ranks without a GPU for each
+    NCCL_TESTS(X) GPU_RANKS_TESTS(X)
+#endif
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
     MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) NUMBERS_TESTS(X) CHOICES_TESTS(X)
