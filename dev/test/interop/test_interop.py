@@ -403,7 +403,7 @@ class Runs(Interop):
         for model in (load(out), llmc_read(self.folder / "out.bin")):
             self.assert_logits(ours, their_logits(model, tokens))
         unfolded = their_logits(load(checkpoint), tokens)
-        self.assertGreater(np.abs(unfolded - ours).max(), 0.1, "the factors do nothing here")
+        self.assertGreater(np.abs(unfolded - ours).max(), 1e-3, "the factors do nothing here")
 
     def test_merges(self):
         """A vocabulary that was learned elsewhere: the merges that made it are found again, and a text's tokens."""
