@@ -93,10 +93,11 @@ WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
             $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-DSANITIZED -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 LIBS     := -lm -pthread
-# No contraction: on every compiler the sums are those that the code says. With sanitizers -O3 would compile for minutes.
+TEST_O   := -O1                                          # tests take longer to compile than to run
+# No contraction: on every compiler the sums are those that the code says.
 EMU_FLAGS := -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing $(WARNINGS) \
              -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. \
-             $(if $(SAN),-DSANITIZED -O1 -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fno-sanitize=vptr \
+             $(TEST_O) $(if $(SAN),-DSANITIZED -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined -fno-sanitize=vptr \
              $(call probe,-fno-sanitize=function))       # these two need a C++ linker
 
 TOOLS    := compare generate evaluate export
@@ -118,11 +119,12 @@ $(B)/train_gpt: train_gpt.c $(if $(FAT_ENGINES),$(filter-out $(B)/engine_$(FAT_B
 $(TOOLS:%=$(B)/%): $(B)/%: dev/tools/%.c $(ENGINES)
 $(B)/interop_logits: dev/test/interop/logits.c $(ENGINES)
 $(B)/torture: dev/torture/torture.c $(ENGINES)
-$(B)/torture: TEST_FLAGS := -DFAULTS
+$(B)/torture: TEST_FLAGS = $(TEST_O) -DFAULTS
 $(B)/data_bytes: data/bytes.c
 $(B)/fuzz_replay: dev/fuzz/replay.c
 $(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
-$(B)/test_gpt: TEST_FLAGS := $(if $(EMU),-DCUDA_EMULATED)
+$(B)/fuzz_replay: TEST_FLAGS = $(TEST_O)
+$(B)/test_gpt: TEST_FLAGS = $(TEST_O) $(if $(EMU),-DCUDA_EMULATED)
 $(B)/test_gpt: LIBS += $(if $(EMU),$(CXX_LIB))
 $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without dot products of pairs (dev/vector.h)
 
