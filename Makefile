@@ -93,7 +93,8 @@ WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
             $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-DSANITIZED -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 LIBS     := -lm -pthread
-TEST_O   := -O1                                          # tests take longer to compile than to run
+# Tests take longer to compile than to run.
+TEST_O   := -O1
 # No contraction: on every compiler the sums are those that the code says.
 EMU_FLAGS := -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing $(WARNINGS) \
              -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. \
