@@ -52,10 +52,10 @@ enum { N_ENGINES = sizeof engines / sizeof engines[0] };
 
 typedef struct { const char *name; void (*run)(void); int engines; } Test;
 
-// Those of comm.h first: they fork processes that start threads, which QEMU's user mode cannot once this one has threads.
+// Those of ranks first: they fork processes that start threads, which QEMU's user mode cannot once this one has threads.
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
-    COMM_TESTS(X) STRANGERS_TESTS(X)
+    COMM_TESTS(X) STRANGERS_TESTS(X) NUMBERS_TESTS(X)
     RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
     SCHEDULE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
@@ -70,7 +70,7 @@ static const Test tests[] = {
 #endif
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
-    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) NUMBERS_TESTS(X) CHOICES_TESTS(X)
+    MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) CHOICES_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };
