@@ -122,7 +122,7 @@ $(B)/interop_logits: dev/test/interop/logits.c $(ENGINES)
 $(B)/torture: dev/torture/torture.c $(ENGINES)
 $(B)/torture: TEST_FLAGS = $(TEST_O) -DFAULTS
 $(B)/data_bytes: data/bytes.c
-$(B)/fuzz_replay: dev/fuzz/replay.c
+$(B)/fuzz_replay: dev/fuzz/replay.c $(ENGINES)         # which some compilers want though it calls none
 $(B)/test_gpt: test_gpt.c $(ENGINES) $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
 $(B)/fuzz_replay: TEST_FLAGS = $(TEST_O)
 $(B)/test_gpt: TEST_FLAGS = $(TEST_O) $(if $(EMU),-DCUDA_EMULATED)
