@@ -726,12 +726,9 @@ static inline void trainer_write_tensors(Text *t, const TensorPlace *places, con
 // OUT/bad_step_NNNNNNNN.json. A disk that refuses it does not end the run.
 static inline void trainer_save_report(Trainer *tr, const Text *t) {
     char *path = xprintf("%s/bad_step_%08lld.json", tr->options->out, (long long)tr->state.step + 1);
-    char *temporary = xprintf("%s.tmp", path);
-    FILE *f = fopen(temporary, "wb");
-    int ok = f && fwrite(t->s, 1, t->n, f) == t->n && !fflush(f) && !fsync(fileno(f));
-    if (f) ok = !fclose(f) && ok;
-    if (!ok || rename(temporary, path)) warn("cannot write %s: %s", path, strerror(errno));
-    free(temporary);
+    char *error = file_try_write_whole(path, t->s, t->n);
+    if (error) warn("%s", error);
+    free(error);
     free(tr->report);
     tr->report = path;
 }

@@ -155,16 +155,23 @@ static void rig_weights(real *all, const GptConfig *c) {
     }
 }
 
-static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
-    Rig r = {c, B, T, NULL, NULL, NULL, drop_plan_new(c.L, B)};
-    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B}};
+// A model opened so, with the weights of rig_weights; tokens and targets 0, plans of up to `rows` rows.
+static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
+    const size_t BT = (size_t)(args->B * args->T);
+    Rig r = {c, args->B, args->T, NULL, NULL, NULL, drop_plan_new(c.L, rows)};
     real *weights = slot_new(&c);
-    r.model = test_engine->open(&c, &args);
+    r.model = test_engine->open(&c, args);
     rig_weights(weights, &c);
     slot_write(&c, r.model, SLOT_PARAM, weights);
     free(weights);
-    r.tokens = (int *)xcalloc((size_t)(B * T), sizeof(int));
-    r.targets = (int *)xcalloc((size_t)(B * T), sizeof(int));
+    r.tokens = (int *)xcalloc(BT, sizeof(int));
+    r.targets = (int *)xcalloc(BT, sizeof(int));
+    return r;
+}
+
+static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
+    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B}};
+    Rig r = rig_new(c, &args, B);
     for (int i = 0; i < B * T; i++) {
         Philox word = rng_words(6, STREAM_TEST, 0, 0, (uint32_t)i);
         r.tokens[i] = (int)(word.v[0] % (uint32_t)c.V);
@@ -1084,17 +1091,10 @@ static void expect_update(double grad_clip) {
 
 // ---- Generation: decode against forward ----
 
-// A model that only evaluates, with the weights of rig_weights and a cache; for calls of up to B * T tokens.
+// A model that only evaluates, with a cache; for calls of up to B * T tokens.
 static Rig decode_open(GptConfig c, int B, int T, int cache, int threads, int dtype) {
-    Rig r = {c, B, T, NULL, NULL, NULL, drop_plan_new(c.L, B > cache ? B : cache)};
     const EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .cache = cache};
-    real *weights = slot_new(&c);
-    r.model = test_engine->open(&c, &args);
-    rig_weights(weights, &c);
-    slot_write(&c, r.model, SLOT_PARAM, weights);
-    free(weights);
-    r.tokens = (int *)xcalloc((size_t)(B * T), sizeof(int));
-    r.targets = (int *)xcalloc((size_t)(B * T), sizeof(int));
+    Rig r = rig_new(c, &args, B > cache ? B : cache);
     for (int i = 0; i < B * T; i++) r.tokens[i] = (int)(rng_words(8, STREAM_TEST, 0, 0, (uint32_t)i).v[0] % (uint32_t)c.V);
     return r;
 }
