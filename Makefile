@@ -252,7 +252,7 @@ test: choices $(PROGRAMS) $(B)/test_gpt $(B)/fuzz_replay $(B)/torture $(EMU_PROG
 FUZZ_RUNS    ?= 10000000
 FUZZ_SECONDS ?= 0
 FUZZ_CC      ?= clang
-FUZZ_FLAGS   := -std=c11 -O1 -g -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+FUZZ_FLAGS   := -std=c11 -O2 -g -Wall -Wextra -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
                 -fno-omit-frame-pointer
 
 $(B)/fuzz/parsers: dev/fuzz/fuzz.c
