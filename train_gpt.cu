@@ -45,7 +45,6 @@ typedef struct {
 #endif
 enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES, PARTIAL = 512, CHANNELS_MAX = 12288 };  // channels: two lines of them fit into
                                                                                        // shared memory
-enum { ALIGN = 256 };                                    // bytes: every array begins where any access is aligned
 
 static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
 static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
@@ -282,7 +281,7 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
         CUDA_CHECK(cudaMemcpyAsync(&differs, differ, sizeof differs, cudaMemcpyDeviceToHost, g->stream));
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         if (differs) continue;
-        const double time = product_time(g, p, &found[i].algo, y, a, b, from, to);
+        const double time = product_time(g, p, &found[i].algo, room + bytes, a, b, from, to);   // the first's result stays
         if (time >= 0 && (least < 0 || time < least)) least = time, best = i;
     }
     CUDA_CHECK(cudaEventDestroy(from));
@@ -676,19 +675,6 @@ static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, flo
 //
 // Causality also keeps lines past T, which are read as zeros, from those before T: as keys they are too late, and as
 // queries nobody stores them.
-
-#ifdef CUDA_EMULATED
-#define UNROLL
-static inline __device__ float exp2_fast(float x) { return exp2f(x); }
-#else
-#define UNROLL _Pragma("unroll")
-// 2^x by the one instruction, within 2^-22; what would be denormal is 0 (PTX ISA, ex2.approx).
-static inline __device__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-#endif
 
 enum { ATTENTION_WARPS = 4, ATTENTION_THREADS = 32 * ATTENTION_WARPS, ATTENTION_WIDEST = 256 };
 
@@ -1848,7 +1834,7 @@ static void memory_error(const char *what, size_t bytes) {
 // Bytes on the device; their contents are undefined.
 static void *room_new(const char *what, size_t bytes) {
     void *p = NULL;
-    if (cudaMalloc(&p, bytes + ALIGN) != cudaSuccess) memory_error(what, bytes);
+    if (cudaMalloc(&p, bytes + !bytes) != cudaSuccess) memory_error(what, bytes);
     return p;
 }
 
@@ -1861,7 +1847,7 @@ static float *zeros_new(const Gpu *g, const char *what, size_t n) {
 // Memory of the host that the device can copy from while the host goes on.
 static void *host_new(size_t bytes) {
     void *p = NULL;
-    CUDA_CHECK(cudaMallocHost(&p, bytes + ALIGN));
+    CUDA_CHECK(cudaMallocHost(&p, bytes + !bytes));
     memset(p, 0, bytes);
     return p;
 }
@@ -1898,10 +1884,15 @@ static size_t gradient_index(const Model *m, int l, int branch) {
     return (size_t)(branch == NO_BRANCH ? BRANCHES * m->config.L : BRANCHES * l + branch);
 }
 
-// Numbers set aside for one layer's part of a parameter: wte has Vp rows, the last of them always zeros.
-static size_t param_room(const GptConfig *c, int p) {
-    const size_t n = p == P_wte ? padded_vocabulary((size_t)c->V) * (size_t)c->C : gpt_param_size(c, p);
-    return round_up(n, ALIGN / sizeof(bf16));
+// Numbers of one layer's part of a parameter: wte has Vp rows, the last of them always zeros.
+static size_t param_numbers(const GptConfig *c, int p) {
+    return p == P_wte ? padded_vocabulary((size_t)c->V) * (size_t)c->C : gpt_param_size(c, p);
+}
+
+// And what is set aside for them, a place in every array of parameters. Sums over ranks run over the gaps: there are none then.
+static size_t param_room(const Model *m, int p) {
+    const size_t bytes = arena_room(param_numbers(&m->config, p) * sizeof(bf16)) - (m->ranks.world > 1 ? ARENA_GAP : 0);
+    return bytes / sizeof(bf16);
 }
 
 // To be called before a backward pass through a branch: whether it must add to the branch's gradients, which it writes once
@@ -1914,7 +1905,7 @@ static int gradient_add(Model *m, int l, int branch, int now) {
         if (gpt_param[p].branch == branch)
             CUDA_CHECK(cudaMemsetAsync(m->slot[SLOT_GRAD] + m->offset[p] +
                                        (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size), 0,
-                                       param_room(&m->config, p) * sizeof(float), m->gpu.stream));
+                                       param_numbers(&m->config, p) * sizeof(float), m->gpu.stream));
     return now;
 }
 
@@ -1927,12 +1918,21 @@ static void params_layout(Model *m) {
         if (branch == NO_BRANCH) m->n_params = m->layer_size * (size_t)c->L;
         m->span[branch] = *end;
         for (int p = 0; p < N_PARAMS; p++)
-            if (gpt_param[p].branch == branch) m->offset[p] = *end, *end += param_room(c, p);
+            if (gpt_param[p].branch == branch) m->offset[p] = *end, *end += param_room(m, p);
         *end = m->span[branch] + round_up(*end - m->span[branch], unit);
         m->span_size[branch] = *end - m->span[branch];
     }
     m->n_moments = m->n_params / (size_t)m->ranks.shares;
     m->n_master = m->gpu.half ? m->n_moments : m->n_params;        // where N is float, all ranks read all of them
+}
+
+// An array of all parameters, of numbers of so many bytes, is an arena: nobody touches what lies between two tensors.
+static void params_seal(const Model *m, void *array, size_t number) {
+    for (int p = 0; p < N_PARAMS && m->ranks.world == 1; p++)
+        for (int l = 0; l < gpt_param_layers(&m->config, p); l++) {
+            const size_t n = param_numbers(&m->config, p), at = m->offset[p] + (size_t)l * m->layer_size;
+            arena_seal((char *)array + (at + n) * number, (param_room(m, p) - n) * number, m->gpu.stream);
+        }
 }
 
 // Whether each rank has but a share of this slot, placed as m and v are.
@@ -2006,7 +2006,8 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
     const int rows[BRANCHES] = {b->attn_rows, b->mlp_rows}, larger = size[MLP] > size[ATTN] ? MLP : ATTN;
     const int first = b->rows < rows[larger] ? b->rows : rows[larger], second = b->rows - first;
     const size_t most = (size_t)first * size[larger] + (size_t)second * size[!larger];
-    const size_t one = (size_t)m->args.B * (size[ATTN] + size[MLP]), gaps = (size_t)m->config.L * BRANCHES * ARRAYS * ALIGN;
+    const size_t one = (size_t)m->args.B * (size[ATTN] + size[MLP]);
+    const size_t gaps = (size_t)m->config.L * BRANCHES * ARRAYS * (ALIGN + ARENA_GAP);
     return round_up(most > one ? most : one, ALIGN) + gaps;
 }
 
@@ -2037,7 +2038,7 @@ static size_t rooms_bytes(Model *m, size_t kept) {
     Room rooms[N_ROOMS];
     size_t bytes = 0;
     for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
-        bytes += round_up(rooms[i].at == (void **)&m->kept ? kept : rooms[i].bytes, ALIGN);
+        bytes += arena_room(rooms[i].at == (void **)&m->kept ? kept : rooms[i].bytes);
     return bytes;
 }
 
@@ -2046,10 +2047,8 @@ static void rooms_new(Model *m) {
     m->kept_room = kept_bound(m, &m->args.bound);
     m->activation_bytes = rooms_bytes(m, m->kept_room);
     char *at = m->activations = (char *)room_new("what forward and backward write", m->activation_bytes);
-    for (int i = 0, n = model_rooms(m, rooms); i < n; i++) {
-        *rooms[i].at = at;
-        at += round_up(rooms[i].at == (void **)&m->kept ? m->kept_room : rooms[i].bytes, ALIGN);
-    }
+    for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
+        *rooms[i].at = arena_cut(&at, rooms[i].at == (void **)&m->kept ? m->kept_room : rooms[i].bytes, m->gpu.stream);
 }
 
 // The inputs in one array, on the host or on the device; returns how many numbers that is.
@@ -2137,12 +2136,17 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     ranks_open(&m->ranks, args);
     params_layout(m);
     m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_master);
-    if (m->gpu.half) m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
+    params_seal(m, m->slot[SLOT_PARAM], sizeof(float));
+    if (m->gpu.half) {
+        m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
+        params_seal(m, m->copy, sizeof(bf16));
+    }
     if (train) {
         params_chunks(m);
         m->slot[SLOT_GRAD] = zeros_new(&m->gpu, "gradients", m->n_params);
         m->slot[SLOT_M] = zeros_new(&m->gpu, "the optimizer's moments", 2 * m->n_moments);
         m->slot[SLOT_V] = m->slot[SLOT_M] + m->n_moments;
+        for (int slot = SLOT_GRAD; slot <= SLOT_V; slot++) params_seal(m, m->slot[slot], sizeof(float));
         if (m->gpu.half && m->ranks.world > 1 && !args->reduce_fp32)
             m->wire = (bf16 *)zeros_new(&m->gpu, "gradients on their way", strips(m->n_params, 2));
         m->update = (BranchUpdate *)room_new("step counts", branches * sizeof *m->update);
@@ -2188,13 +2192,17 @@ static void model_memory(const Model *m, EngineMemory *bytes) {
     bytes->activations_used = WORKSPACE + rooms_bytes(&copy, m->kept_peak);
 }
 
+// Room for what a branch keeps, in an arena that each forward pass cuts anew.
 static void *keep(Model *m, size_t bytes) {
-    char *p = m->kept_end;
-    m->kept_end += round_up(bytes, ALIGN);
-    const size_t used = (size_t)(m->kept_end - m->kept);
+    const size_t used = (size_t)(m->kept_end - m->kept) + arena_room(bytes);
     CHECK(used <= m->kept_room, "the plan keeps more branches than the model was opened for");
     if (used > m->kept_peak) m->kept_peak = used;
-    return p;
+    return arena_cut(&m->kept_end, bytes, m->gpu.stream);
+}
+
+static void keep_nothing(Model *m) {
+    m->kept_end = m->kept;
+    arena_unseal(m->kept, m->kept_room, m->gpu.stream);
 }
 
 // The last branch before i that runs, or -1.
@@ -2478,11 +2486,11 @@ static Grouped run_forward(Model *m, int T, const int *tokens, const int *target
     const Grouped by = {send_inputs(m, T, tokens, targets, plan, weight != 0), m->device.order, m->device.first};
     m->last_B = plan->batch;
     m->last_T = T;
-    m->kept_end = m->kept;
+    keep_nothing(m);
     m->ended = NULL;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, (size_t)T, C);
     for (int l = 0; l < m->config.L; l++) {
-        if (weight == 0) m->kept_end = m->kept;          // evaluation keeps nothing
+        if (weight == 0) keep_nothing(m);                // evaluation needs one layer at a time
         block_forward(m, l, plan);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
@@ -2562,7 +2570,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     for (size_t row = 0; row < B; row++) m->begins &= at[row] == 0;
     embedding_forward(g, m->x, m->device.tokens, m->device.at, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
-        m->kept_end = m->kept;
+        keep_nothing(m);
         block_forward(m, l, plan);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);

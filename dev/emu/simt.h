@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #if defined __SANITIZE_ADDRESS__
@@ -33,14 +34,12 @@
 #define EMU_ASAN 0
 #endif
 #if EMU_ASAN
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
-#define __forceinline__        inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n)           __attribute__((aligned(n)))
 
@@ -54,7 +53,7 @@ inline thread_local uint3 threadIdx, blockIdx;
 inline thread_local dim3 blockDim, gridDim;
 enum { warpSize = 32 };
 
-enum { EMU_LANES = 1024, EMU_POISON = 0xFF, EMU_GUARD = 0xA5 };
+enum { EMU_LANES = 1024, EMU_POISON = 0xFF };
 const size_t EMU_GUARD_BYTES = EMU_ASAN ? 0 : 1024, EMU_SHARED_LIMIT = 227 << 10, EMU_STACK = (EMU_ASAN ? 512 : 128) << 10;
 
 // ---- Fibers: stacks, and the switch from one to another ----
@@ -133,12 +132,14 @@ struct EmuCore {
     EmuFiber home, *fiber, *idle[EMU_LANES + 1];         // the host's own stack; the running one; those at rest
     unsigned idles, fibers;
     int barrier_line;                                    // of the __syncthreads that some are in
-    char *shared_base, *shared;
+    char *shared;
     size_t shared_bytes, shared_room;                    // of this launch; of the memory at hand
 };
 
 inline thread_local EmuCore *emu_core = NULL;            // NULL: no kernel has run on this thread of the host
 inline thread_local bool emu_in_kernel = false;
+
+// ---- What the parts below share ----
 
 // Ends the program: kernel, block, thread and what is wrong.
 __attribute__((format(printf, 1, 2), noreturn)) inline void emu_fail(const char *format, ...) {
@@ -169,6 +170,38 @@ inline uint64_t emu_random(uint64_t *state) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return z ^ z >> 31;
+}
+
+inline double emu_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+template <class T, class F> inline T emu_bits(F from) {
+    static_assert(sizeof(T) == sizeof(F), "the same number of bits");
+    T to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// Memory of exactly this size, poisoned; NULL if there is none. AddressSanitizer watches what is around it; without it, more
+// poison stands there, which emu_guards_check finds as it was, or else ends the program.
+inline char *emu_guarded_new(size_t bytes) {
+    void *p;
+    if (posix_memalign(&p, 256, bytes + 2 * EMU_GUARD_BYTES)) return NULL;
+    return (char *)memset(p, EMU_POISON, bytes + 2 * EMU_GUARD_BYTES) + EMU_GUARD_BYTES;
+}
+inline void emu_guarded_free(char *p) { free(p - EMU_GUARD_BYTES); }
+
+inline bool emu_untouched(const char *p, size_t bytes) {
+    return !bytes || ((unsigned char)*p == EMU_POISON && !memcmp(p, p + 1, bytes - 1));
+}
+inline void emu_guards_check(const char *p, size_t bytes, const char *what, const char *after) {
+    const bool before = !emu_untouched(p - EMU_GUARD_BYTES, EMU_GUARD_BYTES);
+    if (before || !emu_untouched(p + bytes, EMU_GUARD_BYTES))
+        emu_fail("%s the %zu bytes of %s at %p something was written, as seen after %s", before ? "before" : "beyond", bytes,
+                 what, (const void *)p, after);
 }
 
 inline void emu_shuffle_warp(EmuCore *c, EmuWarp *w) {
@@ -393,20 +426,20 @@ inline void emu_shuffle_step(void *const operands[32]) {
     }
 }
 
+inline int emu_lane(void) { return (int)(emu_core_of_kernel("a shuffle")->lane - emu_core->lanes) % 32; }
+
 // The value of lane `source`; the calling lane's own where that is outside of its segment of `width` lanes.
 template <class T> inline T emu_shuffle(const char *what, unsigned mask, T value, int source, int width, const char *file,
                                         int line) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
     if (width < 1 || width > 32 || (width & (width - 1))) emu_fail("%s: width %d is not a power of two up to 32", what, width);
-    const int lane = (int)(emu_core_of_kernel(what)->lane - emu_core->lanes) % 32, segment = lane & ~(width - 1);
+    const int lane = emu_lane(), segment = lane & ~(width - 1);
     EmuShuffle s = {0, 0, (unsigned)(source >= segment && source < segment + width ? source : lane)};
     memcpy(&s.value, &value, sizeof value);
     emu_collect(what, mask, &s, emu_shuffle_step, file, line);
     memcpy(&value, &s.result, sizeof value);
     return value;
 }
-
-inline int emu_lane(void) { return (int)(emu_core_of_kernel("a shuffle")->lane - emu_core->lanes) % 32; }
 
 template <class T> inline T __shfl_sync(unsigned mask, T v, int source, int width = 32, EMU_FROM) {
     return emu_shuffle("__shfl_sync", mask, v, (emu_lane() & ~(width - 1)) + (source & (width - 1)), width, file, line);
@@ -421,20 +454,18 @@ template <class T> inline T __shfl_up_sync(unsigned mask, T v, unsigned n, int w
     return emu_shuffle("__shfl_up_sync", mask, v, emu_lane() - (int)n, width, file, line);
 }
 
-struct EmuVote { unsigned predicate, ballot; };
-
 inline void emu_vote_step(void *const operands[32]) {
-    unsigned ballot = 0;
+    uint64_t ballot = 0;
     for (unsigned i = 0; i < 32; i++)
-        if (operands[i]) ballot |= (unsigned)(((EmuVote *)operands[i])->predicate != 0) << i;
+        if (operands[i]) ballot |= ((EmuShuffle *)operands[i])->value << i;
     for (unsigned i = 0; i < 32; i++)
-        if (operands[i]) ((EmuVote *)operands[i])->ballot = ballot;
+        if (operands[i]) ((EmuShuffle *)operands[i])->result = ballot;
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_FROM) {
-    EmuVote v = {(unsigned)(predicate != 0), 0};
+    EmuShuffle v = {predicate != 0, 0, 0};
     emu_collect("a vote", mask, &v, emu_vote_step, file, line);
-    return v.ballot;
+    return (unsigned)v.result;
 }
 inline int __any_sync(unsigned mask, int p, EMU_FROM) { return __ballot_sync(mask, p, file, line) != 0; }
 inline int __all_sync(unsigned mask, int p, EMU_FROM) { return __ballot_sync(mask, p, file, line) == mask; }
@@ -447,30 +478,14 @@ inline void emu_check_alignment(const void *p, const char *what) {
     if ((uintptr_t)p % 16) emu_fail("%s at %p, which is not a multiple of 16", what, p);
 }
 
-// Shared memory of exactly this size: under AddressSanitizer it is on the heap, otherwise guard bytes stand around it.
 inline void emu_shared_open(EmuCore *c) {
-    const size_t guard = EMU_GUARD_BYTES, bytes = c->shared_bytes;
-    if (!c->shared_base || c->shared_room != bytes) {
-        free(c->shared_base);
-        void *p = NULL;
-        if (posix_memalign(&p, 128, bytes + 2 * guard + !bytes)) emu_fail("no memory for %zu bytes of shared memory", bytes);
-        c->shared_base = (char *)p, c->shared = c->shared_base + guard, c->shared_room = bytes;
-        memset(c->shared_base, EMU_GUARD, bytes + 2 * guard);
+    if (c->shared && c->shared_room != c->shared_bytes) {
+        emu_guarded_free(c->shared);
+        c->shared = NULL;
     }
-    memset(c->shared, EMU_POISON, bytes);
-}
-
-inline bool emu_guard_whole(const char *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i++)
-        if ((unsigned char)p[i] != EMU_GUARD) return false;
-    return true;
-}
-
-inline void emu_shared_check(EmuCore *c) {
-    if (EMU_ASAN) return;
-    if (!emu_guard_whole(c->shared - EMU_GUARD_BYTES, EMU_GUARD_BYTES)) emu_fail("wrote before its shared memory");
-    if (!emu_guard_whole(c->shared + c->shared_bytes, EMU_GUARD_BYTES))
-        emu_fail("wrote beyond its %zu bytes of shared memory", c->shared_bytes);
+    if (!c->shared && !(c->shared = emu_guarded_new(c->shared_bytes))) emu_fail("no memory for a block's shared memory");
+    c->shared_room = c->shared_bytes;
+    memset(c->shared, EMU_POISON, c->shared_bytes);
 }
 
 // Memory that does not exist, or a stack that is too small: the kernel is named, then the program ends as it would have.
@@ -503,7 +518,7 @@ inline void emu_run_block(EmuCore *c) {
     c->fiber = &c->home;
     emu_become(c, emu_next(c));
     emu_run_lanes(c);
-    emu_shared_check(c);
+    emu_guards_check(c->shared, c->shared_bytes, "shared memory", "the block");
 }
 
 // Runs every thread of the grid to its end.
