@@ -9,18 +9,17 @@
 
 #include "cuda_bf16.h"
 
-#define EMU_CUBLAS_STATUS(X)                                                                    \
-    X(CUBLAS_STATUS_SUCCESS, 0) X(CUBLAS_STATUS_NOT_INITIALIZED, 1) X(CUBLAS_STATUS_INVALID_VALUE, 7) \
-    X(CUBLAS_STATUS_EXECUTION_FAILED, 13) X(CUBLAS_STATUS_NOT_SUPPORTED, 15)
+#define EMU_CUBLAS_STATUS(X)                                                      \
+    X(CUBLAS_STATUS_SUCCESS, 0, "CUBLAS_STATUS_SUCCESS")                          \
+    X(CUBLAS_STATUS_NOT_INITIALIZED, 1, "CUBLAS_STATUS_NOT_INITIALIZED")          \
+    X(CUBLAS_STATUS_INVALID_VALUE, 7, "CUBLAS_STATUS_INVALID_VALUE")              \
+    X(CUBLAS_STATUS_EXECUTION_FAILED, 13, "CUBLAS_STATUS_EXECUTION_FAILED")       \
+    X(CUBLAS_STATUS_NOT_SUPPORTED, 15, "CUBLAS_STATUS_NOT_SUPPORTED")
 
-#define X(name, number) name = number,
-typedef enum { EMU_CUBLAS_STATUS(X) } cublasStatus_t;
-#undef X
+typedef enum { EMU_CUBLAS_STATUS(EMU_ENUM) } cublasStatus_t;
 
-inline const char *cublasLtGetStatusString(cublasStatus_t s) {
-#define X(name, number) if (s == name) return #name;
-    EMU_CUBLAS_STATUS(X)
-#undef X
+inline const char *cublasLtGetStatusString(cublasStatus_t result) {
+    EMU_CUBLAS_STATUS(EMU_TEXT)
     return "unknown";
 }
 

@@ -29,16 +29,13 @@
     X(cudaErrorNotReady, 600, "device not ready")                                         \
     X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")
 
-#define X(name, number, text) name = number,
-typedef enum { EMU_ERRORS(X) } cudaError_t;
-#undef X
+typedef enum { EMU_ERRORS(EMU_ENUM) } cudaError_t;
 
-inline const char *cudaGetErrorString(cudaError_t e) {
-#define X(name, number, text) if (e == name) return text;
-    EMU_ERRORS(X)
-#undef X
+inline const char *cudaGetErrorString(cudaError_t result) {
+    EMU_ERRORS(EMU_TEXT)
     return "unrecognized error code";
 }
+
 inline cudaError_t emu_last_error = cudaSuccess;
 
 // Sets the last error and says on standard error what CUDA would not.

@@ -9,6 +9,7 @@
 
 #include "cuda_bf16.h"
 #include <atomic>
+#include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
 
@@ -17,17 +18,13 @@
     X(ncclSystemError, 2, "unhandled system error") X(ncclInvalidArgument, 4, "invalid argument")                        \
     X(ncclRemoteError, 6, "remote process exited or there was a network error") X(ncclInProgress, 7, "in progress")
 
-#define X(name, number, text) name = number,
-typedef enum { EMU_NCCL_RESULTS(X) } ncclResult_t;
-#undef X
+typedef enum { EMU_NCCL_RESULTS(EMU_ENUM) } ncclResult_t;
 typedef enum { ncclFloat32 = 7, ncclFloat64 = 8, ncclBfloat16 = 9 } ncclDataType_t;
 typedef enum { ncclSum = 0 } ncclRedOp_t;
 typedef struct { char internal[128]; } ncclUniqueId;
 
-inline const char *ncclGetErrorString(ncclResult_t r) {
-#define X(name, number, text) if (r == name) return text;
-    EMU_NCCL_RESULTS(X)
-#undef X
+inline const char *ncclGetErrorString(ncclResult_t result) {
+    EMU_NCCL_RESULTS(EMU_TEXT)
     return "unknown result code";
 }
 
@@ -80,14 +77,12 @@ inline bool emu_nccl_meet(EmuNccl *c, double seconds) {
 // ---- Communicators ----
 
 inline ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
-    unsigned char random[16];
-    const int source = open("/dev/urandom", O_RDONLY);
-    if (source < 0 || read(source, random, sizeof random) != (ssize_t)sizeof random) return ncclSystemError;
-    close(source);
+    int fd = -1, n = 0;
     memset(id, 0, sizeof *id);
-    int n = snprintf(id->internal, sizeof id->internal, "/emu_nccl_");
-    for (unsigned char byte : random) n += snprintf(id->internal + n, sizeof id->internal - (size_t)n, "%02x", byte);
-    const int fd = shm_open(id->internal, O_CREAT | O_EXCL | O_RDWR, 0600);
+    do {
+        snprintf(id->internal, sizeof id->internal, "/emu_nccl_%d_%d", (int)getpid(), n++);
+        fd = shm_open(id->internal, O_CREAT | O_EXCL | O_RDWR, 0600);
+    } while (fd < 0 && errno == EEXIST);                 // a process of this number has been killed, or had another
     if (fd < 0 || ftruncate(fd, sizeof(EmuNcclShared))) return ncclSystemError;       // zeros
     close(fd);
     return ncclSuccess;
@@ -129,9 +124,7 @@ inline ncclResult_t ncclCommDestroy(ncclComm_t c) {
 
 // ---- Collectives ----
 
-inline size_t emu_nccl_size(int type) {
-    return type == ncclFloat32 ? 4 : type == ncclFloat64 ? 8 : type == ncclBfloat16 ? 2 : 0;
-}
+inline size_t emu_nccl_size(int type) { return type == ncclFloat32 ? 4 : type == ncclFloat64 ? 8 : 2; }
 
 // to (n) = the sum of all ranks' rooms; in bf16 the assignment rounds.
 template <class T> inline void emu_nccl_sum(EmuNccl *c, void *to, size_t n) {
@@ -187,7 +180,7 @@ inline bool emu_nccl_run(EmuNccl *c, EmuNcclCall call, const char *from, char *t
 inline ncclResult_t emu_nccl_give(EmuNccl *c, EmuNcclCall call, const void *from, void *to, size_t gives, size_t takes,
                                   cudaStream_t stream) {
     const size_t one = emu_nccl_size(call.type), count = call.count;
-    if (!c || !one || call.root < 0 || call.root >= c->world) return ncclInvalidArgument;
+    if (!c || call.root < 0 || call.root >= c->world) return ncclInvalidArgument;
     if (!count) return ncclSuccess;
     if ((gives && !emu_is_device(from, gives * count * one)) || !emu_is_device(to, takes * count * one))
         return ncclInvalidArgument;

@@ -23,18 +23,14 @@
 #include <time.h>
 #include <unistd.h>
 
-#if defined __SANITIZE_ADDRESS__
-#define EMU_ASAN 1
-#elif defined __has_feature
-#if __has_feature(address_sanitizer)
-#define EMU_ASAN 1
+#ifndef __has_feature
+#define __has_feature(x) 0
 #endif
-#endif
-#ifndef EMU_ASAN
-#define EMU_ASAN 0
-#endif
-#if EMU_ASAN
+#if defined __SANITIZE_ADDRESS__ || __has_feature(address_sanitizer)
 #include <sanitizer/asan_interface.h>
+#define EMU_ASAN 1
+#else
+#define EMU_ASAN 0
 #endif
 
 #define __global__
@@ -72,23 +68,6 @@ asm(".pushsection .text.emu_switch,\"axG\",@progbits,emu_switch,comdat\n"
     " popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n"
     ".popsection\n");
 enum { EMU_FRAME_RETURN = 6 };                            // the word of the frame that holds the place to go on at
-extern "C" void emu_switch(void **from, void *to);
-#elif defined __aarch64__ && defined __ELF__              // AAPCS64: x19 to x30, d8 to d15
-#define EMU_FRAME_WORDS 20
-asm(".pushsection .text.emu_switch,\"axG\",@progbits,emu_switch,comdat\n"
-    ".weak emu_switch\n .hidden emu_switch\n .type emu_switch,@function\n"
-    "emu_switch:\n"
-    " sub sp, sp, #160\n"
-    " stp x19, x20, [sp, #0]\n stp x21, x22, [sp, #16]\n stp x23, x24, [sp, #32]\n stp x25, x26, [sp, #48]\n"
-    " stp x27, x28, [sp, #64]\n stp x29, x30, [sp, #80]\n stp d8, d9, [sp, #96]\n stp d10, d11, [sp, #112]\n"
-    " stp d12, d13, [sp, #128]\n stp d14, d15, [sp, #144]\n"
-    " mov x9, sp\n str x9, [x0]\n mov sp, x1\n"
-    " ldp x19, x20, [sp, #0]\n ldp x21, x22, [sp, #16]\n ldp x23, x24, [sp, #32]\n ldp x25, x26, [sp, #48]\n"
-    " ldp x27, x28, [sp, #64]\n ldp x29, x30, [sp, #80]\n ldp d8, d9, [sp, #96]\n ldp d10, d11, [sp, #112]\n"
-    " ldp d12, d13, [sp, #128]\n ldp d14, d15, [sp, #144]\n"
-    " add sp, sp, #160\n ret\n"
-    ".popsection\n");
-enum { EMU_FRAME_RETURN = 11 };
 extern "C" void emu_switch(void **from, void *to);
 #else                                                     // elsewhere: ucontext, which is slower; sp is a ucontext_t
 #include <ucontext.h>
@@ -159,6 +138,10 @@ __attribute__((format(printf, 1, 2), noreturn)) inline void emu_fail(const char 
     _exit(1);                                            // not exit(): this may be any stack
 }
 
+// Tables of results, X(name, number, text), become an enumeration and the function that gives the text.
+#define EMU_ENUM(name, number, text) name = number,
+#define EMU_TEXT(name, number, text) if (result == name) return text;
+
 inline uint64_t emu_number(const char *variable, uint64_t otherwise) {
     const char *text = getenv(variable);
     return text && *text ? strtoull(text, NULL, 10) : otherwise;
@@ -222,37 +205,29 @@ inline void emu_go(EmuCore *c, EmuFiber *to) {
 #endif
 }
 
-// Where a lane is, as a line of the report below.
-inline void emu_tell_lane(const EmuLane *l) {
-    static const char *const state[] = {"has not begun", "runs", "waits", "waits", "has exited"};
-    fprintf(stderr, "  thread (%u,%u,%u) %s", l->index.x, l->index.y, l->index.z, state[l->state]);
-    if (l->state == EMU_BARRIER || l->state == EMU_WARP) fprintf(stderr, " in %s at %s:%d", l->what, l->file, l->line);
-    if (l->state == EMU_WARP) fprintf(stderr, ", mask %08x", l->mask);
-    fputc('\n', stderr);
-}
-
 // Nobody can go on: says who waits where, one line for each distinct place.
 __attribute__((noreturn)) inline void emu_deadlock(EmuCore *c) {
-    const EmuLane *waits = NULL;
-    for (unsigned i = 0; i < c->threads; i++) {
-        const EmuLane *l = &c->lanes[i];
-        if (l->state == EMU_WARP || (l->state == EMU_BARRIER && !waits)) waits = l;
-    }
+    static const char *const state[] = {"has not begun", "runs", "waits", "waits", "has exited"};
+    EmuLane *waits = NULL;                               // in a step of its warp, if any does
     unsigned met = 0;
-    const unsigned first = (unsigned)(waits - c->lanes) / 32 * 32;
+    fprintf(stderr, "in kernel %s nobody can go on:\n", c->kernel);
+    for (unsigned i = 0, told = 0; i < c->threads; i++) {
+        EmuLane *l = &c->lanes[i], *before = i ? l - 1 : NULL;
+        const bool in_warp = l->state == EMU_WARP;
+        if (in_warp || (l->state == EMU_BARRIER && !waits)) waits = l;
+        if (before && before->state == l->state && before->what == l->what && before->line == l->line) continue;
+        if (told++ >= 6) continue;
+        fprintf(stderr, "  thread (%u,%u,%u) %s", l->index.x, l->index.y, l->index.z, state[l->state]);
+        if (in_warp || l->state == EMU_BARRIER) fprintf(stderr, " in %s at %s:%d", l->what, l->file, l->line);
+        if (in_warp) fprintf(stderr, ", mask %08x", l->mask);
+        fputc('\n', stderr);
+    }
     for (unsigned i = 0; i < c->threads; i++) {
         const EmuLane *l = &c->lanes[i];
-        if (waits->state == EMU_WARP && (i < first || i >= first + 32)) continue;
+        if (waits->state == EMU_WARP && i / 32 != (unsigned)(waits - c->lanes) / 32) continue;
         met += l->state == waits->state && l->line == waits->line && l->mask == waits->mask;
     }
-    fprintf(stderr, "in kernel %s nobody can go on:\n", c->kernel);
-    for (unsigned i = 0, told = 0; i < c->threads && told < 6; i++) {
-        const EmuLane *l = &c->lanes[i], *before = i ? l - 1 : NULL;
-        if (before && before->state == l->state && before->what == l->what && before->line == l->line) continue;
-        emu_tell_lane(l);
-        told++;
-    }
-    c->lane = (EmuLane *)waits;
+    c->lane = waits;
     threadIdx = waits->index;
     if (waits->state == EMU_BARRIER)
         emu_fail("%s at %s:%d is met by %u of the block's %u threads", waits->what, waits->file, waits->line, met, c->threads);
@@ -441,18 +416,14 @@ template <class T> inline T emu_shuffle(const char *what, unsigned mask, T value
     return value;
 }
 
-template <class T> inline T __shfl_sync(unsigned mask, T v, int source, int width = 32, EMU_FROM) {
-    return emu_shuffle("__shfl_sync", mask, v, (emu_lane() & ~(width - 1)) + (source & (width - 1)), width, file, line);
-}
-template <class T> inline T __shfl_xor_sync(unsigned mask, T v, int x, int width = 32, EMU_FROM) {
-    return emu_shuffle("__shfl_xor_sync", mask, v, emu_lane() ^ x, width, file, line);
-}
-template <class T> inline T __shfl_down_sync(unsigned mask, T v, unsigned n, int width = 32, EMU_FROM) {
-    return emu_shuffle("__shfl_down_sync", mask, v, emu_lane() + (int)n, width, file, line);
-}
-template <class T> inline T __shfl_up_sync(unsigned mask, T v, unsigned n, int width = 32, EMU_FROM) {
-    return emu_shuffle("__shfl_up_sync", mask, v, emu_lane() - (int)n, width, file, line);
-}
+#define EMU_SHUFFLE(name, by, source)                                                        \
+    template <class T> inline T name(unsigned mask, T v, by n, int width = 32, EMU_FROM) {   \
+        return emu_shuffle(#name, mask, v, source, width, file, line);                       \
+    }
+EMU_SHUFFLE(__shfl_sync, int, (emu_lane() & ~(width - 1)) + (n & (width - 1)))
+EMU_SHUFFLE(__shfl_xor_sync, int, emu_lane() ^ n)
+EMU_SHUFFLE(__shfl_down_sync, unsigned, emu_lane() + (int)n)
+EMU_SHUFFLE(__shfl_up_sync, unsigned, emu_lane() - (int)n)
 
 inline void emu_vote_step(void *const operands[32]) {
     uint64_t ballot = 0;

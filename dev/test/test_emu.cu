@@ -416,7 +416,7 @@ void test_emu_cp_async(void) {
 
 void test_emu_cp_async_wrong(void) {
     static const struct { int how; const char *part; } wrong[] = {
-        {COPY_NEVER, "exits with 2 asynchronous copies"}, {COPY_MISALIGNED, "is not a multiple of 16"},
+        {COPY_NEVER, "exits with 2 asynchronous copies"}, {COPY_MISALIGNED, "of device memory, aligned"},
         {COPY_TO_GLOBAL, "is not in the block's 1024 bytes of shared memory"}, {COPY_FROM_SHARED, "of device memory"}};
     for (auto w : wrong) EXPECT_EXIT(1, w.part, run_copy_async, &w.how);
 }
