@@ -688,9 +688,9 @@ static void attention_check(size_t C, size_t NH) {
 // so that K and V come from L2.
 typedef struct { int row, h, block; } AttentionPlace;
 
-static __device__ AttentionPlace attention_place(int blocks, int NH) {
-    const int head = (int)blockIdx.x / blocks;
-    return AttentionPlace{head / NH, head % NH, (int)blockIdx.x % blocks};
+static __device__ AttentionPlace attention_place(int block, int blocks, int NH) {
+    const int head = block / blocks;
+    return AttentionPlace{head / NH, head % NH, block % blocks};
 }
 
 // Where the head's numbers begin in a matrix (n,T,numbers) and in (n,NH,T).
@@ -885,18 +885,29 @@ static __device__ void softmax_tile(float s[M][N][4], float out[M][W / 8][4], fl
 
 static __device__ int blocks_of(int T, int lines) { return (T + lines - 1) / lines; }
 
+// What a thread works on: `lane` of a warp that owns 16 M lines of the block's, which are a head's from `first` on, from the
+// line `own` of them. `late_first`: the block's lines are counted from the last.
+struct AttentionOwn { AttentionPlace p; int first, own, lane; };
+
+template <int M> static __device__ AttentionOwn attention_own(int thread, int block, int T, int NH, bool late_first) {
+    constexpr int LINES = 16 * M * ATTENTION_WARPS;
+    const int blocks = blocks_of(T, LINES);
+    const AttentionPlace p = attention_place(block, blocks, NH);
+    return AttentionOwn{p, (late_first ? blocks - 1 - p.block : p.block) * LINES, 16 * M * (thread / 32), thread % 32};
+}
+
 template <int W, int M, int N, bool KEPT>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int NH, float scale) {
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q (LINES,W); k and v (2,KEYS,W): this tile and the next
     bf16 *const k_tiles = shared + LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
-    const AttentionPlace p = attention_place(blocks, NH);
-    const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;           // the longest walks of a head start first
+    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);   // the longest walks start first
+    const AttentionPlace p = o.p;
+    const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
-    bf16 *const q_tile = shared + own * W;
+    bf16 *const q_tile = shared + o.own * W;
     OwnLines<W, M, KEPT> q;
     float out[M][W / 8][4] = {}, top[M][2], sum[M][2] = {};
     UNROLL for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
@@ -927,14 +938,15 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
         __syncthreads();                                 // the next tile is here, and nobody reads this one any more
     }
 
+    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
-            const int i = i_own + 16 * m + 8 * half + lane / 4;
+            const int i = to.first + to.own + 16 * m + 8 * half + to.lane / 4;
             const float all = line_sum(sum[m][half]), share = 1 / all;
             UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= share, out[m][d][2 * half + 1] *= share;
-            if (lane % 4 == 0 && i < T) lse[head_tokens(p, NH, T) + i] = top[m][half] * scale + logf(all);
+            if (to.lane % 4 == 0 && i < T) lse[head_tokens(to.p, NH, T) + i] = top[m][half] * scale + logf(all);
         }
-    own_store<W, M>(head_of_y(y, p, T, C, HS), i_own, out, q_tile);
+    own_store<W, M>(head_of_y(y, to.p, T, C, C / NH), to.first + to.own, out, shared + to.own * W);
 }
 
 // dQ = scale ds K, ds = P (dP - inner), dP = dy V^T (Dao et al. 2022, algorithm 4).
@@ -945,12 +957,12 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q and dy (LINES,W); k and v (2,KEYS,W)
     bf16 *const k_tiles = shared + 2 * LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
-    const AttentionPlace p = attention_place(blocks, NH);
-    const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;
+    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);
+    const AttentionPlace p = o.p;
+    const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
-    bf16 *const q_tile = shared + own * W;               // the warp's lines; those of dy are LINES further
+    bf16 *const q_tile = shared + o.own * W;             // the warp's lines; those of dy are LINES further
     OwnLines<W, M, KEPT> q, g;                           // g: dy
     float dq[M][W / 8][4] = {}, lse2[M][2], minus_inner[M][2];
 
@@ -961,7 +973,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     cp_async_commit();
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
-            const int i = i_own + 16 * m + 8 * half + lane / 4;
+            const int i = i_own + 16 * m + 8 * half + o.lane / 4;
             const size_t at = head_tokens(p, NH, T) + i;
             lse2[m][half] = i < T ? lse[at] * 1.44269504f : 0;
             minus_inner[m][half] = i < T ? -inner[at] : 0;
@@ -998,7 +1010,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dq[m][d][e] *= scale;
-    own_store<W, M>(head_of_qkv(dqkv, p, 0, T, C, HS), i_own, dq, q_tile);
+    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 0, T, C, C / NH), to.first + to.own, dq, shared + to.own * W);
 }
 
 // lse log2(e) and -inner of the next QUERIES queries, each of them by one of the first 2 QUERIES threads. Past T 0 will do, for
@@ -1032,15 +1045,15 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     SHARED(bf16, shared);                                // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
     bf16 *const q_tiles = shared + 2 * LINES * W, *const dy_tiles = q_tiles + 2 * QUERIES * W;
     float *const numbers = (float *)(void *)(dy_tiles + 2 * QUERIES * W);
-    const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
-    const AttentionPlace p = attention_place(blocks, NH);
-    const int j0 = p.block * LINES, j_own = j0 + own;
+    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, false);
+    const AttentionPlace p = o.p;
+    const int HS = C / NH, j0 = o.first, j_own = j0 + o.own;
     int i0 = j0 / QUERIES * QUERIES;                     // the first tile with a query that sees a key of the block
     TileSource<W> q = tile_source<W>(head_of_qkv(qkv, p, 0, T, C, HS), i0);
     TileSource<W> g = tile_source<W>(head_of_y(dy, p, T, C, HS), i0);
     const float scale2 = scale * 1.44269504f;
     QueryNumbers<QUERIES> source = query_numbers<QUERIES>(lse, inner, head_tokens(p, NH, T), i0, T);
-    bf16 *const k_tile = shared + own * W;               // the warp's lines; those of v are LINES further
+    bf16 *const k_tile = shared + o.own * W;             // the warp's lines; those of v are LINES further
     OwnLines<W, M, KEPT> k, v;
     float dk[M][W / 8][4] = {}, dv[M][W / 8][4] = {};
 
@@ -1067,7 +1080,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
             float s[M][N][4] = {}, ds[M][N][4];
             tile_scores<W, M, N, KEPT>(s, &k, k_tile, 0, q_tiles + at * QUERIES * W);
             causal<true, M, N>(s, j_own, i0);
-            const float *lse2 = numbers + at * 2 * QUERIES + lane % 4 * 2, *minus_inner = lse2 + QUERIES;
+            const float *lse2 = numbers + at * 2 * QUERIES + o.lane % 4 * 2, *minus_inner = lse2 + QUERIES;
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
                     UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
@@ -1089,8 +1102,9 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dk[m][d][e] *= scale;
-    own_store<W, M>(head_of_qkv(dqkv, p, 1, T, C, HS), j_own, dk, k_tile);
-    own_store<W, M>(head_of_qkv(dqkv, p, 2, T, C, HS), j_own, dv, k_tile + LINES * W);
+    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, false);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 1, T, C, C / NH), to.first + to.own, dk, shared + to.own * W);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 2, T, C, C / NH), to.first + to.own, dv, shared + (LINES + to.own) * W);
 }
 
 // inner (n,NH,T) = <dy, y> of each head of each token, by `lanes` threads, a power of 2; each takes SIZE numbers at once.
@@ -1207,7 +1221,7 @@ attention_forward_plain(N *y, float *lse, const N *qkv, int T, int C, int NH, fl
     SHARED(float, q);
     float *const k = q + Plain<W>::TILE, *const v = k + Plain<W>::TILE, *const shares = v + Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
-    const AttentionPlace p = attention_place(blocks, NH);
+    const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
     float out[R][W / 64][4] = {}, top[R], sum[R] = {}, share[R];
     UNROLL for (int r = 0; r < R; r++) top[r] = -INFINITY;
@@ -1257,7 +1271,7 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
     SHARED(float, q);                                    // q, dy, k and v, then the shares
     float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE, *const shares = k + 2 * Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
-    const AttentionPlace p = attention_place(blocks, NH);
+    const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
     float dq[R][W / 64][4] = {}, lse_of[R], inner_of[R], factor[R];
     UNROLL for (int r = 0; r < R; r++) {
@@ -1290,7 +1304,7 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
     float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE, *const g = q + Plain<W>::TILE;
     float *const shares = g + Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
-    const AttentionPlace p = attention_place(blocks, NH);
+    const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int j0 = p.block * LINES;
     float dk[R][W / 64][4] = {}, dv[R][W / 64][4] = {}, factor[R], one[R];
     UNROLL for (int r = 0; r < R; r++) factor[r] = scale, one[r] = 1;

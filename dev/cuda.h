@@ -90,6 +90,23 @@ extern __shared__ __align__(16) unsigned char cuda_shared_bytes[];
 #define UNROLL _Pragma("unroll")
 #endif
 
+// threadIdx.x and blockIdx.x, read again: what is made of them after a loop need not stay in registers through it.
+#ifdef CUDA_EMULATED
+static inline __device__ int thread_again(void) { return (int)threadIdx.x; }
+static inline __device__ int block_again(void) { return (int)blockIdx.x; }
+#else
+static inline __device__ int thread_again(void) {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+static inline __device__ int block_again(void) {
+    int x;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x;
+}
+#endif
+
 // ---- Arenas: one allocation cut into arrays, each at a multiple of ALIGN bytes, where any access is aligned ----
 // Under the emulator a gap follows each array, and from its end to the next nobody may touch anything (arena_seal), until the
 // arena is cut anew (arena_unseal). Both take their turn in the stream.
