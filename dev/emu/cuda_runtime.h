@@ -246,7 +246,8 @@ inline void emu_reach(const std::shared_ptr<EmuRecord> &r) {
     while (r && !r->done) emu_step(r->stream);
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
-    const std::shared_ptr<EmuRecord> r = e->last;        // the last recording before this call; none: nothing to wait for
+    const std::shared_ptr<EmuRecord> r = e->last;        // the last recording before this call; CUDA would not wait for none
+    if (!r) return emu_error(cudaErrorInvalidResourceHandle, "waits for an event that was not recorded");
     return emu_enqueue(s, [r] { emu_reach(r); });
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { emu_reach(e->last); return cudaSuccess; }
