@@ -45,7 +45,6 @@ typedef struct {
 #endif
 enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES, PARTIAL = 512, CHANNELS_MAX = 12288 };  // channels: two lines of them fit into
                                                                                        // shared memory
-enum { ALIGN = 256 };                                    // bytes: every array begins where any access is aligned
 
 static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
 static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
@@ -282,7 +281,7 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
         CUDA_CHECK(cudaMemcpyAsync(&differs, differ, sizeof differs, cudaMemcpyDeviceToHost, g->stream));
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         if (differs) continue;
-        const double time = product_time(g, p, &found[i].algo, y, a, b, from, to);
+        const double time = product_time(g, p, &found[i].algo, room + bytes, a, b, from, to);   // the first's result stays
         if (time >= 0 && (least < 0 || time < least)) least = time, best = i;
     }
     CUDA_CHECK(cudaEventDestroy(from));
@@ -677,19 +676,6 @@ static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, flo
 // Causality also keeps lines past T, which are read as zeros, from those before T: as keys they are too late, and as
 // queries nobody stores them.
 
-#ifdef CUDA_EMULATED
-#define UNROLL
-static inline __device__ float exp2_fast(float x) { return exp2f(x); }
-#else
-#define UNROLL _Pragma("unroll")
-// 2^x by the one instruction, within 2^-22; what would be denormal is 0 (PTX ISA, ex2.approx).
-static inline __device__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-#endif
-
 enum { ATTENTION_WARPS = 4, ATTENTION_THREADS = 32 * ATTENTION_WARPS, ATTENTION_WIDEST = 256 };
 
 // Says at start what attention_forward could not do later.
@@ -702,9 +688,9 @@ static void attention_check(size_t C, size_t NH) {
 // so that K and V come from L2.
 typedef struct { int row, h, block; } AttentionPlace;
 
-static __device__ AttentionPlace attention_place(int blocks, int NH) {
-    const int head = (int)blockIdx.x / blocks;
-    return AttentionPlace{head / NH, head % NH, (int)blockIdx.x % blocks};
+static __device__ AttentionPlace attention_place(int block, int blocks, int NH) {
+    const int head = block / blocks;
+    return AttentionPlace{head / NH, head % NH, block % blocks};
 }
 
 // Where the head's numbers begin in a matrix (n,T,numbers) and in (n,NH,T).
@@ -899,18 +885,29 @@ static __device__ void softmax_tile(float s[M][N][4], float out[M][W / 8][4], fl
 
 static __device__ int blocks_of(int T, int lines) { return (T + lines - 1) / lines; }
 
+// What a thread works on: `lane` of a warp that owns 16 M lines of the block's, which are a head's from `first` on, from the
+// line `own` of them. `late_first`: the block's lines are counted from the last.
+struct AttentionOwn { AttentionPlace p; int first, own, lane; };
+
+template <int M> static __device__ AttentionOwn attention_own(int thread, int block, int T, int NH, bool late_first) {
+    constexpr int LINES = 16 * M * ATTENTION_WARPS;
+    const int blocks = blocks_of(T, LINES);
+    const AttentionPlace p = attention_place(block, blocks, NH);
+    return AttentionOwn{p, (late_first ? blocks - 1 - p.block : p.block) * LINES, 16 * M * (thread / 32), thread % 32};
+}
+
 template <int W, int M, int N, bool KEPT>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int NH, float scale) {
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q (LINES,W); k and v (2,KEYS,W): this tile and the next
     bf16 *const k_tiles = shared + LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
-    const AttentionPlace p = attention_place(blocks, NH);
-    const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;           // the longest walks of a head start first
+    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);   // the longest walks start first
+    const AttentionPlace p = o.p;
+    const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
-    bf16 *const q_tile = shared + own * W;
+    bf16 *const q_tile = shared + o.own * W;
     OwnLines<W, M, KEPT> q;
     float out[M][W / 8][4] = {}, top[M][2], sum[M][2] = {};
     UNROLL for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
@@ -941,14 +938,15 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
         __syncthreads();                                 // the next tile is here, and nobody reads this one any more
     }
 
+    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
-            const int i = i_own + 16 * m + 8 * half + lane / 4;
+            const int i = to.first + to.own + 16 * m + 8 * half + to.lane / 4;
             const float all = line_sum(sum[m][half]), share = 1 / all;
             UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= share, out[m][d][2 * half + 1] *= share;
-            if (lane % 4 == 0 && i < T) lse[head_tokens(p, NH, T) + i] = top[m][half] * scale + logf(all);
+            if (to.lane % 4 == 0 && i < T) lse[head_tokens(to.p, NH, T) + i] = top[m][half] * scale + logf(all);
         }
-    own_store<W, M>(head_of_y(y, p, T, C, HS), i_own, out, q_tile);
+    own_store<W, M>(head_of_y(y, to.p, T, C, C / NH), to.first + to.own, out, shared + to.own * W);
 }
 
 // dQ = scale ds K, ds = P (dP - inner), dP = dy V^T (Dao et al. 2022, algorithm 4).
@@ -959,12 +957,12 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q and dy (LINES,W); k and v (2,KEYS,W)
     bf16 *const k_tiles = shared + 2 * LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
-    const AttentionPlace p = attention_place(blocks, NH);
-    const int i0 = (blocks - 1 - p.block) * LINES, i_own = i0 + own;
+    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);
+    const AttentionPlace p = o.p;
+    const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
-    bf16 *const q_tile = shared + own * W;               // the warp's lines; those of dy are LINES further
+    bf16 *const q_tile = shared + o.own * W;             // the warp's lines; those of dy are LINES further
     OwnLines<W, M, KEPT> q, g;                           // g: dy
     float dq[M][W / 8][4] = {}, lse2[M][2], minus_inner[M][2];
 
@@ -975,7 +973,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     cp_async_commit();
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
-            const int i = i_own + 16 * m + 8 * half + lane / 4;
+            const int i = i_own + 16 * m + 8 * half + o.lane / 4;
             const size_t at = head_tokens(p, NH, T) + i;
             lse2[m][half] = i < T ? lse[at] * 1.44269504f : 0;
             minus_inner[m][half] = i < T ? -inner[at] : 0;
@@ -1012,7 +1010,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dq[m][d][e] *= scale;
-    own_store<W, M>(head_of_qkv(dqkv, p, 0, T, C, HS), i_own, dq, q_tile);
+    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 0, T, C, C / NH), to.first + to.own, dq, shared + to.own * W);
 }
 
 // lse log2(e) and -inner of the next QUERIES queries, each of them by one of the first 2 QUERIES threads. Past T 0 will do, for
@@ -1046,15 +1045,15 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     SHARED(bf16, shared);                                // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
     bf16 *const q_tiles = shared + 2 * LINES * W, *const dy_tiles = q_tiles + 2 * QUERIES * W;
     float *const numbers = (float *)(void *)(dy_tiles + 2 * QUERIES * W);
-    const int blocks = blocks_of(T, LINES), HS = C / NH, own = 16 * M * ((int)threadIdx.x / 32), lane = (int)threadIdx.x % 32;
-    const AttentionPlace p = attention_place(blocks, NH);
-    const int j0 = p.block * LINES, j_own = j0 + own;
+    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, false);
+    const AttentionPlace p = o.p;
+    const int HS = C / NH, j0 = o.first, j_own = j0 + o.own;
     int i0 = j0 / QUERIES * QUERIES;                     // the first tile with a query that sees a key of the block
     TileSource<W> q = tile_source<W>(head_of_qkv(qkv, p, 0, T, C, HS), i0);
     TileSource<W> g = tile_source<W>(head_of_y(dy, p, T, C, HS), i0);
     const float scale2 = scale * 1.44269504f;
     QueryNumbers<QUERIES> source = query_numbers<QUERIES>(lse, inner, head_tokens(p, NH, T), i0, T);
-    bf16 *const k_tile = shared + own * W;               // the warp's lines; those of v are LINES further
+    bf16 *const k_tile = shared + o.own * W;             // the warp's lines; those of v are LINES further
     OwnLines<W, M, KEPT> k, v;
     float dk[M][W / 8][4] = {}, dv[M][W / 8][4] = {};
 
@@ -1081,7 +1080,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
             float s[M][N][4] = {}, ds[M][N][4];
             tile_scores<W, M, N, KEPT>(s, &k, k_tile, 0, q_tiles + at * QUERIES * W);
             causal<true, M, N>(s, j_own, i0);
-            const float *lse2 = numbers + at * 2 * QUERIES + lane % 4 * 2, *minus_inner = lse2 + QUERIES;
+            const float *lse2 = numbers + at * 2 * QUERIES + o.lane % 4 * 2, *minus_inner = lse2 + QUERIES;
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
                     UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
@@ -1103,8 +1102,9 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dk[m][d][e] *= scale;
-    own_store<W, M>(head_of_qkv(dqkv, p, 1, T, C, HS), j_own, dk, k_tile);
-    own_store<W, M>(head_of_qkv(dqkv, p, 2, T, C, HS), j_own, dv, k_tile + LINES * W);
+    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, false);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 1, T, C, C / NH), to.first + to.own, dk, shared + to.own * W);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 2, T, C, C / NH), to.first + to.own, dv, shared + (LINES + to.own) * W);
 }
 
 // inner (n,NH,T) = <dy, y> of each head of each token, by `lanes` threads, a power of 2; each takes SIZE numbers at once.
@@ -1221,7 +1221,7 @@ attention_forward_plain(N *y, float *lse, const N *qkv, int T, int C, int NH, fl
     SHARED(float, q);
     float *const k = q + Plain<W>::TILE, *const v = k + Plain<W>::TILE, *const shares = v + Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
-    const AttentionPlace p = attention_place(blocks, NH);
+    const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
     float out[R][W / 64][4] = {}, top[R], sum[R] = {}, share[R];
     UNROLL for (int r = 0; r < R; r++) top[r] = -INFINITY;
@@ -1271,7 +1271,7 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
     SHARED(float, q);                                    // q, dy, k and v, then the shares
     float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE, *const shares = k + 2 * Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
-    const AttentionPlace p = attention_place(blocks, NH);
+    const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
     float dq[R][W / 64][4] = {}, lse_of[R], inner_of[R], factor[R];
     UNROLL for (int r = 0; r < R; r++) {
@@ -1304,7 +1304,7 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
     float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE, *const g = q + Plain<W>::TILE;
     float *const shares = g + Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
-    const AttentionPlace p = attention_place(blocks, NH);
+    const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int j0 = p.block * LINES;
     float dk[R][W / 64][4] = {}, dv[R][W / 64][4] = {}, factor[R], one[R];
     UNROLL for (int r = 0; r < R; r++) factor[r] = scale, one[r] = 1;
@@ -1848,7 +1848,7 @@ static void memory_error(const char *what, size_t bytes) {
 // Bytes on the device; their contents are undefined.
 static void *room_new(const char *what, size_t bytes) {
     void *p = NULL;
-    if (cudaMalloc(&p, bytes + ALIGN) != cudaSuccess) memory_error(what, bytes);
+    if (cudaMalloc(&p, bytes + !bytes) != cudaSuccess) memory_error(what, bytes);
     return p;
 }
 
@@ -1861,7 +1861,7 @@ static float *zeros_new(const Gpu *g, const char *what, size_t n) {
 // Memory of the host that the device can copy from while the host goes on.
 static void *host_new(size_t bytes) {
     void *p = NULL;
-    CUDA_CHECK(cudaMallocHost(&p, bytes + ALIGN));
+    CUDA_CHECK(cudaMallocHost(&p, bytes + !bytes));
     memset(p, 0, bytes);
     return p;
 }
@@ -1898,10 +1898,15 @@ static size_t gradient_index(const Model *m, int l, int branch) {
     return (size_t)(branch == NO_BRANCH ? BRANCHES * m->config.L : BRANCHES * l + branch);
 }
 
-// Numbers set aside for one layer's part of a parameter: wte has Vp rows, the last of them always zeros.
-static size_t param_room(const GptConfig *c, int p) {
-    const size_t n = p == P_wte ? padded_vocabulary((size_t)c->V) * (size_t)c->C : gpt_param_size(c, p);
-    return round_up(n, ALIGN / sizeof(bf16));
+// Numbers of one layer's part of a parameter: wte has Vp rows, the last of them always zeros.
+static size_t param_numbers(const GptConfig *c, int p) {
+    return p == P_wte ? padded_vocabulary((size_t)c->V) * (size_t)c->C : gpt_param_size(c, p);
+}
+
+// And what is set aside for them, a place in every array of parameters. Sums over ranks run over the gaps: there are none then.
+static size_t param_room(const Model *m, int p) {
+    const size_t bytes = arena_room(param_numbers(&m->config, p) * sizeof(bf16)) - (m->ranks.world > 1 ? ARENA_GAP : 0);
+    return bytes / sizeof(bf16);
 }
 
 // To be called before a backward pass through a branch: whether it must add to the branch's gradients, which it writes once
@@ -1914,7 +1919,7 @@ static int gradient_add(Model *m, int l, int branch, int now) {
         if (gpt_param[p].branch == branch)
             CUDA_CHECK(cudaMemsetAsync(m->slot[SLOT_GRAD] + m->offset[p] +
                                        (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size), 0,
-                                       param_room(&m->config, p) * sizeof(float), m->gpu.stream));
+                                       param_numbers(&m->config, p) * sizeof(float), m->gpu.stream));
     return now;
 }
 
@@ -1927,12 +1932,21 @@ static void params_layout(Model *m) {
         if (branch == NO_BRANCH) m->n_params = m->layer_size * (size_t)c->L;
         m->span[branch] = *end;
         for (int p = 0; p < N_PARAMS; p++)
-            if (gpt_param[p].branch == branch) m->offset[p] = *end, *end += param_room(c, p);
+            if (gpt_param[p].branch == branch) m->offset[p] = *end, *end += param_room(m, p);
         *end = m->span[branch] + round_up(*end - m->span[branch], unit);
         m->span_size[branch] = *end - m->span[branch];
     }
     m->n_moments = m->n_params / (size_t)m->ranks.shares;
     m->n_master = m->gpu.half ? m->n_moments : m->n_params;        // where N is float, all ranks read all of them
+}
+
+// An array of all parameters, of numbers of so many bytes, is an arena: nobody touches what lies between two tensors.
+static void params_seal(const Model *m, void *array, size_t number) {
+    for (int p = 0; p < N_PARAMS && m->ranks.world == 1; p++)
+        for (int l = 0; l < gpt_param_layers(&m->config, p); l++) {
+            const size_t n = param_numbers(&m->config, p), at = m->offset[p] + (size_t)l * m->layer_size;
+            arena_seal((char *)array + (at + n) * number, (param_room(m, p) - n) * number, m->gpu.stream);
+        }
 }
 
 // Whether each rank has but a share of this slot, placed as m and v are.
@@ -2006,7 +2020,8 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
     const int rows[BRANCHES] = {b->attn_rows, b->mlp_rows}, larger = size[MLP] > size[ATTN] ? MLP : ATTN;
     const int first = b->rows < rows[larger] ? b->rows : rows[larger], second = b->rows - first;
     const size_t most = (size_t)first * size[larger] + (size_t)second * size[!larger];
-    const size_t one = (size_t)m->args.B * (size[ATTN] + size[MLP]), gaps = (size_t)m->config.L * BRANCHES * ARRAYS * ALIGN;
+    const size_t one = (size_t)m->args.B * (size[ATTN] + size[MLP]);
+    const size_t gaps = (size_t)m->config.L * BRANCHES * ARRAYS * (ALIGN + ARENA_GAP);
     return round_up(most > one ? most : one, ALIGN) + gaps;
 }
 
@@ -2037,7 +2052,7 @@ static size_t rooms_bytes(Model *m, size_t kept) {
     Room rooms[N_ROOMS];
     size_t bytes = 0;
     for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
-        bytes += round_up(rooms[i].at == (void **)&m->kept ? kept : rooms[i].bytes, ALIGN);
+        bytes += arena_room(rooms[i].at == (void **)&m->kept ? kept : rooms[i].bytes);
     return bytes;
 }
 
@@ -2046,10 +2061,8 @@ static void rooms_new(Model *m) {
     m->kept_room = kept_bound(m, &m->args.bound);
     m->activation_bytes = rooms_bytes(m, m->kept_room);
     char *at = m->activations = (char *)room_new("what forward and backward write", m->activation_bytes);
-    for (int i = 0, n = model_rooms(m, rooms); i < n; i++) {
-        *rooms[i].at = at;
-        at += round_up(rooms[i].at == (void **)&m->kept ? m->kept_room : rooms[i].bytes, ALIGN);
-    }
+    for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
+        *rooms[i].at = arena_cut(&at, rooms[i].at == (void **)&m->kept ? m->kept_room : rooms[i].bytes, m->gpu.stream);
 }
 
 // The inputs in one array, on the host or on the device; returns how many numbers that is.
@@ -2137,12 +2150,17 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     ranks_open(&m->ranks, args);
     params_layout(m);
     m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_master);
-    if (m->gpu.half) m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
+    params_seal(m, m->slot[SLOT_PARAM], sizeof(float));
+    if (m->gpu.half) {
+        m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
+        params_seal(m, m->copy, sizeof(bf16));
+    }
     if (train) {
         params_chunks(m);
         m->slot[SLOT_GRAD] = zeros_new(&m->gpu, "gradients", m->n_params);
         m->slot[SLOT_M] = zeros_new(&m->gpu, "the optimizer's moments", 2 * m->n_moments);
         m->slot[SLOT_V] = m->slot[SLOT_M] + m->n_moments;
+        for (int slot = SLOT_GRAD; slot <= SLOT_V; slot++) params_seal(m, m->slot[slot], sizeof(float));
         if (m->gpu.half && m->ranks.world > 1 && !args->reduce_fp32)
             m->wire = (bf16 *)zeros_new(&m->gpu, "gradients on their way", strips(m->n_params, 2));
         m->update = (BranchUpdate *)room_new("step counts", branches * sizeof *m->update);
@@ -2188,13 +2206,17 @@ static void model_memory(const Model *m, EngineMemory *bytes) {
     bytes->activations_used = WORKSPACE + rooms_bytes(&copy, m->kept_peak);
 }
 
+// Room for what a branch keeps, in an arena that each forward pass cuts anew.
 static void *keep(Model *m, size_t bytes) {
-    char *p = m->kept_end;
-    m->kept_end += round_up(bytes, ALIGN);
-    const size_t used = (size_t)(m->kept_end - m->kept);
+    const size_t used = (size_t)(m->kept_end - m->kept) + arena_room(bytes);
     CHECK(used <= m->kept_room, "the plan keeps more branches than the model was opened for");
     if (used > m->kept_peak) m->kept_peak = used;
-    return p;
+    return arena_cut(&m->kept_end, bytes, m->gpu.stream);
+}
+
+static void keep_nothing(Model *m) {
+    m->kept_end = m->kept;
+    arena_unseal(m->kept, m->kept_room, m->gpu.stream);
 }
 
 // The last branch before i that runs, or -1.
@@ -2478,11 +2500,11 @@ static Grouped run_forward(Model *m, int T, const int *tokens, const int *target
     const Grouped by = {send_inputs(m, T, tokens, targets, plan, weight != 0), m->device.order, m->device.first};
     m->last_B = plan->batch;
     m->last_T = T;
-    m->kept_end = m->kept;
+    keep_nothing(m);
     m->ended = NULL;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, (size_t)T, C);
     for (int l = 0; l < m->config.L; l++) {
-        if (weight == 0) m->kept_end = m->kept;          // evaluation keeps nothing
+        if (weight == 0) keep_nothing(m);                // evaluation needs one layer at a time
         block_forward(m, l, plan);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
@@ -2562,7 +2584,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     for (size_t row = 0; row < B; row++) m->begins &= at[row] == 0;
     embedding_forward(g, m->x, m->device.tokens, m->device.at, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
-        m->kept_end = m->kept;
+        keep_nothing(m);
         block_forward(m, l, plan);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);

@@ -83,6 +83,56 @@ extern __shared__ __align__(16) unsigned char cuda_shared_bytes[];
 #define SHARED(type, name) type *const name = (type *)(void *)cuda_shared_bytes
 #endif
 
+// UNROLL before a loop: its body as often as it runs, so that what it indexes can be registers.
+#ifdef CUDA_EMULATED
+#define UNROLL
+#else
+#define UNROLL _Pragma("unroll")
+#endif
+
+// threadIdx.x and blockIdx.x, read again: what is made of them after a loop need not stay in registers through it.
+#ifdef CUDA_EMULATED
+static inline __device__ int thread_again(void) { return (int)threadIdx.x; }
+static inline __device__ int block_again(void) { return (int)blockIdx.x; }
+#else
+static inline __device__ int thread_again(void) {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+static inline __device__ int block_again(void) {
+    int x;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x;
+}
+#endif
+
+// ---- Arenas: one allocation cut into arrays, each at a multiple of ALIGN bytes, where any access is aligned ----
+// Under the emulator a gap follows each array, and from its end to the next nobody may touch anything (arena_seal), until the
+// arena is cut anew (arena_unseal). Both take their turn in the stream.
+
+enum { ALIGN = 256 };
+#ifdef CUDA_EMULATED
+enum { ARENA_GAP = ALIGN };
+static inline void arena_seal(void *from, size_t bytes, cudaStream_t stream) { emu_seal(from, bytes, stream); }
+static inline void arena_unseal(void *from, size_t bytes, cudaStream_t stream) { emu_unseal(from, bytes, stream); }
+#else
+enum { ARENA_GAP = 0 };
+static inline void arena_seal(void *, size_t, cudaStream_t) {}
+static inline void arena_unseal(void *, size_t, cudaStream_t) {}
+#endif
+
+// What an array of so many bytes takes up.
+static inline size_t arena_room(size_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN + ARENA_GAP; }
+
+// Cuts an array off at *at.
+static inline void *arena_cut(char **at, size_t bytes, cudaStream_t stream) {
+    char *const array = *at;
+    *at += arena_room(bytes);
+    arena_seal(array + bytes, arena_room(bytes) - bytes, stream);
+    return array;
+}
+
 // ---- Numbers: float and bf16 by one name ----
 
 static inline __host__ __device__ float to_float(float x) { return x; }
@@ -90,6 +140,17 @@ static inline __host__ __device__ float to_float(bf16 x) { return __bfloat162flo
 template <class N> static inline __host__ __device__ N from_float(float x);
 template <> inline __host__ __device__ float from_float<float>(float x) { return x; }
 template <> inline __host__ __device__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }   // to nearest even
+
+// 2^x by the one instruction, within 2^-22; what would be denormal is 0 (PTX ISA, ex2.approx).
+static inline __device__ float exp2_fast(float x) {
+#ifdef CUDA_EMULATED
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
 
 // 16 bytes of numbers, moved by one instruction; the address must be a multiple of 16.
 template <class N> struct __align__(16) Pack { N x[16 / sizeof(N)]; };

@@ -168,6 +168,7 @@ torch() {                                                # preset, limit, more o
     if [ $has_torch = 0 ]; then skip "torch_$1" "no PyTorch that sees a GPU (PYTHON=$PYTHON)"; return; fi
     preset=$1 limit=$2
     shift 2
+    rm -f "$OUT/torch_$preset.json"                      # it is written line by line, after those of an earlier call
     stage "torch_$preset" "$limit" "$PYTHON" dev/bench/torch_step.py --device cuda --preset "$preset" --seq-len 1024 \
         --bench "$bench" --json "$OUT/torch_$preset.json" "$@" && cat "$OUT/torch_$preset.log"
 }

@@ -10,6 +10,7 @@ of (its time / ours beside it). On a GPU it is compiled PyTorch under bf16 autoc
 vocabulary padded to a multiple of 128 in its favour; where both do not fit, --apart measures ours first.
 """
 import argparse
+import contextlib
 import json
 import math
 import pathlib
@@ -145,8 +146,9 @@ class Ours:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, n):
-        self.process.stdin.write(f"{n}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):                         # it has said why on standard error
+            self.process.stdin.write(f"{n}\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"error: {self.process.args[0]} has ended early")

@@ -5,20 +5,12 @@
 
 #include "cuda_runtime.h"
 
-struct __nv_bfloat16_raw { unsigned short x; };
-
 inline unsigned short emu_bf16_round(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
+    const uint32_t bits = emu_bits<uint32_t>(value);
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
     return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline float emu_bf16_value(unsigned short half) {
-    const uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+inline float emu_bf16_value(unsigned short half) { return emu_bits<float>((uint32_t)half << 16); }
 
 struct __nv_bfloat16 {
     unsigned short bits;
@@ -26,9 +18,7 @@ struct __nv_bfloat16 {
     __nv_bfloat16(float value) : bits(emu_bf16_round(value)) {}
     operator float() const { return emu_bf16_value(bits); }
 };
-struct __align__(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 
-inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return (float)x; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
@@ -37,6 +27,5 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
     x.bits = bits;
     return x;
 }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }
 
 #endif

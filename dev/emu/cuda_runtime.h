@@ -5,7 +5,6 @@
 //   EMU_SEED=n      another order of the threads of a block, of blocks, and of work in streams
 //   EMU_LAZY=1      the work of a stream runs only when the host, or another stream, waits for it
 //   EMU_LAZY=2      the same, but cudaStreamNonBlocking streams do their work at once, ahead of the others
-//   EMU_DEVICES=n   so many devices (default 1); EMU_MEMORY=n: with so many bytes each (default 16 GiB)
 #ifndef EMU_CUDA_RUNTIME_H
 #define EMU_CUDA_RUNTIME_H
 
@@ -24,143 +23,50 @@
     X(cudaErrorInvalidValue, 1, "invalid argument")                                       \
     X(cudaErrorMemoryAllocation, 2, "out of memory")                                      \
     X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                 \
-    X(cudaErrorInvalidDevicePointer, 17, "invalid device pointer")                        \
-    X(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")           \
     X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                       \
     X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                              \
     X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                     \
     X(cudaErrorNotReady, 600, "device not ready")                                         \
     X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")
 
-#define X(name, number, text) name = number,
-typedef enum { EMU_ERRORS(X) } cudaError_t;
-#undef X
+typedef enum { EMU_ERRORS(EMU_ENUM) } cudaError_t;
 
-inline const char *cudaGetErrorString(cudaError_t e) {
-#define X(name, number, text) if (e == name) return text;
-    EMU_ERRORS(X)
-#undef X
-    return "unrecognized error code";
-}
-inline const char *cudaGetErrorName(cudaError_t e) {
-#define X(name, number, text) if (e == name) return #name;
-    EMU_ERRORS(X)
-#undef X
+inline const char *cudaGetErrorString(cudaError_t result) {
+    EMU_ERRORS(EMU_TEXT)
     return "unrecognized error code";
 }
 
 inline cudaError_t emu_last_error = cudaSuccess;
 
 // Sets the last error and says on standard error what CUDA would not.
-__attribute__((format(printf, 2, 3))) inline cudaError_t emu_error(cudaError_t e, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    fprintf(stderr, "emulator: ");
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    va_end(args);
-    return emu_last_error = e;
-}
+#define emu_error(e, ...) (fprintf(stderr, "emulator: " __VA_ARGS__), fputc('\n', stderr), emu_last_error = (e))
 
-inline cudaError_t cudaPeekAtLastError(void) { return emu_last_error; }
 inline cudaError_t cudaGetLastError(void) {
     const cudaError_t e = emu_last_error;
     emu_last_error = cudaSuccess;
     return e;
 }
 
-// ---- Types and small functions of device code ----
-
-struct __align__(8)  float2 { float x, y; };
-struct               float3 { float x, y, z; };
-struct __align__(16) float4 { float x, y, z, w; };
-struct __align__(8)  int2   { int x, y; };
-struct __align__(16) int4   { int x, y, z, w; };
-struct __align__(8)  uint2  { unsigned x, y; };
-struct __align__(16) uint4  { unsigned x, y, z, w; };
-
-template <class T, class F> inline T emu_bits(F from) {
-    static_assert(sizeof(T) == sizeof(F), "the same number of bits");
-    T to;
-    memcpy(&to, &from, sizeof to);
-    return to;
-}
-inline float    __uint_as_float(unsigned x)   { return emu_bits<float>(x); }
-inline int      min(int a, int b)             { return a < b ? a : b; }
-inline int      max(int a, int b)             { return a > b ? a : b; }
-inline unsigned min(unsigned a, unsigned b)   { return a < b ? a : b; }
-inline unsigned max(unsigned a, unsigned b)   { return a > b ? a : b; }
-inline size_t   min(size_t a, size_t b)       { return a < b ? a : b; }
-inline size_t   max(size_t a, size_t b)       { return a > b ? a : b; }
-
 // ---- The device ----
 
-typedef struct {
-    char name[256];
-    size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
-    int warpSize, maxThreadsPerBlock, multiProcessorCount, major, minor, regsPerMultiprocessor, maxThreadsPerMultiProcessor;
-    int l2CacheSize, memoryBusWidth, ECCEnabled, pciBusID;
-} cudaDeviceProp;
+typedef struct { char name[256]; int major, minor; } cudaDeviceProp;
 
-typedef enum {
-    cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrClockRate = 13,
-    cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMemoryClockRate = 36, cudaDevAttrComputeCapabilityMajor = 75,
-    cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
-} cudaDeviceAttr;
-
-inline int emu_device = 0;
-enum { EMU_PROCESSORS = 4 };                             // few, so that loops over a grid are run more than once
-
-inline cudaError_t cudaGetDeviceCount(int *count) {
-    *count = (int)emu_number("EMU_DEVICES", 1);
-    return *count ? cudaSuccess : emu_last_error = cudaErrorNoDevice;
-}
-inline cudaError_t emu_device_check(int device) {
-    int count;
-    const cudaError_t e = cudaGetDeviceCount(&count);
-    if (e != cudaSuccess) return e;
-    return device >= 0 && device < count ? cudaSuccess : emu_last_error = cudaErrorInvalidDevice;
-}
+inline cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) {
-    const cudaError_t e = emu_device_check(device);
-    if (e == cudaSuccess) emu_device = device;
-    return e;
+    return device ? emu_error(cudaErrorInvalidDevice, "there is no device %d", device) : cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int *device) { *device = emu_device; return emu_device_check(emu_device); }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
-    const cudaError_t e = emu_device_check(device);
-    if (e != cudaSuccess) return e;
-    memset(p, 0, sizeof *p);
-    snprintf(p->name, sizeof p->name, "emulated");
-    p->totalGlobalMem = emu_number("EMU_MEMORY", (uint64_t)16 << 30);
-    p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = EMU_SHARED_LIMIT;
-    p->sharedMemPerMultiprocessor = EMU_SHARED_LIMIT + 1024, p->regsPerMultiprocessor = 65536;
-    p->warpSize = 32, p->maxThreadsPerBlock = EMU_LANES, p->maxThreadsPerMultiProcessor = 2048;
-    p->multiProcessorCount = EMU_PROCESSORS, p->major = 9;
-    return cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
-    const cudaError_t e = emu_device_check(device);
-    if (e != cudaSuccess) return e;
-    switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = EMU_LANES; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)EMU_SHARED_LIMIT; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = EMU_PROCESSORS; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrClockRate: case cudaDevAttrMemoryClockRate: *value = 1000000; return cudaSuccess;
-    }
-    return emu_error(cudaErrorInvalidValue, "cudaDeviceGetAttribute(%d)", attribute);
+    *p = {"emulated", 9, 0};
+    return cudaSetDevice(device);
 }
 
 // ---- Memory ----
 
 // What was allocated, by address: the device's, or the host's by cudaMallocHost.
-struct EmuMemory { size_t bytes; bool device; char *base; };
+struct EmuMemory { size_t bytes; bool device; };
 inline std::map<uintptr_t, EmuMemory> emu_memory;
 inline size_t emu_memory_used = 0;
-const size_t EMU_MEMORY_GUARD = EMU_ASAN ? 0 : 512, EMU_MEMORY_ALIGNMENT = 256;
+const size_t EMU_MEMORY = (size_t)16 << 30;              // the device's
 
 // The allocation that p lies in, or at whose end it is; NULL for other memory of the host.
 inline const EmuMemory *emu_memory_at(const void *p, uintptr_t *from) {
@@ -176,55 +82,50 @@ inline bool emu_is_device(const void *p, size_t bytes) {
     return m && m->device && (uintptr_t)p - from + bytes <= m->bytes;
 }
 
-inline void emu_memory_check(uintptr_t at, const EmuMemory *m) {
-    if (!EMU_MEMORY_GUARD || !m->device) return;
-    if (!emu_guard_whole(m->base, EMU_MEMORY_GUARD)) emu_fail("something wrote before the %zu bytes at %#zx", m->bytes, at);
-    if (!emu_guard_whole((const char *)at + m->bytes, EMU_MEMORY_GUARD))
-        emu_fail("something wrote beyond the %zu bytes at %#zx", m->bytes, (size_t)at);
+// Seals: bytes within an allocation that nobody may touch. An arena has them between its arrays.
+inline std::map<uintptr_t, size_t> emu_seals;
+
+inline void emu_seal_check(uintptr_t at, size_t bytes, const char *after) {
+    if (!emu_untouched((const char *)at, bytes))
+        emu_fail("between two arrays, in the %zu bytes at %#zx, something was written, as seen after %s", bytes, (size_t)at,
+                 after);
 }
-inline void emu_memory_check_all(void) {
-    for (auto &m : emu_memory) emu_memory_check(m.first, &m.second);
+inline void emu_memory_check(const char *after) {
+    for (const auto &m : emu_memory) emu_guards_check((const char *)m.first, m.second.bytes, "memory", after);
+    for (const auto &seal : emu_seals) emu_seal_check(seal.first, seal.second, after);
 }
 
+struct EmuStream;
 inline cudaError_t cudaDeviceSynchronize(void);
 inline bool emu_captured(void);                          // whether a stream is
 
 inline cudaError_t emu_allocate(void **p, size_t bytes, bool device) {
     *p = NULL;
-    if (device && emu_device_check(emu_device) != cudaSuccess) return emu_last_error;
     if (emu_captured()) return emu_error(cudaErrorStreamCaptureUnsupported, "takes memory while a stream is captured");
     if (!bytes) return cudaSuccess;
-    const size_t guard = device ? EMU_MEMORY_GUARD : 0, limit = emu_number("EMU_MEMORY", (uint64_t)16 << 30);
-    void *base = NULL;
-    if ((device && bytes > limit - std::min(limit, emu_memory_used)) ||
-        posix_memalign(&base, EMU_MEMORY_ALIGNMENT, bytes + 2 * guard))
-        return emu_last_error = cudaErrorMemoryAllocation;
-    char *at = (char *)base + guard;
-    memset(base, EMU_GUARD, guard);
-    memset(at, EMU_POISON, bytes);
-    memset(at + bytes, EMU_GUARD, guard);
-    emu_memory[(uintptr_t)at] = {bytes, device, (char *)base};
+    if (device && bytes > EMU_MEMORY - emu_memory_used) return emu_last_error = cudaErrorMemoryAllocation;
+    if (!(*p = emu_guarded_new(bytes))) return emu_last_error = cudaErrorMemoryAllocation;
+    emu_memory[(uintptr_t)*p] = {bytes, device};
     if (device) emu_memory_used += bytes;
-    *p = at;
     return cudaSuccess;
 }
 
+inline void emu_unseal(void *p, size_t bytes, EmuStream *s);
+
 inline cudaError_t emu_release(void *p, bool device) {
     if (!p) return cudaSuccess;
-    const cudaError_t e = cudaDeviceSynchronize();        // as cudaFree does
+    const cudaError_t e = cudaDeviceSynchronize();        // as cudaFree does; it checks the guards
     if (e != cudaSuccess) return e;
     auto m = emu_memory.find((uintptr_t)p);
     if (m == emu_memory.end() || m->second.device != device)
         return emu_error(cudaErrorInvalidValue, "free of %p, which was not allocated", p);
-    emu_memory_check(m->first, &m->second);
+    emu_unseal(p, m->second.bytes, NULL);
     if (device) emu_memory_used -= m->second.bytes;
-    free(m->second.base);
+    emu_guarded_free((char *)p);
     emu_memory.erase(m);
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMalloc(void **p, size_t bytes) { return emu_allocate(p, bytes, true); }
-inline cudaError_t cudaMallocHost(void **p, size_t bytes) { return emu_allocate(p, bytes, false); }
 template <class T> inline cudaError_t cudaMalloc(T **p, size_t bytes) { return emu_allocate((void **)(void *)p, bytes, true); }
 template <class T> inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
     return emu_allocate((void **)(void *)p, bytes, false);
@@ -232,8 +133,8 @@ template <class T> inline cudaError_t cudaMallocHost(T **p, size_t bytes) {
 inline cudaError_t cudaFree(void *p) { return emu_release(p, true); }
 inline cudaError_t cudaFreeHost(void *p) { return emu_release(p, false); }
 inline cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
-    *total = emu_number("EMU_MEMORY", (uint64_t)16 << 30), *unused = *total - std::min(*total, emu_memory_used);
-    return emu_device_check(emu_device);
+    *total = EMU_MEMORY, *unused = EMU_MEMORY - emu_memory_used;
+    return cudaSuccess;
 }
 
 // ---- Streams and events ----
@@ -251,11 +152,12 @@ typedef EmuEvent *cudaEvent_t;
 inline std::vector<EmuStream *> emu_streams;
 inline uint64_t emu_launches = 0;
 
-enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
-enum { cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2 };
+enum { cudaStreamDefault, cudaStreamNonBlocking };
+enum { cudaEventDisableTiming = 2 };
 
-inline bool emu_is_stream(EmuStream *s) {
-    return !s || std::find(emu_streams.begin(), emu_streams.end(), s) != emu_streams.end();
+inline cudaError_t emu_stream_check(EmuStream *s) {
+    if (!s || std::find(emu_streams.begin(), emu_streams.end(), s) != emu_streams.end()) return cudaSuccess;
+    return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
 }
 inline void emu_step(EmuStream *s) {
     std::function<void()> first = std::move(s->work.front());
@@ -279,7 +181,7 @@ inline void emu_drain_all(bool all) {
 }
 
 inline cudaError_t emu_enqueue(EmuStream *s, std::function<void()> work) {
-    if (!emu_is_stream(s)) return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
+    if (emu_stream_check(s) != cudaSuccess) return emu_last_error;
     if (s && s->capture) {
         s->capture->push_back(std::move(work));
         return cudaSuccess;
@@ -301,21 +203,16 @@ inline bool emu_captured(void) {
 }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
-    if (emu_device_check(emu_device) != cudaSuccess) return emu_last_error;
     emu_streams.push_back(*s = new EmuStream{{}, flags, NULL});
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithFlags(s, cudaStreamDefault); }
-inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int) {
-    return cudaStreamCreateWithFlags(s, flags);
-}
-inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = *greatest = 0; return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
-    if (!emu_is_stream(s)) return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
+    if (emu_stream_check(s) != cudaSuccess) return emu_last_error;
     if (emu_captured()) return emu_error(cudaErrorStreamCaptureUnsupported, "waits while a stream is captured");
     if (s) emu_drain(s);
     else emu_drain_all(false);
-    emu_memory_check_all();
+    emu_memory_check("other work");
     return cudaSuccess;
 }
 // Time goes on while one asks: a piece of work is done.
@@ -324,7 +221,7 @@ inline cudaError_t cudaStreamQuery(cudaStream_t s) {
     return s && !s->work.empty() ? cudaErrorNotReady : cudaSuccess;
 }
 inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
-    if (!s || !emu_is_stream(s)) return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
+    if (emu_stream_check(s) != cudaSuccess) return emu_last_error;
     emu_drain(s);
     emu_streams.erase(std::find(emu_streams.begin(), emu_streams.end(), s));
     delete s;
@@ -333,7 +230,7 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
 inline cudaError_t cudaDeviceSynchronize(void) {
     if (emu_captured()) return emu_error(cudaErrorStreamCaptureUnsupported, "waits while a stream is captured");
     emu_drain_all(true);
-    emu_memory_check_all();
+    emu_memory_check("other work");
     return cudaSuccess;
 }
 
@@ -343,21 +240,17 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSucces
 inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = NULL) {
     std::shared_ptr<EmuRecord> r(new EmuRecord{false, 0, s});
     e->last = r;
-    return emu_enqueue(s, [r] {
-        struct timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        r->done = true, r->seconds = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-    });
+    return emu_enqueue(s, [r] { r->done = true, r->seconds = emu_seconds(); });
 }
 inline void emu_reach(const std::shared_ptr<EmuRecord> &r) {
     while (r && !r->done) emu_step(r->stream);
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
-    const std::shared_ptr<EmuRecord> r = e->last;        // the last recording before this call; none: nothing to wait for
+    const std::shared_ptr<EmuRecord> r = e->last;        // the last recording before this call; CUDA would not wait for none
+    if (!r) return emu_error(cudaErrorInvalidResourceHandle, "waits for an event that was not recorded");
     return emu_enqueue(s, [r] { emu_reach(r); });
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t e) { emu_reach(e->last); return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t e) { return e->last && !e->last->done ? cudaErrorNotReady : cudaSuccess; }
 inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
     if (!from->last || !to->last) return emu_error(cudaErrorInvalidResourceHandle, "an event that was not recorded");
     if (!from->last->done || !to->last->done) return emu_last_error = cudaErrorNotReady;
@@ -365,19 +258,43 @@ inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t
     return cudaSuccess;
 }
 
+// In the order of the stream's work, so that memory can be cut up anew while work on the old cut is queued.
+inline void emu_seal(void *p, size_t bytes, cudaStream_t s) {
+    emu_enqueue(s, [=] {
+#if EMU_ASAN
+        __asan_poison_memory_region(p, bytes);
+#else
+        memset(p, EMU_POISON, bytes);
+        emu_seals[(uintptr_t)p] = bytes;
+#endif
+    });
+}
+
+// Breaks the seals in these bytes.
+inline void emu_unseal(void *p, size_t bytes, cudaStream_t s) {
+    emu_enqueue(s, [=] {
+#if EMU_ASAN
+        __asan_unpoison_memory_region(p, bytes);
+#endif
+        const auto from = emu_seals.lower_bound((uintptr_t)p), end = emu_seals.lower_bound((uintptr_t)p + bytes);
+        for (auto seal = from; seal != end; ++seal) emu_seal_check(seal->first, seal->second, "other work");
+        emu_seals.erase(from, end);
+    });
+}
+
 // ---- Graphs ----
 
-typedef enum {
-    cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed
-} cudaStreamCaptureMode;
+typedef enum { cudaStreamCaptureModeThreadLocal = 1 } cudaStreamCaptureMode;
 
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
-    if (!s || !emu_is_stream(s) || s->capture) return emu_error(cudaErrorInvalidResourceHandle, "a stream to capture");
+    if (!s || emu_stream_check(s) != cudaSuccess || s->capture)
+        return emu_error(cudaErrorInvalidResourceHandle, "a stream to capture");
     s->capture = new EmuGraph;
     return cudaSuccess;
 }
 inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
-    if (!s || !emu_is_stream(s) || !s->capture) return emu_error(cudaErrorInvalidResourceHandle, "a stream not captured");
+    if (!s || emu_stream_check(s) != cudaSuccess || !s->capture)
+        return emu_error(cudaErrorInvalidResourceHandle, "a stream not captured");
     *graph = s->capture, s->capture = NULL;
     return cudaSuccess;
 }
@@ -395,9 +312,7 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { delete exec; ret
 
 // ---- Copies ----
 
-typedef enum {
-    cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
-} cudaMemcpyKind;
+typedef enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice } cudaMemcpyKind;
 
 // What is wrong with one end of a copy, or NULL.
 inline const char *emu_copy_error(const void *p, size_t bytes, bool device) {
@@ -411,22 +326,17 @@ inline const char *emu_copy_error(const void *p, size_t bytes, bool device) {
 }
 
 inline cudaError_t emu_copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t s, bool wait) {
-    bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    if (kind == cudaMemcpyDefault) to_device = emu_is_device(to, bytes), from_device = emu_is_device(from, bytes);
-    const char *wrong = emu_copy_error(to, bytes, to_device);
-    if (wrong) return emu_error(cudaErrorInvalidValue, "a copy of %zu bytes to %p, which %s", bytes, to, wrong);
-    if ((wrong = emu_copy_error(from, bytes, from_device)))
-        return emu_error(cudaErrorInvalidValue, "a copy of %zu bytes from %p, which %s", bytes, from, wrong);
+    const bool to_device = kind != cudaMemcpyDeviceToHost, from_device = kind != cudaMemcpyHostToDevice;
+    const char *wrong_to = emu_copy_error(to, bytes, to_device), *wrong_from = emu_copy_error(from, bytes, from_device);
+    if (wrong_to || wrong_from)
+        return emu_error(cudaErrorInvalidValue, "a copy of %zu bytes %s %p, which %s", bytes, wrong_to ? "to" : "from",
+                         wrong_to ? to : from, wrong_to ? wrong_to : wrong_from);
     const bool pinned = emu_memory_at(to_device ? from : to, NULL) != NULL;
-    if (to_device && !from_device && !pinned) {          // memory of the host that is not pinned is read at once
-        std::shared_ptr<std::vector<char>> staged(new std::vector<char>((const char *)from, (const char *)from + bytes));
-        const cudaError_t e = emu_enqueue(s, [=] { if (bytes) memcpy(to, staged->data(), bytes); });
-        return e != cudaSuccess || !wait ? e : cudaStreamSynchronize(s);
-    }
-    const cudaError_t e = emu_enqueue(s, [=] { if (bytes) memmove(to, from, bytes); });
-    if (e != cudaSuccess || !(wait || (from_device && !to_device && !pinned))) return e;
-    return cudaStreamSynchronize(s);                     // and it is written when the call returns
+    std::shared_ptr<std::vector<char>> staged;           // memory of the host that is not pinned is read at once, ...
+    if (!from_device && !pinned) staged.reset(new std::vector<char>((const char *)from, (const char *)from + bytes));
+    const cudaError_t e = emu_enqueue(s, [=] { if (bytes) memmove(to, staged ? staged->data() : from, bytes); });
+    if (e != cudaSuccess || !(wait || (!to_device && !pinned))) return e;
+    return cudaStreamSynchronize(s);                     // ... and is written when the call returns
 }
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t s = NULL) {
     return emu_copy(to, from, bytes, kind, s, false);
@@ -442,16 +352,6 @@ inline cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_
 inline cudaError_t cudaMemset(void *to, int byte, size_t bytes) { return cudaMemsetAsync(to, byte, bytes, NULL); }
 
 // ---- Launches ----
-
-typedef enum {
-    cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9
-} cudaFuncAttribute;
-
-inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute attribute, int value) {
-    if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > (int)EMU_SHARED_LIMIT)
-        return emu_error(cudaErrorInvalidValue, "%d bytes of shared memory for a kernel", value);
-    return cudaSuccess;
-}
 
 // A kernel's argument: a pointer must be into device memory, or NULL.
 template <class T> inline void emu_check_argument(const char *, int, const T &) {}
@@ -481,7 +381,10 @@ template <class... P> inline cudaError_t emu_launch(const char *kernel, void (*f
     (void)i;
     (emu_check_argument(kernel, ++i, args), ...);
     const uint64_t number = emu_launches++;
-    return emu_enqueue(stream, [=] { emu_run_grid(kernel, grid, block, shared, number, [&] { f(args...); }); });
+    return emu_enqueue(stream, [=] {
+        emu_run_grid(kernel, grid, block, shared, number, [&] { f(args...); });
+        emu_memory_check(kernel);
+    });
 }
 
 #endif

@@ -8,31 +8,23 @@
 #define EMU_NCCL_H
 
 #include "cuda_bf16.h"
-#include "cuda_runtime.h"
 #include <atomic>
+#include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
 
 #define EMU_NCCL_RESULTS(X)                                                                                              \
     X(ncclSuccess, 0, "no error") X(ncclUnhandledCudaError, 1, "unhandled cuda error")                                   \
-    X(ncclSystemError, 2, "unhandled system error") X(ncclInternalError, 3, "internal error")                            \
-    X(ncclInvalidArgument, 4, "invalid argument") X(ncclInvalidUsage, 5, "invalid usage")                                \
+    X(ncclSystemError, 2, "unhandled system error") X(ncclInvalidArgument, 4, "invalid argument")                        \
     X(ncclRemoteError, 6, "remote process exited or there was a network error") X(ncclInProgress, 7, "in progress")
 
-#define X(name, number, text) name = number,
-typedef enum { EMU_NCCL_RESULTS(X) } ncclResult_t;
-#undef X
-typedef enum { ncclFloat32 = 7, ncclFloat = 7, ncclFloat64 = 8, ncclDouble = 8, ncclBfloat16 = 9 } ncclDataType_t;
+typedef enum { EMU_NCCL_RESULTS(EMU_ENUM) } ncclResult_t;
+typedef enum { ncclFloat32 = 7, ncclFloat64 = 8, ncclBfloat16 = 9 } ncclDataType_t;
 typedef enum { ncclSum = 0 } ncclRedOp_t;
 typedef struct { char internal[128]; } ncclUniqueId;
 
-inline const char *ncclGetErrorString(ncclResult_t r) {
-#define X(name, number, text) if (r == name) return text;
-    EMU_NCCL_RESULTS(X)
-#undef X
+inline const char *ncclGetErrorString(ncclResult_t result) {
+    EMU_NCCL_RESULTS(EMU_TEXT)
     return "unknown result code";
 }
 
@@ -53,12 +45,6 @@ struct EmuNccl {
 };
 typedef EmuNccl *ncclComm_t;
 
-inline double emu_nccl_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 // Each rank locks the byte of its number while it lives: the system frees a lock with the process, however it ends.
 inline bool emu_nccl_alive(const EmuNccl *c, int rank) {
     struct flock f = {};
@@ -70,7 +56,7 @@ inline bool emu_nccl_alive(const EmuNccl *c, int rank) {
 inline bool emu_nccl_meet(EmuNccl *c, double seconds) {
     EmuNcclShared *s = c->shared;
     const int generation = s->generation;
-    const double until = emu_nccl_seconds() + seconds;
+    const double until = emu_seconds() + seconds;
     if (s->failed) return false;
     if (s->arrived.fetch_add(1) + 1 == c->world) {
         s->arrived = 0;
@@ -82,7 +68,7 @@ inline bool emu_nccl_meet(EmuNccl *c, double seconds) {
         if (spins % 256) continue;
         for (int r = 0; r < c->world && !seconds; r++)
             if (!emu_nccl_alive(c, r) && s->generation == generation) s->failed = 1;
-        if (seconds && emu_nccl_seconds() > until) s->failed = 1;
+        if (seconds && emu_seconds() > until) s->failed = 1;
         usleep(50);
     }
     return s->generation != generation;
@@ -91,14 +77,12 @@ inline bool emu_nccl_meet(EmuNccl *c, double seconds) {
 // ---- Communicators ----
 
 inline ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
-    unsigned char random[16];
-    const int source = open("/dev/urandom", O_RDONLY);
-    if (source < 0 || read(source, random, sizeof random) != (ssize_t)sizeof random) return ncclSystemError;
-    close(source);
+    int fd = -1, n = 0;
     memset(id, 0, sizeof *id);
-    int n = snprintf(id->internal, sizeof id->internal, "/emu_nccl_");
-    for (unsigned char byte : random) n += snprintf(id->internal + n, sizeof id->internal - (size_t)n, "%02x", byte);
-    const int fd = shm_open(id->internal, O_CREAT | O_EXCL | O_RDWR, 0600);
+    do {
+        snprintf(id->internal, sizeof id->internal, "/emu_nccl_%d_%d", (int)getpid(), n++);
+        fd = shm_open(id->internal, O_CREAT | O_EXCL | O_RDWR, 0600);
+    } while (fd < 0 && errno == EEXIST);                 // a process of this number has been killed, or had another
     if (fd < 0 || ftruncate(fd, sizeof(EmuNcclShared))) return ncclSystemError;       // zeros
     close(fd);
     return ncclSuccess;
@@ -140,26 +124,14 @@ inline ncclResult_t ncclCommDestroy(ncclComm_t c) {
 
 // ---- Collectives ----
 
-inline size_t emu_nccl_size(int type) {
-    return type == ncclFloat32 ? 4 : type == ncclFloat64 ? 8 : type == ncclBfloat16 ? 2 : 0;
-}
+inline size_t emu_nccl_size(int type) { return type == ncclFloat32 ? 4 : type == ncclFloat64 ? 8 : 2; }
 
-// to (n) = the sum of all ranks' rooms
+// to (n) = the sum of all ranks' rooms; in bf16 the assignment rounds.
 template <class T> inline void emu_nccl_sum(EmuNccl *c, void *to, size_t n) {
     T *sum = (T *)to;
-    memcpy(sum, c->shared->room[0], n * sizeof(T));
-    for (int r = 1; r < c->world; r++) {
-        const T *other = (const T *)(const void *)c->shared->room[r];
-        for (size_t i = 0; i < n; i++) sum[i] = sum[i] + other[i];
-    }
-}
-template <> inline void emu_nccl_sum<__nv_bfloat16>(EmuNccl *c, void *to, size_t n) {
-    __nv_bfloat16 *sum = (__nv_bfloat16 *)to;
-    memcpy(to, c->shared->room[0], n * sizeof *sum);
-    for (int r = 1; r < c->world; r++) {
-        const __nv_bfloat16 *other = (const __nv_bfloat16 *)(const void *)c->shared->room[r];
-        for (size_t i = 0; i < n; i++) sum[i] = __float2bfloat16_rn(__bfloat162float(sum[i]) + __bfloat162float(other[i]));
-    }
+    memcpy(to, c->shared->room[0], n * sizeof(T));
+    for (int r = 1; r < c->world; r++)
+        for (size_t i = 0; i < n; i++) sum[i] = sum[i] + ((const T *)(const void *)c->shared->room[r])[i];
 }
 
 // One block of `bytes` that each rank in `gives` puts into its room, piece by piece; `take` reads the rooms.
@@ -205,35 +177,17 @@ inline bool emu_nccl_run(EmuNccl *c, EmuNcclCall call, const char *from, char *t
     return true;
 }
 
-// Within ncclGroupStart and ncclGroupEnd, calls are only collected.
-struct EmuNcclWork { cudaStream_t stream; std::function<void()> work; };
-inline int emu_nccl_group = 0;
-inline std::vector<EmuNcclWork> emu_nccl_waiting;
-
-inline ncclResult_t ncclGroupStart(void) { emu_nccl_group++; return ncclSuccess; }
-inline ncclResult_t ncclGroupEnd(void) {
-    if (emu_nccl_group < 1) return ncclInvalidUsage;
-    if (--emu_nccl_group) return ncclSuccess;
-    const std::vector<EmuNcclWork> all = std::move(emu_nccl_waiting);
-    emu_nccl_waiting.clear();
-    for (const EmuNcclWork &w : all)
-        if (emu_enqueue(w.stream, w.work) != cudaSuccess) return ncclUnhandledCudaError;
-    return ncclSuccess;
-}
-
 inline ncclResult_t emu_nccl_give(EmuNccl *c, EmuNcclCall call, const void *from, void *to, size_t gives, size_t takes,
                                   cudaStream_t stream) {
     const size_t one = emu_nccl_size(call.type), count = call.count;
-    if (!c || !one || call.root < 0 || call.root >= c->world) return ncclInvalidArgument;
+    if (!c || call.root < 0 || call.root >= c->world) return ncclInvalidArgument;
     if (!count) return ncclSuccess;
     if ((gives && !emu_is_device(from, gives * count * one)) || !emu_is_device(to, takes * count * one))
         return ncclInvalidArgument;
-    const EmuNcclWork w = {stream, [=] {
+    const cudaError_t e = emu_enqueue(stream, [=] {
         if (c->error == ncclSuccess && !emu_nccl_run(c, call, (const char *)from, (char *)to)) c->error = ncclRemoteError;
-    }};
-    ncclGroupStart();
-    emu_nccl_waiting.push_back(w);
-    return ncclGroupEnd();
+    });
+    return e == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
 }
 
 inline ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t, ncclComm_t c,

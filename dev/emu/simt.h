@@ -20,27 +20,22 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
-#if defined __SANITIZE_ADDRESS__
-#define EMU_ASAN 1
-#elif defined __has_feature
-#if __has_feature(address_sanitizer)
-#define EMU_ASAN 1
+#ifndef __has_feature
+#define __has_feature(x) 0
 #endif
-#endif
-#ifndef EMU_ASAN
+#if defined __SANITIZE_ADDRESS__ || __has_feature(address_sanitizer)
+#include <sanitizer/asan_interface.h>
+#define EMU_ASAN 1
+#else
 #define EMU_ASAN 0
-#endif
-#if EMU_ASAN
-#include <sanitizer/common_interface_defs.h>
 #endif
 
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
-#define __forceinline__        inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n)           __attribute__((aligned(n)))
 
@@ -54,7 +49,7 @@ inline thread_local uint3 threadIdx, blockIdx;
 inline thread_local dim3 blockDim, gridDim;
 enum { warpSize = 32 };
 
-enum { EMU_LANES = 1024, EMU_POISON = 0xFF, EMU_GUARD = 0xA5 };
+enum { EMU_LANES = 1024, EMU_POISON = 0xFF };
 const size_t EMU_GUARD_BYTES = EMU_ASAN ? 0 : 1024, EMU_SHARED_LIMIT = 227 << 10, EMU_STACK = (EMU_ASAN ? 512 : 128) << 10;
 
 // ---- Fibers: stacks, and the switch from one to another ----
@@ -73,23 +68,6 @@ asm(".pushsection .text.emu_switch,\"axG\",@progbits,emu_switch,comdat\n"
     " popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n"
     ".popsection\n");
 enum { EMU_FRAME_RETURN = 6 };                            // the word of the frame that holds the place to go on at
-extern "C" void emu_switch(void **from, void *to);
-#elif defined __aarch64__ && defined __ELF__              // AAPCS64: x19 to x30, d8 to d15
-#define EMU_FRAME_WORDS 20
-asm(".pushsection .text.emu_switch,\"axG\",@progbits,emu_switch,comdat\n"
-    ".weak emu_switch\n .hidden emu_switch\n .type emu_switch,@function\n"
-    "emu_switch:\n"
-    " sub sp, sp, #160\n"
-    " stp x19, x20, [sp, #0]\n stp x21, x22, [sp, #16]\n stp x23, x24, [sp, #32]\n stp x25, x26, [sp, #48]\n"
-    " stp x27, x28, [sp, #64]\n stp x29, x30, [sp, #80]\n stp d8, d9, [sp, #96]\n stp d10, d11, [sp, #112]\n"
-    " stp d12, d13, [sp, #128]\n stp d14, d15, [sp, #144]\n"
-    " mov x9, sp\n str x9, [x0]\n mov sp, x1\n"
-    " ldp x19, x20, [sp, #0]\n ldp x21, x22, [sp, #16]\n ldp x23, x24, [sp, #32]\n ldp x25, x26, [sp, #48]\n"
-    " ldp x27, x28, [sp, #64]\n ldp x29, x30, [sp, #80]\n ldp d8, d9, [sp, #96]\n ldp d10, d11, [sp, #112]\n"
-    " ldp d12, d13, [sp, #128]\n ldp d14, d15, [sp, #144]\n"
-    " add sp, sp, #160\n ret\n"
-    ".popsection\n");
-enum { EMU_FRAME_RETURN = 11 };
 extern "C" void emu_switch(void **from, void *to);
 #else                                                     // elsewhere: ucontext, which is slower; sp is a ucontext_t
 #include <ucontext.h>
@@ -133,12 +111,14 @@ struct EmuCore {
     EmuFiber home, *fiber, *idle[EMU_LANES + 1];         // the host's own stack; the running one; those at rest
     unsigned idles, fibers;
     int barrier_line;                                    // of the __syncthreads that some are in
-    char *shared_base, *shared;
+    char *shared;
     size_t shared_bytes, shared_room;                    // of this launch; of the memory at hand
 };
 
 inline thread_local EmuCore *emu_core = NULL;            // NULL: no kernel has run on this thread of the host
 inline thread_local bool emu_in_kernel = false;
+
+// ---- What the parts below share ----
 
 // Ends the program: kernel, block, thread and what is wrong.
 __attribute__((format(printf, 1, 2), noreturn)) inline void emu_fail(const char *format, ...) {
@@ -158,6 +138,10 @@ __attribute__((format(printf, 1, 2), noreturn)) inline void emu_fail(const char 
     _exit(1);                                            // not exit(): this may be any stack
 }
 
+// Tables of results, X(name, number, text), become an enumeration and the function that gives the text.
+#define EMU_ENUM(name, number, text) name = number,
+#define EMU_TEXT(name, number, text) if (result == name) return text;
+
 inline uint64_t emu_number(const char *variable, uint64_t otherwise) {
     const char *text = getenv(variable);
     return text && *text ? strtoull(text, NULL, 10) : otherwise;
@@ -169,6 +153,38 @@ inline uint64_t emu_random(uint64_t *state) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return z ^ z >> 31;
+}
+
+inline double emu_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+template <class T, class F> inline T emu_bits(F from) {
+    static_assert(sizeof(T) == sizeof(F), "the same number of bits");
+    T to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// Memory of exactly this size, poisoned; NULL if there is none. AddressSanitizer watches what is around it; without it, more
+// poison stands there, which emu_guards_check finds as it was, or else ends the program.
+inline char *emu_guarded_new(size_t bytes) {
+    void *p;
+    if (posix_memalign(&p, 256, bytes + 2 * EMU_GUARD_BYTES)) return NULL;
+    return (char *)memset(p, EMU_POISON, bytes + 2 * EMU_GUARD_BYTES) + EMU_GUARD_BYTES;
+}
+inline void emu_guarded_free(char *p) { free(p - EMU_GUARD_BYTES); }
+
+inline bool emu_untouched(const char *p, size_t bytes) {
+    return !bytes || ((unsigned char)*p == EMU_POISON && !memcmp(p, p + 1, bytes - 1));
+}
+inline void emu_guards_check(const char *p, size_t bytes, const char *what, const char *after) {
+    const bool before = !emu_untouched(p - EMU_GUARD_BYTES, EMU_GUARD_BYTES);
+    if (before || !emu_untouched(p + bytes, EMU_GUARD_BYTES))
+        emu_fail("%s the %zu bytes of %s at %p something was written, as seen after %s", before ? "before" : "beyond", bytes,
+                 what, (const void *)p, after);
 }
 
 inline void emu_shuffle_warp(EmuCore *c, EmuWarp *w) {
@@ -189,37 +205,29 @@ inline void emu_go(EmuCore *c, EmuFiber *to) {
 #endif
 }
 
-// Where a lane is, as a line of the report below.
-inline void emu_tell_lane(const EmuLane *l) {
-    static const char *const state[] = {"has not begun", "runs", "waits", "waits", "has exited"};
-    fprintf(stderr, "  thread (%u,%u,%u) %s", l->index.x, l->index.y, l->index.z, state[l->state]);
-    if (l->state == EMU_BARRIER || l->state == EMU_WARP) fprintf(stderr, " in %s at %s:%d", l->what, l->file, l->line);
-    if (l->state == EMU_WARP) fprintf(stderr, ", mask %08x", l->mask);
-    fputc('\n', stderr);
-}
-
 // Nobody can go on: says who waits where, one line for each distinct place.
 __attribute__((noreturn)) inline void emu_deadlock(EmuCore *c) {
-    const EmuLane *waits = NULL;
-    for (unsigned i = 0; i < c->threads; i++) {
-        const EmuLane *l = &c->lanes[i];
-        if (l->state == EMU_WARP || (l->state == EMU_BARRIER && !waits)) waits = l;
-    }
+    static const char *const state[] = {"has not begun", "runs", "waits", "waits", "has exited"};
+    EmuLane *waits = NULL;                               // in a step of its warp, if any does
     unsigned met = 0;
-    const unsigned first = (unsigned)(waits - c->lanes) / 32 * 32;
+    fprintf(stderr, "in kernel %s nobody can go on:\n", c->kernel);
+    for (unsigned i = 0, told = 0; i < c->threads; i++) {
+        EmuLane *l = &c->lanes[i], *before = i ? l - 1 : NULL;
+        const bool in_warp = l->state == EMU_WARP;
+        if (in_warp || (l->state == EMU_BARRIER && !waits)) waits = l;
+        if (before && before->state == l->state && before->what == l->what && before->line == l->line) continue;
+        if (told++ >= 6) continue;
+        fprintf(stderr, "  thread (%u,%u,%u) %s", l->index.x, l->index.y, l->index.z, state[l->state]);
+        if (in_warp || l->state == EMU_BARRIER) fprintf(stderr, " in %s at %s:%d", l->what, l->file, l->line);
+        if (in_warp) fprintf(stderr, ", mask %08x", l->mask);
+        fputc('\n', stderr);
+    }
     for (unsigned i = 0; i < c->threads; i++) {
         const EmuLane *l = &c->lanes[i];
-        if (waits->state == EMU_WARP && (i < first || i >= first + 32)) continue;
+        if (waits->state == EMU_WARP && i / 32 != (unsigned)(waits - c->lanes) / 32) continue;
         met += l->state == waits->state && l->line == waits->line && l->mask == waits->mask;
     }
-    fprintf(stderr, "in kernel %s nobody can go on:\n", c->kernel);
-    for (unsigned i = 0, told = 0; i < c->threads && told < 6; i++) {
-        const EmuLane *l = &c->lanes[i], *before = i ? l - 1 : NULL;
-        if (before && before->state == l->state && before->what == l->what && before->line == l->line) continue;
-        emu_tell_lane(l);
-        told++;
-    }
-    c->lane = (EmuLane *)waits;
+    c->lane = waits;
     threadIdx = waits->index;
     if (waits->state == EMU_BARRIER)
         emu_fail("%s at %s:%d is met by %u of the block's %u threads", waits->what, waits->file, waits->line, met, c->threads);
@@ -393,12 +401,14 @@ inline void emu_shuffle_step(void *const operands[32]) {
     }
 }
 
+inline int emu_lane(void) { return (int)(emu_core_of_kernel("a shuffle")->lane - emu_core->lanes) % 32; }
+
 // The value of lane `source`; the calling lane's own where that is outside of its segment of `width` lanes.
 template <class T> inline T emu_shuffle(const char *what, unsigned mask, T value, int source, int width, const char *file,
                                         int line) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
     if (width < 1 || width > 32 || (width & (width - 1))) emu_fail("%s: width %d is not a power of two up to 32", what, width);
-    const int lane = (int)(emu_core_of_kernel(what)->lane - emu_core->lanes) % 32, segment = lane & ~(width - 1);
+    const int lane = emu_lane(), segment = lane & ~(width - 1);
     EmuShuffle s = {0, 0, (unsigned)(source >= segment && source < segment + width ? source : lane)};
     memcpy(&s.value, &value, sizeof value);
     emu_collect(what, mask, &s, emu_shuffle_step, file, line);
@@ -406,35 +416,27 @@ template <class T> inline T emu_shuffle(const char *what, unsigned mask, T value
     return value;
 }
 
-inline int emu_lane(void) { return (int)(emu_core_of_kernel("a shuffle")->lane - emu_core->lanes) % 32; }
-
-template <class T> inline T __shfl_sync(unsigned mask, T v, int source, int width = 32, EMU_FROM) {
-    return emu_shuffle("__shfl_sync", mask, v, (emu_lane() & ~(width - 1)) + (source & (width - 1)), width, file, line);
-}
-template <class T> inline T __shfl_xor_sync(unsigned mask, T v, int x, int width = 32, EMU_FROM) {
-    return emu_shuffle("__shfl_xor_sync", mask, v, emu_lane() ^ x, width, file, line);
-}
-template <class T> inline T __shfl_down_sync(unsigned mask, T v, unsigned n, int width = 32, EMU_FROM) {
-    return emu_shuffle("__shfl_down_sync", mask, v, emu_lane() + (int)n, width, file, line);
-}
-template <class T> inline T __shfl_up_sync(unsigned mask, T v, unsigned n, int width = 32, EMU_FROM) {
-    return emu_shuffle("__shfl_up_sync", mask, v, emu_lane() - (int)n, width, file, line);
-}
-
-struct EmuVote { unsigned predicate, ballot; };
+#define EMU_SHUFFLE(name, by, source)                                                        \
+    template <class T> inline T name(unsigned mask, T v, by n, int width = 32, EMU_FROM) {   \
+        return emu_shuffle(#name, mask, v, source, width, file, line);                       \
+    }
+EMU_SHUFFLE(__shfl_sync, int, (emu_lane() & ~(width - 1)) + (n & (width - 1)))
+EMU_SHUFFLE(__shfl_xor_sync, int, emu_lane() ^ n)
+EMU_SHUFFLE(__shfl_down_sync, unsigned, emu_lane() + (int)n)
+EMU_SHUFFLE(__shfl_up_sync, unsigned, emu_lane() - (int)n)
 
 inline void emu_vote_step(void *const operands[32]) {
-    unsigned ballot = 0;
+    uint64_t ballot = 0;
     for (unsigned i = 0; i < 32; i++)
-        if (operands[i]) ballot |= (unsigned)(((EmuVote *)operands[i])->predicate != 0) << i;
+        if (operands[i]) ballot |= ((EmuShuffle *)operands[i])->value << i;
     for (unsigned i = 0; i < 32; i++)
-        if (operands[i]) ((EmuVote *)operands[i])->ballot = ballot;
+        if (operands[i]) ((EmuShuffle *)operands[i])->result = ballot;
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_FROM) {
-    EmuVote v = {(unsigned)(predicate != 0), 0};
+    EmuShuffle v = {predicate != 0, 0, 0};
     emu_collect("a vote", mask, &v, emu_vote_step, file, line);
-    return v.ballot;
+    return (unsigned)v.result;
 }
 inline int __any_sync(unsigned mask, int p, EMU_FROM) { return __ballot_sync(mask, p, file, line) != 0; }
 inline int __all_sync(unsigned mask, int p, EMU_FROM) { return __ballot_sync(mask, p, file, line) == mask; }
@@ -447,30 +449,14 @@ inline void emu_check_alignment(const void *p, const char *what) {
     if ((uintptr_t)p % 16) emu_fail("%s at %p, which is not a multiple of 16", what, p);
 }
 
-// Shared memory of exactly this size: under AddressSanitizer it is on the heap, otherwise guard bytes stand around it.
 inline void emu_shared_open(EmuCore *c) {
-    const size_t guard = EMU_GUARD_BYTES, bytes = c->shared_bytes;
-    if (!c->shared_base || c->shared_room != bytes) {
-        free(c->shared_base);
-        void *p = NULL;
-        if (posix_memalign(&p, 128, bytes + 2 * guard + !bytes)) emu_fail("no memory for %zu bytes of shared memory", bytes);
-        c->shared_base = (char *)p, c->shared = c->shared_base + guard, c->shared_room = bytes;
-        memset(c->shared_base, EMU_GUARD, bytes + 2 * guard);
+    if (c->shared && c->shared_room != c->shared_bytes) {
+        emu_guarded_free(c->shared);
+        c->shared = NULL;
     }
-    memset(c->shared, EMU_POISON, bytes);
-}
-
-inline bool emu_guard_whole(const char *p, size_t bytes) {
-    for (size_t i = 0; i < bytes; i++)
-        if ((unsigned char)p[i] != EMU_GUARD) return false;
-    return true;
-}
-
-inline void emu_shared_check(EmuCore *c) {
-    if (EMU_ASAN) return;
-    if (!emu_guard_whole(c->shared - EMU_GUARD_BYTES, EMU_GUARD_BYTES)) emu_fail("wrote before its shared memory");
-    if (!emu_guard_whole(c->shared + c->shared_bytes, EMU_GUARD_BYTES))
-        emu_fail("wrote beyond its %zu bytes of shared memory", c->shared_bytes);
+    if (!c->shared && !(c->shared = emu_guarded_new(c->shared_bytes))) emu_fail("no memory for a block's shared memory");
+    c->shared_room = c->shared_bytes;
+    memset(c->shared, EMU_POISON, c->shared_bytes);
 }
 
 // Memory that does not exist, or a stack that is too small: the kernel is named, then the program ends as it would have.
@@ -503,7 +489,7 @@ inline void emu_run_block(EmuCore *c) {
     c->fiber = &c->home;
     emu_become(c, emu_next(c));
     emu_run_lanes(c);
-    emu_shared_check(c);
+    emu_guards_check(c->shared, c->shared_bytes, "shared memory", "the block");
 }
 
 // Runs every thread of the grid to its end.

@@ -78,9 +78,8 @@ inline void ldmatrix_x4_trans(uint32_t r[4], const void *row, EMU_FROM) {
 
 inline void cp_async16(void *shared, const void *global, bool valid, EMU_FROM) {
     emu_check_shared(shared, "cp_async16", file, line);
-    if (valid && (uintptr_t)global % 16) emu_fail("cp_async16 at %s:%d: source %p is not a multiple of 16", file, line, global);
-    if (valid && !emu_is_device(global, 16))
-        emu_fail("cp_async16 at %s:%d: source %p is not 16 bytes of device memory", file, line, global);
+    if (valid && ((uintptr_t)global % 16 || !emu_is_device(global, 16)))
+        emu_fail("cp_async16 at %s:%d: source %p is not 16 bytes of device memory, aligned", file, line, global);
     EmuLane *l = emu_core->lane;
     if (l->copies == l->room) {
         l->room = 2 * l->room + 16;

@@ -199,6 +199,25 @@ void test_cuda_products_search(void) {
     }
 }
 
+// All algorithms have the chance to be the fastest, also where the result is added to what is there: here the second is the
+// first again, so that now and then it wins.
+void test_cuda_search_compares(void) {
+    const size_t n = 32;
+    for (int add = 0; add < 2; add++) {
+        Gpu g = test_gpu(DTYPE_FP32, n);
+        float *a = device_floats(1, n * n), *b = device_floats(2, n * n), *y = device_floats(3, n * n);
+        const Matrix left = lines(a, n), right = lines(b, n);
+        multiply(&g, summed(y, n, add), left, right, n, n, n);
+        cublasLtMatmulHeuristicResult_t twice[2];
+        twice[0].algo = twice[1].algo = g.product[0].algorithm;
+        int second = 0;
+        for (int i = 0; i < 200 && !second; i++) second = product_search(&g, &g.product[0], twice, 2, &left, &right, NULL);
+        EXPECT(second, "with add %d the second algorithm is never taken", add);
+        device_free(a), device_free(b), device_free(y);
+        test_gpu_close(&g);
+    }
+}
+
 void test_cuda_column_sums(void) {
     static const size_t sizes[][2] = {{1, 1}, {2, 3}, {63, 40}, {65, 5}, {200, 130}, {9000, 4}, {8300, 3}};
     EACH_DTYPE(dtype)
@@ -550,3 +569,4 @@ void test_cuda_norm(void) {
 
 #include "test_cuda_graphs.h"
 #include "test_cuda_update.h"
+#include "test_cuda_arenas.h"

@@ -1,0 +1,71 @@
+// test_cuda_arenas.h: arrays of one allocation do not run into each other, and the emulator would see it. Part of test_cuda.cu.
+#ifndef TEST_CUDA_ARENAS_H
+#define TEST_CUDA_ARENAS_H
+
+// Some arrays of each arena: bf16 numbers, or floats counted as two.
+typedef struct { bf16 *at; size_t n; } ArenaArray;
+enum { ARENA_ARRAYS = 8 };
+
+static Model *arena_model(ArenaArray array[ARENA_ARRAYS]) {
+    const GptConfig c = {11, 5, 2, 2, 12};               // V T L NH C: no array fills its room
+    Model *m = update_model(&c, ROUNDING_NEAREST);
+    const size_t bias = m->offset[P_fcb], weight = m->offset[P_qkvw] + m->layer_size, C = (size_t)c.C;
+    keep_nothing(m);
+    void *first = keep(m, 3 * sizeof(bf16)), *second = keep(m, 5 * sizeof(bf16));
+    const ArenaArray all[ARENA_ARRAYS] = {
+        {(bf16 *)(m->slot[SLOT_PARAM] + bias), 8 * C}, {m->copy + weight, 3 * C * C},
+        {(bf16 *)(m->slot[SLOT_GRAD] + bias), 8 * C}, {(bf16 *)(m->slot[SLOT_V] + weight), 6 * C * C},
+        {(bf16 *)m->lnf_rstd, 4}, {(bf16 *)m->dwide, 8 * C}, {(bf16 *)first, 3}, {(bf16 *)second, 5}};
+    memcpy(array, all, sizeof all);
+    return m;
+}
+
+static __global__ void touch(bf16 *x, size_t i) { x[i] = from_float<bf16>(1); }
+
+// The last number of array k, or, with `over`, the one behind it.
+typedef struct { int k, over; } Overrun;
+
+static void run_overrun(void *arg) {
+    const Overrun *o = (const Overrun *)arg;
+    ArenaArray array[ARENA_ARRAYS];
+    Model *m = arena_model(array);
+    LAUNCH(touch, 1, 1, 0, m->gpu.stream, array[o->k].at, array[o->k].n - !o->over);
+    model_close(m);
+    fprintf(stderr, "not found out\n");
+}
+
+// What was kept before may be written where it then was; after keep_nothing the arena is whole.
+static void run_cut_anew(void *) {
+    ArenaArray array[ARENA_ARRAYS];
+    Model *m = arena_model(array);
+    LAUNCH(touch, 1, 1, 0, m->gpu.stream, array[6].at, 2);
+    keep_nothing(m);
+    bf16 *larger = (bf16 *)keep(m, ARENA_GAP + 2 * ALIGN);
+    LAUNCH(touch, 1, 1, 0, m->gpu.stream, larger, array[6].n);
+    model_close(m);
+    fprintf(stderr, "not found out\n");
+}
+
+void test_cuda_arenas(void) {
+    ArenaArray array[ARENA_ARRAYS];
+    Model *m = arena_model(array);
+    for (int k = 0; k < ARENA_ARRAYS; k++) EXPECT((uintptr_t)array[k].at % ALIGN == 0, "array %d begins at %p", k, array[k].at);
+    EXPECT(array[7].at == array[6].at + arena_room(3 * sizeof(bf16)) / sizeof(bf16), "what is kept does not lie side by side");
+    model_close(m);
+    for (int lazy = 0; lazy < 2 * (ARENA_GAP > 0); lazy++) {
+        setenv("EMU_LAZY", lazy ? "1" : "0", 1);
+        EXPECT_EXIT(0, "not found out", run_cut_anew, NULL);
+        for (int k = 0; k < ARENA_ARRAYS; k++) {
+            Overrun inside = {k, 0}, over = {k, 1};
+            EXPECT_EXIT(0, "not found out", run_overrun, &inside);
+#ifdef CUDA_EMULATED
+            EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: use-after-poison" : "between two arrays", run_overrun, &over);
+#else
+            (void)over;
+#endif
+        }
+    }
+    unsetenv("EMU_LAZY");
+}
+
+#endif
