@@ -51,13 +51,17 @@ static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, 
         }
 }
 
-static inline void checkpoint_append(SafetensorsWriter *w, const Engine *e, Model *m, const GptConfig *c, Slot slot) {
+// Reads one slot's tensors from the engine, in the order of the table, and appends them to w (NULL: nowhere). *bad, unless NULL,
+// becomes the name of the first that is not finite, from malloc: so one reading serves to judge and to write.
+static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, Model *m, const GptConfig *c, Slot slot,
+                                        char **bad) {
     for (int p = 0; p < N_PARAMS; p++) {
         const size_t n = gpt_param_size(c, p);
         real *host = (real *)xcalloc(n, sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             e->read(m, slot, p, l, host);
-            safetensors_append(w, host, n * sizeof *host);
+            if (bad && !*bad && !numbers_finite(host, n)) *bad = gpt_param_name(p, l);
+            if (w) safetensors_append(w, host, n * sizeof *host);
         }
         free(host);
     }
@@ -82,12 +86,12 @@ static inline void checkpoint_end(SafetensorsWriter *w, const char *path, FILE *
 }
 
 static inline void checkpoint_write_model(const char *path, FileSum *sum, const Engine *e, Model *m, const GptConfig *c,
-                                          char **error) {
+                                          char **bad, char **error) {
     SafetensorsWriter w;
     FILE *f = checkpoint_begin(&w, path, sum, error);
     checkpoint_declare(&w, c, "transformer.");
     safetensors_begin(&w, f, path);
-    checkpoint_append(&w, e, m, c, SLOT_PARAM);
+    checkpoint_read_slot(&w, e, m, c, SLOT_PARAM, bad);
     checkpoint_end(&w, path, f, error);
 }
 
@@ -101,8 +105,8 @@ static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, co
     checkpoint_declare(&w, c, "v.");
     safetensors_begin(&w, f, path);
     safetensors_append(&w, s->adamw_steps, (size_t)branches * sizeof *s->adamw_steps);
-    checkpoint_append(&w, e, m, c, SLOT_M);
-    checkpoint_append(&w, e, m, c, SLOT_V);
+    checkpoint_read_slot(&w, e, m, c, SLOT_M, NULL);
+    checkpoint_read_slot(&w, e, m, c, SLOT_V, NULL);
     checkpoint_end(&w, path, f, error);
 }
 
@@ -181,15 +185,12 @@ static inline void checkpoint_remove(const char *dir) {
     if (disk_rmdir(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
 }
 
-// What the other ranks do while rank 0 writes, if each has a share of what is read: the same reads in the same order.
-static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c) {
-    static const Slot slots[3] = {SLOT_PARAM, SLOT_M, SLOT_V};
-    for (int s = 0; s < 3; s++)
-        for (int p = 0; p < N_PARAMS; p++) {
-            real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
-            for (int l = 0; l < gpt_param_layers(c, p); l++) e->read(m, slots[s], p, l, host);
-            free(host);
-        }
+// The reads of checkpoint_try_save in the same order, with nothing written: what the other ranks do meanwhile, if each has a
+// share of what is read. *bad as there.
+static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c, char **bad) {
+    checkpoint_read_slot(NULL, e, m, c, SLOT_PARAM, bad);
+    checkpoint_read_slot(NULL, e, m, c, SLOT_M, NULL);
+    checkpoint_read_slot(NULL, e, m, c, SLOT_V, NULL);
 }
 
 // Makes OUT/latest point to the checkpoint of that name.
@@ -204,6 +205,8 @@ static inline char *checkpoint_point(const char *out, const char *name) {
 
 // Writes OUT/step_NNNNNNNN; an older one of that step gives way. Returns NULL, or why it could not, from malloc: then what was
 // there is there still, or OUT/step_NNNNNNNN is whole but may not outlive a loss of power, or `latest` has not moved.
+// Weights that are not finite are not saved: *bad, NULL before, is then the name of the first such tensor, from malloc, whatever
+// else went wrong.
 //
 // Why a crash between any two calls loses nothing, and what it leaves:
 //   1. The files are written to .step_N.tmp, synced each, and then the directory's names are synced. Until here no name that
@@ -217,7 +220,7 @@ static inline char *checkpoint_point(const char *out, const char *name) {
 //   5. .step_N.old is removed, and by the caller the oldest checkpoints: after step 3 is on the disk. A crash leaves a
 //      directory without trainer.json, which is no checkpoint; it is older than a whole one, and removed with the oldest.
 static inline char *checkpoint_try_save(const char *out, const Engine *e, Model *m, const GptConfig *c,
-                                        const CheckpointState *s) {
+                                        const CheckpointState *s, char **bad) {
     char *name = xprintf("step_%08lld", (long long)s->step), *final = xprintf("%s/%s", out, name), *error = NULL;
     char *temporary = xprintf("%s/.%s.tmp", out, name), *old = xprintf("%s/.%s.old", out, name), *path[CHECKPOINT_FILES + 1];
     CheckpointSums sums;
@@ -226,7 +229,8 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
         path[i] = xprintf("%s/%s", temporary, i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json");
     if (path_exists(temporary)) checkpoint_remove(temporary);
     error = directory_try_make(temporary);
-    checkpoint_write_model(path[0], &sums.file[0], e, m, c, &error);
+    checkpoint_write_model(path[0], &sums.file[0], e, m, c, bad, &error);
+    if (*bad && !error) error = xprintf("%s is not finite", *bad);
     checkpoint_config_json(&config, c, s, sizeof(real) == 4 ? "float32" : "float64");
     file_sum(&sums.file[1], config.s, config.n);
     checkpoint_write_text(path[1], &config, &error);
@@ -260,7 +264,8 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
 }
 
 static inline void checkpoint_save(const char *out, const Engine *e, Model *m, const GptConfig *c, const CheckpointState *s) {
-    files_die(checkpoint_try_save(out, e, m, c, s));
+    char *bad = NULL;
+    files_die(checkpoint_try_save(out, e, m, c, s, &bad));
 }
 
 // ---- Finding ----

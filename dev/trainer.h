@@ -853,30 +853,6 @@ static inline void trainer_check_bad_steps(Trainer *tr) {
     trainer_give_up(tr, why);
 }
 
-// Before a checkpoint is written: weights that are not finite must not replace good ones, and no step mends them. A huge
-// learning rate can make them out of finite gradients. All ranks call it.
-static inline void trainer_check_weights(Trainer *tr) {
-    const GptConfig *c = &tr->config;
-    char *first = NULL;
-    double bad = 0;
-    for (int p = 0; p < N_PARAMS; p++) {
-        const size_t n = gpt_param_size(c, p);
-        real *host = (real *)xcalloc(n, sizeof *host);
-        for (int l = 0; l < gpt_param_layers(c, p); l++) {
-            TensorNumbers t = {{0, 0}, {0, 0}};
-            tr->engine->read(tr->model, SLOT_PARAM, p, l, host);
-            numbers_of_slot(&t, 0, host, n);
-            if (t.bad[0] > 0 && !first) first = gpt_param_name(p, l);
-            bad += t.bad[0];
-        }
-        free(host);
-    }
-    comm_sum(tr->comm, &bad, 1);
-    if (bad == 0) return;
-    trainer_give_up(tr, xprintf("step %lld has made weights that are not finite, first of %s, so it is not saved",
-                                (long long)tr->state.step, first ? first : "another rank"));
-}
-
 // ---- The update ----
 
 static inline void trainer_count_bad_step(Trainer *tr, Metrics *r, double loss) {
@@ -1087,29 +1063,29 @@ static inline void trainer_save_failed(const Trainer *tr, const char *error, int
 }
 
 // Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part. If it cannot be written and the run
-// is to end, or has come to its end, all ranks exit with code 1. In a row of steps that were not finite no older checkpoint
-// gives way: it may be the last that is good.
+// is to end, or has come to its end, all ranks exit with code 1. Weights that are not finite, which a huge learning rate can make
+// out of finite gradients, end the run with code 3: no step mends them. In a row of steps that were not finite no older
+// checkpoint gives way: it may be the last that is good.
 static inline void trainer_save(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
-    char *error = NULL;
-    int failed = 0;
-    trainer_check_weights(tr);
+    char *error = NULL, *bad = NULL;
     if (tr->rank == 0) error = metrics_file_sync(&tr->metrics);    // no checkpoint is ahead of its metrics
-    if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state);
-    else if (o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config);
-    if (tr->rank == 0) {
-        failed = error != NULL;
-        if (failed) trainer_save_failed(tr, error, last);
-        else {
-            free(tr->whole);
-            tr->whole = checkpoint_path(o->out, tr->state.step);
-            if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->state.step);
-        }
-        free(error);
+    if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state, &bad);
+    else if (tr->rank == 0 || o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config, &bad);
+    int outcome[2] = {error != NULL, bad != NULL};
+    comm_broadcast(tr->comm, outcome, sizeof outcome);
+    if (outcome[1])
+        trainer_give_up(tr, xprintf("step %lld has made weights that are not finite, first of %s, so it is not saved",
+                                    (long long)tr->state.step, bad ? bad : ""));
+    if (error) trainer_save_failed(tr, error, last);
+    else if (tr->rank == 0) {
+        free(tr->whole);
+        tr->whole = checkpoint_path(o->out, tr->state.step);
+        if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->state.step);
     }
-    if (last) comm_broadcast(tr->comm, &failed, sizeof failed);
-    if (!failed || !last) return;
+    free(error), free(bad);
+    if (!outcome[0] || !last) return;
     comm_close(tr->comm);
     exit(1);
 }
