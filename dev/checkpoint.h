@@ -51,8 +51,8 @@ static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, 
         }
 }
 
-// Reads one slot's tensors from the engine, in the order of the table, and appends them to w (NULL: nowhere). *bad, unless NULL,
-// becomes the name of the first that is not finite, from malloc: so one reading serves to judge and to write.
+// Reads one slot's tensors from the engine, in the order of the table, and appends them to w (NULL: nowhere). *bad, unless
+// bad is NULL, becomes the name of the first that is not finite, from malloc: so one reading serves to judge and to write.
 static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, Model *m, const GptConfig *c, Slot slot,
                                         char **bad) {
     for (int p = 0; p < N_PARAMS; p++) {
@@ -140,6 +140,7 @@ static inline void checkpoint_config_json(Text *t, const GptConfig *c, const Che
     text_printf(t, scaled ? "],\n  \"drop_path_tied\": %s\n}\n" : "\n}\n", s->tied ? "true" : "false");
 }
 
+#define CHECKPOINT_FORMAT "droppath.c checkpoint 1"
 #define CHECKPOINT_SELF "  \"sha256\": \""               // trainer.json's own sum: of every byte before this line
 
 static inline void checkpoint_write_spikes(Text *t, const char *name, const Spikes *s) {
@@ -153,7 +154,7 @@ static inline void checkpoint_write_spikes(Text *t, const char *name, const Spik
 
 static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, const CheckpointSums *sums) {
     char hex[SHA256_HEX];
-    text_printf(t, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n  \"options\": ",
+    text_printf(t, "{\n  \"format\": \"" CHECKPOINT_FORMAT "\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n  \"options\": ",
                 (long long)s->step, (long long)s->tokens);
     json_write_string(t, s->options);
     text_printf(t, ",\n  \"bad_steps\": %d", s->bad_steps);
@@ -205,8 +206,8 @@ static inline char *checkpoint_point(const char *out, const char *name) {
 
 // Writes OUT/step_NNNNNNNN; an older one of that step gives way. Returns NULL, or why it could not, from malloc: then what was
 // there is there still, or OUT/step_NNNNNNNN is whole but may not outlive a loss of power, or `latest` has not moved.
-// Weights that are not finite are not saved: *bad, NULL before, is then the name of the first such tensor, from malloc, whatever
-// else went wrong.
+// Weights that are not finite are not saved: *bad, NULL before, is then the name of the first such tensor, from malloc,
+// whatever else went wrong.
 //
 // Why a crash between any two calls loses nothing, and what it leaves:
 //   1. The files are written to .step_N.tmp, synced each, and then the directory's names are synced. Until here no name that
@@ -277,16 +278,22 @@ static inline int checkpoint_newer(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
+// The step for which a directory is named, -1: for none.
+static inline int64_t checkpoint_named(const char *name) {
+    char *end;
+    if (strncmp(name, "step_", 5)) return -1;
+    const long long step = strtoll(name + 5, &end, 10);
+    return end < name + 13 || *end || step < 0 ? -1 : (int64_t)step;
+}
+
 // The steps of all OUT/step_*, newest first, from malloc; none when OUT does not exist.
 static inline CheckpointList checkpoint_list(const char *out) {
     CheckpointList list = {NULL, 0};
     DIR *d = opendir(out);
     if (!d) return list;
     for (struct dirent *entry; (entry = readdir(d)) != NULL;) {
-        char *end;
-        if (strncmp(entry->d_name, "step_", 5)) continue;
-        long long step = strtoll(entry->d_name + 5, &end, 10);
-        if (end < entry->d_name + 13 || *end || step < 0) continue;
+        const int64_t step = checkpoint_named(entry->d_name);
+        if (step < 0) continue;
         list.step = (int64_t *)xrealloc(list.step, (size_t)list.n + 1, sizeof *list.step);
         list.step[list.n++] = step;
     }
@@ -344,6 +351,81 @@ static inline const char *checkpoint_parse_trainer(Json *doc, const void *mem, s
     return NULL;
 }
 
+#define CHECKPOINT_MOST ((int64_t)1 << 60)               // steps, tokens, bytes: what a run adds to them cannot overflow
+
+// What spikes are judged by; older checkpoints have none of it. Returns NULL, or what is wrong.
+static inline const char *checkpoint_parse_spikes(const Json *doc, const char *key, Spikes *s) {
+    const int list = json_get(doc, 0, key);
+    s->n = 0;
+    if (list < 0) return NULL;
+    if (json_type(doc, list) != JSON_ARRAY || json_count(doc, list) > SPIKES_WINDOW)
+        return "\"losses\" and \"grad_norms\" must be lists of at most 128 numbers";
+    for (int i = 0, node = json_first(doc, list); i < json_count(doc, list); i++, node = json_next(doc, node)) {
+        double x;
+        if (!json_number(doc, node, &x)) return "\"losses\" or \"grad_norms\" has what is no finite number";
+        spikes_add(s, x);
+    }
+    return NULL;
+}
+
+// Whether a node is a string of n digits of a hexadecimal number, written small.
+static inline int checkpoint_is_hex(const Json *doc, int node, size_t n) {
+    char *s = json_string(doc, node, NULL);
+    const int is = s && strlen(s) == n && strspn(s, "0123456789abcdef") == n;
+    free(s);
+    return is;
+}
+
+// What trainer.json says of the other files: "sizes" and "marks" are not in older ones. Returns NULL, or what is wrong.
+static inline const char *checkpoint_check_files(const Json *doc) {
+    const int files = json_get(doc, 0, "files"), sizes = json_get(doc, 0, "sizes"), marks = json_get(doc, 0, "marks");
+    if (json_duplicate(doc, files) >= 0 || json_duplicate(doc, sizes) >= 0 || json_duplicate(doc, marks) >= 0)
+        return "a file is there twice in \"files\", \"sizes\" or \"marks\"";
+    for (int i = 0; i < CHECKPOINT_FILES; i++) {
+        int64_t size = -1;
+        if (!checkpoint_is_hex(doc, json_get(doc, files, checkpoint_file[i]), SHA256_HEX - 1))
+            return "\"files\" must have the SHA-256 of each file";
+        if (sizes < 0) continue;
+        if (!json_int64(doc, json_get(doc, sizes, checkpoint_file[i]), &size) || size < 0 || size > CHECKPOINT_MOST)
+            return "\"sizes\" must have the bytes of each file";
+        if (marks >= 0 && !checkpoint_is_hex(doc, json_get(doc, marks, checkpoint_file[i]), (size_t)size / FILE_SUM_BLOCK * 8))
+            return "\"marks\" must have 8 digits for each MiB of each file";
+    }
+    return NULL;
+}
+
+// Reads a parsed trainer.json: all of s but adamw_steps and eval_scale; options from malloc, unless it returns what is wrong.
+static inline const char *checkpoint_read_state(CheckpointState *s, const Json *doc) {
+    const int bad_steps = json_get(doc, 0, "bad_steps");
+    int64_t bad = 0;
+    s->step = s->tokens = -1;
+    json_int64(doc, json_get(doc, 0, "step"), &s->step);
+    json_int64(doc, json_get(doc, 0, "tokens"), &s->tokens);
+    if (json_duplicate(doc, 0) >= 0) return "a name is there twice";
+    if (!json_equals(doc, json_get(doc, 0, "format"), CHECKPOINT_FORMAT)) return "\"format\" is not " CHECKPOINT_FORMAT;
+    if (s->step < 0 || s->step > CHECKPOINT_MOST) return "\"step\" is missing or out of range";
+    if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST) return "\"tokens\" is missing or out of range";
+    if (bad_steps >= 0 && (!json_int64(doc, bad_steps, &bad) || bad < 0 || bad > 1000000000))
+        return "\"bad_steps\" is out of range";
+    s->bad_steps = (int)bad;
+    const char *error = checkpoint_parse_spikes(doc, "losses", &s->losses);
+    if (!error) error = checkpoint_parse_spikes(doc, "grad_norms", &s->norms);
+    if (!error) error = checkpoint_check_files(doc);
+    if (error) return error;
+    s->options = json_string(doc, json_get(doc, 0, "options"), NULL);
+    return s->options ? NULL : "\"options\" is missing";
+}
+
+// The same of a trainer.json of `size` bytes at mem.
+static inline const char *checkpoint_parse_state(CheckpointState *s, const void *mem, size_t size) {
+    Json doc;
+    const char *error = checkpoint_parse_trainer(&doc, mem, size);
+    if (error) return error;
+    error = checkpoint_read_state(s, &doc);
+    json_free(&doc);
+    return error;
+}
+
 // Checks file i of a checkpoint against trainer.json. Returns NULL or, from malloc, what is wrong and where.
 static inline char *checkpoint_verify_file(const Json *trainer, const char *dir, int i) {
     char *path = xprintf("%s/%s", dir, checkpoint_file[i]), *wrong = NULL;
@@ -374,9 +456,12 @@ static inline char *checkpoint_verify_file(const Json *trainer, const char *dir,
     return wrong;
 }
 
-// Checks every file of a checkpoint of ours against its sum. Returns NULL or, from malloc, what is wrong.
+// Checks every file of a checkpoint of ours against its sum; and, where its directory is named for a step, that it is of that
+// one. Returns NULL or, from malloc, what is wrong.
 static inline char *checkpoint_verify(const char *dir) {
     char *path = xprintf("%s/trainer.json", dir), *wrong = NULL;
+    const char *slash = strrchr(dir, '/'), *name = slash ? slash + 1 : dir;
+    CheckpointState s;
     FileMap map;
     Json doc;
     const char *error = file_map(&map, path);
@@ -384,6 +469,10 @@ static inline char *checkpoint_verify(const char *dir) {
     else if ((error = checkpoint_parse_trainer(&doc, map.data, map.size)))
         wrong = xprintf("%s: %s (%zu bytes)", path, error, map.size);
     else {
+        if ((error = checkpoint_read_state(&s, &doc))) wrong = xprintf("%s: %s", path, error);
+        else free((char *)(uintptr_t)s.options);
+        if (!wrong && checkpoint_named(name) >= 0 && checkpoint_named(name) != s.step)
+            wrong = xprintf("%s: it is of step %lld", path, (long long)s.step);
         for (int i = 0; i < CHECKPOINT_FILES && !wrong; i++) wrong = checkpoint_verify_file(&doc, dir, i);
         json_free(&doc);
     }
@@ -565,49 +654,6 @@ static inline void checkpoint_load_weights(const char *from, const Engine *e, Mo
     weights_open(&w, from);
     checkpoint_load_slot(e, m, c, SLOT_PARAM, &w, w.prefix);
     weights_close(&w);
-}
-
-#define CHECKPOINT_MOST ((int64_t)1 << 60)               // steps or tokens: what a run adds to them cannot overflow
-
-// What spikes are judged by; older checkpoints have none of it. Returns NULL, or what is wrong.
-static inline const char *checkpoint_parse_spikes(const Json *doc, const char *key, Spikes *s) {
-    const int list = json_get(doc, 0, key);
-    s->n = 0;
-    if (list < 0) return NULL;
-    if (json_type(doc, list) != JSON_ARRAY || json_count(doc, list) > SPIKES_WINDOW)
-        return "\"losses\" and \"grad_norms\" must be lists of at most 128 numbers";
-    for (int i = 0, node = json_first(doc, list); i < json_count(doc, list); i++, node = json_next(doc, node)) {
-        double x;
-        if (!json_number(doc, node, &x) || !isfinite(x)) return "\"losses\" or \"grad_norms\" has what is no finite number";
-        spikes_add(s, x);
-    }
-    return NULL;
-}
-
-// Reads a trainer.json of `size` bytes at mem: all of s but adamw_steps and eval_scale; options from malloc. Returns NULL, or
-// what is wrong.
-static inline const char *checkpoint_parse_state(CheckpointState *s, const void *mem, size_t size) {
-    Json doc;
-    const char *error = checkpoint_parse_trainer(&doc, mem, size);
-    if (error) return error;
-    int64_t bad = 0;
-    s->step = s->tokens = -1;
-    json_int64(&doc, json_get(&doc, 0, "bad_steps"), &bad);
-    error = checkpoint_parse_spikes(&doc, "losses", &s->losses);
-    if (!error) error = checkpoint_parse_spikes(&doc, "grad_norms", &s->norms);
-    json_int64(&doc, json_get(&doc, 0, "step"), &s->step);
-    json_int64(&doc, json_get(&doc, 0, "tokens"), &s->tokens);
-    s->options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
-    json_free(&doc);
-    s->bad_steps = (int)bad;
-    if (bad < 0 || bad > 1000000000) error = "\"bad_steps\" is out of range";
-    else if (s->step < 0 || s->step > CHECKPOINT_MOST) error = "\"step\" is missing or out of range";
-    else if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST) error = "\"tokens\" is missing or out of range";
-    else if (!s->options) error = "\"options\" is missing";
-    if (!error) return NULL;
-    free((char *)(uintptr_t)s->options);
-    s->options = NULL;
-    return error;
 }
 
 // All of a checkpoint of ours into the model and s, whose adamw_steps (2L+1) is the caller's; s->options from malloc.
