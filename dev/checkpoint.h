@@ -426,15 +426,30 @@ static inline const char *checkpoint_parse_state(CheckpointState *s, const void 
     return error;
 }
 
+// The sum of a file. It is read, not mapped: then what the disk cannot give is an error, and not the end of the program.
+// Returns NULL, or what is wrong; only after NULL sum->marks is to be freed.
+static inline const char *checkpoint_sum(FileSum *sum, const char *path) {
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);      // never waits, as file_map
+    if (fd < 0) return strerror(errno);
+    char *block = (char *)xcalloc(FILE_SUM_BLOCK, 1);
+    ssize_t n;
+    file_sum_init(sum);
+    while ((n = read(fd, block, FILE_SUM_BLOCK)) > 0) file_sum_update(sum, block, (size_t)n);
+    const char *error = n < 0 ? strerror(errno) : NULL;
+    file_sum_end(sum);
+    if (error) text_free(&sum->marks);
+    free(block);
+    close(fd);
+    return error;
+}
+
 // Checks file i of a checkpoint against trainer.json. Returns NULL or, from malloc, what is wrong and where.
 static inline char *checkpoint_verify_file(const Json *trainer, const char *dir, int i) {
     char *path = xprintf("%s/%s", dir, checkpoint_file[i]), *wrong = NULL;
-    FileMap file;
     FileSum sum;
-    const char *error = file_map(&file, path);
+    const char *error = checkpoint_sum(&sum, path);
     if (error) wrong = xprintf("%s: %s", path, error);
     else {
-        file_sum(&sum, file.data, file.size);
         int64_t size = (int64_t)sum.size;                // what an older trainer.json does not tell is not compared
         json_int64(trainer, json_get(trainer, json_get(trainer, 0, "sizes"), checkpoint_file[i]), &size);
         if (size != (int64_t)sum.size)
@@ -451,7 +466,6 @@ static inline char *checkpoint_verify_file(const Json *trainer, const char *dir,
         }
         text_free(&sum.marks);
     }
-    file_unmap(&file);
     free(path);
     return wrong;
 }
@@ -481,13 +495,29 @@ static inline char *checkpoint_verify(const char *dir) {
     return wrong;
 }
 
+// What is there and cannot be opened (no permission, too many open files, a server that does not answer) is not damaged: it is
+// no reason to go back to an older checkpoint, or to the beginning.
+static inline void checkpoint_must_open(const char *path) {
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0 && errno != ENOENT && errno != ENOTDIR)
+        die("cannot open %s: %s\n  hint: the run goes on from there as soon as it can be read", path, strerror(errno));
+    if (fd >= 0) close(fd);
+}
+
 // The newest checkpoint of OUT that is whole, from malloc, or NULL when there is none at all. Damaged ones are named;
-// dies when all are damaged.
+// dies when all are damaged, or one cannot be looked at.
 static inline char *checkpoint_latest(const char *out) {
+    checkpoint_must_open(out);
     CheckpointList list = checkpoint_list(out);
     char *found = NULL;
     for (int i = 0; i < list.n && !found; i++) {
-        char *path = checkpoint_path(out, list.step[i]), *wrong = checkpoint_verify(path);
+        char *path = checkpoint_path(out, list.step[i]);
+        for (int k = 0; k <= CHECKPOINT_FILES; k++) {
+            char *file = xprintf("%s/%s", path, k < CHECKPOINT_FILES ? checkpoint_file[k] : "trainer.json");
+            checkpoint_must_open(file);
+            free(file);
+        }
+        char *wrong = checkpoint_verify(path);
         if (!wrong) found = path;
         else {
             warn("this checkpoint is damaged, an older one is tried: %s", wrong);
@@ -646,6 +676,28 @@ static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConf
         }
         free(host);
     }
+}
+
+// Dies if a checkpoint of ours has weights or a configuration that do not match their sums: for who takes nothing else of it.
+// Returns the options of its run, from malloc; NULL if it is not ours.
+static inline char *checkpoint_check_weights(const char *dir) {
+    char *path = xprintf("%s/trainer.json", dir), *options = NULL;
+    FileMap map;
+    Json doc;
+    if (path_exists(path)) {
+        const char *error = file_map(&map, path);
+        if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
+        if (error) die("this checkpoint is damaged: %s: %s", path, error);
+        for (int i = 0; i < 2; i++) {
+            const char *wrong = checkpoint_verify_file(&doc, dir, i);
+            if (wrong) die("this checkpoint is damaged: %s", wrong);
+        }
+        options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
+        json_free(&doc);
+        file_unmap(&map);
+    }
+    free(path);
+    return options;
 }
 
 // The weights of a checkpoint, in any form of weights.h, into a model of the sizes that checkpoint_read_config gave.

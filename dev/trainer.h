@@ -257,7 +257,14 @@ static inline char *trainer_start(Trainer *tr, int *resume) {
     char *from = strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
     if (from && !strcmp(o->resume, "latest")) checkpoint_settle(o->out, strrchr(from, '/') + 1);
     *resume = from != NULL;
-    if (!from) printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
+    if (!from) {
+        char *latest = xprintf("%s/latest", o->out);     // is made with the first checkpoint
+        if (path_exists(latest))
+            die("%s is there, but no checkpoint\n  hint: they were moved or removed: bring one back, or give another --out",
+                latest);
+        free(latest);
+        printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
+    }
     return from || !*o->init_from ? from : xstrdup(o->init_from);
 }
 
@@ -345,6 +352,7 @@ static inline void trainer_load_weights(Trainer *tr, const char *from) {
     GptConfig same;
     double *scale;
     int tied, factors = 0;
+    free(checkpoint_check_weights(from));
     checkpoint_load_weights(from, tr->engine, tr->model, c);
     checkpoint_read_config(from, &same, &scale, &tied);
     for (int i = 0; i < BRANCHES * c->L; i++) factors |= scale[i] != 1;

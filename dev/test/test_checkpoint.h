@@ -4,6 +4,7 @@
 
 #include "../checkpoint.h"
 #include "test.h"
+#include <sys/resource.h>
 
 static const GptConfig checkpoint_test_config = {7, 5, 2, 2, 4};
 
@@ -156,6 +157,32 @@ static void test_checkpoint_of_another_step(void) {
     wrong = checkpoint_verify(mine);
     EXPECT(!wrong, "%s", wrong);
     free(wrong), free(three), free(four), free(mine);
+}
+
+static void checkpoint_test_no_files(void *out) {
+    const struct rlimit none = {0, 0};
+    if (setrlimit(RLIMIT_NOFILE, &none)) die("setrlimit: %s", strerror(errno));
+    checkpoint_test_latest(out);
+}
+
+// What cannot be opened now is not passed over as damaged, nor is a directory that cannot be listed one without checkpoints;
+// what the disk cannot read is damaged, and does not end the program.
+static void test_checkpoint_unreadable(void) {
+    const char *out = test_directory();
+    for (int64_t step = 1; step <= 2; step++) checkpoint_test_save(out, step);
+    EXPECT_EXIT(1, strerror(EMFILE), checkpoint_test_no_files, (void *)(uintptr_t)out);
+    char *dir = xprintf("%s/step_00000002", out), *path = xprintf("%s/optimizer.safetensors", dir);
+    EXPECT(!unlink(path) && !symlink("optimizer.safetensors", path), "%s", path);
+    EXPECT_EXIT(1, strerror(ELOOP), checkpoint_test_latest, (void *)(uintptr_t)out);
+    const char *const unreadable = "/proc/self/mem";     // its first byte is nowhere
+    if (path_exists(unreadable)) {
+        EXPECT(!unlink(path) && !symlink(unreadable, path), "%s", path);
+        char *wrong = checkpoint_verify(dir), *found = checkpoint_latest(out);
+        EXPECT_ERROR(wrong, strerror(EIO));
+        EXPECT_ERROR(found, "step_00000001");
+        free(wrong), free(found);
+    }
+    free(dir), free(path);
 }
 
 // A trainer.json with one text in it replaced by another, and its own sum made right.
@@ -347,6 +374,6 @@ static void test_checkpoint_refuses_other_models(void) {
 #define CHECKPOINT_TESTS(X)                                                                          \
     X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
     X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
-    X(checkpoint_of_another_step) X(checkpoint_trainer_json)
+    X(checkpoint_of_another_step) X(checkpoint_unreadable) X(checkpoint_trainer_json)
 
 #endif

@@ -249,6 +249,11 @@ static void test_trainer_weights_of_another_run(void) {
     snprintf(a, sizeof a, "%s/first/latest", dir), snprintf(b, sizeof b, "%s/second/latest", dir);
     EXPECT_SAME(a, b, "model.safetensors");
     EXPECT_REFUSED(1, "--layers 3", "--out %s/third --layers 3 --init-from %s/first/latest", dir, dir);
+    char *path = xprintf("%s/first/latest/model.safetensors", dir);
+    FILE *f = file_open(path, "r+b");                    // another number, and none that anybody could see to be wrong
+    EXPECT(!fseek(f, -3, SEEK_END) && fputc(1, f) == 1 && !fclose(f), "%s", path);
+    EXPECT_REFUSED(1, "this checkpoint is damaged: ", "--out %s/third --init-from %s/first/latest", dir, dir);
+    free(path);
     EXPECT_REFUSED(1, "config.json", "--out %s/third --init-from %s/nowhere", dir, dir);
 }
 
@@ -285,6 +290,10 @@ static void test_trainer_spares_checkpoints(void) {
     Text after = test_read_file(model);
     EXPECT(before.n == after.n && !memcmp(before.s, after.s, before.n) && !path_exists(metrics), "the run was touched");
     text_free(&before), text_free(&after), free(metrics), free(model);
+    char *checkpoint = xprintf("%s/step_00000002", dir), *away = xprintf("%s/away", dir);
+    file_rename(checkpoint, away);
+    EXPECT_REFUSED(1, "latest is there, but no checkpoint", "--out %s --steps 2 --resume", dir);
+    free(checkpoint), free(away);
 }
 
 // A metrics.jsonl that lacks lines, or has others, does not keep a run from going on: it is told where, the lines that fit
