@@ -974,12 +974,15 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
     map[tr->config.L] = 0;
 }
 
-// The part of the full model's FLOPs that the run is expected to execute.
+// The part of the full model's FLOPs that the run is expected to execute; of a long run by every n-th step, since --steps may
+// be a number that nobody means to reach.
 static inline double trainer_expected_compute(const Trainer *tr) {
-    double sum = 0;
+    const int64_t every = tr->steps / 100000 + 1;
+    double sum = 0, n = 0;
     if (tr->options->drop_path == 0 && !tr->replay.n) return 1;
-    for (int64_t t = 0; t < tr->steps; t++) sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
-    return sum / (double)tr->steps;
+    for (int64_t t = every / 2; t < tr->steps; t += every, n++)
+        sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
+    return sum / n;
 }
 
 static inline void trainer_print_start(const Trainer *tr) {

@@ -456,6 +456,9 @@ static void test_trainer_dry_run(void) {
     EXPECT(same.n == 8, "%lld steps are recorded", (long long)same.n);
     metrics_log_free(&same);
     tool_free(&again);
+    ToolRun endless = trainer_test_run("--out %s/endless --drop-path 0.5 --steps 1000000000000 --dry-run", dir);
+    EXPECT(endless.code == 0 && strstr(endless.out.s, "1000000000000 steps"), "%s%s", endless.out.s, endless.err.s);
+    tool_free(&endless);
     ToolRun large = trainer_test_run("--out %s/run --preset gpt2-xl --layers 1000 --channels 1600 --heads 25 --dry-run", dir);
     EXPECT(large.code == 0 && strstr(large.out.s, "1000 layers"), "%s%s", large.out.s, large.err.s);
     tool_free(&large);
