@@ -284,6 +284,7 @@ static void finish(ShardWriter *w, const char *out, const char *split) {
 
 int main(int argc, char **argv) {
     (void)argc;
+    files_begin();
     Options o = options_parse(argv);
     Documents d = documents_find(&o);
     int found = (int)d.n;

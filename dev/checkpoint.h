@@ -51,13 +51,17 @@ static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, 
         }
 }
 
-static inline void checkpoint_append(SafetensorsWriter *w, const Engine *e, Model *m, const GptConfig *c, Slot slot) {
+// Reads one slot's tensors from the engine, in the order of the table, and appends them to w (NULL: nowhere). *bad, unless
+// bad is NULL, becomes the name of the first that is not finite, from malloc: so one reading serves to judge and to write.
+static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, Model *m, const GptConfig *c, Slot slot,
+                                        char **bad) {
     for (int p = 0; p < N_PARAMS; p++) {
         const size_t n = gpt_param_size(c, p);
         real *host = (real *)xcalloc(n, sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             e->read(m, slot, p, l, host);
-            safetensors_append(w, host, n * sizeof *host);
+            if (bad && !*bad && !numbers_finite(host, n)) *bad = gpt_param_name(p, l);
+            if (w) safetensors_append(w, host, n * sizeof *host);
         }
         free(host);
     }
@@ -82,12 +86,12 @@ static inline void checkpoint_end(SafetensorsWriter *w, const char *path, FILE *
 }
 
 static inline void checkpoint_write_model(const char *path, FileSum *sum, const Engine *e, Model *m, const GptConfig *c,
-                                          char **error) {
+                                          char **bad, char **error) {
     SafetensorsWriter w;
     FILE *f = checkpoint_begin(&w, path, sum, error);
     checkpoint_declare(&w, c, "transformer.");
     safetensors_begin(&w, f, path);
-    checkpoint_append(&w, e, m, c, SLOT_PARAM);
+    checkpoint_read_slot(&w, e, m, c, SLOT_PARAM, bad);
     checkpoint_end(&w, path, f, error);
 }
 
@@ -101,8 +105,8 @@ static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, co
     checkpoint_declare(&w, c, "v.");
     safetensors_begin(&w, f, path);
     safetensors_append(&w, s->adamw_steps, (size_t)branches * sizeof *s->adamw_steps);
-    checkpoint_append(&w, e, m, c, SLOT_M);
-    checkpoint_append(&w, e, m, c, SLOT_V);
+    checkpoint_read_slot(&w, e, m, c, SLOT_M, NULL);
+    checkpoint_read_slot(&w, e, m, c, SLOT_V, NULL);
     checkpoint_end(&w, path, f, error);
 }
 
@@ -136,6 +140,7 @@ static inline void checkpoint_config_json(Text *t, const GptConfig *c, const Che
     text_printf(t, scaled ? "],\n  \"drop_path_tied\": %s\n}\n" : "\n}\n", s->tied ? "true" : "false");
 }
 
+#define CHECKPOINT_FORMAT "droppath.c checkpoint 1"
 #define CHECKPOINT_SELF "  \"sha256\": \""               // trainer.json's own sum: of every byte before this line
 
 static inline void checkpoint_write_spikes(Text *t, const char *name, const Spikes *s) {
@@ -149,7 +154,7 @@ static inline void checkpoint_write_spikes(Text *t, const char *name, const Spik
 
 static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, const CheckpointSums *sums) {
     char hex[SHA256_HEX];
-    text_printf(t, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n  \"options\": ",
+    text_printf(t, "{\n  \"format\": \"" CHECKPOINT_FORMAT "\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n  \"options\": ",
                 (long long)s->step, (long long)s->tokens);
     json_write_string(t, s->options);
     text_printf(t, ",\n  \"bad_steps\": %d", s->bad_steps);
@@ -181,15 +186,12 @@ static inline void checkpoint_remove(const char *dir) {
     if (disk_rmdir(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
 }
 
-// What the other ranks do while rank 0 writes, if each has a share of what is read: the same reads in the same order.
-static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c) {
-    static const Slot slots[3] = {SLOT_PARAM, SLOT_M, SLOT_V};
-    for (int s = 0; s < 3; s++)
-        for (int p = 0; p < N_PARAMS; p++) {
-            real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
-            for (int l = 0; l < gpt_param_layers(c, p); l++) e->read(m, slots[s], p, l, host);
-            free(host);
-        }
+// The reads of checkpoint_try_save in the same order, with nothing written: what the other ranks do meanwhile, if each has a
+// share of what is read. *bad as there.
+static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c, char **bad) {
+    checkpoint_read_slot(NULL, e, m, c, SLOT_PARAM, bad);
+    checkpoint_read_slot(NULL, e, m, c, SLOT_M, NULL);
+    checkpoint_read_slot(NULL, e, m, c, SLOT_V, NULL);
 }
 
 // Makes OUT/latest point to the checkpoint of that name.
@@ -204,6 +206,8 @@ static inline char *checkpoint_point(const char *out, const char *name) {
 
 // Writes OUT/step_NNNNNNNN; an older one of that step gives way. Returns NULL, or why it could not, from malloc: then what was
 // there is there still, or OUT/step_NNNNNNNN is whole but may not outlive a loss of power, or `latest` has not moved.
+// Weights that are not finite are not saved: *bad, NULL before, is then the name of the first such tensor, from malloc,
+// whatever else went wrong.
 //
 // Why a crash between any two calls loses nothing, and what it leaves:
 //   1. The files are written to .step_N.tmp, synced each, and then the directory's names are synced. Until here no name that
@@ -217,7 +221,7 @@ static inline char *checkpoint_point(const char *out, const char *name) {
 //   5. .step_N.old is removed, and by the caller the oldest checkpoints: after step 3 is on the disk. A crash leaves a
 //      directory without trainer.json, which is no checkpoint; it is older than a whole one, and removed with the oldest.
 static inline char *checkpoint_try_save(const char *out, const Engine *e, Model *m, const GptConfig *c,
-                                        const CheckpointState *s) {
+                                        const CheckpointState *s, char **bad) {
     char *name = xprintf("step_%08lld", (long long)s->step), *final = xprintf("%s/%s", out, name), *error = NULL;
     char *temporary = xprintf("%s/.%s.tmp", out, name), *old = xprintf("%s/.%s.old", out, name), *path[CHECKPOINT_FILES + 1];
     CheckpointSums sums;
@@ -226,7 +230,8 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
         path[i] = xprintf("%s/%s", temporary, i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json");
     if (path_exists(temporary)) checkpoint_remove(temporary);
     error = directory_try_make(temporary);
-    checkpoint_write_model(path[0], &sums.file[0], e, m, c, &error);
+    checkpoint_write_model(path[0], &sums.file[0], e, m, c, bad, &error);
+    if (*bad && !error) error = xprintf("%s is not finite", *bad);
     checkpoint_config_json(&config, c, s, sizeof(real) == 4 ? "float32" : "float64");
     file_sum(&sums.file[1], config.s, config.n);
     checkpoint_write_text(path[1], &config, &error);
@@ -260,7 +265,8 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
 }
 
 static inline void checkpoint_save(const char *out, const Engine *e, Model *m, const GptConfig *c, const CheckpointState *s) {
-    files_die(checkpoint_try_save(out, e, m, c, s));
+    char *bad = NULL;
+    files_die(checkpoint_try_save(out, e, m, c, s, &bad));
 }
 
 // ---- Finding ----
@@ -272,16 +278,22 @@ static inline int checkpoint_newer(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
+// The step for which a directory is named, -1: for none.
+static inline int64_t checkpoint_named(const char *name) {
+    char *end;
+    if (strncmp(name, "step_", 5)) return -1;
+    const long long step = strtoll(name + 5, &end, 10);
+    return end < name + 13 || *end || step < 0 ? -1 : (int64_t)step;
+}
+
 // The steps of all OUT/step_*, newest first, from malloc; none when OUT does not exist.
 static inline CheckpointList checkpoint_list(const char *out) {
     CheckpointList list = {NULL, 0};
     DIR *d = opendir(out);
     if (!d) return list;
     for (struct dirent *entry; (entry = readdir(d)) != NULL;) {
-        char *end;
-        if (strncmp(entry->d_name, "step_", 5)) continue;
-        long long step = strtoll(entry->d_name + 5, &end, 10);
-        if (end < entry->d_name + 13 || *end || step < 0) continue;
+        const int64_t step = checkpoint_named(entry->d_name);
+        if (step < 0) continue;
         list.step = (int64_t *)xrealloc(list.step, (size_t)list.n + 1, sizeof *list.step);
         list.step[list.n++] = step;
     }
@@ -339,15 +351,105 @@ static inline const char *checkpoint_parse_trainer(Json *doc, const void *mem, s
     return NULL;
 }
 
+#define CHECKPOINT_MOST ((int64_t)1 << 60)               // steps, tokens, bytes: what a run adds to them cannot overflow
+
+// What spikes are judged by; older checkpoints have none of it. Returns NULL, or what is wrong.
+static inline const char *checkpoint_parse_spikes(const Json *doc, const char *key, Spikes *s) {
+    const int list = json_get(doc, 0, key);
+    s->n = 0;
+    if (list < 0) return NULL;
+    if (json_type(doc, list) != JSON_ARRAY || json_count(doc, list) > SPIKES_WINDOW)
+        return "\"losses\" and \"grad_norms\" must be lists of at most 128 numbers";
+    for (int i = 0, node = json_first(doc, list); i < json_count(doc, list); i++, node = json_next(doc, node)) {
+        double x;
+        if (!json_number(doc, node, &x)) return "\"losses\" or \"grad_norms\" has what is no finite number";
+        spikes_add(s, x);
+    }
+    return NULL;
+}
+
+// Whether a node is a string of n digits of a hexadecimal number, written small.
+static inline int checkpoint_is_hex(const Json *doc, int node, size_t n) {
+    char *s = json_string(doc, node, NULL);
+    const int is = s && strlen(s) == n && strspn(s, "0123456789abcdef") == n;
+    free(s);
+    return is;
+}
+
+// What trainer.json says of the other files: "sizes" and "marks" are not in older ones. Returns NULL, or what is wrong.
+static inline const char *checkpoint_check_files(const Json *doc) {
+    const int files = json_get(doc, 0, "files"), sizes = json_get(doc, 0, "sizes"), marks = json_get(doc, 0, "marks");
+    if (json_duplicate(doc, files) >= 0 || json_duplicate(doc, sizes) >= 0 || json_duplicate(doc, marks) >= 0)
+        return "a file is there twice in \"files\", \"sizes\" or \"marks\"";
+    for (int i = 0; i < CHECKPOINT_FILES; i++) {
+        int64_t size = -1;
+        if (!checkpoint_is_hex(doc, json_get(doc, files, checkpoint_file[i]), SHA256_HEX - 1))
+            return "\"files\" must have the SHA-256 of each file";
+        if (sizes < 0) continue;
+        if (!json_int64(doc, json_get(doc, sizes, checkpoint_file[i]), &size) || size < 0 || size > CHECKPOINT_MOST)
+            return "\"sizes\" must have the bytes of each file";
+        if (marks >= 0 && !checkpoint_is_hex(doc, json_get(doc, marks, checkpoint_file[i]), (size_t)size / FILE_SUM_BLOCK * 8))
+            return "\"marks\" must have 8 digits for each MiB of each file";
+    }
+    return NULL;
+}
+
+// Reads a parsed trainer.json: all of s but adamw_steps and eval_scale; options from malloc, unless it returns what is wrong.
+static inline const char *checkpoint_read_state(CheckpointState *s, const Json *doc) {
+    const int bad_steps = json_get(doc, 0, "bad_steps");
+    int64_t bad = 0;
+    s->step = s->tokens = -1;
+    json_int64(doc, json_get(doc, 0, "step"), &s->step);
+    json_int64(doc, json_get(doc, 0, "tokens"), &s->tokens);
+    if (json_duplicate(doc, 0) >= 0) return "a name is there twice";
+    if (!json_equals(doc, json_get(doc, 0, "format"), CHECKPOINT_FORMAT)) return "\"format\" is not " CHECKPOINT_FORMAT;
+    if (s->step < 0 || s->step > CHECKPOINT_MOST) return "\"step\" is missing or out of range";
+    if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST) return "\"tokens\" is missing or out of range";
+    if (bad_steps >= 0 && (!json_int64(doc, bad_steps, &bad) || bad < 0 || bad > 1000000000))
+        return "\"bad_steps\" is out of range";
+    s->bad_steps = (int)bad;
+    const char *error = checkpoint_parse_spikes(doc, "losses", &s->losses);
+    if (!error) error = checkpoint_parse_spikes(doc, "grad_norms", &s->norms);
+    if (!error) error = checkpoint_check_files(doc);
+    if (error) return error;
+    s->options = json_string(doc, json_get(doc, 0, "options"), NULL);
+    return s->options ? NULL : "\"options\" is missing";
+}
+
+// The same of a trainer.json of `size` bytes at mem.
+static inline const char *checkpoint_parse_state(CheckpointState *s, const void *mem, size_t size) {
+    Json doc;
+    const char *error = checkpoint_parse_trainer(&doc, mem, size);
+    if (error) return error;
+    error = checkpoint_read_state(s, &doc);
+    json_free(&doc);
+    return error;
+}
+
+// The sum of a file. It is read, not mapped: then what the disk cannot give is an error, and not the end of the program.
+// Returns NULL, or what is wrong; only after NULL sum->marks is to be freed.
+static inline const char *checkpoint_sum(FileSum *sum, const char *path) {
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);      // never waits, as file_map
+    if (fd < 0) return strerror(errno);
+    char *block = (char *)xcalloc(FILE_SUM_BLOCK, 1);
+    ssize_t n;
+    file_sum_init(sum);
+    while ((n = read(fd, block, FILE_SUM_BLOCK)) > 0) file_sum_update(sum, block, (size_t)n);
+    const char *error = n < 0 ? strerror(errno) : NULL;
+    file_sum_end(sum);
+    if (error) text_free(&sum->marks);
+    free(block);
+    close(fd);
+    return error;
+}
+
 // Checks file i of a checkpoint against trainer.json. Returns NULL or, from malloc, what is wrong and where.
 static inline char *checkpoint_verify_file(const Json *trainer, const char *dir, int i) {
     char *path = xprintf("%s/%s", dir, checkpoint_file[i]), *wrong = NULL;
-    FileMap file;
     FileSum sum;
-    const char *error = file_map(&file, path);
+    const char *error = checkpoint_sum(&sum, path);
     if (error) wrong = xprintf("%s: %s", path, error);
     else {
-        file_sum(&sum, file.data, file.size);
         int64_t size = (int64_t)sum.size;                // what an older trainer.json does not tell is not compared
         json_int64(trainer, json_get(trainer, json_get(trainer, 0, "sizes"), checkpoint_file[i]), &size);
         if (size != (int64_t)sum.size)
@@ -364,14 +466,16 @@ static inline char *checkpoint_verify_file(const Json *trainer, const char *dir,
         }
         text_free(&sum.marks);
     }
-    file_unmap(&file);
     free(path);
     return wrong;
 }
 
-// Checks every file of a checkpoint of ours against its sum. Returns NULL or, from malloc, what is wrong.
+// Checks every file of a checkpoint of ours against its sum; and, where its directory is named for a step, that it is of that
+// one. Returns NULL or, from malloc, what is wrong.
 static inline char *checkpoint_verify(const char *dir) {
     char *path = xprintf("%s/trainer.json", dir), *wrong = NULL;
+    const char *slash = strrchr(dir, '/'), *name = slash ? slash + 1 : dir;
+    CheckpointState s;
     FileMap map;
     Json doc;
     const char *error = file_map(&map, path);
@@ -379,6 +483,10 @@ static inline char *checkpoint_verify(const char *dir) {
     else if ((error = checkpoint_parse_trainer(&doc, map.data, map.size)))
         wrong = xprintf("%s: %s (%zu bytes)", path, error, map.size);
     else {
+        if ((error = checkpoint_read_state(&s, &doc))) wrong = xprintf("%s: %s", path, error);
+        else free((char *)(uintptr_t)s.options);
+        if (!wrong && checkpoint_named(name) >= 0 && checkpoint_named(name) != s.step)
+            wrong = xprintf("%s: it is of step %lld", path, (long long)s.step);
         for (int i = 0; i < CHECKPOINT_FILES && !wrong; i++) wrong = checkpoint_verify_file(&doc, dir, i);
         json_free(&doc);
     }
@@ -387,13 +495,29 @@ static inline char *checkpoint_verify(const char *dir) {
     return wrong;
 }
 
+// What is there and cannot be opened (no permission, too many open files, a server that does not answer) is not damaged: it is
+// no reason to go back to an older checkpoint, or to the beginning.
+static inline void checkpoint_must_open(const char *path) {
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0 && errno != ENOENT && errno != ENOTDIR)
+        die("cannot open %s: %s\n  hint: the run goes on from there as soon as it can be read", path, strerror(errno));
+    if (fd >= 0) close(fd);
+}
+
 // The newest checkpoint of OUT that is whole, from malloc, or NULL when there is none at all. Damaged ones are named;
-// dies when all are damaged.
+// dies when all are damaged, or one cannot be looked at.
 static inline char *checkpoint_latest(const char *out) {
+    checkpoint_must_open(out);
     CheckpointList list = checkpoint_list(out);
     char *found = NULL;
     for (int i = 0; i < list.n && !found; i++) {
-        char *path = checkpoint_path(out, list.step[i]), *wrong = checkpoint_verify(path);
+        char *path = checkpoint_path(out, list.step[i]);
+        for (int k = 0; k <= CHECKPOINT_FILES; k++) {
+            char *file = xprintf("%s/%s", path, k < CHECKPOINT_FILES ? checkpoint_file[k] : "trainer.json");
+            checkpoint_must_open(file);
+            free(file);
+        }
+        char *wrong = checkpoint_verify(path);
         if (!wrong) found = path;
         else {
             warn("this checkpoint is damaged, an older one is tried: %s", wrong);
@@ -554,55 +678,34 @@ static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConf
     }
 }
 
+// Dies if a checkpoint of ours has weights or a configuration that do not match their sums: for who takes nothing else of it.
+// Returns the options of its run, from malloc; NULL if it is not ours.
+static inline char *checkpoint_check_weights(const char *dir) {
+    char *path = xprintf("%s/trainer.json", dir), *options = NULL;
+    FileMap map;
+    Json doc;
+    if (path_exists(path)) {
+        const char *error = file_map(&map, path);
+        if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
+        if (error) die("this checkpoint is damaged: %s: %s", path, error);
+        for (int i = 0; i < 2; i++) {
+            const char *wrong = checkpoint_verify_file(&doc, dir, i);
+            if (wrong) die("this checkpoint is damaged: %s", wrong);
+        }
+        options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
+        json_free(&doc);
+        file_unmap(&map);
+    }
+    free(path);
+    return options;
+}
+
 // The weights of a checkpoint, in any form of weights.h, into a model of the sizes that checkpoint_read_config gave.
 static inline void checkpoint_load_weights(const char *from, const Engine *e, Model *m, const GptConfig *c) {
     Weights w;
     weights_open(&w, from);
     checkpoint_load_slot(e, m, c, SLOT_PARAM, &w, w.prefix);
     weights_close(&w);
-}
-
-#define CHECKPOINT_MOST ((int64_t)1 << 60)               // steps or tokens: what a run adds to them cannot overflow
-
-// What spikes are judged by; older checkpoints have none of it. Returns NULL, or what is wrong.
-static inline const char *checkpoint_parse_spikes(const Json *doc, const char *key, Spikes *s) {
-    const int list = json_get(doc, 0, key);
-    s->n = 0;
-    if (list < 0) return NULL;
-    if (json_type(doc, list) != JSON_ARRAY || json_count(doc, list) > SPIKES_WINDOW)
-        return "\"losses\" and \"grad_norms\" must be lists of at most 128 numbers";
-    for (int i = 0, node = json_first(doc, list); i < json_count(doc, list); i++, node = json_next(doc, node)) {
-        double x;
-        if (!json_number(doc, node, &x) || !isfinite(x)) return "\"losses\" or \"grad_norms\" has what is no finite number";
-        spikes_add(s, x);
-    }
-    return NULL;
-}
-
-// Reads a trainer.json of `size` bytes at mem: all of s but adamw_steps and eval_scale; options from malloc. Returns NULL, or
-// what is wrong.
-static inline const char *checkpoint_parse_state(CheckpointState *s, const void *mem, size_t size) {
-    Json doc;
-    const char *error = checkpoint_parse_trainer(&doc, mem, size);
-    if (error) return error;
-    int64_t bad = 0;
-    s->step = s->tokens = -1;
-    json_int64(&doc, json_get(&doc, 0, "bad_steps"), &bad);
-    error = checkpoint_parse_spikes(&doc, "losses", &s->losses);
-    if (!error) error = checkpoint_parse_spikes(&doc, "grad_norms", &s->norms);
-    json_int64(&doc, json_get(&doc, 0, "step"), &s->step);
-    json_int64(&doc, json_get(&doc, 0, "tokens"), &s->tokens);
-    s->options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
-    json_free(&doc);
-    s->bad_steps = (int)bad;
-    if (bad < 0 || bad > 1000000000) error = "\"bad_steps\" is out of range";
-    else if (s->step < 0 || s->step > CHECKPOINT_MOST) error = "\"step\" is missing or out of range";
-    else if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST) error = "\"tokens\" is missing or out of range";
-    else if (!s->options) error = "\"options\" is missing";
-    if (!error) return NULL;
-    free((char *)(uintptr_t)s->options);
-    s->options = NULL;
-    return error;
 }
 
 // All of a checkpoint of ours into the model and s, whose adamw_steps (2L+1) is the caller's; s->options from malloc.

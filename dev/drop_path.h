@@ -259,10 +259,8 @@ static inline void drop_plan_sample(DropPlan *plan, const DropPath *d, int64_t s
 // The most rows that any plan of the run can keep: all layers' attention branches, MLP branches, both. Only
 // systematic sampling promises less than everything, and only while the rate is above zero throughout.
 static inline void drop_path_bound(const DropPath *d, int batch, int *attn_rows, int *mlp_rows, int *rows) {
-    double lowest = 1;
-    int64_t at = 0;
-    for (int64_t t = 0; t < d->steps; t++)
-        if (drop_path_ramp(d, t) < lowest) lowest = drop_path_ramp(d, t), at = t;
+    const int64_t last = d->steps - 1;                   // R rises and then falls: it is lowest at an end of the run
+    const int64_t at = drop_path_ramp(d, last) < drop_path_ramp(d, 0) ? last : 0;
     int each[BRANCHES] = {0, 0};
     uint64_t sum = 0;
     for (int l = 1; l <= d->layers; l++)

@@ -54,6 +54,15 @@ static inline int path_is_directory(const char *path) {
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
+// A program that was started without standard input, output or error (a shell's ">&-") would give their numbers to the next
+// files that it opens, and its words would end up in those. Each gets /dev/null, to read: what is written there fails.
+static inline void files_begin(void) {
+    int fd;
+    do fd = open("/dev/null", O_RDONLY);                 // the lowest number that is free
+    while (fd >= 0 && fd <= 2);
+    if (fd > 2) close(fd);
+}
+
 // ---- The calls that change the disk ----
 
 #ifdef FAULTS

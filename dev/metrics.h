@@ -165,25 +165,40 @@ static inline void metrics_file_close(MetricsFile *f) {
     f->fd = -1;
 }
 
-// Of a metrics.jsonl (size) the bytes up to the end of step `done`, to which an interrupted run went back; later lines are not
-// looked at. *last is the record of that step, its plan the caller's to free, and *at where its line begins; a step that is not
-// there leaves it empty. Returns NULL, or what is wrong with line *number.
-static inline const char *metrics_until(const char *text, size_t size, int64_t done, Metrics *last, size_t *at, size_t *end,
-                                        int64_t *number) {
-    Metrics r;
+// Appends to kept the lines of a metrics.jsonl (size) up to that of step `done`, to which an interrupted run went back; what
+// comes after it is not looked at. *last is the record of that step, its plan the caller's to free, and *at where its line
+// begins in kept; empty, if there is none. Returns NULL, or what is wrong first, in line *number: steps must follow each
+// other, from any step on. A line that does not fit is left out.
+static inline const char *metrics_keep(Text *kept, const char *text, size_t size, int64_t done, Metrics *last, size_t *at,
+                                       int64_t *number) {
+    const char *wrong = NULL, *end = size ? text + size : text;
+    double before = 0;                                   // the step of the last line that was kept
     *last = metrics_new();
-    *at = *end = 0;
-    for (*number = 1; done > 0; ++*number) {
-        const char *newline = *end < size ? (const char *)memchr(text + *end, '\n', size - *end) : NULL;
-        if (!newline) break;
-        const size_t begin = *end, n = (size_t)(newline - text) - begin;
-        const char *error = metrics_parse(&r, text + begin, n);
-        if (!error && r.step == (double)done) *last = r, *at = begin, *end = begin + n + 1;
+    *at = kept->n;
+    for (*number = 1; before < (double)done; text++) {
+        const char *newline = text < end ? (const char *)memchr(text, '\n', (size_t)(end - text)) : NULL;
+        if (!newline) break;                             // a torn line counts for nothing
+        Metrics r;
+        const char *error = metrics_parse(&r, text, (size_t)(newline - text));
+        if (!error && before == 0 && r.step > (double)done) {
+            free((char *)(uintptr_t)r.plan);
+            return wrong;                                // it begins with later steps
+        }
+        const int fits = !error && r.step > before && r.step <= (double)done;
+        if (!error && before > 0 && r.step != before + 1) error = "its step does not follow that of the line before";
+        if (fits) {
+            *at = kept->n;
+            text_append(kept, text, (size_t)(newline - text) + 1);
+            before = r.step;
+        }
+        if (fits && r.step == (double)done) *last = r;
         else free((char *)(uintptr_t)r.plan);
-        if (error || r.step >= (double)done) return error;
-        *end = begin + n + 1;
+        if (!wrong) wrong = error;
+        if (!wrong) ++*number;
+        text = newline;
     }
-    return NULL;
+    if (!wrong && before > 0 && before < (double)done) wrong = "it ends before the step of the checkpoint";
+    return wrong;
 }
 
 // "1m06s", "3h20m", "2d04h"

@@ -64,6 +64,12 @@ static inline int numbers_places(TensorPlace **places, const GptConfig *c) {
     return n;
 }
 
+static inline int numbers_finite(const real *x, size_t n) {
+    int finite = 1;
+    for (size_t i = 0; i < n; i++) finite &= !!isfinite(x[i]);
+    return finite;
+}
+
 static inline void numbers_of_slot(TensorNumbers *t, int which, const real *x, size_t n) {
     double squares = 0;
     for (size_t i = 0; i < n; i++) {

@@ -651,6 +651,7 @@ static inline char *options_arguments(Options *o, int argc, char **argv) {
 
 // Reads the command line or exits: with code 0 after --help, with code 1 after an error.
 static inline void options_parse(Options *o, int argc, char **argv) {
+    files_begin();                                       // so every program does before it opens a file
     char *error = options_arguments(o, argc, argv);
     if (error) die("%s", error);
 }

@@ -86,6 +86,7 @@ typedef struct {
     int tied;
     const Tokenizer *tokenizer;
     SampleArgs args;
+    int optional;                                        // texts that cannot be written are no reason to end the program
     uint32_t round;                                      // other rounds draw other texts
     int64_t prompt_tokens, decoded, made;                // tokens read in prompts; read one by one; made
     double prompt_seconds, seconds;                      // of reading prompts; of all else
@@ -128,7 +129,7 @@ static inline void sample_write(FILE *f, SampleText *t) {
     const size_t n = t->done ? t->waiting.n : sample_whole(t->waiting.s, t->waiting.n);
     if (!n) return;
     fwrite(t->waiting.s, 1, n, f);
-    if (fflush(f)) die("cannot write the text: %s", strerror(errno));
+    fflush(f);                                           // sample_texts looks at ferror
     memmove(t->waiting.s, t->waiting.s + n, t->waiting.n -= n);
 }
 
@@ -221,13 +222,14 @@ static inline void sample_texts(FILE *f, Sampler *s, const Text *prompt, int64_t
         sample_step(s, text, turn, begun, samples, most);
         for (SampleText *t; turn < begun; turn++) {
             sample_write(f, t = &text[turn % s->batch]);
+            if (ferror(f) && !s->optional) die("cannot write the text: %s", strerror(errno));
             if (!t->done) break;
             fputs(turn + 1 < prompts * samples ? "\n---\n" : "\n", f);
             free(t->tokens);
             text_free(&t->waiting);
         }
     }
-    if (fflush(f) || ferror(f)) die("cannot write the text: %s", strerror(errno));
+    if ((fflush(f) || ferror(f)) && !s->optional) die("cannot write the text: %s", strerror(errno));
     drop_plan_free(&s->plan);
     free(s->logits);
     free(text);

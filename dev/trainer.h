@@ -59,6 +59,7 @@ typedef struct {
     Text plan_text;
     MetricsFile metrics;
     int metrics_wait;                                    // the last attempt to write to it has failed
+    int console_lost;                                    // and so has one to write to standard output
     int lock;                                            // of the output directory, on rank 0; -1: not taken
     int stop, save_now;                                  // what a signal has asked for, all ranks agreeing
 } Trainer;
@@ -226,8 +227,15 @@ static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
 // The output directory is this process' alone, until it ends.
 static inline void trainer_lock(Trainer *tr) {
     if (tr->lock >= 0) return;
-    char *error = lock_take(&tr->lock, tr->options->out);
-    if (error) die("%s\n  hint: one run at a time writes to a directory: wait, stop that one, or give another --out", error);
+    files_die(lock_take(&tr->lock, tr->options->out));
+}
+
+// A new run wants a directory without one: its checkpoints would replace that one's, or be mixed with them.
+static inline void trainer_refuse_used(const char *out, const char *hint) {
+    char *metrics = xprintf("%s/metrics.jsonl", out);
+    CheckpointList list = checkpoint_list(out);
+    if (path_exists(metrics) || list.n) die("%s holds a run already\n  hint: %s", out, hint);
+    free(metrics), free(list.step);
 }
 
 // Where the run starts: a checkpoint of ours to resume (*resume = 1), weights to start from, or nothing (NULL).
@@ -238,14 +246,10 @@ static inline char *trainer_start(Trainer *tr, int *resume) {
         char *from = !*o->resume ? NULL : strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
         return from || !*o->init_from ? from : xstrdup(o->init_from);
     }
-    char *metrics = xprintf("%s/metrics.jsonl", o->out);
     if (!*o->resume) {
-        if (path_exists(metrics))
-            die("%s holds a run already\n  hint: --resume continues it; another --out starts a new one", o->out);
-        free(metrics);
+        trainer_refuse_used(o->out, "--resume continues it; another --out starts a new one");
         return *o->init_from ? xstrdup(o->init_from) : NULL;
     }
-    free(metrics);
     if (path_is_directory(o->out)) {
         trainer_lock(tr);
         checkpoint_recover(o->out);
@@ -253,7 +257,14 @@ static inline char *trainer_start(Trainer *tr, int *resume) {
     char *from = strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
     if (from && !strcmp(o->resume, "latest")) checkpoint_settle(o->out, strrchr(from, '/') + 1);
     *resume = from != NULL;
-    if (!from) printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
+    if (!from) {
+        char *latest = xprintf("%s/latest", o->out);     // is made with the first checkpoint
+        if (path_exists(latest))
+            die("%s is there, but no checkpoint\n  hint: they were moved or removed: bring one back, or give another --out",
+                latest);
+        free(latest);
+        printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
+    }
     return from || !*o->init_from ? from : xstrdup(o->init_from);
 }
 
@@ -341,6 +352,7 @@ static inline void trainer_load_weights(Trainer *tr, const char *from) {
     GptConfig same;
     double *scale;
     int tied, factors = 0;
+    free(checkpoint_check_weights(from));
     checkpoint_load_weights(from, tr->engine, tr->model, c);
     checkpoint_read_config(from, &same, &scale, &tied);
     for (int i = 0; i < BRANCHES * c->L; i++) factors |= scale[i] != 1;
@@ -376,6 +388,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->world = comm ? comm->world : 1;
     if (!*o->train)
         die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
+    if (!*o->out) die("--out is empty\n  hint: the directory of this run's checkpoints and metrics.jsonl");
     int resume;
     trainer_agree(tr);
     char *from = trainer_start_together(tr, &resume);
@@ -447,6 +460,19 @@ static inline void trainer_close(Trainer *tr) {
 
 // ---- OUT: config.txt and metrics.jsonl ----
 
+// A metrics.jsonl that is not what a run leaves is copied before it is mended: the run goes on with the lines that fit.
+static inline void trainer_set_aside(const char *path, const FileMap *map, int64_t line, const char *wrong) {
+    char *aside = xprintf("%s.damaged", path);
+    for (int i = 2; path_exists(aside); i++) {
+        free(aside);
+        aside = xprintf("%s.damaged%d", path, i);
+    }
+    file_write_whole(aside, map->data, map->size);
+    warn("%s, line %lld: %s\n  hint: the run goes on with the lines that fit; all of it is kept as %s", path, (long long)line,
+         wrong, aside);
+    free(aside);
+}
+
 // Opens metrics.jsonl to append after step `done`: of an interrupted run, the lines of later steps give way, since those steps
 // will be done again. `again`, if it is of a step, takes the place of the last line.
 static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics *again) {
@@ -455,27 +481,27 @@ static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics
     directory_make(out);
     if (tr->lock < 0) {                                  // a new run, and the first look was without a lock
         trainer_lock(tr);
-        if (path_exists(path) && !*tr->options->resume)
-            die("%s holds a run already\n  hint: another process has just begun it", out);
+        if (!*tr->options->resume) trainer_refuse_used(out, "another process has just begun it");
     }
     file_write_whole(config, tr->config_text, strlen(tr->config_text));
+    const int own = done > 0 && !strcmp(tr->options->resume, "latest");   // no checkpoint is ahead of its metrics
     if (path_exists(path)) {
         Text kept = {NULL, 0, 0};
         FileMap map;
         Metrics last;
-        size_t at, end;
+        size_t at;
         int64_t number;
         const char *error = file_map(&map, path);
         if (error) die("cannot read %s: %s", path, error);
-        error = metrics_until((const char *)map.data, map.size, done, &last, &at, &end, &number);
-        if (error) die("%s, line %lld: %s", path, (long long)number, error);
-        text_append(&kept, map.data, isnan(again->step) ? end : at);
-        if (!isnan(again->step)) metrics_write(&kept, again);
+        error = metrics_keep(&kept, (const char *)map.data, map.size, done, &last, &at, &number);
+        if (!error && own && isnan(last.step)) error = "it has no line of the checkpoint's step or before";
+        if (error) trainer_set_aside(path, &map, number, error);
+        if (!isnan(again->step)) kept.n = at, metrics_write(&kept, again);
         file_write_whole(path, kept.s, kept.n);
         free((char *)(uintptr_t)last.plan);
         file_unmap(&map);
         text_free(&kept);
-    }
+    } else if (own) warn("%s is gone: it begins again with step %lld", path, (long long)done + 1);
     metrics_file_open(&tr->metrics, path);
     free(path);
     free(config);
@@ -553,6 +579,9 @@ static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
     Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, t, tr->B, &tr->plan, tr->state.eval_scale,
                                    tr->state.tied, tr->comm);
     tr->stop |= v.stopped;                               // of an evaluation cut short nothing is recorded: trainer_catch_up
+    if (!v.stopped && !isfinite(v.loss) && tr->rank == 0)
+        warn("step %lld: the validation loss is not finite, though the step's loss and gradient were",
+             (long long)tr->state.step);
     r->val_loss = v.loss;
     r->val_ppl = exp(v.loss);
     r->val_bpb = t ? v.bits_per_byte : manifest_bits_per_byte(&tr->manifest[MANIFEST_VAL], MANIFEST_VAL, v.loss);
@@ -567,13 +596,15 @@ static inline int trainer_catch_up(Trainer *tr, Metrics *last) {
     if (tr->rank == 0 && tr->has_val && step > 0 && trainer_due(tr->options->eval_every, step, tr->steps)) {
         char *path = xprintf("%s/metrics.jsonl", tr->options->out);
         FileMap map;
-        size_t at, end;
+        Text kept = {NULL, 0, 0};
+        size_t at;
         int64_t number;
         if (!file_map(&map, path)) {
-            const char *error = metrics_until((const char *)map.data, map.size, step, last, &at, &end, &number);
-            owed = !error && last->step == (double)step && isnan(last->val_loss);
+            metrics_keep(&kept, (const char *)map.data, map.size, step, last, &at, &number);
+            owed = last->step == (double)step && isnan(last->val_loss);
             file_unmap(&map);
         }
+        text_free(&kept);
         free(path);
     }
     comm_broadcast(tr->comm, &owed, sizeof owed);
@@ -853,30 +884,6 @@ static inline void trainer_check_bad_steps(Trainer *tr) {
     trainer_give_up(tr, why);
 }
 
-// Before a checkpoint is written: weights that are not finite must not replace good ones, and no step mends them. A huge
-// learning rate can make them out of finite gradients. All ranks call it.
-static inline void trainer_check_weights(Trainer *tr) {
-    const GptConfig *c = &tr->config;
-    char *first = NULL;
-    double bad = 0;
-    for (int p = 0; p < N_PARAMS; p++) {
-        const size_t n = gpt_param_size(c, p);
-        real *host = (real *)xcalloc(n, sizeof *host);
-        for (int l = 0; l < gpt_param_layers(c, p); l++) {
-            TensorNumbers t = {{0, 0}, {0, 0}};
-            tr->engine->read(tr->model, SLOT_PARAM, p, l, host);
-            numbers_of_slot(&t, 0, host, n);
-            if (t.bad[0] > 0 && !first) first = gpt_param_name(p, l);
-            bad += t.bad[0];
-        }
-        free(host);
-    }
-    comm_sum(tr->comm, &bad, 1);
-    if (bad == 0) return;
-    trainer_give_up(tr, xprintf("step %lld has made weights that are not finite, first of %s, so it is not saved",
-                                (long long)tr->state.step, first ? first : "another rank"));
-}
-
 // ---- The update ----
 
 static inline void trainer_count_bad_step(Trainer *tr, Metrics *r, double loss) {
@@ -967,12 +974,15 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
     map[tr->config.L] = 0;
 }
 
-// The part of the full model's FLOPs that the run is expected to execute.
+// The part of the full model's FLOPs that the run is expected to execute; of a long run by every n-th step, since --steps may
+// be a number that nobody means to reach.
 static inline double trainer_expected_compute(const Trainer *tr) {
-    double sum = 0;
+    const int64_t every = tr->steps / 100000 + 1;
+    double sum = 0, n = 0;
     if (tr->options->drop_path == 0 && !tr->replay.n) return 1;
-    for (int64_t t = 0; t < tr->steps; t++) sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
-    return sum / (double)tr->steps;
+    for (int64_t t = every / 2; t < tr->steps; t += every, n++)
+        sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
+    return sum / n;
 }
 
 static inline void trainer_print_start(const Trainer *tr) {
@@ -1039,7 +1049,7 @@ static inline void trainer_sample(Trainer *tr) {
     memset(&sampler, 0, sizeof sampler);
     sampler.engine = tr->engine, sampler.model = tr->model, sampler.layers = tr->config.L, sampler.V = tr->config.V;
     sampler.T = tr->T, sampler.batch = 1, sampler.scale = tr->state.eval_scale, sampler.tied = tr->state.tied;
-    sampler.tokenizer = &tr->tokenizer, sampler.args = args;
+    sampler.tokenizer = &tr->tokenizer, sampler.args = args, sampler.optional = 1;
     printf("---- sample after step %lld ----\n", (long long)tr->state.step);
     sample_texts(stdout, &sampler, &prompt, 1, 1, o->sample_tokens);
     printf("----\n");
@@ -1072,6 +1082,8 @@ static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *tu
     if (trainer_due(o->log_every, step, tr->steps) || first || !isnan(r->val_loss))
         metrics_print(r, turn ? turn->label : "", (double)tr->steps, map, seconds_left);
     if (o->sample_every && trainer_due(o->sample_every, step, tr->steps)) trainer_sample(tr);
+    if (ferror(stdout) && !tr->console_lost++)
+        warn("standard output cannot be written: the run goes on, and %s/metrics.jsonl has its numbers", o->out);
     free(map);
 }
 
@@ -1087,29 +1099,29 @@ static inline void trainer_save_failed(const Trainer *tr, const char *error, int
 }
 
 // Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part. If it cannot be written and the run
-// is to end, or has come to its end, all ranks exit with code 1. In a row of steps that were not finite no older checkpoint
-// gives way: it may be the last that is good.
+// is to end, or has come to its end, all ranks exit with code 1. Weights that are not finite, which a huge learning rate can
+// make out of finite gradients, end the run with code 3: no step mends them. In a row of steps that were not finite no older
+// checkpoint gives way: it may be the last that is good.
 static inline void trainer_save(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
-    char *error = NULL;
-    int failed = 0;
-    trainer_check_weights(tr);
+    char *error = NULL, *bad = NULL;
     if (tr->rank == 0) error = metrics_file_sync(&tr->metrics);    // no checkpoint is ahead of its metrics
-    if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state);
-    else if (o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config);
-    if (tr->rank == 0) {
-        failed = error != NULL;
-        if (failed) trainer_save_failed(tr, error, last);
-        else {
-            free(tr->whole);
-            tr->whole = checkpoint_path(o->out, tr->state.step);
-            if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->state.step);
-        }
-        free(error);
+    if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state, &bad);
+    else if (tr->rank == 0 || o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config, &bad);
+    int outcome[2] = {error != NULL, bad != NULL};
+    comm_broadcast(tr->comm, outcome, sizeof outcome);
+    if (outcome[1])
+        trainer_give_up(tr, xprintf("step %lld has made weights that are not finite, first of %s, so it is not saved",
+                                    (long long)tr->state.step, bad ? bad : ""));
+    if (error) trainer_save_failed(tr, error, last);
+    else if (tr->rank == 0) {
+        free(tr->whole);
+        tr->whole = checkpoint_path(o->out, tr->state.step);
+        if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->state.step);
     }
-    if (last) comm_broadcast(tr->comm, &failed, sizeof failed);
-    if (!failed || !last) return;
+    free(error), free(bad);
+    if (!outcome[0] || !last) return;
     comm_close(tr->comm);
     exit(1);
 }

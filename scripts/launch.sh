@@ -5,8 +5,8 @@
 #     scripts/launch.sh -n 2 --prefix -- build/train_gpt ...         each line of output after its rank: "[1] ..."
 #
 # When a rank fails, the others have 5 seconds to say so themselves, then they are ended. The exit code is that of the first
-# that failed; 128 + the signal's number for one that was killed. Ctrl-C or a SIGTERM goes to all ranks as SIGTERM, upon which
-# build/train_gpt saves and ends; a second one kills them.
+# that failed; 128 + the signal's number for one that was killed. Ctrl-C, a SIGTERM or a terminal that closes reaches all
+# ranks as SIGTERM, upon which build/train_gpt saves and ends; a second signal kills them.
 set -u
 usage() {
     echo "usage: scripts/launch.sh -n N [--prefix] [--] command ..." >&2
@@ -68,7 +68,8 @@ finish() {
 }
 
 # The first signal is the ranks' to answer: the trainer saves and ends. SIGINT does not reach them, since a shell has it ignored
-# in what it starts behind itself. A second signal ends all.
+# in what it starts behind itself; nor does SIGHUP, which a terminal that closes sends to all: who waits for a rank must live to
+# tell its end. A second signal ends all.
 asked=0
 ask() {
     [ "$asked" -eq 0 ] || finish "$1"
@@ -95,8 +96,8 @@ label() { while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" 
 
 rank=0
 while [ "$rank" -lt "$n" ]; do
-    if [ "$prefix" = 1 ]; then { run_rank "$rank" "$@" 2>&1 | label "$rank" 3>&-; } &
-    else run_rank "$rank" "$@" &
+    if [ "$prefix" = 1 ]; then { trap '' HUP; run_rank "$rank" "$@" 2>&1 | label "$rank" 3>&-; } &
+    else { trap '' HUP; run_rank "$rank" "$@"; } &
     fi
     rank=$((rank + 1))
 done

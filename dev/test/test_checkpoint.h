@@ -4,6 +4,7 @@
 
 #include "../checkpoint.h"
 #include "test.h"
+#include <sys/resource.h>
 
 static const GptConfig checkpoint_test_config = {7, 5, 2, 2, 4};
 
@@ -142,6 +143,106 @@ static void test_checkpoint_latest_is_the_newest_whole_one(void) {
     free(found), free(stray), free(other), free(damaged), free(want);
 }
 
+// A directory that somebody has renamed: its step is not what its name says, so a run would go on elsewhere than it says.
+static void test_checkpoint_of_another_step(void) {
+    const char *out = test_directory();
+    char *three = xprintf("%s/step_00000003", out), *four = xprintf("%s/step_00000004", out), *mine = xprintf("%s/mine", out);
+    for (int64_t step = 2; step <= 3; step++) checkpoint_test_save(out, step);
+    file_rename(three, four);
+    char *found = checkpoint_latest(out), *wrong = checkpoint_verify(four), *name = strrchr(found, '/') + 1;
+    EXPECT_TEXT(name, "step_00000002");
+    EXPECT_ERROR(wrong, "step_00000004/trainer.json: it is of step 3");
+    free(found), free(wrong);
+    file_rename(four, mine);                             // a name that tells no step is anybody's own
+    wrong = checkpoint_verify(mine);
+    EXPECT(!wrong, "%s", wrong);
+    free(wrong), free(three), free(four), free(mine);
+}
+
+static void checkpoint_test_no_files(void *out) {
+    const struct rlimit none = {0, 0};
+    if (setrlimit(RLIMIT_NOFILE, &none)) die("setrlimit: %s", strerror(errno));
+    checkpoint_test_latest(out);
+}
+
+// What cannot be opened now is not passed over as damaged, nor is a directory that cannot be listed one without checkpoints;
+// what the disk cannot read is damaged, and does not end the program.
+static void test_checkpoint_unreadable(void) {
+    const char *out = test_directory();
+    for (int64_t step = 1; step <= 2; step++) checkpoint_test_save(out, step);
+    EXPECT_EXIT(1, strerror(EMFILE), checkpoint_test_no_files, (void *)(uintptr_t)out);
+    char *dir = xprintf("%s/step_00000002", out), *path = xprintf("%s/optimizer.safetensors", dir);
+    EXPECT(!unlink(path) && !symlink("optimizer.safetensors", path), "%s", path);
+    EXPECT_EXIT(1, strerror(ELOOP), checkpoint_test_latest, (void *)(uintptr_t)out);
+    const char *const unreadable = "/proc/self/mem";     // its first byte is nowhere
+    if (path_exists(unreadable)) {
+        EXPECT(!unlink(path) && !symlink(unreadable, path), "%s", path);
+        char *wrong = checkpoint_verify(dir), *found = checkpoint_latest(out);
+        EXPECT_ERROR(wrong, strerror(EIO));
+        EXPECT_ERROR(found, "step_00000001");
+        free(wrong), free(found);
+    }
+    free(dir), free(path);
+}
+
+// A trainer.json with one text in it replaced by another, and its own sum made right.
+static inline char *checkpoint_test_trainer(const Text *whole, const char *from, const char *to) {
+    const char *at = strstr(whole->s, from), *self = strstr(whole->s, CHECKPOINT_SELF);
+    char hex[SHA256_HEX];
+    CHECK(at && self && at < self, "trainer.json has no %s", from);
+    char *body = xprintf("%.*s%s%.*s", (int)(at - whole->s), whole->s, to, (int)(self - at - (long)strlen(from)),
+                         at + strlen(from));
+    sha256_hex(hex, body, strlen(body));
+    char *all = xprintf("%s" CHECKPOINT_SELF "%s\"\n}\n", body, hex);
+    free(body);
+    return all;
+}
+
+// Each number and name of trainer.json is looked at, whatever its sum says: a file whose sum is right may have been made by
+// another version, or by anybody.
+static void test_checkpoint_trainer_json(void) {
+    static const struct { const char *from, *to, *part; } cases[] = {
+        {"checkpoint 1", "checkpoint 2", "\"format\""}, {"\"format\"", "\"tokens\"", "there twice"},
+        {"\"step\": 5", "\"step\": -1", "\"step\""}, {"\"step\": 5", "\"step\": 1e3", "\"step\""},
+        {"\"step\": 5", "\"step\": 1152921504606846977", "\"step\""}, {"\"step\": 5", "\"steps\": 5", "\"step\""},
+        {"\"tokens\": 320", "\"tokens\": -320", "\"tokens\""},
+        {"\"tokens\": 320", "\"tokens\": 99999999999999999999", "\"tokens\""},
+        {"\"bad_steps\": 0", "\"bad_steps\": 1000000001", "\"bad_steps\""},
+        {"\"bad_steps\": 0", "\"bad_steps\": \"0\"", "\"bad_steps\""},
+        {"\"losses\": [", "\"losses\": [1e999", "no finite number"}, {"\"losses\": [", "\"losses\": [null", "no finite"},
+        {"\"grad_norms\": []", "\"grad_norms\": {}", "lists of at most 128"},
+        {"\"options\": \"steps", "\"options\": 7, \"x\": \"steps", "\"options\""},
+        {"\"options\": \"steps", "\"options\": \"\\u0000", "\"options\""},
+        {"\"files\": {", "\"files\": {\"config.json\": \"\", ", "twice"},
+        {"\"sizes\": {", "\"sizes\": {\"config.json\": 1, ", "twice"},
+        {"\"marks\": {", "\"marks\": {\"config.json\": \"\", ", "twice"},
+        {"\"files\": {", "\"files\": [], \"f\": {", "\"files\""},
+        {"\"config.json\": \"", "\"config.json\": \"0", "\"files\""},
+        {"\"config.json\": \"", "\"config.js\": \"", "\"files\""},
+        {"\"sizes\": {\"model.safetensors\": ", "\"sizes\": {\"model.safetensors\": -", "\"sizes\""},
+        {"\"sizes\": {\"model.safetensors\": ", "\"sizes\": {\"model.safetensors\": 9999999999999999", "\"sizes\""},
+        {"\"sizes\": {\"model", "\"sizes\": {\"m\": 3, \"modell", "\"sizes\""},
+        {"\"sizes\": {", "\"sizes\": 3, \"s\": {", "\"sizes\""},
+        {"\"marks\": {\"model.safetensors\": \"", "\"marks\": {\"model.safetensors\": \"0123abcd", "\"marks\""},
+        {"\"marks\": {\"model.safetensors\": \"\"", "\"marks\": {\"model.safetensors\": 0", "\"marks\""},
+        {"\"tokens\"", "\"more\": [1, {}], \"tokens\"", NULL}, {"\"marks\"", "\"older\"", NULL},
+        {"\"bad_steps\"", "\"older\"", NULL}};
+    const char *out = test_directory();
+    checkpoint_test_save(out, 5);
+    char *dir = xprintf("%s/step_00000005", out), *path = xprintf("%s/trainer.json", dir);
+    Text whole = test_read_file(path);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char *changed = checkpoint_test_trainer(&whole, cases[i].from, cases[i].to);
+        file_write_whole(path, changed, strlen(changed));
+        char *wrong = checkpoint_verify(dir);            // so --resume passes over it, and does not end in it
+        if (cases[i].part) EXPECT(wrong && strstr(wrong, cases[i].part), "%s: %s", cases[i].to, wrong ? wrong : "accepted");
+        else EXPECT(!wrong, "%s", wrong);
+        free(changed), free(wrong);
+    }
+    text_free(&whole);
+    free(dir), free(path);
+}
+
 static void test_checkpoint_prunes_and_replaces(void) {
     const char *out = test_directory();
     char *stray = xprintf("%s/.latest.tmp", out);        // what a kill between making the link and renaming it leaves
@@ -272,6 +373,7 @@ static void test_checkpoint_refuses_other_models(void) {
 
 #define CHECKPOINT_TESTS(X)                                                                          \
     X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
-    X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models)
+    X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
+    X(checkpoint_of_another_step) X(checkpoint_unreadable) X(checkpoint_trainer_json)
 
 #endif

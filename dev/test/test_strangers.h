@@ -53,6 +53,17 @@ static inline void strangers_end(pid_t child) {
     waitpid(child, NULL, 0);
 }
 
+// One rank's end beside a stranger at `there`, who does `what`. The caller frees it.
+static inline TestEnd strangers_meet(const TestRank *rank, const char *place, double join, double silence,
+                                     void (*stranger)(const char *, int), const char *there, int what) {
+    TestEnd end[COMM_TEST_MOST];
+    const pid_t child = strangers_fork();
+    if (!child) stranger(there, what);
+    comm_test_run(end, rank, 1, place, join, silence);
+    strangers_end(child);
+    return end[0];
+}
+
 static void test_strangers_as_rank_0(void) {
     static const struct { int what; double join; const char *part; } fate[] = {
         {SAYS_NOTHING, 1, "has not found rank 0 within 1 s"}, {SAYS_HALF, 1, "accepts the connection but does not answer"},
@@ -64,13 +75,9 @@ static void test_strangers_as_rank_0(void) {
     static const TestRank guest[1] = {{1, 2, 0, 0, NULL}};
     for (size_t i = 0; i < sizeof fate / sizeof *fate; i++) {
         const char *place = comm_test_place(0);
-        TestEnd end[COMM_TEST_MOST];
-        const pid_t host = strangers_fork();
-        if (!host) strangers_host(place, fate[i].what);
-        comm_test_run(end, guest, 1, place, fate[i].join, 30);
-        EXPECT_END(end[0], 1, fate[i].part);
-        comm_test_free(end, 1);
-        strangers_end(host);
+        TestEnd end = strangers_meet(guest, place, fate[i].join, 30, strangers_host, place, fate[i].what);
+        EXPECT_END(end, 1, fate[i].part);
+        comm_test_free(&end, 1);
     }
 }
 
@@ -118,13 +125,9 @@ static void test_strangers_as_rank_1(void) {
     static const TestRank host[1] = {{0, 2, 0, 0, NULL}};
     for (size_t i = 0; i < sizeof fate / sizeof *fate; i++) {
         const char *place = comm_test_place(0);
-        TestEnd end[COMM_TEST_MOST];
-        const pid_t guest = strangers_fork();
-        if (!guest) strangers_guest(place, fate[i].what);
-        comm_test_run(end, host, 1, place, 40, 2);
-        EXPECT_END(end[0], 1, fate[i].part);
-        comm_test_free(end, 1);
-        strangers_end(guest);
+        TestEnd end = strangers_meet(host, place, 40, 2, strangers_guest, place, fate[i].what);
+        EXPECT_END(end, 1, fate[i].part);
+        comm_test_free(&end, 1);
     }
 }
 
@@ -137,19 +140,15 @@ static void test_strangers_write_the_file(void) {
     for (int i = 0; i < 2; i++) {
         char *place = xstrdup(comm_test_place(1)), *path = xprintf("%s/droppath-%.32s", place + 4, token);
         Text t = {NULL, 0, 0};
-        TestEnd end[COMM_TEST_MOST];
         char *tcp = xstrdup(comm_test_place(0));
-        const pid_t host = strangers_fork();
-        if (!host) strangers_host(tcp, SAYS_NOISE);
         text_printf(&t, "droppath rendezvous 1\n%s\n%s\n", strrchr(tcp, ':') + 1, i ? "127.0.0.1" : "localhost");
         while (i && t.n <= COMM_PLACE) text_append(&t, "127.0.0.1\n", 10);
         directory_make(place + 4);
         file_write_whole(path, t.s, t.n);
-        comm_test_run(end, guest, 1, place, 1, 30);
-        EXPECT_END(end[0], 1, parts[i]);
-        EXPECT(!strstr(end[0].err.s, "answer"), "it has asked a host of the file: %s", end[0].err.s);
-        comm_test_free(end, 1);
-        strangers_end(host);
+        TestEnd end = strangers_meet(guest, place, 1, 30, strangers_host, tcp, SAYS_NOISE);
+        EXPECT_END(end, 1, parts[i]);
+        EXPECT(!strstr(end.err.s, "answer"), "it has asked a host of the file: %s", end.err.s);
+        comm_test_free(&end, 1);
         free(place), free(path), free(tcp), text_free(&t);
     }
 }

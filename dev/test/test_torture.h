@@ -60,6 +60,21 @@ static void test_torture_launch_asks_its_ranks(void) {
     }
 }
 
+// A terminal that closes sends SIGHUP to the launcher and to all that it has started: the ranks get a SIGTERM, and it ends with
+// them.
+static void test_torture_launch_hangs_up(void) {
+    const char *dir = test_directory();
+    if (system("command -v setsid > /dev/null")) return;
+    char *line = xprintf("here=$PWD; cd %s; setsid $here/scripts/launch.sh -n 2 sh -c 'trap \"exit 0\" TERM; : > up.$RANK; "
+                         "while :; do sleep 0.02; done' & p=$!; while ! [ -e up.0 ] || ! [ -e up.1 ]; do sleep 0.02; done; "
+                         "kill -HUP -$p; ( sleep 60; kill -KILL -$p ) > /dev/null 2>&1 & k=$!; wait $p; c=$?; kill $k; "
+                         "exit $c", dir);
+    ToolRun r = shell_run(line);
+    EXPECT(r.code == 0, "exit code %d: %s", r.code, r.err.s);
+    tool_free(&r);
+    free(line);
+}
+
 // A device is written to, not replaced: as root, `--json /dev/null` would else take it from the whole machine.
 static void test_torture_spares_devices(void) {
     char *link = xprintf("%s/null", test_directory()), target[32] = "";
@@ -70,6 +85,8 @@ static void test_torture_spares_devices(void) {
     free(link);
 }
 
-#define TORTURE_TESTS(X) X(torture_spares_devices) X(torture_sums_tell_where) X(torture_short) X(torture_launch_asks_its_ranks)
+#define TORTURE_TESTS(X)                                                                           \
+    X(torture_spares_devices) X(torture_sums_tell_where) X(torture_short) X(torture_launch_asks_its_ranks) \
+    X(torture_launch_hangs_up)
 
 #endif

@@ -249,6 +249,11 @@ static void test_trainer_weights_of_another_run(void) {
     snprintf(a, sizeof a, "%s/first/latest", dir), snprintf(b, sizeof b, "%s/second/latest", dir);
     EXPECT_SAME(a, b, "model.safetensors");
     EXPECT_REFUSED(1, "--layers 3", "--out %s/third --layers 3 --init-from %s/first/latest", dir, dir);
+    char *path = xprintf("%s/first/latest/model.safetensors", dir);
+    FILE *f = file_open(path, "r+b");                    // another number, and none that anybody could see to be wrong
+    EXPECT(!fseek(f, -3, SEEK_END) && fputc(1, f) == 1 && !fclose(f), "%s", path);
+    EXPECT_REFUSED(1, "this checkpoint is damaged: ", "--out %s/third --init-from %s/first/latest", dir, dir);
+    free(path);
     EXPECT_REFUSED(1, "config.json", "--out %s/third --init-from %s/nowhere", dir, dir);
 }
 
@@ -266,11 +271,122 @@ static void test_trainer_refuses(void) {
         {"--seq-len 100000", "shorter --seq-len"}, {"--train '/nowhere/*.bin'", "/nowhere"},
         {"--val '/nowhere/*.bin'", "/nowhere"}, {"--tokenizer /nowhere", "/nowhere"},
         {"--resume /nowhere", "/nowhere"}, {"--config /nowhere", "/nowhere"}, {"--drop-replay /nowhere", "/nowhere"},
-        {"--dtype bf61", "fp32|bf16"}, {"--epochs 1e-6", "--epochs"}, {"--threads many", "--threads"}, {"stray", "stray"}};
+        {"--out ''", "--out is empty"}, {"--dtype bf61", "fp32|bf16"}, {"--epochs 1e-6", "--epochs"},
+        {"--threads many", "--threads"}, {"stray", "stray"}};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         EXPECT_REFUSED(1, wrong[i].part, "--out %s %s", none, wrong[i].options);
         EXPECT(!path_exists(none), "%s was made by a run that was refused: %s", none, wrong[i].options);
     }
+}
+
+// A run whose metrics.jsonl is gone is a run all the same: a new one would replace its checkpoints.
+static void test_trainer_spares_checkpoints(void) {
+    const char *dir = test_directory();
+    EXPECT_RUN("--out %s --steps 2", dir);
+    char *metrics = xprintf("%s/metrics.jsonl", dir), *model = xprintf("%s/step_00000002/model.safetensors", dir);
+    EXPECT(unlink(metrics) == 0, "%s", metrics);
+    Text before = test_read_file(model);
+    EXPECT_REFUSED(1, "holds a run already", "--out %s --steps 2 --seed 5", dir);
+    Text after = test_read_file(model);
+    EXPECT(before.n == after.n && !memcmp(before.s, after.s, before.n) && !path_exists(metrics), "the run was touched");
+    text_free(&before), text_free(&after), free(metrics), free(model);
+    char *checkpoint = xprintf("%s/step_00000002", dir), *away = xprintf("%s/away", dir);
+    file_rename(checkpoint, away);
+    EXPECT_REFUSED(1, "latest is there, but no checkpoint", "--out %s --steps 2 --resume", dir);
+    free(checkpoint), free(away);
+}
+
+// A metrics.jsonl that lacks lines, or has others, does not keep a run from going on: it is told where, the lines that fit
+// stay, and all of it is kept beside.
+static void test_trainer_mends_metrics(void) {
+    const char *dir = test_directory();
+    static const struct { const char *change, *part, *steps; } cases[] = {
+        {"sed -i.bak 3d metrics.jsonl", "line 3: its step does not follow", "1 2 4 5 6 7 8 "},
+        {"sed -i.bak 3p metrics.jsonl", "line 4: its step does not follow", "1 2 3 4 5 6 7 8 "},
+        {"sed -i.bak 's/\"step\": 3/\"step\": 1e300/' metrics.jsonl", "line 3: its step does not", "1 2 4 5 6 7 8 "},
+        {"sed -i.bak '2s/.*/xx/' metrics.jsonl", "line 2: it is not a whole line", "1 3 4 5 6 7 8 "},
+        {"head -c 900 metrics.jsonl > x; cp x metrics.jsonl", "line 3: it ends before", "1 2 7 8 "},
+        {": > metrics.jsonl", "line 1: it has no line of the checkpoint's step", "7 8 "},
+        {"rm metrics.jsonl", "is gone: it begins again with step 7", "7 8 "},
+        {"sed -i.bak 's/\"step\": 6, .*/xx/' metrics.jsonl; echo xx >> metrics.jsonl", "line 6: it is not", "1 2 3 4 5 7 8 "},
+        {"echo xx >> metrics.jsonl", "", "1 2 3 4 5 6 7 8 "}};
+    EXPECT_RUN("--out %s/whole --steps 6", dir);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char *out = xprintf("%s/%zu", dir, i), *metrics = xprintf("%s/metrics.jsonl", out);
+        char *aside = xprintf("%s.damaged", metrics);
+        char *line = xprintf("cp -R %s/whole %s; cd %s; %s", dir, out, out, cases[i].change);
+        ToolRun changed = shell_run(line);
+        EXPECT(changed.code == 0, "%s: %s", line, changed.err.s);
+        Text before = {NULL, 0, 0}, steps = {NULL, 0, 0};
+        if (path_exists(metrics)) before = test_read_file(metrics);
+        EXPECT_REFUSED(0, cases[i].part, "--out %s --steps 8 --resume", out);
+        const int kept = *cases[i].part && before.s;
+        EXPECT(path_exists(aside) == kept, "%s: %s", cases[i].change, aside);
+        if (kept) {
+            Text copy = test_read_file(aside);
+            EXPECT(copy.n == before.n && !memcmp(copy.s, before.s, copy.n), "%s is no copy", aside);
+            text_free(&copy);
+        }
+        MetricsLog log = metrics_read(metrics);
+        text_append(&steps, "", 0);
+        for (int64_t k = 0; k < log.n; k++) text_printf(&steps, "%.0f ", log.record[k].step);
+        EXPECT_TEXT(steps.s, cases[i].steps);
+        metrics_log_free(&log);
+        text_free(&before), text_free(&steps), tool_free(&changed);
+        free(out), free(metrics), free(aside), free(line);
+    }
+}
+
+// Where standard output and error lead, nowhere, to a full disk or to a reader that has gone, is nothing to a run: it comes to
+// the same end, and no word of it gets into its files.
+static void test_trainer_needs_no_console(void) {
+    const char *dir = test_directory(), *data = trainer_test_data(), *said = "standard output cannot be written";
+    char *gone = xprintf("| { exec <&-; : > %s/gone; }", dir);
+    char *until = xprintf("until [ -e %s/gone ]; do sleep 0.02; done;", dir);
+    const char *const ways[] = {"<&- >&- 2>&-", ">&-", "> /dev/full", gone};
+    char whole[400], latest[500], here[400], there[500];
+    snprintf(whole, sizeof whole, "%s/whole", dir), snprintf(latest, sizeof latest, "%s/latest", whole);
+    EXPECT_RUN("--out %s --steps 20", whole);
+    for (int i = 0; i < 8; i++) {                        // each is then resumed, which opens files in another order
+        const char *way = ways[i / 2];
+        if (strstr(way, "full") && !path_exists("/dev/full")) continue;
+        snprintf(here, sizeof here, "%s/%d", dir, i / 2), snprintf(there, sizeof there, "%s/latest", here);
+        char *line = xprintf("rm -f %s/gone; { %s %s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN
+                             " --log-every 1 --sample-every 10 --sample-tokens 3 --out %s %s; echo $? > %s/code; } %s", dir,
+                             way == gone ? until : "", test_build(), data, here,
+                             i % 2 ? "--resume --steps 24" : "--steps 20", dir, way);
+        char *code = xprintf("%s/code", dir), *metrics = xprintf("%s/metrics.jsonl", here);
+        ToolRun r = shell_run(line);
+        EXPECT(strstr(r.err.s, i < 2 ? "" : said), "%s: %s", way, r.err.s);
+        Text ended = test_read_file(code);
+        EXPECT_TEXT(ended.s, "0\n");
+        if (i % 2 == 0) {
+            EXPECT_SAME(latest, there, "model.safetensors");
+            expect_same_metrics(whole, here, 0);
+        }
+        MetricsLog log = metrics_read(metrics);          // ends the tests at a line that is none
+        EXPECT(log.n == (i % 2 ? 24 : 20) && log.record[log.n - 1].step == (double)log.n, "%lld lines", (long long)log.n);
+        metrics_log_free(&log), text_free(&ended), tool_free(&r);
+        free(line), free(code), free(metrics);
+    }
+    ToolRun r = path_exists("/dev/full") ? tool_run("evaluate %s --val '%s/data/val_*.bin' > /dev/full", latest, data)
+                                         : tool_run("evaluate");
+    EXPECT(r.code == 1, "an evaluation whose results are lost ends with %d", r.code);
+    tool_free(&r);
+    free(gone), free(until);
+}
+
+// The lock is on a file of the directory: what a link of that name points to stays as it is.
+static void test_trainer_lock(void) {
+    const char *dir = test_directory();
+    char *link = xprintf("%s/run/.lock", dir), *precious = xprintf("%s/precious", dir), *out = xprintf("%s/run", dir);
+    file_write_whole(precious, "precious", 8);
+    directory_make(out);
+    EXPECT(symlink("../precious", link) == 0, "%s", link);
+    EXPECT_REFUSED(1, "cannot open", "--out %s --steps 1", out);
+    Text t = test_read_file(precious);
+    EXPECT_TEXT(t.s, "precious");
+    text_free(&t), free(link), free(precious), free(out);
 }
 
 static void test_trainer_warns_of_a_high_rate(void) {
@@ -304,6 +420,13 @@ static void test_trainer_survives_numbers_that_are_not_finite(void) {
     free(last), free(path), free(wrong);
 }
 
+// Weights that are finite but so large that no loss is: the last evaluation tells, since no step follows that would.
+static void test_trainer_tells_of_a_bad_evaluation(void) {
+    const char *dir = test_directory();
+    EXPECT_REFUSED(0, "step 1: the validation loss is not finite", "--out %s --steps 1 --lr %s --warmup 0 --grad-clip 0", dir,
+                   HUGE_LR);
+}
+
 // --dry-run tells what the run itself says of its sizes, also of one that no machine here could hold, and writes nothing.
 static void test_trainer_dry_run(void) {
     const char *dir = test_directory();
@@ -333,6 +456,9 @@ static void test_trainer_dry_run(void) {
     EXPECT(same.n == 8, "%lld steps are recorded", (long long)same.n);
     metrics_log_free(&same);
     tool_free(&again);
+    ToolRun endless = trainer_test_run("--out %s/endless --drop-path 0.5 --steps 1000000000000 --dry-run", dir);
+    EXPECT(endless.code == 0 && strstr(endless.out.s, "1000000000000 steps"), "%s%s", endless.out.s, endless.err.s);
+    tool_free(&endless);
     ToolRun large = trainer_test_run("--out %s/run --preset gpt2-xl --layers 1000 --channels 1600 --heads 25 --dry-run", dir);
     EXPECT(large.code == 0 && strstr(large.out.s, "1000 layers"), "%s%s", large.out.s, large.err.s);
     tool_free(&large);
@@ -344,6 +470,8 @@ static void test_trainer_dry_run(void) {
     X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
     X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
-    X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) X(trainer_survives_numbers_that_are_not_finite)
+    X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
+    X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) \
+    X(trainer_survives_numbers_that_are_not_finite)
 
 #endif

@@ -387,5 +387,6 @@ int main(int argc, char **argv) {
     free(kept);
     load_close(&m);
     options_free(&options);
+    if (fflush(stdout) || ferror(stdout)) die("cannot write the results: %s", strerror(errno));
     return 0;
 }

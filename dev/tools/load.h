@@ -30,33 +30,11 @@ static inline char *load_directory(const char *path) {
     return dir;
 }
 
-// The options of the run that wrote this checkpoint, from malloc; NULL in a directory that is not ours, which has no
-// trainer.json. What the tools read of ours, weights and sizes, must match its SHA-256.
-static inline char *load_trainer_json(const char *dir) {
-    char *path = xprintf("%s/trainer.json", dir), *run = NULL;
-    FileMap map;
-    Json doc;
-    if (path_exists(path)) {
-        const char *error = file_map(&map, path);
-        if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
-        if (error) die("this checkpoint is damaged: %s: %s", path, error);
-        for (int i = 0; i < 2; i++) {
-            const char *wrong = checkpoint_verify_file(&doc, dir, i);
-            if (wrong) die("this checkpoint is damaged: %s", wrong);
-        }
-        run = json_string(&doc, json_get(&doc, 0, "options"), NULL);
-        json_free(&doc);
-        file_unmap(&map);
-    }
-    free(path);
-    return run;
-}
-
 // Reads the sizes of the checkpoint at `path`; the weights wait for load_model. Dies when it is missing or damaged.
 static inline void load_config(Loaded *m, const char *path) {
     memset(m, 0, sizeof *m);
     m->dir = load_directory(path);
-    m->run = load_trainer_json(m->dir);
+    m->run = checkpoint_check_weights(m->dir);
     checkpoint_read_config(m->dir, &m->config, &m->scale, &m->tied);
 }
 

@@ -476,7 +476,7 @@ static void stop_by(int number, int step, int evaluation, int64_t saved) {
     const pid_t child = start_paused(dir, "", step, evaluation, 0);
     kill(child, number);
     const int code = wait_for(child);
-    if (code || !log_has(dir, number == SIGTERM ? "stopped by SIGTERM" : "stopped by SIGINT"))
+    if (code || !log_has(dir, number == SIGTERM ? "stopped by SIGTERM" : number == SIGINT ? "by SIGINT" : "by SIGHUP"))
         wrong = xprintf("it ended with %d", code);
     else if (newest(dir) != saved) wrong = xprintf("step %lld is saved, not %lld", (long long)newest(dir), (long long)saved);
     if (!wrong) wrong = finish_run(dir, "", tt.reference);
@@ -618,7 +618,7 @@ int main(int argc, char **argv) {
     const char *base = getenv("TMPDIR");
     const double from = clock_seconds();
     Calls c;
-    signal(SIGINT, SIG_DFL);                             // a shell's background jobs ignore it
+    signal(SIGINT, SIG_DFL), signal(SIGHUP, SIG_DFL);    // a shell's background jobs, or nohup, ignore them
     leave_memory();                                      // the children end by die() and by signals, and free nothing
     tt.parts = 1;
     tt.shorter = argc == 2 && !strcmp(argv[1], "--short");
@@ -657,6 +657,7 @@ int main(int argc, char **argv) {
     resume_from_older(all);
     stop_by(SIGTERM, 7, 0, 4);
     stop_by(SIGINT, 1, 0, 1);
+    stop_by(SIGHUP, 9, 0, 5);
     stop_by(SIGTERM, 0, 1, 3);                           // in the evaluation of step 3, and in that of the last step
     stop_by(SIGTERM, 12, 0, 6);
     stop_at_once(SIGTERM);
