@@ -875,6 +875,7 @@ static inline void NORETURN trainer_give_up(Trainer *tr, const char *why) {
         fprintf(stderr, "  hint: a lower --lr, a longer --warmup%s\n", good ? "; --resume continues from that checkpoint" : "");
     }
     comm_close(tr->comm);
+    leave_memory();
     exit(3);
 }
 
