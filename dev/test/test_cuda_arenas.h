@@ -56,12 +56,10 @@ void test_cuda_arenas(void) {
         setenv("EMU_LAZY", lazy ? "1" : "0", 1);
         EXPECT_EXIT(0, "not found out", run_cut_anew, NULL);
         for (int k = 0; k < ARENA_ARRAYS; k++) {
-            Overrun inside = {k, 0}, over = {k, 1};
-            EXPECT_EXIT(0, "not found out", run_overrun, &inside);
+            Overrun o[2] = {{k, 0}, {k, 1}};
+            EXPECT_EXIT(0, "not found out", run_overrun, &o[0]);
 #ifdef CUDA_EMULATED
-            EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: use-after-poison" : "between two arrays", run_overrun, &over);
-#else
-            (void)over;
+            EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: use-after-poison" : "between two arrays", run_overrun, &o[1]);
 #endif
         }
     }
