@@ -270,8 +270,195 @@ static void test_checkpoint_refuses_other_models(void) {
     engine_cpu()->close(m);
 }
 
+// ---- What a crash leaves, and what --resume puts right ----
+
+static void checkpoint_test_names(const char *out, const char *want) {
+    char *command = xprintf("cd %s && LC_ALL=C ls -A | tr '\\n' ' '", out);
+    ToolRun r = shell_run(command);
+    EXPECT_TEXT(r.out.s, want);
+    tool_free(&r);
+    free(command);
+}
+
+// Makes OUT/name a checkpoint's directory with one of its files.
+static void checkpoint_test_leave(const char *out, const char *name) {
+    char *dir = xprintf("%s/%s", out, name), *file = xprintf("%s/config.json", dir);
+    directory_make(dir);
+    file_write_whole(file, name, strlen(name));
+    free(dir), free(file);
+}
+
+static void test_checkpoint_recovers(void) {
+    const char *out = test_directory();
+    static const char *const left[] = {".step_00000001.tmp", ".step_00000001.old", "step_00000001", ".step_00000002.old",
+                                       ".step_00000003.tmp", ".step_00000004.new", "xstep_00000005.tmp"};
+    for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
+    char *link = xprintf("%s/.latest.tmp", out), *back = xprintf("%s/step_00000002/config.json", out);
+    EXPECT(symlink("step_00000009", link) == 0, "%s", link);
+    checkpoint_recover(out);
+    checkpoint_test_names(out, ".step_00000004.new step_00000001 step_00000002 xstep_00000005.tmp ");
+    Text t = test_read_file(back);
+    EXPECT_TEXT(t.s, ".step_00000002.old");
+    text_free(&t);
+    free(back);
+    back = xprintf("%s/none", out);
+    checkpoint_recover(back);
+    EXPECT(!path_exists(back), "%s was made", back);
+    free(back), free(link);
+}
+
+// The newest first; only names that a checkpoint may have.
+static void test_checkpoint_list(void) {
+    const char *out = test_directory();
+    static const char *const name[] = {"step_00000003", "step_00000010", "step_123456789012", "step_0000007", "step_00000008x",
+                                       "step_-00000009", "Step_00000011", "step_00000000"};
+    for (size_t i = 0; i < sizeof name / sizeof name[0]; i++) checkpoint_test_leave(out, name[i]);
+    CheckpointList list = checkpoint_list(out);
+    EXPECT(list.n == 4 && list.step[0] == 123456789012 && list.step[1] == 10 && list.step[2] == 3 && list.step[3] == 0,
+           "%d checkpoints", list.n);
+    free(list.step);
+    checkpoint_prune(out, 1, 10);                        // the first is newer than what was written last
+    checkpoint_prune(out, -1, 10);
+    checkpoint_test_names(out, "Step_00000011 step_-00000009 step_00000008x step_00000010 step_0000007 "
+                          "step_123456789012 ");
+    CheckpointList none = checkpoint_list("/nowhere");
+    EXPECT(none.n == 0 && !none.step, "%d checkpoints nowhere", none.n);
+}
+
+// What is newer than the checkpoint that a run goes on from is set aside, unless something is there; `latest` is mended.
+static void test_checkpoint_settles(void) {
+    const char *out = test_directory();
+    char *latest = xprintf("%s/latest", out), target[64] = "";
+    static const char *const left[] = {"step_00000001", "step_00000002", "step_00000003", "step_00000003.damaged",
+                                       "step_00000004"};
+    for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
+    for (int i = 0; i < 3; i++) {                        // without the link, with it, and with another
+        checkpoint_settle(out, "step_00000002");
+        checkpoint_test_names(out, "latest step_00000001 step_00000002 step_00000003 step_00000003.damaged "
+                              "step_00000004.damaged ");
+        memset(target, 0, sizeof target);
+        EXPECT(readlink(latest, target, sizeof target - 1) == 13, "%s is no link", latest);
+        EXPECT_TEXT(target, "step_00000002");
+        if (i == 1) EXPECT(!unlink(latest) && !symlink("step_00000001", latest), "%s", latest);
+    }
+    free(latest);
+}
+
+// ---- With EngineArgs.zero every rank reads what rank 0 saves, in the same order ----
+
+static char checkpoint_test_reads[2][4096];              // "slot.parameter.layer " of each read, by rank 0 and by another
+static int checkpoint_test_rank;
+
+static void checkpoint_test_read(Model *m, Slot slot, int param, int layer, real *host) {
+    char *text = checkpoint_test_reads[checkpoint_test_rank];
+    snprintf(text + strlen(text), sizeof checkpoint_test_reads[0] - strlen(text), "%d.%d.%d ", (int)slot, param, layer);
+    engine_cpu()->read(m, slot, param, layer, host);
+}
+
+static void test_checkpoint_attends(void) {
+    const GptConfig *c = &checkpoint_test_config;
+    Engine e = *engine_cpu();
+    int64_t counts[5] = {0};
+    double scale[4] = {1, 1, 1, 1};
+    CheckpointState s = {.adamw_steps = counts, .eval_scale = scale, .options = ""};
+    Model *m = checkpoint_test_model(1);
+    e.read = checkpoint_test_read;
+    memset(checkpoint_test_reads, 0, sizeof checkpoint_test_reads);
+    for (checkpoint_test_rank = 0; checkpoint_test_rank < 2; checkpoint_test_rank++) {
+        if (checkpoint_test_rank == 0) checkpoint_save(test_directory(), &e, m, c, &s);
+        else checkpoint_attend(&e, m, c);
+    }
+    EXPECT(strlen(checkpoint_test_reads[0]) > 300, "%s", checkpoint_test_reads[0]);
+    EXPECT_TEXT(checkpoint_test_reads[1], checkpoint_test_reads[0]);
+    engine_cpu()->close(m);
+}
+
+// ---- config.json and trainer.json ----
+
+static void test_checkpoint_config(void) {
+    const GptConfig *c = &checkpoint_test_config;
+    double scale[4] = {1, 1, 1, 1};
+    static const struct { double scale; int eot, tied; const char *sha, *end; } row[] = {
+        {1, -1, 0, NULL, "\"bos_token_id\": null,\n  \"eos_token_id\": null,\n  \"torch_dtype\": \"half\"\n}\n"},
+        {1, 0, 1, "", "\"bos_token_id\": 0,\n  \"eos_token_id\": 0,\n  \"torch_dtype\": \"half\"\n}\n"},
+        {1, 50256, 0, "ab", "_id\": 50256,\n  \"torch_dtype\": \"half\",\n  \"tokenizer_sha256\": \"ab\"\n}\n"},
+        {0.5, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 1, 0.5],\n  \"drop_path_tied\": false\n}\n"},
+        {0.5, -1, 1, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 0.5, 0.5],\n  \"drop_path_tied\": true\n}\n"}};
+    for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {
+        Text t = {NULL, 0, 0};
+        CheckpointState s = {.eval_scale = scale, .tied = row[i].tied, .eot = row[i].eot, .tokenizer_sha256 = row[i].sha};
+        scale[3] = row[i].scale, scale[2] = row[i].tied ? row[i].scale : 1;
+        checkpoint_config_json(&t, c, &s, "half");
+        const size_t n = strlen(row[i].end);
+        EXPECT(t.n > n && !strcmp(t.s + t.n - n, row[i].end), "row %zu: %s", i, t.s);
+        GptConfig back;
+        double *read = NULL;
+        int tied = -1;
+        char *error = checkpoint_parse_config(&back, &read, &tied, t.s, t.n);
+        EXPECT(!error && !memcmp(&back, c, sizeof back) && !memcmp(read, scale, sizeof scale), "row %zu: %s", i,
+               error ? error : "other numbers");
+        EXPECT(tied == (row[i].tied && row[i].scale < 1), "row %zu: tied %d", i, tied);
+        free(error), free(read);
+        text_free(&t);
+    }
+}
+
+// A trainer.json of this text with the right sum.
+static const char *checkpoint_test_state(CheckpointState *s, const char *text) {
+    char hex[SHA256_HEX];
+    Text t = {NULL, 0, 0};
+    memset(s, 0, sizeof *s);
+    text_printf(&t, "%s\n", text);
+    sha256_hex(hex, t.s, t.n);
+    text_printf(&t, CHECKPOINT_SELF "%s\"\n}\n", hex);
+    const char *error = checkpoint_parse_state(s, t.s, t.n);
+    EXPECT(!error || !s->options, "options after an error");
+    text_free(&t);
+    free((char *)(uintptr_t)s->options);
+    return error;
+}
+
+static void test_checkpoint_state(void) {
+    CheckpointState s;
+    static const char *const good[] = {                  // the least and the most of each
+        "{\"step\": 0, \"tokens\": 0, \"options\": \"\",",
+        "{\"step\": 1152921504606846976, \"tokens\": 1152921504606846976, \"bad_steps\": 1000000000, \"options\": \"\",",
+        "{\"step\": 3, \"tokens\": 4, \"bad_steps\": 0, \"losses\": [], \"grad_norms\": [-1, 2.5], \"options\": \"x\","};
+    static const struct { const char *text, *error; } bad[] = {
+        {"{\"tokens\": 4, \"options\": \"\",", "\"step\""}, {"{\"step\": -1, \"tokens\": 4, \"options\": \"\",", "\"step\""},
+        {"{\"step\": 1152921504606846977, \"tokens\": 4, \"options\": \"\",", "\"step\""},
+        {"{\"step\": 3, \"options\": \"\",", "\"tokens\""}, {"{\"step\": 3, \"tokens\": -1, \"options\": \"\",", "\"tokens\""},
+        {"{\"step\": 3, \"tokens\": 1152921504606846977, \"options\": \"\",", "\"tokens\""},
+        {"{\"step\": 3, \"tokens\": 4, \"options\": 5,", "\"options\""},
+        {"{\"step\": 3, \"tokens\": 4, \"bad_steps\": -1, \"options\": \"\",", "bad_steps"},
+        {"{\"step\": 3, \"tokens\": 4, \"bad_steps\": 1000000001, \"options\": \"\",", "bad_steps"},
+        {"{\"step\": 3, \"tokens\": 4, \"losses\": 5, \"options\": \"\",", "losses"},
+        {"{\"step\": 3, \"tokens\": 4, \"losses\": [\"a\"], \"options\": \"\",", "losses"},
+        {"{\"step\": 3, \"tokens\": 4, \"losses\": [1e999], \"options\": \"\",", "losses"},
+        {"{\"step\": 3, \"tokens\": 4, \"grad_norms\": [1, null], \"options\": \"\",", "grad_norms"}};
+    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
+        const char *error = checkpoint_test_state(&s, good[i]);
+        EXPECT(!error, "%s: %s", good[i], error);
+    }
+    EXPECT(s.step == 3 && s.tokens == 4 && s.losses.n == 0 && s.norms.n == 2, "%d and %d numbers", s.losses.n, s.norms.n);
+    EXPECT(s.norms.value[0] == -1 && s.norms.value[1] == 2.5, "other numbers");
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
+        EXPECT_ERROR(checkpoint_test_state(&s, bad[i].text), bad[i].error);
+    for (int n = 128; n <= 129; n++) {
+        Text t = {NULL, 0, 0};
+        text_printf(&t, "{\"step\": 3, \"tokens\": 4, \"options\": \"\", \"losses\": [0");
+        for (int i = 1; i < n; i++) text_printf(&t, ", %d", i);
+        text_printf(&t, "],");
+        const char *error = checkpoint_test_state(&s, t.s);
+        EXPECT(n == 128 ? !error && s.losses.n == 128 : error && strstr(error, "128"), "%d losses: %s", n, error);
+        text_free(&t);
+    }
+}
+
 #define CHECKPOINT_TESTS(X)                                                                          \
     X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
-    X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models)
+    X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
+    X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
+    X(checkpoint_state)
 
 #endif
