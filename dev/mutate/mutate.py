@@ -50,15 +50,18 @@ ENGINE_FUNCTIONS = """
     mlp_branch_forward mlp_branch_backward block_forward block_backward run_forward model_forward_backward
     model_update""".split()
 
-# Tests of a file alone: a group of dev/mutate/tests.c, with sanitizers, or some of test_gpt. And those that what survives
-# them also has to survive: whole runs, by the mutant's programs.
-FILES = {
-    "dev/drop_path.h": (1, """drop_.*""", """trainer_(survival|replay|drop|learns|warns|dry|resume_is).* evaluate_.*
-        export_.* tools_.* numbers_forward.* engine_(bounded|poison|evaluates) ranks_synced_plans"""),
-    "dev/checkpoint.h": (2, """checkpoint_.*""", """torture_short trainer_(survival|killed|learns|refuses|weights|resume_is).*
-        numbers_(bad_g|weights|are_in|replay).* init_from_.* evaluate_.* export_.* tools_.* interop_.* generate_.*"""),
-    "train_gpt.c": (0, """engine_(?!reference|many|peak|bf16_threads).* numbers_selfcheck""", """evaluate_.*
-        numbers_forward.* trainer_(drop|survival|resume_is).* ranks_(synced|resume).* engine_many.* choices_evaluate""")}
+# Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt that
+# what survives them also has to survive, most of them whole runs.
+FILES = {                                                # path -> (sanitizers, tests alone, whole runs)
+    "dev/drop_path.h": (True, "drop_.*", """
+        trainer_(survival|replay|drop|learns|warns|dry|resume_is).* evaluate_.* export_.* tools_.* numbers_forward.*
+        engine_(bounded|poison|evaluates) ranks_synced_plans"""),
+    "dev/checkpoint.h": (True, "checkpoint_.*", """
+        torture_short trainer_(survival|killed|learns|refuses|weights|resume_is).* numbers_(bad_g|weights|are_in|replay).*
+        init_from_.* evaluate_.* export_.* tools_.* interop_.* generate_.*"""),
+    "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
+        evaluate_.* numbers_(selfcheck|forward).* trainer_(drop|survival|resume_is).* ranks_(synced|resume).* engine_many.*
+        choices_evaluate""")}
 
 OPERATORS = [(" < ", " <= "), (" < ", " >= "), (" <= ", " < "), (" > ", " >= "), (" > ", " <= "), (" >= ", " > "),
              (" == ", " != "), (" != ", " == "), (" + ", " - "), (" - ", " + "), (" * ", " / "), (" / ", " * "),
@@ -186,28 +189,34 @@ class Limits:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def call(command, seconds, number=0, out=subprocess.DEVNULL):
-    """Whether it succeeds within so many seconds of processor time, on the mutant of that number."""
+def call(command, seconds, number=0, show=False):
+    """Runs it on the mutant of that number, for so many seconds of processor time. None if it succeeds, or what failed."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as tmp:     # syncs are slow
         environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MUTANT=str(number), TMPDIR=tmp,
                            ASAN_OPTIONS="max_allocation_size_mb=4096", MAKEFLAGS="", LC_ALL="C")
-        p = subprocess.Popen(command, cwd=TREE, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
-                             preexec_fn=Limits(seconds), start_new_session=True)
-        try:
-            return p.wait(timeout=3 * seconds + 10) == 0
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
+        with open(os.path.join(tmp, "output"), "w+b") as out:
+            p = subprocess.Popen(command, cwd=TREE, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                                 env=environment, preexec_fn=Limits(seconds), start_new_session=True)
+            try:
+                code = p.wait(timeout=3 * seconds + 10)
+            except subprocess.TimeoutExpired:
+                code = "too slow"
             try:
                 os.killpg(p.pid, signal.SIGKILL)         # and what it has started
             except ProcessLookupError:
                 pass
             p.wait()
+            out.seek(0)
+            text = out.read()
+    if show:
+        print(text.decode(errors="replace"))
+    failed = re.findall(rb"^FAIL (\w+)", text, re.M)
+    return None if code == 0 else failed[0].decode() if failed else f"exit code {code}"
 
 
-def must(success, what):
-    if not success:
-        sys.exit(f"error: {what}\n  hint: without mutants it must succeed: make test")
+def must(error, what):
+    if error:
+        sys.exit(f"error: {what}: {error}\n  hint: without mutants it must succeed: make test")
 
 
 class Bench:
@@ -225,15 +234,16 @@ class Bench:
         self.write("mutant.h", CHOOSE)
         self.weed_out(sources)
         make = ["make", "-s", f"CC={self.cc}", "EMULATE=0", "TEST_O=-O0"]                # the engine fast, the rest soon
-        must(call(make + ["CFLAGS=-O1 -w -include mutant.h", "build/engine_cpu.o", "build/train_gpt"], 900, out=None) and
-             call(make + ["CFLAGS=-O0 -w -include mutant.h", "all", "build/test_gpt", "build/torture", "build/fuzz_replay"],
-                  900, out=None), "make fails")
-        names = subprocess.run(["build/test_gpt", "--list"], cwd=TREE, stdout=subprocess.PIPE, check=True).stdout.decode()
-        for path, (group, alone, whole) in FILES.items():
-            for stage, pattern in enumerate((alone, whole)):
-                wanted = re.compile("|".join(pattern.split()))
-                self.tests.setdefault(path, []).append(self.timed(
-                    self.program(group if stage == 0 else 0), [name for name in names.split() if wanted.fullmatch(name)]))
+        must(call(make + ["CFLAGS=-O1 -w -include mutant.h", "build/engine_cpu.o", "build/train_gpt"], 900) or
+             call(make + ["CFLAGS=-O0 -w -include mutant.h", "all", "build/test_gpt", "build/torture"], 900), "make fails")
+        names = subprocess.run(["build/test_gpt", "--list"], cwd=TREE, stdout=subprocess.PIPE, check=True).stdout.decode().split()
+        for group, (path, (sanitizers, alone, whole)) in enumerate(FILES.items(), 1):
+            program = f"build/tests_{group}"
+            must(call([self.cc] + FLAGS + (SANITIZERS if sanitizers else []) +
+                      ["-O0", f"-DGROUP={group}", "dev/mutate/tests.c", "build/engine_cpu.o", "-o", program, "-lm", "-pthread"],
+                      600), "cannot compile dev/mutate/tests.c")
+            self.tests[path] = [[program, self.timed(program, alone, names)],
+                                ["build/test_gpt", self.timed("build/test_gpt", whole, names)]]
         return self.dead, self.tests
 
     def write(self, path, text):
@@ -257,37 +267,32 @@ class Bench:
             more = {int(n) for n in re.findall(rb"^mutant_(\d+):\d+:\d+: (?:fatal )?error", p.stderr, re.M)}
             if p.returncode == 0:
                 return
-            must(more, "cannot compile train_gpt.c: " + p.stderr.decode()[:2000])
+            must(None if more else p.stderr.decode()[:2000], "cannot compile train_gpt.c")
             self.dead += more
 
-    def program(self, group):
-        if not group:
-            return "build/test_gpt"
-        program = f"build/tests_{group}"
-        must(call([self.cc] + FLAGS + SANITIZERS + ["-O0", f"-DGROUP={group}", "dev/mutate/tests.c", "build/engine_cpu.o",
-                                                  "-o", program, "-lm", "-pthread"], 600, out=None), "cannot compile tests.c")
-        return program
-
-    def timed(self, program, names):
-        """[1 + mutants caught, seconds, command], fastest first."""
-        found = []
-        for name in names:
+    def timed(self, program, pattern, names):
+        """name -> [1 + mutants caught, seconds when nothing is wrong]."""
+        found = {}
+        wanted = re.compile("|".join(pattern.split()))
+        for name in filter(wanted.fullmatch, names):
             begin = time.monotonic()
-            must(call([program, name], 300), f"{program} {name} fails")
-            found.append([1, time.monotonic() - begin, [program, name]])
-        return sorted(found)
+            must(call([program, name], 300), f"{program} {name}")
+            found[name] = [1, time.monotonic() - begin]
+        return found
 
-    def attempt(self, number, stage, out):
-        """The test that caught a mutant; "compiler" if it is no program at all; "" if nothing did."""
+    def attempt(self, number, stage, show):
+        """What caught a mutant; "compiler" if it is no program at all; None if nothing did."""
         if number in self.dead:
             return "compiler"
-        tests = self.tests[self.mutants[number][0]][stage]
-        for i, (_, seconds, command) in enumerate(tests):
-            if not call(command, 1 + 10 * seconds, number, out):
-                tests[i][0] += 1                         # first what has caught many in little time
-                tests.sort(key=lambda test: test[1] / test[0])
-                return command[1]
-        return ""
+        program, tests = self.tests[self.mutants[number][0]][stage]
+        order = sorted(tests, key=lambda name: tests[name][1] / tests[name][0])          # those that catch many soon
+        for names in [order] if stage == 0 else [[name] for name in order]:              # tests.c ends at the first failure
+            caught = call([program] + names, 1 + 10 * sum(tests[name][1] for name in names), number, show)
+            if caught:
+                if caught in tests:
+                    tests[caught][0] += 1
+                return caught
+        return None
 
 
 # ---- All of it ----
@@ -314,8 +319,8 @@ def digest(names):
 def load(store):
     """What is known: of a file, as long as it is the same; of survivors, as long as the tests are."""
     now = {path: digest([path]) for path in FILES}
-    others = glob.glob("dev/**/*.[ch]", root_dir=ROOT, recursive=True) + ["test_gpt.c", "dev/mutate/mutate.py"]
-    now["tests"] = digest(sorted(set(others) - set(FILES)))
+    others = {os.path.relpath(name, ROOT) for name in glob.glob(os.path.join(ROOT, "dev/**/*.[ch]"), recursive=True)}
+    now["tests"] = digest(sorted(others - set(FILES)))
     if not os.path.exists(store):
         return {"digests": now, "results": {}}
     with open(store, encoding="utf-8") as f:
@@ -400,7 +405,7 @@ def main():
             continue
         if time.monotonic() - begin > o.seconds:
             break
-        caught = bench.attempt(number, stage, None if o.only else subprocess.DEVNULL)
+        caught = bench.attempt(number, stage, bool(o.only))
         results[key_of(path, m)] = caught or ("" if stage else "later")
         with open(store, "w", encoding="utf-8") as f:
             json.dump(state, f)

@@ -455,10 +455,95 @@ static void test_checkpoint_state(void) {
     }
 }
 
+// What a config.json may and may not say beside the sizes of a model that we compute.
+static void test_checkpoint_config_words(void) {
+    static const char *const good[] = {
+        "\"activation_function\": \"gelu_new\"", "\"activation_function\": \"gelu_pytorch_tanh\"", "\"n_inner\": 16",
+        "\"n_inner\": null", "\"layer_norm_epsilon\": 1e-5", "\"scale_attn_by_inverse_layer_idx\": false",
+        "\"scale_attn_weights\": true", "\"drop_path_eval_scale\": [0, 1, 0.5, 0.5]", "\"drop_path_tied\": true",
+        "\"drop_path_eval_scale\": [0.5, 0.5, 1, 1], \"drop_path_tied\": true"};
+    static const struct { const char *words, *error; } bad[] = {
+        {"\"n_inner\": 15", "n_inner"}, {"\"n_inner\": 0", "n_inner"}, {"\"layer_norm_epsilon\": 1e-4", "layer_norm_epsilon"},
+        {"\"scale_attn_by_inverse_layer_idx\": true", "scale_attn_by_inverse_layer_idx"}, {"\"model_type\": true", "model_type"},
+        {"\"activation_function\": true", "activation_function"}, {"\"drop_path_eval_scale\": [1, 1, 1]", "4 numbers"},
+        {"\"drop_path_eval_scale\": [1, 1, 1, 1, 1]", "4 numbers"}, {"\"drop_path_eval_scale\": [1, 1, 1, 1.5]", "from 0 to 1"},
+        {"\"drop_path_eval_scale\": [1, \"a\", 1, 1]", "from 0 to 1"},
+        {"\"drop_path_eval_scale\": [0.5, 1, 1, 1], \"drop_path_tied\": true", "equal"}};
+    for (size_t i = 0; i < sizeof good / sizeof *good + sizeof bad / sizeof *bad; i++) {
+        const size_t k = i - sizeof good / sizeof *good;
+        const char *words = i < sizeof good / sizeof *good ? good[i] : bad[k].words;
+        char *text = xprintf("{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4, %s}", words);
+        GptConfig c;
+        double *scale = NULL;
+        int tied = -1;
+        char *error = checkpoint_parse_config(&c, &scale, &tied, text, strlen(text));
+        if (words != good[i < sizeof good / sizeof *good ? i : 0]) EXPECT_ERROR(error, bad[k].error);
+        else EXPECT(!error && scale && tied == !!strstr(words, "tied"), "%s: %s", words, error ? error : "tied differs");
+        EXPECT(!error || !scale, "%s: factors after an error", words);
+        free(error), free(scale), free(text);
+    }
+}
+
+// The least and the most of a vocabulary and a length, which is more than the sizes of gpt.h alone say.
+static void test_checkpoint_config_sizes(void) {
+    static const struct { int64_t V, T, L; const char *error; } row[] = {
+        {2, 1, 1, NULL}, {16777216, 1048576, 1, NULL}, {16777217, 1, 1, "\"vocab_size\" is 16777217"},
+        {1, 0, 1, "\"n_positions\" is 0"}, {1, 1, -1, "\"n_layer\" is -1"}, {4294967297, 1, 1, "\"vocab_size\""}};
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        char *text = xprintf("{\"vocab_size\": %lld, \"n_positions\": %lld, \"n_layer\": %lld, \"n_head\": 1, \"n_embd\": 2}",
+                             (long long)row[i].V, (long long)row[i].T, (long long)row[i].L);
+        GptConfig c;
+        double *scale = NULL;
+        int tied = 1;
+        char *error = checkpoint_parse_config(&c, &scale, &tied, text, strlen(text));
+        if (row[i].error) EXPECT_ERROR(error, row[i].error);
+        else EXPECT(!error && c.V == row[i].V && c.T == row[i].T && c.L == row[i].L && scale[1] == 1 && !tied, "%s: %s", text,
+                    error ? error : "it reads as something else");
+        free(error), free(scale), free(text);
+    }
+}
+
+// A file of several MiB: what is told of a changed byte, of another length, and by a trainer.json without sizes and marks.
+static void test_checkpoint_tells_where(void) {
+    enum { SIZE = 2 * FILE_SUM_BLOCK + 5 };
+    const char *dir = test_directory();
+    char *path = xprintf("%s/%s", dir, checkpoint_file[2]), *bytes = (char *)xcalloc(SIZE, 1);
+    FileSum sum;
+    file_sum(&sum, bytes, SIZE);
+    static const struct { int marks; size_t at, size; const char *wrong; } row[] = {
+        {1, SIZE, SIZE, NULL}, {0, SIZE, SIZE, NULL}, {1, 0, SIZE, "in bytes 0 to 1048576"},
+        {1, FILE_SUM_BLOCK, SIZE, "in bytes 1048576 to 2097152"}, {1, SIZE - 1, SIZE, "in bytes 2097152 to 2097157"},
+        {0, FILE_SUM_BLOCK, SIZE, "in bytes 0 to 2097157"}, {1, SIZE, SIZE - 1, "it has 2097156 bytes, but 2097157 were written"},
+        {0, SIZE, SIZE - 1, "do not match the SHA-256"}};
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        Text t = {NULL, 0, 0};
+        Json doc;
+        text_printf(&t, "{\"files\": {\"%s\": \"%s\"}", checkpoint_file[2], sum.hex);
+        if (row[i].marks)
+            text_printf(&t, ", \"sizes\": {\"%s\": %d}, \"marks\": {\"%s\": \"%s\"}", checkpoint_file[2], (int)SIZE,
+                        checkpoint_file[2], sum.marks.s);
+        text_append(&t, "}", 1);
+        EXPECT(!json_parse(&doc, t.s, t.n), "%s", t.s);
+        if (row[i].at < SIZE) bytes[row[i].at] ^= 8;
+        FILE *f = file_open(path, "wb");
+        file_write(f, path, bytes, row[i].size);
+        fclose(f);
+        if (row[i].at < SIZE) bytes[row[i].at] ^= 8;
+        char *wrong = checkpoint_verify_file(&doc, dir, 2);
+        if (row[i].wrong) EXPECT_ERROR(wrong, row[i].wrong);
+        else EXPECT(!wrong, "row %zu: %s", i, wrong);
+        free(wrong);
+        json_free(&doc);
+        text_free(&t);
+    }
+    text_free(&sum.marks);
+    free(bytes), free(path);
+}
+
 #define CHECKPOINT_TESTS(X)                                                                          \
     X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
     X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
     X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
-    X(checkpoint_state)
+    X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where)
 
 #endif
