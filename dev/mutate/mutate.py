@@ -16,6 +16,7 @@ Not changed: CHECK and assert, which no right caller reaches; texts of messages;
 """
 import argparse
 import fcntl
+import filecmp
 import glob
 import hashlib
 import json
@@ -222,13 +223,13 @@ def must(error, what):
 class Bench:
     """The programs with all mutants, and the tests of each file with the seconds they take when nothing is wrong."""
 
-    def __init__(self, cc, mutants):
+    def __init__(self, cc, mutants, dead):
         self.cc, self.mutants = cc, mutants
-        self.dead = []                                   # mutants that are no programs
+        self.dead = dead                                 # mutants that are no programs, as far as is known
         self.tests = {}                                  # path -> of either stage, what timed() returns
 
     def prepare(self, sources):
-        shutil.copytree(ROOT, TREE, dirs_exist_ok=True, ignore=lambda folder, names: [
+        shutil.copytree(ROOT, TREE, copy_function=self.copy, dirs_exist_ok=True, ignore=lambda folder, names: [
             n for n in names if n in ("build", "runs", ".git", "__pycache__") or os.path.join(folder, n) in
             [os.path.join(ROOT, path) for path in FILES]])
         self.write("mutant.h", CHOOSE)
@@ -244,17 +245,17 @@ class Bench:
                       600), "cannot compile dev/mutate/tests.c")
             self.tests[path] = [[program, self.timed(program, alone, names)],
                                 ["build/test_gpt", self.timed("build/test_gpt", whole, names)]]
-        return self.dead, self.tests
+        return self.tests
+
+    def copy(self, source, target):                      # only if it changes: make goes by the times
+        if not os.path.exists(target) or not filecmp.cmp(source, target, shallow=False):
+            shutil.copy(source, target)
 
     def write(self, path, text):
-        """Only if it changes, so that make is spared."""
-        place = os.path.join(TREE, path)
-        if os.path.exists(place):
-            with open(place, encoding="utf-8") as f:
-                if f.read() == text:
-                    return
-        with open(place, "w", encoding="utf-8") as f:
+        source = os.path.join(WORK, "written")
+        with open(source, "w", encoding="utf-8") as f:
             f.write(text)
+        self.copy(source, os.path.join(TREE, path))
 
     def weed_out(self, sources):
         """Writes the sources with the mutants, without those that are no programs."""
@@ -322,15 +323,17 @@ def load(store):
     others = {os.path.relpath(name, ROOT) for name in glob.glob(os.path.join(ROOT, "dev/**/*.[ch]"), recursive=True)}
     now["tests"] = digest(sorted(others - set(FILES)))
     if not os.path.exists(store):
-        return {"digests": now, "results": {}}
+        return {"digests": now, "results": {}, "dead": []}
     with open(store, encoding="utf-8") as f:
         state = json.load(f)
     same = {name: state["digests"].get(name) == value for name, value in now.items()}
     state["results"] = {key: caught for key, caught in state["results"].items()
                         if same[key.split(":")[0]] and (caught not in ("", "later") or same["tests"])}
     state["digests"] = now
+    if not all(same[path] for path in FILES):
+        state["dead"] = []
     if not all(same.values()):
-        state.pop("bench", None)
+        state.pop("tests", None)
     return state
 
 
@@ -395,10 +398,8 @@ def main():
     results = state["results"]
     left = o.only or [n for n, (path, m) in mutants.items() if results.get(key_of(path, m), "later") == "later"]
     if left:
-        bench = Bench(o.cc, mutants)
-        if "bench" not in state:
-            state["bench"] = bench.prepare(sources)
-        bench.dead, bench.tests = state["bench"]
+        bench = Bench(o.cc, mutants, state["dead"])
+        bench.tests = state["tests"] = state.get("tests") or bench.prepare(sources)
     for stage, number in [(stage, number) for stage in (0, 1) for number in left]:
         path, m = mutants[number]
         if stage == 1 and results[key_of(path, m)] != "later":

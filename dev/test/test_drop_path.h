@@ -139,6 +139,7 @@ static void test_drop_rate(void) {
         }
     d.p_max = 1 - 1e-12;
     d.depth = DEPTH_UNIFORM;
+    d.branches = BRANCHES_SEPARATE;
     const double rate = drop_path_rate(&d, 1, ATTN, 99);
     EXPECT(rate > 0.999 && rate < 1 && isfinite(drop_path_scale(&d, 1, ATTN, 99)), "a rate that rounds to 1: %.17g", rate);
 }
