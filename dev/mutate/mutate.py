@@ -15,6 +15,7 @@ survivor has no reason.
 Not changed: CHECK and assert, which no right caller reaches; texts of messages; comments.
 """
 import argparse
+import concurrent.futures
 import fcntl
 import filecmp
 import glob
@@ -374,6 +375,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the next call goes on")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="these, though they were tried")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants tried at a time")
     parser.add_argument("--cc", default="cc")
     parser.add_argument("--list", action="store_true")
     o = parser.parse_args()
@@ -396,21 +398,27 @@ def main():
     begin, store = time.monotonic(), os.path.join(WORK, "results.json")
     state = load(store)
     results = state["results"]
+    for number in o.only or []:
+        results.pop(key_of(*mutants[number]), None)
     left = o.only or [n for n, (path, m) in mutants.items() if results.get(key_of(path, m), "later") == "later"]
     if left:
         bench = Bench(o.cc, mutants, state["dead"])
         bench.tests = state["tests"] = state.get("tests") or bench.prepare(sources)
-    for stage, number in [(stage, number) for stage in (0, 1) for number in left]:
-        path, m = mutants[number]
-        if stage == 1 and results[key_of(path, m)] != "later":
-            continue
-        if time.monotonic() - begin > o.seconds:
-            break
-        caught = bench.attempt(number, stage, bool(o.only))
-        results[key_of(path, m)] = caught or ("" if stage else "later")
-        with open(store, "w", encoding="utf-8") as f:
-            json.dump(state, f)
-        print(f"{number}/{len(mutants)} {path}:{line_of(sources[path][0], m)}: {caught or 'survived'}", flush=True)
+    for stage in (0, 1):
+        def attempt(number, stage=stage):
+            late = time.monotonic() - begin > o.seconds
+            return number, False if late else bench.attempt(number, stage, bool(o.only))
+
+        todo = [n for n in left if (results.get(key_of(*mutants[n])) == "later") == (stage == 1)]
+        with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
+            for number, caught in pool.map(attempt, todo):
+                if caught is False:
+                    continue
+                path, m = mutants[number]
+                results[key_of(path, m)] = caught or ("" if stage else "later")
+                with open(store, "w", encoding="utf-8") as f:
+                    json.dump(state, f)
+                print(f"{number}/{len(mutants)} {path}:{line_of(sources[path][0], m)}: {caught or 'survived'}", flush=True)
     return 0 if report(sources, mutants, results) else 1
 
 
