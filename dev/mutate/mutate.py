@@ -43,7 +43,7 @@ static int mutant;
 __attribute__((constructor)) static void mutant_choose(void) { mutant = getenv("MUTANT") ? atoi(getenv("MUTANT")) : 0; }
 """
 FLAGS = "-std=c11 -g -w -march=native -fno-math-errno -ffp-contract=fast -fopenmp -include mutant.h".split()
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split()
+SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
 
 # What decides which rows run, at what scale, and what becomes of their gradients and memory.
 ENGINE_FUNCTIONS = """

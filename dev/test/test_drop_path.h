@@ -79,6 +79,7 @@ static void test_drop_ramp(void) {
         {0, 0, 20, 10, 0, SHAPE_LINEAR, 70, 1},      {0, 0, 20, 10, 0, SHAPE_LINEAR, 80, 0.5},
         {0, 0, 20, 10, 0, SHAPE_LINEAR, 90, 0},      {0, 0, 20, 10, 0, SHAPE_LINEAR, 99, 0},
         {0, 0, 0, 10, 0, SHAPE_LINEAR, 89, 1},       {0, 0, 0, 10, 0, SHAPE_LINEAR, 90, 0},                // recover only
+        {0, 0, 0, 1, 0, SHAPE_LINEAR, 98, 1},        {0, 0, 0, 1, 0, SHAPE_LINEAR, 99, 0},
         {0, 80, 80, 0, 0, SHAPE_LINEAR, 40, 0.5},    {0, 80, 80, 0, 0, SHAPE_LINEAR, 60, 0.5},             // they cross
         {0, 0, 100, 0, 0, SHAPE_LINEAR, 0, 1},       {0, 0, 100, 0, 0, SHAPE_LINEAR, 50, 0.5},             // the whole run
         {0, 0, 20, 0, 0, SHAPE_COSINE, 95, 0.14644660940672624},
@@ -154,6 +155,8 @@ static void test_drop_scale(void) {
     d.scale = SCALE_SURVIVAL;
     d.branches = BRANCHES_ATTN;
     EXPECT(drop_path_eval_scale(&d, 2, MLP) == 1, "the MLP is never dropped, yet scaled");
+    d.ramp_up = 100;                                     // the final rate is that of step 99
+    EXPECT_CLOSE(drop_path_eval_scale(&d, 2, ATTN), 1 - 0.5 * 0.99, 1e-9, "survival of the last step");
     d.recover = 10;                                      // the final rates are 0
     EXPECT(drop_path_eval_scale(&d, 2, ATTN) == 1, "survival after recovery");
 }
@@ -175,7 +178,14 @@ static void test_drop_full_plan(void) {
     drop_plan_keep_all(&plan, scale, 0, 5);
     for (int i = 0; i < 3 * BRANCHES; i++)
         EXPECT(plan.branch[i].n == (scale[i] != 0 ? 5 : 0) && plan.branch[i].scale == scale[i], "branch %d", i);
+    drop_plan_keep_all(&plan, NULL, 1, 2);
+    for (int i = 0; i < 3 * BRANCHES; i++) EXPECT(plan.branch[i].n == 2 && plan.branch[i].scale == 1, "branch %d", i);
+    d.branches = BRANCHES_MLP;                           // only these have factors
+    drop_plan_full(&plan, &d, 4);
+    for (int i = 0; i < 3 * BRANCHES; i++)
+        EXPECT_CLOSE(plan.branch[i].scale, i % 2 == MLP ? 1 - 0.2 * (i / BRANCHES + 1) : 1, 1e-9, "scale");
     drop_plan_free(&plan);
+    EXPECT(!plan.branch && !plan.storage, "a plan that is freed can be freed again");
 }
 
 // ---- Sampling ----
@@ -419,15 +429,15 @@ static void drop_check_deterministic(const DropPath *d) {
 static void test_drop_deterministic(void) { drop_each_policy(drop_policy(8, 0.6), drop_check_deterministic); }
 
 // Plans are the same in every build and in every later version, else a resumed run would drop other branches: four steps of
-// two micro-batches, of each unit, sampling, and separate or tied branches.
+// the first two of three micro-batches, of each unit, sampling, and separate or tied branches.
 static void test_drop_known_answers(void) {
     static const char *const want[2 * N_UNITS * N_SAMPLINGS] = {
-        "133112 321221 332032 313301 333300 120332 312303 333030",
-        "1b.1a.14.03 0d.1d.03.18 16.0d.12.03 0f.1b.09.18 19.0f.03.0c 0f.1a.14.12 13.1e.0c.06 1d.0b.12.11",
+        "133112 332122 332032 331301 333300 330303 312303 331130",
+        "1b.1a.14.03 0f.1d.0a.0c 16.0d.12.03 1b.1e.05.0c 19.0f.03.0c 07.15.0c.03 13.1e.0c.06 1d.0f.18.05",
         "323033 333310 333020 331321 223110 323003 300220 320101",
         "12.14.12.0d 17.19.0d.00 0a.1f.08.0b 1f.1f.04.1c 1e.13.00.11 01.1f.0f.17 1a.16.10.05 0b.1f.02.14",
-        "330303 333030 330303 333030 033330 330303 333300 030333",
-        "16.16.14.14 0f.0f.09.09 13.13.0a.0a 1e.1e.11.11 0f.0f.18.18 1c.1c.06.06 1d.1d.09.09 0e.0e.12.12",
+        "330303 333030 330303 333030 033330 330303 333300 303030",
+        "16.16.14.14 19.19.09.09 13.13.0a.0a 1d.1d.05.05 0f.0f.18.18 13.13.14.14 1d.1d.09.09 0b.0b.12.12",
         "333000 303330 033300 303330 333330 333000 330300 333300",
         "0b.0b.12.12 1e.1e.08.08 1e.1e.1d.1d 1e.1e.00.00 1d.1d.00.00 1f.1f.00.00 13.13.16.16 13.13.00.00",
     };
@@ -443,7 +453,7 @@ static void test_drop_known_answers(void) {
         for (int64_t step = 0; step < 4; step++)
             for (int m = 0; m < 2; m++) {
                 if (text.n) text_append(&text, " ", 1);
-                drop_plan_sample(&plan, &d, step << 33 | step, m, 2, 1, batch);
+                drop_plan_sample(&plan, &d, step << 33 | step, m, 3, 1, batch);
                 drop_plan_write(&text, &plan, d.unit);
             }
         EXPECT_TEXT(text.s, want[i]);
@@ -557,6 +567,11 @@ static void test_drop_bound(void) {
     drop_each_policy(d, drop_check_bound);
     d.ramp_up = 0;                                       // falling: the last steps keep the most
     d.ramp_down = 30;
+    drop_each_policy(d, drop_check_bound);
+    d.ramp_down = 1;                                     // it would reach 0 after the last step
+    drop_each_policy(d, drop_check_bound);
+    d.ramp_down = 0;
+    d.start = 1;                                         // all of step 0
     drop_each_policy(d, drop_check_bound);
 }
 
