@@ -55,15 +55,11 @@ ENGINE_FUNCTIONS = """
 # Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt that
 # what survives them also has to survive, most of them whole runs.
 FILES = {                                                # path -> (sanitizers, tests alone, whole runs)
-    "dev/drop_path.h": (True, "drop_.*", """
-        trainer_(survival|replay|drop|learns|warns|dry|resume_is).* evaluate_.* export_.* tools_.* numbers_forward.*
-        engine_(bounded|poison|evaluates) ranks_synced_plans"""),
+    "dev/drop_path.h": (True, "drop_.*", "trainer_(survival|replay).* evaluate_(depths|without).* engine_(bounded|evaluates)"),
     "dev/checkpoint.h": (True, "checkpoint_.*", """
-        torture_short trainer_(survival|killed|learns|refuses|weights|resume_is).* numbers_(bad_g|weights|are_in|replay).*
-        init_from_.* evaluate_.* export_.* tools_.* interop_.* generate_.*"""),
+        torture_short numbers_are_in.* trainer_survival.* init_from_folds export_.* evaluate_refuses.* interop_sharded.*"""),
     "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
-        evaluate_.* numbers_(selfcheck|forward).* trainer_(drop|survival|resume_is).* ranks_(synced|resume).* engine_many.*
-        choices_evaluate""")}
+        numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*""")}
 
 OPERATORS = [(" < ", " <= "), (" < ", " >= "), (" <= ", " < "), (" > ", " >= "), (" > ", " <= "), (" >= ", " > "),
              (" == ", " != "), (" != ", " == "), (" + ", " - "), (" - ", " + "), (" * ", " / "), (" / ", " * "),

@@ -55,6 +55,11 @@ static void test_checkpoint_round_trip(void) {
     checkpoint_read_config(dir, &c, &scale, &tied);
     EXPECT(!memcmp(&c, &checkpoint_test_config, sizeof c), "config.json has other sizes");
     EXPECT(scale[2] == 0.75 && scale[3] == 0.5 && !tied, "config.json has other factors");
+    char *json = xprintf("%s/config.json", dir);
+    Text config = test_read_file(json);
+    EXPECT(strstr(config.s, sizeof(real) == 8 ? "\"float64\"" : "\"float32\""), "%s", config.s);
+    text_free(&config);
+    free(json);
     int64_t counts[5];
     CheckpointState s = {.adamw_steps = counts, .eval_scale = scale};
     Model *saved = checkpoint_test_model(8), *loaded = checkpoint_test_model(1);
@@ -142,6 +147,22 @@ static void test_checkpoint_latest_is_the_newest_whole_one(void) {
     free(found), free(stray), free(other), free(damaged), free(want);
 }
 
+static void checkpoint_test_names(const char *out, const char *want) {
+    char *command = xprintf("cd %s && LC_ALL=C ls -A | tr '\\n' ' '", out);
+    ToolRun r = shell_run(command);
+    EXPECT_TEXT(r.out.s, want);
+    tool_free(&r);
+    free(command);
+}
+
+// Makes OUT/name a checkpoint's directory with one of its files.
+static void checkpoint_test_leave(const char *out, const char *name) {
+    char *dir = xprintf("%s/%s", out, name), *file = xprintf("%s/config.json", dir);
+    directory_make(dir);
+    file_write_whole(file, name, strlen(name));
+    free(dir), free(file);
+}
+
 static void test_checkpoint_prunes_and_replaces(void) {
     const char *out = test_directory();
     char *stray = xprintf("%s/.latest.tmp", out);        // what a kill between making the link and renaming it leaves
@@ -149,7 +170,9 @@ static void test_checkpoint_prunes_and_replaces(void) {
     for (int64_t step = 1; step <= 5; step++) checkpoint_test_save(out, step);
     EXPECT(!path_exists(stray), "%s stays", stray);
     free(stray);
+    checkpoint_test_leave(out, ".step_00000005.old");    // what a kill between two renames leaves
     checkpoint_test_save(out, 5);                        // the same step once more
+    checkpoint_test_names(out, "latest step_00000001 step_00000002 step_00000003 step_00000004 step_00000005 ");
     checkpoint_prune(out, 0, 5);
     CheckpointList list = checkpoint_list(out);
     EXPECT(list.n == 5 && list.step[0] == 5 && list.step[4] == 1, "%d checkpoints", list.n);
@@ -272,22 +295,6 @@ static void test_checkpoint_refuses_other_models(void) {
 
 // ---- What a crash leaves, and what --resume puts right ----
 
-static void checkpoint_test_names(const char *out, const char *want) {
-    char *command = xprintf("cd %s && LC_ALL=C ls -A | tr '\\n' ' '", out);
-    ToolRun r = shell_run(command);
-    EXPECT_TEXT(r.out.s, want);
-    tool_free(&r);
-    free(command);
-}
-
-// Makes OUT/name a checkpoint's directory with one of its files.
-static void checkpoint_test_leave(const char *out, const char *name) {
-    char *dir = xprintf("%s/%s", out, name), *file = xprintf("%s/config.json", dir);
-    directory_make(dir);
-    file_write_whole(file, name, strlen(name));
-    free(dir), free(file);
-}
-
 static void test_checkpoint_recovers(void) {
     const char *out = test_directory();
     static const char *const left[] = {".step_00000001.tmp", ".step_00000001.old", "step_00000001", ".step_00000002.old",
@@ -383,11 +390,13 @@ static void test_checkpoint_config(void) {
         {1, 0, 1, "", "\"bos_token_id\": 0,\n  \"eos_token_id\": 0,\n  \"torch_dtype\": \"half\"\n}\n"},
         {1, 50256, 0, "ab", "_id\": 50256,\n  \"torch_dtype\": \"half\",\n  \"tokenizer_sha256\": \"ab\"\n}\n"},
         {0.5, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 1, 0.5],\n  \"drop_path_tied\": false\n}\n"},
+        {0.25, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [0.5, 1, 1, 1],\n  \"drop_path_tied\": false\n}\n"},
         {0.5, -1, 1, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 0.5, 0.5],\n  \"drop_path_tied\": true\n}\n"}};
     for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {
         Text t = {NULL, 0, 0};
         CheckpointState s = {.eval_scale = scale, .tied = row[i].tied, .eot = row[i].eot, .tokenizer_sha256 = row[i].sha};
-        scale[3] = row[i].scale, scale[2] = row[i].tied ? row[i].scale : 1;
+        scale[3] = row[i].scale, scale[2] = row[i].tied ? row[i].scale : 1, scale[0] = 1;
+        if (row[i].scale == 0.25) scale[0] = 0.5, scale[3] = 1;          // the first alone
         checkpoint_config_json(&t, c, &s, "half");
         const size_t n = strlen(row[i].end);
         EXPECT(t.n > n && !strcmp(t.s + t.n - n, row[i].end), "row %zu: %s", i, t.s);
@@ -540,10 +549,58 @@ static void test_checkpoint_tells_where(void) {
     free(bytes), free(path);
 }
 
+// trainer.json, to the letter but for its own sum: older programs' checkpoints must go on being read.
+static void test_checkpoint_trainer_json(void) {
+    CheckpointState s = {.step = 3, .tokens = 40, .bad_steps = 2, .options = "a"};
+    CheckpointSums sums;
+    Text t = {NULL, 0, 0};
+    memset(&sums, 0, sizeof sums);
+    spikes_add(&s.losses, 1), spikes_add(&s.losses, 2.5), spikes_add(&s.losses, 3), spikes_add(&s.norms, 4);
+    for (int i = 0; i < CHECKPOINT_FILES; i++) {
+        snprintf(sums.file[i].hex, sizeof sums.file[i].hex, "hex%d", i);
+        sums.file[i].size = (uint64_t)i + 10;
+        if (i) text_printf(&sums.file[i].marks, "mark%d", i);
+    }
+    checkpoint_trainer_json(&t, &s, &sums);
+    char *own = strstr(t.s, CHECKPOINT_SELF);
+    EXPECT(own && t.n == (size_t)(own - t.s) + strlen(CHECKPOINT_SELF) + 64 + 4, "%s", t.s);
+    if (own) *own = 0;
+    EXPECT_TEXT(t.s, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": 3,\n  \"tokens\": 40,\n  \"options\": \"a\",\n"
+                "  \"bad_steps\": 2,\n  \"losses\": [1, 2.5, 3],\n  \"grad_norms\": [4],\n  \"files\": {\n"
+                "    \"model.safetensors\": \"hex0\",\n    \"config.json\": \"hex1\",\n    \"optimizer.safetensors\": \"hex2\"\n"
+                "  },\n  \"sizes\": {\"model.safetensors\": 10, \"config.json\": 11, \"optimizer.safetensors\": 12},\n"
+                "  \"marks\": {\"model.safetensors\": \"\", \"config.json\": \"mark1\", \"optimizer.safetensors\": \"mark2\"},\n");
+    for (int i = 0; i < CHECKPOINT_FILES; i++) text_free(&sums.file[i].marks);
+    text_free(&t);
+}
+
+// Only what stays behind is told.
+static void test_checkpoint_remove(void) {
+    const char *out = test_directory();
+    char *log = xprintf("%s/log", out), *dir = xprintf("%s/step", out), *guest = xprintf("%s/step/guest", out);
+    static const char *const want[3] = {"", "", "Directory not empty"};      // a checkpoint, nothing, one with a guest
+    for (int i = 0; i < 3; i++) {
+        if (i != 1) checkpoint_test_leave(out, "step");
+        if (i == 2) checkpoint_test_leave(out, "step/guest");
+        fflush(stderr);
+        const int err = dup(2), to = open(log, O_CREAT | O_WRONLY | O_TRUNC, 0666);
+        dup2(to, 2);
+        checkpoint_remove(dir);
+        fflush(stderr);
+        dup2(err, 2), close(err), close(to);
+        Text t = test_read_file(log);
+        EXPECT(*want[i] ? strstr(t.s, want[i]) && !strchr(strchr(t.s, '\n') + 1, '\n') : !*t.s, "case %d: %s", i, t.s);
+        EXPECT(path_exists(dir) == (i == 2) && path_exists(guest) == (i == 2), "case %d: what is left", i);
+        text_free(&t);
+    }
+    free(log), free(dir), free(guest);
+}
+
 #define CHECKPOINT_TESTS(X)                                                                          \
     X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
     X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
     X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
-    X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where)
+    X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where) \
+    X(checkpoint_trainer_json) X(checkpoint_remove)
 
 #endif
