@@ -125,6 +125,20 @@ static void test_checkpoint_finds_every_damage(void) {
     free(dir);
 }
 
+// What f(arg) says on standard error.
+static Text checkpoint_test_told(void (*f)(void *), const void *arg) {
+    char *log = xprintf("%s/log", test_directory());
+    fflush(stderr);
+    const int err = dup(2), to = open(log, O_CREAT | O_WRONLY | O_TRUNC, 0666);
+    dup2(to, 2);
+    f((void *)(uintptr_t)arg);
+    fflush(stderr);
+    dup2(err, 2), close(err), close(to);
+    Text told = test_read_file(log);
+    free(log);
+    return told;
+}
+
 static void checkpoint_test_latest(void *out) { free(checkpoint_latest((const char *)out)); }
 
 static void test_checkpoint_latest_is_the_newest_whole_one(void) {
@@ -135,9 +149,15 @@ static void test_checkpoint_latest_is_the_newest_whole_one(void) {
     char *damaged = xprintf("%s/step_00000003/model.safetensors", out), *want = xprintf("%s/step_00000002", out);
     directory_make(stray);                               // what a killed run leaves behind
     directory_make(other);                               // what is not ours
-    EXPECT(truncate(damaged, 100) == 0, "%s", damaged);
     char *found = checkpoint_latest(out);
+    EXPECT(strstr(damaged, found) == damaged && strlen(found) == strlen(want), "%s", found);
+    free(found);
+    EXPECT(truncate(damaged, 100) == 0, "%s", damaged);
+    found = checkpoint_latest(out);
     EXPECT_TEXT(found, want);
+    Text told = checkpoint_test_told(checkpoint_test_latest, out);
+    EXPECT(strstr(told.s, damaged), "the damaged one is not named: %s", told.s);
+    text_free(&told);
     for (int step = 1; step <= 2; step++) {
         char *path = xprintf("%s/step_%08d/trainer.json", out, step);
         EXPECT(truncate(path, 10) == 0, "%s", path);
@@ -298,12 +318,12 @@ static void test_checkpoint_refuses_other_models(void) {
 static void test_checkpoint_recovers(void) {
     const char *out = test_directory();
     static const char *const left[] = {".step_00000001.tmp", ".step_00000001.old", "step_00000001", ".step_00000002.old",
-                                       ".step_00000003.tmp", ".step_00000004.new", "xstep_00000005.tmp"};
+                                       ".step_00000003.tmp", ".step_00000004.new", "xstep_00000005.tmp", ".step-00000006.tmp"};
     for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
     char *link = xprintf("%s/.latest.tmp", out), *back = xprintf("%s/step_00000002/config.json", out);
     EXPECT(symlink("step_00000009", link) == 0, "%s", link);
     checkpoint_recover(out);
-    checkpoint_test_names(out, ".step_00000004.new step_00000001 step_00000002 xstep_00000005.tmp ");
+    checkpoint_test_names(out, ".step-00000006.tmp .step_00000004.new step_00000001 step_00000002 xstep_00000005.tmp ");
     Text t = test_read_file(back);
     EXPECT_TEXT(t.s, ".step_00000002.old");
     text_free(&t);
@@ -318,7 +338,8 @@ static void test_checkpoint_recovers(void) {
 static void test_checkpoint_list(void) {
     const char *out = test_directory();
     static const char *const name[] = {"step_00000003", "step_00000010", "step_123456789012", "step_0000007", "step_00000008x",
-                                       "step_-00000009", "Step_00000011", "step_00000000"};
+                                       "step_-00000009", "Step_00000011", "step_00000000",
+                                       "step-00000004"};
     for (size_t i = 0; i < sizeof name / sizeof name[0]; i++) checkpoint_test_leave(out, name[i]);
     CheckpointList list = checkpoint_list(out);
     EXPECT(list.n == 4 && list.step[0] == 123456789012 && list.step[1] == 10 && list.step[2] == 3 && list.step[3] == 0,
@@ -326,27 +347,33 @@ static void test_checkpoint_list(void) {
     free(list.step);
     checkpoint_prune(out, 1, 10);                        // the first is newer than what was written last
     checkpoint_prune(out, -1, 10);
-    checkpoint_test_names(out, "Step_00000011 step_-00000009 step_00000008x step_00000010 step_0000007 "
+    checkpoint_test_names(out, "Step_00000011 step-00000004 step_-00000009 step_00000008x step_00000010 step_0000007 "
                           "step_123456789012 ");
     CheckpointList none = checkpoint_list("/nowhere");
     EXPECT(none.n == 0 && !none.step, "%d checkpoints nowhere", none.n);
 }
 
 // What is newer than the checkpoint that a run goes on from is set aside, unless something is there; `latest` is mended.
+static void checkpoint_test_settle(void *out) { checkpoint_settle((const char *)out, "step_00000012"); }
+
 static void test_checkpoint_settles(void) {
     const char *out = test_directory();
     char *latest = xprintf("%s/latest", out), target[64] = "";
-    static const char *const left[] = {"step_00000001", "step_00000002", "step_00000003", "step_00000003.damaged",
-                                       "step_00000004"};
+    static const char *const left[] = {"step_00000011", "step_00000012", "step_00000013", "step_00000013.damaged",
+                                       "step_00000014"};
     for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
     for (int i = 0; i < 3; i++) {                        // without the link, with it, and with another
-        checkpoint_settle(out, "step_00000002");
-        checkpoint_test_names(out, "latest step_00000001 step_00000002 step_00000003 step_00000003.damaged "
-                              "step_00000004.damaged ");
+        Text t = checkpoint_test_told(checkpoint_test_settle, out);
+        const char *first = strchr(t.s, '\n'), *second = first ? strchr(first + 1, '\n') : NULL;
+        EXPECT(i ? first == t.s + t.n - 1 : second == t.s + t.n - 1, "turn %d: %s", i, t.s);
+        EXPECT(!!strstr(t.s, "14 is now ") == !i && strstr(t.s, "13 stays: "), "turn %d: %s", i, t.s);
+        text_free(&t);
+        checkpoint_test_names(out, "latest step_00000011 step_00000012 step_00000013 step_00000013.damaged "
+                              "step_00000014.damaged ");
         memset(target, 0, sizeof target);
         EXPECT(readlink(latest, target, sizeof target - 1) == 13, "%s is no link", latest);
-        EXPECT_TEXT(target, "step_00000002");
-        if (i == 1) EXPECT(!unlink(latest) && !symlink("step_00000001", latest), "%s", latest);
+        EXPECT_TEXT(target, "step_00000012");
+        if (i == 1) EXPECT(!unlink(latest) && !symlink("step_00000011", latest), "%s", latest);
     }
     free(latest);
 }
@@ -574,26 +601,21 @@ static void test_checkpoint_trainer_json(void) {
     text_free(&t);
 }
 
+static void checkpoint_test_remove(void *dir) { checkpoint_remove((const char *)dir); }
+
 // Only what stays behind is told.
 static void test_checkpoint_remove(void) {
     const char *out = test_directory();
-    char *log = xprintf("%s/log", out), *dir = xprintf("%s/step", out), *guest = xprintf("%s/step/guest", out);
-    static const char *const want[3] = {"", "", "Directory not empty"};      // a checkpoint, nothing, one with a guest
-    for (int i = 0; i < 3; i++) {
+    char *dir = xprintf("%s/step", out), *guest = xprintf("%s/step/guest", out);
+    for (int i = 0; i < 3; i++) {                        // a checkpoint, nothing, one with a guest
         if (i != 1) checkpoint_test_leave(out, "step");
         if (i == 2) checkpoint_test_leave(out, "step/guest");
-        fflush(stderr);
-        const int err = dup(2), to = open(log, O_CREAT | O_WRONLY | O_TRUNC, 0666);
-        dup2(to, 2);
-        checkpoint_remove(dir);
-        fflush(stderr);
-        dup2(err, 2), close(err), close(to);
-        Text t = test_read_file(log);
-        EXPECT(*want[i] ? strstr(t.s, want[i]) && !strchr(strchr(t.s, '\n') + 1, '\n') : !*t.s, "case %d: %s", i, t.s);
+        Text t = checkpoint_test_told(checkpoint_test_remove, dir);
+        EXPECT(i == 2 ? strstr(t.s, "cannot remove") && strchr(t.s, '\n') == t.s + t.n - 1 : !t.n, "case %d: %s", i, t.s);
         EXPECT(path_exists(dir) == (i == 2) && path_exists(guest) == (i == 2), "case %d: what is left", i);
         text_free(&t);
     }
-    free(log), free(dir), free(guest);
+    free(dir), free(guest);
 }
 
 #define CHECKPOINT_TESTS(X)                                                                          \

@@ -485,8 +485,8 @@ static void test_drop_sync(void) { drop_each_policy(drop_policy(4, 0.6), drop_ch
 
 // A rate of zero, by p_max or by the ramp, is the full plan with scales of exactly 1.
 static void drop_check_zero(const DropPath *d) {
-    enum { L = 4, B = 3 };
-    DropPlan plan = drop_plan_new(L, B), full = drop_plan_new(L, B);
+    enum { B = 3 };
+    DropPlan plan = drop_plan_new(d->layers, B), full = drop_plan_new(d->layers, B);
     drop_plan_full(&full, NULL, B);
     full.tied = d->branches == BRANCHES_TIED;
     for (int64_t step = 0; step < 50; step++) {
@@ -502,6 +502,11 @@ static void test_drop_zero(void) {
     late.start = 50;
     drop_each_policy(drop_policy(4, 0), drop_check_zero);
     drop_each_policy(late, drop_check_zero);
+    DropPath rare = drop_policy(3, 0);                   // whose number for branch 4 is 0, too: found by search
+    rare.sampling = SAMPLING_BERNOULLI;
+    rare.seed = 371490725;
+    EXPECT(rng_words(rare.seed, STREAM_DROP, 0, 0, 4).v[0] == 0, "another generator: search again");
+    drop_check_zero(&rare);
 }
 
 // ---- Cost ----
