@@ -287,6 +287,29 @@ static void checkpoint_test_read_config(void *dir) {
     checkpoint_load_weights((const char *)dir, engine_cpu(), m, &c);
 }
 
+static void checkpoint_test_load(void *out) {
+    char *dir = xprintf("%s/latest", (char *)out);
+    int64_t counts[5];
+    CheckpointState s = {.adamw_steps = counts};
+    checkpoint_load(dir, engine_cpu(), checkpoint_test_model(1), &checkpoint_test_config, &s);
+}
+
+// No update was done more often than there were steps.
+static void test_checkpoint_refuses_counts(void) {
+    const char *out = test_directory();
+    double scale[4] = {1, 1, 1, 1};
+    Model *m = checkpoint_test_model(1);
+    for (int i = 0; i < 5; i++)
+        for (int64_t count = -1; count <= 4; count += 5) {
+            int64_t counts[5] = {0};
+            CheckpointState s = {.step = 3, .adamw_steps = counts, .eval_scale = scale, .options = ""};
+            counts[i] = count;
+            checkpoint_save(out, engine_cpu(), m, &checkpoint_test_config, &s);
+            EXPECT_EXIT(1, count < 0 ? "adamw_steps has -1" : "adamw_steps has 4", checkpoint_test_load, (void *)(uintptr_t)out);
+        }
+    engine_cpu()->close(m);
+}
+
 static void test_checkpoint_refuses_other_models(void) {
     static const struct { const char *config, *part; } wrong[] = {
         {"", "config.json"}, {"[]", "vocab_size"}, {"{\"vocab_size\": 7}", "n_positions"},
@@ -306,6 +329,7 @@ static void test_checkpoint_refuses_other_models(void) {
         {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 3, \"n_embd\": 4}", "multiple"}};
     const char *dir = test_directory();
     Model *m = checkpoint_test_model(4);
+    EXPECT_EXIT(1, "cannot read", checkpoint_test_read_config, (void *)(uintptr_t)dir);
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         checkpoint_test_published(dir, wrong[i].config, m);
         EXPECT_EXIT(1, wrong[i].part, checkpoint_test_read_config, (void *)(uintptr_t)dir);
@@ -444,6 +468,7 @@ static const char *checkpoint_test_state(CheckpointState *s, const char *text) {
     char hex[SHA256_HEX];
     Text t = {NULL, 0, 0};
     memset(s, 0, sizeof *s);
+    s->losses.n = s->norms.n = 5;                        // of another run
     text_printf(&t, "%s\n", text);
     sha256_hex(hex, t.s, t.n);
     text_printf(&t, CHECKPOINT_SELF "%s\"\n}\n", hex);
@@ -475,6 +500,7 @@ static void test_checkpoint_state(void) {
     for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
         const char *error = checkpoint_test_state(&s, good[i]);
         EXPECT(!error, "%s: %s", good[i], error);
+        EXPECT(s.bad_steps == (i == 1 ? 1000000000 : 0) && s.losses.n == 0 && s.norms.n == (i == 2 ? 2 : 0), "%s", good[i]);
     }
     EXPECT(s.step == 3 && s.tokens == 4 && s.losses.n == 0 && s.norms.n == 2, "%d and %d numbers", s.losses.n, s.norms.n);
     EXPECT(s.norms.value[0] == -1 && s.norms.value[1] == 2.5, "other numbers");
@@ -623,6 +649,6 @@ static void test_checkpoint_remove(void) {
     X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
     X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
     X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where) \
-    X(checkpoint_trainer_json) X(checkpoint_remove)
+    X(checkpoint_trainer_json) X(checkpoint_remove) X(checkpoint_refuses_counts)
 
 #endif
