@@ -578,6 +578,11 @@ static void test_drop_bound(void) {
     d.ramp_down = 0;
     d.start = 1;                                         // all of step 0
     drop_each_policy(d, drop_check_bound);
+    d = drop_policy(3, 0.6);                             // step 0 alone keeps all rows
+    d.unit = UNIT_ROW, d.ramp_up = 2, d.ramp_from = 0.3;
+    int attn, mlp, rows;
+    drop_path_bound(&d, 4, &attn, &mlp, &rows);
+    EXPECT(attn == 12 && mlp == 12 && rows == 24, "%d, %d, %d rows", attn, mlp, rows);
 }
 
 // ---- Plans as text ----
