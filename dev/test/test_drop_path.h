@@ -677,6 +677,7 @@ static void test_drop_text_damaged(void) {
     d.branches = BRANCHES_TIED;
     EXPECT_ERROR(drop_plan_read(&plan, &d, 0, "7.7.7.6", 0, 3), "tied");
     EXPECT_ERROR(drop_plan_read(&plan, &d, 0, "31", 0, 3), "tied");
+    EXPECT_ERROR(drop_plan_read(&plan, &d, 0, "3.5.0.0", 0, 3), "tied");             // as many rows, but others
     EXPECT(!drop_plan_read(&plan, &d, 0, "6.6.0.0", 0, 3), "a tied plan is refused");
     drop_plan_free(&plan);
 }
