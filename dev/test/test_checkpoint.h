@@ -45,7 +45,16 @@ static inline int checkpoint_test_same(Model *a, Model *b, Slot slot) {
     return same;
 }
 
+static int64_t checkpoint_test_counts;                   // which the engine is told
+
+static void checkpoint_test_resumed(Model *m, const int64_t *t) {
+    (void)m;
+    checkpoint_test_counts = t[1];
+}
+
 static void test_checkpoint_round_trip(void) {
+    Engine e = *engine_cpu();
+    e.resumed = checkpoint_test_resumed;
     const char *out = test_directory();
     checkpoint_test_save(out, 8);
     char *dir = xprintf("%s/latest", out);
@@ -63,7 +72,8 @@ static void test_checkpoint_round_trip(void) {
     int64_t counts[5];
     CheckpointState s = {.adamw_steps = counts, .eval_scale = scale};
     Model *saved = checkpoint_test_model(8), *loaded = checkpoint_test_model(1);
-    checkpoint_load(dir, engine_cpu(), loaded, &c, &s);
+    checkpoint_load(dir, &e, loaded, &c, &s);
+    EXPECT(checkpoint_test_counts == 7, "the engine is not told what it goes on from");
     EXPECT(s.step == 8 && s.tokens == 512, "step %lld, %lld tokens", (long long)s.step, (long long)s.tokens);
     EXPECT(counts[0] == 8 && counts[1] == 7 && counts[3] == 0, "AdamW's steps differ");
     EXPECT_TEXT(s.options, "steps = 9\n");
