@@ -388,13 +388,13 @@ static void test_checkpoint_list(void) {
 }
 
 // What is newer than the checkpoint that a run goes on from is set aside, unless something is there; `latest` is mended.
-static void checkpoint_test_settle(void *out) { checkpoint_settle((const char *)out, "step_00000012"); }
+static void checkpoint_test_settle(void *out) { checkpoint_settle((const char *)out, "step_10000012"); }
 
 static void test_checkpoint_settles(void) {
     const char *out = test_directory();
     char *latest = xprintf("%s/latest", out), target[64] = "";
-    static const char *const left[] = {"step_00000011", "step_00000012", "step_00000013", "step_00000013.damaged",
-                                       "step_00000014"};
+    static const char *const left[] = {"step_10000011", "step_10000012", "step_10000013", "step_10000013.damaged",
+                                       "step_10000014"};
     for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
     for (int i = 0; i < 3; i++) {                        // without the link, with it, and with another
         Text t = checkpoint_test_told(checkpoint_test_settle, out);
@@ -402,12 +402,12 @@ static void test_checkpoint_settles(void) {
         EXPECT(i ? first == t.s + t.n - 1 : second == t.s + t.n - 1, "turn %d: %s", i, t.s);
         EXPECT(!!strstr(t.s, "14 is now ") == !i && strstr(t.s, "13 stays: "), "turn %d: %s", i, t.s);
         text_free(&t);
-        checkpoint_test_names(out, "latest step_00000011 step_00000012 step_00000013 step_00000013.damaged "
-                              "step_00000014.damaged ");
+        checkpoint_test_names(out, "latest step_10000011 step_10000012 step_10000013 step_10000013.damaged "
+                              "step_10000014.damaged ");
         memset(target, 0, sizeof target);
         EXPECT(readlink(latest, target, sizeof target - 1) == 13, "%s is no link", latest);
-        EXPECT_TEXT(target, "step_00000012");
-        if (i == 1) EXPECT(!unlink(latest) && !symlink("step_00000011", latest), "%s", latest);
+        EXPECT_TEXT(target, "step_10000012");
+        if (i == 1) EXPECT(!unlink(latest) && !symlink("step_10000011", latest), "%s", latest);
     }
     free(latest);
 }
