@@ -4,6 +4,7 @@ drop-path part of train_gpt.c with one place changed. All of them are compiled i
 its function, and the variable MUTANT says which one a run is. Tests run on it until one fails.
 
     make mutate                          all; those caught before are not tried again, until their file changes
+    dev/mutate/mutate.py --jobs 4        several at a time
     dev/mutate/mutate.py --seconds 170   stops in time; the next call goes on
     dev/mutate/mutate.py --only 17 18    these alone, by their numbers, with what the tests print
     dev/mutate/mutate.py --list          the mutants and their numbers
@@ -43,7 +44,7 @@ static int mutant;
 __attribute__((constructor)) static void mutant_choose(void) { mutant = getenv("MUTANT") ? atoi(getenv("MUTANT")) : 0; }
 """
 FLAGS = "-std=c11 -g -w -march=native -fno-math-errno -ffp-contract=fast -fopenmp -include mutant.h".split()
-SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
+SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
 
 # What decides which rows run, at what scale, and what becomes of their gradients and memory.
 ENGINE_FUNCTIONS = """
@@ -52,12 +53,14 @@ ENGINE_FUNCTIONS = """
     mlp_branch_forward mlp_branch_backward block_forward block_backward run_forward model_forward_backward
     model_update""".split()
 
-# Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt that
-# what survives them also has to survive, most of them whole runs.
+# Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt
+# that what survives them also has to survive, most of them whole runs.
 FILES = {                                                # path -> (sanitizers, tests alone, whole runs)
-    "dev/drop_path.h": (True, "drop_.*", "trainer_(survival|replay).* evaluate_(depths|without).* engine_(bounded|evaluates)"),
+    "dev/drop_path.h": (True, "drop_.*", """
+        trainer_(survival|replay).* evaluate_(depths|without).* engine_(bounded|evaluates)"""),
     "dev/checkpoint.h": (True, "checkpoint_.*", """
-        torture_short numbers_are_in.* trainer_survival.* init_from.* export_.* evaluate_refuses.* interop_sharded.*"""),
+        torture_short numbers_are_in.* trainer_survival.* init_from.* export_.* evaluate_refuses.*
+        interop_sharded.*"""),
     "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
         numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*""")}
 
@@ -80,7 +83,7 @@ def code_only(text):
 
 
 def functions_of(path, code):
-    """name -> (beginning, place of the name, from, to of the body); it ends with } as a line begins, or on its first line."""
+    """name -> (beginning, place of the name, from, to of the body); its } begins a line, or ends its first one."""
     found = {}
     for m in re.finditer(r"^(?:static|[a-zA-Z]).*?\b(\w+)\([^;{}]*\)\s*\{", code, re.M):
         end = code.find("\n", m.end()) if code[m.end()] != "\n" else code.find("\n}", m.end()) + 2
@@ -154,8 +157,8 @@ def describe(text, mutant):
 
 
 def with_mutants(text, functions, mutants):
-    """The file with its functions copied, once as they are and once for each of their mutants (number -> mutant), and in
-    their place one that calls the copy that is wanted. A compiler calls the copy's file mutant_NUMBER."""
+    """The file with its functions copied, once as they are and once for each of their mutants (number -> mutant), and
+    in their place one that calls the copy that is wanted. A compiler calls the copy's file mutant_NUMBER."""
     pieces, at = [], 0
     for name, (start, place, body, end) in functions.items():
         mine = {n: m for n, m in mutants.items() if body <= m[0] < end}
@@ -169,7 +172,8 @@ def with_mutants(text, functions, mutants):
             copies.append(f'#line 1 "mutant_{number}"\n' + text[start:place] + f"{name}_m{number}" +
                           text[place + len(name):a] + new + text[b:end])
             cases += f" case {number}: return {name}_m{number}{call}"
-        copies.append(f'#line 1 "all mutants"\n{text[start:body]} switch (mutant) {{{cases} default: return {name}_m0{call} }} }}')
+        choice = f"switch (mutant) {{{cases} default: return {name}_m0{call} }} }}"
+        copies.append(f'#line 1 "all mutants"\n{text[start:body]} {choice}')
         pieces += [text[at:start], "\n".join(copies)]
         at = end
     return "".join(pieces) + text[at:]
@@ -188,7 +192,7 @@ class Limits:
 
 
 def call(command, seconds, number=0, show=False):
-    """Runs it on the mutant of that number, for so many seconds of processor time. None if it succeeds, or what failed."""
+    """Runs it on that mutant, for so many seconds of processor time. None if it succeeds, or what failed."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as tmp:     # syncs are slow
         environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MUTANT=str(number), TMPDIR=tmp,
                            ASAN_OPTIONS="max_allocation_size_mb=4096", MAKEFLAGS="", LC_ALL="C")
@@ -231,15 +235,15 @@ class Bench:
             [os.path.join(ROOT, path) for path in FILES]])
         self.write("mutant.h", CHOOSE)
         self.weed_out(sources)
-        make = ["make", "-s", f"CC={self.cc}", "EMULATE=0", "TEST_O=-O0"]                # the engine fast, the rest soon
+        make = ["make", "-s", f"CC={self.cc}", "EMULATE=0", "TEST_O=-O0"]        # the engine fast, the rest soon
         must(call(make + ["CFLAGS=-O1 -w -include mutant.h", "build/engine_cpu.o", "build/train_gpt"], 900) or
-             call(make + ["CFLAGS=-O0 -w -include mutant.h", "all", "build/test_gpt", "build/torture"], 900), "make fails")
-        names = subprocess.run(["build/test_gpt", "--list"], cwd=TREE, stdout=subprocess.PIPE, check=True).stdout.decode().split()
+             call(make + ["CFLAGS=-O0 -w -include mutant.h", "all", "build/test_gpt", "build/torture"], 900), "make")
+        names = subprocess.check_output(["build/test_gpt", "--list"], cwd=TREE, text=True).split()
         for group, (path, (sanitizers, alone, whole)) in enumerate(FILES.items(), 1):
             program = f"build/tests_{group}"
             must(call([self.cc] + FLAGS + (SANITIZERS if sanitizers else []) +
-                      ["-O0", f"-DGROUP={group}", "dev/mutate/tests.c", "build/engine_cpu.o", "-o", program, "-lm", "-pthread"],
-                      600), "cannot compile dev/mutate/tests.c")
+                      ["-O0", f"-DGROUP={group}", "dev/mutate/tests.c", "build/engine_cpu.o", "-o", program, "-lm",
+                       "-pthread"], 600), "cannot compile dev/mutate/tests.c")
             self.tests[path] = [[program, self.timed(program, alone, names)],
                                 ["build/test_gpt", self.timed("build/test_gpt", whole, names)]]
         return self.tests
@@ -284,7 +288,7 @@ class Bench:
             return "compiler"
         program, tests = self.tests[self.mutants[number][0]][stage]
         order = sorted(tests, key=lambda name: tests[name][1] / tests[name][0])          # those that catch many soon
-        for names in [order] if stage == 0 else [[name] for name in order]:              # tests.c ends at the first failure
+        for names in [order] if stage == 0 else [[name] for name in order]:      # tests.c ends at the first failure
             caught = call([program] + names, 1 + 10 * sum(tests[name][1] for name in names), number, show)
             if caught:
                 if caught in tests:
@@ -414,7 +418,8 @@ def main():
                 results[key_of(path, m)] = caught or ("" if stage else "later")
                 with open(store, "w", encoding="utf-8") as f:
                     json.dump(state, f)
-                print(f"{number}/{len(mutants)} {path}:{line_of(sources[path][0], m)}: {caught or 'survived'}", flush=True)
+                line = line_of(sources[path][0], m)
+                print(f"{number}/{len(mutants)} {path}:{line}: {caught or 'survived'}", flush=True)
     return 0 if report(sources, mutants, results) else 1
 
 

@@ -315,7 +315,8 @@ static void test_checkpoint_refuses_counts(void) {
             CheckpointState s = {.step = 3, .adamw_steps = counts, .eval_scale = scale, .options = ""};
             counts[i] = count;
             checkpoint_save(out, engine_cpu(), m, &checkpoint_test_config, &s);
-            EXPECT_EXIT(1, count < 0 ? "adamw_steps has -1" : "adamw_steps has 4", checkpoint_test_load, (void *)(uintptr_t)out);
+            EXPECT_EXIT(1, count < 0 ? "adamw_steps has -1" : "adamw_steps has 4", checkpoint_test_load,
+                        (void *)(uintptr_t)out);
         }
     engine_cpu()->close(m);
 }
@@ -536,7 +537,8 @@ static void test_checkpoint_config_words(void) {
         "\"drop_path_eval_scale\": [0.5, 0.5, 1, 1], \"drop_path_tied\": true"};
     static const struct { const char *words, *error; } bad[] = {
         {"\"n_inner\": 15", "n_inner"}, {"\"n_inner\": 0", "n_inner"}, {"\"layer_norm_epsilon\": 1e-4", "layer_norm_epsilon"},
-        {"\"scale_attn_by_inverse_layer_idx\": true", "scale_attn_by_inverse_layer_idx"}, {"\"model_type\": true", "model_type"},
+        {"\"scale_attn_by_inverse_layer_idx\": true", "scale_attn_by_inverse_layer_idx"},
+        {"\"model_type\": true", "model_type"},
         {"\"activation_function\": true", "activation_function"}, {"\"drop_path_eval_scale\": [1, 1, 1]", "4 numbers"},
         {"\"drop_path_eval_scale\": [1, 1, 1, 1, 1]", "4 numbers"}, {"\"drop_path_eval_scale\": [1, 1, 1, 1.5]", "from 0 to 1"},
         {"\"drop_path_eval_scale\": [1, \"a\", 1, 1]", "from 0 to 1"},
@@ -544,7 +546,8 @@ static void test_checkpoint_config_words(void) {
     for (size_t i = 0; i < sizeof good / sizeof *good + sizeof bad / sizeof *bad; i++) {
         const size_t k = i - sizeof good / sizeof *good;
         const char *words = i < sizeof good / sizeof *good ? good[i] : bad[k].words;
-        char *text = xprintf("{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4, %s}", words);
+        char *text = xprintf("{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4, %s}",
+                             words);
         GptConfig c;
         double *scale = NULL;
         int tied = -1;
@@ -585,7 +588,8 @@ static void test_checkpoint_tells_where(void) {
     static const struct { int marks; size_t at, size; const char *wrong; } row[] = {
         {1, SIZE, SIZE, NULL}, {0, SIZE, SIZE, NULL}, {1, 0, SIZE, "in bytes 0 to 1048576"},
         {1, FILE_SUM_BLOCK, SIZE, "in bytes 1048576 to 2097152"}, {1, SIZE - 1, SIZE, "in bytes 2097152 to 2097157"},
-        {0, FILE_SUM_BLOCK, SIZE, "in bytes 0 to 2097157"}, {1, SIZE, SIZE - 1, "it has 2097156 bytes, but 2097157 were written"},
+        {0, FILE_SUM_BLOCK, SIZE, "in bytes 0 to 2097157"},
+        {1, SIZE, SIZE - 1, "it has 2097156 bytes, but 2097157 were written"},
         {0, SIZE, SIZE - 1, "do not match the SHA-256"}};
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
         Text t = {NULL, 0, 0};
@@ -630,9 +634,11 @@ static void test_checkpoint_trainer_json(void) {
     if (own) *own = 0;
     EXPECT_TEXT(t.s, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": 3,\n  \"tokens\": 40,\n  \"options\": \"a\",\n"
                 "  \"bad_steps\": 2,\n  \"losses\": [1, 2.5, 3],\n  \"grad_norms\": [4],\n  \"files\": {\n"
-                "    \"model.safetensors\": \"hex0\",\n    \"config.json\": \"hex1\",\n    \"optimizer.safetensors\": \"hex2\"\n"
+                "    \"model.safetensors\": \"hex0\",\n    \"config.json\": \"hex1\",\n"
+                "    \"optimizer.safetensors\": \"hex2\"\n"
                 "  },\n  \"sizes\": {\"model.safetensors\": 10, \"config.json\": 11, \"optimizer.safetensors\": 12},\n"
-                "  \"marks\": {\"model.safetensors\": \"\", \"config.json\": \"mark1\", \"optimizer.safetensors\": \"mark2\"},\n");
+                "  \"marks\": {\"model.safetensors\": \"\", \"config.json\": \"mark1\", "
+                "\"optimizer.safetensors\": \"mark2\"},\n");
     for (int i = 0; i < CHECKPOINT_FILES; i++) text_free(&sums.file[i].marks);
     text_free(&t);
 }

@@ -8,8 +8,8 @@
 #define DROP_PATH_TESTS(X) \
     X(drop_depth) X(drop_ramp) X(drop_ramp_ends) X(drop_rate) X(drop_scale) X(drop_full_plan) X(drop_marginals) \
     X(drop_order) X(drop_counts) X(drop_micro_counts) X(drop_systematic_exact) X(drop_unbiased) X(drop_branches) \
-    X(drop_deterministic) X(drop_known_answers) X(drop_sync) X(drop_zero) X(drop_compute) X(drop_bound) X(drop_text) X(drop_text_micros) \
-    X(drop_text_damaged) X(drop_excess)
+    X(drop_deterministic) X(drop_known_answers) X(drop_sync) X(drop_zero) X(drop_compute) X(drop_bound) \
+    X(drop_text) X(drop_text_micros) X(drop_text_damaged) X(drop_excess)
 
 enum { N_DEPTHS = 4, N_SHAPES = 4, N_UNITS = 2, N_BRANCH_KINDS = 4, N_SAMPLINGS = 2, N_SCALES = 3 };
 

@@ -1251,7 +1251,8 @@ static void test_engine_decode_after_update(void) {
     static const int one[1] = {1};
     const GptConfig c = decode_config;
     if (test_engine != engine_cpu()) return;
-    const EngineArgs args = {.B = 1, .T = 5, .threads = 1, .dtype = DTYPE_FP32, .cache = 1, .bound = {c.L, c.L, BRANCHES * c.L}};
+    const EngineArgs args = {.B = 1, .T = 5, .threads = 1, .dtype = DTYPE_FP32, .cache = 1,
+                             .bound = {c.L, c.L, BRANCHES * c.L}};
     Rig r = rig_new(c, &args, 1);
     int64_t *t = (int64_t *)xcalloc((size_t)(BRANCHES * c.L + 1), sizeof *t);
     for (int i = 0; i <= BRANCHES * c.L; i++) t[i] = 1;
@@ -1454,7 +1455,8 @@ static void test_engine_bounded(void) {
                "activations: used %zu of %zu, of %zu without drop path", memory.activations_used, memory.activations,
                memory.activations_full);
         if (!(k & 1) && test_engine == engine_cpu())         // which sets aside no more than the largest plan keeps
-            EXPECT(memory.activations_used == memory.activations, "%zu of %zu bytes", memory.activations_used, memory.activations);
+            EXPECT(memory.activations_used == memory.activations, "%zu of %zu bytes", memory.activations_used,
+                   memory.activations);
         if (memory.activations < least) least = memory.activations;
         if (memory.activations > most) most = memory.activations;
         drop_plan_free(&plan);
