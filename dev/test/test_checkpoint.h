@@ -413,6 +413,22 @@ static void test_checkpoint_settles(void) {
     free(latest);
 }
 
+static void checkpoint_test_save_again(void *out) { checkpoint_test_save((const char *)out, 1); }
+
+// A save that fails leaves what was there, and none of its own files: the room they take may be what is missing.
+static void test_checkpoint_save_fails(void) {
+    const char *out = test_directory();
+    checkpoint_test_save(out, 1);
+    char *dir = xprintf("%s/step_00000001", out);
+    checkpoint_test_leave(out, ".step_00000001.old");    // has a guest, so that the old checkpoint cannot have this name
+    checkpoint_test_leave(out, ".step_00000001.old/guest");
+    EXPECT_EXIT(1, "cannot rename", checkpoint_test_save_again, (void *)(uintptr_t)out);
+    checkpoint_test_names(out, ".step_00000001.old latest step_00000001 ");
+    char *wrong = checkpoint_verify(dir);
+    EXPECT(!wrong, "%s", wrong);
+    free(wrong), free(dir);
+}
+
 // ---- With EngineArgs.zero every rank reads what rank 0 saves, in the same order ----
 
 static char checkpoint_test_reads[2][4096];              // "slot.parameter.layer " of each read, by rank 0 and by another
@@ -665,6 +681,6 @@ static void test_checkpoint_remove(void) {
     X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
     X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
     X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where) \
-    X(checkpoint_trainer_json) X(checkpoint_remove) X(checkpoint_refuses_counts)
+    X(checkpoint_trainer_json) X(checkpoint_remove) X(checkpoint_refuses_counts) X(checkpoint_save_fails)
 
 #endif
