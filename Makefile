@@ -319,9 +319,8 @@ coverage:
 	@python3 dev/test/coverage.py build/coverage $(if $(LINES),--lines)
 
 # Whether the tests notice a changed operator, constant or statement in drop path and checkpoints: dev/mutate/mutate.py.
-MUTANTS ?= 150
 mutate:
-	@python3 dev/mutate/mutate.py --sample $(MUTANTS) --cc "$(CC)"
+	@python3 dev/mutate/mutate.py --cc "$(CC)"
 
 # Hours of a small run that is stopped, killed and resumed: memory, metrics, steps and weights must come out as undisturbed.
 SECONDS ?= 3600

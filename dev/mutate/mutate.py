@@ -1,40 +1,50 @@
 #!/usr/bin/env python3
-"""Do the tests notice a wrong operator, constant or missing statement? In drop_path.h, checkpoint.h and the drop-path
-parts of train_gpt.c, one place at a time is changed (a mutant), what depends on it is compiled, and tests run until
-one fails.
+"""Do the tests notice a wrong operator, constant or missing statement? A mutant is drop_path.h, checkpoint.h or the
+drop-path part of train_gpt.c with one place changed. All of them are compiled into the same programs, each as a copy of
+its function, and the variable MUTANT says which one a run is. Tests run on it until one fails.
 
-    make mutate                          150 mutants drawn by seed 1; what was tried before is not tried again
-    make mutate MUTANTS=0                all of them
+    make mutate                          all; those caught before are not tried again, until their file changes
+    dev/mutate/mutate.py --jobs 4        several at a time
     dev/mutate/mutate.py --seconds 170   stops in time; the next call goes on
-    dev/mutate/mutate.py --quick         without whole runs by the mutant, which a later call makes up for
-    dev/mutate/mutate.py --list          the mutants, without trying them
+    dev/mutate/mutate.py --only 17 18    these alone, by their numbers, with what the tests print
+    dev/mutate/mutate.py --list          the mutants and their numbers
 
 A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as what it was made from.
-What survives is printed; dev/mutate/survivors.txt says why it may. Exit code 1 below 90% caught, survivors all counted.
+What survives is printed; dev/mutate/survivors.txt says why it may. Exit code 1 below 90% caught in a file, or when a
+survivor has no reason.
 
 Not changed: CHECK and assert, which no right caller reaches; texts of messages; comments.
 """
 import argparse
+import concurrent.futures
 import fcntl
+import filecmp
+import glob
 import hashlib
 import json
+import math
 import os
-import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 WORK = os.path.join(ROOT, "build", "mutate")
-TREE = os.path.join(WORK, "tree")
+TREE = os.path.join(WORK, "tree")                        # the sources with all mutants, and what is built from them
 SURVIVORS = os.path.join(ROOT, "dev", "mutate", "survivors.txt")
 LEAST = 90.0                                             # per cent caught
-FLAGS = "-std=c11 -g -march=native -fno-math-errno -ffp-contract=fast -fopenmp -w".split()
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split()
-LIBS = ["-lm", "-pthread"]
+CHOOSE = """extern char *getenv(const char *);
+extern int atoi(const char *);
+static int mutant;
+__attribute__((constructor)) static void mutant_choose(void) { mutant = getenv("MUTANT") ? atoi(getenv("MUTANT")) : 0; }
+"""
+FLAGS = "-std=c11 -g -w -march=native -fno-math-errno -ffp-contract=fast -fopenmp -include mutant.h".split()
+SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
 
 # What decides which rows run, at what scale, and what becomes of their gradients and memory.
 ENGINE_FUNCTIONS = """
@@ -43,20 +53,16 @@ ENGINE_FUNCTIONS = """
     mlp_branch_forward mlp_branch_backward block_forward block_backward run_forward model_forward_backward
     model_update""".split()
 
-# Whole runs by the mutant's train_gpt, for what survives the tests of its part.
-WHOLE_RUNS = """
-    trainer_survival_scaling_reaches_the_checkpoint trainer_replay_gives_the_same_run
-    trainer_weights_of_another_run trainer_drop_path_zero_is_plain_training trainer_refuses
-    trainer_survives_numbers_that_are_not_finite trainer_warns_of_a_high_rate trainer_learns_and_records
-    trainer_resume_is_bit_identical""".split()
-ENGINE_TESTS = """
-    engine_golden_skip engine_golden_dense engine_golden_gradients engine_golden_eval engine_update_untouched
-    engine_update engine_update_clipped engine_update_not_taken engine_slots engine_ignored engine_logits
-    engine_evaluates engine_forward_is_pure engine_rows_alone engine_smaller_calls engine_micro_batches
-    engine_bf16_is_near engine_any_batch engine_dropped_is_zero engine_scale engine_rows_apart engine_poison
-    engine_nan_reaches_the_loss engine_bounded engine_threads""".split()
-
-FILES = {"dev/drop_path.h": 1, "dev/checkpoint.h": 2, "train_gpt.c": 3}     # the group of dev/mutate/tests.c
+# Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt
+# that what survives them also has to survive, most of them whole runs.
+FILES = {                                                # path -> (sanitizers, tests alone, whole runs)
+    "dev/drop_path.h": (True, "drop_.*", """
+        trainer_(survival|replay).* evaluate_(depths|without).* engine_(bounded|evaluates)"""),
+    "dev/checkpoint.h": (True, "checkpoint_.*", """
+        torture_short numbers_are_in.* trainer_survival.* init_from.* export_.* evaluate_refuses.*
+        interop_sharded.*"""),
+    "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
+        numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*""")}
 
 OPERATORS = [(" < ", " <= "), (" < ", " >= "), (" <= ", " < "), (" > ", " >= "), (" > ", " <= "), (" >= ", " > "),
              (" == ", " != "), (" != ", " == "), (" + ", " - "), (" - ", " + "), (" * ", " / "), (" / ", " * "),
@@ -76,12 +82,18 @@ def code_only(text):
     return pattern.sub(lambda m: re.sub(r"[^\n]", "\x01", m.group()), text)
 
 
-def function_spans(code):
-    """name -> (from, to) of their bodies; a function ends with } at the start of a line, or on its first line."""
-    spans = {}
+def functions_of(path, code):
+    """name -> (beginning, place of the name, from, to of the body); its } begins a line, or ends its first one."""
+    found = {}
     for m in re.finditer(r"^(?:static|[a-zA-Z]).*?\b(\w+)\([^;{}]*\)\s*\{", code, re.M):
-        spans[m.group(1)] = (m.end(), code.find("\n" if code[m.end()] != "\n" else "\n}", m.end()))
-    return spans
+        end = code.find("\n", m.end()) if code[m.end()] != "\n" else code.find("\n}", m.end()) + 2
+        found[m.group(1)] = (m.start(), m.start(1), m.end(), end)
+    if path != "train_gpt.c":
+        return found
+    missing = [name for name in ENGINE_FUNCTIONS if name not in found]
+    if missing:
+        sys.exit(f"error: {path} has no function {', '.join(missing)}\n  hint: ENGINE_FUNCTIONS of {__file__}")
+    return {name: place for name, place in found.items() if name in ENGINE_FUNCTIONS}
 
 
 def contract_spans(code):
@@ -98,18 +110,13 @@ def closing(code, at):
 
 
 def mutants_of(path):
-    """(from, to, replacement) of every mutant of a file."""
+    """Text, functions, and (from, to, replacement) of every mutant of a file."""
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         text = f.read()
     code = code_only(text)
-    spans = function_spans(code)
-    if path == "train_gpt.c":
-        missing = [name for name in ENGINE_FUNCTIONS if name not in spans]
-        if missing:
-            sys.exit(f"error: {path} has no function {', '.join(missing)}\n  hint: ENGINE_FUNCTIONS of {__file__}")
-        spans = {name: spans[name] for name in ENGINE_FUNCTIONS}
+    functions = functions_of(path, code)
     found = []
-    for body, end in spans.values():
+    for _, _, body, end in functions.values():
         for old, new in OPERATORS:
             at = code.find(old, body, end)
             while at >= 0:
@@ -137,7 +144,7 @@ def mutants_of(path):
             at += len(line) + 1
     contracts = contract_spans(code)
     found = sorted({m for m in found if not any(a <= m[0] <= b for a, b in contracts)})
-    return text, found
+    return text, functions, found
 
 
 def describe(text, mutant):
@@ -149,103 +156,145 @@ def describe(text, mutant):
     return tuple(" ".join(re.sub(r"\s*//.*", "", s).split()) for s in (before, after))
 
 
-# ---- Trying one ----
+def with_mutants(text, functions, mutants):
+    """The file with its functions copied, once as they are and once for each of their mutants (number -> mutant), and
+    in their place one that calls the copy that is wanted. A compiler calls the copy's file mutant_NUMBER."""
+    pieces, at = [], 0
+    for name, (start, place, body, end) in functions.items():
+        mine = {n: m for n, m in mutants.items() if body <= m[0] < end}
+        if not mine:
+            continue
+        copies = [text[start:place] + name + "_m0" + text[place + len(name):end]]
+        cases = ""
+        arguments = re.findall(r"(\w+)\s*(?:\[[^\]]*\])?\s*(?:,|\)$)", text[place + len(name) + 1:body - 1].rstrip())
+        call = f"({', '.join(a for a in arguments if a != 'void')});"
+        for number, (a, b, new) in mine.items():
+            copies.append(f'#line 1 "mutant_{number}"\n' + text[start:place] + f"{name}_m{number}" +
+                          text[place + len(name):a] + new + text[b:end])
+            cases += f" case {number}: return {name}_m{number}{call}"
+        choice = f"switch (mutant) {{{cases} default: return {name}_m0{call} }} }}"
+        copies.append(f'#line 1 "all mutants"\n{text[start:body]} {choice}')
+        pieces += [text[at:start], "\n".join(copies)]
+        at = end
+    return "".join(pieces) + text[at:]
 
-def limits():
-    resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 28, 1 << 28))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+# ---- Trying them ----
+
+class Limits:
+    def __init__(self, seconds):
+        self.cpu = math.ceil(seconds)
+
+    def __call__(self):
+        resource.setrlimit(resource.RLIMIT_CPU, (self.cpu, self.cpu + 1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 34, 1 << 34))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def call(command, cwd, seconds):
-    """0: success; else how it failed, as a word."""
-    environment = dict(os.environ, OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive", BUILD="build/mutate/runs",
-                       TMPDIR=os.path.join(WORK, "tmp"), ASAN_OPTIONS="max_allocation_size_mb=4096")
-    try:
-        p = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                           env=environment, timeout=seconds, check=False, preexec_fn=limits)
-    except subprocess.TimeoutExpired:
-        return "too slow"
-    if p.returncode == 0:
-        return None
-    failed = re.findall(rb"^FAIL (\w+)", p.stdout, re.M)
-    if failed:
-        return failed[0].decode()
-    return "a sanitizer" if b"Sanitizer" in p.stdout or b"runtime error" in p.stdout else f"exit code {p.returncode}"
+def call(command, seconds, number=0, show=False):
+    """Runs it on that mutant, for so many seconds of processor time. None if it succeeds, or what failed."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as tmp:     # syncs are slow
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MUTANT=str(number), TMPDIR=tmp,
+                           ASAN_OPTIONS="max_allocation_size_mb=4096", MAKEFLAGS="", LC_ALL="C")
+        with open(os.path.join(tmp, "output"), "w+b") as out:
+            p = subprocess.Popen(command, cwd=TREE, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                                 env=environment, preexec_fn=Limits(seconds), start_new_session=True)
+            try:
+                code = p.wait(timeout=3 * seconds + 10)
+            except subprocess.TimeoutExpired:
+                code = "too slow"
+            try:
+                os.killpg(p.pid, signal.SIGKILL)         # and what it has started
+            except ProcessLookupError:
+                pass
+            p.wait()
+            out.seek(0)
+            text = out.read()
+    if show:
+        print(text.decode(errors="replace"))
+    failed = re.findall(rb"^FAIL (\w+)", text, re.M)
+    return None if code == 0 else failed[0].decode() if failed else f"exit code {code}"
+
+
+def must(error, what):
+    if error:
+        sys.exit(f"error: {what}: {error}\n  hint: without mutants it must succeed: make test")
 
 
 class Bench:
-    """Compiles and runs the tests of a file, in a copy of the sources."""
+    """The programs with all mutants, and the tests of each file with the seconds they take when nothing is wrong."""
 
-    def __init__(self, cc):
-        self.cc = cc
-        self.slowest = {}                                # seconds that the tests of a group may take; "0": whole runs
-        os.makedirs(os.path.join(WORK, "tmp"), exist_ok=True)
-        shutil.rmtree(TREE, ignore_errors=True)
-        os.makedirs(os.path.join(WORK, "runs"), exist_ok=True)
-        shutil.copytree(os.path.join(ROOT, "dev"), os.path.join(TREE, "dev"),
-                        ignore=shutil.ignore_patterns("golden", "emu"))
-        for name in ("train_gpt.c", "test_gpt.c"):
-            shutil.copy(os.path.join(ROOT, name), TREE)
+    def __init__(self, cc, mutants, dead):
+        self.cc, self.mutants = cc, mutants
+        self.dead = dead                                 # mutants that are no programs, as far as is known
+        self.tests = {}                                  # path -> of either stage, what timed() returns
 
-    def compile(self, *arguments):
-        return call([self.cc] + FLAGS + list(arguments), TREE, 300)
+    def prepare(self, sources):
+        shutil.copytree(ROOT, TREE, copy_function=self.copy, dirs_exist_ok=True, ignore=lambda folder, names: [
+            n for n in names if n in ("build", "runs", ".git", "__pycache__") or os.path.join(folder, n) in
+            [os.path.join(ROOT, path) for path in FILES]])
+        self.write("mutant.h", CHOOSE)
+        self.weed_out(sources)
+        make = ["make", "-s", f"CC={self.cc}", "EMULATE=0", "TEST_O=-O0"]        # the engine fast, the rest soon
+        must(call(make + ["CFLAGS=-O1 -w -include mutant.h", "build/engine_cpu.o", "build/train_gpt"], 900) or
+             call(make + ["CFLAGS=-O0 -w -include mutant.h", "all", "build/test_gpt", "build/torture"], 900), "make")
+        names = subprocess.check_output(["build/test_gpt", "--list"], cwd=TREE, text=True).split()
+        for group, (path, (sanitizers, alone, whole)) in enumerate(FILES.items(), 1):
+            program = f"build/tests_{group}"
+            must(call([self.cc] + FLAGS + (SANITIZERS if sanitizers else []) +
+                      ["-O0", f"-DGROUP={group}", "dev/mutate/tests.c", "build/engine_cpu.o", "-o", program, "-lm",
+                       "-pthread"], 600), "cannot compile dev/mutate/tests.c")
+            self.tests[path] = [[program, self.timed(program, alone, names)],
+                                ["build/test_gpt", self.timed("build/test_gpt", whole, names)]]
+        return self.tests
 
-    def must(self, error, what):
-        if error:
-            sys.exit(f"error: {what}: {error}\n  hint: the tests must pass before anything is changed: make test")
+    def copy(self, source, target):                      # only if it changes: make goes by the times
+        if not os.path.exists(target) or not filecmp.cmp(source, target, shallow=False):
+            shutil.copy(source, target)
 
-    def prepare(self):
-        """What no mutant changes, and how long the tests take when nothing is wrong."""
-        out = os.path.join(WORK, "engine.o")
-        self.must(self.compile("-O2", "-DENGINE_ONLY", "-c", "train_gpt.c", "-o", out), "cannot compile train_gpt.c")
-        out = os.path.join(WORK, "engine_tests.o")
-        self.must(self.compile("-O1", "-DGROUP=3", "-c", "dev/mutate/tests.c", "-o", out),
-                  "cannot compile dev/mutate/tests.c")
-        env = dict(os.environ, MAKEFLAGS="")
-        make = ["make", "-s", f"CC={self.cc}", "B=build/mutate/runs", "EMULATE=0", "CFLAGS=-O1 -g",
-                "build/mutate/runs/data_bytes", "build/mutate/runs/test_gpt"]
-        self.must(subprocess.call(make, cwd=ROOT, env=env, stdout=subprocess.DEVNULL), "make fails")
-        for group, stage in [(g, 1) for g in FILES.values()] + [(0, 2)]:
-            begin = time.monotonic()
-            self.must(self.try_stage(group, stage, 600), f"nothing is changed, group {group}")
-            self.slowest[str(group * (stage == 1))] = 10 + 10 * (time.monotonic() - begin)
-
-    def try_stage(self, group, stage, seconds):
-        program = os.path.join(WORK, f"tests_{group}")
-        if stage == 2:
-            program = os.path.join(WORK, "runs", "train_gpt")
-            if self.compile("-O1", "train_gpt.c", "-o", program, *LIBS):
-                return "compiler"
-            return call(["build/mutate/runs/test_gpt"] + WHOLE_RUNS, ROOT, seconds)
-        if group == 3:
-            engine = os.path.join(WORK, "mutant.o")
-            if self.compile("-O1", "-DENGINE_ONLY", "-c", "train_gpt.c", "-o", engine):
-                return "compiler"
-            objects = [os.path.join(WORK, "engine_tests.o"), engine]
-            self.compile(*objects, "-o", program, *LIBS)
-            return call([program] + ENGINE_TESTS, ROOT, seconds)
-        if self.compile("-O0", *SANITIZERS, f"-DGROUP={group}", "dev/mutate/tests.c", os.path.join(WORK, "engine.o"),
-                        "-o", program, *LIBS):
-            return "compiler"
-        return call([program], ROOT, seconds)
-
-    def attempt(self, path, text, mutant, stages):
-        """What caught it; "compiler" if it is no program at all; "" if nothing did."""
-        begin, end, new = mutant
-        place = os.path.join(TREE, path)
-        with open(place, "w", encoding="utf-8") as f:
-            f.write(text[:begin] + new + text[end:])
-        os.makedirs(os.path.join(WORK, "tmp"), exist_ok=True)
-        caught = ""
-        for stage in stages:
-            caught = self.try_stage(FILES[path], stage, self.slowest[str(FILES[path] * (stage == 1))]) or ""
-            if caught:
-                break
-        shutil.rmtree(os.path.join(WORK, "tmp"), ignore_errors=True)
-        with open(place, "w", encoding="utf-8") as f:
+    def write(self, path, text):
+        source = os.path.join(WORK, "written")
+        with open(source, "w", encoding="utf-8") as f:
             f.write(text)
-        return caught
+        self.copy(source, os.path.join(TREE, path))
+
+    def weed_out(self, sources):
+        """Writes the sources with the mutants, without those that are no programs."""
+        while True:
+            for path, (text, functions) in sources.items():
+                mine = {n: m for n, (p, m) in self.mutants.items() if p == path and n not in self.dead}
+                self.write(path, with_mutants(text, functions, mine))
+            p = subprocess.run([self.cc] + FLAGS + ["-fsyntax-only", "train_gpt.c"], cwd=TREE, stderr=subprocess.PIPE,
+                               check=False, env=dict(os.environ, LC_ALL="C"))
+            more = {int(n) for n in re.findall(rb"^mutant_(\d+):\d+:\d+: (?:fatal )?error", p.stderr, re.M)}
+            if p.returncode == 0:
+                return
+            must(None if more else p.stderr.decode()[:2000], "cannot compile train_gpt.c")
+            self.dead += more
+
+    def timed(self, program, pattern, names):
+        """name -> [1 + mutants caught, seconds when nothing is wrong]."""
+        found = {}
+        wanted = re.compile("|".join(pattern.split()))
+        for name in filter(wanted.fullmatch, names):
+            begin = time.monotonic()
+            must(call([program, name], 300), f"{program} {name}")
+            found[name] = [1, time.monotonic() - begin]
+        return found
+
+    def attempt(self, number, stage, show):
+        """What caught a mutant; "compiler" if it is no program at all; None if nothing did."""
+        if number in self.dead:
+            return "compiler"
+        program, tests = self.tests[self.mutants[number][0]][stage]
+        order = sorted(tests, key=lambda name: tests[name][1] / tests[name][0])          # those that catch many soon
+        for names in [order] if stage == 0 else [[name] for name in order]:      # tests.c ends at the first failure
+            caught = call([program] + names, 1 + 10 * sum(tests[name][1] for name in names), number, show)
+            if caught:
+                if caught in tests:
+                    tests[caught][0] += 1
+                return caught
+        return None
 
 
 # ---- All of it ----
@@ -261,68 +310,84 @@ def read_reasons():
     return reasons
 
 
-def inputs_hash():
-    """Results hold for these sources and tests only."""
-    digest = hashlib.sha256()
-    names = list(FILES) + ["dev/trainer.h"]
-    names += [f"dev/test/test_{n}.h" for n in ("drop_path", "checkpoint", "engine", "trainer")]
+def digest(names):
+    state = hashlib.sha256()
     for name in names:
         with open(os.path.join(ROOT, name), "rb") as f:
-            digest.update(name.encode() + f.read())
-    return digest.hexdigest()
+            state.update(name.encode() + f.read())
+    return state.hexdigest()
 
 
-def choose(sample, seed):
-    everything = []
-    for path in FILES:
-        text, mutants = mutants_of(path)
-        everything += [(path, text, m) for m in mutants]
-    chosen = everything[:]
-    random.Random(seed).shuffle(chosen)
-    return everything, chosen[:sample] if sample else chosen
+def load(store):
+    """What is known: of a file, as long as it is the same; of survivors, as long as the tests are."""
+    now = {path: digest([path]) for path in FILES}
+    others = {os.path.relpath(name, ROOT) for name in glob.glob(os.path.join(ROOT, "dev/**/*.[ch]"), recursive=True)}
+    now["tests"] = digest(sorted(others - set(FILES)))
+    if not os.path.exists(store):
+        return {"digests": now, "results": {}, "dead": []}
+    with open(store, encoding="utf-8") as f:
+        state = json.load(f)
+    same = {name: state["digests"].get(name) == value for name, value in now.items()}
+    state["results"] = {key: caught for key, caught in state["results"].items()
+                        if same[key.split(":")[0]] and (caught not in ("", "later") or same["tests"])}
+    state["digests"] = now
+    if not all(same[path] for path in FILES):
+        state["dead"] = []
+    if not all(same.values()):
+        state.pop("tests", None)
+    return state
 
 
-def report(chosen, results):
+def report(sources, mutants, results):
     reasons = read_reasons()
-    total = {}
-    survived = []
-    for path, text, mutant in chosen:
-        caught = results.get(f"{path}:{mutant[0]}:{mutant[1]}:{mutant[2]}")
-        if caught is None:
-            continue
-        row = total.setdefault(path, [0, 0, 0])
-        row[0 if caught and caught != "compiler" else 2 if caught else 1] += 1
-        if not caught:
-            survived.append((path, text.count("\n", 0, mutant[0]) + 1) + describe(text, mutant))
-    for path, line, before, after in sorted(survived):
-        reason = reasons.get((path, before, after))
-        print(f"\nsurvived: {path}:{line}\n  - {before}\n  + {after}\n"
-              f"  {reason or 'NO REASON in dev/mutate/survivors.txt'}")
-    print(f"\n{'file':20} {'caught':>8} {'survived':>9} {'did not compile':>16}")
-    for path, row in total.items():
-        print(f"{path:20} {row[0]:8} {row[1]:9} {row[2]:16}")
-    caught, alive = (sum(row[i] for row in total.values()) for i in (0, 1))
-    share = 100.0 * caught / (caught + alive) if caught + alive else 0.0
-    unknown = sum(1 for s in survived if (s[0], s[2], s[3]) not in reasons)
-    print(f"{share:.1f}% of {caught + alive} caught; {unknown} of {alive} survivors without a reason")
-    return share >= LEAST
+    rows = {path: {"caught": 0, "survived": 0, "no program": 0, "not tried": 0} for path in sources}
+    unknown = 0
+    for number, (path, mutant) in mutants.items():
+        caught = results.get(key_of(path, mutant))
+        rows[path]["not tried" if caught in (None, "later") else "no program" if caught == "compiler" else
+                   "caught" if caught else "survived"] += 1
+        if caught == "":
+            text = sources[path][0]
+            before, after = describe(text, mutant)
+            reason = reasons.get((path, before, after))
+            unknown += reason is None
+            print(f"\nsurvived: {number} at {path}:{line_of(text, mutant)}\n  - {before}\n  + {after}\n"
+                  f"  {reason or 'NO REASON in dev/mutate/survivors.txt'}")
+    print(f"\n{'file':18}" + "".join(f"{name:>12}" for name in rows["train_gpt.c"]) + f"{'per cent':>12}")
+    good = True
+    for path, row in rows.items():
+        share = 100.0 * row["caught"] / max(1, row["caught"] + row["survived"])
+        good = good and share >= LEAST
+        print(f"{path:18}" + "".join(f"{n:12}" for n in row.values()) + f"{share:12.1f}")
+    print(f"{unknown} survivors without a reason")
+    return good and not unknown
+
+
+def line_of(text, mutant):
+    return text.count("\n", 0, mutant[0]) + 1
+
+
+def key_of(path, mutant):
+    return f"{path}:{mutant[0]}:{mutant[1]}:{mutant[2]}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=150, help="mutants to draw; 0: all")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0, help="stop after so long; the next call goes on")
-    parser.add_argument("--quick", action="store_true", help="no whole runs")
-    parser.add_argument("--file", help="of those drawn, the ones of this file only: " + " ".join(FILES))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the next call goes on")
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="these, though they were tried")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants tried at a time")
     parser.add_argument("--cc", default="cc")
     parser.add_argument("--list", action="store_true")
     o = parser.parse_args()
-    everything, chosen = choose(o.sample, o.seed)
-    chosen = [c for c in chosen if o.file in (None, c[0])]
+    sources, mutants = {}, {}
+    for path in FILES:
+        text, functions, found = mutants_of(path)
+        sources[path] = text, functions
+        mutants.update(enumerate([(path, m) for m in found], len(mutants) + 1))
     if o.list:
-        for path, text, mutant in everything:
-            print(f"{path}:{text.count(chr(10), 0, mutant[0]) + 1}: {' -> '.join(describe(text, mutant))}")
+        for number, (path, m) in mutants.items():
+            text = sources[path][0]
+            print(f"{number} {path}:{line_of(text, m)}: {' -> '.join(describe(text, m))}")
         return 0
     os.makedirs(WORK, exist_ok=True)
     lock = open(os.path.join(WORK, "lock"), "w", encoding="ascii")       # goes with the process
@@ -330,38 +395,32 @@ def main():
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         sys.exit(f"error: another mutate.py is at work in {WORK}")
-    store = os.path.join(WORK, "results.json")
-    state = {"inputs": inputs_hash(), "results": {}}
-    if os.path.exists(store):
-        with open(store, encoding="utf-8") as f:
-            old = json.load(f)
-        state = old if old["inputs"] == state["inputs"] else state
-    results, first = state["results"], state.setdefault("first", [])    # first: survived all but whole runs
-    begin, bench = time.monotonic(), None
-    for n, (path, text, mutant) in enumerate(chosen):
-        key = f"{path}:{mutant[0]}:{mutant[1]}:{mutant[2]}"
-        if key in results or (o.quick and key in first):
-            continue
-        if o.seconds and time.monotonic() - begin > o.seconds:
-            print(f"{n} of {len(chosen)} tried so far: call again")
-            break
-        if not bench:
-            bench = Bench(o.cc)
-            bench.slowest = state.get("slowest", {})
-            if not bench.slowest:
-                bench.prepare()
-                state["slowest"] = bench.slowest
-        caught = bench.attempt(path, text, mutant, (2,) if key in first else (1,) if o.quick else (1, 2))
-        if o.quick and not caught:
-            first.append(key)
-        else:
-            results[key] = caught
-        with open(store, "w", encoding="utf-8") as f:
-            json.dump(state, f)
-        line = text.count("\n", 0, mutant[0]) + 1
-        print(f"{n + 1}/{len(chosen)} {path}:{line}: {caught or 'SURVIVED'}", flush=True)
-    print(f"{len(chosen)} of {len(everything)} mutants, drawn by seed {o.seed}")
-    return 0 if report(chosen, dict(dict.fromkeys(first, ""), **results)) else 1
+    begin, store = time.monotonic(), os.path.join(WORK, "results.json")
+    state = load(store)
+    results = state["results"]
+    for number in o.only or []:
+        results.pop(key_of(*mutants[number]), None)
+    left = o.only or [n for n, (path, m) in mutants.items() if results.get(key_of(path, m), "later") == "later"]
+    if left:
+        bench = Bench(o.cc, mutants, state["dead"])
+        bench.tests = state["tests"] = state.get("tests") or bench.prepare(sources)
+    for stage in (0, 1):
+        def attempt(number, stage=stage):
+            late = time.monotonic() - begin > o.seconds
+            return number, False if late else bench.attempt(number, stage, bool(o.only))
+
+        todo = [n for n in left if (results.get(key_of(*mutants[n])) == "later") == (stage == 1)]
+        with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
+            for number, caught in pool.map(attempt, todo):
+                if caught is False:
+                    continue
+                path, m = mutants[number]
+                results[key_of(path, m)] = caught or ("" if stage else "later")
+                with open(store, "w", encoding="utf-8") as f:
+                    json.dump(state, f)
+                line = line_of(sources[path][0], m)
+                print(f"{number}/{len(mutants)} {path}:{line}: {caught or 'survived'}", flush=True)
+    return 0 if report(sources, mutants, results) else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// tests.c: the tests that mutate.py runs first on a mutant, one group to a program so that little is compiled again:
-// -DGROUP=1 drop path's arithmetic, 2 checkpoints, 3 the engine. Without arguments all of a group, else those named.
+// tests.c: the tests that mutate.py runs first on a mutant, until one fails. -DGROUP=1 drop path's arithmetic, 2 checkpoints,
+// 3 the engine. Without arguments all of a group, else those named, in that order.
 
 #include "../check.h"
 #include "../engine.h"
@@ -24,16 +24,16 @@ int main(int argc, char **argv) {
 #if GROUP == 3
     test_engine = engine_cpu();
 #endif
-    for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
-        int wanted = argc == 1;
-        for (int a = 1; a < argc; a++) wanted |= !strcmp(argv[a], tests[i].name);
-        if (!wanted) continue;
-        tests[i].run();
-        if (!test_failures) continue;
-        printf("FAIL %s\n", tests[i].name);              // one is enough to catch a mutant
-        test_directories_remove();
-        return 1;
-    }
+    const int n = (int)(sizeof tests / sizeof tests[0]);
+    for (int a = argc == 1 ? 0 : 1; a < argc; a++)
+        for (int i = 0; i < n; i++) {
+            if (a && strcmp(argv[a], tests[i].name)) continue;
+            tests[i].run();
+            if (!test_failures) continue;
+            printf("FAIL %s\n", tests[i].name);          // one is enough to catch a mutant
+            test_directories_remove();
+            return 1;
+        }
     test_directories_remove();
     return 0;
 }

@@ -46,7 +46,16 @@ static inline int checkpoint_test_same(Model *a, Model *b, Slot slot) {
     return same;
 }
 
+static int64_t checkpoint_test_counts;                   // which the engine is told
+
+static void checkpoint_test_resumed(Model *m, const int64_t *t) {
+    (void)m;
+    checkpoint_test_counts = t[1];
+}
+
 static void test_checkpoint_round_trip(void) {
+    Engine e = *engine_cpu();
+    e.resumed = checkpoint_test_resumed;
     const char *out = test_directory();
     checkpoint_test_save(out, 8);
     char *dir = xprintf("%s/latest", out);
@@ -56,10 +65,16 @@ static void test_checkpoint_round_trip(void) {
     checkpoint_read_config(dir, &c, &scale, &tied);
     EXPECT(!memcmp(&c, &checkpoint_test_config, sizeof c), "config.json has other sizes");
     EXPECT(scale[2] == 0.75 && scale[3] == 0.5 && !tied, "config.json has other factors");
+    char *json = xprintf("%s/config.json", dir);
+    Text config = test_read_file(json);
+    EXPECT(strstr(config.s, sizeof(real) == 8 ? "\"float64\"" : "\"float32\""), "%s", config.s);
+    text_free(&config);
+    free(json);
     int64_t counts[5];
     CheckpointState s = {.adamw_steps = counts, .eval_scale = scale};
     Model *saved = checkpoint_test_model(8), *loaded = checkpoint_test_model(1);
-    checkpoint_load(dir, engine_cpu(), loaded, &c, &s);
+    checkpoint_load(dir, &e, loaded, &c, &s);
+    EXPECT(checkpoint_test_counts == 7, "the engine is not told what it goes on from");
     EXPECT(s.step == 8 && s.tokens == 512, "step %lld, %lld tokens", (long long)s.step, (long long)s.tokens);
     EXPECT(counts[0] == 8 && counts[1] == 7 && counts[3] == 0, "AdamW's steps differ");
     EXPECT_TEXT(s.options, "steps = 9\n");
@@ -121,6 +136,20 @@ static void test_checkpoint_finds_every_damage(void) {
     free(dir);
 }
 
+// What f(arg) says on standard error.
+static Text checkpoint_test_told(void (*f)(void *), const void *arg) {
+    char *log = xprintf("%s/log", test_directory());
+    fflush(stderr);
+    const int err = dup(2), to = open(log, O_CREAT | O_WRONLY | O_TRUNC, 0666);
+    dup2(to, 2);
+    f((void *)(uintptr_t)arg);
+    fflush(stderr);
+    dup2(err, 2), close(err), close(to);
+    Text told = test_read_file(log);
+    free(log);
+    return told;
+}
+
 static void checkpoint_test_latest(void *out) { free(checkpoint_latest((const char *)out)); }
 
 static void test_checkpoint_latest_is_the_newest_whole_one(void) {
@@ -131,9 +160,15 @@ static void test_checkpoint_latest_is_the_newest_whole_one(void) {
     char *damaged = xprintf("%s/step_00000003/model.safetensors", out), *want = xprintf("%s/step_00000002", out);
     directory_make(stray);                               // what a killed run leaves behind
     directory_make(other);                               // what is not ours
-    EXPECT(truncate(damaged, 100) == 0, "%s", damaged);
     char *found = checkpoint_latest(out);
+    EXPECT(strstr(damaged, found) == damaged && strlen(found) == strlen(want), "%s", found);
+    free(found);
+    EXPECT(truncate(damaged, 100) == 0, "%s", damaged);
+    found = checkpoint_latest(out);
     EXPECT_TEXT(found, want);
+    Text told = checkpoint_test_told(checkpoint_test_latest, out);
+    EXPECT(strstr(told.s, damaged), "the damaged one is not named: %s", told.s);
+    text_free(&told);
     for (int step = 1; step <= 2; step++) {
         char *path = xprintf("%s/step_%08d/trainer.json", out, step);
         EXPECT(truncate(path, 10) == 0, "%s", path);
@@ -200,7 +235,7 @@ static inline char *checkpoint_test_trainer(const Text *whole, const char *from,
 
 // Each number and name of trainer.json is looked at, whatever its sum says: a file whose sum is right may have been made by
 // another version, or by anybody.
-static void test_checkpoint_trainer_json(void) {
+static void test_checkpoint_trainer_refuses(void) {
     static const struct { const char *from, *to, *part; } cases[] = {
         {"checkpoint 1", "checkpoint 2", "\"format\""}, {"\"format\"", "\"tokens\"", "there twice"},
         {"\"step\": 5", "\"step\": -1", "\"step\""}, {"\"step\": 5", "\"step\": 1e3", "\"step\""},
@@ -243,6 +278,22 @@ static void test_checkpoint_trainer_json(void) {
     free(dir), free(path);
 }
 
+static void checkpoint_test_names(const char *out, const char *want) {
+    char *command = xprintf("cd %s && LC_ALL=C ls -A | tr '\\n' ' '", out);
+    ToolRun r = shell_run(command);
+    EXPECT_TEXT(r.out.s, want);
+    tool_free(&r);
+    free(command);
+}
+
+// Makes OUT/name a checkpoint's directory with one of its files.
+static void checkpoint_test_leave(const char *out, const char *name) {
+    char *dir = xprintf("%s/%s", out, name), *file = xprintf("%s/config.json", dir);
+    directory_make(dir);
+    file_write_whole(file, name, strlen(name));
+    free(dir), free(file);
+}
+
 static void test_checkpoint_prunes_and_replaces(void) {
     const char *out = test_directory();
     char *stray = xprintf("%s/.latest.tmp", out);        // what a kill between making the link and renaming it leaves
@@ -250,7 +301,9 @@ static void test_checkpoint_prunes_and_replaces(void) {
     for (int64_t step = 1; step <= 5; step++) checkpoint_test_save(out, step);
     EXPECT(!path_exists(stray), "%s stays", stray);
     free(stray);
+    checkpoint_test_leave(out, ".step_00000005.old");    // what a kill between two renames leaves
     checkpoint_test_save(out, 5);                        // the same step once more
+    checkpoint_test_names(out, "latest step_00000001 step_00000002 step_00000003 step_00000004 step_00000005 ");
     checkpoint_prune(out, 0, 5);
     CheckpointList list = checkpoint_list(out);
     EXPECT(list.n == 5 && list.step[0] == 5 && list.step[4] == 1, "%d checkpoints", list.n);
@@ -345,6 +398,30 @@ static void checkpoint_test_read_config(void *dir) {
     checkpoint_load_weights((const char *)dir, engine_cpu(), m, &c);
 }
 
+static void checkpoint_test_load(void *out) {
+    char *dir = xprintf("%s/latest", (char *)out);
+    int64_t counts[5];
+    CheckpointState s = {.adamw_steps = counts};
+    checkpoint_load(dir, engine_cpu(), checkpoint_test_model(1), &checkpoint_test_config, &s);
+}
+
+// No update was done more often than there were steps.
+static void test_checkpoint_refuses_counts(void) {
+    const char *out = test_directory();
+    double scale[4] = {1, 1, 1, 1};
+    Model *m = checkpoint_test_model(1);
+    for (int i = 0; i < 5; i++)
+        for (int64_t count = -1; count <= 4; count += 5) {
+            int64_t counts[5] = {0};
+            CheckpointState s = {.step = 3, .adamw_steps = counts, .eval_scale = scale, .options = ""};
+            counts[i] = count;
+            checkpoint_save(out, engine_cpu(), m, &checkpoint_test_config, &s);
+            EXPECT_EXIT(1, count < 0 ? "adamw_steps has -1" : "adamw_steps has 4", checkpoint_test_load,
+                        (void *)(uintptr_t)out);
+        }
+    engine_cpu()->close(m);
+}
+
 static void test_checkpoint_refuses_other_models(void) {
     static const struct { const char *config, *part; } wrong[] = {
         {"", "config.json"}, {"[]", "vocab_size"}, {"{\"vocab_size\": 7}", "n_positions"},
@@ -364,6 +441,7 @@ static void test_checkpoint_refuses_other_models(void) {
         {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 3, \"n_embd\": 4}", "multiple"}};
     const char *dir = test_directory();
     Model *m = checkpoint_test_model(4);
+    EXPECT_EXIT(1, "cannot read", checkpoint_test_read_config, (void *)(uintptr_t)dir);
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         checkpoint_test_published(dir, wrong[i].config, m);
         EXPECT_EXIT(1, wrong[i].part, checkpoint_test_read_config, (void *)(uintptr_t)dir);
@@ -371,9 +449,342 @@ static void test_checkpoint_refuses_other_models(void) {
     engine_cpu()->close(m);
 }
 
+// ---- What a crash leaves, and what --resume puts right ----
+
+static void test_checkpoint_recovers(void) {
+    const char *out = test_directory();
+    static const char *const left[] = {".step_00000001.tmp", ".step_00000001.old", "step_00000001", ".step_00000002.old",
+                                       ".step_00000003.tmp", ".step_00000004.new", "xstep_00000005.tmp", ".step-00000006.tmp"};
+    for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
+    char *link = xprintf("%s/.latest.tmp", out), *back = xprintf("%s/step_00000002/config.json", out);
+    EXPECT(symlink("step_00000009", link) == 0, "%s", link);
+    checkpoint_recover(out);
+    checkpoint_test_names(out, ".step-00000006.tmp .step_00000004.new step_00000001 step_00000002 xstep_00000005.tmp ");
+    Text t = test_read_file(back);
+    EXPECT_TEXT(t.s, ".step_00000002.old");
+    text_free(&t);
+    free(back);
+    back = xprintf("%s/none", out);
+    checkpoint_recover(back);
+    EXPECT(!path_exists(back), "%s was made", back);
+    free(back), free(link);
+}
+
+// The newest first; only names that a checkpoint may have.
+static void test_checkpoint_list(void) {
+    const char *out = test_directory();
+    static const char *const name[] = {"step_00000003", "step_00000010", "step_123456789012", "step_0000007", "step_00000008x",
+                                       "step_-00000009", "Step_00000011", "step_00000000",
+                                       "step-00000004"};
+    for (size_t i = 0; i < sizeof name / sizeof name[0]; i++) checkpoint_test_leave(out, name[i]);
+    CheckpointList list = checkpoint_list(out);
+    EXPECT(list.n == 4 && list.step[0] == 123456789012 && list.step[1] == 10 && list.step[2] == 3 && list.step[3] == 0,
+           "%d checkpoints", list.n);
+    free(list.step);
+    checkpoint_prune(out, 1, 10);                        // the first is newer than what was written last
+    checkpoint_prune(out, -1, 10);
+    checkpoint_test_names(out, "Step_00000011 step-00000004 step_-00000009 step_00000008x step_00000010 step_0000007 "
+                          "step_123456789012 ");
+    CheckpointList none = checkpoint_list("/nowhere");
+    EXPECT(none.n == 0 && !none.step, "%d checkpoints nowhere", none.n);
+}
+
+// What is newer than the checkpoint that a run goes on from is set aside, unless something is there; `latest` is mended.
+static void checkpoint_test_settle(void *out) { checkpoint_settle((const char *)out, "step_10000012"); }
+
+static void test_checkpoint_settles(void) {
+    const char *out = test_directory();
+    char *latest = xprintf("%s/latest", out), target[64] = "";
+    static const char *const left[] = {"step_10000011", "step_10000012", "step_10000013", "step_10000013.damaged",
+                                       "step_10000014"};
+    for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
+    for (int i = 0; i < 3; i++) {                        // without the link, with it, and with another
+        Text t = checkpoint_test_told(checkpoint_test_settle, out);
+        const char *first = strchr(t.s, '\n'), *second = first ? strchr(first + 1, '\n') : NULL;
+        EXPECT(i ? first == t.s + t.n - 1 : second == t.s + t.n - 1, "turn %d: %s", i, t.s);
+        EXPECT(!!strstr(t.s, "14 is now ") == !i && strstr(t.s, "13 stays: "), "turn %d: %s", i, t.s);
+        text_free(&t);
+        checkpoint_test_names(out, "latest step_10000011 step_10000012 step_10000013 step_10000013.damaged "
+                              "step_10000014.damaged ");
+        memset(target, 0, sizeof target);
+        EXPECT(readlink(latest, target, sizeof target - 1) == 13, "%s is no link", latest);
+        EXPECT_TEXT(target, "step_10000012");
+        if (i == 1) EXPECT(!unlink(latest) && !symlink("step_10000011", latest), "%s", latest);
+    }
+    free(latest);
+}
+
+static void checkpoint_test_save_again(void *out) { checkpoint_test_save((const char *)out, 1); }
+
+// A save that fails leaves what was there, and none of its own files: the room they take may be what is missing.
+static void test_checkpoint_save_fails(void) {
+    const char *out = test_directory();
+    checkpoint_test_save(out, 1);
+    char *dir = xprintf("%s/step_00000001", out);
+    checkpoint_test_leave(out, ".step_00000001.old");    // has a guest, so that the old checkpoint cannot have this name
+    checkpoint_test_leave(out, ".step_00000001.old/guest");
+    EXPECT_EXIT(1, "cannot rename", checkpoint_test_save_again, (void *)(uintptr_t)out);
+    checkpoint_test_names(out, ".step_00000001.old latest step_00000001 ");
+    char *wrong = checkpoint_verify(dir);
+    EXPECT(!wrong, "%s", wrong);
+    free(wrong), free(dir);
+}
+
+// ---- With EngineArgs.zero every rank reads what rank 0 saves, in the same order ----
+
+static char checkpoint_test_reads[2][4096];              // "slot.parameter.layer " of each read, by rank 0 and by another
+static int checkpoint_test_rank;
+
+static void checkpoint_test_read(Model *m, Slot slot, int param, int layer, real *host) {
+    char *text = checkpoint_test_reads[checkpoint_test_rank];
+    snprintf(text + strlen(text), sizeof checkpoint_test_reads[0] - strlen(text), "%d.%d.%d ", (int)slot, param, layer);
+    engine_cpu()->read(m, slot, param, layer, host);
+}
+
+static void test_checkpoint_attends(void) {
+    const GptConfig *c = &checkpoint_test_config;
+    Engine e = *engine_cpu();
+    int64_t counts[5] = {0};
+    double scale[4] = {1, 1, 1, 1};
+    CheckpointState s = {.adamw_steps = counts, .eval_scale = scale, .options = ""};
+    char *bad = NULL;
+    Model *m = checkpoint_test_model(1);
+    e.read = checkpoint_test_read;
+    memset(checkpoint_test_reads, 0, sizeof checkpoint_test_reads);
+    for (checkpoint_test_rank = 0; checkpoint_test_rank < 2; checkpoint_test_rank++) {
+        if (checkpoint_test_rank == 0) checkpoint_save(test_directory(), &e, m, c, &s);
+        else checkpoint_attend(&e, m, c, &bad);
+    }
+    EXPECT(strlen(checkpoint_test_reads[0]) > 300, "%s", checkpoint_test_reads[0]);
+    EXPECT_TEXT(checkpoint_test_reads[1], checkpoint_test_reads[0]);
+    EXPECT(!bad, "%s is finite", bad);
+    engine_cpu()->close(m);
+}
+
+// ---- config.json and trainer.json ----
+
+static void test_checkpoint_config(void) {
+    const GptConfig *c = &checkpoint_test_config;
+    double scale[4] = {1, 1, 1, 1};
+    static const struct { double scale; int eot, tied; const char *sha, *end; } row[] = {
+        {1, -1, 0, NULL, "\"bos_token_id\": null,\n  \"eos_token_id\": null,\n  \"torch_dtype\": \"half\"\n}\n"},
+        {1, 0, 1, "", "\"bos_token_id\": 0,\n  \"eos_token_id\": 0,\n  \"torch_dtype\": \"half\"\n}\n"},
+        {1, 50256, 0, "ab", "_id\": 50256,\n  \"torch_dtype\": \"half\",\n  \"tokenizer_sha256\": \"ab\"\n}\n"},
+        {0.5, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 1, 0.5],\n  \"drop_path_tied\": false\n}\n"},
+        {0.25, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [0.5, 1, 1, 1],\n  \"drop_path_tied\": false\n}\n"},
+        {0.5, -1, 1, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 0.5, 0.5],\n  \"drop_path_tied\": true\n}\n"}};
+    for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {
+        Text t = {NULL, 0, 0};
+        CheckpointState s = {.eval_scale = scale, .tied = row[i].tied, .eot = row[i].eot, .tokenizer_sha256 = row[i].sha};
+        scale[3] = row[i].scale, scale[2] = row[i].tied ? row[i].scale : 1, scale[0] = 1;
+        if (row[i].scale == 0.25) scale[0] = 0.5, scale[3] = 1;          // the first alone
+        checkpoint_config_json(&t, c, &s, "half");
+        const size_t n = strlen(row[i].end);
+        EXPECT(t.n > n && !strcmp(t.s + t.n - n, row[i].end), "row %zu: %s", i, t.s);
+        GptConfig back;
+        double *read = NULL;
+        int tied = -1;
+        char *error = checkpoint_parse_config(&back, &read, &tied, t.s, t.n);
+        EXPECT(!error && !memcmp(&back, c, sizeof back) && !memcmp(read, scale, sizeof scale), "row %zu: %s", i,
+               error ? error : "other numbers");
+        EXPECT(tied == (row[i].tied && row[i].scale < 1), "row %zu: tied %d", i, tied);
+        free(error), free(read);
+        text_free(&t);
+    }
+}
+
+// A trainer.json of this text with the right sum.
+static const char *checkpoint_test_state(CheckpointState *s, const char *text) {
+    char hex[SHA256_HEX];
+    Text t = {NULL, 0, 0};
+    memset(s, 0, sizeof *s);
+    s->losses.n = s->norms.n = 5;                        // of another run
+    text_printf(&t, "%s\n", text);
+    sha256_hex(hex, t.s, t.n);
+    text_printf(&t, CHECKPOINT_SELF "%s\"\n}\n", hex);
+    const char *error = checkpoint_parse_state(s, t.s, t.n);
+    EXPECT(!error || !s->options, "options after an error");
+    text_free(&t);
+    free((char *)(uintptr_t)s->options);
+    return error;
+}
+
+static void test_checkpoint_state(void) {
+    CheckpointState s;
+    static const char *const good[] = {                  // the least and the most of each
+        "{\"step\": 0, \"tokens\": 0, \"options\": \"\",",
+        "{\"step\": 1152921504606846976, \"tokens\": 1152921504606846976, \"bad_steps\": 1000000000, \"options\": \"\",",
+        "{\"step\": 3, \"tokens\": 4, \"bad_steps\": 0, \"losses\": [], \"grad_norms\": [-1, 2.5], \"options\": \"x\","};
+    static const struct { const char *text, *error; } bad[] = {
+        {"{\"tokens\": 4, \"options\": \"\",", "\"step\""}, {"{\"step\": -1, \"tokens\": 4, \"options\": \"\",", "\"step\""},
+        {"{\"step\": 1152921504606846977, \"tokens\": 4, \"options\": \"\",", "\"step\""},
+        {"{\"step\": 3, \"options\": \"\",", "\"tokens\""}, {"{\"step\": 3, \"tokens\": -1, \"options\": \"\",", "\"tokens\""},
+        {"{\"step\": 3, \"tokens\": 1152921504606846977, \"options\": \"\",", "\"tokens\""},
+        {"{\"step\": 3, \"tokens\": 4, \"options\": 5,", "\"options\""},
+        {"{\"step\": 3, \"tokens\": 4, \"bad_steps\": -1, \"options\": \"\",", "bad_steps"},
+        {"{\"step\": 3, \"tokens\": 4, \"bad_steps\": 1000000001, \"options\": \"\",", "bad_steps"},
+        {"{\"step\": 3, \"tokens\": 4, \"losses\": 5, \"options\": \"\",", "losses"},
+        {"{\"step\": 3, \"tokens\": 4, \"losses\": [\"a\"], \"options\": \"\",", "losses"},
+        {"{\"step\": 3, \"tokens\": 4, \"losses\": [1e999], \"options\": \"\",", "losses"},
+        {"{\"step\": 3, \"tokens\": 4, \"grad_norms\": [1, null], \"options\": \"\",", "grad_norms"}};
+    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
+        const char *error = checkpoint_test_state(&s, good[i]);
+        EXPECT(!error, "%s: %s", good[i], error);
+        EXPECT(s.bad_steps == (i == 1 ? 1000000000 : 0) && s.losses.n == 0 && s.norms.n == (i == 2 ? 2 : 0), "%s", good[i]);
+    }
+    EXPECT(s.step == 3 && s.tokens == 4 && s.losses.n == 0 && s.norms.n == 2, "%d and %d numbers", s.losses.n, s.norms.n);
+    EXPECT(s.norms.value[0] == -1 && s.norms.value[1] == 2.5, "other numbers");
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
+        EXPECT_ERROR(checkpoint_test_state(&s, bad[i].text), bad[i].error);
+    for (int n = 128; n <= 129; n++) {
+        Text t = {NULL, 0, 0};
+        text_printf(&t, "{\"step\": 3, \"tokens\": 4, \"options\": \"\", \"losses\": [0");
+        for (int i = 1; i < n; i++) text_printf(&t, ", %d", i);
+        text_printf(&t, "],");
+        const char *error = checkpoint_test_state(&s, t.s);
+        EXPECT(n == 128 ? !error && s.losses.n == 128 : error && strstr(error, "128"), "%d losses: %s", n, error);
+        text_free(&t);
+    }
+}
+
+// What a config.json may and may not say beside the sizes of a model that we compute.
+static void test_checkpoint_config_words(void) {
+    static const char *const good[] = {
+        "\"activation_function\": \"gelu_new\"", "\"activation_function\": \"gelu_pytorch_tanh\"", "\"n_inner\": 16",
+        "\"n_inner\": null", "\"layer_norm_epsilon\": 1e-5", "\"scale_attn_by_inverse_layer_idx\": false",
+        "\"scale_attn_weights\": true", "\"drop_path_eval_scale\": [0, 1, 0.5, 0.5]", "\"drop_path_tied\": true",
+        "\"drop_path_eval_scale\": [0.5, 0.5, 1, 1], \"drop_path_tied\": true"};
+    static const struct { const char *words, *error; } bad[] = {
+        {"\"n_inner\": 15", "n_inner"}, {"\"n_inner\": 0", "n_inner"}, {"\"layer_norm_epsilon\": 1e-4", "layer_norm_epsilon"},
+        {"\"scale_attn_by_inverse_layer_idx\": true", "scale_attn_by_inverse_layer_idx"},
+        {"\"model_type\": true", "model_type"},
+        {"\"activation_function\": true", "activation_function"}, {"\"drop_path_eval_scale\": [1, 1, 1]", "4 numbers"},
+        {"\"drop_path_eval_scale\": [1, 1, 1, 1, 1]", "4 numbers"}, {"\"drop_path_eval_scale\": [1, 1, 1, 1.5]", "from 0 to 1"},
+        {"\"drop_path_eval_scale\": [1, \"a\", 1, 1]", "from 0 to 1"},
+        {"\"drop_path_eval_scale\": [0.5, 1, 1, 1], \"drop_path_tied\": true", "equal"}};
+    for (size_t i = 0; i < sizeof good / sizeof *good + sizeof bad / sizeof *bad; i++) {
+        const size_t k = i - sizeof good / sizeof *good;
+        const char *words = i < sizeof good / sizeof *good ? good[i] : bad[k].words;
+        char *text = xprintf("{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4, %s}",
+                             words);
+        GptConfig c;
+        double *scale = NULL;
+        int tied = -1;
+        char *error = checkpoint_parse_config(&c, &scale, &tied, text, strlen(text));
+        if (words != good[i < sizeof good / sizeof *good ? i : 0]) EXPECT_ERROR(error, bad[k].error);
+        else EXPECT(!error && scale && tied == !!strstr(words, "tied"), "%s: %s", words, error ? error : "tied differs");
+        EXPECT(!error || !scale, "%s: factors after an error", words);
+        free(error), free(scale), free(text);
+    }
+}
+
+// The least and the most of a vocabulary and a length, which is more than the sizes of gpt.h alone say.
+static void test_checkpoint_config_sizes(void) {
+    static const struct { int64_t V, T, L; const char *error; } row[] = {
+        {2, 1, 1, NULL}, {16777216, 1048576, 1, NULL}, {16777217, 1, 1, "\"vocab_size\" is 16777217"},
+        {1, 0, 1, "\"n_positions\" is 0"}, {1, 1, -1, "\"n_layer\" is -1"}, {4294967297, 1, 1, "\"vocab_size\""}};
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        char *text = xprintf("{\"vocab_size\": %lld, \"n_positions\": %lld, \"n_layer\": %lld, \"n_head\": 1, \"n_embd\": 2}",
+                             (long long)row[i].V, (long long)row[i].T, (long long)row[i].L);
+        GptConfig c;
+        double *scale = NULL;
+        int tied = 1;
+        char *error = checkpoint_parse_config(&c, &scale, &tied, text, strlen(text));
+        if (row[i].error) EXPECT_ERROR(error, row[i].error);
+        else EXPECT(!error && c.V == row[i].V && c.T == row[i].T && c.L == row[i].L && scale[1] == 1 && !tied, "%s: %s", text,
+                    error ? error : "it reads as something else");
+        free(error), free(scale), free(text);
+    }
+}
+
+// A file of several MiB: what is told of a changed byte, of another length, and by a trainer.json without sizes and marks.
+static void test_checkpoint_tells_where(void) {
+    enum { SIZE = 2 * FILE_SUM_BLOCK + 5 };
+    const char *dir = test_directory();
+    char *path = xprintf("%s/%s", dir, checkpoint_file[2]), *bytes = (char *)xcalloc(SIZE, 1);
+    FileSum sum;
+    file_sum(&sum, bytes, SIZE);
+    static const struct { int marks; size_t at, size; const char *wrong; } row[] = {
+        {1, SIZE, SIZE, NULL}, {0, SIZE, SIZE, NULL}, {1, 0, SIZE, "in bytes 0 to 1048576"},
+        {1, FILE_SUM_BLOCK, SIZE, "in bytes 1048576 to 2097152"}, {1, SIZE - 1, SIZE, "in bytes 2097152 to 2097157"},
+        {0, FILE_SUM_BLOCK, SIZE, "in bytes 0 to 2097157"},
+        {1, SIZE, SIZE - 1, "it has 2097156 bytes, but 2097157 were written"},
+        {0, SIZE, SIZE - 1, "do not match the SHA-256"}};
+    for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
+        Text t = {NULL, 0, 0};
+        Json doc;
+        text_printf(&t, "{\"files\": {\"%s\": \"%s\"}", checkpoint_file[2], sum.hex);
+        if (row[i].marks)
+            text_printf(&t, ", \"sizes\": {\"%s\": %d}, \"marks\": {\"%s\": \"%s\"}", checkpoint_file[2], (int)SIZE,
+                        checkpoint_file[2], sum.marks.s);
+        text_append(&t, "}", 1);
+        EXPECT(!json_parse(&doc, t.s, t.n), "%s", t.s);
+        if (row[i].at < SIZE) bytes[row[i].at] ^= 8;
+        FILE *f = file_open(path, "wb");
+        file_write(f, path, bytes, row[i].size);
+        fclose(f);
+        if (row[i].at < SIZE) bytes[row[i].at] ^= 8;
+        char *wrong = checkpoint_verify_file(&doc, dir, 2);
+        if (row[i].wrong) EXPECT_ERROR(wrong, row[i].wrong);
+        else EXPECT(!wrong, "row %zu: %s", i, wrong);
+        free(wrong);
+        json_free(&doc);
+        text_free(&t);
+    }
+    text_free(&sum.marks);
+    free(bytes), free(path);
+}
+
+// trainer.json, to the letter but for its own sum: older programs' checkpoints must go on being read.
+static void test_checkpoint_trainer_json(void) {
+    CheckpointState s = {.step = 3, .tokens = 40, .bad_steps = 2, .options = "a"};
+    CheckpointSums sums;
+    Text t = {NULL, 0, 0};
+    memset(&sums, 0, sizeof sums);
+    spikes_add(&s.losses, 1), spikes_add(&s.losses, 2.5), spikes_add(&s.losses, 3), spikes_add(&s.norms, 4);
+    for (int i = 0; i < CHECKPOINT_FILES; i++) {
+        snprintf(sums.file[i].hex, sizeof sums.file[i].hex, "hex%d", i);
+        sums.file[i].size = (uint64_t)i + 10;
+        if (i) text_printf(&sums.file[i].marks, "mark%d", i);
+    }
+    checkpoint_trainer_json(&t, &s, &sums);
+    char *own = strstr(t.s, CHECKPOINT_SELF);
+    EXPECT(own && t.n == (size_t)(own - t.s) + strlen(CHECKPOINT_SELF) + 64 + 4, "%s", t.s);
+    if (own) *own = 0;
+    EXPECT_TEXT(t.s, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": 3,\n  \"tokens\": 40,\n  \"options\": \"a\",\n"
+                "  \"bad_steps\": 2,\n  \"losses\": [1, 2.5, 3],\n  \"grad_norms\": [4],\n  \"files\": {\n"
+                "    \"model.safetensors\": \"hex0\",\n    \"config.json\": \"hex1\",\n"
+                "    \"optimizer.safetensors\": \"hex2\"\n"
+                "  },\n  \"sizes\": {\"model.safetensors\": 10, \"config.json\": 11, \"optimizer.safetensors\": 12},\n"
+                "  \"marks\": {\"model.safetensors\": \"\", \"config.json\": \"mark1\", "
+                "\"optimizer.safetensors\": \"mark2\"},\n");
+    for (int i = 0; i < CHECKPOINT_FILES; i++) text_free(&sums.file[i].marks);
+    text_free(&t);
+}
+
+static void checkpoint_test_remove(void *dir) { checkpoint_remove((const char *)dir); }
+
+// Only what stays behind is told.
+static void test_checkpoint_remove(void) {
+    const char *out = test_directory();
+    char *dir = xprintf("%s/step", out), *guest = xprintf("%s/step/guest", out);
+    for (int i = 0; i < 3; i++) {                        // a checkpoint, nothing, one with a guest
+        if (i != 1) checkpoint_test_leave(out, "step");
+        if (i == 2) checkpoint_test_leave(out, "step/guest");
+        Text t = checkpoint_test_told(checkpoint_test_remove, dir);
+        EXPECT(i == 2 ? strstr(t.s, "cannot remove") && strchr(t.s, '\n') == t.s + t.n - 1 : !t.n, "case %d: %s", i, t.s);
+        EXPECT(path_exists(dir) == (i == 2) && path_exists(guest) == (i == 2), "case %d: what is left", i);
+        text_free(&t);
+    }
+    free(dir), free(guest);
+}
+
 #define CHECKPOINT_TESTS(X)                                                                          \
     X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
     X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
-    X(checkpoint_of_another_step) X(checkpoint_unreadable) X(checkpoint_trainer_json)
+    X(checkpoint_of_another_step) X(checkpoint_unreadable) X(checkpoint_trainer_refuses) \
+    X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
+    X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where) \
+    X(checkpoint_trainer_json) X(checkpoint_remove) X(checkpoint_refuses_counts) X(checkpoint_save_fails)
 
 #endif

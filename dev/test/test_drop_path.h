@@ -8,8 +8,8 @@
 #define DROP_PATH_TESTS(X) \
     X(drop_depth) X(drop_ramp) X(drop_ramp_ends) X(drop_rate) X(drop_scale) X(drop_full_plan) X(drop_marginals) \
     X(drop_order) X(drop_counts) X(drop_micro_counts) X(drop_systematic_exact) X(drop_unbiased) X(drop_branches) \
-    X(drop_deterministic) X(drop_sync) X(drop_zero) X(drop_compute) X(drop_bound) X(drop_text) X(drop_text_micros) \
-    X(drop_text_damaged) X(drop_excess)
+    X(drop_deterministic) X(drop_known_answers) X(drop_sync) X(drop_zero) X(drop_compute) X(drop_bound) \
+    X(drop_text) X(drop_text_micros) X(drop_text_damaged) X(drop_excess)
 
 enum { N_DEPTHS = 4, N_SHAPES = 4, N_UNITS = 2, N_BRANCH_KINDS = 4, N_SAMPLINGS = 2, N_SCALES = 3 };
 
@@ -79,6 +79,7 @@ static void test_drop_ramp(void) {
         {0, 0, 20, 10, 0, SHAPE_LINEAR, 70, 1},      {0, 0, 20, 10, 0, SHAPE_LINEAR, 80, 0.5},
         {0, 0, 20, 10, 0, SHAPE_LINEAR, 90, 0},      {0, 0, 20, 10, 0, SHAPE_LINEAR, 99, 0},
         {0, 0, 0, 10, 0, SHAPE_LINEAR, 89, 1},       {0, 0, 0, 10, 0, SHAPE_LINEAR, 90, 0},                // recover only
+        {0, 0, 0, 1, 0, SHAPE_LINEAR, 98, 1},        {0, 0, 0, 1, 0, SHAPE_LINEAR, 99, 0},
         {0, 80, 80, 0, 0, SHAPE_LINEAR, 40, 0.5},    {0, 80, 80, 0, 0, SHAPE_LINEAR, 60, 0.5},             // they cross
         {0, 0, 100, 0, 0, SHAPE_LINEAR, 0, 1},       {0, 0, 100, 0, 0, SHAPE_LINEAR, 50, 0.5},             // the whole run
         {0, 0, 20, 0, 0, SHAPE_COSINE, 95, 0.14644660940672624},
@@ -139,7 +140,9 @@ static void test_drop_rate(void) {
         }
     d.p_max = 1 - 1e-12;
     d.depth = DEPTH_UNIFORM;
-    EXPECT(drop_path_rate(&d, 1, ATTN, 99) < 1 && isfinite(drop_path_scale(&d, 1, ATTN, 99)), "a rate that rounds to 1");
+    d.branches = BRANCHES_SEPARATE;
+    const double rate = drop_path_rate(&d, 1, ATTN, 99);
+    EXPECT(rate > 0.999 && rate < 1 && isfinite(drop_path_scale(&d, 1, ATTN, 99)), "a rate that rounds to 1: %.17g", rate);
 }
 
 static void test_drop_scale(void) {
@@ -152,6 +155,8 @@ static void test_drop_scale(void) {
     d.scale = SCALE_SURVIVAL;
     d.branches = BRANCHES_ATTN;
     EXPECT(drop_path_eval_scale(&d, 2, MLP) == 1, "the MLP is never dropped, yet scaled");
+    d.ramp_up = 100;                                     // the final rate is that of step 99
+    EXPECT_CLOSE(drop_path_eval_scale(&d, 2, ATTN), 1 - 0.5 * 0.99, 1e-9, "survival of the last step");
     d.recover = 10;                                      // the final rates are 0
     EXPECT(drop_path_eval_scale(&d, 2, ATTN) == 1, "survival after recovery");
 }
@@ -173,7 +178,14 @@ static void test_drop_full_plan(void) {
     drop_plan_keep_all(&plan, scale, 0, 5);
     for (int i = 0; i < 3 * BRANCHES; i++)
         EXPECT(plan.branch[i].n == (scale[i] != 0 ? 5 : 0) && plan.branch[i].scale == scale[i], "branch %d", i);
+    drop_plan_keep_all(&plan, NULL, 1, 2);
+    for (int i = 0; i < 3 * BRANCHES; i++) EXPECT(plan.branch[i].n == 2 && plan.branch[i].scale == 1, "branch %d", i);
+    d.branches = BRANCHES_MLP;                           // only these have factors
+    drop_plan_full(&plan, &d, 4);
+    for (int i = 0; i < 3 * BRANCHES; i++)
+        EXPECT_CLOSE(plan.branch[i].scale, i % 2 == MLP ? 1 - 0.2 * (i / BRANCHES + 1) : 1, 1e-9, "scale");
     drop_plan_free(&plan);
+    EXPECT(!plan.branch && !plan.storage, "a plan that is freed can be freed again");
 }
 
 // ---- Sampling ----
@@ -416,6 +428,40 @@ static void drop_check_deterministic(const DropPath *d) {
 
 static void test_drop_deterministic(void) { drop_each_policy(drop_policy(8, 0.6), drop_check_deterministic); }
 
+// Plans are the same in every build and in every later version, else a resumed run would drop other branches: four steps of
+// the first two of three micro-batches, of each unit, sampling, and separate or tied branches.
+static void test_drop_known_answers(void) {
+    static const char *const want[2 * N_UNITS * N_SAMPLINGS] = {
+        "133112 332122 332032 331301 333300 330303 312303 331130",
+        "1b.1a.14.03 0f.1d.0a.0c 16.0d.12.03 1b.1e.05.0c 19.0f.03.0c 07.15.0c.03 13.1e.0c.06 1d.0f.18.05",
+        "323033 333310 333020 331321 223110 323003 300220 320101",
+        "12.14.12.0d 17.19.0d.00 0a.1f.08.0b 1f.1f.04.1c 1e.13.00.11 01.1f.0f.17 1a.16.10.05 0b.1f.02.14",
+        "330303 333030 330303 333030 033330 330303 333300 303030",
+        "16.16.14.14 19.19.09.09 13.13.0a.0a 1d.1d.05.05 0f.0f.18.18 13.13.14.14 1d.1d.09.09 0b.0b.12.12",
+        "333000 303330 033300 303330 333330 333000 330300 333300",
+        "0b.0b.12.12 1e.1e.08.08 1e.1e.1d.1d 1e.1e.00.00 1d.1d.00.00 1f.1f.00.00 13.13.16.16 13.13.00.00",
+    };
+    for (int i = 0; i < 2 * N_UNITS * N_SAMPLINGS; i++) {
+        const int batch = i % N_UNITS == UNIT_ROW ? 5 : 3;
+        DropPath d = drop_policy(i % N_UNITS == UNIT_ROW ? 2 : 6, 0.6);
+        DropPlan plan = drop_plan_new(d.layers, batch);
+        Text text = {NULL, 0, 0};
+        d.unit = i % N_UNITS;
+        d.sampling = i / N_UNITS % N_SAMPLINGS;
+        d.branches = i / N_UNITS / N_SAMPLINGS ? BRANCHES_TIED : BRANCHES_SEPARATE;
+        d.seed = (uint64_t)i << 32 | 7;
+        for (int64_t step = 0; step < 4; step++)
+            for (int m = 0; m < 2; m++) {
+                if (text.n) text_append(&text, " ", 1);
+                drop_plan_sample(&plan, &d, step << 33 | step, m, 3, 1, batch);
+                drop_plan_write(&text, &plan, d.unit);
+            }
+        EXPECT_TEXT(text.s, want[i]);
+        text_free(&text);
+        drop_plan_free(&plan);
+    }
+}
+
 // sync, batch units: the ranks share micro-step k's plan, which is that of a run on one rank with M/W micro-batches.
 // Otherwise: the plan of m does not know how many ranks there are.
 static void drop_check_sync(const DropPath *policy) {
@@ -439,8 +485,8 @@ static void test_drop_sync(void) { drop_each_policy(drop_policy(4, 0.6), drop_ch
 
 // A rate of zero, by p_max or by the ramp, is the full plan with scales of exactly 1.
 static void drop_check_zero(const DropPath *d) {
-    enum { L = 4, B = 3 };
-    DropPlan plan = drop_plan_new(L, B), full = drop_plan_new(L, B);
+    enum { B = 3 };
+    DropPlan plan = drop_plan_new(d->layers, B), full = drop_plan_new(d->layers, B);
     drop_plan_full(&full, NULL, B);
     full.tied = d->branches == BRANCHES_TIED;
     for (int64_t step = 0; step < 50; step++) {
@@ -456,6 +502,11 @@ static void test_drop_zero(void) {
     late.start = 50;
     drop_each_policy(drop_policy(4, 0), drop_check_zero);
     drop_each_policy(late, drop_check_zero);
+    DropPath rare = drop_policy(3, 0);                   // whose number for branch 4 is 0, too: found by search
+    rare.sampling = SAMPLING_BERNOULLI;
+    rare.seed = 371490725;
+    EXPECT(rng_words(rare.seed, STREAM_DROP, 0, 0, 4).v[0] == 0, "another generator: search again");
+    drop_check_zero(&rare);
 }
 
 // ---- Cost ----
@@ -522,6 +573,16 @@ static void test_drop_bound(void) {
     d.ramp_up = 0;                                       // falling: the last steps keep the most
     d.ramp_down = 30;
     drop_each_policy(d, drop_check_bound);
+    d.ramp_down = 1;                                     // it would reach 0 after the last step
+    drop_each_policy(d, drop_check_bound);
+    d.ramp_down = 0;
+    d.start = 1;                                         // all of step 0
+    drop_each_policy(d, drop_check_bound);
+    d = drop_policy(3, 0.6);                             // step 0 alone keeps all rows
+    d.unit = UNIT_ROW, d.ramp_up = 2, d.ramp_from = 0.3;
+    int attn, mlp, rows;
+    drop_path_bound(&d, 4, &attn, &mlp, &rows);
+    EXPECT(attn == 12 && mlp == 12 && rows == 24, "%d, %d, %d rows", attn, mlp, rows);
 }
 
 // ---- Plans as text ----
@@ -616,6 +677,7 @@ static void test_drop_text_damaged(void) {
     d.branches = BRANCHES_TIED;
     EXPECT_ERROR(drop_plan_read(&plan, &d, 0, "7.7.7.6", 0, 3), "tied");
     EXPECT_ERROR(drop_plan_read(&plan, &d, 0, "31", 0, 3), "tied");
+    EXPECT_ERROR(drop_plan_read(&plan, &d, 0, "3.5.0.0", 0, 3), "tied");             // as many rows, but others
     EXPECT(!drop_plan_read(&plan, &d, 0, "6.6.0.0", 0, 3), "a tied plan is refused");
     drop_plan_free(&plan);
 }
@@ -625,7 +687,8 @@ static void test_drop_text_damaged(void) {
 static void test_drop_excess(void) {
     static const struct { double p_max, parameters; const char *size; double usual; } row[] = {
         {0.0, 124e6, NULL, 0.1}, {0.1, 124e6, NULL, 0.1}, {0.11, 124e6, "small", 0.1}, {0.2, 355e6, NULL, 0.2},
-        {0.3, 355e6, "medium", 0.2}, {0.4, 774e6, NULL, 0.4}, {0.5, 1.5e9, "large", 0.4},
+        {0.3, 355e6, "medium", 0.2}, {0.4, 774e6, NULL, 0.4}, {0.5, 1.5e9, "large", 0.4}, {0.3, 250e6, "medium", 0.2},
+        {0.5, 600e6, "large", 0.4},
     };
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
         double usual = 0;

@@ -25,7 +25,8 @@
     X(engine_threads) X(engine_bf16_is_near) X(engine_bf16_threads) X(engine_any_batch) \
     X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
     X(engine_logits) X(engine_decode) X(engine_decode_alone) X(engine_decode_many_rows) X(engine_decode_bf16) \
-    X(engine_decode_after_write) X(engine_decode_refuses) X(engine_update) X(engine_update_clipped) \
+    X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses) \
+    X(engine_update) X(engine_update_clipped) \
     X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_untouched) \
     X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
 
@@ -1245,6 +1246,27 @@ static void test_engine_decode_after_write(void) {
     rig_close(&r);
 }
 
+// The CPU keeps packed copies of the weights for decode: after an update they must not be those from before.
+static void test_engine_decode_after_update(void) {
+    static const int one[1] = {1};
+    const GptConfig c = decode_config;
+    if (test_engine != engine_cpu()) return;
+    const EngineArgs args = {.B = 1, .T = 5, .threads = 1, .dtype = DTYPE_FP32, .cache = 1,
+                             .bound = {c.L, c.L, BRANCHES * c.L}};
+    Rig r = rig_new(c, &args, 1);
+    int64_t *t = (int64_t *)xcalloc((size_t)(BRANCHES * c.L + 1), sizeof *t);
+    for (int i = 0; i <= BRANCHES * c.L; i++) t[i] = 1;
+    const UpdateArgs update = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0, 0};
+    plan_force(&r.plan, FULL, 1);
+    free(decode_pieces(&r, one, 1));
+    test_engine->forward_backward(r.model, 5, r.tokens, r.targets, &r.plan, 1, NULL);
+    test_engine->update(r.model, &update);
+    real *want = decode_forward(&r), *got = decode_pieces(&r, one, 1);
+    decode_expect(&r, got, want, 4 * rounding(4 * c.C), "after an update");
+    free(want), free(got), free(t);
+    rig_close(&r);
+}
+
 typedef struct { Rig *r; int n, rows, seq[3], at; } DecodeWrong;
 
 static void decode_aborted(int signal_number) { _exit(signal_number == SIGABRT ? 6 : 7); }
@@ -1432,6 +1454,9 @@ static void test_engine_bounded(void) {
         EXPECT(memory.activations_used <= memory.activations && memory.activations <= memory.activations_full,
                "activations: used %zu of %zu, of %zu without drop path", memory.activations_used, memory.activations,
                memory.activations_full);
+        if (!(k & 1) && test_engine == engine_cpu())         // which sets aside no more than the largest plan keeps
+            EXPECT(memory.activations_used == memory.activations, "%zu of %zu bytes", memory.activations_used,
+                   memory.activations);
         if (memory.activations < least) least = memory.activations;
         if (memory.activations > most) most = memory.activations;
         drop_plan_free(&plan);
