@@ -241,9 +241,13 @@ static void test_checkpoint_trainer_refuses(void) {
         {"\"step\": 5", "\"step\": -1", "\"step\""}, {"\"step\": 5", "\"step\": 1e3", "\"step\""},
         {"\"step\": 5", "\"step\": 1152921504606846977", "\"step\""}, {"\"step\": 5", "\"steps\": 5", "\"step\""},
         {"\"tokens\": 320", "\"tokens\": -320", "\"tokens\""},
+        {"\"tokens\": 320", "\"tokens\": 1152921504606846977", "\"tokens\""},
         {"\"tokens\": 320", "\"tokens\": 99999999999999999999", "\"tokens\""},
+        {"\"tokens\": 320", "\"token\": 320", "\"tokens\""}, {"\"bad_steps\": 0", "\"bad_steps\": -1", "\"bad_steps\""},
         {"\"bad_steps\": 0", "\"bad_steps\": 1000000001", "\"bad_steps\""},
         {"\"bad_steps\": 0", "\"bad_steps\": \"0\"", "\"bad_steps\""},
+        {"\"losses\": [", "\"losses\": 5, \"l\": [", "lists of at most 128"},
+        {"\"losses\": [", "\"losses\": [\"a\"", "no finite number"},
         {"\"losses\": [", "\"losses\": [1e999", "no finite number"}, {"\"losses\": [", "\"losses\": [null", "no finite"},
         {"\"grad_norms\": []", "\"grad_norms\": {}", "lists of at most 128"},
         {"\"options\": \"steps", "\"options\": 7, \"x\": \"steps", "\"options\""},
@@ -276,6 +280,46 @@ static void test_checkpoint_trainer_refuses(void) {
     }
     text_free(&whole);
     free(dir), free(path);
+}
+
+// The least and the most of what trainer.json may say, and that a state read over another one has nothing of it.
+static void test_checkpoint_state(void) {
+    const int64_t most = (int64_t)1 << 60;
+    const struct { const char *from, *to; int64_t step, tokens; int bad_steps, losses, norms; } cases[] = {
+        {"\"step\": 5", "\"step\": 0", 0, 320, 0, 0, 0}, {"\"step\": 5", "\"step\": 1152921504606846976", most, 320, 0, 0, 0},
+        {"\"tokens\": 320", "\"tokens\": 0", 5, 0, 0, 0, 0},
+        {"\"tokens\": 320", "\"tokens\": 1152921504606846976", 5, most, 0, 0, 0},
+        {"\"bad_steps\": 0", "\"bad_steps\": 1000000000", 5, 320, 1000000000, 0, 0},
+        {"\"grad_norms\": [", "\"grad_norms\": [-1, 2.5", 5, 320, 0, 0, 2}};
+    const char *out = test_directory();
+    checkpoint_test_save(out, 5);
+    char *path = xprintf("%s/step_00000005/trainer.json", out);
+    Text whole = test_read_file(path);
+    CheckpointState s;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        memset(&s, 0, sizeof s);
+        s.step = s.tokens = s.bad_steps = s.losses.n = s.norms.n = 7;
+        char *changed = checkpoint_test_trainer(&whole, cases[i].from, cases[i].to);
+        const char *error = checkpoint_parse_state(&s, changed, strlen(changed));
+        EXPECT(!error && s.options, "%s: %s", cases[i].to, error);
+        EXPECT(s.step == cases[i].step && s.tokens == cases[i].tokens && s.bad_steps == cases[i].bad_steps, "%s", cases[i].to);
+        EXPECT(s.losses.n == cases[i].losses && s.norms.n == cases[i].norms, "%s", cases[i].to);
+        free(changed), free((char *)(uintptr_t)s.options);
+    }
+    EXPECT(s.norms.value[0] == -1 && s.norms.value[1] == 2.5, "other numbers");
+    for (int n = 128; n <= 129; n++) {
+        Text t = {NULL, 0, 0};
+        text_printf(&t, "\"losses\": [0");
+        for (int i = 1; i < n; i++) text_printf(&t, ", %d", i);
+        char *changed = checkpoint_test_trainer(&whole, "\"losses\": [", t.s);
+        s.options = NULL;
+        const char *error = checkpoint_parse_state(&s, changed, strlen(changed));
+        EXPECT(n == 128 ? !error && s.losses.n == 128 : error && strstr(error, "128"), "%d losses: %s", n, error);
+        EXPECT(!error == !!s.options, "options after an error");
+        free(changed), free((char *)(uintptr_t)s.options), text_free(&t);
+    }
+    text_free(&whole);
+    free(path);
 }
 
 static void checkpoint_test_names(const char *out, const char *want) {
@@ -589,60 +633,6 @@ static void test_checkpoint_config(void) {
                error ? error : "other numbers");
         EXPECT(tied == (row[i].tied && row[i].scale < 1), "row %zu: tied %d", i, tied);
         free(error), free(read);
-        text_free(&t);
-    }
-}
-
-// A trainer.json of this text with the right sum.
-static const char *checkpoint_test_state(CheckpointState *s, const char *text) {
-    char hex[SHA256_HEX];
-    Text t = {NULL, 0, 0};
-    memset(s, 0, sizeof *s);
-    s->losses.n = s->norms.n = 5;                        // of another run
-    text_printf(&t, "%s\n", text);
-    sha256_hex(hex, t.s, t.n);
-    text_printf(&t, CHECKPOINT_SELF "%s\"\n}\n", hex);
-    const char *error = checkpoint_parse_state(s, t.s, t.n);
-    EXPECT(!error || !s->options, "options after an error");
-    text_free(&t);
-    free((char *)(uintptr_t)s->options);
-    return error;
-}
-
-static void test_checkpoint_state(void) {
-    CheckpointState s;
-    static const char *const good[] = {                  // the least and the most of each
-        "{\"step\": 0, \"tokens\": 0, \"options\": \"\",",
-        "{\"step\": 1152921504606846976, \"tokens\": 1152921504606846976, \"bad_steps\": 1000000000, \"options\": \"\",",
-        "{\"step\": 3, \"tokens\": 4, \"bad_steps\": 0, \"losses\": [], \"grad_norms\": [-1, 2.5], \"options\": \"x\","};
-    static const struct { const char *text, *error; } bad[] = {
-        {"{\"tokens\": 4, \"options\": \"\",", "\"step\""}, {"{\"step\": -1, \"tokens\": 4, \"options\": \"\",", "\"step\""},
-        {"{\"step\": 1152921504606846977, \"tokens\": 4, \"options\": \"\",", "\"step\""},
-        {"{\"step\": 3, \"options\": \"\",", "\"tokens\""}, {"{\"step\": 3, \"tokens\": -1, \"options\": \"\",", "\"tokens\""},
-        {"{\"step\": 3, \"tokens\": 1152921504606846977, \"options\": \"\",", "\"tokens\""},
-        {"{\"step\": 3, \"tokens\": 4, \"options\": 5,", "\"options\""},
-        {"{\"step\": 3, \"tokens\": 4, \"bad_steps\": -1, \"options\": \"\",", "bad_steps"},
-        {"{\"step\": 3, \"tokens\": 4, \"bad_steps\": 1000000001, \"options\": \"\",", "bad_steps"},
-        {"{\"step\": 3, \"tokens\": 4, \"losses\": 5, \"options\": \"\",", "losses"},
-        {"{\"step\": 3, \"tokens\": 4, \"losses\": [\"a\"], \"options\": \"\",", "losses"},
-        {"{\"step\": 3, \"tokens\": 4, \"losses\": [1e999], \"options\": \"\",", "losses"},
-        {"{\"step\": 3, \"tokens\": 4, \"grad_norms\": [1, null], \"options\": \"\",", "grad_norms"}};
-    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
-        const char *error = checkpoint_test_state(&s, good[i]);
-        EXPECT(!error, "%s: %s", good[i], error);
-        EXPECT(s.bad_steps == (i == 1 ? 1000000000 : 0) && s.losses.n == 0 && s.norms.n == (i == 2 ? 2 : 0), "%s", good[i]);
-    }
-    EXPECT(s.step == 3 && s.tokens == 4 && s.losses.n == 0 && s.norms.n == 2, "%d and %d numbers", s.losses.n, s.norms.n);
-    EXPECT(s.norms.value[0] == -1 && s.norms.value[1] == 2.5, "other numbers");
-    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
-        EXPECT_ERROR(checkpoint_test_state(&s, bad[i].text), bad[i].error);
-    for (int n = 128; n <= 129; n++) {
-        Text t = {NULL, 0, 0};
-        text_printf(&t, "{\"step\": 3, \"tokens\": 4, \"options\": \"\", \"losses\": [0");
-        for (int i = 1; i < n; i++) text_printf(&t, ", %d", i);
-        text_printf(&t, "],");
-        const char *error = checkpoint_test_state(&s, t.s);
-        EXPECT(n == 128 ? !error && s.losses.n == 128 : error && strstr(error, "128"), "%d losses: %s", n, error);
         text_free(&t);
     }
 }
