@@ -355,9 +355,25 @@ static int fuzz_plan(const unsigned char *p, size_t n) {
 
 static int fuzz_metrics_same(double a, double b) { return a == b || (isnan(a) && isnan(b)); }
 
+// What a resumed run keeps of the lines up to a step: kept once more, they are the same.
+static void fuzz_metrics_kept(const unsigned char *p, size_t n, int64_t done) {
+    Text once = {NULL, 0, 0}, twice = {NULL, 0, 0};
+    Metrics last;
+    size_t at;
+    int64_t number;
+    metrics_keep(&once, (const char *)p, n, done, &last, &at, &number);
+    FUZZ_REQUIRE(at <= once.n && once.n <= n && (isnan(last.step) || last.step == (double)done));
+    free((char *)(uintptr_t)last.plan);
+    metrics_keep(&twice, once.s, once.n, done, &last, &at, &number);
+    FUZZ_REQUIRE(twice.n == once.n && (!once.n || !memcmp(twice.s, once.s, once.n)));
+    free((char *)(uintptr_t)last.plan);
+    text_free(&once), text_free(&twice);
+}
+
 static int fuzz_metrics(const unsigned char *p, size_t n) {
     MetricsLog log;
     DropPath d;
+    fuzz_metrics_kept(p, n, n % 4);
     const char *error = metrics_log_parse(&log, p, n);
     fuzz_drop_path(&d, 2, BRANCHES_SEPARATE);
     for (int64_t i = 0; !error && i < log.n; i++) {
