@@ -78,13 +78,14 @@ static inline void test_expect_exit(int code, const char *part, void (*f)(void *
 
 // ---- Directories ----
 
+enum { TEST_DIRECTORIES = 1000 };
 TEST_SHARED char test_root[256];                         // the one folder of this run, or ""
-TEST_SHARED char test_made[200][300];                    // and what is in it
+TEST_SHARED char test_made[TEST_DIRECTORIES][300];       // and what is in it
 TEST_SHARED int test_made_count;
 
 // A new empty directory under TMPDIR for the running test; test_gpt.c removes them all when it is done.
 static inline const char *test_directory(void) {
-    CHECK(test_made_count < 200, "more than 200 directories");
+    CHECK(test_made_count < TEST_DIRECTORIES, "more than %d directories", TEST_DIRECTORIES);
     char *current = test_made[test_made_count];
     if (!test_root[0]) {
         const char *base = getenv("TMPDIR");
