@@ -59,8 +59,8 @@ FILES = {                                                # path -> (sanitizers, 
     "dev/drop_path.h": (True, "drop_.*", """
         trainer_(survival|replay).* evaluate_(depths|without).* engine_(bounded|evaluates)"""),
     "dev/checkpoint.h": (True, "checkpoint_.*", """
-        torture_short numbers_are_in.* trainer_survival.* init_from.* export_.* evaluate_refuses.*
-        interop_sharded.*"""),
+        torture_short numbers_(are_in|weights).* trainer_(survival|weights|spares).* init_from.* export_.*
+        evaluate_refuses.* interop_sharded.*"""),
     "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
         numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*""")}
 

@@ -200,15 +200,35 @@ static void checkpoint_test_no_files(void *out) {
     checkpoint_test_latest(out);
 }
 
+// The next one that is free.
+static int checkpoint_test_descriptor(void) {
+    const int fd = dup(0);
+    close(fd);
+    return fd;
+}
+
 // What cannot be opened now is not passed over as damaged, nor is a directory that cannot be listed one without checkpoints;
 // what the disk cannot read is damaged, and does not end the program.
 static void test_checkpoint_unreadable(void) {
     const char *out = test_directory();
     for (int64_t step = 1; step <= 2; step++) checkpoint_test_save(out, step);
     EXPECT_EXIT(1, strerror(EMFILE), checkpoint_test_no_files, (void *)(uintptr_t)out);
-    char *dir = xprintf("%s/step_00000002", out), *path = xprintf("%s/optimizer.safetensors", dir);
-    EXPECT(!unlink(path) && !symlink("optimizer.safetensors", path), "%s", path);
-    EXPECT_EXIT(1, strerror(ELOOP), checkpoint_test_latest, (void *)(uintptr_t)out);
+    static const char *const file[4] = {"trainer.json", "config.json", "model.safetensors", "optimizer.safetensors"};
+    char *dir = xprintf("%s/step_00000002", out), *path = NULL, *away = xprintf("%s/away", out);
+    for (int i = 0; i < 4; i++) {
+        free(path);
+        path = xprintf("%s/%s", dir, file[i]);
+        file_rename(path, away);
+        EXPECT(!symlink(file[i], path), "%s", path);
+        EXPECT_EXIT(1, strerror(ELOOP), checkpoint_test_latest, (void *)(uintptr_t)out);
+        EXPECT(!unlink(path) && !mkfifo(path, 0600), "%s", path);
+        const int descriptor = checkpoint_test_descriptor();
+        char *found = checkpoint_latest(out);            // and it does not wait for somebody to write there
+        EXPECT_ERROR(found, "step_00000001");
+        EXPECT(checkpoint_test_descriptor() == descriptor, "files stay open");
+        free(found);
+        if (i < 3) file_rename(away, path);
+    }
     const char *const unreadable = "/proc/self/mem";     // its first byte is nowhere
     if (path_exists(unreadable)) {
         EXPECT(!unlink(path) && !symlink(unreadable, path), "%s", path);
@@ -217,7 +237,7 @@ static void test_checkpoint_unreadable(void) {
         EXPECT_ERROR(found, "step_00000001");
         free(wrong), free(found);
     }
-    free(dir), free(path);
+    free(dir), free(path), free(away);
 }
 
 // A trainer.json with one text in it replaced by another, and its own sum made right.
@@ -290,6 +310,7 @@ static void test_checkpoint_state(void) {
         {"\"tokens\": 320", "\"tokens\": 0", 5, 0, 0, 0, 0},
         {"\"tokens\": 320", "\"tokens\": 1152921504606846976", 5, most, 0, 0, 0},
         {"\"bad_steps\": 0", "\"bad_steps\": 1000000000", 5, 320, 1000000000, 0, 0},
+        {"\"bad_steps\"", "\"older\"", 5, 320, 0, 0, 0},
         {"\"grad_norms\": [", "\"grad_norms\": [-1, 2.5", 5, 320, 0, 0, 2}};
     const char *out = test_directory();
     checkpoint_test_save(out, 5);
@@ -307,6 +328,13 @@ static void test_checkpoint_state(void) {
         free(changed), free((char *)(uintptr_t)s.options);
     }
     EXPECT(s.norms.value[0] == -1 && s.norms.value[1] == 2.5, "other numbers");
+    static const char *const missing[2] = {"\"step\"", "\"tokens\""};
+    for (int i = 0; i < 2; i++) {
+        char *changed = checkpoint_test_trainer(&whole, missing[i], "\"x\"");
+        s.step = s.tokens = 7;
+        EXPECT_ERROR(checkpoint_parse_state(&s, changed, strlen(changed)), missing[i]);
+        free(changed);
+    }
     for (int n = 128; n <= 129; n++) {
         Text t = {NULL, 0, 0};
         text_printf(&t, "\"losses\": [0");
@@ -689,16 +717,17 @@ static void test_checkpoint_config_sizes(void) {
 
 // A file of several MiB: what is told of a changed byte, of another length, and by a trainer.json without sizes and marks.
 static void test_checkpoint_tells_where(void) {
-    enum { SIZE = 2 * FILE_SUM_BLOCK + 5 };
+    enum { SIZE = 2 * FILE_SUM_BLOCK + 1 };
     const char *dir = test_directory();
     char *path = xprintf("%s/%s", dir, checkpoint_file[2]), *bytes = (char *)xcalloc(SIZE, 1);
     FileSum sum;
+    const int descriptor = checkpoint_test_descriptor();
     file_sum(&sum, bytes, SIZE);
     static const struct { int marks; size_t at, size; const char *wrong; } row[] = {
         {1, SIZE, SIZE, NULL}, {0, SIZE, SIZE, NULL}, {1, 0, SIZE, "in bytes 0 to 1048576"},
-        {1, FILE_SUM_BLOCK, SIZE, "in bytes 1048576 to 2097152"}, {1, SIZE - 1, SIZE, "in bytes 2097152 to 2097157"},
-        {0, FILE_SUM_BLOCK, SIZE, "in bytes 0 to 2097157"},
-        {1, SIZE, SIZE - 1, "it has 2097156 bytes, but 2097157 were written"},
+        {1, FILE_SUM_BLOCK, SIZE, "in bytes 1048576 to 2097152"}, {1, SIZE - 1, SIZE, "in bytes 2097152 to 2097153"},
+        {0, FILE_SUM_BLOCK, SIZE, "in bytes 0 to 2097153"},
+        {1, SIZE, SIZE - 1, "it has 2097152 bytes, but 2097153 were written"},
         {0, SIZE, SIZE - 1, "do not match the SHA-256"}};
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
         Text t = {NULL, 0, 0};
@@ -721,6 +750,7 @@ static void test_checkpoint_tells_where(void) {
         json_free(&doc);
         text_free(&t);
     }
+    EXPECT(checkpoint_test_descriptor() == descriptor, "files stay open");
     text_free(&sum.marks);
     free(bytes), free(path);
 }

@@ -583,6 +583,12 @@ static void test_drop_bound(void) {
     int attn, mlp, rows;
     drop_path_bound(&d, 4, &attn, &mlp, &rows);
     EXPECT(attn == 12 && mlp == 12 && rows == 24, "%d, %d, %d rows", attn, mlp, rows);
+    d.ramp_up = 0, d.ramp_down = 2;                      // the last step alone keeps all but the last layer's first row
+    drop_path_bound(&d, 4, &attn, &mlp, &rows);
+    EXPECT(attn == 11 && mlp == 11 && rows == 22, "%d, %d, %d rows", attn, mlp, rows);
+    d.ramp_up = 1;                                       // and step 0 that one too
+    drop_path_bound(&d, 4, &attn, &mlp, &rows);
+    EXPECT(attn == 12 && mlp == 12 && rows == 24, "%d, %d, %d rows", attn, mlp, rows);
 }
 
 // ---- Plans as text ----
