@@ -10,8 +10,9 @@ its function, and the variable MUTANT says which one a run is. Tests run on it u
     dev/mutate/mutate.py --list          the mutants and their numbers
 
 A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as what it was made from.
-What survives is printed; dev/mutate/survivors.txt says why it may. Exit code 1 below 90% caught in a file, or when a
-survivor has no reason.
+What survives is printed; dev/mutate/survivors.txt says why it may. One whose reason begins with "The same" computes what
+the original does: no test can catch it, and it does not count. Exit code 1 below 90% caught of the others in a file, or
+when a survivor has no reason.
 
 Not changed: CHECK and assert, which no right caller reaches; texts of messages; comments.
 """
@@ -340,16 +341,17 @@ def load(store):
 
 def report(sources, mutants, results):
     reasons = read_reasons()
-    rows = {path: {"caught": 0, "survived": 0, "no program": 0, "not tried": 0} for path in sources}
+    rows = {path: {"caught": 0, "survived": 0, "the same": 0, "no program": 0, "not tried": 0} for path in sources}
     unknown = 0
     for number, (path, mutant) in mutants.items():
         caught = results.get(key_of(path, mutant))
+        text = sources[path][0]
+        before, after = describe(text, mutant)
+        reason = reasons.get((path, before, after))
+        same = reason and reason.startswith("The same")
         rows[path]["not tried" if caught in (None, "later") else "no program" if caught == "compiler" else
-                   "caught" if caught else "survived"] += 1
+                   "caught" if caught else "the same" if same else "survived"] += 1
         if caught == "":
-            text = sources[path][0]
-            before, after = describe(text, mutant)
-            reason = reasons.get((path, before, after))
             unknown += reason is None
             print(f"\nsurvived: {number} at {path}:{line_of(text, mutant)}\n  - {before}\n  + {after}\n"
                   f"  {reason or 'NO REASON in dev/mutate/survivors.txt'}")

@@ -346,6 +346,18 @@ static void test_checkpoint_state(void) {
         EXPECT(!error == !!s.options, "options after an error");
         free(changed), free((char *)(uintptr_t)s.options), text_free(&t);
     }
+    for (int n = 15; n <= 17; n++) {                     // digits of the marks of a file of two MiB and a byte
+        char *sizes = checkpoint_test_trainer(&whole, "\"sizes\": {", "\"sizes\": {\"model.safetensors\": 2097153, "
+                                              "\"config.json\": 1, \"optimizer.safetensors\": 1}, \"x\": {");
+        char *marks = xprintf("\"marks\": {\"model.safetensors\": \"%.*s\", \"config.json\": \"\", "
+                              "\"optimizer.safetensors\": \"\"}, \"y\": {", n, "0123456789abcdef0");
+        const Text t = {sizes, strlen(sizes), 0};
+        char *changed = checkpoint_test_trainer(&t, "\"marks\": {", marks);
+        s.options = NULL;
+        const char *error = checkpoint_parse_state(&s, changed, strlen(changed));
+        EXPECT(n == 16 ? !error : error && strstr(error, "marks"), "%d digits: %s", n, error);
+        free(sizes), free(marks), free(changed), free((char *)(uintptr_t)s.options);
+    }
     text_free(&whole);
     free(path);
 }
