@@ -17,6 +17,13 @@ fuzz() {                                                 # parser, executions, s
 
 [ $# -gt 0 ] || set -- $("$build/fuzz_replay" --list)
 for name; do
+    "$build/fuzz_replay" --list | grep -qx -- "$name" || {
+        echo "error: there is no parser $name"
+        echo "  hint: the parsers are" $("$build/fuzz_replay" --list)
+        exit 1
+    }
+done
+for name; do
     log=$build/fuzz/$name.log
     mkdir -p "$build/fuzz/found/$name"
     ln -sf parsers "$build/fuzz/$name"

@@ -391,6 +391,11 @@ def main():
             text = sources[path][0]
             print(f"{number} {path}:{line_of(text, m)}: {' -> '.join(describe(text, m))}")
         return 0
+    if o.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    for number in o.only or []:
+        if number not in mutants:
+            parser.error(f"--only {number}: the mutants have numbers from 1 to {len(mutants)} (--list)")
     os.makedirs(WORK, exist_ok=True)
     lock = open(os.path.join(WORK, "lock"), "w", encoding="ascii")       # goes with the process
     try:

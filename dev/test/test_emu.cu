@@ -268,7 +268,8 @@ void test_emu_shared_bounds(void) {
     int inside = 99, after = 100, before = -1;
     EXPECT_EXIT(0, "not found out", run_touch_shared, &inside);
     EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "kernel touch_shared", run_touch_shared, &after);
-    EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 bytes of shared memory", run_touch_shared, &before);
+    EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 bytes of shared memory",
+                run_touch_shared, &before);
     float out[64], *device = device_new<float>(64);
     LAUNCH(read_shared, 2, 64, 64 * sizeof(float), NULL, device);
     host_copy(out, device, 64);
