@@ -429,7 +429,7 @@ static inline const char *checkpoint_parse_state(CheckpointState *s, const void 
 // The sum of a file. It is read, not mapped: then what the disk cannot give is an error, and not the end of the program.
 // Returns NULL, or what is wrong; only after NULL sum->marks is to be freed.
 static inline const char *checkpoint_sum(FileSum *sum, const char *path) {
-    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);      // never waits, as file_map
+    const int fd = file_open_read(path);
     if (fd < 0) return strerror(errno);
     char *block = (char *)xcalloc(FILE_SUM_BLOCK, 1);
     ssize_t n;
@@ -498,7 +498,7 @@ static inline char *checkpoint_verify(const char *dir) {
 // What is there and cannot be opened (no permission, too many open files, a server that does not answer) is not damaged: it is
 // no reason to go back to an older checkpoint, or to the beginning.
 static inline void checkpoint_must_open(const char *path) {
-    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    const int fd = file_open_read(path);
     if (fd < 0 && errno != ENOENT && errno != ENOTDIR)
         die("cannot open %s: %s\n  hint: the run goes on from there as soon as it can be read", path, strerror(errno));
     if (fd >= 0) close(fd);

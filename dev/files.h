@@ -12,15 +12,17 @@
 
 // ---- Reading ----
 
+// A file to read, -1 with errno: never waits for one at the other end of a pipe, nor reaches a child.
+static inline int file_open_read(const char *path) { return open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); }
+
 // A file mapped read-only. An empty file has data NULL and size 0.
 typedef struct { const unsigned char *data; size_t size; } FileMap;
 
-// Maps path. Returns NULL, or what is wrong (errno's text); nothing to release after an error. Never waits, as opening a
-// named pipe would.
+// Maps path. Returns NULL, or what is wrong (errno's text); nothing to release after an error.
 static inline const char *file_map(FileMap *map, const char *path) {
     map->data = NULL;
     map->size = 0;
-    int fd = open(path, O_RDONLY | O_NONBLOCK);
+    const int fd = file_open_read(path);
     if (fd < 0) return strerror(errno);
     struct stat st;
     const char *error = NULL;
