@@ -66,7 +66,7 @@ endif
 # The GPU engine, make CUDA=1.
 CUDA_HOME ?= /usr/local/cuda
 NVCC      ?= $(or $(wildcard $(CUDA_HOME)/bin/nvcc),nvcc)
-GPU_KNOWN  = $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_//p' | awk '$$1 >= 80' | sort -n)
+GPU_KNOWN  = $(eval GPU_KNOWN := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | sed -n 's/^compute_//p' | awk '$$1 >= 80' | sort -n))$(GPU_KNOWN)
 GPU_ARCH  ?= $(GPU_KNOWN)
 GPU_CODE   = $(if $(filter native,$(GPU_ARCH)),-arch=native,$(GPU_CODES))
 GPU_CODES  = $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
@@ -74,7 +74,9 @@ GPU_CODES  = $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
 NVCCFLAGS ?= -O3 -lineinfo
 GPU_FLAGS  = -std=c++17 $(NVCCFLAGS) $(GPU_CODE) -Xcompiler -Wall,-Wextra $(if $(OMP),-Xcompiler $(OMP))
 NCCL_TEST := printf '\#include <nccl.h>\nint main() { ncclUniqueId id; return ncclGetUniqueId(&id); }\n'
-NCCL      ?= $(shell $(NCCL_TEST) | $(NVCC) -x cu - -o /dev/null -lnccl 2>/dev/null && echo 1)
+ifeq ($(origin NCCL),undefined)                          # asked once, when a recipe first needs it: it takes seconds
+NCCL = $(eval NCCL := $(shell $(NCCL_TEST) | $(NVCC) -x cu - -o /dev/null -lnccl 2>/dev/null && echo 1))$(NCCL)
+endif
 GPU_FLAGS += $(if $(filter 1,$(NCCL)),,-DNO_NCCL)
 GPU_LIBS   = -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt $(if $(filter 1,$(NCCL)),-lnccl) -lm -lpthread
 
