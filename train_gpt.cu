@@ -251,14 +251,14 @@ static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulA
     return best;
 }
 
-// The index of the fastest of n algorithms whose result has the bits of the first. The products go to memory that is taken
-// for this alone; if there is none to be had, the first algorithm is the choice.
+// The index of the fastest of n algorithms whose result has the bits of the first that runs. The products go to memory that
+// is taken for this alone; if there is none to be had, the first algorithm is the choice. Negative if none of them runs.
 static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHeuristicResult_t *found, int n,
                           const Matrix *a, const Matrix *b, const float *b_sum) {
     const size_t numbers = p->key.M * p->key.ldy, bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), ALIGN);
     const size_t sum_bytes = b_sum && p->fused ? p->key.N * sizeof *b_sum : 0;
     char *room = NULL;
-    int best = 0, differs;
+    int first = -1, best = -1, differs;
     double least = -1;
     cudaEvent_t from, to;
     if (cudaMalloc((void **)&room, 2 * bytes + round_up(sum_bytes, ALIGN) + ALIGN) != cudaSuccess) {
@@ -270,13 +270,15 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
     CUDA_CHECK(cudaEventCreate(&from));
     CUDA_CHECK(cudaEventCreate(&to));
     for (int i = 0; i < n; i++) {
-        void *y = i ? room + bytes : room;
+        void *y = first < 0 ? room : room + bytes;
         CUDA_CHECK(cudaMemsetAsync(y, 0, bytes, g->stream));
         if (product_run(g, p, &found[i].algo, y, a, b) != CUBLAS_STATUS_SUCCESS) continue;
-        if (!i && sum_bytes) CUDA_CHECK(cudaMemcpyAsync(first_sum, b_sum, sum_bytes, cudaMemcpyDeviceToDevice, g->stream));
+        if (first < 0) first = best = i;
+        if (first == i && sum_bytes)
+            CUDA_CHECK(cudaMemcpyAsync(first_sum, b_sum, sum_bytes, cudaMemcpyDeviceToDevice, g->stream));
         CUDA_CHECK(cudaMemsetAsync(differ, 0, sizeof *differ, g->stream));
-        if (i) LAUNCH(differ_kernel, 256, BLOCK, 0, g->stream, differ, (unsigned *)room, (unsigned *)y, bytes / 4);
-        if (i && sum_bytes)
+        if (first < i) LAUNCH(differ_kernel, 256, BLOCK, 0, g->stream, differ, (unsigned *)room, (unsigned *)y, bytes / 4);
+        if (first < i && sum_bytes)
             LAUNCH(differ_kernel, 1, BLOCK, 0, g->stream, differ, (unsigned *)first_sum, (unsigned *)b_sum, sum_bytes / 4);
         CUDA_CHECK(cudaMemcpyAsync(&differs, differ, sizeof differs, cudaMemcpyDeviceToHost, g->stream));
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
@@ -290,7 +292,7 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
     return best;
 }
 
-// Takes an algorithm; returns 0 where there is none for these types, shapes and this epilogue.
+// Takes an algorithm; returns 0 where there is none, or none that runs, for these types, shapes and this epilogue.
 static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matrix *b, const float *b_sum) {
     const size_t room = WORKSPACE;
     const double flops = 2.0 * (double)p->key.M * (double)p->key.N * (double)p->key.K;
@@ -307,7 +309,9 @@ static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matri
         if (found[i].state == CUBLAS_STATUS_SUCCESS) found[usable++] = found[i];
     if (!usable) return 0;
     const int worth_it = flops > 1e8;                    // below, launching takes as long as computing
-    p->algorithm = found[g->search && worth_it && usable > 1 ? product_search(g, p, found, usable, a, b, b_sum) : 0].algo;
+    const int chosen = g->search && worth_it && usable > 1 ? product_search(g, p, found, usable, a, b, b_sum) : 0;
+    if (chosen < 0) return 0;
+    p->algorithm = found[chosen].algo;
     return 1;
 }
 
@@ -343,9 +347,9 @@ static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Mat
     p->fused = !g->plain && !((y->gelu || y->h) && y->ld % 8);         // by cublasLt.h, EPILOGUE_AUX_LD
     product_describe(g, p, y);
     if (product_choose(g, p, a, b, y->b_sum)) return p;
-    const cublasLtEpilogue_t none = CUBLASLT_EPILOGUE_DEFAULT;
-    SET_OF_PRODUCT(p, EPILOGUE, none);
+    product_free(p);                                     // a descriptor that still names a bias would be refused again
     p->fused = 0;
+    product_describe(g, p, y);
     if (!product_choose(g, p, a, b, y->b_sum)) die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
     return p;
 }

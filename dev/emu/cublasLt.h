@@ -4,6 +4,9 @@
 //
 // Supported, after the table of cublasLtMatmul() in the cuBLAS manual: A and B bf16, C and D bf16 or fp32, compute type 32F;
 // or all fp32, compute type 32F or 32F_FAST_TF32 (operands rounded to tf32). Scale type fp32; matrices by columns.
+//
+//   EMU_EPILOGUES=n   which epilogues have kernels: 0 none, 1 those of bf16 operands, 2 all (the default)
+//   EMU_ALGORITHMS_FAIL=n   cublasLtMatmul fails with those of the heuristic's algorithms 0 and 1 whose bits n has
 #ifndef EMU_CUBLASLT_H
 #define EMU_CUBLASLT_H
 
@@ -43,7 +46,7 @@ typedef struct EmuDesc {
     int32_t compute, scale, transa, transb, bias_type;   // bias_type: -1 where it is not set, for D's
     uint32_t epilogue;
     void *bias, *aux;
-    int64_t aux_ld;
+    int64_t aux_ld;                                      // 0 where it is not set
 } *cublasLtMatmulDesc_t;
 typedef struct EmuLayout { uint32_t type; uint64_t rows, cols; int64_t ld; } *cublasLtMatrixLayout_t;
 typedef struct EmuPreference { uint64_t workspace; } *cublasLtMatmulPreference_t;
@@ -145,6 +148,13 @@ inline cublasStatus_t emu_lt_check(const EmuDesc *d, const EmuLayout *a, const E
     const bool sums = e == CUBLASLT_EPILOGUE_BGRADA;
     if (e != CUBLASLT_EPILOGUE_DEFAULT && !emu_lt_bias(e) && !emu_lt_aux(e) && !sums)
         return emu_lt_error(unsupported, "epilogue %u", e);
+    const uint64_t epilogues = emu_number("EMU_EPILOGUES", 2);
+    if (e != CUBLASLT_EPILOGUE_DEFAULT && (epilogues == 0 || (epilogues == 1 && fp32))) return unsupported;
+    // libcublasLt 13.1 has a message for each: "The Bias pointer (CUBLASLT_MATMUL_DESC_BIAS_POINTER) is NOT allowed for {}."
+    if ((d->bias || d->bias_type != -1) && !emu_lt_bias(e) && !sums)
+        return emu_lt_error(invalid, "a bias is set, but epilogue %u takes none", e);
+    if ((d->aux || d->aux_ld) && !emu_lt_aux(e))
+        return emu_lt_error(invalid, "an auxiliary matrix is set, but epilogue %u takes none", e);
     // Examples of NVIDIA's nvmath-python: "cuBLAS requires transposed B for BGRADB"; so A is not transposed for BGRADA.
     if (sums && d->transa) return emu_lt_error(unsupported, "BGRADA with A transposed");
     if ((emu_lt_bias(e) || sums) && d->bias_type != -1 && d->bias_type != (int32_t)y->type)
@@ -264,6 +274,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d,
     if (algo && algo->data[0] != EMU_LT_ALGORITHM) return emu_lt_error(invalid, "an algorithm that the heuristic did not give");
     if (algo && algo->data[1] && (!workspace || !workspace_bytes || !emu_is_device(workspace, workspace_bytes)))
         return emu_lt_error(invalid, "this algorithm needs a workspace");
+    if (algo && (emu_number("EMU_ALGORITHMS_FAIL", 0) >> algo->data[1] & 1)) return CUBLAS_STATUS_EXECUTION_FAILED;
     const float beta_value = *(const float *)beta;
     const uint32_t e = d->epilogue;
     bool ok = emu_lt_is_device("A", a, la->cols, la->ld, la->rows, la->type) &&

@@ -157,12 +157,20 @@ static void expect_product(Gpu *g, const ProductCase *p, int dtype) {
     device_free(a), device_free(b), device_free(bias), device_free(h), device_free(gelu), device_free(at);
 }
 
+// Which epilogues the emulated library has (dev/emu/cublasLt.h); nothing on a device.
+static void emulated_epilogues(const char *which) {
+    if (which) setenv("EMU_EPILOGUES", which, 1);
+    else unsetenv("EMU_EPILOGUES");
+}
+
 // Those that the engine does, at sizes that are, and are not, multiples of what cuBLASLt asks of its epilogues.
 void test_cuda_products(void) {
     static const size_t sizes[][3] = {{1, 1, 1}, {3, 8, 5}, {17, 21, 33}, {40, 24, 16}, {5, 64, 70}, {64, 12, 3}};
-    EACH_DTYPE(dtype) for (int plain = 0; plain < 2; plain++) {
+    enum { FUSED, PLAIN, REFUSED, WAYS };                // refused: asked of the library, which has no kernel for it
+    EACH_DTYPE(dtype) for (int way = 0; way < WAYS; way++) {
         Gpu g = test_gpu(dtype, 64);
-        g.plain = plain;
+        g.plain = way == PLAIN;
+        emulated_epilogues(way == REFUSED ? "0" : NULL);
         for (auto s : sizes) {
             const size_t M = s[0], N = s[1], K = s[2];
             const ProductCase cases[] = {
@@ -174,6 +182,35 @@ void test_cuda_products(void) {
         }
         test_gpu_close(&g);
     }
+    emulated_epilogues(NULL);
+}
+
+// An algorithm that fails is not the choice, whichever it is; where all fail, there is none.
+void test_cuda_search_fails(void) {
+#ifdef CUDA_EMULATED
+    const size_t M = 384, N = 384, K = 352;
+    for (int fails = 0; fails < 2; fails++) {
+        Gpu g = test_gpu(DTYPE_BF16, N);
+        g.search = 1;
+        void *a = device_numbers(&g, 1, M * K), *b = device_numbers(&g, 2, K * N);
+        float *y = device_floats(3, M * N);
+        const Matrix left = turned(a, M), right = lines(b, N);
+        Result to = summed(y, N, 0);
+        to.b_sum = g.sum;
+        setenv("EMU_ALGORITHMS_FAIL", fails ? "2" : "1", 1);
+        multiply(&g, to, left, right, M, N, K);
+        const Product *p = &g.product[0];
+        EXPECT(p->algorithm.data[1] == (uint64_t)!fails, "algorithm %d fails and is taken", fails);
+        EXPECT(p->fused, "an algorithm runs with the epilogue, but is not taken");
+        setenv("EMU_ALGORITHMS_FAIL", "3", 1);
+        cublasLtMatmulHeuristicResult_t all[2];
+        for (int i = 0; i < 2; i++) all[i].algo = p->algorithm, all[i].algo.data[1] = (uint64_t)i;
+        EXPECT(product_search(&g, p, all, 2, &left, &right, NULL) < 0, "no algorithm runs, and one is taken");
+        unsetenv("EMU_ALGORITHMS_FAIL");
+        device_free(a), device_free(b), device_free(y);
+        test_gpu_close(&g);
+    }
+#endif
 }
 
 // A search gives the bits of the first algorithm, leaves what it adds to alone, and is done once for a shape.

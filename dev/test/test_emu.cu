@@ -624,6 +624,7 @@ typedef struct {
     int m, n, k, transa, transb, bf16_in, bf16_out, tf32;
     float alpha, beta;
     uint32_t epilogue;
+    int left = 0;                                        // set as well: 1 a bias pointer, 2 an auxiliary matrix
 } Product;
 
 typedef struct { double *a, *b, *c, *y, *bias, *aux; int lda, ldb, ldc; } Operands;   // on the host, by columns
@@ -646,6 +647,10 @@ static void host_numbers(double *x, void *device, size_t n, int is_bf16) {
     free(f);
     free(h);
     CUDA_CHECK(cudaFree(device));
+}
+
+static int biased(uint32_t epilogue) {
+    return epilogue == CUBLASLT_EPILOGUE_BIAS || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
 }
 
 // Runs p through cuBLASLt with the second algorithm of the heuristic; o->y, o->bias and o->aux get what it wrote.
@@ -671,9 +676,12 @@ static cublasStatus_t multiply(const Product *p, Operands *o) {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSA, &p->transa, sizeof p->transa));
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSB, &p->transb, sizeof p->transb));
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE, &p->epilogue, sizeof p->epilogue));
-    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
-    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
-    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
+    if (biased(p->epilogue) || p->epilogue == CUBLASLT_EPILOGUE_BGRADA || p->left == 1)
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    if (p->epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || p->epilogue == CUBLASLT_EPILOGUE_DGELU || p->left == 2) {
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
+    }
     const uint64_t m = (uint64_t)p->m, n = (uint64_t)p->n, k = (uint64_t)p->k;
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&la, in, p->transa ? k : m, p->transa ? m : k, o->lda));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&lb, in, p->transb ? n : k, p->transb ? k : n, o->ldb));
@@ -723,7 +731,6 @@ static void expect_product(Product p) {
     const cublasStatus_t status = multiply(&p, &o);
     EXPECT(status == CUBLAS_STATUS_SUCCESS, "%s", cublasLtGetStatusString(status));
     const uint32_t e = p.epilogue;
-    const int biased = e == CUBLASLT_EPILOGUE_BIAS || e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
     const double tolerance = p.bf16_out ? 0.02 * sqrt(p.k) : 2e-6 * p.k;   // 2^-8 of results, which are up to 5 sqrt(k)
     for (int j = 0; j < p.n; j++)
         for (int i = 0; i < p.m; i++) {
@@ -731,7 +738,7 @@ static void expect_product(Product p) {
             for (int l = 0; l < p.k; l++)
                 x += o.a[p.transa ? i * o.lda + l : l * o.lda + i] * o.b[p.transb ? l * o.ldb + j : j * o.ldb + l];
             const int at = j * o.ldc + i;
-            x = p.alpha * x + p.beta * before.c[at] + (biased ? before.bias[i] : 0);
+            x = p.alpha * x + p.beta * before.c[at] + (biased(e) ? before.bias[i] : 0);
             if (e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
                 EXPECT_CLOSE(o.aux[at], x, tolerance, "what enters GELU");
                 x = gelu(x);
@@ -787,6 +794,10 @@ static void run_refused(void *arg) {
         CUBLAS_CHECK(cublasLtMatmulDescCreate(&d, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSA, &wide, sizeof wide));
         break;
+    case 8: p.left = 1; break;
+    case 9: p.left = 2; break;
+    case 10: setenv("EMU_EPILOGUES", "1", 1), p.epilogue = CUBLASLT_EPILOGUE_BIAS; break;
+    case 11: setenv("EMU_ALGORITHMS_FAIL", "2", 1); break;
     case 7:
         CUBLAS_CHECK(cublasLtMatmulDescCreate(&d, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, (cublasLtMatmulDescAttributes_t)15, &wide, sizeof wide));
@@ -799,6 +810,8 @@ void test_emu_matmul_refuses(void) {
     static const char *const part[] = {
         "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED", "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED", "epilogue 2\n",
         "BGRADA with A transposed", "an auxiliary matrix of leading dimension 13", "of leading dimension 12",
-        "an attribute of 4 bytes set by 8", "attribute 15"};
-    for (int i = 0; i < 8; i++) EXPECT_EXIT(1, part[i], run_refused, &i);
+        "an attribute of 4 bytes set by 8", "attribute 15",
+        "a bias is set, but epilogue 1 takes none", "an auxiliary matrix is set, but epilogue 1 takes none",
+        "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED", "multiply(&p, &o): CUBLAS_STATUS_EXECUTION_FAILED"};
+    for (int i = 0; i < 12; i++) EXPECT_EXIT(1, part[i], run_refused, &i);
 }
