@@ -166,12 +166,14 @@ template <class N> static inline __device__ Pack<N> pack_load(const N *from) {
     return p;
 }
 
+// To global memory.
 template <class N> static inline __device__ void pack_store(N *to, Pack<N> p) {
 #ifdef CUDA_EMULATED
     emu_check_alignment(to, "pack_store");
     memcpy(to, &p, sizeof p);
-#else
-    *(int4 *)(void *)to = *(const int4 *)(const void *)&p;
+#else                                                    // in C++ nvcc makes four stores of 4 bytes of some
+    const int4 v = *(const int4 *)(const void *)&p;
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 #endif
 }
 
