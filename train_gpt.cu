@@ -1113,20 +1113,22 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
 
 // inner (n,NH,T) = <dy, y> of each head of each token, by `lanes` threads, a power of 2; each takes SIZE numbers at once.
 template <class N, int SIZE>
-static __global__ void attention_inner_kernel(float *inner, const N *dy, const N *y, size_t heads, int T, int C, int NH,
-                                              int lanes) {
-    const size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / lanes, HS = C / NH;     // head at % NH of a token
+static __global__ void attention_inner_kernel(float *inner, const N *dy, const N *y, unsigned heads, unsigned T,
+                                              unsigned C, unsigned NH, unsigned lanes) {
+    const unsigned lane = threadIdx.x % lanes, HS = C / NH;                          // lanes divides blockDim.x
+    const unsigned at = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;     // head at % NH of a token
     const bool valid = at < heads;
+    const size_t from = (size_t)at * HS;
     float sum = 0;
-    for (size_t d = threadIdx.x % lanes * SIZE; valid && d < HS; d += lanes * SIZE) {
+    for (unsigned d = lane * SIZE; valid && d < HS; d += lanes * SIZE) {
         if (SIZE > 1) {
-            const Pack<N> a = pack_load(dy + at * HS + d), b = pack_load(y + at * HS + d);
+            const Pack<N> a = pack_load(dy + from + d), b = pack_load(y + from + d);
             UNROLL for (int e = 0; e < SIZE; e++) sum += to_float(a.x[e]) * to_float(b.x[e]);
-        } else sum += to_float(dy[at * HS + d]) * to_float(y[at * HS + d]);
+        } else sum += to_float(dy[from + d]) * to_float(y[from + d]);
     }
-    for (int other = lanes / 2; other; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, other);
-    const size_t token = at / NH;
-    if (valid && threadIdx.x % lanes == 0) inner[(token / T * NH + at % NH) * T + token % T] = sum;
+    for (unsigned other = lanes / 2; other; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, (int)other);
+    const unsigned token = at / NH, row = token / T;
+    if (valid && lane == 0) inner[((size_t)row * NH + at % NH) * T + token % T] = sum;
 }
 
 // ---- Attention by plain sums in fp32: any storage, heads of up to 256 ----
@@ -1417,13 +1419,13 @@ static void attention_inner(float *inner, const void *dy, const void *y, const A
     size_t lanes = 1;
     while (lanes < 32 && lanes * (whole ? SIZE : 1) < HS) lanes *= 2;
     const size_t blocks = (heads * lanes + 255) / 256;
-    CHECK(blocks <= INT_MAX, "%zu heads in one launch", heads);
+    CHECK(heads <= INT_MAX, "%zu heads in one launch", heads);
     if (whole)
         LAUNCH((attention_inner_kernel<N, SIZE>), (unsigned)blocks, 256, 0, a->stream, inner, (const N *)dy, (const N *)y,
-               heads, (int)a->T, (int)a->C, (int)a->NH, (int)lanes);
+               (unsigned)heads, (unsigned)a->T, (unsigned)a->C, (unsigned)a->NH, (unsigned)lanes);
     else
         LAUNCH((attention_inner_kernel<N, 1>), (unsigned)blocks, 256, 0, a->stream, inner, (const N *)dy, (const N *)y,
-               heads, (int)a->T, (int)a->C, (int)a->NH, (int)lanes);
+               (unsigned)heads, (unsigned)a->T, (unsigned)a->C, (unsigned)a->NH, (unsigned)lanes);
 }
 
 // All pointers are 16-byte aligned; with in_bf16 qkv, y, dy and dqkv are bf16, else fp32.
