@@ -1566,38 +1566,48 @@ static size_t classifier_chunk(size_t BT, size_t V, size_t number) {
     return round_up(strips(BT, strips(BT, most > CHUNK_UNIT ? most : (size_t)CHUNK_UNIT)), CHUNK_UNIT);
 }
 
+// e^x of x <= 0, as exactly as the storage N asks.
+template <class N> static __device__ inline float exp_stored(float x);
+template <> __device__ inline float exp_stored<float>(float x) { return expf(x); }
+template <> __device__ inline float exp_stored<bf16>(float x) { return exp2_fast(x * 1.44269504f); }
+
+// The largest logit of a thread so far and the sum of e^(logit - top); `count` of z's W numbers join them.
+template <class N, int W>
+static __device__ inline void softmax_join(float *top, float *sum, Floats<W> z, unsigned count) {
+    float high = *top;
+    UNROLL for (unsigned k = 0; k < W; k++) high = fmaxf(high, k < count ? z.x[k] : -INFINITY);
+    if (high > *top) *sum *= exp_stored<N>(*top - high), *top = high;
+    UNROLL for (unsigned k = 0; k < W; k++) *sum += k < count ? exp_stored<N>(z.x[k] - *top) : 0;
+}
+
 // A block does one row: its loss = -log softmax(logits)[target], 0 for a negative target; with grad != 0 logits (Vp) become
-// grad * (softmax - onehot), 0 from V on.
+// grad * (softmax - onehot), 0 from V on. The few numbers after the last whole W are looked at one by one.
 template <class N>
-static __global__ void softmax_loss_kernel(float *losses, void *logits, const int *targets, float grad, size_t V,
-                                           size_t Vp) {
-    enum { W = 16 / sizeof(N) };
+static __global__ void softmax_loss_kernel(float *losses, void *logits, const int *targets, float grad, unsigned V,
+                                           unsigned Vp) {
+    constexpr unsigned W = 16 / sizeof(N);
     SHARED(float, shared);                               // (2 * 32)
-    const size_t at = blockIdx.x * Vp, first = threadIdx.x * W, step = blockDim.x * W;
+    N *const row = (N *)logits + (size_t)blockIdx.x * Vp;
+    const unsigned first = threadIdx.x * W, step = blockDim.x * W, whole = V / W * W;
     const int target = targets[blockIdx.x];
-    const float at_target = target < 0 ? 0 : to_float(((const N *)logits)[at + target]);
+    const float at_target = target < 0 ? 0 : to_float(row[target]);
     float top = -INFINITY, sum = 0;
-    for (size_t v = first; v < V; v += step) {
-        const Floats<W> z = load<N, W>(logits, at + v);
-        float high = top;
-        for (int k = 0; k < W; k++)
-            if (v + k < V) high = fmaxf(high, z.x[k]);
-        if (high > top) sum *= expf(top - high), top = high;
-        for (int k = 0; k < W; k++)
-            if (v + k < V) sum += expf(z.x[k] - top);
-    }
+    for (unsigned v = first; v < whole; v += step) softmax_join<N, W>(&top, &sum, load<N, W>(row, v), W);
+    if (first == 0 && whole < V) softmax_join<N, W>(&top, &sum, load<N, W>(row, whole), V - whole);
     const float highest = block_max(top, shared);
-    sum = block_sum(sum == 0 ? 0 : sum * expf(top - highest), shared + WARP);   // sum 0: this thread had no number
+    sum = block_sum(sum == 0 ? 0 : sum * exp_stored<N>(top - highest), shared + WARP);   // sum 0: no number was this thread's
     if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logf(sum) - (at_target - highest);
     if (grad == 0) return;
-    const float scale = target < 0 ? 0 : grad / sum;
-    for (size_t v = first; v < Vp; v += step) {
-        Floats<W> z = load<N, W>(logits, at + v);
-        for (int k = 0; k < W; k++) {
-            z.x[k] = v + k < V && target >= 0 ? expf(z.x[k] - highest) * scale : 0;
-            if (v + k == (size_t)target && target >= 0) z.x[k] -= grad;
+    const float scale = grad / sum;
+    for (unsigned v = first; v < Vp; v += step) {
+        Floats<W> z = {};
+        if (target >= 0 && v < V) {
+            z = load<N, W>(row, v);
+            UNROLL for (unsigned k = 0; k < W; k++) z.x[k] = exp_stored<N>(z.x[k] - highest) * scale;
+            if (v >= whole) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] = v + k < V ? z.x[k] : 0;
+            if ((unsigned)target - v < W) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= v + k == (unsigned)target ? grad : 0;
         }
-        store<N, W>(logits, at + v, z);
+        store<N, W>(row, v, z);
     }
 }
 
@@ -1614,10 +1624,10 @@ static void classifier(Gpu *g, float *losses, void *dx, float *dwte, int add, vo
         multiply(g, fresh(logits, Vp, NULL), lines(from, C), turned(wte, C), n, Vp, C);
         if (g->half)
             LAUNCH(softmax_loss_kernel<bf16>, (unsigned)n, threads, shared, g->stream, losses + t0, logits, targets + t0, grad,
-                   V, Vp);
+                   (unsigned)V, (unsigned)Vp);
         else
             LAUNCH(softmax_loss_kernel<float>, (unsigned)n, threads, shared, g->stream, losses + t0, logits, targets + t0, grad,
-                   V, Vp);
+                   (unsigned)V, (unsigned)Vp);
         if (grad == 0) continue;
         multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), lines(logits, Vp), lines(wte, C), n, C, Vp);
         multiply(g, summed(dwte, C, add || t0), turned(logits, Vp), lines(from, C), Vp, C, n);
