@@ -2628,14 +2628,21 @@ static __device__ inline double block_sum_double(double x, double *shared) {
 }
 
 // norms[i] = the squared norm of chunk i's gradient, 0 for branches that have none.
+template <int W>
 static __global__ void chunk_norms_kernel(double *norms, const float *grad, const UpdateChunk *chunk,
                                           const BranchUpdate *branch) {
     SHARED(double, shared);
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
-    double sum = 0;
-    if (b.t > 0 && !b.spent)
-        for (size_t i = threadIdx.x; i < k.n; i += blockDim.x) sum += (double)grad[k.at + i] * (double)grad[k.at + i];
+    double each[W] = {}, sum = 0;
+    if (b.t > 0 && !b.spent) {
+#pragma unroll 4
+        for (unsigned i = threadIdx.x * W; i < (unsigned)k.n; i += blockDim.x * W) {
+            const Floats<W> g = load<float, W>(grad, k.at + i);
+            UNROLL for (int e = 0; e < W; e++) each[e] += (double)g.x[e] * (double)g.x[e];
+        }
+    }
+    for (int e = 0; e < W; e++) sum += each[e];
     sum = block_sum_double(sum, shared);
     if (threadIdx.x == 0) norms[blockIdx.x] = sum;
 }
@@ -2717,8 +2724,8 @@ static void gradient_norm(Model *m) {
     const cudaStream_t stream = m->gpu.stream;
     double *total = m->norms + m->n_chunks;
     if (m->n_chunks)
-        LAUNCH(chunk_norms_kernel, (unsigned)m->n_chunks, BLOCK, BLOCK * sizeof(double), stream, m->norms, m->slot[SLOT_GRAD],
-               m->chunk, m->update);
+        LAUNCH_WIDE(chunk_norms_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, BLOCK * sizeof(double), stream,
+                    m->norms, m->slot[SLOT_GRAD], m->chunk, m->update);
     LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, m->norms, m->n_chunks, m->ranks.shares == 1);
     if (m->ranks.shares == 1) return;
     ranks_begin(&m->ranks, &m->gpu);
