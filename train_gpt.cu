@@ -1893,10 +1893,14 @@ static size_t param_offset(const Model *m, int p, int l) {
     return m->offset[p] + (gpt_param[p].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
 }
 
+static const void *weight_at(const Model *m, int param, int l) {
+    const char *base = m->copy ? (const char *)m->copy : (const char *)m->slot[SLOT_PARAM];
+    return base + param_offset(m, param, l) * size_of_number(&m->gpu);
+}
+
 static Operands weights_at(const Model *m, int l) {
     Operands w;
-    const char *base = m->copy ? (const char *)m->copy : (const char *)m->slot[SLOT_PARAM];
-#define X(id, name, branch, dims, rows, cols, init) w.id = base + param_offset(m, P_##id, l) * size_of_number(&m->gpu);
+#define X(id, name, branch, dims, rows, cols, init) w.id = weight_at(m, P_##id, l);
     GPT_PARAMS(X)
 #undef X
     return w;
@@ -2290,6 +2294,21 @@ static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
 
 static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
 
+// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU); w is parameter `param` of layer l.
+static void linear_forward(Model *m, int l, int param, Result y, const void *x, size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+    matmul_forward(&m->gpu, y, x, weight_at(m, param, l), nT, C, OC);
+}
+
+// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's epilogue, and the gradients
+// of w and of its bias, which is the next parameter of the table. Both are set, or with `add` added to.
+static void linear_backward(Model *m, int l, int param, Result dx, const void *dy, const void *x, int add, size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+    float *grad = m->slot[SLOT_GRAD];
+    matmul_backward(&m->gpu, dx, grad + param_offset(m, param, l), grad + param_offset(m, param + 1, l), add, dy, x,
+                    weight_at(m, param, l), nT, C, OC);
+}
+
 // Adds to x what the branch before has left, and normalises the rows of branch i.
 static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied, const void *w, const void *b) {
     residual_layernorm_forward(&m->gpu, m->x, ln, xhat, rstd, m->ended, m->end, rows, tied, w, b, (size_t)m->last_B,
@@ -2325,10 +2344,10 @@ static MlpKept mlp_keep(Model *m, size_t nT) {
 }
 
 // y = attention of ln, before the last product
-static void attention_inside(Model *m, const Operands *w, const AttentionKept *k, size_t nT) {
-    Gpu *g = &m->gpu;
+static void attention_inside(Model *m, int l, const AttentionKept *k, size_t nT) {
+    const Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
-    matmul_forward(g, fresh(k->qkv, 3 * C, w->qkvb), k->ln, w->qkvw, nT, C, 3 * C);
+    linear_forward(m, l, P_qkvw, fresh(k->qkv, 3 * C, weight_at(m, P_qkvb, l)), k->ln, nT);
     if (!m->decoding || m->begins) attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH, g->half, g->stream);
 }
 
@@ -2342,11 +2361,10 @@ static void attention_goes_on(Model *m, int l, const AttentionKept *k, Rows rows
 }
 
 // gelu = GELU(h), h from ln, before the last product
-static void mlp_inside(Model *m, const Operands *w, const MlpKept *k, size_t nT) {
-    const size_t C = (size_t)m->config.C;
-    Result h = fresh(k->h, 4 * C, w->fcb);
+static void mlp_inside(Model *m, int l, const MlpKept *k, size_t nT) {
+    Result h = fresh(k->h, 4 * (size_t)m->config.C, weight_at(m, P_fcb, l));
     h.gelu = k->gelu;
-    matmul_forward(&m->gpu, h, k->ln, w->fcw, nT, C, 4 * C);
+    linear_forward(m, l, P_fcw, h, k->ln, nT);
 }
 
 // out: attn(LN(x[rows]))
@@ -2357,9 +2375,9 @@ static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
     const AttentionKept *k = &(m->attention[l] = attention_keep(m, nT));
     if (graph_begin(m, plan, i, 0, 0, k->xhat)) {
         begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
-        attention_inside(m, &w, k, nT);
+        attention_inside(m, l, k, nT);
         attention_goes_on(m, l, k, rows_of(m, plan, i));
-        matmul_forward(&m->gpu, fresh(m->out, C, w.attprojb), k->y, w.attprojw, nT, C, C);
+        linear_forward(m, l, P_attprojw, fresh(m->out, C, w.attprojb), k->y, nT);
         graph_end(m);
     }
     end_branch(m, m->out, rows_of(m, plan, i));
@@ -2373,8 +2391,8 @@ static void mlp_branch_forward(Model *m, int l, const DropPlan *plan) {
     const MlpKept *k = &(m->mlp[l] = mlp_keep(m, nT));
     if (graph_begin(m, plan, i, 0, 0, k->xhat)) {
         begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), plan->tied, w.ln2w, w.ln2b);
-        mlp_inside(m, &w, k, nT);
-        matmul_forward(&m->gpu, fresh(m->out, C, w.fcprojb), k->gelu, w.fcprojw, nT, 4 * C, C);
+        mlp_inside(m, l, k, nT);
+        linear_forward(m, l, P_fcprojw, fresh(m->out, C, w.fcprojb), k->gelu, nT);
         graph_end(m);
     }
     end_branch(m, m->out, rows_of(m, plan, i));
@@ -2404,10 +2422,10 @@ static void attention_branch_backward(Model *m, int l, const DropPlan *plan) {
     void *dqkv = m->dwide, *dln = m->dy;
     if (!graph_begin(m, plan, i, 1, add, k->xhat)) return;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
-    if (k->qkv == m->redo) attention_inside(m, &w, k, nT);
-    matmul_backward(g, fresh(m->dy, C, NULL), dw.attprojw, dw.attprojb, add, m->dout, k->y, w.attprojw, nT, C, C);
+    if (k->qkv == m->redo) attention_inside(m, l, k, nT);
+    linear_backward(m, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
     attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH, g->half, g->stream);
-    matmul_backward(g, fresh(dln, C, NULL), dw.qkvw, dw.qkvb, add, dqkv, k->ln, w.qkvw, nT, C, 3 * C);
+    linear_backward(m, l, P_qkvw, fresh(dln, C, NULL), dqkv, k->ln, add, nT);
     begin_branch_backward(m, plan, i, dw.ln1w, dw.ln1b, add, k->xhat, k->rstd, w.ln1w);
     graph_end(m);
 }
@@ -2423,11 +2441,11 @@ static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
     void *dln = m->dy;
     if (!graph_begin(m, plan, i, 1, add, k->xhat)) return;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
-    if (k->h == m->redo) mlp_inside(m, &w, k, nT);
+    if (k->h == m->redo) mlp_inside(m, l, k, nT);
     dh.h = k->h;
     dh.gelu = m->args.recompute == RECOMPUTE_GELU ? k->gelu : NULL;
-    matmul_backward(g, dh, dw.fcprojw, dw.fcprojb, add, m->dout, k->gelu, w.fcprojw, nT, 4 * C, C);
-    matmul_backward(g, fresh(dln, C, NULL), dw.fcw, dw.fcb, add, dh.at, k->ln, w.fcw, nT, C, 4 * C);
+    linear_backward(m, l, P_fcprojw, dh, m->dout, k->gelu, add, nT);
+    linear_backward(m, l, P_fcw, fresh(dln, C, NULL), dh.at, k->ln, add, nT);
     begin_branch_backward(m, plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
     graph_end(m);
 }

@@ -49,10 +49,10 @@ SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-rec
 
 # What decides which rows run, at what scale, and what becomes of their gradients and memory.
 ENGINE_FUNCTIONS = """
-    token_place line_of residual_forward residual_backward gradient_index gradient_add kept_per_row kept_bound
-    keep rows_of to_stream from_stream tokens_of attention_branch_forward attention_branch_backward
-    mlp_branch_forward mlp_branch_backward block_forward block_backward run_forward model_forward_backward
-    model_update""".split()
+    residual_forward residual_backward gradient_index gradient_add kept_per_row kept_bound
+    keep rows_of to_stream from_stream tokens_of linear_forward linear_backward
+    attention_branch_forward attention_branch_backward mlp_branch_forward mlp_branch_backward
+    block_forward block_backward run_forward model_forward_backward model_update""".split()
 
 # Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt
 # that what survives them also has to survive, most of them whole runs.

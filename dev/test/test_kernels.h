@@ -62,7 +62,6 @@ typedef struct {
     Wall wall;
     real *at;
     size_t lines, width, ld, n;                          // n numbers from `at` to the wall
-    BranchPlan on;                                       // of a gathered one
     size_t T;
     int gathered, rows[SHEET_ROWS];
 } Sheet;
@@ -76,10 +75,10 @@ static size_t sheet_place(const Sheet *s, size_t line, size_t i) {
 static void sheet_lay(Sheet *s, size_t count, size_t width, size_t pad, int gathered) {
     s->lines = count, s->width = width, s->ld = width + pad, s->gathered = gathered;
     s->T = count % 3 == 0 ? 3 : count % 13 == 0 ? 13 : 1;
-    s->on = (BranchPlan){.n = (int)(count / s->T), .rows = s->rows};
-    for (int row = 0; gathered && row < s->on.n; row++) s->rows[row] = row + (row + 1) / 2;
+    const int n = (int)(count / s->T);
+    for (int row = 0; gathered && row < n; row++) s->rows[row] = row + (row + 1) / 2;
     s->n = sheet_place(s, count - 1, width);
-    CHECK(s->n + SHEET_BEFORE <= SHEET_NUMBERS && (!gathered || s->on.n <= SHEET_ROWS), "a sheet of %zu numbers", s->n);
+    CHECK(s->n + SHEET_BEFORE <= SHEET_NUMBERS && (!gathered || n <= SHEET_ROWS), "a sheet of %zu numbers", s->n);
     s->at = s->wall.end - s->n;
     for (real *x = s->at - SHEET_BEFORE; x < s->wall.end; x++) *x = NAN;
 }
@@ -97,7 +96,7 @@ static long sheet_outside(const Sheet *s) {
 }
 
 static Matrix sheet_matrix(const Sheet *s, int turn) {
-    return (Matrix){.at = s->at, .ld = s->ld, .turned = turn, .on = s->gathered ? &s->on : NULL, .T = s->T};
+    return (Matrix){.at = s->at, .ld = s->ld, .turned = turn, .rows = s->gathered ? s->rows : NULL, .T = s->T};
 }
 
 // ---- Matrix products ----
@@ -163,7 +162,7 @@ static void products_lay(Products *s, const Product *p) {
 
 static void products_run(Products *s, const Product *p) {
     const Result y = {
-        .at = s->y.at, .ld = s->y.ld, .on = p->y_on ? &s->y.on : NULL, .T = s->y.T, .add = p->add, .scale = (real)p->scale,
+        .at = s->y.at, .ld = s->y.ld, .rows = p->y_on ? s->y.rows : NULL, .T = s->y.T, .add = p->add, .scale = (real)p->scale,
         .bias = p->bias ? s->bias.at : NULL, .h = p->gelu == 2 ? s->h.at : NULL, .gelu = p->gelu ? s->gelu.at : NULL,
     };
     multiply(y, &s->room, sheet_matrix(&s->a, p->a_turned), sheet_matrix(&s->b, p->b_turned), p->M, p->N, p->K,
@@ -585,7 +584,6 @@ static void test_kernels_column_sums(void) {
 // A LayerNorm of rows 0 2 3 5 of x, or of all; bits: gathered, with `more` or `also`.
 enum { NORM_T = 3, NORM_ROWS = 4, NORM_B = 6, NORM_LINES = NORM_ROWS * NORM_T };
 static const int norm_rows[NORM_ROWS] = {0, 2, 3, 5};
-static const BranchPlan norm_on = {.n = NORM_ROWS, .rows = norm_rows};
 static const size_t norm_widths[] = {1, 2, 7, 16, 33, 64, 65, 131};
 
 static size_t norm_place(int gathered, size_t t) {
@@ -599,7 +597,7 @@ static void test_kernels_layernorm_forward(void) {
         real *b = kernels_numbers(4, C), *y = kernels_numbers(5, n), *xhat = kernels_numbers(6, n);
         real rstd[NORM_LINES + 1] = {0};
         for (size_t c = 0; c < NORM_B * NORM_T * C; c++) x[c] += 3;          // a mean that matters
-        layernorm_forward(y, xhat, rstd, x, i & 2 ? more : NULL, i & 1 ? &norm_on : NULL, w, b, NORM_LINES, NORM_T, C);
+        layernorm_forward(y, xhat, rstd, x, i & 2 ? more : NULL, i & 1 ? norm_rows : NULL, w, b, NORM_LINES, NORM_T, C);
         for (size_t t = 0; t < NORM_LINES; t++) {
             double mean = 0, variance = 0, *z = doubles((int)C);
             for (size_t c = 0; c < C; c++) {
@@ -644,7 +642,7 @@ static void test_kernels_layernorm_backward(void) {
         real *w = kernels_numbers(7, C), *rstd = kernels_numbers(8, NORM_LINES);
         double *want = doubles((int)all), *want_w = doubles((int)C), *want_b = doubles((int)C), *dz = doubles((int)C);
         const double tolerance = kernels_rounding((double)(C + NORM_LINES), 4);
-        layernorm_backward(dx, i & 2 ? also : NULL, dw, db, dy, xhat, rstd, i & 1 ? &norm_on : NULL, w, NORM_LINES, NORM_T,
+        layernorm_backward(dx, i & 2 ? also : NULL, dw, db, dy, xhat, rstd, i & 1 ? norm_rows : NULL, w, NORM_LINES, NORM_T,
                            C);
         for (size_t t = 0; t < NORM_LINES; t++) {
             norm_backward_line(dz, want_w, want_b, dy + t * C, xhat + t * C, (double)rstd[t], w, C);
