@@ -4,11 +4,14 @@
 //     build/test_gpt --list       their names
 //     build/test_gpt NAME ...     these only
 //     BUILD=folder                where the programs are that whole runs start, if not in build
+//     TEST_LIMIT=seconds          after which a test that has not ended fails, 1200; 0: none, and no process of their own
+//                                 for the tests, as a debugger likes it
 //
 // An engine test is one test, written against engine.h, that runs on every engine this program is linked with.
 
 #include "dev/check.h"
 #include "dev/engine.h"
+#include "dev/test/supervise.h"
 #include "dev/test/test.h"
 #include "dev/test/test_checkpoint.h"
 #include "dev/test/test_choices.h"
@@ -38,6 +41,7 @@
 #include "dev/test/test_shards.h"
 #include "dev/test/test_stats.h"
 #include "dev/test/test_strangers.h"
+#include "dev/test/test_supervise.h"
 #include "dev/test/test_tokenizer.h"
 #include "dev/test/test_tools.h"
 #include "dev/test/test_torture.h"
@@ -55,7 +59,7 @@ typedef struct { const char *name; void (*run)(void); int engines; } Test;
 // Those of ranks first: they fork processes that start threads, which QEMU's user mode cannot once this one has threads.
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
-    COMM_TESTS(X) STRANGERS_TESTS(X) NUMBERS_TESTS(X)
+    COMM_TESTS(X) STRANGERS_TESTS(X) SUPERVISE_TESTS(X) NUMBERS_TESTS(X)
     RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
     SCHEDULE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
@@ -96,17 +100,32 @@ static int run_test(const Test *test) {
     return !test_failures;
 }
 
+static const Test *chosen[N_TESTS];
+static const char *chosen_name(int i) { return chosen[i]->name; }
+static int chosen_run(int i) { return run_test(chosen[i]); }
+static void print_engines(void) {
+    for (int e = 0; e < N_ENGINES; e++) printf("engine: %s\n", engines[e]()->name);
+}
+
 int main(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--list")) {
         for (int i = 0; i < N_TESTS; i++) puts(tests[i].name);
         return 0;
     }
-    for (int i = 1; i < argc; i++) find_test(argv[i]);   // a wrong name is told before anything runs
-    signal(SIGINT, SIG_DFL);                             // a shell's background jobs ignore it, and what they start does too
-    for (int e = 0; e < N_ENGINES; e++) printf("engine: %s\n", engines[e]()->name);
-    int count = argc > 1 ? argc - 1 : N_TESTS, passed = 0;
-    for (int i = 0; i < count; i++) passed += run_test(argc > 1 ? find_test(argv[i + 1]) : &tests[i]);
-    test_directories_remove();
-    printf("%d passed, %d failed\n", passed, count - passed);
-    return passed < count;
+    const char *limit = getenv("TEST_LIMIT");
+    const double limit_s = limit ? strtod(limit, NULL) : 1200;
+    TestList list = {0, chosen_name, chosen_run, print_engines};
+    if (argc - 1 > N_TESTS) die("more names than there are tests");
+    for (int i = 1; i < argc; i++) chosen[list.count++] = find_test(argv[i]);    // a wrong name before anything runs
+    for (int i = 0; i < N_TESTS && argc == 1; i++) chosen[list.count++] = &tests[i];
+    int passed = 0, exit_code = 0;
+    setvbuf(stdout, NULL, _IOLBF, 0);                    // a crash loses no line
+    if (limit_s > 0) passed = supervise(&list, limit_s, &exit_code);
+    else {
+        print_engines();
+        for (int i = 0; i < list.count; i++) passed += list.run(i);
+        test_directories_remove();
+    }
+    printf("%d passed, %d failed\n", passed, list.count - passed);
+    return passed < list.count ? 1 : exit_code;
 }

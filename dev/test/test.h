@@ -83,15 +83,19 @@ TEST_SHARED char test_root[256];                         // the one folder of th
 TEST_SHARED char test_made[TEST_DIRECTORIES][300];       // and what is in it
 TEST_SHARED int test_made_count;
 
-// A new empty directory under TMPDIR for the running test; test_gpt.c removes them all when it is done.
+// The folder of this run under TMPDIR, new and empty.
+static inline void test_root_make(void) {
+    const char *base = getenv("TMPDIR");
+    snprintf(test_root, sizeof test_root, "%s/droppath_test_XXXXXX", base ? base : "/tmp");
+    if (!mkdtemp(test_root)) die("cannot make %s: %s", test_root, strerror(errno));
+    test_made_count = 0;
+}
+
+// A new empty directory for the running test; whoever made the folder of the run removes them all.
 static inline const char *test_directory(void) {
     CHECK(test_made_count < TEST_DIRECTORIES, "more than %d directories", TEST_DIRECTORIES);
     char *current = test_made[test_made_count];
-    if (!test_root[0]) {
-        const char *base = getenv("TMPDIR");
-        snprintf(test_root, sizeof test_root, "%s/droppath_test_XXXXXX", base ? base : "/tmp");
-        if (!mkdtemp(test_root)) die("cannot make %s: %s", test_root, strerror(errno));
-    }
+    if (!test_root[0]) test_root_make();
     snprintf(current, sizeof test_made[0], "%s/%d", test_root, test_made_count++);
     directory_make(current);
     return current;
