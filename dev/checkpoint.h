@@ -75,7 +75,7 @@ static inline FILE *checkpoint_begin(SafetensorsWriter *w, const char *path, Fil
     file_sum_init(sum);
     w->sum = sum;
     w->error = error;
-    if (!*error) *error = file_try_open(&f, path, "wb");
+    if (!*error) *error = file_try_open_new(&f, path);
     return f;
 }
 
@@ -112,7 +112,7 @@ static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, co
 
 static inline void checkpoint_write_text(const char *path, const Text *t, char **error) {
     FILE *f = NULL;
-    if (*error || (*error = file_try_open(&f, path, "wb"))) return;
+    if (*error || (*error = file_try_open_new(&f, path))) return;
     *error = file_try_write(f, path, t->s, t->n);
     files_keep(error, file_try_sync_close(f, path));
 }
@@ -178,6 +178,10 @@ static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, co
 // Removes the files of a checkpoint and then its directory; anything else in it stays, and so does it. trainer.json goes
 // first: from then on it is no checkpoint any more.
 static inline void checkpoint_remove(const char *dir) {
+    if (!path_is_own_directory(dir)) {                   // a link, say, to another run's: what it leads to is not ours
+        if (disk_unlink(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
+        return;
+    }
     for (int i = CHECKPOINT_FILES; i >= 0; i--) {
         char *path = xprintf("%s/%s", dir, i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json");
         if (disk_unlink(path) && errno != ENOENT) warn("cannot remove %s: %s", path, strerror(errno));
@@ -204,8 +208,18 @@ static inline char *checkpoint_point(const char *out, const char *name) {
     return error;
 }
 
+// `latest` is a convenience: without it programs take the newest checkpoint (load.h). One that would lead to an older one goes.
+static inline void checkpoint_point_or_warn(const char *out, const char *name) {
+    static int warned;
+    char *error = checkpoint_point(out, name), *latest = xprintf("%s/latest", out), target[64];
+    if (error && !warned++)
+        warn("%s\n  hint: checkpoints are saved all the same; programs that are given %s take the newest", error, out);
+    if (error && readlink(latest, target, sizeof target) >= 0) disk_unlink(latest);
+    free(error), free(latest);
+}
+
 // Writes OUT/step_NNNNNNNN; an older one of that step gives way. Returns NULL, or why it could not, from malloc: then what was
-// there is there still, or OUT/step_NNNNNNNN is whole but may not outlive a loss of power, or `latest` has not moved.
+// there is there still, or OUT/step_NNNNNNNN is whole but may not outlive a loss of power.
 // Weights that are not finite are not saved: *bad, NULL before, is then the name of the first such tensor, from malloc,
 // whatever else went wrong.
 //
@@ -217,7 +231,8 @@ static inline char *checkpoint_point(const char *out, const char *name) {
 //   3. .step_N.tmp is renamed to step_N: there are all files or none, since a rename is atomic, and all bytes are on the disk
 //      already. The sync of OUT makes the rename durable. A crash leaves step_N, or, with the power gone before the sync, what
 //      step 1 or 2 leaves. trainer.json has the sums of all files, so that a disk that lied about a sync is found out.
-//   4. `latest` is replaced by a rename, too: the old link or the new one. --resume does not read it, and mends it.
+//   4. `latest` is replaced by a rename, too: the old link or the new one. --resume does not read it, and mends it; where it
+//      cannot be made, the checkpoint counts all the same.
 //   5. .step_N.old is removed, and by the caller the oldest checkpoints: after step 3 is on the disk. A crash leaves a
 //      directory without trainer.json, which is no checkpoint; it is older than a whole one, and removed with the oldest.
 static inline char *checkpoint_try_save(const char *out, const Engine *e, Model *m, const GptConfig *c,
@@ -252,7 +267,7 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
         if (path_exists(temporary)) checkpoint_remove(temporary);
     } else {
         error = directory_try_sync(out);
-        if (!error) error = checkpoint_point(out, name);
+        if (!error) checkpoint_point_or_warn(out, name);
         if (!error) error = directory_try_sync(out);
         if (!error && moved) checkpoint_remove(old);
     }
@@ -278,27 +293,42 @@ static inline int checkpoint_newer(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-// The step for which a directory is named, -1: for none.
+// The step for which a directory is named, -1: for none. Only the name that checkpoint_path gives counts.
 static inline int64_t checkpoint_named(const char *name) {
-    char *end;
+    char exact[40];
     if (strncmp(name, "step_", 5)) return -1;
-    const long long step = strtoll(name + 5, &end, 10);
-    return end < name + 13 || *end || step < 0 ? -1 : (int64_t)step;
+    const long long step = strtoll(name + 5, NULL, 10);
+    snprintf(exact, sizeof exact, "step_%08lld", step);
+    return step < 0 || strcmp(name, exact) ? -1 : (int64_t)step;
 }
 
-// The steps of all OUT/step_*, newest first, from malloc; none when OUT does not exist.
-static inline CheckpointList checkpoint_list(const char *out) {
+// The steps of all OUT/step_*, newest first, from malloc; none when OUT does not exist. Returns NULL, or, from malloc, why
+// they cannot be known: then the list is empty.
+static inline char *checkpoint_try_list(CheckpointList *found, const char *out) {
     CheckpointList list = {NULL, 0};
+    *found = list;
     DIR *d = opendir(out);
-    if (!d) return list;
-    for (struct dirent *entry; (entry = readdir(d)) != NULL;) {
+    if (!d) return errno == ENOENT || errno == ENOTDIR ? NULL : xprintf("cannot list %s: %s", out, strerror(errno));
+    for (struct dirent *entry; errno = 0, (entry = readdir(d)) != NULL;) {
         const int64_t step = checkpoint_named(entry->d_name);
         if (step < 0) continue;
         list.step = (int64_t *)xrealloc(list.step, (size_t)list.n + 1, sizeof *list.step);
         list.step[list.n++] = step;
     }
+    char *error = errno ? xprintf("cannot list %s: %s", out, strerror(errno)) : NULL;
     closedir(d);
+    if (error) {
+        free(list.step);
+        return error;
+    }
     if (list.n) qsort(list.step, (size_t)list.n, sizeof *list.step, checkpoint_newer);
+    *found = list;
+    return NULL;
+}
+
+static inline CheckpointList checkpoint_list(const char *out) {
+    CheckpointList list;
+    files_die(checkpoint_try_list(&list, out));
     return list;
 }
 
@@ -307,8 +337,11 @@ static inline char *checkpoint_path(const char *out, int64_t step) { return xpri
 // Removes all but the newest `keep` checkpoints of OUT; 0 keeps all. Those after step `written`, which was written last and
 // whole, count for nothing and stay: if they were sound, the run would have gone on from them.
 static inline void checkpoint_prune(const char *out, int64_t keep, int64_t written) {
-    CheckpointList list = checkpoint_list(out);
+    CheckpointList list;
+    char *error = checkpoint_try_list(&list, out);
     int64_t kept = 0;
+    if (error) warn("old checkpoints stay for now: %s", error);
+    free(error);
     for (int i = 0; keep > 0 && i < list.n; i++) {
         if (list.step[i] > written || ++kept <= keep) continue;
         char *path = checkpoint_path(out, list.step[i]);
@@ -426,18 +459,33 @@ static inline const char *checkpoint_parse_state(CheckpointState *s, const void 
     return error;
 }
 
-// The sum of a file. It is read, not mapped: then what the disk cannot give is an error, and not the end of the program.
-// Returns NULL, or what is wrong; only after NULL sum->marks is to be freed.
-static inline const char *checkpoint_sum(FileSum *sum, const char *path) {
+// What is there and cannot be read now (a disk's error, a server that does not answer, no memory) is not known to be damaged:
+// it is no reason to continue from an older checkpoint.
+static inline void checkpoint_unreadable(const char *path, const char *error) {
+    die("cannot read %s: %s\n  hint: try again when it can be read; if it never can, rename its directory, and an older "
+        "checkpoint is taken", path, error);
+}
+
+// The sum of a regular file, of which at most one byte more than `most` is read. It is read, not mapped: then what the disk
+// cannot give is an error, and not the end of the program. Returns NULL, or what is wrong; only after NULL sum->marks is to be
+// freed.
+static inline const char *checkpoint_sum(FileSum *sum, const char *path, int64_t most) {
+    struct stat st;
     const int fd = file_open_read(path);
     if (fd < 0) return strerror(errno);
+    if (fstat(fd, &st)) checkpoint_unreadable(path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) {
+        close(fd);
+        return "not a regular file";
+    }
     char *block = (char *)xcalloc(FILE_SUM_BLOCK, 1);
-    ssize_t n;
+    ssize_t n = 1;
     file_sum_init(sum);
-    while ((n = read(fd, block, FILE_SUM_BLOCK)) > 0) file_sum_update(sum, block, (size_t)n);
-    const char *error = n < 0 ? strerror(errno) : NULL;
+    while (n > 0 && (int64_t)sum->size <= most)
+        if ((n = read(fd, block, FILE_SUM_BLOCK)) > 0) file_sum_update(sum, block, (size_t)n);
+    if (n < 0) checkpoint_unreadable(path, strerror(errno));
+    const char *error = NULL;
     file_sum_end(sum);
-    if (error) text_free(&sum->marks);
     free(block);
     close(fd);
     return error;
@@ -447,14 +495,14 @@ static inline const char *checkpoint_sum(FileSum *sum, const char *path) {
 static inline char *checkpoint_verify_file(const Json *trainer, const char *dir, int i) {
     char *path = xprintf("%s/%s", dir, checkpoint_file[i]), *wrong = NULL;
     FileSum sum;
-    const char *error = checkpoint_sum(&sum, path);
+    int64_t size = -1;                                   // what an older trainer.json does not tell is not compared
+    json_int64(trainer, json_get(trainer, json_get(trainer, 0, "sizes"), checkpoint_file[i]), &size);
+    const char *error = checkpoint_sum(&sum, path, size < 0 ? INT64_MAX : size);
     if (error) wrong = xprintf("%s: %s", path, error);
     else {
-        int64_t size = (int64_t)sum.size;                // what an older trainer.json does not tell is not compared
-        json_int64(trainer, json_get(trainer, json_get(trainer, 0, "sizes"), checkpoint_file[i]), &size);
-        if (size != (int64_t)sum.size)
-            wrong = xprintf("%s: it has %llu bytes, but %lld were written", path, (unsigned long long)sum.size,
-                            (long long)size);
+        if (size >= 0 && size != (int64_t)sum.size)
+            wrong = xprintf("%s: it has %s%llu bytes, but %lld were written", path, (int64_t)sum.size > size ? "at least " : "",
+                            (unsigned long long)sum.size, (long long)size);
         else if (!json_equals(trainer, json_get(trainer, json_get(trainer, 0, "files"), checkpoint_file[i]), sum.hex)) {
             const int node = json_get(trainer, json_get(trainer, 0, "marks"), checkpoint_file[i]);
             char *marks = json_type(trainer, node) == JSON_STRING ? json_string(trainer, node, NULL) : NULL;
@@ -479,6 +527,7 @@ static inline char *checkpoint_verify(const char *dir) {
     FileMap map;
     Json doc;
     const char *error = file_map(&map, path);
+    if (error && path_must_exist_or_not(path) && strcmp(error, "not a regular file")) checkpoint_unreadable(path, error);
     if (error) wrong = xprintf("%s: %s", path, error);
     else if ((error = checkpoint_parse_trainer(&doc, map.data, map.size)))
         wrong = xprintf("%s: %s (%zu bytes)", path, error, map.size);
@@ -544,11 +593,7 @@ static inline void checkpoint_settle(const char *out, const char *name) {
         warn("%s %s%s", path, error ? "stays: " : "is now ", error ? error : aside);
         free(path), free(aside), free(error);
     }
-    if (readlink(latest, target, sizeof target - 1) < 0 || strcmp(target, name)) {
-        char *error = checkpoint_point(out, name);
-        if (error) warn("%s", error);
-        free(error);
-    }
+    if (readlink(latest, target, sizeof target - 1) < 0 || strcmp(target, name)) checkpoint_point_or_warn(out, name);
     free(list.step);
     free(latest);
 }

@@ -51,6 +51,20 @@ static inline int path_exists(const char *path) {
     return lstat(path, &st) == 0;
 }
 
+// The same, where a wrong answer would lose something: dies if it cannot be known.
+static inline int path_must_exist_or_not(const char *path) {
+    struct stat st;
+    if (lstat(path, &st) == 0) return 1;
+    if (errno != ENOENT && errno != ENOTDIR) die("cannot look at %s: %s\n  hint: try again when it can be", path, strerror(errno));
+    return 0;
+}
+
+// A directory itself, not a link to one.
+static inline int path_is_own_directory(const char *path) {
+    struct stat st;
+    return lstat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
 static inline int path_is_directory(const char *path) {
     struct stat st;
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
@@ -108,6 +122,15 @@ static inline FILE *disk_fopen(const char *path, const char *mode) {
     return f;
 }
 
+// A new file, to be renamed into place later: what has its name goes, and is never written to, whatever it is or links to.
+static inline FILE *disk_fopen_new(const char *path) {
+    if (disk_unlink(path) && errno != ENOENT) return NULL;
+    const int fd = disk_open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC);
+    FILE *f = fd < 0 ? NULL : fdopen(fd, "wb");
+    if (f) FAULT_OPENED(fd, f, path);
+    return f;
+}
+
 // The number of bytes written, as write and fwrite count.
 static inline ssize_t disk_write(int fd, const char *path, const void *bytes, size_t n) {
     (void)path;
@@ -133,6 +156,11 @@ static inline void files_keep(char **error, char *other) {
 
 static inline char *file_try_open(FILE **f, const char *path, const char *mode) {
     *f = disk_fopen(path, mode);
+    return *f ? NULL : xprintf("cannot open %s: %s", path, strerror(errno));
+}
+
+static inline char *file_try_open_new(FILE **f, const char *path) {
+    *f = disk_fopen_new(path);
     return *f ? NULL : xprintf("cannot open %s: %s", path, strerror(errno));
 }
 
@@ -186,7 +214,8 @@ static inline char *file_try_write_whole(const char *path, const void *bytes, si
     const int special = stat(path, &st) == 0 && !S_ISREG(st.st_mode);
     char *temporary = xprintf(special ? "%s" : "%s.tmp", path), *error;
     FILE *f;
-    if (!(error = file_try_open(&f, temporary, "wb")) && special) {
+    error = special ? file_try_open(&f, temporary, "wb") : file_try_open_new(&f, temporary);
+    if (!error && special) {
         error = file_try_write(f, path, bytes, n);
         if (fclose(f) && !error) error = xprintf("cannot write %s: %s", path, strerror(errno));
     } else if (!error) {

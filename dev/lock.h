@@ -14,9 +14,18 @@ static inline char *lock_take(int *fd, const char *dir) {
     memset(&lock, 0, sizeof lock);
     lock.l_type = F_WRLCK;
     lock.l_whence = SEEK_SET;                            // start and length 0: all of the file
-    *fd = disk_open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW);
+    struct stat ours, there;
+    int taken = 0;
+    for (int tries = 0; tries < 10; tries++) {           // whoever had it may have removed the file (lock_forget)
+        *fd = disk_open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW);
+        taken = *fd >= 0 && fcntl(*fd, F_SETLK, &lock) == 0;
+        if (!taken || (!fstat(*fd, &ours) && !lstat(path, &there) && ours.st_ino == there.st_ino && ours.st_dev == there.st_dev))
+            break;
+        close(*fd);
+        *fd = -1, errno = ESTALE, taken = 0;
+    }
     if (*fd < 0) error = xprintf("cannot open %s: %s", path, strerror(errno));
-    else if (fcntl(*fd, F_SETLK, &lock) == 0) {
+    else if (taken) {
         gethostname(host, sizeof host - 1);
         char *text = xprintf("process %ld on %s\n", (long)getpid(), host);
         if (ftruncate(*fd, 0) || write(*fd, text, strlen(text)) < 0)           // only for messages
@@ -35,6 +44,47 @@ static inline char *lock_take(int *fd, const char *dir) {
     }
     free(path);
     return error;
+}
+
+// A directory that was made for a run which may be refused before it begins: then nothing of it is left.
+typedef struct { char *dir; size_t existed; pid_t owner; } LockFresh;      // the first `existed` bytes of dir were there before
+static LockFresh lock_fresh;
+
+static inline void lock_forget(void) {
+    if (!lock_fresh.dir || lock_fresh.owner != getpid()) return;
+    char *lock = xprintf("%s/.lock", lock_fresh.dir);
+    unlink(lock);
+    for (size_t n = strlen(lock_fresh.dir); n > lock_fresh.existed && rmdir(lock_fresh.dir) == 0;) {
+        while (n > lock_fresh.existed && lock_fresh.dir[n - 1] != '/') n--;
+        while (n > lock_fresh.existed && lock_fresh.dir[n - 1] == '/') n--;
+        lock_fresh.dir[n] = 0;
+    }
+    free(lock), free(lock_fresh.dir);
+    lock_fresh.dir = NULL;
+}
+
+// Makes dir and its missing parents; what is new of them is removed at exit unless lock_begun is called before.
+static inline void lock_directory_make(const char *dir) {
+    char *there = xstrdup(dir);
+    size_t n = strlen(there);
+    while (n > 0 && !path_exists(there)) {
+        while (n > 0 && there[n - 1] == '/') n--;
+        while (n > 0 && there[n - 1] != '/') n--;
+        there[n] = 0;
+    }
+    free(there);
+    directory_make(dir);
+    if (n == strlen(dir)) return;                        // all of it was there
+    static int registered;
+    lock_fresh.dir = xstrdup(dir), lock_fresh.existed = n, lock_fresh.owner = getpid();
+    for (size_t end = strlen(dir); end > n && dir[end - 1] == '/';) lock_fresh.dir[--end] = 0;
+    if (!registered++) atexit(lock_forget);
+}
+
+// What has been made stays from here on.
+static inline void lock_begun(void) {
+    free(lock_fresh.dir);
+    lock_fresh.dir = NULL;
 }
 
 static inline void lock_release(int *fd) {

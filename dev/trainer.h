@@ -234,7 +234,7 @@ static inline void trainer_lock(Trainer *tr) {
 static inline void trainer_refuse_used(const char *out, const char *hint) {
     char *metrics = xprintf("%s/metrics.jsonl", out);
     CheckpointList list = checkpoint_list(out);
-    if (path_exists(metrics) || list.n) die("%s holds a run already\n  hint: %s", out, hint);
+    if (path_must_exist_or_not(metrics) || list.n) die("%s holds a run already\n  hint: %s", out, hint);
     free(metrics), free(list.step);
 }
 
@@ -246,14 +246,14 @@ static inline char *trainer_start(Trainer *tr, int *resume) {
         char *from = !*o->resume ? NULL : strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
         return from || !*o->init_from ? from : xstrdup(o->init_from);
     }
+    // What is decided from the directory is decided under its lock: another run may begin and end meanwhile.
+    lock_directory_make(o->out);
+    trainer_lock(tr);
     if (!*o->resume) {
         trainer_refuse_used(o->out, "--resume continues it; another --out starts a new one");
         return *o->init_from ? xstrdup(o->init_from) : NULL;
     }
-    if (path_is_directory(o->out)) {
-        trainer_lock(tr);
-        checkpoint_recover(o->out);
-    }
+    checkpoint_recover(o->out);
     char *from = strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
     if (from && !strcmp(o->resume, "latest")) checkpoint_settle(o->out, strrchr(from, '/') + 1);
     *resume = from != NULL;
@@ -478,14 +478,10 @@ static inline void trainer_set_aside(const char *path, const FileMap *map, int64
 static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics *again) {
     const char *out = tr->options->out;
     char *path = xprintf("%s/metrics.jsonl", out), *config = xprintf("%s/config.txt", out);
-    directory_make(out);
-    if (tr->lock < 0) {                                  // a new run, and the first look was without a lock
-        trainer_lock(tr);
-        if (!*tr->options->resume) trainer_refuse_used(out, "another process has just begun it");
-    }
     file_write_whole(config, tr->config_text, strlen(tr->config_text));
+    lock_begun();
     const int own = done > 0 && !strcmp(tr->options->resume, "latest");   // no checkpoint is ahead of its metrics
-    if (path_exists(path)) {
+    if (path_must_exist_or_not(path)) {
         Text kept = {NULL, 0, 0};
         FileMap map;
         Metrics last;

@@ -232,10 +232,8 @@ static void test_checkpoint_unreadable(void) {
     const char *const unreadable = "/proc/self/mem";     // its first byte is nowhere
     if (path_exists(unreadable)) {
         EXPECT(!unlink(path) && !symlink(unreadable, path), "%s", path);
-        char *wrong = checkpoint_verify(dir), *found = checkpoint_latest(out);
-        EXPECT_ERROR(wrong, strerror(EIO));
-        EXPECT_ERROR(found, "step_00000001");
-        free(wrong), free(found);
+        // Not known to be damaged, so no reason to take an older one.
+        EXPECT_EXIT(1, strerror(EIO), checkpoint_test_latest, (void *)(uintptr_t)out);
     }
     free(dir), free(path), free(away);
 }
@@ -559,6 +557,7 @@ static void test_checkpoint_list(void) {
     const char *out = test_directory();
     static const char *const name[] = {"step_00000003", "step_00000010", "step_123456789012", "step_0000007", "step_00000008x",
                                        "step_-00000009", "Step_00000011", "step_00000000",
+                                       "step_+0000009", "step_ 0000009", "step_000000009", "step_99999999999999999999",
                                        "step-00000004"};
     for (size_t i = 0; i < sizeof name / sizeof name[0]; i++) checkpoint_test_leave(out, name[i]);
     CheckpointList list = checkpoint_list(out);
@@ -567,8 +566,9 @@ static void test_checkpoint_list(void) {
     free(list.step);
     checkpoint_prune(out, 1, 10);                        // the first is newer than what was written last
     checkpoint_prune(out, -1, 10);
-    checkpoint_test_names(out, "Step_00000011 step-00000004 step_-00000009 step_00000008x step_00000010 step_0000007 "
-                          "step_123456789012 ");
+    checkpoint_test_names(out, "Step_00000011 step-00000004 step_ 0000009 step_+0000009 step_-00000009 step_000000009 "
+                          "step_00000008x step_00000010 step_0000007 "
+                          "step_123456789012 step_99999999999999999999 ");
     CheckpointList none = checkpoint_list("/nowhere");
     EXPECT(none.n == 0 && !none.step, "%d checkpoints nowhere", none.n);
 }

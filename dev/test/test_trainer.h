@@ -3,6 +3,7 @@
 #define TEST_TRAINER_H
 
 #include "../checkpoint.h"
+#include "../lock.h"
 #include "../metrics.h"
 #include "test.h"
 
@@ -389,6 +390,69 @@ static void test_trainer_lock(void) {
     text_free(&t), free(link), free(precious), free(out);
 }
 
+// What is decided from a directory is decided under its lock: another run's is met before anything else is looked at.
+static void test_trainer_locks_first(void) {
+    const char *dir = test_directory();
+    int lock;
+    char *error = lock_take(&lock, dir);
+    EXPECT(!error && lock >= 0, "%s", error ? error : "no locks");
+    EXPECT_REFUSED(1, "is in use by process", "--out %s --steps 1 --train /nowhere", dir);
+    EXPECT_REFUSED(1, "is in use by process", "--out %s --steps 1 --train /nowhere --resume", dir);
+    lock_release(&lock);
+    EXPECT_REFUSED(1, "/nowhere", "--out %s --steps 1 --train /nowhere --resume", dir);
+    EXPECT_REFUSED(1, "/nowhere", "--out %s/a/b//c/ --steps 1 --train /nowhere --resume", dir);
+    char *made = xprintf("%s/a", dir);
+    EXPECT(!path_exists(made), "%s was made by a run that was refused", made);
+    // The file of the lock may go with a refused run: whoever waits at it must not hold one that nobody else can see.
+    char *path = xprintf("%s/.lock", dir);
+    EXPECT(!unlink(path), "%s", path);
+    error = lock_take(&lock, dir);
+    EXPECT(!error && path_exists(path), "%s", error ? error : path);
+    lock_release(&lock);
+    free(path), free(made);
+}
+
+// Links under the names that a run writes or removes: what they lead to stays as it is.
+static void test_trainer_follows_no_links(void) {
+    const char *dir = test_directory();
+    char *precious = xprintf("%s/precious", dir);
+    EXPECT_RUN("--out %s/other --steps 2 --save-every 2", dir);
+    file_write_whole(precious, "precious", 8);
+    ToolRun made = shell_run(xprintf("cd %s && cp -R other before && mkdir run && cd run && ln -s ../other .step_00000002.tmp && "
+                                     "ln -s ../precious config.txt.tmp && ln -s ../precious metrics.jsonl.tmp", dir));
+    EXPECT(made.code == 0, "%s", made.err.s);
+    tool_free(&made);
+    EXPECT_RUN("--out %s/run --steps 2 --save-every 2", dir);
+    made = shell_run(xprintf("cd %s/run && ln -s ../other/step_00000002 step_00000001 && ln -s ../other .step_00000003.old", dir));
+    tool_free(&made);
+    EXPECT_RUN("--out %s/run --steps 6 --save-every 2 --keep 1 --resume", dir);
+    made = shell_run(xprintf("cd %s && diff -r other before && ! test -e run/step_00000001", dir));
+    EXPECT(made.code == 0, "another run was changed: %s%s", made.out.s, made.err.s);
+    tool_free(&made);
+    Text t = test_read_file(precious);
+    EXPECT_TEXT(t.s, "precious");
+    text_free(&t), free(precious);
+}
+
+// Where `latest` cannot be made, checkpoints count all the same: one warning, and programs take the newest.
+static void test_trainer_without_latest(void) {
+    const char *dir = test_directory();
+    ToolRun r = shell_run(xprintf("mkdir -p %s/run/latest/in_the_way", dir));
+    tool_free(&r);
+    r = trainer_test_run("--out %s/run --steps 6 --save-every 2 --keep 1", dir);
+    char *first = strstr(r.err.s, "warning: ");
+    EXPECT(r.code == 0 && first && strstr(first, "latest") && !strstr(first + 1, "warning: "), "%d: %s", r.code, r.err.s);
+    tool_free(&r);
+    r = shell_run(xprintf("ls %s/run | grep -c step_", dir));
+    EXPECT_TEXT(r.out.s, "1\n");
+    tool_free(&r);
+    tool_expect(0, "", tool_run("generate %s/run --prompt the --tokens 2", dir), __FILE__, __LINE__);
+    r = shell_run(xprintf("rm -r %s/run/latest", dir));
+    tool_free(&r);
+    tool_expect(0, "", tool_run("generate %s/run/latest --prompt the --tokens 2", dir), __FILE__, __LINE__);
+    EXPECT_RUN("--out %s/run --steps 8 --resume", dir);
+}
+
 static void test_trainer_warns_of_a_high_rate(void) {
     const char *dir = test_directory();
     EXPECT_REFUSED(0, "0.1 is usual for a small model", "--out %s/a --steps 1 --drop-path 0.3", dir);
@@ -471,6 +535,7 @@ static void test_trainer_dry_run(void) {
     X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
     X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
+    X(trainer_locks_first) X(trainer_follows_no_links) X(trainer_without_latest)                  \
     X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) \
     X(trainer_survives_numbers_that_are_not_finite)
 

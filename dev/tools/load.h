@@ -21,13 +21,20 @@ typedef struct {
     int has_tokenizer;
 } Loaded;
 
-// `path` itself, or the checkpoint that its link `latest` leads to, when it is a run's directory. From malloc.
+// `path` itself; or, when it is a run's directory, or RUN/latest where there is none, the checkpoint that its link `latest`
+// leads to, else its newest. From malloc.
 static inline char *load_directory(const char *path) {
-    char *config = xprintf("%s/config.json", path), *latest = xprintf("%s/latest", path);
-    char *dir = xstrdup(!path_exists(config) && path_exists(latest) ? latest : path);
-    free(config);
-    free(latest);
-    return dir;
+    char *config = xprintf("%s/config.json", path), *run = xstrdup(path), *slash = strrchr(run, '/'), *dir = NULL;
+    if (!path_is_directory(path) && slash && !strcmp(slash, "/latest")) *slash = 0;
+    char *latest = xprintf("%s/latest/config.json", run);
+    if (!path_exists(config) && path_exists(latest)) dir = xprintf("%s/latest", run);
+    else if (!path_exists(config)) {
+        CheckpointList list = checkpoint_list(run);
+        if (list.n) dir = checkpoint_path(run, list.step[0]);
+        free(list.step);
+    }
+    free(config), free(latest), free(run);
+    return dir ? dir : xstrdup(path);
 }
 
 // Reads the sizes of the checkpoint at `path`; the weights wait for load_model. Dies when it is missing or damaged.
