@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import struct
 
 import numpy as np
@@ -86,6 +87,40 @@ class Gpt2Vocabulary:
         return [self.encoding.decode_single_token_bytes(i) for i in range(self.size)]
 
 
+def merged(pair, prefix):
+    """What a merge of a tokenizer.json makes; pairs are "a b" or ["a", "b"]."""
+    a, b = pair.split(" ") if isinstance(pair, str) else pair
+    return a, b, a + (b[len(prefix):] if prefix and b.startswith(prefix) else b)
+
+
+def without_names(state, end_of_text):
+    """A tokenizer.json that encodes as `state` does, but in which no text spells the end-of-text token, the unknown
+    token or one that is marked special: they keep their numbers and get names that nobody can guess. The mark alone
+    would not do. Not every file marks what ends a document, and a model finds in a text whatever its vocabulary has."""
+    model, added = state["model"], state.get("added_tokens") or []
+    names = {end_of_text, *(t["content"] for t in added if t.get("special"))}
+    vocab, unigram = model["vocab"], isinstance(model["vocab"], list)
+    if model.get("unk_token"):
+        names.add(model["unk_token"])
+    if unigram and model.get("unk_id") is not None:
+        names.add(vocab[model["unk_id"]][0])
+    new = {name: f"<{secrets.token_hex(24)}>" for name in names}
+    if unigram:
+        model["vocab"] = [[new.get(name, name), *rest] for name, *rest in vocab]
+    else:
+        model["vocab"] = {new.get(name, name): number for name, number in vocab.items()}
+    if model.get("unk_token"):
+        model["unk_token"] = new[model["unk_token"]]
+    if model.get("merges"):
+        prefix = model.get("continuing_subword_prefix")
+        model["merges"] = [m for m in model["merges"] if names.isdisjoint(merged(m, prefix))]
+    for token in added:
+        if token["content"] in new:
+            token.update(content=new[token["content"]], special=True)
+    state["post_processor"] = None      # it adds tokens that nobody asks for here, by their names
+    return state
+
+
 class JsonVocabulary:
     """Any tokenizer.json, by tokenizers. No special token is found in a document: there its name is text."""
 
@@ -101,11 +136,12 @@ class JsonVocabulary:
             wanted = f"no token {end_of_text}" if end_of_text else "no end-of-text token of a usual name"
             special = ", ".join(t.content for t in tokenizer.get_added_tokens_decoder().values())
             raise Problem(f"{name} has {wanted}\n  hint: --end-of-text TOKEN; its special tokens: {special or 'none'}")
-        self.end_of_text = vocabulary[found[0]]
+        self.end_of_text, self.end_name = vocabulary[found[0]], found[0]
         self.start()
 
     def start(self):
-        self.tokenizer = library("tokenizers").Tokenizer.from_str(self.json)
+        state = without_names(json.loads(self.json), self.end_name)
+        self.tokenizer = library("tokenizers").Tokenizer.from_str(json.dumps(state))
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -121,6 +157,9 @@ class JsonVocabulary:
         pairs = [decoded(document) for document in documents]
         coded = self.tokenizer.encode_batch_fast([text for text, bad in pairs], add_special_tokens=False)
         kind = np.uint16 if self.width == 2 else np.uint32
+        if any(self.end_of_text in c.ids for c in coded):
+            raise Problem(f"{self.name} encodes a character that it does not know as {self.end_name}, which ends a "
+                          "document\n  hint: --end-of-text names another token")
         return [(np.array(c.ids, dtype=kind), len(text.encode()) if bad else len(d), bad)
                 for c, (text, bad), d in zip(coded, pairs, documents)]
 
@@ -136,7 +175,8 @@ class JsonVocabulary:
             return None
         special = {t["id"] for t in state.get("added_tokens", [])}
         table = [f"<|unused {i}|>".encode() for i in range(self.size)]
-        for token, i in self.tokenizer.get_vocab(with_added_tokens=True).items():
+        tokenizer = library("tokenizers").Tokenizer.from_str(self.json)      # with the names that it was given
+        for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
             table[i] = token.encode() if i in special else written(token)
         return table if all(t and len(t) < 256 for t in table) else None
 

@@ -216,6 +216,54 @@ class Tokenizers(Case):
         with mock.patch.object(GPT2[0], "encoding", Fragile(GPT2[0].encoding)):
             np.testing.assert_array_equal(GPT2[0].tokens(short), whole)
 
+    def special_cases(self):
+        """Tokenizers as (tokenizer.json, the end-of-text token's name and number), each with a way to spell it."""
+        import tokenizers
+        letters = [chr(i) for i in range(33, 127)] + ["\u0120"]
+        end = "</s>"
+        base = {c: i for i, c in enumerate(letters)}
+
+        def bpe(vocabulary, merges, special=None, **more):
+            t = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, **more))
+            t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            if special is not None:
+                t.add_tokens([tokenizers.AddedToken(end, special=special)])
+            return t.to_str()
+
+        yield "no mark", bpe({**base, end: 95}, [], special=False), 95
+        yield "beyond the model", bpe(base, [], special=False), 95
+        yield "marked", bpe(base, [], special=True), 95
+        whole = {**base, "</": 95, "s>": 96, end: 97}
+        yield "merges spell it", bpe(whole, [("<", "/"), ("s", ">"), ("</", "s>")]), 97
+        yield "ignore_merges", bpe({**base, end: 95}, [], ignore_merges=True), 95
+        pieces = [("<unk>", 0.0), ("<s>", 0.0), (end, 0.0)] + [(c, -5.0) for c in ["\u2581"] + letters[:-1]]
+        t = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0, byte_fallback=False))
+        t.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        yield "unigram", t.to_str(), 2
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, end: 1, "x": 2}, unk_token="?"))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        yield "words", words.to_str(), 1
+
+    def test_special_tokens_are_never_text(self):
+        for what, text, end in self.special_cases():
+            with self.subTest(what):
+                v = vocabulary.JsonVocabulary("t", text)
+                self.assertEqual(v.end_of_text, end)
+                found = v.encode([b"x </s> x", b"</s>", b"x</s>"])
+                for tokens, *_ in found:
+                    self.assertNotIn(end, tokens)
+                    self.assertTrue(len(tokens))
+                if what not in ("words", "unigram"):
+                    self.assertEqual(b"".join(v.token_bytes()[i] for i in found[0][0]), b"x </s> x")
+                self.assertIn(b"</s>", v.token_bytes() or [b"</s>"])
+
+    def test_unknown_characters_do_not_end_a_document(self):
+        import tokenizers
+        t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "x": 1}, unk_token="</s>"))
+        t.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        self.refused("encodes a character that it does not know as </s>", "--val", "0", "--tokenizer",
+                     self.write("t.json", t.to_str()), self.write("a.txt", "x y"))
+
     def test_wide_tokens(self):
         import tokenizers
         words = {f"w{i}": i for i in range(70000)}
