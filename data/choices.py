@@ -9,16 +9,15 @@ Questions are lines of JSON (.jsonl, also packed) or Parquet: HellaSwag's own (c
 """
 import argparse
 import hashlib
-import json
 import os
 import re
 import struct
 import sys
 from collections import namedtuple
 
+import corpus as corpora
 import prepare
 import vocabulary as vocabularies
-from corpus import Stream, endings
 from shards import HEADER, write_whole
 from vocabulary import Problem, library
 
@@ -80,37 +79,40 @@ def question(record, style):
 
 
 def records(path):
-    """The records of a file, each with where it is."""
-    kind, packed = endings(path)
+    """The records of a file, each with where it is: what prepare.py takes for one (corpus.py)."""
+    kind = "json" if corpora.is_pipe(path) else corpora.endings(path)[0]
     if kind == "parquet":
         for i, row in enumerate(parquet_rows(path)):
             yield f"{path}, row {i + 1}", row
         return
     if kind != "json":
         raise Problem(f"{path}: questions are lines of JSON, or Parquet\n  hint: name it .jsonl or .parquet")
-    for i, line in enumerate(json_lines(path)):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:              # of the JSON, or of its UTF-8
-            record = None
-        if not isinstance(record, dict):
-            raise Problem(f"{path}, line {i + 1}: no JSON object")
-        yield f"{path}, line {i + 1}", record
-
-
-def json_lines(path):
-    return b"".join(block for block, taken in Stream(path)).split(b"\n")
+    i = 0
+    for unit in corpora.json_units(corpora.Source("json", [path], None, 0, None)):
+        for line in unit.data:
+            i += 1
+            if not line.strip():
+                continue
+            record, bad = corpora.json_value(line)
+            where = f"{corpora.title(path)}, {'element' if len(unit.where) > 2 else 'line'} {i}"
+            if not isinstance(record, dict) or bad:
+                raise Problem(f"{where}: no JSON object")
+            if isinstance(record, corpora.Twice):
+                raise Problem(f"{where}: it has {', '.join(sorted(record.names))} twice")
+            yield where, record
 
 
 def parquet_rows(path):
     library("pyarrow")
     import pyarrow.parquet as pq
     try:
-        return pq.read_table(path).to_pylist()
+        names = pq.ParquetFile(path).schema_arrow.names
+        twice = {n for n in names if names.count(n) > 1}
+        if not twice:
+            return pq.read_table(path).to_pylist()
     except Exception as e:              # of pyarrow, which has many
         raise Problem(f"{path} is no Parquet that can be read: {str(e).splitlines()[0][:200]}")
+    raise Problem(f"{path} has two columns {', '.join(sorted(twice))}\n  hint: rename one of them")
 
 
 # ---- Tokens ----
@@ -123,7 +125,7 @@ def tokens_of(vocabulary, found):
         texts = [found.context, *found.choices]
     else:
         texts = [found.context.rstrip()] + [found.context + c for c in found.choices]
-    context, *choices = [row.tolist() for row, size, bad in vocabulary.encode([t.encode() for t in texts])]
+    context, *choices = [row.tolist() for row, size, bad in vocabulary.encode([corpora.utf8(t)[0] for t in texts])]
     if not found.apart:
         context = os.path.commonprefix([context, *choices])
         choices = [row[len(context):] for row in choices]
@@ -198,7 +200,7 @@ def add_choices_options(p):
 
 def parser():
     p = prepare.Parser(prog="choices.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("inputs", metavar="INPUT", nargs="+", help="a .jsonl or .parquet file of questions")
+    p.add_argument("inputs", metavar="INPUT", nargs="+", help="a .jsonl or .parquet file of questions, or - for standard input")
     p.add_argument("--out", required=True, metavar="FILE", help="what to write")
     add_choices_options(p)
     return p

@@ -6,14 +6,16 @@ are the same for any number of processes, and a run that was interrupted goes on
 import bz2
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
 import os
 import re
+import stat
 import sys
 from collections import namedtuple
 
-from vocabulary import Problem, library
+from vocabulary import Problem, decoded, library
 
 UNIT = 1 << 20                          # bytes of text in a unit
 PART = 8 << 20                          # longer documents are encoded in parts, cut where no tokenizer looks across
@@ -21,6 +23,8 @@ RECORD = 256 << 20                      # the longest line of JSON
 SPLIT_BYTES = 1 << 20                   # what of a document decides on its side
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+PACKED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # kind: "text", "json", "parquet", or "files": small ones, of which each is a document; side: None, or "train" or "val"
 # for all of it; size: bytes on the disk; cut: where the end of a sole document begins, on which to validate
@@ -74,13 +78,25 @@ def is_binary(path):
         raise Problem(f"cannot read {path}: {e.strerror}")
 
 
+def is_pipe(path):
+    """Whether what is there can be read once and has no size: standard input, a named pipe, a shell's <(...)."""
+    try:
+        return path == "-" or stat.S_ISFIFO(os.stat(path).st_mode) or stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False                    # who opens it will say so
+
+
+def title(path):
+    return "standard input" if path == "-" else path
+
+
 class Corpus:
     """The sources of some inputs, and what was left out."""
 
     def __init__(self, options):
         self.options = options
         self.sources, self.listing = [], []     # listing: (path, size, time) of every file
-        self.binary = self.empty = 0
+        self.binary = self.empty = self.pipes = 0
         for inputs, side in ((options.inputs, "train" if options.val_inputs else None), (options.val_inputs, "val")):
             self.add(inputs, side)
         if not self.sources:
@@ -97,16 +113,17 @@ class Corpus:
             group, group_size = [], 0
 
         for path in self.files(inputs):
+            pipe = is_pipe(path)
             kind, packed = ("text", False) if path == "-" else endings(path)
             kind = kind if self.options.format == "auto" else self.options.format
-            size = 0 if path == "-" else self.size_of(path)
-            if path != "-" and kind == "text" and not packed and size and is_binary(path):
+            size = 0 if pipe else self.size_of(path)
+            if not pipe and kind == "text" and not packed and size and is_binary(path):
                 self.binary += 1
                 continue
-            if path != "-" and not size:
+            if not pipe and not size:
                 self.empty += 1
                 continue
-            small = path != "-" and kind == "text" and not packed and self.options.separate == "file" and size <= UNIT
+            small = not pipe and kind == "text" and not packed and self.options.separate == "file" and size <= UNIT
             if small:
                 if group_size + size > UNIT:
                     flush()
@@ -114,8 +131,9 @@ class Corpus:
                 group_size += size
                 continue
             flush()
-            if path == "-" and kind == "parquet":
-                raise Problem("Parquet cannot be read from standard input\n  hint: save it to a file")
+            if pipe and kind == "parquet":
+                raise Problem(f"{title(path)}: Parquet cannot be read from a pipe\n  hint: save it to a file")
+            self.pipes += pipe
             self.sources.append(Source(kind, [path], side, size, None))
         flush()
 
@@ -144,12 +162,12 @@ class Corpus:
             return
         source = self.sources[0]
         path = source.paths[0]
-        if path == "-" or endings(path)[1]:
-            name = "standard input" if path == "-" else path
-            raise Problem(f"{name} is a single document, of which none can be kept to validate on\n"
+        if self.pipes or endings(path)[1]:
+            raise Problem(f"{title(path)} is a single document, of which none can be kept to validate on\n"
                           "  hint: --separate line (or another separator), or --val 0")
-        cut = int((1 - o.val) * source.size)
         with open(path, "rb") as file:
+            first = mark_length(file.read(3))
+            cut = first + int((1 - o.val) * (source.size - first))
             file.seek(max(0, cut - 3))
             before = file.read(min(3, cut))
             after = file.read(1)
@@ -162,8 +180,8 @@ class Corpus:
         return sum(source.size for source in self.sources)
 
     @property
-    def from_stdin(self):
-        return any("-" in source.paths for source in self.sources)
+    def from_pipe(self):
+        return self.pipes > 0
 
     def units(self, source):
         """The units of a source, in order. Their side is None where each document has its own."""
@@ -174,8 +192,15 @@ class Corpus:
             return cut_units(source)
         if source.kind == "files":
             return iter([Unit("files", source.paths, source.paths[0], source.size, source.side, True)])
-        units = stream_units(source, b"\n" if source.kind == "json" else separator_of(o.separate), o.val, o.seed)
-        return drop_carriage_returns(units) if o.separate == "line" and source.kind == "text" else units
+        if source.kind == "json":
+            return json_units(source)
+        units = stream_units(source, separator_of(o.separate), o.val, o.seed)
+        return drop_carriage_returns(units) if o.separate == "line" else units
+
+
+def mark_length(beginning):
+    """The bytes of the byte-order mark with which a file begins, or 0. No reader takes it for text."""
+    return 3 if beginning.startswith(BYTE_ORDER_MARK) else 0
 
 
 # ---- Sources -> units ----
@@ -193,13 +218,15 @@ class Stream:
     """The blocks of a file, unpacked, each of UNIT bytes but the last. A byte-order mark at its start is left out."""
 
     def __init__(self, path):
-        self.path, self.name = path, "standard input" if path == "-" else path
+        self.path, self.name = path, title(path)
 
     def open(self):
         ending = os.path.splitext(self.path.lower())[1]
         if self.path == "-":
             return sys.stdin.buffer, None
         raw = open(self.path, "rb")
+        if is_pipe(self.path):
+            return raw, None
         if ending == ".zst":
             return library("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True), raw
         return (COMPRESSED[ending](raw) if ending in COMPRESSED else raw), raw
@@ -218,8 +245,10 @@ class Stream:
                     block += more
                 if not block:
                     break
-                if first and block.startswith(b"\xef\xbb\xbf"):
-                    del block[:3]
+                if first and not raw and block.startswith(PACKED_MAGIC):
+                    raise Problem(f"{self.name} is compressed\n  hint: unpack it first, as in zcat FILE | ...")
+                if first:
+                    del block[:mark_length(block)]
                 first = False
                 now = raw.tell() if raw else at + len(block)
                 yield bytes(block), now - at
@@ -249,15 +278,24 @@ def safe_cut(held, most):
     return most
 
 
-def stream_units(source, separator, val, seed):
+def separators(separator):
+    """The pattern of what stands between documents and its longest match. A line's end may be CR LF everywhere."""
+    if not separator or separator == b"\n" or b"\n" not in separator or b"\r" in separator:
+        return None, len(separator or b"")
+    return re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n")), len(separator) + separator.count(b"\n")
+
+
+def stream_units(source, separator, val, seed, stream=None):
     """Whole documents as they come; one longer than PART in parts. A line of JSON cannot be cut."""
-    stream, records = Stream(source.paths[0]), source.kind == "json"
+    stream, records = stream or Stream(source.paths[0]), source.kind == "json"
+    pattern, longest = separators(separator)
     held, searched, long_side, offset, kind = bytearray(), 0, None, 0, "json" if records else "documents"
     for block, advance in stream:
         held += block
         where = (stream.name, offset)
-        if separator and held.find(separator, searched) >= 0:
-            pieces = bytes(held).split(separator)
+        if separator and (pattern.search(held, searched) if pattern else held.find(separator, searched) >= 0):
+            pieces = pattern.split(held) if pattern else bytes(held).split(separator)
+            pieces = [bytes(p) for p in pieces] if pattern else pieces
             rest = pieces.pop()
             if long_side:
                 yield Unit("part", pieces.pop(0), where, 0, long_side, True)
@@ -269,16 +307,90 @@ def stream_units(source, separator, val, seed):
             raise Problem(f"{stream.name}, byte {offset}: a line of more than {RECORD >> 20} MiB\n"
                           "  hint: is it JSON lines, one document a line?")
         while not records and len(held) > PART:
-            cut = safe_cut(held, PART - len(separator or b""))
+            cut = safe_cut(held, PART - longest)
             long_side = long_side or source.side or side_of(bytes(held[:SPLIT_BYTES]), val, seed)
             yield Unit("part", bytes(held[:cut]), (stream.name, offset), advance, long_side, False)
             del held[:cut]
             offset, advance = offset + cut, 0
-        searched = max(0, len(held) - len(separator or b"") + 1)
+        searched = max(0, len(held) - longest + 1)
     if long_side:
         yield Unit("part", bytes(held), (stream.name, offset), 0, long_side, True)
     elif held:
         yield Unit(kind, [bytes(held)], (stream.name, offset), 0, source.side, True)
+
+
+def json_units(source):
+    """The records of a file: its lines, or the elements of the one array that it is."""
+    class Rest:                         # the stream, once its beginning was looked at
+        def __init__(self, name, blocks):
+            self.name, self.blocks = name, blocks
+
+        def __iter__(self):
+            return self.blocks
+
+    stream = Stream(source.paths[0])
+    blocks = iter(stream)
+    first = next(blocks, (b"", 0))
+    rest = Rest(stream.name, itertools.chain([first], blocks))
+    return array_units(rest, source) if first[0].lstrip()[:1] == b"[" else stream_units(source, b"\n", 0, 0, rest)
+
+
+def array_units(stream, source):
+    """The elements of a JSON array, found without holding all of it. As Latin-1 a character is a byte."""
+    scan = json.JSONDecoder(strict=False, parse_int=len, parse_float=len).raw_decode
+    held, offset, elements, size, taken, count = "", 0, [], 0, 0, 0
+    blocks, ended, opened, closed, want = iter(stream), False, False, False, 0
+
+    def wrong(at, what):
+        return Problem(f"{stream.name}, byte {offset + at}: {what}\n  hint: is it one array, or a JSON object a line?")
+
+    while True:
+        at = 0
+        while len(held) > want or ended:
+            at = skip_space(held, at)
+            if at == len(held) and not ended:
+                break
+            if closed:
+                if at < len(held):
+                    raise wrong(at, "more follows the array")
+                break
+            if not opened:
+                opened, at = True, at + 1
+                continue
+            if held[at:at + 1] == "]":
+                closed, at = True, at + 1
+                continue
+            try:
+                value, end = scan(held, at)
+            except RecursionError:
+                raise wrong(at, "nested too deep")
+            except ValueError:
+                end = None
+            after = skip_space(held, end) if end else len(held)
+            if after == len(held):      # the element may go on
+                if ended or len(held) - at > RECORD:
+                    raise wrong(at, "the array is cut short, or no JSON here")
+                want = at + 2 * (len(held) - at)
+                break
+            if held[after] not in ",]":
+                raise wrong(after, "no JSON: a comma or ] is missing")
+            elements.append(held[at:end].encode("latin-1"))
+            size += end - at
+            at, want = after + (held[after] == ","), 0
+            if size >= UNIT:
+                yield Unit("json", elements, (stream.name, count, "element"), taken, source.side, True)
+                elements, size, taken, count = [], 0, 0, count + len(elements)
+        held, offset, want = held[at:], offset + at, max(0, want - at)
+        if ended:
+            break
+        block, advance = next(blocks, (b"", 0))
+        held, taken, ended = held + block.decode("latin-1"), taken + advance, not block
+    if elements:
+        yield Unit("json", elements, (stream.name, count, "element"), taken, source.side, True)
+
+
+def skip_space(text, at):
+    return re.compile(r"[ \t\r\n]*").match(text, at).end()
 
 
 def drop_carriage_returns(units):
@@ -295,6 +407,7 @@ def cut_units(source):
     path = source.paths[0]
     try:
         with open(path, "rb") as file:
+            file.seek(mark_length(file.read(3)))
             for side, end in (("train", source.cut), ("val", source.size)):
                 while file.tell() < end:
                     at = file.tell()
@@ -310,23 +423,37 @@ def cut_units(source):
         raise Problem(f"cannot read {path}: {e.strerror}")
 
 
+def is_text(kind):
+    """Whether a column of this Arrow type holds text, or nothing but NULL."""
+    pa = library("pyarrow")
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary",
+             "null")
+    return any(getattr(pa.types, "is_" + name, lambda k: False)(kind) for name in known)
+
+
 def parquet_units(source, field):
     """The field's values, in record batches of about UNIT bytes."""
     path, side = source.paths[0], source.side
     pa, pq = library("pyarrow"), library("pyarrow.parquet")
     try:
         file = pq.ParquetFile(path)
-        if field not in file.schema_arrow.names:
-            names = ", ".join(file.schema_arrow.names)
+        columns = file.schema_arrow.names
+        if field not in columns:
+            names = ", ".join(columns)
             raise Problem(f"{path} has no column {field}\n  hint: --field NAME; it has {names}")
+        if columns.count(field) > 1:
+            raise Problem(f"{path} has {columns.count(field)} columns {field}\n"
+                          "  hint: rename one of them: which holds the text is not to be guessed")
         kind = file.schema_arrow.field(field).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not is_text(kind):
             raise Problem(f"{path}: the column {field} is of type {kind}, not text\n  hint: --field NAME")
         held, held_size, row = [], 0, 0
         share = source.size / max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=256, columns=[field], use_threads=False):
-            held.append(batch.column(0))
-            held_size += batch.nbytes
+            held.append(as_bytes(batch.column(0)))
+            held_size += held[-1].nbytes
             if held_size >= UNIT:
                 rows = sum(len(c) for c in held)
                 yield Unit("arrow", packed_arrow(held), (path, row), rows * share, side, True)
@@ -335,6 +462,16 @@ def parquet_units(source, field):
             yield Unit("arrow", packed_arrow(held), (path, row), sum(len(c) for c in held) * share, side, True)
     except (OSError, pa.ArrowException) as e:
         raise Problem(f"cannot read {path}: {str(e).splitlines()[0]}")
+
+
+def as_bytes(column):
+    """A column of text of any kind as bytes, UTF-8 or not."""
+    pa = library("pyarrow")
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_null(column.type) or pa.types.is_fixed_size_binary(column.type):
+        return pa.array(column.to_pylist(), pa.large_binary())
+    return column.cast(pa.large_binary())
 
 
 def packed_arrow(columns):
@@ -356,7 +493,7 @@ def documents(unit, options, counts):
         found = json_documents(unit, options, counts)
     elif unit.kind == "arrow":
         reader = library("pyarrow").ipc.open_stream(unit.data)
-        found = (None if v is None else v.encode() for batch in reader for v in batch.column(0).to_pylist())
+        found = (v for batch in reader for v in batch.column(0).to_pylist())
     else:
         found = unit.data
     for document in found:
@@ -372,40 +509,74 @@ def read_document(path):
             data = file.read()
     except OSError as e:
         raise Problem(f"cannot read {path}: {e.strerror}")
-    return data[3:] if data.startswith(b"\xef\xbb\xbf") else data
+    return data[mark_length(data):]
+
+
+def json_value(line):
+    """The value of a line (bytes), None if it is no JSON, and whether some of its bytes were not UTF-8."""
+    text, bad = decoded(line[mark_length(line):])
+    for whole in (int, lambda digits: int(digits) if len(digits) < 4000 else float(digits)):
+        try:
+            return json.loads(text, parse_int=whole, object_pairs_hook=pairs_once), bad
+        except json.JSONDecodeError:
+            break
+        except ValueError:              # more digits than Python turns into a number
+            continue
+        except RecursionError:
+            break
+    return None, bad
+
+
+class Twice(dict):
+    """An object that has one name twice: `names` are those."""
+    names = ()
+
+
+def pairs_once(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = Twice(found)
+        seen = set()
+        found.names = {n for n, value in pairs if n in seen or seen.add(n)}
+    return found
+
+
+def utf8(text):
+    """The bytes of a text, and whether it had halves of surrogate pairs, each of which becomes U+FFFD."""
+    try:
+        return text.encode(), False
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode(), True
 
 
 def json_documents(unit, options, counts):
-    name, at = unit.where
+    name, at, *element = unit.where
     for line in unit.data:
-        start, at = at, at + len(line) + 1
+        start, at = at, at + (1 if element else len(line) + 1)
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError:
-            counts["invalid"] += 1
-            record = loads(line.decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            record = None
+        record, bad = json_value(line)
         text = record.get(options.field) if isinstance(record, dict) else None
-        if isinstance(text, str):
-            yield text.encode("utf-8", "replace")
+        twice = isinstance(record, Twice) and options.field in record.names
+        where = f"{name}, element {start + 1}" if element else f"{name}, byte {start}"
+        what = "element" if element else "line"
+        if isinstance(text, str) and not twice:
+            document, halves = utf8(text)
+            counts["invalid"] += bad or halves
+            yield document
+        elif isinstance(record, dict) and options.field in record and text is None and not twice:
+            yield b""                   # NULL is no text: counted as an empty document
         elif options.skip_bad:
             counts["bad"] += 1
         elif not isinstance(record, dict):
-            raise Problem(f"{name}, byte {start}: this line is no JSON object\n"
+            raise Problem(f"{where}: this {what} is no JSON object\n"
+                          "  hint: --skip-bad leaves such lines out")
+        elif twice:
+            raise Problem(f"{where}: this {what} has \"{options.field}\" twice\n"
                           "  hint: --skip-bad leaves such lines out")
         elif options.field in record:
-            raise Problem(f"{name}, byte {start}: \"{options.field}\" is no text\n"
+            raise Problem(f"{where}: \"{options.field}\" is no text\n"
                           "  hint: --skip-bad leaves such lines out")
         else:
-            raise Problem(f"{name}, byte {start}: there is no \"{options.field}\"\n"
-                          f"  hint: --field NAME; this line has {', '.join(map(str, record))[:200]}")
-
-
-def loads(text):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+            raise Problem(f"{where}: there is no \"{options.field}\"\n"
+                          f"  hint: --field NAME; this {what} has {', '.join(map(str, record))[:200]}")

@@ -133,13 +133,13 @@ class Run:
     def look(self):
         """What an earlier run left: True if all is there, progress to go on from, or None. Refuses what is foreign."""
         if os.path.exists(self.manifest_path):
-            if not self.corpus.from_stdin and read_json(self.manifest_path).get("settings") == self.settings:
+            if not self.corpus.from_pipe and read_json(self.manifest_path).get("settings") == self.settings:
                 return True
             raise Problem(f"{self.out} holds other data already\n  hint: choose another --out, or remove it")
         if os.path.exists(self.progress_path):
             progress = read_json(self.progress_path)
-            if self.corpus.from_stdin:
-                raise Problem(f"{self.out} holds an interrupted run, and standard input cannot be continued\n"
+            if self.corpus.from_pipe:
+                raise Problem(f"{self.out} holds an interrupted run, and a pipe cannot be continued\n"
                               f"  hint: remove {self.out} to start again")
             if progress.get("settings") != self.settings:
                 raise Problem(f"{self.out} holds an interrupted run with other options, or its input has changed\n"
@@ -189,8 +189,8 @@ class Run:
     def sample(self):
         """Documents to learn a tokenizer from: training ones, by the hash of their content, of about train_bytes."""
         o = self.options
-        if self.corpus.from_stdin:
-            raise Problem("--tokenizer bpe reads its text twice, which standard input does not allow\n"
+        if self.corpus.from_pipe:
+            raise Problem("--tokenizer bpe reads its text twice, which a pipe does not allow\n"
                           "  hint: save it to a file")
         share = o.train_bytes / max(1, self.corpus.size)
         say(f"training a tokenizer of {o.vocab_size} tokens on {'all' if share >= 1 else f'{share:.1%}'} of the text")
@@ -304,7 +304,8 @@ class Run:
               f"(left out: {left['binary_files']} binary files, {left['empty_files']} empty ones, "
               f"{left['empty_documents']} empty documents, {left['bad_records']} bad records)")
         if self.counts["invalid"]:
-            say(f"warning: {self.counts['invalid']} documents had bytes that are not UTF-8; they became U+FFFD")
+            say(f"warning: {self.counts['invalid']} documents had bytes that are not UTF-8, or halves of "
+                "surrogate pairs; they became U+FFFD")
         for side in SIDES:
             w = self.writers[side]
             print(f"  {side:5} {w.tokens:14,} tokens in {len(w.shards)} shard{'s' * (len(w.shards) != 1)}: "

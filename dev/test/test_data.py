@@ -348,7 +348,7 @@ class Inputs(Case):
         self.assertEqual(self.manifest(out)["invalid_utf8"], 1)
         self.assertIn("1 documents had bytes that are not UTF-8", self.said)
         self.assertEqual(self.found(self.write("c.jsonl", b'{"text": "\xff"}\n{"text": "\\ud800!"}\n')),
-                         ["\ufffd".encode(), b"?!"])
+                         ["\ufffd".encode(), "\ufffd!".encode()])
 
     def test_left_out(self):
         for name, data in (("a.txt", "text"), ("b.bin", b"x\0y"), ("empty.txt", ""), (".hidden", "no"),
@@ -379,12 +379,84 @@ class Inputs(Case):
         good = '{"text": "ok"}\n'
         for bad, part in (("{broken\n", "byte 15: this line is no JSON object"), ("[1]\n", "byte 15: this line is no"),
                           ('{"text": 3}\n', 'byte 15: "text" is no text'), ('{"body": "x"}\n', 'there is no "text"'),
-                          ('{"text": null}\n', '"text" is no text'), ("[" * 100000 + "\n", "no JSON object")):
+                          ('{"text": "x", "text": "y"}\n', 'has "text" twice'), ("[" * 100000 + "\n", "no JSON object")):
             path = self.write("a.jsonl", good + bad + good)
             self.refused(part, "--tokenizer", "bytes", path)
             out = self.prepare("--tokenizer", "bytes", "--val", "0", "--skip-bad", path)
             self.assertEqual(self.documents(out, "train"), [b"ok", b"ok"])
             self.assertEqual(self.manifest(out)["left_out"]["bad_records"], 1)
+
+    def test_irregular_json(self):
+        """The table in data/README.md, for lines and for one array."""
+        huge = "9" * 5000
+        values = ['{"text":"ok \\ud83d broken \\ude00 end"}', '{"text":"fine \\ud83d\\ude00"}', '{"text":null}',
+                  '{"text":"a","n":%s,"m":-%s}' % (huge, huge), '{"text":"b","n":1e999}']
+        want = ["ok \ufffd broken \ufffd end", "fine \U0001F600", "a", "b"]
+        for name, data in (("a.jsonl", "\n".join(values)), ("b.jsonl", "\ufeff" + "\r\n".join(values) + "\r\n"),
+                           ("c.json", "[" + ", ".join(values) + "]"),
+                           ("d.json", "\ufeff [\r\n" + "\n,".join(values) + "\n]\n\n"),
+                           ("e.json.gz", gzip.compress(("[" + ",".join(values) + "]").encode()))):
+            with self.subTest(name), mock.patch.object(corpus, "UNIT", 64):
+                path = self.write(name, data)
+                out = self.prepare("--tokenizer", "bytes", "--val", "0", path)
+                self.assertEqual(self.documents(out, "train"), [d.encode() for d in want])
+                m = self.manifest(out)
+                self.assertEqual((m["invalid_utf8"], m["left_out"]["empty_documents"]), (1, 1))
+        self.assertEqual(self.found(self.write("f.json", "[]\n"), self.write("g.jsonl", '{"text": "x"}')), [b"x"])
+        for bad, part in (('[{"text": "x"}', "the array is cut short"), ('[{"text": "x"} {}]', "a comma or ] is missing"),
+                          ('[{"text": "x"}] 1', "byte 16: more follows the array"), ("[" * 100000, "nested too deep"),
+                          ('[{"text": "x"}, 3]', "element 2: this element is no JSON object"),
+                          ('[{"text": "x"}, {"story": ""}]', 'element 2: there is no "text"')):
+            self.refused(part, "--tokenizer", "bytes", self.write("h.json", bad))
+
+    def test_irregular_columns(self):
+        texts = ["one", None, "two \u00e9", ""]
+        kinds = [pa.array(texts).dictionary_encode(), pa.array(texts, pa.large_string()),
+                 pa.array([t and t.encode() for t in texts], pa.binary())]
+        if hasattr(pa, "string_view"):
+            kinds.append(pa.array(texts, pa.string_view()))
+        for column in kinds:
+            with self.subTest(str(column.type)):
+                pq.write_table(pa.table({"text": column}), self.path("a.parquet"))
+                out = self.prepare("--tokenizer", "bytes", "--val", "0", self.path("a.parquet"))
+                self.assertEqual(self.documents(out, "train"), [b"one", "two \u00e9".encode()])
+                self.assertEqual(self.manifest(out)["left_out"]["empty_documents"], 2)
+        pq.write_table(pa.table([["x"], ["y"], ["z"]], names=["text", "text", "n"]), self.path("b.parquet"))
+        self.refused("has 2 columns text", "--tokenizer", "bytes", self.path("b.parquet"))
+        self.assertEqual(self.found("--field", "n", self.path("b.parquet")), [b"z"])
+        pq.write_table(pa.table({"text": pa.array([b"ab\xff"], pa.binary())}), self.path("c.parquet"))
+        out = self.prepare("--tokenizer", "bpe", "--vocab-size", "257", "--val", "0", self.path("c.parquet"))
+        self.assertEqual((self.documents(out, "train"), self.manifest(out)["invalid_utf8"]), (["ab\ufffd".encode()], 1))
+
+    def test_line_ends_in_separators(self):
+        text = "para one\nmore\n\npara two\n\npara three" * 3
+        want = self.found("--separate", "\\n\\n", self.write("a.txt", text))
+        for unit in (1 << 20, 1, 2, 3, 5, 7):
+            with mock.patch.object(corpus, "UNIT", unit):
+                got = self.found("--separate", "\\n\\n", self.write("b.txt", text.replace("\n", "\r\n")))
+            self.assertEqual([d.replace(b"\r", b"") for d in got], want, unit)
+
+    def test_byte_order_mark_of_a_sole_document(self):
+        text = "some text\n" * 100
+        a, b = (self.prepare("--tokenizer", "bytes", self.write(n, m + text)) for n, m in (("a", ""), ("b", "\ufeff")))
+        for side in ("train", "val"):
+            self.assertEqual(list(self.tokens(a, side)), list(self.tokens(b, side)))
+
+    def test_pipes(self):
+        def piped(data, *arguments):
+            path = self.path(f"pipe{self.runs}")
+            os.mkfifo(path)
+            writer = threading.Thread(target=lambda: open(path, "wb").write(data))
+            writer.start()
+            try:
+                return self.found(*arguments, path)
+            finally:
+                writer.join()
+        self.assertEqual(piped(b"\xef\xbb\xbfone\ntwo\n", "--separate", "line"), [b"one", b"two"])
+        self.assertEqual(piped(b'{"text": "x"}\n', "--format", "json"), [b"x"])
+        with self.assertRaises(SystemExit) as caught:
+            piped(gzip.compress(b"x"), "--separate", "line")
+        self.assertIn("is compressed", str(caught.exception))
 
     def test_damaged_files(self):
         packed = gzip.compress(b'{"text": "some text to be cut"}\n' * 1000)
@@ -841,7 +913,7 @@ class Choices(Hub):
             self.assertFalse(os.path.exists(self.path("q.bin")))
         good = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 0}) + "\n"
         refused("line 2: no JSON object", text=good + "{")
-        refused("line 1: no JSON object", text="[1]\n")
+        refused("element 1: no JSON object", text="[1]\n")
         refused("line 1: no JSON object", text=b'{"context": "\xff"}\n')
         for record, part in (({"context": "a"}, 'neither "endings" (HellaSwag) nor "choices"'),
                              ({"choices": ["b", "c"], "answer": 0}, "it has no 'context'"),
@@ -867,6 +939,25 @@ class Choices(Hub):
         with self.assertRaises(SystemExit) as caught:
             self.convert(self.questions(ROOF), "--tokenizer", "bytes", out=kept)
         self.assertIn("exists already", str(caught.exception))
+
+    def test_irregular_questions(self):
+        """They are read as prepare.py reads documents: data/README.md."""
+        good = '{"context": "a\\ud83d", "choices": ["b", "c"], "answer": 0, "n": %s}' % ("9" * 5000)
+        want = self.convert(self.write("q.jsonl", good), "--tokenizer", "bytes", out=self.path("0.bin"))
+        self.assertIn(bytes(b for c in "a\ufffd".encode() for b in (c, 0)), want)
+        for i, data in enumerate(("\ufeff" + good + "\r\n", f"[{good}]", f"\ufeff[\n{good}\n]\n")):
+            path = self.write("q.json", data)
+            self.assertEqual(self.convert(path, "--tokenizer", "bytes", out=self.path(f"{i + 1}.bin")), want, data[:9])
+        row = {"context": pa.array(["Sky:"]).dictionary_encode(), "choices": [["x", "y"]], "answer": [1]}
+        pq.write_table(pa.table(row), self.path("q.parquet"))
+        self.assertEqual(len(self.convert(self.path("q.parquet"), "--tokenizer", "bytes", out=self.path("p.bin"))),
+                         1024 + 2 * 16)
+        pq.write_table(pa.table([["x"], ["y"]], names=["context", "context"]), self.path("q.parquet"))
+        for part, name in (("has two columns context", "q.parquet"),
+                           ("has context twice", self.write("r.jsonl", '{"context": "a", "context": "b"}'))):
+            with self.assertRaises(SystemExit) as caught:
+                self.convert(self.path(name), "--tokenizer", "bytes", out=self.path("z.bin"))
+            self.assertIn(part, str(caught.exception))
 
     def test_hellaswag_from_a_hub(self):
         table = pa.table({k: [v, v] for k, v in {**ROOF, "label": "3"}.items()})
