@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -21,19 +22,16 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-try:
-    import numpy as np
-except ImportError:
-    sys.exit("error: the Python library numpy is missing\n  hint: python3 -m pip install -r data/requirements.txt")
-
+import vocabulary as vocabularies       # first: it says when numpy is missing
 import corpus as corpora
-import vocabulary as vocabularies
-from shards import MOST, ShardWriter, write_json, write_whole
+import numpy as np
+from shards import MOST, ShardWriter, sha256_file, write_json, write_whole
 from vocabulary import Problem
 
 SAVE_SECONDS = 20                       # at most so much work is done again after an interruption
 SIDES = ("train", "val")
-SETTINGS = ("format", "field", "separate", "val", "seed", "shard_tokens", "skip_bad")   # that decide on the bits
+# That decide on the bits. --skip-bad does not: it lets a run pass where it stopped without, after the same tokens.
+SETTINGS = ("format", "field", "separate", "val", "seed", "shard_tokens")
 
 
 # ---- A worker process: units -> tokens ----
@@ -133,15 +131,23 @@ class Run:
     def look(self):
         """What an earlier run left: True if all is there, progress to go on from, or None. Refuses what is foreign."""
         if os.path.exists(self.manifest_path):
-            if not self.corpus.from_pipe and read_json(self.manifest_path).get("settings") == self.settings:
+            manifest = read_json(self.manifest_path)
+            as_strict = self.options.skip_bad or not manifest.get("left_out", {}).get("bad_records")
+            if not self.corpus.from_pipe and manifest.get("settings") == self.settings and as_strict:
                 return True
             raise Problem(f"{self.out} holds other data already\n  hint: choose another --out, or remove it")
         if os.path.exists(self.progress_path):
             progress = read_json(self.progress_path)
+            as_strict = self.options.skip_bad or not progress.get("counts", {}).get("bad")
+            same = progress.get("settings") == self.settings and as_strict
+            if progress.get("failed") and (self.corpus.from_pipe or not same):
+                say(f"{self.out} holds what an earlier run made before an error, with other options or input: removed")
+                self.discard(progress["tokenizer"])
+                return None
             if self.corpus.from_pipe:
                 raise Problem(f"{self.out} holds an interrupted run, and a pipe cannot be continued\n"
                               f"  hint: remove {self.out} to start again")
-            if progress.get("settings") != self.settings:
+            if not same:
                 raise Problem(f"{self.out} holds an interrupted run with other options, or its input has changed\n"
                               f"  hint: give the same again, or remove {self.out} to start over")
             return progress
@@ -151,13 +157,23 @@ class Run:
             raise Problem(f"{self.out} holds {foreign[0]}, which is of other data\n  hint: choose another --out")
         return None
 
+    def discard(self, tokenizer):
+        """Removes what this preparation has made, progress.json last: the folder is free for another one."""
+        names = sorted(os.listdir(self.out))
+        made = [n for n in names if re.fullmatch(r"(train|val)_\d{6,}\.bin(\.tmp)?", n)]
+        for name, digest in tokenizer["files"].items():
+            if name in names and sha256_file(os.path.join(self.out, name)) == digest:
+                made.append(name)
+        for name in made + ["progress.json"]:
+            os.remove(os.path.join(self.out, name))
+
     def open_vocabulary(self, progress):
-        """The vocabulary; its files are written before any shard."""
+        """The vocabulary; its files are written before any shard, and after progress.json, which knows them."""
         o = self.options
         path = os.path.join(self.out, "tokenizer.json")
         if o.tokenizer != "bpe":
             vocabulary = vocabularies.load(o.tokenizer, o.end_of_text)
-        elif progress:
+        elif progress and os.path.exists(path):
             vocabulary = vocabularies.load_json(path)
         else:
             text = vocabularies.train_bpe(self.sample(), o.vocab_size)
@@ -165,11 +181,11 @@ class Run:
         if o.tokenizer == "bpe":
             vocabulary.name = "bpe"
         os.makedirs(self.out, exist_ok=True)
-        files, table = {}, vocabularies.tokenizer_bin(vocabulary)
+        files, table, self.tokenizer_files = {}, vocabularies.tokenizer_bin(vocabulary), []
         for name, data in (("tokenizer.bin", table), ("tokenizer.json", vocabulary.json and vocabulary.json.encode())):
             if data:
                 files[name] = hashlib.sha256(data).hexdigest()
-                self.write_tokenizer(os.path.join(self.out, name), data)
+                self.tokenizer_files.append((os.path.join(self.out, name), data))
         if not table:
             say("warning: this tokenizer's tokens have no bytes of their own: there is no tokenizer.bin for generate")
         main = "tokenizer.bin" if table else "tokenizer.json"
@@ -178,13 +194,15 @@ class Run:
         if progress and progress["tokenizer"] != self.tokenizer:
             raise Problem(f"{self.out} holds an interrupted run with another tokenizer\n"
                           f"  hint: give the same again, or remove {self.out} to start over")
+        for path, data in self.tokenizer_files:
+            if os.path.exists(path) and vocabularies.read(path) != data:
+                raise Problem(f"{path} is of another tokenizer\n  hint: choose another --out")
         self.vocabulary = vocabulary
 
-    def write_tokenizer(self, path, data):
-        if not os.path.exists(path):
-            write_whole(path, data)
-        elif vocabularies.read(path) != data:
-            raise Problem(f"{path} is of another tokenizer\n  hint: choose another --out")
+    def write_tokenizer(self):
+        for path, data in self.tokenizer_files:
+            if not os.path.exists(path):
+                write_whole(path, data)
 
     def sample(self):
         """Documents to learn a tokenizer from: training ones, by the hash of their content, of about train_bytes."""
@@ -205,9 +223,10 @@ class Run:
                     if share >= 1 or corpora.side_of(document, share, o.seed + 1) == "val":
                         yield from pieces_of(document)
 
-    def save(self):
+    def save(self, failed=False):
+        """failed: by an error, which other options may set right, not by an interruption."""
         write_json(self.progress_path, {
-            "settings": self.settings, "tokenizer": self.tokenizer, "source": self.at[0], "unit": self.at[1],
+            "settings": self.settings, "failed": failed, "tokenizer": self.tokenizer, "source": self.at[0], "unit": self.at[1],
             "counts": {k: self.counts[k] for k in ("empty", "invalid", "bad")},
             **{side: self.writers[side].state() for side in SIDES}})
         self.saved = time.monotonic()
@@ -280,12 +299,24 @@ class Run:
                 self.writers[side].documents = 1
         try:
             self.save()
+            self.write_tokenizer()
             self.encode()
-        except BaseException:
-            if not self.within_a_unit:          # else what was saved before holds
-                self.save()
+            self.refuse_nothing()
+        except BaseException as e:
+            failed = isinstance(e, Exception)
+            if failed and not any(self.writers[side].tokens for side in SIDES):
+                self.discard(self.tokenizer)    # nothing is lost, and the folder is free for other options
+            elif not self.within_a_unit:        # else what was saved before holds
+                self.save(failed)
             raise
         self.finish()
+
+    def refuse_nothing(self):
+        """A folder without a document is no data."""
+        if not any(self.writers[side].tokens for side in SIDES):
+            raise Problem(f"no document was left ({self.counts['bad']} bad records, {self.counts['empty']} empty "
+                          "documents were left out): nothing is written\n  hint: --field, --format, --separate say "
+                          "where the text is")
 
     def finish(self):
         for side in SIDES:
@@ -424,6 +455,10 @@ def main(arguments=None, act=None):
         sys.exit(f"error: {e.filename or 'the disk'}: {e.strerror}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: the same command goes on from here")
+    except Exception as e:              # a fault of ours, or of a library: never a page of its insides
+        if os.environ.get("DROPPATH_DEBUG"):
+            raise
+        sys.exit(vocabularies.unexpected(e))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ import os
 import re
 import secrets
 import struct
+import sys
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("error: the Python library numpy is missing\n  hint: python3 -m pip install -r data/requirements.txt")
 
 END_OF_TEXT = "<|endoftext|>"
 MOST_TOKENS = 1 << 24                   # what dev/tokenizer.h reads
@@ -26,12 +30,25 @@ class Problem(Exception):
     """What a person has to set right: shown as one line, with a hint after a newline."""
 
 
+def unexpected(error):
+    """What to say of an exception that nobody foresaw: one line, with the place, and a hint."""
+    import traceback
+    where = traceback.extract_tb(error.__traceback__)
+    place = f", {os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""
+    what = " ".join(str(error).split())[:200]
+    return (f"error: unexpected {type(error).__name__}{': ' if what else ''}{what}{place}\n"
+            "  hint: DROPPATH_DEBUG=1 shows all of it, which a report should have")
+
+
 def library(name):
     """Imports a library, or says how to get it."""
     import importlib
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except ImportError as e:
+        if getattr(e, "name", None) != name.split(".")[0]:
+            raise Problem(f"the Python library {name} cannot be loaded: {' '.join(str(e).split())[:200]}\n"
+                          "  hint: install it anew in a virtual environment: data/README.md")
         raise Problem(f"the Python library {name} is missing\n  hint: python3 -m pip install -r data/requirements.txt")
 
 
@@ -227,8 +244,8 @@ def load_gpt2(folder=None):
             return Gpt2Vocabulary(tiktoken.get_encoding("gpt2"))
         except Exception as e:          # of requests, or of the file that it got
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise Problem(f"cannot download GPT-2's tokenizer: {reason[:200]}\n  hint: --tokenizer DIR, a folder with "
-                          "GPT-2's encoder.json and vocab.bpe (or vocab.json and merges.txt)")
+            raise Problem(f"cannot download GPT-2's tokenizer: {reason[:120]}\n  hint: without a network: --tokenizer "
+                          "bytes, --tokenizer bpe, a tokenizer.json, or a folder with GPT-2's encoder.json and vocab.bpe")
     paths = {}
     for part, names in (("encoder", ("encoder.json", "vocab.json")), ("merges", ("vocab.bpe", "merges.txt"))):
         found = [p for p in (os.path.join(folder, n) for n in names) if os.path.exists(p)]

@@ -19,6 +19,22 @@ def fail(message):
     sys.exit(f"error: {message}")
 
 
+def last_resort(kind, error, trace):
+    """An exception that nobody foresaw: one line, with the place. DROPPATH_DEBUG=1 shows all of it."""
+    if os.environ.get("DROPPATH_DEBUG"):
+        return sys.__excepthook__(kind, error, trace)
+    if issubclass(kind, KeyboardInterrupt):
+        return print("\ninterrupted", file=sys.stderr)
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    place = f", {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else ""
+    print(f"error: unexpected {kind.__name__}: {' '.join(str(error).split())[:200]}{place}\n"
+          "  hint: DROPPATH_DEBUG=1 shows all of it, which a report should have", file=sys.stderr)
+
+
+sys.excepthook = last_resort
+
+
 def note(message):
     print(f"note: {message}", file=sys.stderr, flush=True)
 
@@ -50,7 +66,7 @@ def read_config(run):
     """The options of config.txt as texts; nothing where there is none."""
     config = {}
     try:
-        with open(os.path.join(os.path.dirname(metrics_path(run)), "config.txt"), encoding="utf-8") as file:
+        with open(os.path.join(os.path.dirname(metrics_path(run)), "config.txt"), encoding="utf-8-sig") as file:
             for line in file:
                 name, equals, value = line.partition("=")
                 if equals and not line.startswith("#"):

@@ -257,6 +257,12 @@ class Tokenizers(Case):
                     self.assertEqual(b"".join(v.token_bytes()[i] for i in found[0][0]), b"x </s> x")
                 self.assertIn(b"</s>", v.token_bytes() or [b"</s>"])
 
+    def test_gpt2_without_a_network(self):
+        tiktoken = vocabulary.library("tiktoken")
+        with mock.patch.object(tiktoken, "get_encoding", side_effect=OSError("no route\nto host")):
+            self.refused("hint: without a network: --tokenizer bytes, --tokenizer bpe, a tokenizer.json, or a folder",
+                         "--tokenizer", "gpt2", self.write("a.txt", "x"))
+
     def test_unknown_characters_do_not_end_a_document(self):
         import tokenizers
         t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "x": 1}, unk_token="</s>"))
@@ -664,14 +670,69 @@ class Runs(Case):
             self.assertEqual(self.bits(out), self.bits(whole), f"{processes} processes, {interrupted} times")
 
     def test_interrupted_run_refuses_other_options(self):
-        arguments = ("--tokenizer", "bytes", "--val", "0")
-        path = self.write("a.jsonl", '{"text": "x"}\n' * 10 + "broken\n")
+        path = self.write("a.txt", "line\n" * 10)
+        arguments = ("--tokenizer", "bytes", "--val", "0", "--separate", "line", path)
         out = self.path("out")
-        self.refused("no JSON object", *arguments, path, out=out)
+        with mock.patch.object(prepare, "encode_unit", side_effect=KeyboardInterrupt):
+            with self.assertRaises(SystemExit):
+                self.prepare(*arguments, out=out)
         self.assertTrue(os.path.exists(os.path.join(out, "progress.json")))
-        self.refused("interrupted run with other options", *arguments, "--skip-bad", path, out=out)
-        self.write("a.jsonl", '{"text": "x"}\n' * 11)
-        self.refused("or its input has changed", *arguments, path, out=out)
+        self.refused("interrupted run with other options", *arguments, "--seed", "2", out=out)
+        self.write("a.txt", "line\n" * 11)
+        self.refused("or its input has changed", *arguments, out=out)
+
+    def test_an_error_does_not_block_the_next_run(self):
+        """Neither one before the first token nor one after it, and whatever the person changes."""
+        good, bad = '{"text": "x"}\n' * 10, "broken\n"
+        for before in (0, 3):
+            arguments = ("--tokenizer", "bytes", "--val", "0", "--shard-tokens", "15")
+            path = self.write("a.jsonl", good * before + bad + good)
+            with mock.patch.object(corpus, "UNIT", 32):
+                for retry in (("--skip-bad",), ("--skip-bad", "--seed", "2"), ("input",), ("--tokenizer", "bpe")):
+                    with self.subTest(before=before, retry=retry):
+                        self.write("a.jsonl", good * before + bad + good)
+                        out = self.path(f"out_{before}_{'_'.join(retry)}")
+                        self.refused("no JSON object", *arguments, path, out=out)
+                        self.assertEqual(os.path.exists(os.path.join(out, "progress.json")), before > 0)
+                        want = good * before + good
+                        if retry[0] == "input":
+                            self.write("a.jsonl", want)
+                        elif retry[0] == "--tokenizer":
+                            retry += ("--vocab-size", "257", "--skip-bad")
+                        self.prepare(*arguments, *(retry if retry[0] != "input" else ()), path, out=out)
+                        self.assertEqual(self.documents(out, "train"), [b"x"] * want.count("\n"))
+                        self.assertFalse([n for n in os.listdir(out) if n.endswith(".tmp") or n == "progress.json"])
+        out = self.path("out_3_--skip-bad")     # finished, with a bad record left out
+        self.write("a.jsonl", good * 3 + bad + good)
+        self.refused("holds other data", *arguments, path, out=out)
+
+    def test_no_document_is_no_data(self):
+        for arguments in (("--skip-bad", self.write("a.jsonl", "no\nno\n")),
+                          ("--separate", "line", self.write("a.txt", "\n\n")),
+                          (self.write("b.jsonl", '{"text": null}\n'),)):
+            out = self.path("out")
+            self.refused("no document was left", "--tokenizer", "bytes", *arguments, out=out)
+            self.assertEqual(os.listdir(out), [])
+        self.prepare("--tokenizer", "bytes", "--val", "0", self.write("c.txt", "text"), out=out)
+        self.assertEqual(self.documents(out, "train"), [b"text"])
+
+    def test_no_exception_escapes(self):
+        text = self.write("a.txt", "text")
+        for fault, part in ((KeyError("x\ny"), "unexpected KeyError: 'x\\ny', "), (RecursionError(), "unexpected Rec"),
+                            (MemoryError(), "unexpected MemoryError, "), (BrokenPipeError(32, "Broken"), "Broken")):
+            with mock.patch.object(vocabulary.ByteVocabulary, "encode", side_effect=fault):
+                self.refused(part, "--tokenizer", "bytes", "--val", "0", text)
+        with mock.patch.object(vocabulary.ByteVocabulary, "encode", side_effect=KeyError("x")):
+            with mock.patch.dict(os.environ, DROPPATH_DEBUG="1"), self.assertRaises(KeyError):
+                self.prepare("--tokenizer", "bytes", "--val", "0", text)
+        code = f"import sys; sys.path.insert(0, {os.path.join(ROOT, 'scripts')!r}); import runs; {{}}['x']"
+        for debug, lines in (("", 2), ("1", 3)):    # what plot.py and tensorboard.py share
+            done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "DROPPATH_DEBUG": debug},
+                                  capture_output=True, text=True)
+            self.assertEqual((done.returncode, "unexpected KeyError: 'x'" in done.stderr), (1, not debug))
+            self.assertEqual(len(done.stderr.splitlines()), lines, done.stderr)
+        with mock.patch.dict(sys.modules, {"broken": None}):
+            self.assertRaises(vocabulary.Problem, vocabulary.library, "broken")
 
 
 # ---- fetch.py, with a hub on this machine ----
