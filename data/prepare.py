@@ -188,6 +188,9 @@ class Run:
                 self.tokenizer_files.append((os.path.join(self.out, name), data))
         if not table:
             say("warning: this tokenizer's tokens have no bytes of their own: there is no tokenizer.bin for generate")
+        elif vocabularies.encodes_otherwise(vocabulary):
+            say(f"note: {vocabularies.encodes_otherwise(vocabulary)}: build/generate shows its text, but encodes no "
+                "prompt")
         main = "tokenizer.bin" if table else "tokenizer.json"
         self.tokenizer = {"name": vocabulary.name, "vocab_size": vocabulary.size, "end_of_text": vocabulary.end_of_text,
                           "file": main, "sha256": files[main], "files": files}

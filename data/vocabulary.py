@@ -189,13 +189,14 @@ class JsonVocabulary:
         elif kinds & {"ByteFallback", "Metaspace"}:
             written = sentencepiece_written
         else:
-            return None
+            return None                 # as WordPiece's
         special = {t["id"] for t in state.get("added_tokens", [])}
         table = [f"<|unused {i}|>".encode() for i in range(self.size)]
         tokenizer = library("tokenizers").Tokenizer.from_str(self.json)      # with the names that it was given
         for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
             table[i] = token.encode() if i in special else written(token)
-        return table if all(t and len(t) < 256 for t in table) else None
+        # A token that decodes to nothing takes no part in text; the file wants a byte of each.
+        return [t or f"<|empty {i}|>".encode() for i, t in enumerate(table)]
 
 
 def component_types(part):
@@ -306,10 +307,47 @@ def train_bpe(documents, size):
 
 # ---- tokenizer.bin ----
 
+def differs_from_gpt2(state):
+    """Why dev/tokenizer.h, which encodes as GPT-2 does, would not give the tokens of this tokenizer.json; or None."""
+    model, splits = state["model"], state.get("pre_tokenizer")
+    while isinstance(splits, dict) and splits.get("type") == "Sequence" and len(splits["pretokenizers"]) == 1:
+        splits = splits["pretokenizers"][0]
+    if model.get("type", "BPE") != "BPE" or isinstance(model["vocab"], list):
+        return f"its model is {model.get('type', 'unknown')}, not byte-pair encoding"
+    normalizer = state.get("normalizer")
+    if normalizer and normalizer.get("normalizers") != []:
+        return "it normalises text"
+    if not splits or splits.get("type") != "ByteLevel" or splits.get("add_prefix_space", True) or \
+            not splits.get("use_regex", True):
+        return "it splits text otherwise"
+    odd = [k for k in ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+           if model.get(k)]
+    if odd:
+        return f"its model has {odd[0]}"
+    last = -1
+    for pair in model["merges"]:        # the rank of a merge must be the number of what it makes
+        number = model["vocab"][merged(pair, None)[2]]
+        if number <= last:
+            return "its merges are not in the order of its tokens"
+        last = number
+    return None
+
+
+def encodes_otherwise(vocabulary):
+    if not vocabulary.json:
+        return None
+    state = json.loads(vocabulary.json)
+    found = [t for t in state.get("added_tokens") or [] if not t.get("special") and t["id"] != vocabulary.end_of_text]
+    return differs_from_gpt2(state) or ("it has added tokens, which are found in text first" if found else None)
+
+
 def tokenizer_bin(vocabulary):
-    """llm.c's format, version 2 (dev/tokenizer.h has it), or None where tokens have no bytes of their own."""
+    """llm.c's format, version 2 (dev/tokenizer.h has it); ours, version 3, where a token has 256 bytes or more, or text
+    is encoded otherwise than by GPT-2; or None where tokens have no bytes of their own."""
     table = vocabulary.token_bytes()
     if table is None:
         return None
-    header = struct.pack("<256i", 20240328, 2, vocabulary.size, vocabulary.end_of_text, *[0] * 252)
-    return header + b"".join(bytes([len(t)]) + t for t in table)
+    otherwise = encodes_otherwise(vocabulary) is not None
+    version, length = (3, "<I") if otherwise or max(map(len, table)) > 255 else (2, "B")
+    header = struct.pack("<256i", 20240328, version, vocabulary.size, vocabulary.end_of_text, otherwise, *[0] * 251)
+    return header + b"".join(struct.pack(length, len(t)) + t for t in table)

@@ -225,6 +225,7 @@ static inline const char *json_parse(Json *d, const void *text, size_t size) {
     if (size >= INT32_MAX / 2) return "longer than 1 GiB";
     d->text = (const char *)text;
     d->size = (int)size;
+    if (size >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) d->at = 3;   // a byte-order mark, as some editors write
     if (json_parse_value(d, 0) >= 0 && json_peek(d) < 0) return NULL;
     if (!d->error[0]) json_fail(d, "more text after the value");
     json_free(d);

@@ -572,6 +572,7 @@ static inline char *options_config(Options *o, const void *mem, size_t size, int
     if (size > OPTIONS_MAX_CONFIG) return xprintf("%s: not a config file: it is larger than 1 MiB", file);
     if (size && memchr(mem, 0, size)) return xprintf("%s: not a config file: it has zero bytes", file);
     const char *s = (const char *)mem, *end = size ? s + size : s;
+    if (size >= 3 && !memcmp(s, "\xEF\xBB\xBF", 3)) s += 3;   // a byte-order mark, as some editors write
     for (int line = 1; s < end; line++) {
         const char *feed = (const char *)memchr(s, '\n', (size_t)(end - s)), *stop = feed ? feed : end;
         char *wrong = options_config_line(o, s, stop, source);

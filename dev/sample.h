@@ -102,14 +102,21 @@ typedef struct {
     int done;
 } SampleText;
 
-// The tokens of a prompt (n bytes), from malloc with room for `more`; an empty one stands for a line's start. Dies when the
-// tokenizer cannot write it.
+// The tokens of a prompt (n bytes), from malloc with room for `more`; an empty one stands for a line's start, or, where
+// the tokenizer cannot be asked, for a document's. Dies when the tokenizer cannot write it.
 static inline int *sample_prompt(const Tokenizer *t, const char *prompt, size_t n, int64_t more, int64_t *count) {
+    static int warned;
     const char *text = n ? prompt : "\n";
     const size_t length = n ? n : 1;
     int *tokens = (int *)xcalloc(length + (size_t)more, sizeof *tokens);
     *count = tokenizer_encode(t, text, length, tokens);
+    if (*count == -2 && !n) *tokens = t->eot, *count = 1;
+    if (*count == -2)
+        die("this tokenizer splits text otherwise than GPT-2's: a prompt cannot be encoded here\n"
+            "  hint: generate without a prompt, or with transformers (build/export)");
     if (*count < 0) die("the tokenizer has no token for a byte of the prompt");
+    if (!warned && (warned = tokenizer_may_differ(t, text, length)))
+        warn("the prompt has characters beyond ASCII that may be split otherwise than by GPT-2");
     return tokens;
 }
 

@@ -2,7 +2,8 @@
 //
 //     tokenizer.bin   llm.c's: 256 words of 32 bits, little-endian (magic 20240328, version 2, tokens, end-of-text token);
 //                     then each token as one byte of length, 1 to 255, and its bytes. Version 1 is GPT-2's alone and
-//                     does not name its end-of-text token, 50256
+//                     does not name its end-of-text token, 50256. Version 3 is ours: a further word of the header is 1
+//                     where text is split otherwise than by GPT-2, and a length has 32 bits
 //     vocab.json      GPT-2's, also called encoder.json: {"token": id, ...}, bytes written in GPT-2's alphabet
 //
 // Merges need no file of their own: the rank of a merge is the id of the token it makes, as in tiktoken. That holds for
@@ -16,10 +17,11 @@
 
 #define TOKENIZER_EOT "<|endoftext|>"
 
-enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_MAX = 1 << 24 };
+enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_MAX = 1 << 24, TOKENIZER_LONGEST = 1 << 20 };
 
 typedef struct {
     int V, eot;           // tokens; the end-of-text token, or -1
+    int decode_only;      // its text is split or rewritten otherwise than GPT-2's: tokenizer_encode would be wrong
     Text bytes;           // of all tokens, one after the other
     size_t *start;        // (V+1) token i is bytes[start[i]] to bytes[start[i+1] - 1]
     int *slot;            // (slots) bytes -> 1 + token, 0 when free; the hash table of tokenizer_lookup
@@ -99,18 +101,23 @@ static inline const char *tokenizer_parse_llmc(Tokenizer *t, const unsigned char
     const char *cut = "cut short: its header counts more tokens than it holds";
     if (size < LLMC_HEADER_BYTES) return "cut short: a tokenizer file has a header of 1024 bytes";
     uint32_t version = llmc_word(p, 1), V = llmc_word(p, 2), eot = version == 1 ? 50256 : llmc_word(p, 3);
-    if (version != 1 && version != 2) return "a tokenizer file of an unknown version";
+    if (version < 1 || version > 3) return "a tokenizer file of an unknown version";
+    const size_t prefix = version == 3 ? 4 : 1;          // bytes of a token's length
     if (V > TOKENIZER_MAX) return "a tokenizer file with more than 16777216 tokens";
-    if (V > (size - LLMC_HEADER_BYTES) / 2) return cut;  // each has at least two bytes: nothing is allocated in vain
+    if (V > (size - LLMC_HEADER_BYTES) / (prefix + 1)) return cut;   // each has a byte at least: no room is made in vain
     if (eot >= V) return "its end-of-text token lies outside of its vocabulary";
+    if (version == 3 && llmc_word(p, 4) > 1) return "a tokenizer file that says something unknown about its text";
+    t->decode_only = version == 3 && llmc_word(p, 4);
     t->eot = (int)eot;
     t->start = (size_t *)xcalloc((size_t)V + 1, sizeof *t->start);
     size_t at = LLMC_HEADER_BYTES;
     for (uint32_t i = 0; i < V; i++) {
-        if (at == size) return cut;
-        size_t n = p[at++];
+        if (size - at < prefix) return cut;
+        size_t n = 0;
+        for (size_t b = 0; b < prefix; b++) n |= (size_t)p[at++] << 8 * b;
         if (n == 0) return "damaged: a token without bytes";
         if (n > size - at) return cut;
+        if (n > TOKENIZER_LONGEST) return "damaged: a token of more than 1 MiB";
         tokenizer_add(t, (const char *)p + at, n);
         at += n;
     }
@@ -189,8 +196,10 @@ static inline const char *tokenizer_parse(Tokenizer *t, const void *mem, size_t 
     const char *error;
     memset(t, 0, sizeof *t);
     t->eot = -1;
+    if (size >= 3 && !memcmp(p, "\xEF\xBB\xBF", 3)) p += 3, size -= 3;   // a byte-order mark, before JSON
     if (size >= 4 && llmc_word(p, 0) == TOKENIZER_MAGIC) error = tokenizer_parse_llmc(t, p, size);
     else if (size >= 1 && p[0] == '{') error = tokenizer_parse_json(t, p, size);
+    else if (size >= 2 && p[0] == 0x1F && p[1] == 0x8B) error = "compressed: gunzip it first";
     else error = "not a tokenizer file: neither llm.c's tokenizer.bin nor GPT-2's vocab.json";
     if (error) tokenizer_free(t);
     else tokenizer_index(t);
@@ -264,11 +273,33 @@ static inline size_t tokenizer_merge(const Tokenizer *t, int *tokens, int *made,
     return m;
 }
 
+// Whether tokenizer_encode may cut text (n) otherwise than GPT-2 does: a merge could matter, and there is a character
+// beyond ASCII that is not of the letters of Latin, Cyrillic, Chinese, Japanese or Korean.
+static inline int tokenizer_may_differ(const Tokenizer *t, const char *text, size_t n) {
+    static const uint32_t letters[][2] = {{0xC0, 0xD6}, {0xD8, 0xF6}, {0xF8, 0x24F}, {0x400, 0x481}, {0x48A, 0x52F},
+                                          {0x3041, 0x3096}, {0x30A1, 0x30FA}, {0x4E00, 0x9FFF}, {0xAC00, 0xD7A3}};
+    if (t->bytes.n <= 256 + sizeof TOKENIZER_EOT) return 0;   // bytes alone
+    for (size_t i = 0, m; i < n; i += m) {
+        const unsigned char *p = (const unsigned char *)text + i;
+        m = (size_t)json_utf8_length(text + i, text + n);
+        if (m == 1) continue;
+        uint32_t c = m == 2 ? p[0] & 31u : p[0] & 15u;
+        int known = 0;
+        for (size_t b = 1; b < m; b++) c = c << 6 | (p[b] & 63u);
+        for (size_t r = 0; r < sizeof letters / sizeof *letters && (m == 2 || m == 3); r++)
+            known |= letters[r][0] <= c && c <= letters[r][1];
+        if (!known) return 1;
+    }
+    return 0;
+}
+
 // Byte-pair encoding of text (n) as GPT-2 does it (Radford et al. 2019, section 2.2), into tokens, which has room for n.
-// Returns their number, or -1 when the vocabulary lacks a byte of the text. ASCII text gets exactly GPT-2's tokens; every
+// Returns their number, -1 when the vocabulary lacks a byte of the text, or -2 when the tokenizer splits text otherwise
+// (decode_only). ASCII text gets exactly GPT-2's tokens; every
 // character beyond ASCII is taken for a letter, so that punctuation and spaces there may be cut otherwise than in GPT-2
 // (the bytes still come back the same). "<|endoftext|>" in the text is text. Time grows with the square of a word's length.
 static inline int64_t tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int *tokens) {
+    if (t->decode_only) return -2;
     int *made = (int *)xcalloc(n, sizeof *made);
     int64_t count = 0;
     for (size_t at = 0; at < n && count >= 0; ) {

@@ -1161,6 +1161,8 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
     if (!tr->has_val && tr->rank == 0) warn("no --val: the run will not be evaluated");
     if (o->sample_every && !tr->has_tokenizer)
         die("--sample-every needs a tokenizer\n  hint: --tokenizer FILE, see data/README.md");
+    if (o->sample_every && *o->prompt && tr->tokenizer.decode_only)
+        die("--prompt: this tokenizer splits text otherwise than GPT-2's\n  hint: --sample-every without --prompt");
     tr->peak_flops = engine->peak(tr->model, 0.2);
     comm_sum(comm, &tr->peak_flops, 1);
     if (tr->rank == 0) {

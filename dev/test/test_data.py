@@ -257,6 +257,53 @@ class Tokenizers(Case):
                     self.assertEqual(b"".join(v.token_bytes()[i] for i in found[0][0]), b"x </s> x")
                 self.assertIn(b"</s>", v.token_bytes() or [b"</s>"])
 
+    def changed(self, **parts):
+        """A byte-level tokenizer.json of 257 tokens and two merges, with other parts; its tokenizer.bin's first words."""
+        state = json.loads(vocabulary.train_bpe([b"ab abc abc"], 259))
+        for name, value in parts.items():
+            if name in state["model"]:
+                state["model"][name] = value
+            elif name == "added":
+                state["added_tokens"] += value
+            else:
+                state[name] = value
+        v = vocabulary.JsonVocabulary("t", json.dumps(state))
+        return v, vocabulary.tokenizer_bin(v)
+
+    def test_tokenizers_that_split_otherwise_say_so(self):
+        """tokenizer.bin tells build/generate that it must not encode: dev/tokenizer.h does as GPT-2 does."""
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        split = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\S+|\\s+"}, "behavior": "Isolated", "invert": False}
+        merges = json.loads(vocabulary.train_bpe([b"ab abc abc"], 259))["model"]["merges"]
+        plain = self.changed()[1]
+        self.assertEqual(struct.unpack("<5i", plain[:20])[1], 2)
+        self.assertEqual(self.changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [level]})[1], plain)
+        for parts, why in (({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}},
+                            "splits text"), ({"pre_tokenizer": {**level, "add_prefix_space": True}}, "splits text"),
+                           ({"pre_tokenizer": {**level, "use_regex": False}}, "splits text"),
+                           ({"normalizer": {"type": "NFC"}}, "normalises"), ({"ignore_merges": True}, "ignore_merges"),
+                           ({"merges": merges[::-1]}, "not in the order"),
+                           ({"added": [{"id": 259, "content": "  ", "single_word": False, "lstrip": False,
+                                        "rstrip": False, "normalized": False, "special": False}]}, "added tokens")):
+            with self.subTest(why):
+                v, table = self.changed(**parts)
+                self.assertIn(why, vocabulary.encodes_otherwise(v))
+                self.assertEqual(struct.unpack("<5i", table[:20]), (20240328, 3, v.size, v.end_of_text, 1))
+        t = self.write("t.json", v.json)
+        self.prepare("--tokenizer", t, "--val", "0", self.write("a.txt", "ab"))
+        self.assertIn("note: it has added tokens, which are found in text first: build/generate shows", self.said)
+
+    def test_long_tokens_keep_the_file(self):
+        long = {"id": 259, "content": " " * 300, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False, "special": False}
+        v, table = self.changed(added=[long])
+        self.assertTrue(table.endswith(struct.pack("<I", 300) + b" " * 300))
+        self.assertEqual(len(table), 1024 + 4 * 260 + sum(map(len, v.token_bytes())))
+        self.assertEqual(v.encode([b"ab" + b" " * 300])[0][0][-1], 259)
+        out = self.prepare("--tokenizer", self.write("t.json", v.json), "--val", "0", self.write("a.txt", "ab"))
+        self.assertEqual(self.manifest(out)["tokenizer"]["file"], "tokenizer.bin")
+        self.assertNotIn("no tokenizer.bin", self.said)
+
     def test_gpt2_without_a_network(self):
         tiktoken = vocabulary.library("tiktoken")
         with mock.patch.object(tiktoken, "get_encoding", side_effect=OSError("no route\nto host")):

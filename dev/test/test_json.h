@@ -41,6 +41,7 @@ static void test_json_rejects(void) {
         {"[1,]", "byte 3: expected a value"}, {"[,1]", "byte 1: expected a value"},
         {"[1 2]", "byte 3: expected ',' or ']'"}, {"[1}", "byte 2: expected ','"},
         {"{\"a\" 1}", "byte 5: expected ':'"}, {"{\"a\":1,}", "byte 7: expected a key"},
+        {"\xEF\xBB\xBF", "byte 3: the text ends"},
         {"{,}", "byte 1: expected a key"}, {"{a:1}", "byte 1: expected a key"}, {"{1:1}", "byte 1: expected a key"},
         {"{\"a\":}", "byte 5: expected a value"}, {"{\"a\":1]", "expected ',' or '}'"},
         {"]", "byte 0: expected a value"}, {"nul", "unknown word"}, {"True", "expected a value"},
@@ -57,7 +58,7 @@ static void test_json_rejects(void) {
         {"\"\xED\xA0\x80\"", "bad character"}, {"\"\xF0\x8F\xBF\xBF\"", "bad character"},
         {"\"\xE2\x82\"", "bad character"}, {"\"\xF4\x90\x80\x80\"", "bad character"},
         {"\"\xF5\x80\x80\x80\"", "bad character"}, {"\"\xE2\x82", "bad character"},
-        {"\xEF\xBB\xBF[]", "byte 0: expected a value"}, {"// x\n1", "expected a value"},
+        {"\xEF\xBB\xBF[],", "byte 5: more text"}, {"[\xEF\xBB\xBF]", "byte 1: expected a value"}, {"// x\n1", "expected a value"},
         {"[1] // x", "byte 4: more text"}, {"\v1", "expected a value"}, {"{\"a\":1 \"b\":2}", "expected ',' or '}'"},
         {"{\"a\"}", "expected ':'"},
     };
@@ -66,6 +67,9 @@ static void test_json_rejects(void) {
         EXPECT_ERROR(test_json_parse(&doc, bad[i].text, strlen(bad[i].text)), bad[i].error);
     }
     Json doc;
+    const char *marked = test_json_parse(&doc, "\xEF\xBB\xBF[]", 5);    // a byte-order mark is left out
+    EXPECT(!marked && json_type(&doc, 0) == JSON_ARRAY, "%s", marked ? marked : "no array");
+    if (!marked) json_free(&doc);
     EXPECT_ERROR(test_json_parse(&doc, "[1]\0", 4), "byte 3: more text");
     EXPECT_ERROR(test_json_parse(&doc, "\0", 1), "expected a value");
     EXPECT_ERROR(test_json_parse(&doc, "1\0", 2), "byte 1: more text");

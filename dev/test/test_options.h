@@ -204,6 +204,8 @@ static void test_options_config(void) {
     EXPECT_TEXT(t.train.val, "say \"x\"");
     EXPECT(options_from(&t.o, &t.train.steps) == FROM_CONFIG, "steps came from the config");
     EXPECT(!options_config(&t.o, NULL, 0, FROM_CONFIG, "empty"), "an empty config is fine");
+    error = options_test_config(&t, "\xEF\xBB\xBFsteps = 11\r\n");     // a byte-order mark is no part of it
+    EXPECT(!error && t.train.steps == 11, "%s", error ? error : "the first line is lost");
     options_free(&t.o);
 }
 

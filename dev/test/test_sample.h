@@ -304,7 +304,31 @@ static void test_sample_stream(void) {
     text_free(&t.waiting);
 }
 
+static void encode_prompt(void *tokenizer) {
+    int64_t count;
+    free(sample_prompt((const Tokenizer *)tokenizer, "ab", 2, 0, &count));
+}
+
+// Where text is split otherwise than by GPT-2 a prompt is refused, and a text without one begins as a document does.
+static void test_sample_prompt_that_cannot_be_encoded(void) {
+    Text file = {NULL, 0, 0};
+    Tokenizer t;
+    int64_t count;
+    tokenizer_bytes_file(&file);
+    const char *error = tokenizer_parse(&t, file.s, file.n);
+    EXPECT(!error, "%s", error);
+    t.decode_only = 1;
+    int *tokens = sample_prompt(&t, "", 0, 1, &count);
+    EXPECT(count == 1 && tokens[0] == t.eot, "%lld tokens, the first %d", (long long)count, tokens[0]);
+    free(tokens);
+    EXPECT_EXIT(1, "splits text otherwise than GPT-2's", encode_prompt, &t);
+    t.decode_only = 0;
+    EXPECT_EXIT(0, "", encode_prompt, &t);
+    tokenizer_free(&t), text_free(&file);
+}
+
 #define SAMPLE_TESTS(X) \
+    X(sample_prompt_that_cannot_be_encoded) \
     X(sample_top_k) X(sample_top_p) X(sample_temperature) X(sample_likeliest) X(sample_frequencies) X(sample_text) \
     X(sample_text_reads_once) X(sample_text_is_its_seeds) X(sample_batch) X(sample_whole) X(sample_stream)
 

@@ -124,7 +124,7 @@ static void test_tokenizer_damage(void) {
         expect_tokenizer_error(size < 4 ? "not a tokenizer file" : "cut short", file.s, size);
     text_append(&file, "x", 1);
     expect_llmc_error("bytes follow", file);
-    expect_llmc_error("unknown version", make_llmc_file(3, TEST_V, EOT));
+    expect_llmc_error("unknown version", make_llmc_file(4, TEST_V, EOT));
     expect_llmc_error("end-of-text", make_llmc_file(2, TEST_V, TEST_V));
     expect_llmc_error("end-of-text", make_llmc_file(1, TEST_V, 0));
     expect_llmc_error("end-of-text", make_llmc_file(2, 0, 0));
@@ -162,6 +162,75 @@ static void test_tokenizer_json_damage(void) {
     Text file = make_json_file();
     for (size_t size = 1; size < file.n; size += 13) expect_tokenizer_error("no valid JSON", file.s, size);
     text_free(&file);
+}
+
+// A file of version 3: the 256 bytes, a token of `longest` bytes, end-of-text; `otherwise` as its header says.
+static Text make_wide_file(uint32_t otherwise, uint32_t longest) {
+    unsigned char header[LLMC_HEADER_BYTES], length[4];
+    uint32_t words[5] = {20240328, 3, 258, 257, otherwise};
+    llmc_header(header, words, 5);
+    Text file = {NULL, 0, 0};
+    text_append(&file, header, sizeof header);
+    for (uint32_t i = 0; i < 258; i++) {
+        const uint32_t n = i < 256 ? 1 : i == 256 ? longest : 3;
+        for (int b = 0; b < 4; b++) length[b] = (unsigned char)(n >> 8 * b);
+        text_append(&file, length, 4);
+        for (uint32_t b = 0; b < n; b++) text_append(&file, i < 256 ? (const char *)&i : i == 256 ? " " : "end" + b, 1);
+    }
+    return file;
+}
+
+// Tokens of 256 bytes and more, and a tokenizer that splits text otherwise: read, shown, but not asked to encode.
+static void test_tokenizer_version_3(void) {
+    Tokenizer t;
+    int n, tokens[8];
+    for (uint32_t otherwise = 0; otherwise < 2; otherwise++) {
+        tokenizer_of(&t, make_wide_file(otherwise, 300));
+        const char *got = tokenizer_bytes(&t, 256, &n);
+        EXPECT(t.V == 258 && t.eot == 257 && n == 300 && got[299] == ' ', "V %d, eot %d, %d bytes", t.V, t.eot, n);
+        const int64_t count = tokenizer_encode(&t, "ab", 2, tokens);
+        EXPECT(count == (otherwise ? -2 : 2), "%lld tokens", (long long)count);
+        tokenizer_free(&t);
+    }
+    Text file = make_wide_file(0, 300);
+    for (size_t size = LLMC_HEADER_BYTES; size < file.n; size += 7) expect_tokenizer_error("cut short", file.s, size);
+    text_append(&file, "x", 1);
+    expect_llmc_error("bytes follow", file);
+    expect_llmc_error("something unknown", make_wide_file(2, 300));
+    expect_llmc_error("without bytes", make_wide_file(0, 0));
+    expect_llmc_error("more than 1 MiB", make_wide_file(0, (1 << 20) + 1));
+}
+
+// A byte-order mark before a vocabulary is no part of it; compressed ones are named.
+static void test_tokenizer_byte_order_mark(void) {
+    Text plain = make_json_file(), marked = {NULL, 0, 0};
+    text_append(&marked, "\xEF\xBB\xBF", 3);
+    text_append(&marked, plain.s, plain.n);
+    text_free(&plain);
+    Tokenizer t;
+    tokenizer_of(&t, marked);
+    expect_test_vocabulary(&t);
+    expect_tokenizer_error("compressed", "\x1F\x8B\x08", 3);
+    expect_tokenizer_error("not a tokenizer file", "\xEF\xBB\xBF", 3);
+}
+
+static void test_tokenizer_may_differ(void) {
+    static const struct { const char *text; int differs; } cases[] = {
+        {"plain, isn't it?\n", 0}, {"na\xC3\xAFve \xE6\x97\xA5\xE6\x9C\xAC \xD0\x94\xD0\xB0", 0}, {"a \xE2\x80\x94 b", 1},
+        {"\xC2\xA0", 1}, {"\xC3\x97", 1}, {"\xF0\x9F\x98\x80", 1}, {"\xFF", 1}, {"a\xC3", 1}, {"", 0},
+    };
+    Tokenizer t;
+    tokenizer_of(&t, make_json_file());
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const int differs = tokenizer_may_differ(&t, cases[i].text, strlen(cases[i].text));
+        EXPECT(differs == cases[i].differs, "\"%s\": %d", cases[i].text, differs);
+    }
+    tokenizer_free(&t);
+    Text bytes = {NULL, 0, 0};
+    tokenizer_bytes_file(&bytes);
+    tokenizer_of(&t, bytes);
+    EXPECT(!tokenizer_may_differ(&t, "\xFF", 1), "bytes are bytes");
+    tokenizer_free(&t);
 }
 
 static void load_tokenizer(void *path) {
@@ -323,6 +392,7 @@ static void test_tokenizer_lacks_a_byte(void) {
 
 #define TOKENIZER_TESTS(X)                                                                                 \
     X(tokenizer_formats) X(tokenizer_version_1) X(tokenizer_damage) X(tokenizer_json_damage)               \
+    X(tokenizer_version_3) X(tokenizer_byte_order_mark) X(tokenizer_may_differ)                              \
     X(tokenizer_find_and_load) X(tokenizer_pieces) X(tokenizer_merges) X(tokenizer_round_trip)             \
     X(tokenizer_of_bytes) X(tokenizer_lacks_a_byte)
 

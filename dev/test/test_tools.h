@@ -349,6 +349,12 @@ static void test_generate_samples(void) {
 }
 
 // Prompts from files, standard input and a prompt line; batches change nothing.
+// Writes it anew; its path.
+static const char *test_prompt_file(const char *path, const char *text) {
+    file_write_whole(path, text, strlen(text));
+    return path;
+}
+
 static void test_generate_prompts(void) {
     const char *runs = tools_test_runs(), *dir = test_directory();
     char *file = xprintf("%s/prompt", dir), *many = xprintf("%s/prompts", dir);
@@ -378,6 +384,8 @@ static void test_generate_prompts(void) {
     EXPECT_TOOL_REFUSES("two sources of prompts", "generate %s/plain --prompt a --prompts %s", runs, many);
     EXPECT_TOOL_REFUSES("cannot read nowhere", "generate %s/plain --prompts nowhere", runs);
     EXPECT_TOOL_REFUSES("has no prompt", "generate %s/plain --prompts - </dev/null", runs);
+    EXPECT_TOOL_REFUSES("has no prompt", "generate %s/plain --prompts %s", runs, test_prompt_file(many, "\xEF\xBB\xBF\r\n"));
+    EXPECT_TOOL_REFUSES("is compressed", "generate %s/plain --prompts %s", runs, test_prompt_file(many, "\x1F\x8B\x08"));
     free(file), free(many), free(named), free(read), free(piped), free(ab), free(cd), free(end), free(want), free(line);
     free(first), free(bf16);
 }

@@ -49,6 +49,8 @@ static Text read_all(const char *path) {
     for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) text_append(&all, part, n);
     if (ferror(f)) die("cannot read %s: %s", path, strerror(errno));
     if (f != stdin) fclose(f);
+    if (all.n >= 2 && !memcmp(all.s, "\x1F\x8B", 2)) die("%s is compressed\n  hint: zcat FILE | generate ... -", path);
+    if (all.n >= 3 && !memcmp(all.s, "\xEF\xBB\xBF", 3)) memmove(all.s, all.s + 3, all.n -= 3);   // a byte-order mark
     return all;
 }
 

@@ -80,6 +80,7 @@ static inline const char *tokenizer_json_write(Text *out, const Tokenizer *t) {
     static const char byte_level[] =
         "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"trim_offsets\": true, \"use_regex\": true}";
     char written[256][5];
+    if (t->decode_only) return "it does not say how text is split";
     if (tokenizer_json_ambiguous(t)) return "two of its tokens have the same bytes";
     tokenizer_json_alphabet(written);
     const char *error = tokenizer_json_end_error(t, written);
