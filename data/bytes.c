@@ -13,8 +13,9 @@
 static const char help[] =
     "usage: data_bytes --out DIR [options] PATH...\n"
     "Writes the bytes of text files as token shards: DIR/train_000000.bin, ..., DIR/val_000000.bin, ... and\n"
-    "DIR/tokenizer.bin, in place of those that an earlier run left in DIR. A PATH is a file, or a directory to be\n"
-    "walked: links, hidden names, empty files and files with a zero in their first 8 KiB are left out.\n"
+    "DIR/tokenizer.bin, in place of those that an earlier run on the same PATHs left in DIR. A PATH is a file, a pipe,\n"
+    "- for standard input, or a directory to be walked: links, hidden names, empty files and files with a zero in their\n"
+    "first 8 KiB are left out. A byte-order mark is left out of every file.\n"
     "\n"
     "  --out DIR         where to write; made if missing\n"
     "  --val F           the part of the bytes to validate on, 0 to 0.5 (default 0.1). Of one file: its end. Of several:\n"
@@ -22,6 +23,7 @@ static const char help[] =
     "  --shard-tokens N  begin a new shard after N tokens (default: as many as one can hold)\n"
     "  --ext .h,.c       of directories, only files that end in one of these\n"
     "  --max-bytes N     of one file: its first N bytes. Of several: as many as fit, by the SHA-256 of their names\n"
+    "  --replace         also in place of the shards of other PATHs, which are lost\n"
     "  --help            print this\n"
     "\n"
     "Each file is a document and ends with the end-of-text token, 256. A single file gets none.\n";
@@ -33,7 +35,7 @@ typedef struct {
     double val;
     int64_t shard_tokens, max_bytes;                     // 0: no limit
     char **path;                                         // (n)
-    int n;
+    int n, replace;
 } Options;
 
 // The value of option `name` if argv[*i] is that option, as "--name value" or "--name=value"; else NULL.
@@ -62,7 +64,7 @@ static double option_fraction(const char *name, const char *value) {
 }
 
 static Options options_parse(char **argv) {
-    Options o = {NULL, NULL, 0.1, 0, 0, NULL, 0};
+    Options o = {NULL, NULL, 0.1, 0, 0, NULL, 0, 0};
     const char *value;
     for (int i = 1; argv[i]; i++) {
         if (!strcmp(argv[i], "--help")) {
@@ -74,7 +76,8 @@ static Options options_parse(char **argv) {
         else if ((value = option_value(argv, &i, "--val"))) o.val = option_fraction("--val", value);
         else if ((value = option_value(argv, &i, "--shard-tokens"))) o.shard_tokens = option_count("--shard-tokens", value);
         else if ((value = option_value(argv, &i, "--max-bytes"))) o.max_bytes = option_count("--max-bytes", value);
-        else if (argv[i][0] == '-') die("unknown option %s\n  hint: --help lists the options", argv[i]);
+        else if (!strcmp(argv[i], "--replace")) o.replace = 1;
+        else if (argv[i][0] == '-' && argv[i][1]) die("unknown option %s\n  hint: --help lists the options", argv[i]);
         else {
             o.path = (char **)xrealloc(o.path, (size_t)o.n + 1, sizeof *o.path);
             o.path[o.n++] = argv[i];
@@ -90,7 +93,9 @@ static Options options_parse(char **argv) {
 typedef struct {
     char *path, *name;                                   // name: the path within the PATH it was found in
     char hash[SHA256_HEX];                               // of the name
-    int64_t size;
+    int64_t size;                                        // of its text: without the byte-order mark
+    size_t mark;                                         // bytes of that
+    Text held;                                           // what came from a pipe, which can be read once
     int val;
 } Document;
 
@@ -101,24 +106,63 @@ typedef struct {
     int binary, empty;                                   // files left out
 } Documents;
 
-static void documents_add(Documents *d, const char *path, const char *name) {
+// The bytes of a document, in map; released by document_close. Returns NULL, or what is wrong.
+static const char *document_open(FileMap *map, const char *path, const Text *held) {
+    if (!held->s) return file_map(map, path);
+    map->data = (const unsigned char *)held->s;
+    map->size = held->n;
+    return NULL;
+}
+
+static void document_close(FileMap *map, const Text *held) {
+    if (!held->s) file_unmap(map);
+}
+
+// All that comes through a pipe, or standard input for "-"; nothing where path is neither.
+static Text read_pipe(const char *path) {
+    Text all = {NULL, 0, 0};
+    struct stat st;
+    char part[1 << 14];
+    const int in = !strcmp(path, "-");
+    if (!in && (stat(path, &st) || !S_ISFIFO(st.st_mode))) return all;
+    FILE *f = in ? stdin : fopen(path, "rb");
+    if (!f) die("cannot read %s: %s", path, strerror(errno));
+    text_append(&all, "", 0);
+    for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) text_append(&all, part, n);
+    if (ferror(f)) die("cannot read %s: %s", path, strerror(errno));
+    if (!in) fclose(f);
+    return all;
+}
+
+// named: by the person, not found in a directory.
+static void documents_add(Documents *d, const char *path, const char *name, int named) {
     FileMap map;
-    const char *error = file_map(&map, path);
+    Text held = {NULL, 0, 0};
+    if (named) held = read_pipe(path);
+    const char *error = document_open(&map, path, &held);
     if (error) die("cannot read %s: %s", path, error);
-    int binary = map.size && memchr(map.data, 0, map.size < 8192 ? map.size : 8192) != NULL;
+    const int packed = map.size >= 2 && !memcmp(map.data, "\x1F\x8B", 2);
+    if (packed && named) die("%s is compressed\n  hint: zcat FILE | data_bytes --out DIR -, or data/prepare.py", path);
+    const int binary = packed || (map.size && memchr(map.data, 0, map.size < 8192 ? map.size : 8192) != NULL);
+    const size_t mark = map.size >= 3 && !memcmp(map.data, "\xEF\xBB\xBF", 3) ? 3 : 0;
     d->binary += binary;
-    d->empty += map.size == 0;
-    if (map.size && !binary) {
+    d->empty += map.size == mark;
+    if (map.size > mark && !binary) {
         d->doc = (Document *)xrealloc(d->doc, d->n + 1, sizeof *d->doc);
         Document *doc = &d->doc[d->n++];
         memset(doc, 0, sizeof *doc);
         doc->path = xstrdup(path);
         doc->name = xstrdup(name);
-        doc->size = (int64_t)map.size;
+        doc->size = (int64_t)(map.size - mark);
+        doc->mark = mark;
+        doc->held = held;
         sha256_hex(doc->hash, name, strlen(name));
         d->bytes += doc->size;
+        document_close(&map, &held);
+    } else {
+        document_close(&map, &held);
+        text_free(&held);
     }
-    file_unmap(&map);
 }
 
 static int has_extension(const char *name, const char *extensions) {
@@ -145,7 +189,7 @@ static void documents_walk(Documents *d, const char *directory, const char *name
         struct stat st;
         if (lstat(path, &st)) die("cannot read %s: %s", path, strerror(errno));
         if (S_ISDIR(st.st_mode)) documents_walk(d, path, within, extensions);
-        else if (S_ISREG(st.st_mode) && has_extension(within, extensions)) documents_add(d, path, within);
+        else if (S_ISREG(st.st_mode) && has_extension(within, extensions)) documents_add(d, path, within, 0);
         free(path);
         free(within);
         free(entry[i]);
@@ -158,7 +202,7 @@ static Documents documents_find(const Options *o) {
     for (int i = 0; i < o->n; i++) {
         const char *slash = strrchr(o->path[i], '/');
         if (path_is_directory(o->path[i])) documents_walk(&d, o->path[i], "", o->extensions);
-        else documents_add(&d, o->path[i], slash ? slash + 1 : o->path[i]);
+        else documents_add(&d, o->path[i], slash ? slash + 1 : o->path[i], 1);
     }
     if (!d.n) die("no text was found (left out: %d binary files, %d empty ones)", d.binary, d.empty);
     return d;
@@ -167,6 +211,7 @@ static Documents documents_find(const Options *o) {
 static void document_free(Document *doc) {
     free(doc->path);
     free(doc->name);
+    text_free(&doc->held);
 }
 
 // ---- Choosing: in an order that depends on the names alone ----
@@ -231,40 +276,60 @@ static void write_documents(ShardWriter *train, ShardWriter *val, const Document
     for (size_t i = 0; i < d->n; i++) {
         const Document *doc = &d->doc[i];
         FileMap map;
-        const char *error = file_map(&map, doc->path);
-        if (!error && (int64_t)map.size < doc->size) error = "it has become shorter";
+        const char *error = document_open(&map, doc->path, &doc->held);
+        if (!error && (int64_t)map.size < doc->size + (int64_t)doc->mark) error = "it has become shorter";
         if (error) die("cannot read %s: %s", doc->path, error);
+        const unsigned char *text = map.data + doc->mark;
         size_t size = (size_t)doc->size, head = (size_t)((1 - fraction) * (double)size);
         if (d->n == 1) {
-            append_bytes(train, map.data, head);
-            append_bytes(val, map.data + head, size - head);
+            append_bytes(train, text, head);
+            append_bytes(val, text + head, size - head);
         } else {
-            append_bytes(doc->val ? val : train, map.data, size);
+            append_bytes(doc->val ? val : train, text, size);
             shard_writer_append(doc->val ? val : train, &end_of_text, 1);
         }
-        file_unmap(&map);
+        document_close(&map, &doc->held);
     }
 }
 
-// Dies when the directory has shards or a tokenizer file that this program did not make.
-static void refuse_foreign(const char *out) {
-    char *tokenizer = xprintf("%s/tokenizer.bin", out);
-    char *shard[2] = {xprintf("%s/train_000000.bin", out), xprintf("%s/val_000000.bin", out)};
-    Text ours = {NULL, 0, 0};
-    FileMap map;
-    tokenizer_bytes_file(&ours);
-    if (path_exists(tokenizer)) {
-        const char *error = file_map(&map, tokenizer);
-        if (error || map.size != ours.n || memcmp(map.data, ours.s, ours.n))
-            die("%s is of another tokenizer\n  hint: choose another --out", tokenizer);
-        file_unmap(&map);
-    } else if (path_exists(shard[0]) || path_exists(shard[1])) {
-        die("%s has shards of another tokenizer\n  hint: choose another --out", out);
+// Where the PATHs lie, a line each: what sources.txt in the directory keeps, by which a later run knows its own shards.
+static Text sources_of(const Options *o) {
+    Text sources = {NULL, 0, 0};
+    for (int i = 0; i < o->n; i++) {
+        char *real = realpath(o->path[i], NULL);
+        text_printf(&sources, "%s\n", real ? real : o->path[i]);
+        free(real);
     }
+    return sources;
+}
+
+static int file_holds(const char *path, const Text *text) {
+    FileMap map;
+    if (file_map(&map, path)) return 0;
+    const int same = map.size == text->n && !memcmp(map.data, text->s, text->n);
+    file_unmap(&map);
+    return same;
+}
+
+// Dies when the directory has shards or a tokenizer file that this program did not make, or made of other PATHs.
+static void refuse_foreign(const Options *o, const char *sources_path, const Text *sources) {
+    const char *out = o->out;
+    char *tokenizer = xprintf("%s/tokenizer.bin", out), *manifest = xprintf("%s/manifest.json", out);
+    char *progress = xprintf("%s/progress.json", out);
+    char *shard[2] = {xprintf("%s/train_000000.bin", out), xprintf("%s/val_000000.bin", out)};
+    const int shards = path_exists(shard[0]) || path_exists(shard[1]);
+    Text ours = {NULL, 0, 0};
+    tokenizer_bytes_file(&ours);
+    if (path_exists(manifest) || path_exists(progress))
+        die("%s holds data of data/prepare.py\n  hint: choose another --out", out);
+    if (path_exists(tokenizer) && !file_holds(tokenizer, &ours))
+        die("%s is of another tokenizer\n  hint: choose another --out", tokenizer);
+    if (shards && !path_exists(tokenizer)) die("%s has shards of another tokenizer\n  hint: choose another --out", out);
+    if (shards && !o->replace && !file_holds(sources_path, sources))
+        die("%s holds shards of another text\n  hint: choose another --out, or --replace them", out);
     text_free(&ours);
-    free(shard[0]);
-    free(shard[1]);
-    free(tokenizer);
+    free(shard[0]), free(shard[1]);
+    free(tokenizer), free(manifest), free(progress);
 }
 
 // Finishes a split, removes the further shards that an earlier run left, and says what there is.
@@ -294,7 +359,10 @@ int main(int argc, char **argv) {
     qsort(d.doc, d.n, sizeof *d.doc, by_name);
 
     directory_make(o.out);
-    refuse_foreign(o.out);
+    char *sources_path = xprintf("%s/sources.txt", o.out);
+    Text sources = sources_of(&o);
+    refuse_foreign(&o, sources_path, &sources);
+    file_write_whole(sources_path, sources.s, sources.n);
     char *tokenizer = xprintf("%s/tokenizer.bin", o.out);
     char *prefix[2] = {xprintf("%s/train", o.out), xprintf("%s/val", o.out)};
     tokenizer_write_bytes(tokenizer);
@@ -311,6 +379,8 @@ int main(int argc, char **argv) {
 
     for (size_t i = 0; i < d.n; i++) document_free(&d.doc[i]);
     free(d.doc);
+    text_free(&sources);
+    free(sources_path);
     free(o.path);
     free(tokenizer);
     free(prefix[0]);

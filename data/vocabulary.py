@@ -15,7 +15,8 @@ import sys
 try:
     import numpy as np
 except ImportError:
-    sys.exit("error: the Python library numpy is missing\n  hint: python3 -m pip install -r data/requirements.txt")
+    sys.exit("error: the Python library numpy is missing\n  hint: python3 -m venv build/venv && . "
+             "build/venv/bin/activate && python3 -m pip install -r data/requirements.txt")
 
 END_OF_TEXT = "<|endoftext|>"
 MOST_TOKENS = 1 << 24                   # what dev/tokenizer.h reads
@@ -49,7 +50,8 @@ def library(name):
         if getattr(e, "name", None) != name.split(".")[0]:
             raise Problem(f"the Python library {name} cannot be loaded: {' '.join(str(e).split())[:200]}\n"
                           "  hint: install it anew in a virtual environment: data/README.md")
-        raise Problem(f"the Python library {name} is missing\n  hint: python3 -m pip install -r data/requirements.txt")
+        raise Problem(f"the Python library {name} is missing\n  hint: in a virtual environment (data/README.md): "
+                      "python3 -m pip install -r data/requirements.txt")
 
 
 def decoded(document):

@@ -136,8 +136,9 @@ static inline void tokenizer_alphabet(int byte[TOKENIZER_ALPHABET]) {
     }
 }
 
-// Adds the token that is written as s (n bytes of valid UTF-8) in that alphabet. Returns 0 if it cannot be.
-static inline int tokenizer_add_written(Tokenizer *t, const int byte[TOKENIZER_ALPHABET], char *s, size_t n) {
+// Turns s (n bytes of valid UTF-8), written in that alphabet, into the bytes that it stands for, in place. Returns how
+// many; 0 if it cannot be.
+static inline size_t tokenizer_written(const int byte[TOKENIZER_ALPHABET], char *s, size_t n) {
     size_t m = 0;
     for (size_t i = 0; i < n; m++) {
         unsigned char lead = (unsigned char)s[i++];
@@ -145,8 +146,7 @@ static inline int tokenizer_add_written(Tokenizer *t, const int byte[TOKENIZER_A
         if (c >= TOKENIZER_ALPHABET || byte[c] < 0) return 0;
         s[m] = (char)byte[c];                            // in place: m < i
     }
-    tokenizer_add(t, s, m);
-    return m > 0;
+    return m;
 }
 
 // From a JSON object whose key number key[i] - 1 is token i.
@@ -158,9 +158,10 @@ static inline const char *tokenizer_read_keys(Tokenizer *t, const Json *doc, con
         if (json_equals(doc, key[i] - 1, TOKENIZER_EOT)) t->eot = i;
         size_t n = 0;
         char *s = json_string(doc, key[i] - 1, &n);
-        int ok = tokenizer_add_written(t, byte, s, n);
+        n = tokenizer_written(byte, s, n);
+        if (n) tokenizer_add(t, s, n);
         free(s);
-        if (ok) continue;
+        if (n) continue;
         snprintf(t->error, sizeof t->error, "token %d is not written in GPT-2's alphabet", i);
         return t->error;
     }
@@ -177,6 +178,8 @@ static inline const char *tokenizer_parse_json(Tokenizer *t, const void *mem, si
     int V = json_count(&doc, 0), *key = (int *)xcalloc((size_t)V, sizeof *key);
     if (V > TOKENIZER_MAX) error = "a vocabulary of more than 16777216 tokens";
     if (V == 0) error = "a vocabulary without tokens";
+    if (json_type(&doc, json_get(&doc, 0, "model")) == JSON_OBJECT)
+        error = "not a vocab.json but a tokenizer.json, of which data/prepare.py makes a tokenizer.bin";
     for (int k = json_first(&doc, 0); k >= 0 && !error; k = json_next(&doc, k)) {
         int64_t id;
         if (!json_int64(&doc, k + 1, &id)) error = "not a vocab.json: a value is no integer";
@@ -206,7 +209,74 @@ static inline const char *tokenizer_parse(Tokenizer *t, const void *mem, size_t 
     return error;
 }
 
-// Reads a file, or dies. End with tokenizer_free().
+// ---- Whether a tokenizer.json says that text is encoded otherwise than tokenizer_encode does ----
+
+// Whether a member is there and is neither null, false, "" nor an object or array without members.
+static inline int tokenizer_has(const Json *d, int object, const char *name) {
+    const int node = json_get(d, object, name), type = json_type(d, node);
+    if (type == JSON_OBJECT && json_equals(d, json_get(d, node, "type"), "Sequence"))
+        return json_count(d, json_get(d, node, "normalizers")) > 0;
+    if (type == JSON_OBJECT || type == JSON_ARRAY) return json_count(d, node) > 0;
+    return type == JSON_TRUE || type == JSON_NUMBER || (type == JSON_STRING && !json_equals(d, node, ""));
+}
+
+// Whether the merges, "a b" or ["a", "b"], come in the order of the tokens that they make, whose numbers are the ranks here.
+static inline int tokenizer_merges_in_order(const Tokenizer *t, const Json *d, int merges) {
+    int byte[TOKENIZER_ALPHABET], last = -1, ok = 1;
+    tokenizer_alphabet(byte);
+    for (int k = json_first(d, merges); k >= 0 && ok; k = json_next(d, k)) {
+        const int pair = json_type(d, k) == JSON_ARRAY, first = pair ? json_first(d, k) : k;
+        size_t an = 0, bn = 0;
+        char *a = json_string(d, first, &an), *b = pair && first >= 0 ? json_string(d, json_next(d, first), &bn) : NULL;
+        char *space = a && !pair ? (char *)memchr(a, ' ', an) : NULL, *second = b;
+        if (space) second = space + 1, bn = an - (size_t)(second - a), an = (size_t)(space - a);
+        ok = a && second && (an = tokenizer_written(byte, a, an)) > 0 && (bn = tokenizer_written(byte, second, bn)) > 0;
+        const int token = ok ? t->slot[tokenizer_slot(t, a, (int)an, second, (int)bn)] - 1 : -1;
+        ok = ok && token > last;
+        last = token;
+        free(a), free(b);
+    }
+    return ok;
+}
+
+// As differs_from_gpt2 in data/vocabulary.py.
+static inline int tokenizer_json_differs(const Tokenizer *t, const Json *d) {
+    static const char *const odd[] = {"dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix",
+                                      "end_of_word_suffix"};
+    const int model = json_get(d, 0, "model"), type = json_get(d, model, "type"), added = json_get(d, 0, "added_tokens");
+    int splits = json_get(d, 0, "pre_tokenizer"), differs = tokenizer_has(d, 0, "normalizer");
+    if (type >= 0 && !json_equals(d, type, "BPE")) return 1;
+    while (json_equals(d, json_get(d, splits, "type"), "Sequence") && json_count(d, json_get(d, splits, "pretokenizers")) == 1)
+        splits = json_first(d, json_get(d, splits, "pretokenizers"));
+    if (!json_equals(d, json_get(d, splits, "type"), "ByteLevel")) return 1;
+    differs |= json_type(d, json_get(d, splits, "add_prefix_space")) != JSON_FALSE;
+    differs |= json_type(d, json_get(d, splits, "use_regex")) == JSON_FALSE;
+    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) differs |= tokenizer_has(d, model, odd[i]);
+    for (int k = json_first(d, added); k >= 0; k = json_next(d, k)) {
+        int64_t id = -1;
+        json_int64(d, json_get(d, k, "id"), &id);
+        differs |= json_type(d, json_get(d, k, "special")) != JSON_TRUE && id != t->eot;
+    }
+    return differs || !tokenizer_merges_in_order(t, d, json_get(d, model, "merges"));
+}
+
+// Looks at the tokenizer.json beside a tokenizer file: who trained the model used it, and ours must not say otherwise.
+static inline void tokenizer_look_beside(Tokenizer *t, const char *path) {
+    const char *slash = strrchr(path, '/');
+    char *beside = xprintf("%.*stokenizer.json", slash ? (int)(slash + 1 - path) : 0, path);
+    FileMap map;
+    Json doc;
+    if (!t->decode_only && path_exists(beside) && !file_map(&map, beside)) {
+        if (!json_parse(&doc, map.data ? (const void *)map.data : "", map.size)) {
+            if (json_type(&doc, json_get(&doc, 0, "model")) == JSON_OBJECT) t->decode_only = tokenizer_json_differs(t, &doc);
+            json_free(&doc);
+        }
+        file_unmap(&map);
+    }
+    free(beside);
+}
+
+// Reads a file, or dies. What the tokenizer.json beside it says of splitting text holds. End with tokenizer_free().
 static inline void tokenizer_load(Tokenizer *t, const char *path) {
     FileMap map;
     const char *error = file_map(&map, path);
@@ -214,6 +284,7 @@ static inline void tokenizer_load(Tokenizer *t, const char *path) {
     error = tokenizer_parse(t, map.data, map.size);
     if (error) die("%s: %s", path, error);
     file_unmap(&map);
+    tokenizer_look_beside(t, path);
 }
 
 // The tokenizer file beside the shards: in the directory of the first of the comma-separated patterns. A path from malloc,

@@ -552,8 +552,49 @@ class Inputs(Case):
         out = self.prepare("--tokenizer", "bytes", text)
         program = os.path.join(BUILD, "data_bytes")
         subprocess.run([program, "--out", self.path("c"), text], check=True, capture_output=True)
-        for name in os.listdir(self.path("c")):
+        names = sorted(os.listdir(self.path("c")))
+        self.assertEqual(names, ["sources.txt", "tokenizer.bin", "train_000000.bin", "val_000000.bin"])
+        for name in names[1:]:
             self.assertEqual(vocabulary.read(self.path("c", name)), vocabulary.read(os.path.join(out, name)), name)
+
+    def data_bytes(self, *arguments, text=None):
+        """What data_bytes says and its exit code; its folder is self.path("c")."""
+        done = subprocess.run([os.path.join(BUILD, "data_bytes"), "--out", self.path("c"), *arguments], input=text,
+                              capture_output=True)
+        return done.returncode, done.stderr.decode()
+
+    @unittest.skipUnless(os.path.exists(os.path.join(BUILD, "data_bytes")), "build/data_bytes is not built: make")
+    def test_data_bytes_keeps_the_rules(self):
+        plain = ("plain text\n" * 300).encode()
+        want = self.prepare("--tokenizer", "bytes", self.write("a.txt", plain))
+        os.mkfifo(self.path("pipe"))
+        writer = threading.Thread(target=lambda: open(self.path("pipe"), "wb").write(plain))
+        writer.start()
+        for arguments, text in (([self.write("b.txt", b"\xef\xbb\xbf" + plain)], None), (["-"], plain),
+                                ([self.path("pipe")], None)):
+            self.assertEqual(self.data_bytes("--replace", *arguments, text=text), (0, ""))
+            for name in ("train_000000.bin", "val_000000.bin"):
+                self.assertEqual(vocabulary.read(self.path("c", name)), vocabulary.read(os.path.join(want, name)))
+        writer.join()
+        self.assertIn("is compressed", self.data_bytes("--replace", self.write("c.gz", gzip.compress(plain)))[1])
+
+    @unittest.skipUnless(os.path.exists(os.path.join(BUILD, "data_bytes")), "build/data_bytes is not built: make")
+    def test_data_bytes_overwrites_no_other_data(self):
+        a, b = self.write("a.txt", "some text " * 50), self.write("b.txt", "other text " * 50)
+        self.assertEqual(self.data_bytes(a)[0], 0)
+        before = self.bits(self.path("c"))
+        code, said = self.data_bytes(b)
+        self.assertEqual((code, self.bits(self.path("c"))), (1, before))
+        self.assertIn("holds shards of another text\n  hint: choose another --out, or --replace them", said)
+        self.write("a.txt", "some text, changed " * 50)     # the same file may be prepared anew
+        self.assertEqual(self.data_bytes(os.path.relpath(a))[0], 0)
+        self.assertEqual(self.data_bytes("--replace", b)[0], 0)
+        os.remove(self.path("c", "sources.txt"))
+        self.assertIn("holds shards of another text", self.data_bytes(b)[1])
+        shutil.rmtree(self.path("c"))
+        self.prepare("--tokenizer", "bytes", a, out=self.path("c"))
+        for arguments in ([a], ["--replace", a]):
+            self.assertIn("holds data of data/prepare.py", self.data_bytes(*arguments)[1])
 
 
 class Cuts(Case):

@@ -201,6 +201,47 @@ static void test_tokenizer_version_3(void) {
     expect_llmc_error("more than 1 MiB", make_wide_file(0, (1 << 20) + 1));
 }
 
+// A tokenizer.json beside the file, and whether it lets this tokenizer encode.
+static void test_tokenizer_json_beside(void) {
+    static const char level[] = "{\"type\": \"ByteLevel\", \"add_prefix_space\": false}";
+    static const char split[] = "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\"}, "
+                                "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": false}]}";
+    static const char one[] = "{\"type\": \"Sequence\", \"pretokenizers\": "
+                              "[{\"type\": \"ByteLevel\", \"add_prefix_space\": false}]}";
+    static const struct { const char *normalizer, *splits, *more, *merges, *added; int decode_only; } cases[] = {
+        {"null", level, "", "\"t h\", \"h e\", [\"t\", \"he\"]", "", 0},
+        {"{\"type\": \"Sequence\", \"normalizers\": []}", one,
+         ", \"dropout\": null, \"end_of_word_suffix\": \"\"", "", "", 0},
+        {"null", level, "", "", "{\"id\": 3, \"special\": true}, {\"id\": 271, \"special\": false}", 0},
+        {"{\"type\": \"NFC\"}", level, "", "", "", 1}, {"null", split, "", "", "", 1}, {"null", "null", "", "", "", 1},
+        {"null", "{\"type\": \"ByteLevel\"}", "", "", "", 1}, {"null", level, ", \"ignore_merges\": true", "", "", 1},
+        {"null", level, ", \"type\": \"WordPiece\"", "", "", 1},
+        {"null", level, "", "", "{\"id\": 3, \"special\": false}", 1},
+        {"null", level, "", "\"h e\", \"t h\"", "", 1}, {"null", level, "", "\"x y\"", "", 1},
+        {"null", level, "", "7, \"xy\"", "", 1},
+    };
+    const char *dir = test_directory();
+    char *path = xprintf("%s/tokenizer.bin", dir), *json = xprintf("%s/tokenizer.json", dir);
+    Text file = make_llmc_file(2, TEST_V, EOT);
+    file_write_whole(path, file.s, file.n);
+    Tokenizer t;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Text beside = {NULL, 0, 0};
+        text_printf(&beside, "{\"normalizer\": %s, \"pre_tokenizer\": %s, \"added_tokens\": [%s], "
+                    "\"model\": {\"merges\": [%s]%s}}",
+                    cases[i].normalizer, cases[i].splits, cases[i].added, cases[i].merges, cases[i].more);
+        file_write_whole(json, beside.s, beside.n);
+        tokenizer_load(&t, path);
+        EXPECT(t.decode_only == cases[i].decode_only, "case %d: %s", (int)i, beside.s);
+        tokenizer_free(&t), text_free(&beside);
+    }
+    file_write_whole(json, "{", 1);                      // what cannot be read says nothing
+    tokenizer_load(&t, path);
+    EXPECT(!t.decode_only, "a broken file beside it");
+    tokenizer_free(&t), text_free(&file);
+    free(path), free(json);
+}
+
 // A byte-order mark before a vocabulary is no part of it; compressed ones are named.
 static void test_tokenizer_byte_order_mark(void) {
     Text plain = make_json_file(), marked = {NULL, 0, 0};
@@ -392,7 +433,7 @@ static void test_tokenizer_lacks_a_byte(void) {
 
 #define TOKENIZER_TESTS(X)                                                                                 \
     X(tokenizer_formats) X(tokenizer_version_1) X(tokenizer_damage) X(tokenizer_json_damage)               \
-    X(tokenizer_version_3) X(tokenizer_byte_order_mark) X(tokenizer_may_differ)                              \
+    X(tokenizer_json_beside) X(tokenizer_version_3) X(tokenizer_byte_order_mark) X(tokenizer_may_differ)                              \
     X(tokenizer_find_and_load) X(tokenizer_pieces) X(tokenizer_merges) X(tokenizer_round_trip)             \
     X(tokenizer_of_bytes) X(tokenizer_lacks_a_byte)
 
