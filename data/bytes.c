@@ -324,8 +324,10 @@ static void refuse_foreign(const Options *o, const char *sources_path, const Tex
         die("%s holds data of data/prepare.py\n  hint: choose another --out", out);
     if (path_exists(tokenizer) && !file_holds(tokenizer, &ours))
         die("%s is of another tokenizer\n  hint: choose another --out", tokenizer);
-    if (shards && !path_exists(tokenizer)) die("%s has shards of another tokenizer\n  hint: choose another --out", out);
-    if (shards && !o->replace && !file_holds(sources_path, sources))
+    const int again = file_holds(sources_path, sources);   // an interrupted run has them, and no tokenizer yet
+    if (shards && !path_exists(tokenizer) && !again)
+        die("%s has shards of another tokenizer\n  hint: choose another --out", out);
+    if (shards && !o->replace && !again)
         die("%s holds shards of another text\n  hint: choose another --out, or --replace them", out);
     text_free(&ours);
     free(shard[0]), free(shard[1]);
@@ -365,7 +367,6 @@ int main(int argc, char **argv) {
     file_write_whole(sources_path, sources.s, sources.n);
     char *tokenizer = xprintf("%s/tokenizer.bin", o.out);
     char *prefix[2] = {xprintf("%s/train", o.out), xprintf("%s/val", o.out)};
-    tokenizer_write_bytes(tokenizer);
     ShardWriter train, val;
     shard_writer_open(&train, prefix[0], TOKENIZER_BYTES_V, o.shard_tokens);
     shard_writer_open(&val, prefix[1], TOKENIZER_BYTES_V, o.shard_tokens);
@@ -375,6 +376,7 @@ int main(int argc, char **argv) {
            d.n, found, (long long)d.bytes, d.binary, d.empty);
     finish(&train, o.out, "train");
     finish(&val, o.out, "val");
+    tokenizer_write_bytes(tokenizer);                    // last: where it is, all is
     printf("  tokenizer of %d tokens: %s\n", TOKENIZER_BYTES_V, tokenizer);
 
     for (size_t i = 0; i < d.n; i++) document_free(&d.doc[i]);

@@ -588,6 +588,9 @@ class Inputs(Case):
         self.assertIn("holds shards of another text\n  hint: choose another --out, or --replace them", said)
         self.write("a.txt", "some text, changed " * 50)     # the same file may be prepared anew
         self.assertEqual(self.data_bytes(os.path.relpath(a))[0], 0)
+        after = self.bits(self.path("c"))
+        os.remove(self.path("c", "tokenizer.bin"))          # what an interrupted run leaves: the same one may go on
+        self.assertEqual((self.data_bytes(a)[0], self.bits(self.path("c"))), (0, after))
         self.assertEqual(self.data_bytes("--replace", b)[0], 0)
         os.remove(self.path("c", "sources.txt"))
         self.assertIn("holds shards of another text", self.data_bytes(b)[1])
