@@ -360,10 +360,13 @@ def progress_bar(total):
 
 def read_json(path):
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as e:
+        with open(path, encoding="utf-8-sig") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as e:
         raise Problem(f"cannot read {path}: {e}")
+    if not isinstance(found, dict):
+        raise Problem(f"cannot read {path}: it is no JSON object\n  hint: remove it to start again")
+    return found
 
 
 def say(message):

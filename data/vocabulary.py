@@ -266,7 +266,7 @@ def load_gpt2(folder=None):
 def load_json(path, end_of_text=None):
     data = read(path)
     try:
-        return JsonVocabulary(os.path.basename(os.path.abspath(path)), data.decode("utf-8"), end_of_text)
+        return JsonVocabulary(os.path.basename(os.path.abspath(path)), data.decode("utf-8-sig"), end_of_text)
     except Problem:
         raise
     except Exception as e:              # tokenizers raises plain Exception

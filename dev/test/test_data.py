@@ -293,6 +293,11 @@ class Tokenizers(Case):
         self.prepare("--tokenizer", t, "--val", "0", self.write("a.txt", "ab"))
         self.assertIn("note: it has added tokens, which are found in text first: build/generate shows", self.said)
 
+    def test_byte_order_mark_of_a_tokenizer(self):
+        v, table = self.changed()
+        marked = vocabulary.load(self.write("t.json", "\ufeff" + v.json))
+        self.assertEqual(vocabulary.tokenizer_bin(marked), table)
+
     def test_long_tokens_keep_the_file(self):
         long = {"id": 259, "content": " " * 300, "single_word": False, "lstrip": False, "rstrip": False,
                 "normalized": False, "special": False}
@@ -596,7 +601,7 @@ class Inputs(Case):
         self.assertIn("holds shards of another text", self.data_bytes(b)[1])
         shutil.rmtree(self.path("c"))
         self.prepare("--tokenizer", "bytes", a, out=self.path("c"))
-        for arguments in ([a], ["--replace", a]):
+        for arguments in ([a], ["--replace", a]):           # whose manifest would lie
             self.assertIn("holds data of data/prepare.py", self.data_bytes(*arguments)[1])
 
 
@@ -709,6 +714,8 @@ class Runs(Case):
         self.write("a.txt", "one\ntwo\nfour!\n")
         self.refused("holds other data already", *arguments, out=out)
         self.assertEqual(self.bits(out), before)
+        self.write(os.path.join(out, "manifest.json"), "[]")
+        self.refused("manifest.json: it is no JSON object", *arguments, out=out)
         os.remove(os.path.join(out, "manifest.json"))
         self.refused("holds train_000000.bin, which is of other data", *arguments, out=out)
         self.write("other/tokenizer.bin", "x")

@@ -349,6 +349,20 @@ static void test_generate_samples(void) {
 }
 
 // Prompts from files, standard input and a prompt line; batches change nothing.
+// A tokenizer.json beside the tokenizer's file says that text is split otherwise: no prompt is encoded approximately.
+static void test_generate_refuses_to_approximate(void) {
+    static const char json[] = "{\"pre_tokenizer\": {\"type\": \"Split\"}, \"model\": {\"type\": \"BPE\", \"merges\": []}}";
+    const char *copy = tools_test_copy("plain", 1);
+    char *beside = xprintf("%s/tokenizer.json", copy);
+    free(TOOL_OUTPUT("generate %s --prompt ab --tokens 3", copy));
+    file_write_whole(beside, json, strlen(json));
+    EXPECT_TOOL_REFUSES("splits text otherwise than GPT-2's", "generate %s --prompt ab --tokens 3", copy);
+    free(TOOL_OUTPUT("generate %s --prompt '' --tokens 3", copy));
+    EXPECT_REFUSED(1, "splits text otherwise than GPT-2's", "--out %s/r --steps 1 --sample-every 1 --prompt a "
+                   "--tokenizer %s/tokenizer.bin", copy, copy);
+    free(beside);
+}
+
 // Writes it anew; its path.
 static const char *test_prompt_file(const char *path, const char *text) {
     file_write_whole(path, text, strlen(text));
@@ -415,7 +429,7 @@ static void test_generate_refuses(void) {
 #define TOOLS_TESTS(X)                                                                                              \
     X(evaluate_equals_the_trainer) X(evaluate_prints) X(evaluate_without_a_layer) X(evaluate_depths)                \
     X(evaluate_refuses) X(evaluate_refuses_damage) X(tools_apply_the_factors) X(tools_refuse_other_vocabularies)    \
-    X(generate_is_reproducible) X(generate_samples) X(generate_prompts) X(generate_finds_the_tokenizer)              \
+    X(generate_is_reproducible) X(generate_samples) X(generate_prompts) X(generate_refuses_to_approximate) X(generate_finds_the_tokenizer)              \
     X(generate_refuses)
 
 #endif

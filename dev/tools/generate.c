@@ -91,6 +91,7 @@ static void prompt_line(Sampler *s, const GenerateOptions *o) {
     for (ssize_t n;; s->round++) {
         if (terminal) fputs("> ", stderr);
         if ((n = getline(&line, &room, stdin)) < 0) break;
+        if (!s->round && n >= 3 && !memcmp(line, "\xEF\xBB\xBF", 3)) memmove(line, line + 3, (size_t)(n -= 3) + 1);
         const Text prompt = {line, line_length(line, (size_t)n), room};
         one_prompt(s, o, prompt);
     }
