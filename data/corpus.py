@@ -211,7 +211,7 @@ def separator_of(separate):
     if separate == "line":
         return b"\n"
     escapes = {"\\n": "\n", "\\r": "\r", "\\t": "\t", "\\\\": "\\", "\\0": "\0"}
-    return re.sub(r"\\[nrt0\\]", lambda m: escapes[m[0]], separate).encode()
+    return re.sub(r"\\[nrt0\\]", lambda m: escapes[m[0]], separate).encode("utf-8", "surrogateescape")
 
 
 class Stream:

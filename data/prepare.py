@@ -453,6 +453,8 @@ def prepare(options):
 
 def main(arguments=None, act=None):
     """Runs; errors become one line and exit code 1."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")      # a path need not be UTF-8, nor the terminal
     try:
         act(arguments) if act else prepare(check(parser().parse_args(arguments)))
     except Problem as e:

@@ -16,11 +16,16 @@ MOST = 2 ** 31 - 1                                  # the header counts tokens i
 def write_whole(path, data):
     """Old or new, never half."""
     temporary = path + ".tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)        # it would be taken for something
+        raise
 
 
 def write_json(path, value):

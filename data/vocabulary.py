@@ -265,8 +265,9 @@ def load_gpt2(folder=None):
 
 def load_json(path, end_of_text=None):
     data = read(path)
+    name = os.fsencode(os.path.basename(os.path.abspath(path))).decode("utf-8", "replace")     # it is for a JSON file
     try:
-        return JsonVocabulary(os.path.basename(os.path.abspath(path)), data.decode("utf-8-sig"), end_of_text)
+        return JsonVocabulary(name, data.decode("utf-8-sig"), end_of_text)
     except Problem:
         raise
     except Exception as e:              # tokenizers raises plain Exception

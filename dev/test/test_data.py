@@ -814,6 +814,17 @@ class Runs(Case):
         self.prepare("--tokenizer", "bytes", "--val", "0", self.write("c.txt", "text"), out=out)
         self.assertEqual(self.documents(out, "train"), [b"text"])
 
+    def test_names_that_are_no_utf8(self):
+        state = vocabulary.train_bpe([b"ab abc abc"], 259)
+        text, t = os.fsdecode(b"\xff.txt"), self.write(os.fsdecode(b"t\xff.json"), state)
+        self.write(text, b"ab\xfecd")
+        command = [sys.executable, os.path.join(DATA, "prepare.py"), "--processes", "1", "--val", "0", "--tokenizer", t,
+                   "--separate", os.fsdecode(b"\xfe"), "--out", self.path(os.fsdecode(b"o\xff")), self.path(text)]
+        for _ in range(2):
+            done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+            self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.documents(self.path(os.fsdecode(b"o\xff")), "train"), [b"ab", b"cd"])
+
     def test_no_exception_escapes(self):
         text = self.write("a.txt", "text")
         for fault, part in ((KeyError("x\ny"), "unexpected KeyError: 'x\\ny', "), (RecursionError(), "unexpected Rec"),
