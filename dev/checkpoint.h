@@ -710,13 +710,24 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     weights_close(&w);
 }
 
-// One slot of the model, each tensor as "<prefix><name>"; dies when one is missing or misshapen.
+// Dies if one of the n numbers is not finite: a model of such computes nothing, and no average of what it gives may look as
+// if it did.
+static inline void checkpoint_check_finite(const Weights *w, const char *prefix, int param, int layer, const real *x, size_t n) {
+    if (numbers_finite(x, n)) return;
+    size_t i = 0;
+    while (isfinite(x[i])) i++;
+    die("%s: %s%s has a number that is not finite, %g at place %zu\n  hint: take an older checkpoint", w->path, prefix,
+        gpt_param_name(param, layer), numbers_unsigned((double)x[i]), i);
+}
+
+// One slot of the model, each tensor as "<prefix><name>"; dies when one is missing, misshapen or not finite.
 static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConfig *c, Slot slot, const Weights *w,
                                         const char *prefix) {
     for (int p = 0; p < N_PARAMS; p++) {
         real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             weights_read(w, c, prefix, p, l, host);
+            checkpoint_check_finite(w, prefix, p, l, host, gpt_param_size(c, p));
             e->write(m, slot, p, l, host);
         }
         free(host);

@@ -21,6 +21,7 @@
 #define X(id, type) SAFETENSORS_##id,
 enum { SAFETENSORS_REALS(X) SAFETENSORS_INTEGERS(X) N_SAFETENSORS_DTYPES };
 #undef X
+enum { SAFETENSORS_OTHER = N_SAFETENSORS_DTYPES };       // such as F8_E4M3: a file may have one beside what is read
 
 typedef struct { const char *name; size_t size; } SafetensorsDtype;
 
@@ -67,6 +68,14 @@ static inline int safetensors_sizes(const Json *doc, int array, int n, int64_t *
     return 1;
 }
 
+// Whether the string is spelled as the format's types are: capitals, digits and '_', a capital first.
+static inline int safetensors_is_dtype(const Json *doc, int node) {
+    char *name = json_string(doc, node, NULL);
+    const int is = name && *name >= 'A' && *name <= 'Z' && !name[strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")];
+    free(name);
+    return is;
+}
+
 // Fills e, zeroed but for its name, from the tensor's JSON object. Returns NULL, or what is wrong.
 static inline const char *safetensors_read_entry(SafetensorsEntry *e, const Json *doc, int object,
                                                  const unsigned char *data, size_t data_size) {
@@ -76,8 +85,9 @@ static inline const char *safetensors_read_entry(SafetensorsEntry *e, const Json
         return "it needs a dtype, a shape and data_offsets, once each and nothing else";
 
     while (e->dtype < N_SAFETENSORS_DTYPES && !json_equals(doc, dtype, safetensors_dtype[e->dtype].name)) e->dtype++;
-    if (e->dtype == N_SAFETENSORS_DTYPES) return "its dtype is none of F64 F32 F16 BF16 I64..I8 U64..U8 BOOL";
-    size_t size = safetensors_dtype[e->dtype].size;
+    const int other = e->dtype == SAFETENSORS_OTHER;     // nothing is known of its size, only where it lies
+    if (other && !safetensors_is_dtype(doc, dtype)) return "its dtype is none of the format's, such as F32";
+    size_t size = other ? 1 : safetensors_dtype[e->dtype].size;
 
     e->ndim = json_count(doc, shape);
     if (e->ndim > SAFETENSORS_MAX_DIMS) return "it has more than 8 dimensions";
@@ -89,6 +99,7 @@ static inline const char *safetensors_read_entry(SafetensorsEntry *e, const Json
     if (range[0] > range[1]) return "its data_offsets end before they begin";
     if ((uint64_t)range[1] > data_size) return "its data end beyond the file (is the file cut short?)";
     e->count = (size_t)count;
+    if (other) e->count = (size_t)(range[1] - range[0]);  // its bytes: nothing else bounds it
     e->bytes = e->count * size;
     e->data = data + range[0];
     if ((uint64_t)(range[1] - range[0]) != e->bytes) return "its data_offsets do not fit its shape and dtype";
@@ -115,6 +126,7 @@ static inline const char *safetensors_fail(Safetensors *t, const char *name, con
 }
 
 static inline const char *safetensors_read_metadata(const Json *doc, int object) {
+    if (json_type(doc, object) == JSON_NULL) return NULL;          // as the reference implementation reads it
     if (json_type(doc, object) != JSON_OBJECT) return "__metadata__ must be an object";
     if (json_duplicate(doc, object) >= 0) return "__metadata__ has the same key twice";
     for (int k = json_first(doc, object); k >= 0; k = json_next(doc, k))
@@ -292,7 +304,7 @@ static inline size_t safetensors_from_real(int dtype, const real *x, size_t n, v
 
 // Converts a tensor to out (count). Returns NULL, or what is wrong.
 static inline const char *safetensors_to_int64(const SafetensorsEntry *e, int64_t *out) {
-    if (e->dtype <= SAFETENSORS_BF16) return "its dtype must be an integer's";
+    if (e->dtype <= SAFETENSORS_BF16 || e->dtype == SAFETENSORS_OTHER) return "its dtype must be an integer's";
     for (size_t i = 0; i < e->count; i++) {
         out[i] = safetensors_integer(e, i);
         if (e->dtype == SAFETENSORS_U64 && out[i] < 0) return "a number in it is above 2^63 - 1";

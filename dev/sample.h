@@ -163,9 +163,26 @@ static inline void sample_decode(Sampler *s, SampleText *text, const int *which,
     free(tokens), free(at), free(logits);
 }
 
+// Ends a text whose logits (n) are not finite, of which no token is likelier than another: the program with it, unless the
+// texts are optional. Returns whether they are.
+static inline int sample_check(const Sampler *s, SampleText *t, const real *logits, int n) {
+    for (int v = 0; v < n; v++) {
+        if (isfinite(logits[v])) continue;
+        fflush(stdout);
+        if (!s->optional)
+            die("token %lld of a text: the model's logits are not finite\n  hint: its weights are too large for --dtype, or"
+                " were damaged by the run that made them", (long long)t->made + 1);
+        warn("token %lld of a text: the model's logits are not finite, so the text ends here", (long long)t->made + 1);
+        t->done = 1;
+        return 0;
+    }
+    return 1;
+}
+
 // Draws the next token of a text, the one of that number.
 static inline void sample_next(Sampler *s, SampleText *t, int row, uint32_t number, int64_t most) {
     const Tokenizer *k = s->tokenizer;
+    if (!sample_check(s, t, s->logits + (size_t)row * (size_t)s->V, s->V < k->V ? s->V : k->V)) return;
     const double u = uniform01(rng_words(s->args.seed, STREAM_SAMPLE, (uint64_t)t->made, number, s->round).v[0]);
     const int token = sample_token(s->logits + (size_t)row * (size_t)s->V, s->V < k->V ? s->V : k->V, &s->args, u);
     int length;

@@ -177,7 +177,8 @@ static inline void weights_open(Weights *w, const char *path) {
                          ? "pytorch_model.bin is not read: let transformers load it and save_pretrained() it as safetensors"
                          : "a checkpoint is a directory with config.json and model.safetensors");
     }
-    if (!w->llmc.data && weights_find(w, "transformer.wte.weight")) w->prefix = "transformer.";
+    if (!w->llmc.data && (weights_find(w, "transformer.wte.weight") || weights_find(w, "transformer.wpe.weight")))
+        w->prefix = "transformer.";
     free(one), free(index), free(pickle);
 }
 
@@ -193,6 +194,10 @@ static inline void weights_close(Weights *w) {
 
 // ---- Reading ----
 
+// The name of the head, which is the token embedding: of the two names of one tensor, safetensors' saving of tied tensors may
+// have kept this one.
+#define WEIGHTS_HEAD "lm_head.weight"
+
 // The tensor "<prefix><name>" of one layer's part of a parameter, in safetensors. Dies when it is missing or misshapen.
 static inline const SafetensorsEntry *weights_tensor(const Weights *w, const GptConfig *c, const char *prefix, int param,
                                                      int layer) {
@@ -200,6 +205,7 @@ static inline const SafetensorsEntry *weights_tensor(const Weights *w, const Gpt
     const int dims = gpt_param_shape(c, param, shape);
     char *name = gpt_param_name(param, layer), *full = xprintf("%s%s", prefix, name);
     const SafetensorsEntry *t = weights_find(w, full);
+    if (!t && param == P_wte && prefix == w->prefix) t = weights_find(w, WEIGHTS_HEAD);
     if (!t) die("%s has no tensor %s\n  hint: is it a GPT-2 of the sizes in config.json?", w->path, full);
     if (t->ndim != dims || memcmp(t->shape, shape, (size_t)dims * sizeof *shape))
         die("%s: %s has another shape than config.json says", w->path, full);
@@ -208,9 +214,24 @@ static inline const SafetensorsEntry *weights_tensor(const Weights *w, const Gpt
     return t;
 }
 
+// Dies if there is a head that is not the token embedding: a model that was trained so, whatever its config.json says.
+static inline void weights_check_head(const Weights *w, const GptConfig *c) {
+    const SafetensorsEntry *wte = weights_tensor(w, c, w->prefix, P_wte, 0), *head = weights_find(w, WEIGHTS_HEAD);
+    if (!head || head == wte) return;
+    int same = head->ndim == wte->ndim && head->count == wte->count && head->dtype <= SAFETENSORS_BF16 &&
+               wte->dtype <= SAFETENSORS_BF16;
+    if (same && (head->dtype != wte->dtype || memcmp(head->data, wte->data, wte->bytes)))
+        for (size_t i = 0; same && i < wte->count; i++) same = safetensors_real(head, i) == safetensors_real(wte, i);
+    if (!same)
+        die("%s: " WEIGHTS_HEAD " is not the same as %s: this model's head is its own\n"
+            "  hint: here the head is the token embedding; a head that is not meant must be taken out of the file", w->path,
+            wte->name);
+}
+
 // Dies unless every parameter of a model of sizes c is there: before memory is taken for sizes that only config.json claims.
 static inline void weights_check(const Weights *w, const GptConfig *c) {
     if (w->llmc.data) return;                            // its parser has compared its size
+    weights_check_head(w, c);
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) weights_tensor(w, c, w->prefix, p, l);
 }

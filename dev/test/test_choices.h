@@ -457,6 +457,10 @@ static void test_choices_evaluate_refuses(void) {
     EXPECT_TOOL_REFUSES("not an evaluation file", "evaluate %s/plain --choices %s", runs, val);
     EXPECT_TOOL_REFUSES("an evaluation file (magic 20240522)", "evaluate %s/plain --val %s", runs, path);
     EXPECT_TOOL_REFUSES("cannot read none.bin", "evaluate %s/plain --choices none.bin", runs);
+    const char *huge = tools_test_copy("plain", 0);      // finite weights whose losses are not
+    size_t count;
+    free(tools_test_numbers(huge, "transformer.ln_f.weight", 16, sizeof(real) == 4 ? 3e38 : 1.7e308, &count));
+    EXPECT_TOOL_REFUSES("so it has no score", "evaluate %s --choices %s", huge, path);
     Text file = test_read_file(path);
     file.s[LLMC_HEADER_BYTES + 13] = 2;                  // the context's first token: 512 and more
     file_write_whole(path, file.s, file.n);

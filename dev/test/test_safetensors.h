@@ -75,6 +75,7 @@ static void test_safetensors_tiling(void) {
         {"{" TENSOR("b", "U8", "1", "0,1") "," TENSOR("a", "U8", "0", "0,0") "," TENSOR("c", "I8", "0", "1,1") "}", 1, 3},
         {"{" TENSOR("a", "BOOL", "1,1,1,1,1,1,1,2", "0,2") "}", 2, 1},
         {"{" TENSOR("a", "F32", "0,9223372036854775807", "0,0") "}", 0, 1},
+        {"{\"__metadata__\":null}", 0, 0}, {"{" TENSOR("a", "F8_E4M3", "3", "0,3") "," TENSOR("b", "F4", "6", "3,6") "}", 6, 2},
         {"{\"__metadata__\":{\"a\":\"\\u0000\",\"b\":\"\"}," TENSOR("\\u00e9", "BF16", "1", "0,2") "}", 2, 1},
     };
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
@@ -103,6 +104,9 @@ static const struct { const char *header; size_t data; const char *error; } test
     {"{" TENSOR("a", "f32", "1", "0,4") "}", 4, "tensor \"a\": its dtype"},
     {"{" TENSOR("a", "F32 ", "1", "0,4") "}", 4, "its dtype"},
     {"{" TENSOR("a", "", "1", "0,4") "}", 4, "its dtype"},
+    {"{" TENSOR("a", "F8_E4M3", "1", "1,2") "}", 2, "there is a gap"},
+    {"{" TENSOR("a", "F8_E4M3", "1", "0,3") "}", 2, "beyond the file"},
+    {"{" TENSOR("a", "8F", "1", "0,1") "}", 1, "its dtype"},
     {"{\"a\":{\"dtype\":0,\"shape\":[],\"data_offsets\":[0,1]}}", 1, "its dtype"},
     {"{" TENSOR("a", "F32", "-1", "0,4") "}", 4, "its shape"},
     {"{" TENSOR("a", "F32", "1.0", "0,4") "}", 4, "its shape"},

@@ -69,6 +69,62 @@ static inline void tools_test_factors(const char *dir, const char *factors) {
     free(path), free(text);
 }
 
+// Of model.safetensors in dir: calls another name, no longer than the old one, for a tensor.
+static inline void tools_test_rename(const char *dir, const char *from, const char *to) {
+    char *path = xprintf("%s/model.safetensors", dir), *old = xprintf("\"%s\":", from), *now = xprintf("\"%s\":", to);
+    Text file = test_read_file(path);
+    for (size_t i = 8; i + strlen(old) < file.n; i++)
+        if (!memcmp(file.s + i, old, strlen(old))) {
+            memset(file.s + i, ' ', strlen(old));
+            memcpy(file.s + i, now, strlen(now));
+            break;
+        }
+    file_write_whole(path, file.s, file.n);
+    text_free(&file);
+    free(path), free(old), free(now);
+}
+
+// Adds a tensor of that dtype and shape, such as "2,3", whose data are n bytes.
+static inline void tools_test_add(const char *dir, const char *name, const char *dtype, const char *shape, const void *data,
+                                  size_t n) {
+    char *path = xprintf("%s/model.safetensors", dir);
+    Text file = test_read_file(path), out = {NULL, 0, 0};
+    uint64_t header, longer;
+    memcpy(&header, file.s, 8);
+    const size_t old = file.n - 8 - header;
+    text_append(&out, file.s, 8);
+    text_printf(&out, "{\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]},", name, dtype, shape, old, old + n);
+    text_append(&out, file.s + 9, (size_t)header - 1);
+    longer = out.n - 8;
+    memcpy(out.s, &longer, 8);
+    text_append(&out, file.s + 8 + header, old);
+    text_append(&out, (const char *)data, n);
+    file_write_whole(path, out.s, out.n);
+    text_free(&file), text_free(&out);
+    free(path);
+}
+
+// The numbers of a tensor, from malloc; with `value` the first n of them become that first.
+static inline real *tools_test_numbers(const char *dir, const char *name, size_t n, double value, size_t *count) {
+    char *path = xprintf("%s/model.safetensors", dir);
+    Text file = test_read_file(path);
+    Safetensors t;
+    const char *error = safetensors_parse(&t, file.s, file.n);
+    if (error) die("%s: %s", path, error);
+    const SafetensorsEntry *e = safetensors_find(&t, name);
+    CHECK(e && n <= e->count, "no %s of %zu numbers", name, n);
+    real *x = (real *)xcalloc(e->count, sizeof *x);
+    safetensors_to_real(e, x);
+    for (size_t i = 0; i < n; i++) x[i] = (real)value;
+    memcpy(file.s + (e->data - (const unsigned char *)file.s), x, e->bytes);
+    if (n) file_write_whole(path, file.s, file.n);
+    *count = e->count;
+    safetensors_free(&t);
+    text_free(&file);
+    free(path);
+    return x;
+}
+
 // ---- Running a tool ----
 
 // It must succeed; its standard output from malloc.
@@ -290,6 +346,53 @@ static void test_evaluate_refuses_damage(void) {
 }
 
 // A tokenizer with one token more than the model, shards with a token that the model lacks.
+// The head is the token embedding: by either name, and by both only where they are the same.
+static void test_tools_read_the_head(void) {
+    const char *only = tools_test_copy("plain", 1), *both = tools_test_copy("plain", 1), *own = tools_test_copy("plain", 1);
+    const char *const wte = "transformer.wte.weight", *dirs[2] = {only, both};
+    static const unsigned char extra[6] = {1, 2, 3, 4, 5, 6};
+    ToolResult want, got, none;
+    size_t n;
+    real *x = tools_test_numbers(both, wte, 0, 0, &n);
+    char *shape = xprintf("%zu,16", n / 16);
+    tools_test_evaluate(&want, &none, tools_test_copy("plain", 1), "");
+    tools_test_rename(only, wte, "lm_head.weight");
+    tools_test_add(both, "lm_head.weight", REAL_DTYPE, shape, x, n * sizeof *x);
+    tools_test_add(both, "extra", "F8_E4M3", "6", extra, sizeof extra);
+    for (int k = 0; k < 2; k++) {
+        tools_test_evaluate(&got, &none, dirs[k], "");
+        EXPECT(got.loss == want.loss, "%d: loss %.9g, not %.9g", k, got.loss, want.loss);
+    }
+    x[n - 1] += 1;
+    tools_test_add(own, "lm_head.weight", REAL_DTYPE, shape, x, n * sizeof *x);
+    EXPECT_TOOL_REFUSES("lm_head.weight is not the same as transformer.wte.weight", "generate %s --prompt a", own);
+    EXPECT_REFUSED(1, "lm_head.weight is not the same", "--layers 0 --init-from %s --out %s/no --steps 1", own, own);
+    free(x), free(shape);
+}
+
+// Weights that are not finite are refused where they are read, by name; of logits that are not, no token and no score is made.
+static void test_tools_refuse_what_is_not_finite(void) {
+    const char *nan_one = tools_test_copy("plain", 1), *inf_one = tools_test_copy("plain", 1);
+    const char *huge = tools_test_copy("plain", 1), *data = trainer_test_data();
+    const char *const name[2] = {"transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight"}, *const dir[2] = {nan_one, inf_one};
+    size_t n;
+    free(tools_test_numbers(nan_one, name[0], 1, NAN, &n));
+    free(tools_test_numbers(inf_one, name[1], 1, INFINITY, &n));
+    free(tools_test_numbers(huge, "transformer.ln_f.weight", 16, sizeof(real) == 4 ? 3e38 : 1.7e308, &n));
+    for (int k = 0; k < 2; k++) {
+        char *part = xprintf("%s has a number that is not finite", name[k]);
+        EXPECT_TOOL_REFUSES(part, "generate %s --prompt ab", dir[k]);
+        EXPECT_TOOL_REFUSES(part, "evaluate %s --val '%s/data/val_*.bin'", dir[k], data);
+        EXPECT_REFUSED(1, part, "--layers 0 --init-from %s --out %s/no --steps 1", dir[k], dir[k]);
+        free(part);
+    }
+    EXPECT_TOOL_REFUSES("so it has no score", "evaluate %s --val '%s/data/val_*.bin'", huge, data);
+    EXPECT_TOOL_REFUSES("so it has no score", "evaluate %s --val '%s/data/val_*.bin' --stride 4", huge, data);
+    tool_expect(1, "logits are not finite", tool_run("generate %s --prompt ab --tokens 5", huge), __FILE__, __LINE__);
+    tool_expect(1, "logits are not finite", tool_run("generate %s --prompt ab --tokens 5 --temperature 0", huge), __FILE__,
+                __LINE__);
+}
+
 static void test_tools_refuse_other_vocabularies(void) {
     const char *dir = tools_test_copy("plain", 0), *data = trainer_test_data();
     char *tokenizer = xprintf("%s/more.bin", dir), *shard = xprintf("%s/foreign", dir);
@@ -429,7 +532,8 @@ static void test_generate_refuses(void) {
 #define TOOLS_TESTS(X)                                                                                              \
     X(evaluate_equals_the_trainer) X(evaluate_prints) X(evaluate_without_a_layer) X(evaluate_depths)                \
     X(evaluate_refuses) X(evaluate_refuses_damage) X(tools_apply_the_factors) X(tools_refuse_other_vocabularies)    \
-    X(generate_is_reproducible) X(generate_samples) X(generate_prompts) X(generate_refuses_to_approximate) X(generate_finds_the_tokenizer)              \
+    X(tools_read_the_head) X(tools_refuse_what_is_not_finite) X(generate_is_reproducible) X(generate_samples)       \
+    X(generate_prompts) X(generate_refuses_to_approximate) X(generate_finds_the_tokenizer)                          \
     X(generate_refuses)
 
 #endif

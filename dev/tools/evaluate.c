@@ -145,14 +145,23 @@ static int find_eot(const Evaluate *e) {
     return eot;
 }
 
+// No score is made of losses that are not finite: an average or a comparison of them would look like one.
+static void check_finite(const Evaluate *e, const Result *r, const char *what, double loss) {
+    if (isfinite(loss)) return;
+    die("%s: the %s of %s is %g: its losses are not finite, so it has no score\n  hint: its weights are too large, or were"
+        " damaged by the run that made them", e->m->dir, what, r->name, loss);
+}
+
 static void evaluate_val(const Evaluate *e, Result *r) {
     const Tokenizer *t = e->m->has_tokenizer ? &e->m->tokenizer : NULL;
     const Scorer s = scorer(e, r);
     if (e->stride) {
         r->val = score_documents(&s, &e->shards, e->eot, e->stride, e->o->eval_tokens, t);
+        check_finite(e, r, "loss", r->val.loss);
         return;
     }
     const Evaluation v = evaluate_shards(s.engine, s.model, &e->shards, e->rows, t, e->B, s.plan, r->scale, s.tied, NULL);
+    check_finite(e, r, "loss", v.loss);
     r->val.loss = v.loss;
     r->val.document_loss = NAN;
     r->val.bits_per_byte = v.bits_per_byte;
@@ -235,6 +244,7 @@ static void evaluate_choices(Evaluate *e, Result *r) {
     const Scorer s = scorer(e, r);
     r->choice_loss = xcalloc((size_t)e->choices.rows, sizeof *r->choice_loss);
     e->cut = score_choices(&s, &e->choices, r->choice_loss);
+    for (int64_t i = 0; i < e->choices.rows; i++) check_finite(e, r, "loss of a choice", r->choice_loss[i]);
     r->choices = choices_result(&e->choices, r->choice_loss, e->characters);
 }
 
