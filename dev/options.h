@@ -266,6 +266,12 @@ static inline const char *options_word(const char *words, int i, size_t *length)
     return words;
 }
 
+// Whether a number is in an interval, and as the type that computes with it: there 1e-46 is 0 and 0.9999999999 is 1.
+static inline int options_inside_as_real(const char *interval, double x) {
+    const double rounded = (double)(real)x;
+    return options_inside(interval, x) && options_inside(interval, rounded) && (rounded != 0) == (x != 0);
+}
+
 // Reads a value; returns whether the text is one of the spec's type and domain. A text value is borrowed.
 static inline int options_read(const OptionSpec *s, const char *text, OptionValue *v) {
     const char *stop = text + strspn(text, "0123456789+-.eE");     // no nan, inf, hexadecimal numbers, blanks
@@ -278,7 +284,7 @@ static inline int options_read(const OptionSpec *s, const char *text, OptionValu
         return end > text && end == stop && !*end && !errno && options_inside(s->domain, (double)v->integer);
     case OPTION_NUMBER:
         v->number = strtod(text, &end);
-        return end > text && end == stop && !*end && options_inside(s->domain, v->number);
+        return end > text && end == stop && !*end && options_inside_as_real(s->domain, v->number);
     case OPTION_SPAN:
         v->span.value = strtod(text, &end);
         v->span.percent = *end == '%';
@@ -503,7 +509,11 @@ static inline char *options_set(Options *o, const char *name, const char *text, 
     if (r.spec->type > OPTION_HEADING) return xprintf("--%s is for the command line only", r.spec->name);
     if (!options_read(r.spec, text, &v)) {
         char *wanted = options_wanted(r.spec);
-        error = xprintf("--%s: '%.200s' is not %s", r.spec->name, text, wanted);
+        const int number = r.spec->type == OPTION_NUMBER && options_inside(r.spec->domain, v.number);
+        if (number && !options_inside_as_real(r.spec->domain, v.number))
+            error = xprintf("--%s: '%.200s' is computed with in " REAL_NAME ", where it is %g; wanted is %s%s", r.spec->name,
+                            text, (double)(real)v.number, wanted, (real)v.number == 0 ? " that does not become 0" : "");
+        else error = xprintf("--%s: '%.200s' is not %s", r.spec->name, text, wanted);
         free(wanted);
         return error;
     }

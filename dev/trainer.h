@@ -198,6 +198,17 @@ static inline Schedule trainer_schedule(const TrainOptions *o, int64_t steps) {
     return s;
 }
 
+// Dies where options that are sound one by one are none together in the type that computes with them: the largest factor of
+// the moments, which is that of the first step, and what weight decay leaves; or where the rates of drop path all round to 0.
+static inline void trainer_check_numbers(const TrainOptions *o) {
+    if (!isfinite((real)(o->lr / (1 - o->beta1))))
+        die("--lr %g with --beta1 %g: their quotient lr / (1 - beta1) is infinite in " REAL_NAME, o->lr, o->beta1);
+    if (!isfinite((real)(1 - o->lr * o->weight_decay)))
+        die("--lr %g with --weight-decay %g: their product is infinite in " REAL_NAME, o->lr, o->weight_decay);
+    if (o->drop_path > 0 && o->drop_path * 4294967296.0 < 0.5)
+        die("--drop-path %g rounds to 0: rates are multiples of 2^-32\n  hint: 0 is plain training", o->drop_path);
+}
+
 // Plans recorded in a metrics.jsonl, one per step; their text says whether their unit is the row.
 static inline void trainer_open_replay(Trainer *tr) {
     const char *path = tr->options->drop_replay;
@@ -389,6 +400,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     if (!*o->train)
         die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
     if (!*o->out) die("--out is empty\n  hint: the directory of this run's checkpoints and metrics.jsonl");
+    trainer_check_numbers(o);
     int resume;
     trainer_agree(tr);
     char *from = trainer_start_together(tr, &resume);

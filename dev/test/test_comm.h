@@ -595,7 +595,7 @@ static void test_ranks_refuse(void) {
     EXPECT(r.code == 1 && strstr(r.err.s, "x 3 processes\n  hint: --total-batch 384"), "%d: %s", r.code, r.err.s);
     tool_free(&r);
     EXPECT(path_exists(dir) && rmdir(dir) == 0, "%s: a refused run has written something", dir);
-    r = ranks_run(2, "--out %s/b --steps 9 --lr 1e38 --warmup 0 --grad-clip 0 --max-bad-steps 2", dir);
+    r = ranks_run(2, "--out %s/b --steps 9 --lr 1e37 --warmup 0 --grad-clip 0 --max-bad-steps 2", dir);
     EXPECT(r.code == 3 && strstr(r.err.s, "2 steps in a row were not finite"), "%d: %s", r.code, r.err.s);
     const char *first = strstr(r.err.s, "error: ");
     EXPECT(first && !strstr(first + 1, "error: "), "all ranks speak: %s", r.err.s);
@@ -724,7 +724,7 @@ static inline void test_gpu_ranks_share_weights(void) {
 static inline void test_gpu_ranks_not_finite(void) {
     const char *dir = test_directory();
     for (int zero = 0; zero < 2; zero++) {
-        ToolRun r = program_run(EMULATED, 2, "--out %s/%d --steps 9 --dtype fp32 --lr 1e38 --warmup 0 --grad-clip 0 "
+        ToolRun r = program_run(EMULATED, 2, "--out %s/%d --steps 9 --dtype fp32 --lr 1e37 --warmup 0 --grad-clip 0 "
                                 "--max-bad-steps 2 --zero %d", dir, zero, zero);
         EXPECT(r.code == 3 && strstr(r.err.s, "2 steps in a row were not finite"), "%d: %s", r.code, r.err.s);
         tool_free(&r);

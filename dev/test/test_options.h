@@ -173,6 +173,23 @@ static void test_options_bad_values(void) {
     options_test_bad("--train", "--train needs a value: GLOB");
 }
 
+// Numbers are judged as the type that computes with them.
+static void test_options_round(void) {
+    static const struct { const char *command, *part; } bad[] = {
+        {"--eps 1e-46", "--eps: '1e-46' is computed with in fp32, where it is 0; wanted is a number in (0,inf)"},
+        {"--beta2 0.9999999999", "where it is 1; wanted is a number in [0,1)"}, {"--beta1=0.99999999", "[0,1)"},
+        {"--lr 1e39", "where it is inf; wanted is a number in [0,inf)"}, {"--weight-decay 1e-60", "that does not become 0"},
+        {"--drop-path 0.999999999", "[0,1)"}, {"--lr 1e-46", "that does not become 0"}, {"--temperature 1e-50", "(0,inf)"},
+        {"--grad-clip 1e-46", "that does not become 0"}};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0] && sizeof(real) == 4; i++)
+        options_test_bad(bad[i].command, bad[i].part);
+    options_test_bad("--eps 0.1x", "--eps: '0.1x' is not a number in (0,inf)");
+    TestOptions t;
+    options_test_good(&t, "--eps 1e-40 --beta2 0.9999999 --lr 0 --weight-decay 1e-30 --grad-clip 3e38 --beta1 0");
+    EXPECT(t.train.eps == 1e-40 && t.train.beta2 == 0.9999999, "the number itself is kept");   // for what computes in fp64
+    options_free(&t.o);
+}
+
 // A refused value leaves the old one.
 static void test_options_bad_value_keeps(void) {
     TestOptions t;
@@ -370,7 +387,7 @@ static void test_options_round_trip(void) {
         }
     }
     options_test_round_trip(&t);
-    const char *numbers[] = {"6e-4", "0.1", "1e-8", "4.9406564584124654e-324", "1.7976931348623157e308",
+    const char *numbers[] = {"6e-4", "0.1", "1e-8", "1.4012984643248171e-45", "3.4028234663852886e38",
                              "123456789012345678"};
     for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
         char *error = options_set(&t.o, "weight-decay", numbers[i], FROM_COMMAND);
@@ -474,7 +491,7 @@ static void test_options_exit(void) {
 }
 
 #define OPTIONS_TESTS(X)                                                                                        \
-    X(options_defaults) X(options_command_line) X(options_bare) X(options_bad_names) X(options_bad_values)     \
+    X(options_defaults) X(options_command_line) X(options_bare) X(options_bad_names) X(options_bad_values) X(options_round) \
     X(options_bad_value_keeps) X(options_config) X(options_config_errors) X(options_precedence)                \
     X(options_recipes) X(options_round_trip) X(options_span_steps) X(options_words) X(options_help) X(options_exit)
 

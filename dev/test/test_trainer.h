@@ -272,6 +272,9 @@ static void test_trainer_refuses(void) {
         {"--seq-len 100000", "shorter --seq-len"}, {"--train '/nowhere/*.bin'", "/nowhere"},
         {"--val '/nowhere/*.bin'", "/nowhere"}, {"--tokenizer /nowhere", "/nowhere"},
         {"--resume /nowhere", "/nowhere"}, {"--config /nowhere", "/nowhere"}, {"--drop-replay /nowhere", "/nowhere"},
+        {sizeof(real) == 8 ? "--lr 1e305 --beta1 0.999999" : "--lr 1e38 --beta1 0.999999", "lr / (1 - beta1) is infinite"},
+        {sizeof(real) == 8 ? "--lr 1e200 --weight-decay 1e200" : "--lr 1e25 --weight-decay 1e25", "product is infinite"},
+        {"--drop-path 1e-10", "multiples of 2^-32"},
         {"--out ''", "--out is empty"}, {"--dtype bf61", "fp32|bf16"}, {"--epochs 1e-6", "--epochs"},
         {"--threads many", "--threads"}, {"stray", "stray"}};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
