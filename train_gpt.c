@@ -1056,7 +1056,7 @@ static void adamw(real *p, const real *g, real *m, real *v, size_t n, const Upda
 static double model_update(Model *m, const UpdateArgs *a) {
     CHECK(m->slot[SLOT_GRAD], "this model was opened to evaluate");
     const double norm = gradient_norm(m, a->t);
-    const double clip = a->grad_clip > 0 ? fmin(1, a->grad_clip / (norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
+    const double clip = update_clip(a->grad_clip, norm);
     const int taken = update_is_taken(a, norm);
     static const real zeros[UPDATE_CHUNK];
 #pragma omp parallel for schedule(dynamic, 8)

@@ -2711,15 +2711,15 @@ static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const Upd
         store_rounded<W>(copy, k, j, load<float, W>(p, k.master + j), t, r);
 }
 
-// A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite
-// or above the limit (update_is_taken).
+// A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite,
+// too large for the moments or above the limit (update_is_taken).
 template <int W>
 static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
                                     const BranchUpdate *branch, const double *norm, AdamArgs a, Rounding r) {
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
-    if (b.t <= 0 || !isfinite(*norm) || (a.norm_limit != 0 && *norm > a.norm_limit)) return;
-    const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;   // as PyTorch's clip_grad_norm_
+    const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;   // update_clip
+    if (b.t <= 0 || !isfinite(*norm) || *norm * clip > UPDATE_MOST || (a.norm_limit != 0 && *norm > a.norm_limit)) return;
     const float shrink = (float)clip, keep = k.decay ? a.keep : 1;
     for (size_t j = threadIdx.x * W; j < k.n; j += blockDim.x * W) {
         Floats<W> pj = load<float, W>(p, k.master + j), g;

@@ -52,7 +52,8 @@ static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, 
 }
 
 // Reads one slot's tensors from the engine, in the order of the table, and appends them to w (NULL: nowhere). *bad, unless
-// bad is NULL, becomes the name of the first that is not finite, from malloc: so one reading serves to judge and to write.
+// bad is NULL, becomes the name of the first that is not finite, from malloc, with "m." or "v." before that of a moment: so one
+// reading serves to judge and to write.
 static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, Model *m, const GptConfig *c, Slot slot,
                                         char **bad) {
     for (int p = 0; p < N_PARAMS; p++) {
@@ -60,7 +61,11 @@ static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, M
         real *host = (real *)xcalloc(n, sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             e->read(m, slot, p, l, host);
-            if (bad && !*bad && !numbers_finite(host, n)) *bad = gpt_param_name(p, l);
+            if (bad && !*bad && !numbers_finite(host, n)) {
+                char *name = gpt_param_name(p, l);
+                *bad = xprintf("%s%s", slot == SLOT_M ? "m." : slot == SLOT_V ? "v." : "", name);
+                free(name);
+            }
             if (w) safetensors_append(w, host, n * sizeof *host);
         }
         free(host);
@@ -96,7 +101,7 @@ static inline void checkpoint_write_model(const char *path, FileSum *sum, const 
 }
 
 static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, const Engine *e, Model *m, const GptConfig *c,
-                                              const CheckpointState *s, char **error) {
+                                              const CheckpointState *s, char **bad, char **error) {
     SafetensorsWriter w;
     FILE *f = checkpoint_begin(&w, path, sum, error);
     const int64_t branches = BRANCHES * c->L + 1;
@@ -105,8 +110,8 @@ static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, co
     checkpoint_declare(&w, c, "v.");
     safetensors_begin(&w, f, path);
     safetensors_append(&w, s->adamw_steps, (size_t)branches * sizeof *s->adamw_steps);
-    checkpoint_read_slot(&w, e, m, c, SLOT_M, NULL);
-    checkpoint_read_slot(&w, e, m, c, SLOT_V, NULL);
+    checkpoint_read_slot(&w, e, m, c, SLOT_M, bad);
+    checkpoint_read_slot(&w, e, m, c, SLOT_V, bad);
     checkpoint_end(&w, path, f, error);
 }
 
@@ -194,8 +199,8 @@ static inline void checkpoint_remove(const char *dir) {
 // share of what is read. *bad as there.
 static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c, char **bad) {
     checkpoint_read_slot(NULL, e, m, c, SLOT_PARAM, bad);
-    checkpoint_read_slot(NULL, e, m, c, SLOT_M, NULL);
-    checkpoint_read_slot(NULL, e, m, c, SLOT_V, NULL);
+    checkpoint_read_slot(NULL, e, m, c, SLOT_M, bad);
+    checkpoint_read_slot(NULL, e, m, c, SLOT_V, bad);
 }
 
 // Makes OUT/latest point to the checkpoint of that name.
@@ -220,8 +225,8 @@ static inline void checkpoint_point_or_warn(const char *out, const char *name) {
 
 // Writes OUT/step_NNNNNNNN; an older one of that step gives way. Returns NULL, or why it could not, from malloc: then what was
 // there is there still, or OUT/step_NNNNNNNN is whole but may not outlive a loss of power.
-// Weights that are not finite are not saved: *bad, NULL before, is then the name of the first such tensor, from malloc,
-// whatever else went wrong.
+// Weights or moments that are not finite are not saved: *bad, NULL before, is then the name of the first such tensor, from
+// malloc, whatever else went wrong.
 //
 // Why a crash between any two calls loses nothing, and what it leaves:
 //   1. The files are written to .step_N.tmp, synced each, and then the directory's names are synced. Until here no name that
@@ -250,7 +255,8 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
     checkpoint_config_json(&config, c, s, sizeof(real) == 4 ? "float32" : "float64");
     file_sum(&sums.file[1], config.s, config.n);
     checkpoint_write_text(path[1], &config, &error);
-    checkpoint_write_optimizer(path[2], &sums.file[2], e, m, c, s, &error);
+    checkpoint_write_optimizer(path[2], &sums.file[2], e, m, c, s, bad, &error);
+    if (*bad && !error) error = xprintf("%s is not finite", *bad);
     checkpoint_trainer_json(&trainer, s, &sums);
     checkpoint_write_text(path[3], &trainer, &error);
     if (!error) error = directory_try_sync(temporary);

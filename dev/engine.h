@@ -63,9 +63,22 @@ typedef struct {
 // if every branch could be kept at once, and the most that calls have used so far.
 typedef struct { size_t parameters, gradients, moments, activations, activations_full, activations_used; } EngineMemory;
 
+// What gradients of this norm are multiplied by, as in PyTorch's clip_grad_norm_.
+static inline double update_clip(double grad_clip, double norm) {
+    return grad_clip > 0 ? fmin(1, grad_clip / (norm + 1e-6)) : 1;
+}
+
+// No element of a clipped gradient is larger than its norm: up to this one all squares are finite, and so are the moments.
+#define UPDATE_MOST (sizeof(real) == 8 ? 1.3e154 : 1.8e19)
+
+// Whether the moments can take a gradient of this norm: an infinite one would stop its weight for ever.
+static inline int update_is_finite(const UpdateArgs *a, double norm) {
+    return isfinite(norm) && norm * update_clip(a->grad_clip, norm) <= UPDATE_MOST;
+}
+
 // Whether an update of this gradient norm changes the weights.
 static inline int update_is_taken(const UpdateArgs *a, double norm) {
-    return !a->discard && isfinite(norm) && !(a->norm_limit != 0 && norm > a->norm_limit);
+    return !a->discard && update_is_finite(a, norm) && !(a->norm_limit != 0 && norm > a->norm_limit);
 }
 
 typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
@@ -102,8 +115,8 @@ typedef struct {
     // With any_batch they are the same bits whatever rows are beside a row and wherever its tokens are cut into calls.
     void (*decode)(Model *, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan, real *logits);
 
-    // Clips and applies the gradients, zeroes them and returns their norm before clipping. If the norm is not finite, or
-    // above args->norm_limit, nothing changes, neither parameters and moments nor the gradients: they can be read, and a
+    // Clips and applies the gradients, zeroes them and returns their norm before clipping. If the norm is not finite, too
+    // large for the moments or above args->norm_limit, nothing changes, neither parameters and moments nor the gradients: they can be read, and a
     // call with args->discard must follow to zero them. All ranks call it with the same arguments and get the same norm.
     double (*update)(Model *, const UpdateArgs *);
 

@@ -837,9 +837,9 @@ static inline void trainer_examine(Trainer *tr, const Metrics *r, double loss) {
     free(places), free(ranks), free(tensors);
 }
 
-// Whether all weights of a checkpoint are finite.
-static inline int trainer_checkpoint_finite(const char *dir) {
-    char *path = xprintf("%s/model.safetensors", dir);
+// Whether all numbers in a file of a checkpoint are finite: its weights or, in optimizer.safetensors, its moments.
+static inline int trainer_file_finite(const char *dir, const char *name) {
+    char *path = xprintf("%s/%s", dir, name);
     FileMap map;
     Safetensors t;
     int finite = !file_map(&map, path);
@@ -847,7 +847,8 @@ static inline int trainer_checkpoint_finite(const char *dir) {
     if (!finite) return 0;
     finite = !safetensors_parse(&t, map.data, map.size);
     for (int i = 0; finite && i < t.n; i++)
-        for (size_t k = 0; finite && k < t.entry[i].count; k++) finite = isfinite(safetensors_real(&t.entry[i], k));
+        for (size_t k = 0; finite && t.entry[i].dtype <= SAFETENSORS_BF16 && k < t.entry[i].count; k++)
+            finite = isfinite(safetensors_real(&t.entry[i], k));
     safetensors_free(&t);
     file_unmap(&map);
     return finite;
@@ -860,7 +861,9 @@ static inline char *trainer_last_good(const Trainer *tr) {
     for (int i = 0; i <= list.n && !good; i++) {
         char *path = i < list.n ? checkpoint_path(tr->options->out, list.step[i]) : tr->whole ? xstrdup(tr->whole) : NULL;
         char *wrong = path ? checkpoint_verify(path) : NULL;
-        if (path && !wrong && trainer_checkpoint_finite(path)) good = path;
+        if (path && !wrong && trainer_file_finite(path, "model.safetensors") &&
+            trainer_file_finite(path, "optimizer.safetensors"))
+            good = path;
         else free(path);
         free(wrong);
     }
@@ -899,8 +902,9 @@ static inline void trainer_count_bad_step(Trainer *tr, Metrics *r, double loss) 
     const int64_t bad = ++tr->state.bad_steps;
     r->skipped = SKIPPED_BAD;
     if (tr->rank == 0)
-        warn("step %lld: loss %g, gradient norm %g: not finite, so the weights stay as they were",
-             (long long)tr->state.step + 1, numbers_unsigned(r->loss), numbers_unsigned(r->grad_norm));
+        warn("step %lld: loss %g, gradient norm %g: %s, so the weights stay as they were", (long long)tr->state.step + 1,
+             numbers_unsigned(r->loss), numbers_unsigned(r->grad_norm),
+             isfinite(r->loss) && isfinite(r->grad_norm) ? "its square is not finite in " REAL_NAME : "not finite");
     if (bad == 1 || bad == tr->options->max_bad_steps) trainer_examine(tr, r, loss);
 }
 
@@ -925,7 +929,7 @@ static inline void trainer_update(Trainer *tr, Metrics *r, double loss) {
     const int taken = update_is_taken(&args, r->grad_norm);
     if (o->skip_loss_zscore > 0) r->loss_z = spikes_z(&s->losses, r->loss);
     if (o->skip_norm_zscore > 0) r->norm_z = spikes_z(&s->norms, r->grad_norm);
-    if (!finite || !isfinite(r->grad_norm)) trainer_count_bad_step(tr, r, loss);
+    if (!finite || !update_is_finite(&args, r->grad_norm)) trainer_count_bad_step(tr, r, loss);
     else {
         s->bad_steps = 0;
         if (!taken) r->skipped = spike ? SKIPPED_LOSS : SKIPPED_NORM, trainer_warn_of_spike(tr, r);
@@ -1108,7 +1112,7 @@ static inline void trainer_save_failed(const Trainer *tr, const char *error, int
 }
 
 // Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part. If it cannot be written and the run
-// is to end, or has come to its end, all ranks exit with code 1. Weights that are not finite, which a huge learning rate can
+// is to end, or has come to its end, all ranks exit with code 1. Weights or moments that are not finite, which a huge learning rate can
 // make out of finite gradients, end the run with code 3: no step mends them. In a row of steps that were not finite no older
 // checkpoint gives way: it may be the last that is good.
 static inline void trainer_save(Trainer *tr) {
@@ -1121,7 +1125,7 @@ static inline void trainer_save(Trainer *tr) {
     int outcome[2] = {error != NULL, bad != NULL};
     comm_broadcast(tr->comm, outcome, sizeof outcome);
     if (outcome[1])
-        trainer_give_up(tr, xprintf("step %lld has made weights that are not finite, first of %s, so it is not saved",
+        trainer_give_up(tr, xprintf("step %lld has made numbers that are not finite, first of %s, so it is not saved",
                                     (long long)tr->state.step, bad ? bad : ""));
     if (error) trainer_save_failed(tr, error, last);
     else if (tr->rank == 0) {

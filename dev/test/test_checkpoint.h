@@ -504,6 +504,65 @@ static void test_checkpoint_refuses_counts(void) {
     engine_cpu()->close(m);
 }
 
+// Makes a number of a moment in the checkpoint OUT/latest infinite, and its sums right again.
+static void checkpoint_test_bend(const char *out, CheckpointState *s, const char *tensor) {
+    CheckpointSums sums;
+    Text trainer = {NULL, 0, 0};
+    char *path = xprintf("%s/latest/trainer.json", out);
+    const real infinite = (real)INFINITY;
+    for (int i = 0; i < CHECKPOINT_FILES; i++) {
+        char *name = xprintf("%s/latest/%s", out, checkpoint_file[i]);
+        Text file = test_read_file(name);
+        Safetensors t;
+        if (i == 2 && !safetensors_parse(&t, file.s, file.n)) {
+            memcpy(file.s + (safetensors_find(&t, tensor)->data - (const unsigned char *)file.s), &infinite, sizeof infinite);
+            file_write_whole(name, file.s, file.n);
+            safetensors_free(&t);
+        }
+        file_sum(&sums.file[i], file.s, file.n);
+        text_free(&file);
+        free(name);
+    }
+    checkpoint_trainer_json(&trainer, s, &sums);
+    file_write_whole(path, trainer.s, trainer.n);
+    for (int i = 0; i < CHECKPOINT_FILES; i++) text_free(&sums.file[i].marks);
+    text_free(&trainer);
+    free(path);
+}
+
+// A moment that is not finite is neither saved nor loaded: its weight would never move again. It is named.
+static void test_checkpoint_judges_moments(void) {
+    static const char *const prefix[2] = {"m.", "v."};
+    double scale[4] = {1, 1, 1, 1};
+    int64_t counts[5] = {0};
+    CheckpointState s = {.step = 3, .adamw_steps = counts, .eval_scale = scale, .options = ""};
+    for (int k = 0; k < 2; k++) {
+        const char *out = test_directory();
+        char *bad = NULL, *part = xprintf("%swte.weight has a number", prefix[k]);
+        char *tensor = xprintf("%swte.weight", prefix[k]);
+        Model *m = checkpoint_test_model(1);
+        checkpoint_save(out, engine_cpu(), m, &checkpoint_test_config, &s);
+        checkpoint_test_bend(out, &s, tensor);
+        EXPECT_EXIT(1, part, checkpoint_test_load, (void *)(uintptr_t)out);
+        real moment[28] = {0};
+        moment[27] = (real)INFINITY;
+        engine_cpu()->write(m, k ? SLOT_V : SLOT_M, P_wte, 0, moment);
+        checkpoint_attend(engine_cpu(), m, &checkpoint_test_config, &bad);
+        EXPECT_TEXT(bad, tensor);
+        free(bad), bad = NULL;
+        s.step = 4;
+        char *error = checkpoint_try_save(out, engine_cpu(), m, &checkpoint_test_config, &s, &bad);
+        EXPECT_ERROR(error, "is not finite");
+        EXPECT_TEXT(bad, tensor);
+        s.step = 3;
+        free(error), free(bad), free(part), free(tensor);
+        char *later = xprintf("%s/step_00000004", out);
+        EXPECT(!path_exists(later), "%s was saved", later);
+        free(later);
+        engine_cpu()->close(m);
+    }
+}
+
 static void test_checkpoint_refuses_other_models(void) {
     static const struct { const char *config, *part; } wrong[] = {
         {"", "config.json"}, {"[]", "vocab_size"}, {"{\"vocab_size\": 7}", "n_positions"},
@@ -817,6 +876,6 @@ static void test_checkpoint_remove(void) {
     X(checkpoint_of_another_step) X(checkpoint_unreadable) X(checkpoint_trainer_refuses) \
     X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
     X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where) \
-    X(checkpoint_trainer_json) X(checkpoint_remove) X(checkpoint_refuses_counts) X(checkpoint_save_fails)
+    X(checkpoint_trainer_json) X(checkpoint_remove) X(checkpoint_refuses_counts) X(checkpoint_judges_moments) X(checkpoint_save_fails)
 
 #endif

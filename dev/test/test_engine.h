@@ -7,6 +7,7 @@
 #define TEST_ENGINE_H
 
 #include "../engine.h"
+#include "../numbers.h"
 #include "../safetensors.h"
 #include "test.h"
 #include <signal.h>
@@ -27,7 +28,7 @@
     X(engine_logits) X(engine_decode) X(engine_decode_alone) X(engine_decode_many_rows) X(engine_decode_bf16) \
     X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses) \
     X(engine_update) X(engine_update_clipped) \
-    X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_untouched) \
+    X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_huge) X(engine_update_untouched) \
     X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
 
 static const Engine *test_engine;                        // the one under test: test_gpt.c runs every test on each
@@ -1333,6 +1334,36 @@ static void test_engine_update_not_taken(void) {
         free(g), free(zero), free(gone);
     }
     rig_close(&r);
+}
+
+// A finite gradient whose square is infinite would make the second moment so, and its weight stand still for ever: such a step
+// is not taken, unless clipping makes it small.
+static void test_engine_update_huge(void) {
+    static const int64_t t[] = {3, 3, 3, 3, 3};
+    static const struct { double grad_clip; int taken; } cases[] = {{0, 0}, {1, 1}, {3e19, 0}, {1e10, 1}};
+    const double scale = sizeof(real) == 8 ? 1e135 : 1;
+    const GptConfig c = {11, 5, 2, 2, 6};
+    for (int k = 0; k < 4; k++) {
+        Rig r = rig_open(c, 1, 1);
+        const UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, cases[k].grad_clip * (k == 2 ? scale : 1), t, 0, 0};
+        real *g = update_gradient(&c, k, 1), *before[4];
+        g[slot_at(&c, P_qkvw, 1) + 3] = (real)(1e20 * scale);
+        slot_write(&c, r.model, SLOT_GRAD, g);
+        for (int slot = 0; slot < 4; slot++) before[slot] = slot_read(&c, r.model, (Slot)slot);
+        const double norm = test_engine->update(r.model, &args);
+        EXPECT(fabs(norm / (1e20 * scale) - 1) < 1e-6, "the norm is %g", norm);
+        EXPECT(update_is_finite(&args, norm) == cases[k].taken, "case %d is judged otherwise", k);
+        for (int slot = 0; slot < 4; slot++) {
+            real *after = slot_read(&c, r.model, (Slot)slot);
+            EXPECT(slot_same_bits(&c, after, before[slot]) == !cases[k].taken, "case %d, slot %d: taken or not", k, slot);
+            EACH_TENSOR(&c)
+                EXPECT(numbers_finite(after + slot_at(&c, p, l), gpt_param_size(&c, p)), "case %d, slot %d, %s", k, slot,
+                       gpt_param[p].id);
+            free(after), free(before[slot]);
+        }
+        free(g);
+        rig_close(&r);
+    }
 }
 
 // The limit is on the norm before clipping; one that is not exceeded changes nothing.

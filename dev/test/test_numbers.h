@@ -69,6 +69,7 @@ typedef struct { int rank, from, to, param, layer; double loss; } Fault;   // ca
 
 static Fault fault;
 static int fault_calls;
+static double fault_number = NAN;
 static Slot fault_slot = SLOT_GRAD;                     // or SLOT_PARAM: of what
 
 static double fault_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan,
@@ -78,7 +79,7 @@ static double fault_forward_backward(Model *m, int T, const int *tokens, const i
     if (on && fault.param >= 0) {
         real *g = (real *)xcalloc(1 << 16, sizeof *g);   // more than any tensor here
         engine_cpu()->read(m, fault_slot, fault.param, fault.layer, g);
-        g[5] = (real)NAN;
+        g[5] = (real)fault_number;
         engine_cpu()->write(m, fault_slot, fault.param, fault.layer, g);
         free(g);
     }
@@ -369,6 +370,26 @@ static void test_numbers_weights_are_checked(void) {
     free(good), free(rest), free(bad), free(part), free(wrong);
 }
 
+// A finite gradient whose square is not: without clipping it is a bad step, so that no moment becomes infinite.
+static void test_numbers_moments_are_checked(void) {
+    const char *dir = test_directory();
+    const Fault f = {0, 4, 6, P_qkvw, 1, 0};             // the third step
+    fault_number = sizeof(real) == 8 ? 1e160 : 1e20;
+    for (int clip = 0; clip < 2; clip++) {
+        char *metrics = xprintf("%s/%d/metrics.jsonl", dir, clip), *latest = xprintf("%s/%d/latest", dir, clip);
+        ToolRun r = fault_run(f, 1, "--out %s/%d --steps 6 --grad-clip %d --max-bad-steps 2", dir, clip, clip);
+        MetricsLog log = metrics_read(metrics);
+        EXPECT(r.code == 0 && log.n == 6, "exit code %d: %s", r.code, r.err.s);
+        EXPECT(clip || strstr(r.err.s, "its square is not finite in " REAL_NAME ", so the weights stay"), "%s", r.err.s);
+        for (int i = 0; i < log.n; i++)
+            EXPECT((log.record[i].skipped == SKIPPED_BAD) == (i == 2 && !clip), "clip %d, step %d", clip, i + 1);
+        EXPECT(trainer_file_finite(latest, "optimizer.safetensors"), "a moment is not finite");
+        metrics_log_free(&log), tool_free(&r);
+        free(metrics), free(latest);
+    }
+    fault_number = NAN;
+}
+
 // ---- Spikes ----
 
 static void test_numbers_spikes(void) {
@@ -486,7 +507,7 @@ static void test_numbers_are_in_the_checkpoint(void) {
 #define NUMBERS_TESTS(X)                                                                             \
     X(numbers_selfcheck_judges) X(numbers_selfcheck_ends_the_run) X(numbers_bad_gradient_is_named)   \
     X(numbers_bad_rank_is_named) X(numbers_forward_is_located) X(numbers_replay) X(numbers_spikes)   \
-    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked)     \
+    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked) X(numbers_moments_are_checked)     \
     X(numbers_next_step_is_clean) X(numbers_are_in_the_checkpoint)
 
 #endif
