@@ -466,6 +466,69 @@ static void test_numbers_spikes_are_skipped(void) {
     }
 }
 
+// AdamW's counts (2L+1) in the checkpoint OUT/latest.
+static void numbers_test_counts(const char *out, int64_t counts[5]) {
+    char *path = xprintf("%s/latest/optimizer.safetensors", out);
+    Weights w;
+    weights_open_file(&w, path, "");
+    const SafetensorsEntry *steps = weights_find(&w, "adamw_steps");
+    const char *error = steps && steps->count == 5 ? safetensors_to_int64(steps, counts) : "no counts of 2 layers";
+    if (error) die("%s: %s", path, error);
+    weights_close(&w);
+    free(path);
+}
+
+// A step that is left out is none of AdamW's, for whatever reason it is: the bias corrections go by the steps taken.
+static void test_numbers_left_out_steps_do_not_count(void) {
+    const char *dir = test_directory();
+    static const Fault faults[2] = {{0, 4, 6, P_wte, 0, 0}, {0, 4, 6, -1, 0, NAN}};
+    int64_t counts[5] = {0};
+    for (int k = 0; k < 5; k++) {
+        char *out = xprintf("%s/%d", dir, k), *path = xprintf("%s/metrics.jsonl", out);
+        static const char *const options[5] = {"--steps 6", "--steps 6", "--steps 150 --skip-norm-zscore 0.1",
+                                               "--steps 150 --skip-loss-zscore 0.1",
+                                               "--steps 150 --skip-norm-zscore 0.1 --drop-path 0.3 --drop-adam skip"};
+        ToolRun r = fault_run(k < 2 ? faults[k] : (Fault){0, 0, 0, -1, 0, 0}, 1,
+                              "--out %s %s --lr-schedule constant --lr 1e-9 --log-every 1000", out, options[k]);
+        EXPECT(r.code == 0, "exit code %d: %s", r.code, r.err.s);
+        MetricsLog log = metrics_read(path);
+        int64_t taken = 0;
+        for (int64_t i = 0; i < log.n; i++) taken += isnan(log.record[i].skipped);
+        EXPECT(taken < log.n, "run %d has left out nothing", k);
+        numbers_test_counts(out, counts);
+        for (int i = 0; i < 5; i++)
+            EXPECT(k < 4 || i == 4 ? counts[i] == taken : counts[i] > 0 && counts[i] <= taken,
+                   "run %d, branch %d: %lld updates of %lld", k, i, (long long)counts[i], (long long)taken);
+        metrics_log_free(&log), tool_free(&r);
+        free(out), free(path);
+    }
+}
+
+// The rows of a step late in a very long run: their numbers pass 32 bits.
+static void test_numbers_of_samples_beyond_32_bits(void) {
+    enum { B = 4, M = 2, T = 16 };
+    char *pattern = xprintf("%s/data/train_*.bin", trainer_test_data());
+    int tokens[B * T], targets[B * T], want[T], next[T];
+    TrainOptions o;
+    Trainer tr;
+    memset(&o, 0, sizeof o), memset(&tr, 0, sizeof tr);
+    o.seed = 9;
+    tr.options = &o, tr.B = B, tr.M = M, tr.T = T, tr.tokens = tokens, tr.targets = targets;
+    shards_open(&tr.train, pattern, T, 257);
+    for (int bits = 20; bits <= 50; bits++)
+        for (int m = 0; m < M; m++) {
+            const int64_t step = ((int64_t)1 << bits) + 5;
+            trainer_read_batch(&tr, step, m);
+            for (int b = 0; b < B; b++) {
+                shards_read_sample(&tr.train, 9, (step * M + m) * B + b, want, next);
+                EXPECT(!memcmp(tokens + b * T, want, sizeof want) && !memcmp(targets + b * T, next, sizeof next),
+                       "step 2^%d + 5, micro-batch %d, row %d is another sample", bits, m, b);
+            }
+        }
+    shards_close(&tr.train);
+    free(pattern);
+}
+
 // One loss in a hundred times the others, on one rank: all ranks skip that step and no other.
 static void test_numbers_spike_on_a_rank(void) {
     const char *dir = test_directory();
@@ -507,7 +570,7 @@ static void test_numbers_are_in_the_checkpoint(void) {
 #define NUMBERS_TESTS(X)                                                                             \
     X(numbers_selfcheck_judges) X(numbers_selfcheck_ends_the_run) X(numbers_bad_gradient_is_named)   \
     X(numbers_bad_rank_is_named) X(numbers_forward_is_located) X(numbers_replay) X(numbers_spikes)   \
-    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked) X(numbers_moments_are_checked)     \
+    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked) X(numbers_moments_are_checked) X(numbers_left_out_steps_do_not_count) X(numbers_of_samples_beyond_32_bits)     \
     X(numbers_next_step_is_clean) X(numbers_are_in_the_checkpoint)
 
 #endif

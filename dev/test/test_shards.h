@@ -177,6 +177,55 @@ static void test_shards_windows(void) {
     free(patterns);
 }
 
+// Of any length, odd ones too, the windows of a shard lie one behind the other from its first token on, as many as fit.
+static void test_shards_windows_of_any_length(void) {
+    static const int length[4] = {1, 9, 4, 23};
+    const char *dir = test_directory();
+    char *pattern = xprintf("%s/*.bin", dir);
+    write_shards(dir);
+    for (int T = 1; T <= 22; T++) {
+        int tokens[22], targets[22];
+        int64_t w = 0;
+        Shards s;
+        shards_open(&s, pattern, T, 1000);
+        for (int i = 0; i < 4; i++)
+            for (int at = 0; at + T < length[i]; at += T, w++) {
+                if (w >= s.windows) continue;
+                shards_read_window(&s, w, tokens, targets);
+                for (int t = 0; t < T; t++)
+                    EXPECT(tokens[t] == 100 * i + at + t && targets[t] == tokens[t] + 1, "T %d, window %d, place %d: %d -> %d",
+                           T, (int)w, t, tokens[t], targets[t]);
+            }
+        EXPECT(w == s.windows, "T %d: %d windows, not %d", T, (int)s.windows, (int)w);
+        shards_close(&s);
+    }
+    free(pattern);
+}
+
+// Samples beyond 2^31 and 2^32 are those of their epoch: an index has 64 bits.
+static void test_shards_samples_beyond_32_bits(void) {
+    enum { T = 3, WINDOWS = 10 };
+    static const int first[WINDOWS] = {100, 103, 200, 300, 303, 306, 309, 312, 315, 318};
+    const char *dir = test_directory();
+    char *pattern = xprintf("%s/*.bin", dir);
+    int tokens[T], targets[T], other = 0;
+    Shards s;
+    write_shards(dir);
+    shards_open(&s, pattern, T, 1000);
+    EXPECT(s.windows == WINDOWS, "%d windows", (int)s.windows);
+    for (int bits = 31; bits <= 60 && s.windows == WINDOWS; bits++)
+        for (int i = 0; i < 20; i++) {
+            const int64_t sample = ((int64_t)1 << bits) + i;
+            shards_read_sample(&s, 9, sample, tokens, targets);
+            const int want = first[shards_order(9, sample / WINDOWS, sample % WINDOWS, WINDOWS)];
+            EXPECT(tokens[0] == want, "sample 2^%d + %d begins with %d, not %d", bits, i, tokens[0], want);
+            other += want != first[shards_order(9, i / WINDOWS, i % WINDOWS, WINDOWS)];
+        }
+    EXPECT(other > 300, "%d of 600 differ from those of the lower bits", other);
+    shards_close(&s);
+    free(pattern);
+}
+
 // Both widths may be mixed; tokens beyond 16 bits come back.
 static void test_shards_wide(void) {
     int tokens[2], targets[2];
@@ -324,6 +373,6 @@ static void test_shards_samples(void) {
 #define SHARDS_TESTS(X)                                                                          \
     X(shard_bytes) X(shard_damage) X(shard_writer_splits) X(shards_windows) X(shards_wide)       \
     X(shards_errors) X(shards_order_permutes) X(shards_order_differs) X(shards_order_uniform)    \
-    X(shards_samples)
+    X(shards_samples) X(shards_windows_of_any_length) X(shards_samples_beyond_32_bits)
 
 #endif
