@@ -1093,19 +1093,28 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
 // There is nothing to round again: bf16 is made as products read the weights.
 static void model_resumed(Model *m, const int64_t *t) { (void)m, (void)t; }
 
+// CPU time of the calling thread: what other programs take of its core is not in it.
+static double thread_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 // Multiply-adds on registers, on all threads: no machine does more per second with these instructions. The best of
-// many short runs, since other programs can only slow one down. A system may leave the threads on one core for a while
-// before it spreads them: up to five times as long is tried until each had most of a core.
+// many short runs, each thread by its own CPU time, so that other programs cannot make the peak look lower. At least
+// five runs, but no more than five times as long: a busy machine may not give us a turn. Threads that share a core
+// also share its peak.
 static double model_peak(Model *m, double seconds) {
     enum { INNER = 20000 };
     const int pairs = m->pack.bf16 && PAIRS;
-    double best = 0, elapsed = 0, cores = 0;             // cores: the most that a run has kept busy
-    while (elapsed < seconds || (cores < 0.8 * team_most() && elapsed < 5 * seconds)) {
-        double sum = 0, flops = 0;
-        const double from = clock_seconds();
-        const clock_t busy = clock();
-#pragma omp parallel reduction(+:sum, flops)
+    const double begin = clock_seconds(), online = (double)sysconf(_SC_NPROCESSORS_ONLN);
+    const double share = online >= 1 && online < team_most() ? online / team_most() : 1;
+    double best = 0, elapsed = 0;
+    for (int run = 0; elapsed < seconds || (run < 5 && elapsed < 5 * seconds); run++) {
+        double sum = 0, rate = 0;                        // rate: FLOPs per second of all threads
+#pragma omp parallel reduction(+:sum, rate)
         {
+            const double from = thread_seconds();
             real a[TILE_ROWS], y[TILE_ROWS * TILE_COLS];
             Vector b[TILE_VECTORS], acc[TILE_ROWS][TILE_VECTORS] = {{{0}}};
             for (int i = 0; i < TILE_ROWS; i++) a[i] = (real)1e-3 * (real)i;
@@ -1120,12 +1129,10 @@ static double model_peak(Model *m, double seconds) {
             }
             memcpy(y, acc, sizeof y);
             for (int i = 0; i < TILE_ROWS * TILE_COLS; i++) sum += (double)y[i];
-            flops += (pairs ? 4.0 : 2.0) * INNER * TILE_ROWS * TILE_COLS;
+            rate += (pairs ? 4.0 : 2.0) * INNER * TILE_ROWS * TILE_COLS / fmax(thread_seconds() - from, 1e-6);
         }
-        const double run = clock_seconds() - from;
-        if (sum > 0 && flops / run > best) best = flops / run;     // sum > 0: the loop must not be optimised away
-        cores = fmax(cores, (double)(clock() - busy) / CLOCKS_PER_SEC / run);
-        elapsed += run;
+        if (sum > 0) best = fmax(best, share * rate);    // sum > 0: the loop must not be optimised away
+        elapsed = clock_seconds() - begin;
     }
     return best;
 }

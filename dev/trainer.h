@@ -1043,13 +1043,16 @@ static inline void trainer_print_start(const Trainer *tr) {
 static inline void trainer_print_estimate(const Trainer *tr) {
     const double tokens = (double)tr->steps * tr->M * tr->B * tr->T, mib = 1048576, share = 0.5;
     const double full = 3 * tokens / tr->T * gpt_row_flops(&tr->config, tr->T), flops = full * trainer_expected_compute(tr);
-    char grouped[32], time[32], saved[32];
+    char grouped[32], time[32], least[32], most[32], saved[32];
     metrics_grouped(grouped, tokens);
     metrics_duration(time, flops / (share * tr->peak_flops));
+    metrics_duration(least, flops / (0.8 * tr->peak_flops));
+    metrics_duration(most, flops / (0.2 * tr->peak_flops));
     metrics_duration(saved, (full - flops) / (share * tr->peak_flops));
     printf("flops:   %.3e on %s tokens; %.3e without drop path\n", flops, grouped, full);
-    printf("time:    %s if steps reach half of that peak, evaluations left out; drop path saves %s. A run of a few steps tells "
-           "more\n", time, saved);
+    printf("time:    %s if steps reach half of that peak, evaluations left out; drop path saves %s\n", time, saved);
+    printf("         not sure: %s at 80%% of it, %s at 20%%, more on a busy machine; a run of a few steps tells more\n", least,
+           most);
     printf("disk:    %.0f MiB a checkpoint\n", 3.0 * (double)gpt_params_count(&tr->config) * sizeof(real) / mib);
     printf("dry run: nothing has been trained or written\n");
 }
@@ -1072,8 +1075,9 @@ static inline void trainer_sample(Trainer *tr) {
 // ---- The loop ----
 
 // Runs in several processes that take turns, so that what disturbs the machine disturbs them alike (compare): a run
-// waits for a byte on `go`, works for about `seconds`, and writes a byte to `done`. `until` starts at 0.
-typedef struct { const char *label; int go, done; double seconds, until; } TrainerTurn;
+// waits for a byte on `go`, works for about `seconds`, and writes a byte to `done`. `until` starts at 0. `peak` is
+// memory that the runs share, or NULL: the first of them stores the measured peak in it, so that mfu means the same in all.
+typedef struct { const char *label; int go, done; double seconds, until, *peak; } TrainerTurn;
 
 // Between two steps: ends the turn if its time is over, and waits for the next one.
 static inline void trainer_take_turn(TrainerTurn *turn) {
@@ -1179,8 +1183,12 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
         die("--sample-every needs a tokenizer\n  hint: --tokenizer FILE, see data/README.md");
     if (o->sample_every && *o->prompt && tr->tokenizer.decode_only)
         die("--prompt: this tokenizer splits text otherwise than GPT-2's\n  hint: --sample-every without --prompt");
-    tr->peak_flops = engine->peak(tr->model, 0.2);
-    comm_sum(comm, &tr->peak_flops, 1);
+    if (turn && turn->peak && *turn->peak > 0) tr->peak_flops = *turn->peak;
+    else {
+        tr->peak_flops = engine->peak(tr->model, 0.2);
+        comm_sum(comm, &tr->peak_flops, 1);
+    }
+    if (turn && turn->peak) *turn->peak = tr->peak_flops;
     if (tr->rank == 0) {
         trainer_print_start(tr);
         trainer_open_metrics(tr, tr->state.step, &again);

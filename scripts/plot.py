@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws any set of runs from their metrics.jsonl: curves, and heat maps of what drop path dropped.
+"""Draws any set of runs from their metrics.jsonl: curves, and with --heat maps of what drop path dropped.
 
     scripts/plot.py runs/base runs/drop                 losses, perplexity, gradients, speed, drops: plot.png, .svg
     scripts/plot.py runs --x steps,flops --y val_loss --out loss.svg     the same loss for less compute?
@@ -14,6 +14,7 @@ import math
 import os
 import re
 import statistics
+import zlib
 
 from runs import Run, fail, find_runs, group_name, group_runs, note, run_names
 
@@ -44,6 +45,8 @@ COLORS = ["black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"]     # 
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1))]
 MARKS = ["o", "s", "^", "D", "v", "x", "P", "*"]
 MOST_POINTS, USUAL_POINTS = 2000, 100                   # of a curve: what a file bears, what an eye takes in
+ARMS = ["none", "drop", "drop_flops"]                   # of compare: these have colors of their own
+T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]         # by degrees of freedom, from 1
 COLUMNS = 48                                            # of a heat map: so many, or up to twice as many
 INSIDE = 0.97                                           # of a curve's points; the highest ones may leave the picture
 
@@ -160,9 +163,36 @@ def read_group(group, x, y, smooth):
     return xs, [bins([c[s][1] for s in steps], width, y == "tok_per_s") for c in curves], width
 
 
-def draw_curve(ax, i, xs, runs, marks, thin):
-    style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
-    mark = {"marker": MARKS[i % len(MARKS)], "markersize": 5, "markerfacecolor": "white"} if marks else {}
+def drops_nothing(group):
+    try:
+        return float(group[0].config["drop-path"]) == 0 and not group[0].config.get("drop-replay", "").strip('"')
+    except (KeyError, ValueError):
+        return False
+
+
+def baseline(groups):
+    """The group that differences are taken from: the first that drops nothing; where all drop, the first."""
+    return next((g for g in groups if drops_nothing(g)), groups[0])
+
+
+def styles(groups):
+    """(color, line, mark) of each group, by its name: an arm looks the same in every picture. Black drops nothing."""
+    chosen = []
+    for group in groups:
+        name = group_name(group)
+        code = ARMS.index(name) - 1 if name in ARMS[1:] else zlib.crc32(name.encode())
+        color, line = 1 + code % (len(COLORS) - 1), code % len(LINES)
+        if drops_nothing(group):
+            color, line = 0, 0
+        while (color, line) in [c[:2] for c in chosen] and len(chosen) < len(LINES):
+            line = (line + 1) % len(LINES)
+        chosen.append((color, line, (color + line) % len(MARKS)))
+    return [(COLORS[c], LINES[n], MARKS[m]) for c, n, m in chosen]
+
+
+def draw_curve(ax, i, look, xs, runs, marks, thin):
+    style = {"color": look[0], "linestyle": look[1]}
+    mark = {"marker": look[2], "markersize": 5, "markerfacecolor": "white"} if marks else {}
     if marks and len(xs) > 12:
         every = len(xs) // 8
         mark["markevery"] = (i * every // 8, every)     # marks of different runs at different places
@@ -190,13 +220,14 @@ def draw_labels(ax, ends):
 def draw_panel(ax, groups, x, y, smooth):
     """One pair of axes; returns the labels' ends, for when the layout is known."""
     ends, widths, lows, tops = {}, set(), [], []
+    looks = styles(groups)
     for i, group in enumerate(groups):
         for key in ("loss", "val_loss") if y == "losses" else (y,):
             xs, runs, width = read_group(group, x, key, smooth)
             if not xs:
                 continue
             both = y == "losses" and key == "loss"
-            ends[i] = draw_curve(ax, i, xs, runs, not both, both)[-1], group_name(group)
+            ends[i] = draw_curve(ax, i, looks[i], xs, runs, not both, both)[-1], group_name(group)
             values = sorted(v for run in runs for v in run)
             lows.append(values[0])
             tops.append(values[int((1 if key.startswith("val_") else INSIDE) * (len(values) - 1))])
@@ -223,10 +254,10 @@ def draw_panel(ax, groups, x, y, smooth):
 
 def draw_legend(part, groups, plt):
     handles = []
-    for i, group in enumerate(groups):
+    for group, (color, line, mark) in zip(groups, styles(groups)):
         label = group_name(group) + (f" ({len(group)} seeds: mean, range)" if len(group) > 1 else "")
-        handles.append(plt.Line2D([], [], color=COLORS[i % len(COLORS)], linestyle=LINES[i % len(LINES)], label=label,
-                                  marker=MARKS[i % len(MARKS)], markerfacecolor="white"))
+        handles.append(plt.Line2D([], [], color=color, linestyle=line, label=label, marker=mark,
+                                  markerfacecolor="white"))
     part.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), fontsize=9)
 
 
@@ -274,26 +305,35 @@ def mean_sd(values, form):
     return format(mean, form) + (f" (sd {statistics.stdev(values):{form}})" if len(values) > 1 else "")
 
 
+def t_95(freedom):
+    """Half the width of a 95% interval in standard errors; beyond the table by Cornish and Fisher's expansion."""
+    if freedom <= len(T95):
+        return T95[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
 def paired(group, base):
-    """The loss of each seed minus the same seed's in the first group: mean and standard error."""
+    """The loss of each seed minus the same seed's in the baseline: mean and 95% t-interval."""
     losses = {run.config.get("seed", ""): run.last("val_loss") for run in base}
     both = [run.last("val_loss") - losses.get(run.config.get("seed", ""), math.nan) for run in group]
     both = [d for d in both if math.isfinite(d)]
     if group is base or not both:
         return ""
-    error = f" ± {statistics.stdev(both) / math.sqrt(len(both)):.4f}" if len(both) > 1 else ""
+    error = f" ± {t_95(len(both) - 1) * statistics.stdev(both) / math.sqrt(len(both)):.4f}" if len(both) > 1 else ""
     return f"{statistics.fmean(both):+.4f}{error}"
 
 
 def print_table(groups):
+    base = baseline(groups)
     rows = [["runs", "seeds", "steps", "tokens", "FLOPs", "validation loss", "perplexity", "seconds",
-             f"loss minus {group_name(groups[0])}'s, by seed"]]
+             f"loss minus {group_name(base)}'s, by seed (± 95% t-interval)"]]
     for group in groups:
         ends = {key: [number(run) for run in group] for key, (_, number) in ENDS.items()}
         mean = {key: statistics.fmean(values) for key, values in ends.items()}
         rows.append([group_name(group), str(len(group)), f"{mean['steps']:.0f}", f"{mean['tokens']:.4g}",
                      f"{mean['flops']:.4g}", mean_sd(ends["val_loss"], ".4f"), mean_sd(ends["val_ppl"], ".3f"),
-                     f"{mean['seconds']:.1f}", paired(group, groups[0])])
+                     f"{mean['seconds']:.1f}", paired(group, base)])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for i, row in enumerate(rows):
         cells = [c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths))]
@@ -379,8 +419,8 @@ def main():
         help=f"{', '.join(Y_LABELS)} (default {DEFAULT_Y})")
     add("--smooth", type=at_least(1), metavar="N", help="a point is the mean of N steps (default: as many as leave "
         f"{USUAL_POINTS} points; never of validation)")
-    add("--heat", type=at_least(0), default=3, metavar="N", help="maps of what was dropped, of the first N runs that "
-        "drop (default 3; of a group, the first seed)")
+    add("--heat", type=at_least(0), default=0, metavar="N", help="maps of what was dropped, of the first N runs that "
+        "drop (default 0: none; of a group, the first seed)")
     add("--by", metavar="OPTION", help="draw where the runs ended against this option, such as drop-path")
     add("--table", action="store_true", help="print where the runs ended, and draw nothing")
     add("--out", default="plot", help="file: .png, .svg or .pdf; without an ending .png and .svg (default plot)")

@@ -85,7 +85,7 @@ static inline double compare_run(const CompareResult *r, const char *arm, int64_
 // ---- The answer ----
 
 // A run's numbers are those of its metrics.jsonl.
-static void compare_check_run(const CompareResult *r, const char *out, const char *arm, int64_t seed) {
+static void compare_check_run(const CompareResult *r, const char *out, const char *arm, int64_t seed, double *peak) {
     char *path = xprintf("%s/%s_s%lld/metrics.jsonl", out, arm, (long long)seed);
     MetricsLog log = metrics_read(path);
     double flops = 0, ms = 0;
@@ -102,6 +102,9 @@ static void compare_check_run(const CompareResult *r, const char *out, const cha
         EXPECT_CLOSE(compare_run(r, arm, seed, "seconds"), ms / 1000, 1e-12 * ms, path);
         EXPECT_CLOSE(compare_run(r, arm, seed, "tok_per_s"), rate, 1e-9 * rate, path);
         EXPECT(compare_run(r, arm, seed, "peak_bytes") > 1e5, "%s has no peak memory", path);
+        const double measured = 1000 * last->flops / last->ms / last->mfu;           // one for all runs of a comparison
+        if (*peak == 0) *peak = measured;
+        EXPECT_CLOSE(measured, *peak, 1e-5 * *peak, "the peak that mfu is a fraction of");
     }
     metrics_log_free(&log);
     free(path);
@@ -134,10 +137,11 @@ static void test_compare_answers(void) {
     // every branch at the constant rate 0.5, so that the steps at equal FLOPs can be told by hand
     EXPECT_COMPARED(out, "--seeds 2 --seed 7 --steps 60 --drop-path 0.5 --drop-depth uniform --drop-ramp-up 0");
     CompareResult r = compare_result_read(out);
+    double peak = 0;                                     // which the runs share
     for (int s = 7; s <= 8; s++) {
-        compare_check_run(&r, out, "none", s);
-        compare_check_run(&r, out, "drop", s);
-        compare_check_run(&r, out, "drop_flops", s);
+        compare_check_run(&r, out, "none", s, &peak);
+        compare_check_run(&r, out, "drop", s, &peak);
+        compare_check_run(&r, out, "drop_flops", s, &peak);
     }
     compare_check_arm(&r, "drop", 7);
     compare_check_arm(&r, "drop_flops", 7);

@@ -119,7 +119,7 @@ class Drawing(unittest.TestCase):
         return out, real_runs.run(PLOT, *arguments, "--out", out, expect=expect)
 
     def test_all_of_a_set(self):
-        out, text = self.draw(base(1), base(2), drop(1), drop(2), rows())
+        out, text = self.draw(base(1), base(2), drop(1), drop(2), rows(), "--heat", "3")
         self.assertIn("picture.png", text)
         self.assertGreater(os.path.getsize(out + ".png"), 20000)
         words = svg_text(out + ".svg")
@@ -198,7 +198,26 @@ class Refusals(unittest.TestCase):
         losses = [[Run(f(seed), "r").last("val_loss") for seed in (1, 2)] for f in (base, drop)]
         self.assertIn(f"{sum(losses[0]) / 2:.4f} (sd ", table[2][6])
         difference = (losses[1][0] - losses[0][0] + losses[1][1] - losses[0][1]) / 2
-        self.assertIn(f"{difference:+.4f} ± ", table[3][9])
+        both = [losses[1][k] - losses[0][k] for k in (0, 1)]
+        half = 12.7062 * abs(both[0] - both[1]) / 2      # of two seeds: the standard error is half their distance
+        self.assertIn(f"{difference:+.4f} ± {half:.4f}", table[3][9])
+        self.assertIn("95% t-interval", table[0][9])
+
+    def test_baseline_drops_nothing(self):
+        for order in ((base(1), drop(1)), (drop(1), base(1))):
+            self.assertIn("minus base_s1's", real_runs.run(PLOT, *order, "--table"))
+
+    def test_an_arm_keeps_its_color(self):
+        import plot
+        b, d, r = ([Run(path, os.path.basename(path))] for path in (base(), drop(), rows()))
+        self.assertEqual(plot.styles([b, d, r])[::-1], plot.styles([r, d, b]))
+        self.assertEqual(plot.styles([d]), plot.styles([b, d])[1:])
+        self.assertEqual(plot.styles([b])[0][0], "black")
+
+    def test_t_95(self):
+        import plot
+        for freedom, t in ((1, 12.706), (4, 2.776), (10, 2.228), (30, 2.042), (1000, 1.962)):
+            self.assertLess(abs(plot.t_95(freedom) - t), 0.005)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 #include <ctype.h>
 #include <signal.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #ifdef __linux__
 #include <sys/prctl.h>
@@ -71,6 +72,7 @@ typedef struct {
     int T, seeds, arms;
     int64_t step_tokens, steps[MAX_ARMS];
     double *value[MAX_ARMS][N_NUMBERS];                  // (seeds) each
+    double *peak;                                        // FLOP/s, shared by the runs; 0 until one has measured it
 } Compare;
 
 // ---- Before anything is written ----
@@ -243,7 +245,7 @@ static void run_close(Run *r) {
 }
 
 // Starts a process that trains as soon as it has its first turn. `others` (n) are started already.
-static void run_start(Run *r, double seconds, const Run *others, int n) {
+static void run_start(Run *r, double seconds, double *peak, const Run *others, int n) {
     int go[2], done[2];
     fflush(NULL);
     if (pipe(go) || pipe(done)) die("cannot make a pipe: %s", strerror(errno));
@@ -257,7 +259,7 @@ static void run_start(Run *r, double seconds, const Run *others, int n) {
             if (others[i].pid) close(others[i].go), close(others[i].done);
         close(go[1]);
         close(done[0]);
-        TrainerTurn turn = {r->label, go[0], done[1], seconds, 0};
+        TrainerTurn turn = {r->label, go[0], done[1], seconds, 0, peak};
         trainer_take_turn(&turn);
         printf("\n%s -> %s\n", r->title, r->o.out);
         r->o.resume = (char *)(uintptr_t)(r->started ? "latest" : "");
@@ -297,7 +299,7 @@ static void run_seed(Compare *c, int s) {
     for (int arm = 0; arm < c->arms; arm++) {
         run_open(c, &run[arm], arm, s);
         if (run[arm].finished) printf("%s: finished before, in %s\n", run[arm].title, run[arm].o.out);
-        else run_start(&run[arm], seconds, run, arm);
+        else run_start(&run[arm], seconds, c->peak, run, arm);
     }
     for (int busy = 1; busy;) {
         busy = 0;
@@ -610,6 +612,8 @@ int main(int argc, char **argv) {
     directory_make(c->train.out);
     lock_folder(c->train.out);
     signal(SIGPIPE, SIG_IGN);                            // a run that has died is told by its exit code
+    c->peak = (double *)mmap(NULL, sizeof *c->peak, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (c->peak == MAP_FAILED) die("cannot share memory: %s", strerror(errno));
     for (int s = 0; s < c->seeds; s++) run_seed(c, s);
     write_report(c, argc, argv);
     if (c->own.picture) write_picture(c, argv[0]);
