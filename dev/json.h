@@ -218,6 +218,13 @@ static inline void json_free(Json *d) {
     d->n = d->room = 0;
 }
 
+// What is wrong with a file that Git LFS has left as a pointer to its content; NULL for every other file.
+static inline const char *lfs_pointer_error(const void *mem, size_t size) {
+    static const char begin[] = "version https://git-lfs.github.com/spec/";
+    if (size < sizeof begin - 1 || memcmp(mem, begin, sizeof begin - 1)) return NULL;
+    return "a Git LFS pointer, not the file itself\n  hint: git lfs pull gets the content";
+}
+
 // Parses size bytes, all of them one value. Returns NULL, or what is wrong and where (the message lives in *d; there
 // is nothing to free then). The text is borrowed until json_free. Keys may repeat: see json_duplicate.
 static inline const char *json_parse(Json *d, const void *text, size_t size) {
@@ -226,6 +233,7 @@ static inline const char *json_parse(Json *d, const void *text, size_t size) {
     d->text = (const char *)text;
     d->size = (int)size;
     if (size >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) d->at = 3;   // a byte-order mark, as some editors write
+    if (lfs_pointer_error(text, size)) return lfs_pointer_error(text, size);
     if (json_parse_value(d, 0) >= 0 && json_peek(d) < 0) return NULL;
     if (!d->error[0]) json_fail(d, "more text after the value");
     json_free(d);

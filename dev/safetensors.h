@@ -182,6 +182,7 @@ static inline const char *safetensors_parse(Safetensors *t, const void *mem, siz
     const unsigned char *p = (const unsigned char *)mem;
     uint64_t header;
     memset(t, 0, sizeof *t);
+    if (lfs_pointer_error(mem, size)) return lfs_pointer_error(mem, size);
     if (size < sizeof header) return "shorter than the 8 bytes that every safetensors file starts with";
     memcpy(&header, p, sizeof header);
     p += sizeof header;

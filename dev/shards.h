@@ -54,6 +54,7 @@ static inline const char *shard_magic_error(const unsigned char *p) {
     if (llmc_word(p, 0) == SHARD_EVAL_MAGIC) return "an evaluation file (magic 20240522), not a token shard";
     for (int i = 0; i < 2; i++)
         if (swapped == shard_formats[i].magic) return "a token shard in big-endian order; it must be little-endian";
+    if (!memcmp(p, "vers", 4)) return "plain text, perhaps a Git LFS pointer, not a token shard\n  hint: git lfs pull gets it";
     int text = 1;
     for (int i = 0; i < 4; i++) text = text && ((p[i] >= ' ' && p[i] <= '~') || (p[i] >= '\t' && p[i] <= '\r'));
     if (text) return "plain text, not a token shard\n  hint: make shards of it first: data/README.md";
@@ -102,17 +103,32 @@ static inline int shards_compare_names(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
+// Adds what a pattern matches. A path that exists means itself, whatever it is called.
+static inline int shards_glob_add(glob_t *found, const char *pattern) {
+    char *escaped = (char *)xcalloc(2 * strlen(pattern) + 1, 1);
+    const int literal = access(pattern, F_OK) == 0;
+    size_t n = 0;
+    for (const char *p = pattern; *p; p++) {
+        if (literal && strchr("*?[]\\", *p)) escaped[n++] = '\\';
+        escaped[n++] = *p;
+    }
+    const int status = glob(escaped, found->gl_pathc ? GLOB_APPEND : 0, NULL, found);
+    free(escaped);
+    return status;
+}
+
 // The files that comma-separated glob(3) patterns match, sorted by name whatever the locale and the order of the
 // patterns; dies when a pattern matches nothing or two match the same file. Free with globfree().
 static inline glob_t shards_glob(const char *patterns) {
     glob_t found;
     memset(&found, 0, sizeof found);
     for (const char *p = patterns; ; p++) {
-        size_t n = strcspn(p, ",");
+        const size_t n = access(patterns, F_OK) == 0 ? strlen(p) : strcspn(p, ",");   // a name may have a comma
         char *pattern = xprintf("%.*s", (int)n, p);
-        int status = glob(pattern, found.gl_pathc ? GLOB_APPEND : 0, NULL, &found);
+        int status = shards_glob_add(&found, pattern);
         if (status == GLOB_NOMATCH)
-            die("no token shard matches \"%s\"\n  hint: make the shards first: data/README.md", pattern);
+            die("no token shard matches \"%s\"\n  hint: make the shards first: data/README.md%s", pattern,
+                strpbrk(patterns, "*?[]{}\\~,") ? "; * ? [] are patterns, a comma separates, {} and ~ are the shell's" : "");
         if (status) die("cannot search for \"%s\": %s", pattern, status == GLOB_NOSPACE ? "out of memory" : "read error");
         free(pattern);
         p += n;

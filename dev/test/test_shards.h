@@ -3,6 +3,7 @@
 #define TEST_SHARDS_H
 
 #include "../shards.h"
+#include "../json.h"
 #include "test.h"
 
 // Writes one file PREFIX_000000.bin of n tokens, first, first + 1, ...
@@ -370,9 +371,34 @@ static void test_shards_samples(void) {
     free(pattern);
 }
 
+// A path that exists means itself; without one, characters are those of patterns.
+static void test_shards_literal_names(void) {
+    static const char *const names[] = {"a[1].bin", "b{x,y}.bin", "c,d.bin", "e\\f.bin", "~g.bin", "h*?.bin", "[1]\\*,.bin"};
+    const char *dir = test_directory();
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        char *path = xprintf("%s/%s", dir, names[i]);
+        FILE *f = fopen(path, "wb");
+        EXPECT(f && fclose(f) == 0, "cannot make %s", path);
+        glob_t found = shards_glob(path);
+        EXPECT(found.gl_pathc == 1, "%zu files for %s", (size_t)found.gl_pathc, path);
+        EXPECT_TEXT(found.gl_pathv[0], path);
+        globfree(&found);
+        free(path);
+    }
+}
+
+static void test_lfs_pointers(void) {
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n";
+    Shard s;
+    Json d;
+    EXPECT_ERROR(shard_parse(&s, pointer, sizeof pointer - 1), "Git LFS pointer");
+    EXPECT_ERROR(json_parse(&d, pointer, sizeof pointer - 1), "Git LFS pointer");
+}
+
 #define SHARDS_TESTS(X)                                                                          \
     X(shard_bytes) X(shard_damage) X(shard_writer_splits) X(shards_windows) X(shards_wide)       \
     X(shards_errors) X(shards_order_permutes) X(shards_order_differs) X(shards_order_uniform)    \
-    X(shards_samples) X(shards_windows_of_any_length) X(shards_samples_beyond_32_bits)
+    X(shards_samples) X(shards_windows_of_any_length) X(shards_samples_beyond_32_bits)           \
+    X(shards_literal_names) X(lfs_pointers)
 
 #endif
