@@ -1140,7 +1140,13 @@ static double model_peak(Model *m, double seconds) {
 #ifndef CPU_ENGINE                                       // a fat build names each of its engines, and dev/engines.c chooses
 #define CPU_ENGINE cpu_engine
 extern const Engine CPU_ENGINE;
-const Engine *engine_cpu(void) { return &CPU_ENGINE; }
+
+// One engine: a wish for another is refused, as a fat build refuses what it does not have.
+const Engine *engine_cpu(void) {
+    const char *wanted = getenv("DROPPATH_ENGINE");
+    if (wanted && *wanted) die("DROPPATH_ENGINE=%s: this build has one engine\n  hint: make FAT=1 builds several", wanted);
+    return &CPU_ENGINE;
+}
 #endif
 
 const Engine CPU_ENGINE = {

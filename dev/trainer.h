@@ -1049,6 +1049,8 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     metrics_duration(least, flops / (0.8 * tr->peak_flops));
     metrics_duration(most, flops / (0.2 * tr->peak_flops));
     metrics_duration(saved, (full - flops) / (share * tr->peak_flops));
+    const double epochs = (double)tr->steps * tr->M * tr->B / (double)tr->train.windows;
+    if (epochs >= 100) warn("%.0f epochs: the model will learn the data by heart; --epochs 4 is a usual most", epochs);
     printf("flops:   %.3e on %s tokens; %.3e without drop path\n", flops, grouped, full);
     printf("time:    %s if steps reach half of that peak, evaluations left out; drop path saves %s\n", time, saved);
     printf("         not sure: %s at 80%% of it, %s at 20%%, more on a busy machine; a run of a few steps tells more\n", least,

@@ -524,6 +524,10 @@ static void test_trainer_dry_run(void) {
     metrics_log_free(&same);
     tool_free(&again);
     ToolRun endless = trainer_test_run("--out %s/endless --drop-path 0.5 --steps 1000000000000 --dry-run", dir);
+    EXPECT(strstr(endless.err.s, " epochs: ") != NULL, "no word of its epochs: %s", endless.err.s);
+    char *wish = xprintf("DROPPATH_ENGINE=none %s/train_gpt --dry-run", test_build());
+    tool_expect(1, "DROPPATH_ENGINE=none: ", shell_run(wish), __FILE__, __LINE__);
+    free(wish);
     EXPECT(endless.code == 0 && strstr(endless.out.s, "1000000000000 steps"), "%s%s", endless.out.s, endless.err.s);
     tool_free(&endless);
     ToolRun large = trainer_test_run("--out %s/run --preset gpt2-xl --layers 1000 --channels 1600 --heads 25 --dry-run", dir);
