@@ -71,8 +71,8 @@ static inline void test_expect_exit(int code, const char *part, void (*f)(void *
     seen[n] = 0;
     int status = 0;
     waitpid(child, &status, 0);
-    test_expect(WIFEXITED(status) && WEXITSTATUS(status) == code, file, line, "exit status %d, want %d; it said: %s",
-                WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), code, seen);
+    const int end = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);         // a signal: minus its number
+    test_expect(end == code, file, line, "exit status %d, want %d; it said: %s", end, code, seen);
     test_expect(strstr(seen, part) != NULL, file, line, "it said \"%s\", which lacks \"%s\"", seen, part);
 }
 

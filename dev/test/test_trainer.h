@@ -5,6 +5,7 @@
 #include "../checkpoint.h"
 #include "../lock.h"
 #include "../metrics.h"
+#include "../signals.h"
 #include "test.h"
 
 // ---- A text, its shards, a run ----
@@ -341,6 +342,48 @@ static void test_trainer_mends_metrics(void) {
     }
 }
 
+// In a child: signals as numbers, 0 for a pause of more than SIGNALS_ONE seconds; it ends with 7 if none has ended it.
+static inline void trainer_raise(void *numbers) {
+    struct sigaction plain;
+    memset(&plain, 0, sizeof plain);
+    plain.sa_handler = SIG_DFL;
+    for (const int *n = (const int *)numbers; *n >= 0; n++)
+        if (*n) sigaction(*n, &plain, NULL);             // the parent's may be ignored
+    signals_catch();
+    for (const int *n = (const int *)numbers; *n >= 0; n++)
+        if (*n) raise(*n);
+        else sleep(SIGNALS_ONE + 1);
+    _exit(signals_stop ? 7 : 8);
+}
+
+// What timeout(1) and launchers send twice is one request; a scheduler's warning may come as often as it likes; a second
+// SIGTERM that comes later ends the process.
+static void test_trainer_signals_twice(void) {
+    static int twice[] = {SIGTERM, SIGTERM, SIGINT, SIGINT, SIGHUP, SIGHUP, -1}, later[] = {SIGTERM, 0, SIGTERM, -1};
+    static int warnings[] = {SIGUSR2, SIGXCPU, SIGUSR2, SIGXCPU, 0, SIGUSR2, SIGXCPU, -1};
+    EXPECT_EXIT(7, "", trainer_raise, twice);
+    EXPECT_EXIT(7, "", trainer_raise, warnings);
+    EXPECT_EXIT(-SIGTERM, "", trainer_raise, later);
+}
+
+// SIGUSR2 and SIGXCPU, and timeout's pair of SIGTERMs: the run saves, says so and ends with 0.
+static void test_trainer_signals_save(void) {
+    const char *dir = test_directory(), *data = trainer_test_data();
+    static const char *const names[] = {"USR2", "XCPU", "TERM"};
+    for (int i = 0; i < 3; i++) {
+        char *line = xprintf("%s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --steps 3000000 --save-every 0 "
+                             "--log-every 1000000 --out %s/%d & p=$!; until [ -s %s/%d/metrics.jsonl ] || ! kill -0 $p; do sleep 0.05; done; "
+                             "kill -%s $p; kill -%s $p; wait $p", test_build(), data, dir, i, dir, i, names[i], names[i]);
+        char *said = xprintf("stopped by SIG%s after step", names[i]), *latest = xprintf("%s/%d/latest", dir, i);
+        ToolRun r = shell_run(line);
+        EXPECT(r.code == 0 && strstr(r.out.s, said), "exit code %d: %s%s", r.code, r.out.s, r.err.s);
+        char *wrong = checkpoint_verify(latest);
+        EXPECT(!wrong, "%s", wrong);
+        tool_free(&r);
+        free(line), free(said), free(latest), free(wrong);
+    }
+}
+
 // Where standard output and error lead, nowhere, to a full disk or to a reader that has gone, is nothing to a run: it comes to
 // the same end, and no word of it gets into its files.
 static void test_trainer_needs_no_console(void) {
@@ -543,6 +586,7 @@ static void test_trainer_dry_run(void) {
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
     X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
     X(trainer_locks_first) X(trainer_follows_no_links) X(trainer_without_latest)                  \
+    X(trainer_signals_twice) X(trainer_signals_save) \
     X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) \
     X(trainer_survives_numbers_that_are_not_finite)
 
