@@ -175,7 +175,7 @@ static Text make_wide_file(uint32_t otherwise, uint32_t longest) {
         const uint32_t n = i < 256 ? 1 : i == 256 ? longest : 3;
         for (int b = 0; b < 4; b++) length[b] = (unsigned char)(n >> 8 * b);
         text_append(&file, length, 4);
-        for (uint32_t b = 0; b < n; b++) text_append(&file, i < 256 ? (const char *)&i : i == 256 ? " " : "end" + b, 1);
+        for (uint32_t b = 0; b < n; b++) text_append(&file, i < 256 ? (const char *)&i : i == 256 ? " " : &"end"[b], 1);
     }
     return file;
 }
