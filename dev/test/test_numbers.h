@@ -380,9 +380,11 @@ static void test_numbers_moments_are_checked(void) {
         ToolRun r = fault_run(f, 1, "--out %s/%d --steps 6 --grad-clip %d --max-bad-steps 2", dir, clip, clip);
         MetricsLog log = metrics_read(metrics);
         EXPECT(r.code == 0 && log.n == 6, "exit code %d: %s", r.code, r.err.s);
-        EXPECT(clip || strstr(r.err.s, "its square is not finite in " REAL_NAME ", so the weights stay"), "%s", r.err.s);
+        const int fp64 = sizeof(real) == 8;              // the norm itself is infinite there, and no clipping helps
+        const char *part = fp64 ? "gradient norm inf: not finite" : "its square is not finite in " REAL_NAME ", so the weights stay";
+        EXPECT((clip && !fp64) || strstr(r.err.s, part), "%s", r.err.s);
         for (int i = 0; i < log.n; i++)
-            EXPECT((log.record[i].skipped == SKIPPED_BAD) == (i == 2 && !clip), "clip %d, step %d", clip, i + 1);
+            EXPECT((log.record[i].skipped == SKIPPED_BAD) == (i == 2 && (!clip || fp64)), "clip %d, step %d", clip, i + 1);
         EXPECT(trainer_file_finite(latest, "optimizer.safetensors"), "a moment is not finite");
         metrics_log_free(&log), tool_free(&r);
         free(metrics), free(latest);
