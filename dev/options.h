@@ -153,7 +153,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(beta1, "beta1", NUMBER, "0.9", "[0,1)", "decay of the first moment, per step")                            \
     OPTION(beta2, "beta2", NUMBER, "0.95", "[0,1)", "decay of the second moment, per step")                          \
     OPTION(eps, "eps", NUMBER, "1e-8", "(0,inf)", "added to the root of the second moment")                          \
-    OPTION(grad_clip, "grad-clip", NUMBER, "1", "[0,inf)", "largest norm of the whole gradient; 0: never clipped")   \
+    OPTION(grad_clip, "grad-clip", NUMBER, "1", "[0,inf)",                                                           \
+           "largest norm of the whole gradient, to which 1e-6 is added as in PyTorch's clip_grad_norm_; 0: never clipped") \
     OPTION(rounding, "rounding", CHOICE, "nearest", "nearest|stochastic",                                            \
            "GPU, --dtype bf16: how the fp32 weights become the bf16 that forward and backward read; stochastic: up or " \
            "down at random, so that the mean is right")                                                              \
@@ -180,7 +181,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(reduce_fp32, "reduce-fp32", FLAG, "0", "0|1", "sum gradients over the GPUs in fp32, not in --dtype")      \
   HEADING("Drop path: rate = drop-path * depth(layer) * ramp(step)")                                                 \
     OPTION(drop_path, "drop-path", NUMBER, "0", "[0,1)",                                                             \
-           "p_max, the largest rate at which a branch is dropped; 0: plain training")                                \
+           "p_max, the largest rate at which a branch is dropped; 0: plain training. Rates are rounded to multiples " \
+           "of 2^-32: what is drawn against is what scales")                                                        \
     OPTION(drop_recipe, "drop-recipe", CHOICE, "none", "none" DROP_RECIPES(OPTION_RECIPE_NAME),                      \
            "sets the options below as published; single options override it. Huang et al. 2016, Deep Networks with " \
            "Stochastic Depth; Zhang and He 2020, progressive layer dropping; Fan et al. 2019, LayerDrop; Elhoushi "  \
