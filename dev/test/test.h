@@ -149,6 +149,18 @@ static inline ToolRun shell_run(const char *line) {
     return r;
 }
 
+// The same of a line that is put together.
+static inline ToolRun PRINTF_LIKE(1, 2) shell_runf(const char *format, ...) {
+    int length;
+    va_list args;
+    va_start(args, format);
+    char *line = xprintf_v(&length, format, args);
+    va_end(args);
+    ToolRun r = shell_run(line);
+    free(line);
+    return r;
+}
+
 // Runs a program with its arguments, as a shell reads them: "train_gpt --steps 3".
 static inline ToolRun PRINTF_LIKE(1, 2) tool_run(const char *format, ...) {
     int length;

@@ -464,15 +464,15 @@ static void test_trainer_follows_no_links(void) {
     char *precious = xprintf("%s/precious", dir);
     EXPECT_RUN("--out %s/other --steps 2 --save-every 2", dir);
     file_write_whole(precious, "precious", 8);
-    ToolRun made = shell_run(xprintf("cd %s && cp -R other before && mkdir run && cd run && ln -s ../other .step_00000002.tmp && "
-                                     "ln -s ../precious config.txt.tmp && ln -s ../precious metrics.jsonl.tmp", dir));
+    ToolRun made = shell_runf("cd %s && cp -R other before && mkdir run && cd run && ln -s ../other .step_00000002.tmp && "
+                              "ln -s ../precious config.txt.tmp && ln -s ../precious metrics.jsonl.tmp", dir);
     EXPECT(made.code == 0, "%s", made.err.s);
     tool_free(&made);
     EXPECT_RUN("--out %s/run --steps 2 --save-every 2", dir);
-    made = shell_run(xprintf("cd %s/run && ln -s ../other/step_00000002 step_00000001 && ln -s ../other .step_00000003.old", dir));
+    made = shell_runf("cd %s/run && ln -s ../other/step_00000002 step_00000001 && ln -s ../other .step_00000003.old", dir);
     tool_free(&made);
     EXPECT_RUN("--out %s/run --steps 6 --save-every 2 --keep 1 --resume", dir);
-    made = shell_run(xprintf("cd %s && diff -r other before && ! test -e run/step_00000001", dir));
+    made = shell_runf("cd %s && diff -r other before && ! test -e run/step_00000001", dir);
     EXPECT(made.code == 0, "another run was changed: %s%s", made.out.s, made.err.s);
     tool_free(&made);
     Text t = test_read_file(precious);
@@ -483,17 +483,17 @@ static void test_trainer_follows_no_links(void) {
 // Where `latest` cannot be made, checkpoints count all the same: one warning, and programs take the newest.
 static void test_trainer_without_latest(void) {
     const char *dir = test_directory();
-    ToolRun r = shell_run(xprintf("mkdir -p %s/run/latest/in_the_way", dir));
+    ToolRun r = shell_runf("mkdir -p %s/run/latest/in_the_way", dir);
     tool_free(&r);
     r = trainer_test_run("--out %s/run --steps 6 --save-every 2 --keep 1", dir);
     char *first = strstr(r.err.s, "warning: ");
     EXPECT(r.code == 0 && first && strstr(first, "latest") && !strstr(first + 1, "warning: "), "%d: %s", r.code, r.err.s);
     tool_free(&r);
-    r = shell_run(xprintf("ls %s/run | grep -c step_", dir));
+    r = shell_runf("ls %s/run | grep -c step_", dir);
     EXPECT_TEXT(r.out.s, "1\n");
     tool_free(&r);
     tool_expect(0, "", tool_run("generate %s/run --prompt the --tokens 2", dir), __FILE__, __LINE__);
-    r = shell_run(xprintf("rm -r %s/run/latest", dir));
+    r = shell_runf("rm -r %s/run/latest", dir);
     tool_free(&r);
     tool_expect(0, "", tool_run("generate %s/run/latest --prompt the --tokens 2", dir), __FILE__, __LINE__);
     EXPECT_RUN("--out %s/run --steps 8 --resume", dir);
