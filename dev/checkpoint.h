@@ -478,7 +478,8 @@ static inline void checkpoint_unreadable(const char *path, const char *error) {
 static inline const char *checkpoint_sum(FileSum *sum, const char *path, int64_t most) {
     struct stat st;
     const int fd = file_open_read(path);
-    if (fd < 0) return strerror(errno);
+    if (fd < 0 && errno != ENOENT && errno != ENOTDIR) checkpoint_unreadable(path, strerror(errno));
+    if (fd < 0) return strerror(errno);                  // missing, which is damage
     if (fstat(fd, &st)) checkpoint_unreadable(path, strerror(errno));
     if (!S_ISREG(st.st_mode)) {
         close(fd);

@@ -194,6 +194,8 @@ static void test_checkpoint_of_another_step(void) {
     free(wrong), free(three), free(four), free(mine);
 }
 
+static void checkpoint_test_verify(void *dir) { free(checkpoint_verify((const char *)dir)); }
+
 static void checkpoint_test_no_files(void *out) {
     const struct rlimit none = {0, 0};
     if (setrlimit(RLIMIT_NOFILE, &none)) die("setrlimit: %s", strerror(errno));
@@ -221,6 +223,8 @@ static void test_checkpoint_unreadable(void) {
         file_rename(path, away);
         EXPECT(!symlink(file[i], path), "%s", path);
         EXPECT_EXIT(1, strerror(ELOOP), checkpoint_test_latest, (void *)(uintptr_t)out);
+        // It could be opened when it was first looked at, and cannot when it is read.
+        EXPECT_EXIT(1, strerror(ELOOP), checkpoint_test_verify, dir);
         EXPECT(!unlink(path) && !mkfifo(path, 0600), "%s", path);
         const int descriptor = checkpoint_test_descriptor();
         char *found = checkpoint_latest(out);            // and it does not wait for somebody to write there
