@@ -30,7 +30,11 @@ static inline char *load_directory(const char *path) {
     if (!path_exists(config) && path_exists(latest)) dir = xprintf("%s/latest", run);
     else if (!path_exists(config)) {
         CheckpointList list = checkpoint_list(run);
-        if (list.n) dir = checkpoint_path(run, list.step[0]);
+        for (int i = 0; i < list.n && !dir; i++) {       // a removal that was cut short leaves none of a trainer.json
+            char *step = checkpoint_path(run, list.step[i]), *trainer = xprintf("%s/trainer.json", step);
+            if (path_exists(trainer)) dir = xstrdup(step);
+            free(step), free(trainer);
+        }
         free(list.step);
     }
     free(config), free(latest), free(run);
