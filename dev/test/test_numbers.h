@@ -370,6 +370,19 @@ static void test_numbers_weights_are_checked(void) {
     free(good), free(rest), free(bad), free(part), free(wrong);
 }
 
+// A save within a row of bad steps removes no older checkpoint: that may be the last good one, whatever --keep says.
+static void test_numbers_bad_steps_keep_checkpoints(void) {
+    const char *dir = test_directory();
+    const Fault f = {0, 4, 6, P_qkvw, 1, 0};             // the third step, which is the last and so is saved
+    ToolRun r = fault_run(f, 1, "--out %s/run --steps 3 --save-every 1 --keep 1 --max-bad-steps 5 --selfcheck 0", dir);
+    char *out = xprintf("%s/run", dir);
+    CheckpointList list = checkpoint_list(out);
+    EXPECT(r.code == 0 && list.n == 2 && list.step[0] == 3 && list.step[1] == 2, "exit code %d, %d checkpoints: %s", r.code,
+           list.n, r.err.s);
+    tool_free(&r);
+    free(out), free(list.step);
+}
+
 // A finite gradient whose square is not: without clipping it is a bad step, so that no moment becomes infinite.
 static void test_numbers_moments_are_checked(void) {
     const char *dir = test_directory();
@@ -572,7 +585,9 @@ static void test_numbers_are_in_the_checkpoint(void) {
 #define NUMBERS_TESTS(X)                                                                             \
     X(numbers_selfcheck_judges) X(numbers_selfcheck_ends_the_run) X(numbers_bad_gradient_is_named)   \
     X(numbers_bad_rank_is_named) X(numbers_forward_is_located) X(numbers_replay) X(numbers_spikes)   \
-    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked) X(numbers_moments_are_checked) X(numbers_left_out_steps_do_not_count) X(numbers_of_samples_beyond_32_bits)     \
+    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked)          \
+    X(numbers_moments_are_checked) X(numbers_bad_steps_keep_checkpoints)                             \
+    X(numbers_left_out_steps_do_not_count) X(numbers_of_samples_beyond_32_bits)                      \
     X(numbers_next_step_is_clean) X(numbers_are_in_the_checkpoint)
 
 #endif
