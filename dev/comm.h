@@ -551,7 +551,7 @@ static inline void comm_host(CommLinks *k, const CommLaunch *l, const char *toke
             die("rank 0 cannot tell its port: %s", strerror(errno));
         comm_write_place(&t, atoi(port));
         directory_make(l->directory);
-        file_write_whole(place, t.s, t.n);
+        file_replace(place, t.s, t.n);
         text_free(&t);
     }
     comm_gather(k, listener, token, *l->directory ? place : NULL);

@@ -207,24 +207,31 @@ static inline char *directory_try_sync(const char *path) {
     return error;
 }
 
-// Writes a whole file under a temporary name, syncs it and renames it into place: old or new, never half. What is there and no
-// regular file, as /dev/stdout, is written to.
-static inline char *file_try_write_whole(const char *path, const void *bytes, size_t n) {
-    struct stat st;
-    const int special = stat(path, &st) == 0 && !S_ISREG(st.st_mode);
-    char *temporary = xprintf(special ? "%s" : "%s.tmp", path), *error;
+// Writes a whole file under a temporary name, syncs it and renames it into place: old or new, never half. What has that name
+// and is no regular file (a link, a pipe) is replaced, not written to.
+static inline char *file_try_replace(const char *path, const void *bytes, size_t n) {
+    char *temporary = xprintf("%s.tmp", path);
     FILE *f;
-    error = special ? file_try_open(&f, temporary, "wb") : file_try_open_new(&f, temporary);
-    if (!error && special) {
-        error = file_try_write(f, path, bytes, n);
-        if (fclose(f) && !error) error = xprintf("cannot write %s: %s", path, strerror(errno));
-    } else if (!error) {
+    char *error = file_try_open_new(&f, temporary);
+    if (!error) {
         error = file_try_write(f, temporary, bytes, n);
         files_keep(&error, file_try_sync_close(f, temporary));
         if (!error) error = file_try_rename(temporary, path);
         if (error) disk_unlink(temporary);
     }
     free(temporary);
+    return error;
+}
+
+// The same for a path that a user has named: what is there and no regular file, as /dev/stdout, is written to.
+static inline char *file_try_write_whole(const char *path, const void *bytes, size_t n) {
+    struct stat st;
+    FILE *f;
+    if (stat(path, &st) || S_ISREG(st.st_mode)) return file_try_replace(path, bytes, n);
+    char *error = file_try_open(&f, path, "wb");
+    if (error) return error;
+    error = file_try_write(f, path, bytes, n);
+    if (fclose(f) && !error) error = xprintf("cannot write %s: %s", path, strerror(errno));
     return error;
 }
 
@@ -248,6 +255,10 @@ static inline void file_sync_close(FILE *f, const char *path) { files_die(file_t
 static inline void file_rename(const char *from, const char *to) { files_die(file_try_rename(from, to)); }
 static inline void directory_make(const char *path) { files_die(directory_try_make(path)); }
 static inline void directory_sync(const char *path) { files_die(directory_try_sync(path)); }
+
+static inline void file_replace(const char *path, const void *bytes, size_t n) {
+    files_die(file_try_replace(path, bytes, n));
+}
 
 static inline void file_write_whole(const char *path, const void *bytes, size_t n) {
     files_die(file_try_write_whole(path, bytes, n));

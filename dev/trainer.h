@@ -479,7 +479,7 @@ static inline void trainer_set_aside(const char *path, const FileMap *map, int64
         free(aside);
         aside = xprintf("%s.damaged%d", path, i);
     }
-    file_write_whole(aside, map->data, map->size);
+    file_replace(aside, map->data, map->size);
     warn("%s, line %lld: %s\n  hint: the run goes on with the lines that fit; all of it is kept as %s", path, (long long)line,
          wrong, aside);
     free(aside);
@@ -490,7 +490,7 @@ static inline void trainer_set_aside(const char *path, const FileMap *map, int64
 static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics *again) {
     const char *out = tr->options->out;
     char *path = xprintf("%s/metrics.jsonl", out), *config = xprintf("%s/config.txt", out);
-    file_write_whole(config, tr->config_text, strlen(tr->config_text));
+    file_replace(config, tr->config_text, strlen(tr->config_text));
     lock_begun();
     const int own = done > 0 && !strcmp(tr->options->resume, "latest");   // no checkpoint is ahead of its metrics
     if (path_must_exist_or_not(path)) {
@@ -505,7 +505,7 @@ static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics
         if (!error && own && isnan(last.step)) error = "it has no line of the checkpoint's step or before";
         if (error) trainer_set_aside(path, &map, number, error);
         if (!isnan(again->step)) kept.n = at, metrics_write(&kept, again);
-        file_write_whole(path, kept.s, kept.n);
+        file_replace(path, kept.s, kept.n);
         free((char *)(uintptr_t)last.plan);
         file_unmap(&map);
         text_free(&kept);
@@ -765,7 +765,7 @@ static inline void trainer_write_tensors(Text *t, const TensorPlace *places, con
 // OUT/bad_step_NNNNNNNN.json. A disk that refuses it does not end the run.
 static inline void trainer_save_report(Trainer *tr, const Text *t) {
     char *path = xprintf("%s/bad_step_%08lld.json", tr->options->out, (long long)tr->state.step + 1);
-    char *error = file_try_write_whole(path, t->s, t->n);
+    char *error = file_try_replace(path, t->s, t->n);
     if (error) warn("%s", error);
     free(error);
     free(tr->report);

@@ -468,8 +468,11 @@ static void test_trainer_follows_no_links(void) {
                               "ln -s ../precious config.txt.tmp && ln -s ../precious metrics.jsonl.tmp", dir);
     EXPECT(made.code == 0, "%s", made.err.s);
     tool_free(&made);
+    made = shell_runf("cd %s/run && mkfifo config.txt", dir);
+    tool_free(&made);
     EXPECT_RUN("--out %s/run --steps 2 --save-every 2", dir);
-    made = shell_runf("cd %s/run && ln -s ../other/step_00000002 step_00000001 && ln -s ../other .step_00000003.old", dir);
+    made = shell_runf("cd %s/run && test -f config.txt && ln -s ../other/step_00000002 step_00000001 && ln -s ../other .step_00000003.old", dir);
+    EXPECT(made.code == 0, "%s", made.err.s);
     tool_free(&made);
     EXPECT_RUN("--out %s/run --steps 6 --save-every 2 --keep 1 --resume", dir);
     made = shell_runf("cd %s && diff -r other before && ! test -e run/step_00000001", dir);
