@@ -4,6 +4,7 @@
 #define LOCK_H
 
 #include "files.h"
+#include <signal.h>
 
 // Takes the lock of a directory that exists. Returns NULL and a descriptor, which lock_release closes; or what is wrong, from
 // malloc: if another process has it, that one's number and host. *fd is -1 then, and where the file system has no locks. What a
@@ -46,24 +47,37 @@ static inline char *lock_take(int *fd, const char *dir) {
     return error;
 }
 
-// A directory that was made for a run which may be refused before it begins: then nothing of it is left.
-typedef struct { char *dir; size_t existed; pid_t owner; } LockFresh;      // the first `existed` bytes of dir were there before
+// A directory that was made for a run which may be refused, or ended by a signal, before it begins: then nothing of it is left.
+typedef struct { char *dir, *lock; size_t existed; pid_t owner; } LockFresh;  // the first `existed` bytes of dir were there before
 static LockFresh lock_fresh;
 
+// Also called from a signal's handler: nothing here allocates or frees.
 static inline void lock_forget(void) {
-    if (!lock_fresh.dir || lock_fresh.owner != getpid()) return;
-    char *lock = xprintf("%s/.lock", lock_fresh.dir);
-    unlink(lock);
-    for (size_t n = strlen(lock_fresh.dir); n > lock_fresh.existed && rmdir(lock_fresh.dir) == 0;) {
-        while (n > lock_fresh.existed && lock_fresh.dir[n - 1] != '/') n--;
-        while (n > lock_fresh.existed && lock_fresh.dir[n - 1] == '/') n--;
-        lock_fresh.dir[n] = 0;
+    char *dir = lock_fresh.dir;
+    if (!dir || lock_fresh.owner != getpid()) return;
+    unlink(lock_fresh.lock);
+    for (size_t n = strlen(dir); n > lock_fresh.existed && rmdir(dir) == 0;) {
+        while (n > lock_fresh.existed && dir[n - 1] != '/') n--;
+        while (n > lock_fresh.existed && dir[n - 1] == '/') n--;
+        dir[n] = 0;
     }
-    free(lock), free(lock_fresh.dir);
-    lock_fresh.dir = NULL;
 }
 
-// Makes dir and its missing parents; what is new of them is removed at exit unless lock_begun is called before.
+static inline void lock_on_signal(int number) {
+    lock_forget();
+    signal(number, SIG_DFL);
+    raise(number);                                       // it comes when this handler returns
+}
+
+// What has been made stays from here on.
+static inline void lock_begun(void) {
+    char *dir = lock_fresh.dir, *lock = lock_fresh.lock;
+    lock_fresh.dir = lock_fresh.lock = NULL;
+    free(dir), free(lock);
+}
+
+// Makes dir and its missing parents; what is new of them is removed at exit, and by a signal that ends the process, unless
+// lock_begun is called before. A signal that someone catches or ignores stays theirs.
 static inline void lock_directory_make(const char *dir) {
     char *there = xstrdup(dir);
     size_t n = strlen(there);
@@ -73,18 +87,23 @@ static inline void lock_directory_make(const char *dir) {
         there[n] = 0;
     }
     free(there);
+    const int fresh = n < strlen(dir);
+    if (fresh) {
+        static const int ends[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR2, SIGXCPU};
+        static int registered;
+        char *copy = xstrdup(dir);
+        for (size_t end = strlen(dir); end > n && dir[end - 1] == '/';) copy[--end] = 0;
+        lock_fresh = (LockFresh){copy, xprintf("%s/.lock", copy), n, getpid()};
+        if (!registered++) atexit(lock_forget);
+        for (size_t i = 0; i < sizeof ends / sizeof ends[0]; i++) {
+            struct sigaction old, now;
+            memset(&now, 0, sizeof now);
+            now.sa_handler = lock_on_signal;
+            sigemptyset(&now.sa_mask);
+            if (!sigaction(ends[i], NULL, &old) && old.sa_handler == SIG_DFL) sigaction(ends[i], &now, NULL);
+        }
+    }
     directory_make(dir);
-    if (n == strlen(dir)) return;                        // all of it was there
-    static int registered;
-    lock_fresh.dir = xstrdup(dir), lock_fresh.existed = n, lock_fresh.owner = getpid();
-    for (size_t end = strlen(dir); end > n && dir[end - 1] == '/';) lock_fresh.dir[--end] = 0;
-    if (!registered++) atexit(lock_forget);
-}
-
-// What has been made stays from here on.
-static inline void lock_begun(void) {
-    free(lock_fresh.dir);
-    lock_fresh.dir = NULL;
 }
 
 static inline void lock_release(int *fd) {

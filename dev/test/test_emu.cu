@@ -620,7 +620,7 @@ void test_emu_streams_wrong(void) {
 // ---- cuBLASLt ----
 
 // One product and what it needs. `bf16_in`, `bf16_out`: types of A, B and of C, D.
-typedef struct {
+typedef struct Product {
     int m, n, k, transa, transb, bf16_in, bf16_out, tf32;
     float alpha, beta;
     uint32_t epilogue;

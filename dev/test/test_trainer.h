@@ -436,6 +436,28 @@ static void test_trainer_lock(void) {
     text_free(&t), free(link), free(precious), free(out);
 }
 
+// A signal that ends a run before it begins, as a launcher sends when another rank is refused, leaves nothing behind either.
+static void test_trainer_ended_before_it_begins(void) {
+    const char *dir = test_directory();
+    char *out = xprintf("%s/a/b/", dir), *made = xprintf("%s/a", dir);
+    for (int begun = 0; begun < 2; begun++) {
+        int lock, status;
+        fflush(stdout);
+        const pid_t child = fork();
+        if (child == 0) {
+            signal(SIGTERM, SIG_DFL);
+            lock_directory_make(out);
+            free(lock_take(&lock, out));
+            if (begun) lock_begun();
+            raise(SIGTERM);
+            _exit(9);
+        }
+        EXPECT(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM, "%d", status);
+        EXPECT(path_exists(made) == begun, "%s is%s there", made, begun ? " not" : "");
+    }
+    free(out), free(made);
+}
+
 // What is decided from a directory is decided under its lock: another run's is met before anything else is looked at.
 static void test_trainer_locks_first(void) {
     const char *dir = test_directory();
@@ -588,7 +610,7 @@ static void test_trainer_dry_run(void) {
     X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
     X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
-    X(trainer_locks_first) X(trainer_follows_no_links) X(trainer_without_latest)                  \
+    X(trainer_locks_first) X(trainer_ended_before_it_begins) X(trainer_follows_no_links) X(trainer_without_latest) \
     X(trainer_signals_twice) X(trainer_signals_save) \
     X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) \
     X(trainer_survives_numbers_that_are_not_finite)
