@@ -10,7 +10,7 @@
 // An engine test is one test, written against engine.h, that runs on every engine this program is linked with.
 
 #include "dev/check.h"
-#include "dev/engine.h"
+#include "dev/engines.h"
 #include "dev/test/supervise.h"
 #include "dev/test/test.h"
 #include "dev/test/test_checkpoint.h"

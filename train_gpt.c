@@ -11,8 +11,9 @@
 // of threads.
 
 #include "dev/check.h"
-#include "dev/engine.h"
+#include "dev/engines.h"
 #include "dev/matmul.h"
+
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
 
 // `at` (B): the positions of the rows' first tokens; NULL: 0.
@@ -700,18 +701,8 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
 }
 
 static Model *model_open(const GptConfig *config, const EngineArgs *args) {
-    const char *error = gpt_config_error(config);
-    if (error) die("this model cannot be built: %s", error);
     if (config->C / config->NH > HEAD_MAX)
         die("heads of %d channels: this engine takes at most %d", config->C / config->NH, HEAD_MAX);
-    if (args->dtype != DTYPE_FP32 && args->dtype != DTYPE_BF16)
-        die("--dtype tf32 is for GPUs\n  hint: --dtype fp32 or bf16; or build with make CUDA=1");
-    if (args->recompute != RECOMPUTE_GELU) die("--recompute is for GPUs; the CPU has room\n  hint: --recompute gelu");
-    if (args->graphs) die("--graphs is for GPUs\n  hint: --graphs 0");
-    if (args->rounding)
-        die("--rounding stochastic is for GPUs: the CPU keeps no rounded weights\n  hint: --rounding nearest");
-    if (args->zero) die("--zero %d: the CPU engine keeps all on every rank\n  hint: --zero 0", args->zero);
-    CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
 #ifdef _OPENMP
     if (args->threads > 0) omp_set_num_threads(args->threads);
 #endif
@@ -883,7 +874,8 @@ static void mlp_branch_backward(Model *m, int l, const BranchPlan *b, real *dmor
 // ---- A block with drop path ----
 //     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
 
-static void block_forward(Model *m, int l, const DropPlan *plan) {
+static void block_forward(Model *m, int l, const Pass *pass) {
+    const DropPlan *plan = pass->plan;
     const BranchPlan *attn = &plan->branch[BRANCHES * l + ATTN], *mlp = &plan->branch[BRANCHES * l + MLP];
     const size_t C = (size_t)m->config.C;
     const real *attprojb = params_at(m, SLOT_PARAM, l).attprojb;
@@ -892,7 +884,8 @@ static void block_forward(Model *m, int l, const DropPlan *plan) {
     if (mlp->n) mlp_branch_forward(m, l, mlp, plan->tied);
 }
 
-static void block_backward(Model *m, int l, const DropPlan *plan) {
+static void block_backward(Model *m, int l, const Pass *pass) {
+    const DropPlan *plan = pass->plan;
     const size_t T = (size_t)m->last_T, C = (size_t)m->config.C;
     const BranchPlan *attn = &plan->branch[BRANCHES * l + ATTN], *mlp = &plan->branch[BRANCHES * l + MLP];
     if (plan->tied) residual_backward(m->dattn, m->dx, attn, T, C);
@@ -904,40 +897,35 @@ static void block_backward(Model *m, int l, const DropPlan *plan) {
 
 // ---- Forward and backward of the whole model ----
 
-// The mean loss; with weight != 0 also dy = its gradient times weight, by the output of the last LayerNorm.
-static double model_loss(Model *m, int T, const int *targets, const DropPlan *plan, double weight) {
-    const size_t BT = (size_t)plan->batch * (size_t)T, C = (size_t)m->config.C;
+// The mean loss; in training also dy = its gradient times weight, by the output of the last LayerNorm.
+static double model_loss(Model *m, const Batch *batch, const Pass *pass) {
+    const size_t BT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
     size_t count = 0;
     double sum = 0;
-    for (size_t t = 0; t < BT; t++) count += targets[t] >= 0;
+    for (size_t t = 0; t < BT; t++) count += batch->targets[t] >= 0;
     if (!count) count = 1;
-    real *dwte = weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
-    const int add = weight != 0 ? gradient_add(m, 0, NO_BRANCH, 1) : 0;
-    classifier(m->losses, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, targets, (real)(weight / (double)count), BT, C,
-               (size_t)m->config.V);
+    real *dwte = pass->weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
+    const int add = pass->weight != 0 ? gradient_add(m, 0, NO_BRANCH, 1) : 0;
+    classifier(m->losses, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, batch->targets,
+               (real)(pass->weight / (double)count), BT, C, (size_t)m->config.V);
     for (size_t t = 0; t < BT; t++) sum += (double)m->losses[t];
     return sum / (double)count;
 }
 
-static double run_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight) {
-    const size_t B = (size_t)plan->batch, C = (size_t)m->config.C;
-    engine_check_call(&m->config, &m->args, T, tokens, targets, plan);
+static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
+    const size_t B = (size_t)batch->rows, T = (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
-    m->last_B = plan->batch;
-    m->last_T = T;
+    m->last_B = batch->rows;
+    m->last_T = batch->T;
     m->kept_end = m->kept;
-    embedding_forward(m->x, tokens, NULL, w.wte, w.wpe, B, (size_t)T, C);
+    embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
-        if (weight == 0) m->kept_end = m->kept;          // evaluation keeps nothing
-        block_forward(m, l, plan);
+        if (pass->weight == 0) m->kept_end = m->kept;    // evaluation keeps nothing
+        block_forward(m, l, pass);
     }
-    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * (size_t)T, (size_t)T, C);
-    return targets ? model_loss(m, T, targets, plan, weight) : 0;
-}
-
-static double model_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
-    return run_forward(m, T, tokens, targets, plan, 0);
+    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
+    return batch->targets ? model_loss(m, batch, pass) : 0;
 }
 
 // The flagged gradients of all ranks, added in the order of the ranks. A branch's gradients are next to each other.
@@ -954,17 +942,20 @@ static void reduce_gradients(Model *m, const unsigned char *reduce) {
     }
 }
 
-static double model_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan,
-                                     double weight, const unsigned char *reduce) {
-    CHECK(m->slot[SLOT_GRAD] && targets && weight != 0, "this model was opened to evaluate");
-    const size_t BT = (size_t)plan->batch * (size_t)T, C = (size_t)m->config.C;
-    const double loss = run_forward(m, T, tokens, targets, plan, weight);
+static void run_backward(Model *m, const Batch *batch, const Pass *pass) {
+    const size_t B = (size_t)batch->rows, T = (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
-    memset(m->dx, 0, BT * C * sizeof(real));
-    layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw, BT, (size_t)T, C);
-    for (int l = m->config.L - 1; l >= 0; l--) block_backward(m, l, plan);
-    embedding_backward(dw.wte, dw.wpe, tokens, m->dx, (size_t)plan->batch, (size_t)T, C);
-    if (reduce) reduce_gradients(m, reduce);
+    memset(m->dx, 0, B * T * C * sizeof(real));
+    layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw, B * T, T, C);
+    for (int l = m->config.L - 1; l >= 0; l--) block_backward(m, l, pass);
+    embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
+    if (pass->reduce) reduce_gradients(m, pass->reduce);
+}
+
+static double model_run(Model *m, const Batch *batch, const Pass *pass) {
+    engine_check_run(&m->config, &m->args, batch, pass);
+    const double loss = run_forward(m, batch, pass);
+    if (pass->weight != 0) run_backward(m, batch, pass);
     return loss;
 }
 
@@ -1001,6 +992,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
     const Params w = params_at(m, SLOT_PARAM, 0);
     const PackRoom room = {m->few, NULL, m->pack.bf16};
+    const Pass pass = pass_of(plan, 0);
     engine_check_decode(&m->config, &m->args, n, tokens, seq, at, plan);
     pack_model(m);
     m->last_B = plan->batch, m->last_T = n;
@@ -1008,7 +1000,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     embedding_forward(m->x, tokens, at, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
         m->kept_end = m->kept;
-        block_forward(m, l, plan);
+        block_forward(m, l, &pass);
     }
     m->seq = m->at = NULL;
     if (!logits) return;
@@ -1150,8 +1142,8 @@ const Engine *engine_cpu(void) {
 #endif
 
 const Engine CPU_ENGINE = {
-    "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32, 1,
-    model_open, model_forward, model_forward_backward, model_losses, model_logits, model_decode,
+    "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32, CAN_ANY_BATCH,
+    model_open, model_run, model_losses, model_logits, model_decode,
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };
 

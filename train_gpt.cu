@@ -18,7 +18,7 @@
 
 #include "dev/check.h"
 #include "dev/cuda.h"
-#include "dev/engine.h"
+#include "dev/engines.h"
 #include <limits.h>
 #ifndef NO_NCCL
 #include <nccl.h>
@@ -2150,11 +2150,8 @@ static void gpu_close(Gpu *g) {
 }
 
 static Model *model_open(const GptConfig *config, const EngineArgs *args) {
-    const char *error = gpt_config_error(config);
-    if (error) die("this model cannot be built: %s", error);
     attention_check((size_t)config->C, (size_t)config->NH);
     if (config->C > CHANNELS_MAX) die("%d channels: this engine takes at most %d", config->C, CHANNELS_MAX);
-    CHECK(args->B > 0 && args->T > 0 && args->T <= config->T, "a batch of %d rows of %d tokens", args->B, args->T);
     if ((double)args->B * args->T > INT_MAX) die("a micro-batch of %d rows of %d tokens: 2^31 are too many", args->B, args->T);
     Model *m = (Model *)xcalloc(1, sizeof *m);
     const size_t branches = (size_t)BRANCHES * (size_t)config->L + 1;
@@ -2453,12 +2450,14 @@ static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
 // ---- A block with drop path ----
 //     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
 
-static void block_forward(Model *m, int l, const DropPlan *plan) {
+static void block_forward(Model *m, int l, const Pass *pass) {
+    const DropPlan *plan = pass->plan;
     if (plan->branch[BRANCHES * l + ATTN].n) attention_branch_forward(m, l, plan);
     if (plan->branch[BRANCHES * l + MLP].n) mlp_branch_forward(m, l, plan);
 }
 
-static void block_backward(Model *m, int l, const DropPlan *plan) {
+static void block_backward(Model *m, int l, const Pass *pass) {
+    const DropPlan *plan = pass->plan;
     if (plan->branch[BRANCHES * l + MLP].n) mlp_branch_backward(m, l, plan);
     if (plan->branch[BRANCHES * l + ATTN].n) attention_branch_backward(m, l, plan);
 }
@@ -2483,8 +2482,9 @@ static int group_tokens(Model *m, const int *tokens, size_t BT) {
 }
 
 // Everything that a call reads from the host goes to the device at once. Returns the groups of equal tokens.
-static int send_inputs(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, int train) {
-    const size_t BT = (size_t)plan->batch * (size_t)T, B = m->rows;
+static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
+    const size_t BT = (size_t)batch->rows * (size_t)batch->T, B = m->rows;
+    const DropPlan *plan = pass->plan;
     int dummy = 0, groups = 0;
     Inputs unused;
     for (int i = 0; i < BRANCHES * plan->layers; i++) {
@@ -2493,62 +2493,56 @@ static int send_inputs(Model *m, int T, const int *tokens, const int *targets, c
         for (int j = 0; j < plan->branch[i].n; j++) place[plan->branch[i].rows[j]] = j;
         m->host.scale[i] = (float)plan->branch[i].scale;
     }
-    memcpy(m->host.tokens, tokens, BT * sizeof(int));
-    if (targets) memcpy(m->host.targets, targets, BT * sizeof(int));
-    if (train) groups = group_tokens(m, tokens, BT);
+    memcpy(m->host.tokens, batch->tokens, BT * sizeof(int));
+    if (batch->targets) memcpy(m->host.targets, batch->targets, BT * sizeof(int));
+    if (pass->weight != 0) groups = group_tokens(m, batch->tokens, BT);
     CUDA_CHECK(cudaMemcpyAsync(m->device.place, m->host.place, inputs_layout(m, &unused, &dummy) * sizeof(int),
                                cudaMemcpyHostToDevice, m->gpu.stream));
     return groups;
 }
 
-// The losses; with weight != 0 also dy = the gradient of the mean loss times weight, by the output of the last LayerNorm.
+// The losses; in training also dy = the gradient of the mean loss times weight, by the output of the last LayerNorm.
 // They come to the host with the end of the call.
-static void model_loss(Model *m, int T, const int *targets, const DropPlan *plan, double weight) {
-    const size_t BT = (size_t)plan->batch * (size_t)T;
+static void model_loss(Model *m, const Batch *batch, const Pass *pass) {
+    const size_t BT = (size_t)batch->rows * (size_t)batch->T;
     size_t count = 0;
-    for (size_t t = 0; t < BT; t++) count += targets[t] >= 0;
-    float *dwte = weight != 0 ? gradients_at(m, 0).wte : NULL;
-    const int add = weight != 0 && !m->spent[gradient_index(m, 0, NO_BRANCH)];
-    classifier(&m->gpu, m->losses, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte,
-               m->device.targets, (float)(weight / (double)(count ? count : 1)), BT, (size_t)m->config.C, (size_t)m->config.V);
+    for (size_t t = 0; t < BT; t++) count += batch->targets[t] >= 0;
+    float *dwte = pass->weight != 0 ? gradients_at(m, 0).wte : NULL;
+    const int add = pass->weight != 0 && !m->spent[gradient_index(m, 0, NO_BRANCH)];
+    classifier(&m->gpu, m->losses, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, m->device.targets,
+               (float)(pass->weight / (double)(count ? count : 1)), BT, (size_t)m->config.C, (size_t)m->config.V);
     CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, BT * sizeof(float), cudaMemcpyDeviceToHost, m->gpu.stream));
 }
 
 // Waits for the call to end; returns the mean loss.
-static double model_finish(Model *m, int T, const int *targets, const DropPlan *plan) {
+static double model_finish(Model *m, const Batch *batch) {
     size_t count = 0;
     double sum = 0;
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
-    for (size_t t = 0; targets && t < (size_t)plan->batch * (size_t)T; t++) {
-        count += targets[t] >= 0;
+    for (size_t t = 0; batch->targets && t < (size_t)batch->rows * (size_t)batch->T; t++) {
+        count += batch->targets[t] >= 0;
         sum += (double)m->host_losses[t];
     }
     return sum / (double)(count ? count : 1);
 }
 
-static Grouped run_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight) {
-    const size_t B = (size_t)plan->batch, C = (size_t)m->config.C;
+static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
+    const size_t B = (size_t)batch->rows, T = (size_t)batch->T, C = (size_t)m->config.C;
     const Rows all = {NULL, NULL};
-    engine_check_call(&m->config, &m->args, T, tokens, targets, plan);
     const Operands w = weights_at(m, 0);
-    const Grouped by = {send_inputs(m, T, tokens, targets, plan, weight != 0), m->device.order, m->device.first};
-    m->last_B = plan->batch;
-    m->last_T = T;
+    const Grouped by = {send_inputs(m, batch, pass), m->device.order, m->device.first};
+    m->last_B = batch->rows;
+    m->last_T = batch->T;
     keep_nothing(m);
     m->ended = NULL;
-    embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, (size_t)T, C);
+    embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
-        if (weight == 0) keep_nothing(m);                // evaluation needs one layer at a time
-        block_forward(m, l, plan);
+        if (pass->weight == 0) keep_nothing(m);          // evaluation needs one layer at a time
+        block_forward(m, l, pass);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
-    if (targets) model_loss(m, T, targets, plan, weight);
+    if (batch->targets) model_loss(m, batch, pass);
     return by;
-}
-
-static double model_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
-    run_forward(m, T, tokens, targets, plan, 0);
-    return model_finish(m, T, targets, plan);
 }
 
 // Sums the gradients of branch i over the ranks, beside what follows on the main stream.
@@ -2565,24 +2559,27 @@ static void reduce_branch(Model *m, int i) {
     if (m->wire) LAUNCH(widen_kernel, blocks_for(share), BLOCK, 0, r->stream, grad + mine, m->wire + mine, share);
 }
 
-static double model_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan,
-                                     double weight, const unsigned char *reduce) {
-    CHECK(m->slot[SLOT_GRAD] && targets && weight != 0, "this model was opened to evaluate");
-    const Grouped by = run_forward(m, T, tokens, targets, plan, weight);
+static void run_backward(Model *m, const Batch *batch, const Pass *pass, Grouped by) {
     const int add = gradient_add(m, 0, NO_BRANCH, 0);
     const Operands w = weights_at(m, 0);
     const Params dw = gradients_at(m, 0);
-    begin_branch_backward(m, plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
-    if (m->ranks.world == 1) reduce = NULL;
+    const unsigned char *reduce = m->ranks.world > 1 ? pass->reduce : NULL;
+    begin_branch_backward(m, pass->plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
     for (int l = m->config.L - 1; l >= 0; l--) {
-        block_backward(m, l, plan);
+        block_backward(m, l, pass);
         for (int i = BRANCHES * l + MLP; i >= BRANCHES * l + ATTN; i--)
             if (reduce && reduce[i]) reduce_branch(m, i);
     }
-    embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)plan->batch, (size_t)T,
+    embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)batch->rows, (size_t)batch->T,
                        (size_t)m->config.T, (size_t)m->config.C);
     if (reduce) reduce_branch(m, BRANCHES * m->config.L);
-    return model_finish(m, T, targets, plan);
+}
+
+static double model_run(Model *m, const Batch *batch, const Pass *pass) {
+    engine_check_run(&m->config, &m->args, batch, pass);
+    const Grouped by = run_forward(m, batch, pass);
+    if (pass->weight != 0) run_backward(m, batch, pass, by);
+    return model_finish(m, batch);
 }
 
 static void model_losses(Model *m, real *host) {
@@ -2607,11 +2604,13 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
     const Rows all = {NULL, NULL};
     const Operands w = weights_at(m, 0);
+    const Batch batch = batch_of(plan->batch, n, tokens, NULL);
+    const Pass pass = pass_of(plan, 0);
     Gpu *g = &m->gpu;
     engine_check_decode(&m->config, &m->args, n, tokens, seq, at, plan);
     memcpy(m->host.seq, seq, B * sizeof(int));
     memcpy(m->host.at, at, B * sizeof(int));
-    send_inputs(m, n, tokens, NULL, plan, 0);
+    send_inputs(m, &batch, &pass);
     m->last_B = plan->batch, m->last_T = n;
     m->ended = NULL;
     m->decoding = 1, m->begins = n > 1;
@@ -2619,7 +2618,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     embedding_forward(g, m->x, m->device.tokens, m->device.at, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
         keep_nothing(m);
-        block_forward(m, l, plan);
+        block_forward(m, l, &pass);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
     m->decoding = 0;
@@ -2923,8 +2922,8 @@ static double model_peak(Model *m, double seconds) {
 const Engine *CUDA_ENGINE(void) {
     static char name[300] = "GPU";
     static const Engine engine = {
-        name, DTYPE_BF16, 0,
-        model_open, model_forward, model_forward_backward, model_losses, model_logits, model_decode, model_update,
+        name, DTYPE_BF16, CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE,
+        model_open, model_run, model_losses, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };
     cudaDeviceProp device;

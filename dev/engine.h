@@ -9,12 +9,12 @@
 #define ENGINE_H
 
 #include "comm.h"
-#include "drop_path.h"
 #include "gpt.h"
+#include "pass.h"
 
 typedef struct Model Model;                              // the engine's own
 
-// What forward_backward may be asked to keep for the backward pass, summed over the layers of one plan: rows of
+// What a training pass may be asked to keep for the backward pass, summed over the layers of one plan: rows of
 // attention branches, rows of MLP branches, and rows of both together. drop_path_bound() computes it.
 typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
 
@@ -83,27 +83,30 @@ static inline int update_is_taken(const UpdateArgs *a, double norm) {
 
 typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
 
+// What some engines can do and others cannot.
+enum {
+    CAN_TF32 = 1,                                        // DTYPE_TF32
+    CAN_RECOMPUTE = 2,                                   // RECOMPUTE_NONE, RECOMPUTE_BRANCH
+    CAN_GRAPH = 4,                                       // EngineArgs.graphs
+    CAN_ROUND = 8,                                       // ROUNDING_STOCHASTIC
+    CAN_SHARE = 16,                                      // EngineArgs.zero
+    CAN_ANY_BATCH = 32   // a row's losses are the same bits whatever rows, and however many, are beside it; without, they
+                         // are so for calls of equal shapes, and differ by rounding where another number is chosen
+};
+
 typedef struct {
     const char *name;
     int dtype;                                           // what --dtype auto means
-    int any_batch;       // a row's losses are the same bits whatever rows, and however many, are beside it; else they are
-                         // so for calls of equal shapes, and differ by rounding where another number of rows is chosen
+    unsigned can;                                        // CAN_*
 
-    // A model with all parameters, gradients and moments zero.
+    // A model with all parameters, gradients and moments zero. Callers use engine_open.
     Model *(*open)(const GptConfig *config, const EngineArgs *args);
 
-    // Evaluation: runs tokens (plan->batch, T) under the plan. Returns the mean loss over the targets
-    // (plan->batch, T) that are not negative, in nats; with targets NULL it stops before the head and returns 0.
-    double (*forward)(Model *, int T, const int *tokens, const int *targets, const DropPlan *plan);
+    // Runs a batch: forward, and with pass->weight != 0 backward. Returns the mean loss over the targets that are not
+    // negative, in nats, 0 without targets.
+    double (*run)(Model *, const Batch *batch, const Pass *pass);
 
-    // The same with all targets in [0, V), and adds weight * d(mean loss)/d(parameter) to the gradients.
-    // With `reduce` (2L+1), indexed as UpdateArgs.t, this is the rank's last micro-batch before the update: the gradients
-    // whose flag is set are summed over all ranks (EngineArgs.comm), which may go on behind this call and which update
-    // waits for; those of the other branches are zero on every rank. All ranks give the same flags. NULL: no sums yet.
-    double (*forward_backward)(Model *, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight,
-                               const unsigned char *reduce);
-
-    // Of the last forward: its losses (plan->batch, T), 0 where the target is negative; the logits (V) at (row, t).
+    // Of the last run: its losses (rows, T), 0 where the target is negative; the logits (V) at (row, t).
     void (*losses)(Model *, real *host);
     void (*logits)(Model *, int row, int t, real *host);
 
@@ -111,13 +114,13 @@ typedef struct {
     // sequence seq[row] of the cache, at positions at[row], at[row] + 1, ...; what stands before them has been decoded under
     // the same plan, what stood there or after is forgotten. Only the keys and values of those before are read, so the cost
     // is that of n tokens a row. No sequence may occur twice; batch * n is at most B * T, and batch may exceed B. Gives the
-    // logits (batch, V) after each row's last token, as forward over the whole sequence would up to rounding; NULL: none.
-    // With any_batch they are the same bits whatever rows are beside a row and wherever its tokens are cut into calls.
+    // logits (batch, V) after each row's last token, as run over the whole sequence would up to rounding; NULL: none.
+    // With CAN_ANY_BATCH they are the same bits whatever rows are beside a row and wherever its tokens are cut into calls.
     void (*decode)(Model *, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan, real *logits);
 
     // Clips and applies the gradients, zeroes them and returns their norm before clipping. If the norm is not finite, too
-    // large for the moments or above args->norm_limit, nothing changes, neither parameters and moments nor the gradients: they can be read, and a
-    // call with args->discard must follow to zero them. All ranks call it with the same arguments and get the same norm.
+    // large for the moments or above args->norm_limit, nothing changes, neither parameters and moments nor the gradients:
+    // they can be read, and a call with args->discard must follow to zero them. All ranks call it with the same arguments and get the same norm.
     double (*update)(Model *, const UpdateArgs *);
 
     // Copy one layer's part of one parameter, gpt_param_size() numbers, out of or into a slot. With args->zero all ranks
@@ -139,15 +142,18 @@ typedef struct {
 
 // ---- What a caller must keep to, for engines ----
 
-// Of forward and forward_backward, to a model of sizes c that was opened with args a.
-static inline void engine_check_call(const GptConfig *c, const EngineArgs *a, int T, const int *tokens, const int *targets,
-                                     const DropPlan *plan) {
-    CHECK(plan->layers == c->L, "a plan of %d layers for a model of %d", plan->layers, c->L);
-    CHECK(plan->batch > 0 && plan->batch <= a->B && T > 0 && T <= a->T, "%d rows of %d tokens; opened for %d of %d",
-          plan->batch, T, a->B, a->T);
-    for (size_t i = 0, n = (size_t)plan->batch * (size_t)T; i < n; i++) {
-        CHECK(tokens[i] >= 0 && tokens[i] < c->V, "token %d is outside the vocabulary of %d", tokens[i], c->V);
-        CHECK(!targets || targets[i] < c->V, "target %d is outside the vocabulary of %d", targets[i], c->V);
+// Of run, on a model of sizes c that was opened with args a.
+static inline void engine_check_run(const GptConfig *c, const EngineArgs *a, const Batch *b, const Pass *pass) {
+    const DropPlan *plan = pass->plan;
+    CHECK(plan->layers == c->L && plan->batch == b->rows, "a plan of %d layers and %d rows for a model of %d and %d rows",
+          plan->layers, plan->batch, c->L, b->rows);
+    CHECK(b->rows > 0 && b->rows <= a->B && b->T > 0 && b->T <= a->T, "%d rows of %d tokens; opened for %d of %d", b->rows,
+          b->T, a->B, a->T);
+    CHECK(pass->weight == 0 || (a->bound.rows > 0 && b->targets), "this model was opened to evaluate");
+    CHECK(pass->weight != 0 || !pass->reduce, "an evaluation has no gradients to sum");
+    for (size_t i = 0, n = (size_t)b->rows * (size_t)b->T; i < n; i++) {
+        CHECK(b->tokens[i] >= 0 && b->tokens[i] < c->V, "token %d is outside the vocabulary of %d", b->tokens[i], c->V);
+        CHECK(!b->targets || b->targets[i] < c->V, "target %d is outside the vocabulary of %d", b->targets[i], c->V);
     }
 }
 
@@ -167,28 +173,39 @@ static inline void engine_check_decode(const GptConfig *c, const EngineArgs *a, 
         CHECK(tokens[i] >= 0 && tokens[i] < c->V, "token %d is outside the vocabulary of %d", tokens[i], c->V);
 }
 
-#ifdef __cplusplus
-extern "C" {
-#endif
+// ---- What callers use ----
 
-// The engine of train_gpt.c; in a fat build (make FAT=1) the best of several that this processor can run.
-const Engine *engine_cpu(void);
-
-// The engine of train_gpt.cu, on the first device of CUDA_VISIBLE_DEVICES. Starts the driver, which a fork does not survive:
-// call it in the process that will use it.
-const Engine *engine_cuda(void);
-
-#ifdef __cplusplus
+// Opens a model, or ends the program with a word about what this engine cannot do.
+static inline Model *engine_open(const Engine *e, const GptConfig *config, const EngineArgs *a) {
+    const struct { unsigned needs; int asked; const char *what, *hint; } wish[] = {
+        {CAN_TF32, a->dtype == DTYPE_TF32, "--dtype tf32", "--dtype fp32 or bf16; or build with make CUDA=1"},
+        {CAN_RECOMPUTE, a->recompute != RECOMPUTE_GELU, "--recompute", "--recompute gelu; the CPU has room"},
+        {CAN_GRAPH, a->graphs, "--graphs", "--graphs 0"},
+        {CAN_ROUND, a->rounding != ROUNDING_NEAREST, "--rounding stochastic",
+         "--rounding nearest; the CPU keeps no rounded weights"},
+        {CAN_SHARE, a->zero, "--zero", "--zero 0; the CPU keeps all on every rank"},
+    };
+    const char *error = gpt_config_error(config);
+    if (error) die("this model cannot be built: %s", error);
+    for (size_t i = 0; i < sizeof wish / sizeof wish[0]; i++)
+        if (wish[i].asked && !(e->can & wish[i].needs)) die("%s is for GPUs\n  hint: %s", wish[i].what, wish[i].hint);
+    CHECK(a->B > 0 && a->T > 0 && a->T <= config->T, "a batch of %d rows of %d tokens", a->B, a->T);
+    return e->open(config, a);
 }
-#endif
 
-// The engine that the programs of this build run on.
-static inline const Engine *engine_default(void) {
-#ifdef CUDA_BUILD                                        // make CUDA=1
-    return engine_cuda();
-#else
-    return engine_cpu();
-#endif
+// The losses of plan->batch rows of T tokens, by a plain pass; and with their gradient.
+static inline double engine_forward(const Engine *e, Model *m, int T, const int *tokens, const int *targets,
+                                    const DropPlan *plan) {
+    const Batch batch = batch_of(plan->batch, T, tokens, targets);
+    const Pass pass = pass_of(plan, 0);
+    return e->run(m, &batch, &pass);
+}
+
+static inline double engine_forward_backward(const Engine *e, Model *m, int T, const int *tokens, const int *targets,
+                                             const DropPlan *plan, double weight) {
+    const Batch batch = batch_of(plan->batch, T, tokens, targets);
+    const Pass pass = pass_of(plan, weight);
+    return e->run(m, &batch, &pass);
 }
 
 // GPT-2's initial weights. Each number is a function of (seed, parameter, layer, place): the same on every engine.

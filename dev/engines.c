@@ -8,7 +8,7 @@
 //     DROPPATH_ENGINE=avx2        this one instead of the best that the processor can run (to test, to compare)
 
 #include "check.h"
-#include "engine.h"
+#include "engines.h"
 
 #ifndef CPU_ENGINES
 #error "compiled by make FAT=1, which passes the table of engines"

@@ -118,17 +118,19 @@ static inline int numbers_first_bad(const TensorNumbers *t, int n, int which) {
 
 // How many of the plan's branches, in the order in which they run, give a finite loss: runs it with the others left out, once
 // for each. 2L if the whole plan does; -1 if the embeddings and the head alone do not.
-static inline int numbers_finite_branches(const Engine *e, Model *m, int T, const int *tokens, const int *targets,
-                                          const DropPlan *plan) {
+static inline int numbers_finite_branches(const Engine *e, Model *m, const Batch *batch, const Pass *pass) {
+    const DropPlan *plan = pass->plan;
     const int branches = BRANCHES * plan->layers, together = plan->tied ? BRANCHES : 1;
+    Pass look = *pass;
     DropPlan part = *plan;
     int finite = -1;
+    look.plan = &part, look.weight = 0, look.reduce = NULL;
     part.branch = (BranchPlan *)xcalloc((size_t)branches, sizeof *part.branch);
     memcpy(part.branch, plan->branch, (size_t)branches * sizeof *part.branch);
     for (int i = 0; i < branches; i++) part.branch[i].n = 0;
     for (int k = 0; k <= branches; k += together) {
         for (int i = k - together; i >= 0 && i < k; i++) part.branch[i].n = plan->branch[i].n;
-        if (!isfinite(e->forward(m, T, tokens, targets, &part))) break;
+        if (!isfinite(e->run(m, batch, &look))) break;
         finite = k;
     }
     free(part.branch);

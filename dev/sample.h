@@ -1,7 +1,7 @@
 // sample.h: text from a model: one token at a time, drawn from its next-token distribution, of several texts at once.
 //
 // A text is a function of the model, the prompt, SampleArgs and its number. Where the engine's rows do not depend on each
-// other (Engine.any_batch) it is so to the bit, whatever texts are made beside it.
+// other (CAN_ANY_BATCH) it is so to the bit, whatever texts are made beside it.
 #ifndef SAMPLE_H
 #define SAMPLE_H
 
@@ -154,7 +154,7 @@ static inline void sample_decode(Sampler *s, SampleText *text, const int *which,
     if (s->plan.batch != rows) drop_plan_keep_all(&s->plan, s->scale, s->tied, rows);
     if (s->cached) s->engine->decode(s->model, (int)n, tokens, which, at, &s->plan, logits);
     else {
-        s->engine->forward(s->model, (int)n, tokens, NULL, &s->plan);
+        engine_forward(s->engine, s->model, (int)n, tokens, NULL, &s->plan);
         s->engine->logits(s->model, 0, (int)n - 1, logits);
         text[which[0]].cached = 0;
     }

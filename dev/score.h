@@ -23,7 +23,7 @@ typedef void (*ScoreRead)(const void *source, const ScoreRow *row, int *tokens);
 typedef struct { const Engine *engine; Model *model; DropPlan *plan; const double *scale; int B, T, tied; } Scorer;
 
 // Rows go in padded to a multiple of this: few lengths, and each a function of the row alone, so that a row's loss does not
-// depend on the rows around it (as far as Engine.any_batch says).
+// depend on the rows around it (as far as CAN_ANY_BATCH says).
 enum { SCORE_MULTIPLE = 16 };
 
 static inline int score_padded(int inputs, int T) {
@@ -66,7 +66,7 @@ static inline void score_rows(const Scorer *s, ScoreRow *row, int64_t n, ScoreRe
             }
         }
         drop_plan_keep_all(s->plan, s->scale, s->tied, (int)(end - first));
-        s->engine->forward(s->model, T, tokens, targets, s->plan);
+        engine_forward(s->engine, s->model, T, tokens, targets, s->plan);
         s->engine->losses(s->model, losses);
         for (int64_t i = first; i < end; i++) {
             ScoreRow *r = &row[order[i].index];

@@ -120,7 +120,7 @@ static inline void selfcheck_run(Selfcheck *s, const Engine *e, EngineArgs args)
     DropPlan plan = drop_plan_new(c->L, SELFCHECK_B);
     args.B = SELFCHECK_B, args.T = SELFCHECK_T, args.comm = &alone, args.zero = 0;
     args.bound.attn_rows = args.bound.mlp_rows = c->L * SELFCHECK_B, args.bound.rows = 2 * c->L * SELFCHECK_B;
-    Model *m = e->open(c, &args);
+    Model *m = engine_open(e, c, &args);
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             real *w = (real *)xcalloc(gpt_param_size(c, p), sizeof *w);
@@ -135,11 +135,11 @@ static inline void selfcheck_run(Selfcheck *s, const Engine *e, EngineArgs args)
         }
         if (micro == SELFCHECK_MICRO) {
             drop_plan_keep_all(&plan, NULL, 0, SELFCHECK_B);
-            s->loss[micro] = e->forward(m, SELFCHECK_T, tokens, targets, &plan);
+            s->loss[micro] = engine_forward(e, m, SELFCHECK_T, tokens, targets, &plan);
             break;
         }
         selfcheck_plan(&plan, micro);
-        s->loss[micro] = e->forward_backward(m, SELFCHECK_T, tokens, targets, &plan, micro < 2 ? 0.5 : 1, NULL);
+        s->loss[micro] = engine_forward_backward(e, m, SELFCHECK_T, tokens, targets, &plan, micro < 2 ? 0.5 : 1);
         if (micro == 0) continue;                        // the first step has two micro-batches
         if (micro == 1) selfcheck_read(s->gradient, e, m, SLOT_GRAD);
         const int64_t first[] = {1, 1, 1, 1, 1}, second[] = {0, 0, 2, 2, 2};

@@ -439,7 +439,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     const Manifest *made = &tr->manifest[MANIFEST_TRAIN];
     tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : made->V ? made->eot : -1;
     tr->state.tokenizer_sha256 = made->sha256;
-    tr->model = engine->open(&tr->config, &args);
+    tr->model = engine_open(engine, &tr->config, &args);
     if (resume) {
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
         if (tr->rank == 0 && strcmp(o->resume, "latest")) trainer_refuse_later(tr);
@@ -556,7 +556,7 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
         if (n <= 0) continue;                            // the last batch of other ranks
         for (int b = 0; b < n; b++) shards_read_window(shards, row + b, tokens + b * T, targets + b * T);
         drop_plan_keep_all(plan, scale, tied, n);
-        e->forward(m, T, tokens, targets, plan);
+        engine_forward(e, m, T, tokens, targets, plan);
         e->losses(m, losses);
         for (int i = 0; i < n * T; i++) {
             loss[row + i / T] += (double)losses[i];
@@ -640,6 +640,20 @@ static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
         const char *error = drop_plan_read(&tr->plan, &tr->drop, t, tr->replay.record[t].plan, m, tr->B);
         CHECK(!error, "%s", error);                      // trainer_open_replay has read them all
     }
+}
+
+// What the engine is called with for micro-batch m of step t, one of this rank's: what it reads, until the next is read,
+static inline Batch trainer_batch(Trainer *tr, int64_t t, int m) {
+    trainer_read_batch(tr, t, m);
+    return batch_of(tr->B, tr->T, tr->tokens, tr->targets);
+}
+
+// and what it does; the gradients are summed over the ranks with the last of the step.
+static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
+    trainer_plan(tr, t, m);
+    Pass pass = pass_of(&tr->plan, 1.0 / tr->M);
+    if (tr->world > 1 && m + tr->world >= tr->M) pass.reduce = tr->reduce;
+    return pass;
 }
 
 // What the step's plans keep, over all ranks: known before anything runs.
@@ -827,9 +841,9 @@ static inline void trainer_examine(Trainer *tr, const Metrics *r, double loss) {
     const int n = numbers_places(&places, &tr->config);
     tr->bad_forward = BRANCHES * tr->config.L;
     if (tr->bad_micro >= 0) {
-        trainer_read_batch(tr, tr->state.step, tr->bad_micro);
-        trainer_plan(tr, tr->state.step, tr->bad_micro);
-        tr->bad_forward = numbers_finite_branches(tr->engine, tr->model, tr->T, tr->tokens, tr->targets, &tr->plan);
+        const Batch batch = trainer_batch(tr, tr->state.step, tr->bad_micro);
+        const Pass pass = trainer_pass(tr, tr->state.step, tr->bad_micro);
+        tr->bad_forward = numbers_finite_branches(tr->engine, tr->model, &batch, &pass);
     }
     RankNumbers *ranks = trainer_ask_ranks(tr, loss);
     TensorNumbers *tensors = numbers_of_tensors(tr->engine, tr->model, &tr->config, places, n, tr->comm);
@@ -950,10 +964,9 @@ static inline Metrics trainer_step(Trainer *tr) {
     trainer_plan_step(tr, t);
     tr->bad_micro = -1;
     for (int m = tr->rank; m < tr->M; m += tr->world) {
-        const unsigned char *reduce = tr->world > 1 && m + tr->world >= tr->M ? tr->reduce : NULL;
-        trainer_read_batch(tr, t, m);
-        trainer_plan(tr, t, m);
-        loss += tr->engine->forward_backward(tr->model, tr->T, tr->tokens, tr->targets, &tr->plan, 1.0 / tr->M, reduce) / tr->M;
+        const Batch batch = trainer_batch(tr, t, m);
+        const Pass pass = trainer_pass(tr, t, m);
+        loss += tr->engine->run(tr->model, &batch, &pass) / tr->M;
         if (!isfinite(loss) && tr->bad_micro < 0) tr->bad_micro = m;
     }
     double sum[3] = {loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0};

@@ -32,7 +32,7 @@ static inline void adam_open(Adam *a, const Engine *engine, const GptConfig *c, 
     a->engine = engine;
     a->c = config;
     a->update = update;
-    a->m = engine->open(&a->c, &args);
+    a->m = engine_open(engine, &a->c, &args);
     memset(a->t, 0, sizeof a->t);
 }
 

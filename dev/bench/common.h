@@ -2,7 +2,7 @@
 #ifndef COMMON_H
 #define COMMON_H
 
-#include "../engine.h"
+#include "../engines.h"
 #include "measure.h"
 
 typedef struct { const char *preset; int B, T; } Case;   // a model, and B rows of T tokens

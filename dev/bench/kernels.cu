@@ -818,7 +818,7 @@ static void lab_case(Lab *l, const Case *c, int only) {
     l->C = (size_t)l->config.C, l->NH = (size_t)l->config.NH, l->V = (size_t)l->config.V;
     GptConfig one = l->config;
     one.L = 1;
-    l->room = l->bench->engine->open(&one, &args);
+    l->room = engine_open(l->bench->engine, &one, &args);
     l->g = &l->room->gpu;
     if (only == ONLY_ALL || only == ONLY_ATTENTION) lab_attention(l);
     if (only == ONLY_ALL || only == ONLY_MATMUL) lab_matmul(l);

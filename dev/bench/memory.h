@@ -55,10 +55,10 @@ static void memory_step(MemoryStep *out, const Bench *b, const Case *c, double r
     struct rusage usage;
     Step s;
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
-    step_open(&s, b, b->dtype, &config, b->engine->open(&config, &args), c->B, c->T);
+    step_open(&s, b, b->dtype, &config, engine_open(b->engine, &config, &args), c->B, c->T);
     weights_fill(s.m, 0.02, 8);
     drop_plan_sample(&s.plan, &policy, 0, 0, 1, 1, c->B);
-    out->loss = b->engine->forward_backward(s.m, s.T, s.tokens, s.targets, &s.plan, 1, NULL);
+    out->loss = engine_forward_backward(b->engine, s.m, s.T, s.tokens, s.targets, &s.plan, 1);
     for (int i = 0; i <= BRANCHES * config.L; i++) s.t[i]++;
     out->norm = b->engine->update(s.m, &s.update);
     b->engine->memory(s.m, &out->memory);

@@ -22,7 +22,7 @@ typedef struct {
 static Model *step_model(const Bench *b, const GptConfig *c, int B, int T, int dtype) {
     const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .bound = {B * c->L, B * c->L, BRANCHES * B * c->L},
                              .recompute = b->recompute, .graphs = b->graphs};
-    Model *m = b->engine->open(c, &args);
+    Model *m = engine_open(b->engine, c, &args);
     engine_init_weights(b->engine, m, c, 1);
     return m;
 }
@@ -51,7 +51,7 @@ static void step_close(Step *s) {
 }
 
 static double step_loss(Step *s) {
-    const double loss = s->engine->forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1, NULL);
+    const double loss = engine_forward_backward(s->engine, s->m, s->T, s->tokens, s->targets, &s->plan, 1);
     for (int i = 0; i <= BRANCHES * s->c.L; i++) s->t[i]++;
     s->engine->update(s->m, &s->update);
     return loss;
@@ -66,7 +66,7 @@ static double step_tolerance(const Step *s, double n) { return fmax(s->loss_erro
 static double step_check(void *arg) {
     Step *s = arg;
     Deviation d = {0};
-    const double alone = s->engine->forward(s->m, s->T, s->tokens, s->targets, &s->plan);
+    const double alone = engine_forward(s->engine, s->m, s->T, s->tokens, s->targets, &s->plan);
     const double first = step_loss(s), second = step_loss(s);
     if (s->fresh && !(fabs(first - log(s->c.V)) < 0.5))
         die("the loss of a fresh model is %g, far from ln V = %g", first, log(s->c.V));
@@ -79,7 +79,7 @@ static double step_check(void *arg) {
 // arrived.
 static void step_dtypes_check(const Step s[2], const int dtype[2]) {
     double loss[2];
-    for (int d = 0; d < 2; d++) loss[d] = s[d].engine->forward(s[d].m, s[d].T, s[d].tokens, s[d].targets, &s[d].plan);
+    for (int d = 0; d < 2; d++) loss[d] = engine_forward(s[d].engine, s[d].m, s[d].T, s[d].tokens, s[d].targets, &s[d].plan);
     if (!(fabs(loss[1] - loss[0]) < 0.01) || loss[1] == loss[0])
         die("the loss of a fresh model is %.9g in %s and %.9g in %s", loss[0], dtype_name[dtype[0]], loss[1],
             dtype_name[dtype[1]]);
@@ -242,7 +242,7 @@ static double drop_bound(const DropRow *r, const Bench *b, const Case *c, const 
     DropPath policy = r->policy;
     policy.steps = 1;                                    // all are alike
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
-    Model *m = b->engine->open(config, &args);
+    Model *m = engine_open(b->engine, config, &args);
     b->engine->memory(m, &memory);
     b->engine->close(m);
     return (double)memory.activations;
@@ -263,7 +263,7 @@ static void drop_check(DropRow *r, Step *s) {
     Deviation d = {0};
     double mean = 0;
     drop_next(r, s);
-    const double loss = s->engine->forward_backward(s->m, s->T, s->tokens, s->targets, &s->plan, 1, NULL);
+    const double loss = engine_forward_backward(s->engine, s->m, s->T, s->tokens, s->targets, &s->plan, 1);
     for (int row = 0; row < s->B; row++) {
         const size_t at = (size_t)row * (size_t)s->T;
         one.batch = 1;
@@ -271,7 +271,7 @@ static void drop_check(DropRow *r, Step *s) {
             const unsigned char kept = (unsigned char)drop_plan_has_row(&s->plan.branch[i], row);
             drop_plan_keep(&one, i, &kept, 1, s->plan.branch[i].scale);
         }
-        mean += s->engine->forward(s->m, s->T, s->tokens + at, s->targets + at, &one) / s->B;
+        mean += engine_forward(s->engine, s->m, s->T, s->tokens + at, s->targets + at, &one) / s->B;
     }
     deviation_add(&d, loss, mean);
     if (!(deviation(&d) <= step_tolerance(s, s->c.L)))

@@ -52,7 +52,7 @@ ENGINE_FUNCTIONS = """
     residual_forward residual_backward gradient_index gradient_add kept_per_row kept_bound
     keep rows_of to_stream from_stream tokens_of linear_forward linear_backward
     attention_branch_forward attention_branch_backward mlp_branch_forward mlp_branch_backward
-    block_forward block_backward run_forward model_forward_backward model_update""".split()
+    block_forward block_backward run_forward run_backward model_run model_update""".split()
 
 # Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt
 # that what survives them also has to survive, most of them whole runs.

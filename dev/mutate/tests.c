@@ -2,7 +2,7 @@
 // 3 the engine. Without arguments all of a group, else those named, in that order.
 
 #include "../check.h"
-#include "../engine.h"
+#include "../engines.h"
 #include "../test/test.h"
 #if GROUP == 1
 #include "../test/test_drop_path.h"

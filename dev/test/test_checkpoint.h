@@ -3,6 +3,7 @@
 #define TEST_CHECKPOINT_H
 
 #include "../checkpoint.h"
+#include "../engines.h"
 #include "test.h"
 #include <sys/resource.h>
 
@@ -10,7 +11,7 @@ static const GptConfig checkpoint_test_config = {7, 5, 2, 2, 4};
 
 static inline Model *checkpoint_test_model(uint64_t seed) {
     const EngineArgs args = {.B = 1, .T = 5, .threads = 1, .dtype = DTYPE_FP32, .bound = {2, 2, 4}};
-    Model *m = engine_cpu()->open(&checkpoint_test_config, &args);
+    Model *m = engine_open(engine_cpu(), &checkpoint_test_config, &args);
     engine_init_weights(engine_cpu(), m, &checkpoint_test_config, seed);
     return m;
 }

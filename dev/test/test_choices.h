@@ -193,7 +193,7 @@ static void score_test_open(ScoreTest *s, int B) {
     memset(&args, 0, sizeof args);
     args.B = B, args.T = SCORE_TEST_T, args.dtype = DTYPE_FP32, args.threads = 1;
     s->c = c;
-    s->m = test_engine->open(&c, &args);
+    s->m = engine_open(test_engine, &c, &args);
     s->plan = drop_plan_new(c.L, B);
     engine_init_weights(test_engine, s->m, &c, 5);
     const double factors[4] = {1, 0.5, 0, 2};
@@ -213,7 +213,7 @@ static Scorer score_test_scorer(ScoreTest *s, int B, int T) {
 // A row alone, for score_test_loss.
 static void score_test_run(ScoreTest *s, const int *tokens, int n) {
     drop_plan_keep_all(&s->plan, s->scale, 0, 1);
-    test_engine->forward(s->m, n, tokens, NULL, &s->plan);
+    engine_forward(test_engine, s->m, n, tokens, NULL, &s->plan);
 }
 
 // -log p of `target` after token t of that row, in double from the logits.
@@ -277,7 +277,7 @@ static void test_score_choices(void) {
             score_test_run(&s, tokens + first, n - 1 - first);
             for (int i = row->context_n; i < n; i++) want += score_test_loss(&s, i - 1 - first, tokens[i]);
             EXPECT_CLOSE(loss[r], want, row->choice_n * rounding(64) * 10, "the sum of a choice");
-            const double apart = test_engine->any_batch ? 0 : row->choice_n * rounding(64) * 10;
+            const double apart = (test_engine->can & CAN_ANY_BATCH) ? 0 : row->choice_n * rounding(64) * 10;
             EXPECT(fabs(loss[r] - again[r]) <= apart, "choice %lld: %.17g with 8 rows, %.17g with 3", (long long)r, loss[r],
                    again[r]);
         }

@@ -65,7 +65,9 @@ static void graphs_step(Model *const model[2], const GraphsCase *k, const DropPa
         drop_plan_sample(plan, drop, step, micro, GRAPHS_MICRO, 1, GRAPHS_B);
         for (int i = 0; i < 2; i++) {
             const uint64_t before = graphs_launches();
-            got[i] = model_forward_backward(model[i], GRAPHS_T, tokens, tokens, plan, 0.5, NULL);
+            const Batch batch = batch_of(plan->batch, GRAPHS_T, tokens, tokens);
+            const Pass pass = pass_of(plan, 0.5);
+            got[i] = model_run(model[i], &batch, &pass);
             launches[i] += graphs_launches() - before;
         }
         EXPECT(got[0] == got[1], "%s, step %d: a loss of %.9g and with graphs %.9g", what, step, got[0], got[1]);
@@ -73,7 +75,9 @@ static void graphs_step(Model *const model[2], const GraphsCase *k, const DropPa
     for (int i = 0; i < 2; i++) got[i] = model_update(model[i], &update);
     EXPECT(got[0] == got[1], "%s, step %d: a norm of %.9g and with graphs %.9g", what, step, got[0], got[1]);
     drop_plan_keep_all(plan, one, k->branches == BRANCHES_TIED, GRAPHS_B - 1);
-    for (int i = 0; i < 2; i++) got[i] = model_forward(model[i], GRAPHS_T - 1, tokens, tokens, plan);
+    const Batch batch = batch_of(plan->batch, GRAPHS_T - 1, tokens, tokens);
+    const Pass pass = pass_of(plan, 0);
+    for (int i = 0; i < 2; i++) got[i] = model_run(model[i], &batch, &pass);
     EXPECT(got[0] == got[1], "%s, step %d: evaluation %.9g and with graphs %.9g", what, step, got[0], got[1]);
 }
 

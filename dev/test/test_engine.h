@@ -6,7 +6,7 @@
 #ifndef TEST_ENGINE_H
 #define TEST_ENGINE_H
 
-#include "../engine.h"
+#include "../engines.h"
 #include "../numbers.h"
 #include "../safetensors.h"
 #include "test.h"
@@ -162,7 +162,7 @@ static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
     const size_t BT = (size_t)(args->B * args->T);
     Rig r = {c, args->B, args->T, NULL, NULL, NULL, drop_plan_new(c.L, rows)};
     real *weights = slot_new(&c);
-    r.model = test_engine->open(&c, args);
+    r.model = engine_open(test_engine, &c, args);
     rig_weights(weights, &c);
     slot_write(&c, r.model, SLOT_PARAM, weights);
     free(weights);
@@ -195,7 +195,7 @@ static void rig_close(Rig *r) {
     free(r->targets);
 }
 
-static double rig_forward(Rig *r) { return test_engine->forward(r->model, r->T, r->tokens, r->targets, &r->plan); }
+static double rig_forward(Rig *r) { return engine_forward(test_engine, r->model, r->T, r->tokens, r->targets, &r->plan); }
 
 static real *rig_losses(Rig *r) {
     real *losses = (real *)xcalloc((size_t)(r->B * r->T), sizeof(real));
@@ -208,7 +208,7 @@ static real *rig_gradient(Rig *r, double *loss) {
     real *zero = slot_new(&r->c);
     slot_write(&r->c, r->model, SLOT_GRAD, zero);
     free(zero);
-    double mean = test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1, NULL);
+    double mean = engine_forward_backward(test_engine, r->model, r->T, r->tokens, r->targets, &r->plan, 1);
     if (loss) *loss = mean;
     return slot_read(&r->c, r->model, SLOT_GRAD);
 }
@@ -339,7 +339,7 @@ static double golden_micro_steps(Golden *g, int step, int skip, int64_t *count, 
         golden_ints(r->targets, g, "train/", "targets", at * BT, BT);
         golden_plan(g, "train/", at);
         for (int i = 0; i < N; i++) ran[i] |= r->plan.branch[i].n > 0;
-        loss += test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1.0 / M, NULL) / M;
+        loss += engine_forward_backward(test_engine, r->model, r->T, r->tokens, r->targets, &r->plan, 1.0 / M) / M;
     }
     for (int i = 0; i <= N; i++) t[i] = i == N || ran[i] || !skip ? ++count[i] : 0;
     return loss;
@@ -681,7 +681,7 @@ static void test_engine_rows_alone(void) {
             const ForcedPlan *f = &forced_plans[plans[k]];
             r.plan.batch = 1;
             for (int i = 0; i < r.c.L * BRANCHES; i++) plan_branch(&r.plan, i, f->kept[i] >> row & 1, f->scale[i]);
-            test_engine->forward_backward(r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan, 1.0 / r.B, NULL);
+            engine_forward_backward(test_engine, r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan, 1.0 / r.B);
             test_engine->losses(r.model, row_losses);
             for (int t = 0; t < r.T; t++)
                 expect_loss(row_losses[t], losses[row * r.T + t], &r.c, f->name);
@@ -786,7 +786,7 @@ static void test_engine_nan_reaches_the_loss(void) {
             kept = host[at];
             host[at] = engine_test_nan();
             test_engine->write(r.model, SLOT_PARAM, p, l, host);
-            const double loss = test_engine->forward(r.model, r.T, r.tokens, r.targets, &r.plan);
+            const double loss = engine_forward(test_engine, r.model, r.T, r.tokens, r.targets, &r.plan);
             EXPECT(isnan(loss), "%s, layer %d: NaN at %zu gives a loss of %g", gpt_param[p].id, l, at, loss);
             host[at] = kept;
         }
@@ -834,7 +834,7 @@ static real *threads_run(int threads, int dtype, double loss[3]) {
     real *all = (real *)xcalloc(4 * n, sizeof(real));
     for (int k = 0; k < 3; k++) {
         plan_force(&r.plan, plans[k], r.B);
-        loss[k] = test_engine->forward_backward(r.model, r.T, r.tokens, r.targets, &r.plan, 0.5, NULL);
+        loss[k] = engine_forward_backward(test_engine, r.model, r.T, r.tokens, r.targets, &r.plan, 0.5);
         UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5, steps[k % 2], 0, 0};
         if (k < 2) test_engine->update(r.model, &args);
     }
@@ -908,9 +908,9 @@ static void test_engine_any_batch(void) {
         for (int batch = 1; batch < r.B; batch++)
             for (int row = 0; row + batch <= r.B; row++) {
                 plan_force(&r.plan, FULL, batch);
-                test_engine->forward(r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
+                engine_forward(test_engine, r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
                 test_engine->losses(r.model, got);
-                if (test_engine->any_batch)
+                if ((test_engine->can & CAN_ANY_BATCH))
                     EXPECT(!memcmp(got, want + row * r.T, (size_t)(batch * r.T) * sizeof(real)),
                            "dtype %d: %d rows from %d: other bits", dtype, batch, row);
                 for (int i = 0; i < batch * r.T; i++)
@@ -933,7 +933,7 @@ static void test_engine_micro_batches(void) {
         slot_write(&r.c, r.model, SLOT_GRAD, zero);
         plan_force(&r.plan, plans[k], 2);
         for (int at = 0; at < r.B * r.T; at += 2 * r.T)
-            sum += test_engine->forward_backward(r.model, r.T, r.tokens + at, r.targets + at, &r.plan, 0.25, NULL) / 4;
+            sum += engine_forward_backward(test_engine, r.model, r.T, r.tokens + at, r.targets + at, &r.plan, 0.25) / 4;
         real *got = slot_read(&r.c, r.model, SLOT_GRAD);
         EXPECT_CLOSE(sum, loss, rounding(4 * r.c.C) * loss, "loss");
         expect_slot(&r.c, got, want, 2 * rounding(r.B * r.T), forced_plans[plans[k]].name);
@@ -951,13 +951,13 @@ static void test_engine_smaller_calls(void) {
     for (int k = 0; k < 5 * 5; k++) {
         int row = k / 5, T = lengths[k % 5];
         plan_force(&r.plan, FULL, 1);
-        test_engine->forward(r.model, T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
+        engine_forward(test_engine, r.model, T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
         test_engine->losses(r.model, got);
         for (int t = 0; t < T; t++)
             expect_loss(got[t], want[row * r.T + t], &r.c, "one row");
     }
     plan_force(&r.plan, FULL, 3);                        // rows 1 to 3
-    test_engine->forward(r.model, r.T, r.tokens + r.T, r.targets + r.T, &r.plan);
+    engine_forward(test_engine, r.model, r.T, r.tokens + r.T, r.targets + r.T, &r.plan);
     test_engine->losses(r.model, got);
     for (int i = 0; i < 3 * r.T; i++)
         expect_loss(got[i], want[r.T + i], &r.c, "three rows");
@@ -973,7 +973,7 @@ static void test_engine_forward_is_pure(void) {
     real *first = rig_losses(&r), *want = rig_gradient(&r, &loss), *w = slot_read(&r.c, r.model, SLOT_PARAM);
     EXPECT_CLOSE(loss, before, rounding(r.c.V) * before, "loss in training and in evaluation");
     plan_force(&r.plan, TIED_ROW, 2);
-    test_engine->forward(r.model, 5, r.tokens, r.targets, &r.plan);
+    engine_forward(test_engine, r.model, 5, r.tokens, r.targets, &r.plan);
     plan_force(&r.plan, FULL, r.B);
     EXPECT(rig_forward(&r) == before, "another loss after a backward pass");
     real *second = rig_losses(&r), *after = slot_read(&r.c, r.model, SLOT_GRAD);
@@ -1024,7 +1024,7 @@ static void test_engine_logits(void) {
         for (size_t v = 0; v < V; v++) sum += exp((double)z[v]);
         EXPECT_CLOSE(losses[i], log(sum) - (double)z[r.targets[i]], rounding(r.c.C) * (1 + (double)losses[i]), "loss");
     }
-    EXPECT(test_engine->forward(r.model, r.T, r.tokens, NULL, &r.plan) == 0, "a loss without targets");
+    EXPECT(engine_forward(test_engine, r.model, r.T, r.tokens, NULL, &r.plan) == 0, "a loss without targets");
     for (int i = 0; i < n; i++) {
         test_engine->logits(r.model, i / r.T, i % r.T, again);
         EXPECT(!memcmp(again, logits + (size_t)i * V, V * sizeof(real)), "token %d: other logits without targets", i);
@@ -1105,7 +1105,7 @@ static Rig decode_open(GptConfig c, int B, int T, int cache, int threads, int dt
 static real *decode_forward(Rig *r) {
     const size_t V = (size_t)r->c.V;
     real *all = (real *)xcalloc((size_t)(r->B * r->T) * V, sizeof *all);
-    test_engine->forward(r->model, r->T, r->tokens, NULL, &r->plan);
+    engine_forward(test_engine, r->model, r->T, r->tokens, NULL, &r->plan);
     for (int i = 0; i < r->B * r->T; i++) test_engine->logits(r->model, i / r->T, i % r->T, all + (size_t)i * V);
     return all;
 }
@@ -1161,7 +1161,7 @@ static void test_engine_decode(void) {
             const int seen = decode_expect(&r, got, want, tolerance, forced_plans[plans[p]].name);
             EXPECT(i != 1 || seen == r.B * r.T, "%d logits, not of every token", seen);
             if (i == 1) first = got;
-            else if (i > 1 && test_engine->any_batch) decode_expect(&r, got, first, 0, "cut otherwise");
+            else if (i > 1 && (test_engine->can & CAN_ANY_BATCH)) decode_expect(&r, got, first, 0, "cut otherwise");
             if (i != 1) free(got);
         }
         free(want), free(first);
@@ -1172,7 +1172,7 @@ static void test_engine_decode(void) {
 // A row beside others, of other lengths and dropped by none, has the logits that it has alone.
 static void test_engine_decode_alone(void) {
     Rig r = decode_open(decode_config, 3, 75, 5, 2, DTYPE_FP32);
-    const double tolerance = test_engine->any_batch ? 0 : 4 * rounding(4 * r.c.C);
+    const double tolerance = (test_engine->can & CAN_ANY_BATCH) ? 0 : 4 * rounding(4 * r.c.C);
     const int V = r.c.V, zero = 0, seq[3] = {4, 0, 2}, length[3] = {70, 1, 33};
     real *alone = (real *)xcalloc((size_t)(3 * V), sizeof *alone), *beside = (real *)xcalloc((size_t)(3 * V), sizeof *beside);
     int next[3], at[3];
@@ -1208,7 +1208,7 @@ static void test_engine_decode_many_rows(void) {
     for (int row = 0; row < 20; row++) seq[row] = 28 - row, tokens[row] = r.tokens[row * r.T];
     plan_force(&few.plan, FULL, 20);
     test_engine->decode(few.model, 1, tokens, seq, at, &few.plan, some);
-    const double tolerance = test_engine->any_batch ? 0 : 4 * rounding(4 * c.C);
+    const double tolerance = (test_engine->can & CAN_ANY_BATCH) ? 0 : 4 * rounding(4 * c.C);
     for (int row = 0; row < 20; row++)
         for (int v = 0; v < c.V; v++)
             EXPECT_CLOSE(some[row * c.V + v], got[(row * r.T) * c.V + v], tolerance * 10, "a logit of 20 rows in 29");
@@ -1260,7 +1260,7 @@ static void test_engine_decode_after_update(void) {
     const UpdateArgs update = {0.1, 0.9, 0.95, 1e-8, 0.1, 1, t, 0, 0};
     plan_force(&r.plan, FULL, 1);
     free(decode_pieces(&r, one, 1));
-    test_engine->forward_backward(r.model, 5, r.tokens, r.targets, &r.plan, 1, NULL);
+    engine_forward_backward(test_engine, r.model, 5, r.tokens, r.targets, &r.plan, 1);
     test_engine->update(r.model, &update);
     real *want = decode_forward(&r), *got = decode_pieces(&r, one, 1);
     decode_expect(&r, got, want, 4 * rounding(4 * c.C), "after an update");
@@ -1422,7 +1422,7 @@ static void test_engine_update_untouched(void) {
 static void test_engine_slots(void) {
     const GptConfig c = {11, 5, 2, 2, 6};
     const EngineArgs args = {.B = 2, .T = 3, .threads = 1, .dtype = DTYPE_FP32, .bound = {4, 4, 8}};
-    Model *m = test_engine->open(&c, &args);
+    Model *m = engine_open(test_engine, &c, &args);
     real *zero = slot_new(&c), *write[4];
     for (int slot = 0; slot < 4; slot++) {
         real *got = slot_read(&c, m, (Slot)slot);
@@ -1444,13 +1444,13 @@ static void test_engine_slots(void) {
 static void test_engine_evaluates(void) {
     const EngineArgs args = {.B = SMALL_B, .T = SMALL_T, .threads = 1, .dtype = DTYPE_FP32};
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
-    Model *m = test_engine->open(&small_config, &args);
+    Model *m = engine_open(test_engine, &small_config, &args);
     real *w = slot_read(&r.c, r.model, SLOT_PARAM);
     EngineMemory memory;
     slot_write(&r.c, m, SLOT_PARAM, w);
     for (int f = 0; f < N_FORCED; f++) {
         plan_force(&r.plan, f, r.B);
-        double want = rig_forward(&r), got = test_engine->forward(m, r.T, r.tokens, r.targets, &r.plan);
+        double want = rig_forward(&r), got = engine_forward(test_engine, m, r.T, r.tokens, r.targets, &r.plan);
         EXPECT(got == want, "%s: %.17g, want %.17g", forced_plans[f].name, got, want);
     }
     test_engine->memory(m, &memory);
@@ -1472,13 +1472,13 @@ static void test_engine_bounded(void) {
         d.p_max = k & 1 ? 0.8 : 0, d.ramp_from = 0.9, d.unit = k >> 1 & 1, d.branches = k >> 2;
         EngineArgs args = {.B = 4, .T = 9, .threads = 1, .dtype = DTYPE_FP32};
         drop_path_bound(&d, 4, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
-        Model *m = test_engine->open(&c, &args);
+        Model *m = engine_open(test_engine, &c, &args);
         DropPlan plan = drop_plan_new(c.L, 4);
         int tokens[36] = {0};
         EngineMemory memory;
         for (int step = 0; step < 30; step += 4) {           // the ramp, its end and steps after it
             drop_plan_sample(&plan, &d, step, step % 3, 3, 1, 4);
-            test_engine->forward_backward(m, 9, tokens, tokens, &plan, 1, NULL);
+            engine_forward_backward(test_engine, m, 9, tokens, tokens, &plan, 1);
         }
         test_engine->memory(m, &memory);
         EXPECT(memory.parameters && memory.gradients && memory.moments && memory.activations_used, "a purpose without bytes");

@@ -297,7 +297,7 @@ static Steps steps_run(const Engine *engine, GptConfig c, int B, int T, int dtyp
         int64_t t[] = {k + 1, k + 1, k + 1, k + 1, k + 1};
         const UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 1, t, 0, 0};
         plan_force(&r.plan, plans[k], B);
-        s.loss[k] = engine->forward_backward(r.model, T, r.tokens, r.targets, &r.plan, 0.5, NULL);
+        s.loss[k] = engine_forward_backward(engine, r.model, T, r.tokens, r.targets, &r.plan, 0.5);
         engine->losses(r.model, s.losses + k * B * T);
         if (k < 3) engine->update(r.model, &args);
     }

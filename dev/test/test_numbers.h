@@ -72,8 +72,8 @@ static int fault_calls;
 static double fault_number = NAN;
 static Slot fault_slot = SLOT_GRAD;                     // or SLOT_PARAM: of what
 
-static double fault_forward_backward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan,
-                                     double weight, const unsigned char *reduce) {
+static double fault_run_pass(Model *m, const Batch *batch, const Pass *pass) {
+    if (pass->weight == 0) return engine_cpu()->run(m, batch, pass);
     const int on = fault_calls >= fault.from && fault_calls < fault.to;
     fault_calls++;
     if (on && fault.param >= 0) {
@@ -83,7 +83,7 @@ static double fault_forward_backward(Model *m, int T, const int *tokens, const i
         engine_cpu()->write(m, fault_slot, fault.param, fault.layer, g);
         free(g);
     }
-    const double loss = engine_cpu()->forward_backward(m, T, tokens, targets, plan, weight, reduce);
+    const double loss = engine_cpu()->run(m, batch, pass);
     return on && fault.param < 0 ? loss * fault.loss : loss;
 }
 
@@ -106,7 +106,7 @@ static ToolRun PRINTF_LIKE(3, 4) fault_run(Fault f, int ranks, const char *forma
         int argc = 0;
         for (char *word = strtok(line, " "); word; word = strtok(NULL, " ")) argv[argc++] = word;
         Engine engine = *engine_cpu();
-        engine.forward_backward = fault_forward_backward;
+        engine.run = fault_run_pass;
         leave_memory();
         fault = f;
         if (rank != f.rank) fault.to = 0;
@@ -563,7 +563,7 @@ static void test_numbers_are_in_the_checkpoint(void) {
     int64_t counts[3] = {1, 2, 3};
     double scale[2] = {1, 1};
     CheckpointState s = {.step = 7, .adamw_steps = counts, .bad_steps = 4, .eval_scale = scale, .options = ""}, t = s;
-    Model *m = engine_cpu()->open(&c, &args);
+    Model *m = engine_open(engine_cpu(), &c, &args);
     for (int i = 0; i < 200; i++) {
         spikes_add(&s.losses, 1 / (i + 3.0));
         if (i < 60) spikes_add(&s.norms, 1e300 * sqrt(i));

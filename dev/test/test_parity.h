@@ -32,7 +32,7 @@ static Rig parity_open(const Engine *e, const ParityCase *k) {
     EngineArgs args = {.B = PARITY_B, .T = PARITY_T, .threads = 1, .dtype = k->dtype, .recompute = k->recompute};
     drop_path_bound(&k->drop, PARITY_B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
     e->close(r.model);
-    r.model = e->open(&r.c, &args);
+    r.model = engine_open(e, &r.c, &args);
     slot_write(&r.c, r.model, SLOT_PARAM, weights);
     free(weights);
     return r;
@@ -47,8 +47,8 @@ static void parity_step(Rig *r, const ParityCase *k, int step, int64_t *count, d
     for (int m = 0; m < PARITY_MICRO; m++) {
         drop_plan_sample(&r->plan, &k->drop, step, m, PARITY_MICRO, 1, PARITY_B);
         for (int i = 0; i < N; i++) ran[i] |= r->plan.branch[i].n > 0;
-        loss[m] = test_engine->forward_backward(r->model, r->T, r->tokens, r->targets, &r->plan, 1.0 / PARITY_MICRO,
-                                                 NULL);
+        loss[m] = engine_forward_backward(test_engine, r->model, r->T, r->tokens, r->targets, &r->plan,
+                                          1.0 / PARITY_MICRO);
         for (int i = 0; i < r->B * r->T; i++) r->tokens[i] = (r->tokens[i] + 7 * i) % r->c.V;
     }
     for (int i = 0; i <= N; i++) t[i] = i == N || ran[i] || !k->skip ? ++count[i] : 0;
@@ -196,7 +196,7 @@ static void test_parity_bf16_copy(void) {
 
 static void parity_refused(void *config) {
     const EngineArgs args = {.B = 1, .T = 1, .threads = 1, .dtype = DTYPE_FP32};
-    engine_cuda()->open((const GptConfig *)config, &args);
+    engine_open(engine_cuda(), (const GptConfig *)config, &args);
 }
 
 static void test_parity_refuses(void) {

@@ -140,10 +140,10 @@ static void sample_test_decode(Model *m, int n, const int *tokens, const int *se
     }
 }
 
-static double sample_test_forward(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
-    (void)m, (void)targets, (void)plan;
-    sample_test_model.last[0] = (real)tokens[T - 1];
-    if (T > sample_test_model.longest) sample_test_model.longest = T;
+static double sample_test_run(Model *m, const Batch *batch, const Pass *pass) {
+    (void)m, (void)pass;
+    sample_test_model.last[0] = (real)batch->tokens[batch->T - 1];
+    if (batch->T > sample_test_model.longest) sample_test_model.longest = batch->T;
     return 0;
 }
 
@@ -153,8 +153,8 @@ static void sample_test_read_logits(Model *m, int row, int t, real *logits) {
 }
 
 static const Engine sample_test_engine = {
-    "table", DTYPE_FP32, 1, NULL, sample_test_forward, NULL, NULL, sample_test_read_logits, sample_test_decode, NULL, NULL,
-    NULL, NULL, NULL, NULL, NULL,
+    .name = "table", .can = CAN_ANY_BATCH, .run = sample_test_run, .logits = sample_test_read_logits,
+    .decode = sample_test_decode,
 };
 
 typedef struct { int T, batch, cached; uint64_t seed; double temperature; int64_t samples; uint32_t round; } SampleTest;

@@ -6,6 +6,7 @@
 // Takes every option of train_gpt. Each run is one that train_gpt would do, in a folder of its own, OUT/none_s1337,
 // OUT/drop_s1337, ...; the same command again goes on where it stopped, or with more --seeds adds the runs that are
 // missing. The answer is printed and written to OUT/compare.md and OUT/compare.json.
+#include "../engines.h"
 #include "../trainer.h"
 #include "../stats.h"
 #include <ctype.h>

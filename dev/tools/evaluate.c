@@ -11,6 +11,7 @@
 
 #include "../check.h"
 #include "../choices.h"
+#include "../engines.h"
 #include "../options.h"
 #include "../score.h"
 #include "../trainer.h"

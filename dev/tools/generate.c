@@ -6,6 +6,7 @@
 //     build/generate path/of/a/hugging-face/gpt2 --tokenizer vocab.json            each line that you type is a prompt
 
 #include "../check.h"
+#include "../engines.h"
 #include "../options.h"
 #include "../sample.h"
 #include "load.h"

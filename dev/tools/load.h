@@ -52,7 +52,7 @@ static inline void load_config(Loaded *m, const char *path) {
 // Opens it on an engine as args say.
 static inline void load_model_as(Loaded *m, const Engine *engine, const EngineArgs *args) {
     m->engine = engine;
-    m->model = engine->open(&m->config, args);
+    m->model = engine_open(engine, &m->config, args);
     m->plan = drop_plan_new(m->config.L, args->B);
     checkpoint_load_weights(m->dir, engine, m->model, &m->config);
 }

@@ -8,6 +8,7 @@
 // One program is both: it forks, and the child is the trainer (trainer_main, as the user starts it, with files.h counting calls
 // and failing at one: faults.h), on a model of a few hundred numbers. Each case has a folder, removed when it went well.
 
+#include "../engines.h"
 #include "../trainer.h"
 #include <sys/wait.h>
 
@@ -438,7 +439,7 @@ static void resume_from_older(const char *from) {
 
 // ---- Signals, and two runs at once ----
 
-// A child stops in its n-th call of forward_backward or of forward (evaluation), tells so, and waits: until a signal has set a
+// A child stops in its n-th training pass or its n-th pass of an evaluation, tells so, and waits: until a signal has set a
 // flag, or, with `stay`, for ever.
 static struct { int step, evaluation, stay, steps, evaluations, tell[2]; Engine engine; } pause_at;
 
@@ -448,15 +449,9 @@ static void pause_now(void) {
     while (pause_at.stay || !(signals_stop || signals_save)) nanosleep(&t, NULL);
 }
 
-static double paused_step(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan, double weight,
-                          const unsigned char *reduce) {
-    if (++pause_at.steps == pause_at.step) pause_now();
-    return pause_at.engine.forward_backward(m, T, tokens, targets, plan, weight, reduce);
-}
-
-static double paused_evaluation(Model *m, int T, const int *tokens, const int *targets, const DropPlan *plan) {
-    if (++pause_at.evaluations == pause_at.evaluation) pause_now();
-    return pause_at.engine.forward(m, T, tokens, targets, plan);
+static double paused_run(Model *m, const Batch *batch, const Pass *pass) {
+    if (pass->weight != 0 ? ++pause_at.steps == pause_at.step : ++pause_at.evaluations == pause_at.evaluation) pause_now();
+    return pause_at.engine.run(m, batch, pass);
 }
 
 // Starts a run that pauses, and returns when it does.
@@ -464,7 +459,7 @@ static pid_t start_paused(const char *dir, const char *more, int step, int evalu
     char byte;
     pause_at.step = step, pause_at.evaluation = evaluation, pause_at.stay = stay;
     if (pipe(pause_at.tell)) die("pipe: %s", strerror(errno));
-    tt.engine.forward_backward = paused_step, tt.engine.forward = paused_evaluation;
+    tt.engine.run = paused_run;
     const pid_t child = start(dir, more, NULL);
     tt.engine = pause_at.engine;
     close(pause_at.tell[1]);

@@ -3,6 +3,7 @@
 //     build/interop_logits CHECKPOINT B T tokens.i32 logits.f32        tokens (B,T) int32, logits (B,T,V) float; both bare
 
 #include "../../check.h"
+#include "../../engines.h"
 #include "../../tools/load.h"
 
 int main(int argc, char **argv) {
@@ -21,7 +22,7 @@ int main(int argc, char **argv) {
     float *out = xcalloc(V, sizeof *out);
     FILE *f = file_open(argv[5], "wb");
     drop_plan_keep_all(&m.plan, m.scale, m.tied, B);
-    m.engine->forward(m.model, T, (const int *)(const void *)tokens.data, NULL, &m.plan);
+    engine_forward(m.engine, m.model, T, (const int *)(const void *)tokens.data, NULL, &m.plan);
     for (int b = 0; b < B; b++)
         for (int t = 0; t < T; t++) {
             m.engine->logits(m.model, b, t, logits);

@@ -1,0 +1,31 @@
+// engines.h: the engines there are. Programs choose one of them; all else is written for any (engine.h).
+#ifndef ENGINES_H
+#define ENGINES_H
+
+#include "engine.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// The engine of train_gpt.c; in a fat build (make FAT=1) the best of several that this processor can run.
+const Engine *engine_cpu(void);
+
+// The engine of train_gpt.cu, on the first device of CUDA_VISIBLE_DEVICES. Starts the driver, which a fork does not survive:
+// call it in the process that will use it.
+const Engine *engine_cuda(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+// The engine that the programs of this build run on.
+static inline const Engine *engine_default(void) {
+#ifdef CUDA_BUILD                                        // make CUDA=1
+    return engine_cuda();
+#else
+    return engine_cpu();
+#endif
+}
+
+#endif

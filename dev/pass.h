@@ -1,0 +1,37 @@
+// pass.h: one call of an engine as data. A Batch is what it reads, a Pass what it does with it. Whatever may be absent is
+// NULL or 0, and with all of it absent a pass is that of the plain GPT under a plan of drop path: a feature that changes
+// a pass is a part of its own here, and no engine function gets another argument.
+#ifndef PASS_H
+#define PASS_H
+
+#include "drop_path.h"
+
+// Rows of T tokens, each in [0, V). Targets likewise; one that is negative is not scored, which only evaluation may have.
+typedef struct {
+    int rows, T;
+    const int *tokens, *targets;                         // (rows,T); targets NULL: no loss, the pass ends before the head
+} Batch;
+
+typedef struct {
+    const DropPlan *plan;                                // of Batch.rows rows: which run which branch, with which scale
+    double weight;                                       // 0: evaluation; else this times the gradient of the mean loss
+                                                         // is added to the gradients
+    const unsigned char *reduce;                         // (2L+1) by branch and last of all else. Not NULL: this is the
+                                                         // rank's last micro-batch before an update, and the gradients
+                                                         // whose flag is set are summed over all ranks, which may go on
+                                                         // behind the call and which update waits for. Those of the
+                                                         // others are zero on every rank. All ranks give the same flags
+} Pass;
+
+static inline Batch batch_of(int rows, int T, const int *tokens, const int *targets) {
+    Batch b = {rows, T, tokens, targets};
+    return b;
+}
+
+// A plain pass: evaluation, or with weight != 0 a step's part on one rank.
+static inline Pass pass_of(const DropPlan *plan, double weight) {
+    Pass p = {plan, weight, NULL};
+    return p;
+}
+
+#endif
