@@ -537,7 +537,8 @@ static void classifier(real *losses, real *dx, real *dwte, int add, real *logits
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
-typedef struct { size_t at, n, branch; int decay; } UpdateChunk;   // a piece of one tensor; branch: index into UpdateArgs.t
+// A piece of one tensor, at its place among the parameters; branch: index into UpdateArgs.t.
+typedef struct { size_t at, n, branch; int decay; } UpdateChunk;
 typedef struct { real *xhat, *rstd, *qkv, *lse, *y; } AttentionKept;   // (n,T,C) (n,T) (n,T,3C) (n,NH,T) (n,T,C)
 typedef struct { real *xhat, *rstd, *h; } MlpKept;                 // (n,T,C) (n,T) (n,T,4C)
 
@@ -545,7 +546,8 @@ struct Model {
     GptConfig config;
     EngineArgs args;
     size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
-    real *slot[4];                                       // parameters, gradients, m, v: (n_params) each
+    size_t n_frozen;                                     // the first numbers, which are in no slot but the parameters
+    real *slot[4];                                       // parameters (n_params); gradients, m, v (n_params - n_frozen)
     UpdateChunk *chunk;
     int n_chunks;
     double *partial;                                     // (n_chunks) squared norms
@@ -591,13 +593,20 @@ static real *room_new(size_t n) {
     return x;
 }
 
+// Where one layer's part of a parameter is among all parameters.
 static size_t param_offset(const Model *m, int param, int l) {
     return m->offset[param] + (gpt_param[param].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
 }
 
+// And in a slot; NULL where it is of a frozen layer and the slot is not the parameters.
+static real *tensor_at(const Model *m, Slot slot, int param, int l) {
+    const size_t at = param_offset(m, param, l), absent = slot == SLOT_PARAM ? 0 : m->n_frozen;
+    return at < absent ? NULL : m->slot[slot] + (at - absent);
+}
+
 static Params params_at(const Model *m, Slot slot, int l) {
     Params w;
-#define X(id, name, branch, dims, rows, cols, init) w.id = m->slot[slot] + param_offset(m, P_##id, l);
+#define X(id, name, branch, dims, rows, cols, init) w.id = tensor_at(m, slot, P_##id, l);
     GPT_PARAMS(X)
 #undef X
     return w;
@@ -616,7 +625,7 @@ static int gradient_add(Model *m, int l, int branch, int but_products) {
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS; p++)
         if (gpt_param[p].branch == branch && !(but_products && gpt_param[p].dims == 2 && p != P_wpe))
-            memset(m->slot[SLOT_GRAD] + param_offset(m, p, l), 0, gpt_param_size(&m->config, p) * sizeof(real));
+            memset(tensor_at(m, SLOT_GRAD, p, l), 0, gpt_param_size(&m->config, p) * sizeof(real));
     return 0;
 }
 
@@ -625,23 +634,26 @@ static void params_layout(Model *m) {
     for (int p = 0; p < N_PARAMS; p++)
         if (gpt_param[p].branch != NO_BRANCH) m->offset[p] = m->layer_size, m->layer_size += gpt_param_size(c, p);
     m->n_params = m->layer_size * (size_t)c->L;
+    m->n_frozen = m->layer_size * (size_t)m->args.frozen;
     for (int p = 0; p < N_PARAMS; p++)
         if (gpt_param[p].branch == NO_BRANCH) m->offset[p] = m->n_params, m->n_params += gpt_param_size(c, p);
 }
 
-// Every tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
+// Every trained tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
 static void params_chunks(Model *m) {
     const GptConfig *c = &m->config;
     for (int fill = 0; fill < 2; fill++) {
         int n = 0;
         for (int p = 0; p < N_PARAMS; p++)
-            for (int l = 0; l < gpt_param_layers(c, p); l++)
+            for (int l = 0; l < gpt_param_layers(c, p); l++) {
+                if (!gpt_param_trains(p, l, m->args.frozen)) continue;
                 for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += UPDATE_CHUNK, n++) {
                     if (!fill) continue;
                     UpdateChunk chunk = {param_offset(m, p, l) + at, at_most(size - at, UPDATE_CHUNK),
                                          gradient_index(m, l, gpt_param[p].branch), gpt_param[p].dims == 2};
                     m->chunk[n] = chunk;
                 }
+            }
         if (!fill) m->chunk = xcalloc((size_t)n, sizeof *m->chunk);
         m->n_chunks = n;
     }
@@ -715,7 +727,8 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     params_layout(m);
     params_chunks(m);
     packed_layout(m);
-    for (int s = 0; s < (args->dry ? 0 : args->bound.rows > 0 ? 4 : 1); s++) m->slot[s] = room_new(m->n_params);
+    for (int s = 0; s < (args->dry ? 0 : args->bound.rows > 0 ? 4 : 1); s++)
+        m->slot[s] = room_new(m->n_params - (s == SLOT_PARAM ? 0 : m->n_frozen));
     m->spent = xcalloc((size_t)BRANCHES * (size_t)config->L + 1, sizeof *m->spent);
     m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = xcalloc((size_t)config->L, sizeof *m->mlp);
@@ -738,8 +751,8 @@ static void model_close(Model *m) {
 }
 
 static void model_memory(const Model *m, EngineMemory *bytes) {
-    const size_t one = m->n_params * sizeof(real), train = m->args.bound.rows > 0;
-    const int branch = m->args.B * m->config.L;
+    const size_t one = (m->n_params - m->n_frozen) * sizeof(real), train = m->args.bound.rows > 0;
+    const int branch = m->args.B * (m->config.L - m->args.frozen);
     const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
     Model copy = *m;
     Room rooms[N_ROOMS];
@@ -748,7 +761,7 @@ static void model_memory(const Model *m, EngineMemory *bytes) {
         if (rooms[i].at == &copy.packed) packed = rooms[i].n;
         else working += rooms[i].n;
     }
-    bytes->parameters = one + packed * sizeof(real);
+    bytes->parameters = (m->n_params + packed) * sizeof(real);
     bytes->gradients = train * one;
     bytes->moments = train * 2 * one;
     bytes->activations = (working + m->kept_room) * sizeof(real);
@@ -791,16 +804,15 @@ static void linear_forward(Model *m, int l, int param, Result y, const real *x, 
     const PackRoom room = {m->few, NULL, m->pack.bf16};
     if (m->at && nT <= FEW_ROWS)
         multiply_few(y, &room, lines(x, C), m->packed + m->packed_at[param] + (size_t)l * m->packed_layer, nT, OC, C);
-    else matmul_forward(y, &m->pack, x, m->slot[SLOT_PARAM] + param_offset(m, param, l), nT, C, OC);
+    else matmul_forward(y, &m->pack, x, tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
 }
 
 // The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's epilogue, and the gradients
 // of w and of its bias, which is the next parameter of the table. dw is set, or with `add` added to.
 static void linear_backward(Model *m, int l, int param, Result dx, Matrix dy, const real *x, int add, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
-    real *grad = m->slot[SLOT_GRAD];
-    matmul_backward(dx, grad + param_offset(m, param, l), add, grad + param_offset(m, param + 1, l), &m->pack, dy, x,
-                    m->slot[SLOT_PARAM] + param_offset(m, param, l), nT, C, OC);
+    matmul_backward(dx, tensor_at(m, SLOT_GRAD, param, l), add, tensor_at(m, SLOT_GRAD, param + 1, l), &m->pack, dy, x,
+                    tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
 }
 
 // y = attention of qkv; in decode, that which goes on with sequences. Where all of them begin it is the ordinary one.
@@ -921,7 +933,7 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->kept_end = m->kept;
     embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
-        if (pass->weight == 0) m->kept_end = m->kept;    // evaluation keeps nothing
+        if (pass->weight == 0 || l <= m->args.frozen) m->kept_end = m->kept;       // nothing is kept for what is not trained
         block_forward(m, l, pass);
     }
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
@@ -931,14 +943,15 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
 // The flagged gradients of all ranks, added in the order of the ranks. A branch's gradients are next to each other.
 static void reduce_gradients(Model *m, const unsigned char *reduce) {
     const GptConfig *c = &m->config;
-    for (int i = BRANCHES * c->L; i >= 0; i--) {
+    for (int i = BRANCHES * c->L; i >= BRANCHES * m->args.frozen; i--) {
         const int shared = i == BRANCHES * c->L, l = shared ? 0 : i / BRANCHES, branch = shared ? NO_BRANCH : i % BRANCHES;
-        size_t n = 0, first = 0;
+        size_t n = 0;
+        real *first = NULL;
         if (!reduce[i]) continue;
         gradient_add(m, l, branch, 0);                   // zeros, if this rank alone has dropped it
         for (int p = N_PARAMS - 1; p >= 0; p--)
-            if (gpt_param[p].branch == branch) n += gpt_param_size(c, p), first = param_offset(m, p, l);
-        comm_sum_reals(m->args.comm, m->slot[SLOT_GRAD] + first, n);
+            if (gpt_param[p].branch == branch) n += gpt_param_size(c, p), first = tensor_at(m, SLOT_GRAD, p, l);
+        comm_sum_reals(m->args.comm, first, n);
     }
 }
 
@@ -947,8 +960,8 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass) {
     const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
     memset(m->dx, 0, B * T * C * sizeof(real));
     layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw, B * T, T, C);
-    for (int l = m->config.L - 1; l >= 0; l--) block_backward(m, l, pass);
-    embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
+    for (int l = m->config.L - 1; l >= m->args.frozen; l--) block_backward(m, l, pass);
+    if (!m->args.frozen) embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
     if (pass->reduce) reduce_gradients(m, pass->reduce);
 }
 
@@ -979,7 +992,7 @@ static void pack_model(Model *m) {
         for (int l = 0; l < gpt_param_layers(c, p) && gpt_param[p].branch != NO_BRANCH && gpt_param[p].dims == 2; l++) {
             const size_t K = (size_t)gpt_param_rows(c, p), N = (size_t)gpt_param_cols(c, p);
             pack_weights(m->packed + m->packed_at[p] + (size_t)l * m->packed_layer, &m->pack,
-                         lines(m->slot[SLOT_PARAM] + param_offset(m, p, l), N), N, K);
+                         lines(tensor_at(m, SLOT_PARAM, p, l), N), N, K);
         }
     if (m->packed_old)
         pack_weights(m->packed + m->packed_at[P_wte], &m->pack, turned(params_at(m, SLOT_PARAM, 0).wte, (size_t)c->C),
@@ -1016,7 +1029,7 @@ static double gradient_norm(Model *m, const int64_t *step) {
 #pragma omp parallel for schedule(dynamic, 8)
     for (int i = 0; i < m->n_chunks; i++) {
         const UpdateChunk *k = &m->chunk[i];
-        const real *g = m->slot[SLOT_GRAD] + k->at;
+        const real *g = m->slot[SLOT_GRAD] + (k->at - m->n_frozen);
         double sum = 0;
         if (step[k->branch] > 0 && !m->spent[k->branch]) {         // others have no gradient
 #pragma omp simd reduction(+:sum)
@@ -1054,9 +1067,10 @@ static double model_update(Model *m, const UpdateArgs *a) {
 #pragma omp parallel for schedule(dynamic, 8)
     for (int i = 0; i < (taken ? m->n_chunks : 0); i++) {
         const UpdateChunk *k = &m->chunk[i];
+        const size_t at = k->at - m->n_frozen;
         if (a->t[k->branch] > 0)
-            adamw(m->slot[SLOT_PARAM] + k->at, m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] + k->at,
-                  m->slot[SLOT_M] + k->at, m->slot[SLOT_V] + k->at, k->n, a, a->t[k->branch], clip, k->decay);
+            adamw(m->slot[SLOT_PARAM] + k->at, m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] + at, m->slot[SLOT_M] + at,
+                  m->slot[SLOT_V] + at, k->n, a, a->t[k->branch], clip, k->decay);
     }
     if (taken || a->discard) memset(m->spent, 1, (size_t)BRANCHES * (size_t)m->config.L + 1);
     m->packed_old = 1;
@@ -1069,8 +1083,10 @@ static real *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(m->slot[slot], "this model was opened to evaluate");
     CHECK(param >= 0 && param < N_PARAMS && layer >= 0 && layer < gpt_param_layers(&m->config, param),
           "no parameter %d in layer %d", param, layer);
+    CHECK(slot == SLOT_PARAM || gpt_param_trains(param, layer, m->args.frozen), "parameter %d of layer %d is frozen", param,
+          layer);
     if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 0);
-    return m->slot[slot] + param_offset(m, param, layer);
+    return tensor_at(m, slot, param, layer);
 }
 
 static void model_read(Model *m, Slot slot, int param, int layer, real *host) {

@@ -1787,9 +1787,9 @@ typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;   /
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
-// A piece of one tensor (param | layer << 8), n numbers from `element` on: its places among all parameters, in p, and in m
-// and v; branch: index into UpdateArgs.t.
-typedef struct { size_t at, master, moment, n, element, branch; uint32_t tensor; int decay; } UpdateChunk;
+// A piece of one tensor (param | layer << 8), n numbers from `element` on: its places among all parameters, in p, in the
+// gradients, and in m and v; branch: index into UpdateArgs.t.
+typedef struct { size_t at, master, grad, moment, n, element, branch; uint32_t tensor; int decay; } UpdateChunk;
 typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;   // of one branch in one update; t as in UpdateArgs
 
 // What forward keeps for backward; rstd and lse are float, all else N. What a model recomputes is not kept but lies in room
@@ -1810,11 +1810,13 @@ struct Model {
     size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
     size_t span[BRANCHES + 1], span_size[BRANCHES + 1];  // where a branch's parameters are in a layer, and in all; the last
                                                          // are those of no branch
-    size_t n_moments, n_master;                          // numbers of m and v, and of fp32 parameters, that are here:
-                                                         // n_params, or this rank's share
-    float *slot[4];                                      // parameters (n_master), gradients (n_params), m, v (n_moments)
+    size_t n_frozen;                                     // the first numbers, which have no gradients and no moments
+    size_t n_moments, n_master;                          // numbers of m and v, and of fp32 parameters, that are here: all
+                                                         // there are, or this rank's share
+    float *slot[4];                                      // parameters (n_master), gradients (n_params - n_frozen), m, v
+                                                         // (n_moments)
     bf16 *copy;                                          // (n_params) the parameters, rounded; NULL where N is float
-    bf16 *wire;                                          // (n_params) gradients on their way between ranks; NULL: as they are
+    bf16 *wire;                                          // gradients on their way between ranks; NULL: as they are
     UpdateChunk *chunk;                                  // (n_chunks) on the device
     int n_chunks;
     double *norms;                                       // (n_chunks + 1) squared norms, of chunks and last of all
@@ -1906,9 +1908,14 @@ static Operands weights_at(const Model *m, int l) {
     return w;
 }
 
+static float *gradient_at(const Model *m, int param, int l) {
+    const size_t at = param_offset(m, param, l);
+    return at < m->n_frozen ? NULL : m->slot[SLOT_GRAD] + (at - m->n_frozen);
+}
+
 static Params gradients_at(const Model *m, int l) {
     Params dw;
-#define X(id, name, branch, dims, rows, cols, init) dw.id = m->slot[SLOT_GRAD] + param_offset(m, P_##id, l);
+#define X(id, name, branch, dims, rows, cols, init) dw.id = gradient_at(m, P_##id, l);
     GPT_PARAMS(X)
 #undef X
     return dw;
@@ -1937,9 +1944,7 @@ static int gradient_add(Model *m, int l, int branch, int now) {
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS && now; p++)
         if (gpt_param[p].branch == branch)
-            CUDA_CHECK(cudaMemsetAsync(m->slot[SLOT_GRAD] + m->offset[p] +
-                                       (branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size), 0,
-                                       param_numbers(&m->config, p) * sizeof(float), m->gpu.stream));
+            CUDA_CHECK(cudaMemsetAsync(gradient_at(m, p, l), 0, param_numbers(&m->config, p) * sizeof(float), m->gpu.stream));
     return now;
 }
 
@@ -1956,16 +1961,19 @@ static void params_layout(Model *m) {
         *end = m->span[branch] + round_up(*end - m->span[branch], unit);
         m->span_size[branch] = *end - m->span[branch];
     }
-    m->n_moments = m->n_params / (size_t)m->ranks.shares;
-    m->n_master = m->gpu.half ? m->n_moments : m->n_params;        // where N is float, all ranks read all of them
+    m->n_frozen = m->layer_size * (size_t)m->args.frozen;
+    m->n_moments = (m->n_params - m->n_frozen) / (size_t)m->ranks.shares;
+    m->n_master = m->gpu.half ? m->n_params / (size_t)m->ranks.shares : m->n_params;   // of float, all ranks read all
 }
 
-// An array of all parameters, of numbers of so many bytes, is an arena: nobody touches what lies between two tensors.
-static void params_seal(const Model *m, void *array, size_t number) {
+// An array of all parameters but the first `absent`, of numbers of so many bytes, is an arena: nobody touches what lies
+// between two tensors.
+static void params_seal(const Model *m, void *array, size_t number, size_t absent) {
     for (int p = 0; p < N_PARAMS && m->ranks.world == 1; p++)
         for (int l = 0; l < gpt_param_layers(&m->config, p); l++) {
-            const size_t n = param_numbers(&m->config, p), at = m->offset[p] + (size_t)l * m->layer_size;
-            arena_seal((char *)array + (at + n) * number, (param_room(m, p) - n) * number, m->gpu.stream);
+            const size_t n = param_numbers(&m->config, p), at = param_offset(m, p, l);
+            if (at < absent) continue;
+            arena_seal((char *)array + (at - absent + n) * number, (param_room(m, p) - n) * number, m->gpu.stream);
         }
 }
 
@@ -1983,36 +1991,39 @@ static Piece span_of(const Model *m, size_t i) {
     return s;
 }
 
-// What of n numbers at `at`, which lie in branch i, is in a rank's share; *moment: where the first of them are in m and v.
-static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *moment) {
+// What of n numbers at `at`, which lie in branch i, is in a rank's share; *place: where the first of them are in an array of
+// such shares of all parameters. (In m and v those of frozen layers are missing.)
+static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *place) {
     const Piece s = span_of(m, i);
     const size_t share = s.n / (size_t)m->ranks.shares, from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
     const size_t first = at > from ? at : from, end = at_most(at + n, from + share);
     const Piece part = {first, end > first ? end - first : 0};
-    *moment = s.at / (size_t)m->ranks.shares + first - from;
+    *place = s.at / (size_t)m->ranks.shares + first - from;
     return part;
 }
 
-// Every tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
+static size_t absent_of(const Model *m, Slot slot) { return slot == SLOT_PARAM ? 0 : m->n_frozen / (size_t)m->ranks.shares; }
+
+// Every trained tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
 static void params_chunks(Model *m) {
     const GptConfig *c = &m->config;
     UpdateChunk *all = NULL;
     for (int fill = 0; fill < 2; fill++) {
         int n = 0;
         for (int p = 0; p < N_PARAMS; p++)
-            for (int l = 0; l < gpt_param_layers(c, p); l++)
+            for (int l = 0; l < gpt_param_layers(c, p); l++) {
+                if (!gpt_param_trains(p, l, m->args.frozen)) continue;
                 for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += UPDATE_CHUNK) {
-                    const size_t branch = gradient_index(m, l, gpt_param[p].branch);
-                    size_t moment;
-                    const Piece part = share_of(m, branch, m->ranks.rank, m->offset[p] + (size_t)l * m->layer_size + at,
-                                               at_most(size - at, UPDATE_CHUNK), &moment);
-                    const size_t begin = m->offset[p] + (size_t)l * m->layer_size;
-                    const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? moment : part.at, moment, part.n,
-                                               part.at - begin, branch, (uint32_t)p | (uint32_t)l << 8,
-                                               gpt_param[p].dims == 2};
+                    const size_t branch = gradient_index(m, l, gpt_param[p].branch), begin = param_offset(m, p, l);
+                    size_t place;
+                    const Piece part = share_of(m, branch, m->ranks.rank, begin + at, at_most(size - at, UPDATE_CHUNK), &place);
+                    const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? place : part.at, part.at - m->n_frozen,
+                                               place - absent_of(m, SLOT_M), part.n, part.at - begin, branch,
+                                               (uint32_t)p | (uint32_t)l << 8, gpt_param[p].dims == 2};
                     if (fill && part.n) all[n] = chunk;
                     n += part.n > 0;
                 }
+            }
         if (!fill) all = (UpdateChunk *)xcalloc((size_t)n, sizeof *all);
         m->n_chunks = n;
     }
@@ -2167,19 +2178,20 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     ranks_open(&m->ranks, args);
     params_layout(m);
     m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_master);
-    params_seal(m, m->slot[SLOT_PARAM], sizeof(float));
+    params_seal(m, m->slot[SLOT_PARAM], sizeof(float), 0);
     if (m->gpu.half) {
         m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
-        params_seal(m, m->copy, sizeof(bf16));
+        params_seal(m, m->copy, sizeof(bf16), 0);
     }
     if (train) {
         params_chunks(m);
-        m->slot[SLOT_GRAD] = zeros_new(&m->gpu, "gradients", m->n_params);
+        const size_t trained = m->n_params - m->n_frozen;
+        m->slot[SLOT_GRAD] = zeros_new(&m->gpu, "gradients", trained);
         m->slot[SLOT_M] = zeros_new(&m->gpu, "the optimizer's moments", 2 * m->n_moments);
         m->slot[SLOT_V] = m->slot[SLOT_M] + m->n_moments;
-        for (int slot = SLOT_GRAD; slot <= SLOT_V; slot++) params_seal(m, m->slot[slot], sizeof(float));
+        for (int slot = SLOT_GRAD; slot <= SLOT_V; slot++) params_seal(m, m->slot[slot], sizeof(float), m->n_frozen);
         if (m->gpu.half && m->ranks.world > 1 && !args->reduce_fp32)
-            m->wire = (bf16 *)zeros_new(&m->gpu, "gradients on their way", strips(m->n_params, 2));
+            m->wire = (bf16 *)zeros_new(&m->gpu, "gradients on their way", strips(trained, 2));
         m->update = (BranchUpdate *)room_new("step counts", branches * sizeof *m->update);
         m->host_update = (BranchUpdate *)host_new(branches * sizeof *m->host_update);
         m->host_norm = (double *)host_new(sizeof *m->host_norm);
@@ -2211,12 +2223,12 @@ static void model_close(Model *m) {
 
 // Parameters with their rounded copy. The activations include the workspace of the products.
 static void model_memory(const Model *m, EngineMemory *bytes) {
-    const size_t one = m->n_params * sizeof(float), train = m->args.bound.rows > 0;
-    const int branch = m->args.B * m->config.L;
+    const size_t trained = m->n_params - m->n_frozen, train = m->args.bound.rows > 0;
+    const int branch = m->args.B * (m->config.L - m->args.frozen);
     const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
     Model copy = *m;
     bytes->parameters = m->n_master * sizeof(float) + (m->copy ? m->n_params * sizeof(bf16) : 0);
-    bytes->gradients = train * one + (m->wire ? m->n_params * sizeof(bf16) : 0);
+    bytes->gradients = train * trained * (sizeof(float) + (m->wire ? sizeof(bf16) : 0));
     bytes->moments = train * 2 * m->n_moments * sizeof(float);
     bytes->activations = WORKSPACE + m->activation_bytes;
     bytes->activations_full = WORKSPACE + rooms_bytes(&copy, kept_bound(m, &all));
@@ -2301,9 +2313,8 @@ static void linear_forward(Model *m, int l, int param, Result y, const void *x, 
 // of w and of its bias, which is the next parameter of the table. Both are set, or with `add` added to.
 static void linear_backward(Model *m, int l, int param, Result dx, const void *dy, const void *x, int add, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
-    float *grad = m->slot[SLOT_GRAD];
-    matmul_backward(&m->gpu, dx, grad + param_offset(m, param, l), grad + param_offset(m, param + 1, l), add, dy, x,
-                    weight_at(m, param, l), nT, C, OC);
+    matmul_backward(&m->gpu, dx, gradient_at(m, param, l), gradient_at(m, param + 1, l), add, dy, x, weight_at(m, param, l),
+                    nT, C, OC);
 }
 
 // Adds to x what the branch before has left, and normalises the rows of branch i.
@@ -2537,7 +2548,7 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->ended = NULL;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
-        if (pass->weight == 0) keep_nothing(m);          // evaluation needs one layer at a time
+        if (pass->weight == 0 || l <= m->args.frozen) keep_nothing(m);   // what is not trained needs one layer at a time
         block_forward(m, l, pass);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
@@ -2550,12 +2561,13 @@ static void reduce_branch(Model *m, int i) {
     const int last = i == BRANCHES * m->config.L;
     const Ranks *r = &m->ranks;
     const Piece s = span_of(m, (size_t)i);
-    const size_t share = s.n / (size_t)r->shares, mine = s.at + (r->shares > 1 ? (size_t)r->rank * share : 0);
+    const size_t at = s.at - m->n_frozen, share = s.n / (size_t)r->shares;
+    const size_t mine = at + (r->shares > 1 ? (size_t)r->rank * share : 0);
     float *grad = m->slot[SLOT_GRAD];
     gradient_add(m, last ? 0 : i / BRANCHES, last ? NO_BRANCH : i % BRANCHES, 1);  // zeros, if this rank alone has dropped it
     ranks_begin(r, &m->gpu);
-    if (m->wire) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, r->stream, m->wire + s.at, grad + s.at, s.n);
-    ranks_sum(r, m->wire ? (void *)(m->wire + s.at) : grad + s.at, s.n, m->wire != NULL);
+    if (m->wire) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, r->stream, m->wire + at, grad + at, s.n);
+    ranks_sum(r, m->wire ? (void *)(m->wire + at) : grad + at, s.n, m->wire != NULL);
     if (m->wire) LAUNCH(widen_kernel, blocks_for(share), BLOCK, 0, r->stream, grad + mine, m->wire + mine, share);
 }
 
@@ -2565,13 +2577,14 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass, Grouped
     const Params dw = gradients_at(m, 0);
     const unsigned char *reduce = m->ranks.world > 1 ? pass->reduce : NULL;
     begin_branch_backward(m, pass->plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
-    for (int l = m->config.L - 1; l >= 0; l--) {
+    for (int l = m->config.L - 1; l >= m->args.frozen; l--) {
         block_backward(m, l, pass);
         for (int i = BRANCHES * l + MLP; i >= BRANCHES * l + ATTN; i--)
             if (reduce && reduce[i]) reduce_branch(m, i);
     }
-    embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)batch->rows, (size_t)batch->T,
-                       (size_t)m->config.T, (size_t)m->config.C);
+    if (!m->args.frozen)
+        embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)batch->rows, (size_t)batch->T,
+                           (size_t)m->config.T, (size_t)m->config.C);
     if (reduce) reduce_branch(m, BRANCHES * m->config.L);
 }
 
@@ -2655,7 +2668,7 @@ static __global__ void chunk_norms_kernel(double *norms, const float *grad, cons
     if (b.t > 0 && !b.spent) {
 #pragma unroll 4
         for (unsigned i = threadIdx.x * W; i < (unsigned)k.n; i += blockDim.x * W) {
-            const Floats<W> g = load<float, W>(grad, k.at + i);
+            const Floats<W> g = load<float, W>(grad, k.grad + i);
             UNROLL for (int e = 0; e < W; e++) each[e] += (double)g.x[e] * (double)g.x[e];
         }
     }
@@ -2724,7 +2737,7 @@ static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, flo
         Floats<W> pj = load<float, W>(p, k.master + j), g;
         Floats<W> mj = load<float, W>(m, k.moment + j), vj = load<float, W>(v, k.moment + j);
         for (int e = 0; e < W; e++) g.x[e] = 0;
-        if (!b.spent) g = load<float, W>(grad, k.at + j);
+        if (!b.spent) g = load<float, W>(grad, k.grad + j);
         for (int e = 0; e < W; e++) {
             const float ge = g.x[e] * shrink;
             mj.x[e] = a.b1 * mj.x[e] + (1 - a.b1) * ge;
@@ -2813,20 +2826,23 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(m->slot[slot], "this model was opened to evaluate");
     CHECK(param >= 0 && param < N_PARAMS && layer >= 0 && layer < gpt_param_layers(&m->config, param),
           "no parameter %d in layer %d", param, layer);
+    CHECK(slot == SLOT_PARAM || gpt_param_trains(param, layer, m->args.frozen), "parameter %d of layer %d is frozen", param,
+          layer);
     if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 1);
-    return m->slot[slot] + m->offset[param] + (size_t)layer * m->layer_size;
+    return m->slot[slot] + (param_offset(m, param, layer) - (slot == SLOT_PARAM ? 0 : m->n_frozen));
 }
 
 // A tensor of which each rank has a part: all ranks get it whole.
 static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
-    const size_t n = gpt_param_size(&m->config, param), at = m->offset[param] + (size_t)layer * m->layer_size;
+    const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
     const size_t branch = gradient_index(m, layer, gpt_param[param].branch);
     float *whole = (float *)room_new("a tensor to be saved", n * sizeof *whole);
     ranks_begin(&m->ranks, &m->gpu);
     for (int rank = 0; rank < m->ranks.world; rank++) {
-        size_t moment;
-        const Piece part = share_of(m, branch, rank, at, n, &moment);
-        if (part.n) ranks_send(&m->ranks, whole + (part.at - at), m->slot[slot] + moment, part.n, rank);
+        size_t place;
+        const Piece part = share_of(m, branch, rank, at, n, &place);
+        if (part.n)
+            ranks_send(&m->ranks, whole + (part.at - at), m->slot[slot] + (place - absent_of(m, slot)), part.n, rank);
     }
     ranks_end(&m->ranks, &m->gpu);
     CUDA_CHECK(cudaMemcpyAsync(host, whole, n * sizeof(real), cudaMemcpyDeviceToHost, m->gpu.stream));
@@ -2847,11 +2863,11 @@ static void write_copy(Model *m, int param, int layer, const real *host) {
 
 // This rank's part of it, which may be nothing.
 static void write_shared(Model *m, Slot slot, int param, int layer, const real *host) {
-    const size_t n = gpt_param_size(&m->config, param), at = m->offset[param] + (size_t)layer * m->layer_size;
-    size_t moment;
-    const Piece part = share_of(m, gradient_index(m, layer, gpt_param[param].branch), m->ranks.rank, at, n, &moment);
+    const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
+    size_t place;
+    const Piece part = share_of(m, gradient_index(m, layer, gpt_param[param].branch), m->ranks.rank, at, n, &place);
     if (part.n)
-        CUDA_CHECK(cudaMemcpyAsync(m->slot[slot] + moment, host + (part.at - at), part.n * sizeof(real),
+        CUDA_CHECK(cudaMemcpyAsync(m->slot[slot] + (place - absent_of(m, slot)), host + (part.at - at), part.n * sizeof(real),
                                    cudaMemcpyHostToDevice, m->gpu.stream));
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
 }

@@ -26,6 +26,7 @@ typedef struct {
     Spikes losses, norms;                                // of the last steps: what spikes are judged by
     double *eval_scale;                                  // (2L) factors of the branches in evaluation; see drop_path.h
     int tied;                                            // how those factors apply: DropPlan.tied
+    int frozen;                                          // layers that are not trained: EngineArgs.frozen
     int eot;                                             // the end-of-text token, or -1
     const char *options;                                 // the run's options, as config.txt
     const char *tokenizer_sha256;                        // of the shards' manifest; NULL or "" where there is none
@@ -38,10 +39,18 @@ static const char *const checkpoint_file[CHECKPOINT_FILES] = {"model.safetensors
 
 typedef struct { FileSum file[CHECKPOINT_FILES]; } CheckpointSums;
 
+// Whether a slot has the tensor: moments are of what is trained.
+static inline int checkpoint_has(Slot slot, int param, int layer, int frozen) {
+    return slot == SLOT_PARAM || gpt_param_trains(param, layer, frozen);
+}
+
 // One slot's tensors, "<prefix><name>", in the order of the table.
-static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, const char *prefix) {
+static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, Slot slot, int frozen) {
+    static const char *const prefixes[] = {"transformer.", NULL, "m.", "v."};
+    const char *prefix = prefixes[slot];
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            if (!checkpoint_has(slot, p, l, frozen)) continue;
             int64_t shape[2];
             const int dims = gpt_param_shape(c, p, shape);
             char *name = gpt_param_name(p, l), *full = xprintf("%s%s", prefix, name);
@@ -55,11 +64,12 @@ static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, 
 // bad is NULL, becomes the name of the first that is not finite, from malloc, with "m." or "v." before that of a moment: so one
 // reading serves to judge and to write.
 static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, Model *m, const GptConfig *c, Slot slot,
-                                        char **bad) {
+                                        int frozen, char **bad) {
     for (int p = 0; p < N_PARAMS; p++) {
         const size_t n = gpt_param_size(c, p);
         real *host = (real *)xcalloc(n, sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            if (!checkpoint_has(slot, p, l, frozen)) continue;
             e->read(m, slot, p, l, host);
             if (bad && !*bad && !numbers_finite(host, n)) {
                 char *name = gpt_param_name(p, l);
@@ -94,9 +104,9 @@ static inline void checkpoint_write_model(const char *path, FileSum *sum, const 
                                           char **bad, char **error) {
     SafetensorsWriter w;
     FILE *f = checkpoint_begin(&w, path, sum, error);
-    checkpoint_declare(&w, c, "transformer.");
+    checkpoint_declare(&w, c, SLOT_PARAM, 0);
     safetensors_begin(&w, f, path);
-    checkpoint_read_slot(&w, e, m, c, SLOT_PARAM, bad);
+    checkpoint_read_slot(&w, e, m, c, SLOT_PARAM, 0, bad);
     checkpoint_end(&w, path, f, error);
 }
 
@@ -106,12 +116,12 @@ static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, co
     FILE *f = checkpoint_begin(&w, path, sum, error);
     const int64_t branches = BRANCHES * c->L + 1;
     safetensors_declare(&w, "adamw_steps", "I64", 1, &branches);
-    checkpoint_declare(&w, c, "m.");
-    checkpoint_declare(&w, c, "v.");
+    checkpoint_declare(&w, c, SLOT_M, s->frozen);
+    checkpoint_declare(&w, c, SLOT_V, s->frozen);
     safetensors_begin(&w, f, path);
     safetensors_append(&w, s->adamw_steps, (size_t)branches * sizeof *s->adamw_steps);
-    checkpoint_read_slot(&w, e, m, c, SLOT_M, bad);
-    checkpoint_read_slot(&w, e, m, c, SLOT_V, bad);
+    checkpoint_read_slot(&w, e, m, c, SLOT_M, s->frozen, bad);
+    checkpoint_read_slot(&w, e, m, c, SLOT_V, s->frozen, bad);
     checkpoint_end(&w, path, f, error);
 }
 
@@ -163,6 +173,7 @@ static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, co
                 (long long)s->step, (long long)s->tokens);
     json_write_string(t, s->options);
     text_printf(t, ",\n  \"bad_steps\": %d", s->bad_steps);
+    if (s->frozen) text_printf(t, ",\n  \"frozen\": %d", s->frozen);     // else it is not there, as in older ones
     checkpoint_write_spikes(t, "losses", &s->losses);
     checkpoint_write_spikes(t, "grad_norms", &s->norms);
     text_printf(t, ",\n  \"files\": {");
@@ -197,10 +208,10 @@ static inline void checkpoint_remove(const char *dir) {
 
 // The reads of checkpoint_try_save in the same order, with nothing written: what the other ranks do meanwhile, if each has a
 // share of what is read. *bad as there.
-static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c, char **bad) {
-    checkpoint_read_slot(NULL, e, m, c, SLOT_PARAM, bad);
-    checkpoint_read_slot(NULL, e, m, c, SLOT_M, bad);
-    checkpoint_read_slot(NULL, e, m, c, SLOT_V, bad);
+static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c, int frozen, char **bad) {
+    checkpoint_read_slot(NULL, e, m, c, SLOT_PARAM, 0, bad);
+    checkpoint_read_slot(NULL, e, m, c, SLOT_M, frozen, bad);
+    checkpoint_read_slot(NULL, e, m, c, SLOT_V, frozen, bad);
 }
 
 // Makes OUT/latest point to the checkpoint of that name.
@@ -435,8 +446,8 @@ static inline const char *checkpoint_check_files(const Json *doc) {
 
 // Reads a parsed trainer.json: all of s but adamw_steps and eval_scale; options from malloc, unless it returns what is wrong.
 static inline const char *checkpoint_read_state(CheckpointState *s, const Json *doc) {
-    const int bad_steps = json_get(doc, 0, "bad_steps");
-    int64_t bad = 0;
+    const int bad_steps = json_get(doc, 0, "bad_steps"), some = json_get(doc, 0, "frozen");
+    int64_t bad = 0, frozen = 0;
     s->step = s->tokens = -1;
     json_int64(doc, json_get(doc, 0, "step"), &s->step);
     json_int64(doc, json_get(doc, 0, "tokens"), &s->tokens);
@@ -446,7 +457,8 @@ static inline const char *checkpoint_read_state(CheckpointState *s, const Json *
     if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST) return "\"tokens\" is missing or out of range";
     if (bad_steps >= 0 && (!json_int64(doc, bad_steps, &bad) || bad < 0 || bad > 1000000000))
         return "\"bad_steps\" is out of range";
-    s->bad_steps = (int)bad;
+    if (some >= 0 && (!json_int64(doc, some, &frozen) || frozen < 0 || frozen > 1024)) return "\"frozen\" is out of range";
+    s->bad_steps = (int)bad, s->frozen = (int)frozen;
     const char *error = checkpoint_parse_spikes(doc, "losses", &s->losses);
     if (!error) error = checkpoint_parse_spikes(doc, "grad_norms", &s->norms);
     if (!error) error = checkpoint_check_files(doc);
@@ -727,12 +739,14 @@ static inline void checkpoint_check_finite(const Weights *w, const char *prefix,
         gpt_param_name(param, layer), numbers_unsigned((double)x[i]), i);
 }
 
-// One slot of the model, each tensor as "<prefix><name>"; dies when one is missing, misshapen or not finite.
-static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConfig *c, Slot slot, const Weights *w,
+// One slot of the model, each tensor as "<prefix><name>"; dies when one is missing, misshapen or not finite. Where the first
+// `frozen` layers have no moments, the others.
+static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConfig *c, Slot slot, int frozen, const Weights *w,
                                         const char *prefix) {
     for (int p = 0; p < N_PARAMS; p++) {
         real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            if (!checkpoint_has(slot, p, l, frozen)) continue;
             weights_read(w, c, prefix, p, l, host);
             checkpoint_check_finite(w, prefix, p, l, host, gpt_param_size(c, p));
             e->write(m, slot, p, l, host);
@@ -767,14 +781,16 @@ static inline char *checkpoint_check_weights(const char *dir) {
 static inline void checkpoint_load_weights(const char *from, const Engine *e, Model *m, const GptConfig *c) {
     Weights w;
     weights_open(&w, from);
-    checkpoint_load_slot(e, m, c, SLOT_PARAM, &w, w.prefix);
+    checkpoint_load_slot(e, m, c, SLOT_PARAM, 0, &w, w.prefix);
     weights_close(&w);
 }
 
 // All of a checkpoint of ours into the model and s, whose adamw_steps (2L+1) is the caller's; s->options from malloc.
-// Dies when a file does not match its sum.
+// Dies when a file does not match its sum. s->frozen is what the model was opened with: layers that were trained and are not
+// any more lose their moments, and those that are trained from now on begin with none.
 static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, const GptConfig *c, CheckpointState *s) {
     char *wrong = checkpoint_verify(dir), *path = xprintf("%s/trainer.json", dir);
+    const int frozen = s->frozen;
     FileMap map;
     Weights w;
     if (wrong) die("this checkpoint is damaged: %s\n  hint: --resume without a path takes the latest that is whole", wrong);
@@ -783,18 +799,22 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
     if (error) die("%s: %s", path, error);
     file_unmap(&map);
     free(path);
+    const int then = s->frozen, kept = then > frozen ? then : frozen;
+    if (then > c->L) die("%s/trainer.json: %d frozen layers of a model of %d", dir, then, c->L);
+    s->frozen = frozen;
 
     checkpoint_load_weights(dir, e, m, c);
     path = xprintf("%s/optimizer.safetensors", dir);
     weights_open_file(&w, path, "--init-from takes the weights alone and starts at step 0");
-    checkpoint_load_slot(e, m, c, SLOT_M, &w, "m.");
-    checkpoint_load_slot(e, m, c, SLOT_V, &w, "v.");
+    checkpoint_load_slot(e, m, c, SLOT_M, kept, &w, "m.");
+    checkpoint_load_slot(e, m, c, SLOT_V, kept, &w, "v.");
     const SafetensorsEntry *steps = weights_find(&w, "adamw_steps");
     if (!steps || steps->count != (size_t)(BRANCHES * c->L + 1)) die("%s: adamw_steps is missing or has another size", path);
     if ((error = safetensors_to_int64(steps, s->adamw_steps))) die("%s: adamw_steps: %s", path, error);
     for (int i = 0; i <= BRANCHES * c->L; i++)
         if (s->adamw_steps[i] < 0 || s->adamw_steps[i] > s->step)
             die("%s: adamw_steps has %lld, but the run did %lld steps", path, (long long)s->adamw_steps[i], (long long)s->step);
+    for (int i = BRANCHES * frozen; i < BRANCHES * then; i++) s->adamw_steps[i] = 0;
     weights_close(&w);
     free(path);
     e->resumed(m, s->adamw_steps);

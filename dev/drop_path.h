@@ -50,6 +50,7 @@ typedef struct {
     int sync;                                            // batch units: one plan for all ranks' micro-steps k
     int64_t start, ramp_up, ramp_down, recover;          // steps
     double ramp_from;
+    int frozen;                                          // layers at the bottom that run, but are not trained
 } DropPath;
 
 // D(l) of layer l = 1..L, in [0, 1].
@@ -107,12 +108,13 @@ static inline double drop_path_eval_scale(const DropPath *d, int l, int b) {
     return d->scale == SCALE_SURVIVAL ? 1 - drop_path_rate(d, l, b, d->steps - 1) : 1;
 }
 
-// Expected FLOPs of step t as a fraction of the full model's, over rows of T tokens.
+// Expected FLOPs of step t as a fraction of those of a step that trains the full model, over rows of T tokens.
 static inline double drop_path_expected_compute(const DropPath *d, const GptConfig *c, int T, int64_t t) {
-    double kept = gpt_head_flops(c, T);
+    double kept = 3 * gpt_head_flops(c, T);
     for (int l = 1; l <= c->L; l++)
-        for (int b = 0; b < BRANCHES; b++) kept += (1 - drop_path_rate(d, l, b, t)) * gpt_branch_flops(c, b, T);
-    return kept / gpt_row_flops(c, T);
+        for (int b = 0; b < BRANCHES; b++)
+            kept += gpt_layer_passes(l - 1, d->frozen) * (1 - drop_path_rate(d, l, b, t)) * gpt_branch_flops(c, b, T);
+    return kept / (3 * gpt_row_flops(c, T));
 }
 
 // Above what is usual for a model of that many parameters: 0.1 small, 0.2 medium, 0.4 large (the stochastic-depth
@@ -256,20 +258,23 @@ static inline void drop_plan_sample(DropPlan *plan, const DropPath *d, int64_t s
     else drop_plan_sample_rows(plan, d, step, m, M, batch);
 }
 
-// The most rows that any plan of the run can keep: all layers' attention branches, MLP branches, both. Only
-// systematic sampling promises less than everything, and only while the rate is above zero throughout.
+// The most rows that any plan of the run can keep for a backward pass: all trained layers' attention branches, MLP branches,
+// both. Only systematic sampling promises less than everything, and only while the rate is above zero throughout.
 static inline void drop_path_bound(const DropPath *d, int batch, int *attn_rows, int *mlp_rows, int *rows) {
     const int64_t last = d->steps - 1;                   // R rises and then falls: it is lowest at an end of the run
     const int64_t at = drop_path_ramp(d, last) < drop_path_ramp(d, 0) ? last : 0;
-    int each[BRANCHES] = {0, 0};
+    int each[BRANCHES] = {0, 0}, frozen = 0;             // frozen: units that may take a drop from the trained ones
     uint64_t sum = 0;
     for (int l = 1; l <= d->layers; l++)
         for (int b = 0; b < BRANCHES; b++) {
-            uint64_t p = d->sampling == SAMPLING_SYSTEMATIC ? drop_path_rate_bits(d, l, b, at) : 0;
-            each[b] += batch - (d->unit == UNIT_ROW ? (int)(((uint64_t)batch * p) >> 32) : 0);
-            if (b == ATTN || d->branches != BRANCHES_TIED) sum += p;
+            const uint64_t p = d->sampling == SAMPLING_SYSTEMATIC ? drop_path_rate_bits(d, l, b, at) : 0;
+            const int unit = b == ATTN || d->branches != BRANCHES_TIED;
+            if (l > d->frozen) each[b] += batch - (d->unit == UNIT_ROW ? (int)(((uint64_t)batch * p) >> 32) : 0);
+            else frozen += unit && p;
+            if (unit) sum += p;
         }
-    int dropped = (int)(sum >> 32);                      // batch units: of L tied blocks, or of 2L branches
+    int dropped = (int)(sum >> 32) - frozen;             // batch units: of L tied blocks, or of 2L branches
+    if (dropped < 0) dropped = 0;
     int one = d->branches == BRANCHES_ATTN, other = d->branches == BRANCHES_MLP, tied = d->branches == BRANCHES_TIED;
     if (d->unit == UNIT_BATCH && (one || tied)) each[ATTN] -= dropped * batch;
     if (d->unit == UNIT_BATCH && (other || tied)) each[MLP] -= dropped * batch;

@@ -14,7 +14,7 @@
 
 typedef struct Model Model;                              // the engine's own
 
-// What a training pass may be asked to keep for the backward pass, summed over the layers of one plan: rows of
+// What a training pass may be asked to keep for the backward pass, summed over the trained layers of one plan: rows of
 // attention branches, rows of MLP branches, and rows of both together. drop_path_bound() computes it.
 typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
 
@@ -36,6 +36,8 @@ typedef struct {
     int threads;                                         // of the whole process; 0: OpenMP's default, all cores
     int dtype;                                           // DTYPE_*
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
+    int frozen;                                          // the first so many layers, and wpe, stay as they are: no gradients
+                                                         // and no moments, and no backward pass (gpt_param_trains)
     int recompute;                                       // RECOMPUTE_*
     const Comm *comm;                                    // the ranks that train this model together; NULL: alone
     int zero;                                            // 1: each rank keeps the moments of its share of the weights, and of
@@ -123,7 +125,8 @@ typedef struct {
     // they can be read, and a call with args->discard must follow to zero them. All ranks call it with the same arguments and get the same norm.
     double (*update)(Model *, const UpdateArgs *);
 
-    // Copy one layer's part of one parameter, gpt_param_size() numbers, out of or into a slot. With args->zero all ranks
+    // Copy one layer's part of one parameter, gpt_param_size() numbers, out of or into a slot. What is frozen is in
+    // SLOT_PARAM alone. With args->zero all ranks
     // call read in the same order, since each has a share.
     void (*read)(Model *, Slot, int param, int layer, real *host);
     void (*write)(Model *, Slot, int param, int layer, const real *host);

@@ -132,6 +132,19 @@ static inline int gpt_param_ends_branch(int param) {
     return param == P_attprojw || param == P_attprojb || param == P_fcprojw || param == P_fcprojb;
 }
 
+// Whether training changes it where the first `frozen` layers stay as they are. Backward ends above them, so that wpe, which
+// only lies below, stays too; wte is trained as the head. 0: all is trained.
+static inline int gpt_param_trains(int param, int layer, int frozen) {
+    return gpt_param[param].branch == NO_BRANCH ? param != P_wpe || !frozen : layer >= frozen;
+}
+
+static inline size_t gpt_params_trained(const GptConfig *c, int frozen) {
+    size_t n = 0;
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int l = 0; l < gpt_param_layers(c, p); l++) n += gpt_param_trains(p, l, frozen) ? gpt_param_size(c, p) : 0;
+    return n;
+}
+
 static inline size_t gpt_params_count(const GptConfig *c) {
     size_t n = 0;
     for (int p = 0; p < N_PARAMS; p++) n += gpt_param_size(c, p) * (size_t)gpt_param_layers(c, p);
@@ -140,8 +153,8 @@ static inline size_t gpt_params_count(const GptConfig *c) {
 
 // ---- Cost ----
 // Floating point operations of matrix products only (a multiply-add is 2), of a forward pass over one row of T
-// tokens; a training step does 3 times as many (backward: d_input and d_weight). Causal attention is counted as
-// what is needed, T(T+1)/2 pairs; a kernel's recomputation, LayerNorm, GELU and the optimizer are not counted.
+// tokens; a training step does 3 times as many (backward: d_input and d_weight), but of a frozen layer only
+// these. Causal attention is counted as what is needed, T(T+1)/2 pairs; a kernel's recomputation, LayerNorm, GELU and the optimizer are not counted.
 
 static inline double gpt_branch_flops(const GptConfig *c, int branch, int T) {
     double t = T, C = c->C;
@@ -150,6 +163,9 @@ static inline double gpt_branch_flops(const GptConfig *c, int branch, int T) {
 }
 
 static inline double gpt_head_flops(const GptConfig *c, int T) { return 2.0 * T * c->C * c->V; }
+
+// How often a training step does the forward pass' work of layer l = 0, 1, ...
+static inline int gpt_layer_passes(int l, int frozen) { return l < frozen ? 1 : 3; }
 
 static inline double gpt_row_flops(const GptConfig *c, int T) {
     return c->L * (gpt_branch_flops(c, ATTN, T) + gpt_branch_flops(c, MLP, T)) + gpt_head_flops(c, T);

@@ -80,9 +80,10 @@ static inline void numbers_of_slot(TensorNumbers *t, int which, const real *x, s
 }
 
 // The numbers of places (n), from malloc; all ranks call it and get the same. Where each rank has a share of something, the
-// rest is what that rank alone knows: the largest of any rank is told, so that nothing bad is overlooked.
-static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const GptConfig *c, const TensorPlace *places, int n,
-                                                const Comm *comm) {
+// rest is what that rank alone knows: the largest of any rank is told, so that nothing bad is overlooked. What is not trained
+// has no gradient: 0.
+static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const GptConfig *c, int frozen,
+                                                const TensorPlace *places, int n, const Comm *comm) {
     const int world = comm ? comm->world : 1, rank = comm ? comm->rank : 0;
     const size_t each = (size_t)n * (sizeof(TensorNumbers) / sizeof(double));
     TensorNumbers *all = (TensorNumbers *)xcalloc((size_t)world * (size_t)n, sizeof *all);
@@ -91,6 +92,7 @@ static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const
         const size_t size = gpt_param_size(c, places[i].param);
         real *host = (real *)xcalloc(size, sizeof *host);
         for (int which = 0; which < 2; which++) {
+            if (which && !gpt_param_trains(places[i].param, places[i].layer, frozen)) continue;
             e->read(m, which ? SLOT_GRAD : SLOT_PARAM, places[i].param, places[i].layer, host);
             numbers_of_slot(&mine[i], which, host, size);
         }

@@ -155,6 +155,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(eps, "eps", NUMBER, "1e-8", "(0,inf)", "added to the root of the second moment")                          \
     OPTION(grad_clip, "grad-clip", NUMBER, "1", "[0,inf)",                                                           \
            "largest norm of the whole gradient, to which 1e-6 is added as in PyTorch's clip_grad_norm_; 0: never clipped") \
+    OPTION(train_last, "train-last", INTEGER, "0", "[0,1024]",                                                       \
+           "train only the last so many layers, ln_f and wte; the rest stays as --init-from gave it; 0: all")        \
     OPTION(rounding, "rounding", CHOICE, "nearest", "nearest|stochastic",                                            \
            "GPU, --dtype bf16: how the fp32 weights become the bf16 that forward and backward read; stochastic: up or " \
            "down at random, so that the mean is right")                                                              \

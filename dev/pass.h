@@ -20,7 +20,8 @@ typedef struct {
                                                          // rank's last micro-batch before an update, and the gradients
                                                          // whose flag is set are summed over all ranks, which may go on
                                                          // behind the call and which update waits for. Those of the
-                                                         // others are zero on every rank. All ranks give the same flags
+                                                         // others are zero on every rank, or frozen. All ranks give the
+                                                         // same flags
 } Pass;
 
 static inline Batch batch_of(int rows, int T, const int *tokens, const int *targets) {

@@ -415,6 +415,10 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     trainer_describe_data(tr);
     tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
     tr->schedule = trainer_schedule(o, tr->steps);
+    if (o->train_last > tr->config.L)
+        die("--train-last %lld: this model has %d layers\n  hint: --train-last 0 trains all", (long long)o->train_last,
+            tr->config.L);
+    if (o->train_last) tr->drop.frozen = tr->config.L - (int)o->train_last;
     tr->plan = drop_plan_new(tr->config.L, tr->B);
     if (*o->drop_replay) trainer_open_replay(tr);
 
@@ -422,7 +426,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     EngineArgs args;
     memset(&args, 0, sizeof args);
     args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o);
-    args.bound = trainer_memory_bound(tr), args.recompute = o->recompute;
+    args.bound = trainer_memory_bound(tr), args.recompute = o->recompute, args.frozen = tr->state.frozen = tr->drop.frozen;
     args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
     args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed, args.dry = o->dry_run;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
@@ -656,6 +660,9 @@ static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
     return pass;
 }
 
+// Whether branch i (as UpdateArgs.t counts) is of a layer that is not trained.
+static inline int trainer_is_frozen(const Trainer *tr, int i) { return i < BRANCHES * tr->drop.frozen; }
+
 // What the step's plans keep, over all ranks: known before anything runs.
 static inline void trainer_plan_step(Trainer *tr, int64_t t) {
     const int branches = BRANCHES * tr->config.L;
@@ -667,14 +674,16 @@ static inline void trainer_plan_step(Trainer *tr, int64_t t) {
         drop_plan_write(&tr->plan_text, &tr->plan, tr->drop.unit);
         for (int i = 0; i < branches; i++) tr->kept[i] += tr->plan.branch[i].n;
     }
-    for (int i = 0; i <= branches; i++) tr->reduce[i] = i == branches || tr->kept[i] > 0;
+    for (int i = 0; i <= branches; i++) tr->reduce[i] = i == branches || (tr->kept[i] > 0 && !trainer_is_frozen(tr, i));
 }
 
-// The AdamW step of every branch in this update: one more than before, or 0 (untouched) for what was dropped throughout.
+// The AdamW step of every branch in this update: one more than before, or 0 (untouched) for what was dropped throughout and
+// for what is not trained.
 static inline void trainer_count_updates(Trainer *tr) {
     const int branches = BRANCHES * tr->config.L;
     for (int i = 0; i <= branches; i++) {
-        int skipped = tr->options->drop_adam == ADAM_SKIP && i < branches && tr->kept[i] == 0;
+        const int dropped = tr->options->drop_adam == ADAM_SKIP && i < branches && tr->kept[i] == 0;
+        const int skipped = dropped || (i < branches && trainer_is_frozen(tr, i));
         tr->adamw_steps[i] = skipped ? 0 : tr->state.adamw_steps[i] + 1;
     }
 }
@@ -683,13 +692,13 @@ static inline void trainer_count_updates(Trainer *tr) {
 static inline void trainer_account(Trainer *tr, Metrics *r) {
     const GptConfig *c = &tr->config;
     const double rows = (double)tr->B * tr->M;
-    double flops = rows * gpt_head_flops(c, tr->T), kept[BRANCHES] = {0, 0};
+    double flops = 3 * rows * gpt_head_flops(c, tr->T), kept[BRANCHES] = {0, 0};
     for (int i = 0; i < BRANCHES * c->L; i++) {
-        flops += tr->kept[i] * gpt_branch_flops(c, i % BRANCHES, tr->T);
+        flops += gpt_layer_passes(i / BRANCHES, tr->drop.frozen) * tr->kept[i] * gpt_branch_flops(c, i % BRANCHES, tr->T);
         kept[i % BRANCHES] += tr->kept[i];
     }
-    r->flops = 3 * flops;
-    r->flops_fraction = flops / (rows * gpt_row_flops(c, tr->T));
+    r->flops = flops;
+    r->flops_fraction = flops / (3 * rows * gpt_row_flops(c, tr->T));
     r->kept_attn = kept[ATTN] / (rows * c->L);
     r->kept_mlp = kept[MLP] / (rows * c->L);
     r->drop_p = fmax(drop_path_rate(&tr->drop, c->L, ATTN, tr->state.step),
@@ -846,7 +855,7 @@ static inline void trainer_examine(Trainer *tr, const Metrics *r, double loss) {
         tr->bad_forward = numbers_finite_branches(tr->engine, tr->model, &batch, &pass);
     }
     RankNumbers *ranks = trainer_ask_ranks(tr, loss);
-    TensorNumbers *tensors = numbers_of_tensors(tr->engine, tr->model, &tr->config, places, n, tr->comm);
+    TensorNumbers *tensors = numbers_of_tensors(tr->engine, tr->model, &tr->config, tr->drop.frozen, places, n, tr->comm);
     if (tr->rank == 0) trainer_report_bad_step(tr, r, ranks, places, tensors, n);
     free(places), free(ranks), free(tensors);
 }
@@ -1005,7 +1014,7 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
 static inline double trainer_expected_compute(const Trainer *tr) {
     const int64_t every = tr->steps / 100000 + 1;
     double sum = 0, n = 0;
-    if (tr->options->drop_path == 0 && !tr->replay.n) return 1;
+    if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen) return 1;
     for (int64_t t = every / 2; t < tr->steps; t += every, n++)
         sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
     return sum / n;
@@ -1040,6 +1049,11 @@ static inline void trainer_print_start(const Trainer *tr) {
     if (memory.activations < memory.activations_full)
         printf(" of %.0f MiB without drop path", (double)memory.activations_full / mib);
     printf("\n");
+    if (tr->drop.frozen) {
+        metrics_grouped(count, (double)gpt_params_trained(c, tr->drop.frozen));
+        printf("trains:  %s parameters: the last %d layer%s, ln_f and wte\n", count, c->L - tr->drop.frozen,
+               c->L - tr->drop.frozen == 1 ? "" : "s");
+    }
     if (o->drop_path > 0 || tr->replay.n) {
         printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path,
                c->L, o->drop_path * drop_path_depth(&tr->drop, 1), 100 * trainer_expected_compute(tr));
@@ -1064,11 +1078,15 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     metrics_duration(saved, (full - flops) / (share * tr->peak_flops));
     const double epochs = (double)tr->steps * tr->M * tr->B / (double)tr->train.windows;
     if (epochs >= 100) warn("%.0f epochs: the model will learn the data by heart; --epochs 4 is a usual most", epochs);
-    printf("flops:   %.3e on %s tokens; %.3e without drop path\n", flops, grouped, full);
-    printf("time:    %s if steps reach half of that peak, evaluations left out; drop path saves %s\n", time, saved);
+    const int drops = tr->options->drop_path > 0 || tr->replay.n;
+    printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full,
+           tr->drop.frozen ? "drop path, all trained" : "drop path");
+    printf("time:    %s if steps reach half of that peak, evaluations left out; %s %s\n", time,
+           !tr->drop.frozen ? "drop path saves" : drops ? "drop path and --train-last save" : "--train-last saves", saved);
     printf("         not sure: %s at 80%% of it, %s at 20%%, more on a busy machine; a run of a few steps tells more\n", least,
            most);
-    printf("disk:    %.0f MiB a checkpoint\n", 3.0 * (double)gpt_params_count(&tr->config) * sizeof(real) / mib);
+    printf("disk:    %.0f MiB a checkpoint\n", (double)sizeof(real) / mib *
+           (double)(gpt_params_count(&tr->config) + 2 * gpt_params_trained(&tr->config, tr->drop.frozen)));
     printf("dry run: nothing has been trained or written\n");
 }
 
@@ -1140,7 +1158,7 @@ static inline void trainer_save(Trainer *tr) {
     char *error = NULL, *bad = NULL;
     if (tr->rank == 0) error = metrics_file_sync(&tr->metrics);    // no checkpoint is ahead of its metrics
     if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state, &bad);
-    else if (tr->rank == 0 || o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config, &bad);
+    else if (tr->rank == 0 || o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config, tr->drop.frozen, &bad);
     int outcome[2] = {error != NULL, bad != NULL};
     comm_broadcast(tr->comm, outcome, sizeof outcome);
     if (outcome[1])

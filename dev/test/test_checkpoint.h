@@ -552,7 +552,7 @@ static void test_checkpoint_judges_moments(void) {
         real moment[28] = {0};
         moment[27] = (real)INFINITY;
         engine_cpu()->write(m, k ? SLOT_V : SLOT_M, P_wte, 0, moment);
-        checkpoint_attend(engine_cpu(), m, &checkpoint_test_config, &bad);
+        checkpoint_attend(engine_cpu(), m, &checkpoint_test_config, 0, &bad);
         EXPECT_TEXT(bad, tensor);
         free(bad), bad = NULL;
         s.step = 4;
@@ -701,7 +701,7 @@ static void test_checkpoint_attends(void) {
     memset(checkpoint_test_reads, 0, sizeof checkpoint_test_reads);
     for (checkpoint_test_rank = 0; checkpoint_test_rank < 2; checkpoint_test_rank++) {
         if (checkpoint_test_rank == 0) checkpoint_save(test_directory(), &e, m, c, &s);
-        else checkpoint_attend(&e, m, c, &bad);
+        else checkpoint_attend(&e, m, c, 0, &bad);
     }
     EXPECT(strlen(checkpoint_test_reads[0]) > 300, "%s", checkpoint_test_reads[0]);
     EXPECT_TEXT(checkpoint_test_reads[1], checkpoint_test_reads[0]);

@@ -552,14 +552,15 @@ static void drop_check_bound(const DropPath *d) {
     for (int k = 0; k < M * (int)d->steps; k++) {
         int kept[3] = {0, 0, 0};
         drop_plan_sample(&plan, d, k / M, k % M, M, 1, B);
-        for (int i = 0; i < L * BRANCHES; i++) kept[i % 2] += plan.branch[i].n;
+        for (int i = BRANCHES * d->frozen; i < L * BRANCHES; i++) kept[i % 2] += plan.branch[i].n;
         kept[2] = kept[ATTN] + kept[MLP];
         for (int b = 0; b < 3; b++) most[b] = kept[b] > most[b] ? kept[b] : most[b];
     }
     for (int b = 0; b < 3; b++) {
         EXPECT(most[b] <= bound[b], "branches %d: %d rows, the bound is %d", d->branches, most[b], bound[b]);
-        if (d->sampling == SAMPLING_SYSTEMATIC) EXPECT(most[b] == bound[b], "never more than %d of %d", most[b], bound[b]);
-        else EXPECT(bound[b] == (b < 2 ? 1 : 2) * L * B, "%d rows, but independent draws may keep all", bound[b]);
+        if (d->sampling == SAMPLING_SYSTEMATIC)
+            EXPECT(most[b] == bound[b] || d->frozen, "never more than %d of %d", most[b], bound[b]);
+        else EXPECT(bound[b] == (b < 2 ? 1 : 2) * (L - d->frozen) * B, "%d rows, but independent draws may keep all", bound[b]);
     }
     drop_plan_free(&plan);
 }
@@ -567,6 +568,8 @@ static void drop_check_bound(const DropPath *d) {
 static void test_drop_bound(void) {
     DropPath d = drop_policy(3, 0.6);
     drop_each_policy(d, drop_check_bound);               // a constant rate
+    for (d.frozen = 1; d.frozen < 3; d.frozen++) drop_each_policy(d, drop_check_bound);
+    d.frozen = 0;
     d.ramp_up = 60;
     d.ramp_from = 0.7;
     drop_each_policy(d, drop_check_bound);

@@ -29,7 +29,7 @@
     X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses) \
     X(engine_update) X(engine_update_clipped) \
     X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_huge) X(engine_update_untouched) \
-    X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_peak)
+    X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_frozen) X(engine_peak)
 
 static const Engine *test_engine;                        // the one under test: test_gpt.c runs every test on each
 
@@ -1494,6 +1494,68 @@ static void test_engine_bounded(void) {
         test_engine->close(m);
     }
     EXPECT(least < most, "dropping branches saves no memory: %zu bytes", most);
+}
+
+// Part of a tensor in which a model with frozen layers trains as one without: all of it, of the token embedding the rows of
+// tokens that the batch does not have, which the head alone trains. *n numbers from the place that is returned.
+static size_t frozen_part(const GptConfig *c, int p, int l, size_t *n) {
+    const size_t rows = (size_t)c->V - 1, skip = p == P_wte ? rows * (size_t)c->C : 0;
+    *n = gpt_param_size(c, p) - skip;
+    return slot_at(c, p, l) + skip;
+}
+
+static void frozen_expect(const Rig *all, const Rig *part, int frozen, Slot slot, const real *before, const char *plan) {
+    const GptConfig *c = &all->c;
+    real *want = slot_read(c, all->model, slot);
+    EACH_TENSOR(c) {
+        const int trains = gpt_param_trains(p, l, frozen);
+        size_t n, at = frozen_part(c, p, l, &n);
+        if (!trains && slot != SLOT_PARAM) continue;
+        real *got = (real *)xcalloc(gpt_param_size(c, p), sizeof *got);
+        test_engine->read(part->model, slot, p, l, got);
+        const real *is = got + (at - slot_at(c, p, l)), *should = trains ? want : before;
+        EXPECT(!memcmp(is, should + at, n * sizeof *is), "%s, %d frozen, slot %d: %s of layer %d", plan, frozen, slot,
+               gpt_param[p].name, l);
+        free(got);
+    }
+    free(want);
+}
+
+// Layers that are frozen stay as they are, and those above get the bits of a model that trains all; the memory is smaller.
+static void test_engine_frozen(void) {
+    const int B = SMALL_B, T = SMALL_T;
+    for (int frozen = 1; frozen < small_config.L; frozen++)
+        for (int f = 0; f < N_FORCED; f++) {
+            const int L = small_config.L, kept = (L - frozen) * B;
+            const EngineArgs args = {.B = B, .T = T, .threads = 1, .dtype = DTYPE_FP32, .bound = {kept, kept, 2 * kept},
+                                     .frozen = frozen};
+            Rig all = rig_open(small_config, B, T), part = rig_new(small_config, &args, B);
+            int64_t t[16];
+            const UpdateArgs update = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0, t, 0, 0};
+            EngineMemory whole, less;
+            for (int i = 0; i < B * T; i++) all.tokens[i] %= small_config.V - 1;     // the last token is only a target
+            plan_force(&all.plan, f, B);
+            for (int micro = 0; micro < 2; micro++) {                      // gradients are set, and added to
+                const double want = engine_forward_backward(test_engine, all.model, T, all.tokens, all.targets, &all.plan, 0.5);
+                const double got = engine_forward_backward(test_engine, part.model, T, all.tokens, all.targets, &all.plan, 0.5);
+                EXPECT(got == want, "%s: a loss of %.17g, want %.17g", forced_plans[f].name, got, want);
+            }
+            real *before = slot_read(&all.c, all.model, SLOT_PARAM);
+            frozen_expect(&all, &part, frozen, SLOT_GRAD, NULL, forced_plans[f].name);
+            for (int i = 0; i <= BRANCHES * L; i++) t[i] = 1;
+            test_engine->update(all.model, &update);
+            for (int i = 0; i < BRANCHES * frozen; i++) t[i] = 0;
+            test_engine->update(part.model, &update);
+            for (int slot = SLOT_PARAM; slot <= SLOT_V; slot++)
+                frozen_expect(&all, &part, frozen, (Slot)slot, before, forced_plans[f].name);
+            test_engine->memory(all.model, &whole), test_engine->memory(part.model, &less);
+            EXPECT(less.parameters == whole.parameters && less.gradients < whole.gradients && less.moments < whole.moments &&
+                   less.activations < whole.activations && less.activations_used <= whole.activations_used,
+                   "%zu, %zu, %zu, %zu of %zu, %zu, %zu, %zu bytes", less.parameters, less.gradients, less.moments,
+                   less.activations, whole.parameters, whole.gradients, whole.moments, whole.activations);
+            free(before);
+            rig_close(&all), rig_close(&part);
+        }
 }
 
 static void test_engine_peak(void) {

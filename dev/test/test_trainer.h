@@ -121,8 +121,8 @@ static void test_trainer_resume_is_bit_identical(void) {
     const char *dir = test_directory();
     const char *variant[] = {"--drop-ramp-up 80%", "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
                              "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli",
-                             "--dtype bf16 --drop-unit row"};
-    for (int i = 0; i < 4; i++) {
+                             "--dtype bf16 --drop-unit row", "--train-last 1 --drop-unit row"};
+    for (int i = 0; i < 5; i++) {
         char a[400], b[400], whole[500], part[500];
         snprintf(a, sizeof a, "%s/%d_whole", dir, i), snprintf(b, sizeof b, "%s/%d_part", dir, i);
         snprintf(whole, sizeof whole, "%s/latest", a), snprintf(part, sizeof part, "%s/latest", b);
@@ -132,6 +132,44 @@ static void test_trainer_resume_is_bit_identical(void) {
         EXPECT_SAME(whole, part, "optimizer.safetensors");
         expect_same_metrics(a, b, 100);
     }
+}
+
+// --train-last: what is frozen stays to the bit and has no moments, metrics count what it saves, and a resumed run may train
+// more layers or fewer.
+static void test_trainer_train_last(void) {
+    const char *dir = test_directory();
+    char *first = xprintf("%s/all/latest", dir), *last = xprintf("%s/last/latest", dir), *path;
+    EXPECT_RUN("--out %s/all --steps 3", dir);
+    EXPECT_RUN("--out %s/last --steps 4 --init-from %s --train-last 1 --eval-every 0", dir, first);
+    GptConfig c;
+    double *scale;
+    int tied;
+    Weights w[2], moments;
+    checkpoint_read_config(first, &c, &scale, &tied);
+    weights_open(&w[0], first), weights_open(&w[1], last);
+    path = xprintf("%s/optimizer.safetensors", last);
+    weights_open_file(&moments, path, "");
+    for (int p = 0, l = 0; p < N_PARAMS; l + 1 < gpt_param_layers(&c, p) ? l++ : (l = 0, p++)) {
+        real *a = (real *)xcalloc(gpt_param_size(&c, p), sizeof *a), *b = (real *)xcalloc(gpt_param_size(&c, p), sizeof *b);
+        char *name = gpt_param_name(p, l), *m = xprintf("m.%s", name);
+        weights_read(&w[0], &c, w[0].prefix, p, l, a), weights_read(&w[1], &c, w[1].prefix, p, l, b);
+        const int trains = gpt_param_trains(p, l, c.L - 1), same = !memcmp(a, b, gpt_param_size(&c, p) * sizeof *a);
+        EXPECT(same == !trains && !!weights_find(&moments, m) == trains, "%s: %s", name, same ? "the same" : "another");
+        free(a), free(b), free(name), free(m);
+    }
+    weights_close(&w[0]), weights_close(&w[1]), weights_close(&moments), free(path);
+    path = xprintf("%s/last/metrics.jsonl", dir);
+    MetricsLog log = metrics_read(path);
+    double flops = 3 * gpt_head_flops(&c, 16);
+    for (int l = 0; l < c.L; l++)
+        flops += (l < c.L - 1 ? 1 : 3) * (gpt_branch_flops(&c, ATTN, 16) + gpt_branch_flops(&c, MLP, 16));
+    EXPECT_CLOSE(log.record[1].flops, 8 * flops, 0.5, "FLOPs of a step");
+    metrics_log_free(&log);
+    EXPECT_RUN("--out %s/last --steps 6 --train-last 2 --resume", dir);    // one more layer begins without moments
+    EXPECT_RUN("--out %s/last --steps 8 --train-last 1 --resume", dir);
+    EXPECT_RUN("--out %s/last --steps 9 --resume", dir);
+    EXPECT_REFUSED(1, "--train-last 7: this model has", "--out %s/x --steps 1 --train-last 7", dir);
+    free(first), free(last), free(path), free(scale);
 }
 
 // Products of bf16: the same bits from any number of threads, others than those of fp32, and nearly its loss.
@@ -606,7 +644,7 @@ static void test_trainer_dry_run(void) {
 
 #define TRAINER_TESTS(X)                                                                          \
     X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                    \
-    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
+    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) X(trainer_train_last) \
     X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
     X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
