@@ -4,9 +4,16 @@
 #     scripts/launch.sh -n 8 build/train_gpt_cuda --train 'data/train_*.bin' ...
 #     scripts/launch.sh -n 2 --prefix -- build/train_gpt ...         each line of output after its rank: "[1] ..."
 #
-# When a rank fails, the others have 5 seconds to say so themselves, then they are ended. The exit code is that of the first
-# that failed; 128 + the signal's number for one that was killed. Ctrl-C, a SIGTERM or a terminal that closes reaches all
-# ranks as SIGTERM, upon which build/train_gpt saves and ends; a second signal kills them.
+# When a rank fails, the others have 5 seconds to say so themselves, then they are ended. The exit
+# code is that of the first that failed; 128 + the signal's number for one that was killed.
+#
+#     SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal closes)    SIGTERM to all ranks: save and end
+#     SIGUSR2, SIGXCPU (a scheduler's warnings)                 the same to all ranks: save and end
+#     SIGUSR1                                                   the same: save and continue
+#
+# A second SIGTERM, SIGINT or SIGHUP kills the ranks, unless it follows within two seconds:
+# timeout(1) sends each signal to this process and again to its whole group. Nothing is left on the
+# disk, and no free space is needed there.
 set -u
 usage() {
     echo "usage: scripts/launch.sh -n N [--prefix] [--] command ..." >&2
@@ -48,69 +55,127 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then                   # the ranks share the c
     export OMP_NUM_THREADS
 fi
 
-dir=$(mktemp -d) || exit 1
-mkfifo "$dir/ended" || exit 1
-exec 3<>"$dir/ended"                                     # each rank's "rank code" when it ends
-timer=''
+# The ranks' news: "start RANK PID" and "end RANK CODE PID". Once the fifo is open nobody needs its
+# name. It takes an entry in a directory and no space; where TMPDIR has no room for an entry,
+# another directory does.
+for place in "${TMPDIR:-/tmp}" /dev/shm /tmp .; do
+    dir=$(mktemp -d "$place/launch.XXXXXX" 2>/dev/null) || continue
+    mkfifo "$dir/news" 2>/dev/null && exec 3<>"$dir/news"
+    opened=$?
+    rm -rf "$dir"
+    [ "$opened" -ne 0 ] || break
+    dir=''
+done
+if [ -z "$dir" ]; then
+    echo "launch.sh: cannot make a fifo in TMPDIR, /dev/shm, /tmp or here" >&2
+    exit 1
+fi
 
-signal_all() {                                           # only processes that are still ours: a rank's file goes with it
-    for file in "$dir"/pid.*; do
-        [ -f "$file" ] && kill "-$1" "$(cat "$file")" 2>/dev/null
-    done
+running='' timers=''                                     # process numbers: of ranks, of `later`
+started=0 ended=0 failed=0                               # ranks; the code of the first that failed
+stop='' asked=''                                         # the signal to stop by; when, in seconds
+
+# A trap may run between any two commands, so no two of these functions change the same variable.
+signal_all() { for member in $running; do kill "-$1" "$member" 2>/dev/null; done; }
+
+forget() {
+    case " $running " in *" $1 "*) ;; *) started=$((started + 1)) ;; esac    # it never reported
+    others=''
+    for other in $running; do [ "$other" = "$1" ] || others="$others $other"; done
+    running=$others
+}
+
+later() {                                                # later SECONDS NEWS, for the main loop
+    ( sleep "$1"; echo "$2" >&3 ) </dev/null >/dev/null 2>&1 &
+    timers="$timers $!"
+}
+
+# No more news from `later`; its sleep ends by itself.
+cancel() {
+    for timer in $timers; do kill "$timer" 2>/dev/null; done
+    timers=''
 }
 
 finish() {
-    trap '' INT TERM HUP
-    [ -z "$timer" ] || kill "$timer" 2>/dev/null
+    trap '' INT TERM HUP USR1 USR2 XCPU
+    cancel
     signal_all KILL
-    rm -rf "$dir"
     exit "$1"
 }
 
-# The first signal is the ranks' to answer: the trainer saves and ends. SIGINT does not reach them, since a shell has it ignored
-# in what it starts behind itself; nor does SIGHUP, which a terminal that closes sends to all: who waits for a rank must live to
-# tell its end. A second signal ends all.
-asked=0
-ask() {
-    [ "$asked" -eq 0 ] || finish "$1"
-    asked=1
-    signal_all TERM
+# The first signal is the ranks' to answer: the trainer saves and ends. SIGINT does not reach them
+# by itself, since a shell has it ignored in background jobs; nor does SIGHUP, which a terminal that
+# closes sends to all. A later signal ends all. Before every rank has started there is nothing to
+# save: after 5 seconds those whose parent was killed by the signal are given up.
+ask() {                                                  # ask SIGNAL CODE
+    until now=$(date +%s); do :; done                    # the signal may have hit `date`, too
+    [ -z "$asked" ] || [ $((now - asked)) -le 2 ] || finish "$2"
+    asked=${asked:-$now}
+    hand_on "$1" "$2"
 }
-trap 'ask 130' INT
-trap 'ask 143' TERM
-trap 'ask 129' HUP
+hand_on() {
+    stop=$1
+    signal_all "$1"
+    [ "$started" -eq "$n" ] || later 5 "unmet - $2"
+}
+trap 'ask TERM 130' INT
+trap 'ask TERM 143' TERM
+trap 'ask TERM 129' HUP
+trap 'hand_on USR2 140' USR2
+trap 'hand_on XCPU 152' XCPU
+trap 'signal_all USR1' USR1
+trap : PIPE                                              # nobody reads our errors: the ranks go on
 
+# Runs in a subshell of its own, which no signal ends before its rank, nor interrupts: bash's `wait`
+# would lose the rank's code. The rank reports its own number, once it no longer ignores the signals
+# that will be handed on to it.
 run_rank() {
     RANK=$1 LOCAL_RANK=$1
     shift
     export RANK LOCAL_RANK
-    "$@" 3>&- &
-    echo $! > "$dir/pid.$RANK"
+    trap '' TERM HUP USR1 USR2 XCPU
+    (
+        trap - TERM USR1 USR2 XCPU
+        exec sh -c 'echo "start $RANK $$" >&3; exec "$@" 3>&-' launch.sh "$@"
+    ) &
     wait $!
-    code=$?
-    rm -f "$dir/pid.$RANK"
-    echo "$RANK $code" >&3
+    echo "end $RANK $? $!" >&3
 }
 
-label() { while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done; }
+# Lives until its rank's last line, whatever signal the group gets.
+label() {
+    trap '' TERM HUP USR1 USR2 XCPU
+    while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done
+}
 
 rank=0
 while [ "$rank" -lt "$n" ]; do
-    if [ "$prefix" = 1 ]; then { trap '' HUP; run_rank "$rank" "$@" 2>&1 | label "$rank" 3>&-; } &
-    else { trap '' HUP; run_rank "$rank" "$@"; } &
+    if [ "$prefix" = 1 ]; then run_rank "$rank" "$@" 2>&1 | label "$rank" 3>&- &
+    else run_rank "$rank" "$@" &
     fi
     rank=$((rank + 1))
 done
 
-failed=0 ended=0
 while [ "$ended" -lt "$n" ]; do
-    read -r rank code <&3 || continue                    # interrupted
-    ended=$((ended + 1))
-    [ "$code" -ne 0 ] && [ "$failed" -eq 0 ] || continue
-    failed=$code
-    echo "launch.sh: rank $rank ended with exit code $code" >&2
-    ( sleep 5; signal_all TERM; sleep 5; signal_all KILL ) </dev/null >/dev/null 2>&1 3>&- &
-    timer=$!
+    read -r news rank value pid <&3 || continue          # interrupted
+    case $news in
+        start)
+            started=$((started + 1)) running="$running $value"
+            [ -z "$stop" ] || kill "-$stop" "$value" 2>/dev/null ;;
+        end)
+            ended=$((ended + 1))
+            forget "$pid"
+            [ "$value" -ne 0 ] && [ "$failed" -eq 0 ] || continue
+            failed=$value
+            echo "launch.sh: rank $rank ended with exit code $value" >&2
+            later 5 "signal - TERM"
+            later 10 "signal - KILL"
+            later 15 "over - $value" ;;
+        signal) signal_all "$value" ;;
+        unmet) [ "$started" -eq "$n" ] || finish "$value" ;;
+        over) finish "$value" ;;
+    esac
 done
-[ "$prefix" = 0 ] || { [ -z "$timer" ] || kill "$timer" 2>/dev/null; timer=''; wait; }   # the last lines
+cancel
+[ "$prefix" = 0 ] || until wait; do :; done              # the last lines; a signal interrupts
 finish "$failed"
