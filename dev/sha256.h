@@ -1,10 +1,11 @@
-// sha256.h: SHA-256 (FIPS 180-4), for the checksums of checkpoints. Portable C.
+// sha256.h: SHA-256 (FIPS 180-4), for the checksums of checkpoints, and HMAC-SHA-256, by which the
+// ranks of a job recognize each other. Portable C.
 #ifndef SHA256_H
 #define SHA256_H
 
 #include "check.h"
 
-enum { SHA256_HEX = 65 };                                // 64 hex digits and a NUL
+enum { SHA256_BYTES = 32, SHA256_HEX = 65 };             // a digest; its 64 hex digits and a NUL
 
 typedef struct {
     uint32_t h[8];
@@ -88,13 +89,21 @@ static inline void sha256_update(Sha256 *s, const void *bytes, size_t n) {
     if (n % 64) memcpy(s->block, p + n / 64 * 64, n % 64);
 }
 
-// Ends the message and writes its digest as lower-case hex.
-static inline void sha256_final(Sha256 *s, char hex[SHA256_HEX]) {
+// Ends the message and writes its digest.
+static inline void sha256_digest(Sha256 *s, unsigned char digest[SHA256_BYTES]) {
     unsigned char end[72] = {0x80};                      // section 5.1.1: a one, zeros, the length in bits
     size_t zeros_to = (s->bytes % 64 < 56 ? 56 : 120) - s->bytes % 64;
     for (int i = 0; i < 8; i++) end[zeros_to + (size_t)i] = (unsigned char)(8 * s->bytes >> (56 - 8 * i));
     sha256_update(s, end, zeros_to + 8);
-    for (int i = 0; i < 8; i++) snprintf(hex + 8 * i, 9, "%08x", (unsigned)s->h[i]);
+    for (int i = 0; i < SHA256_BYTES; i++)
+        digest[i] = (unsigned char)(s->h[i / 4] >> (24 - i % 4 * 8));
+}
+
+// The same as lower-case hex.
+static inline void sha256_final(Sha256 *s, char hex[SHA256_HEX]) {
+    unsigned char digest[SHA256_BYTES];
+    sha256_digest(s, digest);
+    for (int i = 0; i < SHA256_BYTES; i++) snprintf(hex + 2 * i, 3, "%02x", digest[i]);
 }
 
 static inline void sha256_hex(char hex[SHA256_HEX], const void *bytes, size_t n) {
@@ -102,6 +111,26 @@ static inline void sha256_hex(char hex[SHA256_HEX], const void *bytes, size_t n)
     sha256_init(&s);
     sha256_update(&s, bytes, n);
     sha256_final(&s, hex);
+}
+
+// HMAC-SHA-256 (RFC 2104) of text (n) under key (key_n), both of any length.
+static inline void hmac_sha256(unsigned char mac[SHA256_BYTES], const void *key, size_t key_n,
+                               const void *text, size_t n) {
+    unsigned char block[64] = {0};
+    Sha256 s;
+    sha256_init(&s);
+    if (key_n > sizeof block) sha256_update(&s, key, key_n), sha256_digest(&s, block);
+    else if (key_n) memcpy(block, key, key_n);
+    for (size_t i = 0; i < sizeof block; i++) block[i] ^= 0x36;
+    sha256_init(&s);
+    sha256_update(&s, block, sizeof block);
+    sha256_update(&s, text, n);
+    sha256_digest(&s, mac);
+    for (size_t i = 0; i < sizeof block; i++) block[i] ^= 0x36 ^ 0x5c;
+    sha256_init(&s);
+    sha256_update(&s, block, sizeof block);
+    sha256_update(&s, mac, SHA256_BYTES);
+    sha256_digest(&s, mac);
 }
 
 // ---- The digest of a file, and marks that tell where another one first differs ----

@@ -1,4 +1,4 @@
-// test_json.h: json.h against RFC 8259's grammar, and sha256.h against its published examples.
+// test_json.h: json.h against RFC 8259's grammar, and sha256.h against published examples.
 #ifndef TEST_JSON_H
 #define TEST_JSON_H
 
@@ -8,7 +8,8 @@
 
 #define JSON_TESTS(X) \
     X(json_accepts) X(json_rejects) X(json_cut_short) X(json_depth) X(json_reads) X(json_numbers) X(json_strings) \
-    X(json_duplicates) X(json_vocabulary) X(json_writes) X(sha256_examples) X(sha256_pieces)
+    X(json_duplicates) X(json_vocabulary) X(json_writes) X(sha256_examples) X(sha256_pieces) \
+    X(sha256_hmac)
 
 // The text in memory of just its size, so that a sanitizer sees a read past its end.
 static const char *test_json_parse(Json *doc, const char *text, size_t size) {
@@ -315,6 +316,43 @@ static void test_sha256_pieces(void) {
     EXPECT_TEXT(whole, "9f4390f8d30c2dd92ec9f095b65e2b9ae9b0a925a5258e241c9f1e910f734318");
     sha256_hex(whole, message, 64);
     EXPECT_TEXT(whole, "ffe054fe7ae0cb6dc65c3af9b61d5209f439851db43d0ba5997337df154668eb");
+}
+
+// RFC 4231: test cases 1 to 4, 6 and 7. (Number 5 is of a digest cut short.)
+static void test_sha256_hmac(void) {
+    static const char *const large = "Test Using Larger Than Block-Size Key - Hash Key First";
+    static const char *const larger =
+        "This is a test using a larger than block-size key and a larger than block-size data. The "
+        "key needs to be hashed before being used by the HMAC algorithm.";
+    static const struct {
+        int byte, key_n, text_byte, text_n;
+        const char *key, *text, *mac;
+    } cases[] = {
+        {0x0b, 20, 0, 0, NULL, "Hi There",
+         "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"},
+        {0, 4, 0, 0, "Jefe", "what do ya want for nothing?",
+         "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"},
+        {0xaa, 20, 0xdd, 50, NULL, NULL,
+         "773ea91e36800e46854db8ebd09181a72959098b3ef8c122d9635514ced565fe"},
+        {-1, 25, 0xcd, 50, NULL, NULL,
+         "82558a389a443c0ea4cc819899f2083a85f0faa3e578f8077a2e3ff46729665b"},
+        {0xaa, 131, 0, 0, NULL, large,
+         "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54"},
+        {0xaa, 131, 0, 0, NULL, larger,
+         "9b09ffa71b942fcb27635fbcd5b0e944bfdc63644f0713938a7f51535c3a35e2"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        unsigned char key[131], text[200], mac[SHA256_BYTES];
+        char hex[SHA256_HEX];
+        const size_t n = cases[i].text ? strlen(cases[i].text) : (size_t)cases[i].text_n;
+        for (int k = 0; k < cases[i].key_n; k++)         // -1: 01 02 03 ... 19
+            key[k] = (unsigned char)(cases[i].key ? cases[i].key[k]
+                                     : cases[i].byte < 0 ? k + 1 : cases[i].byte);
+        if (cases[i].text) memcpy(text, cases[i].text, n);
+        else memset(text, cases[i].text_byte, n);
+        hmac_sha256(mac, key, (size_t)cases[i].key_n, text, n);
+        for (int k = 0; k < SHA256_BYTES; k++) snprintf(hex + 2 * k, 3, "%02x", mac[k]);
+        EXPECT_TEXT(hex, cases[i].mac);
+    }
 }
 
 #endif
