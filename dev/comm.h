@@ -20,10 +20,22 @@
 // torchrun itself listens on MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE=True says so): rank 0 then takes another, of those
 // below 32768 that Linux hands out to nobody.
 //
-// Rendezvous. Rank 0 listens, the others connect and show the job's token; what comes without it is refused.
+// Rendezvous. Rank 0 listens, the others connect; who does not know the job's token is refused.
 //     tcp://HOST:PORT    rank 0 listens on that address and no other (default: MASTER_ADDR, MASTER_PORT)
 //     dir:/PATH          rank 0 listens on a free port of all its addresses, and tells them in a file that the token names
-// The token separates jobs. It crosses the network as its SHA-256: it is a secret only in a network that nobody taps.
+//
+// The token never crosses the network. Both sides prove that they know it, rank 0 too:
+//
+//     guest     hello: kind, world, rank, host, a nonce          a nonce is 32 random bytes, new
+//     rank 0    COMM_CHALLENGE: another nonce                    for each connection
+//     guest     proof: HMAC(token, "guest", hello, nonce)        SHA-256's
+//     rank 0    COMM_JOINED: HMAC(token, "rank 0", hello, nonce)
+//     guest     one byte: it has checked that, and stays         only now the rank counts
+//     rank 0    COMM_COMPLETE, once all ranks have come
+//
+// So what was seen on the wire lets nobody join, neither in another rank's place nor in rank 0's. A
+// token that can be guessed, such as a job's number, separates jobs but keeps out nobody who tries.
+// What follows is neither encrypted nor signed: whoever can alter packets can do anything.
 //
 // Every rank keeps two connections to rank 0: one for exchanges, and one on which a thread of each process tells that it is
 // alive. A process that ends without goodbye, or is silent too long, ends all, and they print its rank.
@@ -200,13 +212,21 @@ static inline char *comm_launch(CommLaunch *l, const char *rendezvous, const cha
 // ---- What is said before a connection counts ----
 // Numbers are little-endian. Of a peer's bytes nothing is believed, and never more is read than these sizes.
 
-enum { COMM_HELLO = 120, COMM_ANSWER = 256, COMM_DATA = 0, COMM_WATCH = 1, COMM_VERSION = 1 };
-enum { COMM_JOINED = 1, COMM_COMPLETE = 2, COMM_REFUSED = 3 };
+enum { COMM_HELLO = 120, COMM_ANSWER = 256, COMM_DATA = 0, COMM_WATCH = 1, COMM_VERSION = 2 };
+enum { COMM_JOINED = 1, COMM_COMPLETE = 2, COMM_REFUSED = 3, COMM_CHALLENGE = 4 };
+enum { COMM_NONCE = 32, COMM_PROOF = COMM_HELLO + SHA256_BYTES, COMM_ACK = COMM_PROOF + 1 };
 
 typedef struct {
     uint32_t kind, world, rank;                          // COMM_DATA or COMM_WATCH
-    char token[SHA256_HEX], host[64];                    // the SHA-256 of the token in hexadecimal; the peer's own name
+    unsigned char nonce[COMM_NONCE];
+    char host[64];                                       // the peer's own name
 } CommHello;
+
+typedef struct {
+    uint32_t status;
+    unsigned char bytes[SHA256_BYTES];                   // COMM_CHALLENGE nonce, COMM_JOINED proof
+    char text[COMM_ANSWER];                              // the others
+} CommAnswer;
 
 static inline void comm_put32(unsigned char *to, uint32_t x) {
     for (int i = 0; i < 4; i++) to[i] = (unsigned char)(x >> 8 * i);
@@ -223,17 +243,13 @@ static inline void comm_text(char *to, size_t n, const unsigned char *from, size
     to[i] = 0;
 }
 
-// "DROPPATH", version, kind, world, rank, the token's SHA-256 (32 bytes), the host's name (64)
+// "DROPPATH", version, kind, world, rank, the nonce (32 bytes), the host's name (64)
 static inline void comm_write_hello(unsigned char to[COMM_HELLO], const CommHello *h) {
     memset(to, 0, COMM_HELLO);
     memcpy(to, "DROPPATH", 8);
     comm_put32(to + 8, COMM_VERSION), comm_put32(to + 12, h->kind);
     comm_put32(to + 16, h->world), comm_put32(to + 20, h->rank);
-    for (int i = 0; i < 32; i++) {
-        unsigned byte = 0;
-        sscanf(h->token + 2 * i, "%2x", &byte);
-        to[24 + i] = (unsigned char)byte;
-    }
+    memcpy(to + 24, h->nonce, sizeof h->nonce);
     memcpy(to + 56, h->host, sizeof h->host);
 }
 
@@ -245,25 +261,58 @@ static inline const char *comm_parse_hello(CommHello *h, const void *mem, size_t
     if (comm_get32(at + 8) != COMM_VERSION) return "it is of another version of this program";
     h->kind = comm_get32(at + 12), h->world = comm_get32(at + 16), h->rank = comm_get32(at + 20);
     if (h->kind > COMM_WATCH || h->world > COMM_MOST_RANKS || h->rank >= h->world) return "its numbers make no sense";
-    for (int i = 0; i < 32; i++) snprintf(h->token + 2 * i, 3, "%02x", at[24 + i]);
+    memcpy(h->nonce, at + 24, sizeof h->nonce);
     comm_text(h->host, sizeof h->host, at + 56, 64);
     return NULL;
 }
 
-// Rank 0's answer: "DROPPATH", COMM_JOINED etc., and a text.
-static inline void comm_write_answer(unsigned char to[COMM_ANSWER], uint32_t status, const char *text) {
+// Rank 0's answer: "DROPPATH", COMM_JOINED etc., and 32 bytes or a text.
+static inline void comm_write_answer(unsigned char to[COMM_ANSWER], uint32_t status,
+                                     const void *bytes, const char *text) {
     memset(to, 0, COMM_ANSWER);
     memcpy(to, "DROPPATH", 8);
     comm_put32(to + 8, status);
-    memcpy(to + 12, text, strlen(text) < COMM_ANSWER - 13 ? strlen(text) : COMM_ANSWER - 13);
+    if (bytes) memcpy(to + 12, bytes, SHA256_BYTES);
+    else memcpy(to + 12, text, strlen(text) < COMM_ANSWER - 13 ? strlen(text) : COMM_ANSWER - 13);
 }
 
-static inline const char *comm_parse_answer(uint32_t *status, char text[COMM_ANSWER], const void *mem, size_t size) {
+// Returns NULL, or what is wrong.
+static inline const char *comm_parse_answer(CommAnswer *a, const void *mem, size_t size) {
     const unsigned char *at = (const unsigned char *)mem;
-    if (size != COMM_ANSWER || memcmp(at, "DROPPATH", 8)) return "what answers there is not rank 0 of this program";
-    *status = comm_get32(at + 8);
-    comm_text(text, COMM_ANSWER, at + 12, COMM_ANSWER - 12);
-    return *status < COMM_JOINED || *status > COMM_REFUSED ? "its answer makes no sense" : NULL;
+    memset(a, 0, sizeof *a);
+    if (size != COMM_ANSWER || memcmp(at, "DROPPATH", 8))
+        return "what answers there is not rank 0 of this program";
+    a->status = comm_get32(at + 8);
+    if (a->status < COMM_JOINED || a->status > COMM_CHALLENGE) return "its answer makes no sense";
+    if (a->status == COMM_JOINED || a->status == COMM_CHALLENGE)
+        memcpy(a->bytes, at + 12, SHA256_BYTES);
+    else comm_text(a->text, COMM_ANSWER, at + 12, COMM_ANSWER - 12);
+    return NULL;
+}
+
+// What shows that `who`, "guest" or "rank 0", knows the token: the HMAC of what both have said.
+static inline void comm_prove(unsigned char proof[SHA256_BYTES], const char *token, const char *who,
+                              const unsigned char hello[COMM_HELLO],
+                              const unsigned char nonce[COMM_NONCE]) {
+    unsigned char said[8 + COMM_HELLO + COMM_NONCE] = {0};
+    memcpy(said, who, strlen(who));
+    memcpy(said + 8, hello, COMM_HELLO);
+    memcpy(said + 8 + COMM_HELLO, nonce, COMM_NONCE);
+    hmac_sha256(proof, token, strlen(token), said, sizeof said);
+}
+
+// Compares SHA256_BYTES in a time that does not tell where they differ.
+static inline int comm_same(const unsigned char *a, const unsigned char *b) {
+    unsigned differs = 0;
+    for (int i = 0; i < SHA256_BYTES; i++) differs |= (unsigned)(a[i] ^ b[i]);
+    return !differs;
+}
+
+static inline void comm_draw_nonce(unsigned char nonce[COMM_NONCE]) {
+    const int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || read(fd, nonce, COMM_NONCE) != COMM_NONCE)
+        die("cannot read /dev/urandom: %s", strerror(errno));
+    close(fd);
 }
 
 // The file of a rendezvous by directory: "droppath rendezvous 1", the port, and addresses of rank 0, each on its line.
@@ -397,8 +446,12 @@ static inline int comm_listen(const char *host, int port) {
 
 // ---- A run's processes ----
 
-typedef struct { double join, beat, silence; } CommTimes;          // seconds: to find each other; between signs of life; the
-static const CommTimes comm_times = {300, 3, 30};                  // longest silence
+typedef struct {                                         // in seconds
+    double join;                                         // to find each other
+    double beat, silence;                                // between heartbeats; the longest silence
+    double attempt;                                      // for one connection to become a rank's
+} CommTimes;
+static const CommTimes comm_times = {300, 3, 30, 10};
 
 typedef struct CommLinks CommLinks;                      // what changes behind a const Comm
 
@@ -429,27 +482,58 @@ static inline int comm_last_peer(const CommLinks *k) { return k->rank ? 0 : k->w
 
 // ---- Rendezvous, rank 0 ----
 
-typedef struct { int fd; size_t got; double until; unsigned char bytes[COMM_HELLO]; char address[64]; } CommPending;
+typedef struct {
+    int fd;
+    size_t got, need;                                    // bytes so far, and for the next answer:
+    double until;                                        // COMM_HELLO, COMM_PROOF, COMM_ACK
+    unsigned char bytes[COMM_ACK], nonce[COMM_NONCE];    // what it has sent; its challenge
+    char address[64];
+} CommPending;
 
 static inline void comm_answer(int fd, uint32_t status, const char *text) {
     unsigned char bytes[COMM_ANSWER];
-    comm_write_answer(bytes, status, text);
+    comm_write_answer(bytes, status, NULL, text);
     comm_move(fd, NULL, bytes, sizeof bytes, clock_seconds() + 1);         // a peer that does not read is no loss
 }
 
-// What a newcomer has said. Returns NULL and takes its socket, or the reason to refuse it, from malloc.
-static inline char *comm_admit(CommLinks *k, const CommPending *p, const char *token) {
+// Whether the peer has closed its connection: one that waits for the others has nothing to send.
+static inline int comm_has_closed(int fd) {
+    char byte;
+    const ssize_t n = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    return n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+}
+
+// Judges what a newcomer has sent so far, p->need bytes unless it is foreign. Returns NULL and either
+// an answer to send and the next p->need, or *taken: its socket is now its rank's. Otherwise it
+// returns the reason to refuse it, from malloc.
+static inline char *comm_admit(CommLinks *k, CommPending *p, const char *token,
+                               unsigned char answer[COMM_ANSWER], int *taken) {
     CommHello h;
-    const char *wrong = comm_parse_hello(&h, p->bytes, p->got);
+    unsigned char proof[SHA256_BYTES];
+    *taken = 0;
+    const size_t hello = p->got < COMM_HELLO ? p->got : (size_t)COMM_HELLO;
+    const char *wrong = comm_parse_hello(&h, p->bytes, hello);
     if (wrong) return xstrdup(wrong);
-    unsigned differs = 0;                                // compared in a time that does not tell where they differ
-    for (int i = 0; i < 64; i++) differs |= (unsigned)(h.token[i] ^ token[i]);
-    if (differs) return xprintf("it has another job token");
+    if (p->need == COMM_HELLO) {
+        comm_write_answer(answer, COMM_CHALLENGE, p->nonce, NULL);
+        p->need = COMM_PROOF;
+        return NULL;
+    }
+    comm_prove(proof, token, "guest", p->bytes, p->nonce);
+    if (!comm_same(proof, p->bytes + COMM_HELLO)) return xprintf("it has another job token");
     if ((int)h.world != k->world)
-        return xprintf("rank %u was started for %u processes, rank 0 for %d", (unsigned)h.rank, (unsigned)h.world, k->world);
-    int *slot = h.kind == COMM_DATA ? &k->data[h.rank] : &k->watch[h.rank];
-    if (h.rank == 0 || *slot >= 0) return xprintf("there is a %s already", k->name[h.rank]);
-    *slot = p->fd;
+        return xprintf("rank %u was started for %u processes, rank 0 for %d", (unsigned)h.rank,
+                       (unsigned)h.world, k->world);
+    int *place = h.kind == COMM_DATA ? &k->data[h.rank] : &k->watch[h.rank];
+    if (*place >= 0 && comm_has_closed(*place)) close(*place), *place = -1;     // an earlier start
+    if (h.rank == 0 || *place >= 0) return xprintf("there is a %s already", k->name[h.rank]);
+    if (p->need == COMM_PROOF) {
+        comm_prove(proof, token, "rank 0", p->bytes, p->nonce);
+        comm_write_answer(answer, COMM_JOINED, proof, NULL);
+        p->need = COMM_ACK;
+        return NULL;
+    }
+    *place = p->fd, *taken = 1;
     snprintf(k->name[h.rank], sizeof k->name[0], "rank %u (%.60s)", (unsigned)h.rank, *h.host ? h.host : p->address);
     return NULL;
 }
@@ -469,17 +553,25 @@ static inline void NORETURN comm_missing(CommLinks *k, const char *place) {
         text);
 }
 
-// Reads what a newcomer sends. Returns whether it is done with: taken, or refused and closed.
+// Reads what a newcomer sends, and answers. Returns whether it is done with: taken, or closed. One
+// that is late is not refused: a refusal is final, and it may be a rank that was held up.
 static inline int comm_hear_newcomer(CommLinks *k, CommPending *p, const char *token) {
-    const ssize_t n = recv(p->fd, p->bytes + p->got, COMM_HELLO - p->got, MSG_DONTWAIT);
+    unsigned char answer[COMM_ANSWER];
+    int taken;
+    const ssize_t n = recv(p->fd, p->bytes + p->got, p->need - p->got, MSG_DONTWAIT);
     const int end = n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR), late = clock_seconds() > p->until;
     if (n > 0) p->got += (size_t)n;
     const int foreign = memcmp(p->bytes, "DROPPATH", p->got < 8 ? p->got : 8) != 0;
-    if (p->got < COMM_HELLO && !end && !late && !foreign) return 0;
-    char *wrong = comm_admit(k, p, token);
-    if (!wrong) {
-        comm_answer(p->fd, COMM_JOINED, "");
+    if (p->got < p->need && !foreign) {
+        if (!end && !late) return 0;
+        if (!end) warn("rank 0 closes a connection from %s that is silent", p->address);
+        close(p->fd);
         return 1;
+    }
+    char *wrong = comm_admit(k, p, token, answer, &taken);
+    if (!wrong) {
+        if (!taken) comm_move(p->fd, NULL, answer, sizeof answer, clock_seconds() + 1);
+        return taken;
     }
     warn("rank 0 refuses a connection from %s: %s", p->address, wrong);
     comm_answer(p->fd, COMM_REFUSED, wrong);
@@ -488,9 +580,21 @@ static inline int comm_hear_newcomer(CommLinks *k, CommPending *p, const char *t
     return 1;
 }
 
+// Frees the places of ranks that were killed while they waited: they may be started again. Returns
+// how many connections that makes.
+static inline int comm_drop_closed(CommLinks *k) {
+    int dropped = 0;
+    for (int i = 2; i < 2 * k->world; i++) {
+        int *place = i % 2 ? &k->watch[i / 2] : &k->data[i / 2];
+        if (*place < 0 || !comm_has_closed(*place)) continue;
+        close(*place);
+        *place = -1, dropped++;
+    }
+    return dropped;
+}
+
 // Waits until every rank has both connections. `place` is the file that tells the address, or NULL.
 static inline void comm_gather(CommLinks *k, int listener, const char *token, const char *place) {
-    enum { HELLO_SECONDS = 10 };
     const double until = clock_seconds() + k->times.join;
     const int room = 2 * k->world + 64;                  // strangers that say nothing cannot take all places for long
     CommPending *p = (CommPending *)xcalloc((size_t)room, sizeof *p);
@@ -509,11 +613,14 @@ static inline void comm_gather(CommLinks *k, int listener, const char *token, co
             comm_socket_options(fd);
             memset(&p[n], 0, sizeof p[n]);
             p[n].fd = fd;
-            p[n].until = clock_seconds() + HELLO_SECONDS;
+            p[n].need = COMM_HELLO;
+            p[n].until = clock_seconds() + 2 * k->times.attempt;   // the guest gives up first
+            comm_draw_nonce(p[n].nonce);
             comm_peer_address(fd, p[n++].address);
         }
         missing = 0;
         for (int r = 1; r < k->world; r++) missing += (k->data[r] < 0) + (k->watch[r] < 0);
+        if (!missing) missing = comm_drop_closed(k);
         for (int i = 0; !missing && i < n; i++) close(p[i].fd);
     }
     free(p);
@@ -539,7 +646,7 @@ static inline void comm_write_place(Text *t, int port) {
     if (list) freeifaddrs(list);
 }
 
-static inline void comm_host(CommLinks *k, const CommLaunch *l, const char *token, const char *place) {
+static inline void comm_host(CommLinks *k, const CommLaunch *l, const char *place) {
     const int listener = comm_listen(*l->directory ? NULL : l->host, *l->directory ? 0 : l->port);
     if (*l->directory) {
         struct sockaddr_storage s;
@@ -554,32 +661,52 @@ static inline void comm_host(CommLinks *k, const CommLaunch *l, const char *toke
         file_replace(place, t.s, t.n);
         text_free(&t);
     }
-    comm_gather(k, listener, token, *l->directory ? place : NULL);
+    comm_gather(k, listener, l->token, *l->directory ? place : NULL);
     close(listener);
     if (*l->directory && unlink(place)) warn("cannot remove %s: %s", place, strerror(errno));
 }
 
 // ---- Rendezvous, the other ranks ----
 
+// Sends n bytes and reads an answer, which should have this status. Returns whether it has; if not,
+// `why` says what it is, and *final that it is no use to try again.
+static inline int comm_ask(int fd, const void *bytes, size_t n, uint32_t status, CommAnswer *answer,
+                           double until, char why[COMM_ANSWER], int *final) {
+    unsigned char back[COMM_ANSWER];
+    if (!comm_move(fd, NULL, bytes, n, until) || !comm_move(fd, back, NULL, sizeof back, until)) {
+        snprintf(why, COMM_ANSWER, "it accepts the connection but does not answer");
+        return 0;
+    }
+    const char *wrong = comm_parse_answer(answer, back, sizeof back);
+    if (!wrong && answer->status == status) return 1;
+    if (!wrong && answer->status == COMM_REFUSED) wrong = answer->text;
+    snprintf(why, COMM_ANSWER, "%s", wrong ? wrong : "its answer makes no sense");
+    *final = 1;
+    return 0;
+}
+
 // One attempt at one address. Returns the socket, or -1 with the reason in `why`; *final: it is no use to try again.
-static inline int comm_introduce(const struct addrinfo *a, const unsigned char hello[COMM_HELLO], double until,
-                                 char why[COMM_ANSWER], int *final) {
-    unsigned char bytes[COMM_ANSWER];
-    uint32_t status = 0;
-    const double soon = clock_seconds() + 10 < until ? clock_seconds() + 10 : until;
-    const int fd = comm_connect_to(a, soon);
+static inline int comm_introduce(const struct addrinfo *a, CommHello *h, const char *token,
+                                 double until, char why[COMM_ANSWER], int *final) {
+    unsigned char hello[COMM_HELLO], proof[SHA256_BYTES];
+    CommAnswer challenge, joined;
+    const int fd = comm_connect_to(a, until);
     *final = 0;
     if (fd < 0) {
         snprintf(why, COMM_ANSWER, "%s", strerror(errno));
         return -1;
     }
-    if (!comm_move(fd, NULL, hello, COMM_HELLO, soon) || !comm_move(fd, bytes, NULL, COMM_ANSWER, soon))
-        snprintf(why, COMM_ANSWER, "it accepts the connection but does not answer");
-    else {
-        const char *wrong = comm_parse_answer(&status, why, bytes, sizeof bytes);
-        if (!wrong && status == COMM_JOINED) return fd;
-        if (wrong) snprintf(why, COMM_ANSWER, "%s", wrong);
-        *final = 1;
+    comm_draw_nonce(h->nonce);
+    comm_write_hello(hello, h);
+    if (comm_ask(fd, hello, sizeof hello, COMM_CHALLENGE, &challenge, until, why, final)) {
+        comm_prove(proof, token, "guest", hello, challenge.bytes);
+        if (comm_ask(fd, proof, sizeof proof, COMM_JOINED, &joined, until, why, final)) {
+            comm_prove(proof, token, "rank 0", hello, challenge.bytes);
+            *final = !comm_same(proof, joined.bytes);
+            if (!*final && comm_move(fd, NULL, "", 1, until)) return fd;
+            snprintf(why, COMM_ANSWER, *final ? "what answers there does not know the job token"
+                                              : "it has closed the connection");
+        }
     }
     close(fd);
     return -1;
@@ -587,16 +714,13 @@ static inline int comm_introduce(const struct addrinfo *a, const unsigned char h
 
 // Connects to rank 0, again and again until the limit, since it may come later; dies when it is refused. In a directory, a
 // refusal is not the end: the file may be of an earlier job, and its address by now somebody else's.
-static inline int comm_join(CommLinks *k, const CommLaunch *l, const char *token, const char *place, uint32_t kind,
+static inline int comm_join(CommLinks *k, const CommLaunch *l, const char *place, uint32_t kind,
                             double until) {
     CommHello h;
-    unsigned char hello[COMM_HELLO];
     char why[COMM_ANSWER] = "", where[64];
     memset(&h, 0, sizeof h);
     h.kind = kind, h.world = (uint32_t)k->world, h.rank = (uint32_t)k->rank;
-    strcpy(h.token, token);
     gethostname(h.host, sizeof h.host - 1);
-    comm_write_hello(hello, &h);
     for (;;) {
         CommPlace p;
         FileMap map = {NULL, 0};
@@ -613,8 +737,11 @@ static inline int comm_join(CommLinks *k, const CommLaunch *l, const char *token
             struct addrinfo *list = *l->directory ? comm_resolve(p.address[i], p.port, AI_NUMERICHOST, &status)
                                                   : comm_resolve(l->host, p.port, 0, &status);   // a file's word asks no DNS
             if (!list) snprintf(why, sizeof why, "%s", gai_strerror(status));
-            for (struct addrinfo *a = list; a && fd < 0 && !final; a = a->ai_next)
-                if ((fd = comm_introduce(a, hello, until, why, &final)) >= 0) comm_peer_address(fd, where);
+            for (struct addrinfo *a = list; a && fd < 0 && !final; a = a->ai_next) {
+                const double soon = clock_seconds() + k->times.attempt;
+                fd = comm_introduce(a, &h, l->token, soon < until ? soon : until, why, &final);
+                if (fd >= 0) comm_peer_address(fd, where);
+            }
             if (list) freeaddrinfo(list);
             if (final && !*l->directory) die("rank 0 at %s:%d refuses rank %d: %s", l->host, l->port, k->rank, why);
             if (fd < 0) continue;
@@ -631,17 +758,17 @@ static inline int comm_join(CommLinks *k, const CommLaunch *l, const char *token
         "between?", k->rank, k->times.join, l->host, l->port, why);
 }
 
-static inline void comm_guest(CommLinks *k, const CommLaunch *l, const char *token, const char *place) {
+static inline void comm_guest(CommLinks *k, const CommLaunch *l, const char *place) {
     const double until = clock_seconds() + k->times.join;
     unsigned char bytes[COMM_ANSWER];
-    char why[COMM_ANSWER];
-    uint32_t status = 0;
-    k->data[0] = comm_join(k, l, token, place, COMM_DATA, until);
-    k->watch[0] = comm_join(k, l, token, place, COMM_WATCH, until);
+    CommAnswer answer;
+    k->data[0] = comm_join(k, l, place, COMM_DATA, until);
+    k->watch[0] = comm_join(k, l, place, COMM_WATCH, until);
     if (!comm_move(k->data[0], bytes, NULL, COMM_ANSWER, clock_seconds() + k->times.join + 10))   // it may have begun later
         die("rank %d: %s has gone before all ranks had come", k->rank, k->name[0]);
-    const char *wrong = comm_parse_answer(&status, why, bytes, sizeof bytes);
-    if (wrong || status != COMM_COMPLETE) die("rank %d: %s says: %s", k->rank, k->name[0], wrong ? wrong : why);
+    const char *wrong = comm_parse_answer(&answer, bytes, sizeof bytes);
+    if (wrong || answer.status != COMM_COMPLETE)
+        die("rank %d: %s says: %s", k->rank, k->name[0], wrong ? wrong : answer.text);
 }
 
 // ---- The thread that watches ----
@@ -817,15 +944,15 @@ static inline Comm *comm_open(const CommLaunch *l, const CommTimes *times) {
     CommLinks *k = c->links = (CommLinks *)xcalloc(1, sizeof *k);
     char token[SHA256_HEX], *place = xprintf("%s/droppath-", l->directory);
     sha256_hex(token, l->token, strlen(l->token));
-    char *path = xprintf("%s%.32s", place, token);       // half of it: the file's name must not let anyone join
+    char *path = xprintf("%s%.32s", place, token);       // names the job, lets nobody join
     k->rank = l->rank, k->world = l->world, k->times = *times;
     k->peer = (CommPeer *)xcalloc((size_t)l->world, sizeof *k->peer);
     for (int r = 0; r < l->world; r++) {
         k->data[r] = k->watch[r] = -1;
         snprintf(k->name[r], sizeof k->name[0], "rank %d", r);
     }
-    if (l->rank == 0) comm_host(k, l, token, path);
-    else comm_guest(k, l, token, path);
+    if (l->rank == 0) comm_host(k, l, path);
+    else comm_guest(k, l, path);
     free(place);
     free(path);
     if (pipe(k->wake)) die("pipe: %s", strerror(errno));

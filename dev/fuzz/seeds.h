@@ -212,20 +212,27 @@ static void seeds_replay(const char *corpus) {
 
 static void seeds_comm(const char *corpus) {
     CommHello h;
-    unsigned char bytes[COMM_ANSWER];
+    unsigned char bytes[COMM_ANSWER], nonce[COMM_NONCE] = {0};
     memset(&h, 0, sizeof h);
     h.kind = COMM_WATCH, h.world = 4, h.rank = 3;
-    sha256_hex(h.token, fuzz_token, strlen(fuzz_token));
+    memcpy(h.nonce, "a number used once, by the guest", COMM_NONCE);
     strcpy(h.host, "node7");
     comm_write_hello(bytes, &h);
     seed_write(corpus, "hello", "rank_3", bytes, COMM_HELLO);
-    seed_write(corpus, "admit", "rank_3", bytes, COMM_HELLO);
-    h.kind = COMM_DATA, h.rank = 0, h.token[0] ^= 1;
+    comm_prove(bytes + COMM_HELLO, fuzz_token, "guest", bytes, nonce);
+    bytes[COMM_PROOF] = 0;
+    seed_write(corpus, "admit", "rank_3", bytes, COMM_ACK);
+    bytes[COMM_HELLO] ^= 1;
+    seed_write(corpus, "admit", "stranger", bytes, COMM_ACK);
+    h.kind = COMM_DATA, h.rank = 0;
     comm_write_hello(bytes, &h);
-    seed_write(corpus, "admit", "stranger", bytes, COMM_HELLO);
+    comm_prove(bytes + COMM_HELLO, fuzz_token, "guest", bytes, nonce);
+    seed_write(corpus, "admit", "rank_0", bytes, COMM_ACK);
     seed_text(corpus, "admit", "http", "GET / HTTP/1.1\r\nHost: x\r\n\r\n");
-    comm_write_answer(bytes, COMM_REFUSED, "it has another job token");
+    comm_write_answer(bytes, COMM_REFUSED, NULL, "it has another job token");
     seed_write(corpus, "answer", "refused", bytes, COMM_ANSWER);
+    comm_write_answer(bytes, COMM_CHALLENGE, h.nonce, NULL);
+    seed_write(corpus, "answer", "challenge", bytes, COMM_ANSWER);
     Text t = {NULL, 0, 0};
     seed_text(corpus, "place", "two", "droppath rendezvous 1\n4321\n10.0.0.1\n::1\n");
     text_printf(&t, "droppath rendezvous 1\n4321\n");

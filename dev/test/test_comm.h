@@ -116,13 +116,14 @@ static void test_comm_rendezvous_text(void) {
 
 // What is written is read back; no prefix, no changed byte, no noise leads outside the bytes given.
 static void test_comm_parsers(void) {
-    CommHello h = {COMM_WATCH, 4, 3, "", "node\n7"}, back;
+    CommHello h = {COMM_WATCH, 4, 3, {0}, "node\n7"}, back;
+    CommAnswer a;
     unsigned char bytes[COMM_HELLO], answer[COMM_ANSWER];
-    sha256_hex(h.token, "token", 5);
+    comm_draw_nonce(h.nonce);
     comm_write_hello(bytes, &h);
     EXPECT(!comm_parse_hello(&back, bytes, sizeof bytes), "its own hello is refused");
     EXPECT(back.kind == COMM_WATCH && back.world == 4 && back.rank == 3, "%u %u %u", back.kind, back.world, back.rank);
-    EXPECT_TEXT(back.token, h.token);
+    EXPECT(!memcmp(back.nonce, h.nonce, COMM_NONCE), "another nonce");
     EXPECT_TEXT(back.host, "node?7");
     for (size_t n = 0; n < sizeof bytes; n++) {
         unsigned char *exact = (unsigned char *)xcalloc(n, 1);         // so that a sanitizer sees the end
@@ -138,13 +139,17 @@ static void test_comm_parsers(void) {
                        "byte %zu changed: rank %u of %u", i, back.rank, back.world);
             bytes[i] ^= (unsigned char)(1 << bit);
         }
-    uint32_t status = 0;
     char text[COMM_ANSWER];
     memset(text, 'x', sizeof text), text[COMM_ANSWER - 1] = 0;
-    comm_write_answer(answer, COMM_REFUSED, text);
-    EXPECT(!comm_parse_answer(&status, text, answer, sizeof answer), "its own answer is refused");
-    EXPECT(status == COMM_REFUSED && strlen(text) == COMM_ANSWER - 13, "%u, %zu characters", status, strlen(text));
-    EXPECT(comm_parse_answer(&status, text, bytes, sizeof bytes), "a hello is taken for an answer");
+    comm_write_answer(answer, COMM_REFUSED, NULL, text);
+    EXPECT(!comm_parse_answer(&a, answer, sizeof answer), "its own answer is refused");
+    EXPECT(a.status == COMM_REFUSED && strlen(a.text) == COMM_ANSWER - 13, "%u, %zu characters",
+           a.status, strlen(a.text));
+    comm_write_answer(answer, COMM_CHALLENGE, h.nonce, NULL);
+    EXPECT(!comm_parse_answer(&a, answer, sizeof answer), "its own challenge is refused");
+    EXPECT(a.status == COMM_CHALLENGE && !memcmp(a.bytes, h.nonce, COMM_NONCE) && !*a.text,
+           "%u, \"%s\"", a.status, a.text);
+    EXPECT(comm_parse_answer(&a, bytes, sizeof bytes), "a hello is taken for an answer");
     CommPlace p = {0, 0, {{0}}};
     static const char place[] = "droppath rendezvous 1\n4321\n10.0.0.1\n::1\n";
     EXPECT(!comm_parse_place(&p, place, sizeof place - 1) && p.port == 4321 && p.n == 2 && !strcmp(p.address[1], "::1"),
@@ -194,7 +199,7 @@ static inline int comm_test_exchange(Comm *c) {
 
 static inline void NORETURN comm_test_child(const TestRank *t, const char *place, double join, double silence) {
     CommLaunch l;
-    const CommTimes times = {join, 0.1, silence};
+    const CommTimes times = {join, 0.1, silence, 10};
     memset(&l, 0, sizeof l);
     l.rank = t->rank, l.world = t->world, l.local_rank = t->rank;
     snprintf(l.token, sizeof l.token, "%s", t->token ? t->token : "the job");

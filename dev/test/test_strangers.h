@@ -9,12 +9,29 @@
 
 // ---- A rank 0 that is none ----
 
-enum { SAYS_NOTHING, SAYS_NOISE, SAYS_HALF, SAYS_NONSENSE, SAYS_TOO_MUCH, JOINS_THEN_NOISE, JOINS_THEN_CLOSES, CLOSES };
+enum { SAYS_NOTHING, SAYS_NOISE, SAYS_HALF, SAYS_NONSENSE, SAYS_TOO_MUCH, JOINS_THEN_NOISE,
+       JOINS_THEN_CLOSES, CLOSES, PROVES_NOTHING, PROVES_AN_EARLIER, PROVES_THE_GUESTS };
+
+// Answers one guest as rank 0 does, but for its proof. Returns whether the guest stays.
+static inline int strangers_let_in(int fd, int what, double until) {
+    unsigned char hello[COMM_HELLO], answer[COMM_ANSWER], proof[SHA256_BYTES], guest[SHA256_BYTES];
+    unsigned char nonce[COMM_NONCE] = "any", ack;
+    if (!comm_move(fd, hello, NULL, COMM_HELLO, until)) return 0;
+    comm_write_answer(answer, COMM_CHALLENGE, nonce, NULL);
+    if (!comm_move(fd, NULL, answer, COMM_ANSWER, until)) return 0;
+    if (!comm_move(fd, guest, NULL, sizeof guest, until)) return 0;
+    if (what == PROVES_AN_EARLIER) hello[24] ^= 1;       // of the same rank, with another nonce
+    comm_prove(proof, "the job", "rank 0", hello, nonce);
+    if (what == PROVES_NOTHING) memset(proof, 0, sizeof proof);
+    if (what == PROVES_THE_GUESTS) memcpy(proof, guest, sizeof proof);
+    comm_write_answer(answer, COMM_JOINED, proof, NULL);
+    return comm_move(fd, NULL, answer, COMM_ANSWER, until) && comm_move(fd, &ack, NULL, 1, until);
+}
 
 // Accepts connections until it is killed.
 static inline void NORETURN strangers_host(const char *place, int what) {
     const int listener = comm_listen("127.0.0.1", atoi(strrchr(place, ':') + 1));
-    unsigned char hello[COMM_HELLO], answer[COMM_ANSWER], noise[3 * COMM_ANSWER];
+    unsigned char answer[COMM_ANSWER], noise[3 * COMM_ANSWER];
     int fds[64], n = 0;
     memset(noise, 'x', sizeof noise);
     while (n < 64) {
@@ -24,15 +41,15 @@ static inline void NORETURN strangers_host(const char *place, int what) {
         const double until = clock_seconds() + 5;
         if (fd < 0) continue;
         n++;
-        comm_move(fd, hello, NULL, COMM_HELLO, until);
-        comm_write_answer(answer, what == SAYS_NONSENSE ? 99 : COMM_JOINED, "");
+        comm_write_answer(answer, what == SAYS_NONSENSE ? 99 : COMM_CHALLENGE, NULL, "");
         if (what == SAYS_NOISE) comm_move(fd, NULL, noise, COMM_ANSWER, until);
         if (what == SAYS_HALF) comm_move(fd, NULL, answer, COMM_ANSWER / 2, until);
-        if (what == SAYS_NONSENSE || what >= SAYS_TOO_MUCH) comm_move(fd, NULL, answer, COMM_ANSWER, until);
+        if (what == SAYS_NONSENSE) comm_move(fd, NULL, answer, COMM_ANSWER, until);
+        if (what == CLOSES) close(fd);
+        if (what < SAYS_TOO_MUCH || what == CLOSES || !strangers_let_in(fd, what, until)) continue;
         if (what == SAYS_TOO_MUCH) comm_move(fd, NULL, noise, sizeof noise, until);
         if (what == JOINS_THEN_NOISE && n == 2) comm_move(fds[0], NULL, noise, COMM_ANSWER, until);
         if (what == JOINS_THEN_CLOSES && n == 2) close(fds[0]), close(fds[1]);
-        if (what == CLOSES) close(fd);
     }
     _exit(0);
 }
@@ -71,7 +88,10 @@ static void test_strangers_as_rank_0(void) {
         {SAYS_NONSENSE, 30, "refuses rank 1: its answer makes no sense"},
         {SAYS_TOO_MUCH, 30, "says: what answers there is not rank 0 of this program"},
         {JOINS_THEN_NOISE, 30, "says: what answers there is not rank 0 of this program"},
-        {JOINS_THEN_CLOSES, 30, "has gone before all ranks had come"}};
+        {JOINS_THEN_CLOSES, 30, "has gone before all ranks had come"},
+        {PROVES_NOTHING, 30, "refuses rank 1: what answers there does not know the job token"},
+        {PROVES_AN_EARLIER, 30, "refuses rank 1: what answers there does not know the job token"},
+        {PROVES_THE_GUESTS, 30, "refuses rank 1: what answers there does not know the job token"}};
     static const TestRank guest[1] = {{1, 2, 0, 0, NULL}};
     for (size_t i = 0; i < sizeof fate / sizeof *fate; i++) {
         const char *place = comm_test_place(0);
@@ -88,7 +108,7 @@ enum { SENDS_A_HUGE_LENGTH, SENDS_NOISE, SENDS_HALF_AND_CLOSES, IS_SILENT, TELLS
 static inline void NORETURN strangers_guest(const char *place, int what) {
     CommHello h;
     int status, fd[2];
-    unsigned char hello[COMM_HELLO], noise[600];
+    unsigned char noise[600], complete[COMM_ANSWER];
     char why[COMM_ANSWER];
     struct addrinfo *a = comm_resolve("127.0.0.1", atoi(strrchr(place, ':') + 1), 0, &status);
     const double until = clock_seconds() + 40;
@@ -96,13 +116,12 @@ static inline void NORETURN strangers_guest(const char *place, int what) {
     memset(noise, 0xFF, sizeof noise);
     h.world = 2, h.rank = 1;
     strcpy(h.host, "nowhere");
-    sha256_hex(h.token, "the job", 7);
     for (int k = 0; k < 2; k++) {
         h.kind = k ? COMM_WATCH : COMM_DATA;
-        comm_write_hello(hello, &h);
         int final = 0;
-        while (clock_seconds() < until && (fd[k] = comm_introduce(a, hello, until, why, &final)) < 0) usleep(10000);
+        while ((fd[k] = comm_introduce(a, &h, "the job", until, why, &final)) < 0) usleep(10000);
     }
+    comm_move(fd[0], complete, NULL, sizeof complete, until);      // the run begins
     const CommFrame huge = {2, COMM_SUM, UINT64_MAX - 7};
     if (what == SENDS_A_HUGE_LENGTH) comm_move(fd[0], NULL, &huge, sizeof huge, until);
     if (what == SENDS_NOISE) comm_move(fd[0], NULL, noise, sizeof noise, until);
@@ -131,6 +150,148 @@ static void test_strangers_as_rank_1(void) {
     }
 }
 
+// ---- Who has seen the wire, and who was held up ----
+
+// Connects, as soon as somebody listens.
+static inline int strangers_connect(const char *place) {
+    int status, fd;
+    struct addrinfo *a = comm_resolve("127.0.0.1", atoi(strrchr(place, ':') + 1), 0, &status);
+    while ((fd = comm_connect_to(a, clock_seconds() + 5)) < 0) usleep(10000);
+    freeaddrinfo(a);
+    return fd;
+}
+
+// Sends this hello; the challenge is the answer.
+static inline int strangers_hello(const char *place, const unsigned char hello[COMM_HELLO],
+                                  unsigned char nonce[COMM_NONCE]) {
+    unsigned char back[COMM_ANSWER];
+    CommAnswer answer;
+    const int fd = strangers_connect(place);
+    comm_move(fd, NULL, hello, COMM_HELLO, clock_seconds() + 20);
+    if (!comm_move(fd, back, NULL, sizeof back, clock_seconds() + 20) ||
+        comm_parse_answer(&answer, back, sizeof back) || answer.status != COMM_CHALLENGE)
+        die("no challenge");
+    memcpy(nonce, answer.bytes, COMM_NONCE);
+    return fd;
+}
+
+static inline void strangers_hello_of_rank_1(unsigned char hello[COMM_HELLO], int kind, int world) {
+    CommHello h;
+    memset(&h, 0, sizeof h);
+    h.kind = (uint32_t)kind, h.world = (uint32_t)world, h.rank = 1;
+    comm_write_hello(hello, &h);
+}
+
+enum { SHOWS_THE_SAME, SHOWS_THE_SHA, SHOWS_THE_CHALLENGE, SHOWS_RANK_0S, SHOWS_WAYS };
+
+// Tries to join with what a listener knows of an earlier rendezvous of the same token, and then, as
+// the true rank 1, with the token.
+static inline void NORETURN strangers_listener(const char *place, int what) {
+    static const TestRank rank = {1, 2, 0, 0, NULL};
+    const double until = clock_seconds() + 30;
+    unsigned char hello[COMM_HELLO], proof[SHA256_BYTES], back[COMM_ANSWER];
+    unsigned char earlier[COMM_NONCE] = "the challenge of that time", nonce[COMM_NONCE];
+    CommAnswer answer;
+    Sha256 sha;
+    strangers_hello_of_rank_1(hello, COMM_DATA, 2);
+    const int fd = strangers_hello(place, hello, nonce);
+    if (what == SHOWS_RANK_0S) comm_prove(proof, "the job", "rank 0", hello, nonce);
+    else comm_prove(proof, "the job", "guest", hello, earlier);
+    if (what == SHOWS_THE_CHALLENGE) memcpy(proof, nonce, sizeof proof);
+    if (what == SHOWS_THE_SHA)
+        sha256_init(&sha), sha256_update(&sha, "the job", 7), sha256_digest(&sha, proof);
+    comm_move(fd, NULL, proof, sizeof proof, until);
+    comm_move(fd, NULL, "", 1, until);
+    if (!comm_move(fd, back, NULL, sizeof back, until) ||
+        comm_parse_answer(&answer, back, sizeof back) || answer.status != COMM_REFUSED)
+        die("it is not refused");
+    close(fd);
+    comm_test_child(&rank, place, 30, 30);
+}
+
+// Joins as rank 1 of three up to some point, and closes, as a rank does that gives up an attempt or
+// is killed and started again. Then the true ranks 1 and 2 come.
+static inline void NORETURN strangers_stale(const char *place, int stage) {
+    static const TestRank rank[2] = {{1, 3, 0, 0, NULL}, {2, 3, 0, 0, NULL}};
+    const double until = clock_seconds() + 30;
+    unsigned char hello[COMM_HELLO], proof[SHA256_BYTES], nonce[COMM_NONCE], back[COMM_ANSWER];
+    int fd[2];
+    for (int kind = 0; kind < 2; kind++) {
+        strangers_hello_of_rank_1(hello, kind, 3);
+        fd[kind] = strangers_connect(place);
+        if (stage == 0) continue;
+        close(fd[kind]);
+        fd[kind] = strangers_hello(place, hello, nonce);
+        comm_prove(proof, "the job", "guest", hello, nonce);
+        if (stage >= 2) comm_move(fd[kind], NULL, proof, sizeof proof, until);
+        if (stage >= 3) comm_move(fd[kind], back, NULL, sizeof back, until);
+        if (stage >= 4) comm_move(fd[kind], NULL, "", 1, until);
+    }
+    if (stage >= 4) usleep(300000);                      // so that its place is taken, mostly
+    close(fd[0]), close(fd[1]);
+    const int second = fork() == 0;
+    if (!second) usleep(300000);                         // rank 2 is the last that is missing
+    comm_test_child(&rank[second], place, 30, 30);
+}
+
+// What was seen on the wire of an earlier rendezvous admits nobody to this one.
+static void test_strangers_replay(void) {
+    static const TestRank host[1] = {{0, 2, 0, 0, NULL}};
+    for (int what = 0; what < SHOWS_WAYS; what++) {
+        const char *place = comm_test_place(0);
+        TestEnd end = strangers_meet(host, place, 30, 30, strangers_listener, place, what);
+        EXPECT_END(end, 0, "refuses a connection from 127.0.0.1: it has another job token");
+        comm_test_free(&end, 1);
+    }
+}
+
+// An attempt that was given up takes nobody's place, however far it came; nor does a rank that was
+// killed while it waited for the others.
+static void test_strangers_stale_attempt(void) {
+    static const TestRank host[1] = {{0, 3, 0, 0, NULL}};
+    for (int stage = 0; stage < 5; stage++) {
+        const char *place = comm_test_place(0);
+        TestEnd end = strangers_meet(host, place, 30, 30, strangers_stale, place, stage);
+        EXPECT_END(end, 0, "");
+        EXPECT_TEXT(end.err.s, "");
+        comm_test_free(&end, 1);
+    }
+}
+
+// Rank 0 is held up between listen and accept for longer than its guest waits for an answer.
+static void test_strangers_held_up(void) {
+    const CommTimes times = {30, 0.1, 30, 0.1};
+    const char *place = comm_test_place(0);
+    CommLaunch l;
+    memset(&l, 0, sizeof l);
+    l.world = 2, l.rank = 1;
+    strcpy(l.token, "the job");
+    EXPECT(!comm_parse_rendezvous(&l, place), "%s", place);
+    const int listener = comm_listen(l.host, l.port);
+    const pid_t host = strangers_fork();
+    if (!host) {
+        CommLinks *k = (CommLinks *)xcalloc(1, sizeof *k);
+        k->world = 2, k->times = times, k->times.attempt = 10;
+        k->data[1] = k->watch[1] = -1;
+        sleep(1);
+        comm_gather(k, listener, l.token, NULL);
+        for (;;) pause();
+    }
+    close(listener);
+    const pid_t guest = strangers_fork();
+    if (!guest) {
+        comm_open(&l, &times);
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(guest, &status, 0);
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0, "rank 1 ends with status %x",
+           (unsigned)status);
+    strangers_end(host);
+}
+
+// ---- The file of a rendezvous ----
+
 // The file of a rendezvous names addresses in numbers: a name in it is not looked up, and a file of any size is not read.
 static void test_strangers_write_the_file(void) {
     static const TestRank guest[1] = {{1, 2, 0, 0, NULL}};
@@ -153,6 +314,8 @@ static void test_strangers_write_the_file(void) {
     }
 }
 
-#define STRANGERS_TESTS(X) X(strangers_as_rank_0) X(strangers_as_rank_1) X(strangers_write_the_file)
+#define STRANGERS_TESTS(X)                                                                         \
+    X(strangers_as_rank_0) X(strangers_as_rank_1) X(strangers_replay) X(strangers_stale_attempt)   \
+    X(strangers_held_up) X(strangers_write_the_file)
 
 #endif
