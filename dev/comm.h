@@ -658,7 +658,9 @@ static inline void comm_host(CommLinks *k, const CommLaunch *l, const char *plac
             die("rank 0 cannot tell its port: %s", strerror(errno));
         comm_write_place(&t, atoi(port));
         directory_make(l->directory);
+        const mode_t mask = umask(077);                  // only this user's ranks are to read it
         file_replace(place, t.s, t.n);
+        umask(mask);
         text_free(&t);
     }
     comm_gather(k, listener, l->token, *l->directory ? place : NULL);
@@ -667,6 +669,28 @@ static inline void comm_host(CommLinks *k, const CommLaunch *l, const char *plac
 }
 
 // ---- Rendezvous, the other ranks ----
+
+// Reads the file of a rendezvous by directory, which may lie where others can write: a regular file
+// of this user or of root, no link, of bounded size. Returns NULL, or what is wrong.
+static inline const char *comm_read_place(CommPlace *p, const char *path) {
+    struct stat st;
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0) return errno == ELOOP ? "it is a link" : strerror(errno);
+    const char *wrong = NULL;
+    if (fstat(fd, &st)) wrong = strerror(errno);
+    else if (!S_ISREG(st.st_mode)) wrong = "it is not a regular file";
+    else if (st.st_uid != geteuid() && st.st_uid) wrong = "it belongs to another user";
+    else {
+        char *text = (char *)xcalloc(COMM_PLACE + 1, 1);
+        size_t n = 0;
+        ssize_t k;
+        while ((k = read(fd, text + n, COMM_PLACE + 1 - n)) > 0) n += (size_t)k;
+        wrong = k < 0 ? strerror(errno) : comm_parse_place(p, text, n);
+        free(text);
+    }
+    close(fd);
+    return wrong;
+}
 
 // Sends n bytes and reads an answer, which should have this status. Returns whether it has; if not,
 // `why` says what it is, and *final that it is no use to try again.
@@ -723,15 +747,10 @@ static inline int comm_join(CommLinks *k, const CommLaunch *l, const char *place
     gethostname(h.host, sizeof h.host - 1);
     for (;;) {
         CommPlace p;
-        FileMap map = {NULL, 0};
         memset(&p, 0, sizeof p);
         p.n = 1, p.port = l->port;
-        if (*l->directory) {
-            const char *wrong = file_map(&map, place);
-            if (!wrong) wrong = comm_parse_place(&p, map.data, map.size);
-            file_unmap(&map);
-            if (wrong) snprintf(why, sizeof why, "%.200s", wrong), p.n = 0;
-        }
+        const char *wrong = *l->directory ? comm_read_place(&p, place) : NULL;
+        if (wrong) snprintf(why, sizeof why, "%.200s", wrong), p.n = 0;
         for (int i = 0; i < p.n; i++) {
             int status, final = 0, fd = -1;
             struct addrinfo *list = *l->directory ? comm_resolve(p.address[i], p.port, AI_NUMERICHOST, &status)

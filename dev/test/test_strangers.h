@@ -314,8 +314,89 @@ static void test_strangers_write_the_file(void) {
     }
 }
 
+static inline char *strangers_path(const char *place) {
+    char token[SHA256_HEX];
+    sha256_hex(token, "the job", 7);
+    return xprintf("%s/droppath-%.32s", place + 4, token);
+}
+
+// Nobody else may write the file, nor read it, whatever the umask.
+static void test_strangers_umask(void) {
+    static const TestRank rank = {0, 2, 0, 0, NULL};
+    const char *place = comm_test_place(1);
+    char *path = strangers_path(place);
+    struct stat st;
+    memset(&st, 0, sizeof st);
+    const pid_t host = strangers_fork();
+    if (!host) umask(0), comm_test_child(&rank, place, 30, 30);
+    while (lstat(path, &st) && waitpid(host, NULL, WNOHANG) == 0) usleep(10000);
+    EXPECT(S_ISREG(st.st_mode) && (st.st_mode & 07777) == 0600, "mode %o", (unsigned)st.st_mode);
+    strangers_end(host);
+    free(path);
+}
+
+enum { PLANTS_A_LINK, PLANTS_A_PIPE, PLANTS_A_LARGE_FILE, PLANTS_A_DIRECTORY, PLANTS_ANOTHERS,
+       PLANTS_WAYS, REPLACED_WAYS = PLANTS_A_DIRECTORY };
+
+// Puts something at path. A link leads to `target`, a file that could be the rendezvous.
+static inline void strangers_plant(const char *path, const char *target, int what) {
+    static const char text[] = "droppath rendezvous 1\n1\n127.0.0.1\n";
+    int error = 0;
+    file_write_whole(target, text, sizeof text - 1);
+    if (what == PLANTS_A_LARGE_FILE || what == PLANTS_ANOTHERS)
+        file_write_whole(path, text, sizeof text - 1);
+    if (what == PLANTS_A_LINK) error = symlink(target, path);
+    if (what == PLANTS_A_PIPE) error = mkfifo(path, 0666);
+    if (what == PLANTS_A_DIRECTORY) error = mkdir(path, 0777);
+    if (what == PLANTS_A_LARGE_FILE) error = truncate(path, (off_t)1 << 30);
+    if (what == PLANTS_ANOTHERS) error = chown(path, 12345, (gid_t)-1);
+    if (error) die("%s: %s", path, strerror(errno));
+}
+
+// What has the file's name, or its temporary's, is replaced and not written to; nothing hangs.
+static void test_strangers_planted_before_rank_0(void) {
+    static const TestRank ranks[2] = {{0, 2, 0, 0, NULL}, {1, 2, 0, 0, NULL}};
+    for (int i = 0; i < 2 * REPLACED_WAYS; i++) {
+        TestEnd end[COMM_TEST_MOST];
+        const char *place = comm_test_place(1);
+        char *file = strangers_path(place), *path = xprintf("%s%s", file, i % 2 ? ".tmp" : "");
+        char *target = xprintf("%s/target", test_directory());
+        directory_make(place + 4);
+        strangers_plant(path, target, i / 2);
+        Text before = test_read_file(target);
+        comm_test_run(end, ranks, 2, place, 30, 30);
+        for (int r = 0; r < 2; r++) EXPECT_END(end[r], 0, "");
+        Text after = test_read_file(target);
+        EXPECT_TEXT(after.s, before.s);
+        EXPECT(rmdir(place + 4) == 0, "the rendezvous left a file: %s", strerror(errno));
+        text_free(&before), text_free(&after), comm_test_free(end, 2);
+        free(file), free(path), free(target);
+    }
+}
+
+// A guest reads a regular file of its own user, of bounded size, and follows no link.
+static void test_strangers_planted_before_a_guest(void) {
+    static const TestRank guest[1] = {{1, 2, 0, 0, NULL}};
+    static const char *const parts[PLANTS_WAYS] = {
+        "it is a link", "not a regular file", "too long for a rendezvous", "not a regular file",
+        "belongs to another user"};
+    for (int what = 0; what < PLANTS_WAYS; what++) {
+        TestEnd end[COMM_TEST_MOST];
+        if (what == PLANTS_ANOTHERS && geteuid()) continue;        // only root can give a file away
+        const char *place = comm_test_place(1);
+        char *path = strangers_path(place), *target = xprintf("%s/target", test_directory());
+        directory_make(place + 4);
+        strangers_plant(path, target, what);
+        comm_test_run(end, guest, 1, place, 1, 30);
+        EXPECT_END(end[0], 1, parts[what]);
+        comm_test_free(end, 1);
+        free(path), free(target);
+    }
+}
+
 #define STRANGERS_TESTS(X)                                                                         \
     X(strangers_as_rank_0) X(strangers_as_rank_1) X(strangers_replay) X(strangers_stale_attempt)   \
-    X(strangers_held_up) X(strangers_write_the_file)
+    X(strangers_held_up) X(strangers_write_the_file) X(strangers_umask)                            \
+    X(strangers_planted_before_rank_0) X(strangers_planted_before_a_guest)
 
 #endif
