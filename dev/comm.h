@@ -799,8 +799,8 @@ static inline void NORETURN comm_end(CommLinks *k, const char *text) {
     memcpy(news + 1, text, strlen(text) < COMM_ANSWER - 2 ? strlen(text) : COMM_ANSWER - 2);
     for (int r = 1; !k->rank && r < k->world; r++)
         if (!k->peer[r].over && send(k->watch[r], news, sizeof news, MSG_DONTWAIT | MSG_NOSIGNAL) < 0) continue;
-    lock_forget();                                       // as at exit
     if (write(2, line, strlen(line)) > 0) usleep(500000);          // the launcher shall see first who ended first
+    lock_forget();                                       // as at exit; the main thread was not waiting
     _exit(1);                                            // the main thread may hang in a call that never returns
 }
 

@@ -410,6 +410,26 @@ static void test_comm_dead_rank(void) {
     }
 }
 
+static inline void *comm_test_end(void *links) { comm_end((CommLinks *)links, "rank 1 has gone"); }
+
+static inline void comm_test_end_while_making(void *dir) {
+    static CommLinks k;
+    pthread_t thread;
+    k.world = 1;
+    if (pthread_create(&thread, NULL, comm_test_end, &k)) die("no thread");
+    usleep(100000);                                      // the line is written
+    lock_directory_make((const char *)dir);
+    for (;;) pause();
+}
+
+// A rank that ends because of another leaves no directory, even one that it makes at that moment.
+static void test_comm_end_leaves_nothing(void) {
+    char *dir = xprintf("%s/out", test_directory());
+    EXPECT_EXIT(1, "rank 1 has gone", comm_test_end_while_making, dir);
+    EXPECT(!path_exists(dir), "%s is left", dir);
+    free(dir);
+}
+
 static void test_comm_ranks_disagree(void) {
     static const TestRank ranks[2] = {{0, 2, 0, 0, NULL}, {1, 2, ACT_OTHER_EXCHANGE, 0, NULL}};
     TestEnd end[COMM_TEST_MOST];
@@ -763,6 +783,7 @@ static inline void test_gpu_ranks_not_finite(void) {
 #define COMM_TESTS(X)                                                                                      \
     X(comm_environment) X(comm_rendezvous_text) X(comm_parsers) X(comm_ranks_meet) X(comm_stale_file)      \
     X(comm_refuses) X(comm_garbage) X(comm_missing_rank) X(comm_dead_rank) X(comm_ranks_disagree)          \
+    X(comm_end_leaves_nothing)                                                                             \
     X(ranks_launcher) X(ranks_equal_one) X(ranks_synced_plans) X(ranks_same_bits) X(ranks_resume)          \
     X(ranks_killed) X(ranks_refuse)
 
