@@ -29,6 +29,7 @@
 #include "dev/test/test_long.h"
 #include "dev/test/test_manifest.h"
 #include "dev/test/test_nccl.h"
+#include "dev/test/test_noise.h"
 #include "dev/test/test_numbers.h"
 #include "dev/test/test_options.h"
 #ifdef WITH_CUDA_ENGINE
@@ -61,10 +62,10 @@ static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
     COMM_TESTS(X) STRANGERS_TESTS(X) SUPERVISE_TESTS(X) NUMBERS_TESTS(X)
     RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
-    SCHEDULE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
+    SCHEDULE_TESTS(X) NOISE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
-    ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
+    ENGINE_TESTS(X) NOISE_ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE

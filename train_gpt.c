@@ -38,9 +38,42 @@ static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const 
             }
 }
 
+// ---- Dropout: whether an element stays is a function of its place (dev/noise.h) ----
+
+// keep (n) = the factors, 0 or 1/(1-p), of elements first .. first + n of a line; first is a multiple of NOISE_EACH.
+static void noise_factors(real *keep, const NoisePlace *z, uint32_t row, uint32_t line, size_t first, size_t n) {
+    const real scale = (real)noise_scale(z->rate);
+    uint32_t words[NOISE_CALLS * 4];
+#pragma omp simd
+    for (uint32_t i = 0; i < NOISE_CALLS; i++) {
+        const Philox w = noise_words(z->key, z->first_row + row, 0, line, (uint32_t)(first / NOISE_EACH) + i);
+        for (int j = 0; j < 4; j++) words[4 * i + (uint32_t)j] = w.v[j];
+    }
+    for (size_t i = 0; i < n; i += 2) {                  // noise_half
+        keep[i] = (words[i / 2] & 0xffff) >= z->rate ? scale : 0;
+        keep[i + 1] = words[i / 2] >> 16 >= z->rate ? scale : 0;
+    }
+}
+
+// x (n,T,C) of a branch's rows: each element times its factor. The same backward, for the gradient.
+static void dropout(real *x, const NoisePlace *z, const int *rows, size_t nT, size_t T, size_t C) {
+    enum { EACH = NOISE_CALLS * NOISE_EACH };
+    if (!z->rate) return;
+#pragma omp parallel for
+    for (size_t t = 0; t < nT; t++) {
+        const size_t place = token_place(rows, T, t);
+        for (size_t c = 0; c < C; c += EACH) {
+            const size_t n = at_most(C - c, EACH);
+            real keep[EACH];
+            noise_factors(keep, z, (uint32_t)(place / T), (uint32_t)(place % T), c, n);
+            for (size_t i = 0; i < n; i++) x[t * C + c + i] *= keep[i];
+        }
+    }
+}
+
 // ---- The residual stream x (B,T,C), seen by a branch that runs on n of its B rows ----
-// Products read and write its rows in place (Matrix.rows, Result.rows). These two are for tied branches, whose attention
-// reaches the stream only after the MLP has read it.
+// Products read and write its rows in place (Matrix.rows, Result.rows). These two are for ends of branches that stand packed
+// in between: of tied attention, which reaches the stream only after the MLP has read it, and with dropout.
 
 // x[rows] += scale * out (n,T,C)
 static void residual_forward(real *x, const real *out, const BranchPlan *b, size_t T, size_t C) {
@@ -135,7 +168,7 @@ typedef struct {                                         // one thread's room
     real qt[HEAD_MAX * QUERIES], dyt[HEAD_MAX * QUERIES];    // (W,QUERIES) the same, transposed
     real k[KEYS * HEAD_MAX], v[KEYS * HEAD_MAX];         // (KEYS,W) keys
     real out[QUERIES * HEAD_MAX];                        // (QUERIES,W) queries: of y or dq
-    real s[KEYS * QUERIES], ds[KEYS * QUERIES];          // (keys,queries)
+    real s[KEYS * QUERIES], ds[KEYS * QUERIES], keep[KEYS * QUERIES];        // (keys,queries)
     real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // of each query
 } AttentionRoom;
 
@@ -246,9 +279,25 @@ static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
     return select_lanes(lane >= (int)(j - i), s, (Vector){0} - (real)INFINITY);
 }
 
+// keep (nj,lanes): the factors of dropout of a head's probabilities.
+static void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t head, size_t i0, size_t j0, size_t nj,
+                            size_t lanes) {
+    const real scale = (real)noise_scale(z->rate);
+    for (size_t j = 0; j < nj; j += NOISE_EACH)
+#pragma omp simd
+        for (size_t i = 0; i < lanes; i++) {
+            const Philox w = noise_words(z->key, z->first_row + (uint32_t)row, (uint32_t)head, (uint32_t)(i0 + i),
+                                         (uint32_t)((j0 + j) / NOISE_EACH));
+            for (int e = 0; e < NOISE_EACH; e++)
+                keep[(j + (size_t)e) * QUERIES + i] = noise_half(w, e) >= z->rate ? scale : 0;
+        }
+}
+
 // One block of scores into the running softmax: s becomes exp(s - top), and sum is brought to the new top, as what was
-// summed up of y must be: times shrink. A query's first block has a key that it sees, so top is finite after it.
-static void softmax_block(AttentionRoom *room, size_t i0, size_t j0, size_t nj, size_t lanes) {
+// summed up of y must be: times shrink. A query's first block has a key that it sees, so top is finite after it. With
+// `keep`, dropout takes what is summed up into y, and leaves the sum as it is.
+static inline ALWAYS_INLINE void softmax_block(AttentionRoom *room, const real *keep, size_t i0, size_t j0, size_t nj,
+                                               size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
         const size_t seen = keys_seen(i0, i, j0, nj);
         Vector *top = (Vector *)(room->top + i), *sum = (Vector *)(room->sum + i), high = *top, total = {0};
@@ -261,6 +310,7 @@ static void softmax_block(AttentionRoom *room, size_t i0, size_t j0, size_t nj, 
         for (size_t j = 0; j < seen; j++) {
             Vector *s = (Vector *)(room->s + j * QUERIES + i);
             total += *s = exp_lanes(*s - high);
+            if (keep) *s *= *(const Vector *)(keep + j * QUERIES + i);
         }
         *(Vector *)(room->shrink + i) = shrink;
         *sum = *sum * shrink + total;
@@ -268,9 +318,12 @@ static void softmax_block(AttentionRoom *room, size_t i0, size_t j0, size_t nj, 
     }
 }
 
+// A head of a row, by their numbers in the model and in the batch: what its noise is a function of.
+typedef struct { const NoisePlace *noise; size_t row, head; } HeadPlace;
+
 // One block of queries of one head: y (T,HS), lines C apart, and lse (T), from q, k and v (T,HS), lines 3C apart.
-static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room, size_t i0, size_t T, size_t C,
-                                    size_t HS) {
+static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room, HeadPlace at, size_t i0, size_t T,
+                                    size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
     const real *k = q + C, *v = k + C;
     load_lines(room->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
@@ -281,7 +334,10 @@ static void attention_forward_block(real *y, real *lse, const real *q, Attention
         load_lines(room->k, k + j0 * ld, ld, 1, nj, HS, W);
         load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
         attention_scores(room->s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
-        softmax_block(room, i0, j0, nj, lanes);
+        if (at.noise->rate) {
+            attention_noise(room->keep, at.noise, at.row, at.head, i0, j0, nj, lanes);
+            softmax_block(room, room->keep, i0, j0, nj, lanes);
+        } else softmax_block(room, NULL, i0, j0, nj, lanes);
         for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
             strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i, QUERIES, room->v, W,
                              STRIP_ROWS, W, at_most(i0 + i + STRIP_ROWS - j0, nj));
@@ -294,8 +350,9 @@ static void attention_forward_block(real *y, real *lse, const real *q, Attention
     }
 }
 
-static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, const real *qkv, size_t n, size_t T, size_t C,
-                              size_t NH) {
+// n rows of T tokens; `rows` says which of the batch they are, NULL: all, in order.
+static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, const real *qkv, const NoisePlace *noise,
+                              const int *rows, size_t n, size_t T, size_t C, size_t NH) {
     const size_t HS = C / NH;
 #pragma omp parallel num_threads(rooms->threads)
     {
@@ -303,9 +360,11 @@ static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, c
 #pragma omp for collapse(3) schedule(dynamic)
         for (size_t row = 0; row < n; row++)
             for (size_t h = 0; h < NH; h++)
-                for (size_t i0 = 0; i0 < T; i0 += QUERIES)
+                for (size_t i0 = 0; i0 < T; i0 += QUERIES) {
+                    const HeadPlace at = {noise, rows ? (size_t)rows[row] : row, h};
                     attention_forward_block(y + row * T * C + h * HS, lse + (row * NH + h) * T,
-                                            qkv + row * T * 3 * C + h * HS, room, i0, T, C, HS);
+                                            qkv + row * T * 3 * C + h * HS, room, at, i0, T, C, HS);
+                }
     }
 }
 
@@ -412,13 +471,21 @@ static void attention_backward_queries(AttentionRoom *room, const real *q, const
     }
 }
 
-// s and dP (nj,lanes), which is in ds, become P and dP's share of ds; both 0 where the key is later than the query.
-static void attention_backward_scores(AttentionRoom *room, size_t i0, size_t j0, size_t nj, size_t lanes) {
+// s and dP (nj,lanes), which is in ds, become P and dP's share of ds; both 0 where the key is later than the query. With `keep`
+// dP is by what dropout has left of P, and so becomes s.
+static inline ALWAYS_INLINE void attention_backward_scores(AttentionRoom *room, const real *keep, size_t i0, size_t j0,
+                                                           size_t nj, size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
         const Vector lse = *(const Vector *)(room->top + i), inner = *(const Vector *)(room->inner + i);
         for (size_t j = 0, seen = keys_seen(i0, i, j0, nj); j < seen; j++) {
             Vector *s = (Vector *)(room->s + j * QUERIES + i), *ds = (Vector *)(room->ds + j * QUERIES + i);
             const Vector p = exp_lanes(causal(*s, i0 + i, j0 + j) - lse);
+            if (keep) {
+                const Vector factor = *(const Vector *)(keep + j * QUERIES + i);
+                *s = p * factor;
+                *ds = p * (*ds * factor - inner);
+                continue;
+            }
             *s = p;
             *ds = p * (*ds - inner);
         }
@@ -426,9 +493,10 @@ static void attention_backward_scores(AttentionRoom *room, size_t i0, size_t j0,
 }
 
 // With P = exp(s - lse): dV = P^T dy, dP = dy V^T, ds = P * (dP - <dy, y>), dQ = ds K * scale, dK = ds^T Q * scale
-// (Dao et al. 2022, algorithm 4). One thread does one head of one row: nothing is added from two sides.
+// (Dao et al. 2022, algorithm 4). One thread does one head of one row: nothing is added from two sides. With dropout P~ in place
+// of P for dV, and dP comes through it; <dy, y> is still the sum of P dP, since y is of P~.
 static void attention_backward_head(real *dq, const real *dy, const real *q, const real *y, const real *lse,
-                                    AttentionRoom *room, size_t T, size_t C, size_t HS) {
+                                    AttentionRoom *room, HeadPlace at, size_t T, size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES);
     const real scale = (real)(1 / sqrt((double)HS)), *k = q + C, *v = k + C;
     real *dk = dq + C, *dv = dk + C, *s = room->s, *ds = room->ds;
@@ -444,12 +512,15 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
             load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
             attention_scores(s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
             attention_scores(ds, room->v, room->dyt, i0, j0, nj, lanes, HS, W);
-            attention_backward_scores(room, i0, j0, nj, lanes);
+            if (at.noise->rate) {
+                attention_noise(room->keep, at.noise, at.row, at.head, i0, j0, nj, lanes);
+                attention_backward_scores(room, room->keep, i0, j0, nj, lanes);
+            } else attention_backward_scores(room, NULL, i0, j0, nj, lanes);
             for (size_t j = 0; j < nj; j += STRIP_ROWS) {
                 const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS);
-                const size_t at = j * QUERIES + i, to = (j0 + j) * ld;
-                strip_by_lines(dv + to, ld, keys, s + at, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
-                strip_by_lines(dk + to, ld, keys, ds + at, QUERIES, room->q + i * W, W, rows, HS, ni - i);
+                const size_t from = j * QUERIES + i, to = (j0 + j) * ld;
+                strip_by_lines(dv + to, ld, keys, s + from, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
+                strip_by_lines(dk + to, ld, keys, ds + from, QUERIES, room->q + i * W, W, rows, HS, ni - i);
             }
             for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
                 strip_by_columns(room->out + i * W, W, j0 ? ones : NULL, ds + i, QUERIES, room->k, W, STRIP_ROWS, W,
@@ -462,7 +533,8 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
 
 // dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's.
 static void attention_backward(real *dqkv, const AttentionRooms *rooms, const real *dy, const real *qkv, const real *y,
-                               const real *lse, size_t n, size_t T, size_t C, size_t NH) {
+                               const real *lse, const NoisePlace *noise, const int *rows, size_t n, size_t T, size_t C,
+                               size_t NH) {
     const size_t HS = C / NH;
 #pragma omp parallel num_threads(rooms->threads)
     {
@@ -470,8 +542,10 @@ static void attention_backward(real *dqkv, const AttentionRooms *rooms, const re
 #pragma omp for collapse(2) schedule(dynamic)
         for (size_t row = 0; row < n; row++)
             for (size_t h = 0; h < NH; h++) {
-                const size_t at = row * T * C + h * HS, at3 = row * T * 3 * C + h * HS;
-                attention_backward_head(dqkv + at3, dy + at, qkv + at3, y + at, lse + (row * NH + h) * T, room, T, C, HS);
+                const size_t from = row * T * C + h * HS, from3 = row * T * 3 * C + h * HS;
+                const HeadPlace at = {noise, rows ? (size_t)rows[row] : row, h};
+                attention_backward_head(dqkv + from3, dy + from, qkv + from3, y + from, lse + (row * NH + h) * T, room, at, T, C,
+                                        HS);
             }
     }
 }
@@ -487,12 +561,16 @@ static size_t classifier_chunk(size_t BT, size_t V) {
     return strips(BT, strips(BT, CHUNK_NUMBERS / V > CHUNK_LEAST ? CHUNK_NUMBERS / V : CHUNK_LEAST));
 }
 
-// One row: returns -log softmax(logits)[target]; with grad != 0 logits (V) become grad * (softmax - onehot).
-static real softmax_loss(real *logits, int target, real grad, size_t V) {
+// One row: returns -log softmax(logits)[target]; with grad != 0 logits (V) become grad * (softmax - onehot). With smoothing s
+// the target's one becomes 1-s and s/V everywhere, and *uniform the mean of -log softmax, which then has the weight s.
+static real softmax_loss(real *logits, int target, real grad, real smoothing, real *uniform, size_t V) {
     enum { AT_ONCE = 4 };
     const real top = max_of(logits, V), at_target = logits[target] - top;
     Vector sums[AT_ONCE] = {{0}};
     size_t v = 0;
+    real mean = 0;
+#pragma omp simd reduction(+:mean)
+    for (size_t i = 0; i < (smoothing != 0 ? V : 0); i++) mean += logits[i] - top;
     for (; v + AT_ONCE * LANES <= V; v += AT_ONCE * LANES)
         for (size_t j = 0; j < AT_ONCE; j++) {
             const Vector e = exp_lanes(vector_load(logits + v + j * LANES) - top);
@@ -507,28 +585,35 @@ static real softmax_loss(real *logits, int target, real grad, size_t V) {
         sum += vector_sum_some(e, n);
     }
     if (grad != 0) {
-        const real scale = grad / sum;
-        for (v = 0; v < V; v++) logits[v] *= scale;
-        logits[target] -= grad;
+        const real scale = grad / sum, share = grad * smoothing / (real)V;
+        if (smoothing == 0) for (v = 0; v < V; v++) logits[v] *= scale;
+        else for (v = 0; v < V; v++) logits[v] = logits[v] * scale - share;
+        logits[target] -= grad * (1 - smoothing);
     }
+    if (smoothing != 0) *uniform = (real)(log((double)sum) - (double)mean / (double)V);
     return (real)(log((double)sum) - (double)at_target);
 }
 
-// losses (BT), 0 for negative targets; with grad (the weight of one token's loss) dx (BT,C) = and dwte (V,C) =, or += with
-// `add`.
-static void classifier(real *losses, real *dx, real *dwte, int add, real *logits, const PackRoom *room, const real *x,
-                       const real *wte, const int *targets, real grad, size_t BT, size_t C, size_t V) {
+// What is asked of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one token's loss, 0: no
+// gradients; uniform (BT): as softmax_loss says, where smoothing is not 0.
+typedef struct { real *losses, *uniform; const int *targets; real grad, smoothing; } Scoring;
+
+// And with grad dx (BT,C) = and dwte (V,C) =, or += with `add`.
+static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *logits, const PackRoom *room, const real *x,
+                       const real *wte, size_t BT, size_t C, size_t V) {
     const size_t chunk = classifier_chunk(BT, V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
         multiply(fresh(logits, V, NULL), room, lines(x + t0 * C, C), turned(wte, C), n, V, C, NULL);
 #pragma omp parallel for
         for (size_t t = 0; t < n; t++) {
-            const int target = targets[t0 + t];
-            losses[t0 + t] = target < 0 ? 0 : softmax_loss(logits + t * V, target, grad, V);
+            const int target = y->targets[t0 + t];
+            real *loss = y->losses + t0 + t, *uniform = y->uniform + t0 + t;
+            *loss = *uniform = 0;
             if (target < 0) memset(logits + t * V, 0, V * sizeof(real));
+            else *loss = softmax_loss(logits + t * V, target, y->grad, y->smoothing, uniform, V);
         }
-        if (grad == 0) continue;
+        if (y->grad == 0) continue;
         multiply(fresh(dx + t0 * C, C, NULL), room, lines(logits, V), lines(wte, C), n, C, V, NULL);
         multiply(scaled(dwte, C, 1, add || t0), room, turned(logits, V), lines(x + t0 * C, C), V, C, n, NULL);
     }
@@ -561,9 +646,10 @@ struct Model {
 
     real *x, *dx;                                        // (B,T,C) the residual stream
     real *lnf, *lnf_xhat, *lnf_rstd;                     // (B,T,C) (B,T,C) (B,T)
-    real *losses;                                        // (B,T)
-    real *ln, *gelu, *attn_out;                          // (B,T,C) (B,T,4C) (B,T,C): one branch at a time
-    real *dwide, *dy, *dattn;                            // (B,T,4C) (B,T,C) (B,T,C)
+    real *losses, *uniform;                              // (B,T) (B,T) as softmax_loss gives them
+    double part[N_PARTS];                                // of the last run
+    real *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): one branch at a time
+    real *dwide, *dy, *dout;                             // (B,T,4C) (B,T,C) (B,T,C)
     real *logits;                                        // (chunk,V)
     PackRoom pack;
     AttentionRooms rooms;
@@ -689,7 +775,7 @@ static void packed_layout(Model *m) {
 }
 
 typedef struct { real **at; size_t n; } Room;
-enum { N_ROOMS = 20, N_TRAINING_ROOMS = 4 };
+enum { N_ROOMS = 21, N_TRAINING_ROOMS = 4 };
 
 // All arrays of activations but those kept; the last are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
@@ -698,15 +784,15 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const size_t most = BT > 4 * C ? BT > V ? BT : V : 4 * C > V ? 4 * C : V, K = at_most(most + 1, wide * K_BLOCK);
     const size_t cached = (size_t)m->args.cache;
     const Room all[N_ROOMS] = {
-        {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT}, {&m->losses, BT}, {&m->ln, BT * C},
-        {&m->gelu, BT * 4 * C}, {&m->attn_out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
+        {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT}, {&m->losses, BT}, {&m->uniform, BT}, {&m->ln, BT * C},
+        {&m->gelu, BT * 4 * C}, {&m->out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
         {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K}, {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
         {&m->rooms.at, (size_t)m->rooms.threads * (sizeof(AttentionRoom) / sizeof(real))},
         {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T, C / (size_t)m->config.NH)},
         {&m->packed, cached ? m->packed_layer * (size_t)m->config.L + packed_size(&m->pack, V, C) : 0},
         {&m->few, cached ? FEW_ROWS * 4 * (C + TILE_COLS) : 0},
         {&m->kept, 0},                                   // has its own size
-        {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dattn, BT * C}, {&m->dwide, BT * 4 * C},
+        {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dout, BT * C}, {&m->dwide, BT * 4 * C},
     };
     memcpy(rooms, all, sizeof all);
     return m->args.bound.rows > 0 ? N_ROOMS : N_ROOMS - N_TRAINING_ROOMS;
@@ -783,16 +869,28 @@ static real *keep(Model *m, size_t n) {
 // The branch's rows of the residual stream; a branch that all rows run needs no index.
 static const int *rows_of(const Model *m, const BranchPlan *b) { return b->n == m->last_B ? NULL : b->rows; }
 
-// x[rows] += scale * (the product + bias): the end of a branch
-static Result to_stream(const Model *m, const BranchPlan *b, const real *bias) {
+// Whether a branch's end stands packed, in `out`, before it joins the stream: where something comes in between. Else it joins
+// as the branch's last product is written, and on the way back that product reads the stream's gradient in place.
+static int end_is_packed(const Pass *pass, int branch) {
+    return (branch == ATTN && pass->plan->tied) || noise_rate(pass->noise, NOISE_ATTN_OUT + branch);
+}
+
+// The end of a branch: out (n,T,C) = the product + bias, or x[rows] += scale * that.
+static Result branch_end(const Model *m, const Pass *pass, int l, int branch, const real *bias) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const size_t C = (size_t)m->config.C;
+    if (end_is_packed(pass, branch)) return fresh(m->out, C, bias);
     return (Result){.at = m->x, .ld = C, .rows = rows_of(m, b), .T = (size_t)m->last_T, .add = 1, .scale = (real)b->scale,
                     .bias = bias};
 }
 
-// dx[rows], whose scale the products carry: its beginning on the way back
-static Matrix from_stream(const Model *m, const BranchPlan *b) {
-    return (Matrix){.at = m->dx, .ld = (size_t)m->config.C, .rows = rows_of(m, b), .T = (size_t)m->last_T};
+// Its gradient: dout (n,T,C), or dx[rows], whose scale the products have to carry; *scale is 1 or that.
+static Matrix branch_end_gradient(const Model *m, const Pass *pass, int l, int branch, real *dout, real *scale) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
+    const size_t C = (size_t)m->config.C;
+    *scale = end_is_packed(pass, branch) ? 1 : (real)b->scale;
+    if (end_is_packed(pass, branch)) return lines(dout, C);
+    return (Matrix){.at = m->dx, .ld = C, .rows = rows_of(m, b), .T = (size_t)m->last_T};
 }
 
 static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
@@ -816,19 +914,22 @@ static void linear_backward(Model *m, int l, int param, Result dx, Matrix dy, co
 }
 
 // y = attention of qkv; in decode, that which goes on with sequences. Where all of them begin it is the ordinary one.
-static void attention_inside(Model *m, int l, const BranchPlan *b, const AttentionKept *k, size_t nT) {
+static void attention_inside(Model *m, const Pass *pass, int l, const AttentionKept *k, size_t nT) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
+    const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN, l);
     int begins = T > 1;
     for (int i = 0; m->at && i < b->n; i++) begins &= m->at[b->rows[i]] == 0;
-    if (!m->at || begins) attention_forward(k->y, k->lse, &m->rooms, k->qkv, nT / T, T, C, NH);
+    if (!m->at || begins) attention_forward(k->y, k->lse, &m->rooms, k->qkv, &noise, b->rows, nT / T, T, C, NH);
     if (!m->at) return;
     HeadCache layer = m->cache;
     layer.at += (size_t)l * (size_t)m->args.cache * NH * head_cache(m->cache.T, C / NH);
     attention_cached(begins ? NULL : k->y, k->qkv, layer, b, m->seq, m->at, T, C, NH);
 }
 
-// out: attn(LN(x[rows]))
-static void attention_branch_forward(Model *m, int l, const BranchPlan *b, Result out) {
+// To the end of the branch: attn(LN(x[rows]))
+static void attention_branch_forward(Model *m, const Pass *pass, int l) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l);
     AttentionKept *k = &m->attention[l];
@@ -836,93 +937,125 @@ static void attention_branch_forward(Model *m, int l, const BranchPlan *b, Resul
     k->qkv = keep(m, nT * 3 * C), k->lse = keep(m, nT * NH), k->y = keep(m, nT * C);
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, rows_of(m, b), w.ln1w, w.ln1b, nT, T, C);
     linear_forward(m, l, P_qkvw, fresh(k->qkv, 3 * C, w.qkvb), m->ln, nT);
-    attention_inside(m, l, b, k, nT);
-    linear_forward(m, l, P_attprojw, out, k->y, nT);
+    attention_inside(m, pass, l, k, nT);
+    linear_forward(m, l, P_attprojw, branch_end(m, pass, l, ATTN, w.attprojb), k->y, nT);
 }
 
-// dx[rows] += the gradient through the branch, from scale * dout (n,T,C)
-static void attention_branch_backward(Model *m, int l, const BranchPlan *b, Matrix dout, real scale) {
+// dx[rows] += the gradient through the branch, from that of its end
+static void attention_branch_backward(Model *m, const Pass *pass, int l) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const AttentionKept *k = &m->attention[l];
-    const Result dy = {.at = m->dy, .ld = C, .scale = scale};
+    const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN, l);
     const int add = gradient_add(m, l, ATTN, 1);
+    Result dy = {.at = m->dy, .ld = C};
+    const Matrix dout = branch_end_gradient(m, pass, l, ATTN, m->dout, &dy.scale);
     real *dqkv = m->dwide, *dln = m->dy;
     linear_backward(m, l, P_attprojw, dy, dout, k->y, add, nT);
-    attention_backward(dqkv, &m->rooms, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH);
+    attention_backward(dqkv, &m->rooms, m->dy, k->qkv, k->y, k->lse, &noise, b->rows, nT / T, T, C, NH);
     layernorm_again(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     linear_backward(m, l, P_qkvw, fresh(dln, C, NULL), lines(dqkv, 3 * C), m->ln, add, nT);
     layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w, nT, T, C);
 }
 
-// x[rows] += scale * mlp(LN(x[rows])); tied: of x[rows] + attn_out, which joins the stream as soon as it has been read
-static void mlp_branch_forward(Model *m, int l, const BranchPlan *b, int tied) {
+// To the end of the branch: mlp(LN(x[rows])); tied: of x[rows] + out, which joins the stream as soon as it has been read
+static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + MLP];
     const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l);
     MlpKept *k = &m->mlp[l];
     k->xhat = keep(m, nT * C), k->rstd = keep(m, nT), k->h = keep(m, nT * 4 * C);
     Result h = fresh(k->h, 4 * C, w.fcb);
     h.gelu = m->gelu;
-    layernorm_forward(m->ln, k->xhat, k->rstd, m->x, tied ? m->attn_out : NULL, rows_of(m, b), w.ln2w, w.ln2b, nT, T, C);
-    if (tied) residual_forward(m->x, m->attn_out, b, T, C);
+    const real *attn = pass->plan->tied ? m->out : NULL;
+    layernorm_forward(m->ln, k->xhat, k->rstd, m->x, attn, rows_of(m, b), w.ln2w, w.ln2b, nT, T, C);
+    if (attn) residual_forward(m->x, attn, b, T, C);
     linear_forward(m, l, P_fcw, h, m->ln, nT);
-    linear_forward(m, l, P_fcprojw, to_stream(m, b, w.fcprojb), m->gelu, nT);
+    linear_forward(m, l, P_fcprojw, branch_end(m, pass, l, MLP, w.fcprojb), m->gelu, nT);
 }
 
-// dx[rows] += the gradient through the branch, from scale * dx[rows]; dmore (n,T,C), where given, += it
-static void mlp_branch_backward(Model *m, int l, const BranchPlan *b, real *dmore) {
+// dx[rows] += the gradient through the branch, from that of its end in m->dy; tied: and m->dout (n,T,C) += it
+static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + MLP];
     const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const MlpKept *k = &m->mlp[l];
-    const Result dh = {.at = m->dwide, .ld = 4 * C, .scale = (real)b->scale, .h = k->h, .gelu = m->gelu};
     const int add = gradient_add(m, l, MLP, 1);
-    real *dln = m->dy;
-    linear_backward(m, l, P_fcprojw, dh, from_stream(m, b), m->gelu, add, nT);
+    Result dh = {.at = m->dwide, .ld = 4 * C, .h = k->h, .gelu = m->gelu};
+    const Matrix dout = branch_end_gradient(m, pass, l, MLP, m->dy, &dh.scale);
+    real *dln = m->dy, *dattn = pass->plan->tied ? m->dout : NULL;
+    linear_backward(m, l, P_fcprojw, dh, dout, m->gelu, add, nT);
     layernorm_again(m->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
     linear_backward(m, l, P_fcw, fresh(dln, C, NULL), lines(dh.at, 4 * C), m->ln, add, nT);
-    layernorm_backward(m->dx, dmore, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w, nT, T, C);
+    layernorm_backward(m->dx, dattn, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w, nT, T, C);
 }
 
 // ---- A block with drop path ----
 //     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
+// with dropout D of the branches' ends: D(attn(..)), D(mlp(..)).
 
-static void block_forward(Model *m, int l, const Pass *pass) {
-    const DropPlan *plan = pass->plan;
-    const BranchPlan *attn = &plan->branch[BRANCHES * l + ATTN], *mlp = &plan->branch[BRANCHES * l + MLP];
-    const size_t C = (size_t)m->config.C;
-    const real *attprojb = params_at(m, SLOT_PARAM, l).attprojb;
-    const Result out = plan->tied ? fresh(m->attn_out, C, attprojb) : to_stream(m, attn, attprojb);
-    if (attn->n) attention_branch_forward(m, l, attn, out);
-    if (mlp->n) mlp_branch_forward(m, l, mlp, plan->tied);
+// A packed end of a branch: what comes in between, and unless the MLP has it first, into the stream.
+static void end_forward(Model *m, const Pass *pass, int l, int branch) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
+    const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN_OUT + branch, l);
+    if (!end_is_packed(pass, branch)) return;
+    dropout(m->out, &noise, b->rows, tokens_of(m, b), (size_t)m->last_T, (size_t)m->config.C);
+    if (branch == MLP || !pass->plan->tied) residual_forward(m->x, m->out, b, (size_t)m->last_T, (size_t)m->config.C);
 }
 
-static void block_backward(Model *m, int l, const Pass *pass) {
-    const DropPlan *plan = pass->plan;
-    const size_t T = (size_t)m->last_T, C = (size_t)m->config.C;
-    const BranchPlan *attn = &plan->branch[BRANCHES * l + ATTN], *mlp = &plan->branch[BRANCHES * l + MLP];
-    if (plan->tied) residual_backward(m->dattn, m->dx, attn, T, C);
-    if (mlp->n) mlp_branch_backward(m, l, mlp, plan->tied ? m->dattn : NULL);       // tied: it has read x + a
-    if (!attn->n) return;
-    if (plan->tied) attention_branch_backward(m, l, attn, lines(m->dattn, C), 1);
-    else attention_branch_backward(m, l, attn, from_stream(m, attn), (real)attn->scale);
+// Its gradient dout (n,T,C), from the stream's; of tied attention it is there already, with what came through the MLP.
+static void end_backward(Model *m, const Pass *pass, int l, int branch, real *dout) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
+    const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN_OUT + branch, l);
+    if (!end_is_packed(pass, branch)) return;
+    if (branch == MLP || !pass->plan->tied) residual_backward(dout, m->dx, b, (size_t)m->last_T, (size_t)m->config.C);
+    dropout(dout, &noise, b->rows, tokens_of(m, b), (size_t)m->last_T, (size_t)m->config.C);
+}
+
+static void block_forward(Model *m, const Pass *pass, int l) {
+    const BranchPlan *attn = &pass->plan->branch[BRANCHES * l + ATTN], *mlp = &pass->plan->branch[BRANCHES * l + MLP];
+    if (attn->n) {
+        attention_branch_forward(m, pass, l);
+        end_forward(m, pass, l, ATTN);
+    }
+    if (mlp->n) {
+        mlp_branch_forward(m, pass, l);
+        end_forward(m, pass, l, MLP);
+    }
+}
+
+static void block_backward(Model *m, const Pass *pass, int l) {
+    const BranchPlan *attn = &pass->plan->branch[BRANCHES * l + ATTN], *mlp = &pass->plan->branch[BRANCHES * l + MLP];
+    if (pass->plan->tied) residual_backward(m->dout, m->dx, attn, (size_t)m->last_T, (size_t)m->config.C);
+    if (mlp->n) {
+        end_backward(m, pass, l, MLP, m->dy);
+        mlp_branch_backward(m, pass, l);
+    }
+    if (attn->n) {
+        end_backward(m, pass, l, ATTN, m->dout);
+        attention_branch_backward(m, pass, l);
+    }
 }
 
 // ---- Forward and backward of the whole model ----
 
-// The mean loss; in training also dy = its gradient times weight, by the output of the last LayerNorm.
+// The mean loss of the targets; in training also dy = its gradient times weight, by the output of the last LayerNorm.
 static double model_loss(Model *m, const Batch *batch, const Pass *pass) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
+    const double smoothing = pass->objective ? pass->objective->smoothing : 0;
     size_t count = 0;
-    double sum = 0;
+    double sum = 0, uniform = 0;
     for (size_t t = 0; t < BT; t++) count += batch->targets[t] >= 0;
     if (!count) count = 1;
+    const Scoring y = {m->losses, m->uniform, batch->targets, (real)(pass->weight / (double)count), (real)smoothing};
     real *dwte = pass->weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
     const int add = pass->weight != 0 ? gradient_add(m, 0, NO_BRANCH, 1) : 0;
-    classifier(m->losses, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, batch->targets,
-               (real)(pass->weight / (double)count), BT, C, (size_t)m->config.V);
-    for (size_t t = 0; t < BT; t++) sum += (double)m->losses[t];
-    return sum / (double)count;
+    classifier(&y, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, BT, C, (size_t)m->config.V);
+    for (size_t t = 0; t < BT; t++) sum += (double)m->losses[t], uniform += (double)m->uniform[t];
+    m->part[PART_NLL] = sum / (double)count, m->part[PART_UNIFORM] = uniform / (double)count;
+    return objective_loss(pass->objective, m->part);
 }
 
 static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
@@ -931,10 +1064,12 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->last_B = batch->rows;
     m->last_T = batch->T;
     m->kept_end = m->kept;
+    const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
     embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
+    dropout(m->x, &noise, NULL, B * T, T, C);
     for (int l = 0; l < m->config.L; l++) {
         if (pass->weight == 0 || l <= m->args.frozen) m->kept_end = m->kept;       // nothing is kept for what is not trained
-        block_forward(m, l, pass);
+        block_forward(m, pass, l);
     }
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
     return batch->targets ? model_loss(m, batch, pass) : 0;
@@ -960,8 +1095,12 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass) {
     const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
     memset(m->dx, 0, B * T * C * sizeof(real));
     layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw, B * T, T, C);
-    for (int l = m->config.L - 1; l >= m->args.frozen; l--) block_backward(m, l, pass);
-    if (!m->args.frozen) embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
+    for (int l = m->config.L - 1; l >= m->args.frozen; l--) block_backward(m, pass, l);
+    if (!m->args.frozen) {
+        const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
+        dropout(m->dx, &noise, NULL, B * T, T, C);
+        embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
+    }
     if (pass->reduce) reduce_gradients(m, pass->reduce);
 }
 
@@ -975,6 +1114,8 @@ static double model_run(Model *m, const Batch *batch, const Pass *pass) {
 static void model_losses(Model *m, real *host) {
     memcpy(host, m->losses, (size_t)m->last_B * (size_t)m->last_T * sizeof(real));
 }
+
+static void model_parts(Model *m, double part[N_PARTS]) { memcpy(part, m->part, sizeof m->part); }
 
 static void model_logits(Model *m, int row, int t, real *host) {
     const size_t C = (size_t)m->config.C, V = (size_t)m->config.V;
@@ -1013,7 +1154,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     embedding_forward(m->x, tokens, at, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
         m->kept_end = m->kept;
-        block_forward(m, l, &pass);
+        block_forward(m, &pass, l);
     }
     m->seq = m->at = NULL;
     if (!logits) return;
@@ -1159,7 +1300,7 @@ const Engine *engine_cpu(void) {
 
 const Engine CPU_ENGINE = {
     "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32, CAN_ANY_BATCH,
-    model_open, model_run, model_losses, model_logits, model_decode,
+    model_open, model_run, model_losses, model_parts, model_logits, model_decode,
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };
 

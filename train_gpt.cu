@@ -511,6 +511,39 @@ static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, 
     LAUNCH(position_backward_kernel, blocks_for(T_all * C), BLOCK, 0, g->stream, dwpe, dx, B, T, T_all, C, add);
 }
 
+// ---- Dropout: whether an element stays is a function of its place (dev/noise.h) ----
+// Rates and keys are read on the device, where they come with the tokens of a call: so they are no arguments of a kernel, which
+// a CUDA graph would keep. rows (n): which rows of the batch the n packed ones are; NULL: all, in order.
+
+// x (n,T,C): each element times its factor. A thread does the elements of one Philox call.
+template <class N>
+static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *rows, unsigned nT, unsigned T, unsigned C) {
+    const NoisePlace z = *noise;
+    const unsigned groups = (C + NOISE_EACH - 1) / NOISE_EACH, token = (unsigned)(thread_index() / groups);
+    const unsigned group = (unsigned)(thread_index() % groups), c = group * NOISE_EACH;
+    if (token >= nT) return;
+    const unsigned row = rows ? (unsigned)rows[token / T] : token / T;
+    const Philox w = noise_words(z.key, z.first_row + row, 0, token % T, group);
+    const float scale = (float)noise_scale(z.rate);
+    N *const line = x + (size_t)token * C;
+    UNROLL for (unsigned e = 0; e < NOISE_EACH; e++)
+        if (c + e < C) line[c + e] = from_float<N>(noise_half(w, (int)e) >= z.rate ? to_float(line[c + e]) * scale : 0);
+}
+
+// Of the residual stream, in fp32, and of a branch's end, in N. The same backward, for the gradient.
+static void dropout_stream(const Gpu *g, float *x, const NoisePlace *noise, size_t nT, size_t T, size_t C) {
+    LAUNCH(dropout_kernel<float>, blocks_for(nT * strips(C, NOISE_EACH)), BLOCK, 0, g->stream, x, noise, (const int *)NULL,
+           (unsigned)nT, (unsigned)T, (unsigned)C);
+}
+
+static void dropout_end(const Gpu *g, void *x, const NoisePlace *noise, const int *rows, size_t nT, size_t T, size_t C) {
+    const dim3 grid = blocks_for(nT * strips(C, NOISE_EACH));
+    if (g->half)
+        LAUNCH(dropout_kernel<bf16>, grid, BLOCK, 0, g->stream, (bf16 *)x, noise, rows, (unsigned)nT, (unsigned)T, (unsigned)C);
+    else
+        LAUNCH(dropout_kernel<float>, grid, BLOCK, 0, g->stream, (float *)x, noise, rows, (unsigned)nT, (unsigned)T, (unsigned)C);
+}
+
 // ---- The residual stream x (B,T,C) and LayerNorm (Ba, Kiros, Hinton 2016) ----
 // A branch that runs on n of the B rows has them packed: place[row] says where, and is -1 for a row that drops the branch.
 // NULL stands for all rows in their order. One kernel does for each token the end of one branch and the beginning of the
@@ -715,6 +748,43 @@ template <class N> static __device__ HeadLines<N> head_of_y(N *y, AttentionPlace
     return HeadLines<N>{y + head_start(p, C, T, HS), C, T, HS};
 }
 
+// ---- Dropout of attention's probabilities ----
+// One bit for each query and key, made before the kernels that need them: drawing in those would waste most of each Philox
+// call, whose eight keys different lanes have.
+
+// words (n,NH,T,line): bit j % 32 of word j / 32 says whether a query keeps key j; none after the query. words NULL: all are
+// kept. The factor of those kept follows from *noise.
+typedef struct { const uint32_t *words; const NoisePlace *noise; int line; } KeptKeys;
+
+static inline size_t kept_keys_line(size_t T) { return strips(T, 32); }
+
+static __global__ void attention_keep_kernel(uint32_t *words, const NoisePlace *noise, const int *rows, size_t count, int T,
+                                             int NH, int line) {
+    const size_t at = thread_index();
+    const NoisePlace z = *noise;
+    if (at >= count) return;
+    const int word = (int)(at % (size_t)line), t = (int)(at / (size_t)line % (size_t)T);
+    const size_t head = at / (size_t)line / (size_t)T;
+    const uint32_t row = z.first_row + (uint32_t)rows[head / (size_t)NH];
+    uint32_t bits = 0;
+    for (int i = 0; i < 32 / NOISE_EACH && 32 * word <= t; i++) {
+        const Philox w = noise_words(z.key, row, (uint32_t)(head % (size_t)NH), (uint32_t)t, (uint32_t)(4 * word + i));
+        for (int e = 0; e < NOISE_EACH; e++) bits |= (uint32_t)(noise_half(w, e) >= z.rate) << (NOISE_EACH * i + e);
+    }
+    words[at] = bits;
+}
+
+static __device__ float kept_scale(KeptKeys keep) { return keep.words ? (float)noise_scale(keep.noise->rate) : 1; }
+
+// The word of query i of a head, whose tokens begin at `head`, that has key j; 0 past T.
+static __device__ uint32_t kept_word(KeptKeys keep, size_t head, int i, int j, int T) {
+    return i < T && j < T ? keep.words[(head + (size_t)i) * (size_t)keep.line + (size_t)(j / 32)] : 0;
+}
+
+static __device__ float kept_factor(KeptKeys keep, size_t head, int i, int j, int T, float scale) {
+    return kept_word(keep, head, i, j, T) >> j % 32 & 1 ? scale : 0;
+}
+
 // ---- Attention in bf16: tiles in shared memory ----
 
 // A tile's lines have W numbers in pieces of 16 bytes. Piece p of line i lies at place p ^ (i & 7): eight lines at one piece,
@@ -854,6 +924,25 @@ template <bool LINES_ARE_KEYS, int M, int N> static __device__ void causal(float
             }
 }
 
+// factor[m][n][e] = that of dropout of s[m][n][e].
+template <bool LINES_ARE_KEYS, int M, int N>
+static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t head, int line0, int column0, int T) {
+    const float scale = kept_scale(keep);
+    const int line = line0 + (int)threadIdx.x % 32 / 4, column = column0 + (int)threadIdx.x % 4 * 2;
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int e = 0; e < 4; e++) {
+                const int a = line + 16 * m + e / 2 * 8, b = column + 8 * n + e % 2;
+                factor[m][n][e] = kept_factor(keep, head, LINES_ARE_KEYS ? b : a, LINES_ARE_KEYS ? a : b, T, scale);
+            }
+}
+
+template <int M, int N> static __device__ void tile_times(float s[M][N][4], const float factor[M][N][4]) {
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int e = 0; e < 4; e++) s[m][n][e] *= factor[m][n][e];
+}
+
 // The four lanes of a line.
 static __device__ float line_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
@@ -900,9 +989,10 @@ template <int M> static __device__ AttentionOwn attention_own(int thread, int bl
     return AttentionOwn{p, (late_first ? blocks - 1 - p.block : p.block) * LINES, 16 * M * (thread / 32), thread % 32};
 }
 
-template <int W, int M, int N, bool KEPT>
+// DROPS: with dropout, of which the plain instances have nothing.
+template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int NH, float scale) {
+attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, int T, int C, int NH, float scale) {
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q (LINES,W); k and v (2,KEYS,W): this tile and the next
     bf16 *const k_tiles = shared + LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
@@ -936,6 +1026,11 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
             tile_scores<W, M, N, KEPT>(s, &q, q_tile, 0, k_tiles + at * KEYS * W);
             causal<false, M, N>(s, i_own, j0);
             softmax_tile<W, M, N>(s, out, top, sum, scale2);
+            if (DROPS) {
+                float factor[M][N][4];
+                kept_factors<false, M, N>(factor, keep, head_tokens(p, NH, T), i_own, j0, T);
+                tile_times<M, N>(s, factor);
+            }
             tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
@@ -953,11 +1048,11 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, int T, int C, int
     own_store<W, M>(head_of_y(y, to.p, T, C, C / NH), to.first + to.own, out, shared + to.own * W);
 }
 
-// dQ = scale ds K, ds = P (dP - inner), dP = dy V^T (Dao et al. 2022, algorithm 4).
-template <int W, int M, int N, bool KEPT>
+// dQ = scale ds K, ds = P (dP - inner), dP = dy V^T (Dao et al. 2022, algorithm 4), times the factor of dropout.
+template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner, int T,
-                                  int C, int NH, float scale) {
+attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner,
+                                  KeptKeys keep, int T, int C, int NH, float scale) {
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q and dy (LINES,W); k and v (2,KEYS,W)
     bf16 *const k_tiles = shared + 2 * LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
@@ -1000,8 +1095,16 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
             causal<false, M, N>(s, i_own, j0);
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[m][e / 2];   // where dP begins
+                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = DROPS ? 0 : minus_inner[m][e / 2];  // where dP begins
             tile_scores<W, M, N, KEPT>(ds, &g, q_tile, LINES, v_tiles + at * KEYS * W);
+            if (DROPS) {
+                float factor[M][N][4];
+                kept_factors<false, M, N>(factor, keep, head_tokens(p, NH, T), i_own, j0, T);
+                tile_times<M, N>(ds, factor);
+                UNROLL for (int m = 0; m < M; m++)
+                    UNROLL for (int n = 0; n < N; n++)
+                        UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] += minus_inner[m][e / 2];
+            }
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
                     UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] *= exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]);
@@ -1039,11 +1142,12 @@ template <int QUERIES> static __device__ void query_write(float *numbers, float 
     if ((int)threadIdx.x < 2 * QUERIES) numbers[threadIdx.x] = number;
 }
 
-// dV = P^T dy, dK = scale ds^T Q. Lines are keys here, so that P^T and ds^T are what the warp has.
-template <int W, int M, int N, bool KEPT>
+// dV = P^T dy, dK = scale ds^T Q. Lines are keys here, so that P^T and ds^T are what the warp has. With dropout dV is of what it
+// has left of P.
+template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner, int T,
-                               int C, int NH, float scale) {
+attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner,
+                               KeptKeys keep, int T, int C, int NH, float scale) {
     constexpr int LINES = 16 * M * ATTENTION_WARPS, QUERIES = 8 * N;
     static_assert(2 * QUERIES <= ATTENTION_THREADS, "query_numbers: a thread for each");
     SHARED(bf16, shared);                                // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
@@ -1088,11 +1192,25 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
                     UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
-            tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
-            UNROLL for (int m = 0; m < M; m++)
-                UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[8 * n + e % 2];  // where dP begins
-            tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
+            if (DROPS) {
+                float factor[M][N][4], left[M][N][4];
+                kept_factors<true, M, N>(factor, keep, head_tokens(p, NH, T), j_own, i0, T);
+                UNROLL for (int m = 0; m < M; m++)
+                    UNROLL for (int n = 0; n < N; n++)
+                        UNROLL for (int e = 0; e < 4; e++) left[m][n][e] = s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
+                tile_product<W, M, N>(dv, left, dy_tiles + at * QUERIES * W);
+                tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
+                UNROLL for (int m = 0; m < M; m++)
+                    UNROLL for (int n = 0; n < N; n++)
+                        UNROLL for (int e = 0; e < 4; e++)
+                            ds[m][n][e] = ds[m][n][e] * factor[m][n][e] + minus_inner[8 * n + e % 2];
+            } else {
+                tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
+                UNROLL for (int m = 0; m < M; m++)
+                    UNROLL for (int n = 0; n < N; n++)
+                        UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[8 * n + e % 2];  // where dP begins
+                tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
+            }
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
                     UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] *= s[m][n][e];
@@ -1222,13 +1340,14 @@ static __device__ void plain_softmax(float s[R][R], float out[R][W / 64][4], flo
 
 template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
-attention_forward_plain(N *y, float *lse, const N *qkv, int T, int C, int NH, float scale) {
+attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, int C, int NH, float scale) {
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, q);
     float *const k = q + Plain<W>::TILE, *const v = k + Plain<W>::TILE, *const shares = v + Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
+    const float kept = kept_scale(keep);
     float out[R][W / 64][4] = {}, top[R], sum[R] = {}, share[R];
     UNROLL for (int r = 0; r < R; r++) top[r] = -INFINITY;
     plain_load<N, W>(q, head_of_qkv(qkv, p, 0, T, C, HS), i0);
@@ -1243,6 +1362,9 @@ attention_forward_plain(N *y, float *lse, const N *qkv, int T, int C, int NH, fl
             UNROLL for (int c = 0; c < R; c++)
                 s[r][c] = j0 + column + 16 * c <= i0 + line + 16 * r ? s[r][c] * scale : -INFINITY;
         plain_softmax<W, R>(s, out, top, sum);
+        UNROLL for (int r = 0; r < R && keep.words; r++)
+            UNROLL for (int c = 0; c < R; c++)
+                s[r][c] *= kept_factor(keep, head_tokens(p, NH, T), i0 + line + 16 * r, j0 + column + 16 * c, T, kept);
         plain_share<W, R>(shares, s);
         plain_product<W, R>(out, shares, v);
     }
@@ -1271,14 +1393,15 @@ static __device__ void plain_scores_twice(float s[R][R], float ds[R][R], float *
 
 template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
-attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, int T, int C, int NH,
-                                 float scale) {
+attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, KeptKeys keep, int T,
+                                 int C, int NH, float scale) {
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, q);                                    // q, dy, k and v, then the shares
     float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE, *const shares = k + 2 * Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
+    const float kept = kept_scale(keep);
     float dq[R][W / 64][4] = {}, lse_of[R], inner_of[R], factor[R];
     UNROLL for (int r = 0; r < R; r++) {
         const int i = i0 + line + 16 * r;
@@ -1292,7 +1415,9 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
         plain_scores_twice<N, W, R>(s, ds, q, head_of_qkv(qkv, p, 1, T, C, HS), head_of_qkv(qkv, p, 2, T, C, HS), j0);
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < R; c++) {
-                const bool seen = j0 + column + 16 * c <= i0 + line + 16 * r;
+                const int i = i0 + line + 16 * r, j = j0 + column + 16 * c;
+                const bool seen = j <= i;
+                if (keep.words) ds[r][c] *= kept_factor(keep, head_tokens(p, NH, T), i, j, T, kept);
                 ds[r][c] = seen ? expf(s[r][c] * scale - lse_of[r]) * (ds[r][c] - inner_of[r]) : 0;
             }
         plain_share<W, R>(shares, ds);
@@ -1303,8 +1428,8 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
 
 template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
-attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, int T, int C, int NH,
-                              float scale) {
+attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, KeptKeys keep, int T,
+                              int C, int NH, float scale) {
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, k);                                    // k, v, q and dy, then the shares
     float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE, *const g = q + Plain<W>::TILE;
@@ -1312,6 +1437,7 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int j0 = p.block * LINES;
+    const float kept = kept_scale(keep);
     float dk[R][W / 64][4] = {}, dv[R][W / 64][4] = {}, factor[R], one[R];
     UNROLL for (int r = 0; r < R; r++) factor[r] = scale, one[r] = 1;
     lse += head_tokens(p, NH, T), inner += head_tokens(p, NH, T);
@@ -1325,8 +1451,10 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
             const float lse_of = i < T ? lse[i] : 0, inner_of = i < T ? inner[i] : 0;
             UNROLL for (int r = 0; r < R; r++) {
                 const bool seen = i < T && j0 + line + 16 * r <= i;
-                s[r][c] = seen ? expf(s[r][c] * scale - lse_of) : 0;
-                ds[r][c] = s[r][c] * (ds[r][c] - inner_of);
+                const float left = keep.words ? kept_factor(keep, head_tokens(p, NH, T), i, j0 + line + 16 * r, T, kept) : 1;
+                const float probability = seen ? expf(s[r][c] * scale - lse_of) : 0;
+                s[r][c] = probability * left;
+                ds[r][c] = probability * (ds[r][c] * left - inner_of);
             }
         }
         plain_share<W, R>(shares, s);
@@ -1341,7 +1469,7 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
 // ---- Attention: which kernel for which heads ----
 
 // The shapes of one pass: kernels are launched for n NH heads, blocks of `lines` lines each.
-typedef struct { size_t n, T, C, NH; cudaStream_t stream; } AttentionShape;
+typedef struct { size_t n, T, C, NH; cudaStream_t stream; KeptKeys keep; } AttentionShape;
 
 static unsigned attention_grid(const AttentionShape *a, size_t lines) {
     const size_t blocks = a->n * a->NH * ((a->T + lines - 1) / lines);
@@ -1351,29 +1479,29 @@ static unsigned attention_grid(const AttentionShape *a, size_t lines) {
 
 static float attention_scale(const AttentionShape *a) { return (float)(1 / sqrt((double)(a->C / a->NH))); }
 
-template <int W, int M, int N, bool KEPT>
+template <int W, int M, int N, bool KEPT, bool DROPS>
 static void attention_forward_mma(void *y, float *lse, const void *qkv, const AttentionShape *a) {
     constexpr size_t lines = 16 * M * ATTENTION_WARPS, shared = (lines + 4 * 8 * N) * W * sizeof(bf16);
-    LAUNCH((attention_forward_kernel<W, M, N, KEPT>), attention_grid(a, lines), ATTENTION_THREADS, shared, a->stream, (bf16 *)y,
-           lse, (const bf16 *)qkv, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
+    LAUNCH((attention_forward_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines), ATTENTION_THREADS, shared, a->stream,
+           (bf16 *)y, lse, (const bf16 *)qkv, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
 
-template <int W, int M, int N, bool KEPT>
+template <int W, int M, int N, bool KEPT, bool DROPS>
 static void attention_backward_queries_mma(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
                                            const AttentionShape *a) {
     constexpr size_t lines = 16 * M * ATTENTION_WARPS, shared = (2 * lines + 4 * 8 * N) * W * sizeof(bf16);
-    LAUNCH((attention_backward_queries_kernel<W, M, N, KEPT>), attention_grid(a, lines), ATTENTION_THREADS, shared, a->stream,
-           (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv, lse, inner, (int)a->T, (int)a->C, (int)a->NH,
+    LAUNCH((attention_backward_queries_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines), ATTENTION_THREADS, shared,
+           a->stream, (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH,
            attention_scale(a));
 }
 
-template <int W, int M, int N, bool KEPT>
+template <int W, int M, int N, bool KEPT, bool DROPS>
 static void attention_backward_keys_mma(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
                                         const AttentionShape *a) {
     constexpr size_t lines = 16 * M * ATTENTION_WARPS;
     constexpr size_t shared = (2 * lines + 4 * 8 * N) * W * sizeof(bf16) + 4 * 8 * N * sizeof(float);
-    LAUNCH((attention_backward_keys_kernel<W, M, N, KEPT>), attention_grid(a, lines), ATTENTION_THREADS, shared, a->stream,
-           (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv, lse, inner, (int)a->T, (int)a->C, (int)a->NH,
+    LAUNCH((attention_backward_keys_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines), ATTENTION_THREADS, shared,
+           a->stream, (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH,
            attention_scale(a));
 }
 
@@ -1381,7 +1509,7 @@ template <class N, int W>
 static void attention_forward_plain_launch(void *y, float *lse, const void *qkv, const AttentionShape *a) {
     const size_t shared = (3 * Plain<W>::TILE + Plain<W>::P_TILE) * sizeof(float);
     LAUNCH((attention_forward_plain<N, W>), attention_grid(a, Plain<W>::LINES), PLAIN_THREADS, shared, a->stream, (N *)y, lse,
-           (const N *)qkv, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
+           (const N *)qkv, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
 
 template <class N, int W>
@@ -1390,9 +1518,9 @@ static void attention_backward_plain_launch(void *dqkv, const void *dy, const vo
     const size_t shared = (4 * Plain<W>::TILE + Plain<W>::P_TILE) * sizeof(float);
     const unsigned grid = attention_grid(a, Plain<W>::LINES);
     LAUNCH((attention_backward_keys_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream, (N *)dqkv, (const N *)dy,
-           (const N *)qkv, lse, inner, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
+           (const N *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
     LAUNCH((attention_backward_queries_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream, (N *)dqkv, (const N *)dy,
-           (const N *)qkv, lse, inner, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
+           (const N *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
 
 template <class N>
@@ -1428,35 +1556,55 @@ static void attention_inner(float *inner, const void *dy, const void *y, const A
                (unsigned)heads, (unsigned)a->T, (unsigned)a->C, (unsigned)a->NH, (unsigned)lanes);
 }
 
-// All pointers are 16-byte aligned; with in_bf16 qkv, y, dy and dqkv are bf16, else fp32.
-static void attention_forward(void *y, float *lse, const void *qkv, size_t n, size_t T, size_t C, size_t NH, int in_bf16,
-                              cudaStream_t stream) {
-    const AttentionShape a = {n, T, C, NH, stream};
-    const size_t HS = C / NH;
-    CHECK(HS <= ATTENTION_WIDEST, "heads of %zu channels", HS);
+// The tensor cores' kernels for heads that they can do; false: there are none.
+template <bool DROPS> static bool attention_forward_fast(void *y, float *lse, const void *qkv, const AttentionShape *a) {
+    const size_t HS = a->C / a->NH;
+    if (HS % 8 || HS > 128) return false;
+    if (HS <= 64) attention_forward_mma<64, 2, 8, true, DROPS>(y, lse, qkv, a);
+    else attention_forward_mma<128, 1, 8, true, DROPS>(y, lse, qkv, a);
+    return true;
+}
+
+template <bool DROPS>
+static bool attention_backward_fast(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
+                                    const AttentionShape *a) {
+    const size_t HS = a->C / a->NH;
+    if (HS % 8 || HS > 128) return false;
+    if (HS <= 64) {
+        attention_backward_keys_mma<64, 1, 8, true, DROPS>(dqkv, dy, qkv, lse, inner, a);
+        attention_backward_queries_mma<64, 2, 4, true, DROPS>(dqkv, dy, qkv, lse, inner, a);
+    } else {
+        attention_backward_keys_mma<128, 1, 2, false, DROPS>(dqkv, dy, qkv, lse, inner, a);
+        attention_backward_queries_mma<128, 1, 4, true, DROPS>(dqkv, dy, qkv, lse, inner, a);
+    }
+    return true;
+}
+
+// All pointers are 16-byte aligned; with in_bf16 qkv, y, dy and dqkv are bf16, else fp32. keep NULL: no dropout.
+static void attention_forward(void *y, float *lse, const void *qkv, const KeptKeys *keep, size_t n, size_t T, size_t C,
+                              size_t NH, int in_bf16, cudaStream_t stream) {
+    const KeptKeys all = {NULL, NULL, 0};
+    const AttentionShape a = {n, T, C, NH, stream, keep ? *keep : all};
+    CHECK(C / NH <= ATTENTION_WIDEST, "heads of %zu channels", C / NH);
     if (n == 0) return;
-    if (in_bf16 && HS % 8 == 0 && HS <= 64) attention_forward_mma<64, 2, 8, true>(y, lse, qkv, &a);
-    else if (in_bf16 && HS % 8 == 0 && HS <= 128) attention_forward_mma<128, 1, 8, true>(y, lse, qkv, &a);
-    else if (in_bf16) attention_forward_plainly<bf16>(y, lse, qkv, &a);
+    if (in_bf16 && (keep ? attention_forward_fast<true>(y, lse, qkv, &a) : attention_forward_fast<false>(y, lse, qkv, &a))) return;
+    if (in_bf16) attention_forward_plainly<bf16>(y, lse, qkv, &a);
     else attention_forward_plainly<float>(y, lse, qkv, &a);
 }
 
 // dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's. inner (n,NH,T) is room for <dy, y>.
 static void attention_backward(void *dqkv, float *inner, const void *dy, const void *qkv, const void *y, const float *lse,
-                               size_t n, size_t T, size_t C, size_t NH, int in_bf16, cudaStream_t stream) {
-    const AttentionShape a = {n, T, C, NH, stream};
-    const size_t HS = C / NH;
-    CHECK(HS <= ATTENTION_WIDEST, "heads of %zu channels", HS);
+                               const KeptKeys *keep, size_t n, size_t T, size_t C, size_t NH, int in_bf16,
+                               cudaStream_t stream) {
+    const KeptKeys all = {NULL, NULL, 0};
+    const AttentionShape a = {n, T, C, NH, stream, keep ? *keep : all};
+    CHECK(C / NH <= ATTENTION_WIDEST, "heads of %zu channels", C / NH);
     if (n == 0) return;
     if (in_bf16) attention_inner<bf16>(inner, dy, y, &a);
     else attention_inner<float>(inner, dy, y, &a);
-    if (in_bf16 && HS % 8 == 0 && HS <= 64) {
-        attention_backward_keys_mma<64, 1, 8, true>(dqkv, dy, qkv, lse, inner, &a);
-        attention_backward_queries_mma<64, 2, 4, true>(dqkv, dy, qkv, lse, inner, &a);
-    } else if (in_bf16 && HS % 8 == 0 && HS <= 128) {
-        attention_backward_keys_mma<128, 1, 2, false>(dqkv, dy, qkv, lse, inner, &a);
-        attention_backward_queries_mma<128, 1, 4, true>(dqkv, dy, qkv, lse, inner, &a);
-    } else if (in_bf16) attention_backward_plainly<bf16>(dqkv, dy, qkv, lse, inner, &a);
+    if (in_bf16 && (keep ? attention_backward_fast<true>(dqkv, dy, qkv, lse, inner, &a)
+                         : attention_backward_fast<false>(dqkv, dy, qkv, lse, inner, &a))) return;
+    if (in_bf16) attention_backward_plainly<bf16>(dqkv, dy, qkv, lse, inner, &a);
     else attention_backward_plainly<float>(dqkv, dy, qkv, lse, inner, &a);
 }
 
@@ -1581,54 +1729,72 @@ static __device__ inline void softmax_join(float *top, float *sum, Floats<W> z, 
 }
 
 // A block does one row: its loss = -log softmax(logits)[target], 0 for a negative target; with grad != 0 logits (Vp) become
-// grad * (softmax - onehot), 0 from V on. The few numbers after the last whole W are looked at one by one.
-template <class N>
-static __global__ void softmax_loss_kernel(float *losses, void *logits, const int *targets, float grad, unsigned V,
-                                           unsigned Vp) {
+// grad * (softmax - onehot), 0 from V on. The few numbers after the last whole W are looked at one by one. SMOOTHS: the
+// target's one becomes 1-s and s/V everywhere, and *uniform the mean of -log softmax, which then has the weight s.
+template <class N, bool SMOOTHS>
+static __global__ void softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targets, float grad,
+                                           float smoothing, unsigned V, unsigned Vp) {
     constexpr unsigned W = 16 / sizeof(N);
     SHARED(float, shared);                               // (2 * 32)
     N *const row = (N *)logits + (size_t)blockIdx.x * Vp;
     const unsigned first = threadIdx.x * W, step = blockDim.x * W, whole = V / W * W;
     const int target = targets[blockIdx.x];
     const float at_target = target < 0 ? 0 : to_float(row[target]);
-    float top = -INFINITY, sum = 0;
+    float top = -INFINITY, sum = 0, all = 0;
+    for (unsigned v = first; v < V && SMOOTHS; v += step)
+        UNROLL for (unsigned k = 0; k < W; k++) all += v + k < V ? to_float(row[v + k]) : 0;
     for (unsigned v = first; v < whole; v += step) softmax_join<N, W>(&top, &sum, load<N, W>(row, v), W);
     if (first == 0 && whole < V) softmax_join<N, W>(&top, &sum, load<N, W>(row, whole), V - whole);
     const float highest = block_max(top, shared);
     sum = block_sum(sum == 0 ? 0 : sum * exp_stored<N>(top - highest), shared + WARP);   // sum 0: no number was this thread's
     if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logf(sum) - (at_target - highest);
+    if (SMOOTHS) {
+        __syncthreads();
+        all = block_sum(all, shared);
+        if (threadIdx.x == 0) uniform[blockIdx.x] = target < 0 ? 0 : logf(sum) - (all / (float)V - highest);
+    }
     if (grad == 0) return;
-    const float scale = grad / sum;
+    const float scale = grad / sum, one = SMOOTHS ? grad * (1 - smoothing) : grad, share = grad * smoothing / (float)V;
     for (unsigned v = first; v < Vp; v += step) {
         Floats<W> z = {};
         if (target >= 0 && v < V) {
             z = load<N, W>(row, v);
             UNROLL for (unsigned k = 0; k < W; k++) z.x[k] = exp_stored<N>(z.x[k] - highest) * scale;
+            if (SMOOTHS) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= share;
             if (v >= whole) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] = v + k < V ? z.x[k] : 0;
-            if ((unsigned)target - v < W) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= v + k == (unsigned)target ? grad : 0;
+            if ((unsigned)target - v < W) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= v + k == (unsigned)target ? one : 0;
         }
         store<N, W>(row, v, z);
     }
 }
 
-// losses (BT), 0 for negative targets; with grad (the weight of one token's loss) dx (BT,C) = and dwte (Vp,C) =, or += with
-// `add`. logits (chunk,Vp) is room.
-static void classifier(Gpu *g, float *losses, void *dx, float *dwte, int add, void *logits, const void *x, const void *wte,
-                       const int *targets, float grad, size_t BT, size_t C, size_t V) {
-    const size_t number = size_of_number(g), chunk = classifier_chunk(BT, V, number), Vp = padded_vocabulary(V);
-    const size_t shared = 2 * WARP * sizeof(float);
+// What is asked of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one token's loss, 0: no
+// gradients; uniform (BT): as softmax_loss_kernel says, where smoothing is not 0.
+typedef struct { float *losses, *uniform; const int *targets; float grad, smoothing; } Scoring;
+
+// n rows of logits from row t0 of the batch on.
+template <class N> static void softmax_loss(const Gpu *g, const Scoring *y, void *logits, size_t t0, size_t n, size_t V) {
+    const size_t Vp = padded_vocabulary(V), shared = 2 * WARP * sizeof(float);
     const int threads = Vp <= 1024 ? 128 : 512;
+    if (y->smoothing != 0)
+        LAUNCH((softmax_loss_kernel<N, true>), (unsigned)n, threads, shared, g->stream, y->losses + t0, y->uniform + t0, logits,
+               y->targets + t0, y->grad, y->smoothing, (unsigned)V, (unsigned)Vp);
+    else
+        LAUNCH((softmax_loss_kernel<N, false>), (unsigned)n, threads, shared, g->stream, y->losses + t0, (float *)NULL, logits,
+               y->targets + t0, y->grad, 0.f, (unsigned)V, (unsigned)Vp);
+}
+
+// And with grad dx (BT,C) = and dwte (Vp,C) =, or += with `add`. logits (chunk,Vp) is room.
+static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add, void *logits, const void *x, const void *wte,
+                       size_t BT, size_t C, size_t V) {
+    const size_t number = size_of_number(g), chunk = classifier_chunk(BT, V, number), Vp = padded_vocabulary(V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
         const void *from = (const char *)x + t0 * C * number;
         multiply(g, fresh(logits, Vp, NULL), lines(from, C), turned(wte, C), n, Vp, C);
-        if (g->half)
-            LAUNCH(softmax_loss_kernel<bf16>, (unsigned)n, threads, shared, g->stream, losses + t0, logits, targets + t0, grad,
-                   (unsigned)V, (unsigned)Vp);
-        else
-            LAUNCH(softmax_loss_kernel<float>, (unsigned)n, threads, shared, g->stream, losses + t0, logits, targets + t0, grad,
-                   (unsigned)V, (unsigned)Vp);
-        if (grad == 0) continue;
+        if (g->half) softmax_loss<bf16>(g, y, logits, t0, n, V);
+        else softmax_loss<float>(g, y, logits, t0, n, V);
+        if (y->grad == 0) continue;
         multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), lines(logits, Vp), lines(wte, C), n, C, Vp);
         multiply(g, summed(dwte, C, add || t0), turned(logits, Vp), lines(from, C), Vp, C, n);
     }
@@ -1777,7 +1943,7 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
 
 typedef struct {
     const void *kept;                                    // where the branch keeps what backward needs
-    int B, T, n, add, tied, before, before_n;            // rows it runs; of the branch that has run before it, or -1
+    int B, T, n, add, tied, noise, before, before_n;            // rows it runs; of the branch that has run before it, or -1
 } GraphKey;
 typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;   // used: the number of its last call; 0: free
 #ifndef GRAPHS
@@ -1799,8 +1965,9 @@ typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; }
 typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;    // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
 
 // Numbers that go to the device with each call, in one copy, and where they are there. `place` and `scale` are by branch.
-typedef struct { int *place; float *scale; int *seq, *at, *tokens, *targets, *order, *first; } Inputs;
-                                                         // (2L,rows) (2L) (rows) (rows) (BT) (BT) (BT) (BT + 1)
+// row is the other way round than place, the packed rows of a branch; noise by place and layer.
+typedef struct { int *place; float *scale; int *row, *seq, *at, *tokens, *targets, *order, *first; NoisePlace *noise; } Inputs;
+             // (2L,rows) (2L) (2L,rows) (rows) (rows) (BT) (BT) (BT) (BT + 1) (NOISE_PLACES,L)
 
 struct Model {
     GptConfig config;
@@ -1833,7 +2000,8 @@ struct Model {
 
     float *x, *dx;                                       // (B,T,C) the residual stream
     void *lnf, *lnf_xhat;                                // (B,T,C) (B,T,C)
-    float *lnf_rstd, *losses;                            // (B,T) (B,T)
+    float *lnf_rstd, *losses, *uniform;                  // (B,T) (B,T) (B,T) the last as softmax_loss_kernel gives it
+    uint32_t *keep;                                      // (B,NH,T,T/32) bits of attention's dropout; NULL: for none
     void *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): one branch at a time
     void *redo;                                          // (B,T,4C) qkv and y, or h, where they are made again
     float *lse;                                          // (B,NH,T) likewise
@@ -1847,7 +2015,8 @@ struct Model {
     Cache cache;                                         // (L,sequences,2,T,C)
     int decoding, begins;                                // a decode is under way; all its rows begin a sequence
     int *group;                                          // (V) of each token, -1 where it is not in the batch
-    float *host_losses;                                  // (B,T)
+    float *host_losses, *host_uniform;                   // (B,T) (B,T)
+    double part[N_PARTS];                                // of the last run
     const void *ended;                                   // what the last branch leaves to be added to x, or NULL, and
     Rows end;                                            // to which rows
     int last_B, last_T;                                  // of the last forward
@@ -2057,7 +2226,7 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { void **at; size_t bytes; } Room;
-enum { N_ROOMS = 21, N_TRAINING_ROOMS = 7 };
+enum { N_ROOMS = 23, N_TRAINING_ROOMS = 7 };
 
 // All arrays of activations but those kept; the last are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
@@ -2066,7 +2235,9 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, again = m->args.recompute == RECOMPUTE_BRANCH;
     const Room all[N_ROOMS] = {
         {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N}, {(void **)&m->lnf_rstd, BT * one},
-        {(void **)&m->losses, BT * one}, {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
+        {(void **)&m->losses, BT * one}, {(void **)&m->uniform, BT * one},
+        {(void **)&m->keep, m->args.attention_noise ? (size_t)c->NH * BT * kept_keys_line((size_t)m->args.T) * one : 0},
+        {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
         {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) * padded_vocabulary(V) * N},
         {(void **)&m->token_logits, (m->args.cache ? m->rows : 1) * V * one},
         {&m->cache.at, (size_t)m->args.cache * (size_t)c->L * 2 * (size_t)m->args.T * C * N},
@@ -2101,13 +2272,16 @@ static size_t inputs_layout(const Model *m, Inputs *in, int *at) {
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, branches = (size_t)BRANCHES * m->config.L;
     in->place = at;
     in->scale = (float *)(void *)(in->place + branches * m->rows);
-    in->seq = in->place + branches * m->rows + branches;
+    in->row = in->place + branches * m->rows + branches;
+    in->seq = in->row + branches * m->rows;
     in->at = in->seq + m->rows;
     in->tokens = in->at + m->rows;
     in->targets = in->tokens + BT;
     in->order = in->targets + BT;
     in->first = in->order + BT;
-    return branches * m->rows + branches + 2 * m->rows + 4 * BT + 1;
+    in->noise = (NoisePlace *)(void *)(in->first + BT + 1);
+    const size_t noise = (size_t)NOISE_PLACES * (size_t)m->config.L * (sizeof(NoisePlace) / sizeof(int));
+    return 2 * branches * m->rows + branches + 2 * m->rows + 4 * BT + 1 + noise;
 }
 
 static void inputs_new(Model *m) {
@@ -2115,7 +2289,8 @@ static void inputs_new(Model *m) {
     const size_t bytes = inputs_layout(m, &m->host, &dummy) * sizeof(int);
     inputs_layout(m, &m->host, (int *)host_new(bytes));
     inputs_layout(m, &m->device, (int *)room_new("the inputs", bytes));
-    m->host_losses = (float *)host_new((size_t)m->args.B * (size_t)m->args.T * sizeof(float));
+    m->host_losses = (float *)host_new(2 * (size_t)m->args.B * (size_t)m->args.T * sizeof(float));
+    m->host_uniform = m->host_losses + (size_t)m->args.B * (size_t)m->args.T;
     m->group = (int *)xcalloc((size_t)m->config.V, sizeof *m->group);
     for (int v = 0; v < m->config.V; v++) m->group[v] = -1;
 }
@@ -2256,12 +2431,14 @@ static int branch_before(const DropPlan *plan, int i) {
 }
 
 // 0: branch i has been launched as a graph. 1: it must be, one kernel after the other, and then graph_end called.
-static int graph_begin(Model *m, const DropPlan *plan, int i, int backward, int add, const void *kept) {
+static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add, const void *kept) {
+    const DropPlan *plan = pass->plan;
     const int before = branch_before(plan, i);
     GraphKey key;
     if (!m->graph || m->decoding) return 1;
     memset(&key, 0, sizeof key);                         // the gaps as well
     key.kept = kept, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
+    key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise, NOISE_ATTN_OUT);
     key.before = before, key.before_n = before < 0 ? 0 : plan->branch[before].n;
     Graph *all = m->graph + (size_t)(2 * i + backward) * GRAPHS, *g = all;         // the same key, or the oldest
     for (int k = 0; k < GRAPHS && memcmp(&g->key, &key, sizeof key); k++)
@@ -2351,12 +2528,38 @@ static MlpKept mlp_keep(Model *m, size_t nT) {
     return k;
 }
 
+// Where noise is on the device.
+static const NoisePlace *noise_at(const Model *m, int place, int l) { return m->device.noise + place * m->config.L + l; }
+
+// The bits of layer l's dropout of attention, made anew; NULL: it has none.
+static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, KeptKeys *keep) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
+    const size_t T = (size_t)m->last_T, NH = (size_t)m->config.NH, line = kept_keys_line(T), n = (size_t)b->n * NH * T * line;
+    if (!noise_rate(pass->noise, NOISE_ATTN)) return NULL;
+    CHECK(m->args.attention_noise, "this model was opened without dropout of attention");
+    LAUNCH(attention_keep_kernel, blocks_for(n), BLOCK, 0, m->gpu.stream, m->keep, noise_at(m, NOISE_ATTN, l),
+           m->device.row + (size_t)(BRANCHES * l + ATTN) * m->rows, n, (int)T, (int)NH, (int)line);
+    const KeptKeys made = {m->keep, noise_at(m, NOISE_ATTN, l), (int)line};
+    *keep = made;
+    return keep;
+}
+
+// Dropout of the end of branch i, packed in x (n,T,C), or of its gradient.
+static void end_dropout(Model *m, const Pass *pass, int i, void *x) {
+    const int place = NOISE_ATTN_OUT + i % BRANCHES;
+    if (noise_rate(pass->noise, place))
+        dropout_end(&m->gpu, x, noise_at(m, place, i / BRANCHES), m->device.row + (size_t)i * m->rows,
+                    tokens_of(m, &pass->plan->branch[i]), (size_t)m->last_T, (size_t)m->config.C);
+}
+
 // y = attention of ln, before the last product
-static void attention_inside(Model *m, int l, const AttentionKept *k, size_t nT) {
+static void attention_inside(Model *m, const Pass *pass, int l, const AttentionKept *k, size_t nT) {
     const Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
+    KeptKeys keep;
     linear_forward(m, l, P_qkvw, fresh(k->qkv, 3 * C, weight_at(m, P_qkvb, l)), k->ln, nT);
-    if (!m->decoding || m->begins) attention_forward(k->y, k->lse, k->qkv, nT / T, T, C, NH, g->half, g->stream);
+    if (!m->decoding || m->begins)
+        attention_forward(k->y, k->lse, k->qkv, attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH, g->half, g->stream);
 }
 
 // What is left of it in decode: keys and values join the cache, and where not all rows begin a sequence, the attention.
@@ -2376,31 +2579,35 @@ static void mlp_inside(Model *m, int l, const MlpKept *k, size_t nT) {
 }
 
 // out: attn(LN(x[rows]))
-static void attention_branch_forward(Model *m, int l, const DropPlan *plan) {
+static void attention_branch_forward(Model *m, const Pass *pass, int l) {
+    const DropPlan *plan = pass->plan;
     const int i = BRANCHES * l + ATTN;
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
     const Operands w = weights_at(m, l);
     const AttentionKept *k = &(m->attention[l] = attention_keep(m, nT));
-    if (graph_begin(m, plan, i, 0, 0, k->xhat)) {
+    if (graph_begin(m, pass, i, 0, 0, k->xhat)) {
         begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
-        attention_inside(m, l, k, nT);
+        attention_inside(m, pass, l, k, nT);
         attention_goes_on(m, l, k, rows_of(m, plan, i));
         linear_forward(m, l, P_attprojw, fresh(m->out, C, w.attprojb), k->y, nT);
+        end_dropout(m, pass, i, m->out);
         graph_end(m);
     }
     end_branch(m, m->out, rows_of(m, plan, i));
 }
 
 // out: mlp(LN(x[rows])); tied: of x[rows] + the attention's out, which joins the stream when it is read
-static void mlp_branch_forward(Model *m, int l, const DropPlan *plan) {
+static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
+    const DropPlan *plan = pass->plan;
     const int i = BRANCHES * l + MLP;
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
     const Operands w = weights_at(m, l);
     const MlpKept *k = &(m->mlp[l] = mlp_keep(m, nT));
-    if (graph_begin(m, plan, i, 0, 0, k->xhat)) {
+    if (graph_begin(m, pass, i, 0, 0, k->xhat)) {
         begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), plan->tied, w.ln2w, w.ln2b);
         mlp_inside(m, l, k, nT);
         linear_forward(m, l, P_fcprojw, fresh(m->out, C, w.fcprojb), k->gelu, nT);
+        end_dropout(m, pass, i, m->out);
         graph_end(m);
     }
     end_branch(m, m->out, rows_of(m, plan, i));
@@ -2419,7 +2626,8 @@ static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *
 }
 
 // From dout (n,T,C), which carries the scale, to dx[rows].
-static void attention_branch_backward(Model *m, int l, const DropPlan *plan) {
+static void attention_branch_backward(Model *m, const Pass *pass, int l) {
+    const DropPlan *plan = pass->plan;
     const int i = BRANCHES * l + ATTN, add = gradient_add(m, l, ATTN, 0);
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     const size_t nT = tokens_of(m, &plan->branch[i]);
@@ -2427,18 +2635,22 @@ static void attention_branch_backward(Model *m, int l, const DropPlan *plan) {
     const Params dw = gradients_at(m, l);
     const AttentionKept *k = &m->attention[l];
     Gpu *g = &m->gpu;
+    KeptKeys keep;
     void *dqkv = m->dwide, *dln = m->dy;
-    if (!graph_begin(m, plan, i, 1, add, k->xhat)) return;
+    if (!graph_begin(m, pass, i, 1, add, k->xhat)) return;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
-    if (k->qkv == m->redo) attention_inside(m, l, k, nT);
+    if (k->qkv == m->redo) attention_inside(m, pass, l, k, nT);
+    end_dropout(m, pass, i, m->dout);
     linear_backward(m, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
-    attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, nT / T, T, C, NH, g->half, g->stream);
+    attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH,
+                       g->half, g->stream);
     linear_backward(m, l, P_qkvw, fresh(dln, C, NULL), dqkv, k->ln, add, nT);
     begin_branch_backward(m, plan, i, dw.ln1w, dw.ln1b, add, k->xhat, k->rstd, w.ln1w);
     graph_end(m);
 }
 
-static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
+static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
+    const DropPlan *plan = pass->plan;
     const int i = BRANCHES * l + MLP, add = gradient_add(m, l, MLP, 0);
     const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
     const Operands w = weights_at(m, l);
@@ -2447,11 +2659,12 @@ static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
     Gpu *g = &m->gpu;
     Result dh = fresh(m->dwide, 4 * C, NULL);
     void *dln = m->dy;
-    if (!graph_begin(m, plan, i, 1, add, k->xhat)) return;
+    if (!graph_begin(m, pass, i, 1, add, k->xhat)) return;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
     if (k->h == m->redo) mlp_inside(m, l, k, nT);
     dh.h = k->h;
     dh.gelu = m->args.recompute == RECOMPUTE_GELU ? k->gelu : NULL;
+    end_dropout(m, pass, i, m->dout);
     linear_backward(m, l, P_fcprojw, dh, m->dout, k->gelu, add, nT);
     linear_backward(m, l, P_fcw, fresh(dln, C, NULL), dh.at, k->ln, add, nT);
     begin_branch_backward(m, plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
@@ -2461,16 +2674,14 @@ static void mlp_branch_backward(Model *m, int l, const DropPlan *plan) {
 // ---- A block with drop path ----
 //     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
 
-static void block_forward(Model *m, int l, const Pass *pass) {
-    const DropPlan *plan = pass->plan;
-    if (plan->branch[BRANCHES * l + ATTN].n) attention_branch_forward(m, l, plan);
-    if (plan->branch[BRANCHES * l + MLP].n) mlp_branch_forward(m, l, plan);
+static void block_forward(Model *m, const Pass *pass, int l) {
+    if (pass->plan->branch[BRANCHES * l + ATTN].n) attention_branch_forward(m, pass, l);
+    if (pass->plan->branch[BRANCHES * l + MLP].n) mlp_branch_forward(m, pass, l);
 }
 
-static void block_backward(Model *m, int l, const Pass *pass) {
-    const DropPlan *plan = pass->plan;
-    if (plan->branch[BRANCHES * l + MLP].n) mlp_branch_backward(m, l, plan);
-    if (plan->branch[BRANCHES * l + ATTN].n) attention_branch_backward(m, l, plan);
+static void block_backward(Model *m, const Pass *pass, int l) {
+    if (pass->plan->branch[BRANCHES * l + MLP].n) mlp_branch_backward(m, pass, l);
+    if (pass->plan->branch[BRANCHES * l + ATTN].n) attention_branch_backward(m, pass, l);
 }
 
 // ---- Forward and backward of the whole model ----
@@ -2502,8 +2713,11 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
         int *place = m->host.place + (size_t)i * B;
         for (size_t row = 0; row < B; row++) place[row] = -1;
         for (int j = 0; j < plan->branch[i].n; j++) place[plan->branch[i].rows[j]] = j;
+        memcpy(m->host.row + (size_t)i * B, plan->branch[i].rows, (size_t)plan->branch[i].n * sizeof(int));
         m->host.scale[i] = (float)plan->branch[i].scale;
     }
+    for (int i = 0; i < NOISE_PLACES * plan->layers; i++)
+        m->host.noise[i] = noise_place(pass->noise, i / plan->layers, i % plan->layers);
     memcpy(m->host.tokens, batch->tokens, BT * sizeof(int));
     if (batch->targets) memcpy(m->host.targets, batch->targets, BT * sizeof(int));
     if (pass->weight != 0) groups = group_tokens(m, batch->tokens, BT);
@@ -2520,21 +2734,29 @@ static void model_loss(Model *m, const Batch *batch, const Pass *pass) {
     for (size_t t = 0; t < BT; t++) count += batch->targets[t] >= 0;
     float *dwte = pass->weight != 0 ? gradients_at(m, 0).wte : NULL;
     const int add = pass->weight != 0 && !m->spent[gradient_index(m, 0, NO_BRANCH)];
-    classifier(&m->gpu, m->losses, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, m->device.targets,
-               (float)(pass->weight / (double)(count ? count : 1)), BT, (size_t)m->config.C, (size_t)m->config.V);
+    const double smoothing = pass->objective ? pass->objective->smoothing : 0;
+    const Scoring y = {m->losses, m->uniform, m->device.targets, (float)(pass->weight / (double)(count ? count : 1)),
+                       (float)smoothing};
+    classifier(&m->gpu, &y, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, BT, (size_t)m->config.C,
+               (size_t)m->config.V);
     CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, BT * sizeof(float), cudaMemcpyDeviceToHost, m->gpu.stream));
+    if (smoothing != 0)
+        CUDA_CHECK(cudaMemcpyAsync(m->host_uniform, m->uniform, BT * sizeof(float), cudaMemcpyDeviceToHost, m->gpu.stream));
 }
 
 // Waits for the call to end; returns the mean loss.
-static double model_finish(Model *m, const Batch *batch) {
+static double model_finish(Model *m, const Batch *batch, const Pass *pass) {
+    const int smooths = pass->objective && pass->objective->smoothing != 0;
     size_t count = 0;
-    double sum = 0;
+    double sum = 0, uniform = 0;
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
     for (size_t t = 0; batch->targets && t < (size_t)batch->rows * (size_t)batch->T; t++) {
         count += batch->targets[t] >= 0;
         sum += (double)m->host_losses[t];
+        if (smooths) uniform += (double)m->host_uniform[t];
     }
-    return sum / (double)(count ? count : 1);
+    m->part[PART_NLL] = sum / (double)(count ? count : 1), m->part[PART_UNIFORM] = uniform / (double)(count ? count : 1);
+    return objective_loss(pass->objective, m->part);
 }
 
 static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
@@ -2547,9 +2769,10 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     keep_nothing(m);
     m->ended = NULL;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
+    if (noise_rate(pass->noise, NOISE_EMBD)) dropout_stream(&m->gpu, m->x, noise_at(m, NOISE_EMBD, 0), B * T, T, C);
     for (int l = 0; l < m->config.L; l++) {
         if (pass->weight == 0 || l <= m->args.frozen) keep_nothing(m);   // what is not trained needs one layer at a time
-        block_forward(m, l, pass);
+        block_forward(m, pass, l);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
     if (batch->targets) model_loss(m, batch, pass);
@@ -2578,10 +2801,13 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass, Grouped
     const unsigned char *reduce = m->ranks.world > 1 ? pass->reduce : NULL;
     begin_branch_backward(m, pass->plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
     for (int l = m->config.L - 1; l >= m->args.frozen; l--) {
-        block_backward(m, l, pass);
+        block_backward(m, pass, l);
         for (int i = BRANCHES * l + MLP; i >= BRANCHES * l + ATTN; i--)
             if (reduce && reduce[i]) reduce_branch(m, i);
     }
+    if (!m->args.frozen && noise_rate(pass->noise, NOISE_EMBD))
+        dropout_stream(&m->gpu, m->dx, noise_at(m, NOISE_EMBD, 0), (size_t)batch->rows * (size_t)batch->T, (size_t)batch->T,
+                       (size_t)m->config.C);
     if (!m->args.frozen)
         embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)batch->rows, (size_t)batch->T,
                            (size_t)m->config.T, (size_t)m->config.C);
@@ -2592,12 +2818,14 @@ static double model_run(Model *m, const Batch *batch, const Pass *pass) {
     engine_check_run(&m->config, &m->args, batch, pass);
     const Grouped by = run_forward(m, batch, pass);
     if (pass->weight != 0) run_backward(m, batch, pass, by);
-    return model_finish(m, batch);
+    return model_finish(m, batch, pass);
 }
 
 static void model_losses(Model *m, real *host) {
     memcpy(host, m->host_losses, (size_t)m->last_B * (size_t)m->last_T * sizeof(real));
 }
+
+static void model_parts(Model *m, double part[N_PARTS]) { memcpy(part, m->part, sizeof m->part); }
 
 static void model_logits(Model *m, int row, int t, real *host) {
     const size_t C = (size_t)m->config.C, V = (size_t)m->config.V;
@@ -2631,7 +2859,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     embedding_forward(g, m->x, m->device.tokens, m->device.at, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
         keep_nothing(m);
-        block_forward(m, l, &pass);
+        block_forward(m, &pass, l);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
     m->decoding = 0;
@@ -2939,7 +3167,7 @@ const Engine *CUDA_ENGINE(void) {
     static char name[300] = "GPU";
     static const Engine engine = {
         name, DTYPE_BF16, CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE,
-        model_open, model_run, model_losses, model_logits, model_decode, model_update,
+        model_open, model_run, model_losses, model_parts, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };
     cudaDeviceProp device;

@@ -15,6 +15,7 @@
 
 #include "gpt.h"
 #include "rng.h"
+#include "schedule.h"
 
 // ---- The plan: all that an engine knows of drop path ----
 
@@ -35,7 +36,6 @@ typedef struct {
 
 // Choices in the order of their names in options.h.
 enum { DEPTH_LINEAR, DEPTH_LINEAR0, DEPTH_UNIFORM, DEPTH_EXP };
-enum { SHAPE_LINEAR, SHAPE_COSINE, SHAPE_EXP, SHAPE_EXP2 };
 enum { UNIT_BATCH, UNIT_ROW };
 enum { BRANCHES_SEPARATE, BRANCHES_TIED, BRANCHES_ATTN, BRANCHES_MLP };
 enum { SAMPLING_SYSTEMATIC, SAMPLING_BERNOULLI };
@@ -65,25 +65,10 @@ static inline double drop_path_depth(const DropPath *d, int l) {
     }
 }
 
-// A ramp's shape: from exactly 0 at u <= 0 to exactly 1 at u >= 1.
-static inline double drop_path_shape(int shape, double u) {
-    if (u <= 0) return 0;
-    if (u >= 1) return 1;
-    switch (shape) {
-        case SHAPE_COSINE: return 0.5 - 0.5 * cos(3.14159265358979323846 * u);
-        case SHAPE_EXP:    return 1 - pow(0.01, u);      // 1 - exp(-gamma t), 0.99 at the end of the ramp
-        case SHAPE_EXP2:   return exp2(u) - 1;
-        default:           return u;
-    }
-}
-
-// R(t) of optimizer step t = 0, 1, ...: the trapezoid, in [0, 1]; where its two sides would cross, the lower holds.
+// R(t) of optimizer step t = 0, 1, ...
 static inline double drop_path_ramp(const DropPath *d, int64_t t) {
-    int64_t end = d->steps - d->recover;                 // from here on, full depth
-    if (t < d->start || ((d->recover > 0 || d->ramp_down > 0) && t >= end)) return 0;
-    double up = d->ramp_up > 0 ? drop_path_shape(d->shape, (double)(t - d->start) / (double)d->ramp_up) : 1;
-    double down = d->ramp_down > 0 ? drop_path_shape(d->shape, (double)(end - t) / (double)d->ramp_down) : 1;
-    return fmin(d->ramp_from + (1 - d->ramp_from) * up, down);
+    const Ramp r = {d->shape, d->steps, d->start, d->ramp_up, d->ramp_down, d->recover, d->ramp_from};
+    return ramp_at(&r, t);
 }
 
 // p(l, t) for branch b of layer l = 1..L, as a multiple of 2^-32: the very number that is drawn against and that

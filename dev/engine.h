@@ -36,6 +36,8 @@ typedef struct {
     int threads;                                         // of the whole process; 0: OpenMP's default, all cores
     int dtype;                                           // DTYPE_*
     MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
+    int attention_noise;                                 // 1: passes may have dropout of attention's probabilities, for
+                                                         // which a GPU sets bits aside
     int frozen;                                          // the first so many layers, and wpe, stay as they are: no gradients
                                                          // and no moments, and no backward pass (gpt_param_trains)
     int recompute;                                       // RECOMPUTE_*
@@ -105,11 +107,13 @@ typedef struct {
     Model *(*open)(const GptConfig *config, const EngineArgs *args);
 
     // Runs a batch: forward, and with pass->weight != 0 backward. Returns the mean loss over the targets that are not
-    // negative, in nats, 0 without targets.
+    // negative, in nats, 0 without targets: what the objective says, which is objective_loss of its parts.
     double (*run)(Model *, const Batch *batch, const Pass *pass);
 
-    // Of the last run: its losses (rows, T), 0 where the target is negative; the logits (V) at (row, t).
+    // Of the last run: -log p of its targets (rows, T), 0 where one is negative; the parts of its loss; the logits (V) at
+    // (row, t).
     void (*losses)(Model *, real *host);
+    void (*parts)(Model *, double part[N_PARTS]);
     void (*logits)(Model *, int row, int t, real *host);
 
     // Generation, on a model opened with a cache: each of plan->batch rows goes on with n tokens, tokens (batch, n), of the

@@ -11,6 +11,7 @@
     X(step)             /* optimizer steps done, this one included: 1, 2, ... */              \
     X(tokens)           /* tokens trained on so far */                                        \
     X(loss)             /* mean training loss of the step, nats per token */                  \
+    X(nll)              /* -log p of the targets alone, where the loss is more than that */   \
     X(lr)                                                                                     \
     X(grad_norm)        /* before clipping */                                                 \
     X(loss_z)           /* z-scores, see numbers.h; with --skip-loss-zscore, */               \
@@ -37,6 +38,8 @@ typedef struct {
     METRICS(X)
 #undef X
     const char *plan;   // the step's plans, as drop_plan_write wrote them; NULL: none
+    const double *micro;                                 // (micros) the loss of each micro-batch; NULL: not recorded
+    int micros;
 } Metrics;
 
 // A record whose every number is NaN: nothing known yet.
@@ -45,7 +48,7 @@ static inline Metrics metrics_new(void) {
 #define X(name) r.name = NAN;
     METRICS(X)
 #undef X
-    r.plan = NULL;
+    r.plan = NULL, r.micro = NULL, r.micros = 0;
     return r;
 }
 
@@ -64,10 +67,28 @@ static inline void metrics_write(Text *line, const Metrics *r) {
         text_printf(line, "%s\"plan\": ", comma);
         json_write_string(line, r->plan);
     }
-    text_printf(line, "}\n");
+    for (int i = 0; i < r->micros; i++) {
+        text_printf(line, i ? ", " : "%s\"micro\": [", comma);
+        if (isfinite(r->micro[i])) json_write_number(line, r->micro[i]);
+        else text_printf(line, "null");
+    }
+    text_printf(line, r->micros ? "]}\n" : "}\n");
 }
 
-// Reads one line (n bytes) back. Returns NULL or what is wrong. `plan` points into malloc'ed memory: the caller's to free.
+// The numbers of "micro", from malloc; NaN for what is none.
+static inline const double *metrics_parse_micro(const Json *doc, int *n) {
+    const int array = json_get(doc, 0, "micro");
+    *n = json_type(doc, array) == JSON_ARRAY ? json_count(doc, array) : 0;
+    if (!*n) return NULL;
+    double *micro = (double *)xcalloc((size_t)*n, sizeof *micro);
+    for (int i = 0, k = json_first(doc, array); k >= 0; i++, k = json_next(doc, k)) {
+        micro[i] = NAN;
+        json_number(doc, k, &micro[i]);
+    }
+    return micro;
+}
+
+// Reads one line (n bytes) back. Returns NULL or what is wrong. `plan` and `micro` are from malloc: the caller's to free.
 static inline const char *metrics_parse(Metrics *r, const char *line, size_t n) {
     Json doc;
     *r = metrics_new();
@@ -79,6 +100,7 @@ static inline const char *metrics_parse(Metrics *r, const char *line, size_t n) 
 #undef X
         int plan = json_get(&doc, 0, "plan");
         if (json_type(&doc, plan) == JSON_STRING) r->plan = json_string(&doc, plan, NULL);
+        r->micro = metrics_parse_micro(&doc, &r->micros);
         if (!(r->step >= 1)) error = "it has no step";
     }
     json_free(&doc);
@@ -88,7 +110,7 @@ static inline const char *metrics_parse(Metrics *r, const char *line, size_t n) 
 typedef struct { Metrics *record; int64_t n; } MetricsLog;
 
 static inline void metrics_log_free(MetricsLog *log) {
-    for (int64_t i = 0; i < log->n; i++) free((char *)(uintptr_t)log->record[i].plan);
+    for (int64_t i = 0; i < log->n; i++) free((char *)(uintptr_t)log->record[i].plan), free((void *)(uintptr_t)log->record[i].micro);
     free(log->record);
     log->record = NULL;
     log->n = 0;

@@ -160,6 +160,19 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(rounding, "rounding", CHOICE, "nearest", "nearest|stochastic",                                            \
            "GPU, --dtype bf16: how the fp32 weights become the bf16 that forward and backward read; stochastic: up or " \
            "down at random, so that the mean is right")                                                              \
+  HEADING("Dropout, label smoothing: of several regularisers, each weaker")                                          \
+    OPTION(dropout, "dropout", NUMBER, "0", "[0,1)",                                                                 \
+           "rate of dropout at GPT-2's places: sets the next three. GPT-2 had 0.1; for text that is seen once 0 is better")\
+    OPTION(dropout_embd, "dropout-embd", NUMBER, "0", "[0,1)", "of the sum of the embeddings")                       \
+    OPTION(dropout_attn, "dropout-attn", NUMBER, "0", "[0,1)", "of attention's probabilities")                       \
+    OPTION(dropout_resid, "dropout-resid", NUMBER, "0", "[0,1)", "of what each branch adds")                         \
+    OPTION(dropout_start, "dropout-start", SPAN, "0", "", "steps before the ramp, without dropout")                  \
+    OPTION(dropout_ramp_up, "dropout-ramp-up", SPAN, "0", "", "steps in which the rates rise; with a start: late dropout")\
+    OPTION(dropout_ramp_down, "dropout-ramp-down", SPAN, "0", "",                                                    \
+           "steps in which they fall to 0, before --dropout-recover")                                                \
+    OPTION(dropout_recover, "dropout-recover", SPAN, "0", "", "last steps of the run, without; early dropout: 80%, say")\
+    OPTION(label_smoothing, "label-smoothing", NUMBER, "0", "[0,1)",                                                 \
+           "this share of a target's weight goes to all tokens alike; val_loss stays plain")                         \
   HEADING("Evaluation, samples, checkpoints")                                                                        \
     OPTION(eval_every, "eval-every", INTEGER, "250", "[0,1e12]", "steps between evaluations; 0: only at the end")    \
     OPTION(eval_tokens, "eval-tokens", INTEGER, "131072", "[0,1e15]",                                                \
@@ -171,6 +184,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(sample_every, "sample-every", INTEGER, "0", "[0,1e12]", "steps between samples of text; 0: never")        \
     OPTION(sample_tokens, "sample-tokens", INTEGER, "200", "[1,1e9]", "tokens of a sample")                          \
     OPTION(prompt, "prompt", TEXT, "", "TEXT", "what a sample continues")                                            \
+    OPTION(record_micro, "record-micro", FLAG, "0", "0|1",                                                           \
+           "the loss of each micro-batch into metrics.jsonl, for statistics of which layers matter")                 \
     OPTION(log_every, "log-every", INTEGER, "10", "[1,1e12]", "steps between lines on the console")                  \
   HEADING("Data parallel: processes share a step's micro-batches; on CPUs for tests and small clusters only")        \
     OPTION(rendezvous, "rendezvous", TEXT, "", "PLACE",                                                              \
@@ -671,11 +686,18 @@ static inline void options_parse(Options *o, int argc, char **argv) {
     if (error) die("%s", error);
 }
 
-// Sets what --drop-recipe stands for, except the options that were given at least as directly. Call it after parsing.
+// Sets what --drop-recipe and --dropout stand for, except the options that were given at least as directly. Call it after
+// parsing.
 static inline void options_apply_recipe(Options *o, const TrainOptions *t) {
     const char *config = drop_recipe_configs[t->drop_recipe];
     char *error = options_config(o, config, strlen(config), options_from(o, &t->drop_recipe) - 1, "recipe");
     CHECK(!error, "%s", error);
+    const int dropout = options_from(o, &t->dropout);
+    if (dropout == FROM_DEFAULT) return;
+    char *all = xprintf("dropout-embd=%.17g\ndropout-attn=%.17g\ndropout-resid=%.17g", t->dropout, t->dropout, t->dropout);
+    error = options_config(o, all, strlen(all), dropout - 1, "--dropout");
+    CHECK(!error, "%s", error);
+    free(all);
 }
 
 // ---- Writing ----

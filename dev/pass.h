@@ -5,6 +5,7 @@
 #define PASS_H
 
 #include "drop_path.h"
+#include "noise.h"
 
 // Rows of T tokens, each in [0, V). Targets likewise; one that is negative is not scored, which only evaluation may have.
 typedef struct {
@@ -12,8 +13,15 @@ typedef struct {
     const int *tokens, *targets;                         // (rows,T); targets NULL: no loss, the pass ends before the head
 } Batch;
 
+// What the loss of a training pass is, beside -log p of the targets. All zero: nothing.
+typedef struct {
+    double smoothing;    // label smoothing (Szegedy et al. 2016): this share of the target's weight goes to all V tokens alike
+} Objective;
+
 typedef struct {
     const DropPlan *plan;                                // of Batch.rows rows: which run which branch, with which scale
+    const Noise *noise;                                  // dropout; NULL: none
+    const Objective *objective;                          // NULL: the mean of -log p
     double weight;                                       // 0: evaluation; else this times the gradient of the mean loss
                                                          // is added to the gradients
     const unsigned char *reduce;                         // (2L+1) by branch and last of all else. Not NULL: this is the
@@ -24,6 +32,18 @@ typedef struct {
                                                          // same flags
 } Pass;
 
+// What a loss is made of: means over the targets. Of those that the objective does not ask for, 0.
+enum {
+    PART_NLL,                                            // -log p of the target
+    PART_UNIFORM,                                        // -log p of all V tokens, in the mean
+    N_PARTS
+};
+
+static inline double objective_loss(const Objective *o, const double part[N_PARTS]) {
+    return !o || o->smoothing == 0 ? part[PART_NLL]
+                                   : (1 - o->smoothing) * part[PART_NLL] + o->smoothing * part[PART_UNIFORM];
+}
+
 static inline Batch batch_of(int rows, int T, const int *tokens, const int *targets) {
     Batch b = {rows, T, tokens, targets};
     return b;
@@ -31,7 +51,7 @@ static inline Batch batch_of(int rows, int T, const int *tokens, const int *targ
 
 // A plain pass: evaluation, or with weight != 0 a step's part on one rank.
 static inline Pass pass_of(const DropPlan *plan, double weight) {
-    Pass p = {plan, weight, NULL};
+    Pass p = {plan, NULL, NULL, weight, NULL};
     return p;
 }
 

@@ -32,6 +32,9 @@ typedef struct {
     Model *model;
     GptConfig config;
     DropPath drop;
+    Ramp dropout;                                        // when it is on
+    Noise noise;                                         // of the pass under way
+    Objective objective;                                 // of every training pass
     Schedule schedule;
     Shards train, val;
     Tokenizer tokenizer;
@@ -53,6 +56,7 @@ typedef struct {
     DropPlan plan;
     int *tokens, *targets;                               // (B,T)
     real *losses;                                        // (B,T)
+    double *micro;                                       // (M) losses of the current step's micro-batches
     int *kept;                                           // (2L) rows of the current step that ran each branch, on any rank
     unsigned char *reduce;                               // (2L+1) whether any did: these gradients are to be summed
     int64_t *adamw_steps;                                // (2L+1) what this update uses
@@ -191,6 +195,13 @@ static inline DropPath trainer_drop_path(const TrainOptions *o, int layers, int6
     d.ramp_down = span_steps(o->drop_ramp_down, steps);
     d.recover = span_steps(o->drop_recover, steps);
     return d;
+}
+
+// When dropout is on.
+static inline Ramp trainer_dropout_ramp(const TrainOptions *o, int64_t steps) {
+    Ramp r = {SHAPE_LINEAR, steps, span_steps(o->dropout_start, steps), span_steps(o->dropout_ramp_up, steps),
+              span_steps(o->dropout_ramp_down, steps), span_steps(o->dropout_recover, steps), 0};
+    return r;
 }
 
 static inline Schedule trainer_schedule(const TrainOptions *o, int64_t steps) {
@@ -414,6 +425,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     trainer_sizes(tr);
     trainer_describe_data(tr);
     tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
+    tr->dropout = trainer_dropout_ramp(o, tr->steps);
+    tr->objective.smoothing = o->label_smoothing;
     tr->schedule = trainer_schedule(o, tr->steps);
     if (o->train_last > tr->config.L)
         die("--train-last %lld: this model has %d layers\n  hint: --train-last 0 trains all", (long long)o->train_last,
@@ -427,12 +440,14 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     memset(&args, 0, sizeof args);
     args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o);
     args.bound = trainer_memory_bound(tr), args.recompute = o->recompute, args.frozen = tr->state.frozen = tr->drop.frozen;
+    args.attention_noise = o->dropout_attn > 0;
     args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
     args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed, args.dry = o->dry_run;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
     tr->kept = (int *)xcalloc(branches, sizeof(int));
+    tr->micro = (double *)xcalloc((size_t)tr->M, sizeof(double));
     tr->reduce = (unsigned char *)xcalloc(branches + 1, 1);
     tr->adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
     tr->state.adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
@@ -468,6 +483,7 @@ static inline void trainer_close(Trainer *tr) {
     drop_plan_free(&tr->plan);
     text_free(&tr->plan_text);
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->reduce), free(tr->adamw_steps);
+    free(tr->micro);
     free(tr->state.adamw_steps), free(tr->state.eval_scale), free(tr->data_line), free(tr->run_text), free(tr->whole);
     free(tr->report);
     metrics_file_close(&tr->metrics);
@@ -654,8 +670,15 @@ static inline Batch trainer_batch(Trainer *tr, int64_t t, int m) {
 
 // and what it does; the gradients are summed over the ranks with the last of the step.
 static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
+    const TrainOptions *o = tr->options;
+    const double on = ramp_at(&tr->dropout, t);
     trainer_plan(tr, t, m);
     Pass pass = pass_of(&tr->plan, 1.0 / tr->M);
+    Noise noise = {(uint64_t)o->seed, t, (uint32_t)m * (uint32_t)tr->B, noise_rate_of(on * o->dropout_embd),
+                   noise_rate_of(on * o->dropout_attn), noise_rate_of(on * o->dropout_resid)};
+    tr->noise = noise;
+    if (noise.embd || noise.attn || noise.resid) pass.noise = &tr->noise;
+    if (tr->objective.smoothing != 0) pass.objective = &tr->objective;
     if (tr->world > 1 && m + tr->world >= tr->M) pass.reduce = tr->reduce;
     return pass;
 }
@@ -969,18 +992,28 @@ static inline void trainer_update(Trainer *tr, Metrics *r, double loss) {
 static inline Metrics trainer_step(Trainer *tr) {
     const int64_t t = tr->state.step;
     Metrics r = metrics_new();
-    double loss = 0;
+    double loss = 0, nll = 0;
     trainer_plan_step(tr, t);
     tr->bad_micro = -1;
+    memset(tr->micro, 0, (size_t)tr->M * sizeof *tr->micro);
     for (int m = tr->rank; m < tr->M; m += tr->world) {
         const Batch batch = trainer_batch(tr, t, m);
         const Pass pass = trainer_pass(tr, t, m);
-        loss += tr->engine->run(tr->model, &batch, &pass) / tr->M;
+        double part[N_PARTS];
+        tr->micro[m] = tr->engine->run(tr->model, &batch, &pass);
+        loss += tr->micro[m] / tr->M;
+        tr->engine->parts(tr->model, part);
+        nll += part[PART_NLL] / tr->M;
         if (!isfinite(loss) && tr->bad_micro < 0) tr->bad_micro = m;
     }
-    double sum[3] = {loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0};
-    comm_sum(tr->comm, sum, 3);
+    double sum[4] = {loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0, nll};
+    comm_sum(tr->comm, sum, 4);
     r.loss = sum[0], tr->stop = sum[1] > 0, tr->save_now = sum[2] > 0;
+    if (tr->objective.smoothing != 0) r.nll = sum[3];
+    if (tr->options->record_micro) {
+        comm_sum(tr->comm, tr->micro, (size_t)tr->M);    // of each, one rank has the loss and the others 0
+        r.micro = tr->micro, r.micros = tr->M;
+    }
     r.lr = schedule_lr(&tr->schedule, t);
     trainer_update(tr, &r, loss);
     trainer_account(tr, &r);
@@ -1018,6 +1051,24 @@ static inline double trainer_expected_compute(const Trainer *tr) {
     for (int64_t t = every / 2; t < tr->steps; t += every, n++)
         sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
     return sum / n;
+}
+
+// Of several strong regularizers each should be weaker; and where each token is seen once there is little to regularize.
+static inline void trainer_warn_of_many(const Trainer *tr, double usual_drop) {
+    const TrainOptions *o = tr->options;
+    const double dropout = fmax(o->dropout_embd, fmax(o->dropout_attn, o->dropout_resid));
+    const double epochs = (double)tr->steps * tr->M * tr->B / (double)tr->train.windows;
+    const struct { const char *name; double value, strong; } all[] = {
+        {"--drop-path", o->drop_path, usual_drop}, {"--dropout", dropout, 0.1},
+        {"--label-smoothing", o->label_smoothing, 0.1}, {"--weight-decay", o->weight_decay, 0.3}};
+    Text names = {NULL, 0, 0};
+    int n = 0;
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        if (all[i].value >= all[i].strong - 1e-9) text_printf(&names, "%s%s %g", n++ ? ", " : "", all[i].name, all[i].value);
+    if (n >= 3) warn("%s: each is strong alone, and together they may underfit; weaken some", names.s);
+    if (dropout > 0 && epochs <= 1)
+        warn("dropout, and no token is seen twice: it usually costs loss there (arXiv 2505.24788); compare with --dropout 0");
+    text_free(&names);
 }
 
 static inline void trainer_print_start(const Trainer *tr) {
@@ -1062,6 +1113,8 @@ static inline void trainer_print_start(const Trainer *tr) {
             warn("--drop-path %g is high: %g is usual for a %s model; compare with a run without it", o->drop_path, usual,
                  size);
     }
+    drop_path_excess(0, parameters, &usual);
+    trainer_warn_of_many(tr, usual);
     printf("output:  %s\n", o->out);
     fflush(stdout);
 }

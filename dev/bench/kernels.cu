@@ -296,19 +296,20 @@ typedef struct { Timer timer; const Lab *l; void *qkv, *dqkv, *y, *dy; float *ls
 static void attention_forward_run(void *arg) {
     const Attention *a = (const Attention *)arg;
     const Lab *l = a->l;
-    attention_forward(a->y, a->lse, a->qkv, l->B, l->T, l->C, l->NH, l->g->half, l->g->stream);
+    attention_forward(a->y, a->lse, a->qkv, NULL, l->B, l->T, l->C, l->NH, l->g->half, l->g->stream);
 }
 
 static void attention_backward_run(void *arg) {
     const Attention *a = (const Attention *)arg;
     const Lab *l = a->l;
-    attention_backward(a->dqkv, a->inner, a->dy, a->qkv, a->y, a->lse, l->B, l->T, l->C, l->NH, l->g->half, l->g->stream);
+    attention_backward(a->dqkv, a->inner, a->dy, a->qkv, a->y, a->lse, NULL, l->B, l->T, l->C, l->NH, l->g->half, l->g->stream);
 }
 
 // The first head of the first row and the last of the last: of y, or with `backward` of dq, dk and dv, the worst.
 static double attention_compare(const Attention *a, int backward) {
     const Lab *l = a->l;
     const size_t T = l->T, C = l->C, HS = C / l->NH;
+    const NoisePlace none = {};
     Deviation d[4] = {{0, 0, 0}};                        // dq, dk, dv, y
     float *qkv = (float *)xcalloc(T * 3 * C, sizeof *qkv), *dqkv = (float *)xcalloc(T * 3 * C, sizeof *dqkv);
     float *y = (float *)xcalloc(T * C, sizeof *y), *dy = (float *)xcalloc(T * C, sizeof *dy);
@@ -319,7 +320,7 @@ static double attention_compare(const Attention *a, int backward) {
         device_read(l->g, dqkv, a->dqkv, 0, row * T * 3 * C, T * 3 * C);
         device_read(l->g, y, a->y, 0, row * T * C, T * C);
         device_read(l->g, dy, a->dy, 0, row * T * C, T * C);
-        attention_reference(want_y, want, dy + head, qkv + head, T, C, HS);
+        attention_reference(want_y, want, dy + head, qkv + head, &none, row, head / HS, T, C, HS);
         for (size_t i = 0; i < T * HS; i++) {
             const size_t t = i / HS, h = head + i % HS;
             deviation_add(&d[3], (double)y[t * C + h], want_y[i]);
@@ -605,23 +606,17 @@ static void head_close(Head *h) {
 
 static void head_run(void *arg) {
     const Head *h = (const Head *)arg;
-    classifier(h->l->g, h->losses, h->dx, h->dwte, 0, h->logits, h->x, h->wte, h->targets, 1 / (float)h->n, h->n, h->l->C,
-               h->l->V);
+    const Scoring y = {h->losses, NULL, h->targets, 1 / (float)h->n, 0};
+    classifier(h->l->g, &y, h->dx, h->dwte, 0, h->logits, h->x, h->wte, h->n, h->l->C, h->l->V);
 }
 
-// As classifier() launches it.
+
 static void softmax_run(void *arg) {
     const Head *h = (const Head *)arg;
     const Gpu *g = h->l->g;
-    const size_t Vp = padded_vocabulary(h->l->V), shared = 2 * WARP * sizeof(float);
-    const int threads = Vp <= 1024 ? 128 : 512;
-    const float grad = 1 / (float)h->n;
-    if (g->half)
-        LAUNCH(softmax_loss_kernel<bf16>, (unsigned)h->n, threads, shared, g->stream, h->losses, h->logits, h->targets, grad,
-               h->l->V, Vp);
-    else
-        LAUNCH(softmax_loss_kernel<float>, (unsigned)h->n, threads, shared, g->stream, h->losses, h->logits, h->targets, grad,
-               h->l->V, Vp);
+    const Scoring y = {h->losses, NULL, h->targets, 1 / (float)h->n, 0};
+    if (g->half) softmax_loss<bf16>(g, &y, h->logits, 0, h->n, h->l->V);
+    else softmax_loss<float>(g, &y, h->logits, 0, h->n, h->l->V);
 }
 
 // One token against logits (V) in double: its loss, and its row of gradients, which the logits have become.

@@ -49,7 +49,8 @@ static size_t head_chunk(size_t BT, size_t V) { return classifier_chunk(BT, V); 
 // losses (BT), dx (BT,C) =, dwte (V,C) +=, each token with the weight 1/BT
 static void head_all(real *losses, real *dx, real *dwte, Model *room, const real *x, const real *wte, const int *targets,
                  size_t BT, size_t C, size_t V) {
-    classifier(losses, dx, dwte, 1, room->logits, &room->pack, x, wte, targets, (real)(1 / (double)BT), BT, C, V);
+    const Scoring y = {losses, room->uniform, targets, (real)(1 / (double)BT), 0};
+    classifier(&y, dx, dwte, 1, room->logits, &room->pack, x, wte, BT, C, V);
 }
 
 // From here on engine->memory reports what the plans that follow use.

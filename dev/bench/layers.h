@@ -16,6 +16,7 @@ typedef struct {
     real *qkv, *dqkv, *att, *lse;                        // attention: (BT,3C) (BT,3C) (BT,C) (B,NH,T)
     real *h, *gelu, *dgelu, *dh;                         // GELU: (BT,4C)
     real *wte, *dwte, *losses;                           // head: (V,C) (V,C) (BT)
+    NoisePlace noise;                                    // of attention
 } Layers;
 
 enum { N_LAYER_ARRAYS = 21 };
@@ -56,14 +57,20 @@ static void layers_close(Layers *s) {
 
 // ---- Layers: each run, and its check against the formula in double ----
 
+// With dropout of the usual rate, or none.
+static void attention_noisy(Layers *s, double rate) {
+    const Noise z = {.seed = 1, .attn = noise_rate_of(rate)};
+    s->noise = noise_place(&z, NOISE_ATTN, 0);
+}
+
 static void attention_forward_run(void *arg) {
     const Layers *s = arg;
-    attention_forward(s->att, s->lse, &s->room->rooms, s->qkv, s->B, s->T, s->C, s->NH);
+    attention_forward(s->att, s->lse, &s->room->rooms, s->qkv, &s->noise, NULL, s->B, s->T, s->C, s->NH);
 }
 
 static void attention_backward_run(void *arg) {
     const Layers *s = arg;
-    attention_backward(s->dqkv, &s->room->rooms, s->dy, s->qkv, s->att, s->lse, s->B, s->T, s->C, s->NH);
+    attention_backward(s->dqkv, &s->room->rooms, s->dy, s->qkv, s->att, s->lse, &s->noise, NULL, s->B, s->T, s->C, s->NH);
 }
 
 static void layernorm_forward_run(void *arg) {
@@ -104,7 +111,7 @@ static double attention_compare(const Layers *s, int backward) {
     for (int end = 0; end < 2; end++) {
         const size_t at = end ? (s->B - 1) * T * C + C - HS : 0, at3 = end ? (s->B - 1) * T * 3 * C + C - HS : 0;
         double *y = xcalloc(T * HS, sizeof *y), *dqkv = xcalloc(3 * T * HS, sizeof *dqkv);
-        attention_reference(y, dqkv, s->dy + at, s->qkv + at3, T, C, HS);
+        attention_reference(y, dqkv, s->dy + at, s->qkv + at3, &s->noise, end ? s->B - 1 : 0, end ? s->NH - 1 : 0, T, C, HS);
         for (size_t i = 0; i < T * HS; i++) {
             const size_t t = i / HS, h = i % HS;
             deviation_add(&d[3], (double)s->att[at + t * C + h], y[i]);
@@ -127,6 +134,30 @@ static double attention_backward_check(void *arg) {
     attention_backward_run(arg);
     return attention_compare(arg, 1);
 }
+
+static void attention_forward_run_noisy(void *arg) {
+    attention_noisy(arg, 0.1);
+    attention_forward_run(arg);
+    attention_noisy(arg, 0);
+}
+
+static void attention_backward_run_noisy(void *arg) {
+    attention_noisy(arg, 0.1);
+    attention_backward_run(arg);
+    attention_noisy(arg, 0);
+}
+
+static double attention_noisy_check(Layers *s, int backward) {
+    attention_noisy(s, 0.1);
+    attention_forward_run(s);
+    if (backward) attention_backward_run(s);
+    const double worst = attention_compare(s, backward);
+    attention_noisy(s, 0);
+    return worst;
+}
+
+static double attention_forward_check_noisy(void *arg) { return attention_noisy_check(arg, 0); }
+static double attention_backward_check_noisy(void *arg) { return attention_noisy_check(arg, 1); }
 
 static double layernorm_forward_check(void *arg) {
     const Layers *s = arg;
@@ -266,12 +297,16 @@ static void layer_rows(MeasureTable *t, Bench *b, Layers *s, Adam *a) {
     const char *flops = "GFLOP/s", *memory = "GB/s";
     layer_row(t, b, "attention forward", flops, attention, T, attention_forward_run, attention_forward_check, s);
     layer_row(t, b, "attention backward", flops, 2.5 * attention, T, attention_backward_run, attention_backward_check, s);
+    layer_row(t, b, "attention forward, dropout", flops, attention, T, attention_forward_run_noisy,
+              attention_forward_check_noisy, s);
+    layer_row(t, b, "attention backward, dropout", flops, 2.5 * attention, T, attention_backward_run_noisy,
+              attention_backward_check_noisy, s);
     layer_row(t, b, "LayerNorm forward", memory, 3 * bytes, C, layernorm_forward_run, layernorm_forward_check, s);
     layer_row(t, b, "LayerNorm backward", memory, 3 * bytes, BT, layernorm_backward_run, layernorm_backward_check, s);
     layer_row(t, b, "GELU forward", memory, 2 * 4 * bytes, 16, gelu_forward_run, gelu_forward_check, s);
     layer_row(t, b, "GELU backward", memory, 4 * 4 * bytes, 16, gelu_backward_run, gelu_backward_check, s);
     for (int i = 0; i < t->n; i++)
-        snprintf(t->row[i].shape, sizeof t->row[i].shape, "%zu x %zu x %zu", s->B, s->T, (i < 4 ? 1 : 4) * s->C);
+        snprintf(t->row[i].shape, sizeof t->row[i].shape, "%zu x %zu x %zu", s->B, s->T, (i < 6 ? 1 : 4) * s->C);
     layer_row(t, b, "head, loss, gradients", flops, 6 * (double)s->head_BT * C * V, V, head_run, head_check, s);
     snprintf(t->row[t->n - 1].shape, sizeof t->row[0].shape, "%zu x %zu x %zu", s->head_BT, s->V, s->C);
     layer_row(t, b, "norm and AdamW", memory, 8 * sizeof(real) * parameters, 16, adam_run, adam_check, a);

@@ -21,8 +21,8 @@ int main(void) {
         {128, 0, "fp32, heads of up to 128"}, {256, 0, "fp32, heads of up to 256"}};
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         shape = shapes[i].name;
-        attention_forward(NULL, NULL, NULL, 1, 1, shapes[i].HS, 1, shapes[i].half, NULL);
-        attention_backward(NULL, NULL, NULL, NULL, NULL, NULL, 1, 1, shapes[i].HS, 1, shapes[i].half, NULL);
+        attention_forward(NULL, NULL, NULL, NULL, 1, 1, shapes[i].HS, 1, shapes[i].half, NULL);
+        attention_backward(NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1, 1, shapes[i].HS, 1, shapes[i].half, NULL);
     }
     return 0;
 }

@@ -508,8 +508,13 @@ static void expect_softmax(int dtype, size_t rows, size_t V, float grad) {
     void *logits = device_copy(g.half ? (const void *)half : host, rows * Vp * size_of_number(&g));
     int *on_device = (int *)device_copy(targets, rows * sizeof(int));
     float *losses = (float *)device_new(rows * sizeof(float));
-    if (g.half) LAUNCH(softmax_loss_kernel<bf16>, (unsigned)rows, 128, 256, g.stream, losses, logits, on_device, grad, V, Vp);
-    else LAUNCH(softmax_loss_kernel<float>, (unsigned)rows, 128, 256, g.stream, losses, logits, on_device, grad, V, Vp);
+    float *const none = NULL;
+    if (g.half)
+        LAUNCH((softmax_loss_kernel<bf16, false>), (unsigned)rows, 128, 256, g.stream, losses, none, logits, on_device, grad, 0.f,
+               V, Vp);
+    else
+        LAUNCH((softmax_loss_kernel<float, false>), (unsigned)rows, 128, 256, g.stream, losses, none, logits, on_device, grad, 0.f,
+               V, Vp);
     expect_numbers(&g, losses, want, rows, 1, (double)V, 4, "loss");
     if (grad != 0) expect_numbers(&g, logits, want_grad, rows * Vp, 0, 16, (double)grad, "gradient of the logits");
     free(host), free(half), free(targets), free(want), free(want_grad);
@@ -556,7 +561,8 @@ void test_cuda_classifier_chunks(void) {
         float *x = device_floats(1, BT * C), *losses = (float *)device_new(BT * 4), *got_dx = (float *)device_new(BT * C * 4);
         float *got_dwte = device_floats(3, Vp * C), *logits = (float *)device_new(classifier_chunk(BT, V, 4) * Vp * 4);
         void *on_device = device_copy(wte, Vp * C * 4), *where = device_copy(targets, sizeof targets);
-        classifier(&g, losses, got_dx, got_dwte, add, logits, x, on_device, (int *)where, 0.5f, BT, C, V);
+        const Scoring y = {losses, NULL, (int *)where, 0.5f, 0};
+        classifier(&g, &y, got_dx, got_dwte, add, logits, x, on_device, BT, C, V);
         expect_numbers(&g, losses, loss, BT, 1, V, 2, "losses");
         expect_numbers(&g, got_dx, dx, BT * C, 1, V, 1, "dx");
         expect_numbers(&g, got_dwte, dwte, Vp * C, 1, BT, 2, "dwte");

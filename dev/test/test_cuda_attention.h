@@ -46,8 +46,8 @@ template <class N> static void attention_run_as(AttentionRun *r, const Attention
     N *qkv = attention_upload<N>(r->qkv, 3 * numbers), *dy = attention_upload<N>(r->dy, numbers);
     N *y = attention_upload<N>(NULL, numbers), *dqkv = attention_upload<N>(NULL, 3 * numbers);
     float *lse = attention_upload<float>(NULL, heads), *inner = attention_upload<float>(NULL, heads);
-    attention_forward(y, lse, qkv, c->n, c->T, r->C, c->NH, c->bf16, NULL);
-    attention_backward(dqkv, inner, dy, qkv, y, lse, c->n, c->T, r->C, c->NH, c->bf16, NULL);
+    attention_forward(y, lse, qkv, NULL, c->n, c->T, r->C, c->NH, c->bf16, NULL);
+    attention_backward(dqkv, inner, dy, qkv, y, lse, NULL, c->n, c->T, r->C, c->NH, c->bf16, NULL);
     CUDA_CHECK(cudaDeviceSynchronize());
     r->y = attention_download(y, numbers), r->dqkv = attention_download(dqkv, 3 * numbers);
     r->lse = attention_download(lse, heads);
@@ -271,8 +271,8 @@ static void attention_check_257(void *unused) {
 // No rows: nothing is launched, and no pointer is looked at.
 void test_cuda_attention_refused(void) {
     for (int in_bf16 = 0; in_bf16 < 2; in_bf16++) {
-        attention_forward(NULL, NULL, NULL, 0, 16, 64, 1, in_bf16, NULL);
-        attention_backward(NULL, NULL, NULL, NULL, NULL, NULL, 0, 16, 64, 1, in_bf16, NULL);
+        attention_forward(NULL, NULL, NULL, NULL, 0, 16, 64, 1, in_bf16, NULL);
+        attention_backward(NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0, 16, 64, 1, in_bf16, NULL);
     }
     attention_check(2 * 256, 2);
     EXPECT_EXIT(1, "heads of 257 channels: the GPU takes at most 256", attention_check_257, NULL);

@@ -140,7 +140,9 @@ typedef struct {
     int B, T;
     Model *model;
     int *tokens, *targets;                               // (B,T)
-    DropPlan plan;                                       // what the next call runs
+    DropPlan plan;                                       // what the next call runs,
+    const Noise *noise;                                  // with what beside it; NULL: nothing
+    const Objective *objective;
 } Rig;
 
 // Weights far from the initialisation, so that no gradient is small: LayerNorms around 1, outputs of matrices about 1.
@@ -160,7 +162,7 @@ static void rig_weights(real *all, const GptConfig *c) {
 // A model opened so, with the weights of rig_weights; tokens and targets 0, plans of up to `rows` rows.
 static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
     const size_t BT = (size_t)(args->B * args->T);
-    Rig r = {c, args->B, args->T, NULL, NULL, NULL, drop_plan_new(c.L, rows)};
+    Rig r = {c, args->B, args->T, NULL, NULL, NULL, drop_plan_new(c.L, rows), NULL, NULL};
     real *weights = slot_new(&c);
     r.model = engine_open(test_engine, &c, args);
     rig_weights(weights, &c);
@@ -172,7 +174,8 @@ static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
 }
 
 static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
-    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B}};
+    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
+                       .attention_noise = 1};
     Rig r = rig_new(c, &args, B);
     for (int i = 0; i < B * T; i++) {
         Philox word = rng_words(6, STREAM_TEST, 0, 0, (uint32_t)i);
@@ -195,7 +198,14 @@ static void rig_close(Rig *r) {
     free(r->targets);
 }
 
-static double rig_forward(Rig *r) { return engine_forward(test_engine, r->model, r->T, r->tokens, r->targets, &r->plan); }
+static double rig_run(Rig *r, double weight) {
+    const Batch batch = batch_of(r->plan.batch, r->T, r->tokens, r->targets);
+    Pass pass = pass_of(&r->plan, weight);
+    pass.noise = r->noise, pass.objective = r->objective;
+    return test_engine->run(r->model, &batch, &pass);
+}
+
+static double rig_forward(Rig *r) { return rig_run(r, 0); }
 
 static real *rig_losses(Rig *r) {
     real *losses = (real *)xcalloc((size_t)(r->B * r->T), sizeof(real));
@@ -208,7 +218,7 @@ static real *rig_gradient(Rig *r, double *loss) {
     real *zero = slot_new(&r->c);
     slot_write(&r->c, r->model, SLOT_GRAD, zero);
     free(zero);
-    double mean = engine_forward_backward(test_engine, r->model, r->T, r->tokens, r->targets, &r->plan, 1);
+    const double mean = rig_run(r, 1);
     if (loss) *loss = mean;
     return slot_read(&r->c, r->model, SLOT_GRAD);
 }
@@ -400,8 +410,20 @@ static void ref_linear(double *y, const double *x, const double *w, const double
         for (int j = 0; j < out; j++) y[j] += x[i] * w[(size_t)i * (size_t)out + (size_t)j];
 }
 
+// The row of the micro-batch that is under way, and its noise; NULL: none.
+typedef struct { const Noise *noise; int row; } RefRow;
+
+// The factor of dropout at a place.
+static double ref_factor(const RefRow *r, int place, int layer, int head, int line, int element) {
+    const NoisePlace z = noise_place(r->noise, place, layer);
+    const uint32_t row = z.first_row + (uint32_t)r->row;
+    if (!z.rate) return 1;
+    const Philox w = noise_words(z.key, row, (uint32_t)head, (uint32_t)line, (uint32_t)element / NOISE_EACH);
+    return noise_half(w, element % NOISE_EACH) >= z.rate ? noise_scale(z.rate) : 0;
+}
+
 // One query, head by head: y (C) from its q (C) and qkv (t+1,3C) up to its own position t.
-static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, double *score) {
+static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, const RefRow *r, int l, double *score) {
     int C = c->C, HS = C / c->NH;
     for (int h = 0; h < C; h += HS) {
         double sum = 0, top = -INFINITY;
@@ -412,15 +434,17 @@ static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, 
         }
         for (int s = 0; s <= t; s++) sum += score[s] = exp(score[s] - top);
         for (int d = h; d < h + HS; d++) y[d] = 0;
-        for (int s = 0; s <= t; s++)
-            for (int d = h; d < h + HS; d++) y[d] += score[s] / sum * qkv[s * 3 * C + 2 * C + d];
+        for (int s = 0; s <= t; s++) {
+            const double p = score[s] / sum * ref_factor(r, NOISE_ATTN, l, h / HS, t, s);
+            for (int d = h; d < h + HS; d++) y[d] += p * qkv[s * 3 * C + 2 * C + d];
+        }
     }
 }
 
 #define W(id, l) (w + slot_at(c, P_##id, l))
 
 // out (T,C) = attn(LN(x (T,C)))
-static void ref_attention(double *out, const double *x, const double *w, const GptConfig *c, int l, int T) {
+static void ref_attention(double *out, const double *x, const double *w, const GptConfig *c, const RefRow *r, int l, int T) {
     int C = c->C;
     double *qkv = doubles(T * 3 * C), *y = doubles(C), *score = doubles(T);
     for (int t = 0; t < T; t++) {
@@ -428,8 +452,9 @@ static void ref_attention(double *out, const double *x, const double *w, const G
         ref_linear(qkv + t * 3 * C, y, W(qkvw, l), W(qkvb, l), C, 3 * C);
     }
     for (int t = 0; t < T; t++) {
-        ref_attend(y, qkv, t, c, score);
+        ref_attend(y, qkv, t, c, r, l, score);
         ref_linear(out + t * C, y, W(attprojw, l), W(attprojb, l), C, C);
+        for (int i = 0; i < C; i++) out[t * C + i] *= ref_factor(r, NOISE_ATTN_OUT, l, 0, t, i);
     }
     free(qkv);
     free(y);
@@ -437,7 +462,7 @@ static void ref_attention(double *out, const double *x, const double *w, const G
 }
 
 // out (T,C) = mlp(LN(x (T,C)))
-static void ref_mlp(double *out, const double *x, const double *w, const GptConfig *c, int l, int T) {
+static void ref_mlp(double *out, const double *x, const double *w, const GptConfig *c, const RefRow *r, int l, int T) {
     int C = c->C;
     double *y = doubles(C), *h = doubles(4 * C);
     for (int t = 0; t < T; t++) {
@@ -445,15 +470,16 @@ static void ref_mlp(double *out, const double *x, const double *w, const GptConf
         ref_linear(h, y, W(fcw, l), W(fcb, l), C, 4 * C);
         for (int i = 0; i < 4 * C; i++) h[i] *= 0.5 * (1 + tanh(sqrt(2 / M_PI) * (h[i] + 0.044715 * pow(h[i], 3))));
         ref_linear(out + t * C, h, W(fcprojw, l), W(fcprojb, l), 4 * C, C);
+        for (int i = 0; i < C; i++) out[t * C + i] *= ref_factor(r, NOISE_MLP_OUT, l, 0, t, i);
     }
     free(y);
     free(h);
 }
 
-// losses (T), in nats, of final residual x (T,C)
-static void ref_head(double *losses, const double *x, const double *w, const GptConfig *c, int T, const int *targets) {
+// losses (T), in nats, of final residual x (T,C); returns the sum over tokens of what all V lose in the mean
+static double ref_head(double *losses, const double *x, const double *w, const GptConfig *c, int T, const int *targets) {
     int C = c->C;
-    double *y = doubles(C), *logits = doubles(c->V);
+    double *y = doubles(C), *logits = doubles(c->V), uniform = 0;
     for (int t = 0; t < T; t++) {
         double top = -INFINITY, sum = 0;
         ref_layernorm(y, x + t * C, W(lnfw, 0), W(lnfb, 0), C);
@@ -464,46 +490,53 @@ static void ref_head(double *losses, const double *x, const double *w, const Gpt
         }
         for (int v = 0; v < c->V; v++) sum += exp(logits[v] - top);
         losses[t] = top + log(sum) - logits[targets[t]];
+        for (int v = 0; v < c->V; v++) uniform += (top + log(sum) - logits[v]) / c->V;
     }
     free(y);
     free(logits);
+    return uniform;
 }
 
-// losses (T) of one row of the plan's micro-batch
-static void ref_row(double *losses, const double *w, const GptConfig *c, const DropPlan *plan, int row, int T,
-                    const int *tokens, const int *targets) {
+// losses (T) of one row of the plan's micro-batch; returns what ref_head does
+static double ref_row(double *losses, const double *w, const GptConfig *c, const DropPlan *plan, const Noise *noise, int row,
+                      int T, const int *tokens, const int *targets) {
+    const RefRow r = {noise, row};
     size_t TC = (size_t)(T * c->C);
     double *x = (double *)xcalloc(3 * TC, sizeof(double)), *a = x + TC, *f = a + TC;
     for (size_t i = 0; i < TC; i++) {
         size_t t = i / (size_t)c->C, j = i % (size_t)c->C;
         x[i] = W(wte, 0)[(size_t)tokens[t] * (size_t)c->C + j] + W(wpe, 0)[i];
+        x[i] *= ref_factor(&r, NOISE_EMBD, 0, 0, (int)t, (int)j);
     }
     for (int l = 0; l < c->L; l++) {
         const BranchPlan *attn = &plan->branch[2 * l + ATTN], *mlp = &plan->branch[2 * l + MLP];
         double sa = drop_plan_has_row(attn, row) ? attn->scale : 0, sm = drop_plan_has_row(mlp, row) ? mlp->scale : 0;
-        ref_attention(a, x, w, c, l, T);
+        ref_attention(a, x, w, c, &r, l, T);
         for (size_t i = 0; i < TC; i++) x[i] += (plan->tied ? 1 : sa) * a[i];
-        ref_mlp(f, x, w, c, l, T);
+        ref_mlp(f, x, w, c, &r, l, T);
         for (size_t i = 0; i < TC; i++) x[i] += plan->tied ? sa * f[i] + (sa - 1) * a[i] : sm * f[i];
     }
-    ref_head(losses, x, w, c, T, targets);
+    const double uniform = ref_head(losses, x, w, c, T, targets);
     free(x);
+    return uniform;
 }
 
 #undef W
 
 // The mean loss of the rig's micro-batch under its plan with other weights w; losses (B,T) may be NULL.
 static double ref_loss(const Rig *r, const double *w, double *losses) {
-    double sum = 0, *row_losses = doubles(r->T);
+    const double smoothing = r->objective ? r->objective->smoothing : 0;
+    double sum = 0, uniform = 0, *row_losses = doubles(r->T);
     for (int row = 0; row < r->B; row++) {
-        ref_row(row_losses, w, &r->c, &r->plan, row, r->T, r->tokens + row * r->T, r->targets + row * r->T);
+        uniform += ref_row(row_losses, w, &r->c, &r->plan, r->noise, row, r->T, r->tokens + row * r->T,
+                           r->targets + row * r->T);
         for (int t = 0; t < r->T; t++) {
             sum += row_losses[t];
             if (losses) losses[row * r->T + t] = row_losses[t];
         }
     }
     free(row_losses);
-    return sum / (r->B * r->T);
+    return ((1 - smoothing) * sum + smoothing * uniform) / (r->B * r->T);
 }
 
 static double *rig_weights_double(Rig *r) {
@@ -628,9 +661,10 @@ static double engine_loss_along(Rig *r, double *w, const double *d, double h) {
 }
 
 // `most` elements of every tensor, chosen at random, or all where there are no more.
-static void expect_differences(GptConfig c, int B, int T, size_t most) {
+static void expect_differences(GptConfig c, int B, int T, size_t most, const Noise *noise, const Objective *objective) {
     static const int plans[] = {FULL, BATCH, ROW, TIED_BATCH, TIED_ROW};
     Rig r = rig_open_threads(c, B, T, 1);
+    r.noise = noise, r.objective = objective;
     double *w = slot_read(&c, r.model, SLOT_PARAM), *d = slot_new(&c);
     for (int k = 0; k < 5; k++) {
         plan_force(&r.plan, plans[k], B);
@@ -655,12 +689,12 @@ static void expect_differences(GptConfig c, int B, int T, size_t most) {
 
 static void test_engine_differences(void) {
     const GptConfig c = {37, 20, 3, 2, 12};
-    expect_differences(c, 3, 17, 6);
+    expect_differences(c, 3, 17, 6, NULL, NULL);
 }
 
 static void test_engine_differences_all(void) {
     const GptConfig c = {7, 5, 2, 2, 4};
-    expect_differences(c, 3, 4, SIZE_MAX);
+    expect_differences(c, 3, 4, SIZE_MAX, NULL, NULL);
 }
 #endif
 

@@ -679,8 +679,8 @@ static void softmax_expect(size_t V, double size, double height) {
     }
     for (size_t v = 0; v < V; v++) sum += z[v] = exp((double)x[v] - top);
     const double want = log(sum) - ((double)x[target] - top), error = kernels_rounding((double)V, 1 + 2 * size);
-    EXPECT_CLOSE((double)softmax_loss(x, target, 0, V), want, error, "loss alone");
-    EXPECT_CLOSE((double)softmax_loss(x, target, grad, V), want, error, "loss");
+    EXPECT_CLOSE((double)softmax_loss(x, target, 0, 0, NULL, V), want, error, "loss alone");
+    EXPECT_CLOSE((double)softmax_loss(x, target, grad, 0, NULL, V), want, error, "loss");
     for (size_t v = 0; v < V; v++)
         EXPECT_CLOSE((double)x[v], (double)grad * (z[v] / sum - ((int)v == target)), error, "gradient of a logit");
     EXPECT(x[V] == 0, "wrote after the last logit");
@@ -696,8 +696,8 @@ static void test_kernels_softmax_loss(void) {
         softmax_expect(sizes[i], 0, -1e30);
     }
     real x[] = {1, NAN, 2}, far[] = {(real)-3e38, (real)3e38};
-    EXPECT(isnan(softmax_loss(x, 0, 1, 3)), "a NaN among the logits is not in the loss");
-    EXPECT(!(softmax_loss(far, 0, 1, 2) < (real)3e38), "the loss of a target that far below is small");
+    EXPECT(isnan(softmax_loss(x, 0, 1, 0, NULL, 3)), "a NaN among the logits is not in the loss");
+    EXPECT(!(softmax_loss(far, 0, 1, 0, NULL, 2) < (real)3e38), "the loss of a target that far below is small");
     EXPECT_CLOSE((double)far[0], -1, 0, "its gradient");
 }
 
@@ -714,10 +714,12 @@ static void test_kernels_classifier_chunks(void) {
     real *logits = (real *)xcalloc(PART * V, sizeof *logits);
     int targets[BT];
     for (int t = 0; t < BT; t++) targets[t] = t % 7 ? (t * 13) % V : -1;
-    classifier(losses, dx, dwte, 1, logits, &s->room, x, wte, targets, (real)0.1, BT, C, V);
-    classifier(losses_parts, dx_parts, dwte_parts, 1, logits, &s->room, x, wte, targets, (real)0.1, PART, C, V);
-    classifier(losses_parts + PART, dx_parts + PART * C, dwte_parts, 1, logits, &s->room, x + PART * C, wte, targets + PART,
-               (real)0.1, BT - PART, C, V);
+    real uniform[BT];
+    const Scoring whole = {losses, uniform, targets, (real)0.1, 0}, first = {losses_parts, uniform, targets, (real)0.1, 0};
+    const Scoring second = {losses_parts + PART, uniform, targets + PART, (real)0.1, 0};
+    classifier(&whole, dx, dwte, 1, logits, &s->room, x, wte, BT, C, V);
+    classifier(&first, dx_parts, dwte_parts, 1, logits, &s->room, x, wte, PART, C, V);
+    classifier(&second, dx_parts + PART * C, dwte_parts, 1, logits, &s->room, x + PART * C, wte, BT - PART, C, V);
     EXPECT(!memcmp(losses, losses_parts, BT * sizeof(real)), "other losses in other chunks");
     EXPECT(!memcmp(dx, dx_parts, BT * C * sizeof(real)), "other gradients in other chunks");
     EXPECT(losses[0] == 0 && dx[0] == 0 && losses[1] > 5, "losses %g and %g", (double)losses[0], (double)losses[1]);

@@ -121,8 +121,9 @@ static void test_trainer_resume_is_bit_identical(void) {
     const char *dir = test_directory();
     const char *variant[] = {"--drop-ramp-up 80%", "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
                              "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli",
-                             "--dtype bf16 --drop-unit row", "--train-last 1 --drop-unit row"};
-    for (int i = 0; i < 5; i++) {
+                             "--dtype bf16 --drop-unit row", "--train-last 1 --drop-unit row",
+                             "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 --record-micro 1"};
+    for (int i = 0; i < 6; i++) {
         char a[400], b[400], whole[500], part[500];
         snprintf(a, sizeof a, "%s/%d_whole", dir, i), snprintf(b, sizeof b, "%s/%d_part", dir, i);
         snprintf(whole, sizeof whole, "%s/latest", a), snprintf(part, sizeof part, "%s/latest", b);
@@ -132,6 +133,44 @@ static void test_trainer_resume_is_bit_identical(void) {
         EXPECT_SAME(whole, part, "optimizer.safetensors");
         expect_same_metrics(a, b, 100);
     }
+}
+
+// Dropout and label smoothing: a step has the same noise for every cut of its rows into micro-batches; the losses of those are
+// recorded, and -log p beside a smoothed loss; validation has neither. What --dropout says, a place of its own may say otherwise.
+static void test_trainer_dropout(void) {
+    const char *dir = test_directory();
+    static const char *const batch[] = {"4", "8", "2"};
+    MetricsLog log[4];
+    for (int i = 0; i < 4; i++) {
+        EXPECT_RUN("--out %s/%d --steps 30 --lr 3e-3 --dropout 0.2 --dropout-embd 0.1 --label-smoothing 0.1 --record-micro 1 "
+                   "--batch %s --seed %d --eval-every 30", dir, i, i < 3 ? batch[i] : "4", i < 3 ? 1 : 2);
+        char *path = xprintf("%s/%d/metrics.jsonl", dir, i);
+        log[i] = metrics_read(path);
+        free(path);
+    }
+    for (int i = 0; i < 4; i++) {
+        double apart = 0;
+        for (int64_t t = 0; t < 30; t++) {
+            const Metrics *r = &log[i].record[t];
+            double mean = 0;
+            EXPECT(r->micros == (i == 1 ? 1 : i == 2 ? 4 : 2), "%d micro-batches", r->micros);
+            for (int m = 0; m < r->micros; m++) mean += r->micro[m] / r->micros;
+            EXPECT_CLOSE(mean, r->loss, 1e-12 * r->loss, "the mean of the micro-batches");
+            EXPECT(r->nll > 0 && r->nll != r->loss, "-log p %g, loss %g", r->nll, r->loss);
+            apart = fmax(apart, fabs(r->loss - log[0].record[t].loss));
+        }
+        EXPECT(i < 3 ? apart < 1e-4 : apart > 1e-2, "run %d: losses %g apart", i, apart);
+        EXPECT(log[i].record[29].val_loss < log[i].record[29].loss, "validation %g has noise, or smoothing, as %g",
+               log[i].record[29].val_loss, log[i].record[29].loss);
+    }
+    for (int i = 0; i < 4; i++) metrics_log_free(&log[i]);
+    char *path = xprintf("%s/0/config.txt", dir);
+    Text t = test_read_file(path);
+    EXPECT(strstr(t.s, "dropout-embd = 0.1\n") && strstr(t.s, "dropout-attn = 0.2\n") && strstr(t.s, "dropout-resid = 0.2\n"),
+           "%s", t.s);
+    text_free(&t), free(path);
+    EXPECT_REFUSED(1, "--dropout", "--out %s/x --dropout 1", dir);
+    EXPECT_REFUSED(1, "--label-smoothing", "--out %s/x --label-smoothing 1", dir);
 }
 
 // --train-last: what is frozen stays to the bit and has no moments, metrics count what it saves, and a resumed run may train
@@ -570,6 +609,16 @@ static void test_trainer_warns_of_a_high_rate(void) {
     tool_free(&quiet);
 }
 
+static void test_trainer_warns_of_many_regularizers(void) {
+    const char *dir = test_directory(), *three = "--drop-path 0.1 --dropout-attn 0.1 --label-smoothing 0.1";
+    EXPECT_REFUSED(0, "--drop-path 0.1, --dropout 0.1, --label-smoothing 0.1: each is strong alone", "--out %s/a --epochs 2 %s", dir,
+                   three);
+    EXPECT_REFUSED(0, "no token is seen twice", "--out %s/b --steps 1 --dropout 0.05", dir);
+    ToolRun quiet = trainer_test_run("--out %s/c --epochs 2 --drop-path 0.1 --dropout 0.1 --label-smoothing 0.05", dir);
+    EXPECT_TEXT(quiet.err.s, "");
+    tool_free(&quiet);
+}
+
 // A learning rate whose first step leaves weights finite, but no loss after it.
 #define HUGE_LR (sizeof(real) == 8 ? "1e300" : "1e36")
 
@@ -644,13 +693,13 @@ static void test_trainer_dry_run(void) {
 
 #define TRAINER_TESTS(X)                                                                          \
     X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                    \
-    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) X(trainer_train_last) \
+    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) X(trainer_train_last) X(trainer_dropout) \
     X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
     X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
     X(trainer_locks_first) X(trainer_ended_before_it_begins) X(trainer_follows_no_links) X(trainer_without_latest) \
     X(trainer_signals_twice) X(trainer_signals_save) \
-    X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) \
+    X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) X(trainer_warns_of_many_regularizers) \
     X(trainer_survives_numbers_that_are_not_finite)
 
 #endif

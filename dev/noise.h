@@ -1,0 +1,68 @@
+// noise.h: dropout (Srivastava et al. 2014) whose every decision is a function of its place: of the seed, the step, the row of
+// the step, the layer, where in the layer, the head, the line and the element. So a step has the same noise however its rows
+// are cut into micro-batches, shared among ranks, packed by drop path or computed by threads, and a pass that is made again
+// (recomputation, a replay, another engine) draws the same.
+//
+//     place                what is dropped                           a line             its elements
+//     NOISE_EMBD           the sum of the embeddings                 a token            C channels
+//     NOISE_ATTN           attention's probabilities, by head        a query            T keys
+//     NOISE_ATTN_OUT       what the attention branch adds            a token            C channels
+//     NOISE_MLP_OUT        what the MLP branch adds                  a token            C channels
+//
+// These are the places of GPT-2 (and of transformers' GPT2Model); the last two before drop path's scale. Dropout is inverted:
+// what is kept is multiplied by 1/(1-p), and evaluation is plain.
+//
+// Element i of a line is kept iff half i%8 (of 16 bits, the lower first) of the words Philox(counter {i/8, line, head, row},
+// key) is at least the rate times 2^16; the key is two words of (seed, STREAM_NOISE, step, place, layer). Rates are multiples
+// of 2^-16, so that what is drawn against is also what scales.
+#ifndef NOISE_H
+#define NOISE_H
+
+#include "rng.h"
+
+enum { NOISE_EMBD, NOISE_ATTN, NOISE_ATTN_OUT, NOISE_MLP_OUT, NOISE_PLACES };
+enum { NOISE_ONE = 1 << 16, NOISE_EACH = 8, NOISE_CALLS = 32 };   // a rate of 1; elements of a Philox call; calls at once
+
+// The noise of one pass. Rates are in 2^-16.
+typedef struct {
+    uint64_t seed;
+    int64_t step;
+    uint32_t first_row;                                  // the number in the step of the batch's row 0
+    uint32_t embd, attn, resid;                          // rates; resid: of both branches
+} Noise;
+
+// Noise at one place of one layer: a rate, the key of its draws, and Noise.first_row. rate 0: none.
+typedef struct { uint32_t rate, key[2], first_row; } NoisePlace;
+
+static inline uint32_t noise_rate(const Noise *z, int place) {
+    return !z ? 0 : place == NOISE_EMBD ? z->embd : place == NOISE_ATTN ? z->attn : z->resid;
+}
+
+// z NULL: no noise. Layers count from 0; the embedding is of layer 0.
+static inline NoisePlace noise_place(const Noise *z, int place, int layer) {
+    NoisePlace p = {noise_rate(z, place), {0, 0}, 0};
+    if (!p.rate) return p;
+    p.first_row = z->first_row;
+    const Philox w = rng_words(z->seed, STREAM_NOISE, (uint64_t)z->step, (uint32_t)place, (uint32_t)layer);
+    p.key[0] = w.v[0], p.key[1] = w.v[1];
+    return p;
+}
+
+// What a kept element is multiplied by.
+RNG_FN double noise_scale(uint32_t rate) { return (double)NOISE_ONE / (double)(NOISE_ONE - rate); }
+
+// The words of elements 8*i .. 8*i + 7 of a line; element 8*i + e is kept iff noise_half(words, e) >= rate.
+RNG_FN Philox noise_words(const uint32_t key[2], uint32_t row, uint32_t head, uint32_t line, uint32_t i) {
+    const uint32_t counter[4] = {i, line, head, row};
+    return philox4x32_10(counter, key);
+}
+
+RNG_FN uint32_t noise_half(Philox w, int e) { return w.v[e / 2] >> 16 * (e % 2) & 0xffff; }
+
+// The rate of probability p in [0, 1) in 2^-16: the nearest, but never 1.
+static inline uint32_t noise_rate_of(double p) {
+    const double rate = floor(p * NOISE_ONE + 0.5);
+    return rate >= NOISE_ONE ? NOISE_ONE - 1 : (uint32_t)rate;
+}
+
+#endif
