@@ -266,14 +266,14 @@ static inline const char *comm_parse_hello(CommHello *h, const void *mem, size_t
     return NULL;
 }
 
-// Rank 0's answer: "DROPPATH", COMM_JOINED etc., and 32 bytes or a text.
+// Rank 0's answer: "DROPPATH", COMM_JOINED etc., and 32 bytes (NULL: none) or a text.
 static inline void comm_write_answer(unsigned char to[COMM_ANSWER], uint32_t status,
                                      const void *bytes, const char *text) {
     memset(to, 0, COMM_ANSWER);
     memcpy(to, "DROPPATH", 8);
     comm_put32(to + 8, status);
     if (bytes) memcpy(to + 12, bytes, SHA256_BYTES);
-    else memcpy(to + 12, text, strlen(text) < COMM_ANSWER - 13 ? strlen(text) : COMM_ANSWER - 13);
+    else if (text) memcpy(to + 12, text, strlen(text) < COMM_ANSWER - 13 ? strlen(text) : COMM_ANSWER - 13);
 }
 
 // Returns NULL, or what is wrong.
