@@ -991,6 +991,11 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
     layernorm_backward(m->dx, dattn, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w, nT, T, C);
 }
 
+// Shows the stream, or the features, to who wants them.
+static void look(const Pass *pass, int point, const real *x) {
+    if (pass->watch && pass->watch->want[point]) pass->watch->see(pass->watch->self, point, x);
+}
+
 // ---- A block with drop path ----
 //     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
 // with dropout D of the branches' ends: D(attn(..)), D(mlp(..)).
@@ -1019,10 +1024,12 @@ static void block_forward(Model *m, const Pass *pass, int l) {
         attention_branch_forward(m, pass, l);
         end_forward(m, pass, l, ATTN);
     }
+    look(pass, watch_after(l, ATTN), m->x);
     if (mlp->n) {
         mlp_branch_forward(m, pass, l);
         end_forward(m, pass, l, MLP);
     }
+    look(pass, watch_after(l, MLP), m->x);
 }
 
 static void block_backward(Model *m, const Pass *pass, int l) {
@@ -1067,11 +1074,13 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
     embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
     dropout(m->x, &noise, NULL, B * T, T, C);
+    look(pass, WATCH_EMBEDDINGS, m->x);
     for (int l = 0; l < m->config.L; l++) {
         if (pass->weight == 0 || l <= m->args.frozen) m->kept_end = m->kept;       // nothing is kept for what is not trained
         block_forward(m, pass, l);
     }
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
+    look(pass, watch_features(m->config.L), m->lnf);
     return batch->targets ? model_loss(m, batch, pass) : 0;
 }
 
@@ -1099,6 +1108,7 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass) {
     if (!m->args.frozen) {
         const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
         dropout(m->dx, &noise, NULL, B * T, T, C);
+        if (pass->watch && pass->watch->see_gradient) pass->watch->see_gradient(pass->watch->self, m->dx);
         embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
     }
     if (pass->reduce) reduce_gradients(m, pass->reduce);

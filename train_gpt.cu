@@ -2016,6 +2016,7 @@ struct Model {
     int decoding, begins;                                // a decode is under way; all its rows begin a sequence
     int *group;                                          // (V) of each token, -1 where it is not in the batch
     float *host_losses, *host_uniform;                   // (B,T) (B,T)
+    float *shown;                                        // (B,T,C) what a Watch sees; NULL: nothing has been looked at
     double part[N_PARTS];                                // of the last run
     const void *ended;                                   // what the last branch leaves to be added to x, or NULL, and
     Rows end;                                            // to which rows
@@ -2389,7 +2390,7 @@ static void model_close(Model *m) {
     void *const device[] = {m->activations, m->slot[SLOT_PARAM], m->slot[SLOT_GRAD], m->slot[SLOT_M], m->copy, m->wire,
                             m->chunk, m->norms, m->update, m->device.place};
     void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm};
-    void *const host[] = {m->graph, m->group, m->spent, m->attention, m->mlp, m};
+    void *const host[] = {m->shown, m->graph, m->group, m->spent, m->attention, m->mlp, m};
     gpu_close(&m->gpu);
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) CUDA_CHECK(cudaFree(device[i]));
     for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++) CUDA_CHECK(cudaFreeHost(pinned[i]));
@@ -2435,7 +2436,7 @@ static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
     const DropPlan *plan = pass->plan;
     const int before = branch_before(plan, i);
     GraphKey key;
-    if (!m->graph || m->decoding) return 1;
+    if (!m->graph || m->decoding || pass->watch) return 1;         // a look may come between
     memset(&key, 0, sizeof key);                         // the gaps as well
     key.kept = kept, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
     key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise, NOISE_ATTN_OUT);
@@ -2671,12 +2672,48 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
     graph_end(m);
 }
 
+// ---- Who looks on ----
+
+// x[rows] += scale * out (n,T,C): the end of a branch that is still to be added, alone.
+template <class N> static __global__ void residual_kernel(float *x, const N *out, Rows end, size_t BT, unsigned T, unsigned C) {
+    const size_t i = thread_index(), token = i / C;
+    const long place = token < BT ? row_place(end.place, token / T) : -1;
+    if (place >= 0) x[i] += *end.scale * to_float(out[((size_t)place * T + token % T) * C + i % C]);
+}
+
+// Waits for n numbers, in fp32 or in N, and hands them on. They come by way of memory that only lookers pay for.
+static void show(Model *m, const Watch *w, int point, const void *from, int is_float, size_t n) {
+    const size_t number = is_float ? sizeof(float) : size_of_number(&m->gpu);
+    if (!m->shown) m->shown = (float *)xcalloc((size_t)m->args.B * (size_t)m->args.T * (size_t)m->config.C, sizeof(float));
+    CUDA_CHECK(cudaMemcpyAsync(m->shown, from, n * number, cudaMemcpyDeviceToHost, m->gpu.stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    for (size_t i = n; number == sizeof(bf16) && i-- > 0;) m->shown[i] = to_float(((const bf16 *)(const void *)m->shown)[i]);
+    if (point < 0) w->see_gradient(w->self, m->shown);
+    else w->see(w->self, point, m->shown);
+}
+
+// Shows the stream to who wants it: then what the last branch has left is added first, and not as the next one begins.
+static void look(Model *m, const Pass *pass, int point) {
+    const size_t B = (size_t)m->last_B, T = (size_t)m->last_T, C = (size_t)m->config.C, n = B * T * C;
+    if (!pass->watch || !pass->watch->want[point]) return;
+    if (m->ended && m->gpu.half)
+        LAUNCH(residual_kernel<bf16>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x, (const bf16 *)m->ended, m->end, B * T,
+               (unsigned)T, (unsigned)C);
+    else if (m->ended)
+        LAUNCH(residual_kernel<float>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x, (const float *)m->ended, m->end, B * T,
+               (unsigned)T, (unsigned)C);
+    m->ended = NULL;
+    show(m, pass->watch, point, m->x, 1, n);
+}
+
 // ---- A block with drop path ----
 //     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
 
 static void block_forward(Model *m, const Pass *pass, int l) {
     if (pass->plan->branch[BRANCHES * l + ATTN].n) attention_branch_forward(m, pass, l);
+    look(m, pass, watch_after(l, ATTN));
     if (pass->plan->branch[BRANCHES * l + MLP].n) mlp_branch_forward(m, pass, l);
+    look(m, pass, watch_after(l, MLP));
 }
 
 static void block_backward(Model *m, const Pass *pass, int l) {
@@ -2770,11 +2807,14 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->ended = NULL;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
     if (noise_rate(pass->noise, NOISE_EMBD)) dropout_stream(&m->gpu, m->x, noise_at(m, NOISE_EMBD, 0), B * T, T, C);
+    look(m, pass, WATCH_EMBEDDINGS);
     for (int l = 0; l < m->config.L; l++) {
         if (pass->weight == 0 || l <= m->args.frozen) keep_nothing(m);   // what is not trained needs one layer at a time
         block_forward(m, pass, l);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
+    if (pass->watch && pass->watch->want[watch_features(m->config.L)])
+        show(m, pass->watch, watch_features(m->config.L), m->lnf, 0, B * T * C);
     if (batch->targets) model_loss(m, batch, pass);
     return by;
 }
@@ -2808,6 +2848,8 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass, Grouped
     if (!m->args.frozen && noise_rate(pass->noise, NOISE_EMBD))
         dropout_stream(&m->gpu, m->dx, noise_at(m, NOISE_EMBD, 0), (size_t)batch->rows * (size_t)batch->T, (size_t)batch->T,
                        (size_t)m->config.C);
+    if (pass->watch && pass->watch->see_gradient)
+        show(m, pass->watch, -1, m->dx, 1, (size_t)batch->rows * (size_t)batch->T * (size_t)m->config.C);
     if (!m->args.frozen)
         embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)batch->rows, (size_t)batch->T,
                            (size_t)m->config.T, (size_t)m->config.C);

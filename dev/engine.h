@@ -158,6 +158,9 @@ static inline void engine_check_run(const GptConfig *c, const EngineArgs *a, con
           b->T, a->B, a->T);
     CHECK(pass->weight == 0 || (a->bound.rows > 0 && b->targets), "this model was opened to evaluate");
     CHECK(pass->weight != 0 || !pass->reduce, "an evaluation has no gradients to sum");
+    CHECK(!pass->watch || !pass->watch->see_gradient || !a->frozen, "backward ends above the embeddings");
+    for (int l = 0; pass->watch && plan->tied && l < c->L; l++)
+        CHECK(!pass->watch->want[watch_after(l, ATTN)], "a tied plan has no stream between its branches");
     for (size_t i = 0, n = (size_t)b->rows * (size_t)b->T; i < n; i++) {
         CHECK(b->tokens[i] >= 0 && b->tokens[i] < c->V, "token %d is outside the vocabulary of %d", b->tokens[i], c->V);
         CHECK(!b->targets || b->targets[i] < c->V, "target %d is outside the vocabulary of %d", b->targets[i], c->V);

@@ -18,10 +18,26 @@ typedef struct {
     double smoothing;    // label smoothing (Szegedy et al. 2016): this share of the target's weight goes to all V tokens alike
 } Objective;
 
+// Who looks on. Points of the residual stream, in the order in which they are seen: WATCH_EMBEDDINGS, after each branch that
+// the model has (whether the plan runs it or not), and the features, which are what the head reads.
+enum { WATCH_EMBEDDINGS };
+static inline int watch_after(int layer, int branch) { return 1 + BRANCHES * layer + branch; }
+static inline int watch_features(int layers) { return 1 + BRANCHES * layers; }
+
+typedef struct {
+    void *self;                                          // comes with each call
+    const unsigned char *want;                           // (2L+2) by point, whether it is to be seen. In a tied plan the
+                                                         // stream between a block's branches does not exist
+    void (*see)(void *self, int point, const real *x);   // x (rows,T,C) on the host, until it returns
+    void (*see_gradient)(void *self, const real *dx);    // NULL, or of a training pass: the gradient (rows,T,C) by the sum of
+                                                         // the embeddings, times Pass.weight. Not with frozen layers
+} Watch;
+
 typedef struct {
     const DropPlan *plan;                                // of Batch.rows rows: which run which branch, with which scale
     const Noise *noise;                                  // dropout; NULL: none
     const Objective *objective;                          // NULL: the mean of -log p
+    const Watch *watch;                                  // NULL: nobody looks on
     double weight;                                       // 0: evaluation; else this times the gradient of the mean loss
                                                          // is added to the gradients
     const unsigned char *reduce;                         // (2L+1) by branch and last of all else. Not NULL: this is the
@@ -51,7 +67,7 @@ static inline Batch batch_of(int rows, int T, const int *tokens, const int *targ
 
 // A plain pass: evaluation, or with weight != 0 a step's part on one rank.
 static inline Pass pass_of(const DropPlan *plan, double weight) {
-    Pass p = {plan, NULL, NULL, weight, NULL};
+    Pass p = {plan, NULL, NULL, NULL, weight, NULL};
     return p;
 }
 

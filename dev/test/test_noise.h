@@ -1,4 +1,4 @@
-// test_noise.h: dropout and label smoothing, on every engine: against the reference of test_engine.h, by finite differences, and
+// test_noise.h: what a pass may have beside its plan (dropout, label smoothing, a look at it), on every engine: against the reference of test_engine.h, by finite differences, and
 // what is promised of where a decision comes from. That Philox, and the numbering of its halves, are what noise.h says is shown
 // by numbers made elsewhere: golden/companions.safetensors.
 #ifndef TEST_NOISE_H
@@ -14,7 +14,7 @@
 #define NOISE_TESTS(X) X(noise_rates) X(noise_is_fair) X(noise_has_no_neighbours)
 #define NOISE_ENGINE_TESTS(X) \
     X(noise_off_is_off) X(noise_golden) X(noise_reference_losses) X(noise_reference_gradients) X(noise_threads) X(noise_by_place) \
-    X(noise_parts) X(noise_bf16_is_near) X(noise_made_again) NOISE_DOUBLE_TESTS(X)
+    X(noise_parts) X(watch_sees) X(noise_bf16_is_near) X(noise_made_again) NOISE_DOUBLE_TESTS(X)
 
 // Each place alone, all of them with smoothing, and rates so high that few elements stay.
 static const struct { const char *name; Noise noise; Objective objective; } noise_cases[] = {
@@ -283,6 +283,81 @@ static void test_noise_made_again(void) {
             }
             rig_close(&plain), rig_close(&other);
         }
+}
+
+// ---- Looking on ----
+
+typedef struct { int points, C; size_t n; real *at[16]; real *gradient; } Seen;
+
+static void seen_see(void *self, int point, const real *x) {
+    Seen *s = (Seen *)self;
+    EXPECT(!s->at[point], "point %d is seen twice", point);
+    s->at[point] = (real *)xcalloc(s->n, sizeof(real));
+    memcpy(s->at[point], x, s->n * sizeof(real));
+    s->points++;
+}
+
+static void seen_gradient(void *self, const real *dx) {
+    Seen *s = (Seen *)self;
+    s->gradient = (real *)xcalloc(s->n, sizeof(real));
+    memcpy(s->gradient, dx, s->n * sizeof(real));
+}
+
+static void seen_free(Seen *s) {
+    for (int i = 0; i < 16; i++) free(s->at[i]);
+    free(s->gradient);
+}
+
+// A pass that is looked at has the bits of one that is not. The points are the sum of the embeddings, then that plus what each
+// branch adds; the features are LayerNorm of the last, and give the losses; the gradient sums up to that of wpe.
+static void test_watch_sees(void) {
+    static const unsigned char all[8] = {1, 1, 1, 1, 1, 1, 1, 1}, tied[8] = {1, 0, 1, 0, 1, 0, 1, 1};
+    for (int f = 0; f < N_FORCED; f++) {
+        Rig r = rig_open(small_config, SMALL_B, SMALL_T);
+        const GptConfig *c = &r.c;
+        const size_t TC = (size_t)(r.T * c->C), n = (size_t)r.B * TC;
+        Seen seen = {.n = n, .C = c->C};
+        const Watch watch = {&seen, forced_plans[f].tied ? tied : all, seen_see, seen_gradient};
+        double want_loss;
+        plan_force(&r.plan, f, r.B);
+        real *want = rig_gradient(&r, &want_loss), *zero = slot_new(c), *losses = rig_losses(&r);
+        slot_write(c, r.model, SLOT_GRAD, zero);
+        const Batch batch = batch_of(r.B, r.T, r.tokens, r.targets);
+        Pass pass = pass_of(&r.plan, 1);
+        pass.watch = &watch;
+        const double loss = test_engine->run(r.model, &batch, &pass);
+        real *got = slot_read(c, r.model, SLOT_GRAD);
+        EXPECT(loss == want_loss && slot_same_bits(c, got, want), "%s: other bits", forced_plans[f].name);
+        EXPECT(seen.points == (forced_plans[f].tied ? 5 : 8) && seen.gradient, "%d points", seen.points);
+        double *w = rig_weights_double(&r), *x = doubles(c->C), tolerance = 8 * rounding(4 * c->C);
+        for (int i = 0; i < r.B * r.T; i++)
+            for (int j = 0; j < c->C; j++)
+                EXPECT_CLOSE(seen.at[0][i * c->C + j], w[slot_at(c, P_wte, 0) + (size_t)(r.tokens[i] * c->C + j)] +
+                             w[slot_at(c, P_wpe, 0) + (size_t)(i % r.T * c->C + j)], tolerance, "an embedding");
+        for (int i = 0; i < BRANCHES * c->L && !forced_plans[f].tied; i++)
+            for (int row = 0; row < r.B; row++) {
+                const int same = !memcmp(seen.at[i] + row * (int)TC, seen.at[i + 1] + row * (int)TC, TC * sizeof(real));
+                EXPECT(same == !drop_plan_has_row(&r.plan.branch[i], row), "%s, branch %d, row %d", forced_plans[f].name, i, row);
+            }
+        for (int i = 0; i < r.B * r.T; i++) {            // the features, from the last point of the stream
+            for (int j = 0; j < c->C; j++) x[j] = (double)seen.at[6][i * c->C + j];
+            double mean = 0, variance = 0;
+            for (int j = 0; j < c->C; j++) mean += x[j] / c->C;
+            for (int j = 0; j < c->C; j++) variance += (x[j] - mean) * (x[j] - mean) / c->C;
+            for (int j = 0; j < c->C; j++)
+                EXPECT_CLOSE(seen.at[7][i * c->C + j], (x[j] - mean) / sqrt(variance + 1e-5) *
+                             w[slot_at(c, P_lnfw, 0) + (size_t)j] + w[slot_at(c, P_lnfb, 0) + (size_t)j], tolerance, "a feature");
+        }
+        for (int t = 0; t < r.T; t++)
+            for (int j = 0; j < c->C; j++) {
+                double sum = 0;
+                for (int row = 0; row < r.B; row++) sum += (double)seen.gradient[(size_t)row * TC + (size_t)(t * c->C + j)];
+                EXPECT_CLOSE(sum, want[slot_at(c, P_wpe, 0) + (size_t)(t * c->C + j)], 1e-3 * rms(want, TC) + 1e-9, "gradient of wpe");
+            }
+        free(want), free(zero), free(losses), free(got), free(w), free(x);
+        seen_free(&seen);
+        rig_close(&r);
+    }
 }
 
 // losses() and the first part stay -log p; the loss is the objective's mean of the parts.
