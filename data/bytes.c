@@ -5,6 +5,7 @@
 //     build/data_bytes --out data/text book.txt
 //     build/data_bytes --out data/headers --ext .h --max-bytes 4000000 /usr/include
 #include "../dev/check.h"
+#include "../dev/program.h"
 #include "../dev/sha256.h"
 #include "../dev/shards.h"
 #include "../dev/tokenizer.h"
@@ -24,8 +25,10 @@ static const char help[] =
     "  --ext .h,.c       of directories, only files that end in one of these\n"
     "  --max-bytes N     of one file: its first N bytes. Of several: as many as fit, by the SHA-256 of their names\n"
     "  --replace         also in place of the shards of other PATHs, which are lost\n"
-    "  --help            print this\n"
+    "  -h, --help        print this\n"
+    "  --version         print version, commit and compiler\n"
     "\n"
+    "N is a whole number, which may be written 1e6.\n"
     "Each file is a document and ends with the end-of-text token, 256. A single file gets none.\n";
 
 // ---- Options ----
@@ -49,10 +52,8 @@ static const char *option_value(char **argv, int *i, const char *name) {
 }
 
 static int64_t option_count(const char *name, const char *value) {
-    char *end;
-    errno = 0;
-    long long v = strtoll(value, &end, 10);
-    if (end == value || *end || errno || v < 1) die("%s %s: a whole number of at least 1 is needed", name, value);
+    int64_t v;
+    if (whole_read(&v, value) != WHOLE_OK || v < 1) die("%s %s: a whole number of at least 1 is needed", name, value);
     return v;
 }
 

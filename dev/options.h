@@ -13,12 +13,13 @@
 //     options_free(&o);
 //
 // Command line: --name value or --name=value; '_' and '-' are the same; names are never abbreviated; the last of equal
-// names wins. Config files: lines `name = value`, '#' starts a comment, later lines win; a value with blanks at its
+// names wins; a whole number may be written 1e6. Config files: lines `name = value`, '#' starts a comment, later lines win; a value with blanks at its
 // ends or with '#' stands in double quotes, where \" \\ \n \r \t are known. The command line wins over every config.
 #ifndef OPTIONS_H
 #define OPTIONS_H
 
 #include "check.h"
+#include "program.h"
 #include <limits.h>
 #include <math.h>
 #include <stddef.h>
@@ -298,9 +299,7 @@ static inline int options_read(const OptionSpec *s, const char *text, OptionValu
     size_t length;
     switch (s->type) {
     case OPTION_INTEGER:
-        errno = 0;
-        v->integer = strtoll(text, &end, 10);
-        return end > text && end == stop && !*end && !errno && options_inside(s->domain, (double)v->integer);
+        return whole_read(&v->integer, text) == WHOLE_OK && options_inside(s->domain, (double)v->integer);
     case OPTION_NUMBER:
         v->number = strtod(text, &end);
         return end > text && end == stop && !*end && options_inside_as_real(s->domain, v->number);
@@ -337,6 +336,13 @@ static inline void options_store(OptionRef r, OptionValue v) {
         free(old);
     }
     }
+}
+
+// Whether a value that was refused is within the spec's interval, but more than 64 bits hold.
+static inline int options_too_large(const OptionSpec *s, const char *text) {
+    int64_t ignored;
+    return s->type == OPTION_INTEGER && whole_read(&ignored, text) == WHOLE_TOO_LARGE &&
+           options_inside(s->domain, strtod(text, NULL));
 }
 
 // What values the spec takes, in words; from malloc.
@@ -461,7 +467,7 @@ static inline char *options_find(Options *o, const char *name, OptionRef *found)
 // ---- Building the chain ----
 
 static const OptionSpec options_own[] = {
-    OPTION_HEADING_SPEC("General: --name value or --name=value; STEPS is a number of steps, or such as 10% of the run")
+    OPTION_HEADING_SPEC("General: --name value or --name=value; N may be 1e6; STEPS is such as 100 or 10% of the run")
     {"config", OPTION_CONFIG, 0, "", "FILE",
      "read options from FILE, lines of name = value; the command line wins, then the later file"},
     {"help", OPTION_HELP, 0, "", "", "print this and exit"},
@@ -532,7 +538,9 @@ static inline char *options_set(Options *o, const char *name, const char *text, 
         if (number && !options_inside_as_real(r.spec->domain, v.number))
             error = xprintf("--%s: '%.200s' is computed with in " REAL_NAME ", where it is %g; wanted is %s%s", r.spec->name,
                             text, (double)(real)v.number, wanted, (real)v.number == 0 ? " that does not become 0" : "");
-        else error = xprintf("--%s: '%.200s' is not %s", r.spec->name, text, wanted);
+        else
+            error = xprintf("--%s: '%.200s' is not %s%s", r.spec->name, text, wanted,
+                            options_too_large(r.spec, text) ? ", of at most 9223372036854775807" : "");
         free(wanted);
         return error;
     }

@@ -140,7 +140,7 @@ static void test_options_bad_names(void) {
 }
 
 static void test_options_bad_values(void) {
-    const char *integers[] = {"", "x", "5x", "5.0", "1e3", "0x10", "-", "+", "0", "-1", "1000000000001",
+    const char *integers[] = {"", "x", "5x", "5.0", "1.5", "1.5e0", "1e13", "1e", "e3", "1e3x", "1e-1", "0x10", "-", "+", "0", "-1", "1000000000001",
                               "99999999999999999999"};
     for (size_t i = 0; i < sizeof integers / sizeof integers[0]; i++) {
         char *command = xprintf("--steps=%s", integers[i]);
@@ -164,13 +164,38 @@ static void test_options_bad_values(void) {
     options_test_bad("--drop-depth=linear|linear0", "is not one of");
     options_test_bad("--drop-depth=", "'' is not one of");
     options_test_bad("--drop-sync=yes", "--drop-sync: 'yes' is not one of 0|1");
-    options_test_bad("--seed 9223372036854775808", "is not a whole number in [0,inf)");
+    options_test_bad("--seed 9223372036854775808", "is not a whole number in [0,inf), of at most 9223372036854775807");
+    options_test_bad("--seed 1e19", "'1e19' is not a whole number in [0,inf), of at most 9223372036854775807");
     options_test_bad("--eps 0", "is not a number in (0,inf)");
     options_test_bad("--lr=inf", "is not a number in [0,inf)");
     options_test_bad("--lr --steps 5", "--lr needs a value: a number in [0,inf)");
     options_test_bad("--steps", "--steps needs a value: a whole number in [1,1e12]");
     options_test_bad("--preset", "--preset needs a value: one of tiny|");
     options_test_bad("--train", "--train needs a value: GLOB");
+}
+
+// Whole numbers are also read in scientific notation, from the command line and from configs, as far as that is exact.
+static void test_options_scientific(void) {
+    static const struct { const char *text; int64_t value; } good[] = {
+        {"1e3", 1000}, {"2.5e6", 2500000}, {"1E12", 1000000000000}, {"1e+2", 100}, {"12.50e1", 125}, {"1e0", 1},
+        {"9223372036854775807", INT64_MAX}, {"-9223372036854775808", INT64_MIN}, {"9.223372036854775807e18", INT64_MAX},
+        {"0e99999999999999999999", 0}, {"0.000e-5", 0}, {"2000e-3", 2}, {"-1e2", -100}, {"+.5e1", 5}};
+    static const struct { const char *text; int result; } bad[] = {
+        {"1.5e0", WHOLE_WRONG}, {"15e-1", WHOLE_WRONG}, {"1e", WHOLE_WRONG}, {"e1", WHOLE_WRONG}, {".e1", WHOLE_WRONG},
+        {"1e1.0", WHOLE_WRONG}, {"1.", WHOLE_WRONG}, {"1e 3", WHOLE_WRONG}, {" 1", WHOLE_WRONG}, {"-", WHOLE_WRONG},
+        {"1e19", WHOLE_TOO_LARGE}, {"9.223372036854775808e18", WHOLE_TOO_LARGE}, {"1e999999999999", WHOLE_TOO_LARGE},
+        {"18446744073709551617", WHOLE_TOO_LARGE}, {"-9223372036854775809", WHOLE_TOO_LARGE}};
+    int64_t v = 0;
+    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++)
+        EXPECT(whole_read(&v, good[i].text) == WHOLE_OK && v == good[i].value, "%s: %lld", good[i].text, (long long)v);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
+        EXPECT(whole_read(&v, bad[i].text) == bad[i].result, "%s is not refused as it should be", bad[i].text);
+    TestOptions t;
+    options_test_good(&t, "--steps 1e3 --total-batch=2.5e6");
+    EXPECT(t.train.steps == 1000 && t.train.total_batch == 2500000, "the command line");
+    char *error = options_test_config(&t, "eval-tokens = 1.5e5\n");
+    EXPECT(!error && t.train.eval_tokens == 150000, "the config: %s", error ? error : "");
+    options_free(&t.o);
 }
 
 // Numbers are judged as the type that computes with them.
@@ -492,7 +517,7 @@ static void test_options_exit(void) {
 
 #define OPTIONS_TESTS(X)                                                                                        \
     X(options_defaults) X(options_command_line) X(options_bare) X(options_bad_names) X(options_bad_values) X(options_round) \
-    X(options_bad_value_keeps) X(options_config) X(options_config_errors) X(options_precedence)                \
+    X(options_scientific) X(options_bad_value_keeps) X(options_config) X(options_config_errors) X(options_precedence)                \
     X(options_recipes) X(options_round_trip) X(options_span_steps) X(options_words) X(options_help) X(options_exit)
 
 #endif
