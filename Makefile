@@ -95,6 +95,9 @@ WARNINGS := -Wall -Wextra $(if $(OMP),,-Wno-unknown-pragmas) $(if $(SAN),$(if $(
 FLAGS    := -std=c11 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) $(OMP) \
             $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(if $(SAN),-DSANITIZED -fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=undefined)
 LIBS     := -lm -pthread
+# For --version. What is built already stays as it is at a new commit, and goes on naming the one that it was built at.
+COMMIT    = $(eval COMMIT := $(if $(wildcard .git),$(shell git describe --always --dirty 2>/dev/null)))$(COMMIT)
+VERSION   = $(COMMIT:%=-DCOMMIT=%)
 # Tests take longer to compile than to run.
 TEST_O   := -O1
 # No contraction: on every compiler the sums are those that the code says.
@@ -133,7 +136,7 @@ $(B)/engine_no_pairs.o: train_gpt.c                      # for one test: without
 
 $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes $(B)/test_gpt $(B)/interop_logits $(B)/fuzz_replay $(B)/torture:
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $(FAT_$(@F)) $(TEST_FLAGS) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
+	$(CC) $(FLAGS) $(VERSION) $(FAT_$(@F)) $(TEST_FLAGS) -MMD -MF $@.d $< $(filter %.o,$^) -o $@ $(LIBS)
 
 $(filter $(B)/engine_%.o,$(ENGINES)): $(B)/engine_%.o: train_gpt.c
 	@mkdir -p $(@D)
@@ -162,11 +165,11 @@ $(B)/test_nccl.o: dev/test/test_nccl.cu
 
 $(B)/train_gpt_emu: train_gpt.cu                         # for whole runs of several ranks
 	@mkdir -p $(@D)
-	$(CXX) $(EMU_FLAGS) -DCUDA_BUILD -MMD -MF $@.d $< -o $@ $(CXX_LIB) $(LIBS)
+	$(CXX) $(EMU_FLAGS) $(VERSION) -DCUDA_BUILD -MMD -MF $@.d $< -o $@ $(CXX_LIB) $(LIBS)
 
 $(B)/train_gpt_cuda: train_gpt.cu
 	@mkdir -p $(@D)
-	$(NVCC) $(GPU_FLAGS) -DCUDA_BUILD -MMD -MF $@.d $< -o $@ $(GPU_LIBS)
+	$(NVCC) $(GPU_FLAGS) $(VERSION) -DCUDA_BUILD -MMD -MF $@.d $< -o $@ $(GPU_LIBS)
 
 $(B)/engine_cuda.o: train_gpt.cu
 	@mkdir -p $(@D)
@@ -174,7 +177,7 @@ $(B)/engine_cuda.o: train_gpt.cu
 
 $(TOOLS:%=$(B)/%_cuda.o): $(B)/%_cuda.o: dev/tools/%.c
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) -DCUDA_BUILD -MMD -MF $@.d -c $< -o $@
+	$(CC) $(FLAGS) $(VERSION) -DCUDA_BUILD -MMD -MF $@.d -c $< -o $@
 
 $(TOOLS:%=$(B)/%_cuda): $(B)/%_cuda: $(B)/%_cuda.o $(B)/engine_cuda.o
 	$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $^ -o $@ $(GPU_LIBS)

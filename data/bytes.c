@@ -64,13 +64,20 @@ static double option_fraction(const char *name, const char *value) {
     return v;
 }
 
+static void NORETURN print_and_exit(const char *text) {
+    fputs(text, stdout);
+    exit(0);
+}
+
 static Options options_parse(char **argv) {
     Options o = {NULL, NULL, 0.1, 0, 0, NULL, 0, 0};
     const char *value;
     for (int i = 1; argv[i]; i++) {
-        if (!strcmp(argv[i], "--help")) {
-            fputs(help, stdout);
-            exit(0);
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) print_and_exit(help);
+        if (!strcmp(argv[i], "--version")) {
+            Text version = {NULL, 0, 0};
+            program_version(&version, "data_bytes", NULL);
+            print_and_exit(version.s);
         }
         if ((value = option_value(argv, &i, "--out"))) o.out = value;
         else if ((value = option_value(argv, &i, "--ext"))) o.extensions = value;

@@ -28,4 +28,13 @@ static inline const Engine *engine_default(void) {
 #endif
 }
 
+// Its name. Starts no driver.
+static inline const char *engine_default_name(void) {
+#ifdef CUDA_BUILD
+    return "CUDA";
+#else
+    return engine_cpu()->name;
+#endif
+}
+
 #endif

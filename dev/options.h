@@ -20,6 +20,7 @@
 
 #include "check.h"
 #include "program.h"
+#include "synonyms.h"
 #include <limits.h>
 #include <math.h>
 #include <stddef.h>
@@ -43,7 +44,7 @@ static inline int64_t span_steps(Span s, int64_t total) {
 //     FLAG     int       "0|1"; without a value it means 1
 // The rest are the parser's own and have no field.
 enum { OPTION_INTEGER, OPTION_NUMBER, OPTION_TEXT, OPTION_CHOICE, OPTION_SPAN, OPTION_FLAG,
-       OPTION_HEADING, OPTION_CONFIG, OPTION_HELP };
+       OPTION_HEADING, OPTION_CONFIG, OPTION_HELP, OPTION_VERSION };
 #define OPTION_FIELD_INTEGER int64_t
 #define OPTION_FIELD_NUMBER  double
 #define OPTION_FIELD_TEXT    char *
@@ -252,6 +253,7 @@ enum { OPTIONS_MAX_SETS = 4 };
 
 typedef struct {
     const char *usage;                                   // "generate CHECKPOINT [options]"
+    const char *engine;                                  // what computes, for --version; NULL: nothing does
     OptionSet set[OPTIONS_MAX_SETS];                     // the first is the parser's own
     int n_sets;
     int max_arguments, n_arguments;                      // positional arguments: allowed (options_init says 0), given
@@ -359,7 +361,7 @@ static inline char *options_wanted(const OptionSpec *s) {
 
 // What the option means when it is given without a value, or NULL: it needs one.
 static inline const char *options_bare(const OptionSpec *s) {
-    if (s->type == OPTION_FLAG || s->type == OPTION_HELP) return "1";
+    if (s->type == OPTION_FLAG || s->type >= OPTION_HELP) return "1";
     const char *mark = s->type == OPTION_TEXT ? strchr(s->domain, '=') : NULL;
     return mark ? mark + 1 : NULL;
 }
@@ -442,26 +444,62 @@ static inline int options_same_name(const char *a, const char *b) {
     return !*a && !*b;
 }
 
-// Finds an option by name. Returns NULL, or an error from malloc that names the nearest.
-static inline char *options_find(Options *o, const char *name, OptionRef *found) {
-    int best = INT_MAX;
+// Whether one of the blank-separated words is that name; '_' is '-'.
+static inline int options_among(const char *words, const char *name) {
+    for (size_t n; *words; words += n + (words[n] == ' ')) {
+        n = strcspn(words, " ");
+        size_t i = 0;
+        while (i < n && (name[i] == '_' ? '-' : name[i]) == words[i]) i++;
+        if (i == n && !name[n]) return 1;
+    }
+    return 0;
+}
+
+// The option of exactly that name; found->spec is NULL if there is none.
+static inline void options_named(Options *o, const char *name, OptionRef *found) {
     found->set = NULL;
     found->spec = NULL;
-    for (int nearest = 0; nearest < 2 && best; nearest++)          // distances only where no name is the same
-        for (int k = 0; k < o->n_sets; k++) {
-            OptionSet *set = &o->set[k];
-            for (int i = 0; i < set->n; i++) {
-                const char *other = set->specs[i].name;
-                if (set->specs[i].type == OPTION_HEADING || (!nearest && !options_same_name(name, other))) continue;
-                const int distance = nearest ? options_distance(name, other) : 0;
-                if (distance >= best) continue;
-                best = distance;
-                found->set = set;
-                found->spec = &set->specs[i];
-            }
+    for (int k = 0; k < o->n_sets; k++)
+        for (int i = 0; i < o->set[k].n; i++) {
+            const OptionSpec *s = &o->set[k].specs[i];
+            if (s->type == OPTION_HEADING || !options_same_name(name, s->name)) continue;
+            found->set = &o->set[k];
+            found->spec = s;
         }
-    CHECK(found->spec, "options_init was not called");
-    return best == 0 ? NULL : xprintf("unknown option --%.100s; the nearest is --%s", name, found->spec->name);
+}
+
+// The row of an option of these tables that others call by that name, or NULL.
+static inline const Synonym *options_synonym(Options *o, const char *name) {
+    OptionRef r;
+    for (int i = 0; i < SYNONYMS; i++) {
+        if (!options_among(synonyms[i].names, name)) continue;
+        options_named(o, synonyms[i].ours, &r);
+        if (r.spec) return &synonyms[i];
+    }
+    return NULL;
+}
+
+// The name with the fewest letters to change.
+static inline const char *options_nearest(const Options *o, const char *name) {
+    const char *best = NULL;
+    int least = INT_MAX;
+    for (int k = 0; k < o->n_sets; k++)
+        for (int i = 0; i < o->set[k].n; i++) {
+            const OptionSpec *s = &o->set[k].specs[i];
+            const int distance = s->type == OPTION_HEADING ? INT_MAX : options_distance(name, s->name);
+            if (distance < least) least = distance, best = s->name;
+        }
+    CHECK(best, "options_init was not called");
+    return best;
+}
+
+// Finds an option by name. Returns NULL, or an error from malloc: what it is called here, or the nearest name.
+static inline char *options_find(Options *o, const char *name, OptionRef *found) {
+    options_named(o, name, found);
+    if (found->spec) return NULL;
+    const Synonym *s = options_synonym(o, name);
+    if (s) return xprintf("unknown option --%.100s; here it is --%s%s", name, s->ours, s->note);
+    return xprintf("unknown option --%.100s; the nearest is --%s", name, options_nearest(o, name));
 }
 
 // ---- Building the chain ----
@@ -470,7 +508,8 @@ static const OptionSpec options_own[] = {
     OPTION_HEADING_SPEC("General: --name value or --name=value; N may be 1e6; STEPS is such as 100 or 10% of the run")
     {"config", OPTION_CONFIG, 0, "", "FILE",
      "read options from FILE, lines of name = value; the command line wins, then the later file"},
-    {"help", OPTION_HELP, 0, "", "", "print this and exit"},
+    {"help", OPTION_HELP, 0, "", "", "print this and exit; so does -h"},
+    {"version", OPTION_VERSION, 0, "", "", "print version, commit, compiler and engine, and exit"},
 };
 
 static inline void options_init(Options *o, const char *usage) {
@@ -634,13 +673,36 @@ static inline char *options_config_file(Options *o, const char *path) {
 
 static inline void options_help(const Options *o, Text *out);
 
+// --help and --version: print and exit.
+static inline void NORETURN options_print_and_exit(const Options *o, int type) {
+    Text text;
+    memset(&text, 0, sizeof text);
+    if (type == OPTION_HELP) options_help(o, &text);
+    else {
+        char *name = xprintf("%.*s", (int)strcspn(o->usage, " "), o->usage);
+        program_version(&text, name, o->engine);
+        free(name);
+    }
+    fputs(text.s, stdout);
+    exit(0);
+}
+
+// What is wrong with an argument that is no option, "-l" for one; from malloc.
+static inline char *options_unexpected(Options *o, const char *argument) {
+    const Synonym *s = *argument == '-' && strlen(argument) <= 3 ? options_synonym(o, argument + 1) : NULL;
+    if (s) return xprintf("unexpected argument '%s'\n  hint: llm.c's %s is --%s%s here", argument, argument, s->ours, s->note);
+    return xprintf("unexpected argument '%s'\n  hint: options are --name value; quote patterns and texts with blanks",
+                   argument);
+}
+
 // Applies `--NAME`; value is what follows '=', or NULL; next the argument that follows, or NULL. Sets *took_next.
 static inline char *options_argument(Options *o, const char *name, const char *value, const char *next, int *took_next) {
     OptionRef r;
     OptionValue ignored;
     char *error = options_find(o, name, &r);
     if (error) return error;
-    if (!value && next && r.spec->type != OPTION_HELP && strncmp(next, "--", 2)) {
+    if (r.spec->type >= OPTION_HELP) options_print_and_exit(o, r.spec->type);
+    if (!value && next && strncmp(next, "--", 2)) {
         *took_next = r.spec->type != OPTION_FLAG || options_read(r.spec, next, &ignored);
         if (*took_next) value = next;
     }
@@ -652,26 +714,19 @@ static inline char *options_argument(Options *o, const char *name, const char *v
         return error;
     }
     if (r.spec->type == OPTION_CONFIG) return options_config_file(o, value);
-    if (r.spec->type == OPTION_HELP) {
-        Text help;
-        memset(&help, 0, sizeof help);
-        options_help(o, &help);
-        fputs(help.s, stdout);
-        exit(0);
-    }
     return options_set(o, r.spec->name, value, FROM_COMMAND);
 }
 
-// Reads the command line. Returns NULL, or an error from malloc. Prints and exits on --help.
+// Reads the command line. Returns NULL, or an error from malloc. Prints and exits on --help and --version.
 static inline char *options_arguments(Options *o, int argc, char **argv) {
     free((void *)o->arguments);
     o->arguments = (const char **)xcalloc((size_t)argc, sizeof o->arguments[0]);
     o->n_arguments = 0;
     for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "-h")) options_print_and_exit(o, OPTION_HELP);
         if (strncmp(argv[i], "--", 2)) {
-            if (o->n_arguments == o->max_arguments)
-                return xprintf("unexpected argument '%s'\n"
-                               "  hint: options are --name value; quote patterns and texts with blanks", argv[i]);
+            const int letter = argv[i][0] == '-' && argv[i][1];          // "-" alone may be a file's name
+            if (letter || o->n_arguments == o->max_arguments) return options_unexpected(o, argv[i]);
             o->arguments[o->n_arguments++] = argv[i];
             continue;
         }
@@ -687,7 +742,7 @@ static inline char *options_arguments(Options *o, int argc, char **argv) {
     return NULL;
 }
 
-// Reads the command line or exits: with code 0 after --help, with code 1 after an error.
+// Reads the command line or exits: with code 0 after --help or --version, with code 1 after an error.
 static inline void options_parse(Options *o, int argc, char **argv) {
     files_begin();                                       // so every program does before it opens a file
     char *error = options_arguments(o, argc, argv);
@@ -741,7 +796,7 @@ static inline void options_help(const Options *o, Text *out) {
             int interval = s->type == OPTION_INTEGER || s->type == OPTION_NUMBER;
             const char *value = s->type == OPTION_INTEGER ? "N" : s->type == OPTION_NUMBER ? "X"
                               : s->type == OPTION_SPAN ? "STEPS" : s->domain;
-            int length = (int)strcspn(value, "="), bare = s->type != OPTION_HELP && options_bare(s);
+            int length = (int)strcspn(value, "="), bare = s->type < OPTION_HELP && options_bare(s);
             char *left = xprintf(bare ? "  --%s [%.*s]" : "  --%s %.*s", s->name, length, value);
             char *right = xprintf(*s->initial ? "%s (default %s%s%s)" : "%s", s->help, s->initial,
                                   interval ? ", in " : "", interval ? s->domain : "");

@@ -122,7 +122,7 @@ static void test_options_bare(void) {
 
 static void test_options_bad_names(void) {
     options_test_bad("--layrs 3", "unknown option --layrs; the nearest is --layers");
-    options_test_bad("--learning-rate 3", "unknown option --learning-rate; the nearest is --");
+    options_test_bad("--learning-rte 3", "unknown option --learning-rte; the nearest is --");
     options_test_bad("--droppath=0.1", "the nearest is --drop-path");
     options_test_bad("--drop-rampup 5", "the nearest is --drop-ramp-up");
     options_test_bad("--temprature 1", "the nearest is --temperature");
@@ -137,6 +137,84 @@ static void test_options_bad_names(void) {
     EXPECT(options_distance("kitten", "sitting") == 3, "Levenshtein of kitten and sitting");
     EXPECT(options_distance("", "abc") == 3 && options_distance("abc", "") == 3, "Levenshtein to the empty word");
     EXPECT(options_distance("drop_ramp-up", "drop-ramp-up") == 0, "_ and - are the same");
+}
+
+// What other programs call it: by meaning, and never accepted.
+static void test_options_synonyms(void) {
+    options_test_bad("--learning-rate 3", "unknown option --learning-rate; here it is --lr");
+    options_test_bad("--learning_rate=3", "unknown option --learning_rate; here it is --lr");
+    options_test_bad("--drop 0.1", "here it is --drop-path");
+    options_test_bad("--max-iters 5", "here it is --steps");
+    options_test_bad("--n_layer 5", "here it is --layers");
+    options_test_bad("--block_size 5", "here it is --seq-len");
+    options_test_bad("--gradient_accumulation_steps 4", "here it is --total-batch, in tokens of a whole step");
+    options_test_bad("--bf16", "here it is --dtype bf16");
+    options_test_bad("--optimizer.init_args.lr 1", "here it is --lr");
+    options_test_bad("-l 3e-4", "unexpected argument '-l'\n  hint: llm.c's -l is --lr here");
+    options_test_bad("-q0 3e-4", "unexpected argument '-q0'\n  hint: options are --name value");
+    options_test_bad("--temp 1", "here it is --temperature");
+    options_test_bad_config("n_layer = 3", 11, "run.txt:1: unknown option --n_layer; here it is --layers");
+    TestOptions t;
+    options_test_good(&t, "--weight_decay 0.5 --epochs 2");
+    EXPECT(t.train.weight_decay == 0.5 && t.train.epochs == 2, "these are names here too");
+    t.o.max_arguments = 1;
+    char *error = options_test_command(&t, "-n 5");      // where a program takes a checkpoint, this is none
+    EXPECT_ERROR(error, "unexpected argument '-n'\n  hint: llm.c's -n is --save-every here");
+    free(error);
+    options_free(&t.o);
+}
+
+// Whether a program's help has an option of that name.
+static int options_test_has(const Text *help, const char *name) {
+    char *line = xprintf("\n  --%s ", name), *bare = xprintf("\n  --%s\n", name);
+    const int has = strstr(help->s, line) || strstr(help->s, bare);
+    free(line), free(bare);
+    return has;
+}
+
+// Every synonym leads to an option of some program that does not itself have an option of that name.
+static void test_options_synonyms_lead_somewhere(void) {
+    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export"};
+    enum { PROGRAMS = sizeof programs / sizeof programs[0] };
+    Text help[PROGRAMS];
+    for (int p = 0; p < PROGRAMS; p++) {
+        ToolRun r = tool_run("%s --help", programs[p]);
+        EXPECT(r.code == 0, "%s --help: %s", programs[p], r.err.s);
+        help[p] = r.out;
+        text_free(&r.err);
+    }
+    for (int i = 0; i < SYNONYMS; i++) {
+        char *names = xstrdup(synonyms[i].names), *rest = NULL;
+        for (char *name = strtok_r(names, " ", &rest); name; name = strtok_r(NULL, " ", &rest)) {
+            int leads = 0, again = 0;
+            for (int p = 0; p < PROGRAMS; p++)
+                leads |= options_test_has(&help[p], synonyms[i].ours) && !options_test_has(&help[p], name);
+            for (int j = 0; j < i; j++) again |= !strcmp(synonyms[j].ours, synonyms[i].ours) && options_among(synonyms[j].names, name);
+            EXPECT(leads, "--%s leads to --%s, which no program has", name, synonyms[i].ours);
+            EXPECT(!again, "--%s stands twice for --%s", name, synonyms[i].ours);
+        }
+        free(names);
+    }
+    for (int p = 0; p < PROGRAMS; p++) text_free(&help[p]);
+}
+
+// -h is --help, and --version names version, commit, compiler and engine, in every program, whatever else is said.
+static void test_options_help_and_version(void) {
+    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export", "data_bytes"};
+    const int git = path_exists(".git") && system("git describe --always >/dev/null 2>&1") == 0;
+    for (size_t p = 0; p < sizeof programs / sizeof programs[0]; p++) {
+        ToolRun h = tool_run("%s -h", programs[p]), help = tool_run("%s --help", programs[p]);
+        EXPECT(h.code == 0 && help.out.n > 0 && !strcmp(h.out.s, help.out.s), "%s -h: %s", programs[p], h.err.s);
+        ToolRun r = tool_run("%s --version --nonsense", programs[p]);
+        char *begin = xprintf("%s (droppath.c) " PROGRAM_VERSION "\ncommit:   ", programs[p]);
+        const char *compiler = strstr(r.out.s, "\ncompiler: "), *engine = strstr(r.out.s, "\nengine:   ");
+        EXPECT(r.code == 0 && !strncmp(r.out.s, begin, strlen(begin)) && compiler && engine, "%s --version: %s%s", programs[p],
+               r.out.s, r.err.s);
+        EXPECT(!git || !strstr(r.out.s, "commit:   unknown"), "%s does not know its commit", programs[p]);
+        EXPECT(engine && !strstr(engine, "none") == !strstr("export data_bytes", programs[p]), "%s: %s", programs[p], r.out.s);
+        free(begin);
+        tool_free(&h), tool_free(&help), tool_free(&r);
+    }
 }
 
 static void test_options_bad_values(void) {
@@ -517,7 +595,8 @@ static void test_options_exit(void) {
 
 #define OPTIONS_TESTS(X)                                                                                        \
     X(options_defaults) X(options_command_line) X(options_bare) X(options_bad_names) X(options_bad_values) X(options_round) \
-    X(options_scientific) X(options_bad_value_keeps) X(options_config) X(options_config_errors) X(options_precedence)                \
+    X(options_scientific) X(options_synonyms) X(options_synonyms_lead_somewhere) \
+    X(options_help_and_version) X(options_bad_value_keeps) X(options_config) X(options_config_errors) X(options_precedence)                \
     X(options_recipes) X(options_round_trip) X(options_span_steps) X(options_words) X(options_help) X(options_exit)
 
 #endif

@@ -81,6 +81,7 @@ typedef struct {
 static void read_options(Compare *c, int argc, char **argv) {
     const TrainOptions *o = &c->train;
     options_init(&c->options, "compare --train GLOB --val GLOB --drop-path X [--seeds N] [options]");
+    c->options.engine = engine_default_name();
     options_add(&c->options, train_options(), &c->train);
     options_add(&c->options, compare_options(), &c->own);
     options_parse(&c->options, argc, argv);

@@ -376,6 +376,7 @@ int main(int argc, char **argv) {
     Options options;
     Loaded m;
     options_init(&options, "evaluate CHECKPOINT --val GLOB [--choices FILE] [options]");
+    options.engine = engine_default_name();
     options_add(&options, evaluate_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);

@@ -128,6 +128,7 @@ int main(int argc, char **argv) {
     Options options;
     Loaded m;
     options_init(&options, "generate CHECKPOINT [options]");
+    options.engine = engine_default_name();
     options_add(&options, generate_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);

@@ -1,0 +1,157 @@
+// synonyms.h: what other training programs call the options of this project's programs. An unknown
+// option is looked up here before the nearest name by spelling. The names are those of nanoGPT,
+// transformers (TrainingArguments), Megatron-LM, LitGPT, timm and fairseq; those of one letter or two
+// are llm.c's (train_gpt2cu).
+//
+// No synonym is accepted: its unit, or what it rests on, may be another one there.
+#ifndef SYNONYMS_H
+#define SYNONYMS_H
+
+typedef struct {
+    const char *ours, *note;                             // note: how its value differs, or is to be
+    const char *names;                                   // with '-', separated by blanks
+} Synonym;
+
+// A name may stand in several rows: the first whose option the running program has is shown.
+static const Synonym synonyms[] = {
+    // Drop path
+    {"drop-path", "",
+     "drop drop-path-rate drop-path-prob droppath-rate stochastic-depth stochastic-depth-prob "
+     "stochastic-depth-rate layer-drop layerdrop encoder-layerdrop decoder-layerdrop "
+     "layer-dropout layer-dropout-prob drop-rate"},
+    {"drop-path", ", which drops whole branches, not single values",
+     "dropout hidden-dropout attention-dropout resid-pdrop"},
+
+    // Model
+    {"layers", "", "n-layer n-layers num-layers num-hidden-layers n-blocks depth"},
+    {"heads", "", "n-head n-heads num-heads num-attention-heads"},
+    {"channels", "", "n-embd n-embed embed-dim hidden-size hidden-dim d-model dim width"},
+    {"seq-len", "",
+     "block-size context context-length n-ctx n-positions seq-length sequence-length "
+     "max-seq-len max-seq-length max-position-embeddings"},
+    {"vocab-size", ", without padding", "padded-vocab-size"},
+    {"vocab-size", "", "n-vocab"},
+    {"preset", "", "model model-name model-type model-size config-name"},
+    {"init-from", "", "model-name-or-path pretrained initial-checkpoint-dir finetune ckpt-path"},
+    {"init-from", ", for weights alone; --resume continues a run", "load"},
+
+    // Data and output
+    {"train", "",
+     "data data-path data-dir dataset train-file train-data train-data-path input-bin"},
+    {"val", "",
+     "data dataset val-data valid-data-path validation-file eval-file input-val-bin val-file"},
+    {"tokenizer", ", a file", "tokenizer-name tokenizer-dir"},
+    {"tokenizer", "", "tokenizer-path tokenizer-model vocab-file"},
+    {"out", "", "out-dir output output-dir output-path save save-dir checkpoint-dir log-dir"},
+    {"out", ", a directory", "run-name"},
+
+    // Length and batch
+    {"steps", "",
+     "max-iters max-steps num-steps n-steps iters iterations num-iterations train-iters "
+     "train-steps total-steps train.max-steps"},
+    {"steps", ", of --total-batch tokens", "max-tokens train.max-tokens"},
+    {"epochs", "", "num-epochs num-train-epochs max-epochs train.epochs n-epochs"},
+    {"batch", ", rows of a micro-batch", "batch-size"},
+    {"batch", "",
+     "micro-batch micro-batch-size train.micro-batch-size per-device-train-batch-size "
+     "device-batch-size per-device-eval-batch-size eval-batch-size"},
+    {"total-batch", ", in tokens",
+     "total-batch-size global-batch-size train.global-batch-size effective-batch-size"},
+    {"total-batch", ", in tokens of a whole step",
+     "gradient-accumulation gradient-accumulation-steps grad-accum grad-accum-steps "
+     "accumulate-grad-batches"},
+    {"resume", "", "resume-from resume-from-checkpoint continue restart"},
+    {"seed", "", "random-seed manual-seed"},
+    {"threads", "", "num-threads n-threads nproc num-workers"},
+    {"dtype", "", "precision torch-dtype"},
+    {"dtype", " bf16", "amp bf16 fp16"},
+    {"dtype", " fp32", "fp32"},
+    {"dtype", " tf32", "tf32"},
+    {"recompute", " branch",
+     "gradient-checkpointing activation-checkpointing recompute-activations"},
+    {"recompute", "", "recompute-granularity"},
+    {"graphs", "", "cuda-graph"},
+    {"zero", " 1", "use-distributed-optimizer"},
+    {"zero", "", "zero-stage"},
+    {"rendezvous", " tcp://HOST:PORT", "master-addr master-port"},
+    {"rendezvous", "", "init-method dist-url"},
+
+    // Optimizer
+    {"lr", "", "learning-rate max-lr peak-lr lr-max base-lr optimizer.lr optimizer.init-args.lr"},
+    {"lr-final", ", a fraction of --lr", "min-lr lr-min final-lr train.min-lr"},
+    {"lr-final", "", "min-lr-ratio learning-rate-decay-frac"},
+    {"lr-schedule", "",
+     "lr-scheduler lr-scheduler-type lr-decay-style scheduler schedule decay-lr"},
+    {"steps", ", at whose end the learning rate is --lr-final; only wsd has --lr-decay",
+     "lr-decay-iters"},
+    {"lr-decay", "", "lr-wsd-decay-iters cooldown cooldown-iters"},
+    {"warmup", "",
+     "warmup-steps warmup-iters lr-warmup-iters lr-warmup-steps train.lr-warmup-steps "
+     "num-warmup-steps"},
+    {"warmup", ", as in 2%", "warmup-ratio warmup-fraction lr-warmup-fraction"},
+    {"weight-decay", "", "wd decay l2"},
+    {"beta1", "", "adam-beta1"},
+    {"beta2", "", "adam-beta2"},
+    {"beta1", ", and --beta2", "betas"},
+    {"eps", "", "adam-eps adam-epsilon epsilon"},
+    {"grad-clip", "",
+     "clip clip-grad clip-norm max-norm max-grad-norm gradient-clip-val train.max-norm"},
+
+    // Evaluation, samples, checkpoints
+    {"eval-every", "",
+     "eval-interval eval-steps eval.interval val-interval val-every val-loss-every"},
+    {"eval-tokens", ", in tokens", "eval-iters eval.max-iters val-max-steps eval-batches"},
+    {"eval-tokens", "", "val-tokens"},
+    {"save-every", "",
+     "save-interval save-steps train.save-interval checkpoint-every checkpoint-interval "
+     "ckpt-every"},
+    {"keep", "", "save-total-limit keep-last max-checkpoints"},
+    {"sample-every", "", "sample-interval generate-every"},
+    {"log-every", "", "log-interval logging-steps print-every train.log-interval"},
+    {"prompt", "", "start text input"},
+    {"prompt-file", "", "file"},
+    {"tokens", ", that follow the prompt", "max-new-tokens max-tokens max-length"},
+    {"tokens", "", "length n-predict num-tokens"},
+    {"sample-tokens", "", "max-new-tokens"},
+    {"samples", "", "num-samples n-samples num-return-sequences"},
+    {"top-p", "", "nucleus"},
+    {"temperature", "", "temp"},
+    {"choices", "", "hellaswag"},
+    {"choices", ", a file that data/choices.py makes", "tasks"},
+    {"examples", "", "limit num-examples"},
+    {"json", "", "output-json"},
+    {"seeds", "", "num-seeds n-seeds"},
+    {"format", "", "output-format"},
+    {"picture", "", "plot"},
+
+    // llm.c's letters
+    {"train", "", "i"},
+    {"val", "", "j"},
+    {"init-from", "", "e"},
+    {"out", "", "o"},
+    {"save-every", "", "n"},
+    {"keep", "", "nk"},
+    {"resume", "", "y"},
+    {"batch", "", "b"},
+    {"seq-len", "", "t"},
+    {"total-batch", "", "d"},
+    {"steps", "", "x"},
+    {"lr-schedule", "", "k"},
+    {"lr", "", "l"},
+    {"warmup", "", "u"},
+    {"lr-final", "", "q"},
+    {"weight-decay", "", "c"},
+    {"skip-loss-zscore", "", "sl"},
+    {"skip-norm-zscore", "", "sg"},
+    {"eval-every", "", "v"},
+    {"eval-tokens", ", in tokens", "m"},
+    {"sample-every", "", "s"},
+    {"sample-tokens", "", "g"},
+    {"zero", "", "z"},
+    {"recompute", "", "r"},
+    {"dtype", " tf32", "f"},
+};
+
+enum { SYNONYMS = sizeof synonyms / sizeof synonyms[0] };
+
+#endif
