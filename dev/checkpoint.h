@@ -351,6 +351,26 @@ static inline CheckpointList checkpoint_list(const char *out) {
 
 static inline char *checkpoint_path(const char *out, int64_t step) { return xprintf("%s/step_%08lld", out, (long long)step); }
 
+// The weights that a user means by `path`: itself; or, when it is a run's directory, or RUN/latest where
+// there is none, the checkpoint that its link `latest` leads to, else its newest. From malloc.
+static inline char *checkpoint_find(const char *path) {
+    char *config = xprintf("%s/config.json", path), *run = xstrdup(path), *slash = strrchr(run, '/'), *dir = NULL;
+    if (!path_is_directory(path) && slash && !strcmp(slash, "/latest")) *slash = 0;
+    char *latest = xprintf("%s/latest/config.json", run);
+    if (!path_exists(config) && path_exists(latest)) dir = xprintf("%s/latest", run);
+    else if (!path_exists(config)) {
+        CheckpointList list = checkpoint_list(run);
+        for (int i = 0; i < list.n && !dir; i++) {       // a removal that was cut short leaves none of a trainer.json
+            char *step = checkpoint_path(run, list.step[i]), *trainer = xprintf("%s/trainer.json", step);
+            if (path_exists(trainer)) dir = xstrdup(step);
+            free(step), free(trainer);
+        }
+        free(list.step);
+    }
+    free(config), free(latest), free(run);
+    return dir ? dir : xstrdup(path);
+}
+
 // Removes all but the newest `keep` checkpoints of OUT; 0 keeps all. Those after step `written`, which was written last and
 // whole, count for nothing and stay: if they were sound, the run would have gone on from them.
 static inline void checkpoint_prune(const char *out, int64_t keep, int64_t written) {

@@ -116,8 +116,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(vocab_size, "vocab-size", INTEGER, "0", "[0,16777216]",                                                   \
            "tokens of the vocabulary; 0: the tokenizer's if there is one, else the preset's")                        \
     OPTION(init_from, "init-from", TEXT, "", "PATH",                                                                 \
-           "start from these weights at step 0: a checkpoint's directory, ours or a Hugging Face GPT-2, or a model " \
-           "of llm.c")                                                                                               \
+           "start from these weights at step 0: a checkpoint's directory, ours or a Hugging Face GPT-2, a run's, "   \
+           "for its latest, or a model of llm.c")                                                                    \
   HEADING("Run")                                                                                                     \
     OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows of a micro-batch")                                       \
     OPTION(total_batch, "total-batch", INTEGER, "0", "[0,1e12]", "tokens of an optimizer step; 0: one micro-batch")  \

@@ -266,14 +266,14 @@ static inline char *trainer_start(Trainer *tr, int *resume) {
     *resume = 0;
     if (o->dry_run) {                                    // looks only
         char *from = !*o->resume ? NULL : strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
-        return from || !*o->init_from ? from : xstrdup(o->init_from);
+        return from || !*o->init_from ? from : checkpoint_find(o->init_from);
     }
     // What is decided from the directory is decided under its lock: another run may begin and end meanwhile.
     lock_directory_make(o->out);
     trainer_lock(tr);
     if (!*o->resume) {
         trainer_refuse_used(o->out, "--resume continues it; another --out starts a new one");
-        return *o->init_from ? xstrdup(o->init_from) : NULL;
+        return *o->init_from ? checkpoint_find(o->init_from) : NULL;
     }
     checkpoint_recover(o->out);
     char *from = strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
@@ -287,7 +287,7 @@ static inline char *trainer_start(Trainer *tr, int *resume) {
         free(latest);
         printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
     }
-    return from || !*o->init_from ? from : xstrdup(o->init_from);
+    return from || !*o->init_from ? from : checkpoint_find(o->init_from);
 }
 
 // Rank 0 looks where to start, the others follow: by the time they looked, it might have written something.

@@ -15,7 +15,7 @@
     X(interop_narrow) X(interop_llmc_layout) X(interop_llmc_damaged) X(interop_llmc_cut_and_flipped)               \
     X(interop_index) X(interop_index_damaged) X(interop_sharded) X(interop_sharded_refuses)                        \
     X(interop_tokenizer_json) X(export_round_trips) X(export_folds) X(export_refuses) X(export_takes_tokenizers)   \
-    X(init_from_llmc)
+    X(init_from_llmc) X(init_from_run)
 
 // ---- Numbers of 16 bits ----
 
@@ -462,6 +462,25 @@ static void test_export_takes_tokenizers(void) {
     free(TOOL_OUTPUT("export %s --out %s/bytes --tokenizer %s", tools_test_copy("plain", 0), dir, ours));
     free(TOOL_OUTPUT("generate %s/bytes --prompt a --tokens 3", dir));
     free(json), free(out), free(stale), free(config), free(left), free(ours);
+}
+
+// --init-from takes a run's directory as the tools do: its latest, or, without that link, the newest step that is whole.
+static void test_init_from_run(void) {
+    const char *dir = test_directory(), *runs = tools_test_runs();
+    char a[400], b[400], c[400];
+    snprintf(a, sizeof a, "%s/a", dir), snprintf(b, sizeof b, "%s/b", dir), snprintf(c, sizeof c, "%s/c", dir);
+    EXPECT_RUN("--layers 3 --steps 3 --init-from %s/plain/latest --out %s", runs, a);
+    EXPECT_RUN("--layers 3 --steps 3 --init-from %s/plain --out %s", runs, b);
+    ToolRun r = shell_runf("cp -R %s/plain %s/run && rm %s/run/latest && mkdir %s/run/step_00000099", runs, dir, dir, dir);
+    EXPECT(r.code == 0, "%s", r.err.s);
+    tool_free(&r);
+    EXPECT_RUN("--layers 3 --steps 3 --init-from %s/run --out %s", dir, c);
+    expect_same_metrics(a, b, 0);
+    expect_same_metrics(a, c, 0);
+    EXPECT_RUN("--layers 3 --steps 3 --init-from %s/run --out %s/d --dry-run", dir, dir);
+    tool_expect(0, "", tool_run("compare --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN
+                                " --layers 3 --steps 1 --drop-path 0.1 --equal-flops 0 --picture 0 --init-from %s/run --out %s/e",
+                                trainer_test_data(), trainer_test_data(), dir, dir), __FILE__, __LINE__);
 }
 
 // Training goes on from a file of llm.c as it does from the directory that it was made of.

@@ -109,7 +109,9 @@ static void read_sizes(Compare *c) {
     tr.options = &c->train;
     tr.world = tr.has_val = 1;
     trainer_open_tokenizer(&tr);
-    trainer_config(&tr, *c->train.init_from ? c->train.init_from : NULL);
+    char *from = *c->train.init_from ? checkpoint_find(c->train.init_from) : NULL;
+    trainer_config(&tr, from);
+    free(from);
     shards_open(&tr.train, c->train.train, tr.T, tr.config.V);
     shards_open(&tr.val, c->train.val, tr.T, tr.config.V);
     trainer_sizes(&tr);

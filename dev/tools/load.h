@@ -21,30 +21,10 @@ typedef struct {
     int has_tokenizer;
 } Loaded;
 
-// `path` itself; or, when it is a run's directory, or RUN/latest where there is none, the checkpoint that its link `latest`
-// leads to, else its newest. From malloc.
-static inline char *load_directory(const char *path) {
-    char *config = xprintf("%s/config.json", path), *run = xstrdup(path), *slash = strrchr(run, '/'), *dir = NULL;
-    if (!path_is_directory(path) && slash && !strcmp(slash, "/latest")) *slash = 0;
-    char *latest = xprintf("%s/latest/config.json", run);
-    if (!path_exists(config) && path_exists(latest)) dir = xprintf("%s/latest", run);
-    else if (!path_exists(config)) {
-        CheckpointList list = checkpoint_list(run);
-        for (int i = 0; i < list.n && !dir; i++) {       // a removal that was cut short leaves none of a trainer.json
-            char *step = checkpoint_path(run, list.step[i]), *trainer = xprintf("%s/trainer.json", step);
-            if (path_exists(trainer)) dir = xstrdup(step);
-            free(step), free(trainer);
-        }
-        free(list.step);
-    }
-    free(config), free(latest), free(run);
-    return dir ? dir : xstrdup(path);
-}
-
 // Reads the sizes of the checkpoint at `path`; the weights wait for load_model. Dies when it is missing or damaged.
 static inline void load_config(Loaded *m, const char *path) {
     memset(m, 0, sizeof *m);
-    m->dir = load_directory(path);
+    m->dir = checkpoint_find(path);
     m->run = checkpoint_check_weights(m->dir);
     checkpoint_read_config(m->dir, &m->config, &m->scale, &m->tied);
 }
