@@ -639,15 +639,31 @@ static inline void checkpoint_settle(const char *out, const char *name) {
 
 // ---- Reading ----
 
+// Names the architecture of a config.json where that is not GPT-2: its model_type or, without one, the
+// class that loads it. Returns NULL or, from malloc, what is wrong.
+static inline char *checkpoint_check_architecture(const Json *doc) {
+    static const char hint[] = "\n  hint: only GPT-2 is computed here: learned positions, LayerNorm, tanh-GELU";
+    const int type = json_get(doc, 0, "model_type"), class_name = json_first(doc, json_get(doc, 0, "architectures"));
+    const int node = type >= 0 ? type : class_name;
+    char *name = json_string(doc, node, NULL), *error = NULL;
+    if (type >= 0 && (!name || strcmp(name, "gpt2")))
+        error = xprintf("a model of another architecture: its \"model_type\" is %.80s, not gpt2%s",
+                        name ? name : "no text", hint);
+    if (type < 0 && name && strncmp(name, "GPT2", 4))
+        error = xprintf("a model of another architecture: %.80s, not GPT2LMHeadModel%s", name, hint);
+    free(name);
+    return error;
+}
+
 // config.json must describe a model that this program computes; a setting that is absent has GPT-2's value. Returns NULL or,
 // from malloc, what is wrong.
 static inline char *checkpoint_check_config(const Json *doc) {
     static const struct { const char *key; int type; const char *value; } fixed[] = {
-        {"model_type", JSON_STRING, "gpt2"}, {"scale_attn_weights", JSON_TRUE, "true"},
+        {"scale_attn_weights", JSON_TRUE, "true"},
         {"scale_attn_by_inverse_layer_idx", JSON_FALSE, "false"}, {"tie_word_embeddings", JSON_TRUE, "true"}};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) {
-        const int node = json_get(doc, 0, fixed[i].key), text = fixed[i].type == JSON_STRING;
-        if (node >= 0 && (json_type(doc, node) != fixed[i].type || (text && !json_equals(doc, node, fixed[i].value))))
+        const int node = json_get(doc, 0, fixed[i].key);
+        if (node >= 0 && json_type(doc, node) != fixed[i].type)
             return xprintf("\"%s\" must be %s: this is another kind of model", fixed[i].key, fixed[i].value);
     }
     int gelu = json_get(doc, 0, "activation_function");
@@ -713,7 +729,8 @@ static inline char *checkpoint_parse_config(GptConfig *c, double **eval_scale, i
     const char *wrong = json_parse(&doc, mem, size);
     *eval_scale = NULL;
     if (wrong) return xstrdup(wrong);
-    char *error = checkpoint_read_sizes(&doc, c);
+    char *error = checkpoint_check_architecture(&doc);  // before sizes, which others name otherwise
+    if (!error) error = checkpoint_read_sizes(&doc, c);
     if (!error) error = checkpoint_check_config(&doc);
     if (!error) {
         *eval_scale = (double *)xcalloc((size_t)(BRANCHES * c->L), sizeof **eval_scale);

@@ -595,6 +595,25 @@ static void test_checkpoint_refuses_other_models(void) {
     engine_cpu()->close(m);
 }
 
+// Another architecture is named before anything else that its config.json lacks, also where only the class tells.
+static void test_checkpoint_names_architectures(void) {
+    static const struct { const char *config, *part; } other[] = {
+        {"{\"model_type\": \"llama\", \"hidden_size\": 8, \"rms_norm_eps\": 1e-6}", "\"model_type\" is llama, not gpt2"},
+        {"{\"model_type\": \"mistral\", \"vocab_size\": 0}", "\"model_type\" is mistral, not gpt2"},
+        {"{\"model_type\": \"qwen2\", \"tie_word_embeddings\": false}", "\"model_type\" is qwen2, not gpt2"},
+        {"{\"architectures\": [\"GPTNeoXForCausalLM\"], \"hidden_size\": 8}", "GPTNeoXForCausalLM, not GPT2LMHeadModel"},
+        {"{\"architectures\": [\"GPTNeoXForCausalLM\"], \"model_type\": \"gpt_neox\"}", "is gpt_neox, not gpt2"},
+        {"{\"architectures\": [\"GPT2LMHeadModel\"]}", "\"vocab_size\" is missing"}, {"{\"model_type\": 2}", "is no text"}};
+    GptConfig c;
+    double *scale;
+    int tied;
+    for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) {
+        char *error = checkpoint_parse_config(&c, &scale, &tied, other[i].config, strlen(other[i].config));
+        EXPECT_ERROR(error, other[i].part);
+        free(error);
+    }
+}
+
 // ---- What a crash leaves, and what --resume puts right ----
 
 static void test_checkpoint_recovers(void) {
@@ -878,6 +897,7 @@ static void test_checkpoint_remove(void) {
 #define CHECKPOINT_TESTS(X)                                                                          \
     X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
     X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
+    X(checkpoint_names_architectures) \
     X(checkpoint_of_another_step) X(checkpoint_unreadable) X(checkpoint_trainer_refuses) \
     X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
     X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where) \
