@@ -149,6 +149,7 @@ static void documents_add(Documents *d, const char *path, const char *name, int 
     if (named) held = read_pipe(path);
     const char *error = document_open(&map, path, &held);
     if (error) die("cannot read %s: %s", path, error);
+    if (lfs_pointer_error(map.data, map.size)) die("%s: %s", path, lfs_pointer_error(map.data, map.size));
     const int packed = map.size >= 2 && !memcmp(map.data, "\x1F\x8B", 2);
     if (packed && named) die("%s is compressed\n  hint: zcat FILE | data_bytes --out DIR -, or data/prepare.py", path);
     const int binary = packed || (map.size && memchr(map.data, 0, map.size < 8192 ? map.size : 8192) != NULL);

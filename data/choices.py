@@ -19,7 +19,7 @@ import corpus as corpora
 import prepare
 import vocabulary as vocabularies
 from shards import HEADER, write_whole
-from vocabulary import Problem, library
+from vocabulary import Problem, library, refuse_pointer
 
 MAGIC = 20240522                        # dev/choices.h has the format
 SUM_WORD = 8                            # of the header, where the tokenizer's SHA-256 is
@@ -80,7 +80,10 @@ def question(record, style):
 
 def records(path):
     """The records of a file, each with where it is: what prepare.py takes for one (corpus.py)."""
-    kind = "json" if corpora.is_pipe(path) else corpora.endings(path)[0]
+    pipe = corpora.is_pipe(path)
+    kind = "json" if pipe else corpora.endings(path)[0]
+    if not pipe:
+        refuse_pointer(path)
     if kind == "parquet":
         for i, row in enumerate(parquet_rows(path)):
             yield f"{path}, row {i + 1}", row

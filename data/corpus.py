@@ -15,7 +15,7 @@ import stat
 import sys
 from collections import namedtuple
 
-from vocabulary import Problem, decoded, library
+from vocabulary import Problem, decoded, library, refuse_pointer
 
 UNIT = 1 << 20                          # bytes of text in a unit
 PART = 8 << 20                          # longer documents are encoded in parts, cut where no tokenizer looks across
@@ -117,6 +117,8 @@ class Corpus:
             kind, packed = ("text", False) if path == "-" else endings(path)
             kind = kind if self.options.format == "auto" else self.options.format
             size = 0 if pipe else self.size_of(path)
+            if 0 < size < 1024:         # a pointer is small
+                refuse_pointer(path)
             if not pipe and kind == "text" and not packed and size and is_binary(path):
                 self.binary += 1
                 continue

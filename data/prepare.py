@@ -10,6 +10,7 @@ Tokenizers: gpt2 (tiktoken), bytes, bpe (trained on the text), a tokenizer.json 
 with GPT-2's encoder.json and vocab.bpe. An interrupted run is continued by the same command. data/README.md tells more.
 """
 import argparse
+import decimal
 import hashlib
 import json
 import multiprocessing
@@ -377,13 +378,12 @@ def say(message):
 
 def whole(least, most):
     def convert(text):
-        try:
-            value = int(float(text)) if "e" in text.lower() else int(text)
-        except (ValueError, OverflowError):
-            value = None
-        if value is None or not least <= value <= most:
+        """1000, or 1e3 and 2.5e6, if that is exact: as whole_read in dev/program.h."""
+        form = re.fullmatch(r"[+-]?(\d+|(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,9})", text, re.ASCII)
+        value = decimal.Decimal(text) if form else None
+        if value is None or not least <= value <= most or value != int(value):
             raise argparse.ArgumentTypeError(f"{text}: a whole number from {least} to {most} is needed")
-        return value
+        return int(value)
     return convert
 
 

@@ -41,6 +41,15 @@ def unexpected(error):
             "  hint: DROPPATH_DEBUG=1 shows all of it, which a report should have")
 
 
+def refuse_pointer(path, data=None):
+    """What Git LFS left in place of a file is not the file. data: its first bytes, if they are known."""
+    if data is None:
+        with open(path, "rb") as file:
+            data = file.read(64)
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise Problem(f"{path}: a Git LFS pointer, not the file itself\n  hint: git lfs pull gets the content")
+
+
 def library(name):
     """Imports a library, or says how to get it."""
     import importlib
@@ -232,9 +241,11 @@ def sentencepiece_written(token):
 def read(path):
     try:
         with open(path, "rb") as file:
-            return file.read()
+            data = file.read()
     except OSError as e:
         raise Problem(f"cannot read {path}: {e.strerror}")
+    refuse_pointer(path, data)
+    return data
 
 
 def load_gpt2(folder=None):

@@ -107,6 +107,7 @@ static inline const char *choices_parse_examples(Choices *c, uint32_t examples, 
 static inline const char *choices_parse(Choices *c, const void *mem, size_t size) {
     const unsigned char *p = (const unsigned char *)mem;
     memset(c, 0, sizeof *c);
+    if (lfs_pointer_error(mem, size)) return lfs_pointer_error(mem, size);
     if (size < 4 || llmc_word(p, 0) != SHARD_EVAL_MAGIC)
         return "not an evaluation file (wrong magic number)\n  hint: data/choices.py makes one: data/README.md";
     if (size < LLMC_HEADER_BYTES) return "cut short: an evaluation file has a header of 1024 bytes";

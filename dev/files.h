@@ -46,6 +46,13 @@ static inline void file_unmap(FileMap *map) {
     map->size = 0;
 }
 
+// What is wrong with a file that Git LFS has left as a pointer to its content; NULL for every other file.
+static inline const char *lfs_pointer_error(const void *mem, size_t size) {
+    static const char begin[] = "version https://git-lfs.github.com/spec/";
+    if (size < sizeof begin - 1 || memcmp(mem, begin, sizeof begin - 1)) return NULL;
+    return "a Git LFS pointer, not the file itself\n  hint: git lfs pull gets the content";
+}
+
 static inline int path_exists(const char *path) {
     struct stat st;
     return lstat(path, &st) == 0;

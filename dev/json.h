@@ -218,13 +218,6 @@ static inline void json_free(Json *d) {
     d->n = d->room = 0;
 }
 
-// What is wrong with a file that Git LFS has left as a pointer to its content; NULL for every other file.
-static inline const char *lfs_pointer_error(const void *mem, size_t size) {
-    static const char begin[] = "version https://git-lfs.github.com/spec/";
-    if (size < sizeof begin - 1 || memcmp(mem, begin, sizeof begin - 1)) return NULL;
-    return "a Git LFS pointer, not the file itself\n  hint: git lfs pull gets the content";
-}
-
 // Parses size bytes, all of them one value. Returns NULL, or what is wrong and where (the message lives in *d; there
 // is nothing to free then). The text is borrowed until json_free. Keys may repeat: see json_duplicate.
 static inline const char *json_parse(Json *d, const void *text, size_t size) {

@@ -45,6 +45,7 @@ static inline const char *PRINTF_LIKE(2, 3) llmc_fail(LlmcModel *m, const char *
 static inline const char *llmc_model_parse(LlmcModel *m, const void *mem, size_t size) {
     const unsigned char *p = (const unsigned char *)mem;
     memset(m, 0, sizeof *m);
+    if (lfs_pointer_error(mem, size)) return lfs_pointer_error(mem, size);
     if (size < 4 || llmc_word(p, 0) != LLMC_MODEL_MAGIC) return "not a model of llm.c (wrong magic number)";
     if (size < LLMC_HEADER_BYTES) return "cut short: a model of llm.c has a header of 1024 bytes";
     const uint32_t version = llmc_word(p, 1);

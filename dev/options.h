@@ -645,6 +645,7 @@ enum { OPTIONS_MAX_CONFIG = 1 << 20 };                   // bytes; keeps every l
 // Applies a config held in memory. Returns NULL, or an error from malloc that names the file and the line; the lines
 // before it have been applied.
 static inline char *options_config(Options *o, const void *mem, size_t size, int source, const char *file) {
+    if (lfs_pointer_error(mem, size)) return xprintf("%s: %s", file, lfs_pointer_error(mem, size));
     if (size > OPTIONS_MAX_CONFIG) return xprintf("%s: not a config file: it is larger than 1 MiB", file);
     if (size && memchr(mem, 0, size)) return xprintf("%s: not a config file: it has zero bytes", file);
     const char *s = (const char *)mem, *end = size ? s + size : s;

@@ -200,7 +200,8 @@ static inline const char *tokenizer_parse(Tokenizer *t, const void *mem, size_t 
     memset(t, 0, sizeof *t);
     t->eot = -1;
     if (size >= 3 && !memcmp(p, "\xEF\xBB\xBF", 3)) p += 3, size -= 3;   // a byte-order mark, before JSON
-    if (size >= 4 && llmc_word(p, 0) == TOKENIZER_MAGIC) error = tokenizer_parse_llmc(t, p, size);
+    if (lfs_pointer_error(p, size)) error = lfs_pointer_error(p, size);
+    else if (size >= 4 && llmc_word(p, 0) == TOKENIZER_MAGIC) error = tokenizer_parse_llmc(t, p, size);
     else if (size >= 1 && p[0] == '{') error = tokenizer_parse_json(t, p, size);
     else if (size >= 2 && p[0] == 0x1F && p[1] == 0x8B) error = "compressed: gunzip it first";
     else error = "not a tokenizer file: neither llm.c's tokenizer.bin nor GPT-2's vocab.json";
@@ -267,6 +268,7 @@ static inline void tokenizer_look_beside(Tokenizer *t, const char *path) {
     FileMap map;
     Json doc;
     if (!t->decode_only && path_exists(beside) && !file_map(&map, beside)) {
+        if (lfs_pointer_error(map.data, map.size)) die("%s: %s", beside, lfs_pointer_error(map.data, map.size));
         if (!json_parse(&doc, map.data ? (const void *)map.data : "", map.size)) {
             if (json_type(&doc, json_get(&doc, 0, "model")) == JSON_OBJECT) t->decode_only = tokenizer_json_differs(t, &doc);
             json_free(&doc);

@@ -444,6 +444,29 @@ class Inputs(Case):
             self.assertEqual(self.documents(out, "train"), [b"ok", b"ok"])
             self.assertEqual(self.manifest(out)["left_out"]["bad_records"], 1)
 
+    def test_lfs_pointers(self):
+        """What Git LFS has left in place of a file is named as such by every reader."""
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+        tokenizer, folder = self.write("tokenizer.json", pointer), os.path.dirname(self.write("gpt2/encoder.json", pointer))
+        self.write("gpt2/vocab.bpe", pointer)
+        for name in ("a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"):
+            self.refused("a Git LFS pointer", "--tokenizer", "bytes", self.write(name, pointer))
+            if name != "a.txt":
+                with self.assertRaises(SystemExit) as caught:
+                    prepare.main([self.path(name), "--tokenizer", "bytes", "--out", self.path("q.bin")], choices.act)
+                self.assertIn("a Git LFS pointer", str(caught.exception))
+        for given in (tokenizer, folder):
+            self.refused("a Git LFS pointer", "--tokenizer", given, self.write("b.txt", "text"))
+
+    def test_whole_numbers(self):
+        """As dev/program.h reads them."""
+        read = prepare.whole(0, 2 ** 63 - 1)
+        for text, value in (("1e3", 1000), ("2.5e6", 2500000), ("1E+2", 100), ("2000e-3", 2), (".5e1", 5),
+                            ("9.223372036854775807e18", 2 ** 63 - 1), ("9223372036854775807", 2 ** 63 - 1)):
+            self.assertEqual(read(text), value)
+        for text in ("1.5e0", "15e-1", "1.5", "5.0", "1e", "e1", "1e19", "1e999999999", "1e-999999999", "1_0", "0x1", " 1", ""):
+            self.assertRaises(prepare.argparse.ArgumentTypeError, read, text)
+
     def test_irregular_json(self):
         """The table in data/README.md, for lines and for one array."""
         huge = "9" * 5000

@@ -2,7 +2,10 @@
 #ifndef TEST_SHARDS_H
 #define TEST_SHARDS_H
 
+#include "../choices.h"
+#include "../llmc.h"
 #include "../shards.h"
+#include "../tokenizer.h"
 #include "../json.h"
 #include "test.h"
 
@@ -393,12 +396,38 @@ static void test_lfs_pointers(void) {
     Json d;
     EXPECT_ERROR(shard_parse(&s, pointer, sizeof pointer - 1), "Git LFS pointer");
     EXPECT_ERROR(json_parse(&d, pointer, sizeof pointer - 1), "Git LFS pointer");
+    Tokenizer t;
+    LlmcModel m;
+    Choices c;
+    EXPECT_ERROR(tokenizer_parse(&t, pointer, sizeof pointer - 1), "Git LFS pointer");
+    EXPECT_ERROR(llmc_model_parse(&m, pointer, sizeof pointer - 1), "Git LFS pointer");
+    EXPECT_ERROR(choices_parse(&c, pointer, sizeof pointer - 1), "Git LFS pointer");
+}
+
+// The same where a user names the file: it is never taken for text, nor passed over.
+static void test_lfs_pointers_named(void) {
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n";
+    static const char *const names[] = {"run.txt", "tokenizer.json", "text.txt"};
+    const char *dir = test_directory();
+    for (int i = 0; i < 3; i++) {
+        char *path = xprintf("%s/%s", dir, names[i]);
+        file_write_whole(path, pointer, sizeof pointer - 1);
+        free(path);
+    }
+    char *vocabulary = xprintf("%s/vocab.json", dir);
+    file_write_whole(vocabulary, "{\"a\": 0, \"<|endoftext|>\": 1}", 28);
+    ToolRun runs[] = {tool_run("train_gpt --config %s/run.txt", dir), tool_run("data_bytes --out %s/d %s/text.txt", dir, dir),
+                      tool_run("data_bytes --out %s/d %s", dir, dir),
+                      tool_run("train_gpt --train '%s/*.bin' --tokenizer %s --out %s/out", dir, vocabulary, dir)};
+    for (size_t i = 0; i < sizeof runs / sizeof runs[0]; i++)
+        tool_expect(1, "a Git LFS pointer, not the file itself\n  hint: git lfs pull", runs[i], __FILE__, __LINE__);
+    free(vocabulary);
 }
 
 #define SHARDS_TESTS(X)                                                                          \
     X(shard_bytes) X(shard_damage) X(shard_writer_splits) X(shards_windows) X(shards_wide)       \
     X(shards_errors) X(shards_order_permutes) X(shards_order_differs) X(shards_order_uniform)    \
     X(shards_samples) X(shards_windows_of_any_length) X(shards_samples_beyond_32_bits)           \
-    X(shards_literal_names) X(lfs_pointers)
+    X(shards_literal_names) X(lfs_pointers) X(lfs_pointers_named)
 
 #endif
