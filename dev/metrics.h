@@ -5,6 +5,7 @@
 #include "check.h"
 #include "json.h"
 #include <math.h>
+#include <sys/ioctl.h>
 
 // Stable names. A number that a step does not have (NaN) is left out of its line.
 #define METRICS(X)                                                                            \
@@ -243,20 +244,85 @@ static inline void metrics_grouped(char text[32], double x) {
     text[k] = 0;
 }
 
-// The console's line of a step, after `label`; `kept` has one character per layer (see trainer.h).
-static inline void metrics_print(const Metrics *r, const char *label, double steps, const char *kept, double seconds_left) {
+// ---- The console ----
+
+// The columns of a line, each after what separates it from the one before: " | ", or " " where it only adds to
+// that one. Where the terminal is narrow, columns give way, those of the largest rank first; of rank 0 none does.
+enum { METRICS_COLUMNS = 12 };
+typedef struct { int n, rank[METRICS_COLUMNS]; char *text[METRICS_COLUMNS]; } MetricsLine;
+
+static inline void PRINTF_LIKE(3, 4) metrics_column(MetricsLine *line, int rank, const char *format, ...) {
+    int length;
+    va_list args;
+    va_start(args, format);
+    CHECK(line->n < METRICS_COLUMNS, "more than %d columns", METRICS_COLUMNS);
+    line->text[line->n] = xprintf_v(&length, format, args);
+    line->rank[line->n++] = rank;
+    va_end(args);
+}
+
+// Appends the columns that fit in `width` characters, taken by rank, in their order; frees them. Width 0: all.
+static inline void metrics_fit(Text *out, MetricsLine *line, int width) {
+    int taken[METRICS_COLUMNS] = {0}, used = 0;
+    for (int rank = 0; rank < METRICS_COLUMNS; rank++)
+        for (int i = 0; i < line->n; i++) {
+            const int length = (int)strlen(line->text[i]);
+            const int adds = rank && line->text[i][1] != '|';
+            if (line->rank[i] != rank || (adds && !taken[i - 1])) continue;
+            if (width && rank && used + length > width) continue;
+            taken[i] = 1, used += length;
+        }
+    for (int i = 0; i < line->n; i++) {
+        if (taken[i]) text_append(out, line->text[i], strlen(line->text[i]));
+        free(line->text[i]);
+    }
+    text_append(out, "\n", 1);
+}
+
+// Columns of the terminal that standard output is; 0: it is none, or its width is not known.
+static inline int metrics_width(void) {
+    struct winsize size;
+    const char *columns = getenv("COLUMNS");
+    if (!isatty(STDOUT_FILENO)) return 0;
+    const long given = columns ? strtol(columns, NULL, 10) : 0;
+    if (given > 0 && given < 10000) return (int)given;
+    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) ? 0 : size.ws_col;
+}
+
+// Appends the console's line of a step, after `label`, and a second one where it was evaluated; `kept` has one character
+// per layer (see trainer.h).
+static inline void metrics_lines(Text *out, const Metrics *r, const char *label, double steps, const char *kept,
+                                 double seconds_left, int width) {
+    MetricsLine step = {0, {0}, {NULL}}, val = {0, {0}, {NULL}};
     char left[32], rate[32];
     metrics_duration(left, seconds_left);
     metrics_grouped(rate, r->tok_per_s);
-    printf("%sstep %*.0f/%.0f | loss %7.4f | lr %.2e | norm %6.3f | drop %.3f [%s] | flops %3.0f%% | %.1f ms | %s tok/s | "
-           "mfu %2.0f%% | %s left\n", label, snprintf(NULL, 0, "%.0f", steps), r->step, steps, r->loss, r->lr, r->grad_norm,
-           r->drop_p, kept, 100 * r->flops_fraction, r->ms, rate, 100 * r->mfu, left);
-    if (!isnan(r->val_loss)) {
-        printf("%sstep %.0f/%.0f | val loss %.4f | perplexity %.3f", label, r->step, steps, r->val_loss, r->val_ppl);
-        if (!isnan(r->val_bpb)) printf(" | %.4f bits per byte", r->val_bpb);
-        printf("\n");
-    }
+    metrics_column(&step, 0, "%sstep %*.0f/%.0f", label, snprintf(NULL, 0, "%.0f", steps), r->step, steps);
+    metrics_column(&step, 0, " | loss %7.4f", r->loss);
+    metrics_column(&step, 9, " | lr %.2e", r->lr);
+    metrics_column(&step, 4, " | norm %6.3f", r->grad_norm);
+    metrics_column(&step, 3, " | drop %.3f", r->drop_p);
+    metrics_column(&step, 5, " [%s]", kept);
+    metrics_column(&step, 7, " | flops %3.0f%%", 100 * r->flops_fraction);
+    metrics_column(&step, 8, " | %.1f ms", r->ms);
+    metrics_column(&step, 2, " | %s tok/s", rate);
+    metrics_column(&step, 6, " | mfu %2.0f%%", 100 * r->mfu);
+    metrics_column(&step, 1, " | %s left", left);
+    metrics_fit(out, &step, width);
+    if (isnan(r->val_loss)) return;
+    metrics_column(&val, 0, "%sstep %.0f/%.0f | val loss %.4f", label, r->step, steps, r->val_loss);
+    metrics_column(&val, 1, " | perplexity %.3f", r->val_ppl);
+    if (!isnan(r->val_bpb)) metrics_column(&val, 2, " | %.4f bits per byte", r->val_bpb);
+    metrics_fit(out, &val, width);
+}
+
+// Prints them as wide as the terminal is.
+static inline void metrics_print(const Metrics *r, const char *label, double steps, const char *kept, double seconds_left) {
+    Text lines = {NULL, 0, 0};
+    metrics_lines(&lines, r, label, steps, kept, seconds_left, metrics_width());
+    fputs(lines.s, stdout);
     fflush(stdout);
+    text_free(&lines);
 }
 
 #endif

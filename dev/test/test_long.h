@@ -209,6 +209,97 @@ static void test_metrics_durations(void) {
     EXPECT_TEXT(text, "999");
 }
 
+// A record of a long run, whose numbers are as wide as they become; evaluated.
+static Metrics metrics_test_record(void) {
+    Metrics r = metrics_new();
+    r.step = 987654, r.loss = 11.1234, r.lr = 1.25e-4, r.grad_norm = 123.4567, r.drop_p = 0.125, r.flops_fraction = 0.875;
+    r.ms = 12345.67, r.tok_per_s = 1234567, r.mfu = 0.42, r.val_loss = 11.2345, r.val_ppl = 75692.918, r.val_bpb = 3.2109;
+    return r;
+}
+
+// The first line of a record at that width. From malloc.
+static char *metrics_test_line(const Metrics *r, const char *label, double steps, int width) {
+    Text lines = {NULL, 0, 0};
+    metrics_lines(&lines, r, label, steps, "##.a", 187200, width);
+    lines.s[strcspn(lines.s, "\n")] = 0;
+    return lines.s;
+}
+
+// Nothing is left out where there is no width; else lines fit, and what is worth least gives way first.
+static void test_metrics_fit_the_terminal(void) {
+    static const char *const label[2] = {"", "drop_flops "};
+    Metrics r = metrics_test_record();
+    Text full = {NULL, 0, 0};
+    metrics_lines(&full, &r, label[1], 1000000, "##.a", 187200, 0);
+    EXPECT_TEXT(full.s, "drop_flops step  987654/1000000 | loss 11.1234 | lr 1.25e-04 | norm 123.457 | drop 0.125 [##.a] | flops  "
+                "88% | 12345.7 ms | 1,234,567 tok/s | mfu 42% | 2d04h left\n"
+                "drop_flops step 987654/1000000 | val loss 11.2345 | perplexity 75692.918 | 3.2109 bits per byte\n");
+    for (int width = 1; width < 200; width++)
+        for (int l = 0; l < 2; l++) {
+            Text lines = {NULL, 0, 0};
+            metrics_lines(&lines, &r, label[l], 1000000, "##.a", 187200, width);
+            const size_t first = strcspn(lines.s, "\n"), second = strcspn(lines.s + first + 1, "\n");
+            EXPECT(width < 62 || (first <= (size_t)width && second <= (size_t)width), "%d: %s", width, lines.s);
+            EXPECT(strstr(lines.s, "/1000000 | loss 11.1234") && strstr(lines.s, "val loss 11.2345"), "%d: %s", width, lines.s);
+            EXPECT(strstr(lines.s, "drop 0.125") || !strstr(lines.s, "[##.a]"), "the map of no rate: %s", lines.s);
+            EXPECT((strcmp(lines.s, full.s) == 0) == (l == 1 && (size_t)width >= strcspn(full.s, "\n")), "%d: %s", width, lines.s);
+            text_free(&lines);
+        }
+    char *narrow = metrics_test_line(&r, "", 1000000, 40), *wide = metrics_test_line(&r, "", 1000000, 150);
+    EXPECT_TEXT(narrow, "step  987654/1000000 | loss 11.1234");
+    EXPECT(!strstr(wide, " | lr ") && strstr(wide, " | 12345.7 ms"), "the learning rate goes first: %s", wide);
+    r.step = 100, r.tok_per_s = 21717, r.loss = 2.7077, r.grad_norm = 1.262;      // README's line, at 80 columns
+    char *usual = metrics_test_line(&r, "", 1000, 80);
+    EXPECT_TEXT(usual, "step  100/1000 | loss  2.7077 | drop 0.125 [##.a] | 21,717 tok/s | 2d04h left");
+    text_free(&full);
+    free(narrow), free(wide), free(usual);
+}
+
+#ifdef __linux__
+// What a child whose standard output is that takes for its width; it prints the line of a step.
+static int metrics_test_width(int out, const char *columns) {
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        if (columns) setenv("COLUMNS", columns, 1);
+        else unsetenv("COLUMNS");
+        dup2(out, STDOUT_FILENO);
+        leave_memory();
+        const Metrics r = metrics_test_record();
+        metrics_print(&r, "", 1000000, "##.a", 187200);
+        _exit(metrics_width());
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+// The width is the terminal's, or what COLUMNS says of it; what is no terminal has none.
+static void test_metrics_width(void) {
+    const int master = open("/dev/ptmx", O_RDWR | O_NOCTTY), file = open("/dev/null", O_WRONLY);
+    int number = 0, unlock = 0;
+    if (master < 0 || ioctl(master, TIOCSPTLCK, &unlock) || ioctl(master, TIOCGPTN, &number)) {
+        printf("    no pseudo-terminal here: its width was not asked for\n");
+        return;
+    }
+    char *path = xprintf("/dev/pts/%d", number);
+    const int terminal = open(path, O_RDWR | O_NOCTTY);
+    const struct winsize size = {24, 80, 0, 0};
+    EXPECT(terminal >= 0 && ioctl(master, TIOCSWINSZ, &size) == 0, "%s", path);
+    EXPECT(metrics_test_width(terminal, NULL) == 80, "the terminal's");
+    char seen[1000] = "";
+    const ssize_t n = read(master, seen, sizeof seen - 1);          // what it printed, up to the first line's end
+    EXPECT(n > 0 && strcspn(seen, "\r\n") <= 80 && strstr(seen, " | drop 0.125"), "printed: %s", seen);
+    EXPECT(metrics_test_width(terminal, "100") == 100, "COLUMNS");
+    EXPECT(metrics_test_width(terminal, "wide") == 80 && metrics_test_width(terminal, "-3") == 80, "COLUMNS that says nothing");
+    EXPECT(metrics_test_width(file, "100") == 0, "a file has no width");
+    close(master), close(terminal), close(file);
+    free(path);
+}
+#else
+static void test_metrics_width(void) {}
+#endif
+
 // Recorded plans must be of all steps from the first on, without a gap.
 static void test_trainer_replay_needs_every_step(void) {
     const char *dir = test_directory();
@@ -222,6 +313,6 @@ static void test_trainer_replay_needs_every_step(void) {
 
 #define LONG_TESTS(X)                                                                             \
     X(shards_changed) X(shards_fingerprint) X(shards_beyond_32_bits) X(trainer_shard_changed_under_the_run) \
-    X(metrics_durations) X(trainer_replay_needs_every_step)
+    X(metrics_durations) X(metrics_fit_the_terminal) X(metrics_width) X(trainer_replay_needs_every_step)
 
 #endif
