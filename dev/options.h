@@ -254,6 +254,7 @@ enum { OPTIONS_MAX_SETS = 4 };
 typedef struct {
     const char *usage;                                   // "generate CHECKPOINT [options]"
     const char *engine;                                  // what computes, for --version; NULL: nothing does
+    const char *notes;                                   // the last words of --help, or NULL
     OptionSet set[OPTIONS_MAX_SETS];                     // the first is the parser's own
     int n_sets;
     int max_arguments, n_arguments;                      // positional arguments: allowed (options_init says 0), given
@@ -768,14 +769,14 @@ static inline void options_apply_recipe(Options *o, const TrainOptions *t) {
 
 enum { OPTIONS_HELP_COLUMN = 28, OPTIONS_HELP_WIDTH = 100 };
 
-// Appends words at the help column, wrapped.
-static inline void options_wrap(Text *out, const char *words) {
-    for (int at = OPTIONS_HELP_COLUMN; *words; words += strspn(words, " ")) {
+// Appends words that begin at a column, wrapped.
+static inline void options_wrap(Text *out, const char *words, int column) {
+    for (int at = column; *words; words += strspn(words, " ")) {
         int length = (int)strcspn(words, " ");
-        if (at > OPTIONS_HELP_COLUMN) {
+        if (at > column) {
             int fits = at + 1 + length <= OPTIONS_HELP_WIDTH;
-            text_printf(out, "%s%*s", fits ? "" : "\n", fits ? 1 : OPTIONS_HELP_COLUMN, "");
-            at = fits ? at + 1 : OPTIONS_HELP_COLUMN;
+            text_printf(out, "%s%*s", fits ? "" : "\n", fits ? 1 : column, "");
+            at = fits ? at + 1 : column;
         }
         text_append(out, words, (size_t)length);
         at += length;
@@ -803,11 +804,14 @@ static inline void options_help(const Options *o, Text *out) {
                                   interval ? ", in " : "", interval ? s->domain : "");
             text_printf(out, "%-*s", OPTIONS_HELP_COLUMN, left);
             if (strlen(left) >= OPTIONS_HELP_COLUMN) text_printf(out, "\n%*s", OPTIONS_HELP_COLUMN, "");
-            options_wrap(out, right);
+            options_wrap(out, right, OPTIONS_HELP_COLUMN);
             free(left);
             free(right);
         }
     }
+    if (!o->notes) return;
+    text_printf(out, "\n");
+    options_wrap(out, o->notes, 0);
 }
 
 // Appends all values as a config that reads back to the same values.

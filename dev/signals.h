@@ -19,6 +19,11 @@
 
 enum { SIGNALS_ONE = 2 };
 
+// For --help.
+#define SIGNALS_HELP                                                                               \
+    "Signals: SIGTERM, SIGINT (Ctrl-C), SIGHUP, and SIGUSR2 and SIGXCPU, by which schedulers warn, "\
+    "end the step, save and exit with code 0. SIGUSR1 saves and goes on"
+
 static volatile sig_atomic_t signals_stop, signals_save; // the number of the signal that asked, or 0
 
 static inline void signals_on_warning(int number) { signals_stop = number; }

@@ -1315,7 +1315,7 @@ static inline int trainer_main(int argc, char **argv, const Engine *engine) {
     Options options;
     Text config = {NULL, 0, 0};
     options_init(&options, "train_gpt --train GLOB [--val GLOB] [options]");
-    options.engine = engine->name;
+    options.engine = engine->name, options.notes = SIGNALS_HELP;
     options_add(&options, train_options(), &o);
     options_parse(&options, argc, argv);
     options_apply_recipe(&options, &o);

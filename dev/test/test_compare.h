@@ -244,7 +244,51 @@ static void test_compare_killed(void) {
     compare_result_free(&y);
 }
 
+// Stopped by a signal of a scheduler or of timeout, to this process alone: the run whose turn it is and the others save, and the same command ends with the numbers of the undisturbed comparison. Also where a turn is a whole run,
+// the last of which then has not begun; and one that is asked to save goes on.
+static void test_compare_stops_and_saves(void) {
+    static const char *const signal[3] = {"USR2", "TERM", "XCPU"};
+    static const char *const arm[3] = {"none", "drop", "drop_flops"};
+    const char *dir = test_directory();
+    char whole[400], a[500], b[500];
+    snprintf(whole, sizeof whole, "%s/whole", dir);
+    EXPECT_COMPARED(whole, "--steps 200 --save-every 0 --drop-path 0.4");
+    for (int i = 0; i < 3; i++) {
+        const int turns = i < 2;
+        char *out = xprintf("%s/%d", dir, i);
+        char *options = xprintf("--steps 200 --save-every 0 --drop-path 0.4 --take-turns %d", turns);
+        char *arguments = compare_test_arguments(out, options);
+        ToolRun r = shell_runf("%s/%s & pid=$!\n"
+                               "while kill -0 $pid 2>/dev/null && ! [ -s %s/%s_s1337/metrics.jsonl ]; do sleep 0.01; done\n"
+                               "kill -USR1 $pid; sleep 0.3; kill -%s $pid; wait $pid", test_build(), arguments, out,
+                               turns ? "drop" : "none", signal[i]);
+        char *said = xprintf("stopped by SIG%s: every run is saved", signal[i]);
+        EXPECT(r.code == 0 && strstr(r.out.s, said), "%s: code %d: %s%s", signal[i], r.code, r.out.s, r.err.s);
+        tool_free(&r);
+        char *answer = xprintf("%s/compare.json", out), *last = xprintf("%s/drop_flops_s1337/latest", out);
+        char *first = xprintf("%s/none_s1337/latest", out);
+        EXPECT(!path_exists(answer) && path_exists(first), "%s: what is there", signal[i]);
+        EXPECT(turns || !path_exists(last), "a run was begun after the signal");
+        free(answer), free(last), free(first), free(said), free(arguments);
+        EXPECT_COMPARED(out, options);
+        for (int k = 0; k < 3; k++) {
+            snprintf(a, sizeof a, "%s/%s_s1337", whole, arm[k]), snprintf(b, sizeof b, "%s/%s_s1337", out, arm[k]);
+            expect_same_metrics(a, b, 0);
+        }
+        free(out), free(options);
+    }
+}
+
 // ---- What is said ----
+
+static void test_help_names_signals(void) {
+    static const char *const programs[2] = {"train_gpt", "compare"}, *const names[] = {"SIGTERM", "SIGUSR2", "SIGXCPU", "SIGUSR1"};
+    for (int p = 0; p < 2; p++) {
+        ToolRun r = tool_run("%s --help", programs[p]);
+        for (int i = 0; i < 4; i++) EXPECT(strstr(r.out.s, names[i]), "%s --help does not name %s", programs[p], names[i]);
+        tool_free(&r);
+    }
+}
 
 static void test_compare_flags_underfitting(void) {
     const char *dir = test_directory();
@@ -287,7 +331,7 @@ static void test_compare_refuses(void) {
 }
 
 #define COMPARE_TESTS(X)                                                                     \
-    X(compare_answers) X(compare_picture) X(compare_adds_what_is_missing) X(compare_killed)  \
+    X(compare_answers) X(compare_picture) X(compare_adds_what_is_missing) X(compare_killed) X(compare_stops_and_saves) X(help_names_signals) \
     X(compare_flags_underfitting) X(compare_refuses)
 
 #endif

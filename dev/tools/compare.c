@@ -5,12 +5,13 @@
 //
 // Takes every option of train_gpt. Each run is one that train_gpt would do, in a folder of its own, OUT/none_s1337,
 // OUT/drop_s1337, ...; the same command again goes on where it stopped, or with more --seeds adds the runs that are
-// missing. The answer is printed and written to OUT/compare.md and OUT/compare.json.
+// missing. The answer is printed and written to OUT/compare.md and OUT/compare.json. The signals that stop train_gpt,
+// signals.h lists them, stop every run after its step, saved.
 #include "../engines.h"
 #include "../trainer.h"
 #include "../stats.h"
 #include <ctype.h>
-#include <signal.h>
+#include <poll.h>
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -82,6 +83,7 @@ static void read_options(Compare *c, int argc, char **argv) {
     const TrainOptions *o = &c->train;
     options_init(&c->options, "compare --train GLOB --val GLOB --drop-path X [--seeds N] [options]");
     c->options.engine = engine_default_name();
+    c->options.notes = SIGNALS_HELP;
     options_add(&c->options, train_options(), &c->train);
     options_add(&c->options, compare_options(), &c->own);
     options_parse(&c->options, argc, argv);
@@ -227,6 +229,7 @@ typedef struct {
     Text config;
     char *title, label[16];
     int started, finished;                               // before this program, wholly before
+    int begun, told;                                     // has had a turn; was handed the signal that stops it
     pid_t pid;                                           // 0: no process
     int go, done;                                        // our ends of the pipes of TrainerTurn
 } Run;
@@ -276,28 +279,51 @@ static void run_start(Run *r, double seconds, double *peak, const Run *others, i
     r->done = done[0];
 }
 
-// Gives the run a turn and waits until it is over; returns whether there is more to do. Exits with the run's code if
-// it has failed: the others end with this process.
-static int run_turn(Run *r) {
+// Hands what this process was asked for by a signal on to the runs (n).
+static void hand_on(Run *run, int n) {
+    const int save = signals_take_save();
+    for (int i = 0; i < n; i++) {
+        if (!run[i].pid) continue;
+        if (save) kill(run[i].pid, SIGUSR1);
+        if (signals_stop && !run[i].told++) kill(run[i].pid, signals_stop);
+    }
+}
+
+// Gives run i of n a turn and waits until it is over, by the run's word (1) or its end (0).
+static int take_turn(Run *run, int n, int i) {
+    Run *r = &run[i];
     char byte = 0;
+    struct pollfd done = {r->done, POLLIN, 0};
+    r->begun = 1;
+    hand_on(run, n);
+    if (write(r->go, &byte, 1) != 1) return 0;
+    while (poll(&done, 1, 100) <= 0) hand_on(run, n);    // a signal that comes just before poll waits 100 ms
+    ssize_t got;
+    while ((got = read(r->done, &byte, 1)) < 0 && errno == EINTR) {}
+    return got == 1;
+}
+
+// Takes the turn of run i of n; returns whether there is more to do. Exits with the run's code if it has failed: the
+// others end with this process.
+static int run_turn(Run *run, int n, int i) {
+    Run *r = &run[i];
     int status;
-    ssize_t n = 0;
-    if (write(r->go, &byte, 1) == 1)
-        while ((n = read(r->done, &byte, 1)) < 0 && errno == EINTR) {}
-    if (n == 1) return 1;
+    const int cancelled = signals_stop && !r->begun;     // there is nothing to save
+    if (cancelled) kill(r->pid, SIGKILL);
+    else if (take_turn(run, n, i)) return 1;
     while (waitpid(r->pid, &status, 0) < 0)
         if (errno != EINTR) die("waitpid: %s", strerror(errno));
     close(r->go);
     close(r->done);
     r->pid = 0;
-    if (status == 0) return 0;
+    if (status == 0 || cancelled) return 0;
     const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);      // as a shell counts
     fprintf(stderr, "error: %s ended with exit code %d\n  hint: the same command again goes on with it\n", r->title, code);
     exit(code);
 }
 
-// All runs of seed s. With --take-turns 0 a turn is a whole run.
-static void run_seed(Compare *c, int s) {
+// All runs of seed s; returns whether they came to their end. With --take-turns 0 a turn is a whole run.
+static int run_seed(Compare *c, int s) {
     Run run[MAX_ARMS];
     const double seconds = c->own.take_turns ? TURN_SECONDS : INFINITY;
     for (int arm = 0; arm < c->arms; arm++) {
@@ -307,13 +333,17 @@ static void run_seed(Compare *c, int s) {
     }
     for (int busy = 1; busy;) {
         busy = 0;
-        for (int arm = 0; arm < c->arms; arm++) busy |= run[arm].pid && run_turn(&run[arm]);
+        for (int arm = 0; arm < c->arms; arm++) busy |= run[arm].pid && run_turn(run, c->arms, arm);
     }
+    int finished = 1;
     for (int arm = 0; arm < c->arms; arm++) {
-        if (!run_read(c, arm, s, run[arm].o.out))
+        const int ended = run_read(c, arm, s, run[arm].o.out);
+        if (!ended && !signals_stop)
             die("%s ended without a finite validation loss\n  hint: a lower --lr", run[arm].title);
+        finished &= ended;
         run_close(&run[arm]);
     }
+    return finished;
 }
 
 // One compare at a time in a folder. The lock lasts as long as any process of this compare, an orphaned run included.
@@ -615,12 +645,17 @@ int main(int argc, char **argv) {
         c->value[i / N_NUMBERS][i % N_NUMBERS] = (double *)xcalloc((size_t)c->seeds, sizeof(double));
     directory_make(c->train.out);
     lock_folder(c->train.out);
-    signal(SIGPIPE, SIG_IGN);                            // a run that has died is told by its exit code
+    signals_begin();                                     // a run that has died is told by its exit code, not SIGPIPE
+    signals_catch();
     c->peak = (double *)mmap(NULL, sizeof *c->peak, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (c->peak == MAP_FAILED) die("cannot share memory: %s", strerror(errno));
-    for (int s = 0; s < c->seeds; s++) run_seed(c, s);
-    write_report(c, argc, argv);
-    if (c->own.picture) write_picture(c, argv[0]);
+    int s = 0;
+    while (s < c->seeds && run_seed(c, s)) s++;
+    if (s < c->seeds) printf("stopped by %s: every run is saved; the same command goes on from here\n", signals_name());
+    else {
+        write_report(c, argc, argv);
+        if (c->own.picture) write_picture(c, argv[0]);
+    }
     for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++) free(c->value[i / N_NUMBERS][i % N_NUMBERS]);
     options_free(&c->options);
     return 0;
