@@ -252,15 +252,15 @@ static void test_compare_stops_and_saves(void) {
     const char *dir = test_directory();
     char whole[400], a[500], b[500];
     snprintf(whole, sizeof whole, "%s/whole", dir);
-    EXPECT_COMPARED(whole, "--steps 200 --save-every 0 --drop-path 0.4");
+    EXPECT_COMPARED(whole, "--steps 1500 --save-every 0 --drop-path 0.4");
     for (int i = 0; i < 3; i++) {
         const int turns = i < 2;
         char *out = xprintf("%s/%d", dir, i);
-        char *options = xprintf("--steps 200 --save-every 0 --drop-path 0.4 --take-turns %d", turns);
+        char *options = xprintf("--steps 1500 --save-every 0 --drop-path 0.4 --take-turns %d", turns);
         char *arguments = compare_test_arguments(out, options);
         ToolRun r = shell_runf("%s/%s & pid=$!\n"
                                "while kill -0 $pid 2>/dev/null && ! [ -s %s/%s_s1337/metrics.jsonl ]; do sleep 0.01; done\n"
-                               "kill -USR1 $pid; sleep 0.3; kill -%s $pid; wait $pid", test_build(), arguments, out,
+                               "kill -USR1 $pid; sleep 0.05; kill -%s $pid; wait $pid", test_build(), arguments, out,
                                turns ? "drop" : "none", signal[i]);
         char *said = xprintf("stopped by SIG%s: every run is saved", signal[i]);
         EXPECT(r.code == 0 && strstr(r.out.s, said), "%s: code %d: %s%s", signal[i], r.code, r.out.s, r.err.s);
