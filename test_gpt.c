@@ -10,6 +10,7 @@
 // An engine test is one test, written against engine.h, that runs on every engine this program is linked with.
 
 #include "dev/check.h"
+#include "dev/program.h"
 #include "dev/engines.h"
 #include "dev/test/supervise.h"
 #include "dev/test/test.h"
@@ -109,6 +110,7 @@ static void print_engines(void) {
 }
 
 int main(int argc, char **argv) {
+    program_begin(argv);
     if (argc == 2 && !strcmp(argv[1], "--list")) {
         for (int i = 0; i < N_TESTS; i++) puts(tests[i].name);
         return 0;

@@ -1317,5 +1317,8 @@ const Engine CPU_ENGINE = {
 #ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main
 #include "dev/trainer.h"
 
-int main(int argc, char **argv) { return trainer_main(argc, argv, engine_cpu()); }
+int main(int argc, char **argv) {
+    program_begin(argv);
+    return trainer_main(argc, argv, engine_cpu());
+}
 #endif

@@ -1,8 +1,57 @@
-// program.h: what every program of this project has on its command line: --version, and whole numbers as people write them.
+// program.h: what every program of this project has: how its threads wait, --version, and whole numbers as people write
+// them on a command line.
 #ifndef PROGRAM_H
 #define PROGRAM_H
 
 #include "check.h"
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+
+// ---- How threads wait for each other ----
+
+// OpenMP's threads spin while they wait: a loop's end is microseconds away, and sleeping costs as much. But libgomp's spin
+// for milliseconds, and libomp's for 200 ms: where other programs want the cores too, they spin in the way of the very
+// thread that they wait for, and steps take ten times as long and more (dev/bench/SPEED.md). So, unless the user has chosen by
+// one of these variables, they spin briefly and then sleep.
+#define PROGRAM_GOMP_SPIN    "1000"                      // rounds of libgomp's loop (dev/bench/SPEED.md)
+#define PROGRAM_KMP_MILLIS   "1"                         // of libomp
+
+static inline int program_wait_is_chosen(void) {
+    return getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME");
+}
+
+// Replaces this process by the same program with the same arguments, number and files. Returns only if it cannot, as
+// where a loader or an emulator that was started by hand runs the program, so that the kernel knows another one.
+static inline void program_again(char **argv) {
+#ifdef __linux__
+    char path[4096];
+    const ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (n <= 0 || !getauxval(AT_BASE)) return;
+    path[n] = 0;
+    execv(path, argv);
+#else
+    (void)argv;
+#endif
+}
+
+// Call it first in main. libomp reads its variable when the first threads start, libgomp before main: so the program
+// starts itself again, once, since then the variable is set. A debugger that minds sets GOMP_SPINCOUNT.
+static inline void program_begin(char **argv) {
+#if defined _OPENMP && !defined CUDA_BUILD              // what the GPU waits for is no thread
+    if (program_wait_is_chosen()) return;
+#ifdef __clang__
+    setenv("KMP_BLOCKTIME", PROGRAM_KMP_MILLIS, 0);
+    (void)argv;
+#else
+    if (setenv("GOMP_SPINCOUNT", PROGRAM_GOMP_SPIN, 0)) return;
+    program_again(argv);
+    unsetenv("GOMP_SPINCOUNT");
+#endif
+#else
+    (void)argv;
+#endif
+}
 
 // ---- --version ----
 

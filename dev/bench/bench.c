@@ -103,6 +103,7 @@ int main(int argc, char **argv) {
     Options options;
     Bench b;
     Case only;
+    program_begin(argv);
     options_init(&options, "bench [options]");
     options_add(&options, bench_options(), &o);
     options_parse(&options, argc, argv);

@@ -4,6 +4,7 @@
 
 #include "../gpt.h"
 #include "../json.h"
+#include "../program.h"
 #include "../safetensors.h"
 #include "../tokenizer.h"
 #include "test.h"
@@ -529,11 +530,57 @@ static void test_generate_refuses(void) {
     EXPECT_TOOL_REFUSES("--tokens: 'many'", "generate %s/plain --tokens many", runs);
 }
 
+// ---- How threads wait ----
+
+// Runs a command to which nobody has said how threads wait, and OpenMP says at its start by what it goes.
+static inline ToolRun PRINTF_LIKE(1, 2) tools_test_unset(const char *format, ...) {
+    int length;
+    va_list args;
+    va_start(args, format);
+    char *command = xprintf_v(&length, format, args);
+    va_end(args);
+    ToolRun r = shell_runf("unset OMP_WAIT_POLICY GOMP_SPINCOUNT KMP_BLOCKTIME; export OMP_DISPLAY_ENV=verbose\n%s", command);
+    free(command);
+    return r;
+}
+
+// Programs whose threads wait for each other set how long they spin, unless that is chosen already. With libgomp they start
+// once more for that: with the same arguments, standard input and exit codes.
+static void test_threads_spin_briefly(void) {
+#if defined _OPENMP && defined __linux__
+    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate"};
+    static const char *const chosen[] = {"OMP_WAIT_POLICY=active", "GOMP_SPINCOUNT=777", "KMP_BLOCKTIME=3"};
+    const char *build = test_build(), *runs = tools_test_runs();
+#ifdef __clang__
+    const char *want = "KMP_BLOCKTIME='" PROGRAM_KMP_MILLIS "'";
+#else
+    const char *want = "GOMP_SPINCOUNT = '" PROGRAM_GOMP_SPIN "'";
+    for (int p = 0; p < 4; p++) {
+        ToolRun r = tools_test_unset("%s/%s --no-such 'an option'", build, programs[p]);
+        EXPECT(r.code == 1 && strstr(r.err.s, want) && strstr(r.err.s, "unknown option --no-such"), "%s: code %d: %s",
+               programs[p], r.code, r.err.s);
+        tool_free(&r);
+    }
+#endif
+    ToolRun r = tools_test_unset("echo 'the cat' | %s/generate %s/plain --prompts - --tokens 1", build, runs);
+    EXPECT(r.code == 0 && strstr(r.err.s, want) && !strncmp(r.out.s, "the cat", 7), "%d: %s%s", r.code, r.out.s, r.err.s);
+    tool_free(&r);
+    for (int i = 0; i < 3; i++) {
+        r = tools_test_unset("%s %s/generate %s/plain --prompt a --tokens 1", chosen[i], build, runs);
+        const char *once = strstr(r.err.s, "ENVIRONMENT BEGIN");
+        EXPECT(r.code == 0 && !strstr(r.err.s, want) && once && !strstr(once + 1, "ENVIRONMENT BEGIN"), "%s: %s", chosen[i],
+               r.err.s);
+        tool_free(&r);
+    }
+    (void)programs;
+#endif
+}
+
 #define TOOLS_TESTS(X)                                                                                              \
     X(evaluate_equals_the_trainer) X(evaluate_prints) X(evaluate_without_a_layer) X(evaluate_depths)                \
     X(evaluate_refuses) X(evaluate_refuses_damage) X(tools_apply_the_factors) X(tools_refuse_other_vocabularies)    \
     X(tools_read_the_head) X(tools_refuse_what_is_not_finite) X(generate_is_reproducible) X(generate_samples)       \
     X(generate_prompts) X(generate_refuses_to_approximate) X(generate_finds_the_tokenizer)                          \
-    X(generate_refuses)
+    X(generate_refuses) X(threads_spin_briefly)
 
 #endif

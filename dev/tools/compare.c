@@ -637,6 +637,7 @@ static void write_report(const Compare *c, int argc, char **argv) {
 
 int main(int argc, char **argv) {
     Compare compare, *c = &compare;
+    program_begin(argv);
     memset(c, 0, sizeof *c);
     read_options(c, argc, argv);
     read_sizes(c);

@@ -375,6 +375,7 @@ int main(int argc, char **argv) {
     EvaluateOptions o;
     Options options;
     Loaded m;
+    program_begin(argv);
     options_init(&options, "evaluate CHECKPOINT --val GLOB [--choices FILE] [options]");
     options.engine = engine_default_name();
     options_add(&options, evaluate_options(), &o);

@@ -127,6 +127,7 @@ int main(int argc, char **argv) {
     GenerateOptions o;
     Options options;
     Loaded m;
+    program_begin(argv);
     options_init(&options, "generate CHECKPOINT [options]");
     options.engine = engine_default_name();
     options_add(&options, generate_options(), &o);
