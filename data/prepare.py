@@ -457,8 +457,12 @@ def main(arguments=None, act=None):
         sys.stdout.reconfigure(errors="backslashreplace")      # a path need not be UTF-8, nor the terminal
     try:
         act(arguments) if act else prepare(check(parser().parse_args(arguments)))
+        sys.stdout.flush()
     except Problem as e:
         sys.exit(f"error: {e}")
+    except BrokenPipeError:             # nobody reads what it says, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as e:
         sys.exit(f"error: {e.filename or 'the disk'}: {e.strerror}")
     except KeyboardInterrupt:

@@ -10,6 +10,8 @@ import re
 import sys
 from array import array
 
+import script_errors  # noqa: F401  # no exception escapes as a traceback
+
 # What two runs of one experiment may differ in, and the numbers of their steps still be taken together.
 SAME_EXPERIMENT = {"seed", "out", "threads", "resume", "save-every", "keep", "log-every", "sample-every",
                    "sample-tokens", "prompt"}
@@ -17,22 +19,6 @@ SAME_EXPERIMENT = {"seed", "out", "threads", "resume", "save-every", "keep", "lo
 
 def fail(message):
     sys.exit(f"error: {message}")
-
-
-def last_resort(kind, error, trace):
-    """An exception that nobody foresaw: one line, with the place. DROPPATH_DEBUG=1 shows all of it."""
-    if os.environ.get("DROPPATH_DEBUG"):
-        return sys.__excepthook__(kind, error, trace)
-    if issubclass(kind, KeyboardInterrupt):
-        return print("\ninterrupted", file=sys.stderr)
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    place = f", {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else ""
-    print(f"error: unexpected {kind.__name__}: {' '.join(str(error).split())[:200]}{place}\n"
-          "  hint: DROPPATH_DEBUG=1 shows all of it, which a report should have", file=sys.stderr)
-
-
-sys.excepthook = last_resort
 
 
 def note(message):

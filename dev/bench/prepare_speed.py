@@ -22,6 +22,8 @@ import time
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "data")
 sys.path.insert(0, DATA)
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
+import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 
 import vocabulary                       # noqa: E402
 from shards import read_shard           # noqa: E402

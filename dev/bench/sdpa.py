@@ -7,11 +7,15 @@ keys and values lie as they do in a model: parts of one (B,T,3C). Causal. "of be
 """
 import argparse
 import json
+import os
 import statistics
+import sys
 import time
 import warnings
 
-import torch
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
+import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
+import torch  # noqa: E402
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -13,13 +13,17 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import pathlib
 import re
 import statistics
 import subprocess
+import sys
 import time
 
-import torch
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
+import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
+import torch  # noqa: E402
 from torch import nn
 from torch.nn import functional as F
 

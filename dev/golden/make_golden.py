@@ -8,10 +8,13 @@ row, then multiplied by mask * scale. An engine, which computes only the kept ro
 README.md lists the tensors. Two runs write identical files.
 """
 import math
+import os
 import pathlib
 import sys
 
-import numpy as np
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
+import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
+import numpy as np  # noqa: E402
 import torch
 from safetensors.numpy import save_file
 

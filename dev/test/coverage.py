@@ -15,6 +15,9 @@ import subprocess
 import sys
 import tempfile
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
+import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
+
 SHOWN = ["train_gpt.c", "dev/*.h"]
 LEFT_OUT = ["dev/cuda.h"]                                # for the GPU engine alone, which this build leaves out
 LEAST = 95.0                                             # per cent of lines

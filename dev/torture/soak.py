@@ -21,6 +21,9 @@ import subprocess
 import sys
 import time
 
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
+import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
+
 STEADY = """--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --drop-path 0.3 --drop-unit row
     --eval-every 50 --eval-tokens 500 --log-every 1000 --keep 3""".split()
 TIMES = {"ms", "tok_per_s", "mfu", "peak_bytes"}         # what differs between two runs of the same bits
