@@ -260,6 +260,8 @@ def main():
         out |= trained
         print("\n".join(f"{name}: {' '.join(f'{x:.4f}' for x in trained[name])}" for name in trained if "param" not in name))
 
+    if sys.argv[1:] and sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     path = sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).with_name("golden.safetensors")
     save_file({name: np.ascontiguousarray(np.atleast_1d(value)) for name, value in out.items()}, path)
     print(f"wrote {path}: {len(out)} tensors, {pathlib.Path(path).stat().st_size} bytes")
