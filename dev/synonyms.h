@@ -19,8 +19,15 @@ static const Synonym synonyms[] = {
      "drop drop-path-rate drop-path-prob droppath-rate stochastic-depth stochastic-depth-prob "
      "stochastic-depth-rate layer-drop layerdrop encoder-layerdrop decoder-layerdrop "
      "layer-dropout layer-dropout-prob drop-rate"},
-    {"drop-path", ", which drops whole branches, not single values",
-     "dropout hidden-dropout attention-dropout resid-pdrop"},
+
+    // Beside drop path
+    {"dropout", ", or --dropout-embd, -attn and -resid apart", "dropout-rate dropout-prob dropout-p hidden-dropout-prob"},
+    {"dropout-embd", "", "embd-pdrop embed-dropout embedding-dropout"},
+    {"dropout-attn", "", "attn-pdrop attention-dropout attn-dropout attention-probs-dropout-prob"},
+    {"dropout-resid", "", "resid-pdrop resid-dropout hidden-dropout residual-dropout"},
+    {"label-smoothing", "", "label-smoothing-factor smoothing"},
+    {"train-last", ", the layers that train and not those that are frozen",
+     "freeze-layers frozen-layers num-frozen-layers unfreeze-last trainable-layers"},
 
     // Model
     {"layers", "", "n-layer n-layers num-layers num-hidden-layers n-blocks depth"},
