@@ -6,17 +6,26 @@ its function, and the variable MUTANT says which one a run is. Tests run on it u
     make mutate                          all; those caught before are not tried again, until their file changes
     dev/mutate/mutate.py --jobs 4        several at a time
     dev/mutate/mutate.py --seconds 170   stops in time; the next call goes on
-    dev/mutate/mutate.py --only 17 18    these alone, by their numbers, with what the tests print
-    dev/mutate/mutate.py --list          the mutants and their numbers
+    dev/mutate/mutate.py --only 17 keep  these alone, by number or function, with what the tests print
+    dev/mutate/mutate.py --survivors     those that dev/mutate/survivors.txt names, again
+    dev/mutate/mutate.py --list          the mutants: number, name, place
+    dev/mutate/mutate.py --check         only whether survivors.txt names mutants that exist
 
-A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as what it was made from.
-What survives is printed; dev/mutate/survivors.txt says why it may. One whose reason begins with "The same" computes what
-the original does: no test can catch it, and it does not count. Exit code 1 below 90% caught of the others in a file, or
-when a survivor has no reason.
+A mutant's name is its function, what is changed to what, and which of the function's places that
+have it: "drop_path_ramp: < to <=, 2 of 3". Variables can be renamed and lines reflowed without
+changing it. One place more or less changes "of 3", so that a name does not come to mean another
+mutant unnoticed.
+
+A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as the
+original. What survives is printed; dev/mutate/survivors.txt says why it may. One whose reason
+begins with "The same" computes what the original does: no test can catch it, and it does not count.
+Exit code 1 if fewer than 90% of the others in a file are caught, if a survivor has no reason, or if
+survivors.txt names a mutant that does not exist or that a test caught.
 
 Not changed: CHECK and assert, which no right caller reaches; texts of messages; comments.
 """
 import argparse
+import collections
 import concurrent.futures
 import fcntl
 import filecmp
@@ -68,14 +77,14 @@ FILES = {                                                # path -> (sanitizers, 
     "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
         numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*""")}
 
-OPERATORS = [(" < ", " <= "), (" < ", " >= "), (" <= ", " < "), (" > ", " >= "), (" > ", " <= "), (" >= ", " > "),
-             (" == ", " != "), (" != ", " == "), (" + ", " - "), (" - ", " + "), (" * ", " / "), (" / ", " * "),
-             (" % ", " * "), (" && ", " || "), (" || ", " && "), (" += ", " -= "), (" -= ", " += "),
-             (" & ", " | "), (" | ", " & "), (" |= ", " &= "), (" << ", " >> "), (" >> ", " << ")]
+OPERATORS = """< <=, < >=, <= <, > >=, > <=, >= >, == !=, != ==, + -, - +, * /, / *, % *, && ||, || &&, += -=,
+    -= +=, & |, | &, |= &=, << >>, >> <<"""              # what becomes what, with space around it
+OPERATORS = [pair.split() for pair in OPERATORS.split(",")]
 NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?![\w.])")
-STATEMENT = re.compile(r"^(\s+)((?:\*|\()*[A-Za-z_][\w.\[\]>()*+ -]*?(?:\(.*\)|\s(?:[-+*|]?=)\s.*|\+\+|--));\s*$")
-KEYWORD = re.compile(r"^\s*(return|else|if|for|while|do|switch|case|default|typedef|enum|struct|static|const|int|char|"
-                     r"double|float|real|unsigned|size_t|u?int\d+_t|FILE|DIR|Text|Json|FileMap|Weights|CHECK|assert)\b")
+HEADER = re.compile(r"\b(?:if|for|while|switch)\s*(?=\()")
+DECLARATION = re.compile(r"(return|goto|case|default|typedef|enum|struct|static|const|CHECK|assert)\b|\w+ \**\w")
+ASSIGNMENT = re.compile(r"[\w.\[\]>()*+ -]+? [-+*/%&|^]?=(?!=)")
+CALL = re.compile(r"(?:\(void\)\s?)?(?:\w+(?:\.|->))*(\w+)\(.*\)$")
 
 
 # ---- Making mutants ----
@@ -113,46 +122,77 @@ def closing(code, at):
     return at
 
 
+def statements_of(code, body, end):
+    """(from, to, what it is) of each statement of a function without its semicolon: calls, assignments, steps and jumps;
+    no declarations, since without them it is no program."""
+    starts = [m.end() for m in re.compile(r"[;{}]|\b(?:else|do)\b").finditer(code, body, end)]
+    starts += [closing(code, m.end()) + 1 for m in HEADER.finditer(code, body, end)]
+    for at in sorted([body] + starts):
+        at = end - len(code[at:end].lstrip(" \n\x01"))    # behind comments too
+        depth, to = 0, at
+        while to < end and depth >= 0 and not (code[to] == ";" and depth == 0):
+            depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(code[to], 0)
+            to += 1
+        if to == end or depth < 0:
+            continue
+        statement = " ".join(code[at:to].split())
+        if statement in ("break", "continue"):
+            yield at, to, statement
+        elif DECLARATION.match(statement) or HEADER.match(statement):
+            continue
+        elif ASSIGNMENT.match(statement):
+            yield at, to, "assignment"
+        elif re.fullmatch(r"[\w.>()*\[\]-]+(\+\+|--)", statement):
+            yield at, to, statement[-2:]
+        elif CALL.match(statement):
+            yield at, to, f"call of {CALL.match(statement).group(1)}"
+
+
+def places_of(text, code, body, end):
+    """(what a place has, from, to, [(change, replacement)]) of all that can be changed in a function."""
+    for old in dict(OPERATORS):
+        for m in re.compile(rf"(?<=\s){re.escape(old)}(?=\s)").finditer(code, body, end):
+            yield old, m.start(), m.end(), [(f"{old} to {new}", new) for was, new in OPERATORS if was == old]
+    for m in NUMBER.finditer(code, body, end):
+        n = m.group(1)
+        changes = [(f"{n} times 1.5", f"({n} * 1.5)")] if "." in n else [
+            (f"{n} to {other}", str(other)) for other in (int(n) + 1, int(n) - 1) if other >= 0]
+        yield n, m.start(), m.end(), changes
+    for m in re.compile(r"(?<![\w)\]])!(?=[\w(*])").finditer(code, body, end):
+        yield "!", m.start(), m.end(), [("! left out", "")]
+    for m in re.compile(r"\bif\s*(?=\()").finditer(code, body, end):
+        to = closing(code, m.end()) + 1
+        yield "if", m.end(), to, [("if negated", f"(!{text[m.end():to]})")]
+    for begin, to, what in statements_of(code, body, end):
+        yield what, begin, to, [(f"{what} left out", "")]
+
+
+class Mutant(tuple):
+    """(from, to, replacement) in a file's text; and its name."""
+    name = ""
+
+
 def mutants_of(path):
-    """Text, functions, and (from, to, replacement) of every mutant of a file."""
+    """Text, functions, and every mutant of a file, in the order of their places."""
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
         text = f.read()
     code = code_only(text)
     functions = functions_of(path, code)
-    found = []
-    for _, _, body, end in functions.values():
-        for old, new in OPERATORS:
-            at = code.find(old, body, end)
-            while at >= 0:
-                found.append((at, at + len(old), new))
-                at = code.find(old, at + 1, end)
-        for m in NUMBER.finditer(code, body, end):
-            if "." in m.group(1):
-                found.append((m.start(), m.end(), f"({m.group(1)} * 1.5)"))
-                continue
-            found.append((m.start(), m.end(), str(int(m.group(1)) + 1)))
-            if int(m.group(1)) > 0:
-                found.append((m.start(), m.end(), str(int(m.group(1)) - 1)))
-        for m in re.compile(r"(?<![\w)\]])!(?=[\w(*])").finditer(code, body, end):
-            found.append((m.start(), m.end(), ""))
-        for m in re.compile(r"\bif (?=\()").finditer(code, body, end):
-            to = closing(code, m.end()) + 1
-            found.append((m.end(), to, f"(!{text[m.end():to]})"))
-        at = body
-        for line in code[body:end].split("\n"):
-            m = STATEMENT.match(line.replace("\x01", '"'))
-            if m and not KEYWORD.match(line) and line.count("(") == line.count(")"):
-                found.append((at + len(m.group(1)), at + line.rindex(";"), ""))
-            if line.strip() in ("break;", "continue;"):
-                found.append((at + line.index(line.strip()), at + line.rindex(";"), ""))
-            at += len(line) + 1
     contracts = contract_spans(code)
-    found = sorted({m for m in found if not any(a <= m[0] <= b for a, b in contracts)})
-    return text, functions, found
+    found = []
+    for function, (_, _, body, end) in functions.items():
+        places = [p for p in places_of(text, code, body, end) if not any(a <= p[1] <= b for a, b in contracts)]
+        count, seen = collections.Counter(p[0] for p in places), collections.Counter()
+        for what, begin, to, changes in places:
+            seen[what] += 1
+            for change, new in changes:
+                found.append(Mutant((begin, to, new)))
+                found[-1].name = f"{function}: {change}, {seen[what]} of {count[what]}"
+    return text, functions, sorted(found)
 
 
 def describe(text, mutant):
-    """Its line before and after, without indentation: what survivors.txt knows it by."""
+    """Its line before and after, without indentation."""
     begin, end, new = mutant
     first = text.rfind("\n", 0, begin) + 1
     last = text.find("\n", end)
@@ -303,14 +343,35 @@ class Bench:
 
 # ---- All of it ----
 
-def read_reasons():
-    """(file, before, after) -> reason, from survivors.txt: blocks of four lines."""
-    reasons = {}
-    if os.path.exists(SURVIVORS):
-        with open(SURVIVORS, encoding="utf-8") as f:
-            lines = [line.strip() for line in f if line.strip() and not line.startswith("#")]
-        for i in range(0, len(lines) - 3, 4):
-            reasons[lines[i], lines[i + 1].lstrip("- "), lines[i + 2].lstrip("+ ")] = lines[i + 3]
+def read_reasons(mutants):
+    """name -> reason, from survivors.txt: blocks of names, one a line, and their reason, indented. Ends with an error if a
+    name is there twice or no mutant has it."""
+    names = {m.name for _, m in mutants.values()}
+    reasons, block, wrong = {}, [], []
+    with open(SURVIVORS, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if line.startswith("#") or not line.strip():
+                continue
+            if line[0].isspace():
+                for name in block:
+                    reasons[name] = (reasons[name] + " " + line.strip()).strip()
+                continue
+            if not block or reasons[block[-1]]:
+                block = []
+            name = line.strip()
+            if name in reasons:
+                wrong.append(f"{number}: named twice: {name}")
+            elif name not in names:
+                start = name.rpartition(",")[0]
+                near = sorted(n for n in names if start and n.startswith(start + ","))
+                wrong.append(f"{number}: no mutant has the name {name}" + (f"; there is {'; '.join(near)}" if near else ""))
+            block.append(name)
+            reasons[name] = ""
+    wrong += [f"no reason for {name}" for name, reason in reasons.items() if not reason]
+    if wrong:
+        path = os.path.relpath(SURVIVORS, ROOT)
+        sys.exit("\n".join(f"error: {path}:{w}" for w in wrong) +
+                 "\n  hint: look at the function again; --list FUNCTION prints its mutants and their names")
     return reasons
 
 
@@ -342,22 +403,23 @@ def load(store):
     return state
 
 
-def report(sources, mutants, results):
-    reasons = read_reasons()
+def report(sources, mutants, results, reasons):
     rows = {path: {"caught": 0, "survived": 0, "the same": 0, "no program": 0, "not tried": 0} for path in sources}
-    unknown = 0
+    unknown, wrong = 0, []
     for number, (path, mutant) in mutants.items():
         caught = results.get(key_of(path, mutant))
         text = sources[path][0]
         before, after = describe(text, mutant)
-        reason = reasons.get((path, before, after))
+        reason = reasons.get(mutant.name)
         same = reason and reason.startswith("The same")
         rows[path]["not tried" if caught in (None, "later") else "no program" if caught == "compiler" else
                    "caught" if caught else "the same" if same else "survived"] += 1
         if caught == "":
             unknown += reason is None
-            print(f"\nsurvived: {number} at {path}:{line_of(text, mutant)}\n  - {before}\n  + {after}\n"
+            print(f"\nsurvived: {number} at {path}:{line_of(text, mutant)}\n{mutant.name}\n  - {before}\n  + {after}\n"
                   f"  {reason or 'NO REASON in dev/mutate/survivors.txt'}")
+        elif reason and caught not in (None, "later"):
+            wrong.append(f"{mutant.name}: {'is no program' if caught == 'compiler' else 'caught by ' + caught}")
     print(f"\n{'file':18}" + "".join(f"{name:>12}" for name in rows["train_gpt.c"]) + f"{'per cent':>12}")
     good = True
     for path, row in rows.items():
@@ -365,7 +427,9 @@ def report(sources, mutants, results):
         good = good and share >= LEAST
         print(f"{path:18}" + "".join(f"{n:12}" for n in row.values()) + f"{share:12.1f}")
     print(f"{unknown} survivors without a reason")
-    return good and not unknown
+    for name in wrong:
+        print(f"in survivors.txt, but {name}")
+    return good and not unknown and not wrong
 
 
 def line_of(text, mutant):
@@ -373,32 +437,45 @@ def line_of(text, mutant):
 
 
 def key_of(path, mutant):
-    return f"{path}:{mutant[0]}:{mutant[1]}:{mutant[2]}"
+    return f"{path}:{mutant.name}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the next call goes on")
-    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="these, though they were tried")
+    parser.add_argument("--only", nargs="+", metavar="MUTANT", help="numbers or functions: these, though they were tried")
+    parser.add_argument("--survivors", action="store_true", help="those in survivors.txt, though they were tried")
     parser.add_argument("--jobs", type=int, default=1, help="mutants tried at a time")
     parser.add_argument("--cc", default="cc")
-    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--list", nargs="*", metavar="FUNCTION")
+    parser.add_argument("--check", action="store_true", help="whether survivors.txt names mutants that exist")
     o = parser.parse_args()
-    sources, mutants = {}, {}
+    sources, mutants, owners = {}, {}, {}
     for path in FILES:
         text, functions, found = mutants_of(path)
         sources[path] = text, functions
+        for name in functions:
+            if owners.setdefault(name, path) != path:
+                sys.exit(f"error: {owners[name]} and {path} both have a function {name}: its mutants have no names")
         mutants.update(enumerate([(path, m) for m in found], len(mutants) + 1))
-    if o.list:
+    if o.list is not None:
         for number, (path, m) in mutants.items():
-            text = sources[path][0]
-            print(f"{number} {path}:{line_of(text, m)}: {' -> '.join(describe(text, m))}")
+            if not o.list or m.name.split(":")[0] in o.list:
+                text = sources[path][0]
+                print(f"{number} {m.name}\n    {path}:{line_of(text, m)}: {' -> '.join(describe(text, m))}")
+        return 0
+    reasons = read_reasons(mutants)
+    if o.check:
+        print(f"{len(reasons)} survivors of {len(mutants)} mutants: each name has its mutant")
         return 0
     if o.jobs < 1:
         parser.error("--jobs must be at least 1")
-    for number in o.only or []:
-        if number not in mutants:
-            parser.error(f"--only {number}: the mutants have numbers from 1 to {len(mutants)} (--list)")
+    only = [n for n, (_, m) in mutants.items() if o.survivors and m.name in reasons]
+    for word in o.only or []:
+        found = [n for n, (_, m) in mutants.items() if word in (str(n), m.name.split(":")[0])]
+        if not found:
+            parser.error(f"--only {word}: neither a function nor a number from 1 to {len(mutants)} (--list)")
+        only += found
     os.makedirs(WORK, exist_ok=True)
     lock = open(os.path.join(WORK, "lock"), "w", encoding="ascii")       # goes with the process
     try:
@@ -408,9 +485,9 @@ def main():
     begin, store = time.monotonic(), os.path.join(WORK, "results.json")
     state = load(store)
     results = state["results"]
-    for number in o.only or []:
+    for number in only:
         results.pop(key_of(*mutants[number]), None)
-    left = o.only or [n for n, (path, m) in mutants.items() if results.get(key_of(path, m), "later") == "later"]
+    left = only or [n for n, (path, m) in mutants.items() if results.get(key_of(path, m), "later") == "later"]
     if left:
         bench = Bench(o.cc, mutants, state["dead"])
         bench.tests = state["tests"] = state.get("tests") or bench.prepare(sources)
@@ -430,7 +507,7 @@ def main():
                     json.dump(state, f)
                 line = line_of(sources[path][0], m)
                 print(f"{number}/{len(mutants)} {path}:{line}: {caught or 'survived'}", flush=True)
-    return 0 if report(sources, mutants, results) else 1
+    return 0 if report(sources, mutants, results, reasons) else 1
 
 
 if __name__ == "__main__":
