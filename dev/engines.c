@@ -1,7 +1,7 @@
 // engines.c: the CPU engines of a fat build (make FAT=1), and which of them runs. Other builds have one engine, which
 // train_gpt.c names itself, and do not compile this file.
 //
-// The table is the Makefile's FAT_ENGINES: names, best first, with the instructions that train_gpt.c is compiled for
+// The table is FAT_ENGINES of dev.mk: names, best first, with the instructions that train_gpt.c is compiled for
 // under each name. It comes here as CPU_ENGINES, rows of X(name, HAS(instructions) && ...), so that the processor is
 // asked for just what the compiler was allowed to use.
 //

@@ -1,0 +1,275 @@
+# dev.mk: a part of the Makefile, with what only a developer runs: tests, benchmarks, fuzzers; and
+# with how fat and GPU builds are compiled.
+
+RUN     ?=
+EMULATE ?= 1
+
+# ---- FAT=1: several engines, the best is chosen at start ----
+
+# The engines, best first, and the instructions that train_gpt.c is compiled for under each name;
+# dev/engines.c asks the processor for the same. All else is compiled for the last, which every
+# processor has. Another architecture would have its own list here.
+ifeq ($(FAT),1)
+ifneq ($(strip $(shell echo __x86_64__ | $(CC) -E -P -x c -)),1)
+$(error FAT=1 is for x86-64 only, and $(CC) compiles for something else: leave it out)
+endif
+ifneq ($(MARCH),native)
+$(error FAT=1 and MARCH=$(MARCH) exclude each other: a fat build has engines for all)
+endif
+FAT_ENGINES    := avx512bf16 avx512 avx2 sse2
+FAT_avx2       := avx2 fma
+FAT_avx512     := $(FAT_avx2) avx512f avx512bw avx512cd avx512dq avx512vl
+FAT_avx512bf16 := $(FAT_avx512) avx512bf16
+FAT_CHOICE     := the best at start of $(FAT_ENGINES)
+FAT_TABLE      := '-DCPU_ENGINES(X)=$(foreach e,$(FAT_ENGINES),X($(e), 1$(FAT_$(e):%= && HAS(%))))'
+ENGINE_FLAGS    = $(FAT_$*:%=-m%) -DCPU_ENGINE=cpu_engine_$*
+ARCH           := -march=x86-64
+ENGINES        := $(FAT_ENGINES:%=$(B)/engine_%.o) $(B)/engines.o
+endif
+
+$(B)/engines.o: dev/engines.c
+	$(call cc,$(FAT_TABLE))
+
+# ---- CUDA=1: how nvcc is called ----
+
+CUDA_HOME ?= /usr/local/cuda
+NVCC      ?= $(or $(wildcard $(CUDA_HOME)/bin/nvcc),nvcc)
+NVCCFLAGS ?= -O3 -lineinfo
+GPU_ARCH  ?= $(GPU_KNOWN)
+GPU_CODE   = $(if $(filter native,$(GPU_ARCH)),-arch=native,\
+             $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+             $(foreach a,$(lastword $(GPU_ARCH)),-gencode arch=compute_$(a),code=compute_$(a)))
+# nvcc is asked once, when a recipe first needs the answer: it takes seconds.
+GPU_KNOWN  = $(eval GPU_KNOWN := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | \
+               sed -n 's/^compute_//p' | awk '$$1 >= 80' | sort -n))$(GPU_KNOWN)
+NCCL_TEST := printf '\#include <nccl.h>\nint main() { ncclUniqueId id; return ncclGetUniqueId(&id); }\n'
+ifeq ($(origin NCCL),undefined)
+NCCL       = $(eval NCCL := $(shell $(NCCL_TEST) | \
+               $(NVCC) -x cu - -o /dev/null -lnccl 2>/dev/null && echo 1))$(NCCL)
+endif
+GPU_FLAGS  = -std=c++17 $(NVCCFLAGS) $(GPU_CODE) -Xcompiler -Wall,-Wextra \
+             $(if $(OMP),-Xcompiler $(OMP)) $(if $(filter 1,$(NCCL)),,-DNO_NCCL)
+GPU_LIBS   = -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt \
+             $(if $(filter 1,$(NCCL)),-lnccl) -lm -lpthread
+define nvcc
+@mkdir -p $(@D)
+$(NVCC) $(GPU_FLAGS) $(1) -MMD -MF $@.d -c $< -o $@
+endef
+gpu_link = $(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $(filter %.o,$^) -o $@ $(GPU_LIBS)
+
+# ---- Tests ----
+
+# Tests take longer to compile than to run.
+TEST_O := -O1
+
+# C++ is for the tests that run the GPU engine where there is no GPU, on dev/emu: the C compiler's
+# own, if it has C++17.
+ifeq ($(origin CXX),default)
+CXX := $(CC)
+endif
+CXX_TEST  := printf '\043include <vector>\nint main() { std::vector<int> v(1); return v[0]; }\n'
+cxx_probe = $(shell $(CXX_TEST) | \
+              $(CXX) -std=c++17 -x c++ - -o /dev/null $(1) 2>/dev/null && echo '$(1)')
+ifeq ($(EMULATE),1)
+CXX_LIB := $(or $(call cxx_probe,-lstdc++),$(call cxx_probe,-lc++))
+endif
+ifneq ($(CXX_LIB),)
+EMU := $(B)/test_emu.o
+ifeq ($(REAL),float)
+EMU += $(B)/test_cuda.o $(B)/test_nccl.o
+EMU_PROGRAM := $(B)/train_gpt_emu
+endif
+endif
+# No contraction: on every compiler the sums are those that the code says. These two sanitizers
+# would need a C++ linker.
+EMU_FLAGS = -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing \
+            $(WARNINGS) -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. $(TEST_O) \
+            $(SANITIZE) $(if $(SAN),-fno-sanitize=vptr $(call probe,-fno-sanitize=function))
+define emu
+@mkdir -p $(@D)
+$(CXX) $(EMU_FLAGS) $(1) -MMD -MF $@.d -c $< -o $@
+endef
+
+$(B)/test_emu.o: dev/test/test_emu.cu
+	$(call emu)
+# The engine and the tests of its kernels; with little memory for logits, so that there are several
+# chunks of them.
+$(B)/test_cuda.o: dev/test/test_cuda.cu
+	$(call emu,-DLOGITS_BYTES='(1 << 18)' -DWORKSPACE_BYTES=65536)
+$(B)/test_nccl.o: dev/test/test_nccl.cu
+	$(call emu)
+$(B)/engine_emu.o: train_gpt.cu
+	$(call emu,-DENGINE_ONLY)
+$(B)/main_emu.o: dev/main.c
+	$(call cc,$(TEST_O) -DCUDA_BUILD)
+$(B)/train_gpt_emu: $(B)/main_emu.o $(B)/engine_emu.o    # for whole runs of several ranks
+	$(link) $(CXX_LIB)
+
+$(B)/engine_no_pairs.o: train_gpt.c                      # for one test: dev/vector.h without pairs
+	$(call cc,-DENGINE_ONLY -DNO_PAIRS -DCPU_ENGINE=no_pairs_engine)
+$(B)/test_gpt.o: test_gpt.c
+	$(call cc,$(TEST_O) $(FAT_TABLE) $(if $(EMU),-DCUDA_EMULATED))
+$(B)/interop_logits.o: dev/test/interop/logits.c
+	$(call cc,$(TEST_O))
+$(B)/torture.o: dev/torture/torture.c
+	$(call cc,$(TEST_O) -DFAULTS)
+$(B)/fuzz_replay.o: dev/fuzz/replay.c
+	$(call cc,$(TEST_O))
+
+$(B)/test_gpt: $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
+TEST_PROGRAMS := $(B)/test_gpt $(B)/interop_logits $(B)/torture $(B)/fuzz_replay
+# Some compilers want an engine for fuzz_replay, which calls none.
+$(TEST_PROGRAMS): %: %.o $(ENGINES)
+	$(link) $(if $(EMU),$(CXX_LIB))
+
+# Everything that can be tested; ends with "N passed, N failed" and fails if any test does. TESTS
+# names some of them.
+TESTED := $(PROGRAMS) $(B)/test_gpt $(B)/fuzz_replay $(B)/torture $(EMU_PROGRAM)
+TESTS  ?=
+test-programs: choices $(TESTED)
+test: choices $(TESTED)
+	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt $(TESTS)
+
+# All tests that concern the GPU engine, on a GPU.
+$(B)/test_gpt_cuda.o: test_gpt.c
+	$(call cc,-DCUDA_BUILD)
+$(B)/test_cuda_device.o: dev/test/test_cuda.cu
+	$(call nvcc,-DLOGITS_BYTES='(1 << 18)')
+$(B)/test_gpt_cuda: $(B)/test_gpt_cuda.o $(ENGINES) $(B)/engine_no_pairs.o $(B)/test_cuda_device.o
+	$(gpu_link)
+
+test-cuda: choices $(B)/test_gpt_cuda
+	@$(B)/test_gpt_cuda $$($(B)/test_gpt_cuda --list | grep -e ^engine_ -e ^cuda_ -e ^parity_)
+
+# Every parser of outside bytes under libFuzzer, one after the other, FUZZ_RUNS inputs each; stops at
+# the first finding. FUZZ="json shards" takes some of them, FUZZ_SECONDS=60 ends each after so long:
+# dev/fuzz/README.md.
+FUZZ_RUNS    ?= 10000000
+FUZZ_SECONDS ?= 0
+FUZZ_CC      ?= clang
+FUZZ_FLAGS   := -std=c11 -O2 -g -Wall -Wextra -fsanitize=fuzzer,address,undefined \
+                -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+
+$(B)/fuzz/parsers: dev/fuzz/fuzz.c
+	@mkdir -p $(@D)
+	$(FUZZ_CC) $(FUZZ_FLAGS) -MMD -MF $@.d $< -o $@ -lm -pthread
+
+fuzz: $(B)/fuzz/parsers $(B)/fuzz_replay
+	@FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_SECONDS=$(FUZZ_SECONDS) BUILD=$(B) sh dev/fuzz/run.sh $(FUZZ)
+
+# Runs that are killed, or whose disk fails, at every call that changes the disk. Some minutes.
+torture: choices $(B)/torture
+	@OMP_WAIT_POLICY=passive $(RUN) $(B)/torture
+
+# Hours of a small run that is stopped, killed and resumed: memory, metrics, steps and weights must
+# come out as undisturbed.
+SECONDS ?= 3600
+soak: $(B)/train_gpt $(B)/data_bytes
+	@python3 dev/torture/soak.py --build $(B) --seconds $(SECONDS)
+
+# Our checkpoints in transformers and its checkpoints here: makes a virtual environment once, or
+# takes VENV=/path of one.
+test-interop: $(PROGRAMS) $(B)/interop_logits
+	@BUILD="$(B)" VENV="$(VENV)" sh dev/test/interop/run.sh
+
+# The Python programs of data/ and scripts/, each in a virtual environment of what its
+# requirements.txt names. GPT2_FILES=DIR, with GPT-2's encoder.json and vocab.bpe, tests its
+# tokenizer where it cannot be downloaded; PYTHON=python3, another Python that has what plots need.
+DATA_VENV := build/venv-data
+LOOK_VENV := build/venv-look
+PYTHON    ?= $(LOOK_VENV)/bin/python
+$(DATA_VENV)/bin/python: data/requirements.txt
+$(LOOK_VENV)/bin/python: scripts/requirements.txt
+build/venv-%/bin/python:
+	@mkdir -p build; { python3 -m venv build/venv-$* && $@ -m pip install -q -r $< && touch $@; } \
+	    >build/venv-$*.log 2>&1 || { tail -n 3 build/venv-$*.log; rm -rf build/venv-$*; \
+	      echo "error: cannot install $< in build/venv-$*"; \
+	      echo "  hint: it needs Python 3.9 or newer with venv, and a network; see build/venv-$*.log"; \
+	      exit 1; }
+
+test-data: $(B)/data_bytes $(DATA_VENV)/bin/python
+	@BUILD=$(B) $(DATA_VENV)/bin/python dev/test/test_data.py
+test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
+	@BUILD=$(B) $(PYTHON) -m unittest discover -b -s dev/test -p 'test_look_*.py'
+
+# Data races, by clang's ThreadSanitizer with an OpenMP runtime that it understands (dev/README.md,
+# Threads).
+test-threads:
+	@sh dev/test/threads.sh $(TESTS)
+
+# How much of train_gpt.c and dev/*.h the tests reach (the GPU engine left out); LINES=1 lists what
+# they do not. gcc only.
+COVERAGE_FLAGS := -O1 -g --coverage -fno-inline -fkeep-inline-functions -fkeep-static-functions
+coverage:
+	@rm -f build/coverage/*.gcda
+	@$(MAKE) --no-print-directory CC=gcc B=build/coverage EMULATE=0 CFLAGS="$(COVERAGE_FLAGS)" test
+	@python3 dev/test/coverage.py build/coverage $(if $(LINES),--lines)
+
+# Whether the tests notice a changed operator, constant or statement in drop path and checkpoints.
+mutate:
+	@python3 dev/mutate/mutate.py --cc "$(CC)"
+
+# Each header alone, as C11 and as C++17; cuda.h as nvcc would see it, or dev/emu.
+HEADERS     := $(filter-out dev/cuda.h,$(wildcard dev/*.h))
+EMU_HEADERS := $(if $(EMU),$(filter-out dev/emu/nccl.h,$(wildcard dev/emu/*.h)) dev/cuda.h)
+headers:
+	@for h in $(HEADERS); do \
+	    for as in "$(CC) -std=c11 -x c" "$(CC) -std=c++17 -x c++"; do \
+	        echo "#include \"$$h\"" | $$as -Wall -Wextra -Werror -Wno-unknown-pragmas -I. \
+	            -fsyntax-only - || exit 1; \
+	    done; \
+	done; echo "headers: $(words $(HEADERS)) compile alone as C11 and as C++17"
+	@for h in $(EMU_HEADERS); do \
+	    echo "#include \"$$h\"" | $(CXX) $(EMU_FLAGS) -Werror -fsyntax-only - || exit 1; \
+	done
+
+# Of a fat build: each engine's instructions are in its object alone.
+instructions: $(PROGRAMS) $(B)/test_gpt
+	@BUILD=$(B) sh dev/test/fat.sh
+
+# ---- Benchmarks ----
+
+# Kernels, steps and drop path beside the machine's peaks, and memory, in about ten minutes:
+# dev/bench/README.md. It includes train_gpt.c, to reach its kernels.
+$(B)/bench.o: dev/bench/bench.c
+	$(if $(FAT_ENGINES),$(error bench measures the one engine in it: MARCH=x86-64-v3, not FAT=1))
+	$(call cc)
+$(B)/gpu_summary.o: dev/bench/gpu_summary.c              # the last table of scripts/gpu_check.sh
+	$(call cc)
+$(B)/bench $(B)/gpu_summary: %: %.o
+	$(link)
+bench: choices $(B)/bench
+	@$(B)/bench --json $(B)/bench.json
+
+# What measures on a GPU; the same under the emulator, to try it where there is none.
+$(B)/bench_cuda.o: dev/bench/bench_cuda.c
+	$(call cc)
+$(B)/kernels_cuda.o: dev/bench/kernels.cu                # includes train_gpt.cu for its kernels
+	$(call nvcc)
+$(B)/bench_cuda: $(B)/bench_cuda.o $(B)/engine_cuda.o
+$(B)/kernels_cuda: $(B)/kernels_cuda.o
+$(B)/bench_cuda $(B)/kernels_cuda:
+	$(gpu_link)
+
+$(B)/kernels_emu.o: dev/bench/kernels.cu
+	$(call emu)
+$(B)/shared_memory.o: dev/test/shared_memory.cu
+	$(call emu,-O0)
+$(B)/bench_emu: $(B)/bench_cuda.o $(B)/engine_emu.o
+$(B)/kernels_emu $(B)/shared_memory: %: %.o
+$(B)/bench_emu $(B)/kernels_emu $(B)/shared_memory:
+	$(link) $(CXX_LIB)
+
+# Registers and spills of every kernel, for each compute capability; shared memory of those that
+# take much of it.
+cuda-report: $(B)/shared_memory
+	@echo "bytes of shared memory of a block, all of it given at the launch:"; $(B)/shared_memory
+	@for a in $(GPU_ARCH); do \
+	    echo "compute capability $$a: registers, bytes spilled, bytes of stack"; \
+	    $(NVCC) -std=c++17 -O3 -arch=sm_$$a -Xptxas -v -DENGINE_ONLY -cubin -o /dev/null \
+	        train_gpt.cu 2>&1 | c++filt | sh dev/test/cuda_report.sh || exit 1; \
+	done
+
+DEV_TARGETS := test-programs test-cuda test-data test-look test-interop test-threads \
+               fuzz torture soak coverage mutate headers instructions cuda-report
+.PHONY: test bench $(DEV_TARGETS)
