@@ -10,6 +10,7 @@
 #   CUDA=1                          the GPU programs as well: build/train_gpt_cuda and so on
 #   GPU_ARCH="80 90"                their compute capabilities, or native; else all that nvcc knows
 #   CUDA_HOME=/usr/local/cuda       where the CUDA Toolkit is (NVCC: its compiler)
+#   PREFIX=/usr/local               where make install puts the programs; DESTDIR goes before it
 #   TEXT=/path                      make quickstart on your own text file or folder
 #   RUN="qemu-aarch64 -L /DIR"      make test: starts programs that this machine cannot run itself
 #   EMULATE=0                       make test: leaves out the GPU engine, most of the time it takes
@@ -22,6 +23,7 @@ OPENMP ?= auto
 MARCH  ?= native
 FAT    ?= 0
 CUDA   ?= 0
+PREFIX ?= /usr/local
 OUT    ?= runs/quickstart
 
 B := build$(if $(filter 1,$(FAT)),/fat)$(if $(filter double,$(REAL)),/double)$(if $(SAN),/san)
@@ -100,6 +102,22 @@ $(TOOLS:%=$(B)/%_cuda) $(B)/train_gpt_cuda: $(B)/engine_cuda.o
 quickstart: all
 	@BUILD="$(B)" OUT="$(OUT)" TEXT="$(TEXT)" sh scripts/quickstart.sh
 
+# Into PREFIX/bin, as droppath-compare and so on: other programs have the short names. MARCH=native
+# runs on processors like this one only; for others install what FAT=1 builds.
+installed = $(foreach p,$(notdir $(1)),$(or $(filter train_gpt%,$(p)),droppath-$(subst _,-,$(p))))
+BIN = $(DESTDIR)$(PREFIX)/bin
+DOC = $(DESTDIR)$(PREFIX)/share/doc/droppath
+
+install: $(BUILT)
+	install -d "$(BIN)" "$(DOC)"
+	$(foreach p,$(BUILT),install -m 755 $(p) "$(BIN)/$(call installed,$(p))" &&) \
+	    install -m 644 README.md LICENSE "$(DOC)"
+
+uninstall:
+	rm -f $(foreach p,$(call installed,$(PROGRAMS) $(GPU_PROGRAMS)),"$(BIN)/$(p)")
+	rm -f "$(DOC)/README.md" "$(DOC)/LICENSE"
+	[ ! -d "$(DOC)" ] || rmdir "$(DOC)"
+
 choices:
 	@echo "compiler: $$($(CC) --version | head -n 1)$(if $(SAN), with -fsanitize=$(SAN))"
 	@echo "numbers:  $(REAL), instructions: $(or $(FAT_CHOICE),$(ARCH),the compiler's default)"
@@ -109,11 +127,11 @@ choices:
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
-	@echo "targets: all quickstart test bench clean"
+	@echo "targets: all quickstart test bench install uninstall clean"
 	@echo "developers' targets: $(DEV_TARGETS)"
 
 clean:
 	rm -rf build
 
-.PHONY: all choices quickstart help clean
+.PHONY: all choices quickstart install uninstall help clean
 -include $(wildcard $(B)/*.d $(B)/fuzz/*.d)

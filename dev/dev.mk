@@ -197,6 +197,10 @@ test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
 test-threads:
 	@sh dev/test/threads.sh $(TESTS)
 
+# Installed into a temporary folder: every program runs there, and uninstall leaves nothing.
+test-install: $(BUILT)
+	@MAKE="$(MAKE)" B="$(B)" sh dev/test/install.sh
+
 # How much of train_gpt.c and dev/*.h the tests reach (the GPU engine left out); LINES=1 lists what
 # they do not. gcc only.
 COVERAGE_FLAGS := -O1 -g --coverage -fno-inline -fkeep-inline-functions -fkeep-static-functions
@@ -270,6 +274,6 @@ cuda-report: $(B)/shared_memory
 	        train_gpt.cu 2>&1 | c++filt | sh dev/test/cuda_report.sh || exit 1; \
 	done
 
-DEV_TARGETS := test-programs test-cuda test-data test-look test-interop test-threads \
+DEV_TARGETS := test-programs test-cuda test-data test-look test-interop test-threads test-install \
                fuzz torture soak coverage mutate headers instructions cuda-report
 .PHONY: test bench $(DEV_TARGETS)
