@@ -123,12 +123,17 @@ $(TEST_PROGRAMS): %: %.o $(ENGINES)
 	$(link) $(if $(EMU),$(CXX_LIB))
 
 # Everything that can be tested; ends with "N passed, N failed" and fails if any test does. TESTS
-# names some of them.
+# takes those with names that this regular expression is in, NOT leaves some of them out:
+# TESTS='^(engine|drop)_' NOT=many.
 TESTED := $(PROGRAMS) $(B)/test_gpt $(B)/fuzz_replay $(B)/torture $(EMU_PROGRAM)
 TESTS  ?=
+NOT    ?=
+CHOSEN  = $(RUN) $(B)/test_gpt --list | grep -E '$(or $(TESTS),.)' | grep -vE '$(or $(NOT),^$$)'
 test-programs: choices $(TESTED)
-test: choices $(TESTED)
-	@BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt $(TESTS)
+test: test-programs
+	@names=$$($(if $(TESTS)$(NOT),$(CHOSEN),echo)) || \
+	    { echo "error: no test has such a name; $(B)/test_gpt --list prints them"; exit 1; }; \
+	BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt $$names
 
 # All tests that concern the GPU engine, on a GPU.
 $(B)/test_gpt_cuda.o: test_gpt.c
@@ -172,25 +177,23 @@ soak: $(B)/train_gpt $(B)/data_bytes
 test-interop: $(PROGRAMS) $(B)/interop_logits
 	@BUILD="$(B)" VENV="$(VENV)" sh dev/test/interop/run.sh
 
-# The Python programs of data/ and scripts/, each in a virtual environment of what its
-# requirements.txt names. GPT2_FILES=DIR, with GPT-2's encoder.json and vocab.bpe, tests its
-# tokenizer where it cannot be downloaded; PYTHON=python3, another Python that has what plots need.
-DATA_VENV := build/venv-data
-LOOK_VENV := build/venv-look
-PYTHON    ?= $(LOOK_VENV)/bin/python
-$(DATA_VENV)/bin/python: data/requirements.txt
-$(LOOK_VENV)/bin/python: scripts/requirements.txt
-build/venv-%/bin/python:
-	@mkdir -p build; { python3 -m venv build/venv-$* && $@ -m pip install -q -r $< && touch $@; } \
-	    >build/venv-$*.log 2>&1 || { tail -n 3 build/venv-$*.log; rm -rf build/venv-$*; \
-	      echo "error: cannot install $< in build/venv-$*"; \
-	      echo "  hint: it needs Python 3.9 or newer with venv, and a network; see build/venv-$*.log"; \
+# The Python programs of data/ and scripts/, in a virtual environment of what their tests need.
+# GPT2_FILES=DIR, with GPT-2's encoder.json and vocab.bpe, tests its tokenizer where it cannot be
+# downloaded; PYTHON=python3 names another Python that has what they need; VERBOSE=-v names skips.
+VENV_TEST := build/venv-test
+PYTHON    ?= $(VENV_TEST)/bin/python
+VERBOSE   ?=
+$(VENV_TEST)/bin/python: dev/test/requirements.txt data/requirements.txt scripts/requirements.txt
+	@mkdir -p build; { python3 -m venv $(VENV_TEST) && $@ -m pip install -q -r $< && touch $@; } \
+	    >$(VENV_TEST).log 2>&1 || { tail -n 3 $(VENV_TEST).log; rm -rf $(VENV_TEST); \
+	      echo "error: cannot install $< in $(VENV_TEST)"; \
+	      echo "  hint: it needs Python 3.9 or newer with venv, and a network; see $(VENV_TEST).log"; \
 	      exit 1; }
 
-test-data: $(B)/data_bytes $(DATA_VENV)/bin/python
-	@BUILD=$(B) $(DATA_VENV)/bin/python dev/test/test_data.py
-test-look: $(PROGRAMS) $(filter $(LOOK_VENV)/%,$(PYTHON))
-	@BUILD=$(B) $(PYTHON) -m unittest discover -b -s dev/test -p 'test_look_*.py'
+test-data: $(B)/data_bytes $(filter $(VENV_TEST)/%,$(PYTHON))
+	@BUILD=$(B) $(PYTHON) dev/test/test_data.py $(VERBOSE)
+test-look: $(PROGRAMS) $(filter $(VENV_TEST)/%,$(PYTHON))
+	@BUILD=$(B) $(PYTHON) -m unittest discover $(VERBOSE) -b -s dev/test -p 'test_look_*.py'
 
 # Data races, by clang's ThreadSanitizer with an OpenMP runtime that it understands (dev/README.md,
 # Threads).
