@@ -10,11 +10,13 @@ its function, and the variable MUTANT says which one a run is. Tests run on it u
     dev/mutate/mutate.py --survivors     those that dev/mutate/survivors.txt names, again
     dev/mutate/mutate.py --list          the mutants: number, name, place
     dev/mutate/mutate.py --check         only whether survivors.txt names mutants that exist
+    dev/mutate/mutate.py --since HEAD~1  renames those in survivors.txt, whose functions have changed
+                                         since that revision, for which the names are right
 
 A mutant's name is its function, what is changed to what, and which of the function's places that
 have it: "drop_path_ramp: < to <=, 2 of 3". Variables can be renamed and lines reflowed without
 changing it. One place more or less changes "of 3", so that a name does not come to mean another
-mutant unnoticed.
+mutant unnoticed; --since then finds the place by the code around it.
 
 A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as the
 original. What survives is printed; dev/mutate/survivors.txt says why it may. One whose reason
@@ -27,6 +29,7 @@ Not changed: CHECK and assert, which no right caller reaches; texts of messages;
 import argparse
 import collections
 import concurrent.futures
+import difflib
 import fcntl
 import filecmp
 import glob
@@ -172,10 +175,13 @@ class Mutant(tuple):
     name = ""
 
 
-def mutants_of(path):
-    """Text, functions, and every mutant of a file, in the order of their places."""
+def read(path):
     with open(os.path.join(ROOT, path), encoding="utf-8") as f:
-        text = f.read()
+        return f.read()
+
+
+def mutants_of(path, text):
+    """Functions, and every mutant of a file's text, in the order of their places."""
     code = code_only(text)
     functions = functions_of(path, code)
     contracts = contract_spans(code)
@@ -188,7 +194,7 @@ def mutants_of(path):
             for change, new in changes:
                 found.append(Mutant((begin, to, new)))
                 found[-1].name = f"{function}: {change}, {seen[what]} of {count[what]}"
-    return text, functions, sorted(found)
+    return functions, sorted(found)
 
 
 def describe(text, mutant):
@@ -363,16 +369,56 @@ def read_reasons(mutants):
                 wrong.append(f"{number}: named twice: {name}")
             elif name not in names:
                 start = name.rpartition(",")[0]
-                near = sorted(n for n in names if start and n.startswith(start + ","))
-                wrong.append(f"{number}: no mutant has the name {name}" + (f"; there is {'; '.join(near)}" if near else ""))
+                near = sum(n.startswith(start + ",") for n in names)
+                wrong.append(f"{number}: no mutant has the name {name}" +
+                             (f" ({near} are {start})" if near else ""))
             block.append(name)
             reasons[name] = ""
     wrong += [f"no reason for {name}" for name, reason in reasons.items() if not reason]
     if wrong:
         path = os.path.relpath(SURVIVORS, ROOT)
         sys.exit("\n".join(f"error: {path}:{w}" for w in wrong) +
-                 "\n  hint: look at the function again; --list FUNCTION prints its mutants and their names")
+                 "\n  hint: --since REVISION, of which they are the names, finds them again where it can; "
+                 "--list FUNCTION prints the names there are")
     return reasons
+
+
+def pieces(text, body, end):
+    """(piece, place) of a function's code, without comments and space."""
+    piece = re.compile(r"\w+|[<>=!+\-*/%&|]+|[^\s\x01]")
+    return ((m.group(), m.start()) for m in piece.finditer(code_only(text), body, end))
+
+
+def follow(revision):
+    """Gives survivors.txt the names of now, for those of a revision: the same change at the place
+    that stands, by the code around it, where theirs stood. What has no such place keeps its name."""
+    names = {}
+    for path in FILES:
+        p = subprocess.run(["git", "show", f"{revision}:{path}"], cwd=ROOT, stdout=subprocess.PIPE,
+                           check=False)
+        if p.returncode:
+            sys.exit(1)
+        sides = []
+        for text in (p.stdout.decode(), read(path)):
+            functions, mutants = mutants_of(path, text)
+            sides.append((text, functions, mutants))
+        (old_text, old_functions, old), (new_text, new_functions, new) = sides
+        now = {(m.name.rpartition(",")[0], m[0]): m.name for m in new}
+        for function in old_functions.keys() & new_functions.keys():
+            a, b = (list(pieces(text, *functions[function][2:])) for text, functions in
+                    ((old_text, old_functions), (new_text, new_functions)))
+            same = difflib.SequenceMatcher(None, [x[0] for x in a], [x[0] for x in b], False)
+            to = {a[k.a + i][1]: b[k.b + i][1] for k in same.get_matching_blocks() for i in range(k.size)}
+            for m in old:
+                change, _, _ = m.name.rpartition(",")
+                if change.startswith(function + ":") and m[0] in to:
+                    names[m.name] = now.get((change, to[m[0]]), m.name)
+    with open(SURVIVORS, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    renamed = [names.get(line, line) for line in lines]
+    with open(SURVIVORS, "w", encoding="utf-8") as f:
+        f.write("\n".join(renamed))
+    print(f"{sum(x != y for x, y in zip(lines, renamed))} survivors have new names")
 
 
 def digest(names):
@@ -449,10 +495,14 @@ def main():
     parser.add_argument("--cc", default="cc")
     parser.add_argument("--list", nargs="*", metavar="FUNCTION")
     parser.add_argument("--check", action="store_true", help="whether survivors.txt names mutants that exist")
+    parser.add_argument("--since", metavar="REVISION", help="find those in survivors.txt that have moved since then")
     o = parser.parse_args()
+    if o.since:
+        follow(o.since)
     sources, mutants, owners = {}, {}, {}
     for path in FILES:
-        text, functions, found = mutants_of(path)
+        text = read(path)
+        functions, found = mutants_of(path, text)
         sources[path] = text, functions
         for name in functions:
             if owners.setdefault(name, path) != path:
