@@ -42,7 +42,7 @@ GPU_CODE   = $(if $(filter native,$(GPU_ARCH)),-arch=native,\
 # nvcc is asked once, when a recipe first needs the answer: it takes seconds.
 GPU_KNOWN  = $(eval GPU_KNOWN := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | \
                sed -n 's/^compute_//p' | awk '$$1 >= 80' | sort -n))$(GPU_KNOWN)
-NCCL_TEST := printf '\#include <nccl.h>\nint main() { ncclUniqueId id; return ncclGetUniqueId(&id); }\n'
+NCCL_TEST := printf '\#include <nccl.h>\nint main() { ncclUniqueId i; ncclGetUniqueId(&i); }\n'
 ifeq ($(origin NCCL),undefined)
 NCCL       = $(eval NCCL := $(shell $(NCCL_TEST) | \
                $(NVCC) -x cu - -o /dev/null -lnccl 2>/dev/null && echo 1))$(NCCL)
@@ -146,9 +146,9 @@ $(B)/test_gpt_cuda: $(B)/test_gpt_cuda.o $(ENGINES) $(B)/engine_no_pairs.o $(B)/
 test-cuda: choices $(B)/test_gpt_cuda
 	@$(B)/test_gpt_cuda $$($(B)/test_gpt_cuda --list | grep -e ^engine_ -e ^cuda_ -e ^parity_)
 
-# Every parser of outside bytes under libFuzzer, one after the other, FUZZ_RUNS inputs each; stops at
-# the first finding. FUZZ="json shards" takes some of them, FUZZ_SECONDS=60 ends each after so long:
-# dev/fuzz/README.md.
+# Every parser of outside bytes under libFuzzer, one after the other, FUZZ_RUNS inputs each; stops
+# at the first finding. FUZZ="json shards" takes some of them, FUZZ_SECONDS=60 ends each after so
+# long: dev/fuzz/README.md.
 FUZZ_RUNS    ?= 10000000
 FUZZ_SECONDS ?= 0
 FUZZ_CC      ?= clang

@@ -10,8 +10,8 @@ its function, and the variable MUTANT says which one a run is. Tests run on it u
     dev/mutate/mutate.py --survivors     those that dev/mutate/survivors.txt names, again
     dev/mutate/mutate.py --list          the mutants: number, name, place
     dev/mutate/mutate.py --check         only whether survivors.txt names mutants that exist
-    dev/mutate/mutate.py --since HEAD~1  renames those in survivors.txt, whose functions have changed
-                                         since that revision, for which the names are right
+    dev/mutate/mutate.py --since HEAD~1  gives those in survivors.txt, which has the names of that
+                                         revision, the names of now
 
 A mutant's name is its function, what is changed to what, and which of the function's places that
 have it: "drop_path_ramp: < to <=, 2 of 3". Variables can be renamed and lines reflowed without
@@ -78,7 +78,8 @@ FILES = {                                                # path -> (sanitizers, 
         torture_short numbers_(are_in|weights).* trainer_(survival|weights|spares).* init_from.* export_.*
         evaluate_refuses.* interop_sharded.*"""),
     "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
-        numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*""")}
+        numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*
+        ranks_equal.*""")}
 
 OPERATORS = """< <=, < >=, <= <, > >=, > <=, >= >, == !=, != ==, + -, - +, * /, / *, % *, && ||, || &&, += -=,
     -= +=, & |, | &, |= &=, << >>, >> <<"""              # what becomes what, with space around it
@@ -378,7 +379,7 @@ def read_reasons(mutants):
     if wrong:
         path = os.path.relpath(SURVIVORS, ROOT)
         sys.exit("\n".join(f"error: {path}:{w}" for w in wrong) +
-                 "\n  hint: --since REVISION, of which they are the names, finds them again where it can; "
+                 "\n  hint: --since REVISION, of which they are the names, finds them where it can; "
                  "--list FUNCTION prints the names there are")
     return reasons
 
@@ -408,7 +409,8 @@ def follow(revision):
             a, b = (list(pieces(text, *functions[function][2:])) for text, functions in
                     ((old_text, old_functions), (new_text, new_functions)))
             same = difflib.SequenceMatcher(None, [x[0] for x in a], [x[0] for x in b], False)
-            to = {a[k.a + i][1]: b[k.b + i][1] for k in same.get_matching_blocks() for i in range(k.size)}
+            to = {a[k.a + i][1]: b[k.b + i][1]
+                  for k in same.get_matching_blocks() for i in range(k.size)}
             for m in old:
                 change, _, _ = m.name.rpartition(",")
                 if change.startswith(function + ":") and m[0] in to:
@@ -495,7 +497,7 @@ def main():
     parser.add_argument("--cc", default="cc")
     parser.add_argument("--list", nargs="*", metavar="FUNCTION")
     parser.add_argument("--check", action="store_true", help="whether survivors.txt names mutants that exist")
-    parser.add_argument("--since", metavar="REVISION", help="find those in survivors.txt that have moved since then")
+    parser.add_argument("--since", metavar="REVISION", help="find those in survivors.txt again")
     o = parser.parse_args()
     if o.since:
         follow(o.since)
