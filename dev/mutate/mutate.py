@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Do the tests notice a wrong operator, constant or missing statement? A mutant is drop_path.h, checkpoint.h or the
-drop-path part of train_gpt.c with one place changed. All of them are compiled into the same programs, each as a copy of
+drop-path part of train_gpt.c or schedule.h with one place changed. All of them are compiled into the same programs, each as a copy of
 its function, and the variable MUTANT says which one a run is. Tests run on it until one fails.
 
     make mutate                          all; those caught before are not tried again, until their file changes
@@ -62,12 +62,16 @@ __attribute__((constructor)) static void mutant_choose(void) { mutant = getenv("
 FLAGS = "-std=c11 -g -w -march=native -fno-math-errno -ffp-contract=fast -fopenmp -include mutant.h".split()
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
 
-# What decides which rows run, at what scale, and what becomes of their gradients and memory.
-ENGINE_FUNCTIONS = """
+# What decides which rows run, at what scale, and what becomes of their gradients and memory; of the
+# other files every function.
+FUNCTIONS = {
+    "dev/schedule.h": "ramp_shape ramp_at".split(),
+    "train_gpt.c": """
     residual_forward residual_backward gradient_index gradient_add kept_per_row kept_bound
-    keep rows_of to_stream from_stream tokens_of linear_forward linear_backward
+    keep rows_of tokens_of linear_forward linear_backward
+    end_is_packed branch_end branch_end_gradient end_forward end_backward
     attention_branch_forward attention_branch_backward mlp_branch_forward mlp_branch_backward
-    block_forward block_backward run_forward run_backward model_run model_update""".split()
+    block_forward block_backward run_forward run_backward model_run model_update""".split()}
 
 # Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt
 # that what survives them also has to survive, most of them whole runs.
@@ -79,7 +83,9 @@ FILES = {                                                # path -> (sanitizers, 
         evaluate_refuses.* interop_sharded.*"""),
     "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
         numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*
-        ranks_equal.*""")}
+        ranks_equal.*"""),
+    "dev/schedule.h": (True, "drop_.*", """
+        trainer_(survival|replay).*""")}
 
 OPERATORS = """< <=, < >=, <= <, > >=, > <=, >= >, == !=, != ==, + -, - +, * /, / *, % *, && ||, || &&, += -=,
     -= +=, & |, | &, |= &=, << >>, >> <<"""              # what becomes what, with space around it
@@ -105,12 +111,8 @@ def functions_of(path, code):
     for m in re.finditer(r"^(?:static|[a-zA-Z]).*?\b(\w+)\([^;{}]*\)\s*\{", code, re.M):
         end = code.find("\n", m.end()) if code[m.end()] != "\n" else code.find("\n}", m.end()) + 2
         found[m.group(1)] = (m.start(), m.start(1), m.end(), end)
-    if path != "train_gpt.c":
-        return found
-    missing = [name for name in ENGINE_FUNCTIONS if name not in found]
-    if missing:
-        sys.exit(f"error: {path} has no function {', '.join(missing)}\n  hint: ENGINE_FUNCTIONS of {__file__}")
-    return {name: place for name, place in found.items() if name in ENGINE_FUNCTIONS}
+    wanted = FUNCTIONS.get(path, found)
+    return {name: place for name, place in found.items() if name in wanted}
 
 
 def contract_spans(code):
@@ -505,6 +507,10 @@ def main():
     for path in FILES:
         text = read(path)
         functions, found = mutants_of(path, text)
+        missing = [name for name in FUNCTIONS.get(path, ()) if name not in functions]
+        if missing:
+            sys.exit(f"error: {path} has no function {', '.join(missing)}\n"
+                     f"  hint: FUNCTIONS of {__file__}")
         sources[path] = text, functions
         for name in functions:
             if owners.setdefault(name, path) != path:

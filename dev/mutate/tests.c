@@ -1,10 +1,10 @@
 // tests.c: the tests that mutate.py runs first on a mutant, until one fails. -DGROUP=1 drop path's arithmetic, 2 checkpoints,
-// 3 the engine. Without arguments all of a group, else those named, in that order.
+// 3 the engine, 4 ramps. Without arguments all of a group, else those named, in that order.
 
 #include "../check.h"
 #include "../engines.h"
 #include "../test/test.h"
-#if GROUP == 1
+#if GROUP == 1 || GROUP == 4
 #include "../test/test_drop_path.h"
 #define TESTS(X) DROP_PATH_TESTS(X)
 #elif GROUP == 2
