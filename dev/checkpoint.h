@@ -3,7 +3,8 @@
 //     OUT/step_00001000/model.safetensors      weights, Hugging Face's names and layouts
 //                       config.json            GPT-2's configuration, as transformers reads it
 //                       optimizer.safetensors  AdamW's moments "m.NAME", "v.NAME", and the step counts "adamw_steps"
-//                       trainer.json           step, tokens, options, and the SHA-256 of the other files and of itself
+//                       trainer.json           step, tokens, samples consumed, options, and the SHA-256 of the
+//                                              other files and of itself
 //                                              ("sizes" and "marks" tell where a file is damaged)
 //     OUT/latest -> step_00001000
 //
@@ -21,6 +22,8 @@
 
 typedef struct {
     int64_t step, tokens;                                // optimizer steps done, tokens trained on
+    int64_t consumed;                                    // samples read; -1: an older checkpoint, unknown
+    int seq_len;                                         // tokens of a sample
     int64_t *adamw_steps;                                // (2L+1) as UpdateArgs.t counts them
     int bad_steps;                                       // the last steps that were not finite, in a row
     Spikes losses, norms;                                // of the last steps: what spikes are judged by
@@ -169,8 +172,9 @@ static inline void checkpoint_write_spikes(Text *t, const char *name, const Spik
 
 static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, const CheckpointSums *sums) {
     char hex[SHA256_HEX];
-    text_printf(t, "{\n  \"format\": \"" CHECKPOINT_FORMAT "\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n  \"options\": ",
-                (long long)s->step, (long long)s->tokens);
+    text_printf(t, "{\n  \"format\": \"" CHECKPOINT_FORMAT "\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n"
+                "  \"consumed\": %lld,\n  \"seq_len\": %d,\n  \"options\": ",
+                (long long)s->step, (long long)s->tokens, (long long)s->consumed, s->seq_len);
     json_write_string(t, s->options);
     text_printf(t, ",\n  \"bad_steps\": %d", s->bad_steps);
     if (s->frozen) text_printf(t, ",\n  \"frozen\": %d", s->frozen);     // else it is not there, as in older ones
@@ -438,6 +442,21 @@ static inline const char *checkpoint_parse_spikes(const Json *doc, const char *k
     return NULL;
 }
 
+// The position in the data; older checkpoints have none of it. Returns NULL, or what is wrong.
+static inline const char *checkpoint_parse_position(const Json *doc, CheckpointState *s) {
+    const int consumed = json_get(doc, 0, "consumed"), seq_len = json_get(doc, 0, "seq_len");
+    int64_t length = 0;
+    s->consumed = -1, s->seq_len = 0;
+    if (consumed < 0) return NULL;
+    if (!json_int64(doc, seq_len, &length) || length < 0 || length > 1 << 24)
+        return "\"seq_len\" is missing or out of range";
+    const int64_t most = CHECKPOINT_MOST / (length ? length : 1);
+    if (!json_int64(doc, consumed, &s->consumed) || s->consumed < 0 || s->consumed > most)
+        return "\"consumed\" is out of range";
+    s->seq_len = (int)length;
+    return NULL;
+}
+
 // Whether a node is a string of n digits of a hexadecimal number, written small.
 static inline int checkpoint_is_hex(const Json *doc, int node, size_t n) {
     char *s = json_string(doc, node, NULL);
@@ -479,7 +498,8 @@ static inline const char *checkpoint_read_state(CheckpointState *s, const Json *
         return "\"bad_steps\" is out of range";
     if (some >= 0 && (!json_int64(doc, some, &frozen) || frozen < 0 || frozen > 1024)) return "\"frozen\" is out of range";
     s->bad_steps = (int)bad, s->frozen = (int)frozen;
-    const char *error = checkpoint_parse_spikes(doc, "losses", &s->losses);
+    const char *error = checkpoint_parse_position(doc, s);
+    if (!error) error = checkpoint_parse_spikes(doc, "losses", &s->losses);
     if (!error) error = checkpoint_parse_spikes(doc, "grad_norms", &s->norms);
     if (!error) error = checkpoint_check_files(doc);
     if (error) return error;
@@ -822,20 +842,30 @@ static inline void checkpoint_load_weights(const char *from, const Engine *e, Mo
     weights_close(&w);
 }
 
+// Reads the trainer.json of a checkpoint of ours: all of s but adamw_steps and eval_scale; s->options
+// from malloc. Dies when it is damaged.
+static inline void checkpoint_read_trainer(const char *dir, CheckpointState *s) {
+    char *path = xprintf("%s/trainer.json", dir);
+    FileMap map;
+    const char *error = file_map(&map, path);
+    if (!error) error = checkpoint_parse_state(s, map.data, map.size);
+    if (error)
+        die("this checkpoint is damaged: %s: %s\n"
+            "  hint: --resume without a path takes the latest that is whole", path, error);
+    file_unmap(&map);
+    free(path);
+}
+
 // All of a checkpoint of ours into the model and s, whose adamw_steps (2L+1) is the caller's; s->options from malloc.
 // Dies when a file does not match its sum. s->frozen is what the model was opened with: layers that were trained and are not
 // any more lose their moments, and those that are trained from now on begin with none.
 static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, const GptConfig *c, CheckpointState *s) {
-    char *wrong = checkpoint_verify(dir), *path = xprintf("%s/trainer.json", dir);
+    char *wrong = checkpoint_verify(dir), *path;
     const int frozen = s->frozen;
-    FileMap map;
+    const char *error;
     Weights w;
     if (wrong) die("this checkpoint is damaged: %s\n  hint: --resume without a path takes the latest that is whole", wrong);
-    const char *error = file_map(&map, path);
-    if (!error) error = checkpoint_parse_state(s, map.data, map.size);
-    if (error) die("%s: %s", path, error);
-    file_unmap(&map);
-    free(path);
+    checkpoint_read_trainer(dir, s);
     const int then = s->frozen, kept = then > frozen ? then : frozen;
     if (then > c->L) die("%s/trainer.json: %d frozen layers of a model of %d", dir, then, c->L);
     s->frozen = frozen;

@@ -159,7 +159,44 @@ static inline void trainer_config(Trainer *tr, const char *from) {
             c->V);
 }
 
-// Micro-batches of a step, steps of the run, rows of an evaluation.
+// A whole number among the options of a checkpoint's run; 0 where it is not there.
+static inline int64_t trainer_option_then(const char *options, const char *name) {
+    char *line = xprintf("\n%s = ", name), *all = xprintf("\n%s", options), *at = strstr(all, line);
+    const int64_t value = at ? strtoll(at + strlen(line), NULL, 10) : 0;
+    free(line), free(all);
+    return value;
+}
+
+// Where a resumed run stands in its data: after the samples that the checkpoint's run has consumed,
+// however many rows a step had. Older checkpoints count tokens only; their samples had --seq-len each.
+// With another --seq-len all windows are others: the run continues after as many tokens.
+static inline void trainer_find_position(Trainer *tr, const char *from) {
+    CheckpointState *s = &tr->state, then;
+    memset(&then, 0, sizeof then);
+    checkpoint_read_trainer(from, &then);
+    if (!then.seq_len) then.seq_len = (int)trainer_option_then(then.options, "seq-len");
+    if (then.seq_len < 1) then.seq_len = tr->config.T;
+    const int64_t tokens = then.consumed < 0 ? then.tokens : then.consumed * then.seq_len;
+    s->step = then.step;
+    s->consumed = tokens / tr->T + (tokens % tr->T != 0);
+    if (then.seq_len != tr->T && tr->rank == 0)
+        warn("--seq-len %d, but the checkpoint's run had rows of %d tokens: the samples are others from here on\n"
+             "  hint: the run continues after as many tokens; some text of this epoch comes twice, some not at all",
+             tr->T, then.seq_len);
+    free((char *)(uintptr_t)then.options);
+}
+
+// The samples consumed when `step` steps are done.
+static inline double trainer_consumed(const Trainer *tr, int64_t step) {
+    return (double)tr->state.consumed + (double)(step - tr->state.step) * tr->M * tr->B;
+}
+
+static inline double trainer_epochs(const Trainer *tr) {
+    return trainer_consumed(tr, tr->steps) / (double)tr->train.windows;
+}
+
+// Micro-batches of a step, steps of the run, rows of an evaluation. --epochs counts samples: a resumed
+// run divides those that are left into its own steps.
 static inline void trainer_sizes(Trainer *tr) {
     const TrainOptions *o = tr->options;
     tr->B = (int)o->batch;
@@ -170,7 +207,9 @@ static inline void trainer_sizes(Trainer *tr) {
             (long long)((total + least - 1) / least * least));
     tr->M = (int)(total / micro);
     tr->steps = o->steps;
-    if (o->epochs > 0) tr->steps = (int64_t)llround(o->epochs * (double)tr->train.windows / ((double)tr->B * tr->M));
+    if (o->epochs > 0)
+        tr->steps = (int64_t)llround((o->epochs * (double)tr->train.windows - trainer_consumed(tr, 0)) /
+                                     ((double)tr->B * tr->M));
     if (tr->steps < 1) die("--epochs %g is less than one step of %lld tokens", o->epochs, (long long)total);
     if (tr->has_val) tr->eval_rows = shards_rows(&tr->val, o->eval_tokens);
 }
@@ -266,6 +305,7 @@ static inline char *trainer_start(Trainer *tr, int *resume) {
     *resume = 0;
     if (o->dry_run) {                                    // looks only
         char *from = !*o->resume ? NULL : strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
+        *resume = from != NULL;
         return from || !*o->init_from ? from : checkpoint_find(o->init_from);
     }
     // What is decided from the directory is decided under its lock: another run may begin and end meanwhile.
@@ -422,6 +462,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     if (tr->has_val) shards_open(&tr->val, o->val, tr->T, tr->config.V);
     manifest_check_shards(&tr->manifest[MANIFEST_TRAIN], &tr->train);
     if (tr->has_val) manifest_check_shards(&tr->manifest[MANIFEST_VAL], &tr->val);
+    if (resume) trainer_find_position(tr, from);
     trainer_sizes(tr);
     trainer_describe_data(tr);
     tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
@@ -459,15 +500,18 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : made->V ? made->eot : -1;
     tr->state.tokenizer_sha256 = made->sha256;
     tr->model = engine_open(engine, &tr->config, &args);
-    if (resume) {
+    if (o->dry_run) {}                                   // no weights
+    else if (resume) {
+        const int64_t consumed = tr->state.consumed;
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
+        tr->state.consumed = consumed;                   // in rows of this run
         if (tr->rank == 0 && strcmp(o->resume, "latest")) trainer_refuse_later(tr);
         if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options), trainer_compare_data(tr, tr->state.options);
         free((char *)(uintptr_t)tr->state.options);
-    } else if (o->dry_run) {}                            // no weights
-    else if (from) trainer_load_weights(tr, from);
+    } else if (from) trainer_load_weights(tr, from);
     else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
     tr->state.options = tr->run_text;
+    tr->state.seq_len = tr->T;
     if (resume) tr->whole = xstrdup(from);
     if (from && tr->rank == 0 && !o->dry_run) printf("%s: %s\n", resume ? "resumed" : "weights", from);
     free(from);
@@ -645,12 +689,16 @@ static inline int trainer_catch_up(Trainer *tr, Metrics *last) {
 
 // ---- One optimizer step ----
 
-// This rank's micro-batch m of step t: global row g = m*B + b is sample t*M*B + g.
-static inline void trainer_read_batch(Trainer *tr, int64_t t, int m) {
-    for (int b = 0; b < tr->B; b++) {
-        const int64_t sample = (t * tr->M + m) * tr->B + b;
-        shards_read_sample(&tr->train, (uint64_t)tr->options->seed, sample, tr->tokens + b * tr->T, tr->targets + b * tr->T);
-    }
+// The sample in row b of micro-batch m of the next step: its samples follow those consumed.
+static inline int64_t trainer_row_sample(const Trainer *tr, int m, int b) {
+    return tr->state.consumed + (int64_t)m * tr->B + b;
+}
+
+// Reads micro-batch m of the step, one of this rank's.
+static inline void trainer_read_batch(Trainer *tr, int m) {
+    for (int b = 0; b < tr->B; b++)
+        shards_read_sample(&tr->train, (uint64_t)tr->options->seed, trainer_row_sample(tr, m, b),
+                           tr->tokens + b * tr->T, tr->targets + b * tr->T);
 }
 
 // The plan of micro-batch m, this rank's or another's: it is a function of (seed, step, m).
@@ -663,8 +711,8 @@ static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
 }
 
 // What the engine is called with for micro-batch m of step t, one of this rank's: what it reads, until the next is read,
-static inline Batch trainer_batch(Trainer *tr, int64_t t, int m) {
-    trainer_read_batch(tr, t, m);
+static inline Batch trainer_batch(Trainer *tr, int m) {
+    trainer_read_batch(tr, m);
     return batch_of(tr->B, tr->T, tr->tokens, tr->targets);
 }
 
@@ -782,7 +830,8 @@ static inline void trainer_write_data(const Trainer *tr, Text *t) {
     for (int m = 0; m < tr->M; m++) {
         text_printf(t, m ? ",\n    [" : "\n    [");
         for (int b = 0; b < tr->B; b++) {
-            int64_t start, window = shards_sample(&tr->train, (uint64_t)tr->options->seed, (step * tr->M + m) * tr->B + b);
+            const int64_t sample = trainer_row_sample(tr, m, b);
+            int64_t start, window = shards_sample(&tr->train, (uint64_t)tr->options->seed, sample);
             const ShardFile *file = shards_find(&tr->train, window, &start);
             text_printf(t, "%s[%d, %lld]", b ? ", " : "", (int)(file - tr->train.file), (long long)start);
         }
@@ -873,7 +922,7 @@ static inline void trainer_examine(Trainer *tr, const Metrics *r, double loss) {
     const int n = numbers_places(&places, &tr->config);
     tr->bad_forward = BRANCHES * tr->config.L;
     if (tr->bad_micro >= 0) {
-        const Batch batch = trainer_batch(tr, tr->state.step, tr->bad_micro);
+        const Batch batch = trainer_batch(tr, tr->bad_micro);
         const Pass pass = trainer_pass(tr, tr->state.step, tr->bad_micro);
         tr->bad_forward = numbers_finite_branches(tr->engine, tr->model, &batch, &pass);
     }
@@ -997,7 +1046,7 @@ static inline Metrics trainer_step(Trainer *tr) {
     tr->bad_micro = -1;
     memset(tr->micro, 0, (size_t)tr->M * sizeof *tr->micro);
     for (int m = tr->rank; m < tr->M; m += tr->world) {
-        const Batch batch = trainer_batch(tr, t, m);
+        const Batch batch = trainer_batch(tr, m);
         const Pass pass = trainer_pass(tr, t, m);
         double part[N_PARTS];
         tr->micro[m] = tr->engine->run(tr->model, &batch, &pass);
@@ -1018,6 +1067,7 @@ static inline Metrics trainer_step(Trainer *tr) {
     trainer_update(tr, &r, loss);
     trainer_account(tr, &r);
     tr->state.step++;
+    tr->state.consumed += (int64_t)tr->M * tr->B;
     tr->state.tokens += (int64_t)tr->M * tr->B * tr->T;
     r.step = (double)tr->state.step;
     r.tokens = (double)tr->state.tokens;
@@ -1090,7 +1140,7 @@ static inline void trainer_print_start(const Trainer *tr) {
     printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n, tr->train.n == 1 ? "" : "s",
            (long long)tr->eval_rows * tr->T);
     printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B, tr->T, tr->M,
-           tr->M == 1 ? "" : "es", (long long)tr->steps, (double)tr->steps * tr->M * tr->B / (double)tr->train.windows);
+           tr->M == 1 ? "" : "es", (long long)tr->steps, trainer_epochs(tr));
     if (tr->world > 1)
         printf("ranks:   %d processes, each %d micro-batch%s of a step; numbers of memory are of each, of speed of all\n",
                tr->world, tr->M / tr->world, tr->M == tr->world ? "" : "es");
@@ -1129,7 +1179,7 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     metrics_duration(least, flops / (0.8 * tr->peak_flops));
     metrics_duration(most, flops / (0.2 * tr->peak_flops));
     metrics_duration(saved, (full - flops) / (share * tr->peak_flops));
-    const double epochs = (double)tr->steps * tr->M * tr->B / (double)tr->train.windows;
+    const double epochs = trainer_epochs(tr);
     if (epochs >= 100) warn("%.0f epochs: the model will learn the data by heart; --epochs 4 is a usual most", epochs);
     const int drops = tr->options->drop_path > 0 || tr->replay.n;
     printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full,

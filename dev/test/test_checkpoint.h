@@ -21,8 +21,8 @@ static inline void checkpoint_test_save(const char *out, int64_t step) {
     const GptConfig *c = &checkpoint_test_config;
     int64_t counts[5] = {step, step - 1, step, 0, step};
     double scale[4] = {1, 1, 0.75, 0.5};
-    CheckpointState s = {.step = step, .tokens = 64 * step, .adamw_steps = counts, .eval_scale = scale, .eot = 6,
-                         .options = "steps = 9\n"};
+    CheckpointState s = {.step = step, .tokens = 64 * step, .consumed = 16 * step, .seq_len = 4, .adamw_steps = counts,
+                         .eval_scale = scale, .eot = 6, .options = "steps = 9\n"};
     Model *m = checkpoint_test_model((uint64_t)step);
     real moment[28];
     for (int i = 0; i < 28; i++) moment[i] = (real)(i + 1) / 16;
@@ -77,6 +77,7 @@ static void test_checkpoint_round_trip(void) {
     checkpoint_load(dir, &e, loaded, &c, &s);
     EXPECT(checkpoint_test_counts == 7, "the engine is not told what it goes on from");
     EXPECT(s.step == 8 && s.tokens == 512, "step %lld, %lld tokens", (long long)s.step, (long long)s.tokens);
+    EXPECT(s.consumed == 128 && s.seq_len == 4, "%lld samples of %d tokens", (long long)s.consumed, s.seq_len);
     EXPECT(counts[0] == 8 && counts[1] == 7 && counts[3] == 0, "AdamW's steps differ");
     EXPECT_TEXT(s.options, "steps = 9\n");
     EXPECT(checkpoint_test_same(saved, loaded, SLOT_PARAM), "weights differ");
@@ -266,6 +267,11 @@ static void test_checkpoint_trainer_refuses(void) {
         {"\"tokens\": 320", "\"tokens\": -320", "\"tokens\""},
         {"\"tokens\": 320", "\"tokens\": 1152921504606846977", "\"tokens\""},
         {"\"tokens\": 320", "\"tokens\": 99999999999999999999", "\"tokens\""},
+        {"\"consumed\": 80", "\"consumed\": -1", "\"consumed\""},
+        {"\"consumed\": 80", "\"consumed\": 288230376151711745", "\"consumed\""},
+        {"\"consumed\": 80", "\"consumed\": null", "\"consumed\""},
+        {"\"seq_len\": 4", "\"seq_len\": 16777217", "\"seq_len\""}, {"\"seq_len\"", "\"length\"", "\"seq_len\""},
+        {"\"consumed\": 80", "\"consumed\": 288230376151711744", NULL}, {"\"consumed\"", "\"older\"", NULL},
         {"\"tokens\": 320", "\"token\": 320", "\"tokens\""}, {"\"bad_steps\": 0", "\"bad_steps\": -1", "\"bad_steps\""},
         {"\"bad_steps\": 0", "\"bad_steps\": 1000000001", "\"bad_steps\""},
         {"\"bad_steps\": 0", "\"bad_steps\": \"0\"", "\"bad_steps\""},
@@ -852,7 +858,7 @@ static void test_checkpoint_tells_where(void) {
 
 // trainer.json, to the letter but for its own sum: older programs' checkpoints must go on being read.
 static void test_checkpoint_trainer_json(void) {
-    CheckpointState s = {.step = 3, .tokens = 40, .bad_steps = 2, .options = "a"};
+    CheckpointState s = {.step = 3, .tokens = 40, .consumed = 10, .seq_len = 4, .bad_steps = 2, .options = "a"};
     CheckpointSums sums;
     Text t = {NULL, 0, 0};
     memset(&sums, 0, sizeof sums);
@@ -866,8 +872,8 @@ static void test_checkpoint_trainer_json(void) {
     char *own = strstr(t.s, CHECKPOINT_SELF);
     EXPECT(own && t.n == (size_t)(own - t.s) + strlen(CHECKPOINT_SELF) + 64 + 4, "%s", t.s);
     if (own) *own = 0;
-    EXPECT_TEXT(t.s, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": 3,\n  \"tokens\": 40,\n  \"options\": \"a\",\n"
-                "  \"bad_steps\": 2,\n  \"losses\": [1, 2.5, 3],\n  \"grad_norms\": [4],\n  \"files\": {\n"
+    EXPECT_TEXT(t.s, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": 3,\n  \"tokens\": 40,\n"
+                "  \"consumed\": 10,\n  \"seq_len\": 4,\n  \"options\": \"a\",\n  \"bad_steps\": 2,\n  \"losses\": [1, 2.5, 3],\n  \"grad_norms\": [4],\n  \"files\": {\n"
                 "    \"model.safetensors\": \"hex0\",\n    \"config.json\": \"hex1\",\n"
                 "    \"optimizer.safetensors\": \"hex2\"\n"
                 "  },\n  \"sizes\": {\"model.safetensors\": 10, \"config.json\": 11, \"optimizer.safetensors\": 12},\n"

@@ -297,6 +297,66 @@ static void test_trainer_learns_and_records(void) {
     free(path);
 }
 
+// The mean losses of each 8 rows of a run that leaves the weights as they are; `rows` is of its steps
+// from `step` on, 8 before. From malloc.
+static inline double *trainer_test_losses(const char *out, int64_t step, int rows, int64_t *n) {
+    char *path = xprintf("%s/metrics.jsonl", out);
+    MetricsLog log = metrics_read(path);
+    double *loss = (double *)xcalloc((size_t)log.n, sizeof *loss);
+    const int64_t each = 8 / rows;
+    *n = step + (log.n - step) / each;
+    for (int64_t i = 0; i < *n; i++)
+        for (int64_t k = 0; k < (i < step ? 1 : each); k++)
+            loss[i] += log.record[i < step ? i : step + (i - step) * each + k].loss / (double)(i < step ? 1 : each);
+    metrics_log_free(&log);
+    free(path);
+    return loss;
+}
+
+// Resumed with another number of rows a step, also from a checkpoint that does not say what was consumed,
+// a run reads on where it was, and --epochs ends where it would have. With lr 0 a loss tells its rows.
+static void test_trainer_resumes_its_data(void) {
+    const char *dir = test_directory(), *still = "--lr 0 --epochs 1.5 --eval-every 0";
+    static const struct { const char *options; int rows, older; } cases[] = {
+        {"--batch 4 --total-batch 64", 4, 0}, {"--batch 2 --total-batch 32", 2, 0},
+        {"--batch 8 --total-batch 128", 8, 0}, {"--batch 4 --total-batch 64", 4, 1}};
+    int64_t n, found;
+    EXPECT_RUN("--out %s/whole %s", dir, still);
+    EXPECT_RUN("--out %s/part %s --steps 20 --epochs 0", dir, still);
+    char *whole = xprintf("%s/whole", dir), *trainer = xprintf("%s/part/step_00000020/trainer.json", dir);
+    double *want = trainer_test_losses(whole, 0, 8, &n);
+    Text now = test_read_file(trainer);
+    EXPECT(strstr(now.s, "\"consumed\": 160,\n  \"seq_len\": 16,"), "%.200s", now.s);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char *out = xprintf("%s/%zu", dir, i), *path = xprintf("%s/step_00000020/trainer.json", out);
+        ToolRun copy = shell_runf("cp -R %s/part %s", dir, out);
+        tool_free(&copy);
+        char *then = checkpoint_test_trainer(&now, "\"consumed\"", cases[i].older ? "\"older\"" : "\"consumed\"");
+        file_write_whole(path, then, strlen(then));
+        EXPECT_RUN("--out %s %s %s --resume", out, still, cases[i].options);
+        double *got = trainer_test_losses(out, 20, cases[i].rows, &found);
+        EXPECT(found == n, "%s: %lld steps of 8 rows, not %lld", cases[i].options, (long long)found, (long long)n);
+        for (int64_t k = 0; k < n && found == n; k++) EXPECT_CLOSE(got[k], want[k], 1e-5, cases[i].options);
+        free(out), free(path), free(then), free(got);
+    }
+    free(whole), free(trainer), free(want), text_free(&now);
+}
+
+// Rows of another length: the run says so, and continues after as many tokens.
+static void test_trainer_resumes_other_rows(void) {
+    const char *dir = test_directory();
+    EXPECT_RUN("--out %s --steps 3", dir);
+    EXPECT_REFUSED(0, "--seq-len 12, but the checkpoint's run had rows of 16 tokens",
+                   "--out %s --steps 4 --seq-len 12 --total-batch 96 --resume", dir);
+    char *path = xprintf("%s/latest/trainer.json", dir);
+    Text t = test_read_file(path);                       // 3 * 128 tokens are 32 rows of 12; a step has 8
+    EXPECT(strstr(t.s, "\"tokens\": 480,\n  \"consumed\": 40,\n  \"seq_len\": 12,"), "%.200s", t.s);
+    ToolRun r = trainer_test_run("--out %s --steps 5 --seq-len 12 --total-batch 96 --resume", dir);
+    EXPECT(r.code == 0 && !strstr(r.err.s, "rows of"), "%s", r.err.s);
+    text_free(&t), tool_free(&r);
+    free(path);
+}
+
 static void test_trainer_config_feeds_back(void) {
     const char *dir = test_directory();
     char a[400], b[400];
@@ -693,7 +753,8 @@ static void test_trainer_dry_run(void) {
 
 #define TRAINER_TESTS(X)                                                                          \
     X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                    \
-    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) X(trainer_train_last) X(trainer_dropout) \
+    X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
+    X(trainer_train_last) X(trainer_dropout) X(trainer_resumes_its_data) X(trainer_resumes_other_rows) \
     X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
     X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
