@@ -6,6 +6,8 @@
 //                       trainer.json           step, tokens, samples consumed, options, and the SHA-256 of the
 //                                              other files and of itself
 //                                              ("sizes" and "marks" tell where a file is damaged)
+//                       tokenizer.bin          the run's tokenizer, if it has one, so that the directory can be moved: ours
+//                                              (or vocab.json), and tokenizer.json and tokenizer_config.json for transformers
 //     OUT/latest -> step_00001000
 //
 // A checkpoint is written under a temporary name, synced and renamed; `latest` moves last: see checkpoint_try_save.
@@ -17,6 +19,7 @@
 #include "numbers.h"
 #include "safetensors.h"
 #include "sha256.h"
+#include "tokenizer_json.h"
 #include "weights.h"
 #include <dirent.h>
 
@@ -33,14 +36,17 @@ typedef struct {
     int eot;                                             // the end-of-text token, or -1
     const char *options;                                 // the run's options, as config.txt
     const char *tokenizer_sha256;                        // of the shards' manifest; NULL or "" where there is none
+    const TokenizerFiles *tokenizer;                     // NULL: none
 } CheckpointState;
 
-enum { CHECKPOINT_FILES = 3 };
-static const char *const checkpoint_file[CHECKPOINT_FILES] = {"model.safetensors", "config.json", "optimizer.safetensors"};
+// The first CHECKPOINT_FILES are in every checkpoint.
+enum { CHECKPOINT_FILES = 3, CHECKPOINT_ALL = CHECKPOINT_FILES + TOKENIZER_FILES };
+static const char *const checkpoint_file[CHECKPOINT_ALL + 1] = {"model.safetensors", "config.json", "optimizer.safetensors",
+                                                                TOKENIZER_FILE_NAMES, "trainer.json"};
 
 // ---- Writing ----
 
-typedef struct { FileSum file[CHECKPOINT_FILES]; } CheckpointSums;
+typedef struct { FileSum file[CHECKPOINT_ALL]; } CheckpointSums;         // hex is "" where there is no such file
 
 // Whether a slot has the tensor: moments are of what is trained.
 static inline int checkpoint_has(Slot slot, int param, int layer, int frozen) {
@@ -136,11 +142,13 @@ static inline void checkpoint_write_text(const char *path, const Text *t, char *
 }
 
 // GPT-2's configuration in transformers' words; the factors of survival scaling, where not 1, in ours.
-// dtype: "float32", what the weights are stored in.
+// dtype: "float32", what the weights are stored in. With tokenizer_class, AutoTokenizer refuses a directory without a
+// tokenizer.json; else it would make a tokenizer of one token, without an error.
 static inline void checkpoint_config_json(Text *t, const GptConfig *c, const CheckpointState *s, const char *dtype) {
     int scaled = 0;
     for (int i = 0; i < BRANCHES * c->L; i++) scaled |= s->eval_scale[i] != 1;
     text_printf(t, "{\n  \"architectures\": [\"GPT2LMHeadModel\"],\n  \"model_type\": \"gpt2\",\n"
+                "  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n"
                 "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": %d,\n  \"n_head\": %d,\n"
                 "  \"activation_function\": \"gelu_new\",\n  \"layer_norm_epsilon\": 1e-05,\n  \"initializer_range\": 0.02,\n"
                 "  \"resid_pdrop\": 0.0,\n  \"embd_pdrop\": 0.0,\n  \"attn_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n",
@@ -181,15 +189,18 @@ static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, co
     checkpoint_write_spikes(t, "losses", &s->losses);
     checkpoint_write_spikes(t, "grad_norms", &s->norms);
     text_printf(t, ",\n  \"files\": {");
-    for (int i = 0; i < CHECKPOINT_FILES; i++)
-        text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file[i], sums->file[i].hex);
+    for (int i = 0; i < CHECKPOINT_ALL; i++)
+        if (*sums->file[i].hex)
+            text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file[i], sums->file[i].hex);
     text_printf(t, "\n  },\n  \"sizes\": {");
-    for (int i = 0; i < CHECKPOINT_FILES; i++)
-        text_printf(t, "%s\"%s\": %llu", i ? ", " : "", checkpoint_file[i], (unsigned long long)sums->file[i].size);
+    for (int i = 0; i < CHECKPOINT_ALL; i++)
+        if (*sums->file[i].hex)
+            text_printf(t, "%s\"%s\": %llu", i ? ", " : "", checkpoint_file[i], (unsigned long long)sums->file[i].size);
     text_printf(t, "},\n  \"marks\": {");              // of file_sum_differs
-    for (int i = 0; i < CHECKPOINT_FILES; i++)
-        text_printf(t, "%s\"%s\": \"%s\"", i ? ", " : "", checkpoint_file[i],
-                    sums->file[i].marks.n ? sums->file[i].marks.s : "");
+    for (int i = 0; i < CHECKPOINT_ALL; i++)
+        if (*sums->file[i].hex)
+            text_printf(t, "%s\"%s\": \"%s\"", i ? ", " : "", checkpoint_file[i],
+                        sums->file[i].marks.n ? sums->file[i].marks.s : "");
     text_printf(t, "},\n");
     sha256_hex(hex, t->s, t->n);
     text_printf(t, CHECKPOINT_SELF "%s\"\n}\n", hex);
@@ -202,8 +213,8 @@ static inline void checkpoint_remove(const char *dir) {
         if (disk_unlink(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
         return;
     }
-    for (int i = CHECKPOINT_FILES; i >= 0; i--) {
-        char *path = xprintf("%s/%s", dir, i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json");
+    for (int i = CHECKPOINT_ALL; i >= 0; i--) {
+        char *path = xprintf("%s/%s", dir, checkpoint_file[i]);
         if (disk_unlink(path) && errno != ENOENT) warn("cannot remove %s: %s", path, strerror(errno));
         free(path);
     }
@@ -258,11 +269,11 @@ static inline void checkpoint_point_or_warn(const char *out, const char *name) {
 static inline char *checkpoint_try_save(const char *out, const Engine *e, Model *m, const GptConfig *c,
                                         const CheckpointState *s, char **bad) {
     char *name = xprintf("step_%08lld", (long long)s->step), *final = xprintf("%s/%s", out, name), *error = NULL;
-    char *temporary = xprintf("%s/.%s.tmp", out, name), *old = xprintf("%s/.%s.old", out, name), *path[CHECKPOINT_FILES + 1];
+    char *temporary = xprintf("%s/.%s.tmp", out, name), *old = xprintf("%s/.%s.old", out, name), *path[CHECKPOINT_ALL + 1];
     CheckpointSums sums;
     Text config = {NULL, 0, 0}, trainer = {NULL, 0, 0};
-    for (int i = 0; i <= CHECKPOINT_FILES; i++)
-        path[i] = xprintf("%s/%s", temporary, i < CHECKPOINT_FILES ? checkpoint_file[i] : "trainer.json");
+    memset(&sums, 0, sizeof sums);
+    for (int i = 0; i <= CHECKPOINT_ALL; i++) path[i] = xprintf("%s/%s", temporary, checkpoint_file[i]);
     if (path_exists(temporary)) checkpoint_remove(temporary);
     error = directory_try_make(temporary);
     checkpoint_write_model(path[0], &sums.file[0], e, m, c, bad, &error);
@@ -272,8 +283,14 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
     checkpoint_write_text(path[1], &config, &error);
     checkpoint_write_optimizer(path[2], &sums.file[2], e, m, c, s, bad, &error);
     if (*bad && !error) error = xprintf("%s is not finite", *bad);
+    for (int i = 0; s->tokenizer && i < TOKENIZER_FILES; i++) {
+        const Text *file = &s->tokenizer->file[i];
+        if (!file->n) continue;
+        file_sum(&sums.file[CHECKPOINT_FILES + i], file->s, file->n);
+        checkpoint_write_text(path[CHECKPOINT_FILES + i], file, &error);
+    }
     checkpoint_trainer_json(&trainer, s, &sums);
-    checkpoint_write_text(path[3], &trainer, &error);
+    checkpoint_write_text(path[CHECKPOINT_ALL], &trainer, &error);
     if (!error) error = directory_try_sync(temporary);
 
     int moved = 0;
@@ -294,8 +311,8 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
     }
     text_free(&config);
     text_free(&trainer);
-    for (int i = 0; i < CHECKPOINT_FILES; i++) text_free(&sums.file[i].marks);
-    for (int i = 0; i <= CHECKPOINT_FILES; i++) free(path[i]);
+    for (int i = 0; i < CHECKPOINT_ALL; i++) text_free(&sums.file[i].marks);
+    for (int i = 0; i <= CHECKPOINT_ALL; i++) free(path[i]);
     free(name), free(final), free(temporary), free(old);
     return error;
 }
@@ -465,13 +482,19 @@ static inline int checkpoint_is_hex(const Json *doc, int node, size_t n) {
     return is;
 }
 
+// Whether a checkpoint has file i: each has the first ones, of a tokenizer's those that trainer.json names.
+static inline int checkpoint_has_file(const Json *trainer, int i) {
+    return i < CHECKPOINT_FILES || json_get(trainer, json_get(trainer, 0, "files"), checkpoint_file[i]) >= 0;
+}
+
 // What trainer.json says of the other files: "sizes" and "marks" are not in older ones. Returns NULL, or what is wrong.
 static inline const char *checkpoint_check_files(const Json *doc) {
     const int files = json_get(doc, 0, "files"), sizes = json_get(doc, 0, "sizes"), marks = json_get(doc, 0, "marks");
     if (json_duplicate(doc, files) >= 0 || json_duplicate(doc, sizes) >= 0 || json_duplicate(doc, marks) >= 0)
         return "a file is there twice in \"files\", \"sizes\" or \"marks\"";
-    for (int i = 0; i < CHECKPOINT_FILES; i++) {
+    for (int i = 0; i < CHECKPOINT_ALL; i++) {
         int64_t size = -1;
+        if (!checkpoint_has_file(doc, i)) continue;
         if (!checkpoint_is_hex(doc, json_get(doc, files, checkpoint_file[i]), SHA256_HEX - 1))
             return "\"files\" must have the SHA-256 of each file";
         if (sizes < 0) continue;
@@ -595,7 +618,8 @@ static inline char *checkpoint_verify(const char *dir) {
         else free((char *)(uintptr_t)s.options);
         if (!wrong && checkpoint_named(name) >= 0 && checkpoint_named(name) != s.step)
             wrong = xprintf("%s: it is of step %lld", path, (long long)s.step);
-        for (int i = 0; i < CHECKPOINT_FILES && !wrong; i++) wrong = checkpoint_verify_file(&doc, dir, i);
+        for (int i = 0; i < CHECKPOINT_ALL && !wrong; i++)
+            if (checkpoint_has_file(&doc, i)) wrong = checkpoint_verify_file(&doc, dir, i);
         json_free(&doc);
     }
     file_unmap(&map);
@@ -620,8 +644,8 @@ static inline char *checkpoint_latest(const char *out) {
     char *found = NULL;
     for (int i = 0; i < list.n && !found; i++) {
         char *path = checkpoint_path(out, list.step[i]);
-        for (int k = 0; k <= CHECKPOINT_FILES; k++) {
-            char *file = xprintf("%s/%s", path, k < CHECKPOINT_FILES ? checkpoint_file[k] : "trainer.json");
+        for (int k = 0; k <= CHECKPOINT_ALL; k++) {
+            char *file = xprintf("%s/%s", path, checkpoint_file[k]);
             checkpoint_must_open(file);
             free(file);
         }
@@ -812,7 +836,8 @@ static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConf
     }
 }
 
-// Dies if a checkpoint of ours has weights or a configuration that do not match their sums: for who takes nothing else of it.
+// Dies if a checkpoint of ours has weights, a configuration or a tokenizer that do not match their sums: for callers that load
+// no more of it.
 // Returns the options of its run, from malloc; NULL if it is not ours.
 static inline char *checkpoint_check_weights(const char *dir) {
     char *path = xprintf("%s/trainer.json", dir), *options = NULL;
@@ -822,8 +847,9 @@ static inline char *checkpoint_check_weights(const char *dir) {
         const char *error = file_map(&map, path);
         if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
         if (error) die("this checkpoint is damaged: %s: %s", path, error);
-        for (int i = 0; i < 2; i++) {
-            const char *wrong = checkpoint_verify_file(&doc, dir, i);
+        for (int i = 0; i < CHECKPOINT_ALL; i++) {
+            const int needed = strcmp(checkpoint_file[i], "optimizer.safetensors") && checkpoint_has_file(&doc, i);
+            const char *wrong = needed ? checkpoint_verify_file(&doc, dir, i) : NULL;
             if (wrong) die("this checkpoint is damaged: %s", wrong);
         }
         options = json_string(&doc, json_get(&doc, 0, "options"), NULL);

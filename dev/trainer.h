@@ -38,6 +38,8 @@ typedef struct {
     Schedule schedule;
     Shards train, val;
     Tokenizer tokenizer;
+    char *tokenizer_path;                                // NULL: none
+    TokenizerFiles tokenizer_files;                      // for checkpoints, on rank 0
     Manifest manifest[MANIFEST_SIDES];                   // of the train and val shards; V = 0 where there is none
     int has_val, has_tokenizer;
     Comm *comm;                                          // NULL: alone
@@ -109,10 +111,14 @@ static inline void trainer_selfcheck(const Engine *engine, const TrainOptions *o
 
 // ---- From options to a run: everything that can be refused is refused here, before anything is written ----
 
-// A file to read must exist; a missing one is the user's commonest mistake.
-static inline void trainer_open_tokenizer(Trainer *tr) {
+// The tokenizer that is named, else that beside the shards, else that of the model `from` (NULL: a new one), which may have
+// been moved away from its shards.
+static inline void trainer_open_tokenizer(Trainer *tr, const char *from) {
     const TrainOptions *o = tr->options;
     char *path = *o->tokenizer ? xstrdup(o->tokenizer) : tokenizer_find(o->train);
+    char *inside = path || !from ? NULL : xprintf("%s/", from);
+    if (inside) path = tokenizer_find(inside);
+    free(inside);
     manifest_find(&tr->manifest[MANIFEST_TRAIN], o->train);
     manifest_find(&tr->manifest[MANIFEST_VAL], *o->val ? o->val : o->train);
     manifest_check_pair(&tr->manifest[MANIFEST_TRAIN], &tr->manifest[MANIFEST_VAL]);
@@ -120,7 +126,21 @@ static inline void trainer_open_tokenizer(Trainer *tr) {
     tokenizer_load(&tr->tokenizer, path);
     for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_tokenizer(&tr->manifest[i], &tr->tokenizer, path);
     tr->has_tokenizer = 1;
-    free(path);
+    tr->tokenizer_path = path;
+}
+
+// The tokenizer's files for the checkpoints, whatever becomes of those that they are from.
+static inline void trainer_take_tokenizer(Trainer *tr) {
+    const char *near = tr->tokenizer_path ? tr->tokenizer_path : tr->options->train;
+    size_t n = tr->tokenizer_path ? strlen(near) : strcspn(near, ",");
+    while (n > 0 && near[n - 1] != '/') n--;
+    char *beside = xprintf("%.*s", (int)n, near);
+    char *wrong = tokenizer_files_take(&tr->tokenizer_files, tr->has_tokenizer ? &tr->tokenizer : NULL, tr->tokenizer_path,
+                                       beside, tr->config.V, tr->config.T, tr->state.eot);
+    if (wrong && !tr->tokenizer_files.file[TOKENIZER_JSON].n)
+        warn("checkpoints are without a tokenizer.json for transformers: %s", wrong);
+    tr->state.tokenizer = &tr->tokenizer_files;
+    free(beside), free(wrong);
 }
 
 // Sizes: of the checkpoint that the run starts from, else of the preset, changed by single options.
@@ -455,7 +475,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     int resume;
     trainer_agree(tr);
     char *from = trainer_start_together(tr, &resume);
-    trainer_open_tokenizer(tr);
+    trainer_open_tokenizer(tr, from);
     trainer_config(tr, from);
     shards_open(&tr->train, o->train, tr->T, tr->config.V);
     tr->has_val = *o->val != 0;
@@ -499,6 +519,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     const Manifest *made = &tr->manifest[MANIFEST_TRAIN];
     tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : made->V ? made->eot : -1;
     tr->state.tokenizer_sha256 = made->sha256;
+    if (tr->rank == 0 && !o->dry_run) trainer_take_tokenizer(tr);
     tr->model = engine_open(engine, &tr->config, &args);
     if (o->dry_run) {}                                   // no weights
     else if (resume) {
@@ -529,7 +550,8 @@ static inline void trainer_close(Trainer *tr) {
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->reduce), free(tr->adamw_steps);
     free(tr->micro);
     free(tr->state.adamw_steps), free(tr->state.eval_scale), free(tr->data_line), free(tr->run_text), free(tr->whole);
-    free(tr->report);
+    free(tr->report), free(tr->tokenizer_path);
+    tokenizer_files_free(&tr->tokenizer_files);
     metrics_file_close(&tr->metrics);
     lock_release(&tr->lock);
 }

@@ -17,7 +17,7 @@
 #include "../safetensors.h"
 #include "../shards.h"
 #include "../tokenizer.h"
-#include "../tools/tokenizer_json.h"
+#include "../tokenizer_json.h"
 #include "../weights.h"
 
 // ---- json.h ----

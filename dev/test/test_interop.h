@@ -5,7 +5,7 @@
 
 #include "../checkpoint.h"
 #include "../llmc.h"
-#include "../tools/tokenizer_json.h"
+#include "../tokenizer_json.h"
 #include "../weights.h"
 #include "test.h"
 #include "test_checkpoint.h"
@@ -14,8 +14,8 @@
 #define INTEROP_TESTS(X)                                                                                           \
     X(interop_narrow) X(interop_llmc_layout) X(interop_llmc_damaged) X(interop_llmc_cut_and_flipped)               \
     X(interop_index) X(interop_index_damaged) X(interop_sharded) X(interop_sharded_refuses)                        \
-    X(interop_tokenizer_json) X(export_round_trips) X(export_folds) X(export_refuses) X(export_takes_tokenizers)   \
-    X(init_from_llmc) X(init_from_run)
+    X(interop_tokenizer_json) X(interop_tokenizer_files) X(export_round_trips) X(export_folds) X(export_refuses)   \
+    X(export_takes_tokenizers) X(init_from_llmc) X(init_from_run)
 
 // ---- Numbers of 16 bits ----
 
@@ -311,6 +311,38 @@ static void test_interop_tokenizer_json(void) {
     EXPECT_ERROR(tokenizer_json_write(&out, &t), "same bytes");
     tokenizer_free(&t);
     text_free(&file), text_free(&out);
+}
+
+// What goes with a model's weights: a tokenizer.json that is beside ours as it is, unless it is damaged or of more tokens;
+// else one made of ours, where that is possible.
+static void test_interop_tokenizer_files(void) {
+    static const struct { const char *json, *wrong, *eot; int made, decode_only; } cases[] = {
+        {NULL, NULL, "<|endoftext|>", 1, 0}, {"{\"model\": {\"vocab\": {\"a\": 0, \"end\": 256}}}", NULL, "\"end\"", 0, 0},
+        {"{\"model\": {\"vocab\": {\"a\": 257}}}", "more tokens than the model", "<|endoftext|>", 1, 0},
+        {"{\"model\": 1}", "no \"model\"", "<|endoftext|>", 1, 0}, {"{", "tokenizer.json: ", NULL, 0, 1},
+        {NULL, "does not say how text is split", NULL, 0, 1}};
+    const char *dir = test_directory();
+    char *ours = xprintf("%s/tokenizer.bin", dir), *json = xprintf("%s/tokenizer.json", dir), *beside = xprintf("%s/", dir);
+    Tokenizer t;
+    tokenizer_write_bytes(ours);
+    tokenizer_load(&t, ours);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        TokenizerFiles f;
+        if (cases[i].json) file_write_whole(json, cases[i].json, strlen(cases[i].json));
+        else unlink(json);
+        t.decode_only = cases[i].decode_only;
+        char *wrong = tokenizer_files_take(&f, &t, ours, beside, 257, 8, 256);
+        const Text *whole = &f.file[TOKENIZER_JSON], *config = &f.file[TOKENIZER_CONFIG];
+        EXPECT(!wrong == !cases[i].wrong && (!wrong || strstr(wrong, cases[i].wrong)), "case %zu: %s", i, wrong);
+        EXPECT(f.file[TOKENIZER_BIN].n == 1550 && !f.file[TOKENIZER_VOCAB].n, "case %zu: ours is not there", i);
+        EXPECT(!config->n == !cases[i].eot && (!config->n || strstr(config->s, cases[i].eot)), "case %zu: %s", i, config->s);
+        EXPECT(!whole->n == !cases[i].eot, "case %zu: %zu bytes", i, whole->n);
+        if (cases[i].eot && !cases[i].made) EXPECT_TEXT(whole->s, cases[i].json);
+        tokenizer_files_free(&f);
+        free(wrong);
+    }
+    tokenizer_free(&t);
+    free(ours), free(json), free(beside);
 }
 
 // ---- build/export ----

@@ -357,6 +357,40 @@ static void test_trainer_resumes_other_rows(void) {
     free(path);
 }
 
+// A checkpoint has its tokenizer: moved alone, it works from anywhere, and a run from it needs none beside its shards.
+static void test_trainer_checkpoint_can_be_moved(void) {
+    const char *dir = test_directory(), *data = trainer_test_data();
+    ToolRun r = shell_runf("mkdir %s/data && cp %s/data/*.bin %s/data", dir, data, dir);
+    tool_free(&r);
+    tool_expect(0, "", tool_run("train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --steps 4 --save-every 2 "
+                                "--keep 1 --out %s/run", dir, dir), __FILE__, __LINE__);
+    r = shell_runf("cd %s && test ! -e run/step_00000002 && mv run/step_00000004 moved && rm -r run && mv data/tokenizer.bin . && "
+                   "cmp tokenizer.bin moved/tokenizer.bin", dir);
+    EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
+    tool_free(&r);
+    r = shell_runf("build=$(cd %s && pwd); cd / && $build/generate %s/moved --prompt 'the cat' --tokens 3 && "
+                   "$build/evaluate %s/moved --val '%s/data/val_*.bin' --json %s/evaluation.json && "
+                   "$build/export %s/moved --out %s/exported", test_build(), dir, dir, dir, dir, dir, dir);
+    EXPECT(r.code == 0 && !strncmp(r.out.s, "the cat", 7), "exit code %d: %s%s", r.code, r.out.s, r.err.s);
+    tool_free(&r);
+    r = shell_runf("cd %s && grep -q val_bpb evaluation.json && diff moved/tokenizer.json exported/tokenizer.json && "
+                   "diff moved/tokenizer_config.json exported/tokenizer_config.json", dir);
+    EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
+    tool_free(&r);
+    for (int resume = 0; resume < 2; resume++)           // first from its weights, then that run from its checkpoint
+        tool_expect(0, "", tool_run("train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --out %s/second %s%s "
+                                    "--sample-every 3", dir, dir, resume ? "--steps 6 --resume" : "--steps 3 --init-from ",
+                                    resume ? "" : xprintf("%s/moved", dir)), __FILE__, __LINE__);
+    r = shell_runf("cd %s && cmp tokenizer.bin second/latest/tokenizer.bin && cmp moved/tokenizer.json "
+                   "second/step_00000006/tokenizer.json", dir);
+    EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
+    tool_free(&r);
+    char *damaged = xprintf("%s/moved/tokenizer.bin", dir);
+    EXPECT(!truncate(damaged, 1200), "%s", damaged);
+    tool_expect(1, "this checkpoint is damaged: ", tool_run("generate %s/moved --prompt a", dir), __FILE__, __LINE__);
+    free(damaged);
+}
+
 static void test_trainer_config_feeds_back(void) {
     const char *dir = test_directory();
     char a[400], b[400];
@@ -754,8 +788,9 @@ static void test_trainer_dry_run(void) {
 #define TRAINER_TESTS(X)                                                                          \
     X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                    \
     X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
-    X(trainer_train_last) X(trainer_dropout) X(trainer_resumes_its_data) X(trainer_resumes_other_rows) \
-    X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) X(trainer_config_feeds_back) \
+    X(trainer_train_last) X(trainer_dropout) X(trainer_checkpoint_can_be_moved) X(trainer_resumes_its_data) \
+    X(trainer_resumes_other_rows) X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) \
+    X(trainer_config_feeds_back) \
     X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
     X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
     X(trainer_locks_first) X(trainer_ended_before_it_begins) X(trainer_follows_no_links) X(trainer_without_latest) \

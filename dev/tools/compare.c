@@ -110,8 +110,8 @@ static void read_sizes(Compare *c) {
     memset(&tr, 0, sizeof tr);
     tr.options = &c->train;
     tr.world = tr.has_val = 1;
-    trainer_open_tokenizer(&tr);
     char *from = *c->train.init_from ? checkpoint_find(c->train.init_from) : NULL;
+    trainer_open_tokenizer(&tr, from);
     trainer_config(&tr, from);
     free(from);
     shards_open(&tr.train, c->train.train, tr.T, tr.config.V);
@@ -124,6 +124,7 @@ static void read_sizes(Compare *c) {
     shards_close(&tr.train);
     shards_close(&tr.val);
     if (tr.has_tokenizer) tokenizer_free(&tr.tokenizer);
+    free(tr.tokenizer_path);
     for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr.manifest[i]);
 }
 

@@ -12,7 +12,7 @@
 #include "../llmc.h"
 #include "../options.h"
 #include "load.h"
-#include "tokenizer_json.h"
+#include "../tokenizer_json.h"
 
 //  OPTION(field, name, type, default, domain, help)
 #define EXPORT_OPTIONS(HEADING, OPTION)                                                                              \
@@ -129,29 +129,14 @@ static Text export_read(const char *path) {
 // Takes a tokenizer.json as it is, after checking that its tokens are the model's. Finds the name of end-of-text, from
 // malloc, or NULL.
 static char *export_take_json(Export *x, const char *path) {
-    Json doc;
+    char *eot;
+    int64_t last;
     x->tokenizer = export_read(path);
-    const char *error = json_parse(&doc, x->tokenizer.s, x->tokenizer.n);
-    if (error) die("%s: no valid JSON: %s", path, error);
-    const int vocab = json_get(&doc, json_get(&doc, 0, "model"), "vocab"), added = json_get(&doc, 0, "added_tokens");
-    char *eot = NULL;
-    int64_t id = 0, last = -1;
-    for (int k = json_first(&doc, vocab); k >= 0 && json_type(&doc, vocab) == JSON_OBJECT; k = json_next(&doc, k)) {
-        if (!json_int64(&doc, k + 1, &id)) continue;
-        if (id > last) last = id;
-        if (id == x->eot && !eot) eot = json_string(&doc, k, NULL);
-    }
-    for (int k = json_first(&doc, added); k >= 0; k = json_next(&doc, k)) {
-        if (!json_int64(&doc, json_get(&doc, k, "id"), &id)) continue;
-        if (id > last) last = id;
-        if (id != x->eot) continue;
-        free(eot);
-        eot = json_string(&doc, json_get(&doc, k, "content"), NULL);
-    }
+    const char *error = tokenizer_json_read(x->tokenizer.s, x->tokenizer.n, x->eot, &last, &eot);
+    if (error) die("%s: %s", path, error);
     if (last >= x->m.config.V)
         die("%s has a token %lld, the model only %d tokens\n  hint: --tokenizer FILE names another", path, (long long)last,
             x->m.config.V);
-    json_free(&doc);
     return eot;
 }
 
@@ -166,12 +151,7 @@ static char *export_make_json(Export *x, const char *path) {
     x->ours = export_read(path);
     x->ours_name = x->ours.s[0] == '{' ? "vocab.json" : "tokenizer.bin";
     if (x->eot < 0) x->eot = t.eot;
-    char *eot = NULL;
-    int n;
-    if (t.eot >= 0) {
-        const char *bytes = tokenizer_bytes(&t, t.eot, &n);
-        eot = xprintf("%.*s", n, bytes);
-    }
+    char *eot = tokenizer_json_eot_name(&t);
     tokenizer_free(&t);
     return eot;
 }

@@ -159,11 +159,13 @@ static Text timeless(const char *dir) {
 // Compares with the uninterrupted run: the files of the last checkpoint, `latest`, metrics.jsonl. NULL, or what differs. With
 // `no_link` there may be no `latest`, since it could not be made; if there is one, it leads to the last.
 static char *compare(const char *dir, const char *reference, int no_link) {
-    static const char *const files[] = {"model.safetensors", "config.json", "optimizer.safetensors", "trainer.json"};
+    enum { FILES = 7 };
+    static const char *const files[FILES] = {"model.safetensors", "config.json", "optimizer.safetensors", "trainer.json",
+                                             "tokenizer.bin", "tokenizer.json", "tokenizer_config.json"};
     char *wrong = NULL;
     char *latest = xprintf("%s/run/latest", dir);
-    for (int i = no_link && !path_exists(latest) ? 4 : 0; i < 8 && !wrong; i++) {
-        char *name = xprintf("run/%s/%s", i < 4 ? "latest" : "step_00000006", files[i % 4]);
+    for (int i = no_link && !path_exists(latest) ? FILES : 0; i < 2 * FILES && !wrong; i++) {
+        char *name = xprintf("run/%s/%s", i < FILES ? "latest" : "step_00000006", files[i % FILES]);
         Text a = read_text(dir, name), b = read_text(reference, name);
         if (!b.n || a.n != b.n || memcmp(a.s, b.s, a.n)) wrong = xprintf("%s differs", name);
         text_free(&a), text_free(&b), free(name);
@@ -388,14 +390,17 @@ static void file_limit(void) {
 
 // ---- Damage ----
 
-static const char *const six_files[] = {"run/step_00000006/model.safetensors", "run/step_00000006/config.json",
-                                        "run/step_00000006/optimizer.safetensors", "run/step_00000006/trainer.json"};
+enum { SIX_FILES = 7 };
+static const char *const six_files[SIX_FILES] = {
+    "run/step_00000006/model.safetensors", "run/step_00000006/config.json", "run/step_00000006/optimizer.safetensors",
+    "run/step_00000006/trainer.json", "run/step_00000006/tokenizer.bin", "run/step_00000006/tokenizer.json",
+    "run/step_00000006/tokenizer_config.json"};
 
 // Every bit flipped and every length cut, of every file: found, and named.
 static void every_damage(const char *from) {
     char *dir = copy_case(from), *six = xprintf("%s/run/step_00000006", dir), *wrong = NULL;
     int found = 0;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < SIX_FILES; i++) {
         Text whole = read_text(dir, six_files[i]);
         const char *name = strrchr(six_files[i], '/') + 1;
         for (size_t at = 0; at < whole.n && !wrong; at += tt.shorter ? 1 + at / 3 : 1)
@@ -425,7 +430,7 @@ static void every_damage(const char *from) {
 
 // --resume passes over a damaged checkpoint, says so, and comes to the same end; the damaged one is kept under another name.
 static void resume_from_older(const char *from) {
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 2 * SIX_FILES; i++) {
         char *dir = copy_case(from), *wrong = NULL, *aside = xprintf("%s/run/step_00000006.damaged", dir);
         damage(dir, six_files[i / 2], 10, i % 2 ? 0 : 4);
         wrong = finish_run(dir, "", tt.reference);
@@ -584,6 +589,19 @@ static void write_shards(const char *prefix, int shards, int tokens) {
     shard_writer_close(&w);
 }
 
+// Eight tokens, a letter each, the last of them end-of-text.
+static void write_tokenizer(const char *path) {
+    enum { TOKENS = 8 };
+    unsigned char file[LLMC_HEADER_BYTES + 2 * TOKENS];
+    const uint32_t words[4] = {TOKENIZER_MAGIC, 2, TOKENS, TOKENS - 1};
+    llmc_header(file, words, 4);
+    for (int i = 0; i < TOKENS; i++) {
+        file[LLMC_HEADER_BYTES + 2 * i] = 1;
+        file[LLMC_HEADER_BYTES + 2 * i + 1] = (unsigned char)('a' + i);
+    }
+    file_write_whole(path, file, sizeof file);
+}
+
 // A shard is there whole or not at all, wherever its writer was killed.
 static void kill_shards(void) {
     int64_t at = 1;
@@ -632,11 +650,12 @@ int main(int argc, char **argv) {
     tt.engine.peak = no_peak;
     pause_at.engine = tt.engine;
     char *data = xprintf("%s/data", tt.root), *prefix = xprintf("%s/train", data), *shard = xprintf("%s_000000.bin", prefix);
-    char *name = xprintf("%s/train.bin", data);
+    char *name = xprintf("%s/train.bin", data), *tokenizer = xprintf("%s/tokenizer.bin", data);
     directory_make(data);
     write_shards(prefix, 1, 400);
     file_rename(shard, name);
-    free(prefix), free(shard), free(name), free(data);
+    write_tokenizer(tokenizer);
+    free(prefix), free(shard), free(name), free(data), free(tokenizer);
 
     tt.reference = new_case();
     list_calls(tt.reference, "", &c);

@@ -380,6 +380,7 @@ class Runs(Interop):
         text = "Grüße, 世界!  two spaces\n\ttab \u00a0 it's 123<|endoftext|>"
         ids = tokenizer(text).input_ids
         self.assertEqual(ids, list(text.replace("<|endoftext|>", "").encode()) + [256])
+        self.assertEqual(AutoTokenizer.from_pretrained(checkpoint)(text).input_ids, ids)     # it has one of its own
         self.assertEqual(tokenizer.decode(ids, clean_up_tokenization_spaces=False), text)
         self.assertEqual((tokenizer.eos_token_id, tokenizer.model_max_length, len(tokenizer)), (256, 31, 257))
         tokens = np.array([ids[:31], ids[5:36]], np.int32)

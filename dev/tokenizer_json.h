@@ -1,9 +1,10 @@
-// tokenizer_json.h: our tokenizer as Hugging Face's tokenizer.json and tokenizer_config.json, which AutoTokenizer opens.
+// tokenizer_json.h: our tokenizer as Hugging Face's tokenizer.json and tokenizer_config.json, which AutoTokenizer opens; and
+// the files of a tokenizer that belong beside a model's weights.
 #ifndef TOKENIZER_JSON_H
 #define TOKENIZER_JSON_H
 
-#include "../json.h"
-#include "../tokenizer.h"
+#include "json.h"
+#include "tokenizer.h"
 
 // GPT-2's alphabet the other way round: the character that stands for each byte, as UTF-8.
 static inline void tokenizer_json_alphabet(char written[256][5]) {
@@ -130,6 +131,97 @@ static inline void tokenizer_json_config(Text *out, int T, const char *eot) {
         json_write_string(out, eot);
     }
     text_printf(out, ",\n  \"model_max_length\": %d\n}\n", T);
+}
+
+// ---- Reading one: no more than whose it is ----
+
+// Reads a tokenizer.json: *last is its highest token, *eot_name the name of token eot, from malloc, or NULL.
+// Returns NULL, or what is wrong; nothing is to be freed then.
+static inline const char *tokenizer_json_read(const void *mem, size_t size, int eot, int64_t *last, char **eot_name) {
+    Json doc;
+    int64_t id = 0;
+    *last = -1, *eot_name = NULL;
+    const char *error = json_parse(&doc, mem, size);
+    if (error) return error;
+    const int model = json_get(&doc, 0, "model"), added = json_get(&doc, 0, "added_tokens");
+    const int vocab = json_get(&doc, model, "vocab");
+    if (json_type(&doc, model) != JSON_OBJECT) error = "it has no \"model\"";
+    for (int k = json_first(&doc, vocab); !error && k >= 0 && json_type(&doc, vocab) == JSON_OBJECT; k = json_next(&doc, k)) {
+        if (!json_int64(&doc, k + 1, &id)) continue;
+        if (id > *last) *last = id;
+        if (id == eot && !*eot_name) *eot_name = json_string(&doc, k, NULL);
+    }
+    for (int k = json_first(&doc, added); !error && k >= 0; k = json_next(&doc, k)) {
+        if (!json_int64(&doc, json_get(&doc, k, "id"), &id)) continue;
+        if (id > *last) *last = id;
+        if (id != eot) continue;
+        free(*eot_name);
+        *eot_name = json_string(&doc, json_get(&doc, k, "content"), NULL);
+    }
+    json_free(&doc);
+    return error;
+}
+
+// Of end-of-text, from malloc, or NULL.
+static inline char *tokenizer_json_eot_name(const Tokenizer *t) {
+    int n = 0;
+    const char *bytes = t->eot >= 0 ? tokenizer_bytes(t, t->eot, &n) : NULL;
+    return bytes ? xprintf("%.*s", n, bytes) : NULL;
+}
+
+// ---- The files beside a model's weights: the one that our tools read, and Hugging Face's two ----
+
+#define TOKENIZER_FILE_NAMES "tokenizer.bin", "vocab.json", "tokenizer.json", "tokenizer_config.json"
+enum { TOKENIZER_BIN, TOKENIZER_VOCAB, TOKENIZER_JSON, TOKENIZER_CONFIG, TOKENIZER_FILES };
+
+typedef struct { Text file[TOKENIZER_FILES]; } TokenizerFiles;           // an empty text: there is no such file
+
+static inline void tokenizer_files_free(TokenizerFiles *f) {
+    for (int i = 0; i < TOKENIZER_FILES; i++) text_free(&f->file[i]);
+}
+
+// Appends a file; returns NULL, or errno's text.
+static inline const char *tokenizer_file_append(Text *t, const char *path) {
+    FileMap map;
+    const char *error = file_map(&map, path);
+    if (!error && map.size) text_append(t, map.data, map.size);
+    file_unmap(&map);
+    return error;
+}
+
+// The name that a tokenizer file of ours has beside weights.
+static inline int tokenizer_file_kind(const Text *t) {
+    return t->n >= 4 && llmc_word((const unsigned char *)t->s, 0) == TOKENIZER_MAGIC ? TOKENIZER_BIN : TOKENIZER_VOCAB;
+}
+
+// Collects the files of tokenizer t, which came from `path` (both NULL: there is none of ours), for a model of V tokens and T
+// positions whose end-of-text token is eot, -1: none. A tokenizer.json in the directory `beside` (with its slash, or "") says
+// more than ours and is taken as it is; else one is made of t. Returns NULL or, from malloc, why there is no tokenizer.json.
+static inline char *tokenizer_files_take(TokenizerFiles *f, const Tokenizer *t, const char *path, const char *beside, int V,
+                                         int T, int eot) {
+    char *json = xprintf("%stokenizer.json", beside), *name = NULL, *wrong = NULL;
+    Text ours = {NULL, 0, 0}, *whole = &f->file[TOKENIZER_JSON];
+    int64_t last = -1;
+    memset(f, 0, sizeof *f);
+    const char *error = path ? tokenizer_file_append(&ours, path) : NULL;
+    if (error) die("cannot read %s: %s", path, error);
+    if (ours.n) f->file[tokenizer_file_kind(&ours)] = ours;
+    if (path_exists(json)) {
+        error = tokenizer_file_append(whole, json);
+        if (!error) error = tokenizer_json_read(whole->s ? whole->s : "", whole->n, eot, &last, &name);
+        if (!error && last >= V) error = "it has more tokens than the model";
+        if (error) text_free(whole), wrong = xprintf("%s: %s", json, error);
+    }
+    if (!whole->n && t) {
+        free(name);
+        name = tokenizer_json_eot_name(t);
+        error = tokenizer_json_write(whole, t);
+        if (error) text_free(whole);
+        if (error && !wrong) wrong = xprintf("%s: %s", path, error);
+    }
+    if (whole->n) tokenizer_json_config(&f->file[TOKENIZER_CONFIG], T, name);
+    free(json), free(name);
+    return wrong;
 }
 
 #endif
