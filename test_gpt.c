@@ -48,6 +48,7 @@
 #include "dev/test/test_tools.h"
 #include "dev/test/test_torture.h"
 #include "dev/test/test_trainer.h"
+#include "dev/test/test_watch.h"
 
 #ifdef WITH_CUDA_ENGINE
 static const Engine *(*const engines[])(void) = {engine_cpu, engine_cuda};
@@ -61,7 +62,7 @@ typedef struct { const char *name; void (*run)(void); int engines; } Test;
 // Those of ranks first: they fork processes that start threads, which QEMU's user mode cannot once this one has threads.
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
-    COMM_TESTS(X) STRANGERS_TESTS(X) SUPERVISE_TESTS(X) NUMBERS_TESTS(X)
+    COMM_TESTS(X) STRANGERS_TESTS(X) SUPERVISE_TESTS(X) NUMBERS_TESTS(X) WATCH_TESTS(X)
     RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
     SCHEDULE_TESTS(X) NOISE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X

@@ -66,6 +66,18 @@ static inline int path_must_exist_or_not(const char *path) {
     return 0;
 }
 
+// Whether a path still leads to what is open as fd. What cannot be looked at now counts as the same: a
+// write will tell.
+enum { PATH_SAME, PATH_GONE, PATH_OTHER };
+
+static inline int path_leads_to(const char *path, int fd, int follow_link) {
+    struct stat there, held;
+    if (follow_link ? stat(path, &there) : lstat(path, &there))
+        return errno == ENOENT || errno == ENOTDIR ? PATH_GONE : PATH_SAME;
+    if (fstat(fd, &held)) return PATH_SAME;
+    return there.st_dev == held.st_dev && there.st_ino == held.st_ino ? PATH_SAME : PATH_OTHER;
+}
+
 // A directory itself, not a link to one.
 static inline int path_is_own_directory(const char *path) {
     struct stat st;

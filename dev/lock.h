@@ -15,13 +15,11 @@ static inline char *lock_take(int *fd, const char *dir) {
     memset(&lock, 0, sizeof lock);
     lock.l_type = F_WRLCK;
     lock.l_whence = SEEK_SET;                            // start and length 0: all of the file
-    struct stat ours, there;
     int taken = 0;
     for (int tries = 0; tries < 10; tries++) {           // whoever had it may have removed the file (lock_forget)
         *fd = disk_open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW);
         taken = *fd >= 0 && fcntl(*fd, F_SETLK, &lock) == 0;
-        if (!taken || (!fstat(*fd, &ours) && !lstat(path, &there) && ours.st_ino == there.st_ino && ours.st_dev == there.st_dev))
-            break;
+        if (!taken || path_leads_to(path, *fd, 0) == PATH_SAME) break;
         close(*fd);
         *fd = -1, errno = ESTALE, taken = 0;
     }

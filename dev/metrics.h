@@ -156,7 +156,7 @@ typedef struct {
 
 static inline void metrics_file_open(MetricsFile *f, const char *path) {
     f->path = xstrdup(path);
-    f->fd = disk_open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC);
+    f->fd = disk_open(path, O_RDWR | O_APPEND | O_CREAT | O_CLOEXEC);
     if (f->fd < 0) die("cannot open %s: %s", path, strerror(errno));
 }
 
@@ -178,6 +178,24 @@ static inline char *metrics_file_sync(MetricsFile *f) {
     if (!error && disk_sync(f->fd, f->path) && errno != EINVAL)
         error = xprintf("cannot write %s: %s", f->path, strerror(errno));
     return error;
+}
+
+// Writes the file again under its name, which no longer leads to what is open: that has all lines still.
+// Returns NULL or, from malloc, why it could not; then nothing has changed.
+static inline char *metrics_file_restore(MetricsFile *f) {
+    char block[1 << 14], *error = NULL;
+    Text all = {NULL, 0, 0};
+    ssize_t n;
+    while ((n = pread(f->fd, block, sizeof block, (off_t)all.n)) > 0) text_append(&all, block, (size_t)n);
+    if (n < 0) error = xprintf("cannot read what %s was: %s", f->path, strerror(errno));
+    if (!error) error = file_try_replace(f->path, all.s, all.n);
+    text_free(&all);
+    if (error) return error;
+    const int fd = disk_open(f->path, O_RDWR | O_APPEND | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0) return xprintf("cannot open %s: %s", f->path, strerror(errno));
+    close(f->fd);
+    f->fd = fd;
+    return NULL;
 }
 
 static inline void metrics_file_close(MetricsFile *f) {

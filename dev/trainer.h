@@ -66,7 +66,7 @@ typedef struct {
     MetricsFile metrics;
     int metrics_wait;                                    // the last attempt to write to it has failed
     int console_lost;                                    // and so has one to write to standard output
-    int lock;                                            // of the output directory, on rank 0; -1: not taken
+    int directory, lock;                                 // the output directory and its lock, on rank 0; -1: not taken
     int stop, save_now;                                  // what a signal has asked for, all ranks agreeing
 } Trainer;
 
@@ -309,6 +309,8 @@ static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
 static inline void trainer_lock(Trainer *tr) {
     if (tr->lock >= 0) return;
     files_die(lock_take(&tr->lock, tr->options->out));
+    tr->directory = file_open_read(tr->options->out);
+    if (tr->directory < 0) die("cannot open %s: %s", tr->options->out, strerror(errno));
 }
 
 // A new run wants a directory without one: its checkpoints would replace that one's, or be mixed with them.
@@ -465,7 +467,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->config_text = config_text;
     tr->engine = engine;
     tr->comm = comm;
-    tr->lock = tr->metrics.fd = -1;
+    tr->directory = tr->lock = tr->metrics.fd = -1;
     tr->rank = comm ? comm->rank : 0;
     tr->world = comm ? comm->world : 1;
     if (!*o->train)
@@ -554,17 +556,90 @@ static inline void trainer_close(Trainer *tr) {
     tokenizer_files_free(&tr->tokenizer_files);
     metrics_file_close(&tr->metrics);
     lock_release(&tr->lock);
+    if (tr->directory >= 0) close(tr->directory);
+}
+
+// ---- OUT: do its names still lead to what this run has open? ----
+
+// PATH.what, or with a number after it if that is taken. From malloc.
+static inline char *trainer_unused_name(const char *path, const char *what) {
+    char *name = xprintf("%s.%s", path, what);
+    for (int i = 2; path_exists(name); i++) {
+        free(name);
+        name = xprintf("%s.%s%d", path, what, i);
+    }
+    return name;
+}
+
+// OUT was renamed, replaced or removed. What is open is still this run's, wherever it is now: lines that
+// wait are written. Returns an error, from malloc.
+static inline char *trainer_lost_directory(Trainer *tr) {
+    const char *out = tr->options->out;
+    char link[64], now[4096] = "";
+    free(metrics_file_flush(&tr->metrics));
+    snprintf(link, sizeof link, "/proc/self/fd/%d", tr->directory);      // on Linux; elsewhere nothing tells
+    const ssize_t n = readlink(link, now, sizeof now - 1);
+    now[n > 0 ? n : 0] = 0;
+    if (n > 0 && path_leads_to(now, tr->directory, 1) == PATH_SAME)
+        return xprintf("%s is not this run's directory any more: that is %s now\n"
+                       "  hint: --out %s --resume continues from its last whole checkpoint", out, now, now);
+    return xprintf("%s is not this run's directory any more: that was removed or renamed\n"
+                   "  hint: where it still exists, --out and --resume continue from its last whole checkpoint", out);
+}
+
+// .lock was removed or replaced: the lock is taken again, unless another process has it. Returns NULL, or
+// an error, from malloc.
+static inline char *trainer_lock_again(Trainer *tr) {
+    const char *out = tr->options->out;
+    int lock;
+    char *taken = lock_take(&lock, out), *error = NULL;
+    if (taken) error = xprintf("%s/.lock was removed or replaced, and %s", out, taken);
+    else {
+        warn("%s/.lock was removed or replaced: the run has taken the lock again", out);
+        lock_release(&tr->lock);
+        tr->lock = lock;
+    }
+    free(taken);
+    return error;
+}
+
+// metrics.jsonl was removed or replaced: it is written again, with all lines, and what had its name is kept
+// under another. Returns NULL, or an error, from malloc.
+static inline char *trainer_restore_metrics(Trainer *tr, int replaced) {
+    const char *path = tr->metrics.path;
+    char *aside = replaced ? trainer_unused_name(path, "replaced") : NULL, *error = NULL;
+    if (aside) error = file_try_rename(path, aside);
+    if (!error) error = metrics_file_restore(&tr->metrics);
+    if (!error)
+        warn("%s was %s: it is written again%s%s", path, replaced ? "replaced" : "removed",
+             aside ? "; what was there is now " : "", aside ? aside : "");
+    free(aside);
+    return error;
+}
+
+// Rank 0 calls this before it writes to OUT. Returns NULL, or, from malloc, why it must not be written to:
+// for now or, with *ends, by this run any more, since OUT or its lock may be another run's.
+static inline char *trainer_watch(Trainer *tr, int *ends) {
+    const char *out = tr->options->out;
+    *ends = 1;
+    if (path_leads_to(out, tr->directory, 1) != PATH_SAME) return trainer_lost_directory(tr);
+    char *path = xprintf("%s/.lock", out), *error = NULL;
+    const int locked = tr->lock >= 0 && path_leads_to(path, tr->lock, 0) == PATH_SAME;
+    const int log = tr->metrics.fd < 0 ? PATH_SAME : path_leads_to(tr->metrics.path, tr->metrics.fd, 0);
+    if (!locked && log == PATH_OTHER)
+        error = xprintf("%s is not locked by this run any more, and its metrics.jsonl is another: another run was "
+                        "started there\n  hint: its files are left as they are; give one of the two another --out", out);
+    else if (!locked && tr->lock >= 0) error = trainer_lock_again(tr);
+    free(path);
+    *ends = error != NULL;
+    return error || log == PATH_SAME ? error : trainer_restore_metrics(tr, log == PATH_OTHER);
 }
 
 // ---- OUT: config.txt and metrics.jsonl ----
 
 // A metrics.jsonl that is not what a run leaves is copied before it is mended: the run goes on with the lines that fit.
 static inline void trainer_set_aside(const char *path, const FileMap *map, int64_t line, const char *wrong) {
-    char *aside = xprintf("%s.damaged", path);
-    for (int i = 2; path_exists(aside); i++) {
-        free(aside);
-        aside = xprintf("%s.damaged%d", path, i);
-    }
+    char *aside = trainer_unused_name(path, "damaged");
     file_replace(aside, map->data, map->size);
     warn("%s, line %lld: %s\n  hint: the run goes on with the lines that fit; all of it is kept as %s", path, (long long)line,
          wrong, aside);
@@ -576,6 +651,12 @@ static inline void trainer_set_aside(const char *path, const FileMap *map, int64
 static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics *again) {
     const char *out = tr->options->out;
     char *path = xprintf("%s/metrics.jsonl", out), *config = xprintf("%s/config.txt", out);
+    int ends;
+    char *lost = trainer_watch(tr, &ends);
+    if (lost) {
+        lock_begun();                                    // what has these names is not to be removed
+        die("%s", lost);
+    }
     file_replace(config, tr->config_text, strlen(tr->config_text));
     lock_begun();
     const int own = done > 0 && !strcmp(tr->options->resume, "latest");   // no checkpoint is ahead of its metrics
@@ -603,8 +684,11 @@ static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics
 
 // A line that cannot be written waits for the next one, unless a failure is to end the run.
 static inline void trainer_record(Trainer *tr, const Metrics *r) {
+    int ends;
     metrics_write(&tr->metrics.waiting, r);
-    char *error = metrics_file_flush(&tr->metrics);
+    char *error = trainer_watch(tr, &ends);
+    if (ends) die("%s", error);
+    if (!error) error = metrics_file_flush(&tr->metrics);
     if (error && tr->options->on_save_error == ON_ERROR_STOP)
         die("%s\n  hint: --resume continues from the last whole checkpoint", error);
     if (error && !tr->metrics_wait) warn("%s: its lines wait in memory until it can be", error);
@@ -882,7 +966,9 @@ static inline void trainer_write_tensors(Text *t, const TensorPlace *places, con
 // OUT/bad_step_NNNNNNNN.json. A disk that refuses it does not end the run.
 static inline void trainer_save_report(Trainer *tr, const Text *t) {
     char *path = xprintf("%s/bad_step_%08lld.json", tr->options->out, (long long)tr->state.step + 1);
-    char *error = file_try_replace(path, t->s, t->n);
+    int ends;
+    char *error = trainer_watch(tr, &ends);
+    if (!error) error = file_try_replace(path, t->s, t->n);
     if (error) warn("%s", error);
     free(error);
     free(tr->report);
@@ -1262,10 +1348,11 @@ static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *tu
     free(map);
 }
 
-// What a failed save means: a warning, if another one follows.
-static inline void trainer_save_failed(const Trainer *tr, const char *error, int last) {
+// What a failed save means: a warning, if another one follows. ends: as trainer_watch says.
+static inline void trainer_save_failed(const Trainer *tr, const char *error, int last, int ends) {
     const char *kept = tr->whole ? tr->whole : "none yet";
-    if (last)
+    if (ends) message("error", "step %lld: %s", (long long)tr->state.step, error);
+    else if (last)
         message("error", "step %lld is not saved: %s\n  hint: --resume continues from the last whole checkpoint: %s",
                 (long long)tr->state.step, error, kept);
     else
@@ -1280,23 +1367,29 @@ static inline void trainer_save_failed(const Trainer *tr, const char *error, int
 static inline void trainer_save(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
-    char *error = NULL, *bad = NULL;
-    if (tr->rank == 0) error = metrics_file_sync(&tr->metrics);    // no checkpoint is ahead of its metrics
+    char *error = NULL, *bad = NULL, *lost;
+    int ends = 0;
+    if (tr->rank == 0) error = trainer_watch(tr, &ends);
+    if (tr->rank == 0 && !error) error = metrics_file_sync(&tr->metrics);  // no checkpoint is ahead of its metrics
     if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state, &bad);
     else if (tr->rank == 0 || o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config, tr->drop.frozen, &bad);
-    int outcome[2] = {error != NULL, bad != NULL};
+    if (tr->rank == 0 && !ends && (lost = trainer_watch(tr, &ends)) != NULL) {   // it may have happened meanwhile
+        free(error);
+        error = lost;
+    }
+    int outcome[3] = {error != NULL, bad != NULL, ends};
     comm_broadcast(tr->comm, outcome, sizeof outcome);
     if (outcome[1])
         trainer_give_up(tr, xprintf("step %lld has made numbers that are not finite, first of %s, so it is not saved",
                                     (long long)tr->state.step, bad ? bad : ""));
-    if (error) trainer_save_failed(tr, error, last);
+    if (error) trainer_save_failed(tr, error, last, ends);
     else if (tr->rank == 0) {
         free(tr->whole);
         tr->whole = checkpoint_path(o->out, tr->state.step);
         if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->state.step);
     }
     free(error), free(bad);
-    if (!outcome[0] || !last) return;
+    if (!outcome[0] || !(last || outcome[2])) return;
     comm_close(tr->comm);
     exit(1);
 }

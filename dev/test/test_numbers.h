@@ -71,11 +71,13 @@ static Fault fault;
 static int fault_calls;
 static double fault_number = NAN;
 static Slot fault_slot = SLOT_GRAD;                     // or SLOT_PARAM: of what
+static char *fault_command;                              // a shell's, done at these calls; NULL: none
 
 static double fault_run_pass(Model *m, const Batch *batch, const Pass *pass) {
     if (pass->weight == 0) return engine_cpu()->run(m, batch, pass);
     const int on = fault_calls >= fault.from && fault_calls < fault.to;
     fault_calls++;
+    if (on && fault_command && system(fault_command)) fprintf(stderr, "%s: failed\n", fault_command);
     if (on && fault.param >= 0) {
         real *g = (real *)xcalloc(1 << 16, sizeof *g);   // more than any tensor here
         engine_cpu()->read(m, fault_slot, fault.param, fault.layer, g);
