@@ -848,9 +848,12 @@ static inline char *checkpoint_check_weights(const char *dir) {
         if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
         if (error) die("this checkpoint is damaged: %s: %s", path, error);
         for (int i = 0; i < CHECKPOINT_ALL; i++) {
-            const int needed = strcmp(checkpoint_file[i], "optimizer.safetensors") && checkpoint_has_file(&doc, i);
+            char *file = xprintf("%s/%s", dir, checkpoint_file[i]);
+            const int left_out = i >= CHECKPOINT_FILES && !path_exists(file);      // the weights were copied alone
+            const int needed = strcmp(checkpoint_file[i], "optimizer.safetensors") && checkpoint_has_file(&doc, i) && !left_out;
             const char *wrong = needed ? checkpoint_verify_file(&doc, dir, i) : NULL;
             if (wrong) die("this checkpoint is damaged: %s", wrong);
+            free(file);
         }
         options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
         json_free(&doc);
