@@ -535,6 +535,39 @@ static void two_runs(void) {
     done("two runs", dir, wrong);
 }
 
+// ---- A run that loses what it has open ----
+
+// `command` is done in the run's folder in step 4, which SIGUSR1 then saves; the run ends with `code`. After `undo`, --resume
+// comes to the uninterrupted run's end.
+static void lose(const char *command, int code, const char *said, const char *undo) {
+    char *dir = new_case(), *wrong = NULL, *line[2];
+    const pid_t child = start_paused(dir, "", 7, 0, 0);
+    for (int i = 0; i < 2; i++) line[i] = xprintf("cd '%s' && { %s; }", dir, i ? undo : command);
+    if (system(line[0])) wrong = xprintf("%s failed", line[0]);
+    kill(child, SIGUSR1);
+    const int ended = wait_for(child);
+    if (!wrong && (ended != code || !log_has(dir, said))) wrong = xprintf("it ended with %d", ended);
+    if (!wrong && system(line[1])) wrong = xprintf("%s failed", line[1]);
+    if (!wrong) wrong = finish_run(dir, "", tt.reference);
+    free(line[0]), free(line[1]);
+    done(command, dir, wrong);
+}
+
+static void lose_everything(void) {
+    static const char not_this[] = "run is not this run's directory any more";
+    lose("mv run moved", 1, not_this, "! test -e run && mv moved run");
+    lose("mv run moved && mkdir run", 1, not_this, "rmdir run && mv moved run");
+    lose("mv run moved && cp -R moved run", 1, not_this, "! test -e run/step_00000004 && rm -r run && mv moved run");
+    lose("cp -R run copy && rm -r run", 1, not_this, "! test -e run && mv copy run");
+    lose("rm run/metrics.jsonl", 0, "metrics.jsonl was removed", ":");
+    lose("cp run/metrics.jsonl x && mv x run/metrics.jsonl", 0, "metrics.jsonl was replaced", ":");
+    lose("rm run/.lock", 0, "has taken the lock again", ":");
+    lose("rm run/.lock && : > run/.lock", 0, "has taken the lock again", ":");
+    lose("rm run/.lock run/metrics.jsonl", 0, "has taken the lock again", ":");
+    lose("rm run/.lock && cp run/metrics.jsonl x && mv x run/metrics.jsonl", 1, "another run was started there",
+         "! test -e run/step_00000004");
+}
+
 // ---- Two ranks: a signal to one of them ----
 
 static void as_rank(int rank, int world) {
@@ -683,6 +716,7 @@ int main(int argc, char **argv) {
     stop_at_once(SIGINT);
     save_by_signal();
     two_runs();
+    lose_everything();
     two_ranks();
     printf("%d cases, %d kills, %d failed; %.0f s\n", tt.cases, tt.kills, tt.failed, clock_seconds() - from);
     if (!tt.failed) remove_tree(tt.root);
