@@ -214,6 +214,7 @@ static int fuzz_trainer(const unsigned char *p, size_t n) {
         memcpy(exact, t.s, t.n);
         if (!checkpoint_parse_state(&s, exact, t.n)) {
             FUZZ_REQUIRE(s.step >= 0 && s.tokens >= 0 && s.step + ((int64_t)1 << 60) > 0 && s.options);
+            FUZZ_REQUIRE(s.consumed >= -1 && s.seq_len >= 0 && (s.consumed < 1 || s.seq_len <= ((int64_t)1 << 60) / s.consumed));
             fuzz_trainer_options(s.options);
             free((char *)(uintptr_t)s.options);
             accepted = 1;
@@ -229,6 +230,9 @@ static int fuzz_trainer(const unsigned char *p, size_t n) {
 static int fuzz_tokenizer(const unsigned char *p, size_t n) {
     enum { LONGEST = 1024 };                             // encoding takes the square of this
     Tokenizer t;
+    char *name;
+    int64_t last;
+    if (!tokenizer_json_read(n ? (const void *)p : "", n, 1, &last, &name)) free(name);
     const char *error = tokenizer_parse(&t, p, n);
     FUZZ_REQUIRE(!error || (*error && strlen(error) < sizeof t.error));
     if (error) return 0;
