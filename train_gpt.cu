@@ -993,6 +993,7 @@ template <int M> static __device__ AttentionOwn attention_own(int thread, int bl
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, int T, int C, int NH, float scale) {
+    BOUNDS(ATTENTION_THREADS);
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q (LINES,W); k and v (2,KEYS,W): this tile and the next
     bf16 *const k_tiles = shared + LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
@@ -1053,6 +1054,7 @@ template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner,
                                   KeptKeys keep, int T, int C, int NH, float scale) {
+    BOUNDS(ATTENTION_THREADS);
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q and dy (LINES,W); k and v (2,KEYS,W)
     bf16 *const k_tiles = shared + 2 * LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
@@ -1148,6 +1150,7 @@ template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner,
                                KeptKeys keep, int T, int C, int NH, float scale) {
+    BOUNDS(ATTENTION_THREADS);
     constexpr int LINES = 16 * M * ATTENTION_WARPS, QUERIES = 8 * N;
     static_assert(2 * QUERIES <= ATTENTION_THREADS, "query_numbers: a thread for each");
     SHARED(bf16, shared);                                // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
@@ -1341,6 +1344,7 @@ static __device__ void plain_softmax(float s[R][R], float out[R][W / 64][4], flo
 template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, int C, int NH, float scale) {
+    BOUNDS(PLAIN_THREADS);
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, q);
     float *const k = q + Plain<W>::TILE, *const v = k + Plain<W>::TILE, *const shares = v + Plain<W>::TILE;
@@ -1395,6 +1399,7 @@ template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, KeptKeys keep, int T,
                                  int C, int NH, float scale) {
+    BOUNDS(PLAIN_THREADS);
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, q);                                    // q, dy, k and v, then the shares
     float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE, *const shares = k + 2 * Plain<W>::TILE;
@@ -1430,6 +1435,7 @@ template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, KeptKeys keep, int T,
                               int C, int NH, float scale) {
+    BOUNDS(PLAIN_THREADS);
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, k);                                    // k, v, q and dy, then the shares
     float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE, *const g = q + Plain<W>::TILE;

@@ -60,13 +60,13 @@ template <class T> struct LaunchArgument { typedef T type; };        // argument
 template <class... P>
 static inline void launch(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                           typename LaunchArgument<P>::type... args) {
-#ifdef CUDA_EMULATED
-    const cudaError_t e = emu_launch(name, kernel, grid, block, shared, stream, args...);
-#else
-    void *pointers[sizeof...(P) + 1] = {(void *)&args..., NULL};
     cudaError_t e = cudaSuccess;
     if (shared > 48 << 10)                               // more is only given where it is asked for
         e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+#ifdef CUDA_EMULATED
+    if (e == cudaSuccess) e = emu_launch(name, kernel, grid, block, shared, stream, args...);
+#else
+    void *pointers[sizeof...(P) + 1] = {(void *)&args..., NULL};
     if (e == cudaSuccess) e = cudaLaunchKernel((const void *)kernel, grid, block, pointers, shared, stream);
 #endif
     if (e != cudaSuccess)
@@ -81,6 +81,13 @@ static inline void launch(const char *name, void (*kernel)(P...), dim3 grid, dim
 #else
 extern __shared__ __align__(16) unsigned char cuda_shared_bytes[];
 #define SHARED(type, name) type *const name = (type *)(void *)cuda_shared_bytes
+#endif
+
+// BOUNDS(threads): the first line of a kernel with __launch_bounds__(threads, ...), which the emulator cannot see.
+#ifdef CUDA_EMULATED
+#define BOUNDS(threads) emu_bounds(threads)
+#else
+#define BOUNDS(threads)
 #endif
 
 // UNROLL before a loop: its body as often as it runs, so that what it indexes can be registers.

@@ -5,6 +5,9 @@
 //   EMU_SEED=n      another order of the threads of a block, of blocks, and of work in streams
 //   EMU_LAZY=1      the work of a stream runs only when the host, or another stream, waits for it
 //   EMU_LAZY=2      the same, but cudaStreamNonBlocking streams do their work at once, ahead of the others
+//   EMU_DEVICES=n   the machine's GPUs, 8 by default; CUDA_VISIBLE_DEVICES chooses some of them, as of real ones
+//   EMU_CAPABILITY=80|86|89|90|100|120   their compute capability, 90 by default
+//   EMU_FORK=1      a forked child may use CUDA after its parent did, which no driver allows: for tests of the emulator
 #ifndef EMU_CUDA_RUNTIME_H
 #define EMU_CUDA_RUNTIME_H
 
@@ -22,6 +25,7 @@
     X(cudaSuccess, 0, "no error")                                                         \
     X(cudaErrorInvalidValue, 1, "invalid argument")                                       \
     X(cudaErrorMemoryAllocation, 2, "out of memory")                                      \
+    X(cudaErrorInitializationError, 3, "initialization error")                            \
     X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                 \
     X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                       \
     X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                              \
@@ -49,15 +53,53 @@ inline cudaError_t cudaGetLastError(void) {
 
 // ---- The device ----
 
+// Shared memory that a block may opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+struct EmuCapability { int number; size_t shared; };
+inline EmuCapability emu_capability(void) {
+    static const EmuCapability known[] = {{80, 163 << 10}, {86, 99 << 10},   {89, 99 << 10},
+                                          {90, 227 << 10}, {100, 227 << 10}, {120, 99 << 10}};
+    const uint64_t asked = emu_number("EMU_CAPABILITY", 90);
+    for (const EmuCapability &c : known)
+        if ((uint64_t)c.number == asked) return c;
+    emu_fail("EMU_CAPABILITY=%d is not one of 80, 86, 89, 90, 100 and 120", (int)asked);
+}
+
+// The process whose device this is. A driver does not survive a fork: the child gets errors from every call.
+inline pid_t emu_process = 0;
+inline cudaError_t emu_forked(void) {
+    if (!emu_process || emu_number("EMU_FORK", 0)) emu_process = getpid();
+    if (emu_process == getpid()) return cudaSuccess;
+    return emu_error(cudaErrorInitializationError, "CUDA in a forked child, after process %d used it", (int)emu_process);
+}
+
 typedef struct { char name[256]; int major, minor; } cudaDeviceProp;
 
-inline cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) {
-    return device ? emu_error(cudaErrorInvalidDevice, "there is no device %d", device) : cudaSuccess;
+inline int emu_device = 0;                               // the current one, of those that the process sees
+
+inline cudaError_t cudaGetDeviceCount(int *count) {
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    *count = visible ? *visible != 0 : (int)emu_number("EMU_DEVICES", 8);
+    for (; visible && *visible; visible++) *count += *visible == ',';
+    return emu_forked();
 }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
-    *p = {"emulated", 9, 0};
-    return cudaSetDevice(device);
+inline cudaError_t cudaSetDevice(int device) {
+    int count;
+    if (cudaGetDeviceCount(&count) != cudaSuccess) return emu_last_error;
+    if (device < 0 || device >= count) return emu_error(cudaErrorInvalidDevice, "there is no device %d", device);
+    emu_device = device;
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    const int capability = emu_capability().number;
+    *p = {"emulated", capability / 10, capability % 10};
+    return emu_forked();
+}
+
+// The current device's number on the machine.
+inline int emu_physical_device(void) {
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    for (int i = 0; visible && i < emu_device; i++) visible = strchr(visible, ',') + 1;
+    return visible ? atoi(visible) : emu_device;
 }
 
 // ---- Memory ----
@@ -101,6 +143,7 @@ inline bool emu_captured(void);                          // whether a stream is
 
 inline cudaError_t emu_allocate(void **p, size_t bytes, bool device) {
     *p = NULL;
+    if (emu_forked() != cudaSuccess) return emu_last_error;
     if (emu_captured()) return emu_error(cudaErrorStreamCaptureUnsupported, "takes memory while a stream is captured");
     if (!bytes) return cudaSuccess;
     if (device && bytes > EMU_MEMORY - emu_memory_used) return emu_last_error = cudaErrorMemoryAllocation;
@@ -114,7 +157,7 @@ inline void emu_unseal(void *p, size_t bytes, EmuStream *s);
 
 inline cudaError_t emu_release(void *p, bool device) {
     if (!p) return cudaSuccess;
-    const cudaError_t e = cudaDeviceSynchronize();        // as cudaFree does; it checks the guards
+    const cudaError_t e = cudaDeviceSynchronize();       // as cudaFree does; it checks the guards
     if (e != cudaSuccess) return e;
     auto m = emu_memory.find((uintptr_t)p);
     if (m == emu_memory.end() || m->second.device != device)
@@ -156,6 +199,7 @@ enum { cudaStreamDefault, cudaStreamNonBlocking };
 enum { cudaEventDisableTiming = 2 };
 
 inline cudaError_t emu_stream_check(EmuStream *s) {
+    if (emu_forked() != cudaSuccess) return emu_last_error;
     if (!s || std::find(emu_streams.begin(), emu_streams.end(), s) != emu_streams.end()) return cudaSuccess;
     return emu_error(cudaErrorInvalidResourceHandle, "a stream that does not exist");
 }
@@ -204,7 +248,7 @@ inline bool emu_captured(void) {
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) {
     emu_streams.push_back(*s = new EmuStream{{}, flags, NULL});
-    return cudaSuccess;
+    return emu_forked();
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithFlags(s, cudaStreamDefault); }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
@@ -228,6 +272,7 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize(void) {
+    if (emu_forked() != cudaSuccess) return emu_last_error;
     if (emu_captured()) return emu_error(cudaErrorStreamCaptureUnsupported, "waits while a stream is captured");
     emu_drain_all(true);
     emu_memory_check("other work");
@@ -361,21 +406,35 @@ template <class T> inline void emu_check_argument(const char *kernel, int i, T *
         emu_fail("kernel %s: its argument %d, %p, does not point to device memory", kernel, i, (const void *)p);
 }
 
+typedef enum { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 } cudaFuncAttribute;
+inline std::map<const void *, size_t> emu_opted_in;      // kernels that asked for more than EMU_SHARED_PLAIN, and for what
+
+inline cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute, int bytes) {
+    if (bytes < 0 || (size_t)bytes > emu_capability().shared)
+        return emu_error(cudaErrorInvalidValue, "%d bytes of shared memory, where a block has %zu", bytes,
+                         emu_capability().shared);
+    emu_opted_in[kernel] = (size_t)bytes;
+    return emu_forked();
+}
+
 // Whether CUDA would take these sizes (CUDA C++ Programming Guide, "Compute Capabilities", technical specifications).
-inline cudaError_t emu_launch_check(const char *kernel, dim3 grid, dim3 block, size_t shared) {
+inline cudaError_t emu_launch_check(const char *kernel, const void *f, dim3 grid, dim3 block, size_t shared) {
     const uint64_t threads = (uint64_t)block.x * block.y * block.z;
     if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         return emu_error(cudaErrorInvalidConfiguration, "kernel %s: a grid of (%u,%u,%u)", kernel, grid.x, grid.y, grid.z);
     if (!threads || threads > EMU_LANES || block.z > 64)
         return emu_error(cudaErrorInvalidConfiguration, "kernel %s: a block of (%u,%u,%u)", kernel, block.x, block.y, block.z);
-    if (shared > EMU_SHARED_LIMIT)
-        return emu_error(cudaErrorInvalidValue, "kernel %s: %zu bytes of shared memory", kernel, shared);
+    const auto opted = emu_opted_in.find(f);
+    const size_t most = opted == emu_opted_in.end() ? EMU_SHARED_PLAIN : std::max(EMU_SHARED_PLAIN, opted->second);
+    if (shared > most)
+        return emu_error(cudaErrorInvalidValue, "kernel %s: %zu bytes of shared memory, and cudaFuncSetAttribute allows %zu",
+                         kernel, shared, most);
     return cudaSuccess;
 }
 
 template <class... P> inline cudaError_t emu_launch(const char *kernel, void (*f)(P...), dim3 grid, dim3 block, size_t shared,
                                                     cudaStream_t stream, P... args) {
-    const cudaError_t e = emu_launch_check(kernel, grid, block, shared);
+    const cudaError_t e = emu_launch_check(kernel, (const void *)f, grid, block, shared);
     if (e != cudaSuccess) return e;
     int i = 0;
     (void)i;

@@ -2,8 +2,9 @@
 // ncclFloat32, ncclFloat64 and ncclBfloat16. Sums are taken in the order of the ranks; in bf16 each addition is rounded, as
 // by a ring of GPUs. Work is given to streams, and a process waits inside it for the others.
 //
-// Checked here: that all ranks are in the same call with the same sizes, and that arrays are in device memory. A rank that
-// has died is an asynchronous error (ncclRemoteError): what is under way ends without its result, and so does all later work.
+// Checked here: that each rank has a device of its own, that all ranks are in the same call with the same sizes, and that
+// arrays are in device memory. A rank that has died is an asynchronous error (ncclRemoteError): what is under way ends
+// without its result, and so does all later work.
 #ifndef EMU_NCCL_H
 #define EMU_NCCL_H
 
@@ -16,6 +17,7 @@
 #define EMU_NCCL_RESULTS(X)                                                                                              \
     X(ncclSuccess, 0, "no error") X(ncclUnhandledCudaError, 1, "unhandled cuda error")                                   \
     X(ncclSystemError, 2, "unhandled system error") X(ncclInvalidArgument, 4, "invalid argument")                        \
+    X(ncclInvalidUsage, 5, "invalid usage")                                                                              \
     X(ncclRemoteError, 6, "remote process exited or there was a network error") X(ncclInProgress, 7, "in progress")
 
 typedef enum { EMU_NCCL_RESULTS(EMU_ENUM) } ncclResult_t;
@@ -35,6 +37,7 @@ enum { EMU_ALL_REDUCE = 1, EMU_REDUCE_SCATTER, EMU_ALL_GATHER, EMU_BROADCAST };
 struct EmuNcclCall { int what, type, root; size_t count; };
 struct EmuNcclShared {
     std::atomic<int> arrived, generation, failed;
+    int device[EMU_NCCL_RANKS];                          // of the machine's
     EmuNcclCall call[EMU_NCCL_RANKS];
     char room[EMU_NCCL_RANKS][EMU_NCCL_PIECE];
 };
@@ -99,9 +102,16 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int world, ncclUniqueId i
     f.l_type = F_WRLCK, f.l_whence = SEEK_SET, f.l_start = rank, f.l_len = 1;
     if (at == MAP_FAILED || fcntl(fd, F_SETLK, &f)) return ncclSystemError;            // EAGAIN: this rank is there already
     EmuNccl *c = new EmuNccl{(EmuNcclShared *)at, fd, rank, world, ncclSuccess};
+    c->shared->device[rank] = emu_physical_device();
     const bool met = emu_nccl_meet(c, 60);
     if (rank == 0) shm_unlink(id.internal);
     if (!met) return ncclSystemError;
+    for (int r = 0; r < world; r++)
+        if (r != rank && c->shared->device[r] == c->shared->device[rank]) {
+            fprintf(stderr, "emulator: NCCL: Duplicate GPU detected : rank %d and rank %d both on CUDA device %d\n", rank, r,
+                    c->shared->device[r]);
+            return ncclInvalidUsage;
+        }
     *comm = c;
     return ncclSuccess;
 }

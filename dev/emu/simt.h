@@ -49,8 +49,9 @@ inline thread_local uint3 threadIdx, blockIdx;
 inline thread_local dim3 blockDim, gridDim;
 enum { warpSize = 32 };
 
-enum { EMU_LANES = 1024, EMU_POISON = 0xFF };
-const size_t EMU_GUARD_BYTES = EMU_ASAN ? 0 : 1024, EMU_SHARED_LIMIT = 227 << 10, EMU_STACK = (EMU_ASAN ? 512 : 128) << 10;
+// EMU_UNBOUND: threads of a block that can start whatever registers its kernel takes, 65536 / 255 in whole warps.
+enum { EMU_LANES = 1024, EMU_UNBOUND = 256, EMU_POISON = 0xFF };
+const size_t EMU_GUARD_BYTES = EMU_ASAN ? 0 : 1024, EMU_SHARED_PLAIN = 48 << 10, EMU_STACK = (EMU_ASAN ? 512 : 128) << 10;
 
 // ---- Fibers: stacks, and the switch from one to another ----
 
@@ -110,6 +111,7 @@ struct EmuCore {
     uint64_t random;
     EmuFiber home, *fiber, *idle[EMU_LANES + 1];         // the host's own stack; the running one; those at rest
     unsigned idles, fibers;
+    unsigned bound;                                      // threads that the kernel's launch bounds allow
     int barrier_line;                                    // of the __syncthreads that some are in
     char *shared;
     size_t shared_bytes, shared_room;                    // of this launch; of the memory at hand
@@ -383,6 +385,13 @@ inline void emu_collect(const char *what, unsigned mask, void *operand, void (*s
     l->state = EMU_RUNS;
 }
 
+// The launch bounds of the running kernel, from its own first line: the attribute leaves nothing to see at run time.
+inline void emu_bounds(unsigned threads) {
+    EmuCore *c = emu_core_of_kernel("BOUNDS");
+    c->bound = threads;
+    if (c->threads > threads) emu_fail("a block of %u threads, where the launch bounds allow %u", c->threads, threads);
+}
+
 #define EMU_FULL 0xffffffffu
 #define EMU_FROM const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -504,7 +513,7 @@ inline void emu_run_grid(const char *kernel, dim3 grid, dim3 block, size_t share
     while (std::gcd(step, blocks) != 1) step++;
     c->kernel = kernel, c->body = &body;
     c->threads = block.x * block.y * block.z, c->warps = (c->threads + 31) / 32;
-    c->shared_bytes = shared;
+    c->shared_bytes = shared, c->bound = EMU_UNBOUND;
     for (unsigned i = 0; i < c->threads; i++) {
         EmuLane *l = &c->lanes[i];
         l->index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
@@ -522,6 +531,7 @@ inline void emu_run_grid(const char *kernel, dim3 grid, dim3 block, size_t share
         c->random = seed + 0x9E3779B97F4A7C15u * (number * 0x100000001b3u + at);
         emu_run_block(c);
     }
+    if (c->threads > c->bound) emu_fail("%u threads of up to 255 registers: it needs launch bounds", c->threads);
     emu_in_kernel = false;
 }
 

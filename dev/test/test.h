@@ -47,6 +47,9 @@ static inline void test_expect_error(const char *error, const char *part, const 
 
 // Runs f(arg) in a child process; it must exit with `code` and print `part` on its standard error.
 #define EXPECT_EXIT(code, part, f, arg) test_expect_exit(code, part, f, arg, __FILE__, __LINE__)
+
+// The same where parent and child use a GPU. Only an emulated one survives the fork (dev/emu/cuda_runtime.h).
+#define EXPECT_EXIT_EMULATED(...) (setenv("EMU_FORK", "1", 1), EXPECT_EXIT(__VA_ARGS__), unsetenv("EMU_FORK"))
 static inline void test_expect_exit(int code, const char *part, void (*f)(void *), void *arg, const char *file, int line) {
     int ends[2];
     char seen[4096];

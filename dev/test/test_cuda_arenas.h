@@ -53,12 +53,12 @@ void test_cuda_arenas(void) {
     model_close(m);
 #ifdef CUDA_EMULATED                                     // a driver does not survive the fork
     int none = -1;
-    EXPECT_EXIT(0, "not found out", run_overrun, &none);
+    EXPECT_EXIT_EMULATED(0, "not found out", run_overrun, &none);
     for (int k = 0; k < ARENA_ARRAYS; k++)
-        EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: use-after-poison" : "between two arrays", run_overrun, &k);
+        EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: use-after-poison" : "between two arrays", run_overrun, &k);
     for (int lazy = 0; lazy < 2; lazy++) {
         setenv("EMU_LAZY", lazy ? "1" : "0", 1);
-        EXPECT_EXIT(0, "not found out", run_cut_anew, NULL);
+        EXPECT_EXIT_EMULATED(0, "not found out", run_cut_anew, NULL);
     }
     unsetenv("EMU_LAZY");
 #endif

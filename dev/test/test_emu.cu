@@ -34,6 +34,7 @@ static float small(int i) { return (float)(i * 37 % 17 - 8); }
 
 // count[i]++ for thread i of the grid, in whatever shape; and what it sees of itself.
 static __global__ void count_threads(int *count, uint3 *seen) {
+    BOUNDS(1024);
     const dim3 g = gridDim, b = blockDim;
     const unsigned block = (blockIdx.z * g.y + blockIdx.y) * g.x + blockIdx.x;
     const unsigned i = ((block * b.z + threadIdx.z) * b.y + threadIdx.y) * b.x + threadIdx.x;
@@ -92,6 +93,7 @@ void test_emu_shuffles(void) {
 
 // out (blocks,4): the sum and the largest of each block's x (blockDim), twice by the same room.
 static __global__ void sums(float *out, const float *x) {
+    BOUNDS(1024);
     SHARED(float, room);
     const float v = x[blockIdx.x * blockDim.x + threadIdx.x];
     const float sum = block_sum(v, room), most = block_max(v, room), again = block_sum(2 * v, room);
@@ -214,10 +216,10 @@ void test_emu_barrier_divergent(void) {
         {EXIT_EARLY, "is met by 63 of the block's 64 threads"}, {SOME_ONLY, "__syncthreads at"},
         {OTHER_PLACE, "while others of the block are in the one of line"}, {ONE_LOOP_MORE, "__syncthreads at"},
         {BARRIER_AND_SHUFFLE, "__syncthreads at"}};
-    for (auto w : wrong) EXPECT_EXIT(1, w.part, run_divergent, &w.how);
+    for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_divergent, &w.how);
     int how = EXIT_EARLY;
-    EXPECT_EXIT(1, "kernel divergent, block (", run_divergent, &how);
-    EXPECT_EXIT(1, "thread (37,0,0) has exited", run_divergent, &how);
+    EXPECT_EXIT_EMULATED(1, "kernel divergent, block (", run_divergent, &how);
+    EXPECT_EXIT_EMULATED(1, "thread (37,0,0) has exited", run_divergent, &how);
 }
 
 enum { LANE_EXITS, LANE_ELSEWHERE, MASK_LACKS_SELF, HALF_WARP, MMA_LANE, SOURCE_OUTSIDE };
@@ -245,7 +247,7 @@ void test_emu_lanes_missing(void) {
         {LANE_EXITS, "met by 31 lanes of its warp only"}, {LANE_ELSEWHERE, "__syncwarp"},
         {MASK_LACKS_SELF, "mask fffffdff lacks the calling lane"}, {HALF_WARP, "but this warp has only 0000ffff"},
         {MMA_LANE, "mma_bf16"}, {SOURCE_OUTSIDE, "reads lane 20, which is not in the mask"}};
-    for (auto w : wrong) EXPECT_EXIT(1, w.part, run_lanes_missing, &w.how);
+    for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_lanes_missing, &w.how);
 }
 
 // ---- Memory ----
@@ -266,9 +268,9 @@ static __global__ void read_shared(float *out) {
 
 void test_emu_shared_bounds(void) {
     int inside = 99, after = 100, before = -1;
-    EXPECT_EXIT(0, "not found out", run_touch_shared, &inside);
-    EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "kernel touch_shared", run_touch_shared, &after);
-    EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 bytes of shared memory",
+    EXPECT_EXIT_EMULATED(0, "not found out", run_touch_shared, &inside);
+    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "kernel touch_shared", run_touch_shared, &after);
+    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 bytes of shared memory",
                 run_touch_shared, &before);
     float out[64], *device = device_new<float>(64);
     LAUNCH(read_shared, 2, 64, 64 * sizeof(float), NULL, device);
@@ -302,14 +304,14 @@ static void run_load_pack(void *at) {
 
 void test_emu_global_bounds(void) {
     int inside = 99, after = 100, before = -1, four = 4, five = 5;
-    EXPECT_EXIT(0, "not found out", run_touch, &inside);
-    EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "beyond the 400 bytes of memory", run_touch, &after);
-    EXPECT_EXIT(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 bytes of memory", run_touch, &before);
-    EXPECT_EXIT(1, "does not point to device memory", run_touch_host, NULL);
-    EXPECT_EXIT(1, "does not point to device memory", run_touch_freed, NULL);
-    if (!EMU_ASAN) EXPECT_EXIT(1, "kernel touch, block (0,0,0), thread (0,0,0): signal 11", run_touch_nothing, NULL);
-    EXPECT_EXIT(0, "not found out", run_load_pack, &four);
-    EXPECT_EXIT(1, "kernel load_pack, block (0,0,0), thread (0,0,0): pack_load at", run_load_pack, &five);
+    EXPECT_EXIT_EMULATED(0, "not found out", run_touch, &inside);
+    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "beyond the 400 bytes of memory", run_touch, &after);
+    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 bytes of memory", run_touch, &before);
+    EXPECT_EXIT_EMULATED(1, "does not point to device memory", run_touch_host, NULL);
+    EXPECT_EXIT_EMULATED(1, "does not point to device memory", run_touch_freed, NULL);
+    if (!EMU_ASAN) EXPECT_EXIT_EMULATED(1, "kernel touch, block (0,0,0), thread (0,0,0): signal 11", run_touch_nothing, NULL);
+    EXPECT_EXIT_EMULATED(0, "not found out", run_load_pack, &four);
+    EXPECT_EXIT_EMULATED(1, "kernel load_pack, block (0,0,0), thread (0,0,0): pack_load at", run_load_pack, &five);
     float x[100], *device = device_new<float>(100);
     host_copy(x, device, 100);
     for (float v : x) EXPECT(isnan(v), "device memory begins as %g", v);
@@ -339,10 +341,10 @@ void test_emu_copies_checked(void) {
         {TO_HOST, "which is not device memory"}, {TOO_LONG, "runs out of its allocation"}, {FROM_HOST, "invalid argument"},
         {WRONG_WAY, "invalid argument"}, {MEMSET_LONG, "invalid argument"}, {FREE_OTHER, "which was not allocated"},
         {FREE_MIDDLE, "which was not allocated"}, {TOO_MUCH, "out of memory\n  hint: "}};
-    for (auto w : wrong) EXPECT_EXIT(1, w.part, run_copy, &w.how);
+    for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_copy, &w.how);
 }
 
-static __global__ void nothing(int) {}
+static __global__ void nothing(int) { BOUNDS(1024); }
 static void run_shape(void *shape) {
     const unsigned *s = (const unsigned *)shape;
     LAUNCH(nothing, dim3(s[0], s[1], s[2]), dim3(s[3], s[4], s[5]), s[6], NULL, 0);
@@ -354,8 +356,63 @@ void test_emu_launch_limits(void) {
     static unsigned wrong[][7] = {{0, 1, 1, 32, 1, 1, 0}, {1, 1, 1, 0, 1, 1, 0}, {1, 1, 1, 1025, 1, 1, 0},
                                   {1, 1, 1, 512, 3, 1, 0}, {1, 65536, 1, 32, 1, 1, 0}, {1, 1, 65536, 32, 1, 1, 0},
                                   {1, 1, 1, 1, 1, 65, 0}, {1, 1, 1, 32, 1, 1, (227 << 10) + 1}};
-    for (auto s : right) EXPECT_EXIT(0, "not found out", run_shape, s);
-    for (auto s : wrong) EXPECT_EXIT(1, "error: kernel nothing, grid (", run_shape, s);
+    for (auto s : right) EXPECT_EXIT_EMULATED(0, "not found out", run_shape, s);
+    for (auto s : wrong) EXPECT_EXIT_EMULATED(1, "error: kernel nothing, grid (", run_shape, s);
+}
+
+// ---- What a device refuses that the host could do ----
+
+static void run_forked(void *call) {
+    int n;
+    if (*(int *)call == 0) CUDA_CHECK(cudaGetDeviceCount(&n));
+    if (*(int *)call == 1) device_new<float>(1);
+    if (*(int *)call == 2) LAUNCH(nothing, 1, 32, 0, NULL, 0);
+    if (*(int *)call == 3) CUDA_CHECK(cudaDeviceSynchronize());
+    fprintf(stderr, "not found out\n");
+}
+
+// A child of a process that has used CUDA cannot: whichever call it begins with is refused.
+void test_emu_forked(void) {
+    CUDA_CHECK(cudaDeviceSynchronize());
+    for (int call = 0; call < 4; call++) EXPECT_EXIT(1, "initialization error", run_forked, &call);
+}
+
+// A launch that asks for `shared` bytes, of which it has opted in to `opted`, on a device of `capability`.
+struct OptIn { const char *capability; int opted; size_t shared; };
+static void run_opt_in(void *arg) {
+    const OptIn *o = (const OptIn *)arg;
+    setenv("EMU_CAPABILITY", o->capability, 1);
+    if (o->opted)
+        CUDA_CHECK(cudaFuncSetAttribute((const void *)nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, o->opted));
+    CUDA_CHECK(emu_launch("nothing", nothing, 1, 1, o->shared, NULL, 0));
+    fprintf(stderr, "not found out\n");
+}
+
+void test_emu_opt_in(void) {
+    static OptIn right[] = {{"90", 0, 48 << 10}, {"90", 64 << 10, 64 << 10}, {"80", 163 << 10, 163 << 10},
+                            {"89", 99 << 10, 99 << 10}};
+    static OptIn refused[] = {{"90", 0, (48 << 10) + 1}, {"90", 64 << 10, (64 << 10) + 1}};
+    static OptIn too_much[] = {{"90", (227 << 10) + 1, 0}, {"89", 100 << 10, 0}, {"80", 164 << 10, 0}};
+    for (auto &o : right) EXPECT_EXIT_EMULATED(0, "not found out", run_opt_in, &o);
+    for (auto &o : refused) EXPECT_EXIT_EMULATED(1, "cudaFuncSetAttribute allows", run_opt_in, &o);
+    for (auto &o : too_much) EXPECT_EXIT_EMULATED(1, "of shared memory, where a block has", run_opt_in, &o);
+}
+
+static __global__ void bounded(int threads) {
+    if (threads) BOUNDS((unsigned)threads);
+}
+static void run_bounded(void *arg) {
+    const int *bound_and_threads = (const int *)arg;
+    LAUNCH(bounded, 1, (unsigned)bound_and_threads[1], 0, NULL, bound_and_threads[0]);
+    fprintf(stderr, "not found out\n");
+}
+
+// More threads than the bounds say; without bounds, more than can start whatever registers each takes.
+void test_emu_bounds(void) {
+    int right[][2] = {{0, 256}, {128, 128}, {1024, 1024}}, beyond[] = {128, 129}, without[] = {0, 257};
+    for (auto &r : right) EXPECT_EXIT_EMULATED(0, "not found out", run_bounded, r);
+    EXPECT_EXIT_EMULATED(1, "129 threads, where the launch bounds allow 128", run_bounded, beyond);
+    EXPECT_EXIT_EMULATED(1, "it needs launch bounds", run_bounded, without);
 }
 
 // ---- Asynchronous copies ----
@@ -419,7 +476,7 @@ void test_emu_cp_async_wrong(void) {
     static const struct { int how; const char *part; } wrong[] = {
         {COPY_NEVER, "exits with 2 asynchronous copies"}, {COPY_MISALIGNED, "of device memory, aligned"},
         {COPY_TO_GLOBAL, "is not in the block's 1024 bytes of shared memory"}, {COPY_FROM_SHARED, "of device memory"}};
-    for (auto w : wrong) EXPECT_EXIT(1, w.part, run_copy_async, &w.how);
+    for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_copy_async, &w.how);
 }
 
 // ---- Tensor cores ----
@@ -522,8 +579,8 @@ void test_emu_ldmatrix(void) {
         }
     CUDA_CHECK(cudaFree(device));
     int misaligned = 1, outside = 8;
-    EXPECT_EXIT(1, "is not a multiple of 16", run_load_matrices, &misaligned);
-    EXPECT_EXIT(1, "is not in the block's 512 bytes of shared memory", run_load_matrices, &outside);
+    EXPECT_EXIT_EMULATED(1, "is not a multiple of 16", run_load_matrices, &misaligned);
+    EXPECT_EXIT_EMULATED(1, "is not in the block's 512 bytes of shared memory", run_load_matrices, &outside);
 }
 
 // ---- bf16 ----
@@ -813,5 +870,5 @@ void test_emu_matmul_refuses(void) {
         "an attribute of 4 bytes set by 8", "attribute 15",
         "a bias is set, but epilogue 1 takes none", "an auxiliary matrix is set, but epilogue 1 takes none",
         "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED", "multiply(&p, &o): CUBLAS_STATUS_EXECUTION_FAILED"};
-    for (int i = 0; i < 12; i++) EXPECT_EXIT(1, part[i], run_refused, &i);
+    for (int i = 0; i < 12; i++) EXPECT_EXIT_EMULATED(1, part[i], run_refused, &i);
 }

@@ -6,7 +6,7 @@
 #include "test.h"
 #include "test_nccl.h"
 
-// Runs f as each of n processes; returns how many ended with code 0.
+// Runs f as each of n processes, each on a device of its own; returns how many ended with code 0.
 static int run_ranks(int n, int (*f)(ncclComm_t, int rank, int world)) {
     ncclUniqueId id;
     pid_t child[EMU_NCCL_RANKS];
@@ -17,8 +17,10 @@ static int run_ranks(int n, int (*f)(ncclComm_t, int rank, int world)) {
         if ((child[r] = fork())) continue;
         ncclComm_t comm;
         leave_memory();
+        setenv("EMU_FORK", "1", 1);
         alarm(60);
         if (!freopen("/dev/null", "w", stderr)) _exit(99);
+        CUDA_CHECK(cudaSetDevice(r));
         NCCL_CHECK(ncclCommInitRank(&comm, n, id, r));
         const int wrong = f(comm, r, n);
         if (!wrong) NCCL_CHECK(ncclCommDestroy(comm));
@@ -129,4 +131,17 @@ static int one_differs(ncclComm_t c, int rank, int) {
 void test_nccl_ranks_disagree(void) {
     const int good = run_ranks(2, one_differs);
     EXPECT(good == 0, "%d of 2 ranks did not notice that they add up arrays of other sizes", good);
+}
+
+static int nothing(ncclComm_t, int, int) { return 0; }
+
+// Two ranks on one device are refused, whichever way they came to it.
+void test_nccl_same_device(void) {
+    setenv("CUDA_VISIBLE_DEVICES", "3,1", 1);
+    int good = run_ranks(2, nothing);
+    EXPECT(good == 2, "of 2 ranks on two devices %d begin", good);
+    setenv("CUDA_VISIBLE_DEVICES", "3,3", 1);
+    good = run_ranks(2, nothing);
+    EXPECT(good == 0, "of 2 ranks on one device %d begin", good);
+    unsetenv("CUDA_VISIBLE_DEVICES");
 }

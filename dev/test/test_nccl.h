@@ -2,7 +2,7 @@
 #ifndef TEST_NCCL_H
 #define TEST_NCCL_H
 
-#define NCCL_TESTS(X) X(nccl_collectives) X(nccl_dead_rank) X(nccl_ranks_disagree)
+#define NCCL_TESTS(X) X(nccl_collectives) X(nccl_dead_rank) X(nccl_ranks_disagree) X(nccl_same_device)
 
 #ifdef __cplusplus
 extern "C" {
