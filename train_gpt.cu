@@ -329,6 +329,13 @@ static int product_epilogue(const Result *y) {
     return y->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
 }
 
+// Whether the library may do the epilogue. GELU only in bf16: the library has no fp32 kernel named for it, and a tanh.approx in
+// one (2^-11) would be the largest error of an fp32 run.
+static int product_fuses(const Gpu *g, const Result *y) {
+    if (!y->gelu && !y->h) return 1;
+    return g->half && y->ld % 8 == 0;                    // by cublasLt.h, EPILOGUE_AUX_LD
+}
+
 static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Matrix *b, size_t M, size_t N, size_t K) {
     ProductKey key;
     memset(&key, 0, sizeof key);                         // the gaps as well: keys are compared as bytes
@@ -344,7 +351,7 @@ static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Mat
     Product *p = &g->product[g->n_products++];
     memset(p, 0, sizeof *p);
     p->key = key;
-    p->fused = !g->plain && !((y->gelu || y->h) && y->ld % 8);         // by cublasLt.h, EPILOGUE_AUX_LD
+    p->fused = !g->plain && product_fuses(g, y);
     product_describe(g, p, y);
     if (product_choose(g, p, a, b, y->b_sum)) return p;
     product_free(p);                                     // a descriptor that still names a bias would be refused again
