@@ -151,7 +151,7 @@ template <> inline __host__ __device__ bf16 from_float<bf16>(float x) { return _
 // 2^x by the one instruction, within 2^-22; what would be denormal is 0 (PTX ISA, ex2.approx).
 static inline __device__ float exp2_fast(float x) {
 #ifdef CUDA_EMULATED
-    return exp2f(x);
+    return emu_exp2(x);
 #else
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

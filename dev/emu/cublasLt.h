@@ -6,6 +6,8 @@
 // or all fp32, compute type 32F or 32F_FAST_TF32 (operands rounded to tf32). Scale type fp32; matrices by columns.
 //
 //   EMU_EPILOGUES=n   which epilogues have kernels: 0 none, 1 those of bf16 operands, 2 all (the default)
+//   EMU_ROWS=1        the order of a sum depends on the columns of D, as if each size had its own algorithm
+//   EMU_ERRORS=1      sums of bf16 and tf32 as tensor cores make them, tanh of the epilogues as tanh.approx (cuda_bf16.h)
 //   EMU_ALGORITHMS_FAIL=n   cublasLtMatmul fails with those of the heuristic's algorithms 0 and 1 whose bits n has
 #ifndef EMU_CUBLASLT_H
 #define EMU_CUBLASLT_H
@@ -214,10 +216,26 @@ inline std::vector<float> emu_lt_operand(const void *at, const EmuLayout &l, boo
     return x;
 }
 
-inline float emu_gelu(float x) { return 0.5f * x * (1 + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
+inline float emu_gelu(float x) { return 0.5f * x * (1 + emu_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x))); }
 inline float emu_gelu_slope(float x) {
-    const float t = tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
+    const float t = emu_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x));
     return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * 0.7978845608028654f * (1 + 3 * 0.044715f * x * x);
+}
+
+// sum (m) += the columns `from` .. `end` - 1 of op(A) (k,m) times those lines of x, which are `step` apart. `group`: of how
+// many products tensor cores make one sum; 1: they are added one by one.
+inline void emu_lt_sum(std::vector<float> &sum, const float *a, const float *x, size_t step, size_t from, size_t end,
+                       size_t group) {
+    const size_t m = sum.size();
+    float product[EMU_MMA_GROUP];
+    for (size_t l = from; l < end; l += group) {
+        const size_t n = std::min(group, end - l);
+        for (size_t i = 0; group == 1 && i < m; i++) sum[i] += a[l * m + i] * x[l * step];
+        for (size_t i = 0; group > 1 && i < m; i++) {
+            for (size_t g = 0; g < n; g++) product[g] = a[(l + g) * m + i] * x[(l + g) * step];
+            sum[i] = emu_mma_sum(sum[i], product, (int)n);
+        }
+    }
 }
 
 struct EmuProduct { EmuDesc d; EmuLayout la, lb, lc, ly; float alpha, beta; const void *a, *b, *c; void *y; };
@@ -228,13 +246,17 @@ inline void emu_lt_run(const EmuProduct &p) {
     const size_t m = p.ly.rows, n = p.ly.cols, k = d.transa ? p.la.rows : p.la.cols;
     const std::vector<float> a = emu_lt_operand(p.a, p.la, d.transa, tf32);        // (k,m): columns of op(A)
     const std::vector<float> b = emu_lt_operand(p.b, p.lb, !d.transb, tf32);       // (k,n): rows of op(B)
-    std::vector<float> sum(m);
+    const size_t parts = emu_number("EMU_ROWS", 0) ? 1 + n % 3 : 1, part = (k + parts - 1) / parts;
+    const size_t group = !emu_errors() ? 1 : tf32 ? EMU_TF32_GROUP : p.la.type == CUDA_R_16BF ? EMU_MMA_GROUP : 1;
+    std::vector<float> sum(m), more(m);
     const uint32_t e = d.epilogue, type = p.ly.type;
     for (size_t j = 0; j < n; j++) {
         std::fill(sum.begin(), sum.end(), 0.0f);
-        for (size_t l = 0; l < k; l++) {
-            const float *column = &a[l * m], x = b[l * n + j];
-            for (size_t i = 0; i < m; i++) sum[i] += column[i] * x;
+        emu_lt_sum(sum, a.data(), &b[j], n, 0, std::min(part, k), group);
+        for (size_t from = part; from < k; from += part) {
+            std::fill(more.begin(), more.end(), 0.0f);
+            emu_lt_sum(more, a.data(), &b[j], n, from, std::min(from + part, k), group);
+            for (size_t i = 0; i < m; i++) sum[i] += more[i];
         }
         for (size_t i = 0; i < m; i++) {
             float x = p.alpha * sum[i];

@@ -21,7 +21,8 @@ struct EmuMma { float *d; const uint32_t *a, *b; };
 
 inline float emu_half(uint32_t word, int upper) { return emu_bf16_value((unsigned short)(upper ? word >> 16 : word)); }
 
-// d (16,8) += a (16,16) b (16,8): gathered from the registers of the 32 lanes, summed over k in order, and scattered.
+// d (16,8) += a (16,16) b (16,8): gathered from the registers of the 32 lanes, summed over k in order or, with EMU_ERRORS=1,
+// as the hardware sums, and scattered.
 inline void emu_mma_step(void *const operands[32]) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; lane++) {
@@ -36,7 +37,11 @@ inline void emu_mma_step(void *const operands[32]) {
         float *d = ((const EmuMma *)operands[lane])->d;
         for (int r = 0; r < 4; r++) {
             const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
-            for (int k = 0; k < 16; k++) d[r] += a[row][k] * b[k][column];
+            float product[16];
+            for (int k = 0; k < 16; k++) product[k] = a[row][k] * b[k][column];   // exact
+            for (int k = 0; emu_errors() && k < 16; k += EMU_MMA_GROUP)
+                d[r] = emu_mma_sum(d[r], product + k, EMU_MMA_GROUP);
+            for (int k = 0; !emu_errors() && k < 16; k++) d[r] += product[k];
         }
     }
 }

@@ -565,6 +565,36 @@ static void run_load_matrices(void *wrong) {
     LAUNCH(load_matrices, 1, 32, 512, NULL, device_new<uint32_t>(256), *(int *)wrong);
 }
 
+// Tensor cores cut off where an fp32 sum would round: what is below 25 bits of the largest term, each time toward zero.
+void test_emu_mma_sum(void) {
+    const float tiny = ldexpf(1, -25), small[] = {tiny, tiny, tiny, tiny}, half[] = {2 * tiny, 2 * tiny};
+    const float minus[] = {-tiny, 0}, three[] = {3 * tiny, 0}, inf[] = {INFINITY, 1};
+    EXPECT(emu_mma_sum(0, small, 4) == 4 * tiny, "small numbers alone are %g", emu_mma_sum(0, small, 4));
+    EXPECT(emu_mma_sum(1, small, 4) == 1, "what is below one is not cut off: %.9g", emu_mma_sum(1, small, 4));
+    EXPECT(emu_mma_sum(1, half, 2) == 1 + 4 * tiny, "two halves of the last bit are %.9g", emu_mma_sum(1, half, 2));
+    EXPECT(emu_mma_sum(1, three, 2) == 1, "3/4 of the last bit are %.9g", emu_mma_sum(1, three, 2));
+    EXPECT(emu_mma_sum(-1, minus, 2) == -1, "not toward zero: %.9g", emu_mma_sum(-1, minus, 2));
+    EXPECT(isinf(emu_mma_sum(1, inf, 2)), "infinity is %g", emu_mma_sum(1, inf, 2));
+    for (float x = -3; x < 3; x += 0.01f) {
+        const double e = (double)emu_inexact(exp2f(x), 22) / (double)exp2f(x) - 1;
+        EXPECT(fabs(e) <= ldexp(1, -22) + ldexp(1, -24), "2^%g is wrong by %g", x, e);
+    }
+}
+
+// The kernels within their tolerances where sums, exponentials and tanh are as inexact as on hardware; where each number of
+// rows has its own order of summation; and in the shared memory of other devices.
+void test_emu_hardware(void) {
+    static const char *const run[][2] = {
+        {"EMU_ERRORS=1", "cuda_products cuda_softmax_loss cuda_layernorm_backward cuda_attention_bf16"},
+        {"EMU_ROWS=1", "cuda_products cuda_classifier_chunks"},
+        {"EMU_CAPABILITY=89", "cuda_layernorm_backward cuda_attention_wide_heads"}};
+    for (auto mode : run) {
+        ToolRun r = shell_runf("%s %s/test_gpt %s", mode[0], test_build(), mode[1]);
+        EXPECT(r.code == 0, "%s: %s", mode[0], r.out.s);
+        tool_free(&r);
+    }
+}
+
 void test_emu_ldmatrix(void) {
     uint32_t out[256], *device = device_new<uint32_t>(256);
     LAUNCH(load_matrices, 1, 32, 512, NULL, device, 0);
