@@ -1741,12 +1741,16 @@ static __device__ inline void softmax_join(float *top, float *sum, Floats<W> z, 
     UNROLL for (unsigned k = 0; k < W; k++) *sum += k < count ? exp_stored<N>(z.x[k] - *top) : 0;
 }
 
+enum { SOFTMAX_THREADS = 512 };
+
 // A block does one row: its loss = -log softmax(logits)[target], 0 for a negative target; with grad != 0 logits (Vp) become
 // grad * (softmax - onehot), 0 from V on. The few numbers after the last whole W are looked at one by one. SMOOTHS: the
 // target's one becomes 1-s and s/V everywhere, and *uniform the mean of -log softmax, which then has the weight s.
 template <class N, bool SMOOTHS>
-static __global__ void softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targets, float grad,
-                                           float smoothing, unsigned V, unsigned Vp) {
+static __global__ void __launch_bounds__(SOFTMAX_THREADS)
+softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targets, float grad, float smoothing, unsigned V,
+                    unsigned Vp) {
+    BOUNDS(SOFTMAX_THREADS);
     constexpr unsigned W = 16 / sizeof(N);
     SHARED(float, shared);                               // (2 * 32)
     N *const row = (N *)logits + (size_t)blockIdx.x * Vp;
@@ -1788,7 +1792,7 @@ typedef struct { float *losses, *uniform; const int *targets; float grad, smooth
 // n rows of logits from row t0 of the batch on.
 template <class N> static void softmax_loss(const Gpu *g, const Scoring *y, void *logits, size_t t0, size_t n, size_t V) {
     const size_t Vp = padded_vocabulary(V), shared = 2 * WARP * sizeof(float);
-    const int threads = Vp <= 1024 ? 128 : 512;
+    const int threads = Vp <= 1024 ? 128 : SOFTMAX_THREADS;
     if (y->smoothing != 0)
         LAUNCH((softmax_loss_kernel<N, true>), (unsigned)n, threads, shared, g->stream, y->losses + t0, y->uniform + t0, logits,
                y->targets + t0, y->grad, y->smoothing, (unsigned)V, (unsigned)Vp);

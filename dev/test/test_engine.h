@@ -598,7 +598,8 @@ static double ref_loss_along(Rig *r, double *w, const double *d, double h) {
     return loss;
 }
 
-// The engine's gradient along d, random signs of n numbers from `at` with |d| = 1, against the reference's slope.
+// The engine's gradient along d, random signs of n numbers from `at` with |d| = 1, against the reference's slope. Of two
+// channels LayerNorm leaves a sign and magnifies roundings: another order of sums moves a gradient by two roundings.
 static void expect_slope(Rig *r, double *w, const real *gradient, size_t at, size_t n, const char *what) {
     double *d = (double *)xcalloc(gpt_params_count(&r->c), sizeof(double)), got = 0;
     for (size_t i = at; i < at + n; i++) {
@@ -606,7 +607,7 @@ static void expect_slope(Rig *r, double *w, const real *gradient, size_t at, siz
         got += d[i] * (double)gradient[i];
     }
     double size = rms(gradient + at, n) + rms(gradient, gpt_params_count(&r->c)), terms = 4 * r->c.C + r->B * r->T;
-    EXPECT_CLOSE(got, five_points(ref_loss_along, r, w, d), 2 * rounding(terms) * size + 1e-10, what);
+    EXPECT_CLOSE(got, five_points(ref_loss_along, r, w, d), 3 * rounding(terms) * size + 1e-10, what);
     free(d);
 }
 
@@ -895,7 +896,8 @@ static void test_engine_threads(void) {
 }
 
 // Rounding operands to 8 bits moves a product's result by about 2^-9 of its size, and gradients through three layers by a
-// few times that; what no product computes with is still there in fp32.
+// few times that; sums that tensor cores cut off, and a tanh within 2^-11, move them a little further. What no product
+// computes with is still there in fp32.
 static void test_engine_bf16_is_near(void) {
     static const int plans[] = {FULL, ROW, TIED_ROW};
     Rig fp32 = rig_open(small_config, SMALL_B, SMALL_T);
@@ -911,7 +913,7 @@ static void test_engine_bf16_is_near(void) {
             const double size = rms(want + at, n);
             for (size_t i = at; i < at + n; i++) got[i] -= want[i];
             const double error = rms(got + at, n);
-            EXPECT(size == 0 ? error == 0 : error > 0 && error < 8 * size / 512,
+            EXPECT(size == 0 ? error == 0 : error > 0 && error < 10 * size / 512,
                    "%s: parameter %d of layer %d: off by %.3g of %.3g", forced_plans[plans[k]].name, p, l, error, size);
         }
         free(want), free(got);
