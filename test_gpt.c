@@ -24,6 +24,7 @@
 #include "dev/test/test_engine.h"
 #include "dev/test/test_fat.h"
 #include "dev/test/test_fuzz.h"
+#include "dev/test/test_gpu_model.h"
 #include "dev/test/test_interop.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
@@ -78,6 +79,7 @@ static const Test tests[] = {
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
     MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) CHOICES_TESTS(X)
+    GPU_MODEL_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

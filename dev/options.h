@@ -144,6 +144,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(selfcheck, "selfcheck", FLAG, "1", "0|1", "at start, compare a tiny training run with stored numbers")    \
     OPTION(dry_run, "dry-run", FLAG, "0", "0|1",                                                                     \
            "tell sizes, memory, FLOPs, the expected saving and time; train and write nothing")                       \
+    OPTION(device, "device", TEXT, "", "NAME",                                                                       \
+           "with --dry-run: predict a step on h100, a100 or rtx4090, or on several, as 8xh100; none need be here")   \
   HEADING("Optimizer (AdamW)")                                                                                       \
     OPTION(lr, "lr", NUMBER, "6e-4", "[0,inf)", "peak learning rate")                                                \
     OPTION(lr_schedule, "lr-schedule", CHOICE, "cosine", "cosine|linear|wsd|constant",                               \

@@ -10,6 +10,7 @@
 #include "checkpoint.h"
 #include "drop_path.h"
 #include "engine.h"
+#include "gpu_model.h"
 #include "lock.h"
 #include "manifest.h"
 #include "metrics.h"
@@ -469,7 +470,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->comm = comm;
     tr->directory = tr->lock = tr->metrics.fd = -1;
     tr->rank = comm ? comm->rank : 0;
-    tr->world = comm ? comm->world : 1;
+    tr->world = comm ? comm->world : *o->device ? gpu_wish(o->device).ranks : 1;
     if (!*o->train)
         die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
     if (!*o->out) die("--out is empty\n  hint: the directory of this run's checkpoints and metrics.jsonl");
@@ -1241,8 +1242,8 @@ static inline void trainer_print_start(const Trainer *tr) {
     metrics_grouped(count, (double)parameters);
     metrics_grouped(tokens, (double)tr->train.tokens);
     tr->engine->memory(tr->model, &memory);
-    printf("engine:  %s%s; peak %.0f GFLOP/s, measured\n", tr->engine->name,
-           products[trainer_dtype(tr->engine, o)], tr->peak_flops / 1e9);
+    printf("engine:  %s%s; peak %.0f GFLOP/s, %s\n", tr->engine->name, products[trainer_dtype(tr->engine, o)],
+           tr->peak_flops / 1e9, *o->device ? "by its data sheet" : "measured");
     printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d\n", count, c->L, c->NH,
            c->C, tr->T, c->V);
     printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n, tr->train.n == 1 ? "" : "s",
@@ -1277,6 +1278,15 @@ static inline void trainer_print_start(const Trainer *tr) {
     fflush(stdout);
 }
 
+// How long a run takes whose steps reach a part of the measured peak: half of it, 80% and 20%.
+static inline void trainer_print_time(const char *least, const char *most, const char *time, int frozen, int drops,
+                                      const char *saved) {
+    printf("time:    %s if steps reach half of that peak, evaluations left out; %s %s\n", time,
+           !frozen ? "drop path saves" : drops ? "drop path and --train-last save" : "--train-last saves", saved);
+    printf("         not sure: %s at 80%% of it, %s at 20%%, more on a busy machine; a run of a few steps tells more\n", least,
+           most);
+}
+
 // --dry-run: what the run would take. Steps of large models reach about half of the peak or more, of tiny ones less.
 static inline void trainer_print_estimate(const Trainer *tr) {
     const double tokens = (double)tr->steps * tr->M * tr->B * tr->T, mib = 1048576, share = 0.5;
@@ -1292,10 +1302,8 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     const int drops = tr->options->drop_path > 0 || tr->replay.n;
     printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full,
            tr->drop.frozen ? "drop path, all trained" : "drop path");
-    printf("time:    %s if steps reach half of that peak, evaluations left out; %s %s\n", time,
-           !tr->drop.frozen ? "drop path saves" : drops ? "drop path and --train-last save" : "--train-last saves", saved);
-    printf("         not sure: %s at 80%% of it, %s at 20%%, more on a busy machine; a run of a few steps tells more\n", least,
-           most);
+    if (*tr->options->device) gpu_model_print(&tr->drop, tr->M, tr->steps);
+    else trainer_print_time(least, most, time, tr->drop.frozen, drops, saved);
     printf("disk:    %.0f MiB a checkpoint\n", (double)sizeof(real) / mib *
            (double)(gpt_params_count(&tr->config) + 2 * gpt_params_trained(&tr->config, tr->drop.frozen)));
     printf("dry run: nothing has been trained or written\n");
@@ -1408,11 +1416,13 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
     Trainer trainer, *tr = &trainer;
     Metrics again;
     signals_begin();
+    if (*o->device && !o->dry_run) die("--device predicts, and trains nothing\n  hint: add --dry-run, or leave out --device");
+    if (*o->device) engine = gpu_model_engine(o->device);
     if (!o->dry_run) trainer_selfcheck(engine, o, comm);
     trainer_open(tr, engine, o, config_text, comm);
     tr->program = program;
     if (o->dry_run) {
-        tr->peak_flops = engine->peak(tr->model, 0.2);
+        tr->peak_flops = engine->peak(tr->model, 0.2) * (*o->device ? tr->world : 1);
         comm_sum(comm, &tr->peak_flops, 1);
         if (tr->rank == 0) trainer_print_start(tr), trainer_print_estimate(tr);
         trainer_close(tr);
