@@ -43,8 +43,13 @@ typedef struct {
 #ifndef WORKSPACE_BYTES
 #define WORKSPACE_BYTES (32 << 20)                       // NVIDIA's advice for compute capability 9.0
 #endif
-enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES, PARTIAL = 512, CHANNELS_MAX = 12288 };  // channels: two lines of them fit into
-                                                                                       // shared memory
+enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES };
+enum { CHANNELS_MAX = 12288 };                           // two lines of them fit into shared memory
+
+// LayerNorm backward is a loop over tokens that waits for memory: with 4 warps a block, 1024 blocks keep
+// 31 warps on each of 132 multiprocessors. Each block leaves the sums of 2C columns; column_sums leaves
+// COLUMN_PARTS of up to 4C.
+enum { NORM_BLOCKS = 1024, COLUMN_PARTS = 128, PARTIAL = 2 * NORM_BLOCKS };
 
 static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
 static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
@@ -385,9 +390,13 @@ static __global__ void column_sums_kernel(float *sums, const void *y, size_t M, 
     }
 }
 
+enum { SUM_THREADS = 1024 };
+
 // first (n), then second (n) where given: = the columns of sums (parts, n or 2n) summed up, or += with `add`. A block takes
 // WARP columns; its warps share out the parts.
-static __global__ void sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
+static __global__ void __launch_bounds__(SUM_THREADS)
+sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
+    BOUNDS(SUM_THREADS);
     SHARED(float, room);                                 // (warps, WARP)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const size_t columns = second ? 2 * n : n, column = (size_t)blockIdx.x * WARP + lane, share = strips(parts, warps);
@@ -405,12 +414,13 @@ static __global__ void sum_parts_kernel(float *first, float *second, const float
 
 static void sum_parts(const Gpu *g, float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
     const unsigned blocks = (unsigned)strips(second ? 2 * n : n, WARP);
-    LAUNCH(sum_parts_kernel, blocks, BLOCK, BLOCK * sizeof(float), g->stream, first, second, sums, n, parts, add);
+    const int threads = parts > COLUMN_PARTS ? (int)SUM_THREADS : (int)BLOCK;  // so many that a warp adds at most 32 parts
+    LAUNCH(sum_parts_kernel, blocks, threads, (size_t)threads * sizeof(float), g->stream, first, second, sums, n, parts, add);
 }
 
 // sum (N) = the columns of y (M,N), or += with `add`. N is at most 4 C, for which g->partial has room.
 static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t M, size_t N) {
-    const size_t part = strips(M, at_most(strips(M, 64), PARTIAL / 4)), parts = strips(M, part);
+    const size_t part = strips(M, at_most(strips(M, 64), COLUMN_PARTS)), parts = strips(M, part);
     const int wide = N % WIDE == 0;
     const dim3 grid((unsigned)strips(N, WARP * (wide ? WIDE : 1)), (unsigned)parts);
     LAUNCH_AS(column_sums_kernel, g, wide, grid, BLOCK, BLOCK * WIDE * sizeof(float), g->partial, y, M, N, part);
@@ -641,10 +651,10 @@ static void layernorm_again(const Gpu *g, void *y, const void *xhat, const void 
 // `fresh`; then dout (n',T,C) = end.scale * dx on the rows of `end`, the branch that comes before (tied: scale * dx as it was,
 // + dz). A block's sums over its tokens of dy * xhat and dy: sums (blocks,2C). Without dout nothing is handed on.
 template <class N, int W>
-static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *dy,
-                                                          const void *xhat, const float *rstd, Rows begin, Rows end,
-                                                          int fresh, int tied, const void *w, size_t BT, size_t T,
-                                                          size_t C) {
+static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *__restrict__ dy,
+                                                          const void *__restrict__ xhat, const float *__restrict__ rstd,
+                                                          Rows begin, Rows end, int fresh, int tied,
+                                                          const void *__restrict__ w, size_t BT, size_t T, size_t C) {
     SHARED(float, room);                                 // (warps, 2C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float *dw = room + warp * 2 * C, *db = dw + C;       // each lane only meets its own numbers until the end
@@ -659,6 +669,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
         const float scale = ended < 0 ? 0 : *end.scale;
         float mean = 0, along = 0, r = 0;
         if (begun >= 0) {
+#pragma unroll 2
             for (size_t c = lane * W; c < C; c += WARP * W) {
                 const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<N, W>(w, c);
                 Floats<W> dwc = load<float, W>(dw, c), dbc = load<float, W>(db, c);
@@ -674,6 +685,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
             along = warp_sum(along) / C;
             r = rstd[(size_t)begun * T + t];
         }
+#pragma unroll 2
         for (size_t c = lane * W; c < C; c += WARP * W) {
             Floats<W> old = zero, z = zero, sum;
             if (!fresh) old = load<float, W>(dx, token * C + c);
@@ -699,7 +711,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
 static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, float *dw, float *db, int add, const void *dy,
                                         const void *xhat, const float *rstd, Rows begin, Rows end, int fresh, int tied,
                                         const void *w, size_t B, size_t T, size_t C) {
-    const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps), PARTIAL / 2);
+    const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps), NORM_BLOCKS);
     LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * 2 * C * sizeof(float), dx,
               dout, g->partial, dy, xhat, rstd, begin, end, fresh, tied, w, B * T, T, C);
     sum_parts(g, dw, db, g->partial, C, blocks, add);

@@ -256,7 +256,7 @@ static inline GpuStep gpu_step(const GpuSpec *g, const GpuRun *r) {
 
 // ---- Memory, as train_gpt.cu sets it aside in bf16, but for gaps between arrays ----
 
-enum { GPU_LOGITS_BYTES = 512 << 20, GPU_WORKSPACE = 32 << 20, GPU_PARTIAL = 512 };
+enum { GPU_LOGITS_BYTES = 512 << 20, GPU_WORKSPACE = 32 << 20, GPU_PARTIAL = 2048 };
 
 // Of one token in a kept branch: xhat and rstd, and what is not made again.
 static inline double gpu_kept_bytes(const GpuRun *r, int branch) {

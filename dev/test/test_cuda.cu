@@ -479,7 +479,7 @@ void test_cuda_layernorm_backward(void) {
                 expect_layernorm_backward(dtype, &k, 0, add);
                 if (!k.tied) expect_layernorm_backward(dtype, &k, 1, add);
             }
-    const NormCase many = {8, 150, 12, 0xAA, 0x5F, 0, 0};          // more tokens than warps run at once
+    const NormCase many = {8, 600, 12, 0xAA, 0x5F, 0, 0};          // more tokens than warps run at once
     expect_layernorm_backward(DTYPE_FP32, &many, 0, 1);
 }
 
