@@ -277,6 +277,18 @@ cuda-report: $(B)/shared_memory
 	        train_gpt.cu 2>&1 | c++filt | sh dev/test/cuda_report.sh || exit 1; \
 	done
 
+# The programs of scripts/gpu_check.sh, to be carried to a machine with a GPU of compute capability
+# 9.0: for any x86-64 of the last ten years, in a folder of their own.
+GPU_PROGRAMS := train_gpt_cuda test_gpt_cuda bench_cuda kernels_cuda data_bytes gpu_summary
+gpu-programs:
+	$(MAKE) B=build/gpu CUDA=1 GPU_ARCH=90 MARCH=x86-64-v3 $(GPU_PROGRAMS:%=build/gpu/%)
+
+# The three calls of scripts/gpu_check.sh on the emulator: whether they go through, not how fast.
+gpu-check-dry: $(B)/data_bytes $(B)/test_gpt $(B)/bench_emu $(B)/kernels_emu $(B)/train_gpt_emu \
+               $(B)/gpu_summary
+	@BUILD="$(B)" sh dev/test/gpu_check_dry.sh
+
 DEV_TARGETS := test-programs test-cuda test-data test-look test-interop test-threads test-install \
-               fuzz torture soak coverage mutate headers instructions cuda-report
+               fuzz torture soak coverage mutate headers instructions cuda-report \
+               gpu-programs gpu-check-dry
 .PHONY: test bench $(DEV_TARGETS)

@@ -1,24 +1,31 @@
 #!/bin/sh
-# What the GPU engine does on this machine's GPU: is it right, and how fast is it beside the hardware and beside PyTorch?
+# What the GPU engine does on this machine's GPU: is it right, and how fast is it beside the hardware and
+# beside PyTorch? Three calls, for machines that are lent for ten minutes at a time; each is of use alone.
 #
-#     scripts/gpu_check.sh                              all, in less than nine minutes
-#     PART=1 scripts/gpu_check.sh                       is it right: tests, whole runs, sanitizers
-#     PART=2 scripts/gpu_check.sh                       whole steps and drop path, beside PyTorch
-#     PART=3 scripts/gpu_check.sh                       attention and all kernels
+#     PART=1 scripts/gpu_check.sh       is it right: what the machine has, every test in a process of its own
+#     PART=2 scripts/gpu_check.sh       how fast: steps with and without fused epilogues, kernels, PyTorch
+#     PART=3 scripts/gpu_check.sh       after repairs: whole runs, sanitizers, drop path, larger models
+#     scripts/gpu_check.sh              all three, one after the other
+#     make gpu-check-dry                the same on the emulator, tiny and slow, where there is no GPU
 #
-# Where minutes are counted, the parts have nine each, and nothing is left out for want of time. Each builds what is not yet
-# built. 1 forgets earlier results, the others add to them, and the table has what there is.
+# Programs that are there already are not built again. To carry them to a machine whose minutes count:
 #
-#   needs    an NVIDIA GPU of compute capability 8.0 or newer, its driver, the CUDA Toolkit 12 or 13 (nvcc, cuBLASLt), a C
-#            compiler and make; about 75 GB of GPU memory for gpt2-xl (what does not fit is told, and the rest goes on);
-#            with python3 and PyTorch for CUDA also the comparison. Nothing is downloaded.
-#   cost     at most TOTAL seconds. Each stage has its own limit and is ended there; what is worth most comes first
-#   result   a line for each stage, a short table beside the aims for an H100, build/gpu_check.json with everything measured;
-#            logs and JSON of the stages in $OUT. Exit code 0 if build, tests, training and sanitizers are good
+#     make gpu-programs                 here, for compute capability 9.0, into build/gpu
+#     BUILD=build/gpu PART=1 scripts/gpu_check.sh                                             there
 #
-# Variables: PART=1,2,3, OUT=build/gpu_check, BUILD=build, PYTHON=python3, CUDA_HOME=/usr/local/cuda, TOTAL=530 (seconds),
-# JOBS (of make); ENGINE=emu tries this script where there is no GPU: the same stages on the emulator, on tiny models, where
-# nothing is fast.
+#   needs    an NVIDIA GPU of compute capability 8.0 or newer, its driver and cuBLASLt; to build also the
+#            CUDA Toolkit 12 or 13, a C compiler and make; about 75 GB of GPU memory for gpt2-xl (what does
+#            not fit is told, and the rest goes on). With python3 and PyTorch for CUDA also the comparison.
+#            Nothing is downloaded.
+#   cost     at most TOTAL seconds a call. Each stage has its own limit and is ended there; what is worth
+#            most comes first
+#   result   a line for each stage, a short table beside the aims for an H100, each kernel beside its
+#            bound; $OUT/gpu_check.json with everything measured, written anew after every stage, so that a
+#            call that is cut off leaves what it had; logs and JSON of the stages in $OUT. Exit code 0 if
+#            build, tests, training and sanitizers are good
+#
+# Variables: PART=1,2,3, OUT=build/gpu_check, BUILD=build, PYTHON=python3, CUDA_HOME=/usr/local/cuda,
+# TOTAL=540 (seconds of a call), JOBS (of make, and tests at a time), ENGINE=emu (the emulator).
 set -u
 cd "$(dirname "$0")/.." || exit 1
 BUILD=${BUILD:-build}
@@ -26,7 +33,7 @@ OUT=${OUT:-$BUILD/gpu_check}
 PYTHON=${PYTHON:-python3}
 PART=${PART:-1,2,3}
 ENGINE=${ENGINE:-cuda}
-TOTAL=${TOTAL:-$([ "$ENGINE" = cuda ] && echo 530 || echo 3600)}
+TOTAL=${TOTAL:-$([ "$ENGINE" = cuda ] && echo 540 || echo 3600)}
 JOBS=${JOBS:-$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 4)}
 export CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" BUILD
 PATH=$PATH:$CUDA_HOME/bin
@@ -42,27 +49,58 @@ fail() {                                                 # what is wrong, a hint
 case ,$PART, in *[!1-3,]* | *[1-3][1-3]* | *,,*) fail "PART=$PART" "some of 1, 2 and 3, with commas between them" ;; esac
 part() { case ,$PART, in *,$1,*) ;; *) return 1 ;; esac; }
 
-# ---- The machine ----
-
 if [ "$ENGINE" = cuda ]; then
-    nvidia-smi -L 2>/dev/null | grep -q GPU ||
-        fail "no NVIDIA GPU: nvidia-smi lists none" "make test runs the GPU engine's kernels on an emulator, without a GPU"
-    command -v nvcc >/dev/null || fail "no nvcc in PATH or $CUDA_HOME/bin" "install the CUDA Toolkit, or set CUDA_HOME"
-    nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | sed 's/^/GPU:      /'
-    nvcc --version | sed -n 's/.*release/toolkit:  CUDA/p'
-    programs="all $BUILD/test_gpt_cuda $BUILD/bench_cuda $BUILD/kernels_cuda $BUILD/gpu_summary"
+    names="train_gpt_cuda test_gpt_cuda bench_cuda kernels_cuda data_bytes gpu_summary"
     tests=$BUILD/test_gpt_cuda bench=$BUILD/bench_cuda kernels=$BUILD/kernels_cuda
     build_args="CUDA=1 GPU_ARCH=native" steps=100
     rounds="" few="" shape="--preset small --batch 2 --seq-len 80"     # 80: no multiple of a tile of attention
 else
-    programs="all $BUILD/test_gpt $BUILD/bench_emu $BUILD/kernels_emu $BUILD/gpu_summary"
+    names="data_bytes test_gpt bench_emu kernels_emu train_gpt_emu gpu_summary"
     tests=$BUILD/test_gpt bench=$BUILD/bench_emu kernels=$BUILD/kernels_emu
     build_args="" steps=2 slower=10                      # than a GPU
     rounds="--rounds 1" few="--size 64" shape="--preset tiny --batch 2 --seq-len 16"
 fi
+# ---- Tests, each alone ----
+
+# Runs each test that it is given in a process of its own, JOBS at a time, into tests.jsonl. A test that fails runs again
+# with products alone left to cuBLASLt: whether that helps says where the fault is.
+each_test() {
+    : >"$OUT/tests.jsonl"
+    # shellcheck disable=SC2016  # they are the inner shell's
+    printf '%s\n' "$@" | xargs -P "$JOBS" -n 1 sh -c '
+        tests=$1 out=$2 limit=$3 name=$4
+        from=$(date +%s) plain=
+        timeout -k 5 "$limit" "$tests" "$name" >"$out/test_$name.log" 2>&1 </dev/null
+        status=$?
+        if [ $status -ne 0 ]; then
+            DROPPATH_GEMM_EPILOGUE=0 timeout -k 5 "$limit" "$tests" "$name" >"$out/test_${name}_plain.log" 2>&1 </dev/null
+            plain=", \"plain\": $?"
+        fi
+        printf "{\"test\": \"%s\", \"status\": %d%s, \"seconds\": %d}\n" "$name" $status "$plain" \
+            $(($(date +%s) - from)) >>"$out/tests.jsonl"
+        ' each "$tests" "$OUT" $((60 * ${slower:-1}))
+    awk '/"status": 0[,}]/ { passed++; next } { failed++; print }
+         END { printf "%d passed, %d failed\n", passed, failed; exit failed > 0 }' "$OUT/tests.jsonl"
+}
+
+# As a stage calls it: `timeout` runs programs, and this script is one.
+if [ "${1:-}" = each_test ]; then
+    shift
+    each_test "$@"
+    exit
+fi
+
+# ---- Results ----
+
 mkdir -p "$OUT" || fail "cannot make $OUT" "set OUT to a folder that can be written"
 if part 1; then rm -f "$OUT"/*.log "$OUT"/*.json "$OUT"/*.jsonl; fi
 touch "$OUT/stages.jsonl" || fail "cannot write in $OUT" "set OUT to a folder that can be written"
+
+# The table of all there is so far, and $OUT/gpu_check.json. Whatever ends a call, that file is whole.
+report() {
+    [ -x "$BUILD/gpu_summary" ] || return 0
+    "$BUILD/gpu_summary" "$OUT" "$OUT/gpu_check.new" && mv "$OUT/gpu_check.new" "$OUT/gpu_check.json"
+}
 
 # ---- Stages ----
 
@@ -72,6 +110,7 @@ record() {                                               # stage, status, second
     mv "$OUT/stages.new" "$OUT/stages.jsonl"
     printf '{"stage": "%s", "status": "%s", "seconds": %d, "note": "%s"}\n' "$1" "$2" "$3" "$note" >>"$OUT/stages.jsonl"
     printf '   %s, %d s%s\n' "$2" "$3" "${note:+: $note}"
+    report >/dev/null 2>&1
 }
 
 skip() {                                                 # stage, why
@@ -112,56 +151,84 @@ must() {                                                 # its failure is the ch
 
 show() { sed -n '/^$/,/^also in/p' "$OUT/$1.log" | grep -v '^also in'; }     # a benchmark's tables
 
-# ---- Is it right? ----
+# ---- The machine ----
 
-# shellcheck disable=SC2086  # lists of words, on purpose
-must build 200 make -j "$JOBS" $build_args $programs
-if [ "$failed" -ne 0 ]; then
-    echo "error: it was not built: $OUT/build.log" >&2
-    exit 1
-fi
-[ "$ENGINE" = cuda ] || test_names="cuda_gelu cuda_norm parity_refuses"
-if part 1; then
-    # shellcheck disable=SC2086
-    must tests 100 "$tests" ${test_names:-$("$tests" --list | grep -E '^(cuda|engine|parity)_')}
-fi
+has() { command -v "$1" 2>/dev/null || echo none; }
 
-# Whole programs, on the bytes of this folder's sources: the loss must fall. fp32, then bf16 with drop path of rows.
-train() {                                                # name, dtype, more options
-    name=$1 dtype=$2
-    shift 2
-    # shellcheck disable=SC2016  # they are the inner shell's
-    must "train_$name" 40 sh -c '
-        set -e
-        out=$1 trainer=$2 steps=$3
-        shift 3
-        [ -f "$out/bytes/train_000000.bin" ] || "$BUILD/data_bytes" --out "$out/bytes" --ext .h dev
-        rm -rf "$out/run"
-        "$trainer" --train "$out/bytes/train_*.bin" --val "$out/bytes/val_*.bin" --out "$out/run" --preset tiny \
-            --batch 4 --steps "$steps" --lr 1e-3 --warmup 5 --eval-every 0 --save-every 0 "$@"
-        ' train "$OUT" "$BUILD/train_gpt_cuda" $steps --dtype "$dtype" "$@"
+# The first file of that name in the places where toolkits and PyTorch's packages put it, or none.
+place() {
+    site=$("$PYTHON" -c 'import site; print(site.getsitepackages()[0])' 2>/dev/null)
+    for dir in "$CUDA_HOME/lib64" "$CUDA_HOME/include" "$CUDA_HOME"/targets/*/lib "$CUDA_HOME"/targets/*/include \
+        /usr/lib/x86_64-linux-gnu /usr/lib64 /usr/include "${site:-/none}"/nvidia/*/lib "${site:-/none}"/nvidia/*/include; do
+        for file in "$dir/$1"*; do [ -f "$file" ] && echo "$file" && return; done
+    done
+    echo none
 }
-if part 1 && [ "$ENGINE" = cuda ]; then
-    train fp32 fp32
-    train bf16 bf16 --drop-path 0.2 --drop-unit row --drop-ramp-up 10
-    # Rounded at random; then the same with graphs, which must leave the same bits.
-    train stochastic bf16 --rounding stochastic --drop-path 0.2 --drop-ramp-up 10
-    rm -rf "$OUT/without_graphs" && mv "$OUT/run" "$OUT/without_graphs"
-    train graphs bf16 --rounding stochastic --drop-path 0.2 --drop-ramp-up 10 --graphs 1
-    must graphs_same_bits 10 cmp "$OUT/run/latest/model.safetensors" "$OUT/without_graphs/latest/model.safetensors"
+
+torch_version() { "$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.is_available())' 2>/dev/null || echo none; }
+
+machine() {
+    if [ "$ENGINE" = cuda ]; then
+        echo "GPU:         $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>&1 | head -n 4)"
+        echo "toolkit:     $(nvcc --version 2>/dev/null | sed -n 's/.*release/CUDA/p')"
+    fi
+    echo "cublasLt.h:  $(place cublasLt.h)"
+    echo "libcublasLt: $(place libcublasLt.so)"
+    echo "nccl.h:      $(place nccl.h)"
+    echo "libnccl:     $(place libnccl.so)"
+    echo "Python:      $("$PYTHON" --version 2>&1); PyTorch $(torch_version)"
+    for tool in compute-sanitizer ncu nsys; do echo "$tool: $(has $tool)"; done
+    echo "host:        $(getconf _NPROCESSORS_ONLN) cores, $(uname -sr), $(${CC:-cc} --version 2>/dev/null | head -n 1)"
+}
+
+machine >"$OUT/machine.log" 2>&1
+cat "$OUT/machine.log"
+awk 'BEGIN { printf "{" }
+     { i = index($0, ":"); value = substr($0, i + 1); gsub(/^ +|["\\\t]/, "", value)
+       printf("%s\"%s\": \"%s\"", (NR > 1 ? ", " : ""), substr($0, 1, i - 1), value) }
+     END { print "}" }' "$OUT/machine.log" >"$OUT/machine.json"
+if [ "$ENGINE" = cuda ]; then
+    nvidia-smi -L 2>/dev/null | grep -q GPU ||
+        fail "no NVIDIA GPU: nvidia-smi lists none" "make gpu-check-dry runs all of this on an emulator, without a GPU"
+    libraries=$(dirname "$(place libcublasLt.so)"):$(dirname "$(place libnccl.so)")
+    export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries"
 fi
 
-# ---- How fast is a step, beside PyTorch and with drop path? ----
+# Only what is missing: a carried program, which a compiler of this machine has not made, stays as it is.
+missing=
+for name in $names; do [ -x "$BUILD/$name" ] || missing="$missing $BUILD/$name"; done
+if [ -n "$missing" ]; then
+    # shellcheck disable=SC2086  # lists of words, on purpose
+    must build 200 make -j "$JOBS" $build_args B="$BUILD" $missing
+    if [ "$failed" -ne 0 ]; then
+        echo "error: it was not built: $OUT/build.log" >&2
+        exit 1
+    fi
+fi
+
+# ---- Call 1: is it right? ----
+
+if part 1; then
+    stage products 40 env CUBLASLT_LOG_LEVEL=2 "$tests" cuda_products
+    list=$("$tests" --list)
+    wanted="$(echo "$list" | grep ^cuda_) $(echo "$list" | grep -E '^(engine|parity)_')"
+    [ "$ENGINE" = cuda ] || wanted="cuda_gelu cuda_norm cuda_softmax_loss parity_refuses"
+    # shellcheck disable=SC2086
+    must tests 240 sh scripts/gpu_check.sh each_test $wanted
+fi
+
+# ---- Call 2: how fast is a step, and where does it go? ----
 
 has_torch=0
 if [ "$ENGINE" = cuda ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     has_torch=1
 fi
+model() { if [ "$ENGINE" = cuda ]; then echo "--preset $1"; else echo "$shape"; fi; }
 
-step() {                                                 # preset, limit
-    if [ "$ENGINE" = cuda ]; then model="--preset $1"; else model=$shape; fi
-    # shellcheck disable=SC2086
-    stage "step_$1" "$2" "$bench" --only step $model $rounds --json "$OUT/step_$1.json" && show "step_$1"
+step() {                                                 # preset, limit, name if not of the preset, variable=value
+    name=step_${3:-$1}
+    # shellcheck disable=SC2046,SC2086
+    stage "$name" "$2" env ${4:-A=} "$bench" --only step $(model "$1") $rounds --json "$OUT/$name.json" && show "$name"
 }
 
 torch() {                                                # preset, limit, more options
@@ -173,68 +240,107 @@ torch() {                                                # preset, limit, more o
         --bench "$bench" --json "$OUT/torch_$preset.json" "$@" && cat "$OUT/torch_$preset.log"
 }
 
+kernel_times() {                                         # preset, limit
+    # shellcheck disable=SC2046,SC2086
+    stage "kernels_$1" "$2" "$kernels" $(model "$1") ${rounds:---rounds 5} $few --json "$OUT/kernels_$1.json" &&
+        show "kernels_$1"
+}
+
+# Every kernel of one step by name, cuBLASLt's as well: which of them are of wgmma is in the names.
+names_of_kernels() {                                     # preset, limit
+    if [ "$ENGINE" != cuda ] || [ "$(has ncu)" = none ]; then skip "ncu_$1" "no ncu"; return; fi
+    # shellcheck disable=SC2016
+    stage "ncu_$1" "$2" env DROPPATH_GEMM_SEARCH=0 sh -c '
+        echo 1 | ncu --clock-control none --metrics gpu__time_duration.sum --csv --launch-count 1500 \
+            "$1" --only turns --preset "$2"' ncu "$bench" "$1"
+}
+
 if part 2; then
     step gpt2 40
-    torch gpt2 150 --batch 32 --rounds 5
-    if [ "$ENGINE" = cuda ]; then model="--preset gpt2"; else model=$shape; fi
-    # shellcheck disable=SC2086
-    stage drop 80 "$bench" --only drop $model $rounds --json "$OUT/drop.json" && show drop
-fi
-
-# A small model, whose launches take long beside what they compute: one by one, and each branch as a graph.
-if part 2; then
-    if [ "$ENGINE" = cuda ]; then model="--preset tiny --batch 8"; else model=$shape; fi
-    for graphs in 0 1; do
-        # shellcheck disable=SC2086
-        stage "graphs_$graphs" 30 "$bench" --only step $model $rounds --graphs $graphs --json "$OUT/graphs_$graphs.json" &&
-            show "graphs_$graphs"
-    done
-fi
-
-# ---- Attention beside PyTorch's; the sanitizers; larger models; all kernels ----
-
-if [ "$ENGINE" = cuda ]; then sizes="--rounds 5"; else sizes="$shape $rounds $few"; fi
-if part 3; then
-    # shellcheck disable=SC2086
-    stage attention 45 "$kernels" --only attention $sizes --json "$OUT/attention.json" && show attention
-    if [ $has_torch = 1 ] && [ -s "$OUT/attention.json" ]; then
-        stage sdpa 60 "$PYTHON" dev/bench/sdpa.py --kernels "$OUT/attention.json" --json "$OUT/sdpa.json" &&
+    step gpt2 40 gpt2_plain DROPPATH_GEMM_EPILOGUE=0
+    step gpt2-xl 60
+    step gpt2-xl 60 gpt2-xl_plain DROPPATH_GEMM_EPILOGUE=0
+    kernel_times gpt2 40
+    kernel_times gpt2-xl 60
+    torch gpt2 120 --batch 32 --rounds 3
+    if [ $has_torch = 1 ] && [ -s "$OUT/kernels_gpt2.json" ]; then
+        stage sdpa 45 "$PYTHON" dev/bench/sdpa.py --kernels "$OUT/kernels_gpt2.json" --json "$OUT/sdpa.json" &&
             cat "$OUT/sdpa.log"
     else
-        skip sdpa "no PyTorch that sees a GPU (PYTHON=$PYTHON), or no attention"
+        skip sdpa "no PyTorch that sees a GPU (PYTHON=$PYTHON), or no kernels"
     fi
+    names_of_kernels gpt2 60
 fi
 
-# Three steps each: of a model whose heads take the tensor cores, in bf16 and in fp32.
-sanitize() {                                             # tool, dtype, limit
+# ---- Call 3: whole runs, sanitizers, drop path, larger models ----
+
+# Whole programs, on the bytes of this folder's sources: the loss must fall. fp32, then bf16 with drop path of rows.
+trainer=$BUILD/train_gpt_cuda
+[ "$ENGINE" = cuda ] || trainer=$BUILD/train_gpt_emu
+train() {                                                # name, dtype, more options
+    name=$1 dtype=$2
+    shift 2
+    # shellcheck disable=SC2016  # they are the inner shell's
+    must "train_$name" 40 sh -c '
+        set -e
+        out=$1 trainer=$2 steps=$3
+        shift 3
+        [ -f "$out/bytes/train_000000.bin" ] || "$BUILD/data_bytes" --out "$out/bytes" --ext .h dev
+        rm -rf "$out/run"
+        "$trainer" --train "$out/bytes/train_*.bin" --val "$out/bytes/val_*.bin" --out "$out/run" --preset tiny \
+            --batch 4 --steps "$steps" --lr 1e-3 --warmup 1 --eval-every 0 --save-every 0 "$@"
+        ' train "$OUT" "$trainer" $steps --dtype "$dtype" "$@"
+}
+tiny=; [ "$ENGINE" = cuda ] || tiny="--batch 1 --seq-len 16 --eval-tokens 64 --selfcheck 0"
+
+# Three steps of a model whose heads take the tensor cores. cuBLASLt's own kernels are left out of racecheck: its hazards
+# are not ours.
+sanitize() {                                             # tool, dtype, limit, more of the tool's options
     # shellcheck disable=SC2016
     must "$1_$2" "$3" env DROPPATH_GEMM_SEARCH=0 sh -c '
-        tool=$1 bench=$2 dtype=$3
-        shift 3
-        echo 1 | compute-sanitizer --tool "$tool" --error-exitcode 9 "$bench" --only turns --dtype "$dtype" "$@"
-        ' sanitize "$1" "$bench" "$2" --preset small --batch 2 --seq-len 80
+        tool=$1 bench=$2 dtype=$3 more=$4
+        shift 4
+        echo 1 | compute-sanitizer --tool "$tool" $more --error-exitcode 9 "$bench" --only turns --dtype "$dtype" "$@"
+        ' sanitize "$1" "$bench" "$2" "${4:-}" --preset small --batch 2 --seq-len 80
 }
-if part 1 && [ "$ENGINE" = cuda ] && command -v compute-sanitizer >/dev/null; then
-    sanitize memcheck bf16 45
-    sanitize racecheck bf16 60
-    sanitize memcheck fp32 30
-elif part 1; then
-    skip sanitizers "no compute-sanitizer in PATH or $CUDA_HOME/bin"
-fi
 
-if part 2; then step gpt2-xl 60; fi
-# shellcheck disable=SC2086
-if part 3; then stage kernels 110 "$kernels" $sizes --json "$OUT/kernels.json" && show kernels; fi
-if part 2; then
+if part 3; then
+    # shellcheck disable=SC2086
+    train fp32 fp32 $tiny
+    # shellcheck disable=SC2086
+    train bf16 bf16 --drop-path 0.2 --drop-unit row --drop-ramp-up 10 $tiny
+    # Rounded at random; then the same with graphs, which must leave the same bits.
+    # shellcheck disable=SC2086
+    train stochastic bf16 --rounding stochastic --drop-path 0.2 --drop-ramp-up 10 $tiny
+    rm -rf "$OUT/without_graphs" && mv "$OUT/run" "$OUT/without_graphs"
+    # shellcheck disable=SC2086
+    train graphs bf16 --rounding stochastic --drop-path 0.2 --drop-ramp-up 10 --graphs 1 $tiny
+    must graphs_same_bits 10 cmp "$OUT/run/latest/model.safetensors" "$OUT/without_graphs/latest/model.safetensors"
+    if [ "$ENGINE" = cuda ] && [ "$(has compute-sanitizer)" != none ]; then
+        sanitize memcheck bf16 45
+        sanitize initcheck bf16 45
+        sanitize racecheck bf16 60 "--kernel-regex kns=attention"
+        sanitize memcheck fp32 30
+    else
+        skip sanitizers "no compute-sanitizer in PATH or $CUDA_HOME/bin"
+    fi
+    # shellcheck disable=SC2046,SC2086
+    stage drop 80 "$bench" --only drop $(model gpt2) $rounds --json "$OUT/drop.json" && show drop
+    # A small model, whose launches take long beside what they compute: one by one, and each branch as a graph.
+    for graphs in 0 1; do
+        # shellcheck disable=SC2046,SC2086
+        stage "graphs_$graphs" 30 "$bench" --only step $(model tiny) $rounds --graphs $graphs \
+            --json "$OUT/graphs_$graphs.json" && show "graphs_$graphs"
+    done
     step gpt2-medium 40
     step gpt2-large 50
-    torch gpt2-medium 130 --batch 32 --rounds 3 --apart
+    torch gpt2-medium 100 --batch 32 --rounds 2 --apart
 fi
 
 # ---- The table ----
 
 echo
 echo "== in short"
-"$BUILD/gpu_summary" "$OUT" "$BUILD/gpu_check.json" || failed=1
-echo "also in $BUILD/gpu_check.json; logs in $OUT; $(($(date +%s) - begun)) s"
+report || failed=1
+echo "also in $OUT/gpu_check.json; logs in $OUT; $(($(date +%s) - begun)) s"
 exit $failed

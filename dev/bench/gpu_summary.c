@@ -1,10 +1,12 @@
 // gpu_summary.c: the short table at the end of scripts/gpu_check.sh, and everything it measured in one JSON file.
 //
-//     build/gpu_summary build/gpu_check build/gpu_check.json      folder of the stages' files, where the JSON goes
+//     build/gpu_summary FOLDER FILE.json      folder of the stages' files, where the JSON goes
 //
-// In the folder: stages.jsonl, a line for each stage {"stage", "status", "seconds", "note"}; kernels.json, drop.json and
-// step_PRESET.json of the benchmarks; graphs_0.json and graphs_1.json, a step without and with CUDA graphs; torch_PRESET.json
-// (lines) and sdpa.json where there was PyTorch. What is missing is left out of the JSON and a dash in the table.
+// In the folder: stages.jsonl, a line for each stage {"stage", "status", "seconds", "note"}; tests.jsonl, a
+// line for each test; machine.json; drop.json, step_PRESET.json and kernels_PRESET.json of the benchmarks,
+// step_PRESET_plain.json without fused epilogues; graphs_0.json and graphs_1.json, a step without and with
+// CUDA graphs; torch_PRESET.json (lines) and sdpa.json where there was PyTorch. What is missing is left out
+// of the JSON and a dash in the table.
 #include "../json.h"
 #include "cuda_cases.h"
 
@@ -96,7 +98,7 @@ static double sdpa_least(const Part *p, const char *way) {
     return least;
 }
 
-// ---- The table ----
+// ---- Rows ----
 
 // One row: a part as a percentage, or with `times` a factor. aim 0: there is none.
 static void row(Text *json, const char *what, double measured, double aim, int times) {
@@ -124,78 +126,143 @@ static void stages_print(const Part *p) {
     }
 }
 
+// ---- What a folder has ----
+
+// Files of one kind each, and of each preset.
+#define SUMMARY_FILES(X)                                                                          \
+    X(stages, "stages.jsonl", 1) X(tests, "tests.jsonl", 1) X(machine, "machine.json", 0)         \
+    X(drop, "drop.json", 0) X(sdpa, "sdpa.json", 0) X(graphs_0, "graphs_0.json", 0)               \
+    X(graphs_1, "graphs_1.json", 0)
+#define SUMMARY_PRESET_FILES(X)                                                                   \
+    X(step, "step_%s.json", 0) X(plain, "step_%s_plain.json", 0)                                  \
+    X(kernels, "kernels_%s.json", 0) X(torch, "torch_%s.json", 1)
+
+typedef struct {
+#define X(field, name, lines) Part field;
+    SUMMARY_FILES(X)
+#undef X
+#define X(field, name, lines) Part field[N_CUDA_DEFAULTS];
+    SUMMARY_PRESET_FILES(X)
+#undef X
+} Summary;
+
+static void summary_open(Summary *s, const char *folder) {
+    char *path;
+#define X(field, name, lines) part_open(&s->field, folder, name, lines);
+    SUMMARY_FILES(X)
+#undef X
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
+#define X(field, name, lines)                                                                     \
+        path = xprintf(name, cuda_cases[i].preset);                                               \
+        part_open(&s->field[i], folder, path, lines);                                             \
+        free(path);
+        SUMMARY_PRESET_FILES(X)
+#undef X
+    }
+}
+
+// Appends all of it to the object in `out`, and frees it.
+static void summary_take(Summary *s, Text *out) {
+    char *key;
+#define X(field, name, lines) part_write(&s->field, #field, out), part_close(&s->field);
+    SUMMARY_FILES(X)
+#undef X
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
+#define X(field, name, lines)                                                                     \
+        key = xprintf(#field "_%s", cuda_cases[i].preset);                                        \
+        part_write(&s->field[i], key, out), part_close(&s->field[i]);                             \
+        free(key);
+        SUMMARY_PRESET_FILES(X)
+#undef X
+    }
+}
+
+// ---- Tests and kernels ----
+
+static void tests_print(const Part *p) {
+    for (int n = first_of(p, NULL); n >= 0; n = json_next(&p->json, n)) {
+        char *name = json_string(&p->json, json_get(&p->json, n, "test"), NULL);
+        const double status = number_of(p, n, "status"), plain = number_of(p, n, "plain");
+        if (status != 0)
+            printf("   %s: exit code %.0f, %.0f without fused epilogues\n", name ? name : "?", status, plain);
+        free(name);
+    }
+}
+
+// Each kernel of one preset: its time, its bytes or FLOPs, and the part of its bound that it reaches: of the
+// largest product, or of a copy, which were measured beside it.
+static void kernels_print(const Part *p, const char *preset) {
+    if (!p->there) return;
+    printf("\n%-26s %-24s %9s %10s %-6s %9s\n", preset, "shape", "ms", "work", "", "of bound");
+    for (int n = first_of(p, "rows"); n >= 0; n = json_next(&p->json, n)) {
+        const double ms = number_of(p, n, "median_ms"), work = ms * number_of(p, n, "median");
+        const double part = number_of(p, n, "of_peak");
+        const int moves = json_equals(&p->json, json_get(&p->json, n, "unit"), "GB/s");
+        char bound[32] = "", *name = json_string(&p->json, json_get(&p->json, n, "name"), NULL);
+        char *shape = json_string(&p->json, json_get(&p->json, n, "shape"), NULL);
+        if (isfinite(part)) snprintf(bound, sizeof bound, "%.1f%%", 100 * part);
+        if (isfinite(ms) && name && shape)
+            printf("%-26s %-24s %9.3f %10.1f %-6s %9s\n", name, shape, ms, moves ? work : 1e-3 * work,
+                   moves ? "MB" : "GFLOP", bound);
+        free(name), free(shape);
+    }
+}
+
+// ---- The table ----
+
+// A preset's step beside its aim, beside PyTorch, and without fused epilogues.
+static void step_print(const Summary *s, int i, Text *json) {
+    static const double aim[N_CUDA_DEFAULTS] = {0.5, 0, 0, 0.55};
+    const char *preset = cuda_cases[i].preset;
+    int sheet;
+    const double mfu = step_mfu(&s->step[i], &sheet);
+    char *what = xprintf("%s, MFU of the %s peak", preset, sheet ? "data sheet's" : "measured");
+    row(json, what, mfu, aim[i], 0);
+    free(what);
+    what = xprintf("%s, step, PyTorch's time / ours", preset);
+    if (i == 0 || s->torch[i].there) row(json, what, torch_ratio(&s->torch[i]), 1.2, 1);
+    free(what);
+    what = xprintf("%s, step, time without fused epilogues / with", preset);
+    if (s->plain[i].there) row(json, what, step_speed(&s->step[i]) / step_speed(&s->plain[i]), 0, 1);
+    free(what);
+}
+
 // What there is an aim for; the aims are those for an H100 (README.md).
-static void table_print(const Part step[], const Part torch[], const Part *kernels, const Part *drop, const Part *sdpa,
-                        const Part graphs[2], Text *json) {
-    const double mfu_aim[N_CUDA_DEFAULTS] = {0.5, 0, 0, 0.55};
+static void table_print(const Summary *s, Text *json) {
     printf("\n%-58s %9s %7s\n", "", "measured", "aim");
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) step_print(s, i, json);
+    row(json, "drop path of whole batches, least of ideal speed-up", drop_least(&s->drop, "batch"), 0.95, 0);
+    row(json, "drop path of rows, least of ideal speed-up", drop_least(&s->drop, "row"), 0.95, 0);
+    row(json, "a small model's step with CUDA graphs, times as fast",
+        step_speed(&s->graphs_1) / step_speed(&s->graphs_0), 0, 1);
+    row(json, "attention forward, least of the best SDPA", sdpa_least(&s->sdpa, "forward"), 0.7, 0);
+    row(json, "attention backward, least of the best SDPA", sdpa_least(&s->sdpa, "backward"), 0.7, 0);
     for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
-        int sheet;
-        const double mfu = step_mfu(&step[i], &sheet);
-        char *what = xprintf("%s, MFU of the %s peak", cuda_cases[i].preset, sheet ? "data sheet's" : "measured");
-        row(json, what, mfu, mfu_aim[i], 0);
-        free(what);
-        what = xprintf("%s, step, PyTorch's time / ours", cuda_cases[i].preset);
-        if (i == 0 || torch[i].there) row(json, what, torch_ratio(&torch[i]), 1.2, 1);
-        free(what);
-    }
-    row(json, "drop path of whole batches, least of ideal speed-up", drop_least(drop, "batch"), 0.95, 0);
-    row(json, "drop path of rows, least of ideal speed-up", drop_least(drop, "row"), 0.95, 0);
-    row(json, "a small model's step with CUDA graphs, times as fast", step_speed(&graphs[1]) / step_speed(&graphs[0]), 0, 1);
-    row(json, "attention forward, least of the best SDPA", sdpa_least(sdpa, "forward"), 0.7, 0);
-    row(json, "attention backward, least of the best SDPA", sdpa_least(sdpa, "backward"), 0.7, 0);
-    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
-        int n = find(kernels, first_of(kernels, "rows"), "name", "all products of a step");
-        while (n >= 0 && !json_equals(&kernels->json, json_get(&kernels->json, n, "preset"), cuda_cases[i].preset))
-            n = find(kernels, json_next(&kernels->json, n), "name", "all products of a step");
+        const Part *p = &s->kernels[i];
+        const int n = find(p, first_of(p, "rows"), "name", "all products of a step");
         char *what = xprintf("%s, all products of a step, of the measured peak", cuda_cases[i].preset);
-        if (n >= 0) row(json, what, number_of(kernels, n, "of_peak"), 0, 0);
+        if (n >= 0) row(json, what, number_of(p, n, "of_peak"), 0, 0);
         free(what);
+        if (p->there)
+            printf("measured peak %.0f TFLOP/s, copy %.0f GB/s\n", 1e-12 * number_of(p, 0, "measured_peak"),
+                   1e-9 * number_of(p, 0, "copy_bandwidth"));
     }
-    if (kernels->there)
-        printf("measured peak %.0f TFLOP/s, copy %.0f GB/s\n", 1e-12 * number_of(kernels, 0, "measured_peak"),
-               1e-9 * number_of(kernels, 0, "copy_bandwidth"));
 }
 
 int main(int argc, char **argv) {
     if (argc != 3) die("usage: gpu_summary FOLDER FILE.json");
-    Part stages, kernels, drop, sdpa, graphs[2], step[N_CUDA_DEFAULTS], torch[N_CUDA_DEFAULTS];
+    Summary s;
     Text out = {0}, table = {0};
-    part_open(&stages, argv[1], "stages.jsonl", 1);
-    part_open(&kernels, argv[1], "kernels.json", 0);
-    part_open(&drop, argv[1], "drop.json", 0);
-    part_open(&sdpa, argv[1], "sdpa.json", 0);
-    part_open(&graphs[0], argv[1], "graphs_0.json", 0);
-    part_open(&graphs[1], argv[1], "graphs_1.json", 0);
-    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
-        char *name = xprintf("step_%s.json", cuda_cases[i].preset), *other = xprintf("torch_%s.json", cuda_cases[i].preset);
-        part_open(&step[i], argv[1], name, 0);
-        part_open(&torch[i], argv[1], other, 1);
-        free(name);
-        free(other);
-    }
+    summary_open(&s, argv[1]);
     text_printf(&table, "[");
-    stages_print(&stages);
-    table_print(step, torch, &kernels, &drop, &sdpa, graphs, &table);
+    stages_print(&s.stages);
+    tests_print(&s.tests);
+    table_print(&s, &table);
+    for (int i = 0; i < N_CUDA_DEFAULTS; i++) kernels_print(&s.kernels[i], cuda_cases[i].preset);
     text_printf(&out, "{\"table\": %s\n]", table.s);
-    part_write(&stages, "stages", &out);
-    part_write(&kernels, "kernels", &out);
-    part_write(&drop, "drop", &out);
-    part_write(&sdpa, "sdpa", &out);
-    part_write(&graphs[0], "graphs_0", &out);
-    part_write(&graphs[1], "graphs_1", &out);
-    for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
-        char *name = xprintf("step_%s", cuda_cases[i].preset), *other = xprintf("torch_%s", cuda_cases[i].preset);
-        part_write(&step[i], name, &out);
-        part_write(&torch[i], other, &out);
-        free(name);
-        free(other);
-    }
+    summary_take(&s, &out);
     text_printf(&out, "}\n");
     file_write_whole(argv[2], out.s, out.n);
-    Part *const single[] = {&stages, &kernels, &drop, &sdpa, &graphs[0], &graphs[1]};
-    for (int i = 0; i < 6; i++) part_close(single[i]);
-    for (int i = 0; i < N_CUDA_DEFAULTS; i++) part_close(&step[i]), part_close(&torch[i]);
     text_free(&out);
     text_free(&table);
     return 0;

@@ -261,13 +261,18 @@ typedef struct {
     Gpu *g;
     size_t B, T, BT, C, NH, V;
     int rounds;
+    double rate[2];                                      // of the peaks
+    const char *json;                                    // written anew after every table
 } Lab;
+
+static void bench_write(const Lab *l);
 
 static void lab_print(Lab *l, MeasureTable *t, const char *what) {
     char *title = xprintf("%s: %s, B %zu, T %zu, %s", what, l->c->preset, l->B, l->T, dtype_name[l->bench->dtype]);
     measure_table(t);
     measure_print(t, title, &l->bench->rows);
     free(title);
+    bench_write(l);
 }
 
 static void lab_matmul(Lab *l) {
@@ -789,18 +794,17 @@ static void peaks_print(const Bench *b, double rate[2], int rounds, Text *json) 
 
 // ---- The program ----
 
-static void bench_write(const Lab *l, const double rate[2], const char *path) {
+static void bench_write(const Lab *l) {
     const Bench *b = l->bench;
     Text out = {NULL, 0, 0};
     text_printf(&out, "{");
     measure_json_text(&out, "engine", b->engine->name);
     measure_json_text(&out, "dtype", dtype_name[b->dtype]);
     measure_json(&out, "sheet_peak", b->sheet_peak > 0 ? b->sheet_peak : NAN);
-    measure_json(&out, "measured_peak", rate[0]);
-    measure_json(&out, "copy_bandwidth", rate[1]);
+    measure_json(&out, "measured_peak", l->rate[0]);
+    measure_json(&out, "copy_bandwidth", l->rate[1]);
     text_printf(&out, ", \"rows\": %s\n], \"attention\": %s\n]}\n", b->rows.s, l->attention.s);
-    file_write_whole(path, out.s, out.n);
-    printf("\nalso in %s\n", path);
+    file_write_whole(l->json, out.s, out.n);
     text_free(&out);
 }
 
@@ -828,7 +832,6 @@ int main(int argc, char **argv) {
     Case only;
     Lab l;
     Peaks peaks;
-    double rate[2];
     options_init(&options, "kernels_cuda [options]");
     options_add(&options, bench_options(), &o);
     options_parse(&options, argc, argv);
@@ -839,16 +842,17 @@ int main(int argc, char **argv) {
     memset(&l, 0, sizeof l);
     b.engine = engine_cuda(), b.dtype = o.dtype == DTYPE_AUTO ? b.engine->dtype : (int)o.dtype;
     b.sheet_peak = sheet_peak(b.engine->name, b.dtype);
-    l.bench = &b, l.rounds = o.rounds ? (int)o.rounds : ROUNDS;
+    l.bench = &b, l.json = o.json, l.rounds = o.rounds ? (int)o.rounds : ROUNDS;
     text_printf(&b.rows, "[");
     text_printf(&l.attention, "[");
     printf("%s\n", b.engine->name);
     peaks_open(&peaks, &b, (size_t)o.size);
     l.product = &b.peaks.row[0], l.copy = &b.peaks.row[1];
-    peaks_print(&b, rate, l.rounds, &b.rows);
+    peaks_print(&b, l.rate, l.rounds, &b.rows);
     for (int i = 0; i < (o.only == ONLY_PEAK ? 0 : one ? 1 : N_CUDA_DEFAULTS); i++)
         lab_case(&l, one ? &only : &cuda_cases[i], (int)o.only);
-    bench_write(&l, rate, o.json);
+    bench_write(&l);
+    printf("\nalso in %s\n", o.json);
     peaks_close(&peaks);
     text_free(&b.rows);
     text_free(&l.attention);
