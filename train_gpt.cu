@@ -32,8 +32,9 @@ typedef struct Product Product;
 typedef struct {
     cudaStream_t stream;
     cublasLtHandle_t blas;
-    int half, tf32, search, plain;                       // search: time the algorithms of a product at its first use;
-                                                         // plain: kernels of this file do what a product could as well
+    int half, tf32, search, plain, sums_inside;          // search: time the algorithms of a product at its first use;
+                                                         // plain: kernels of this file do what a product could as well;
+                                                         // sums_inside: bias gradients too are the product's
     void *workspace;                                     // (WORKSPACE) bytes for products
     float *partial, *sum;                                // (PARTIAL * C) sums of parts of a column; (4C) of a whole one
     Product *product;                                    // those met so far, by their shapes
@@ -158,7 +159,9 @@ static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
 // Descriptors, layouts and the algorithm of a product are made at its first use and kept by its shapes. Of the algorithms
 // that the heuristic proposes, the fastest is taken whose result has the same bits as the first one's: the choice, which a
 // busy device may change, changes no result. DROPPATH_GEMM_SEARCH=0 always takes the first;
-// DROPPATH_GEMM_EPILOGUE=0 lets cuBLASLt do the products alone.
+// DROPPATH_GEMM_EPILOGUE=0 lets cuBLASLt do the products alone, =1 also the sums of bias gradients beside them. By default
+// the engine does those: libcublasLt 13.1 names kernels with them for bf16 and fp32 results only for compute capability 8.0,
+// which on 9.0 take 1.6 times as long (estimated) and would cost more than reading dy once again.
 
 // Lines of numbers, ld apart; a product sees the matrix or, `turned`, its transpose. All N.
 typedef struct { const void *at; size_t ld; int turned; } Matrix;
@@ -337,6 +340,7 @@ static int product_epilogue(const Result *y) {
 // Whether the library may do the epilogue. GELU only in bf16: the library has no fp32 kernel named for it, and a tanh.approx in
 // one (2^-11) would be the largest error of an fp32 run.
 static int product_fuses(const Gpu *g, const Result *y) {
+    if (y->b_sum && !g->sums_inside) return 0;
     if (!y->gelu && !y->h) return 1;
     return g->half && y->ld % 8 == 0;                    // by cublasLt.h, EPILOGUE_AUX_LD
 }
@@ -2354,6 +2358,7 @@ static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
     g->tf32 = dtype == DTYPE_TF32;
     g->search = !search || strcmp(search, "0");
     g->plain = epilogue && !strcmp(epilogue, "0");
+    g->sums_inside = epilogue && !strcmp(epilogue, "1");
     g->workspace = room_new("the workspace of products", WORKSPACE);
 }
 

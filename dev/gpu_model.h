@@ -53,6 +53,7 @@ enum {
     GPU_NORM_BYTES = 14,         // of (rows,T,C): x read and written, out, ln, xhat; so backward
     GPU_NORM_AGAIN_BYTES = 4,    // of (rows,T,C)
     GPU_GELU_AGAIN_BYTES = 4,    // of (rows,T,4C)
+    GPU_BIAS_BYTES = 2,          // of (rows,T,4C), or (rows,T,5C): gradients of products
     GPU_INNER_BYTES = 4,         // of (rows,T,C): y and dy
     GPU_LOSS_BYTES = 4,          // of (B,T,Vp): logits read, gradients written in their place
     GPU_EMBEDDING_BYTES = 8,     // of (B,T,C), each way
@@ -61,7 +62,7 @@ enum {
 };
 
 // Launches of a branch, forward and backward.
-static const int gpu_launches[BRANCHES][2] = {{4, 12}, {3, 10}};
+static const int gpu_launches[BRANCHES][2] = {{4, 14}, {3, 12}};
 
 // ---- A step ----
 
@@ -70,6 +71,7 @@ static const int gpu_launches[BRANCHES][2] = {{4, 12}, {3, 10}};
     X(head,          "products of head")               \
     X(attention,     "attention")                      \
     X(norms,         "norms")                          \
+    X(biases,        "bias gradients")                 \
     X(again,         "made again")                     \
     X(loss,          "softmax, loss")                  \
     X(embedding,     "embedding")                      \
@@ -158,6 +160,7 @@ static inline GpuTime gpu_branch_backward(const GpuSpec *g, const GpuRun *r, int
     t.part[GPU_PART_products] = 2 * gpu_branch_products(g, r, branch);
     t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES) + 3 * GPU_SUM_PARTS;
     t.part[GPU_PART_again] = gpu_branch_again(g, r, branch);
+    t.part[GPU_PART_biases] = gpu_stream(g, (branch == MLP ? 5 : 4) * elements, GPU_BIAS_BYTES);
     if (branch == ATTN)
         t.part[GPU_PART_attention] = 2.5 * gpu_attention_flops(r) / (GPU_ATTENTION_BACK * g->mma) +
                                      gpu_stream(g, elements, GPU_INNER_BYTES);
@@ -402,7 +405,7 @@ static inline void gpu_model_print(const DropPath *d, int M, int64_t steps) {
                         (double)bytes.activations;
     gpu_model_print_step(g, &s, (double)M * run.B * run.T);
     if (d->p_max > 0)
-        printf("         drop path saves %.1f ms, %.1f%% of a step, and leaves out %.1f%% of FLOPs\n",
+        printf("         drop path saves %.1f ms, %.1f%% of a step, and %.1f%% of the FLOPs\n",
                1e3 * (all.seconds - s.seconds), 100 * (1 - s.seconds / all.seconds),
                100 * (1 - s.flops / all.flops));
     if (run.ranks > 1)

@@ -3,7 +3,7 @@
 # beside PyTorch? Three calls, for machines that are lent for ten minutes at a time; each is of use alone.
 #
 #     PART=1 scripts/gpu_check.sh       is it right: what the machine has, every test in a process of its own
-#     PART=2 scripts/gpu_check.sh       how fast: steps with and without fused epilogues, kernels, PyTorch
+#     PART=2 scripts/gpu_check.sh       how fast: steps with more and fewer fused epilogues, kernels, PyTorch
 #     PART=3 scripts/gpu_check.sh       after repairs: whole runs, sanitizers, drop path, larger models
 #     scripts/gpu_check.sh              all three, one after the other
 #     make gpu-check-dry                the same on the emulator, tiny and slow, where there is no GPU
@@ -258,8 +258,9 @@ names_of_kernels() {                                     # preset, limit
 if part 2; then
     step gpt2 40
     step gpt2 40 gpt2_plain DROPPATH_GEMM_EPILOGUE=0
+    step gpt2 40 gpt2_fused DROPPATH_GEMM_EPILOGUE=1
     step gpt2-xl 60
-    step gpt2-xl 60 gpt2-xl_plain DROPPATH_GEMM_EPILOGUE=0
+    step gpt2-xl 60 gpt2-xl_fused DROPPATH_GEMM_EPILOGUE=1
     kernel_times gpt2 40
     kernel_times gpt2-xl 60
     torch gpt2 120 --batch 32 --rounds 3

@@ -4,7 +4,8 @@
 //
 // In the folder: stages.jsonl, a line for each stage {"stage", "status", "seconds", "note"}; tests.jsonl, a
 // line for each test; machine.json; drop.json, step_PRESET.json and kernels_PRESET.json of the benchmarks,
-// step_PRESET_plain.json without fused epilogues; graphs_0.json and graphs_1.json, a step without and with
+// step_PRESET_plain.json without fused epilogues, step_PRESET_fused.json with those of bias gradients as
+// well; graphs_0.json and graphs_1.json, a step without and with
 // CUDA graphs; torch_PRESET.json (lines) and sdpa.json where there was PyTorch. What is missing is left out
 // of the JSON and a dash in the table.
 #include "../json.h"
@@ -134,7 +135,7 @@ static void stages_print(const Part *p) {
     X(drop, "drop.json", 0) X(sdpa, "sdpa.json", 0) X(graphs_0, "graphs_0.json", 0)               \
     X(graphs_1, "graphs_1.json", 0)
 #define SUMMARY_PRESET_FILES(X)                                                                   \
-    X(step, "step_%s.json", 0) X(plain, "step_%s_plain.json", 0)                                  \
+    X(step, "step_%s.json", 0) X(plain, "step_%s_plain.json", 0) X(fused, "step_%s_fused.json", 0) \
     X(kernels, "kernels_%s.json", 0) X(torch, "torch_%s.json", 1)
 
 typedef struct {
@@ -224,6 +225,9 @@ static void step_print(const Summary *s, int i, Text *json) {
     free(what);
     what = xprintf("%s, step, time without fused epilogues / with", preset);
     if (s->plain[i].there) row(json, what, step_speed(&s->step[i]) / step_speed(&s->plain[i]), 0, 1);
+    free(what);
+    what = xprintf("%s, step, time with fused bias gradients / ours", preset);
+    if (s->fused[i].there) row(json, what, step_speed(&s->step[i]) / step_speed(&s->fused[i]), 0, 1);
     free(what);
 }
 

@@ -169,7 +169,7 @@ void test_cuda_products(void) {
     enum { FUSED, PLAIN, REFUSED, WAYS };                // refused: asked of the library, which has no kernel for it
     EACH_DTYPE(dtype) for (int way = 0; way < WAYS; way++) {
         Gpu g = test_gpu(dtype, 64);
-        g.plain = way == PLAIN;
+        g.plain = way == PLAIN, g.sums_inside = 1;
         emulated_epilogues(way == REFUSED ? "0" : NULL);
         for (auto s : sizes) {
             const size_t M = s[0], N = s[1], K = s[2];
@@ -196,7 +196,7 @@ void test_cuda_search_fails(void) {
         float *y = device_floats(3, M * N);
         const Matrix left = turned(a, M), right = lines(b, N);
         Result to = summed(y, N, 0);
-        to.b_sum = g.sum;
+        to.b_sum = g.sum, g.sums_inside = 1;
         setenv("EMU_ALGORITHMS_FAIL", fails ? "2" : "1", 1);
         multiply(&g, to, left, right, M, N, K);
         const Product *p = &g.product[0];
@@ -213,6 +213,19 @@ void test_cuda_search_fails(void) {
 #endif
 }
 
+// Bias gradients are the library's only where that is asked for.
+void test_cuda_bias_sums(void) {
+    for (int inside = 0; inside < 2; inside++) {
+        Gpu g = test_gpu(DTYPE_BF16, 64);
+        EXPECT(!g.sums_inside, "they are the library's by default");
+        g.sums_inside = inside;
+        const ProductCase p = {64, 64, 32, 1, 0, 1, 0, 0, 0, 1};
+        expect_product(&g, &p, DTYPE_BF16);
+        EXPECT(g.product[0].fused == inside, "asked for: %d, done: %d", inside, g.product[0].fused);
+        test_gpu_close(&g);
+    }
+}
+
 // A search gives the bits of the first algorithm, leaves what it adds to alone, and is done once for a shape.
 void test_cuda_products_search(void) {
     const size_t M = 384, N = 384, K = 352;
@@ -224,7 +237,7 @@ void test_cuda_products_search(void) {
             void *a = device_numbers(&g, 1, M * K), *b = device_numbers(&g, 2, K * N);
             float *y = device_floats(3, M * N);
             Result to = summed(y, N, 1);
-            to.b_sum = g.sum;
+            to.b_sum = g.sum, g.sums_inside = 1;
             for (int i = 0; i < 2; i++) multiply(&g, to, turned(a, M), lines(b, N), M, N, K);
             EXPECT(g.n_products == 1, "%d products for one shape", g.n_products);
             results[search] = host_floats(&g, y, M * N, 0);
