@@ -10,9 +10,11 @@
 // Every sum is taken in an order that depends on the shapes alone, so the results are the same bits for any number
 // of threads.
 
+#include "dev/attention_cached.h"
 #include "dev/check.h"
 #include "dev/engines.h"
 #include "dev/matmul.h"
+#include "dev/peak.h"
 
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
 
@@ -158,7 +160,7 @@ static void layernorm_backward(real *dx, real *also, real *dw, real *db, const r
 // whole vectors, have no edges, and none of the distances that let few lines of a cache serve all of them.
 
 enum {
-    QUERIES = 512 / sizeof(real), KEYS = 64, HEAD_MAX = 256,       // of a block (its room: 850 KB); channels of a head
+    QUERIES = 512 / sizeof(real),                                  // of a block, against KEYS (its room: 880 KB)
     STRIP_ROWS = TILE_ROWS < 8 ? 4 : 8, STRIP_VECTORS = 2,         // a tile here: these divide the blocks and most heads
     PAD = (int)LANES > (int)STRIP_ROWS ? (int)LANES : (int)STRIP_ROWS
 };
@@ -366,93 +368,6 @@ static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, c
                                             qkv + row * T * 3 * C + h * HS, room, at, i0, T, C, HS);
                 }
     }
-}
-
-// ---- Attention of tokens that go on with a sequence: one query at a time, over keys and values that are kept ----
-// A head's keys stand as blocks (HS,KEYS), so that a vector has one number of LANES keys, its values as lines of W. All sums
-// have the order, and so the bits, of attention_forward: it does not matter which tokens came in one call.
-
-typedef struct { real *at; size_t T; } HeadCache;        // heads after each other, T tokens each, a multiple of KEYS
-
-static size_t head_cache(size_t T, size_t HS) { return T * (HS + round_up(HS, LANES)); }
-
-// k and v (n,HS), lines ld apart, to positions from `first` on.
-static void cache_append(real *head, size_t T, const real *k, const real *v, size_t ld, size_t first, size_t n, size_t HS) {
-    const size_t W = round_up(HS, LANES);
-    real *values = head + T * HS;
-    for (size_t t = 0; t < n; t++) {
-        const size_t j = first + t;
-        for (size_t d = 0; d < HS; d++) head[(j / KEYS * HS + d) * KEYS + j % KEYS] = k[t * ld + d];
-        memcpy(values + j * W, v + t * ld, HS * sizeof(real));       // what is after HS stays 0
-    }
-}
-
-// s (KEYS) = q (HS) against a block of keys.
-static void query_scores(real *s, const real *q, const real *k, size_t HS) {
-    enum { AT_ONCE = 4 };
-    for (size_t j = 0; j < KEYS; j += AT_ONCE * LANES) {
-        Vector sum[AT_ONCE] = {{0}};
-        for (size_t d = 0; d < HS; d++)
-#pragma GCC unroll 4
-            for (size_t g = 0; g < AT_ONCE; g++) sum[g] += q[d] * vector_load(k + d * KEYS + j + g * LANES);
-        for (size_t g = 0; g < AT_ONCE; g++) vector_store(s + j + g * LANES, sum[g]);
-    }
-}
-
-// out (vectors * LANES) = p (n) v (n,W), + shrink * out unless this is the first block.
-static inline ALWAYS_INLINE void query_values(real *out, const real *p, const real *v, size_t n, size_t W, real shrink, int add,
-                                              size_t vectors) {
-    Vector sum[4] = {{0}};
-    for (size_t j = 0; j < n; j++)
-#pragma GCC unroll 4
-        for (size_t g = 0; g < vectors; g++) sum[g] += p[j] * vector_load(v + j * W + g * LANES);
-    for (size_t g = 0; g < vectors; g++) {
-        if (add) sum[g] += shrink * vector_load(out + g * LANES);
-        vector_store(out + g * LANES, sum[g]);
-    }
-}
-
-// y (HS) of q (HS) and the first `seen` tokens of a head.
-static void attention_query(real *y, const real *q, const real *head, size_t T, size_t seen, size_t HS) {
-    const size_t W = round_up(HS, LANES);
-    const real scale = (real)(1 / sqrt((double)HS)), *k = head, *v = head + T * HS;
-    real scaled_q[HEAD_MAX], out[HEAD_MAX + LANES], s[KEYS], sum = 0;
-    Vector top = vector_of(-(real)INFINITY);
-    for (size_t d = 0; d < HS; d++) scaled_q[d] = scale * q[d];
-    for (size_t j0 = 0; j0 < seen; j0 += KEYS, k += KEYS * HS, v += KEYS * W) {
-        const size_t n = at_most(seen - j0, KEYS);
-        query_scores(s, scaled_q, k, HS);
-        for (size_t j = n; j < KEYS; j++) s[j] = -(real)INFINITY;
-        const Vector block = vector_of(max_of(s, n)), high = select_lanes(block > top, block, top);
-        const Vector shrink = exp_lanes(top - high);
-        real total = 0;
-        for (size_t j = 0; j < KEYS; j += LANES) vector_store(s + j, exp_lanes(vector_load(s + j) - high));
-        for (size_t j = 0; j < n; j++) total += s[j];
-        size_t d = 0;
-        for (; d + 4 * LANES <= W; d += 4 * LANES) query_values(out + d, s, v + d, n, W, shrink[0], j0 > 0, 4);
-        for (; d < W; d += LANES) query_values(out + d, s, v + d, n, W, shrink[0], j0 > 0, 1);
-        sum = sum * shrink[0] + total;
-        top = high;
-    }
-    const real share = 1 / sum;
-    for (size_t d = 0; d < HS; d++) y[d] = out[d] * share;
-}
-
-// y (n,T,C) of qkv (n,T,3C), whose keys and values join the cache: line i of the branch goes on with the sequence seq[row] at
-// position at[row] of the row that it is. Without y they join only.
-static void attention_cached(real *y, const real *qkv, HeadCache cache, const BranchPlan *b, const int *seq, const int *at,
-                             size_t T, size_t C, size_t NH) {
-    const size_t HS = C / NH;
-#pragma omp parallel for collapse(2) schedule(dynamic)
-    for (size_t i = 0; i < (size_t)b->n; i++)
-        for (size_t h = 0; h < NH; h++) {
-            const size_t row = (size_t)b->rows[i], first = (size_t)at[row];
-            const real *q = qkv + i * T * 3 * C + h * HS;
-            real *head = cache.at + ((size_t)seq[row] * NH + h) * head_cache(cache.T, HS);
-            cache_append(head, cache.T, q + C, q + 2 * C, 3 * C, first, T, HS);
-            for (size_t t = 0; y && t < T; t++)
-                attention_query(y + (i * T + t) * C + h * HS, q + t * 3 * C, head, cache.T, first + t + 1, HS);
-        }
 }
 
 // One block of queries before the keys come: q and dy both ways, and inner = <dy, y>.
@@ -1252,49 +1167,7 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
 // There is nothing to round again: bf16 is made as products read the weights.
 static void model_resumed(Model *m, const int64_t *t) { (void)m, (void)t; }
 
-// CPU time of the calling thread: what other programs take of its core is not in it.
-static double thread_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-// Multiply-adds on registers, on all threads: no machine does more per second with these instructions. The best of
-// many short runs, each thread by its own CPU time, so that other programs cannot make the peak look lower. At least
-// five runs, but no more than five times as long: a busy machine may not give us a turn. Threads that share a core
-// also share its peak.
-static double model_peak(Model *m, double seconds) {
-    enum { INNER = 20000 };
-    const int pairs = m->pack.bf16 && PAIRS;
-    const double begin = clock_seconds(), online = (double)sysconf(_SC_NPROCESSORS_ONLN);
-    const double share = online >= 1 && online < team_most() ? online / team_most() : 1;
-    double best = 0, elapsed = 0;
-    for (int run = 0; elapsed < seconds || (run < 5 && elapsed < 5 * seconds); run++) {
-        double sum = 0, rate = 0;                        // rate: FLOPs per second of all threads
-#pragma omp parallel reduction(+:sum, rate)
-        {
-            const double from = thread_seconds();
-            real a[TILE_ROWS], y[TILE_ROWS * TILE_COLS];
-            Vector b[TILE_VECTORS], acc[TILE_ROWS][TILE_VECTORS] = {{{0}}};
-            for (int i = 0; i < TILE_ROWS; i++) a[i] = (real)1e-3 * (real)i;
-            for (int j = 0; j < TILE_VECTORS; j++) b[j] = acc[0][0] + (real)1e-3 * (real)(j + 1);
-            for (int k = 0; k < INNER; k++) {
-#pragma GCC unroll 16
-                for (int i = 0; i < TILE_ROWS; i++)
-                    for (int j = 0; j < TILE_VECTORS; j++) {
-                        if (pairs) acc[i][j] = pairs_dot(acc[i][j], a[i], b[j]);
-                        else acc[i][j] = acc[i][j] * b[j] + a[i];
-                    }
-            }
-            memcpy(y, acc, sizeof y);
-            for (int i = 0; i < TILE_ROWS * TILE_COLS; i++) sum += (double)y[i];
-            rate += (pairs ? 4.0 : 2.0) * INNER * TILE_ROWS * TILE_COLS / fmax(thread_seconds() - from, 1e-6);
-        }
-        if (sum > 0) best = fmax(best, share * rate);    // sum > 0: the loop must not be optimised away
-        elapsed = clock_seconds() - begin;
-    }
-    return best;
-}
+static double model_peak(Model *m, double seconds) { return machine_peak(m->pack.bf16, seconds); }
 
 #ifndef CPU_ENGINE                                       // a fat build names each of its engines, and dev/engines.c chooses
 #define CPU_ENGINE cpu_engine

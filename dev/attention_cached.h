@@ -1,0 +1,99 @@
+// attention_cached.h: attention of tokens that go on with a sequence, on the CPU: one query at a time, over keys and values that
+// are kept. Only generation needs it; attention_forward of train_gpt.c is the same over whole rows.
+//
+// A head's keys stand as blocks (HS,KEYS), so that a vector has one number of LANES keys, its values as lines of W, HS rounded
+// up to whole vectors. All sums have the order, and so the bits, of attention_forward: it does not matter which tokens came in
+// one call.
+#ifndef ATTENTION_CACHED_H
+#define ATTENTION_CACHED_H
+
+#include "drop_path.h"
+#include "matmul.h"
+#include "vector.h"
+
+enum { KEYS = 64, HEAD_MAX = 256 };                      // of a block; channels of a head
+
+typedef struct { real *at; size_t T; } HeadCache;        // heads after each other, T tokens each, a multiple of KEYS
+
+static inline size_t head_cache(size_t T, size_t HS) { return T * (HS + round_up(HS, LANES)); }
+
+// k and v (n,HS), lines ld apart, to positions from `first` on.
+static inline void cache_append(real *head, size_t T, const real *k, const real *v, size_t ld, size_t first, size_t n, size_t HS) {
+    const size_t W = round_up(HS, LANES);
+    real *values = head + T * HS;
+    for (size_t t = 0; t < n; t++) {
+        const size_t j = first + t;
+        for (size_t d = 0; d < HS; d++) head[(j / KEYS * HS + d) * KEYS + j % KEYS] = k[t * ld + d];
+        memcpy(values + j * W, v + t * ld, HS * sizeof(real));       // what is after HS stays 0
+    }
+}
+
+// s (KEYS) = q (HS) against a block of keys.
+static inline void query_scores(real *s, const real *q, const real *k, size_t HS) {
+    enum { AT_ONCE = 4 };
+    for (size_t j = 0; j < KEYS; j += AT_ONCE * LANES) {
+        Vector sum[AT_ONCE] = {{0}};
+        for (size_t d = 0; d < HS; d++)
+#pragma GCC unroll 4
+            for (size_t g = 0; g < AT_ONCE; g++) sum[g] += q[d] * vector_load(k + d * KEYS + j + g * LANES);
+        for (size_t g = 0; g < AT_ONCE; g++) vector_store(s + j + g * LANES, sum[g]);
+    }
+}
+
+// out (vectors * LANES) = p (n) v (n,W), + shrink * out unless this is the first block.
+static inline ALWAYS_INLINE void query_values(real *out, const real *p, const real *v, size_t n, size_t W, real shrink, int add,
+                                              size_t vectors) {
+    Vector sum[4] = {{0}};
+    for (size_t j = 0; j < n; j++)
+#pragma GCC unroll 4
+        for (size_t g = 0; g < vectors; g++) sum[g] += p[j] * vector_load(v + j * W + g * LANES);
+    for (size_t g = 0; g < vectors; g++) {
+        if (add) sum[g] += shrink * vector_load(out + g * LANES);
+        vector_store(out + g * LANES, sum[g]);
+    }
+}
+
+// y (HS) of q (HS) and the first `seen` tokens of a head.
+static inline void attention_query(real *y, const real *q, const real *head, size_t T, size_t seen, size_t HS) {
+    const size_t W = round_up(HS, LANES);
+    const real scale = (real)(1 / sqrt((double)HS)), *k = head, *v = head + T * HS;
+    real scaled_q[HEAD_MAX], out[HEAD_MAX + LANES], s[KEYS], sum = 0;
+    Vector top = vector_of(-(real)INFINITY);
+    for (size_t d = 0; d < HS; d++) scaled_q[d] = scale * q[d];
+    for (size_t j0 = 0; j0 < seen; j0 += KEYS, k += KEYS * HS, v += KEYS * W) {
+        const size_t n = at_most(seen - j0, KEYS);
+        query_scores(s, scaled_q, k, HS);
+        for (size_t j = n; j < KEYS; j++) s[j] = -(real)INFINITY;
+        const Vector block = vector_of(max_of(s, n)), high = select_lanes(block > top, block, top);
+        const Vector shrink = exp_lanes(top - high);
+        real total = 0;
+        for (size_t j = 0; j < KEYS; j += LANES) vector_store(s + j, exp_lanes(vector_load(s + j) - high));
+        for (size_t j = 0; j < n; j++) total += s[j];
+        size_t d = 0;
+        for (; d + 4 * LANES <= W; d += 4 * LANES) query_values(out + d, s, v + d, n, W, shrink[0], j0 > 0, 4);
+        for (; d < W; d += LANES) query_values(out + d, s, v + d, n, W, shrink[0], j0 > 0, 1);
+        sum = sum * shrink[0] + total;
+        top = high;
+    }
+    const real share = 1 / sum;
+    for (size_t d = 0; d < HS; d++) y[d] = out[d] * share;
+}
+
+// y (n,T,C) of qkv (n,T,3C), whose keys and values join the cache: line i of the branch goes on with the sequence seq[row] at
+// position at[row] of the row that it is. Without y they join only.
+static inline void attention_cached(real *y, const real *qkv, HeadCache cache, const BranchPlan *b, const int *seq, const int *at,
+                             size_t T, size_t C, size_t NH) {
+    const size_t HS = C / NH;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (size_t i = 0; i < (size_t)b->n; i++)
+        for (size_t h = 0; h < NH; h++) {
+            const size_t row = (size_t)b->rows[i], first = (size_t)at[row];
+            const real *q = qkv + i * T * 3 * C + h * HS;
+            real *head = cache.at + ((size_t)seq[row] * NH + h) * head_cache(cache.T, HS);
+            cache_append(head, cache.T, q + C, q + 2 * C, 3 * C, first, T, HS);
+            for (size_t t = 0; y && t < T; t++)
+                attention_query(y + (i * T + t) * C + h * HS, q + t * 3 * C, head, cache.T, first + t + 1, HS);
+        }
+}
+
+#endif

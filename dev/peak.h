@@ -1,0 +1,53 @@
+// peak.h: what this machine can do at most in a second, measured: the peak that runs and benchmarks are compared with.
+#ifndef PEAK_H
+#define PEAK_H
+
+#include "matmul.h"
+#include <time.h>
+#include <unistd.h>
+
+// CPU time of the calling thread: what other programs take of its core is not in it.
+static inline double thread_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// Multiply-adds on registers, on all threads: no machine does more per second with these instructions. The best of
+// many short runs, each thread by its own CPU time, so that other programs cannot make the peak look lower. At least
+// five runs, but no more than five times as long: a busy machine may not give us a turn. Threads that share a core
+// also share its peak.
+static inline double machine_peak(int bf16, double seconds) {
+    enum { INNER = 20000 };
+    const int pairs = bf16 && PAIRS;
+    const double begin = clock_seconds(), online = (double)sysconf(_SC_NPROCESSORS_ONLN);
+    const double share = online >= 1 && online < team_most() ? online / team_most() : 1;
+    double best = 0, elapsed = 0;
+    for (int run = 0; elapsed < seconds || (run < 5 && elapsed < 5 * seconds); run++) {
+        double sum = 0, rate = 0;                        // rate: FLOPs per second of all threads
+#pragma omp parallel reduction(+:sum, rate)
+        {
+            const double from = thread_seconds();
+            real a[TILE_ROWS], y[TILE_ROWS * TILE_COLS];
+            Vector b[TILE_VECTORS], acc[TILE_ROWS][TILE_VECTORS] = {{{0}}};
+            for (int i = 0; i < TILE_ROWS; i++) a[i] = (real)1e-3 * (real)i;
+            for (int j = 0; j < TILE_VECTORS; j++) b[j] = acc[0][0] + (real)1e-3 * (real)(j + 1);
+            for (int k = 0; k < INNER; k++) {
+#pragma GCC unroll 16
+                for (int i = 0; i < TILE_ROWS; i++)
+                    for (int j = 0; j < TILE_VECTORS; j++) {
+                        if (pairs) acc[i][j] = pairs_dot(acc[i][j], a[i], b[j]);
+                        else acc[i][j] = acc[i][j] * b[j] + a[i];
+                    }
+            }
+            memcpy(y, acc, sizeof y);
+            for (int i = 0; i < TILE_ROWS * TILE_COLS; i++) sum += (double)y[i];
+            rate += (pairs ? 4.0 : 2.0) * INNER * TILE_ROWS * TILE_COLS / fmax(thread_seconds() - from, 1e-6);
+        }
+        if (sum > 0) best = fmax(best, share * rate);    // sum > 0: the loop must not be optimised away
+        elapsed = clock_seconds() - begin;
+    }
+    return best;
+}
+
+#endif
