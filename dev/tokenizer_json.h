@@ -136,13 +136,13 @@ static inline void tokenizer_json_config(Text *out, int T, const char *eot) {
 // ---- Reading one: no more than whose it is ----
 
 // Reads a tokenizer.json: *last is its highest token, *eot_name the name of token eot, from malloc, or NULL.
-// Returns NULL, or what is wrong; nothing is to be freed then.
-static inline const char *tokenizer_json_read(const void *mem, size_t size, int eot, int64_t *last, char **eot_name) {
+// Returns NULL, or from malloc what is wrong; nothing else is to be freed then.
+static inline char *tokenizer_json_read(const void *mem, size_t size, int eot, int64_t *last, char **eot_name) {
     Json doc;
     int64_t id = 0;
     *last = -1, *eot_name = NULL;
     const char *error = json_parse(&doc, mem, size);
-    if (error) return error;
+    if (error) return xprintf("no valid JSON: %s", error);
     const int model = json_get(&doc, 0, "model"), added = json_get(&doc, 0, "added_tokens");
     const int vocab = json_get(&doc, model, "vocab");
     if (json_type(&doc, model) != JSON_OBJECT) error = "it has no \"model\"";
@@ -159,7 +159,7 @@ static inline const char *tokenizer_json_read(const void *mem, size_t size, int 
         *eot_name = json_string(&doc, json_get(&doc, k, "content"), NULL);
     }
     json_free(&doc);
-    return error;
+    return error ? xstrdup(error) : NULL;
 }
 
 // Of end-of-text, from malloc, or NULL.
@@ -207,10 +207,12 @@ static inline char *tokenizer_files_take(TokenizerFiles *f, const Tokenizer *t, 
     if (error) die("cannot read %s: %s", path, error);
     if (ours.n) f->file[tokenizer_file_kind(&ours)] = ours;
     if (path_exists(json)) {
+        char *bad = NULL;
         error = tokenizer_file_append(whole, json);
-        if (!error) error = tokenizer_json_read(whole->s ? whole->s : "", whole->n, eot, &last, &name);
+        if (!error) error = bad = tokenizer_json_read(whole->s ? whole->s : "", whole->n, eot, &last, &name);
         if (!error && last >= V) error = "it has more tokens than the model";
         if (error) text_free(whole), wrong = xprintf("%s: %s", json, error);
+        free(bad);
     }
     if (!whole->n && t) {
         free(name);

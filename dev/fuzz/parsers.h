@@ -232,7 +232,9 @@ static int fuzz_tokenizer(const unsigned char *p, size_t n) {
     Tokenizer t;
     char *name;
     int64_t last;
-    if (!tokenizer_json_read(n ? (const void *)p : "", n, 1, &last, &name)) free(name);
+    char *wrong = tokenizer_json_read(n ? (const void *)p : "", n, 1, &last, &name);
+    FUZZ_REQUIRE(!wrong || (*wrong && !name));
+    free(wrong ? wrong : name);
     const char *error = tokenizer_parse(&t, p, n);
     FUZZ_REQUIRE(!error || (*error && strlen(error) < sizeof t.error));
     if (error) return 0;

@@ -377,10 +377,11 @@ static void test_trainer_checkpoint_can_be_moved(void) {
                    "diff moved/tokenizer_config.json exported/tokenizer_config.json", dir);
     EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
     tool_free(&r);
+    char *weights = xprintf("--steps 3 --init-from %s/moved", dir);
     for (int resume = 0; resume < 2; resume++)           // first from its weights, then that run from its checkpoint
-        tool_expect(0, "", tool_run("train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --out %s/second %s%s "
-                                    "--sample-every 3", dir, dir, resume ? "--steps 6 --resume" : "--steps 3 --init-from ",
-                                    resume ? "" : xprintf("%s/moved", dir)), __FILE__, __LINE__);
+        tool_expect(0, "", tool_run("train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --out %s/second %s "
+                                    "--sample-every 3", dir, dir, resume ? "--steps 6 --resume" : weights), __FILE__, __LINE__);
+    free(weights);
     r = shell_runf("cd %s && cmp tokenizer.bin second/latest/tokenizer.bin && cmp moved/tokenizer.json "
                    "second/step_00000006/tokenizer.json", dir);
     EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);

@@ -132,7 +132,7 @@ static char *export_take_json(Export *x, const char *path) {
     char *eot;
     int64_t last;
     x->tokenizer = export_read(path);
-    const char *error = tokenizer_json_read(x->tokenizer.s, x->tokenizer.n, x->eot, &last, &eot);
+    char *error = tokenizer_json_read(x->tokenizer.s, x->tokenizer.n, x->eot, &last, &eot);
     if (error) die("%s: %s", path, error);
     if (last >= x->m.config.V)
         die("%s has a token %lld, the model only %d tokens\n  hint: --tokenizer FILE names another", path, (long long)last,
