@@ -63,7 +63,7 @@ include dev/dev.mk
 # Compiles the first prerequisite, with more flags.
 define cc
 @mkdir -p $(@D)
-$(CC) $(FLAGS) $(VERSION) $(1) -MMD -MF $@.d -c $< -o $@
+$(CC) $(FLAGS) $(VERSION) $(1) -MMD -MP -MF $@.d -c $< -o $@
 endef
 link = $(CC) $(FLAGS) $(filter %.o,$^) -o $@ $(LIBS)
 

@@ -53,7 +53,7 @@ GPU_LIBS   = -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt 
              $(if $(filter 1,$(NCCL)),-lnccl) -lm -lpthread
 define nvcc
 @mkdir -p $(@D)
-$(NVCC) $(GPU_FLAGS) $(1) -MMD -MF $@.d -c $< -o $@
+$(NVCC) $(GPU_FLAGS) $(1) -MMD -MP -MF $@.d -c $< -o $@
 endef
 gpu_link = $(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $(filter %.o,$^) -o $@ $(GPU_LIBS)
 
@@ -87,7 +87,7 @@ EMU_FLAGS = -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-
             $(SANITIZE) $(if $(SAN),-fno-sanitize=vptr $(call probe,-fno-sanitize=function))
 define emu
 @mkdir -p $(@D)
-$(CXX) $(EMU_FLAGS) $(1) -MMD -MF $@.d -c $< -o $@
+$(CXX) $(EMU_FLAGS) $(1) -MMD -MP -MF $@.d -c $< -o $@
 endef
 
 $(B)/test_emu.o: dev/test/test_emu.cu
@@ -157,7 +157,7 @@ FUZZ_FLAGS   := -std=c11 -O2 -g -Wall -Wextra -fsanitize=fuzzer,address,undefine
 
 $(B)/fuzz/parsers: dev/fuzz/fuzz.c
 	@mkdir -p $(@D)
-	$(FUZZ_CC) $(FUZZ_FLAGS) -MMD -MF $@.d $< -o $@ -lm -pthread
+	$(FUZZ_CC) $(FUZZ_FLAGS) -MMD -MP -MF $@.d $< -o $@ -lm -pthread
 
 fuzz: $(B)/fuzz/parsers $(B)/fuzz_replay
 	@FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_SECONDS=$(FUZZ_SECONDS) BUILD=$(B) sh dev/fuzz/run.sh $(FUZZ)
