@@ -413,10 +413,11 @@ static inline void checkpoint_prune(const char *out, int64_t keep, int64_t writt
 static inline void checkpoint_recover(const char *out) {
     char *link = xprintf("%s/.latest.tmp", out);
     DIR *d = opendir(out);
+    if (!d && errno != ENOENT) die("cannot list %s: %s", out, strerror(errno));
     if (d && path_exists(link)) disk_unlink(link);
     free(link);
     if (!d) return;
-    for (struct dirent *entry; (entry = readdir(d)) != NULL;) {
+    for (struct dirent *entry; errno = 0, (entry = readdir(d)) != NULL;) {
         const char *end = strrchr(entry->d_name, '.');
         if (strncmp(entry->d_name, ".step_", 6) || (strcmp(end, ".tmp") && strcmp(end, ".old"))) continue;
         char *path = xprintf("%s/%s", out, entry->d_name);
@@ -425,6 +426,7 @@ static inline void checkpoint_recover(const char *out) {
         else file_rename(path, final);
         free(path), free(final);
     }
+    if (errno) die("cannot list %s: %s", out, strerror(errno));
     closedir(d);
 }
 

@@ -241,6 +241,10 @@ static void test_checkpoint_unreadable(void) {
         EXPECT_ERROR(found, "step_00000001");
         EXPECT(checkpoint_test_descriptor() == descriptor, "files stay open");
         free(found);
+        EXPECT(!unlink(path) && !symlink("/dev/zero", path), "%s", path);
+        found = checkpoint_latest(out);                  // nor does it read what has no end
+        EXPECT_ERROR(found, "step_00000001");
+        free(found);
         if (i < 3) file_rename(away, path);
     }
     const char *const unreadable = "/proc/self/mem";     // its first byte is nowhere
