@@ -101,7 +101,7 @@ class KeptMap:
 
 
 def depths(config, layers):
-    """D(l) of l = 1..L: --drop-depth in README.md; None where the options are not known."""
+    """D(l) of l = 1..L: --drop-depth in dev/DROP_PATH.md; None where the options are not known."""
     span = max(1, layers - 1)
     rule = {"linear": lambda l: l / layers, "linear0": lambda l: (l - 1) / span, "uniform": lambda l: 1.0,
             "exp": lambda l: 2 ** ((l - 1) / span) - 1}.get(config.get("drop-depth"))
