@@ -46,8 +46,7 @@ static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const 
 static void noise_factors(real *keep, const NoisePlace *z, uint32_t row, uint32_t line, size_t first, size_t n) {
     const real scale = (real)noise_scale(z->rate);
     uint32_t words[NOISE_CALLS * 4];
-#pragma omp simd
-    for (uint32_t i = 0; i < NOISE_CALLS; i++) {
+    for (uint32_t i = 0; i < NOISE_CALLS; i++) {         // a vector of calls at a time, as compilers see by themselves
         const Philox w = noise_words(z->key, z->first_row + row, 0, line, (uint32_t)(first / NOISE_EACH) + i);
         for (int j = 0; j < 4; j++) words[4 * i + (uint32_t)j] = w.v[j];
     }
@@ -286,8 +285,7 @@ static void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t 
                             size_t lanes) {
     const real scale = (real)noise_scale(z->rate);
     for (size_t j = 0; j < nj; j += NOISE_EACH)
-#pragma omp simd
-        for (size_t i = 0; i < lanes; i++) {
+        for (size_t i = 0; i < lanes; i++) {             // likewise
             const Philox w = noise_words(z->key, z->first_row + (uint32_t)row, (uint32_t)head, (uint32_t)(i0 + i),
                                          (uint32_t)((j0 + j) / NOISE_EACH));
             for (int e = 0; e < NOISE_EACH; e++)
