@@ -947,23 +947,29 @@ template <bool LINES_ARE_KEYS, int M, int N> static __device__ void causal(float
             }
 }
 
-// factor[m][n][e] = that of dropout of s[m][n][e].
-template <bool LINES_ARE_KEYS, int M, int N>
+// s times the factors of dropout. Lines are queries; columns begin on a multiple of 32, which is a word of bits.
+template <int M, int N>
+static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, int line0, int column0, int T) {
+    const float scale = kept_scale(keep);
+    const int lane = (int)threadIdx.x % 32;
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int half = 0; half < 2; half++)
+            UNROLL for (int n = 0; n < N; n += 4) {
+                const int i = line0 + lane / 4 + 16 * m + 8 * half;
+                const uint32_t word = kept_word(keep, head, i, column0 + 8 * n, T) >> lane % 4 * 2;
+                UNROLL for (int k = 0; k < 8; k++) s[m][n + k / 2][2 * half + k % 2] *= word >> (k / 2 * 8 + k % 2) & 1 ? scale : 0;
+            }
+}
+
+// factor[m][n][e] = that of dropout of s[m][n][e], whose lines are keys.
+template <int M, int N>
 static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t head, int line0, int column0, int T) {
     const float scale = kept_scale(keep);
     const int line = line0 + (int)threadIdx.x % 32 / 4, column = column0 + (int)threadIdx.x % 4 * 2;
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int n = 0; n < N; n++)
-            UNROLL for (int e = 0; e < 4; e++) {
-                const int a = line + 16 * m + e / 2 * 8, b = column + 8 * n + e % 2;
-                factor[m][n][e] = kept_factor(keep, head, LINES_ARE_KEYS ? b : a, LINES_ARE_KEYS ? a : b, T, scale);
-            }
-}
-
-template <int M, int N> static __device__ void tile_times(float s[M][N][4], const float factor[M][N][4]) {
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int n = 0; n < N; n++)
-            UNROLL for (int e = 0; e < 4; e++) s[m][n][e] *= factor[m][n][e];
+            UNROLL for (int e = 0; e < 4; e++)
+                factor[m][n][e] = kept_factor(keep, head, column + 8 * n + e % 2, line + 16 * m + e / 2 * 8, T, scale);
 }
 
 // The four lanes of a line.
@@ -1050,11 +1056,7 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
             tile_scores<W, M, N, KEPT>(s, &q, q_tile, 0, k_tiles + at * KEYS * W);
             causal<false, M, N>(s, i_own, j0);
             softmax_tile<W, M, N>(s, out, top, sum, scale2);
-            if (DROPS) {
-                float factor[M][N][4];
-                kept_factors<false, M, N>(factor, keep, head_tokens(p, NH, T), i_own, j0, T);
-                tile_times<M, N>(s, factor);
-            }
+            if (DROPS) tile_keep<M, N>(s, keep, head_tokens(p, NH, T), i_own, j0, T);
             tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
@@ -1123,9 +1125,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
                     UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = DROPS ? 0 : minus_inner[m][e / 2];  // where dP begins
             tile_scores<W, M, N, KEPT>(ds, &g, q_tile, LINES, v_tiles + at * KEYS * W);
             if (DROPS) {
-                float factor[M][N][4];
-                kept_factors<false, M, N>(factor, keep, head_tokens(p, NH, T), i_own, j0, T);
-                tile_times<M, N>(ds, factor);
+                tile_keep<M, N>(ds, keep, head_tokens(p, NH, T), i_own, j0, T);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
                         UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] += minus_inner[m][e / 2];
@@ -1220,7 +1220,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                     UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
             if (DROPS) {
                 float factor[M][N][4], left[M][N][4];
-                kept_factors<true, M, N>(factor, keep, head_tokens(p, NH, T), j_own, i0, T);
+                kept_factors<M, N>(factor, keep, head_tokens(p, NH, T), j_own, i0, T);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
                         UNROLL for (int e = 0; e < 4; e++) left[m][n][e] = s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
@@ -1589,7 +1589,7 @@ static void attention_inner(float *inner, const void *dy, const void *y, const A
 template <bool DROPS> static bool attention_forward_fast(void *y, float *lse, const void *qkv, const AttentionShape *a) {
     const size_t HS = a->C / a->NH;
     if (HS % 8 || HS > 128) return false;
-    if (HS <= 64) attention_forward_mma<64, 2, 8, true, DROPS>(y, lse, qkv, a);
+    if (HS <= 64) attention_forward_mma<64, 2, DROPS ? 4 : 8, true, DROPS>(y, lse, qkv, a);      // registers for the bits
     else attention_forward_mma<128, 1, 8, true, DROPS>(y, lse, qkv, a);
     return true;
 }
@@ -1773,15 +1773,16 @@ softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targ
     const unsigned first = threadIdx.x * W, step = blockDim.x * W, whole = V / W * W;
     const int target = targets[blockIdx.x];
     const float at_target = target < 0 ? 0 : to_float(row[target]);
-    float top = -INFINITY, sum = 0, all = 0;
-    for (unsigned v = first; v < V && SMOOTHS; v += step)
-        UNROLL for (unsigned k = 0; k < W; k++) all += v + k < V ? to_float(row[v + k]) : 0;
+    float top = -INFINITY, sum = 0;
     for (unsigned v = first; v < whole; v += step) softmax_join<N, W>(&top, &sum, load<N, W>(row, v), W);
     if (first == 0 && whole < V) softmax_join<N, W>(&top, &sum, load<N, W>(row, whole), V - whole);
     const float highest = block_max(top, shared);
     sum = block_sum(sum == 0 ? 0 : sum * exp_stored<N>(top - highest), shared + WARP);   // sum 0: no number was this thread's
     if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logf(sum) - (at_target - highest);
     if (SMOOTHS) {
+        float all = 0;
+        for (unsigned v = first; v < V; v += step)
+            UNROLL for (unsigned k = 0; k < W; k++) all += v + k < V ? to_float(row[v + k]) : 0;
         __syncthreads();
         all = block_sum(all, shared);
         if (threadIdx.x == 0) uniform[blockIdx.x] = target < 0 ? 0 : logf(sum) - (all / (float)V - highest);
