@@ -137,6 +137,19 @@ static inline const char *test_build(void) {
     return build ? build : "build";
 }
 
+// Whether a program stands before those that are tested: an emulator of their processor, which is slow.
+static inline int test_emulated(void) { return strchr(test_build(), ' ') != NULL; }
+
+// BUILD with an absolute path, for commands that begin in another directory; from malloc.
+static inline char *test_build_absolute(void) {
+    const char *build = test_build(), *last = strrchr(build, ' '), *path = last ? last + 1 : build;
+    char *absolute = realpath(path, NULL);
+    if (!absolute) die("%s: %s", path, strerror(errno));
+    char *all = xprintf("%.*s%s", (int)(path - build), build, absolute);
+    free(absolute);
+    return all;
+}
+
 typedef struct { int code; Text out, err; } ToolRun;     // exit code, standard output and error
 
 // Runs a command line.

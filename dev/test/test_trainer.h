@@ -368,9 +368,11 @@ static void test_trainer_checkpoint_can_be_moved(void) {
                    "cmp tokenizer.bin moved/tokenizer.bin", dir);
     EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
     tool_free(&r);
-    r = shell_runf("build=$(cd %s && pwd); cd / && $build/generate %s/moved --prompt 'the cat' --tokens 3 && "
+    char *build = test_build_absolute();
+    r = shell_runf("build='%s'; cd / && $build/generate %s/moved --prompt 'the cat' --tokens 3 && "
                    "$build/evaluate %s/moved --val '%s/data/val_*.bin' --json %s/evaluation.json && "
-                   "$build/export %s/moved --out %s/exported", test_build(), dir, dir, dir, dir, dir, dir);
+                   "$build/export %s/moved --out %s/exported", build, dir, dir, dir, dir, dir, dir);
+    free(build);
     EXPECT(r.code == 0 && !strncmp(r.out.s, "the cat", 7), "exit code %d: %s%s", r.code, r.out.s, r.err.s);
     tool_free(&r);
     r = shell_runf("cd %s && grep -q val_bpb evaluation.json && diff moved/tokenizer.json exported/tokenizer.json && "
