@@ -376,7 +376,8 @@ static void test_trainer_checkpoint_can_be_moved(void) {
     EXPECT(r.code == 0 && !strncmp(r.out.s, "the cat", 7), "exit code %d: %s%s", r.code, r.out.s, r.err.s);
     tool_free(&r);
     r = shell_runf("cd %s && grep -q val_bpb evaluation.json && diff moved/tokenizer.json exported/tokenizer.json && "
-                   "diff moved/tokenizer_config.json exported/tokenizer_config.json", dir);
+                   "diff moved/tokenizer_config.json exported/tokenizer_config.json && "
+                   "cmp moved/tokenizer.bin exported/tokenizer.bin", dir);
     EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
     tool_free(&r);
     char *weights = xprintf("--steps 3 --init-from %s/moved", dir);

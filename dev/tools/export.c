@@ -191,6 +191,13 @@ static char *export_find_tokenizer(const Export *x) {
     return ours;
 }
 
+// The file that our own tools read, where it stands beside the tokenizer.json.
+static void export_keep_ours(Export *x, const char *json) {
+    char *beside = xprintf("%.*s/", (int)(strrchr(json, '/') - json), json), *path = tokenizer_find(beside);
+    if (path) x->ours = export_read(path), x->ours_name = x->ours.s[0] == '{' ? "vocab.json" : "tokenizer.bin";
+    free(beside), free(path);
+}
+
 static void export_tokenizer(Export *x) {
     char *path = export_find_tokenizer(x), *eot;
     if (!path) {
@@ -198,6 +205,7 @@ static void export_tokenizer(Export *x) {
         return;
     }
     eot = export_is_json(path) ? export_take_json(x, path) : export_make_json(x, path);
+    if (!x->ours.n && !*x->o->tokenizer) export_keep_ours(x, path);
     tokenizer_json_config(&x->tokenizer_config, x->m.config.T, eot);
     free(eot), free(path);
 }
