@@ -1185,11 +1185,6 @@ const Engine CPU_ENGINE = {
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };
 
-#ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main
-#include "dev/trainer.h"
-
-int main(int argc, char **argv) {
-    program_begin(argv);
-    return trainer_main(argc, argv, engine_cpu());
-}
+#ifndef ENGINE_ONLY                                      // the Makefile links main.c with an engine instead
+#include "dev/main.c"
 #endif

@@ -1,5 +1,5 @@
-// main.c: the trainer on this build's engine, which the Makefile has in an object of its own already.
-// `cc -O3 -fopenmp train_gpt.c -lm` alone takes the same lines at the end of train_gpt.c instead.
+// main.c: the trainer on this build's engine. train_gpt.c includes it, so that `cc -O3 -fopenmp train_gpt.c -lm` is the trainer;
+// the Makefile, which has each engine in an object of its own already, compiles it alone.
 
 #include "engines.h"
 #include "trainer.h"
