@@ -16,9 +16,9 @@ sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
 
-from make_golden import B, C, CASES, L, NH, T, V, gelu, layernorm, leaves  # noqa: E402
+from make_golden import B, C, CASES, L, NH, T, V, gelu, layernorm, leaves, write  # noqa: E402
 
 STREAM_NOISE = 8
 EMBD, ATTN, ATTN_OUT, MLP_OUT = range(4)
@@ -129,11 +129,7 @@ def main():
     for name in NOISY:
         out |= noisy_case(params, golden["tokens"], golden["targets"], name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}, -log p {out[f'{name}/nll']:.6f}")
-    if sys.argv[1:] and sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    path = sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).with_name("companions.safetensors")
-    save_file({name: np.ascontiguousarray(np.atleast_1d(value)) for name, value in out.items()}, path)
-    print(f"wrote {path}: {len(out)} tensors, {pathlib.Path(path).stat().st_size} bytes")
+    write(out, "companions.safetensors", __doc__)
 
 
 if __name__ == "__main__":

@@ -237,6 +237,15 @@ def check_against_transformers(params, tokens, logits):
     assert error < 1e-12
 
 
+def write(tensors, name, usage):
+    """To the file that the command line names, else to `name` beside this one."""
+    if sys.argv[1:] and sys.argv[1].startswith("-"):
+        sys.exit(usage)
+    path = sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).with_name(name)
+    save_file({name: np.ascontiguousarray(np.atleast_1d(value)) for name, value in tensors.items()}, path)
+    print(f"wrote {path}: {len(tensors)} tensors, {pathlib.Path(path).stat().st_size} bytes")
+
+
 def main():
     torch.set_num_threads(1)                       # one order of summation
     rng = np.random.default_rng(20240520)
@@ -260,11 +269,7 @@ def main():
         out |= trained
         print("\n".join(f"{name}: {' '.join(f'{x:.4f}' for x in trained[name])}" for name in trained if "param" not in name))
 
-    if sys.argv[1:] and sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    path = sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).with_name("golden.safetensors")
-    save_file({name: np.ascontiguousarray(np.atleast_1d(value)) for name, value in out.items()}, path)
-    print(f"wrote {path}: {len(out)} tensors, {pathlib.Path(path).stat().st_size} bytes")
+    write(out, "golden.safetensors", __doc__)
 
 
 if __name__ == "__main__":
