@@ -79,8 +79,9 @@ static inline void attention_query(real *y, const real *q, const real *head, siz
     for (size_t d = 0; d < HS; d++) y[d] = out[d] * share;
 }
 
-// y (n,T,C) of qkv (n,T,3C), whose keys and values join the cache: line i of the branch goes on with the sequence seq[row] at
-// position at[row] of the row that it is. Without y they join only.
+// y (n,T,C) of qkv (n,T,3C). Packed row i of the branch is row b->rows[i] of the batch: its tokens follow those of
+// sequence seq[row] in the cache, from position at[row] on, and their keys and values are stored there. With y NULL they
+// are stored and nothing is computed.
 static inline void attention_cached(real *y, const real *qkv, HeadCache cache, const BranchPlan *b, const int *seq, const int *at,
                              size_t T, size_t C, size_t NH) {
     const size_t HS = C / NH;

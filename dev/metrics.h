@@ -264,8 +264,8 @@ static inline void metrics_grouped(char text[32], double x) {
 
 // ---- The console ----
 
-// The columns of a line, each after what separates it from the one before: " | ", or " " where it only adds to
-// that one. Where the terminal is narrow, columns give way, those of the largest rank first; of rank 0 none does.
+// The columns of a line, each with its separator in front: " | ", or " " where it belongs to the column before it. On a
+// narrow terminal the columns of the largest rank are left out first; those of rank 0 are always printed.
 enum { METRICS_COLUMNS = 12 };
 typedef struct { int n, rank[METRICS_COLUMNS]; char *text[METRICS_COLUMNS]; } MetricsLine;
 

@@ -80,8 +80,8 @@ static inline void numbers_of_slot(TensorNumbers *t, int which, const real *x, s
 }
 
 // The numbers of places (n), from malloc; all ranks call it and get the same. Where each rank has a share of something, the
-// rest is what that rank alone knows: the largest of any rank is told, so that nothing bad is overlooked. What is not trained
-// has no gradient: 0.
+// rest is known to that rank alone: the largest value of any rank is reported, so that nothing bad is overlooked. Frozen
+// tensors have no gradient and report 0.
 static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const GptConfig *c, int frozen,
                                                 const TensorPlace *places, int n, const Comm *comm) {
     const int world = comm ? comm->world : 1, rank = comm ? comm->rank : 0;
