@@ -19,7 +19,7 @@ static inline double thread_seconds(void) {
 // also share its peak.
 static inline double machine_peak(int bf16, double seconds) {
     enum { INNER = 20000 };
-    const int pairs = bf16 && PAIRS;
+    const int pairs = bf16 ? PAIRS : 0;
     const double begin = clock_seconds(), online = (double)sysconf(_SC_NPROCESSORS_ONLN);
     const double share = online >= 1 && online < team_most() ? online / team_most() : 1;
     double best = 0, elapsed = 0;
