@@ -10,8 +10,8 @@
 // An engine test is one test, written against engine.h, that runs on every engine this program is linked with.
 
 #include "dev/check.h"
-#include "dev/program.h"
-#include "dev/engines.h"
+#include "dev/run/program.h"
+#include "dev/model/engines.h"
 #include "dev/test/supervise.h"
 #include "dev/test/test.h"
 #include "dev/test/test_checkpoint.h"

@@ -5,16 +5,17 @@
 //
 // Drop path is in the block loop (block_forward, block_backward): a branch runs on the n rows that keep it, packed
 // together as (n,T,...), and adds its scaled output to those rows of the residual stream x (B,T,C). With n = 0 it
-// does not run at all. Which rows, and which scale, is the plan's matter (dev/drop_path.h).
+// does not run at all. Which rows, and which scale, is the plan's matter (dev/model/drop_path.h).
 //
 // Every sum is taken in an order that depends on the shapes alone, so the results are the same bits for any number
 // of threads.
 
-#include "dev/attention_cached.h"
 #include "dev/check.h"
-#include "dev/engines.h"
-#include "dev/matmul.h"
-#include "dev/peak.h"
+#include "dev/model/attention_cached.h"
+#include "dev/model/engines.h"
+#include "dev/model/matmul.h"
+#include "dev/model/peak.h"
+#include "dev/run/comm.h"
 
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
 
@@ -40,7 +41,7 @@ static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const 
             }
 }
 
-// ---- Dropout: whether an element stays is a function of its place (dev/noise.h) ----
+// ---- Dropout: whether an element stays is a function of its place (dev/model/noise.h) ----
 
 // keep (n) = the factors, 0 or 1/(1-p), of elements first .. first + n of a line; first is a multiple of NOISE_EACH.
 static void noise_factors(real *keep, const NoisePlace *z, uint32_t row, uint32_t line, size_t first, size_t n) {
@@ -1167,7 +1168,7 @@ static void model_resumed(Model *m, const int64_t *t) { (void)m, (void)t; }
 
 static double model_peak(Model *m, double seconds) { return machine_peak(m->pack.bf16, seconds); }
 
-#ifndef CPU_ENGINE                                       // a fat build names each of its engines, and dev/engines.c chooses
+#ifndef CPU_ENGINE                                       // a fat build names each of its engines, and dev/model/engines.c chooses
 #define CPU_ENGINE cpu_engine
 extern const Engine CPU_ENGINE;
 

@@ -17,8 +17,9 @@
 // second stream, beside the backward pass.
 
 #include "dev/check.h"
-#include "dev/cuda.h"
-#include "dev/engines.h"
+#include "dev/model/cuda.h"
+#include "dev/model/engines.h"
+#include "dev/run/comm.h"
 #include <limits.h>
 #ifndef NO_NCCL
 #include <nccl.h>
@@ -532,7 +533,7 @@ static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, 
     LAUNCH(position_backward_kernel, blocks_for(T_all * C), BLOCK, 0, g->stream, dwpe, dx, B, T, T_all, C, add);
 }
 
-// ---- Dropout: whether an element stays is a function of its place (dev/noise.h) ----
+// ---- Dropout: whether an element stays is a function of its place (dev/model/noise.h) ----
 // Rates and keys are read on the device, where they come with the tokens of a call: so they are no arguments of a kernel, which
 // a CUDA graph would keep. rows (n): which rows of the batch the n packed ones are; NULL: all, in order.
 
@@ -3255,7 +3256,10 @@ const Engine *CUDA_ENGINE(void) {
 }
 
 #ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main
-#include "dev/trainer.h"
+#include "dev/run/trainer.h"
 
-int main(int argc, char **argv) { return trainer_main(argc, argv, engine_cuda()); }
+int main(int argc, char **argv) {
+    program_begin(argv);
+    return trainer_main(argc, argv, engine_cuda());
+}
 #endif

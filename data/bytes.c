@@ -5,10 +5,11 @@
 //     build/data_bytes --out data/text book.txt
 //     build/data_bytes --out data/headers --ext .h --max-bytes 4000000 /usr/include
 #include "../dev/check.h"
-#include "../dev/program.h"
-#include "../dev/sha256.h"
-#include "../dev/shards.h"
-#include "../dev/tokenizer.h"
+#include "../dev/files/files.h"
+#include "../dev/run/program.h"
+#include "../dev/files/sha256.h"
+#include "../dev/files/shards.h"
+#include "../dev/files/tokenizer.h"
 #include <dirent.h>
 
 static const char help[] =

@@ -21,7 +21,7 @@ import vocabulary as vocabularies
 from shards import HEADER, write_whole
 from vocabulary import Problem, library, refuse_pointer
 
-MAGIC = 20240522                        # dev/choices.h has the format
+MAGIC = 20240522                        # dev/files/choices.h has the format
 SUM_WORD = 8                            # of the header, where the tokenizer's SHA-256 is
 STYLES = ("harness", "llmc")
 

@@ -378,7 +378,7 @@ def say(message):
 
 def whole(least, most):
     def convert(text):
-        """1000, or 1e3 and 2.5e6, if that is exact: as whole_read in dev/program.h."""
+        """1000, or 1e3 and 2.5e6, if that is exact: as whole_read in dev/run/program.h."""
         form = re.fullmatch(r"[+-]?(\d+|(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,9})", text, re.ASCII)
         value = decimal.Decimal(text) if form else None
         if value is None or not least <= value <= most or value != int(value):

@@ -19,7 +19,7 @@ except ImportError:
              "build/venv/bin/activate && python3 -m pip install -r data/requirements.txt")
 
 END_OF_TEXT = "<|endoftext|>"
-MOST_TOKENS = 1 << 24                   # what dev/tokenizer.h reads
+MOST_TOKENS = 1 << 24                   # what dev/files/tokenizer.h reads
 # What other tokenizers call it; the first one that a tokenizer.json has is taken.
 END_OF_TEXT_NAMES = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|end|>", "[EOS]", "[SEP]"]
 # GPT-2's files as OpenAI published them; Hugging Face has the same bytes as vocab.json and merges.txt.
@@ -322,7 +322,7 @@ def train_bpe(documents, size):
 # ---- tokenizer.bin ----
 
 def differs_from_gpt2(state):
-    """Why dev/tokenizer.h, which encodes as GPT-2 does, would not give the tokens of this tokenizer.json; or None."""
+    """Why dev/files/tokenizer.h, which encodes as GPT-2 does, would not give the tokens of this tokenizer.json; or None."""
     model, splits = state["model"], state.get("pre_tokenizer")
     while isinstance(splits, dict) and splits.get("type") == "Sequence" and len(splits["pretokenizers"]) == 1:
         splits = splits["pretokenizers"][0]
@@ -356,7 +356,7 @@ def encodes_otherwise(vocabulary):
 
 
 def tokenizer_bin(vocabulary):
-    """llm.c's format, version 2 (dev/tokenizer.h has it); ours, version 3, where a token has 256 bytes or more, or text
+    """llm.c's format, version 2 (dev/files/tokenizer.h has it); ours, version 3, where a token has 256 bytes or more, or text
     is encoded otherwise than by GPT-2; or None where tokens have no bytes of their own."""
     table = vocabulary.token_bytes()
     if table is None:

@@ -1,4 +1,4 @@
-// check.h: the three kinds of failure, and memory that is always checked; files.h has the same for files.
+// check.h: the three kinds of failure, and memory that is always checked.
 //
 //   die(...)         the user, a file or an option is at fault: one line and a hint, exit code 1
 //   CHECK(ok, ...)   a caller broke a contract: says where, then aborts
@@ -192,7 +192,5 @@ static inline void text_free(Text *t) {
     t->s = NULL;
     t->n = t->room = 0;
 }
-
-#include "files.h"
 
 #endif

@@ -7,7 +7,7 @@ EMULATE ?= 1
 # ---- FAT=1: several engines, the best is chosen at start ----
 
 # The engines, best first, and the instructions that train_gpt.c is compiled for under each name;
-# dev/engines.c asks the processor for the same. All else is compiled for the last, which every
+# dev/model/engines.c asks the processor for the same. All else is compiled for the last, which every
 # processor has. Another architecture would have its own list here.
 ifeq ($(FAT),1)
 ifneq ($(strip $(shell echo __x86_64__ | $(CC) -E -P -x c -)),1)
@@ -27,7 +27,7 @@ ARCH           := -march=x86-64
 ENGINES        := $(FAT_ENGINES:%=$(B)/engine_%.o) $(B)/engines.o
 endif
 
-$(B)/engines.o: dev/engines.c
+$(B)/engines.o: dev/model/engines.c
 	$(call cc,$(FAT_TABLE))
 
 # ---- CUDA=1: how nvcc is called ----
@@ -105,7 +105,7 @@ $(B)/main_emu.o: dev/main.c
 $(B)/train_gpt_emu: $(B)/main_emu.o $(B)/engine_emu.o    # for whole runs of several ranks
 	$(link) $(CXX_LIB)
 
-$(B)/engine_no_pairs.o: train_gpt.c                      # for one test: dev/vector.h without pairs
+$(B)/engine_no_pairs.o: train_gpt.c                      # for one test: dev/model/vector.h without pairs
 	$(call cc,-DENGINE_ONLY -DNO_PAIRS -DCPU_ENGINE=no_pairs_engine)
 $(B)/test_gpt.o: test_gpt.c
 	$(call cc,$(TEST_O) $(FAT_TABLE) $(if $(EMU),-DCUDA_EMULATED))
@@ -204,7 +204,7 @@ test-threads:
 test-install: $(BUILT)
 	@MAKE="$(MAKE)" B="$(B)" sh dev/test/install.sh
 
-# How much of train_gpt.c and dev/*.h the tests reach (the GPU engine left out); LINES=1 lists what
+# How much of train_gpt.c and its headers the tests reach (the GPU engine left out); LINES=1 lists what
 # they do not. gcc only.
 COVERAGE_FLAGS := -O1 -g --coverage -fno-inline -fkeep-inline-functions -fkeep-static-functions
 coverage:
@@ -217,8 +217,9 @@ mutate:
 	@python3 dev/mutate/mutate.py --cc "$(CC)"
 
 # Each header alone, as C11 and as C++17; cuda.h as nvcc would see it, or dev/emu.
-HEADERS     := $(filter-out dev/cuda.h,$(wildcard dev/*.h))
-EMU_HEADERS := $(if $(EMU),$(filter-out dev/emu/nccl.h,$(wildcard dev/emu/*.h)) dev/cuda.h)
+SHELVES     := model run files
+HEADERS     := $(filter-out dev/model/cuda.h,$(wildcard dev/*.h $(SHELVES:%=dev/%/*.h)))
+EMU_HEADERS := $(if $(EMU),$(filter-out dev/emu/nccl.h,$(wildcard dev/emu/*.h)) dev/model/cuda.h)
 headers:
 	@for h in $(HEADERS); do \
 	    for as in "$(CC) -std=c11 -x c" "$(CC) -std=c++17 -x c++"; do \

@@ -54,7 +54,7 @@ INSIDE = 0.97                                           # of a curve's points; t
 # ---- What was dropped: (columns, L, 2) from the plans of the steps ----
 
 def kept_of_plan(plan, record, np):
-    """The fractions of the step's rows that ran each branch (L,2); the format is drop_plan_write's, dev/drop_path.h."""
+    """The fractions of the step's rows that ran each branch (L,2); the format is drop_plan_write's, dev/model/drop_path.h."""
     micro = plan.split(" ")
     if "." not in plan:                                 # a digit per layer: bit 0 attention, bit 1 MLP
         digits = np.array([list(m.encode()) for m in micro]) - ord("0")

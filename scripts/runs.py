@@ -1,7 +1,7 @@
 """What plot.py and tensorboard.py share: a run's folder as train_gpt leaves it. The standard library alone.
 
-metrics.jsonl has an object per optimizer step (dev/metrics.h), config.txt the options as `name = value`
-(dev/options.h).
+metrics.jsonl has an object per optimizer step (dev/run/metrics.h), config.txt the options as `name = value`
+(dev/run/options.h).
 """
 import json
 import math

@@ -6,10 +6,11 @@
 // README.md beside this file says what the rows mean; measure.h says how they are measured. Every row is checked
 // against a plain computation in double precision first; a wrong one ends the program with exit code 1.
 #include "kernels.h"
+#include "../files/files.h"
 #include "layers.h"
 #include "steps.h"
 #include "memory.h"
-#include "../options.h"
+#include "../run/options.h"
 
 // ---- Options ----
 

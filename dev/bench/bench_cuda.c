@@ -6,8 +6,9 @@
 // The tables are those of bench.c, by the same text (steps.h), on the engine that is linked: this file knows of the GPU
 // only what its makers promise. README.md beside this file says what the rows mean.
 #include "cuda_cases.h"
+#include "../files/files.h"
 #include "steps.h"
-#include "../options.h"
+#include "../run/options.h"
 
 // ---- Options ----
 

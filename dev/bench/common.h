@@ -2,12 +2,12 @@
 #ifndef COMMON_H
 #define COMMON_H
 
-#include "../engines.h"
+#include "../model/engines.h"
 #include "measure.h"
 
 typedef struct { const char *preset; int B, T; } Case;   // a model, and B rows of T tokens
 
-// Rows of every benchmark's table of options (dev/options.h); what is not given is the table's own case.
+// Rows of every benchmark's table of options (dev/run/options.h); what is not given is the table's own case.
 #define BENCH_OPTIONS_FOR(OPTION, json_file)                                                                         \
     OPTION(preset, "preset", CHOICE, "default", "default|tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",            \
            "default: those of each table")                                                                           \

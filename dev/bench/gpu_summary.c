@@ -8,7 +8,8 @@
 // well; graphs_0.json and graphs_1.json, a step without and with
 // CUDA graphs; torch_PRESET.json (lines) and sdpa.json where there was PyTorch. What is missing is left out
 // of the JSON and a dash in the table.
-#include "../json.h"
+#include "../files/json.h"
+#include "../files/files.h"
 #include "cuda_cases.h"
 
 // ---- Files that may be there ----

@@ -8,7 +8,8 @@
 // a plain computation in double precision first; a wrong one ends the program with exit code 1.
 #define ENGINE_ONLY
 #include "../../train_gpt.cu"                            // the kernels are static
-#include "../options.h"
+#include "../files/files.h"
+#include "../run/options.h"
 #include "adam.h"
 #include "cuda_cases.h"
 

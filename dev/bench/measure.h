@@ -12,7 +12,7 @@
 #define MEASURE_H
 
 #include "../check.h"
-#include "../json.h"
+#include "../files/json.h"
 #include <math.h>
 
 // ---- Deviation from a reference ----

@@ -1,4 +1,4 @@
-// tensor.h: what dev/cuda.h does by PTX instructions, done by the emulator: steps of a warp on tensor cores (mma, ldmatrix)
+// tensor.h: what dev/model/cuda.h does by PTX instructions, done by the emulator: steps of a warp on tensor cores (mma, ldmatrix)
 // and asynchronous copies to shared memory. Layouts of fragments: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 #ifndef EMU_TENSOR_H
 #define EMU_TENSOR_H

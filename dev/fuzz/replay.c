@@ -6,6 +6,7 @@
 //     build/fuzz_replay --list                  the parsers
 //     build/fuzz_replay --write-seeds DIR       the good inputs that a corpus starts from
 #include "parsers.h"
+#include "../files/files.h"
 #include "seeds.h"
 
 enum { MOST_FILES = 1000, MOST_BYTES = 1 << 14, PER_MUTATION = 4 };

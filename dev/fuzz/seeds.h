@@ -3,6 +3,7 @@
 #define SEEDS_H
 
 #include "parsers.h"
+#include "../files/files.h"
 
 static void seed_write(const char *corpus, const char *parser, const char *name, const void *bytes, size_t n) {
     char *dir = xprintf("%s/%s", corpus, parser), *path = xprintf("%s/%s", dir, name);

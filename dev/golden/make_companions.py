@@ -4,7 +4,7 @@ Run:    python3 dev/golden/make_companions.py [OUTPUT]     (default: companions.
 Needs:  pip install torch numpy safetensors
 
 The model, the weights and the tokens are those of make_golden.py. Dropout's masks come from a Philox that is written here, in
-numpy, after the paper (Salmon, Moraes, Dror, Shaw 2011) and the description in dev/noise.h; torch knows nothing of it but the
+numpy, after the paper (Salmon, Moraes, Dror, Shaw 2011) and the description in dev/model/noise.h; torch knows nothing of it but the
 factors. The smoothed loss is torch's own cross_entropy(label_smoothing=). README.md lists the tensors.
 """
 import math

@@ -65,7 +65,7 @@ SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-rec
 # What decides which rows run, at what scale, and what becomes of their gradients and memory; of the
 # other files every function.
 FUNCTIONS = {
-    "dev/schedule.h": "ramp_shape ramp_at".split(),
+    "dev/model/schedule.h": "ramp_shape ramp_at".split(),
     "train_gpt.c": """
     residual_forward residual_backward gradient_index gradient_add kept_per_row kept_bound
     keep rows_of tokens_of linear_forward linear_backward
@@ -76,15 +76,15 @@ FUNCTIONS = {
 # Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt
 # that what survives them also has to survive, most of them whole runs.
 FILES = {                                                # path -> (sanitizers, tests alone, whole runs)
-    "dev/drop_path.h": (True, "drop_.*", """
+    "dev/model/drop_path.h": (True, "drop_.*", """
         trainer_(survival|replay).* evaluate_(depths|without).* engine_(bounded|evaluates)"""),
-    "dev/checkpoint.h": (True, "checkpoint_.*", """
+    "dev/run/checkpoint.h": (True, "checkpoint_.*", """
         torture_short numbers_(are_in|weights).* trainer_(survival|weights|spares).* init_from.* export_.*
         evaluate_refuses.* interop_sharded.*"""),
     "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
         numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*
         ranks_equal.*"""),
-    "dev/schedule.h": (True, "drop_.*", """
+    "dev/model/schedule.h": (True, "drop_.*", """
         trainer_(survival|replay).*""")}
 
 OPERATORS = """< <=, < >=, <= <, > >=, > <=, >= >, == !=, != ==, + -, - +, * /, / *, % *, && ||, || &&, += -=,

@@ -2,7 +2,7 @@
 // 3 the engine, 4 ramps. Without arguments all of a group, else those named, in that order.
 
 #include "../check.h"
-#include "../engines.h"
+#include "../model/engines.h"
 #include "../test/test.h"
 #if GROUP == 1 || GROUP == 4
 #include "../test/test_drop_path.h"

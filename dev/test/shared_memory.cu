@@ -1,7 +1,7 @@
 // shared_memory.cu: the shared memory that attention's kernels are launched with, for make cuda-report: ptxas does not know it.
 // Compiled for the emulator; a launch prints instead of running.
 
-#include "../cuda.h"
+#include "../model/cuda.h"
 #undef LAUNCH
 #define LAUNCH(kernel, grid, block, shared, ...) print_shared(#kernel, shared, kernel, grid, block, __VA_ARGS__)
 

@@ -6,6 +6,7 @@
 #define TEST_H
 
 #include "../check.h"
+#include "../files/files.h"
 #include <math.h>
 #include <sys/wait.h>
 

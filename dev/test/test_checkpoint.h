@@ -2,8 +2,9 @@
 #ifndef TEST_CHECKPOINT_H
 #define TEST_CHECKPOINT_H
 
-#include "../checkpoint.h"
-#include "../engines.h"
+#include "../run/checkpoint.h"
+#include "../files/files.h"
+#include "../model/engines.h"
 #include "test.h"
 #include <sys/resource.h>
 

@@ -3,8 +3,9 @@
 #ifndef TEST_CHOICES_H
 #define TEST_CHOICES_H
 
-#include "../choices.h"
-#include "../score.h"
+#include "../files/choices.h"
+#include "../files/files.h"
+#include "../tools/score.h"
 #include "test.h"
 #include "test_engine.h"                                 // test_engine
 #include "test_tools.h"                                  // small models, running a tool

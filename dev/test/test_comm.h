@@ -1,9 +1,10 @@
-// Tests of dev/comm.h and of runs of several ranks: what the launcher says, how ranks find each other, what they refuse, how
+// Tests of dev/run/comm.h and of runs of several ranks: what the launcher says, how ranks find each other, what they refuse, how
 // a dead one ends the job, and that the number of ranks changes no result but by the order of sums.
 #ifndef TEST_COMM_H
 #define TEST_COMM_H
 
-#include "../comm.h"
+#include "../run/comm.h"
+#include "../files/files.h"
 #include "test.h"
 #include "test_trainer.h"
 

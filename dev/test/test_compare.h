@@ -2,8 +2,9 @@
 #ifndef TEST_COMPARE_H
 #define TEST_COMPARE_H
 
-#include "../metrics.h"
-#include "../stats.h"
+#include "../run/metrics.h"
+#include "../files/files.h"
+#include "../tools/stats.h"
 #include "test.h"
 #include "test_trainer.h"
 

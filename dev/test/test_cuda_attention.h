@@ -6,7 +6,7 @@
 #ifndef TEST_CUDA_ATTENTION_H
 #define TEST_CUDA_ATTENTION_H
 
-#include "../rng.h"
+#include "../model/rng.h"
 #include "test.h"
 
 typedef struct { size_t n, T, NH, HS; int bf16; double sharp; } AttentionCase;         // sharp: factor of q

@@ -271,7 +271,7 @@ class Tokenizers(Case):
         return v, vocabulary.tokenizer_bin(v)
 
     def test_tokenizers_that_split_otherwise_say_so(self):
-        """tokenizer.bin tells build/generate that it must not encode: dev/tokenizer.h does as GPT-2 does."""
+        """tokenizer.bin tells build/generate that it must not encode: dev/files/tokenizer.h does as GPT-2 does."""
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         split = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|\\S+|\\s+"}, "behavior": "Isolated", "invert": False}
         merges = json.loads(vocabulary.train_bpe([b"ab abc abc"], 259))["model"]["merges"]
@@ -459,7 +459,7 @@ class Inputs(Case):
             self.refused("a Git LFS pointer", "--tokenizer", given, self.write("b.txt", "text"))
 
     def test_whole_numbers(self):
-        """As dev/program.h reads them."""
+        """As dev/run/program.h reads them."""
         read = prepare.whole(0, 2 ** 63 - 1)
         for text, value in (("1e3", 1000), ("2.5e6", 2500000), ("1E+2", 100), ("2000e-3", 2), (".5e1", 5),
                             ("9.223372036854775807e18", 2 ** 63 - 1), ("9223372036854775807", 2 ** 63 - 1)):

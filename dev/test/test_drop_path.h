@@ -2,7 +2,7 @@
 #ifndef TEST_DROP_PATH_H
 #define TEST_DROP_PATH_H
 
-#include "../drop_path.h"
+#include "../model/drop_path.h"
 #include "test.h"
 
 #define DROP_PATH_TESTS(X) \

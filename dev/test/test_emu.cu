@@ -1,7 +1,7 @@
-// test_emu.cu: tests of dev/emu, which runs the GPU engine's kernels on the host, and of dev/cuda.h on it: right kernels give
+// test_emu.cu: tests of dev/emu, which runs the GPU engine's kernels on the host, and of dev/model/cuda.h on it: right kernels give
 // what a GPU gives, wrong kernels are found out.
 
-#include "../cuda.h"
+#include "../model/cuda.h"
 #include "test.h"
 #include "test_emu.h"
 

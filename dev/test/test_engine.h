@@ -6,9 +6,10 @@
 #ifndef TEST_ENGINE_H
 #define TEST_ENGINE_H
 
-#include "../engines.h"
-#include "../numbers.h"
-#include "../safetensors.h"
+#include "../model/engines.h"
+#include "../files/files.h"
+#include "../run/numbers.h"
+#include "../files/safetensors.h"
 #include "test.h"
 #include <signal.h>
 

@@ -3,7 +3,7 @@
 #ifndef TEST_FAT_H
 #define TEST_FAT_H
 
-#include "../engines.h"
+#include "../model/engines.h"
 #include "test.h"
 
 #ifdef CPU_ENGINES

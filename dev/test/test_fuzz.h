@@ -3,8 +3,9 @@
 #ifndef TEST_FUZZ_H
 #define TEST_FUZZ_H
 
-#include "../checkpoint.h"
-#include "../options.h"
+#include "../run/checkpoint.h"
+#include "../files/files.h"
+#include "../run/options.h"
 #include "test.h"
 #include "test_checkpoint.h"
 

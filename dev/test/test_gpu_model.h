@@ -1,9 +1,9 @@
-// test_gpu_model.h: the predicted step of a GPU (dev/gpu_model.h) against a roofline made by hand,
+// test_gpu_model.h: the predicted step of a GPU (dev/run/gpu_model.h) against a roofline made by hand,
 // and what holds whatever the assumptions are.
 #ifndef TEST_GPU_MODEL_H
 #define TEST_GPU_MODEL_H
 
-#include "../gpu_model.h"
+#include "../run/gpu_model.h"
 #include "test.h"
 #include "test_cuda.h"
 #include "test_trainer.h"

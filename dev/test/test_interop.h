@@ -3,10 +3,11 @@
 #ifndef TEST_INTEROP_H
 #define TEST_INTEROP_H
 
-#include "../checkpoint.h"
-#include "../llmc.h"
-#include "../tokenizer_json.h"
-#include "../weights.h"
+#include "../run/checkpoint.h"
+#include "../files/files.h"
+#include "../files/llmc.h"
+#include "../files/tokenizer_json.h"
+#include "../run/weights.h"
 #include "test.h"
 #include "test_checkpoint.h"
 #include "test_tools.h"

@@ -2,8 +2,8 @@
 #ifndef TEST_JSON_H
 #define TEST_JSON_H
 
-#include "../json.h"
-#include "../sha256.h"
+#include "../files/json.h"
+#include "../files/sha256.h"
 #include "test.h"
 
 #define JSON_TESTS(X) \

@@ -3,7 +3,7 @@
 #ifndef TEST_LONG_H
 #define TEST_LONG_H
 
-#include "../shards.h"
+#include "../files/shards.h"
 #include "test.h"
 #include "test_shards.h"
 #include "test_trainer.h"

@@ -2,7 +2,8 @@
 #ifndef TEST_MANIFEST_H
 #define TEST_MANIFEST_H
 
-#include "../manifest.h"
+#include "../files/manifest.h"
+#include "../files/files.h"
 #include "test.h"
 #include "test_trainer.h"
 

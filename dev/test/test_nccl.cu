@@ -1,7 +1,7 @@
 // test_nccl.cu: tests of dev/emu/nccl.h, through which the ranks of the GPU engine speak in the tests: its collectives against
 // plain loops, in place and not, at sizes around that of a piece, and what a rank sees when another one dies.
 
-#include "../cuda.h"
+#include "../model/cuda.h"
 #include <nccl.h>
 #include "test.h"
 #include "test_nccl.h"

@@ -5,6 +5,7 @@
 #define TEST_NOISE_H
 
 #include "test_engine.h"
+#include "../files/files.h"
 
 #ifdef REAL_DOUBLE
 #define NOISE_DOUBLE_TESTS(X) X(noise_differences)

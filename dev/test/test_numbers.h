@@ -2,8 +2,9 @@
 #ifndef TEST_NUMBERS_H
 #define TEST_NUMBERS_H
 
-#include "../selfcheck.h"
-#include "../trainer.h"
+#include "../run/selfcheck.h"
+#include "../files/files.h"
+#include "../run/trainer.h"
 #include "test.h"
 #include "test_trainer.h"
 

@@ -2,9 +2,10 @@
 #ifndef TEST_OPTIONS_H
 #define TEST_OPTIONS_H
 
-#include "../drop_path.h"
-#include "../options.h"
-#include "../schedule.h"
+#include "../model/drop_path.h"
+#include "../files/files.h"
+#include "../run/options.h"
+#include "../model/schedule.h"
 #include "test.h"
 
 // A tool's own table, chained after the trainer's.

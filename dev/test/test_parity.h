@@ -3,7 +3,7 @@
 #ifndef TEST_PARITY_H
 #define TEST_PARITY_H
 
-#include "../checkpoint.h"
+#include "../run/checkpoint.h"
 #include "test_engine.h"
 
 #define PARITY_TESTS(X) \

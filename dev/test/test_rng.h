@@ -2,7 +2,7 @@
 #ifndef TEST_RNG_H
 #define TEST_RNG_H
 
-#include "../rng.h"
+#include "../model/rng.h"
 #include "test.h"
 
 #define RNG_TESTS(X) X(rng_known_answers) X(rng_places) X(rng_uniform) X(rng_normal)

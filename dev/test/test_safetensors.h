@@ -2,7 +2,8 @@
 #ifndef TEST_SAFETENSORS_H
 #define TEST_SAFETENSORS_H
 
-#include "../safetensors.h"
+#include "../files/safetensors.h"
+#include "../files/files.h"
 #include "test.h"
 #include <signal.h>
 

@@ -2,7 +2,7 @@
 #ifndef TEST_SAMPLE_H
 #define TEST_SAMPLE_H
 
-#include "../sample.h"
+#include "../run/sample.h"
 #include "test.h"
 
 // ---- One token ----

@@ -2,7 +2,7 @@
 #ifndef TEST_SCHEDULE_H
 #define TEST_SCHEDULE_H
 
-#include "../schedule.h"
+#include "../model/schedule.h"
 #include "test.h"
 
 // 1000 steps, 100 of warm-up, 200 of fall for wsd, from 6e-4 to a tenth.

@@ -2,11 +2,12 @@
 #ifndef TEST_SHARDS_H
 #define TEST_SHARDS_H
 
-#include "../choices.h"
-#include "../llmc.h"
-#include "../shards.h"
-#include "../tokenizer.h"
-#include "../json.h"
+#include "../files/choices.h"
+#include "../files/files.h"
+#include "../files/llmc.h"
+#include "../files/shards.h"
+#include "../files/tokenizer.h"
+#include "../files/json.h"
 #include "test.h"
 
 // Writes one file PREFIX_000000.bin of n tokens, first, first + 1, ...

@@ -2,7 +2,7 @@
 #ifndef TEST_STATS_H
 #define TEST_STATS_H
 
-#include "../stats.h"
+#include "../tools/stats.h"
 #include "test.h"
 
 static void test_stats_moments(void) {

@@ -3,7 +3,8 @@
 #ifndef TEST_STRANGERS_H
 #define TEST_STRANGERS_H
 
-#include "../comm.h"
+#include "../run/comm.h"
+#include "../files/files.h"
 #include "test.h"
 #include "test_comm.h"
 

@@ -2,7 +2,8 @@
 #ifndef TEST_TOKENIZER_H
 #define TEST_TOKENIZER_H
 
-#include "../tokenizer.h"
+#include "../files/tokenizer.h"
+#include "../files/files.h"
 #include "test.h"
 
 // A vocabulary in GPT-2's manner: the 256 bytes, merges in the order learned, end-of-text.

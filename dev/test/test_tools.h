@@ -2,11 +2,12 @@
 #ifndef TEST_TOOLS_H
 #define TEST_TOOLS_H
 
-#include "../gpt.h"
-#include "../json.h"
-#include "../program.h"
-#include "../safetensors.h"
-#include "../tokenizer.h"
+#include "../model/gpt.h"
+#include "../files/files.h"
+#include "../files/json.h"
+#include "../run/program.h"
+#include "../files/safetensors.h"
+#include "../files/tokenizer.h"
 #include "test.h"
 #include "test_trainer.h"                                // the text, its shards, a run
 

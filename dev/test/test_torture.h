@@ -2,7 +2,8 @@
 #ifndef TEST_TORTURE_H
 #define TEST_TORTURE_H
 
-#include "../sha256.h"
+#include "../files/sha256.h"
+#include "../files/files.h"
 #include "test.h"
 #include "test_trainer.h"
 

@@ -2,10 +2,11 @@
 #ifndef TEST_TRAINER_H
 #define TEST_TRAINER_H
 
-#include "../checkpoint.h"
-#include "../lock.h"
-#include "../metrics.h"
-#include "../signals.h"
+#include "../run/checkpoint.h"
+#include "../files/files.h"
+#include "../files/lock.h"
+#include "../run/metrics.h"
+#include "../run/signals.h"
 #include "test.h"
 
 // ---- A text, its shards, a run ----

@@ -3,6 +3,7 @@
 #define TEST_WATCH_H
 
 #include "test_numbers.h"
+#include "../files/files.h"
 
 // A run of 8 steps, 2 micro-batches each, in DIR/run. `command` is done in DIR, in the middle of step 3, or of 5 with two ranks.
 static ToolRun watch_run(const char *dir, int ranks, const char *command) {

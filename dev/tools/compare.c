@@ -7,9 +7,10 @@
 // OUT/drop_s1337, ...; the same command again goes on where it stopped, or with more --seeds adds the runs that are
 // missing. The answer is printed and written to OUT/compare.md and OUT/compare.json. The signals that stop train_gpt,
 // signals.h lists them, stop every run after its step, saved.
-#include "../engines.h"
-#include "../trainer.h"
-#include "../stats.h"
+#include "../files/files.h"
+#include "../model/engines.h"
+#include "../run/trainer.h"
+#include "stats.h"
 #include <ctype.h>
 #include <poll.h>
 #include <sys/file.h>

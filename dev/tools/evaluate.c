@@ -10,12 +10,13 @@
 // (LayerDrop) prune "every other" layer, which this is for X = 0.5, but that the last layer always stays.
 
 #include "../check.h"
-#include "../choices.h"
-#include "../engines.h"
-#include "../options.h"
-#include "../score.h"
-#include "../trainer.h"
+#include "../files/choices.h"
+#include "../files/files.h"
+#include "../model/engines.h"
+#include "../run/options.h"
+#include "../run/trainer.h"
 #include "load.h"
+#include "score.h"
 
 //  OPTION(field, name, type, default, domain, help)
 #define EVALUATE_OPTIONS(HEADING, OPTION)                                                                            \

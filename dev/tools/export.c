@@ -8,11 +8,12 @@
 // s * (x W + b) = x (s W) + s b. What is written is there whole or not at all.
 
 #include "../check.h"
-#include "../checkpoint.h"
-#include "../llmc.h"
-#include "../options.h"
+#include "../files/files.h"
+#include "../files/llmc.h"
+#include "../files/tokenizer_json.h"
+#include "../run/checkpoint.h"
+#include "../run/options.h"
 #include "load.h"
-#include "../tokenizer_json.h"
 
 //  OPTION(field, name, type, default, domain, help)
 #define EXPORT_OPTIONS(HEADING, OPTION)                                                                              \

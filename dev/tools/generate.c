@@ -6,9 +6,9 @@
 //     build/generate path/of/a/hugging-face/gpt2 --tokenizer vocab.json            each line that you type is a prompt
 
 #include "../check.h"
-#include "../engines.h"
-#include "../options.h"
-#include "../sample.h"
+#include "../model/engines.h"
+#include "../run/options.h"
+#include "../run/sample.h"
 #include "load.h"
 
 //  OPTION(field, name, type, default, domain, help)

@@ -4,9 +4,10 @@
 #define LOAD_H
 
 #include "../check.h"
-#include "../checkpoint.h"
-#include "../options.h"
-#include "../tokenizer.h"
+#include "../files/files.h"
+#include "../files/tokenizer.h"
+#include "../run/checkpoint.h"
+#include "../run/options.h"
 
 typedef struct {
     char *dir;                                           // where config.json and model.safetensors are

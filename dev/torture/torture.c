@@ -8,8 +8,9 @@
 // One program is both: it forks, and the child is the trainer (trainer_main, as the user starts it, with files.h counting calls
 // and failing at one: faults.h), on a model of a few hundred numbers. Each case has a folder, removed when it went well.
 
-#include "../engines.h"
-#include "../trainer.h"
+#include "../model/engines.h"
+#include "../files/files.h"
+#include "../run/trainer.h"
 #include <sys/wait.h>
 
 enum { EVERY = 2, ARGS = 64 };                           // steps between checkpoints

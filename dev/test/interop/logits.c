@@ -3,7 +3,8 @@
 //     build/interop_logits CHECKPOINT B T tokens.i32 logits.f32        tokens (B,T) int32, logits (B,T,V) float; both bare
 
 #include "../../check.h"
-#include "../../engines.h"
+#include "../../files/files.h"
+#include "../../model/engines.h"
 #include "../../tools/load.h"
 
 int main(int argc, char **argv) {

@@ -422,7 +422,7 @@ class Runs(Interop):
         self.assertEqual(made["vocab"], model["vocab"])
         self.assertEqual([merge.split(" ") for merge in made["merges"]], [list(merge) for merge in model["merges"]])
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "out")
-        text = pathlib.Path("dev/gpt.h").read_text() + "Grüße — 世界 🙂\n"
+        text = pathlib.Path("dev/model/gpt.h").read_text() + "Grüße — 世界 🙂\n"
         self.assertEqual(tokenizer(text).input_ids, learned.encode(text).ids)
         self.assertEqual(tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False), text)
 

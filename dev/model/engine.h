@@ -1,0 +1,248 @@
+// engine.h: the small interface that an engine fills: train_gpt.c on the CPU, train_gpt.cu on the GPU. Trainer,
+// tools, checkpoints and tests are written once against it.
+//
+// An engine decides nothing: which rows run which branch, the scales, the learning rate and the step counts of AdamW come
+// in as data. It draws nothing at random but the bits of ROUNDING_STOCHASTIC, a function of (seed, step, parameter,
+// element). All pointers are to host memory and are read or written before the call returns, and no engine has anything
+// running then: all that a call began on a device has ended.
+#ifndef ENGINE_H
+#define ENGINE_H
+
+#include "gpt.h"
+#include "pass.h"
+
+typedef struct Model Model;                              // the engine's own
+typedef struct Comm Comm;                                // run/comm.h
+
+// What a training pass may be asked to keep for the backward pass, summed over the trained layers of one plan: rows of
+// attention branches, rows of MLP branches, and rows of both together. drop_path_bound() computes it.
+typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
+
+// What the operands of matrix products are rounded to. Sums, weights, gradients and moments are fp32 in all (fp64 when
+// built with REAL=double), and so is attention on the CPU. On the GPU bf16 is also how activations are stored; tf32 is
+// fp32 that the GPU's tensor cores read with 10 bits of fraction.
+enum { DTYPE_FP32, DTYPE_BF16, DTYPE_AUTO, DTYPE_TF32 };   // auto: the engine's own, for options only
+
+// What forward does not keep, because backward makes it again: the output of LayerNorm and GELU; nothing; all that is
+// between a branch's LayerNorm and its end. The CPU knows the first only.
+enum { RECOMPUTE_GELU, RECOMPUTE_NONE, RECOMPUTE_BRANCH };
+
+// How AdamW rounds the weights to what forward and backward read, where that is not the fp32 weights themselves: to the
+// nearest, or up or down at random, so that the mean is right. GPU only.
+enum { ROUNDING_NEAREST, ROUNDING_STOCHASTIC };
+
+typedef struct {
+    int B, T;                                            // largest batch and row length of any call
+    int threads;                                         // of the whole process; 0: OpenMP's default, all cores
+    int dtype;                                           // DTYPE_*
+    MemoryBound bound;                                   // all zero: this model only evaluates (no gradients either)
+    int attention_noise;                                 // 1: passes may have dropout of attention's probabilities, for
+                                                         // which a GPU sets bits aside
+    int frozen;                                          // the first so many layers, and wpe, stay as they are: no gradients
+                                                         // and no moments, and no backward pass (gpt_param_trains)
+    int recompute;                                       // RECOMPUTE_*
+    const Comm *comm;                                    // the ranks that train this model together; NULL: alone
+    int zero;                                            // 1: each rank keeps the moments of its share of the weights, and of
+                                                         // fp32 weights that only the optimizer reads its share
+    int reduce_fp32;                                     // gradients are summed over the ranks in fp32, whatever the dtype
+    int graphs;                                          // 1: what a branch launches on the device, as one CUDA graph; the same
+                                                         // bits. GPU only
+    int rounding;                                        // ROUNDING_*, and the seed of its random bits
+    uint64_t seed;
+    int dry;                                             // 1: only memory, peak and close will be called, so that the CPU
+                                                         // sets nothing aside; a GPU does, and so finds out whether it fits
+    int cache;                                           // sequences of T tokens whose keys and values decode keeps; 0: none
+} EngineArgs;
+
+// One AdamW update (Loshchilov and Hutter 2019, algorithm 2), on gradients clipped to a norm of grad_clip (0: never).
+typedef struct {
+    double lr, beta1, beta2, eps, weight_decay, grad_clip;
+    const int64_t *t;     // (2L+1): the AdamW step, 1, 2, ..., of each branch and last of all else; 0 leaves untouched a
+                          // branch that no backward pass has reached since the last update, so that its gradient is zero
+    int discard;                                         // only zero the gradients: this step is not to be taken
+    double norm_limit;                                   // a step of a larger norm is not taken; 0: no limit, negative: none is
+} UpdateArgs;
+
+// Bytes by purpose. Activations are what is set aside for forward and backward under EngineArgs.bound, what it would be
+// if every branch could be kept at once, and the most that calls have used so far.
+typedef struct { size_t parameters, gradients, moments, activations, activations_full, activations_used; } EngineMemory;
+
+// What gradients of this norm are multiplied by, as in PyTorch's clip_grad_norm_.
+static inline double update_clip(double grad_clip, double norm) {
+    return grad_clip > 0 ? fmin(1, grad_clip / (norm + 1e-6)) : 1;
+}
+
+// No element of a clipped gradient is larger than its norm: up to this one all squares are finite, and so are the moments.
+#define UPDATE_MOST (sizeof(real) == 8 ? 1.3e154 : 1.8e19)
+
+// Whether the moments can take a gradient of this norm: an infinite one would stop its weight for ever.
+static inline int update_is_finite(const UpdateArgs *a, double norm) {
+    return isfinite(norm) && norm * update_clip(a->grad_clip, norm) <= UPDATE_MOST;
+}
+
+// Whether an update of this gradient norm changes the weights.
+static inline int update_is_taken(const UpdateArgs *a, double norm) {
+    return !a->discard && update_is_finite(a, norm) && !(a->norm_limit != 0 && norm > a->norm_limit);
+}
+
+typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
+
+// What some engines can do and others cannot.
+enum {
+    CAN_TF32 = 1,                                        // DTYPE_TF32
+    CAN_RECOMPUTE = 2,                                   // RECOMPUTE_NONE, RECOMPUTE_BRANCH
+    CAN_GRAPH = 4,                                       // EngineArgs.graphs
+    CAN_ROUND = 8,                                       // ROUNDING_STOCHASTIC
+    CAN_SHARE = 16,                                      // EngineArgs.zero
+    CAN_ANY_BATCH = 32   // a row's losses are the same bits whatever rows, and however many, are beside it; without, they
+                         // are so for calls of equal shapes, and differ by rounding where another number is chosen
+};
+
+typedef struct {
+    const char *name;
+    int dtype;                                           // what --dtype auto means
+    unsigned can;                                        // CAN_*
+
+    // A model with all parameters, gradients and moments zero. Callers use engine_open.
+    Model *(*open)(const GptConfig *config, const EngineArgs *args);
+
+    // Runs a batch: forward, and with pass->weight != 0 backward. Returns the mean loss over the targets that are not
+    // negative, in nats, 0 without targets: what the objective says, which is objective_loss of its parts.
+    double (*run)(Model *, const Batch *batch, const Pass *pass);
+
+    // Of the last run: -log p of its targets (rows, T), 0 where one is negative; the parts of its loss; the logits (V) at
+    // (row, t).
+    void (*losses)(Model *, real *host);
+    void (*parts)(Model *, double part[N_PARTS]);
+    void (*logits)(Model *, int row, int t, real *host);
+
+    // Generation, on a model opened with a cache: each of plan->batch rows goes on with n tokens, tokens (batch, n), of the
+    // sequence seq[row] of the cache, at positions at[row], at[row] + 1, ...; what stands before them has been decoded under
+    // the same plan, what stood there or after is forgotten. Only the keys and values of those before are read, so the cost
+    // is that of n tokens a row. No sequence may occur twice; batch * n is at most B * T, and batch may exceed B. Gives the
+    // logits (batch, V) after each row's last token, as run over the whole sequence would up to rounding; NULL: none.
+    // With CAN_ANY_BATCH they are the same bits whatever rows are beside a row and wherever its tokens are cut into calls.
+    void (*decode)(Model *, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan, real *logits);
+
+    // Clips and applies the gradients, zeroes them and returns their norm before clipping. If the norm is not finite, too
+    // large for the moments or above args->norm_limit, nothing changes, neither parameters and moments nor the gradients:
+    // they can be read, and a call with args->discard must follow to zero them. All ranks call it with the same arguments and get the same norm.
+    double (*update)(Model *, const UpdateArgs *);
+
+    // Copy one layer's part of one parameter, gpt_param_size() numbers, out of or into a slot. What is frozen is in
+    // SLOT_PARAM alone. With args->zero all ranks
+    // call read in the same order, since each has a share.
+    void (*read)(Model *, Slot, int param, int layer, real *host);
+    void (*write)(Model *, Slot, int param, int layer, const real *host);
+
+    // To be called by all ranks when weights were written that have t (2L+1) AdamW steps behind them, as UpdateArgs.t counts:
+    // what updates round at random is rounded as the last of them did, so that a resumed run goes on with the same bits.
+    void (*resumed)(Model *, const int64_t *t);
+
+    void (*memory)(const Model *, EngineMemory *);
+
+    // Measures for about that many seconds: the machine's peak in FLOP/s on the multiply-adds of this model's dtype.
+    double (*peak)(Model *, double seconds);
+
+    void (*close)(Model *);
+} Engine;
+
+// ---- What a caller must keep to, for engines ----
+
+// Of run, on a model of sizes c that was opened with args a.
+static inline void engine_check_run(const GptConfig *c, const EngineArgs *a, const Batch *b, const Pass *pass) {
+    const DropPlan *plan = pass->plan;
+    CHECK(plan->layers == c->L && plan->batch == b->rows, "a plan of %d layers and %d rows for a model of %d and %d rows",
+          plan->layers, plan->batch, c->L, b->rows);
+    CHECK(b->rows > 0 && b->rows <= a->B && b->T > 0 && b->T <= a->T, "%d rows of %d tokens; opened for %d of %d", b->rows,
+          b->T, a->B, a->T);
+    CHECK(pass->weight == 0 || (a->bound.rows > 0 && b->targets), "this model was opened to evaluate");
+    CHECK(pass->weight != 0 || !pass->reduce, "an evaluation has no gradients to sum");
+    CHECK(!pass->watch || !pass->watch->see_gradient || !a->frozen, "backward ends above the embeddings");
+    for (int l = 0; pass->watch && plan->tied && l < c->L; l++)
+        CHECK(!pass->watch->want[watch_after(l, ATTN)], "a tied plan has no stream between its branches");
+    for (size_t i = 0, n = (size_t)b->rows * (size_t)b->T; i < n; i++) {
+        CHECK(b->tokens[i] >= 0 && b->tokens[i] < c->V, "token %d is outside the vocabulary of %d", b->tokens[i], c->V);
+        CHECK(!b->targets || b->targets[i] < c->V, "target %d is outside the vocabulary of %d", b->targets[i], c->V);
+    }
+}
+
+// Of decode.
+static inline void engine_check_decode(const GptConfig *c, const EngineArgs *a, int n, const int *tokens, const int *seq,
+                                       const int *at, const DropPlan *plan) {
+    const int B = plan->batch;
+    CHECK(plan->layers == c->L, "a plan of %d layers for a model of %d", plan->layers, c->L);
+    CHECK(B > 0 && B <= a->cache && n > 0 && (size_t)B * (size_t)n <= (size_t)a->B * (size_t)a->T,
+          "%d rows of %d tokens; opened for %d sequences and %d tokens", B, n, a->cache, a->B * a->T);
+    for (int row = 0; row < B; row++) {
+        CHECK(seq[row] >= 0 && seq[row] < a->cache, "sequence %d of %d", seq[row], a->cache);
+        CHECK(at[row] >= 0 && at[row] <= a->T - n, "%d tokens at position %d of %d", n, at[row], a->T);
+        for (int other = 0; other < row; other++) CHECK(seq[other] != seq[row], "sequence %d twice in a call", seq[row]);
+    }
+    for (size_t i = 0; i < (size_t)B * (size_t)n; i++)
+        CHECK(tokens[i] >= 0 && tokens[i] < c->V, "token %d is outside the vocabulary of %d", tokens[i], c->V);
+}
+
+// ---- What callers use ----
+
+// Opens a model, or ends the program with a word about what this engine cannot do.
+static inline Model *engine_open(const Engine *e, const GptConfig *config, const EngineArgs *a) {
+    const struct { unsigned needs; int asked; const char *what, *hint; } wish[] = {
+        {CAN_TF32, a->dtype == DTYPE_TF32, "--dtype tf32", "--dtype fp32 or bf16; or build with make CUDA=1"},
+        {CAN_RECOMPUTE, a->recompute != RECOMPUTE_GELU, "--recompute", "--recompute gelu; the CPU has room"},
+        {CAN_GRAPH, a->graphs, "--graphs", "--graphs 0"},
+        {CAN_ROUND, a->rounding != ROUNDING_NEAREST, "--rounding stochastic",
+         "--rounding nearest; the CPU keeps no rounded weights"},
+        {CAN_SHARE, a->zero, "--zero", "--zero 0; the CPU keeps all on every rank"},
+    };
+    const char *error = gpt_config_error(config);
+    if (error) die("this model cannot be built: %s", error);
+    for (size_t i = 0; i < sizeof wish / sizeof wish[0]; i++)
+        if (wish[i].asked && !(e->can & wish[i].needs)) die("%s is for GPUs\n  hint: %s", wish[i].what, wish[i].hint);
+    CHECK(a->B > 0 && a->T > 0 && a->T <= config->T, "a batch of %d rows of %d tokens", a->B, a->T);
+    return e->open(config, a);
+}
+
+// The losses of plan->batch rows of T tokens, by a plain pass; and with their gradient.
+static inline double engine_forward(const Engine *e, Model *m, int T, const int *tokens, const int *targets,
+                                    const DropPlan *plan) {
+    const Batch batch = batch_of(plan->batch, T, tokens, targets);
+    const Pass pass = pass_of(plan, 0);
+    return e->run(m, &batch, &pass);
+}
+
+static inline double engine_forward_backward(const Engine *e, Model *m, int T, const int *tokens, const int *targets,
+                                             const DropPlan *plan, double weight) {
+    const Batch batch = batch_of(plan->batch, T, tokens, targets);
+    const Pass pass = pass_of(plan, weight);
+    return e->run(m, &batch, &pass);
+}
+
+// GPT-2's initial weights. Each number is a function of (seed, parameter, layer, place): the same on every engine.
+static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c, uint64_t seed) {
+    for (int p = 0; p < N_PARAMS; p++) {
+        const size_t n = gpt_param_size(c, p);
+        const int init = gpt_param[p].init;
+        const double sigma = init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * c->L) : 0.02;
+        real *host = (real *)xcalloc(n + 1, sizeof *host);
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+#ifdef _OPENMP
+#pragma omp parallel for
+#endif
+            for (size_t i = 0; i < n; i += 2) {
+                const double constant = init == INIT_ONE ? 1 : 0;
+                double z[2] = {constant, constant};
+                if (init == INIT_NORMAL || init == INIT_RESIDUAL) {
+                    Philox w = rng_words(seed, STREAM_INIT, (uint64_t)i, (uint32_t)p, (uint32_t)l);
+                    normal_pair(z, w.v[0], w.v[1]);
+                    z[0] *= sigma, z[1] *= sigma;
+                }
+                host[i] = (real)z[0], host[i + 1] = (real)z[1];
+            }
+            e->write(m, SLOT_PARAM, p, l, host);
+        }
+        free(host);
+    }
+}
+
+#endif

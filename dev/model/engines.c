@@ -1,0 +1,38 @@
+// engines.c: the CPU engines of a fat build (make FAT=1), and which of them runs. Other builds have one engine, which
+// train_gpt.c names itself, and do not compile this file.
+//
+// The table is FAT_ENGINES of dev.mk: names, best first, with the instructions that train_gpt.c is compiled for
+// under each name. It comes here as CPU_ENGINES, rows of X(name, HAS(instructions) && ...), so that the processor is
+// asked for just what the compiler was allowed to use.
+//
+//     DROPPATH_ENGINE=avx2        this one instead of the best that the processor can run (to test, to compare)
+
+#include "../check.h"
+#include "engines.h"
+
+#ifndef CPU_ENGINES
+#error "compiled by make FAT=1, which passes the table of engines"
+#endif
+#define HAS(instructions) __builtin_cpu_supports(#instructions)
+
+#define X(name, runs) extern const Engine cpu_engine_##name;
+CPU_ENGINES(X)
+#undef X
+
+const Engine *engine_cpu(void) {
+    const struct { const char *name; const Engine *engine; int runs; } choice[] = {
+#define X(name, runs) {#name, &cpu_engine_##name, runs},
+        CPU_ENGINES(X)
+#undef X
+    };
+#define X(name, runs) " " #name
+    static const char names[] = CPU_ENGINES(X);
+#undef X
+    const char *wanted = getenv("DROPPATH_ENGINE");
+    for (size_t i = 0; i < sizeof choice / sizeof choice[0]; i++) {
+        if (wanted && *wanted ? strcmp(wanted, choice[i].name) : !choice[i].runs) continue;
+        if (!choice[i].runs) die("DROPPATH_ENGINE=%s: this processor lacks its instructions", wanted);
+        return choice[i].engine;
+    }
+    die("DROPPATH_ENGINE=%s: the engines of this build are%s", wanted, names);
+}

@@ -1,0 +1,174 @@
+// gpt.h: what a GPT is: its sizes, its presets, the one table of its parameters, and what its parts cost.
+//
+// The letters, everywhere: B rows of a micro-batch, T tokens of a row, C channels, L layers, NH heads, HS = C/NH,
+// V vocabulary. The architecture is GPT-2's (Radford et al. 2019): learned positions, LayerNorm before each branch
+// with eps 1e-5, biases, tanh-GELU, an MLP of 4C, the head tied to the token embedding.
+#ifndef GPT_H
+#define GPT_H
+
+#include "../check.h"
+#include <math.h>
+
+typedef struct { int V, T, L, NH, C; } GptConfig;        // T: the longest row, GPT-2's n_positions
+
+enum { ATTN, MLP, BRANCHES, NO_BRANCH = BRANCHES };      // branch b of layer l is number 2*l + b
+
+// ---- Presets ----
+
+typedef struct { const char *name; GptConfig config; } GptPreset;
+
+static const GptPreset gpt_presets[] = {
+    //                V      T    L  NH     C      parameters
+    {"tiny",       {  257,   64,  4,  4,  128}},   // 0.8 M, over bytes: minutes on a CPU (nanoGPT's CPU recipe)
+    {"small",      {50257,  256,  6,  6,  384}},   //  30 M
+    {"gpt2",       {50257, 1024, 12, 12,  768}},   // 124 M
+    {"gpt2-medium",{50257, 1024, 24, 16, 1024}},   // 355 M
+    {"gpt2-large", {50257, 1024, 36, 20, 1280}},   // 774 M
+    {"gpt2-xl",    {50257, 1024, 48, 25, 1600}},   // 1.6 B
+};
+enum { N_PRESETS = sizeof gpt_presets / sizeof gpt_presets[0] };
+
+// The preset of that name, or NULL.
+static inline const GptPreset *gpt_preset(const char *name) {
+    for (int i = 0; i < N_PRESETS; i++)
+        if (!strcmp(gpt_presets[i].name, name)) return &gpt_presets[i];
+    return NULL;
+}
+
+// NULL, or why no such model can be built. Bounds keep every size below 2^63 and every index an int.
+static inline const char *gpt_config_error(const GptConfig *c) {
+    if (c->V < 2 || c->V > (1 << 24)) return "the vocabulary must have 2 to 16777216 tokens";
+    if (c->T < 1 || c->T > (1 << 20)) return "the sequence length must be 1 to 1048576";
+    if (c->L < 1 || c->L > 1024) return "there must be 1 to 1024 layers";
+    if (c->C < 1 || c->C > (1 << 16)) return "there must be 1 to 65536 channels";
+    if (c->NH < 1 || c->C % c->NH) return "the channels must be a multiple of the heads";
+    return NULL;
+}
+
+// ---- Parameters ----
+
+enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_RESIDUAL };  // 0, 1, N(0, 0.02), N(0, 0.02/sqrt(2L)): GPT-2's
+
+// Matrices (dims 2) are (in, out), as in Hugging Face's GPT-2, and alone have weight decay; vectors have dims 1.
+//     id        checkpoint name            branch     dims rows   cols   init
+#define GPT_PARAMS(X)                                                               \
+    X(wte,      "wte.weight",               NO_BRANCH, 2,   c->V,  c->C,  INIT_NORMAL)   \
+    X(wpe,      "wpe.weight",               NO_BRANCH, 2,   c->T,  c->C,  INIT_NORMAL)   \
+    X(ln1w,     "h.%d.ln_1.weight",         ATTN,      1,   1,     c->C,  INIT_ONE)      \
+    X(ln1b,     "h.%d.ln_1.bias",           ATTN,      1,   1,     c->C,  INIT_ZERO)     \
+    X(qkvw,     "h.%d.attn.c_attn.weight",  ATTN,      2,   c->C,  3*c->C, INIT_NORMAL)  \
+    X(qkvb,     "h.%d.attn.c_attn.bias",    ATTN,      1,   1,     3*c->C, INIT_ZERO)    \
+    X(attprojw, "h.%d.attn.c_proj.weight",  ATTN,      2,   c->C,  c->C,  INIT_RESIDUAL) \
+    X(attprojb, "h.%d.attn.c_proj.bias",    ATTN,      1,   1,     c->C,  INIT_ZERO)     \
+    X(ln2w,     "h.%d.ln_2.weight",         MLP,       1,   1,     c->C,  INIT_ONE)      \
+    X(ln2b,     "h.%d.ln_2.bias",           MLP,       1,   1,     c->C,  INIT_ZERO)     \
+    X(fcw,      "h.%d.mlp.c_fc.weight",     MLP,       2,   c->C,  4*c->C, INIT_NORMAL)  \
+    X(fcb,      "h.%d.mlp.c_fc.bias",       MLP,       1,   1,     4*c->C, INIT_ZERO)    \
+    X(fcprojw,  "h.%d.mlp.c_proj.weight",   MLP,       2,   4*c->C, c->C, INIT_RESIDUAL) \
+    X(fcprojb,  "h.%d.mlp.c_proj.bias",     MLP,       1,   1,     c->C,  INIT_ZERO)     \
+    X(lnfw,     "ln_f.weight",              NO_BRANCH, 1,   1,     c->C,  INIT_ONE)      \
+    X(lnfb,     "ln_f.bias",                NO_BRANCH, 1,   1,     c->C,  INIT_ZERO)
+
+#define X(id, name, branch, dims, rows, cols, init) P_##id,
+enum { GPT_PARAMS(X) N_PARAMS };
+#undef X
+
+// One pointer per parameter: the weights, or the gradients, that one layer sees.
+typedef struct {
+#define X(id, name, branch, dims, rows, cols, init) real *id;
+    GPT_PARAMS(X)
+#undef X
+} Params;
+
+typedef struct { const char *id, *name; int branch, dims, init; } ParamSpec;
+
+static const ParamSpec gpt_param[N_PARAMS] = {
+#define X(id, name, branch, dims, rows, cols, init) {#id, name, branch, dims, init},
+    GPT_PARAMS(X)
+#undef X
+};
+
+static inline int gpt_param_rows(const GptConfig *c, int param) {
+#define X(id, name, branch, dims, rows, cols, init) (rows),
+    const int all[N_PARAMS] = {GPT_PARAMS(X)};
+#undef X
+    return all[param];
+}
+
+static inline int gpt_param_cols(const GptConfig *c, int param) {
+#define X(id, name, branch, dims, rows, cols, init) (cols),
+    const int all[N_PARAMS] = {GPT_PARAMS(X)};
+#undef X
+    return all[param];
+}
+
+// Elements of the parameter in one layer (in all, for one that no layer owns).
+static inline size_t gpt_param_size(const GptConfig *c, int param) {
+    return (size_t)gpt_param_rows(c, param) * (size_t)gpt_param_cols(c, param);
+}
+
+// Its shape in a checkpoint, (rows, cols) or (cols); returns how many dimensions that is.
+static inline int gpt_param_shape(const GptConfig *c, int param, int64_t shape[2]) {
+    const int matrix = gpt_param[param].dims == 2;
+    shape[0] = matrix ? gpt_param_rows(c, param) : gpt_param_cols(c, param);
+    shape[1] = gpt_param_cols(c, param);
+    return matrix ? 2 : 1;
+}
+
+// In how many layers it exists: L, or 1 (then its layer is 0).
+static inline int gpt_param_layers(const GptConfig *c, int param) {
+    return gpt_param[param].branch == NO_BRANCH ? 1 : c->L;
+}
+
+// The name in a checkpoint, "h.3.ln_1.weight"; from malloc.
+static inline char *gpt_param_name(int param, int layer) {
+    const char *name = gpt_param[param].name, *mark = strstr(name, "%d");
+    if (!mark) return xstrdup(name);
+    return xprintf("%.*s%d%s", (int)(mark - name), name, layer, mark + 2);
+}
+
+// Whether it is of a branch's last projection, which multiplies what the branch adds: a factor of the branch is one of these.
+static inline int gpt_param_ends_branch(int param) {
+    return param == P_attprojw || param == P_attprojb || param == P_fcprojw || param == P_fcprojb;
+}
+
+// Whether training changes it where the first `frozen` layers stay as they are. Backward ends above them, so that wpe, which
+// only lies below, stays too; wte is trained as the head. 0: all is trained.
+static inline int gpt_param_trains(int param, int layer, int frozen) {
+    return gpt_param[param].branch == NO_BRANCH ? param != P_wpe || !frozen : layer >= frozen;
+}
+
+static inline size_t gpt_params_trained(const GptConfig *c, int frozen) {
+    size_t n = 0;
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int l = 0; l < gpt_param_layers(c, p); l++) n += gpt_param_trains(p, l, frozen) ? gpt_param_size(c, p) : 0;
+    return n;
+}
+
+static inline size_t gpt_params_count(const GptConfig *c) {
+    size_t n = 0;
+    for (int p = 0; p < N_PARAMS; p++) n += gpt_param_size(c, p) * (size_t)gpt_param_layers(c, p);
+    return n;
+}
+
+// ---- Cost ----
+// Floating point operations of matrix products only (a multiply-add is 2), of a forward pass over one row of T
+// tokens; a training step does 3 times as many (backward: d_input and d_weight), but of a frozen layer only
+// these. Causal attention is counted as what is needed, T(T+1)/2 pairs; a kernel's recomputation, LayerNorm, GELU and the optimizer are not counted.
+
+static inline double gpt_branch_flops(const GptConfig *c, int branch, int T) {
+    double t = T, C = c->C;
+    if (branch == MLP) return 2 * t * (C * 4 * C + 4 * C * C);
+    return 2 * t * (C * 3 * C + C * C) + 2 * 2 * C * (t * (t + 1) / 2);
+}
+
+static inline double gpt_head_flops(const GptConfig *c, int T) { return 2.0 * T * c->C * c->V; }
+
+// How often a training step does the forward pass' work of layer l = 0, 1, ...
+static inline int gpt_layer_passes(int l, int frozen) { return l < frozen ? 1 : 3; }
+
+static inline double gpt_row_flops(const GptConfig *c, int T) {
+    return c->L * (gpt_branch_flops(c, ATTN, T) + gpt_branch_flops(c, MLP, T)) + gpt_head_flops(c, T);
+}
+
+#endif

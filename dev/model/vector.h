@@ -1,0 +1,222 @@
+// vector.h: the widest vectors of the target by the compiler's vector extension, and what the engine on the CPU does with
+// them that no plain loop can say: transposing, and products of numbers in bf16.
+//
+// Everything else is written once, for any width: a new instruction set is a row of the first table, and where the
+// processor multiplies in bf16 a version of the three functions at the end.
+#ifndef VECTOR_H
+#define VECTOR_H
+
+#include "../check.h"
+#include <math.h>
+
+// INSTRUCTIONS is their name; the shape of a tile of a matrix product gives it as many accumulators as leave registers
+// for the operands.
+#if defined(__AVX512F__)
+#ifdef __AVX512BF16__
+#define INSTRUCTIONS "AVX-512 + BF16"
+#else
+#define INSTRUCTIONS "AVX-512"
+#endif
+#define VECTOR_BYTES 64
+enum { TILE_ROWS = 12, TILE_VECTORS = 2 };               // 24 accumulators of 32 registers
+#elif defined(__AVX__)
+#ifdef __AVX2__
+#define INSTRUCTIONS "AVX2"
+#else
+#define INSTRUCTIONS "AVX"
+#endif
+#define VECTOR_BYTES 32
+enum { TILE_ROWS = 6, TILE_VECTORS = 2 };                // 12 of 16
+#elif defined(__aarch64__)
+#define INSTRUCTIONS "NEON"
+#define VECTOR_BYTES 16
+enum { TILE_ROWS = 8, TILE_VECTORS = 3 };                // 24 of 32
+#else
+#ifdef __SSE2__
+#define INSTRUCTIONS "SSE2"
+#else
+#define INSTRUCTIONS "plain C"
+#endif
+#define VECTOR_BYTES 16
+enum { TILE_ROWS = 4, TILE_VECTORS = 2 };                // 8 of 16
+#endif
+
+enum { LANES = VECTOR_BYTES / sizeof(real), TILE_COLS = TILE_VECTORS * LANES };
+typedef real Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+
+#define ALWAYS_INLINE __attribute__((always_inline))
+
+static inline ALWAYS_INLINE Vector vector_load(const real *x) { return *(const Vector *)x; }
+static inline ALWAYS_INLINE void vector_store(real *x, Vector v) { *(Vector *)x = v; }
+static inline ALWAYS_INLINE Vector vector_of(real x) { return (Vector){0} + x; }
+
+// The same of n < LANES numbers, the other lanes being zero.
+static inline Vector vector_load_some(const real *x, size_t n) {
+    real all[LANES] = {0};
+    memcpy(all, x, n * sizeof(real));
+    return vector_load(all);
+}
+
+static inline void vector_store_some(real *x, Vector v, size_t n) {
+    memcpy(x, &v, n * sizeof(real));
+}
+
+// The sum of the first n lanes, in order.
+static inline real vector_sum_some(Vector v, size_t n) {
+    real all[LANES], sum = 0;
+    memcpy(all, &v, sizeof all);
+    for (size_t j = 0; j < n; j++) sum += all[j];
+    return sum;
+}
+
+static inline real vector_sum(Vector v) { return vector_sum_some(v, LANES); }
+
+// ---- Exponential ----
+
+#ifdef REAL_DOUBLE
+typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));    // of a comparison: all bits or none
+static inline real log_real(real x) { return log(x); }
+static inline real sqrt_real(real x) { return sqrt(x); }
+#else
+typedef int32_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+static inline real log_real(real x) { return logf(x); }
+static inline real sqrt_real(real x) { return sqrtf(x); }
+#endif
+
+static inline ALWAYS_INLINE Vector select_lanes(Mask first, Vector a, Vector b) {
+    return (Vector)(((Mask)a & first) | ((Mask)b & ~first));
+}
+
+// e^x of each x <= 88, within 1.25 ulp from -87 on; 0 below, NaN for NaN, 1 for numbers too small to matter, denormal or -0.
+// x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor polynomial of degree 7 (the remainder is below 2^-27).
+static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
+#ifdef REAL_DOUBLE
+    for (int l = 0; l < LANES; l++) x[l] = exp(x[l]);
+    return x;
+#else
+    const Vector t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;   // adding 1.5 * 2^23 rounds to an integer
+    const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vector p = r * 1.98412698e-4f + 1.38888889e-3f;
+    p = p * r + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    p *= (Vector)(((Bits)t - 0x4B400000u + 127u) << 23);  // times 2^n; NaN stays NaN
+    return (Vector)((Mask)p & ~(x < -87.0f));
+#endif
+}
+
+// The largest of x (n), in independent lanes, since compilers make no vectors of a plain maximum. NaNs are passed over; of
+// nothing else it is -infinity.
+static inline real max_of(const real *x, size_t n) {
+    enum { AT_ONCE = 4 };
+    Vector top[AT_ONCE];
+    real all[LANES], largest = -(real)INFINITY;
+    for (size_t j = 0; j < AT_ONCE; j++) top[j] = vector_of(largest);
+    size_t i = 0;
+    for (; i + AT_ONCE * LANES <= n; i += AT_ONCE * LANES)
+        for (size_t j = 0; j < AT_ONCE; j++) {
+            const Vector v = vector_load(x + i + j * LANES);
+            top[j] = select_lanes(v > top[j], v, top[j]);
+        }
+    for (; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+    for (size_t j = 0; j < AT_ONCE; j++) {
+        memcpy(all, &top[j], sizeof all);
+        for (size_t l = 0; l < LANES; l++) largest = all[l] > largest ? all[l] : largest;
+    }
+    return largest;
+}
+
+// ---- Transposing LANES x LANES numbers ----
+
+#ifndef __has_builtin
+#define __has_builtin(x) 0
+#endif
+#if !__has_builtin(__builtin_shufflevector)
+#define VECTOR_NO_SHUFFLE 1                              // gcc before 12
+#elif defined(REAL_DOUBLE) && VECTOR_BYTES == 16
+#define VECTOR_LOW  0, 2
+#define VECTOR_HIGH 1, 3
+#elif defined(REAL_DOUBLE) ? VECTOR_BYTES == 32 : VECTOR_BYTES == 16
+#define VECTOR_LOW  0, 4, 1, 5
+#define VECTOR_HIGH 2, 6, 3, 7
+#elif defined(REAL_DOUBLE) ? VECTOR_BYTES == 64 : VECTOR_BYTES == 32
+#define VECTOR_LOW  0, 8, 1, 9, 2, 10, 3, 11
+#define VECTOR_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define VECTOR_LOW  0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define VECTOR_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+
+// Line i of v becomes column i. log2(LANES) times each line is shuffled into the one half of the lines away from it: then
+// the bits of a number's line and those of its place in it have changed sides.
+static inline ALWAYS_INLINE void vector_transpose(Vector v[LANES]) {
+#ifdef VECTOR_NO_SHUFFLE
+    real x[LANES][LANES], y[LANES][LANES];
+    memcpy(x, v, sizeof x);
+    for (size_t i = 0; i < LANES; i++)
+        for (size_t j = 0; j < LANES; j++) y[j][i] = x[i][j];
+    memcpy(v, y, sizeof y);
+#else
+    enum { HALF = LANES / 2 };
+#pragma GCC unroll 4
+    for (size_t round = LANES; round > 1; round /= 2) {
+        Vector w[LANES];
+#pragma GCC unroll 8
+        for (size_t i = 0; i < HALF; i++) {
+            w[2 * i] = __builtin_shufflevector(v[i], v[i + HALF], VECTOR_LOW);
+            w[2 * i + 1] = __builtin_shufflevector(v[i], v[i + HALF], VECTOR_HIGH);
+        }
+#pragma GCC unroll 16
+        for (size_t i = 0; i < LANES; i++) v[i] = w[i];
+    }
+#endif
+}
+
+// ---- bf16: the upper half of an fp32 number, so 8 bits of precision and the exponents of fp32 ----
+
+// x rounded to the nearest bf16, ties to even, as the processor's own instructions do it: what is below the smallest
+// normal number becomes zero, a NaN stays one.
+static inline real bf16_round(real x) {
+    union { float f; uint32_t bits; } y = {(float)x};
+    const uint32_t size = y.bits & 0x7FFFFFFFu;
+    if (size > 0x7F800000u) return x;
+    if (size < 0x00800000u) y.bits &= 0x80000000u;
+    else y.bits = (y.bits + 0x7FFFu + (y.bits >> 16 & 1)) & 0xFFFF0000u;
+    return (real)y.f;
+}
+
+// A word is what a packed operand has in the place of one number: a number, or where the processor has dot products of
+// bf16 (PAIRS), two numbers of a sum one after the other, the first in the lower half.
+#if defined(__AVX512BF16__) && !defined(REAL_DOUBLE) && !defined(NO_PAIRS)
+#include <immintrin.h>
+enum { PAIRS = 1 };
+
+// sum + the products of both pairs: the upper pair is added first, each with one rounding, as two multiply-adds would (but
+// a sum below the smallest normal number is zero).
+static inline ALWAYS_INLINE Vector pairs_dot(Vector sum, real a, Vector b) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+}
+
+// x (2 LANES), in order
+static inline ALWAYS_INLINE Vector pairs_of_line(const real *x) {
+    return (Vector)_mm512_cvtne2ps_pbh((__m512)vector_load(x + LANES), (__m512)vector_load(x));
+}
+
+// (first[j], second[j]) for all j
+static inline ALWAYS_INLINE Vector pairs_of_lines(Vector first, Vector second) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    return (Vector)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#else
+enum { PAIRS = 0 };
+static inline Vector pairs_dot(Vector sum, real a, Vector b) { return (void)a, (void)b, sum; }
+static inline Vector pairs_of_line(const real *x) { return vector_load(x); }
+static inline Vector pairs_of_lines(Vector first, Vector second) { return (void)second, first; }
+#endif
+
+#endif

@@ -1,0 +1,147 @@
+// console.h: what a person sees of a run: its start, an estimate of its cost, the step line, samples.
+#ifndef CONSOLE_H
+#define CONSOLE_H
+
+#include "run.h"
+#include "sample.h"
+
+// One character per layer for the step's plans: # both branches ran on every row, . neither on any, a or m one of them
+// alone, 1 to 9 the kept tenths of the rest.
+static inline void trainer_kept_map(const Trainer *tr, char *map) {
+    const int rows = tr->B * tr->M;
+    for (int l = 0; l < tr->config.L; l++) {
+        const int attn = tr->kept[BRANCHES * l + ATTN], mlp = tr->kept[BRANCHES * l + MLP];
+        const int tenths = 10 * (attn + mlp) / (2 * rows);
+        if (attn + mlp == 2 * rows) map[l] = '#';
+        else if (attn + mlp == 0) map[l] = '.';
+        else if (attn == rows && !mlp) map[l] = 'a';
+        else if (mlp == rows && !attn) map[l] = 'm';
+        else map[l] = (char)('0' + (tenths < 1 ? 1 : tenths));
+    }
+    map[tr->config.L] = 0;
+}
+
+// The part of the full model's FLOPs that the run is expected to execute; of a long run by every n-th step, since --steps may
+// be a number that nobody means to reach.
+static inline double trainer_expected_compute(const Trainer *tr) {
+    const int64_t every = tr->steps / 100000 + 1;
+    double sum = 0, n = 0;
+    if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen) return 1;
+    for (int64_t t = every / 2; t < tr->steps; t += every, n++)
+        sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
+    return sum / n;
+}
+
+// Of several strong regularizers each should be weaker; and where each token is seen once there is little to regularize.
+static inline void trainer_warn_of_many(const Trainer *tr, double usual_drop) {
+    const TrainOptions *o = tr->options;
+    const double dropout = fmax(o->dropout_embd, fmax(o->dropout_attn, o->dropout_resid));
+    const double epochs = (double)tr->steps * tr->M * tr->B / (double)tr->train.windows;
+    const struct { const char *name; double value, strong; } all[] = {
+        {"--drop-path", o->drop_path, usual_drop}, {"--dropout", dropout, 0.1},
+        {"--label-smoothing", o->label_smoothing, 0.1}, {"--weight-decay", o->weight_decay, 0.3}};
+    Text names = {NULL, 0, 0};
+    int n = 0;
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        if (all[i].value >= all[i].strong - 1e-9) text_printf(&names, "%s%s %g", n++ ? ", " : "", all[i].name, all[i].value);
+    if (n >= 3) warn("%s: each is strong alone, and together they may underfit; weaken some", names.s);
+    if (dropout > 0 && epochs <= 1)
+        warn("dropout, and no token is seen twice: it usually costs loss there (arXiv 2505.24788); compare with --dropout 0");
+    text_free(&names);
+}
+
+static inline void trainer_print_start(const Trainer *tr) {
+    const GptConfig *c = &tr->config;
+    const TrainOptions *o = tr->options;
+    char count[32], tokens[32];
+    const size_t parameters = gpt_params_count(c);
+    const double mib = 1048576;
+    static const char *const products[] = {"", ", matrix products of bf16", "", ", matrix products of tf32"};
+    EngineMemory memory;
+    double usual;
+    metrics_grouped(count, (double)parameters);
+    metrics_grouped(tokens, (double)tr->train.tokens);
+    tr->engine->memory(tr->model, &memory);
+    printf("engine:  %s%s; peak %.0f GFLOP/s, %s\n", tr->engine->name, products[trainer_dtype(tr->engine, o)],
+           tr->peak_flops / 1e9, *o->device ? "by its data sheet" : "measured");
+    printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d\n", count, c->L, c->NH,
+           c->C, tr->T, c->V);
+    printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n, tr->train.n == 1 ? "" : "s",
+           (long long)tr->eval_rows * tr->T);
+    printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B, tr->T, tr->M,
+           tr->M == 1 ? "" : "es", (long long)tr->steps, trainer_epochs(tr));
+    if (tr->world > 1)
+        printf("ranks:   %d processes, each %d micro-batch%s of a step; numbers of memory are of each, of speed of all\n",
+               tr->world, tr->M / tr->world, tr->M == tr->world ? "" : "es");
+    printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB, activations %.0f MiB",
+           (double)memory.parameters / mib, (double)memory.gradients / mib, (double)memory.moments / mib,
+           (double)memory.activations / mib);
+    if (memory.activations < memory.activations_full)
+        printf(" of %.0f MiB without drop path", (double)memory.activations_full / mib);
+    printf("\n");
+    if (tr->drop.frozen) {
+        metrics_grouped(count, (double)gpt_params_trained(c, tr->drop.frozen));
+        printf("trains:  %s parameters: the last %d layer%s, ln_f and wte\n", count, c->L - tr->drop.frozen,
+               c->L - tr->drop.frozen == 1 ? "" : "s");
+    }
+    if (o->drop_path > 0 || tr->replay.n) {
+        printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path,
+               c->L, o->drop_path * drop_path_depth(&tr->drop, 1), 100 * trainer_expected_compute(tr));
+        const char *size = drop_path_excess(o->drop_path, parameters, &usual);
+        if (size)
+            warn("--drop-path %g is high: %g is usual for a %s model; compare with a run without it", o->drop_path, usual,
+                 size);
+    }
+    drop_path_excess(0, parameters, &usual);
+    trainer_warn_of_many(tr, usual);
+    printf("output:  %s\n", o->out);
+    fflush(stdout);
+}
+
+// How long a run takes whose steps reach a part of the measured peak: half of it, 80% and 20%.
+static inline void trainer_print_time(const char *least, const char *most, const char *time, int frozen, int drops,
+                                      const char *saved) {
+    printf("time:    %s if steps reach half of that peak, evaluations left out; %s %s\n", time,
+           !frozen ? "drop path saves" : drops ? "drop path and --train-last save" : "--train-last saves", saved);
+    printf("         not sure: %s at 80%% of it, %s at 20%%, more on a busy machine; a run of a few steps tells more\n", least,
+           most);
+}
+
+// --dry-run: what the run would take. Steps of large models reach about half of the peak or more, of tiny ones less.
+static inline void trainer_print_estimate(const Trainer *tr) {
+    const double tokens = (double)tr->steps * tr->M * tr->B * tr->T, mib = 1048576, share = 0.5;
+    const double full = 3 * tokens / tr->T * gpt_row_flops(&tr->config, tr->T), flops = full * trainer_expected_compute(tr);
+    char grouped[32], time[32], least[32], most[32], saved[32];
+    metrics_grouped(grouped, tokens);
+    metrics_duration(time, flops / (share * tr->peak_flops));
+    metrics_duration(least, flops / (0.8 * tr->peak_flops));
+    metrics_duration(most, flops / (0.2 * tr->peak_flops));
+    metrics_duration(saved, (full - flops) / (share * tr->peak_flops));
+    const double epochs = trainer_epochs(tr);
+    if (epochs >= 100) warn("%.0f epochs: the model will learn the data by heart; --epochs 4 is a usual most", epochs);
+    const int drops = tr->options->drop_path > 0 || tr->replay.n;
+    printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full,
+           tr->drop.frozen ? "drop path, all trained" : "drop path");
+    if (*tr->options->device) gpu_model_print(&tr->drop, tr->M, tr->steps);
+    else trainer_print_time(least, most, time, tr->drop.frozen, drops, saved);
+    printf("disk:    %.0f MiB a checkpoint\n", (double)sizeof(real) / mib *
+           (double)(gpt_params_count(&tr->config) + 2 * gpt_params_trained(&tr->config, tr->drop.frozen)));
+    printf("dry run: nothing has been trained or written\n");
+}
+
+static inline void trainer_sample(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    const SampleArgs args = {0.8, 0, 1, (uint64_t)o->seed};
+    const Text prompt = {o->prompt, strlen(o->prompt), 0};
+    Sampler sampler;
+    memset(&sampler, 0, sizeof sampler);
+    sampler.engine = tr->engine, sampler.model = tr->model, sampler.layers = tr->config.L, sampler.V = tr->config.V;
+    sampler.T = tr->T, sampler.batch = 1, sampler.scale = tr->state.eval_scale, sampler.tied = tr->state.tied;
+    sampler.tokenizer = &tr->tokenizer, sampler.args = args, sampler.optional = 1;
+    printf("---- sample after step %lld ----\n", (long long)tr->state.step);
+    sample_texts(stdout, &sampler, &prompt, 1, 1, o->sample_tokens);
+    printf("----\n");
+    fflush(stdout);
+}
+
+#endif

@@ -1,0 +1,421 @@
+// gpu_model.h: how long a training step takes on a GPU, by arithmetic: what --dry-run --device
+// tells. It needs no GPU and measures nothing. Each kernel takes as long as its multiply-adds or
+// its bytes, whichever is longer. All assumptions are in the tables below, each with its source or
+// marked (est). It predicts train_gpt.cu in bf16, on GPUs of one machine.
+#ifndef GPU_MODEL_H
+#define GPU_MODEL_H
+
+#include "../model/drop_path.h"
+#include "../model/engine.h"
+#include "metrics.h"
+#include "weights.h"
+
+// ---- Assumptions: the devices ----
+
+typedef struct {
+    const char *name;
+    double peak;      // FLOP/s of dense bf16 products with fp32 sums, by the data sheet
+    double product;   // FLOP/s of a product of 8192 by 8192 by 8192
+    double mma;       // FLOP/s of mma.sync, the instruction of our attention
+    double copy;      // bytes/s, read and written, of a large copy
+    double memory;    // bytes
+    double link;      // bytes/s: NCCL's bus bandwidth of an all-reduce on one machine
+    double hop;       // s: latency of one step of its ring
+} GpuSpec;
+
+// peak, memory: NVIDIA's data sheets (H100 SXM5, A100 SXM4 80 GB, Ada whitepaper).
+// h100:    product and copy were measured on one; mma is 62% of peak, link NVLink 4, no NVLS (est)
+// a100:    product is 85% of peak, copy 86% of 2.04 TB/s, link NVLink 3 (est)
+// rtx4090: product is 91% of peak, copy 91% of 1.01 TB/s; without peer access the ring goes through
+//          PCIe 4 and the host (est)
+static const GpuSpec gpu_specs[] = {
+    //           peak     product  mma      copy     memory link    hop
+    {"h100",    989e12,  798e12,  613e12,  3.00e12, 80e9,  360e9,  4e-6},
+    {"a100",    312e12,  265e12,  312e12,  1.75e12, 80e9,  230e9,  4e-6},
+    {"rtx4090", 165e12,  150e12,  165e12,  0.92e12, 24e9,  10e9,   20e-6},
+};
+enum { N_GPU_SPECS = sizeof gpu_specs / sizeof gpu_specs[0] };
+
+// ---- Assumptions: the kernels ----
+
+#define GPU_PRODUCT_HALF    220.0    // a product of which the smaller of N and K is d reaches
+                                     // d/(d+220) of `product` (est: 620 of 798 TFLOP/s at d = 768)
+#define GPU_ATTENTION       0.375    // of `mma`, forward (est, by the instructions of its loop)
+#define GPU_ATTENTION_BACK  0.277    // the same, backward, whose 5 products are 2.5 times the FLOPs
+#define GPU_STREAM          0.93     // of `copy`: kernels that pass over memory once (est)
+#define GPU_SUM_PARTS       6e-6     // s: one sum of parts of columns, 6 of them a layer (est)
+#define GPU_LAUNCH          1e-6     // s: the gap between two kernels (est)
+#define GPU_HOST            0.7e-3   // s of a step: two waits of the host, and its own work (est)
+
+// Bytes per element of the array that a kernel passes over (train_gpt.cu). The residual stream is
+// fp32, the rest bf16.
+enum {
+    GPU_NORM_BYTES = 14,         // of (rows,T,C): x read and written, out, ln, xhat; so backward
+    GPU_NORM_AGAIN_BYTES = 4,    // of (rows,T,C)
+    GPU_GELU_AGAIN_BYTES = 4,    // of (rows,T,4C)
+    GPU_BIAS_BYTES = 2,          // of (rows,T,4C), or (rows,T,5C): gradients of products
+    GPU_INNER_BYTES = 4,         // of (rows,T,C): y and dy
+    GPU_LOSS_BYTES = 4,          // of (B,T,Vp): logits read, gradients written in their place
+    GPU_EMBEDDING_BYTES = 8,     // of (B,T,C), each way
+    GPU_ADAM_BYTES = 30,         // of a parameter: weight, gradient, moments; the bf16 copy
+    GPU_GRAD_NORM_BYTES = 4,     // of a parameter
+};
+
+// Launches of a branch, forward and backward.
+static const int gpu_launches[BRANCHES][2] = {{4, 14}, {3, 12}};
+
+// ---- A step ----
+
+#define GPU_PARTS(X)                                   \
+    X(products,      "products of layers")             \
+    X(head,          "products of head")               \
+    X(attention,     "attention")                      \
+    X(norms,         "norms")                          \
+    X(biases,        "bias gradients")                 \
+    X(again,         "made again")                     \
+    X(loss,          "softmax, loss")                  \
+    X(embedding,     "embedding")                      \
+    X(update,        "update")                         \
+    X(launches,      "launches")                       \
+    X(communication, "communication")
+
+#define X(id, name) GPU_PART_##id,
+enum { GPU_PARTS(X) N_GPU_PARTS };
+#undef X
+
+#define X(id, name) name,
+static const char *const gpu_part_names[] = {GPU_PARTS(X)};
+#undef X
+
+typedef struct { double part[N_GPU_PARTS]; } GpuTime;   // seconds
+
+// What is run: B rows of T tokens, `micros` times a step, on each of `ranks` GPUs.
+typedef struct {
+    GptConfig c;
+    int B, T, micros, ranks, frozen, recompute, zero, reduce_fp32, by_rows;
+    const double *kept;     // (2L) the part of the rows that run a branch; NULL: all
+    const double *spent;    // (2L) how likely all micro-batches of a step drop it; NULL: never
+} GpuRun;
+
+// Of one step of one GPU. overlapped: communication that is hidden behind the backward pass.
+typedef struct { GpuTime time; double seconds, flops, mfu, sent_bytes, overlapped; } GpuStep;
+
+static inline double gpu_total(const GpuTime *t) {
+    double sum = 0;
+    for (int i = 0; i < N_GPU_PARTS; i++) sum += t->part[i];
+    return sum;
+}
+
+static inline void gpu_add(GpuTime *sum, const GpuTime *t, double times) {
+    for (int i = 0; i < N_GPU_PARTS; i++) sum->part[i] += times * t->part[i];
+}
+
+// (M,K) times (K,N), of bf16.
+static inline double gpu_product(const GpuSpec *g, double M, double N, double K) {
+    const double d = fmin(N, K), rate = g->product * d / (d + GPU_PRODUCT_HALF);
+    return fmax(2 * M * N * K / rate, 2 * (M * K + K * N + M * N) / g->copy);
+}
+
+static inline double gpu_stream(const GpuSpec *g, double elements, int bytes) {
+    return elements * bytes / (GPU_STREAM * g->copy);
+}
+
+// The products of a branch, all of its rows: those of forward, or dX, or dW, which cost the same.
+static inline double gpu_branch_products(const GpuSpec *g, const GpuRun *r, int branch) {
+    const double BT = (double)r->B * r->T, C = r->c.C;
+    if (branch == MLP) return gpu_product(g, BT, 4 * C, C) + gpu_product(g, BT, C, 4 * C);
+    return gpu_product(g, BT, 3 * C, C) + gpu_product(g, BT, C, C);
+}
+
+// Causal attention, forward.
+static inline double gpu_attention_flops(const GpuRun *r) {
+    return (double)r->B * 2 * 2 * r->c.C * ((double)r->T * (r->T + 1) / 2);
+}
+
+static inline GpuTime gpu_branch_forward(const GpuSpec *g, const GpuRun *r, int branch) {
+    const double elements = (double)r->B * r->T * r->c.C;
+    GpuTime t = {{0}};
+    t.part[GPU_PART_products] = gpu_branch_products(g, r, branch);
+    t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES);
+    if (branch == ATTN)
+        t.part[GPU_PART_attention] = gpu_attention_flops(r) / (GPU_ATTENTION * g->mma);
+    return t;
+}
+
+// What the backward pass makes again: LayerNorm and GELU, nothing, or all of the branch but its
+// last product.
+static inline double gpu_branch_again(const GpuSpec *g, const GpuRun *r, int branch) {
+    const double elements = (double)r->B * r->T * r->c.C, C = r->c.C, BT = (double)r->B * r->T;
+    if (r->recompute == RECOMPUTE_NONE) return 0;
+    double t = gpu_stream(g, elements, GPU_NORM_AGAIN_BYTES);
+    if (branch == MLP) t += gpu_stream(g, 4 * elements, GPU_GELU_AGAIN_BYTES);
+    if (r->recompute != RECOMPUTE_BRANCH) return t;
+    t += gpu_product(g, BT, branch == MLP ? 4 * C : 3 * C, C);
+    return branch == MLP ? t : t + gpu_attention_flops(r) / (GPU_ATTENTION * g->mma);
+}
+
+static inline GpuTime gpu_branch_backward(const GpuSpec *g, const GpuRun *r, int branch) {
+    const double elements = (double)r->B * r->T * r->c.C;
+    GpuTime t = {{0}};
+    t.part[GPU_PART_products] = 2 * gpu_branch_products(g, r, branch);
+    t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES) + 3 * GPU_SUM_PARTS;
+    t.part[GPU_PART_again] = gpu_branch_again(g, r, branch);
+    t.part[GPU_PART_biases] = gpu_stream(g, (branch == MLP ? 5 : 4) * elements, GPU_BIAS_BYTES);
+    if (branch == ATTN)
+        t.part[GPU_PART_attention] = 2.5 * gpu_attention_flops(r) / (GPU_ATTENTION_BACK * g->mma) +
+                                     gpu_stream(g, elements, GPU_INNER_BYTES);
+    return t;
+}
+
+// Head, loss, ln_f and embedding of a micro-batch, forward and backward.
+static inline GpuTime gpu_ends(const GpuSpec *g, const GpuRun *r) {
+    const double BT = (double)r->B * r->T, C = r->c.C, Vp = (r->c.V + 127) / 128 * 128;
+    GpuTime t = {{0}};
+    t.part[GPU_PART_head] = gpu_product(g, BT, Vp, C) + gpu_product(g, BT, C, Vp) +
+                            gpu_product(g, C, Vp, BT);
+    t.part[GPU_PART_loss] = gpu_stream(g, BT * Vp, GPU_LOSS_BYTES);
+    t.part[GPU_PART_norms] = 2 * gpu_stream(g, BT * C, GPU_NORM_BYTES);
+    t.part[GPU_PART_embedding] = (r->frozen ? 1 : 2) * gpu_stream(g, BT * C, GPU_EMBEDDING_BYTES);
+    return t;
+}
+
+static inline double gpu_branch_params(const GptConfig *c, int branch) {
+    double n = 0;
+    for (int p = 0; p < N_PARAMS; p++)
+        if (gpt_param[p].branch == branch) n += (double)gpt_param_size(c, p);
+    return n;
+}
+
+static inline double gpu_kept(const GpuRun *r, int i) { return r->kept ? r->kept[i] : 1; }
+static inline double gpu_spent(const GpuRun *r, int i) { return r->spent ? r->spent[i] : 0; }
+
+// Seconds of `passes` around a ring of the GPUs, 1 / ranks of the bytes a hop: 2 for an all-reduce,
+// 1 for a reduce-scatter or an all-gather.
+static inline double gpu_ring(const GpuSpec *g, int ranks, double bytes, int passes) {
+    return bytes > 0 ? passes * (ranks - 1) * (g->hop + bytes / ranks / g->link) : 0;
+}
+
+// The last micro-batch's backward pass with the sums over the ranks beside it. The sum of a branch
+// begins when its gradient is there and the sum before it is done; what no branch owns comes last,
+// as the embedding's gradient does. Then, with shares, the updated weights are gathered.
+static inline void gpu_communicate(const GpuSpec *g, const GpuRun *r,
+                                   const GpuTime back[BRANCHES], GpuStep *s) {
+    const int wire = r->reduce_fp32 ? 4 : 2, passes = r->zero ? 1 : 2;
+    double now = 0, done = 0, busy = 0, rest = 0, gathered = 0;
+    if (r->ranks < 2) return;
+    for (int i = BRANCHES * r->c.L - 1; i >= BRANCHES * r->frozen; i--) {
+        const double size = (1 - gpu_spent(r, i)) * gpu_branch_params(&r->c, i % BRANCHES);
+        const double ring = gpu_ring(g, r->ranks, wire * size, passes);
+        now += gpu_kept(r, i) * gpu_total(&back[i % BRANCHES]);
+        done = fmax(now, done) + ring, busy += ring;
+        s->sent_bytes += wire * size;
+        if (r->zero) gathered += gpu_ring(g, r->ranks, 2 * size, 1);
+    }
+    for (int p = 0; p < N_PARAMS; p++)
+        if (gpt_param[p].branch == NO_BRANCH && gpt_param_trains(p, 0, r->frozen))
+            rest += (double)gpt_param_size(&r->c, p);
+    const double last = gpu_ring(g, r->ranks, wire * rest, passes);
+    if (r->zero) gathered += gpu_ring(g, r->ranks, 2 * rest, 1);
+    s->sent_bytes += wire * rest;
+    s->time.part[GPU_PART_communication] = fmax(now, done) + last - now + gathered;
+    s->overlapped = busy + last + gathered - s->time.part[GPU_PART_communication];
+}
+
+// The FLOPs of a GPU's step, as metrics.jsonl counts them.
+static inline double gpu_step_flops(const GpuRun *r) {
+    double flops = 3 * gpt_head_flops(&r->c, r->T);
+    for (int i = 0; i < BRANCHES * r->c.L; i++)
+        flops += gpt_layer_passes(i / BRANCHES, r->frozen) * gpu_kept(r, i) *
+                 gpt_branch_flops(&r->c, i % BRANCHES, r->T);
+    return flops * r->B * r->micros;
+}
+
+static inline GpuStep gpu_step(const GpuSpec *g, const GpuRun *r) {
+    const double trained = (double)gpt_params_trained(&r->c, r->frozen);
+    const double updated = r->zero ? trained / r->ranks : trained;
+    GpuTime forward[BRANCHES], back[BRANCHES], ends = gpu_ends(g, r);
+    GpuStep s;
+    memset(&s, 0, sizeof s);
+    for (int b = 0; b < BRANCHES; b++)
+        forward[b] = gpu_branch_forward(g, r, b), back[b] = gpu_branch_backward(g, r, b);
+    gpu_add(&s.time, &ends, r->micros);
+    for (int i = 0; i < BRANCHES * r->c.L; i++) {
+        const int b = i % BRANCHES, trains = i / BRANCHES >= r->frozen;
+        const double times = r->micros * gpu_kept(r, i);
+        const double launched = r->by_rows && times > 0 ? r->micros : times;
+        gpu_add(&s.time, &forward[b], times);
+        if (trains) gpu_add(&s.time, &back[b], times);
+        s.time.part[GPU_PART_launches] += launched * GPU_LAUNCH *
+                                          (gpu_launches[b][0] + trains * gpu_launches[b][1]);
+    }
+    s.time.part[GPU_PART_launches] += GPU_HOST;
+    s.time.part[GPU_PART_update] = gpu_stream(g, updated, GPU_ADAM_BYTES + GPU_GRAD_NORM_BYTES);
+    gpu_communicate(g, r, back, &s);
+    s.seconds = gpu_total(&s.time);
+    s.flops = gpu_step_flops(r);
+    s.mfu = s.flops / s.seconds / g->peak;
+    return s;
+}
+
+// ---- Memory, as train_gpt.cu sets it aside in bf16, but for gaps between arrays ----
+
+enum { GPU_LOGITS_BYTES = 512 << 20, GPU_WORKSPACE = 32 << 20, GPU_PARTIAL = 2048 };
+
+// Of one token in a kept branch: xhat and rstd, and what is not made again.
+static inline double gpu_kept_bytes(const GpuRun *r, int branch) {
+    const double C = r->c.C;
+    double bytes = 2 * C + 4;
+    if (r->recompute != RECOMPUTE_BRANCH) bytes += branch == ATTN ? 8 * C + 4.0 * r->c.NH : 8 * C;
+    if (r->recompute == RECOMPUTE_NONE) bytes += branch == ATTN ? 2 * C : 10 * C;
+    return bytes;
+}
+
+// The logits of a chunk of rows.
+static inline double gpu_logits_bytes(const GpuRun *r) {
+    const double BT = (double)r->B * r->T, row = 2.0 * ((r->c.V + 127) / 128 * 128);
+    const double most = fmax(128, floor(GPU_LOGITS_BYTES / row));
+    return ceil(BT / ceil(BT / most) / 128) * 128 * row;
+}
+
+static inline double gpu_activations(const GpuRun *r, MemoryBound b) {
+    const double BT = (double)r->B * r->T, C = r->c.C, heads = 4 * BT * r->c.NH;
+    const double size[BRANCHES] = {gpu_kept_bytes(r, ATTN), gpu_kept_bytes(r, MLP)};
+    const int rows[BRANCHES] = {b.attn_rows, b.mlp_rows}, larger = size[MLP] > size[ATTN];
+    const double first = fmin(b.rows, rows[larger]), second = b.rows - first;
+    const double kept = fmax(r->T * (first * size[larger] + second * size[!larger]),
+                             BT * (size[ATTN] + size[MLP]));
+    const double forward = BT * (C * (4 + 4 * 2 + 8) + 8) + GPU_PARTIAL * C * 4 + 16 * C;
+    const double backward = BT * C * (4 + 2 + 2 + 8) + heads;
+    const double again = r->recompute == RECOMPUTE_BRANCH ? 8 * BT * C + heads : 0;
+    return GPU_WORKSPACE + gpu_logits_bytes(r) + kept + forward + backward + again;
+}
+
+static inline EngineMemory gpu_memory(const GpuRun *r, MemoryBound bound) {
+    const size_t all = gpt_params_count(&r->c), trained = gpt_params_trained(&r->c, r->frozen);
+    const size_t shares = r->zero ? (size_t)r->ranks : 1;
+    const int rows = r->B * (r->c.L - r->frozen);
+    const MemoryBound full = {rows, rows, BRANCHES * rows};
+    const int gradient = r->ranks > 1 && !r->reduce_fp32 ? 4 + 2 : 4;
+    const EngineMemory m = {(all - trained + trained / shares) * 4 + all * 2, trained * gradient,
+                            2 * trained / shares * 4, (size_t)gpu_activations(r, bound),
+                            (size_t)gpu_activations(r, full), 0};
+    return m;
+}
+
+// ---- What the drop plan leaves, on average over the run's steps ----
+
+// kept, spent (2L), as GpuRun has them. micros: of a step, those with a plan of their own.
+static inline void gpu_expect(double *kept, double *spent, const DropPath *d, int micros) {
+    const int64_t every = d->steps / 1000 + 1;
+    const double n = (double)((d->steps - every / 2 + every - 1) / every), M = micros;
+    for (int i = 0; i < BRANCHES * d->layers; i++) {
+        kept[i] = spent[i] = 0;
+        for (int64_t t = every / 2; t < d->steps; t += every) {
+            const double p = drop_path_rate(d, i / BRANCHES + 1, i % BRANCHES, t);
+            kept[i] += (1 - p) / n;
+            if (d->unit == UNIT_ROW) continue;           // some row keeps it
+            const double systematic = fmax(0, M * p - (M - 1));
+            spent[i] += (d->sampling == SAMPLING_SYSTEMATIC ? systematic : pow(p, M)) / n;
+        }
+    }
+}
+
+// ---- --dry-run --device: an engine that is a prediction ----
+
+// What --device asks for: "h100", or "8xh100".
+typedef struct { const GpuSpec *spec; int ranks; } GpuWish;
+
+static inline GpuWish gpu_wish(const char *device) {
+    char *end;
+    GpuWish w = {NULL, 1};
+    const char *name = device;
+    const long n = strtol(device, &end, 10);
+    if (end != device && *end == 'x' && n >= 1 && n <= 1024) w.ranks = (int)n, name = end + 1;
+    for (int i = 0; i < N_GPU_SPECS; i++)
+        if (!strcmp(name, gpu_specs[i].name)) w.spec = &gpu_specs[i];
+    if (!w.spec) die("--device %s: h100, a100 or rtx4090, or several of them as in 8xh100", device);
+    return w;
+}
+
+// The model of an engine that was opened, and the wish of the one that will be.
+typedef struct { GpuRun run; MemoryBound bound; GpuWish wish; } GpuModel;
+static inline GpuModel *gpu_model(void) {
+    static GpuModel model;
+    return &model;
+}
+
+static inline Model *gpu_model_open(const GptConfig *c, const EngineArgs *a) {
+    GpuModel *m = gpu_model();
+    if (a->dtype != DTYPE_BF16) die("--device predicts bf16 only\n  hint: --dtype bf16, or none");
+    const GpuRun run = {*c, a->B, a->T, 1, m->wish.ranks, a->frozen, a->recompute,
+                        a->zero && m->wish.ranks > 1, a->reduce_fp32, 0, NULL, NULL};
+    m->run = run, m->bound = a->bound;
+    return (Model *)(void *)m;
+}
+
+static inline void gpu_model_memory(const Model *model, EngineMemory *bytes) {
+    const GpuModel *m = (const GpuModel *)(const void *)model;
+    *bytes = gpu_memory(&m->run, m->bound);
+}
+
+static inline double gpu_model_peak(Model *model, double seconds) {
+    (void)seconds;
+    return ((GpuModel *)(void *)model)->wish.spec->peak;
+}
+
+static inline void gpu_model_close(Model *model) { (void)model; }
+
+// The engine of a dry run for this device. Memory, peak and close are all that a dry run calls.
+static inline const Engine *gpu_model_engine(const char *device) {
+    static char name[64];
+    static Engine engine;
+    gpu_model()->wish = gpu_wish(device);
+    snprintf(name, sizeof name, "%s, predicted", device);
+    engine.name = name, engine.dtype = DTYPE_BF16, engine.can = ~0u;
+    engine.open = gpu_model_open, engine.memory = gpu_model_memory;
+    engine.peak = gpu_model_peak, engine.close = gpu_model_close;
+    return &engine;
+}
+
+static inline void gpu_model_print_step(const GpuSpec *g, const GpuStep *s, double tokens) {
+    char rate[32];
+    metrics_grouped(rate, tokens / s->seconds);
+    printf("predict:");
+    for (int i = 0; i < N_GPU_PARTS; i++)
+        printf("%s %s %.1f", i ? "," : "", gpu_part_names[i], 1e3 * s->time.part[i]);
+    printf(" ms\n         step %.1f ms, %s tokens/s, MFU %.1f%% of %.0f TFLOP/s; assumptions: "
+           "dev/run/gpu_model.h\n", 1e3 * s->seconds, rate, 100 * s->mfu, 1e-12 * g->peak);
+}
+
+// What a run of `steps` steps of M micro-batches in all, at these drop rates, would take there.
+static inline void gpu_model_print(const DropPath *d, int M, int64_t steps) {
+    const GpuModel *m = gpu_model();
+    const GpuSpec *g = m->wish.spec;
+    const size_t branches = (size_t)(BRANCHES * m->run.c.L);
+    double *kept = (double *)xcalloc(branches, sizeof *kept);
+    double *spent = (double *)xcalloc(branches, sizeof *spent);
+    char time[32];
+    GpuRun run = m->run, full;
+    run.micros = M / run.ranks, run.by_rows = d->unit == UNIT_ROW;
+    full = run, run.kept = kept, run.spent = spent;
+    gpu_expect(kept, spent, d, d->sync && !run.by_rows ? run.micros : M);
+    const GpuStep s = gpu_step(g, &run), all = gpu_step(g, &full);
+    const EngineMemory bytes = gpu_memory(&run, m->bound);
+    const double used = (double)(bytes.parameters + bytes.gradients + bytes.moments) +
+                        (double)bytes.activations;
+    gpu_model_print_step(g, &s, (double)M * run.B * run.T);
+    if (d->p_max > 0)
+        printf("         drop path saves %.1f ms, %.1f%% of a step, and %.1f%% of the FLOPs\n",
+               1e3 * (all.seconds - s.seconds), 100 * (1 - s.seconds / all.seconds),
+               100 * (1 - s.flops / all.flops));
+    if (run.ranks > 1)
+        printf("         %d GPUs sum %.0f MB each: %.1f ms behind the backward pass, %.1f ms not\n",
+               run.ranks, 1e-6 * s.sent_bytes, 1e3 * s.overlapped,
+               1e3 * s.time.part[GPU_PART_communication]);
+    metrics_duration(time, s.seconds * (double)steps);
+    printf("         %.1f of %.0f GB are used%s; the run takes %s, evaluations left out\n",
+           1e-9 * used, 1e-9 * g->memory, used > g->memory ? ", too many" : "", time);
+    free(kept), free(spent);
+}
+
+#endif

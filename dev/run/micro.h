@@ -1,0 +1,96 @@
+// micro.h: the micro-batches of a step: their rows of the data, their plans, what the engine is called with, what they cost.
+// All of it is a function of (seed, step, micro-batch): any rank can ask it of any other's.
+#ifndef MICRO_H
+#define MICRO_H
+
+#include "run.h"
+
+// The sample in row b of micro-batch m of the next step: its samples follow those consumed.
+static inline int64_t trainer_row_sample(const Trainer *tr, int m, int b) {
+    return tr->state.consumed + (int64_t)m * tr->B + b;
+}
+
+// Reads micro-batch m of the step, one of this rank's.
+static inline void trainer_read_batch(Trainer *tr, int m) {
+    for (int b = 0; b < tr->B; b++)
+        shards_read_sample(&tr->train, (uint64_t)tr->options->seed, trainer_row_sample(tr, m, b),
+                           tr->tokens + b * tr->T, tr->targets + b * tr->T);
+}
+
+// The plan of micro-batch m, this rank's or another's: it is a function of (seed, step, m).
+static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
+    if (!tr->replay.n) drop_plan_sample(&tr->plan, &tr->drop, t, m, tr->M, tr->world, tr->B);
+    else {
+        const char *error = drop_plan_read(&tr->plan, &tr->drop, t, tr->replay.record[t].plan, m, tr->B);
+        CHECK(!error, "%s", error);                      // trainer_open_replay has read them all
+    }
+}
+
+// What the engine is called with for micro-batch m of step t, one of this rank's: what it reads, until the next is read,
+static inline Batch trainer_batch(Trainer *tr, int m) {
+    trainer_read_batch(tr, m);
+    return batch_of(tr->B, tr->T, tr->tokens, tr->targets);
+}
+
+// and what it does; the gradients are summed over the ranks with the last of the step.
+static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
+    const TrainOptions *o = tr->options;
+    const double on = ramp_at(&tr->dropout, t);
+    trainer_plan(tr, t, m);
+    Pass pass = pass_of(&tr->plan, 1.0 / tr->M);
+    Noise noise = {(uint64_t)o->seed, t, (uint32_t)m * (uint32_t)tr->B, noise_rate_of(on * o->dropout_embd),
+                   noise_rate_of(on * o->dropout_attn), noise_rate_of(on * o->dropout_resid)};
+    tr->noise = noise;
+    if (noise.embd || noise.attn || noise.resid) pass.noise = &tr->noise;
+    if (tr->objective.smoothing != 0) pass.objective = &tr->objective;
+    if (tr->world > 1 && m + tr->world >= tr->M) pass.reduce = tr->reduce;
+    return pass;
+}
+
+// Whether branch i (as UpdateArgs.t counts) is of a layer that is not trained.
+static inline int trainer_is_frozen(const Trainer *tr, int i) { return i < BRANCHES * tr->drop.frozen; }
+
+// What the step's plans keep, over all ranks: known before anything runs.
+static inline void trainer_plan_step(Trainer *tr, int64_t t) {
+    const int branches = BRANCHES * tr->config.L;
+    memset(tr->kept, 0, (size_t)branches * sizeof *tr->kept);
+    tr->plan_text.n = 0;
+    for (int m = 0; m < tr->M; m++) {
+        trainer_plan(tr, t, m);
+        if (tr->plan_text.n) text_append(&tr->plan_text, " ", 1);
+        drop_plan_write(&tr->plan_text, &tr->plan, tr->drop.unit);
+        for (int i = 0; i < branches; i++) tr->kept[i] += tr->plan.branch[i].n;
+    }
+    for (int i = 0; i <= branches; i++) tr->reduce[i] = i == branches || (tr->kept[i] > 0 && !trainer_is_frozen(tr, i));
+}
+
+// The AdamW step of every branch in this update: one more than before, or 0 (untouched) for what was dropped throughout and
+// for what is not trained.
+static inline void trainer_count_updates(Trainer *tr) {
+    const int branches = BRANCHES * tr->config.L;
+    for (int i = 0; i <= branches; i++) {
+        const int dropped = tr->options->drop_adam == ADAM_SKIP && i < branches && tr->kept[i] == 0;
+        const int skipped = dropped || (i < branches && trainer_is_frozen(tr, i));
+        tr->adamw_steps[i] = skipped ? 0 : tr->state.adamw_steps[i] + 1;
+    }
+}
+
+// What the plans of the step have cost, and kept.
+static inline void trainer_account(Trainer *tr, Metrics *r) {
+    const GptConfig *c = &tr->config;
+    const double rows = (double)tr->B * tr->M;
+    double flops = 3 * rows * gpt_head_flops(c, tr->T), kept[BRANCHES] = {0, 0};
+    for (int i = 0; i < BRANCHES * c->L; i++) {
+        flops += gpt_layer_passes(i / BRANCHES, tr->drop.frozen) * tr->kept[i] * gpt_branch_flops(c, i % BRANCHES, tr->T);
+        kept[i % BRANCHES] += tr->kept[i];
+    }
+    r->flops = flops;
+    r->flops_fraction = flops / (3 * rows * gpt_row_flops(c, tr->T));
+    r->kept_attn = kept[ATTN] / (rows * c->L);
+    r->kept_mlp = kept[MLP] / (rows * c->L);
+    r->drop_p = fmax(drop_path_rate(&tr->drop, c->L, ATTN, tr->state.step),
+                     drop_path_rate(&tr->drop, c->L, MLP, tr->state.step));
+    r->plan = tr->plan_text.s;
+}
+
+#endif

@@ -1,0 +1,565 @@
+// run.h: what a run is, and how it is opened from its options. Everything that can be refused is refused here, before
+// anything is written.
+#ifndef RUN_H
+#define RUN_H
+
+#include "../check.h"
+#include "../files/files.h"
+#include "../files/lock.h"
+#include "../files/manifest.h"
+#include "../files/shards.h"
+#include "../files/tokenizer.h"
+#include "../model/drop_path.h"
+#include "../model/engine.h"
+#include "../model/schedule.h"
+#include "checkpoint.h"
+#include "comm.h"
+#include "gpu_model.h"
+#include "metrics.h"
+#include "numbers.h"
+#include "options.h"
+#include "selfcheck.h"
+#include <sys/resource.h>
+
+typedef struct {
+    const TrainOptions *options;
+    const char *program;                                 // how it was called, to be called so again
+    const char *config_text;                             // the options as config.txt
+    char *data_line, *run_text;                          // what the train shards are; both together, for checkpoints
+    const Engine *engine;
+    Model *model;
+    GptConfig config;
+    DropPath drop;
+    Ramp dropout;                                        // when it is on
+    Noise noise;                                         // of the pass under way
+    Objective objective;                                 // of every training pass
+    Schedule schedule;
+    Shards train, val;
+    Tokenizer tokenizer;
+    char *tokenizer_path;                                // NULL: none
+    TokenizerFiles tokenizer_files;                      // for checkpoints, on rank 0
+    Manifest manifest[MANIFEST_SIDES];                   // of the train and val shards; V = 0 where there is none
+    int has_val, has_tokenizer;
+    Comm *comm;                                          // NULL: alone
+    int rank, world;                                     // this process among equal ones; they share a step's micro-batches
+    int B, T, M;                                         // rows and tokens of a micro-batch, micro-batches of a step
+    int64_t steps, eval_rows;
+    MetricsLog replay;
+    double peak_flops;                                   // per second, measured
+
+    CheckpointState state;
+    char *whole;                                         // the newest checkpoint that this run knows: it is from there, or
+                                                         // has written it; NULL: none
+    char *report;                                        // of the last step that was not finite; NULL: none
+    int bad_micro;                                       // this rank's first micro-batch of the step whose loss is not finite,
+    int bad_forward;                                     // or -1; and what numbers_finite_branches says of it
+    DropPlan plan;
+    int *tokens, *targets;                               // (B,T)
+    real *losses;                                        // (B,T)
+    double *micro;                                       // (M) losses of the current step's micro-batches
+    int *kept;                                           // (2L) rows of the current step that ran each branch, on any rank
+    unsigned char *reduce;                               // (2L+1) whether any did: these gradients are to be summed
+    int64_t *adamw_steps;                                // (2L+1) what this update uses
+    Text plan_text;
+    MetricsFile metrics;
+    int metrics_wait;                                    // the last attempt to write to it has failed
+    int console_lost;                                    // and so has one to write to standard output
+    int directory, lock;                                 // the output directory and its lock, on rank 0; -1: not taken
+    int stop, save_now;                                  // what a signal has asked for, all ranks agreeing
+} Trainer;
+
+static inline int trainer_dtype(const Engine *engine, const TrainOptions *o) {
+    return o->dtype == DTYPE_AUTO ? engine->dtype : o->dtype;
+}
+
+static inline double trainer_peak_bytes(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (double)usage.ru_maxrss;
+#else
+    return 1024.0 * (double)usage.ru_maxrss;
+#endif
+}
+
+// Whether something that is done every so many steps, and after the last, is due after this step.
+static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
+    return step == steps || (every > 0 && step % every == 0);
+}
+
+// ---- Before all else: does this machine compute what it should? ----
+
+// Each rank checks itself, on its own device; all learn if one is wrong, and end with code 4.
+static inline void trainer_selfcheck(const Engine *engine, const TrainOptions *o, Comm *comm) {
+    Selfcheck got;
+    EngineArgs args;
+    if (!o->selfcheck) return;
+    memset(&args, 0, sizeof args);
+    args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o), args.recompute = o->recompute, args.comm = comm;
+    selfcheck_run(&got, engine, args);
+    char *wrong = selfcheck_judge(&got, &selfcheck_numbers, args.dtype, NULL);
+    double failed = wrong != NULL;
+    if (wrong) {
+        fflush(stdout);
+        fprintf(stderr, "error: the self-check of %s has failed on rank %d: %s\n  hint: this machine or this build computes "
+                "wrong numbers: make clean and build again, or try another machine; --selfcheck 0 trains all the same\n",
+                engine->name, comm ? comm->rank : 0, wrong);
+    }
+    free(wrong);
+    comm_sum(comm, &failed, 1);
+    if (failed == 0) return;
+    comm_close(comm);
+    exit(4);
+}
+
+// ---- From options to a run: everything that can be refused is refused here, before anything is written ----
+
+// The tokenizer that is named, else that beside the shards, else that of the model `from` (NULL: a new one), which may have
+// been moved away from its shards.
+static inline void trainer_open_tokenizer(Trainer *tr, const char *from) {
+    const TrainOptions *o = tr->options;
+    char *path = *o->tokenizer ? xstrdup(o->tokenizer) : tokenizer_find(o->train);
+    char *inside = path || !from ? NULL : xprintf("%s/", from);
+    if (inside) path = tokenizer_find(inside);
+    free(inside);
+    manifest_find(&tr->manifest[MANIFEST_TRAIN], o->train);
+    manifest_find(&tr->manifest[MANIFEST_VAL], *o->val ? o->val : o->train);
+    manifest_check_pair(&tr->manifest[MANIFEST_TRAIN], &tr->manifest[MANIFEST_VAL]);
+    if (!path) return;
+    tokenizer_load(&tr->tokenizer, path);
+    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_tokenizer(&tr->manifest[i], &tr->tokenizer, path);
+    tr->has_tokenizer = 1;
+    tr->tokenizer_path = path;
+}
+
+// The tokenizer's files for the checkpoints, whatever becomes of those that they are from.
+static inline void trainer_take_tokenizer(Trainer *tr) {
+    const char *near = tr->tokenizer_path ? tr->tokenizer_path : tr->options->train;
+    size_t n = tr->tokenizer_path ? strlen(near) : strcspn(near, ",");
+    while (n > 0 && near[n - 1] != '/') n--;
+    char *beside = xprintf("%.*s", (int)n, near);
+    char *wrong = tokenizer_files_take(&tr->tokenizer_files, tr->has_tokenizer ? &tr->tokenizer : NULL, tr->tokenizer_path,
+                                       beside, tr->config.V, tr->config.T, tr->state.eot);
+    if (wrong && !tr->tokenizer_files.file[TOKENIZER_JSON].n)
+        warn("checkpoints are without a tokenizer.json for transformers: %s", wrong);
+    tr->state.tokenizer = &tr->tokenizer_files;
+    free(beside), free(wrong);
+}
+
+// Sizes: of the checkpoint that the run starts from, else of the preset, changed by single options.
+static inline void trainer_config(Trainer *tr, const char *from) {
+    const TrainOptions *o = tr->options;
+    GptConfig *c = &tr->config;
+    if (from) {
+        double *scale;
+        int tied;
+        checkpoint_read_config(from, c, &scale, &tied);
+        free(scale);
+        const int64_t given[4] = {o->layers, o->heads, o->channels, o->vocab_size}, have[4] = {c->L, c->NH, c->C, c->V};
+        static const char *const name[4] = {"layers", "heads", "channels", "vocab-size"};
+        for (int i = 0; i < 4; i++)
+            if (given[i] && given[i] != have[i])
+                die("--%s %lld: %s has %lld", name[i], (long long)given[i], from, (long long)have[i]);
+        tr->T = o->seq_len ? (int)o->seq_len : c->T;
+        if (tr->T > c->T) die("--seq-len %d: %s has %d positions\n  hint: --seq-len %d is the most", tr->T, from, c->T, c->T);
+    } else {
+        *c = gpt_presets[o->preset].config;
+        if (tr->manifest[MANIFEST_TRAIN].V) c->V = tr->manifest[MANIFEST_TRAIN].V;
+        if (tr->has_tokenizer) c->V = tr->tokenizer.V;
+        if (o->vocab_size) c->V = (int)o->vocab_size;
+        if (o->layers) c->L = (int)o->layers;
+        if (o->heads) c->NH = (int)o->heads;
+        if (o->channels) c->C = (int)o->channels;
+        if (o->seq_len) c->T = (int)o->seq_len;
+        tr->T = c->T;
+    }
+    const char *error = gpt_config_error(c);
+    if (error)
+        die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L, c->NH, c->C, c->T, c->V);
+    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_model(&tr->manifest[i], c->V, from);
+    if (tr->has_tokenizer && tr->tokenizer.V > c->V)
+        die("the tokenizer has %d tokens, the model only %d\n  hint: --vocab-size 0 takes the tokenizer's", tr->tokenizer.V,
+            c->V);
+}
+
+// A whole number among the options of a checkpoint's run; 0 where it is not there.
+static inline int64_t trainer_option_then(const char *options, const char *name) {
+    char *line = xprintf("\n%s = ", name), *all = xprintf("\n%s", options), *at = strstr(all, line);
+    const int64_t value = at ? strtoll(at + strlen(line), NULL, 10) : 0;
+    free(line), free(all);
+    return value;
+}
+
+// Where a resumed run stands in its data: after the samples that the checkpoint's run has consumed,
+// however many rows a step had. Older checkpoints count tokens only; their samples had --seq-len each.
+// With another --seq-len all windows are others: the run continues after as many tokens.
+static inline void trainer_find_position(Trainer *tr, const char *from) {
+    CheckpointState *s = &tr->state, then;
+    memset(&then, 0, sizeof then);
+    checkpoint_read_trainer(from, &then);
+    if (!then.seq_len) then.seq_len = (int)trainer_option_then(then.options, "seq-len");
+    if (then.seq_len < 1) then.seq_len = tr->config.T;
+    const int64_t tokens = then.consumed < 0 ? then.tokens : then.consumed * then.seq_len;
+    s->step = then.step;
+    s->consumed = tokens / tr->T + (tokens % tr->T != 0);
+    if (then.seq_len != tr->T && tr->rank == 0)
+        warn("--seq-len %d, but the checkpoint's run had rows of %d tokens: the samples are others from here on\n"
+             "  hint: the run continues after as many tokens; some text of this epoch comes twice, some not at all",
+             tr->T, then.seq_len);
+    free((char *)(uintptr_t)then.options);
+}
+
+// The samples consumed when `step` steps are done.
+static inline double trainer_consumed(const Trainer *tr, int64_t step) {
+    return (double)tr->state.consumed + (double)(step - tr->state.step) * tr->M * tr->B;
+}
+
+static inline double trainer_epochs(const Trainer *tr) {
+    return trainer_consumed(tr, tr->steps) / (double)tr->train.windows;
+}
+
+// Micro-batches of a step, steps of the run, rows of an evaluation. --epochs counts samples: a resumed
+// run divides those that are left into its own steps.
+static inline void trainer_sizes(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    tr->B = (int)o->batch;
+    const int64_t micro = (int64_t)tr->B * tr->T, least = micro * tr->world, total = o->total_batch ? o->total_batch : least;
+    if (total % least || total / micro > 1 << 20)
+        die("--total-batch %lld tokens cannot be made of micro-batches of %d rows x %d tokens x %d processes\n"
+            "  hint: --total-batch %lld", (long long)total, tr->B, tr->T, tr->world,
+            (long long)((total + least - 1) / least * least));
+    tr->M = (int)(total / micro);
+    tr->steps = o->steps;
+    if (o->epochs > 0)
+        tr->steps = (int64_t)llround((o->epochs * (double)tr->train.windows - trainer_consumed(tr, 0)) /
+                                     ((double)tr->B * tr->M));
+    if (tr->steps < 1) die("--epochs %g is less than one step of %lld tokens", o->epochs, (long long)total);
+    if (tr->has_val) tr->eval_rows = shards_rows(&tr->val, o->eval_tokens);
+}
+
+static inline DropPath trainer_drop_path(const TrainOptions *o, int layers, int64_t steps) {
+    DropPath d;
+    memset(&d, 0, sizeof d);
+    d.seed = (uint64_t)o->seed;
+    d.layers = layers;
+    d.steps = steps;
+    d.p_max = o->drop_path;
+    d.depth = o->drop_depth;
+    d.shape = o->drop_ramp_shape;
+    d.unit = o->drop_unit;
+    d.branches = o->drop_branches;
+    d.sampling = o->drop_sampling;
+    d.scale = o->drop_scale;
+    d.sync = o->drop_sync;
+    d.start = span_steps(o->drop_start, steps);
+    d.ramp_from = o->drop_ramp_from;
+    d.ramp_up = span_steps(o->drop_ramp_up, steps);
+    d.ramp_down = span_steps(o->drop_ramp_down, steps);
+    d.recover = span_steps(o->drop_recover, steps);
+    return d;
+}
+
+// When dropout is on.
+static inline Ramp trainer_dropout_ramp(const TrainOptions *o, int64_t steps) {
+    Ramp r = {SHAPE_LINEAR, steps, span_steps(o->dropout_start, steps), span_steps(o->dropout_ramp_up, steps),
+              span_steps(o->dropout_ramp_down, steps), span_steps(o->dropout_recover, steps), 0};
+    return r;
+}
+
+static inline Schedule trainer_schedule(const TrainOptions *o, int64_t steps) {
+    Schedule s = {o->lr_schedule, o->lr, o->lr_final, steps, span_steps(o->warmup, steps), span_steps(o->lr_decay, steps)};
+    return s;
+}
+
+// Dies where options that are sound one by one are none together in the type that computes with them: the largest factor of
+// the moments, which is that of the first step, and what weight decay leaves; or where the rates of drop path all round to 0.
+static inline void trainer_check_numbers(const TrainOptions *o) {
+    if (!isfinite((real)(o->lr / (1 - o->beta1))))
+        die("--lr %g with --beta1 %g: their quotient lr / (1 - beta1) is infinite in " REAL_NAME, o->lr, o->beta1);
+    if (!isfinite((real)(1 - o->lr * o->weight_decay)))
+        die("--lr %g with --weight-decay %g: their product is infinite in " REAL_NAME, o->lr, o->weight_decay);
+    if (o->drop_path > 0 && o->drop_path * 4294967296.0 < 0.5)
+        die("--drop-path %g rounds to 0: rates are multiples of 2^-32\n  hint: 0 is plain training", o->drop_path);
+}
+
+// Plans recorded in a metrics.jsonl, one per step; their text says whether their unit is the row.
+static inline void trainer_open_replay(Trainer *tr) {
+    const char *path = tr->options->drop_replay;
+    tr->replay = metrics_read(path);
+    for (int64_t s = 0; s < tr->replay.n; s++) {
+        const Metrics *r = &tr->replay.record[s];
+        if (r->step != (double)(s + 1) || !r->plan)
+            die("%s: line %lld has no plan of step %lld", path, (long long)s + 1, (long long)s + 1);
+        for (int m = 0; m < tr->M; m++) {
+            const char *error = drop_plan_read(&tr->plan, &tr->drop, s, r->plan, m, tr->B);
+            if (error) die("%s, step %lld, micro-batch %d: %s", path, (long long)s + 1, m, error);
+        }
+    }
+    if (tr->replay.n < tr->steps)
+        die("%s has the plans of %lld steps, this run has %lld", path, (long long)tr->replay.n, (long long)tr->steps);
+    tr->drop.unit = strchr(tr->replay.record[0].plan, '.') ? UNIT_ROW : UNIT_BATCH;
+}
+
+static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
+    MemoryBound b;
+    DropPath d = tr->drop;
+    if (tr->replay.n) d.p_max = 0;                       // recorded plans keep no promise
+    drop_path_bound(&d, tr->B, &b.attn_rows, &b.mlp_rows, &b.rows);
+    return b;
+}
+
+// The output directory is this process' alone, until it ends.
+static inline void trainer_lock(Trainer *tr) {
+    if (tr->lock >= 0) return;
+    files_die(lock_take(&tr->lock, tr->options->out));
+    tr->directory = file_open_read(tr->options->out);
+    if (tr->directory < 0) die("cannot open %s: %s", tr->options->out, strerror(errno));
+}
+
+// A new run wants a directory without one: its checkpoints would replace that one's, or be mixed with them.
+static inline void trainer_refuse_used(const char *out, const char *hint) {
+    char *metrics = xprintf("%s/metrics.jsonl", out);
+    CheckpointList list = checkpoint_list(out);
+    if (path_must_exist_or_not(metrics) || list.n) die("%s holds a run already\n  hint: %s", out, hint);
+    free(metrics), free(list.step);
+}
+
+// Where the run starts: a checkpoint of ours to resume (*resume = 1), weights to start from, or nothing (NULL).
+static inline char *trainer_start(Trainer *tr, int *resume) {
+    const TrainOptions *o = tr->options;
+    *resume = 0;
+    if (o->dry_run) {                                    // looks only
+        char *from = !*o->resume ? NULL : strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
+        *resume = from != NULL;
+        return from || !*o->init_from ? from : checkpoint_find(o->init_from);
+    }
+    // What is decided from the directory is decided under its lock: another run may begin and end meanwhile.
+    lock_directory_make(o->out);
+    trainer_lock(tr);
+    if (!*o->resume) {
+        trainer_refuse_used(o->out, "--resume continues it; another --out starts a new one");
+        return *o->init_from ? checkpoint_find(o->init_from) : NULL;
+    }
+    checkpoint_recover(o->out);
+    char *from = strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
+    if (from && !strcmp(o->resume, "latest")) checkpoint_settle(o->out, strrchr(from, '/') + 1);
+    *resume = from != NULL;
+    if (!from) {
+        char *latest = xprintf("%s/latest", o->out);     // is made with the first checkpoint
+        if (path_exists(latest))
+            die("%s is there, but no checkpoint\n  hint: they were moved or removed: bring one back, or give another --out",
+                latest);
+        free(latest);
+        printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
+    }
+    return from || !*o->init_from ? from : checkpoint_find(o->init_from);
+}
+
+// Rank 0 looks where to start, the others follow: by the time they looked, it might have written something.
+static inline char *trainer_start_together(Trainer *tr, int *resume) {
+    struct { int some, resume; char path[4096]; } found;
+    char *from = NULL;
+    memset(&found, 0, sizeof found);
+    if (tr->rank == 0) {
+        from = trainer_start(tr, &found.resume);
+        found.some = from != NULL;
+        if (from && strlen(from) >= sizeof found.path) die("this path is too long: %s", from);
+        if (from) strcpy(found.path, from);
+        free(from);
+    }
+    comm_broadcast(tr->comm, &found, sizeof found);
+    *resume = found.resume;
+    return found.some ? xstrdup(found.path) : NULL;
+}
+
+// One line where resumed options differ from the checkpoint's: allowed, but not the same run any more.
+static inline void trainer_compare_options(const char *now, const char *then) {
+    static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens", "save-every", "keep",
+                                                 "log-every", "sample-every", "sample-tokens", "prompt", "val", "init-from",
+                                                 "zero", "graphs", "on-save-error", "max-bad-steps", "selfcheck"};
+    Text changed = {NULL, 0, 0};
+    for (const char *line = now, *end; *line; line = end + 1) {
+        end = strchr(line, '\n');
+        const size_t n = (size_t)(end - line), name = strcspn(line, " =#");
+        int ignored = name == 0 || name > n;
+        for (size_t i = 0; i < sizeof free_to_change / sizeof free_to_change[0]; i++)
+            ignored |= name == strlen(free_to_change[i]) && !strncmp(line, free_to_change[i], name);
+        char *whole = xprintf("\n%.*s\n", (int)n, line), *all = xprintf("\n%s", then);
+        if (!ignored && !strstr(all, whole)) text_printf(&changed, "%s--%.*s", changed.n ? ", " : "", (int)name, line);
+        free(whole);
+        free(all);
+    }
+    if (changed.n) warn("resumed with other options than the checkpoint was made with: %s", changed.s);
+    text_free(&changed);
+}
+
+// What a checkpoint says of the shards, as a comment under its options.
+static inline void trainer_describe_data(Trainer *tr) {
+    char hex[SHA256_HEX];
+    shards_fingerprint(&tr->train, hex);
+    tr->data_line = xprintf("# train: %d shard%s, %lld tokens, %.16s\n", tr->train.n, tr->train.n == 1 ? "" : "s",
+                            (long long)tr->train.tokens, hex);
+    tr->run_text = xprintf("%s%s", tr->config_text, tr->data_line);
+}
+
+// One line where the shards are others than the checkpoint's: sample i is another one then. Older checkpoints do not say.
+static inline void trainer_compare_data(const Trainer *tr, const char *then) {
+    const char *line = strstr(then, "\n# train: ");
+    if (!line || !strcmp(line + 1, tr->data_line)) return;
+    warn("the training shards have changed since the checkpoint: they were %.*s, now %.*s\n"
+         "  hint: samples come in another order from here on; with the shards of before it would be the same run",
+         (int)strcspn(line + 10, "\n"), line + 10, (int)strcspn(tr->data_line + 9, "\n"), tr->data_line + 9);
+}
+
+// From an older checkpoint into a directory with later ones, two runs would be mixed: the next --resume would take a later one.
+static inline void trainer_refuse_later(const Trainer *tr) {
+    CheckpointList list = checkpoint_list(tr->options->out);
+    if (list.n && list.step[0] > tr->state.step)
+        die("%s has a checkpoint of step %lld, after the %lld to resume from\n  hint: give another --out, or move that "
+            "checkpoint away", tr->options->out, (long long)list.step[0], (long long)tr->state.step);
+    free(list.step);
+}
+
+// All ranks must run the same options.
+static inline void trainer_agree(const Trainer *tr) {
+    char mine[SHA256_HEX], first[SHA256_HEX];
+    sha256_hex(mine, tr->config_text, strlen(tr->config_text));
+    memcpy(first, mine, sizeof first);
+    comm_broadcast(tr->comm, first, sizeof first);
+    if (strcmp(first, mine))
+        die("rank %d has other options than rank 0\n  hint: start all ranks with the same command and the same files",
+            tr->rank);
+}
+
+// The weights to start from. What trained them with survival scaling scales its branches in evaluation (tied: both of a layer
+// as one). A run that does not scale so itself has these factors folded into the weights, as build/export has; tied ones no
+// weights can express.
+static inline void trainer_load_weights(Trainer *tr, const char *from) {
+    const GptConfig *c = &tr->config;
+    GptConfig same;
+    double *scale;
+    int tied, factors = 0;
+    free(checkpoint_check_weights(from));
+    checkpoint_load_weights(from, tr->engine, tr->model, c);
+    checkpoint_read_config(from, &same, &scale, &tied);
+    for (int i = 0; i < BRANCHES * c->L; i++) factors |= scale[i] != 1;
+    const int keeps = tr->drop.scale == SCALE_SURVIVAL && tr->drop.p_max > 0;
+    for (int p = 0; factors && !tied && !keeps && p < N_PARAMS; p++) {
+        real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
+        for (int l = 0; gpt_param_ends_branch(p) && l < c->L; l++) {
+            tr->engine->read(tr->model, SLOT_PARAM, p, l, host);
+            for (size_t i = 0; i < gpt_param_size(c, p); i++)
+                host[i] = (real)((double)host[i] * scale[BRANCHES * l + gpt_param[p].branch]);
+            tr->engine->write(tr->model, SLOT_PARAM, p, l, host);
+        }
+        free(host);
+    }
+    if (factors && !keeps && tr->rank == 0) {
+        if (tied)
+            warn("%s was trained with --drop-scale survival and --drop-branches tied: this run goes on without its factors\n"
+                 "  hint: give it these two options as well", from);
+        else printf("%s: its survival scaling goes into the weights\n", from);
+    }
+    free(scale);
+}
+
+static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOptions *o, const char *config_text,
+                                Comm *comm) {
+    memset(tr, 0, sizeof *tr);
+    tr->options = o;
+    tr->config_text = config_text;
+    tr->engine = engine;
+    tr->comm = comm;
+    tr->directory = tr->lock = tr->metrics.fd = -1;
+    tr->rank = comm ? comm->rank : 0;
+    tr->world = comm ? comm->world : *o->device ? gpu_wish(o->device).ranks : 1;
+    if (!*o->train)
+        die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
+    if (!*o->out) die("--out is empty\n  hint: the directory of this run's checkpoints and metrics.jsonl");
+    trainer_check_numbers(o);
+    int resume;
+    trainer_agree(tr);
+    char *from = trainer_start_together(tr, &resume);
+    trainer_open_tokenizer(tr, from);
+    trainer_config(tr, from);
+    shards_open(&tr->train, o->train, tr->T, tr->config.V);
+    tr->has_val = *o->val != 0;
+    if (tr->has_val) shards_open(&tr->val, o->val, tr->T, tr->config.V);
+    manifest_check_shards(&tr->manifest[MANIFEST_TRAIN], &tr->train);
+    if (tr->has_val) manifest_check_shards(&tr->manifest[MANIFEST_VAL], &tr->val);
+    if (resume) trainer_find_position(tr, from);
+    trainer_sizes(tr);
+    trainer_describe_data(tr);
+    tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
+    tr->dropout = trainer_dropout_ramp(o, tr->steps);
+    tr->objective.smoothing = o->label_smoothing;
+    tr->schedule = trainer_schedule(o, tr->steps);
+    if (o->train_last > tr->config.L)
+        die("--train-last %lld: this model has %d layers\n  hint: --train-last 0 trains all", (long long)o->train_last,
+            tr->config.L);
+    if (o->train_last) tr->drop.frozen = tr->config.L - (int)o->train_last;
+    tr->plan = drop_plan_new(tr->config.L, tr->B);
+    if (*o->drop_replay) trainer_open_replay(tr);
+
+    const size_t BT = (size_t)tr->B * (size_t)tr->T, branches = (size_t)(BRANCHES * tr->config.L);
+    EngineArgs args;
+    memset(&args, 0, sizeof args);
+    args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o);
+    args.bound = trainer_memory_bound(tr), args.recompute = o->recompute, args.frozen = tr->state.frozen = tr->drop.frozen;
+    args.attention_noise = o->dropout_attn > 0;
+    args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
+    args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed, args.dry = o->dry_run;
+    tr->tokens = (int *)xcalloc(BT, sizeof(int));
+    tr->targets = (int *)xcalloc(BT, sizeof(int));
+    tr->losses = (real *)xcalloc(BT, sizeof(real));
+    tr->kept = (int *)xcalloc(branches, sizeof(int));
+    tr->micro = (double *)xcalloc((size_t)tr->M, sizeof(double));
+    tr->reduce = (unsigned char *)xcalloc(branches + 1, 1);
+    tr->adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
+    tr->state.adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
+    tr->state.eval_scale = (double *)xcalloc(branches, sizeof(double));
+    for (int i = 0; i < (int)branches; i++)
+        tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, i / BRANCHES + 1, i % BRANCHES);
+    tr->state.tied = tr->drop.branches == BRANCHES_TIED;
+    const Manifest *made = &tr->manifest[MANIFEST_TRAIN];
+    tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : made->V ? made->eot : -1;
+    tr->state.tokenizer_sha256 = made->sha256;
+    if (tr->rank == 0 && !o->dry_run) trainer_take_tokenizer(tr);
+    tr->model = engine_open(engine, &tr->config, &args);
+    if (o->dry_run) {}                                   // no weights
+    else if (resume) {
+        const int64_t consumed = tr->state.consumed;
+        checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
+        tr->state.consumed = consumed;                   // in rows of this run
+        if (tr->rank == 0 && strcmp(o->resume, "latest")) trainer_refuse_later(tr);
+        if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options), trainer_compare_data(tr, tr->state.options);
+        free((char *)(uintptr_t)tr->state.options);
+    } else if (from) trainer_load_weights(tr, from);
+    else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
+    tr->state.options = tr->run_text;
+    tr->state.seq_len = tr->T;
+    if (resume) tr->whole = xstrdup(from);
+    if (from && tr->rank == 0 && !o->dry_run) printf("%s: %s\n", resume ? "resumed" : "weights", from);
+    free(from);
+}
+
+static inline void trainer_close(Trainer *tr) {
+    tr->engine->close(tr->model);
+    shards_close(&tr->train);
+    if (tr->has_val) shards_close(&tr->val);
+    if (tr->has_tokenizer) tokenizer_free(&tr->tokenizer);
+    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr->manifest[i]);
+    metrics_log_free(&tr->replay);
+    drop_plan_free(&tr->plan);
+    text_free(&tr->plan_text);
+    free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->reduce), free(tr->adamw_steps);
+    free(tr->micro);
+    free(tr->state.adamw_steps), free(tr->state.eval_scale), free(tr->data_line), free(tr->run_text), free(tr->whole);
+    free(tr->report), free(tr->tokenizer_path);
+    tokenizer_files_free(&tr->tokenizer_files);
+    metrics_file_close(&tr->metrics);
+    lock_release(&tr->lock);
+    if (tr->directory >= 0) close(tr->directory);
+}
+
+#endif

@@ -1,0 +1,270 @@
+// trainer.h: the training loop, written once against engine.h. `main` is one call: trainer_main(argc, argv, engine).
+//
+//   run.h         a run, opened from its options: data, model, schedules, where it starts or resumes
+//   micro.h       the micro-batches of a step: rows, drop-path plans, passes
+//   evaluation.h  the validation loss
+//   bad_steps.h   steps that are not finite
+//   output.h      config.txt and metrics.jsonl; checkpoint.h: the checkpoints
+//   console.h     what a person sees
+//
+// Several processes (comm.h) run the same loop: rank r of W has micro-batches r, r + W, ... of each step and every W-th
+// batch of an evaluation. Whatever decides something is the same bits on all of them; rank 0 alone prints and writes.
+#ifndef TRAINER_H
+#define TRAINER_H
+
+#include "bad_steps.h"
+#include "console.h"
+#include "evaluation.h"
+#include "micro.h"
+#include "output.h"
+#include "run.h"
+#include "signals.h"
+
+// ---- One optimizer step ----
+
+// Takes the step, or leaves it out: then nothing changes but the counts. r->loss is known; loss: this rank's part of it.
+static inline void trainer_update(Trainer *tr, Metrics *r, double loss) {
+    const TrainOptions *o = tr->options;
+    CheckpointState *s = &tr->state;
+    const double limit = spikes_limit(&s->norms, o->skip_norm_zscore);
+    const int finite = isfinite(r->loss), spike = finite && r->loss > spikes_limit(&s->losses, o->skip_loss_zscore);
+    trainer_count_updates(tr);
+    UpdateArgs args = {r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps, 0,
+                       spike || !finite ? -1 : isfinite(limit) ? limit : 0};
+    r->grad_norm = tr->engine->update(tr->model, &args);
+    const int taken = update_is_taken(&args, r->grad_norm);
+    if (o->skip_loss_zscore > 0) r->loss_z = spikes_z(&s->losses, r->loss);
+    if (o->skip_norm_zscore > 0) r->norm_z = spikes_z(&s->norms, r->grad_norm);
+    if (!finite || !update_is_finite(&args, r->grad_norm)) trainer_count_bad_step(tr, r, loss);
+    else {
+        s->bad_steps = 0;
+        if (!taken) r->skipped = spike ? SKIPPED_LOSS : SKIPPED_NORM, trainer_warn_of_spike(tr, r);
+    }
+    for (int i = 0; taken && i <= BRANCHES * tr->config.L; i++)
+        if (tr->adamw_steps[i]) s->adamw_steps[i] = tr->adamw_steps[i];
+    args.discard = 1;
+    if (!taken) tr->engine->update(tr->model, &args);    // only now: what was left out can be looked at until here
+    spikes_add(&s->losses, r->loss);
+    spikes_add(&s->norms, r->grad_norm);
+}
+
+// Step t = state.step: of M micro-batches this rank's forward and backward, one update.
+static inline Metrics trainer_step(Trainer *tr) {
+    const int64_t t = tr->state.step;
+    Metrics r = metrics_new();
+    double loss = 0, nll = 0;
+    trainer_plan_step(tr, t);
+    tr->bad_micro = -1;
+    memset(tr->micro, 0, (size_t)tr->M * sizeof *tr->micro);
+    for (int m = tr->rank; m < tr->M; m += tr->world) {
+        const Batch batch = trainer_batch(tr, m);
+        const Pass pass = trainer_pass(tr, t, m);
+        double part[N_PARTS];
+        tr->micro[m] = tr->engine->run(tr->model, &batch, &pass);
+        loss += tr->micro[m] / tr->M;
+        tr->engine->parts(tr->model, part);
+        nll += part[PART_NLL] / tr->M;
+        if (!isfinite(loss) && tr->bad_micro < 0) tr->bad_micro = m;
+    }
+    double sum[4] = {loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0, nll};
+    comm_sum(tr->comm, sum, 4);
+    r.loss = sum[0], tr->stop = sum[1] > 0, tr->save_now = sum[2] > 0;
+    if (tr->objective.smoothing != 0) r.nll = sum[3];
+    if (tr->options->record_micro) {
+        comm_sum(tr->comm, tr->micro, (size_t)tr->M);    // of each, one rank has the loss and the others 0
+        r.micro = tr->micro, r.micros = tr->M;
+    }
+    r.lr = schedule_lr(&tr->schedule, t);
+    trainer_update(tr, &r, loss);
+    trainer_account(tr, &r);
+    tr->state.step++;
+    tr->state.consumed += (int64_t)tr->M * tr->B;
+    tr->state.tokens += (int64_t)tr->M * tr->B * tr->T;
+    r.step = (double)tr->state.step;
+    r.tokens = (double)tr->state.tokens;
+    return r;
+}
+
+// ---- The loop ----
+
+// Runs in several processes that take turns, so that what disturbs the machine disturbs them alike (compare): a run
+// waits for a byte on `go`, works for about `seconds`, and writes a byte to `done`. `until` starts at 0. `peak` is
+// memory that the runs share, or NULL: the first of them stores the measured peak in it, so that mfu means the same in all.
+typedef struct { const char *label; int go, done; double seconds, until, *peak; } TrainerTurn;
+
+// Between two steps: ends the turn if its time is over, and waits for the next one.
+static inline void trainer_take_turn(TrainerTurn *turn) {
+    char byte = 0;
+    if (!turn || clock_seconds() < turn->until) return;
+    const int first = turn->until == 0;
+    if ((!first && write(turn->done, &byte, 1) != 1) || read(turn->go, &byte, 1) != 1) exit(1);   // nobody gives turns
+    turn->until = clock_seconds() + turn->seconds;
+}
+
+// What rank 0 does after a step: metrics, the console, a sample.
+static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *turn, int first, double seconds_left) {
+    const TrainOptions *o = tr->options;
+    const int64_t step = tr->state.step;
+    char *map = (char *)xcalloc((size_t)tr->config.L + 1, 1);
+    r->peak_bytes = trainer_peak_bytes();
+    trainer_record(tr, r);
+    trainer_kept_map(tr, map);
+    if (trainer_due(o->log_every, step, tr->steps) || first || !isnan(r->val_loss))
+        metrics_print(r, turn ? turn->label : "", (double)tr->steps, map, seconds_left);
+    if (o->sample_every && trainer_due(o->sample_every, step, tr->steps)) trainer_sample(tr);
+    if (ferror(stdout) && !tr->console_lost++)
+        warn("standard output cannot be written: the run goes on, and %s/metrics.jsonl has its numbers", o->out);
+    free(map);
+}
+
+// What a failed save means: a warning, if another one follows. ends: as trainer_watch says.
+static inline void trainer_save_failed(const Trainer *tr, const char *error, int last, int ends) {
+    const char *kept = tr->whole ? tr->whole : "none yet";
+    if (ends) message("error", "step %lld: %s", (long long)tr->state.step, error);
+    else if (last)
+        message("error", "step %lld is not saved: %s\n  hint: --resume continues from the last whole checkpoint: %s",
+                (long long)tr->state.step, error, kept);
+    else
+        warn("step %lld is not saved: %s\n  hint: the run goes on to the next save; the last whole checkpoint: %s",
+             (long long)tr->state.step, error, kept);
+}
+
+// Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part. If it cannot be written and the run
+// is to end, or has come to its end, all ranks exit with code 1. Weights or moments that are not finite, which a huge learning rate can
+// make out of finite gradients, end the run with code 3: no step mends them. In a row of steps that were not finite no older
+// checkpoint gives way: it may be the last that is good.
+static inline void trainer_save(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
+    char *error = NULL, *bad = NULL, *lost;
+    int ends = 0;
+    if (tr->rank == 0) error = trainer_watch(tr, &ends);
+    if (tr->rank == 0 && !error) error = metrics_file_sync(&tr->metrics);  // no checkpoint is ahead of its metrics
+    if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state, &bad);
+    else if (tr->rank == 0 || o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config, tr->drop.frozen, &bad);
+    if (tr->rank == 0 && !ends && (lost = trainer_watch(tr, &ends)) != NULL) {   // it may have happened meanwhile
+        free(error);
+        error = lost;
+    }
+    int outcome[3] = {error != NULL, bad != NULL, ends};
+    comm_broadcast(tr->comm, outcome, sizeof outcome);
+    if (outcome[1])
+        trainer_give_up(tr, xprintf("step %lld has made numbers that are not finite, first of %s, so it is not saved",
+                                    (long long)tr->state.step, bad ? bad : ""));
+    if (error) trainer_save_failed(tr, error, last, ends);
+    else if (tr->rank == 0) {
+        free(tr->whole);
+        tr->whole = checkpoint_path(o->out, tr->state.step);
+        if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->state.step);
+    }
+    free(error), free(bad);
+    if (!outcome[0] || !(last || outcome[2])) return;
+    comm_close(tr->comm);
+    exit(1);
+}
+
+// The last words of a run that a signal has ended.
+static inline void trainer_stopped(const Trainer *tr) {
+    if (tr->rank == 0)
+        printf("stopped by %s after step %lld of %lld: %s is saved; --resume continues\n", signals_name(),
+               (long long)tr->state.step, (long long)tr->steps, tr->whole);
+}
+
+// Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt;
+// program is how a user starts it; turn is NULL for a run that has the machine to itself, comm for one that is alone.
+static inline void trainer_run(const char *program, const Engine *engine, const TrainOptions *o, const char *config_text,
+                               TrainerTurn *turn, Comm *comm) {
+    Trainer trainer, *tr = &trainer;
+    Metrics again;
+    signals_begin();
+    if (*o->device && !o->dry_run) die("--device predicts, and trains nothing\n  hint: add --dry-run, or leave out --device");
+    if (*o->device) engine = gpu_model_engine(o->device);
+    if (!o->dry_run) trainer_selfcheck(engine, o, comm);
+    trainer_open(tr, engine, o, config_text, comm);
+    tr->program = program;
+    if (o->dry_run) {
+        tr->peak_flops = engine->peak(tr->model, 0.2) * (*o->device ? tr->world : 1);
+        comm_sum(comm, &tr->peak_flops, 1);
+        if (tr->rank == 0) trainer_print_start(tr), trainer_print_estimate(tr);
+        trainer_close(tr);
+        return;
+    }
+    if (!turn) signals_catch();                          // with turns, compare decides
+    const int owed = trainer_catch_up(tr, &again);
+    if (tr->state.step >= tr->steps) {
+        if (owed && tr->rank == 0) trainer_open_metrics(tr, tr->state.step, &again);
+        free((char *)(uintptr_t)again.plan);
+        if (tr->rank == 0) printf("%s has all %lld steps already\n", o->out, (long long)tr->steps);
+        trainer_close(tr);
+        return;
+    }
+    if (*o->drop_replay && o->drop_path == 0 && tr->rank == 0)
+        warn("--drop-replay without --drop-path: branches drop as recorded, with scale 1");
+    if (!tr->has_val && tr->rank == 0) warn("no --val: the run will not be evaluated");
+    if (o->sample_every && !tr->has_tokenizer)
+        die("--sample-every needs a tokenizer\n  hint: --tokenizer FILE, see data/README.md");
+    if (o->sample_every && *o->prompt && tr->tokenizer.decode_only)
+        die("--prompt: this tokenizer splits text otherwise than GPT-2's\n  hint: --sample-every without --prompt");
+    if (turn && turn->peak && *turn->peak > 0) tr->peak_flops = *turn->peak;
+    else {
+        tr->peak_flops = engine->peak(tr->model, 0.2);
+        comm_sum(comm, &tr->peak_flops, 1);
+    }
+    if (turn && turn->peak) *turn->peak = tr->peak_flops;
+    if (tr->rank == 0) {
+        trainer_print_start(tr);
+        trainer_open_metrics(tr, tr->state.step, &again);
+    }
+    free((char *)(uintptr_t)again.plan);
+    double busy = 0;
+    for (int64_t first = tr->state.step; tr->state.step < tr->steps && !tr->stop;) {
+        trainer_take_turn(turn);
+        const double start = clock_seconds();
+        Metrics r = trainer_step(tr);
+        const double seconds = clock_seconds() - start;
+        const int64_t step = tr->state.step;
+        busy += seconds;
+        r.ms = 1000 * seconds;
+        r.tok_per_s = (double)tr->M * tr->B * tr->T / seconds;
+        r.mfu = r.flops / seconds / tr->peak_flops;
+        if (tr->has_val && !tr->stop && trainer_due(o->eval_every, step, tr->steps)) trainer_evaluate(tr, &r);
+        if (tr->rank == 0)
+            trainer_report(tr, &r, turn, step == first + 1, busy / (double)(step - first) * (double)(tr->steps - step));
+        trainer_check_bad_steps(tr);
+        if (trainer_due(tr->state.bad_steps ? 0 : o->save_every, step, tr->steps) || tr->stop || tr->save_now) trainer_save(tr);
+    }
+    if (tr->stop) trainer_stopped(tr);
+    trainer_close(tr);
+}
+
+// The other processes of this run, if a launcher has started several. NULL: alone.
+static inline Comm *trainer_ranks(const TrainOptions *o) {
+    CommLaunch launch;
+    char *error = comm_launch(&launch, o->rendezvous, o->job_token, comm_look, NULL);
+    if (error) die("%s", error);
+    return launch.world > 1 ? comm_open(&launch, &comm_times) : NULL;
+}
+
+// The whole program: reads the options, trains. Returns the exit code.
+static inline int trainer_main(int argc, char **argv, const Engine *engine) {
+    TrainOptions o;
+    Options options;
+    Text config = {NULL, 0, 0};
+    options_init(&options, "train_gpt --train GLOB [--val GLOB] [options]");
+    options.engine = engine->name, options.notes = SIGNALS_HELP;
+    options_add(&options, train_options(), &o);
+    options_parse(&options, argc, argv);
+    options_apply_recipe(&options, &o);
+    Comm *comm = trainer_ranks(&o);
+    const TrainOptions given = o;
+    o.resume = o.rendezvous = o.job_token = (char *)(uintptr_t)"";        // config.txt is of the run, however it is started
+    options_dump(&options, &config);
+    o = given;
+    trainer_run(argv[0], engine, &o, config.s, NULL, comm);
+    comm_close(comm);
+    text_free(&config);
+    options_free(&options);
+    return 0;
+}
+
+#endif
