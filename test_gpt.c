@@ -34,6 +34,7 @@
 #include "dev/test/test_noise.h"
 #include "dev/test/test_numbers.h"
 #include "dev/test/test_options.h"
+#include "dev/test/test_order.h"
 #ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_parity.h"
 #endif
@@ -64,7 +65,7 @@ typedef struct { const char *name; void (*run)(void); int engines; } Test;
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
     COMM_TESTS(X) STRANGERS_TESTS(X) SUPERVISE_TESTS(X) NUMBERS_TESTS(X) WATCH_TESTS(X)
-    RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
+    ORDER_TESTS(X) RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
     SCHEDULE_TESTS(X) NOISE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},

@@ -11,7 +11,7 @@
 // of threads.
 
 #include "dev/check.h"
-#include "dev/model/attention_cached.h"
+#include "dev/model/attention_tiles.h"
 #include "dev/model/engines.h"
 #include "dev/model/matmul.h"
 #include "dev/model/peak.h"
@@ -42,20 +42,6 @@ static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const 
 }
 
 // ---- Dropout: whether an element stays is a function of its place (dev/model/noise.h) ----
-
-// keep (n) = the factors, 0 or 1/(1-p), of elements first .. first + n of a line; first is a multiple of NOISE_EACH.
-static void noise_factors(real *keep, const NoisePlace *z, uint32_t row, uint32_t line, size_t first, size_t n) {
-    const real scale = (real)noise_scale(z->rate);
-    uint32_t words[NOISE_CALLS * 4];
-    for (uint32_t i = 0; i < NOISE_CALLS; i++) {         // a vector of calls at a time, as compilers see by themselves
-        const Philox w = noise_words(z->key, z->first_row + row, 0, line, (uint32_t)(first / NOISE_EACH) + i);
-        for (int j = 0; j < 4; j++) words[4 * i + (uint32_t)j] = w.v[j];
-    }
-    for (size_t i = 0; i < n; i += 2) {                  // noise_half
-        keep[i] = (words[i / 2] & 0xffff) >= z->rate ? scale : 0;
-        keep[i + 1] = words[i / 2] >> 16 >= z->rate ? scale : 0;
-    }
-}
 
 // x (n,T,C) of a branch's rows: each element times its factor. The same backward, for the gradient.
 static void dropout(real *x, const NoisePlace *z, const int *rows, size_t nT, size_t T, size_t C) {
@@ -154,16 +140,7 @@ static void layernorm_backward(real *dx, real *also, real *dw, real *db, const r
 // Blocks of queries against blocks of keys with a running softmax (Milakov and Gimelshein 2018; Dao et al. 2022):
 // no (T,T) matrix exists.
 //
-// Scores stand transposed, as (keys, queries), so that a vector of maxima and one of sums serve LANES queries. Of every
-// product one operand is then read number by number, in either direction, and the other by vectors along its lines: only q
-// (and in the backward pass dy) is transposed, once per block. Copies of the lines of one head, W = HS rounded up to
-// whole vectors, have no edges, and none of the distances that let few lines of a cache serve all of them.
-
-enum {
-    QUERIES = 512 / sizeof(real),                                  // of a block, against KEYS (its room: 880 KB)
-    STRIP_ROWS = TILE_ROWS < 8 ? 4 : 8, STRIP_VECTORS = 2,         // a tile here: these divide the blocks and most heads
-    PAD = (int)LANES > (int)STRIP_ROWS ? (int)LANES : (int)STRIP_ROWS
-};
+// Scores are kept transposed, as (keys, queries); dev/model/attention_tiles.h has the matmuls, and says why.
 
 typedef struct {                                         // one thread's room
     _Alignas(64) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];         // (QUERIES,W); q carries the scale 1/sqrt(HS)
@@ -178,79 +155,6 @@ typedef struct { real *at; int threads; } AttentionRooms;         // AttentionRo
 
 static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
 
-// to (n,W) = scale * from (n,HS), lines ld apart, with zeros in the columns after HS and in lines up to a multiple of PAD.
-static void load_lines(real *to, const real *from, size_t ld, real scale, size_t n, size_t HS, size_t W) {
-    for (size_t i = 0; i < n; i++) {
-        size_t d = 0;
-        for (; d + LANES <= HS; d += LANES) *(Vector *)(to + i * W + d) = scale * *(const Vector *)(from + i * ld + d);
-        for (; d < HS; d++) to[i * W + d] = scale * from[i * ld + d];
-        for (; d < W; d++) to[i * W + d] = 0;
-    }
-    memset(to + n * W, 0, (round_up(n, PAD) - n) * W * sizeof(real));
-}
-
-// to (W,QUERIES) = from (n,W) transposed, in squares of LANES.
-static void load_turned(real *to, const real *from, size_t n, size_t W) {
-    for (size_t i = 0; i < n; i += LANES)
-        for (size_t d = 0; d < W; d += LANES) {
-            Vector v[LANES];
-#pragma GCC unroll 16
-            for (size_t j = 0; j < LANES; j++) v[j] = *(const Vector *)(from + (i + j) * W + d);
-            vector_transpose(v);
-#pragma GCC unroll 16
-            for (size_t j = 0; j < LANES; j++) *(Vector *)(to + (d + j) * QUERIES + i) = v[j];
-        }
-}
-
-// y (M,N), lines ldy apart, = keep (M) * y + a (M,K) b (K,N), with a[i*a_row + k*a_k] and b[k*ldb + j]. M <= STRIP_ROWS and
-// N <= vectors * LANES say what of y is written; a and b are read as if they were equal. Without keep, y is not read.
-static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *keep, const real *a, size_t a_row, size_t a_k,
-                                            const real *b, size_t ldb, size_t M, size_t N, size_t K, size_t vectors) {
-    Vector sum[STRIP_ROWS][STRIP_VECTORS] = {0};
-    for (size_t k = 0; k < K; k++, a += a_k, b += ldb) {
-        Vector bk[STRIP_VECTORS];
-        for (size_t j = 0; j < vectors; j++) bk[j] = *(const Vector *)(b + j * LANES);
-#pragma GCC unroll 8
-        for (size_t i = 0; i < STRIP_ROWS; i++)
-            for (size_t j = 0; j < vectors; j++) sum[i][j] += a[i * a_row] * bk[j];
-    }
-    if (M == STRIP_ROWS && N == vectors * LANES) {
-#pragma GCC unroll 8
-        for (size_t i = 0; i < STRIP_ROWS; i++)
-            for (size_t j = 0; j < vectors; j++) {
-                Vector *to = (Vector *)(y + i * ldy + j * LANES);
-                if (keep) sum[i][j] += keep[i] * *to;
-                *to = sum[i][j];
-            }
-        return;
-    }
-    real edge[STRIP_ROWS][STRIP_VECTORS * LANES];
-    memcpy(edge, sum, sizeof edge);
-    for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++) y[i * ldy + j] = (keep ? keep[i] * y[i * ldy + j] : 0) + edge[i][j];
-}
-
-// The same for any N.
-static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *keep, const real *a, size_t a_row,
-                                               size_t a_k, const real *b, size_t ldb, size_t M, size_t N, size_t K) {
-    size_t j = 0;
-    for (; j + LANES < N; j += STRIP_VECTORS * LANES)
-        strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M, at_most(N - j, STRIP_VECTORS * LANES), K, STRIP_VECTORS);
-    if (j < N) strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M, N - j, K, 1);
-}
-
-// With the lines of a contiguous, a[i*lda + k], ...
-static void strip_by_lines(real *y, size_t ldy, const real *keep, const real *a, size_t lda, const real *b, size_t ldb,
-                           size_t M, size_t N, size_t K) {
-    strip_columns(y, ldy, keep, a, lda, 1, b, ldb, M, N, K);
-}
-
-// ... and with its columns, a[i + k*lda].
-static void strip_by_columns(real *y, size_t ldy, const real *keep, const real *a, size_t lda, const real *b, size_t ldb,
-                             size_t M, size_t N, size_t K) {
-    strip_columns(y, ldy, keep, a, 1, lda, b, ldb, M, N, K);
-}
-
 // How many queries of the block from i0 on come before key j: they do not see it.
 static inline size_t blind(size_t i0, size_t j) { return j > i0 ? j - i0 : 0; }
 
@@ -262,7 +166,7 @@ static void attention_scores(real *s, const real *k, const real *qt, size_t i0, 
                              size_t lanes, size_t HS, size_t W) {
     for (size_t j = 0; j < nj; j += STRIP_ROWS) {
         const size_t lane = first_lane(i0, j0 + j);
-        strip_by_lines(s + j * QUERIES + lane, QUERIES, NULL, k + j * W, W, qt + lane, QUERIES, STRIP_ROWS, lanes - lane,
+        strip_by_rows(s + j * QUERIES + lane, QUERIES, NULL, k + j * W, W, qt + lane, QUERIES, STRIP_ROWS, lanes - lane,
                        HS);
     }
 }
@@ -327,13 +231,13 @@ static void attention_forward_block(real *y, real *lse, const real *q, Attention
                                     size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
     const real *k = q + C, *v = k + C;
-    load_lines(room->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
-    load_turned(room->qt, room->q, ni, W);
+    load_rows(room->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
+    load_transposed(room->qt, room->q, ni, W);
     for (size_t i = 0; i < QUERIES; i++) room->top[i] = -INFINITY, room->sum[i] = 0;
     for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
         const size_t nj = at_most(T - j0, KEYS);
-        load_lines(room->k, k + j0 * ld, ld, 1, nj, HS, W);
-        load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
+        load_rows(room->k, k + j0 * ld, ld, 1, nj, HS, W);
+        load_rows(room->v, v + j0 * ld, ld, 1, nj, HS, W);
         attention_scores(room->s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
         if (at.noise->rate) {
             attention_noise(room->keep, at.noise, at.row, at.head, i0, j0, nj, lanes);
@@ -372,10 +276,10 @@ static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, c
 // One block of queries before the keys come: q and dy both ways, and inner = <dy, y>.
 static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy, const real *y, size_t ni,
                                        size_t C, size_t HS, size_t W) {
-    load_lines(room->q, q, 3 * C, (real)(1 / sqrt((double)HS)), ni, HS, W);
-    load_lines(room->dy, dy, C, 1, ni, HS, W);
-    load_turned(room->qt, room->q, ni, W);
-    load_turned(room->dyt, room->dy, ni, W);
+    load_rows(room->q, q, 3 * C, (real)(1 / sqrt((double)HS)), ni, HS, W);
+    load_rows(room->dy, dy, C, 1, ni, HS, W);
+    load_transposed(room->qt, room->q, ni, W);
+    load_transposed(room->dyt, room->dy, ni, W);
     memset(room->inner, 0, sizeof room->inner);
     for (size_t i = 0; i < ni; i++) {
         real inner = 0;
@@ -422,8 +326,8 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
         for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
             const size_t nj = at_most(T - j0, KEYS);
             const real *keys = j0 >= i0 ? NULL : ones;   // the first queries that see these keys set dK and dV
-            load_lines(room->k, k + j0 * ld, ld, 1, nj, HS, W);
-            load_lines(room->v, v + j0 * ld, ld, 1, nj, HS, W);
+            load_rows(room->k, k + j0 * ld, ld, 1, nj, HS, W);
+            load_rows(room->v, v + j0 * ld, ld, 1, nj, HS, W);
             attention_scores(s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
             attention_scores(ds, room->v, room->dyt, i0, j0, nj, lanes, HS, W);
             if (at.noise->rate) {
@@ -433,8 +337,8 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
             for (size_t j = 0; j < nj; j += STRIP_ROWS) {
                 const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS);
                 const size_t from = j * QUERIES + i, to = (j0 + j) * ld;
-                strip_by_lines(dv + to, ld, keys, s + from, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
-                strip_by_lines(dk + to, ld, keys, ds + from, QUERIES, room->q + i * W, W, rows, HS, ni - i);
+                strip_by_rows(dv + to, ld, keys, s + from, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
+                strip_by_rows(dk + to, ld, keys, ds + from, QUERIES, room->q + i * W, W, rows, HS, ni - i);
             }
             for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
                 strip_by_columns(room->out + i * W, W, j0 ? ones : NULL, ds + i, QUERIES, room->k, W, STRIP_ROWS, W,
@@ -570,28 +474,10 @@ struct Model {
     int last_B, last_T;                                  // of the last forward
 
     HeadCache cache;                                     // (L,sequences,NH) heads
-    real *packed, *few;                                  // the weights as multiply_few reads them; (FEW_ROWS,4C): its a
-    size_t packed_at[N_PARAMS], packed_layer;            // param p of layer l is at packed_at[p] + l * packed_layer
-    int packed_old;                                      // the weights have changed since
+    PackedWeights packed;                                // as multiply_few reads them
+    real *few;                                           // (FEW_ROWS,4C) its a
     const int *seq, *at;                                 // of the decode under way; NULL: none is
 };
-
-// n numbers, zero. Each thread touches its share first, so that the memory is near all of those that will use it.
-static real *room_new(size_t n) {
-    enum { PIECE = 1 << 18 };
-    enum { PAGE = 2 << 20 };                             // a huge page: strips are packed from lines far apart
-    const size_t bytes = (n ? n : 1) * sizeof(real);
-    void *p = NULL;
-    if (posix_memalign(&p, bytes < PAGE ? 64 : PAGE, bytes))
-        die("out of memory: %zu bytes for the model\n  hint: a smaller --batch or model; --dry-run tells the sizes", bytes);
-#ifdef MADV_HUGEPAGE
-    if (bytes >= PAGE) madvise(p, bytes, MADV_HUGEPAGE); // a wish
-#endif
-    real *x = (real *)p;
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i += PIECE) memset(x + i, 0, at_most(n - i, PIECE) * sizeof(real));
-    return x;
-}
 
 // Where one layer's part of a parameter is among all parameters.
 static size_t param_offset(const Model *m, int param, int l) {
@@ -612,15 +498,11 @@ static Params params_at(const Model *m, Slot slot, int l) {
     return w;
 }
 
-static size_t gradient_index(const Model *m, int l, int branch) {
-    return (size_t)(branch == NO_BRANCH ? BRANCHES * m->config.L : BRANCHES * l + branch);
-}
-
 // To be called before something is added to the gradient of a branch. If the gradient is spent, it becomes zeros: all of
 // it, or with `but_products` all but the weights of matrix products. Then 0 is returned, and the products must set theirs,
 // which saves writing zeros and reading them again; else 1, and they must add.
 static int gradient_add(Model *m, int l, int branch, int but_products) {
-    const size_t index = gradient_index(m, l, branch);
+    const size_t index = gpt_branch_index(&m->config, l, branch);
     if (!m->spent[index]) return 1;
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS; p++)
@@ -641,22 +523,15 @@ static void params_layout(Model *m) {
 
 // Every trained tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
 static void params_chunks(Model *m) {
-    const GptConfig *c = &m->config;
-    for (int fill = 0; fill < 2; fill++) {
-        int n = 0;
-        for (int p = 0; p < N_PARAMS; p++)
-            for (int l = 0; l < gpt_param_layers(c, p); l++) {
-                if (!gpt_param_trains(p, l, m->args.frozen)) continue;
-                for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += UPDATE_CHUNK, n++) {
-                    if (!fill) continue;
-                    UpdateChunk chunk = {param_offset(m, p, l) + at, at_most(size - at, UPDATE_CHUNK),
-                                         gradient_index(m, l, gpt_param[p].branch), gpt_param[p].dims == 2};
-                    m->chunk[n] = chunk;
-                }
-            }
-        if (!fill) m->chunk = xcalloc((size_t)n, sizeof *m->chunk);
-        m->n_chunks = n;
+    GptPiece *piece;
+    m->n_chunks = gpt_trained_pieces(&piece, &m->config, m->args.frozen, UPDATE_CHUNK);
+    m->chunk = xcalloc((size_t)m->n_chunks, sizeof *m->chunk);
+    for (int i = 0; i < m->n_chunks; i++) {
+        const int p = piece[i].param, l = piece[i].layer;
+        m->chunk[i] = (UpdateChunk){param_offset(m, p, l) + piece[i].at, piece[i].n,
+                                    gpt_branch_index(&m->config, l, gpt_param[p].branch), gpt_param[p].dims == 2};
     }
+    free(piece);
     m->partial = xcalloc((size_t)m->n_chunks, sizeof *m->partial);
 }
 
@@ -665,27 +540,10 @@ static size_t kept_per_row(const GptConfig *c, int branch, int T) {
     return (size_t)T * (branch == ATTN ? 5 * (size_t)c->C + (size_t)c->NH + 1 : 5 * (size_t)c->C + 1);
 }
 
-// The most that a plan within the bound keeps; evaluation needs one layer at a time.
+// The most that plans within the bound keep.
 static size_t kept_bound(const Model *m, const MemoryBound *b) {
-    const GptConfig *c = &m->config;
-    const size_t attn = kept_per_row(c, ATTN, m->args.T), mlp = kept_per_row(c, MLP, m->args.T);
-    const int attn_rows = b->attn_rows < b->rows ? b->attn_rows : b->rows;         // these keep more
-    const int mlp_rows = b->rows - attn_rows;
-    const size_t most = (size_t)attn_rows * attn + (size_t)mlp_rows * mlp, one = (size_t)m->args.B * (attn + mlp);
-    return most > one ? most : one;
-}
-
-// Where decode's packed weights are: those of a layer's products, layer by layer, then the head.
-static void packed_layout(Model *m) {
-    const GptConfig *c = &m->config;
-    for (int p = 0; p < N_PARAMS; p++) {
-        if (gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims != 2) continue;
-        m->packed_at[p] = m->packed_layer;
-        m->packed_layer += packed_size(&m->pack, (size_t)gpt_param_cols(c, p), (size_t)gpt_param_rows(c, p));
-    }
-    m->packed_at[P_wte] = m->packed_layer * (size_t)c->L;
-    m->cache.T = round_up((size_t)m->args.T, KEYS);
-    m->packed_old = 1;
+    const size_t size[BRANCHES] = {kept_per_row(&m->config, ATTN, m->args.T), kept_per_row(&m->config, MLP, m->args.T)};
+    return memory_bound_most(b, size, m->args.B);
 }
 
 typedef struct { real **at; size_t n; } Room;
@@ -703,7 +561,7 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
         {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K}, {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
         {&m->rooms.at, (size_t)m->rooms.threads * (sizeof(AttentionRoom) / sizeof(real))},
         {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T, C / (size_t)m->config.NH)},
-        {&m->packed, cached ? m->packed_layer * (size_t)m->config.L + packed_size(&m->pack, V, C) : 0},
+        {&m->packed.at, cached ? packed_total(&m->packed, &m->config, &m->pack) : 0},
         {&m->few, cached ? FEW_ROWS * 4 * (C + TILE_COLS) : 0},
         {&m->kept, 0},                                   // has its own size
         {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dout, BT * C}, {&m->dwide, BT * 4 * C},
@@ -726,15 +584,16 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->rooms.threads = team_most();
     params_layout(m);
     params_chunks(m);
-    packed_layout(m);
+    packed_layout(&m->packed, config, &m->pack);
+    m->cache.T = round_up((size_t)args->T, KEYS);
     for (int s = 0; s < (args->dry ? 0 : args->bound.rows > 0 ? 4 : 1); s++)
-        m->slot[s] = room_new(m->n_params - (s == SLOT_PARAM ? 0 : m->n_frozen));
+        m->slot[s] = vectors_new(m->n_params - (s == SLOT_PARAM ? 0 : m->n_frozen));
     m->spent = xcalloc((size_t)BRANCHES * (size_t)config->L + 1, sizeof *m->spent);
     m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = xcalloc((size_t)config->L, sizeof *m->mlp);
     m->kept_room = kept_bound(m, &args->bound);
     for (int i = 0, n = args->dry ? 0 : model_rooms(m, rooms); i < n; i++)
-        *rooms[i].at = room_new(rooms[i].at == &m->kept ? m->kept_room : rooms[i].n);
+        *rooms[i].at = vectors_new(rooms[i].at == &m->kept ? m->kept_room : rooms[i].n);
     return m;
 }
 
@@ -752,13 +611,12 @@ static void model_close(Model *m) {
 
 static void model_memory(const Model *m, EngineMemory *bytes) {
     const size_t one = (m->n_params - m->n_frozen) * sizeof(real), train = m->args.bound.rows > 0;
-    const int branch = m->args.B * (m->config.L - m->args.frozen);
-    const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
+    const MemoryBound all = memory_bound_full(m->config.L, m->args.frozen, m->args.B, (int)train);
     Model copy = *m;
     Room rooms[N_ROOMS];
     size_t working = 0, packed = 0;
     for (int i = 0, n = model_rooms(&copy, rooms); i < n; i++) {
-        if (rooms[i].at == &copy.packed) packed = rooms[i].n;
+        if (rooms[i].at == &copy.packed.at) packed = rooms[i].n;
         else working += rooms[i].n;
     }
     bytes->parameters = (m->n_params + packed) * sizeof(real);
@@ -815,7 +673,7 @@ static void linear_forward(Model *m, int l, int param, Result y, const real *x, 
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
     const PackRoom room = {m->few, NULL, m->pack.bf16};
     if (m->at && nT <= FEW_ROWS)
-        multiply_few(y, &room, lines(x, C), m->packed + m->packed_at[param] + (size_t)l * m->packed_layer, nT, OC, C);
+        multiply_few(y, &room, lines(x, C), packed_at(&m->packed, param, l), nT, OC, C);
     else matmul_forward(y, &m->pack, x, tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
 }
 
@@ -932,31 +790,32 @@ static void end_backward(Model *m, const Pass *pass, int l, int branch, real *do
     dropout(dout, &noise, b->rows, tokens_of(m, b), (size_t)m->last_T, (size_t)m->config.C);
 }
 
+static void branch_forward(Model *m, const Pass *pass, int l, int branch) {
+    if (!pass->plan->branch[BRANCHES * l + branch].n) return;
+    if (branch == ATTN) attention_branch_forward(m, pass, l);
+    else mlp_branch_forward(m, pass, l);
+    end_forward(m, pass, l, branch);
+}
+
+static void branch_backward(Model *m, const Pass *pass, int l, int branch) {
+    if (!pass->plan->branch[BRANCHES * l + branch].n) return;
+    end_backward(m, pass, l, branch, branch == ATTN ? m->dout : m->dy);
+    if (branch == ATTN) attention_branch_backward(m, pass, l);
+    else mlp_branch_backward(m, pass, l);
+}
+
 static void block_forward(Model *m, const Pass *pass, int l) {
-    const BranchPlan *attn = &pass->plan->branch[BRANCHES * l + ATTN], *mlp = &pass->plan->branch[BRANCHES * l + MLP];
-    if (attn->n) {
-        attention_branch_forward(m, pass, l);
-        end_forward(m, pass, l, ATTN);
-    }
+    branch_forward(m, pass, l, ATTN);
     look(pass, watch_after(l, ATTN), m->x);
-    if (mlp->n) {
-        mlp_branch_forward(m, pass, l);
-        end_forward(m, pass, l, MLP);
-    }
+    branch_forward(m, pass, l, MLP);
     look(pass, watch_after(l, MLP), m->x);
 }
 
 static void block_backward(Model *m, const Pass *pass, int l) {
-    const BranchPlan *attn = &pass->plan->branch[BRANCHES * l + ATTN], *mlp = &pass->plan->branch[BRANCHES * l + MLP];
+    const BranchPlan *attn = &pass->plan->branch[BRANCHES * l + ATTN];
     if (pass->plan->tied) residual_backward(m->dout, m->dx, attn, (size_t)m->last_T, (size_t)m->config.C);
-    if (mlp->n) {
-        end_backward(m, pass, l, MLP, m->dy);
-        mlp_branch_backward(m, pass, l);
-    }
-    if (attn->n) {
-        end_backward(m, pass, l, ATTN, m->dout);
-        attention_branch_backward(m, pass, l);
-    }
+    branch_backward(m, pass, l, MLP);
+    branch_backward(m, pass, l, ATTN);
 }
 
 // ---- Forward and backward of the whole model ----
@@ -965,18 +824,12 @@ static void block_backward(Model *m, const Pass *pass, int l) {
 static double model_loss(Model *m, const Batch *batch, const Pass *pass) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
-    const double smoothing = pass->objective ? pass->objective->smoothing : 0;
-    size_t count = 0;
-    double sum = 0, uniform = 0;
-    for (size_t t = 0; t < BT; t++) count += batch->targets[t] >= 0;
-    if (!count) count = 1;
-    const Scoring y = {m->losses, m->uniform, batch->targets, (real)(pass->weight / (double)count), (real)smoothing};
+    const real grad = (real)(pass->weight / (double)batch_scored(batch)), smoothing = (real)pass_smoothing(pass);
+    const Scoring y = {m->losses, m->uniform, batch->targets, grad, smoothing};
     real *dwte = pass->weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
     const int add = pass->weight != 0 ? gradient_add(m, 0, NO_BRANCH, 1) : 0;
     classifier(&y, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, BT, C, (size_t)m->config.V);
-    for (size_t t = 0; t < BT; t++) sum += (double)m->losses[t], uniform += (double)m->uniform[t];
-    m->part[PART_NLL] = sum / (double)count, m->part[PART_UNIFORM] = uniform / (double)count;
-    return objective_loss(pass->objective, m->part);
+    return pass_loss(m->part, batch, pass, m->losses, m->uniform);
 }
 
 static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
@@ -1050,21 +903,6 @@ static void model_logits(Model *m, int row, int t, real *host) {
 
 // ---- Generation ----
 
-// The weights as they are now, for multiply_few.
-static void pack_model(Model *m) {
-    const GptConfig *c = &m->config;
-    for (int p = 0; p < N_PARAMS && m->packed_old; p++)
-        for (int l = 0; l < gpt_param_layers(c, p) && gpt_param[p].branch != NO_BRANCH && gpt_param[p].dims == 2; l++) {
-            const size_t K = (size_t)gpt_param_rows(c, p), N = (size_t)gpt_param_cols(c, p);
-            pack_weights(m->packed + m->packed_at[p] + (size_t)l * m->packed_layer, &m->pack,
-                         lines(tensor_at(m, SLOT_PARAM, p, l), N), N, K);
-        }
-    if (m->packed_old)
-        pack_weights(m->packed + m->packed_at[P_wte], &m->pack, turned(params_at(m, SLOT_PARAM, 0).wte, (size_t)c->C),
-                     (size_t)c->V, (size_t)c->C);
-    m->packed_old = 0;
-}
-
 static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan,
                          real *logits) {
     const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
@@ -1072,7 +910,10 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     const PackRoom room = {m->few, NULL, m->pack.bf16};
     const Pass pass = pass_of(plan, 0);
     engine_check_decode(&m->config, &m->args, n, tokens, seq, at, plan);
-    pack_model(m);
+    for (int p = 0; p < N_PARAMS && m->packed.stale; p++)
+        for (int i = 0; (is_packed(p) || p == P_wte) && i < gpt_param_layers(&m->config, p); i++)
+            packed_write(&m->packed, &m->config, &m->pack, p, i, tensor_at(m, SLOT_PARAM, p, i));
+    m->packed.stale = 0;
     m->last_B = plan->batch, m->last_T = n;
     m->seq = seq, m->at = at;
     embedding_forward(m->x, tokens, at, w.wte, w.wpe, B, T, C);
@@ -1084,7 +925,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     if (!logits) return;
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
     const Matrix last = lines(m->lnf + (T - 1) * C, T * C);
-    if (B <= FEW_ROWS) multiply_few(fresh(logits, V, NULL), &room, last, m->packed + m->packed_at[P_wte], B, V, C);
+    if (B <= FEW_ROWS) multiply_few(fresh(logits, V, NULL), &room, last, packed_at(&m->packed, P_wte, 0), B, V, C);
     else multiply(fresh(logits, V, NULL), &m->pack, last, turned(w.wte, C), B, V, C, NULL);
 }
 
@@ -1138,9 +979,12 @@ static double model_update(Model *m, const UpdateArgs *a) {
                   m->slot[SLOT_V] + at, k->n, a, a->t[k->branch], clip, k->decay);
     }
     if (taken || a->discard) memset(m->spent, 1, (size_t)BRANCHES * (size_t)m->config.L + 1);
-    m->packed_old = 1;
+    m->packed.stale = 1;
     return norm;
 }
+
+// There is nothing to round again: bf16 is made as products read the weights.
+static void model_resumed(Model *m, const int64_t *t) { (void)m, (void)t; }
 
 // ---- The engine ----
 
@@ -1159,12 +1003,9 @@ static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
 }
 
 static void model_write(Model *m, Slot slot, int param, int layer, const real *host) {
-    m->packed_old |= slot == SLOT_PARAM;
+    m->packed.stale |= slot == SLOT_PARAM;
     memcpy(param_at(m, slot, param, layer), host, gpt_param_size(&m->config, param) * sizeof(real));
 }
-
-// There is nothing to round again: bf16 is made as products read the weights.
-static void model_resumed(Model *m, const int64_t *t) { (void)m, (void)t; }
 
 static double model_peak(Model *m, double seconds) { return machine_peak(m->pack.bf16, seconds); }
 

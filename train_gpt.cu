@@ -2126,10 +2126,6 @@ static Params gradients_at(const Model *m, int l) {
     return dw;
 }
 
-static size_t gradient_index(const Model *m, int l, int branch) {
-    return (size_t)(branch == NO_BRANCH ? BRANCHES * m->config.L : BRANCHES * l + branch);
-}
-
 // Numbers of one layer's part of a parameter: wte has Vp rows, the last of them always zeros.
 static size_t param_numbers(const GptConfig *c, int p) {
     return p == P_wte ? padded_vocabulary((size_t)c->V) * (size_t)c->C : gpt_param_size(c, p);
@@ -2144,7 +2140,7 @@ static size_t param_room(const Model *m, int p) {
 // To be called before a backward pass through a branch: whether it must add to the branch's gradients, which it writes once
 // each; if not, they are spent, and it must set them. With `now` they become zeros here, and it is to be added to them.
 static int gradient_add(Model *m, int l, int branch, int now) {
-    const size_t index = gradient_index(m, l, branch);
+    const size_t index = gpt_branch_index(&m->config, l, branch);
     if (!m->spent[index]) return 1;
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS && now; p++)
@@ -2211,27 +2207,20 @@ static size_t absent_of(const Model *m, Slot slot) { return slot == SLOT_PARAM ?
 
 // Every trained tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
 static void params_chunks(Model *m) {
-    const GptConfig *c = &m->config;
-    UpdateChunk *all = NULL;
-    for (int fill = 0; fill < 2; fill++) {
-        int n = 0;
-        for (int p = 0; p < N_PARAMS; p++)
-            for (int l = 0; l < gpt_param_layers(c, p); l++) {
-                if (!gpt_param_trains(p, l, m->args.frozen)) continue;
-                for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += UPDATE_CHUNK) {
-                    const size_t branch = gradient_index(m, l, gpt_param[p].branch), begin = param_offset(m, p, l);
-                    size_t place;
-                    const Piece part = share_of(m, branch, m->ranks.rank, begin + at, at_most(size - at, UPDATE_CHUNK), &place);
-                    const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? place : part.at, part.at - m->n_frozen,
-                                               place - absent_of(m, SLOT_M), part.n, part.at - begin, branch,
-                                               (uint32_t)p | (uint32_t)l << 8, gpt_param[p].dims == 2};
-                    if (fill && part.n) all[n] = chunk;
-                    n += part.n > 0;
-                }
-            }
-        if (!fill) all = (UpdateChunk *)xcalloc((size_t)n, sizeof *all);
-        m->n_chunks = n;
+    GptPiece *piece;
+    const int n = gpt_trained_pieces(&piece, &m->config, m->args.frozen, UPDATE_CHUNK);
+    UpdateChunk *all = (UpdateChunk *)xcalloc((size_t)n, sizeof *all);
+    for (int i = 0; i < n; i++) {
+        const int p = piece[i].param, l = piece[i].layer;
+        const size_t branch = gpt_branch_index(&m->config, l, gpt_param[p].branch), begin = param_offset(m, p, l);
+        size_t place;
+        const Piece part = share_of(m, branch, m->ranks.rank, begin + piece[i].at, piece[i].n, &place);
+        const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? place : part.at, part.at - m->n_frozen,
+                                   place - absent_of(m, SLOT_M), part.n, part.at - begin, branch,
+                                   (uint32_t)p | (uint32_t)l << 8, gpt_param[p].dims == 2};
+        if (part.n) all[m->n_chunks++] = chunk;
     }
+    free(piece);
     const size_t bytes = (size_t)m->n_chunks * sizeof *all;  // 0 for a rank without a share of so small a model
     m->chunk = (UpdateChunk *)room_new("the table of parameters", bytes);
     CUDA_CHECK(cudaMemcpy(m->chunk, all, bytes, cudaMemcpyHostToDevice));
@@ -2253,12 +2242,8 @@ static size_t kept_per_row(const Model *m, int branch) {
 static size_t kept_bound(const Model *m, const MemoryBound *b) {
     enum { ARRAYS = 6 };                                 // of a branch; each is rounded up to ALIGN
     const size_t size[BRANCHES] = {kept_per_row(m, ATTN), kept_per_row(m, MLP)};
-    const int rows[BRANCHES] = {b->attn_rows, b->mlp_rows}, larger = size[MLP] > size[ATTN] ? MLP : ATTN;
-    const int first = b->rows < rows[larger] ? b->rows : rows[larger], second = b->rows - first;
-    const size_t most = (size_t)first * size[larger] + (size_t)second * size[!larger];
-    const size_t one = (size_t)m->args.B * (size[ATTN] + size[MLP]);
     const size_t gaps = (size_t)m->config.L * BRANCHES * ARRAYS * (ALIGN + ARENA_GAP);
-    return round_up(most > one ? most : one, ALIGN) + gaps;
+    return round_up(memory_bound_most(b, size, m->args.B), ALIGN) + gaps;
 }
 
 typedef struct { void **at; size_t bytes; } Room;
@@ -2436,8 +2421,7 @@ static void model_close(Model *m) {
 // Parameters with their rounded copy. The activations include the workspace of the products.
 static void model_memory(const Model *m, EngineMemory *bytes) {
     const size_t trained = m->n_params - m->n_frozen, train = m->args.bound.rows > 0;
-    const int branch = m->args.B * (m->config.L - m->args.frozen);
-    const MemoryBound all = {branch, branch, train ? BRANCHES * branch : 0};
+    const MemoryBound all = memory_bound_full(m->config.L, m->args.frozen, m->args.B, (int)train);
     Model copy = *m;
     bytes->parameters = m->n_master * sizeof(float) + (m->copy ? m->n_params * sizeof(bf16) : 0);
     bytes->gradients = train * trained * (sizeof(float) + (m->wire ? sizeof(bf16) : 0));
@@ -2600,7 +2584,7 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionK
 }
 
 // What is left of it in decode: keys and values join the cache, and where not all rows begin a sequence, the attention.
-static void attention_goes_on(Model *m, int l, const AttentionKept *k, Rows rows) {
+static void attention_continue(Model *m, int l, const AttentionKept *k, Rows rows) {
     const size_t C = (size_t)m->config.C, layer = 2 * (size_t)m->args.cache * m->cache.T * C * size_of_number(&m->gpu);
     const Cache cache = {(char *)m->cache.at + (size_t)l * layer, m->cache.T};
     if (m->decoding)
@@ -2615,41 +2599,6 @@ static void mlp_inside(Model *m, int l, const MlpKept *k, size_t nT) {
     linear_forward(m, l, P_fcw, h, k->ln, nT);
 }
 
-// out: attn(LN(x[rows]))
-static void attention_branch_forward(Model *m, const Pass *pass, int l) {
-    const DropPlan *plan = pass->plan;
-    const int i = BRANCHES * l + ATTN;
-    const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
-    const Operands w = weights_at(m, l);
-    const AttentionKept *k = &(m->attention[l] = attention_keep(m, nT));
-    if (graph_begin(m, pass, i, 0, 0, k->xhat)) {
-        begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), 0, w.ln1w, w.ln1b);
-        attention_inside(m, pass, l, k, nT);
-        attention_goes_on(m, l, k, rows_of(m, plan, i));
-        linear_forward(m, l, P_attprojw, fresh(m->out, C, w.attprojb), k->y, nT);
-        end_dropout(m, pass, i, m->out);
-        graph_end(m);
-    }
-    end_branch(m, m->out, rows_of(m, plan, i));
-}
-
-// out: mlp(LN(x[rows])); tied: of x[rows] + the attention's out, which joins the stream when it is read
-static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
-    const DropPlan *plan = pass->plan;
-    const int i = BRANCHES * l + MLP;
-    const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
-    const Operands w = weights_at(m, l);
-    const MlpKept *k = &(m->mlp[l] = mlp_keep(m, nT));
-    if (graph_begin(m, pass, i, 0, 0, k->xhat)) {
-        begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, plan, i), plan->tied, w.ln2w, w.ln2b);
-        mlp_inside(m, l, k, nT);
-        linear_forward(m, l, P_fcprojw, fresh(m->out, C, w.fcprojb), k->gelu, nT);
-        end_dropout(m, pass, i, m->out);
-        graph_end(m);
-    }
-    end_branch(m, m->out, rows_of(m, plan, i));
-}
-
 // dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before i that runs: its scale
 // times dx on its rows.
 static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db, int add, const void *xhat,
@@ -2662,50 +2611,58 @@ static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *
                                 (size_t)m->last_T, (size_t)m->config.C);
 }
 
-// From dout (n,T,C), which carries the scale, to dx[rows].
-static void attention_branch_backward(Model *m, const Pass *pass, int l) {
-    const DropPlan *plan = pass->plan;
-    const int i = BRANCHES * l + ATTN, add = gradient_add(m, l, ATTN, 0);
-    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
-    const size_t nT = tokens_of(m, &plan->branch[i]);
+// out: attn(LN(x[rows]))
+static void attention_branch_forward(Model *m, const Pass *pass, int l) {
+    const int i = BRANCHES * l + ATTN;
+    const size_t nT = tokens_of(m, &pass->plan->branch[i]);
     const Operands w = weights_at(m, l);
-    const Params dw = gradients_at(m, l);
     const AttentionKept *k = &m->attention[l];
-    Gpu *g = &m->gpu;
+    begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), 0, w.ln1w, w.ln1b);
+    attention_inside(m, pass, l, k, nT);
+    attention_continue(m, l, k, rows_of(m, pass->plan, i));
+    linear_forward(m, l, P_attprojw, fresh(m->out, (size_t)m->config.C, w.attprojb), k->y, nT);
+}
+
+// From dout (n,T,C), which carries the scale, to dy (n,T,C), the gradient of the LayerNorm's output.
+static void attention_branch_backward(Model *m, const Pass *pass, int l, int add) {
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
+    const size_t nT = tokens_of(m, &pass->plan->branch[BRANCHES * l + ATTN]);
+    const Operands w = weights_at(m, l);
+    const AttentionKept *k = &m->attention[l];
+    const Gpu *g = &m->gpu;
     KeptKeys keep;
     void *dqkv = m->dwide, *dln = m->dy;
-    if (!graph_begin(m, pass, i, 1, add, k->xhat)) return;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     if (k->qkv == m->redo) attention_inside(m, pass, l, k, nT);
-    end_dropout(m, pass, i, m->dout);
     linear_backward(m, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
     attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH,
                        g->half, g->stream);
     linear_backward(m, l, P_qkvw, fresh(dln, C, NULL), dqkv, k->ln, add, nT);
-    begin_branch_backward(m, plan, i, dw.ln1w, dw.ln1b, add, k->xhat, k->rstd, w.ln1w);
-    graph_end(m);
 }
 
-static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
-    const DropPlan *plan = pass->plan;
-    const int i = BRANCHES * l + MLP, add = gradient_add(m, l, MLP, 0);
-    const size_t C = (size_t)m->config.C, nT = tokens_of(m, &plan->branch[i]);
+// out: mlp(LN(x[rows])); tied: of x[rows] + the attention's out, which joins the stream when it is read
+static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
+    const int i = BRANCHES * l + MLP;
+    const size_t nT = tokens_of(m, &pass->plan->branch[i]);
     const Operands w = weights_at(m, l);
-    const Params dw = gradients_at(m, l);
     const MlpKept *k = &m->mlp[l];
-    Gpu *g = &m->gpu;
+    begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), pass->plan->tied, w.ln2w, w.ln2b);
+    mlp_inside(m, l, k, nT);
+    linear_forward(m, l, P_fcprojw, fresh(m->out, (size_t)m->config.C, w.fcprojb), k->gelu, nT);
+}
+
+static void mlp_branch_backward(Model *m, const Pass *pass, int l, int add) {
+    const size_t C = (size_t)m->config.C, nT = tokens_of(m, &pass->plan->branch[BRANCHES * l + MLP]);
+    const Operands w = weights_at(m, l);
+    const MlpKept *k = &m->mlp[l];
     Result dh = fresh(m->dwide, 4 * C, NULL);
     void *dln = m->dy;
-    if (!graph_begin(m, pass, i, 1, add, k->xhat)) return;
-    if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
+    if (k->ln == m->ln) layernorm_again(&m->gpu, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
     if (k->h == m->redo) mlp_inside(m, l, k, nT);
     dh.h = k->h;
     dh.gelu = m->args.recompute == RECOMPUTE_GELU ? k->gelu : NULL;
-    end_dropout(m, pass, i, m->dout);
     linear_backward(m, l, P_fcprojw, dh, m->dout, k->gelu, add, nT);
     linear_backward(m, l, P_fcw, fresh(dln, C, NULL), dh.at, k->ln, add, nT);
-    begin_branch_backward(m, plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
-    graph_end(m);
 }
 
 // ---- Who looks on ----
@@ -2745,16 +2702,53 @@ static void look(Model *m, const Pass *pass, int point) {
 // ---- A block with drop path ----
 //     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
 
+
+// A branch on the rows that keep it: launched as a graph, or kernel by kernel.
+static void branch_forward(Model *m, const Pass *pass, int l, int branch) {
+    const int i = BRANCHES * l + branch;
+    const size_t nT = tokens_of(m, &pass->plan->branch[i]);
+    if (!nT) return;
+    if (branch == ATTN) m->attention[l] = attention_keep(m, nT);
+    else m->mlp[l] = mlp_keep(m, nT);
+    if (graph_begin(m, pass, i, 0, 0, branch == ATTN ? m->attention[l].xhat : m->mlp[l].xhat)) {
+        if (branch == ATTN) attention_branch_forward(m, pass, l);
+        else mlp_branch_forward(m, pass, l);
+        end_dropout(m, pass, i, m->out);
+        graph_end(m);
+    }
+    end_branch(m, m->out, rows_of(m, pass->plan, i));
+}
+
+static void branch_backward(Model *m, const Pass *pass, int l, int branch) {
+    const int i = BRANCHES * l + branch;
+    if (!pass->plan->branch[i].n) return;
+    const int add = gradient_add(m, l, branch, 0);
+    const Operands w = weights_at(m, l);
+    const Params dw = gradients_at(m, l);
+    const AttentionKept *a = &m->attention[l];
+    const MlpKept *k = &m->mlp[l];
+    if (!graph_begin(m, pass, i, 1, add, branch == ATTN ? a->xhat : k->xhat)) return;
+    end_dropout(m, pass, i, m->dout);
+    if (branch == ATTN) {
+        attention_branch_backward(m, pass, l, add);
+        begin_branch_backward(m, pass->plan, i, dw.ln1w, dw.ln1b, add, a->xhat, a->rstd, w.ln1w);
+    } else {
+        mlp_branch_backward(m, pass, l, add);
+        begin_branch_backward(m, pass->plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
+    }
+    graph_end(m);
+}
+
 static void block_forward(Model *m, const Pass *pass, int l) {
-    if (pass->plan->branch[BRANCHES * l + ATTN].n) attention_branch_forward(m, pass, l);
+    branch_forward(m, pass, l, ATTN);
     look(m, pass, watch_after(l, ATTN));
-    if (pass->plan->branch[BRANCHES * l + MLP].n) mlp_branch_forward(m, pass, l);
+    branch_forward(m, pass, l, MLP);
     look(m, pass, watch_after(l, MLP));
 }
 
 static void block_backward(Model *m, const Pass *pass, int l) {
-    if (pass->plan->branch[BRANCHES * l + MLP].n) mlp_branch_backward(m, pass, l);
-    if (pass->plan->branch[BRANCHES * l + ATTN].n) attention_branch_backward(m, pass, l);
+    branch_backward(m, pass, l, MLP);
+    branch_backward(m, pass, l, ATTN);
 }
 
 // ---- Forward and backward of the whole model ----
@@ -2803,12 +2797,10 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
 // They come to the host with the end of the call.
 static void model_loss(Model *m, const Batch *batch, const Pass *pass) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T;
-    size_t count = 0;
-    for (size_t t = 0; t < BT; t++) count += batch->targets[t] >= 0;
     float *dwte = pass->weight != 0 ? gradients_at(m, 0).wte : NULL;
-    const int add = pass->weight != 0 && !m->spent[gradient_index(m, 0, NO_BRANCH)];
-    const double smoothing = pass->objective ? pass->objective->smoothing : 0;
-    const Scoring y = {m->losses, m->uniform, m->device.targets, (float)(pass->weight / (double)(count ? count : 1)),
+    const int add = pass->weight != 0 && !m->spent[gpt_branch_index(&m->config, 0, NO_BRANCH)];
+    const double smoothing = pass_smoothing(pass);
+    const Scoring y = {m->losses, m->uniform, m->device.targets, (float)(pass->weight / (double)batch_scored(batch)),
                        (float)smoothing};
     classifier(&m->gpu, &y, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, BT, (size_t)m->config.C,
                (size_t)m->config.V);
@@ -2819,17 +2811,8 @@ static void model_loss(Model *m, const Batch *batch, const Pass *pass) {
 
 // Waits for the call to end; returns the mean loss.
 static double model_finish(Model *m, const Batch *batch, const Pass *pass) {
-    const int smooths = pass->objective && pass->objective->smoothing != 0;
-    size_t count = 0;
-    double sum = 0, uniform = 0;
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
-    for (size_t t = 0; batch->targets && t < (size_t)batch->rows * (size_t)batch->T; t++) {
-        count += batch->targets[t] >= 0;
-        sum += (double)m->host_losses[t];
-        if (smooths) uniform += (double)m->host_uniform[t];
-    }
-    m->part[PART_NLL] = sum / (double)(count ? count : 1), m->part[PART_UNIFORM] = uniform / (double)(count ? count : 1);
-    return objective_loss(pass->objective, m->part);
+    return pass_loss(m->part, batch, pass, m->host_losses, pass_smoothing(pass) != 0 ? m->host_uniform : NULL);
 }
 
 static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
@@ -3141,7 +3124,7 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
 // A tensor of which each rank has a part: all ranks get it whole.
 static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
-    const size_t branch = gradient_index(m, layer, gpt_param[param].branch);
+    const size_t branch = gpt_branch_index(&m->config, layer, gpt_param[param].branch);
     float *whole = (float *)room_new("a tensor to be saved", n * sizeof *whole);
     ranks_begin(&m->ranks, &m->gpu);
     for (int rank = 0; rank < m->ranks.world; rank++) {
@@ -3171,7 +3154,7 @@ static void write_copy(Model *m, int param, int layer, const real *host) {
 static void write_shared(Model *m, Slot slot, int param, int layer, const real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
     size_t place;
-    const Piece part = share_of(m, gradient_index(m, layer, gpt_param[param].branch), m->ranks.rank, at, n, &place);
+    const Piece part = share_of(m, gpt_branch_index(&m->config, layer, gpt_param[param].branch), m->ranks.rank, at, n, &place);
     if (part.n)
         CUDA_CHECK(cudaMemcpyAsync(m->slot[slot] + (place - absent_of(m, slot)), host + (part.at - at), part.n * sizeof(real),
                                    cudaMemcpyHostToDevice, m->gpu.stream));

@@ -59,7 +59,7 @@ static void memory_forget(Model *m) { m->kept_peak = 0; }
 // ---- Numbers to work on ----
 
 static real *filled(size_t n, double size, int id) {
-    real *x = room_new(n);
+    real *x = vectors_new(n);
     fill(x, n, size, id);
     return x;
 }
@@ -297,7 +297,7 @@ static void products_new(Product *p, int is_head, size_t BT, size_t in, size_t o
         p->a_turned = forms[is_head][f].a_turned, p->b_turned = forms[is_head][f].b_turned;
         p->how = forms[is_head][f].how;
         p->times = times;
-        p->y = room_new(p->M * p->N), p->a = filled(p->M * p->K, 1, 4), p->b = filled(p->K * p->N, 1, 5);
+        p->y = vectors_new(p->M * p->N), p->a = filled(p->M * p->K, 1, 4), p->b = filled(p->K * p->N, 1, 5);
         p->bias = filled(p->N, 1, 6);
     }
 }

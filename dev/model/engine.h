@@ -18,6 +18,22 @@ typedef struct Comm Comm;                                // run/comm.h
 // attention branches, rows of MLP branches, and rows of both together. drop_path_bound() computes it.
 typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
 
+// The most that plans within a bound keep, of branches of which a row keeps size[]; evaluation needs one layer at a time.
+static inline size_t memory_bound_most(const MemoryBound *b, const size_t size[BRANCHES], int B) {
+    const int rows[BRANCHES] = {b->attn_rows, b->mlp_rows}, larger = size[MLP] > size[ATTN] ? MLP : ATTN;
+    const int first = b->rows < rows[larger] ? b->rows : rows[larger], second = b->rows - first;
+    const size_t most = (size_t)first * size[larger] + (size_t)second * size[!larger];
+    const size_t one = (size_t)B * (size[ATTN] + size[MLP]);
+    return most > one ? most : one;
+}
+
+// And what could be kept if every branch of a layer that trains were.
+static inline MemoryBound memory_bound_full(int layers, int frozen, int B, int trains) {
+    const int branch = B * (layers - frozen);
+    const MemoryBound all = {branch, branch, trains ? BRANCHES * branch : 0};
+    return all;
+}
+
 // What the operands of matrix products are rounded to. Sums, weights, gradients and moments are fp32 in all (fp64 when
 // built with REAL=double), and so is attention on the CPU. On the GPU bf16 is also how activations are stored; tf32 is
 // fp32 that the GPU's tensor cores read with 10 bits of fraction.

@@ -138,6 +138,33 @@ static inline int gpt_param_trains(int param, int layer, int frozen) {
     return gpt_param[param].branch == NO_BRANCH ? param != P_wpe || !frozen : layer >= frozen;
 }
 
+// Where a branch is counted: 2 * layer + branch, and last of all what no branch owns.
+static inline size_t gpt_branch_index(const GptConfig *c, int layer, int branch) {
+    return (size_t)(branch == NO_BRANCH ? BRANCHES * c->L : BRANCHES * layer + branch);
+}
+
+// n elements of one layer's part of a parameter, from element `at` on.
+typedef struct { int param, layer; size_t at, n; } GptPiece;
+
+// Every trained tensor in pieces of at most `most` elements: the unit of work of the optimizer. From malloc; returns how many.
+static inline int gpt_trained_pieces(GptPiece **pieces, const GptConfig *c, int frozen, size_t most) {
+    int count = 0, room = 0;
+    *pieces = NULL;
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            if (!gpt_param_trains(p, l, frozen)) continue;
+            for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += most) {
+                const GptPiece piece = {p, l, at, size - at < most ? size - at : most};
+                if (count == room) {
+                    room = 2 * room + 64;
+                    *pieces = (GptPiece *)xrealloc(*pieces, (size_t)room, sizeof **pieces);
+                }
+                (*pieces)[count++] = piece;
+            }
+        }
+    return count;
+}
+
 static inline size_t gpt_params_trained(const GptConfig *c, int frozen) {
     size_t n = 0;
     for (int p = 0; p < N_PARAMS; p++)

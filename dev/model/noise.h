@@ -59,6 +59,21 @@ RNG_FN Philox noise_words(const uint32_t key[2], uint32_t row, uint32_t head, ui
 
 RNG_FN uint32_t noise_half(Philox w, int e) { return w.v[e / 2] >> 16 * (e % 2) & 0xffff; }
 
+// keep (n) = the factors, 0 or 1/(1-p), of elements first .. first + n of a line; first is a multiple of
+// NOISE_EACH, n at most NOISE_CALLS * NOISE_EACH; an odd n writes one element more.
+static inline void noise_factors(real *keep, const NoisePlace *z, uint32_t row, uint32_t line, size_t first, size_t n) {
+    const real scale = (real)noise_scale(z->rate);
+    uint32_t words[NOISE_CALLS * 4];
+    for (uint32_t i = 0; i < NOISE_CALLS; i++) {         // compilers see that calls fill vectors
+        const Philox w = noise_words(z->key, z->first_row + row, 0, line, (uint32_t)(first / NOISE_EACH) + i);
+        for (int j = 0; j < 4; j++) words[4 * i + (uint32_t)j] = w.v[j];
+    }
+    for (size_t i = 0; i < n; i += 2) {                  // noise_half
+        keep[i] = (words[i / 2] & 0xffff) >= z->rate ? scale : 0;
+        keep[i + 1] = words[i / 2] >> 16 >= z->rate ? scale : 0;
+    }
+}
+
 // The rate of probability p in [0, 1) in 2^-16: the nearest, but never 1.
 static inline uint32_t noise_rate_of(double p) {
     const double rate = floor(p * NOISE_ONE + 0.5);

@@ -60,6 +60,28 @@ static inline double objective_loss(const Objective *o, const double part[N_PART
                                    : (1 - o->smoothing) * part[PART_NLL] + o->smoothing * part[PART_UNIFORM];
 }
 
+// How many targets of a batch are scored, but at least 1: what sums over them are divided by.
+static inline size_t batch_scored(const Batch *b) {
+    size_t count = 0;
+    for (size_t t = 0; b->targets && t < (size_t)b->rows * (size_t)b->T; t++) count += b->targets[t] >= 0;
+    return count ? count : 1;
+}
+
+// The parts of a batch's loss, and the loss, from those of its targets: losses (rows,T), and uniform (rows,T), NULL: not asked
+// for. Summed in double in the order of the batch.
+static inline double pass_loss(double part[N_PARTS], const Batch *b, const Pass *pass, const real *losses,
+                               const real *uniform) {
+    double nll = 0, all = 0;
+    for (size_t t = 0; b->targets && t < (size_t)b->rows * (size_t)b->T; t++) {
+        nll += (double)losses[t];
+        if (uniform) all += (double)uniform[t];
+    }
+    part[PART_NLL] = nll / (double)batch_scored(b), part[PART_UNIFORM] = all / (double)batch_scored(b);
+    return objective_loss(pass->objective, part);
+}
+
+static inline double pass_smoothing(const Pass *pass) { return pass->objective ? pass->objective->smoothing : 0; }
+
 static inline Batch batch_of(int rows, int T, const int *tokens, const int *targets) {
     Batch b = {rows, T, tokens, targets};
     return b;

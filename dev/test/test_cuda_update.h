@@ -75,7 +75,7 @@ void test_cuda_update_rounds(void) {
             for (int p = 0; p < N_PARAMS; p++)
                 for (int l = 0; l < gpt_param_layers(&c, p); l++) {
                     const size_t n = gpt_param_size(&c, p);
-                    const int64_t step = t[gradient_index(m, l, gpt_param[p].branch)];
+                    const int64_t step = t[gpt_branch_index(&m->config, l, gpt_param[p].branch)];
                     float *x = (float *)xcalloc(n, sizeof *x), *copy = update_copy(m, p, l);
                     model_read(m, SLOT_PARAM, p, l, x);
                     model_write(again, SLOT_PARAM, p, l, x);

@@ -1,11 +1,12 @@
-// attention_cached.h: attention of tokens that go on with a sequence, on the CPU: one query at a time, over keys and values that
-// are kept. Only generation needs it; attention_forward of train_gpt.c is the same over whole rows.
+// generation.h: what only generation needs on the CPU: attention of tokens that continue a sequence, one query
+// at a time over cached keys and values, and packed weights for products of few tokens. attention_forward of
+// train_gpt.c computes the same attention over whole rows.
 //
-// A head's keys stand as blocks (HS,KEYS), so that a vector has one number of LANES keys, its values as lines of W, HS rounded
-// up to whole vectors. All sums have the order, and so the bits, of attention_forward: it does not matter which tokens came in
-// one call.
-#ifndef ATTENTION_CACHED_H
-#define ATTENTION_CACHED_H
+// A head's keys are stored as blocks (HS,KEYS), so that a vector holds one channel of LANES keys; its values as
+// rows of W, HS rounded up to whole vectors. All sums have the order, and so the bits, of attention_forward:
+// it does not matter how a sequence is cut into calls.
+#ifndef GENERATION_H
+#define GENERATION_H
 
 #include "drop_path.h"
 #include "matmul.h"
@@ -95,6 +96,44 @@ static inline void attention_cached(real *y, const real *qkv, HeadCache cache, c
             for (size_t t = 0; y && t < T; t++)
                 attention_query(y + (i * T + t) * C + h * HS, q + t * 3 * C, head, cache.T, first + t + 1, HS);
         }
+}
+
+// ---- The weights as products of few tokens read them ----
+
+// Those of a layer's products, layer by layer, then the head.
+typedef struct {
+    real *at;                                            // NULL: this model does not generate
+    size_t offset[N_PARAMS], layer_size;                 // param p of layer l is at offset[p] + l * layer_size
+    int stale;                                           // the weights have changed since they were packed
+} PackedWeights;
+
+static inline int is_packed(int param) { return gpt_param[param].branch != NO_BRANCH && gpt_param[param].dims == 2; }
+
+static inline void packed_layout(PackedWeights *w, const GptConfig *c, const PackRoom *room) {
+    for (int p = 0; p < N_PARAMS; p++) {
+        if (!is_packed(p)) continue;
+        w->offset[p] = w->layer_size;
+        w->layer_size += packed_size(room, (size_t)gpt_param_cols(c, p), (size_t)gpt_param_rows(c, p));
+    }
+    w->offset[P_wte] = w->layer_size * (size_t)c->L;
+    w->stale = 1;
+}
+
+static inline size_t packed_total(const PackedWeights *w, const GptConfig *c, const PackRoom *room) {
+    return w->offset[P_wte] + packed_size(room, (size_t)c->V, (size_t)c->C);
+}
+
+static inline const real *packed_at(const PackedWeights *w, int param, int layer) {
+    return w->at + w->offset[param] + (size_t)layer * w->layer_size;
+}
+
+// Packs one layer's part of a parameter: rows of it as they are, or of wte, whose transpose is the head.
+static inline void packed_write(PackedWeights *w, const GptConfig *c, const PackRoom *room, int param, int layer,
+                                const real *from) {
+    const size_t rows = (size_t)gpt_param_rows(c, param), cols = (size_t)gpt_param_cols(c, param);
+    real *to = w->at + w->offset[param] + (param == P_wte ? 0 : (size_t)layer * w->layer_size);
+    if (param == P_wte) pack_weights(to, room, turned(from, cols), rows, cols);
+    else pack_weights(to, room, lines(from, cols), cols, rows);
 }
 
 #endif
