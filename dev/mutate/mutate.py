@@ -67,11 +67,11 @@ SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-rec
 FUNCTIONS = {
     "dev/model/schedule.h": "ramp_shape ramp_at".split(),
     "train_gpt.c": """
-    residual_forward residual_backward gradient_index gradient_add kept_per_row kept_bound
+    residual_forward residual_backward gradient_add kept_per_row kept_bound
     keep rows_of tokens_of linear_forward linear_backward
     end_is_packed branch_end branch_end_gradient end_forward end_backward
     attention_branch_forward attention_branch_backward mlp_branch_forward mlp_branch_backward
-    block_forward block_backward run_forward run_backward model_run model_update""".split()}
+    branch_forward branch_backward block_forward block_backward run_forward run_backward model_run model_update""".split()}
 
 # Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt
 # that what survives them also has to survive, most of them whole runs.
