@@ -25,6 +25,7 @@
 #include "dev/test/test_fat.h"
 #include "dev/test/test_fuzz.h"
 #include "dev/test/test_gpu_model.h"
+#include "dev/test/test_growth.h"
 #include "dev/test/test_interop.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
@@ -69,7 +70,7 @@ static const Test tests[] = {
     SCHEDULE_TESTS(X) NOISE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
-    ENGINE_TESTS(X) NOISE_ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
+    ENGINE_TESTS(X) NOISE_ENGINE_TESTS(X) GROWTH_ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
@@ -80,7 +81,7 @@ static const Test tests[] = {
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
     MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) CHOICES_TESTS(X)
-    GPU_MODEL_TESTS(X)
+    GPU_MODEL_TESTS(X) GROWTH_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -39,6 +39,7 @@ Y_LABELS = {
     "mfu": "FLOPs per second / measured peak",
     "peak_bytes": "peak memory (bytes)",
     "lr": "learning rate",
+    "layers": "layers that exist",
 }
 DEFAULT_Y = "losses,val_ppl,grad_norm,tok_per_s"
 COLORS = ["black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"]     # Okabe and Ito: told apart by all eyes
@@ -78,6 +79,8 @@ class KeptMap:
             return
         try:
             kept = kept_of_plan(plan, record, self.np)
+            if self.sums and len(kept) > len(self.sums[0]):         # --grow: layers that did not exist were not run
+                self.sums = [self.np.pad(s, ((0, len(kept) - len(s)), (0, 0))) for s in self.sums]
             if self.sums and kept.shape != self.sums[0].shape:
                 raise ValueError
         except (ValueError, AttributeError):
@@ -204,6 +207,14 @@ def draw_curve(ax, i, look, xs, runs, marks, thin):
     return mean
 
 
+def growths(group, x):
+    """Where on the axis x the runs of a group get more layers (--grow), and how many."""
+    run = group[0]
+    curve, layers = read_curve(run, x, "layers"), run.column("layers")
+    steps = [(step, now) for step, before, now in zip(run.column("step")[1:], layers, layers[1:]) if now > before]
+    return [(curve[step][0], int(now)) for step, now in steps]
+
+
 def draw_labels(ax, ends):
     """Names at the right end of their curves; ends = [(y, name)], moved apart where they would cover each other."""
     low, high = ax.get_ylim()
@@ -233,6 +244,10 @@ def draw_panel(ax, groups, x, y, smooth):
             tops.append(values[int((1 if key.startswith("val_") else INSIDE) * (len(values) - 1))])
             if not key.startswith("val_"):
                 widths.add(width)
+        for at, layers in growths(group, x) if i in ends else ():
+            ax.axvline(at, color=looks[i][0], linestyle=":", linewidth=0.8)
+            ax.annotate(f"{layers} layers", (at, 1), xycoords=("data", "axes fraction"), xytext=(2, -9),
+                        textcoords="offset points", fontsize=7, color=looks[i][0])
     if not ends:
         ax.text(0.5, 0.5, f"no run has {y}", ha="center", transform=ax.transAxes)
     elif y in ("val_ppl", "grad_norm") and min(lows) > 0:

@@ -234,12 +234,13 @@ static inline double engine_forward_backward(const Engine *e, Model *m, int T, c
     return e->run(m, &batch, &pass);
 }
 
-// GPT-2's initial weights. Each number is a function of (seed, parameter, layer, place): the same on every engine.
-static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c, uint64_t seed) {
+// GPT-2's initial weights of the first c->L layers of a model that has `depth` of them in the end. Each number is a function of
+// (seed, parameter, layer, place): the same on every engine.
+static inline void engine_init_layers(const Engine *e, Model *m, const GptConfig *c, int depth, uint64_t seed) {
     for (int p = 0; p < N_PARAMS; p++) {
         const size_t n = gpt_param_size(c, p);
         const int init = gpt_param[p].init;
-        const double sigma = init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * c->L) : 0.02;
+        const double sigma = init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * depth) : 0.02;
         real *host = (real *)xcalloc(n + 1, sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
 #ifdef _OPENMP
@@ -259,6 +260,10 @@ static inline void engine_init_weights(const Engine *e, Model *m, const GptConfi
         }
         free(host);
     }
+}
+
+static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c, uint64_t seed) {
+    engine_init_layers(e, m, c, c->L, seed);
 }
 
 #endif

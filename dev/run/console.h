@@ -21,15 +21,11 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
     map[tr->config.L] = 0;
 }
 
-// The part of the full model's FLOPs that the run is expected to execute; of a long run by every n-th step, since --steps may
-// be a number that nobody means to reach.
+// The part of the full model's FLOPs that the run is expected to execute.
 static inline double trainer_expected_compute(const Trainer *tr) {
-    const int64_t every = tr->steps / 100000 + 1;
-    double sum = 0, n = 0;
-    if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen) return 1;
-    for (int64_t t = every / 2; t < tr->steps; t += every, n++)
-        sum += drop_path_expected_compute(&tr->drop, &tr->config, tr->T, t);
-    return sum / n;
+    const GptConfig whole = trainer_whole(tr);
+    if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen && !tr->growth.n) return 1;
+    return growth_run_compute(&tr->growth, &tr->drop, &whole, tr->T, tr->steps);
 }
 
 // Of several strong regularizers each should be weaker; and where each token is seen once there is little to regularize.
@@ -51,7 +47,7 @@ static inline void trainer_warn_of_many(const Trainer *tr, double usual_drop) {
 }
 
 static inline void trainer_print_start(const Trainer *tr) {
-    const GptConfig *c = &tr->config;
+    const GptConfig whole = trainer_whole(tr), *c = &whole;
     const TrainOptions *o = tr->options;
     char count[32], tokens[32];
     const size_t parameters = gpt_params_count(c);
@@ -84,6 +80,13 @@ static inline void trainer_print_start(const Trainer *tr) {
         printf("trains:  %s parameters: the last %d layer%s, ln_f and wte\n", count, c->L - tr->drop.frozen,
                c->L - tr->drop.frozen == 1 ? "" : "s");
     }
+    if (tr->growth.n) {
+        printf("grows:  ");
+        for (int i = 0; i < tr->growth.n; i++)
+            printf(" %d layer%s from step %lld%s", tr->growth.phase[i].layers, tr->growth.phase[i].layers == 1 ? "" : "s",
+                   (long long)tr->growth.phase[i].from, i + 1 < tr->growth.n ? "," : "");
+        printf("; expected to execute %.1f%% of the FLOPs\n", 100 * trainer_expected_compute(tr));
+    }
     if (o->drop_path > 0 || tr->replay.n) {
         printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path,
                c->L, o->drop_path * drop_path_depth(&tr->drop, 1), 100 * trainer_expected_compute(tr));
@@ -99,18 +102,36 @@ static inline void trainer_print_start(const Trainer *tr) {
 }
 
 // How long a run takes whose steps reach a part of the measured peak: half of it, 80% and 20%.
-static inline void trainer_print_time(const char *least, const char *most, const char *time, int frozen, int drops,
+static inline void trainer_print_time(const char *least, const char *most, const char *time, const Text *savers, int n,
                                       const char *saved) {
-    printf("time:    %s if steps reach half of that peak, evaluations left out; %s %s\n", time,
-           !frozen ? "drop path saves" : drops ? "drop path and --train-last save" : "--train-last saves", saved);
+    printf("time:    %s if steps reach half of that peak, evaluations left out; %s %s %s\n", time, savers->s,
+           n > 1 ? "save" : "saves", saved);
     printf("         not sure: %s at 80%% of it, %s at 20%%, more on a busy machine; a run of a few steps tells more\n", least,
            most);
+}
+
+// --dry-run of a run that grows: what each phase takes.
+static inline void trainer_print_phases(Trainer *tr) {
+    const double mib = 1048576;
+    EngineMemory memory;
+    for (int i = growth_phase(&tr->growth, tr->state.step); i < tr->growth.n; i++) {
+        trainer_close_model(tr);
+        tr->config.L = tr->growth.phase[i].layers;
+        trainer_open_model(tr);
+        tr->engine->memory(tr->model, &memory);
+        if (tr->rank) continue;
+        printf("phase:   %d layer%s from step %lld: parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB, activations "
+               "%.0f MiB\n", tr->config.L, tr->config.L == 1 ? "" : "s", (long long)tr->growth.phase[i].from,
+               (double)memory.parameters / mib, (double)memory.gradients / mib, (double)memory.moments / mib,
+               (double)memory.activations / mib);
+    }
 }
 
 // --dry-run: what the run would take. Steps of large models reach about half of the peak or more, of tiny ones less.
 static inline void trainer_print_estimate(const Trainer *tr) {
     const double tokens = (double)tr->steps * tr->M * tr->B * tr->T, mib = 1048576, share = 0.5;
-    const double full = 3 * tokens / tr->T * gpt_row_flops(&tr->config, tr->T), flops = full * trainer_expected_compute(tr);
+    const GptConfig whole = trainer_whole(tr);
+    const double full = 3 * tokens / tr->T * gpt_row_flops(&whole, tr->T), flops = full * trainer_expected_compute(tr);
     char grouped[32], time[32], least[32], most[32], saved[32];
     metrics_grouped(grouped, tokens);
     metrics_duration(time, flops / (share * tr->peak_flops));
@@ -119,13 +140,19 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     metrics_duration(saved, (full - flops) / (share * tr->peak_flops));
     const double epochs = trainer_epochs(tr);
     if (epochs >= 100) warn("%.0f epochs: the model will learn the data by heart; --epochs 4 is a usual most", epochs);
-    const int drops = tr->options->drop_path > 0 || tr->replay.n;
-    printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full,
-           tr->drop.frozen ? "drop path, all trained" : "drop path");
+    const char *const saver[] = {"drop path", "--train-last", "--grow"};
+    const int used[] = {tr->options->drop_path > 0 || tr->replay.n || (!tr->drop.frozen && !tr->growth.n), tr->drop.frozen,
+                        tr->growth.n};
+    Text savers = {NULL, 0, 0};
+    int n = 0;
+    for (int i = 0; i < 3; i++)
+        if (used[i]) text_printf(&savers, "%s%s", n++ ? " and " : "", saver[i]);
+    printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full, savers.s);
     if (*tr->options->device) gpu_model_print(&tr->drop, tr->M, tr->steps);
-    else trainer_print_time(least, most, time, tr->drop.frozen, drops, saved);
+    else trainer_print_time(least, most, time, &savers, n, saved);
+    text_free(&savers);
     printf("disk:    %.0f MiB a checkpoint\n", (double)sizeof(real) / mib *
-           (double)(gpt_params_count(&tr->config) + 2 * gpt_params_trained(&tr->config, tr->drop.frozen)));
+           (double)(gpt_params_count(&whole) + 2 * gpt_params_trained(&whole, tr->drop.frozen)));
     printf("dry run: nothing has been trained or written\n");
 }
 

@@ -25,8 +25,9 @@
     X(drop_p)           /* drop rate of the last layer */                                     \
     X(kept_attn)        /* fraction of (row, layer) pairs whose attention branch ran */       \
     X(kept_mlp)                                                                               \
+    X(layers)           /* of a run with --grow: how many there are */                        \
     X(flops)            /* of the step's matrix products, forward and backward, executed */   \
-    X(flops_fraction)   /* of what the step costs without drop path */                        \
+    X(flops_fraction)   /* of what a step costs without drop path and --grow */                \
     X(ms)               /* of the step, without evaluation and saving */                      \
     X(tok_per_s)                                                                              \
     X(mfu)              /* flops per second as a fraction of the machine's measured peak */   \

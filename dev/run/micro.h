@@ -24,6 +24,8 @@ static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
         const char *error = drop_plan_read(&tr->plan, &tr->drop, t, tr->replay.record[t].plan, m, tr->B);
         CHECK(!error, "%s", error);                      // trainer_open_replay has read them all
     }
+    for (int i = 0; i < BRANCHES * tr->config.L; i++)
+        tr->plan.branch[i].scale *= growth_scale(&tr->growth, i / BRANCHES, t);
 }
 
 // What the engine is called with for micro-batch m of step t, one of this rank's: what it reads, until the next is read,
@@ -77,7 +79,8 @@ static inline void trainer_count_updates(Trainer *tr) {
 
 // What the plans of the step have cost, and kept.
 static inline void trainer_account(Trainer *tr, Metrics *r) {
-    const GptConfig *c = &tr->config;
+    const GptConfig *c = &tr->config, whole = trainer_whole(tr);
+    if (tr->growth.n) r->layers = c->L;
     const double rows = (double)tr->B * tr->M;
     double flops = 3 * rows * gpt_head_flops(c, tr->T), kept[BRANCHES] = {0, 0};
     for (int i = 0; i < BRANCHES * c->L; i++) {
@@ -85,7 +88,7 @@ static inline void trainer_account(Trainer *tr, Metrics *r) {
         kept[i % BRANCHES] += tr->kept[i];
     }
     r->flops = flops;
-    r->flops_fraction = flops / (3 * rows * gpt_row_flops(c, tr->T));
+    r->flops_fraction = flops / (3 * rows * gpt_row_flops(&whole, tr->T));
     r->kept_attn = kept[ATTN] / (rows * c->L);
     r->kept_mlp = kept[MLP] / (rows * c->L);
     r->drop_p = fmax(drop_path_rate(&tr->drop, c->L, ATTN, tr->state.step),

@@ -91,7 +91,8 @@ typedef struct { const OptionSpec *specs; int n; } OptionTable;
     X(early2023,      "drop-unit=row\ndrop-depth=linear0\ndrop-scale=inverted\ndrop-ramp-up=0\n"                     \
                       "drop-ramp-down=17%\ndrop-recover=83%")                                                        \
     X(elhoushi2026,   "drop-unit=row\ndrop-branches=tied\ndrop-depth=linear0\ndrop-scale=inverted\n"                 \
-                      "drop-ramp-shape=linear\ndrop-ramp-up=0\ndrop-ramp-down=100%")
+                      "drop-ramp-shape=linear\ndrop-ramp-up=0\ndrop-ramp-down=100%")                                \
+    X(bu2026,         "grow=1:0,all:80%\ngrow-init=random\nlr-schedule=wsd\nwarmup=2%\nlr-decay=10%")
 #define OPTION_RECIPE_NAME(name, config) "|" #name
 
 // The words of a choice stand in the order of the enum that names them: gpt_presets (gpt.h), SCHEDULE_* (schedule.h),
@@ -178,6 +179,13 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(dropout_recover, "dropout-recover", SPAN, "0", "", "last steps of the run, without; early dropout: 80%, say")\
     OPTION(label_smoothing, "label-smoothing", NUMBER, "0", "[0,1)",                                                 \
            "this share of a target's weight goes to all tokens alike; val_loss stays plain")                         \
+  HEADING("Depth that grows: layers that do not exist yet cost nothing")                                             \
+    OPTION(grow, "grow", TEXT, "", "LIST",                                                                           \
+           "phases LAYERS:STEP of ever more layers, as \"1:0,all:80%\"; STEP may be a percentage of the run")        \
+    OPTION(grow_init, "grow-init", CHOICE, "random", "random|copy|zero",                                             \
+           "what new layers begin as: their initial weights, copies of others, or with branches that end in 0")      \
+    OPTION(grow_at, "grow-at", CHOICE, "top", "top|spread", "where they go: on top, or between the others")          \
+    OPTION(grow_warmup, "grow-warmup", SPAN, "0", "", "steps in which what new layers add rises from 0 to its whole")\
   HEADING("Evaluation, samples, checkpoints")                                                                        \
     OPTION(eval_every, "eval-every", INTEGER, "250", "[0,1e12]", "steps between evaluations; 0: only at the end")    \
     OPTION(eval_tokens, "eval-tokens", INTEGER, "131072", "[0,1e15]",                                                \
@@ -208,7 +216,8 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(drop_recipe, "drop-recipe", CHOICE, "none", "none" DROP_RECIPES(OPTION_RECIPE_NAME),                      \
            "sets the options below as published; single options override it. Huang et al. 2016, Deep Networks with " \
            "Stochastic Depth; Zhang and He 2020, progressive layer dropping; Fan et al. 2019, LayerDrop; Elhoushi "  \
-           "et al. 2024, LayerSkip; Liu et al. 2023, Dropout Reduces Underfitting; Don't Drop Dropout, ICML 2026")   \
+           "et al. 2024, LayerSkip; Liu et al. 2023, Dropout Reduces Underfitting; Don't Drop Dropout, "  \
+           "ICML 2026; Bu et al. 2511.04981, depth expansion, which grows and drops nothing")   \
     OPTION(drop_depth, "drop-depth", CHOICE, "linear", "linear|linear0|uniform|exp",                                 \
            "depth of layer l = 1..L: l/L, (l-1)/(L-1), 1 or 2^((l-1)/(L-1)) - 1")                                    \
     OPTION(drop_start, "drop-start", SPAN, "0", "", "steps before the ramp, without drops")                          \

@@ -15,6 +15,7 @@
 #include "checkpoint.h"
 #include "comm.h"
 #include "gpu_model.h"
+#include "growth.h"
 #include "metrics.h"
 #include "numbers.h"
 #include "options.h"
@@ -28,7 +29,9 @@ typedef struct {
     char *data_line, *run_text;                          // what the train shards are; both together, for checkpoints
     const Engine *engine;
     Model *model;
-    GptConfig config;
+    GptConfig config;                                    // of the layers there are
+    int depth;                                           // layers in the end
+    Growth growth;
     DropPath drop;
     Ramp dropout;                                        // when it is on
     Noise noise;                                         // of the pass under way
@@ -80,6 +83,13 @@ static inline double trainer_peak_bytes(void) {
 #else
     return 1024.0 * (double)usage.ru_maxrss;
 #endif
+}
+
+// The model as it will be when all phases of --grow have begun.
+static inline GptConfig trainer_whole(const Trainer *tr) {
+    GptConfig c = tr->config;
+    c.L = tr->depth;
+    return c;
 }
 
 // Whether something that is done every so many steps, and after the last, is due after this step.
@@ -155,7 +165,8 @@ static inline void trainer_config(Trainer *tr, const char *from) {
         int tied;
         checkpoint_read_config(from, c, &scale, &tied);
         free(scale);
-        const int64_t given[4] = {o->layers, o->heads, o->channels, o->vocab_size}, have[4] = {c->L, c->NH, c->C, c->V};
+        const int64_t layers = *o->grow ? c->L : o->layers;            // which are those of a phase
+        const int64_t given[4] = {layers, o->heads, o->channels, o->vocab_size}, have[4] = {c->L, c->NH, c->C, c->V};
         static const char *const name[4] = {"layers", "heads", "channels", "vocab-size"};
         for (int i = 0; i < 4; i++)
             if (given[i] && given[i] != have[i])
@@ -173,6 +184,7 @@ static inline void trainer_config(Trainer *tr, const char *from) {
         if (o->seq_len) c->T = (int)o->seq_len;
         tr->T = c->T;
     }
+    tr->depth = !*o->grow || !from ? c->L : o->layers ? (int)o->layers : gpt_presets[o->preset].config.L;
     const char *error = gpt_config_error(c);
     if (error)
         die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L, c->NH, c->C, c->T, c->V);
@@ -285,19 +297,41 @@ static inline void trainer_check_numbers(const TrainOptions *o) {
 // Plans recorded in a metrics.jsonl, one per step; their text says whether their unit is the row.
 static inline void trainer_open_replay(Trainer *tr) {
     const char *path = tr->options->drop_replay;
+    DropPath drop = tr->drop;
+    DropPlan plan = drop_plan_new(tr->depth, tr->B);
     tr->replay = metrics_read(path);
     for (int64_t s = 0; s < tr->replay.n; s++) {
+        drop.layers = plan.layers = growth_layers(&tr->growth, tr->depth, s);
         const Metrics *r = &tr->replay.record[s];
         if (r->step != (double)(s + 1) || !r->plan)
             die("%s: line %lld has no plan of step %lld", path, (long long)s + 1, (long long)s + 1);
         for (int m = 0; m < tr->M; m++) {
-            const char *error = drop_plan_read(&tr->plan, &tr->drop, s, r->plan, m, tr->B);
+            const char *error = drop_plan_read(&plan, &drop, s, r->plan, m, tr->B);
             if (error) die("%s, step %lld, micro-batch %d: %s", path, (long long)s + 1, m, error);
         }
     }
+    drop_plan_free(&plan);
     if (tr->replay.n < tr->steps)
         die("%s has the plans of %lld steps, this run has %lld", path, (long long)tr->replay.n, (long long)tr->steps);
     tr->drop.unit = strchr(tr->replay.record[0].plan, '.') ? UNIT_ROW : UNIT_BATCH;
+}
+
+// The phases of --grow, and the depth of the one that this run starts or resumes in: a checkpoint has the layers of the step
+// before it.
+static inline void trainer_growth(Trainer *tr, const char *from, int resume) {
+    const TrainOptions *o = tr->options;
+    Growth *g = &tr->growth;
+    char *error = growth_parse(g, o->grow, tr->depth, tr->steps);
+    if (error) die("%s", error);
+    g->init = o->grow_init, g->at = o->grow_at, g->warmup = span_steps(o->grow_warmup, tr->steps);
+    if (!g->n) return;
+    if (o->train_last) die("--grow and --train-last exclude each other: new layers would be trained on frozen ones");
+    if (*o->device) die("--device predicts a step of one depth\n  hint: leave out --grow, and give --layers of the phase");
+    const int64_t last = resume && tr->state.step > 0 ? tr->state.step - 1 : 0;
+    const int layers = growth_layers(g, tr->depth, last);
+    if (from && tr->config.L != layers)
+        die("%s has %d layers, but --grow has %d %s", from, tr->config.L, layers, resume ? "before its step" : "at step 0");
+    tr->config.L = layers;
 }
 
 static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
@@ -463,6 +497,62 @@ static inline void trainer_load_weights(Trainer *tr, const char *from) {
     free(scale);
 }
 
+// Whether the next step is the first of a phase with more layers.
+static inline int trainer_growth_due(const Trainer *tr) {
+    return tr->state.step < tr->steps && growth_layers(&tr->growth, tr->depth, tr->state.step) != tr->config.L;
+}
+
+// How branches count in evaluation, at the step where the run stands.
+static inline void trainer_eval_scale(Trainer *tr) {
+    for (int i = 0; i < BRANCHES * tr->config.L; i++)
+        tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, i / BRANCHES + 1, i % BRANCHES) *
+                                  (trainer_growth_due(tr) ? 1 : growth_scale(&tr->growth, i / BRANCHES, tr->state.step));
+}
+
+// The engine's model, and what else has the size of the layers there are.
+static inline void trainer_open_model(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    const size_t branches = (size_t)(BRANCHES * tr->config.L);
+    EngineArgs args;
+    memset(&args, 0, sizeof args);
+    tr->drop.layers = tr->config.L;
+    tr->plan = drop_plan_new(tr->config.L, tr->B);
+    args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(tr->engine, o);
+    args.bound = trainer_memory_bound(tr), args.recompute = o->recompute, args.frozen = tr->state.frozen = tr->drop.frozen;
+    args.attention_noise = o->dropout_attn > 0;
+    args.comm = tr->comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
+    args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed, args.dry = o->dry_run;
+    tr->kept = (int *)xcalloc(branches, sizeof(int));
+    tr->reduce = (unsigned char *)xcalloc(branches + 1, 1);
+    tr->adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
+    tr->state.adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
+    tr->state.eval_scale = (double *)xcalloc(branches, sizeof(double));
+    trainer_eval_scale(tr);
+    tr->model = engine_open(tr->engine, &tr->config, &args);
+}
+
+static inline void trainer_close_model(Trainer *tr) {
+    tr->engine->close(tr->model);
+    drop_plan_free(&tr->plan);
+    free(tr->kept), free(tr->reduce), free(tr->adamw_steps), free(tr->state.adamw_steps), free(tr->state.eval_scale);
+}
+
+static inline void trainer_grow(Trainer *tr) {
+    const int before = tr->config.L, after = growth_layers(&tr->growth, tr->depth, tr->state.step);
+    GrowthState state = growth_take(tr->engine, tr->model, &tr->config);
+    int64_t *counts = tr->state.adamw_steps;
+    tr->state.adamw_steps = NULL;
+    trainer_close_model(tr);
+    tr->config.L = after;
+    trainer_open_model(tr);
+    growth_give(&state, &tr->growth, tr->engine, tr->model, &tr->config, tr->depth, (uint64_t)tr->options->seed);
+    growth_counts(tr->state.adamw_steps, counts, &tr->growth, before, after);
+    tr->engine->resumed(tr->model, tr->state.adamw_steps);
+    free(counts);
+    if (tr->rank == 0 && !tr->options->dry_run)
+        printf("grows:   from %d to %d layers at step %lld\n", before, after, (long long)tr->state.step);
+}
+
 static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOptions *o, const char *config_text,
                                 Comm *comm) {
     memset(tr, 0, sizeof *tr);
@@ -489,6 +579,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     if (tr->has_val) manifest_check_shards(&tr->manifest[MANIFEST_VAL], &tr->val);
     if (resume) trainer_find_position(tr, from);
     trainer_sizes(tr);
+    trainer_growth(tr, from, resume);
     trainer_describe_data(tr);
     tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
     tr->dropout = trainer_dropout_ramp(o, tr->steps);
@@ -498,34 +589,18 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         die("--train-last %lld: this model has %d layers\n  hint: --train-last 0 trains all", (long long)o->train_last,
             tr->config.L);
     if (o->train_last) tr->drop.frozen = tr->config.L - (int)o->train_last;
-    tr->plan = drop_plan_new(tr->config.L, tr->B);
     if (*o->drop_replay) trainer_open_replay(tr);
-
-    const size_t BT = (size_t)tr->B * (size_t)tr->T, branches = (size_t)(BRANCHES * tr->config.L);
-    EngineArgs args;
-    memset(&args, 0, sizeof args);
-    args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o);
-    args.bound = trainer_memory_bound(tr), args.recompute = o->recompute, args.frozen = tr->state.frozen = tr->drop.frozen;
-    args.attention_noise = o->dropout_attn > 0;
-    args.comm = comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
-    args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed, args.dry = o->dry_run;
+    const size_t BT = (size_t)tr->B * (size_t)tr->T;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
-    tr->kept = (int *)xcalloc(branches, sizeof(int));
     tr->micro = (double *)xcalloc((size_t)tr->M, sizeof(double));
-    tr->reduce = (unsigned char *)xcalloc(branches + 1, 1);
-    tr->adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
-    tr->state.adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
-    tr->state.eval_scale = (double *)xcalloc(branches, sizeof(double));
-    for (int i = 0; i < (int)branches; i++)
-        tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, i / BRANCHES + 1, i % BRANCHES);
     tr->state.tied = tr->drop.branches == BRANCHES_TIED;
     const Manifest *made = &tr->manifest[MANIFEST_TRAIN];
     tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : made->V ? made->eot : -1;
     tr->state.tokenizer_sha256 = made->sha256;
     if (tr->rank == 0 && !o->dry_run) trainer_take_tokenizer(tr);
-    tr->model = engine_open(engine, &tr->config, &args);
+    trainer_open_model(tr);
     if (o->dry_run) {}                                   // no weights
     else if (resume) {
         const int64_t consumed = tr->state.consumed;
@@ -535,27 +610,25 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options), trainer_compare_data(tr, tr->state.options);
         free((char *)(uintptr_t)tr->state.options);
     } else if (from) trainer_load_weights(tr, from);
-    else engine_init_weights(engine, tr->model, &tr->config, (uint64_t)o->seed);
+    else engine_init_layers(engine, tr->model, &tr->config, tr->depth, (uint64_t)o->seed);
     tr->state.options = tr->run_text;
     tr->state.seq_len = tr->T;
     if (resume) tr->whole = xstrdup(from);
+    trainer_eval_scale(tr);
     if (from && tr->rank == 0 && !o->dry_run) printf("%s: %s\n", resume ? "resumed" : "weights", from);
     free(from);
 }
 
 static inline void trainer_close(Trainer *tr) {
-    tr->engine->close(tr->model);
+    trainer_close_model(tr);
     shards_close(&tr->train);
     if (tr->has_val) shards_close(&tr->val);
     if (tr->has_tokenizer) tokenizer_free(&tr->tokenizer);
     for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr->manifest[i]);
     metrics_log_free(&tr->replay);
-    drop_plan_free(&tr->plan);
     text_free(&tr->plan_text);
-    free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->kept), free(tr->reduce), free(tr->adamw_steps);
-    free(tr->micro);
-    free(tr->state.adamw_steps), free(tr->state.eval_scale), free(tr->data_line), free(tr->run_text), free(tr->whole);
-    free(tr->report), free(tr->tokenizer_path);
+    free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->micro);
+    free(tr->data_line), free(tr->run_text), free(tr->whole), free(tr->report), free(tr->tokenizer_path);
     tokenizer_files_free(&tr->tokenizer_files);
     metrics_file_close(&tr->metrics);
     lock_release(&tr->lock);

@@ -185,7 +185,9 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
     if (o->dry_run) {
         tr->peak_flops = engine->peak(tr->model, 0.2) * (*o->device ? tr->world : 1);
         comm_sum(comm, &tr->peak_flops, 1);
-        if (tr->rank == 0) trainer_print_start(tr), trainer_print_estimate(tr);
+        if (tr->rank == 0) trainer_print_start(tr);
+        if (tr->growth.n) trainer_print_phases(tr);
+        if (tr->rank == 0) trainer_print_estimate(tr);
         trainer_close(tr);
         return;
     }
@@ -219,11 +221,13 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
     double busy = 0;
     for (int64_t first = tr->state.step; tr->state.step < tr->steps && !tr->stop;) {
         trainer_take_turn(turn);
+        if (trainer_growth_due(tr)) trainer_grow(tr);
         const double start = clock_seconds();
         Metrics r = trainer_step(tr);
         const double seconds = clock_seconds() - start;
         const int64_t step = tr->state.step;
         busy += seconds;
+        trainer_eval_scale(tr);
         r.ms = 1000 * seconds;
         r.tok_per_s = (double)tr->M * tr->B * tr->T / seconds;
         r.mfu = r.flops / seconds / tr->peak_flops;
@@ -231,7 +235,9 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
         if (tr->rank == 0)
             trainer_report(tr, &r, turn, step == first + 1, busy / (double)(step - first) * (double)(tr->steps - step));
         trainer_check_bad_steps(tr);
-        if (trainer_due(tr->state.bad_steps ? 0 : o->save_every, step, tr->steps) || tr->stop || tr->save_now) trainer_save(tr);
+        if (trainer_due(tr->state.bad_steps ? 0 : o->save_every, step, tr->steps) || tr->stop || tr->save_now ||
+            trainer_growth_due(tr))
+            trainer_save(tr);
     }
     if (tr->stop) trainer_stopped(tr);
     trainer_close(tr);

@@ -146,6 +146,15 @@ class Drawing(unittest.TestCase):
             self.assertAlmostEqual(curve[40][0], sum(run.column(key)) * unit, places=6)
         self.assertEqual(plot.read_curve(run, "tokens", "val_loss")[10][0], 1600)
 
+    def test_a_run_that_grows(self):
+        folder = real_runs.trained("grown", "--layers", "3", "--grow", "1:0,3:50%", "--drop-path", "0.3")
+        out, _ = self.draw(folder, "--y", "losses,layers", "--heat", "1")
+        text = svg_text(out + ".svg")
+        self.assertIn("3 layers", text)
+        self.assertIn("layers that exist", text)
+        run = Run(folder, "grown")
+        self.assertEqual([run.column("layers")[step] for step in (0, 19, 20, 39)], [1, 1, 3, 3])
+
     def test_points_are_means(self):
         import plot
         group = [Run(base(seed), "base") for seed in (1, 2)]

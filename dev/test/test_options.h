@@ -409,7 +409,7 @@ static void test_options_recipes(void) {
     options_free(&t.o);
 
     static const char *const names[] = {"none", "huang2016", "pld2020", "layerdrop2019", "layerskip2024", "early2023",
-                                        "elhoushi2026"};
+                                        "elhoushi2026", "bu2026"};
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {      // each one's config must parse (apply checks)
         char *command = xprintf("--drop-recipe %s", names[i]);
         options_test_good(&t, command);

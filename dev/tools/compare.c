@@ -94,6 +94,7 @@ static void read_options(Compare *c, int argc, char **argv) {
     if (o->drop_path == 0) die("compare needs a --drop-path above 0\n  hint: 0.1 is usual for a small model");
     if (o->dry_run) die("compare has no --dry-run\n  hint: build/train_gpt --dry-run, with these options");
     if (*o->resume) die("compare does without --resume: the same command goes on where it stopped");
+    if (*o->grow) die("compare weighs drop path alone\n  hint: leave out --grow");
     if (*o->drop_replay) die("--drop-replay: compare draws its plans\n  hint: train_gpt replays them");
     CommLaunch launch;
     char *error = comm_launch(&launch, "tcp://localhost:1", "unused", comm_look, NULL);
