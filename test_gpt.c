@@ -29,6 +29,7 @@
 #include "dev/test/test_interop.h"
 #include "dev/test/test_json.h"
 #include "dev/test/test_kernels.h"
+#include "dev/test/test_layers.h"
 #include "dev/test/test_long.h"
 #include "dev/test/test_manifest.h"
 #include "dev/test/test_nccl.h"
@@ -71,6 +72,7 @@ static const Test tests[] = {
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
     ENGINE_TESTS(X) NOISE_ENGINE_TESTS(X) GROWTH_ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
+    LAYERS_ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
@@ -82,6 +84,7 @@ static const Test tests[] = {
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
     MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) CHOICES_TESTS(X)
     GPU_MODEL_TESTS(X) GROWTH_TESTS(X)
+    LAYERS_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };
