@@ -1,16 +1,19 @@
-// effects.h: what dropping a branch does to the loss, estimated from a training run itself: each micro-batch is an
-// experiment in which drop path has left some branches out. Ordinary least squares of the micro-batches' losses on what was
-// dropped, after the trend of training has been taken out of both.
+// effects.h: what dropping a branch does to the loss, estimated from a training run itself: each
+// micro-batch is an experiment in which drop path has left some branches out. Ordinary least
+// squares of the micro-batches' losses on what was dropped, after the trend of training has been
+// taken out of both.
 //
-//     y_m = trend(t) + sum_i z_mi e_i + noise         z_mi: the share of micro-batch m's rows that dropped unit i
+//     y_m = trend(t) + sum_i z_mi e_i + noise         z_mi: the share of micro-batch m's rows that
+//     dropped unit i
 //
-// The trend is the mean over a centred window of 101 steps, shorter at the ends. It is subtracted from y and from z alike,
-// so that a linear trend and rates that change with the step bias nothing (Frisch and Waugh 1933; Lovell 1963).
+// The trend is the mean over a centred window of 101 steps, shorter at the ends. It is subtracted
+// from y and from z alike, so that a linear trend and rates that change with the step bias nothing
+// (Frisch and Waugh 1933; Lovell 1963).
 //
-// Effects are centred: e_i minus the mean of all. The level is what the design often cannot tell: with batch units and
-// systematic sampling the number of dropped units is constant where the rates add up to a whole number, so that adding a
-// constant to all effects changes no y_m. An effect is identified if its contrast is orthogonal to every direction in which
-// the design has no variance.
+// Effects are centred: e_i minus the mean of all. The level is what the design often cannot tell:
+// with batch units and systematic sampling the number of dropped units is constant where the rates
+// add up to a whole number, so that adding a constant to all effects changes no y_m. An effect is
+// identified if its contrast is orthogonal to every direction in which the design has no variance.
 #ifndef EFFECTS_H
 #define EFFECTS_H
 
@@ -19,31 +22,33 @@
 #include "../model/drop_path.h"
 
 enum { EFFECTS_WINDOW = 101 };
-#define EFFECTS_CONDITION 1e8                            // of the normal equations, scaled to a unit diagonal
+#define EFFECTS_CONDITION 1e8 // of the normal equations, scaled to a unit diagonal
 
 typedef struct {
-    int units;                                           // 2L branches, or L blocks where branches are dropped together
+    int units; // 2L branches, or L blocks where branches are dropped together
     int64_t observations, steps;
-    double *effect, *error;                              // (units) centred, and standard errors; NaN: not identified
-    double *rate;                                        // (units) the share of rows that dropped it
-    double condition;                                    // largest over smallest eigenvalue; infinite: singular
-    int level;                                           // whether the mean of the effects is identified too
-    double mean, mean_error;                             // then, of all units that were ever dropped
+    double *effect, *error; // (units) centred, and standard errors; NaN: not identified
+    double *rate; // (units) the share of rows that dropped it
+    double condition; // largest over smallest eigenvalue; infinite: singular
+    int level; // whether the mean of the effects is identified too
+    double mean, mean_error; // then, of all units that were ever dropped
     double noise;                                        // standard deviation of the residuals
-    int recorded;                                        // whether micro-batches' own losses were there: else means of steps
+    int recorded; // whether micro-batches' own losses were there: else means of steps
 } Effects;
 
 static inline void effects_free(Effects *e) { free(e->effect), free(e->error), free(e->rate); }
 
 // ---- Eigenvalues of a symmetric matrix, by Jacobi's rotations ----
 
-// a (n,n) becomes diagonal, v (n,n) its eigenvectors as columns. Golub and Van Loan, Matrix Computations, 8.5.
+// a (n,n) becomes diagonal, v (n,n) its eigenvectors as columns. Golub and Van Loan, Matrix
+// Computations, 8.5.
 static inline void effects_eigen(double *a, double *v, int n) {
     for (int i = 0; i < n * n; i++) v[i] = i % (n + 1) == 0;
     for (int sweep = 0; sweep < 60; sweep++) {
         double off = 0, all = 0;
         for (int i = 0; i < n; i++)
-            for (int j = 0; j < n; j++) all += a[i * n + j] * a[i * n + j], off += i == j ? 0 : a[i * n + j] * a[i * n + j];
+            for (int j = 0; j < n; j++)
+                all += a[i * n + j] * a[i * n + j], off += i == j ? 0 : a[i * n + j] * a[i * n + j];
         if (off <= 1e-32 * all) return;
         for (int p = 0; p < n; p++)
             for (int q = p + 1; q < n; q++) {
@@ -52,7 +57,8 @@ static inline void effects_eigen(double *a, double *v, int n) {
                 const double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
                 const double c = 1 / sqrt(t * t + 1), s = t * c;
                 for (int k = 0; k < n; k++) {
-                    const double x = a[k * n + p], y = a[k * n + q], g = v[k * n + p], h = v[k * n + q];
+                    const double x = a[k * n + p], y = a[k * n + q], g = v[k * n + p],
+                                 h = v[k * n + q];
                     a[k * n + p] = c * x - s * y, a[k * n + q] = s * x + c * y;
                     v[k * n + p] = c * g - s * h, v[k * n + q] = s * g + c * h;
                 }
@@ -64,7 +70,8 @@ static inline void effects_eigen(double *a, double *v, int n) {
     }
 }
 
-// ---- The observations: losses y (n) and shares dropped z (n,k), of steps that have begin[s] .. begin[s+1]-1 ----
+// ---- The observations: losses y (n) and shares dropped z (n,k), of steps that have begin[s] ..
+// begin[s+1]-1 ----
 
 typedef struct {
     int k;
@@ -76,21 +83,24 @@ typedef struct {
 
 static inline void effects_data_free(EffectsData *d) { free(d->y), free(d->z), free(d->begin); }
 
-// Subtracts from each observation the mean over the steps around its own: as many before as after it, at most 50, each step
-// with its own mean first. y and z are changed in place; z becomes small numbers around 0.
+// Subtracts from each observation the mean over the steps around its own: as many before as after
+// it, at most 50, each step with its own mean first. y and z are changed in place; z becomes small
+// numbers around 0.
 static inline void effects_detrend(EffectsData *d) {
     const int k1 = d->k + 1;
-    double *mean = (double *)xcalloc((size_t)d->steps * (size_t)k1, sizeof *mean);       // of each step: y, then z
+    double *mean =
+        (double *)xcalloc((size_t)d->steps * (size_t)k1, sizeof *mean); // of each step: y, then z
     double *sum = (double *)xcalloc((size_t)k1, sizeof *sum);
     for (int64_t s = 0; s < d->steps; s++) {
         const int64_t from = d->begin[s], end = d->begin[s + 1];
         double *at = mean + s * k1;
         for (int64_t i = from; i < end; i++) {
             at[0] += d->y[i] / (double)(end - from);
-            for (int j = 0; j < d->k; j++) at[1 + j] += (double)d->z[i * d->k + j] / (double)(end - from);
+            for (int j = 0; j < d->k; j++)
+                at[1 + j] += (double)d->z[i * d->k + j] / (double)(end - from);
         }
     }
-    int64_t low = 0, high = 0;                           // sum is over steps low .. high-1; both only rise
+    int64_t low = 0, high = 0; // sum is over steps low .. high-1; both only rise
     for (int64_t s = 0; s < d->steps; s++) {
         const int64_t near = s < d->steps - 1 - s ? s : d->steps - 1 - s;
         const int64_t half = near < EFFECTS_WINDOW / 2 ? near : EFFECTS_WINDOW / 2;
@@ -101,17 +111,19 @@ static inline void effects_detrend(EffectsData *d) {
         for (int64_t i = d->begin[s]; i < d->begin[s + 1]; i++) {
             d->y[i] -= sum[0] / (double)(high - low);
             for (int j = 0; j < d->k; j++)
-                d->z[i * d->k + j] = (float)((double)d->z[i * d->k + j] - sum[1 + j] / (double)(high - low));
+                d->z[i * d->k + j] =
+                    (float)((double)d->z[i * d->k + j] - sum[1 + j] / (double)(high - low));
         }
     }
     free(mean), free(sum);
 }
 
-// The centred effects of the units in `use` (n of them, numbers of units), from G = z'z (k,k), b = z'y (k) and y'y.
-// G comes scaled to a unit diagonal: e_i = x_i / d_i.
-static inline void effects_solve(Effects *e, const EffectsData *data, const int *use, int n, const double *G, const double *b,
-                                 double yy, const double *d) {
-    double *a = (double *)xcalloc((size_t)n * (size_t)n, sizeof *a), *v = (double *)xcalloc((size_t)n * (size_t)n, sizeof *v);
+// The centred effects of the units in `use` (n of them, numbers of units), from G = z'z (k,k), b =
+// z'y (k) and y'y. G comes scaled to a unit diagonal: e_i = x_i / d_i.
+static inline void effects_solve(Effects *e, const EffectsData *data, const int *use, int n,
+                                 const double *G, const double *b, double yy, const double *d) {
+    double *a = (double *)xcalloc((size_t)n * (size_t)n, sizeof *a),
+           *v = (double *)xcalloc((size_t)n * (size_t)n, sizeof *v);
     double *x = (double *)xcalloc((size_t)n, sizeof *x), most = 0, least = INFINITY, fitted = 0;
     int rank = 0;
     memcpy(a, G, (size_t)n * (size_t)n * sizeof *a);
@@ -129,7 +141,8 @@ static inline void effects_solve(Effects *e, const EffectsData *data, const int 
     const double freedom = (double)(data->n - rank) - (double)data->steps / EFFECTS_WINDOW;
     const double noise = freedom > 0 && yy > fitted ? (yy - fitted) / freedom : 0;
     e->noise = sqrt(noise);
-    // contrast i: w = (1_i - 1/n) / d, of which w'x is estimable where w lies in the span of what has variance
+    // contrast i: w = (1_i - 1/n) / d, of which w'x is estimable where w lies in the span of what
+    // has variance
     for (int i = 0; i <= n; i++) {                       // n: the mean of all
         double value = 0, variance = 0, length = 0, lost = 0;
         for (int k = 0; k < n; k++) {
@@ -138,13 +151,18 @@ static inline void effects_solve(Effects *e, const EffectsData *data, const int 
         }
         for (int j = 0; j < n; j++) {
             double along = 0;
-            for (int k = 0; k < n; k++) along += v[k * n + j] * ((i == n ? 0 : k == i) + (i == n ? 1.0 : -1.0) / n) / d[k];
+            for (int k = 0; k < n; k++)
+                along += v[k * n + j] * ((i == n ? 0 : k == i) + (i == n ? 1.0 : -1.0) / n) / d[k];
             if (a[j * n + j] * EFFECTS_CONDITION < most) lost += along * along;
             else variance += along * along * noise / a[j * n + j];
         }
         const int known = freedom > 0 && lost <= 1e-6 * length;
-        if (i < n) e->effect[use[i]] = known ? value : NAN, e->error[use[i]] = known ? sqrt(variance) : NAN;
-        else e->level = known, e->mean = known ? value : NAN, e->mean_error = known ? sqrt(variance) : NAN;
+        if (i < n)
+            e->effect[use[i]] = known ? value : NAN,
+            e->error[use[i]] = known ? sqrt(variance) : NAN;
+        else
+            e->level = known, e->mean = known ? value : NAN,
+            e->mean_error = known ? sqrt(variance) : NAN;
     }
     free(a), free(v), free(x);
 }
@@ -153,7 +171,8 @@ static inline void effects_solve(Effects *e, const EffectsData *data, const int 
 static inline Effects effects_estimate(EffectsData *d) {
     const int k = d->k;
     Effects e = {k, d->n, d->steps, NULL, NULL, NULL, INFINITY, 0, NAN, NAN, NAN, 0};
-    double *gram = (double *)xcalloc((size_t)k * (size_t)k, sizeof *gram), *b = (double *)xcalloc((size_t)k, sizeof *b), yy = 0;
+    double *gram = (double *)xcalloc((size_t)k * (size_t)k, sizeof *gram),
+           *b = (double *)xcalloc((size_t)k, sizeof *b), yy = 0;
     double *scale = (double *)xcalloc((size_t)k, sizeof *scale);
     int *use = (int *)xcalloc((size_t)k, sizeof *use), n = 0;
     e.effect = (double *)xcalloc((size_t)k, sizeof *e.effect);
@@ -176,9 +195,10 @@ static inline Effects effects_estimate(EffectsData *d) {
     }
     double *G = (double *)xcalloc((size_t)n * (size_t)n + 1, sizeof *G);
     for (int p = 0; p < n; p++) {
-        b[p] = b[use[p]] / scale[p];                     // use[p] >= p: nothing is overwritten before it is read
+        b[p] = b[use[p]] / scale[p]; // use[p] >= p: nothing is overwritten before it is read
         for (int q = 0; q < n; q++) {
-            const int row = use[p] > use[q] ? use[p] : use[q], col = use[p] > use[q] ? use[q] : use[p];
+            const int row = use[p] > use[q] ? use[p] : use[q],
+                      col = use[p] > use[q] ? use[q] : use[p];
             G[p * n + q] = gram[row * k + col] / (scale[p] * scale[q]);
         }
     }
@@ -192,7 +212,8 @@ static inline Effects effects_estimate(EffectsData *d) {
 // What the run's config.txt says of its plans. NULL, or from malloc what is wrong.
 typedef struct { int layers, batch, branches, sampling, unit; int64_t total_batch; } EffectsRun;
 
-static inline char *effects_read_run(EffectsRun *r, const char *config, size_t size, const char *path, int layers) {
+static inline char *effects_read_run(EffectsRun *r, const char *config, size_t size,
+                                     const char *path, int layers) {
     TrainOptions t;
     Options o;
     options_init(&o, "");
@@ -205,27 +226,30 @@ static inline char *effects_read_run(EffectsRun *r, const char *config, size_t s
 }
 
 // Adds the micro-batches of one step. NULL, or what is wrong with its plan.
-static inline const char *effects_add_step(EffectsData *d, const EffectsRun *run, const Metrics *r, DropPlan *plan,
-                                           const DropPath *policy) {
+static inline const char *effects_add_step(EffectsData *d, const EffectsRun *run, const Metrics *r,
+                                           DropPlan *plan, const DropPath *policy) {
     const double loss = !isnan(r->nll) ? r->nll : r->loss;
     int micros = 1, apart = r->micros > 0;
     for (const char *s = r->plan; *s; s++) micros += *s == ' ';
-    if (apart && r->micros != micros) return "it has another number of losses of micro-batches than of plans";
+    if (apart && r->micros != micros)
+        return "it has another number of losses of micro-batches than of plans";
     const int64_t first = d->n;
     for (int m = 0; m < micros; m++) {
         const double y = apart ? r->micro[m] : loss;
         const char *error = drop_plan_read(plan, policy, 0, r->plan, m, run->batch);
         if (error) return error;
-        const int append = apart || m == 0;              // without losses of their own, all are one observation
+        const int append = apart || m == 0; // without losses of their own, all are one observation
         if (append && d->n + 1 > d->room) {
             d->room = 2 * d->room + 64;
             d->y = (double *)xrealloc(d->y, (size_t)d->room, sizeof *d->y);
             d->z = (float *)xrealloc(d->z, (size_t)d->room * (size_t)d->k, sizeof *d->z);
         }
-        if (append) d->y[d->n++] = y, memset(d->z + (d->n - 1) * d->k, 0, (size_t)d->k * sizeof *d->z);
+        if (append)
+            d->y[d->n++] = y, memset(d->z + (d->n - 1) * d->k, 0, (size_t)d->k * sizeof *d->z);
         for (int i = 0; i < d->k; i++) {
             const BranchPlan *b = &plan->branch[i * (BRANCHES * run->layers / d->k)];
-            d->z[(d->n - 1) * d->k + i] += (float)(1 - (double)b->n / run->batch) / (float)(apart ? 1 : micros);
+            d->z[(d->n - 1) * d->k + i] +=
+                (float)(1 - (double)b->n / run->batch) / (float)(apart ? 1 : micros);
         }
         if (apart && !isfinite(y)) d->n--;               // a step whose numbers went wrong
     }
@@ -234,8 +258,10 @@ static inline const char *effects_add_step(EffectsData *d, const EffectsRun *run
     return NULL;
 }
 
-// The observations of the last `last` steps of the log that have a plan. NULL, or what is wrong, with the record in *at.
-static inline const char *effects_read(EffectsData *d, const EffectsRun *run, const MetricsLog *log, int64_t last, int64_t *at) {
+// The observations of the last `last` steps of the log that have a plan. NULL, or what is wrong,
+// with the record in *at.
+static inline const char *effects_read(EffectsData *d, const EffectsRun *run, const MetricsLog *log,
+                                       int64_t last, int64_t *at) {
     DropPath policy;
     DropPlan plan = drop_plan_new(run->layers, run->batch);
     const char *error = NULL;

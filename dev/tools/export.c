@@ -1,8 +1,10 @@
 // export.c: a checkpoint's weights in a form that other programs open.
 //
-//     build/export runs/gpt/latest --out runs/gpt-hf                      a directory for transformers: weights, configuration,
+//     build/export runs/gpt/latest --out runs/gpt-hf                      a directory for
+//     transformers: weights, configuration,
 //                                                                         tokenizer
-//     build/export runs/gpt/latest --out gpt_bf16.bin --format llmc --dtype bf16      a file for llm.c
+//     build/export runs/gpt/latest --out gpt_bf16.bin --format llmc --dtype bf16      a file for
+//     llm.c
 //
 // The factors of survival scaling are folded into the last projections of their branches, since
 // s * (x W + b) = x (s W) + s b. What is written is there whole or not at all.
@@ -13,16 +15,17 @@
 #include "write.h"
 
 //  OPTION(field, name, type, default, domain, help)
-#define EXPORT_OPTIONS(HEADING, OPTION)                                                                              \
-  HEADING("Output")                                                                                                  \
-    OPTION(out, "out", TEXT, "", "PATH", "the directory, or llm.c's file, to make; it must not exist yet")           \
-    OPTION(format, "format", CHOICE, "huggingface", "huggingface|llmc",                                              \
-           "a directory for transformers, or a model file of llm.c (version 3 in f32, 5 in bf16)")                   \
-    OPTION(dtype, "dtype", CHOICE, "f32", "f32|f16|bf16",                                                            \
-           "numbers of the weights, rounded to nearest; a weight too large for them is an error")                    \
-    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                                                 \
-           "a tokenizer.json, or one of our tokenizer files, from which one is made; if not given: beside the "      \
-           "checkpoint's files, else the one that the run was trained with")
+#define EXPORT_OPTIONS(HEADING, OPTION)                                                            \
+    HEADING("Output")                                                                              \
+    OPTION(out, "out", TEXT, "", "PATH",                                                           \
+           "the directory, or llm.c's file, to make; it must not exist yet")                       \
+    OPTION(format, "format", CHOICE, "huggingface", "huggingface|llmc",                            \
+           "a directory for transformers, or a model file of llm.c (version 3 in f32, 5 in bf16)") \
+    OPTION(dtype, "dtype", CHOICE, "f32", "f32|f16|bf16",                                          \
+           "numbers of the weights, rounded to nearest; a weight too large for them is an error")  \
+    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
+           "a tokenizer.json, or one of our tokenizer files, from which one is made; if not "      \
+           "given: beside the checkpoint's files, else the one that the run was trained with")
 
 OPTION_TABLE(EXPORT_OPTIONS, ExportOptions, export_options)
 
@@ -43,7 +46,8 @@ static void export_tensor(void *self, int p, int l, real *host) {
     const int branch = gpt_param[p].branch;
     weights_read(&x->weights, &x->m.config, x->weights.prefix, p, l, host);
     if (gpt_param_ends_branch(p) && x->m.scale[BRANCHES * l + branch] != 1)
-        for (size_t i = 0; i < n; i++) host[i] = (real)((double)host[i] * x->m.scale[BRANCHES * l + branch]);
+        for (size_t i = 0; i < n; i++)
+            host[i] = (real)((double)host[i] * x->m.scale[BRANCHES * l + branch]);
 }
 
 static char *export_llmc(const Export *x, const char *temporary) {
@@ -61,17 +65,27 @@ static void export_open(Export *x, const ExportOptions *o, const char *path) {
     memset(x, 0, sizeof *x);
     x->o = o;
     if (!*o->out) die("--out is missing\n  hint: export %s --out runs/gpt-hf", path);
-    if (path_exists(o->out)) die("--out %s exists already\n  hint: name another; nothing is overwritten", o->out);
+    if (path_exists(o->out))
+        die("--out %s exists already\n  hint: name another; nothing is overwritten", o->out);
     if (o->format == FORMAT_LLMC && write_dtypes[o->dtype].dtype == SAFETENSORS_F16)
         die("--dtype f16: llm.c has no such model files\n  hint: --dtype bf16 or f32");
     load_config(&x->m, path);
     for (int i = 0; i < BRANCHES * x->m.config.L; i++) x->folded |= x->m.scale[i] != 1;
     if (x->m.tied && x->folded)
-        die("%s was trained with --drop-scale survival and --drop-branches tied, which cannot be folded into weights: the "
+        die("%s was trained with --drop-scale survival and --drop-branches tied, which cannot be "
+            "folded into weights: the "
             "factor scales the sum of both branches, after the MLP has read it unscaled\n"
-            "  hint: generate and evaluate apply it; for an export train with --drop-branches separate", x->m.dir);
-    const ModelOut out = {.config = x->m.config, .to = &write_dtypes[o->dtype], .from = x->m.dir, .run = x->m.run,
-                          .given = o->tokenizer, .llmc = o->format == FORMAT_LLMC, .self = x, .tensor = export_tensor,
+            "  hint: generate and evaluate apply it; for an export train with --drop-branches "
+            "separate",
+            x->m.dir);
+    const ModelOut out = {.config = x->m.config,
+                          .to = &write_dtypes[o->dtype],
+                          .from = x->m.dir,
+                          .run = x->m.run,
+                          .given = o->tokenizer,
+                          .llmc = o->format == FORMAT_LLMC,
+                          .self = x,
+                          .tensor = export_tensor,
                           .eot = write_eot(x->m.dir, x->m.config.V)};
     x->out = out;
     if (o->format == FORMAT_HUGGINGFACE) write_tokenizer(&x->out);
@@ -87,18 +101,21 @@ int main(int argc, char **argv) {
     options_add(&options, export_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);
-    if (options.n_arguments < 1) die("the checkpoint is missing\n  hint: export runs/gpt/latest --out runs/gpt-hf");
+    if (options.n_arguments < 1)
+        die("the checkpoint is missing\n  hint: export runs/gpt/latest --out runs/gpt-hf");
     export_open(&x, &o, options.arguments[0]);
     char *temporary = write_temporary(o.out, &parent);
     directory_make(parent);
     write_clean(temporary);
-    char *error = o.format == FORMAT_LLMC ? export_llmc(&x, temporary) : write_huggingface(&x.out, temporary);
+    char *error =
+        o.format == FORMAT_LLMC ? export_llmc(&x, temporary) : write_huggingface(&x.out, temporary);
     if (error) {
         write_clean(temporary);
         die("%s", error);
     }
     write_commit(temporary, o.out, parent);
-    printf("wrote %s: %s weights of %s%s%s\n", o.out, x.out.to->name, x.m.dir, x.folded ? ", survival scaling folded in" : "",
+    printf("wrote %s: %s weights of %s%s%s\n", o.out, x.out.to->name, x.m.dir,
+           x.folded ? ", survival scaling folded in" : "",
            x.out.tokenizer.n ? ", with its tokenizer" : "");
     weights_close(&x.weights);
     write_free(&x.out);

@@ -1,18 +1,22 @@
-// layers.h: which layers a model can do without: scores from one look at the residual stream, and exact losses of the
-// model without a layer or a branch (through engine.h). build/layers prints them, build/prune acts on them.
+// layers.h: which layers a model can do without: scores from one look at the residual stream, and
+// exact losses of the model without a layer or a branch (through engine.h). build/layers prints
+// them, build/prune acts on them.
 //
 //     Block Influence    1 - E cos(x_l, x_l+1)                         Men et al. 2024, ShortGPT
-//     angular distance   E arccos(cos(x_l, x_l+n)) / pi                Gromov et al. 2024, The Unreasonable Ineffectiveness
+//     angular distance   E arccos(cos(x_l, x_l+n)) / pi                Gromov et al. 2024, The
+//     Unreasonable Ineffectiveness
 //                                                                      of the Deeper Layers
 //     relative size      E |f(x)| / |x| of a branch f
 //     ablation           the loss without a layer or branch minus that with it: a plan, exact
-//     greedy removal     the layer whose removal costs least, then the next one, scored again after each removal
-//     early exit         the loss of the first layers alone: ln_f and the head read their stream
+//     greedy removal     the layer whose removal costs least, then the next one, scored again after
+//     each removal early exit         the loss of the first layers alone: ln_f and the head read
+//     their stream
 //
-// x_l is what layer l reads, l = 0..L-1, and x_L what ln_f reads. E is the mean over all positions of all windows but the
-// first `skip` of each: the first position sees itself alone, and GPTs use it as a sink of attention, with a norm far above
-// the others'. Every sum is of a window at a time, and windows are added in their order: neither the batch nor the number
-// of threads changes a bit (as far as CAN_ANY_BATCH says).
+// x_l is what layer l reads, l = 0..L-1, and x_L what ln_f reads. E is the mean over all positions
+// of all windows but the first `skip` of each: the first position sees itself alone, and GPTs use
+// it as a sink of attention, with a norm far above the others'. Every sum is of a window at a time,
+// and windows are added in their order: neither the batch nor the number of threads changes a bit
+// (as far as CAN_ANY_BATCH says).
 #ifndef LAYER_SCORES_H
 #define LAYER_SCORES_H
 
@@ -37,16 +41,21 @@ typedef struct {
 } LayersModel;
 
 // Each loss is computed once: what is asked for again is found by the branches that ran.
-typedef struct { unsigned char *kept; double mean, *window; } LayersLoss;      // kept (2L); of each window the mean (rows)
+typedef struct {
+    unsigned char *kept;
+    double mean, *window;
+} LayersLoss; // kept (2L); of each window the mean (rows)
 typedef struct { LayersLoss **loss; int n; } LayersLosses;
 
 static inline void layers_losses_free(LayersLosses *all) {
-    for (int i = 0; i < all->n; i++) free(all->loss[i]->kept), free(all->loss[i]->window), free(all->loss[i]);
+    for (int i = 0; i < all->n; i++)
+        free(all->loss[i]->kept), free(all->loss[i]->window), free(all->loss[i]);
     free(all->loss);
     all->loss = NULL, all->n = 0;
 }
 
-static inline const LayersLoss *layers_loss_find(const LayersLosses *all, const unsigned char *kept, int L) {
+static inline const LayersLoss *layers_loss_find(const LayersLosses *all, const unsigned char *kept,
+                                                 int L) {
     for (int i = 0; i < all->n; i++)
         if (!memcmp(all->loss[i]->kept, kept, (size_t)(BRANCHES * L))) return all->loss[i];
     return NULL;
@@ -56,17 +65,21 @@ static inline const LayersLoss *layers_loss_find(const LayersLosses *all, const 
 static inline double layers_work(const LayersModel *m, const unsigned char *kept) {
     double flops = gpt_head_flops(&m->config, m->shards->T);
     for (int i = 0; i < BRANCHES * m->config.L; i++)
-        flops += kept[i] && m->scale[i] != 0 ? gpt_branch_flops(&m->config, i % BRANCHES, m->shards->T) : 0;
+        flops += kept[i] && m->scale[i] != 0
+                     ? gpt_branch_flops(&m->config, i % BRANCHES, m->shards->T)
+                     : 0;
     return flops * (double)m->rows;
 }
 
-// Runs all windows with these branches (2L); watch: NULL, or who looks on. `batch` is told of each batch before it runs:
-// the number of its first window, and how many there are.
-static inline const LayersLoss *layers_run(const LayersModel *m, LayersLosses *all, const unsigned char *kept,
-                                           const Watch *watch, void (*batch)(void *self, int64_t first, int n)) {
+// Runs all windows with these branches (2L); watch: NULL, or who looks on. `batch` is told of each
+// batch before it runs: the number of its first window, and how many there are.
+static inline const LayersLoss *layers_run(const LayersModel *m, LayersLosses *all,
+                                           const unsigned char *kept, const Watch *watch,
+                                           void (*batch)(void *self, int64_t first, int n)) {
     const int T = m->shards->T, L2 = BRANCHES * m->config.L;
     const size_t BT = (size_t)m->B * (size_t)T;
-    int *tokens = (int *)xcalloc(BT, sizeof *tokens), *targets = (int *)xcalloc(BT, sizeof *targets);
+    int *tokens = (int *)xcalloc(BT, sizeof *tokens),
+        *targets = (int *)xcalloc(BT, sizeof *targets);
     real *losses = (real *)xcalloc(BT, sizeof *losses);
     double *scale = (double *)xcalloc((size_t)L2, sizeof *scale), sum = 0;
     LayersLoss *r = (LayersLoss *)xcalloc(1, sizeof *r);
@@ -76,7 +89,8 @@ static inline const LayersLoss *layers_run(const LayersModel *m, LayersLosses *a
     for (int i = 0; i < L2; i++) scale[i] = kept[i] ? m->scale[i] : 0;
     for (int64_t first = 0; first < m->rows; first += m->B) {
         const int n = m->rows - first < m->B ? (int)(m->rows - first) : m->B;
-        for (int b = 0; b < n; b++) shards_read_window(m->shards, first + b, tokens + b * T, targets + b * T);
+        for (int b = 0; b < n; b++)
+            shards_read_window(m->shards, first + b, tokens + b * T, targets + b * T);
         drop_plan_keep_all(m->plan, scale, m->tied, n);
         const Batch rows = batch_of(n, T, tokens, targets);
         Pass pass = pass_of(m->plan, 0);
@@ -94,8 +108,10 @@ static inline const LayersLoss *layers_run(const LayersModel *m, LayersLosses *a
     }
     r->mean = sum / ((double)m->rows * T);
     if (!isfinite(r->mean))
-        die("a loss is %g: losses that are not finite cannot be compared\n  hint: its weights are too large, or were damaged "
-            "by the run that made them", r->mean);
+        die("a loss is %g: losses that are not finite cannot be compared\n  hint: its weights are "
+            "too large, or were damaged "
+            "by the run that made them",
+            r->mean);
     free(tokens), free(targets), free(losses), free(scale);
     all->loss = (LayersLoss **)xrealloc(all->loss, (size_t)all->n + 1, sizeof *all->loss);
     all->loss[all->n++] = r;
@@ -103,7 +119,8 @@ static inline const LayersLoss *layers_run(const LayersModel *m, LayersLosses *a
 }
 
 // The loss with these branches (2L) alone.
-static inline const LayersLoss *layers_loss(const LayersModel *m, LayersLosses *all, const unsigned char *kept) {
+static inline const LayersLoss *layers_loss(const LayersModel *m, LayersLosses *all,
+                                            const unsigned char *kept) {
     const LayersLoss *r = layers_loss_find(all, kept, m->config.L);
     return r ? r : layers_run(m, all, kept, NULL, NULL);
 }
@@ -113,11 +130,14 @@ static inline void layers_keep(unsigned char *kept, int l, int value) {
     for (int b = 0; b < BRANCHES; b++) kept[BRANCHES * l + b] = (unsigned char)value;
 }
 
-typedef struct { double loss, cost, error; } LayersCost; // loss without; minus that of `from`; its standard error
+typedef struct {
+    double loss, cost, error;
+} LayersCost; // loss without; minus that of `from`; its standard error
 
-// The loss without what `without` lacks, compared window by window with that of `from`. The standard error takes the windows
-// for independent; it is NaN for one window.
-static inline LayersCost layers_cost(const LayersModel *m, const LayersLoss *without, const LayersLoss *from) {
+// The loss without what `without` lacks, compared window by window with that of `from`. The
+// standard error takes the windows for independent; it is NaN for one window.
+static inline LayersCost layers_cost(const LayersModel *m, const LayersLoss *without,
+                                     const LayersLoss *from) {
     LayersCost c = {without->mean, without->mean - from->mean, NAN};
     double *x = (double *)xcalloc((size_t)m->rows, sizeof *x);
     for (int64_t i = 0; i < m->rows; i++) x[i] = without->window[i] - from->window[i];
@@ -130,9 +150,9 @@ static inline LayersCost layers_cost(const LayersModel *m, const LayersLoss *wit
 
 typedef struct {
     double *influence;                                   // (L) Block Influence of layers
-    double *angle;                                       // (L,L) [l*L + n-1]: from x_l to x_l+n; NaN where l + n > L
-    double *branch_influence, *size;                     // (2L) of branches; NaN where there is no stream between them
-    int64_t positions, zero;                             // that count; left out since a vector there is zero
+    double *angle; // (L,L) [l*L + n-1]: from x_l to x_l+n; NaN where l + n > L
+    double *branch_influence, *size; // (2L) of branches; NaN where there is no stream between them
+    int64_t positions, zero; // that count; left out since a vector there is zero
     double loss;
 } LayersStream;
 
@@ -140,20 +160,24 @@ static inline void layers_stream_free(LayersStream *s) {
     free(s->influence), free(s->angle), free(s->branch_influence), free(s->size);
 }
 
-// What is kept of a batch: the stream between layers, and of each branch three sums for each position.
+// What is kept of a batch: the stream between layers, and of each branch three sums for each
+// position.
 typedef struct {
     const LayersModel *m;
     int rows;
     real *x;                                             // (L+1,B,T,C)
     real *middle;                                        // (B,T,C) after a layer's attention
-    double *norm, *dot, *moved;                          // (2L+1,B,T): |x_p|^2, <x_p,x_p-1>, |x_p - x_p-1|^2 of point p
+    double *norm, *dot, *moved; // (2L+1,B,T): |x_p|^2, <x_p,x_p-1>, |x_p - x_p-1|^2 of point p
     double *sum;                                         // of all windows so far: see layers_sums
     int64_t positions, zero;
-    int between;                                         // whether there is a stream between a layer's branches
+    int between; // whether there is a stream between a layer's branches
 } LayersLook;
 
-// Places of the sums: for pairs of streams cosines and angles (L,L), for branches 1 - cos and sizes (2L).
-static inline size_t layers_sums(int L) { return (size_t)2 * (size_t)L * (size_t)L + (size_t)(2 * BRANCHES * L); }
+// Places of the sums: for pairs of streams cosines and angles (L,L), for branches 1 - cos and sizes
+// (2L).
+static inline size_t layers_sums(int L) {
+    return (size_t)2 * (size_t)L * (size_t)L + (size_t)(2 * BRANCHES * L);
+}
 
 static inline double layers_dot(const real *x, const real *y, size_t C) {
     double sum = 0;
@@ -169,7 +193,8 @@ static inline double layers_cos(double xy, double xx, double yy) {
 
 static inline double layers_angle(double cosine) { return acos(cosine) / 3.14159265358979323846; }
 
-// Adds one window's sums to sum; returns how many positions counted, and in *zero how many a zero vector has left out.
+// Adds one window's sums to sum; returns how many positions counted, and in *zero how many a zero
+// vector has left out.
 static inline int layers_window(const LayersLook *k, int row, double *sum, int *zero) {
     const LayersModel *m = k->m;
     const int L = m->config.L, T = m->shards->T, step = k->between ? 1 : BRANCHES;
@@ -186,14 +211,17 @@ static inline int layers_window(const LayersLook *k, int row, double *sum, int *
         counted++;
         for (int l = 0; l < L; l++)
             for (int n = 1; l + n <= L; n++) {
-                const real *x = k->x + ((size_t)l * BT + at) * C, *y = k->x + ((size_t)(l + n) * BT + at) * C;
-                const double c = layers_cos(layers_dot(x, y, C), k->norm[(size_t)(BRANCHES * l) * BT + at],
-                                            k->norm[(size_t)(BRANCHES * (l + n)) * BT + at]);
+                const real *x = k->x + ((size_t)l * BT + at) * C,
+                           *y = k->x + ((size_t)(l + n) * BT + at) * C;
+                const double c =
+                    layers_cos(layers_dot(x, y, C), k->norm[(size_t)(BRANCHES * l) * BT + at],
+                               k->norm[(size_t)(BRANCHES * (l + n)) * BT + at]);
                 sum[l * L + n - 1] += 1 - c;
                 angle[l * L + n - 1] += layers_angle(c);
             }
         for (int i = 0; i < BRANCHES * L && k->between; i++) {
-            const double before = k->norm[(size_t)i * BT + at], after = k->norm[(size_t)(i + 1) * BT + at];
+            const double before = k->norm[(size_t)i * BT + at],
+                         after = k->norm[(size_t)(i + 1) * BT + at];
             influence[i] += 1 - layers_cos(k->dot[(size_t)(i + 1) * BT + at], before, after);
             size[i] += sqrt(k->moved[(size_t)(i + 1) * BT + at] / before);
         }
@@ -230,8 +258,11 @@ static inline void layers_see(void *self, int p, const real *x) {
     const size_t C = (size_t)k->m->config.C, T = (size_t)k->m->shards->T, BT = (size_t)k->m->B * T;
     const size_t n = (size_t)k->rows * T;
     real *to = p % BRANCHES ? k->middle : k->x + (size_t)(p / BRANCHES) * BT * C;
-    const real *before = p == 0 ? NULL : (p - step) % BRANCHES ? k->middle : k->x + (size_t)((p - step) / BRANCHES) * BT * C;
-    double *norm = k->norm + (size_t)p * BT, *dot = k->dot + (size_t)p * BT, *moved = k->moved + (size_t)p * BT;
+    const real *before = p == 0                  ? NULL
+                         : (p - step) % BRANCHES ? k->middle
+                                                 : k->x + (size_t)((p - step) / BRANCHES) * BT * C;
+    double *norm = k->norm + (size_t)p * BT, *dot = k->dot + (size_t)p * BT,
+           *moved = k->moved + (size_t)p * BT;
     memcpy(to, x, n * C * sizeof *x);
 #ifdef _OPENMP
 #pragma omp parallel for
@@ -249,18 +280,22 @@ static inline void layers_see(void *self, int p, const real *x) {
     }
     for (size_t i = 0; i < n; i++)
         if (!isfinite(norm[i]))
-            die("the residual stream %s %d is not finite: no score can be made of it\n  hint: its weights are too large, or "
-                "were damaged by the run that made them", p ? "after layer" : "before layer", p ? (p - 1) / BRANCHES : 0);
+            die("the residual stream %s %d is not finite: no score can be made of it\n  hint: its "
+                "weights are too large, or "
+                "were damaged by the run that made them",
+                p ? "after layer" : "before layer", p ? (p - 1) / BRANCHES : 0);
     if (p == BRANCHES * L) layers_batch_end(k);
 }
 
 static inline void layers_stream_means(const LayersLook *k, LayersStream *s) {
     const int L = k->m->config.L;
-    const double *sum = k->sum, *angle = sum + L * L, *influence = angle + L * L, *size = influence + BRANCHES * L;
+    const double *sum = k->sum, *angle = sum + L * L, *influence = angle + L * L,
+                 *size = influence + BRANCHES * L;
     const double n = (double)k->positions;
     for (int l = 0; l < L; l++) {
         s->influence[l] = sum[l * L] / n;
-        for (int i = 0; i < L; i++) s->angle[l * L + i] = l + i + 1 <= L ? angle[l * L + i] / n : NAN;
+        for (int i = 0; i < L; i++)
+            s->angle[l * L + i] = l + i + 1 <= L ? angle[l * L + i] / n : NAN;
     }
     for (int i = 0; i < BRANCHES * L; i++) {
         s->branch_influence[i] = k->between ? influence[i] / n : NAN;
@@ -269,15 +304,18 @@ static inline void layers_stream_means(const LayersLook *k, LayersStream *s) {
     s->positions = k->positions, s->zero = k->zero;
 }
 
-// All scores of the stream and the loss of the whole model, in one pass over the data. Dies where no position counts.
-// Free with layers_stream_free.
+// All scores of the stream and the loss of the whole model, in one pass over the data. Dies where
+// no position counts. Free with layers_stream_free.
 static inline LayersStream layers_stream(const LayersModel *m, LayersLosses *all) {
-    const size_t L = (size_t)m->config.L, BT = (size_t)m->B * (size_t)m->shards->T, C = (size_t)m->config.C;
+    const size_t L = (size_t)m->config.L, BT = (size_t)m->B * (size_t)m->shards->T,
+                 C = (size_t)m->config.C;
     const size_t points = BRANCHES * L + 1;
     LayersLook k = {m, 0, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0, !m->tied};
     LayersStream s = {NULL, NULL, NULL, NULL, 0, 0, NAN};
-    unsigned char *kept = (unsigned char *)xcalloc(BRANCHES * L, 1), *want = (unsigned char *)xcalloc(points + 1, 1);
-    CHECK(0 <= m->skip && m->skip < m->shards->T, "the first %d of %d positions left out", m->skip, m->shards->T);
+    unsigned char *kept = (unsigned char *)xcalloc(BRANCHES * L, 1),
+                  *want = (unsigned char *)xcalloc(points + 1, 1);
+    CHECK(0 <= m->skip && m->skip < m->shards->T, "the first %d of %d positions left out", m->skip,
+          m->shards->T);
     k.x = (real *)xcalloc((L + 1) * BT * C, sizeof *k.x);
     k.middle = (real *)xcalloc(BT * C, sizeof *k.middle);
     k.norm = (double *)xcalloc(points * BT, sizeof *k.norm);
@@ -293,10 +331,13 @@ static inline LayersStream layers_stream(const LayersModel *m, LayersLosses *all
     const Watch watch = {&k, want, layers_see, NULL};
     s.loss = layers_run(m, all, kept, &watch, layers_batch)->mean;
     if (!k.positions)
-        die("the stream is zero at each of %lld positions: no cosine can be made of it\n  hint: its embeddings or a layer's "
-            "output are all zeros", (long long)k.zero);
+        die("the stream is zero at each of %lld positions: no cosine can be made of it\n  hint: "
+            "its embeddings or a layer's "
+            "output are all zeros",
+            (long long)k.zero);
     layers_stream_means(&k, &s);
-    free(k.x), free(k.middle), free(k.norm), free(k.dot), free(k.moved), free(k.sum), free(kept), free(want);
+    free(k.x), free(k.middle), free(k.norm), free(k.dot), free(k.moved), free(k.sum), free(kept),
+        free(want);
     return s;
 }
 
@@ -321,9 +362,10 @@ static inline void layers_lowest(unsigned char *removed, const double *score, in
     }
 }
 
-// Removes n layers one after the other, each time the one without which the loss is lowest, of equal ones the first.
-// order (n), loss (n): after each removal.
-static inline void layers_greedy(const LayersModel *m, LayersLosses *all, int n, int *order, double *loss) {
+// Removes n layers one after the other, each time the one without which the loss is lowest, of
+// equal ones the first. order (n), loss (n): after each removal.
+static inline void layers_greedy(const LayersModel *m, LayersLosses *all, int n, int *order,
+                                 double *loss) {
     const int L = m->config.L;
     unsigned char *kept = (unsigned char *)xcalloc((size_t)(BRANCHES * L), 1);
     memset(kept, 1, (size_t)(BRANCHES * L));
@@ -342,12 +384,15 @@ static inline void layers_greedy(const LayersModel *m, LayersLosses *all, int n,
     free(kept);
 }
 
-// The work of layers_greedy, in units of layers_work: candidates of each step beside those of the first, which are the ablations.
+// The work of layers_greedy, in units of layers_work: candidates of each step beside those of the
+// first, which are the ablations.
 static inline double layers_greedy_work(const LayersModel *m, int n, int with_first) {
     const int L = m->config.L, T = m->shards->T;
-    const double layer = gpt_branch_flops(&m->config, ATTN, T) + gpt_branch_flops(&m->config, MLP, T);
+    const double layer =
+        gpt_branch_flops(&m->config, ATTN, T) + gpt_branch_flops(&m->config, MLP, T);
     double work = 0;
-    for (int k = with_first ? 0 : 1; k < n; k++) work += (L - k) * (gpt_head_flops(&m->config, T) + (L - k - 1) * layer);
+    for (int k = with_first ? 0 : 1; k < n; k++)
+        work += (L - k) * (gpt_head_flops(&m->config, T) + (L - k - 1) * layer);
     return work * (double)m->rows;
 }
 

@@ -1,4 +1,5 @@
-// progress.h: how far a long computation has come and how long it will still take, on standard error.
+// progress.h: how far a long computation has come and how long it will still take, on standard
+// error.
 #ifndef PROGRESS_H
 #define PROGRESS_H
 
@@ -8,7 +9,7 @@ typedef struct {
     const char *what;                                    // what is under way, for the line
     double done, total;                                  // work, in any unit
     double began, told;                                  // seconds, as clock_seconds counts
-    int terminal, open;                                  // open: a line without its newline stands on the terminal
+    int terminal, open; // open: a line without its newline stands on the terminal
 } Progress;
 
 // Begins a computation of `total` units of work.
@@ -24,8 +25,8 @@ static inline void progress_clear(Progress *p) {
     p->open = 0;
 }
 
-// Adds work that has been done. Tells at most once a second on a terminal, where the line is written over, and once in 20
-// seconds in a file, so that short computations say nothing.
+// Adds work that has been done. Tells at most once a second on a terminal, where the line is
+// written over, and once in 20 seconds in a file, so that short computations say nothing.
 static inline void progress_add(Progress *p, double work) {
     char left[32];
     const double now = clock_seconds();
@@ -33,8 +34,8 @@ static inline void progress_add(Progress *p, double work) {
     if (now - p->told < (p->terminal ? 1 : 20) || p->done <= 0 || p->total <= 0) return;
     const double rest = p->total > p->done ? p->total - p->done : 0;
     metrics_duration(left, (now - p->began) * rest / p->done);
-    fprintf(stderr, p->terminal ? "\r%s: %3.0f%%, %s left\033[K" : "%s: %3.0f%%, %s left\n", p->what,
-            100 * p->done / (p->done + rest), left);
+    fprintf(stderr, p->terminal ? "\r%s: %3.0f%%, %s left\033[K" : "%s: %3.0f%%, %s left\n",
+            p->what, 100 * p->done / (p->done + rest), left);
     fflush(stderr);
     p->told = now;
     p->open = p->terminal;

@@ -1,13 +1,15 @@
-// prune.c: removes layers of a checkpoint for good and writes what is left as a plain GPT-2, which transformers, generate,
-// evaluate and --init-from open.
+// prune.c: removes layers of a checkpoint for good and writes what is left as a plain GPT-2, which
+// transformers, generate, evaluate and --init-from open.
 //
-//     build/prune runs/gpt/latest --out runs/gpt-9 --n 3 --val 'data/text/val_*.bin'           the three that cost least
-//     build/prune runs/gpt/latest --out runs/gpt-9 --drop 7-9                                  these
-//     build/train_gpt --init-from runs/gpt-9 --train ... --out runs/healed                     and trains what is left
+//     build/prune runs/gpt/latest --out runs/gpt-9 --n 3 --val 'data/text/val_*.bin'           the
+//     three that cost least build/prune runs/gpt/latest --out runs/gpt-9 --drop 7-9 these
+//     build/train_gpt --init-from runs/gpt-9 --train ... --out runs/healed                     and
+//     trains what is left
 //
-// A layer that is removed whole is not in the new model. A branch that is removed alone stays as a projection of zeros,
-// since the format has no layer without attention or MLP: that changes what the model computes, but saves nothing.
-// prune.json says what was removed, why, and what it cost. The directory is written whole or not at all.
+// A layer that is removed whole is not in the new model. A branch that is removed alone stays as a
+// projection of zeros, since the format has no layer without attention or MLP: that changes what
+// the model computes, but saves nothing. prune.json says what was removed, why, and what it cost.
+// The directory is written whole or not at all.
 
 #include "../check.h"
 #include "../files/files.h"
@@ -19,32 +21,39 @@
 #include "write.h"
 
 //  OPTION(field, name, type, default, domain, help)
-#define PRUNE_OPTIONS(HEADING, OPTION)                                                                               \
-  HEADING("Which layers: one of these four")                                                                         \
-    OPTION(drop, "drop", TEXT, "", "LIST", "remove these, counted from 0: 3,5-7; single branches as 3.attn,4.mlp")   \
-    OPTION(keep, "keep", TEXT, "", "LIST", "remove all but these")                                                   \
-    OPTION(n, "n", INTEGER, "0", "[0,1024]", "remove so many layers, which --select chooses")                        \
-    OPTION(fraction, "fraction", NUMBER, "0", "[0,1)", "remove this fraction of the layers, rounded")                \
-    OPTION(select, "select", CHOICE, "greedy", "angular|bi|ablation|greedy|random",                                  \
-           "which: those in a row that turn the stream least; of lowest Block Influence; whose removal alone costs " \
-           "least; one after the other, each time the one that costs least; any. build/layers prints these scores")  \
-    OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "of --select random")                                           \
-  HEADING("How")                                                                                                     \
-    OPTION(method, "method", CHOICE, "delete", "delete", "delete: nothing takes the place of what is removed")       \
-  HEADING("Data: for all choices but --drop, --keep and random, and for the losses before and after")               \
-    OPTION(val, "val", TEXT, "", "GLOB", "token shards; quote a pattern: 'data/val_*.bin'")                          \
-    OPTION(tokens, "tokens", INTEGER, "65536", "[0,1e15]",                                                           \
-           "tokens of --val to read, from the first on, rounded up to whole rows; 0: all")                           \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: as many as the model has positions")\
-    OPTION(batch, "batch", INTEGER, "4", "[1,65536]", "rows at a time")                                              \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
-    OPTION(skip_first, "skip-first", INTEGER, "1", "[0,1048576]",                                                    \
-           "leave out the first so many positions of each row in cosines and angles")                                \
-  HEADING("Output")                                                                                                  \
-    OPTION(out, "out", TEXT, "", "DIR", "the directory to make; it must not exist yet")                              \
-    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                                                 \
-           "a tokenizer.json, or one of our tokenizer files, from which one is made; if not given: beside the "      \
-           "checkpoint's files, else the one that the run was trained with")
+#define PRUNE_OPTIONS(HEADING, OPTION)                                                             \
+    HEADING("Which layers: one of these four")                                                     \
+    OPTION(drop, "drop", TEXT, "", "LIST",                                                         \
+           "remove these, counted from 0: 3,5-7; single branches as 3.attn,4.mlp")                 \
+    OPTION(keep, "keep", TEXT, "", "LIST", "remove all but these")                                 \
+    OPTION(n, "n", INTEGER, "0", "[0,1024]", "remove so many layers, which --select chooses")      \
+    OPTION(fraction, "fraction", NUMBER, "0", "[0,1)",                                             \
+           "remove this fraction of the layers, rounded")                                          \
+    OPTION(select, "select", CHOICE, "greedy", "angular|bi|ablation|greedy|random",                \
+           "which: those in a row that turn the stream least; of lowest Block Influence; whose "   \
+           "removal alone costs least; one after the other, each time the one that costs least; "  \
+           "any. build/layers prints these scores")                                                \
+    OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "of --select random")                         \
+    HEADING("How")                                                                                 \
+    OPTION(method, "method", CHOICE, "delete", "delete",                                           \
+           "delete: nothing takes the place of what is removed")                                   \
+    HEADING("Data: for all choices but --drop, --keep and random, and for the losses before and "  \
+            "after")                                                                               \
+    OPTION(val, "val", TEXT, "", "GLOB", "token shards; quote a pattern: 'data/val_*.bin'")        \
+    OPTION(tokens, "tokens", INTEGER, "65536", "[0,1e15]",                                         \
+           "tokens of --val to read, from the first on, rounded up to whole rows; 0: all")         \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
+           "tokens of a row; 0: as many as the model has positions")                               \
+    OPTION(batch, "batch", INTEGER, "4", "[1,65536]", "rows at a time")                            \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
+           "CPU threads; 0: as many as the machine offers")                                        \
+    OPTION(skip_first, "skip-first", INTEGER, "1", "[0,1048576]",                                  \
+           "leave out the first so many positions of each row in cosines and angles")              \
+    HEADING("Output")                                                                              \
+    OPTION(out, "out", TEXT, "", "DIR", "the directory to make; it must not exist yet")            \
+    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
+           "a tokenizer.json, or one of our tokenizer files, from which one is made; if not "      \
+           "given: beside the checkpoint's files, else the one that the run was trained with")
 
 OPTION_TABLE(PRUNE_OPTIONS, PruneOptions, prune_options)
 
@@ -52,7 +61,8 @@ enum { SELECT_ANGULAR, SELECT_BI, SELECT_ABLATION, SELECT_GREEDY, SELECT_RANDOM,
 static const char *const select_name[] = {"angular", "bi", "ablation", "greedy", "random", "list"};
 static const char *const branch_name[BRANCHES] = {"attn", "mlp"};
 
-// What a method makes of layer l's last projection, y = x W + b: y T + shift, where T is (C,C) and shift (C). NULL: as it was.
+// What a method makes of layer l's last projection, y = x W + b: y T + shift, where T is (C,C) and
+// shift (C). NULL: as it was.
 typedef struct { double *T, *shift; } PruneMap;
 
 typedef struct {
@@ -67,17 +77,18 @@ typedef struct {
     LayersModel model;                                   // on --val; rows 0: there is none
     LayersLosses losses;
     Text why;                                            // JSON of the choice
-    double distance;                                     // angular, over the row of layers that was chosen
+    double distance; // angular, over the row of layers that was chosen
     double before, after;                                // losses; NaN without --val
     ModelOut out;
 } Prune;
 
-// ---- Methods: a row each. To add one, write what fills p->map, and its name in --method's domain at the same place ----
+// ---- Methods: a row each. To add one, write what fills p->map, and its name in --method's domain
+// at the same place ----
 
 typedef struct {
     const char *name;
     int needs_data;                                      // whether it needs --val
-    void (*fit)(Prune *p);                               // after the layers are chosen, before anything is written; or NULL
+    void (*fit)(Prune *p); // after the layers are chosen, before anything is written; or NULL
 } PruneMethod;
 
 static const PruneMethod prune_methods[] = {
@@ -98,8 +109,9 @@ static const char *parse_layer(const char *s, int L, int *layer) {
 
 // Sets chosen (2L) for "0,3-5,7.attn". NULL, or what is wrong.
 static const char *parse_list(unsigned char *chosen, int L, const char *list) {
-    static const char *const wrong = "layers are whole numbers from 0 on, with commas between them, as 3,5-7; branches 3.attn, "
-                                     "4.mlp";
+    static const char *const wrong =
+        "layers are whole numbers from 0 on, with commas between them, as 3,5-7; branches 3.attn, "
+        "4.mlp";
     for (const char *s = list;; s++) {
         int first, last, branch = -1;
         if (*s < '0' || *s > '9') return wrong;
@@ -109,7 +121,8 @@ static const char *parse_list(unsigned char *chosen, int L, const char *list) {
         if (*s == '-' && !(s = parse_layer(s + 1, L, &last))) return "there is no such layer";
         if (last < first) return "a range goes from the lower layer to the higher one";
         for (int b = 0; b < BRANCHES && *s == '.'; b++)
-            if (!strncmp(s + 1, branch_name[b], strlen(branch_name[b]))) branch = b, s += 1 + strlen(branch_name[b]);
+            if (!strncmp(s + 1, branch_name[b], strlen(branch_name[b])))
+                branch = b, s += 1 + strlen(branch_name[b]);
         if (*s && *s != ',') return wrong;
         for (int l = first; l <= last; l++)
             for (int b = 0; b < BRANCHES; b++)
@@ -151,7 +164,8 @@ static void choose_by_stream(Prune *p) {
 
 static void choose_by_loss(Prune *p) {
     const int L = p->m.config.L;
-    unsigned char *kept = (unsigned char *)xcalloc((size_t)(BRANCHES * L), 1), *lowest = (unsigned char *)xcalloc((size_t)L, 1);
+    unsigned char *kept = (unsigned char *)xcalloc((size_t)(BRANCHES * L), 1),
+                  *lowest = (unsigned char *)xcalloc((size_t)L, 1);
     double *loss = (double *)xcalloc((size_t)L, sizeof *loss);
     int *order = (int *)xcalloc((size_t)L, sizeof *order);
     memset(kept, 1, (size_t)(BRANCHES * L));
@@ -179,10 +193,13 @@ static void choose_at_random(Prune *p) {
 }
 
 static void choose_from_list(Prune *p) {
-    const char *list = *p->o->drop ? p->o->drop : p->o->keep, *error = parse_list(p->removed, p->m.config.L, list);
-    if (error) die("--%s %s: %s\n  hint: the model's layers are 0 to %d", *p->o->drop ? "drop" : "keep", list, error,
-                   p->m.config.L - 1);
-    for (int i = 0; i < BRANCHES * p->m.config.L && *p->o->keep; i++) p->removed[i] = !p->removed[i];
+    const char *list = *p->o->drop ? p->o->drop : p->o->keep,
+               *error = parse_list(p->removed, p->m.config.L, list);
+    if (error)
+        die("--%s %s: %s\n  hint: the model's layers are 0 to %d", *p->o->drop ? "drop" : "keep",
+            list, error, p->m.config.L - 1);
+    for (int i = 0; i < BRANCHES * p->m.config.L && *p->o->keep; i++)
+        p->removed[i] = !p->removed[i];
 }
 
 static void choose(Prune *p) {
@@ -190,7 +207,8 @@ static void choose(Prune *p) {
     p->model.progress = &progress;
     if (p->select == SELECT_GREEDY) progress.total = layers_greedy_work(&p->model, p->n, 1);
     else if (p->select == SELECT_ABLATION) progress.total = layers_greedy_work(&p->model, 1, 1);
-    else if (p->model.rows) progress.total = gpt_row_flops(&p->m.config, p->shards.T) * (double)p->model.rows;
+    else if (p->model.rows)
+        progress.total = gpt_row_flops(&p->m.config, p->shards.T) * (double)p->model.rows;
     if (p->select == SELECT_LIST) choose_from_list(p);
     else if (p->select == SELECT_RANDOM) choose_at_random(p);
     else if (p->select == SELECT_GREEDY || p->select == SELECT_ABLATION) choose_by_loss(p);
@@ -199,7 +217,8 @@ static void choose(Prune *p) {
     p->model.progress = NULL;
     int left = 0;
     for (int l = 0; l < p->m.config.L; l++)
-        if (!p->removed[BRANCHES * l + ATTN] || !p->removed[BRANCHES * l + MLP]) p->from[left++] = l;
+        if (!p->removed[BRANCHES * l + ATTN] || !p->removed[BRANCHES * l + MLP])
+            p->from[left++] = l;
     if (!left) die("nothing would be left of %s\n  hint: a model has one layer at least", p->m.dir);
     p->out.config.L = left;
 }
@@ -224,7 +243,8 @@ static void multiply_map(real *host, const double *T, size_t rows, size_t C) {
 static void prune_tensor(void *self, int param, int l, real *host) {
     const Prune *p = (const Prune *)self;
     const GptConfig *c = &p->m.config;
-    const int branch = gpt_param[param].branch, old = branch == NO_BRANCH ? 0 : p->from[l], i = BRANCHES * old + branch;
+    const int branch = gpt_param[param].branch, old = branch == NO_BRANCH ? 0 : p->from[l],
+              i = BRANCHES * old + branch;
     const size_t n = gpt_param_size(c, param), C = (size_t)c->C;
     weights_read(&p->weights, c, p->weights.prefix, param, old, host);
     if (!gpt_param_ends_branch(param)) return;
@@ -244,7 +264,8 @@ static double loss_of(const Prune *p, const char *dir) {
     LayersModel model = p->model;
     load_config(&m, dir);
     load_model(&m, engine_default(), p->model.B, p->shards.T, (int)p->o->threads);
-    model.engine = m.engine, model.model = m.model, model.config = m.config, model.plan = &m.plan, model.scale = m.scale;
+    model.engine = m.engine, model.model = m.model, model.config = m.config, model.plan = &m.plan,
+    model.scale = m.scale;
     unsigned char *kept = (unsigned char *)xcalloc((size_t)(BRANCHES * m.config.L), 1);
     memset(kept, 1, (size_t)(BRANCHES * m.config.L));
     const double loss = layers_loss(&model, &losses, kept)->mean;
@@ -258,8 +279,9 @@ static double loss_of(const Prune *p, const char *dir) {
 static void text_removed(Text *t, const Prune *p) {
     for (int l = 0, n = 0; l < p->m.config.L; l++) {
         const unsigned char *r = p->removed + BRANCHES * l;
-        if (r[ATTN] || r[MLP]) text_printf(t, "%s%d%s%s", n++ ? ", " : "", l, r[ATTN] && r[MLP] ? "" : ".",
-                                           r[ATTN] && r[MLP] ? "" : branch_name[r[MLP]]);
+        if (r[ATTN] || r[MLP])
+            text_printf(t, "%s%d%s%s", n++ ? ", " : "", l, r[ATTN] && r[MLP] ? "" : ".",
+                        r[ATTN] && r[MLP] ? "" : branch_name[r[MLP]]);
     }
     if (!t->n) text_printf(t, "nothing");
 }
@@ -275,15 +297,21 @@ static void write_report(const Prune *p, const char *dir) {
     const char *comma = "";
     text_printf(&t, "{\n  \"from\": ");
     json_write_string(&t, p->m.dir);
-    text_printf(&t, ",\n  \"method\": \"%s\",\n  \"select\": \"%s\",\n  \"layers_before\": %d,\n  \"layers_after\": %d,\n"
-                "  \"removed_layers\": [", prune_methods[p->o->method].name, select_name[p->select], L, p->out.config.L);
+    text_printf(&t,
+                ",\n  \"method\": \"%s\",\n  \"select\": \"%s\",\n  \"layers_before\": %d,\n  "
+                "\"layers_after\": %d,\n"
+                "  \"removed_layers\": [",
+                prune_methods[p->o->method].name, select_name[p->select], L, p->out.config.L);
     for (int l = 0; l < L; l++)
-        if (p->removed[BRANCHES * l + ATTN] && p->removed[BRANCHES * l + MLP]) text_printf(&t, "%s%d", comma, l), comma = ", ";
+        if (p->removed[BRANCHES * l + ATTN] && p->removed[BRANCHES * l + MLP])
+            text_printf(&t, "%s%d", comma, l), comma = ", ";
     text_printf(&t, "],\n  \"zeroed_branches\": [");
     comma = "";
     for (int i = 0; i < BRANCHES * L; i++)
         if (p->removed[i] && !p->removed[i ^ 1])
-            text_printf(&t, "%s{\"layer\": %d, \"branch\": \"%s\"}", comma, i / BRANCHES, branch_name[i % BRANCHES]), comma = ", ";
+            text_printf(&t, "%s{\"layer\": %d, \"branch\": \"%s\"}", comma, i / BRANCHES,
+                        branch_name[i % BRANCHES]),
+                comma = ", ";
     text_printf(&t, "],\n  \"kept_layers\": [");
     for (int l = 0; l < p->out.config.L; l++) text_printf(&t, "%s%d", l ? ", " : "", p->from[l]);
     text_printf(&t, "],\n  \"why\": [%s]", p->why.n ? p->why.s : "");
@@ -292,7 +320,8 @@ static void write_report(const Prune *p, const char *dir) {
     if (p->model.rows) {
         text_printf(&t, ",\n  \"val\": ");
         json_write_string(&t, p->o->val);
-        text_printf(&t, ",\n  \"tokens\": %lld,\n  \"seq_len\": %d", (long long)p->model.rows * p->shards.T, p->shards.T);
+        text_printf(&t, ",\n  \"tokens\": %lld,\n  \"seq_len\": %d",
+                    (long long)p->model.rows * p->shards.T, p->shards.T);
         json_at(&t, "loss_before", p->before), json_at(&t, "loss_after", p->after);
     }
     text_printf(&t, "\n}\n");
@@ -321,23 +350,31 @@ static void write_all(Prune *p) {
 // Which of the four ways was given; how many layers, where --select chooses.
 static void check_options(Prune *p, Options *options, const char *path) {
     const PruneOptions *o = p->o;
-    const struct { const void *field; const char *name; } ways[] = {{&o->drop, "drop"}, {&o->keep, "keep"}, {&o->n, "n"},
-                                                                    {&o->fraction, "fraction"}};
+    const struct {
+        const void *field;
+        const char *name;
+    } ways[] = {{&o->drop, "drop"}, {&o->keep, "keep"}, {&o->n, "n"}, {&o->fraction, "fraction"}};
     const char *given = NULL;
-    if (!*o->out) die("--out is missing\n  hint: prune %s --out runs/pruned --n 1 --val GLOB", path);
-    if (path_exists(o->out)) die("--out %s exists already\n  hint: name another; nothing is overwritten", o->out);
+    if (!*o->out)
+        die("--out is missing\n  hint: prune %s --out runs/pruned --n 1 --val GLOB", path);
+    if (path_exists(o->out))
+        die("--out %s exists already\n  hint: name another; nothing is overwritten", o->out);
     for (int i = 0; i < 4; i++) {
         if (options_from(options, ways[i].field) == FROM_DEFAULT) continue;
         if (given) die("--%s and --%s exclude each other", given, ways[i].name);
         given = ways[i].name;
     }
-    if (!given) die("nothing says which layers to remove\n  hint: --n 3, --fraction 0.25, --drop 3,5-7 or --keep 0-5");
+    if (!given)
+        die("nothing says which layers to remove\n  hint: --n 3, --fraction 0.25, --drop 3,5-7 or "
+            "--keep 0-5");
     p->select = *given == 'n' || *given == 'f' ? o->select : SELECT_LIST;
     if (p->select == SELECT_LIST && options_from(options, &o->select) != FROM_DEFAULT)
         die("--select chooses layers for --n or --fraction; --%s names them", given);
-    const int needs = prune_methods[o->method].needs_data || (p->select != SELECT_LIST && p->select != SELECT_RANDOM);
+    const int needs = prune_methods[o->method].needs_data ||
+                      (p->select != SELECT_LIST && p->select != SELECT_RANDOM);
     if (needs && !*o->val)
-        die("--val is missing: %s needs data\n  hint: --val 'data/val_*.bin'; --select random and --drop need none",
+        die("--val is missing: %s needs data\n  hint: --val 'data/val_*.bin'; --select random and "
+            "--drop need none",
             prune_methods[o->method].needs_data ? "this --method" : "this --select");
 }
 
@@ -346,20 +383,24 @@ static void check_number(Prune *p) {
     if (p->select == SELECT_LIST) return;
     p->n = p->o->fraction > 0 ? (int)lround(p->o->fraction * L) : (int)p->o->n;
     if (p->n < 1) die("no layer would be removed of %d\n  hint: --n 1, or a larger --fraction", L);
-    if (p->n >= L) die("nothing would be left: the model has %d layers\n  hint: --n %d at most", L, L - 1);
+    if (p->n >= L)
+        die("nothing would be left: the model has %d layers\n  hint: --n %d at most", L, L - 1);
 }
 
 static void open_data(Prune *p) {
     const PruneOptions *o = p->o;
     const int T = o->seq_len ? (int)o->seq_len : p->m.config.T;
     if (T > p->m.config.T) die("--seq-len %d: %s has %d positions", T, p->m.dir, p->m.config.T);
-    if (o->skip_first >= T) die("--skip-first %lld: rows have %d tokens, so that none is left", (long long)o->skip_first, T);
+    if (o->skip_first >= T)
+        die("--skip-first %lld: rows have %d tokens, so that none is left",
+            (long long)o->skip_first, T);
     shards_open(&p->shards, o->val, T, p->m.config.V);
     const int64_t rows = shards_rows(&p->shards, o->tokens);
     const int B = rows < o->batch ? (int)rows : (int)o->batch;
     load_model(&p->m, engine_default(), B, T, (int)o->threads);
-    const LayersModel model = {p->m.engine, p->m.model, p->m.config, &p->m.plan, p->m.scale, p->m.tied, B, (int)o->skip_first,
-                               &p->shards, rows, NULL};
+    const LayersModel model = {p->m.engine, p->m.model, p->m.config, &p->m.plan,
+                               p->m.scale,  p->m.tied,  B,           (int)o->skip_first,
+                               &p->shards,  rows,       NULL};
     p->model = model;
 }
 
@@ -372,16 +413,20 @@ static void print_result(const Prune *p) {
         folded |= p->m.scale[i] != 1;
     }
     text_removed(&removed, p);
-    metrics_grouped(before, (double)gpt_params_count(&p->m.config)), metrics_grouped(after, (double)gpt_params_count(&p->out.config));
-    printf("wrote %s: %d of %d layers of %s%s%s\n", p->o->out, p->out.config.L, p->m.config.L, p->m.dir,
-           folded ? ", survival scaling folded in" : "", p->out.tokenizer.n ? ", with its tokenizer" : "");
+    metrics_grouped(before, (double)gpt_params_count(&p->m.config)),
+        metrics_grouped(after, (double)gpt_params_count(&p->out.config));
+    printf("wrote %s: %d of %d layers of %s%s%s\n", p->o->out, p->out.config.L, p->m.config.L,
+           p->m.dir, folded ? ", survival scaling folded in" : "",
+           p->out.tokenizer.n ? ", with its tokenizer" : "");
     printf("removed:    %s\n", removed.s);
-    if (zeroed) printf("            %d single branch%s: projections of zeros, which save no parameter and no time in this format\n",
-                       zeroed, zeroed > 1 ? "es are" : " is");
+    if (zeroed)
+        printf("            %d single branch%s: projections of zeros, which save no parameter and "
+               "no time in this format\n",
+               zeroed, zeroed > 1 ? "es are" : " is");
     printf("parameters: %s, of %s\n", after, before);
     if (p->model.rows)
-        printf("loss:       %.6f, was %.6f (%+.6f), on %lld tokens of %s\n", p->after, p->before, p->after - p->before,
-               (long long)p->model.rows * p->shards.T, p->o->val);
+        printf("loss:       %.6f, was %.6f (%+.6f), on %lld tokens of %s\n", p->after, p->before,
+               p->after - p->before, (long long)p->model.rows * p->shards.T, p->o->val);
     text_free(&removed);
 }
 
@@ -389,14 +434,22 @@ static void prune(Prune *p, const char *path) {
     const size_t L = (size_t)p->m.config.L;
     for (size_t i = 0; i < BRANCHES * L && p->m.tied; i++)
         if (p->m.scale[i] != 1)
-            die("%s was trained with --drop-scale survival and --drop-branches tied: no weights can express such factors\n"
-                "  hint: evaluate --keep-layers runs it without layers; for prune train with --drop-branches separate", path);
+            die("%s was trained with --drop-scale survival and --drop-branches tied: no weights "
+                "can express such factors\n"
+                "  hint: evaluate --keep-layers runs it without layers; for prune train with "
+                "--drop-branches separate",
+                path);
     check_number(p);
     p->removed = (unsigned char *)xcalloc(BRANCHES * L, 1);
     p->from = (int *)xcalloc(L, sizeof *p->from);
     p->map = (PruneMap *)xcalloc(L, sizeof *p->map);
-    const ModelOut out = {.config = p->m.config, .to = &write_dtypes[0], .from = p->m.dir, .run = p->m.run,
-                          .given = p->o->tokenizer, .self = p, .tensor = prune_tensor,
+    const ModelOut out = {.config = p->m.config,
+                          .to = &write_dtypes[0],
+                          .from = p->m.dir,
+                          .run = p->m.run,
+                          .given = p->o->tokenizer,
+                          .self = p,
+                          .tensor = prune_tensor,
                           .eot = write_eot(p->m.dir, p->m.config.V)};
     p->out = out;
     weights_open(&p->weights, p->m.dir);
@@ -425,7 +478,9 @@ int main(int argc, char **argv) {
     options_add(&options, prune_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);
-    if (options.n_arguments < 1) die("the checkpoint is missing\n  hint: prune runs/gpt/latest --out runs/pruned --n 1 --val GLOB");
+    if (options.n_arguments < 1)
+        die("the checkpoint is missing\n  hint: prune runs/gpt/latest --out runs/pruned --n 1 "
+            "--val GLOB");
     check_options(&p, &options, options.arguments[0]);
     load_config(&p.m, options.arguments[0]);
     prune(&p, options.arguments[0]);

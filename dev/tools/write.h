@@ -1,5 +1,6 @@
-// write.h: writes a model as a directory that transformers opens: weights, configuration, tokenizer. Shared by the tools that
-// make one, export and prune; what the weights are, they say by a function.
+// write.h: writes a model as a directory that transformers opens: weights, configuration,
+// tokenizer. Shared by the tools that make one, export and prune; what the weights are, they say by
+// a function.
 #ifndef WRITE_H
 #define WRITE_H
 
@@ -11,19 +12,21 @@
 #include "load.h"
 
 typedef struct { const char *name, *torch; int dtype; } WriteDtype;
-static const WriteDtype write_dtypes[3] = {{"f32", "float32", SAFETENSORS_F32}, {"f16", "float16", SAFETENSORS_F16},
+static const WriteDtype write_dtypes[3] = {{"f32", "float32", SAFETENSORS_F32},
+                                           {"f16", "float16", SAFETENSORS_F16},
                                            {"bf16", "bfloat16", SAFETENSORS_BF16}};
 
 typedef struct {
     GptConfig config;                                    // of the model to be written
     const WriteDtype *to;
-    const char *from, *run;                              // the checkpoint's directory; its run's options, or NULL
+    const char *from, *run; // the checkpoint's directory; its run's options, or NULL
     const char *given;                                   // --tokenizer, or ""
     int llmc;                                            // the layout of llm.c's files
     void *self;
-    void (*tensor)(void *self, int param, int layer, real *host);        // one layer's part of a parameter, with all factors
-    Text tokenizer, tokenizer_config;                    // the two files; empty: there is no tokenizer
-    Text ours;                                           // the tokenizer file that our tools read, if it came from one
+    void (*tensor)(void *self, int param, int layer,
+                   real *host); // one layer's part of a parameter, with all factors
+    Text tokenizer, tokenizer_config; // the two files; empty: there is no tokenizer
+    Text ours; // the tokenizer file that our tools read, if it came from one
     const char *ours_name;
     int eot;                                             // the end-of-text token, or -1
 } ModelOut;
@@ -34,25 +37,29 @@ static inline void write_free(ModelOut *x) {
 
 // ---- Weights ----
 
-// One layer's part of a parameter as it is to be stored, from malloc; *bytes long. The file of llm.c has the transpose, and
-// rows of zeros after the last token's. NULL after writing into *error, from malloc, what is wrong.
+// One layer's part of a parameter as it is to be stored, from malloc; *bytes long. The file of
+// llm.c has the transpose, and rows of zeros after the last token's. NULL after writing into
+// *error, from malloc, what is wrong.
 static inline void *write_tensor(const ModelOut *x, int p, int l, size_t *bytes, char **error) {
     const GptConfig *c = &x->config;
     const size_t n = gpt_param_size(c, p), width = safetensors_dtype[x->to->dtype].size;
-    const size_t padding = x->llmc && p == P_wte ? (size_t)(llmc_vocab(c->V) - c->V) * (size_t)c->C : 0;
+    const size_t padding =
+        x->llmc && p == P_wte ? (size_t)(llmc_vocab(c->V) - c->V) * (size_t)c->C : 0;
     real *host = (real *)xcalloc(n, sizeof *host), *transposed = NULL;
     void *out = xcalloc(n + padding, width);
     x->tensor(x->self, p, l, host);
     if (x->llmc && llmc_transposed(p)) {
         transposed = (real *)xcalloc(n, sizeof *transposed);
-        llmc_transpose(transposed, host, (size_t)gpt_param_rows(c, p), (size_t)gpt_param_cols(c, p));
+        llmc_transpose(transposed, host, (size_t)gpt_param_rows(c, p),
+                       (size_t)gpt_param_cols(c, p));
     }
     const real *from = transposed ? transposed : host;
     const size_t bad = safetensors_from_real(x->to->dtype, from, n, out);
     if (bad < n) {
         char *name = gpt_param_name(p, l);
-        *error = xprintf("%s: a weight of %s is %g, which is not finite in %s%s", x->from, name, (double)from[bad],
-                         x->to->name, isfinite(from[bad]) ? "\n  hint: --dtype bf16 has the range of f32" : "");
+        *error = xprintf("%s: a weight of %s is %g, which is not finite in %s%s", x->from, name,
+                         (double)from[bad], x->to->name,
+                         isfinite(from[bad]) ? "\n  hint: --dtype bf16 has the range of f32" : "");
         free(name), free(out);
         out = NULL;
     }
@@ -62,7 +69,8 @@ static inline void *write_tensor(const ModelOut *x, int p, int l, size_t *bytes,
 }
 
 // Writes all tensors to the open file of either format. NULL, or from malloc what is wrong.
-static inline char *write_tensors(const ModelOut *x, SafetensorsWriter *w, FILE *f, const char *path) {
+static inline char *write_tensors(const ModelOut *x, SafetensorsWriter *w, FILE *f,
+                                  const char *path) {
     char *error = NULL;
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(&x->config, p); l++) {
@@ -109,8 +117,8 @@ static inline Text write_read(const char *path) {
     return t;
 }
 
-// Takes a tokenizer.json as it is, after checking that its tokens are the model's. Finds the name of end-of-text, from
-// malloc, or NULL.
+// Takes a tokenizer.json as it is, after checking that its tokens are the model's. Finds the name
+// of end-of-text, from malloc, or NULL.
 static inline char *write_take_json(ModelOut *x, const char *path) {
     char *eot;
     int64_t last;
@@ -118,19 +126,24 @@ static inline char *write_take_json(ModelOut *x, const char *path) {
     char *error = tokenizer_json_read(x->tokenizer.s, x->tokenizer.n, x->eot, &last, &eot);
     if (error) die("%s: %s", path, error);
     if (last >= x->config.V)
-        die("%s has a token %lld, the model only %d tokens\n  hint: --tokenizer FILE names another", path, (long long)last,
-            x->config.V);
+        die("%s has a token %lld, the model only %d tokens\n  hint: --tokenizer FILE names another",
+            path, (long long)last, x->config.V);
     return eot;
 }
 
-// Makes a tokenizer.json from one of our tokenizer files, and keeps that file too, for our own tools.
+// Makes a tokenizer.json from one of our tokenizer files, and keeps that file too, for our own
+// tools.
 static inline char *write_make_json(ModelOut *x, const char *path) {
     Tokenizer t;
     tokenizer_load(&t, path);
     if (t.V > x->config.V)
-        die("%s has %d tokens, the model only %d\n  hint: --tokenizer FILE names another", path, t.V, x->config.V);
+        die("%s has %d tokens, the model only %d\n  hint: --tokenizer FILE names another", path,
+            t.V, x->config.V);
     const char *error = tokenizer_json_write(&x->tokenizer, &t);
-    if (error) die("%s: no tokenizer.json can be made of it: %s\n  hint: --tokenizer names a tokenizer.json", path, error);
+    if (error)
+        die("%s: no tokenizer.json can be made of it: %s\n  hint: --tokenizer names a "
+            "tokenizer.json",
+            path, error);
     x->ours = write_read(path);
     x->ours_name = x->ours.s[0] == '{' ? "vocab.json" : "tokenizer.bin";
     if (x->eot < 0) x->eot = t.eot;
@@ -139,7 +152,8 @@ static inline char *write_make_json(ModelOut *x, const char *path) {
     return eot;
 }
 
-// Whether the file is a tokenizer.json, which has a "model", and no vocab.json, which has none that is an object.
+// Whether the file is a tokenizer.json, which has a "model", and no vocab.json, which has none that
+// is an object.
 static inline int write_is_json(const char *path) {
     FileMap map;
     Json doc;
@@ -153,8 +167,8 @@ static inline int write_is_json(const char *path) {
     return is;
 }
 
-// The tokenizer of the checkpoint: a tokenizer.json wherever there is one, since it says more than our files. From malloc,
-// or NULL.
+// The tokenizer of the checkpoint: a tokenizer.json wherever there is one, since it says more than
+// our files. From malloc, or NULL.
 static inline char *write_find_tokenizer(const ModelOut *x) {
     if (*x->given) return xstrdup(x->given);
     char *json = xprintf("%s/tokenizer.json", x->from), *inside = xprintf("%s/", x->from);
@@ -176,8 +190,11 @@ static inline char *write_find_tokenizer(const ModelOut *x) {
 
 // The file that our own tools read, where it stands beside the tokenizer.json.
 static inline void write_keep_ours(ModelOut *x, const char *json) {
-    char *beside = xprintf("%.*s/", (int)(strrchr(json, '/') - json), json), *path = tokenizer_find(beside);
-    if (path) x->ours = write_read(path), x->ours_name = x->ours.s[0] == '{' ? "vocab.json" : "tokenizer.bin";
+    char *beside = xprintf("%.*s/", (int)(strrchr(json, '/') - json), json),
+         *path = tokenizer_find(beside);
+    if (path)
+        x->ours = write_read(path),
+        x->ours_name = x->ours.s[0] == '{' ? "vocab.json" : "tokenizer.bin";
     free(beside), free(path);
 }
 
@@ -202,7 +219,8 @@ static inline int write_eot(const char *dir, int V) {
     int64_t eot = -1;
     if (path_is_directory(dir) && !file_map(&map, path)) {
         if (!json_parse(&doc, map.data, map.size)) {
-            if (!json_int64(&doc, json_get(&doc, 0, "eos_token_id"), &eot) || eot < 0 || eot >= V) eot = -1;
+            if (!json_int64(&doc, json_get(&doc, 0, "eos_token_id"), &eot) || eot < 0 || eot >= V)
+                eot = -1;
             json_free(&doc);
         }
         file_unmap(&map);
@@ -211,8 +229,14 @@ static inline int write_eot(const char *dir, int V) {
     return (int)eot;
 }
 
-static const char *const write_files[] = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
-                                          "tokenizer_config.json", "tokenizer.bin", "vocab.json", "prune.json"};
+static const char *const write_files[] = {"model.safetensors",
+                                          "config.json",
+                                          "generation_config.json",
+                                          "tokenizer.json",
+                                          "tokenizer_config.json",
+                                          "tokenizer.bin",
+                                          "vocab.json",
+                                          "prune.json"};
 enum { N_WRITE_FILES = sizeof write_files / sizeof write_files[0] };
 
 // Removes what a tool has left behind under its temporary name: files of these names only.
@@ -222,7 +246,8 @@ static inline void write_clean(const char *temporary) {
         unlink(path);
         free(path);
     }
-    if (path_exists(temporary) && (path_is_directory(temporary) ? rmdir(temporary) : unlink(temporary)))
+    if (path_exists(temporary) &&
+        (path_is_directory(temporary) ? rmdir(temporary) : unlink(temporary)))
         die("cannot remove %s: %s", temporary, strerror(errno));
 }
 
@@ -234,7 +259,8 @@ static inline void write_text(const char *dir, const char *name, const Text *t) 
     free(path);
 }
 
-// Writes the directory `temporary`. NULL, or from malloc what is wrong; then the caller removes it with write_clean.
+// Writes the directory `temporary`. NULL, or from malloc what is wrong; then the caller removes it
+// with write_clean.
 static inline char *write_huggingface(ModelOut *x, const char *temporary) {
     const GptConfig *c = &x->config;
     CheckpointState s;
@@ -251,7 +277,8 @@ static inline char *write_huggingface(ModelOut *x, const char *temporary) {
         write_text(temporary, "config.json", &config);
         text_printf(&generation, "{\n");
         if (x->eot >= 0)
-            text_printf(&generation, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", x->eot, x->eot);
+            text_printf(&generation, "  \"bos_token_id\": %d,\n  \"eos_token_id\": %d,\n", x->eot,
+                        x->eot);
         text_printf(&generation, "  \"_from_model_config\": true\n}\n");
         write_text(temporary, "generation_config.json", &generation);
         if (x->tokenizer.n) write_text(temporary, "tokenizer.json", &x->tokenizer);
@@ -264,7 +291,8 @@ static inline char *write_huggingface(ModelOut *x, const char *temporary) {
     return error;
 }
 
-// "a/b" -> "a/.b.tmp": on the same disk, so that a rename moves it into place. Makes a, or takes ".". From malloc.
+// "a/b" -> "a/.b.tmp": on the same disk, so that a rename moves it into place. Makes a, or takes
+// ".". From malloc.
 static inline char *write_temporary(const char *out, char **parent) {
     char *name = xstrdup(out);
     for (size_t n = strlen(name); n > 1 && name[n - 1] == '/'; n--) name[n - 1] = 0;
