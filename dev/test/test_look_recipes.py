@@ -46,6 +46,22 @@ class Recipes(unittest.TestCase):
         for name in ("curves.png", "ends.svg"):
             self.assertEqual(os.path.exists(f"{out}/{name}"), real_runs.have("matplotlib"))
 
+    def test_prune_heal(self):
+        small = {"DATA": real_runs.data(), "SEEDS": "1 2", "STEPS": "20", "LAYERS": "3", "REMOVE": "1", "LAST": "1",
+                 "TOKENS": "512", "THREADS": "1", "DTYPE": "fp32"}
+        out, text = self.recipe("prune_heal", **small)
+        with open(out + "/table.md", encoding="utf-8") as file:
+            rows = {cells[1].strip(): [x.strip() for x in cells[2:5]] for cells in (line.split("|") for line in file)}
+        self.assertEqual(len(rows), 10)
+        for title in ("all layers", "1 removed, greedily", "1 removed, in a row, by angle", "greedy removal costs",
+                      "1 removed greedily, all of it trained on", "nothing removed, trained on as long"):
+            for cell in rows[title]:
+                self.assertRegex(cell, r"^[+-]?\d+\.\d{4} ± \d+\.\d{4}$")
+        self.assertIn(": 2 of 3 layers of ", text)
+        self.assertEqual(os.path.exists(out + "/loss_by_layers.svg"), real_runs.have("matplotlib"))
+        self.assertNotIn("step ", self.recipe("prune_heal", **small)[1].split("== none_s1")[1])     # it is all there
+        self.assertIn("must count up", self.recipe("prune_heal", expect=1, **{**small, "SEEDS": "1 3"})[1])
+
     def test_finetune(self):
         self.assertIn("on which text?", self.recipe("finetune", expect=1, TEXT="")[1])
         self.assertIn("hint: hf download", self.recipe("finetune", expect=1, TEXT=self.text(), INIT="/nowhere")[1])
