@@ -19,6 +19,7 @@
 #include "dev/test/test_comm.h"
 #include "dev/test/test_compare.h"
 #include "dev/test/test_cuda.h"
+#include "dev/test/test_dense.h"
 #include "dev/test/test_drop_path.h"
 #include "dev/test/test_emu.h"
 #include "dev/test/test_engine.h"
@@ -85,6 +86,7 @@ static const Test tests[] = {
     MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) CHOICES_TESTS(X)
     GPU_MODEL_TESTS(X) GROWTH_TESTS(X)
     LAYERS_TESTS(X)
+    DENSE_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };
