@@ -41,6 +41,7 @@
 #ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_parity.h"
 #endif
+#include "dev/test/test_replace.h"
 #include "dev/test/test_rng.h"
 #include "dev/test/test_safetensors.h"
 #include "dev/test/test_sample.h"
@@ -74,6 +75,7 @@ static const Test tests[] = {
 #define X(name) {#name, test_##name, N_ENGINES},
     ENGINE_TESTS(X) NOISE_ENGINE_TESTS(X) GROWTH_ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
     LAYERS_ENGINE_TESTS(X)
+    REPLACE_ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
@@ -87,6 +89,7 @@ static const Test tests[] = {
     GPU_MODEL_TESTS(X) GROWTH_TESTS(X)
     LAYERS_TESTS(X)
     DENSE_TESTS(X)
+    REPLACE_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

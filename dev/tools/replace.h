@@ -1,0 +1,401 @@
+// replace.h: ReplaceMe: layers that are left out, replaced by one linear map in the layer before.
+//
+// Shopkhoev et al. 2025, "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
+// Linearization" (arXiv 2505.02819). Layers first .. end-1 go. Of the layer before them, i = first - 1,
+// with Z the stream after its attention, X the stream after its MLP, M = X - Z what its MLP adds, and
+// Y the stream after layer end-1, the map T (C,C) and, if affine, c (C) make
+//
+//     Z + M T + c   as close to   Y   as they can,
+//
+// and are folded into the MLP's last projection: weight (4C,C) := weight T, bias := bias T + c. With
+// a2 = Y - Z, and D = a2 - M = Y - X, least squares with a ridge a towards the identity is
+//
+//     T = I + (G + a I)^-1 R,   G = M^T M,   R = M^T D        (towards zero: R + G for R, and no I)
+//
+// so that a = 0 is the paper's, and a = infinity is leaving the layers out and nothing more. With c, G
+// and R are those of centred M and D. All sums are in double precision, and take 2 C^2 numbers a block
+// whatever the number of tokens.
+#ifndef REPLACE_H
+#define REPLACE_H
+
+#include "../files/shards.h"
+#include "../model/engine.h"
+#include "dense.h"
+
+// ---- What a block of layers that goes has been seen to do ----
+
+typedef struct {
+    int first, end;                                      // the layers that go; first >= 1
+    int64_t n;                                           // tokens seen
+    double *gram, *cross;                                // (C,C) sums of M^T M (lower half) and M^T D
+    double *m, *d, square;                               // (C) sums of M and D; the sum of |D|^2
+} ReplaceBlock;
+
+static inline ReplaceBlock replace_block_new(int first, int end, int C) {
+    CHECK(1 <= first && first < end, "layers %d to %d have none before them", first, end - 1);
+    ReplaceBlock b = {first, end, 0, NULL, NULL, NULL, NULL, 0};
+    b.gram = (double *)xcalloc((size_t)C * (size_t)C, sizeof *b.gram);
+    b.cross = (double *)xcalloc((size_t)C * (size_t)C, sizeof *b.cross);
+    b.m = (double *)xcalloc((size_t)C, sizeof *b.m);
+    b.d = (double *)xcalloc((size_t)C, sizeof *b.d);
+    return b;
+}
+
+static inline void replace_block_free(ReplaceBlock *b) {
+    free(b->gram), free(b->cross), free(b->m), free(b->d);
+    memset(b, 0, sizeof *b);
+}
+
+// Adds n tokens: m and d (n,C).
+static inline void replace_add(ReplaceBlock *b, const real *m, const real *d, size_t n, size_t C) {
+    dense_gram(b->gram, dense_of_real(m, C), C, n);
+    dense_product(b->cross, C, dense_turned(dense_of_real(m, C)), dense_of_real(d, C), C, C, n,
+                  DENSE_ADD);
+    for (size_t t = 0; t < n; t++)
+        for (size_t j = 0; j < C; j++) {
+            const double x = (double)d[t * C + j];
+            b->m[j] += (double)m[t * C + j];
+            b->d[j] += x;
+            b->square += x * x;
+        }
+    b->n += (int64_t)n;
+}
+
+// ---- The map ----
+
+typedef struct {
+    double ridge;                                        // a as a multiple of tr(G)/C; INFINITY: T = I
+    int zero, affine;                                    // the ridge pulls towards 0, not I; with c
+} ReplaceHow;
+
+typedef struct {
+    double *t, *c;                                       // (C,C), (C)
+    double ridge, condition;                             // as it was taken; of G + a I, in the 1-norm
+    double left;                                         // |D - M (T - I) - c|^2 / |D|^2: what the map
+                                                         // does not explain; 1: no better than deletion
+    const char *word;                                    // what was not as asked, or NULL
+} ReplaceMap;
+
+// No more than this is a matrix' condition where its inverse is taken: beyond, the ridge is raised.
+#define REPLACE_CONDITION 1e12
+
+static inline ReplaceMap replace_map_new(size_t C) {
+    ReplaceMap map = {NULL, NULL, INFINITY, 1, 1, NULL};
+    map.t = (double *)xcalloc(C * C, sizeof *map.t);
+    map.c = (double *)xcalloc(C, sizeof *map.c);
+    for (size_t i = 0; i < C; i++) map.t[i * C + i] = 1;
+    return map;
+}
+
+static inline void replace_map_free(ReplaceMap *map) {
+    free(map->t), free(map->c);
+    memset(map, 0, sizeof *map);
+}
+
+// G and R, whole, and with `affine` of centred M and D.
+static inline void replace_moments(const ReplaceBlock *b, size_t C, int affine, double *gram,
+                                   double *cross) {
+    const double n = b->n ? (double)b->n : 1;
+    memcpy(gram, b->gram, C * C * sizeof *gram);
+    memcpy(cross, b->cross, C * C * sizeof *cross);
+    dense_mirror(gram, C);
+    for (size_t i = 0; affine && i < C; i++)
+        for (size_t j = 0; j < C; j++) {
+            gram[i * C + j] -= b->m[i] * b->m[j] / n;
+            cross[i * C + j] -= b->m[i] * b->d[j] / n;
+        }
+}
+
+// The factor of gram + a I in `l`, with a = *ridge times `unit`, and its condition. Raises *ridge until
+// there is one: a Gram matrix of few tokens, or of channels that follow from each other, has none at 0.
+// Returns whether it was raised.
+static inline int replace_factor(double *l, const double *gram, size_t C, double unit, double *ridge,
+                                 double *condition) {
+    for (int raised = 0;; raised = 1) {
+        memcpy(l, gram, C * C * sizeof *l);
+        for (size_t i = 0; i < C; i++) l[i * C + i] += *ridge * unit;
+        const double norm = dense_norm1(l, C);
+        if (dense_cholesky(l, C) == C) {
+            *condition = dense_condition(l, C, norm);
+            if (*condition <= REPLACE_CONDITION) return raised;
+        }
+        *ridge = *ridge < 1e-12 ? 1e-12 : 10 * *ridge;
+    }
+}
+
+// |D - M P - c|^2 / |D|^2 for P = T - I, from the sums alone.
+static inline double replace_left(const ReplaceBlock *b, const ReplaceMap *map, size_t C) {
+    double *p = (double *)xcalloc(C * C, sizeof *p), *gp = (double *)xcalloc(C * C, sizeof *gp);
+    double *gram = (double *)xcalloc(C * C, sizeof *gram), *cross = (double *)xcalloc(C * C, sizeof *cross);
+    replace_moments(b, C, 0, gram, cross);
+    memcpy(p, map->t, C * C * sizeof *p);
+    for (size_t i = 0; i < C; i++) p[i * C + i] -= 1;
+    dense_product(gp, C, dense_of(gram, C), dense_of(p, C), C, C, C, DENSE_SET);
+    double sum = b->square + dense_dot(p, gp, C * C) - 2 * dense_dot(p, cross, C * C);
+    for (size_t j = 0; j < C; j++) {
+        double mp = 0;                                   // the sum of (M P) in channel j
+        for (size_t i = 0; i < C; i++) mp += b->m[i] * p[i * C + j];
+        sum += map->c[j] * (2 * (mp - b->d[j]) + (double)b->n * map->c[j]);
+    }
+    free(p), free(gp), free(gram), free(cross);
+    return b->square > 0 ? fmax(sum, 0) / b->square : 0;
+}
+
+// The map of a block, from what was seen of it. Says in map->word what was not as asked. A stream that
+// is not finite is the caller's to refuse: `replace_is_finite`.
+static inline ReplaceMap replace_solve(const ReplaceBlock *b, size_t C, ReplaceHow how) {
+    ReplaceMap map = replace_map_new(C);
+    double *gram = (double *)xcalloc(C * C, sizeof *gram), *l = (double *)xcalloc(C * C, sizeof *l);
+    replace_moments(b, C, how.affine, gram, map.t);      // map.t: R for now
+    const double unit = dense_trace(gram, C) / (double)C, whole = dense_trace(b->gram, C) / (double)C;
+    map.ridge = how.ridge;
+    if (!(unit > 1e-24 * whole) || b->n == 0) {          // M is constant, or 0: there is nothing to map
+        map.word = b->n == 0 ? "no tokens were seen" : "what the MLP before adds never changes";
+        map.ridge = INFINITY;
+    }
+    if (isfinite(map.ridge)) {
+        if (how.zero)
+            for (size_t i = 0; i < C * C; i++) map.t[i] += gram[i];
+        if (replace_factor(l, gram, C, unit, &map.ridge, &map.condition))
+            map.word = b->n <= (int64_t)C ? "fewer tokens than it has unknowns: the ridge was raised"
+                                          : "its channels follow from each other: the ridge was raised";
+        dense_solve(l, C, map.t, C);
+    } else
+        memset(map.t, 0, C * C * sizeof *map.t);
+    for (size_t i = 0; (!how.zero || !isfinite(map.ridge)) && i < C; i++) map.t[i * C + i] += 1;
+    for (size_t j = 0; how.affine && b->n && j < C; j++) {      // c = mean of D - M (T - I)
+        double sum = b->d[j] + b->m[j];
+        for (size_t i = 0; i < C; i++) sum -= b->m[i] * map.t[i * C + j];
+        map.c[j] = sum / (double)b->n;
+    }
+    map.left = replace_left(b, &map, C);
+    free(gram), free(l);
+    return map;
+}
+
+static inline int replace_is_finite(const ReplaceBlock *b, size_t C) {
+    double sum = b->square;
+    for (size_t i = 0; i < C * C; i++) sum += b->cross[i] * 0;
+    for (size_t i = 0; i < C; i++) sum += b->gram[i * C + i];
+    return isfinite(sum);
+}
+
+// weight (4C,C) and bias (C) of the MLP's last projection become those that map what it added, times
+// `scale`: the factor of that branch, which is 1 afterwards. Returns 0 if a number is not finite then.
+static inline int replace_fold(const ReplaceMap *map, size_t C, double scale, real *weight, real *bias) {
+    double *w = (double *)xcalloc(4 * C * C, sizeof *w), *b = (double *)xcalloc(C, sizeof *b);
+    int finite = 1;
+    dense_product(w, C, dense_of_real(weight, C), dense_of(map->t, C), 4 * C, C, C, DENSE_SET);
+    dense_product(b, C, dense_of_real(bias, C), dense_of(map->t, C), 1, C, C, DENSE_SET);
+    for (size_t i = 0; i < 4 * C * C; i++) {
+        weight[i] = (real)(scale * w[i]);
+        finite = finite && isfinite(weight[i]);
+    }
+    for (size_t j = 0; j < C; j++) {
+        bias[j] = (real)(scale * b[j] + map->c[j]);
+        finite = finite && isfinite(bias[j]);
+    }
+    free(w), free(b);
+    return finite;
+}
+
+// ---- Calibration: all blocks in one pass ----
+
+// What is kept of a token for replace_cosine, one after the other: M, Z and Y of a block, (n,C) each.
+typedef struct { real *m, *z, *y; size_t n, room; } ReplaceKept;
+
+typedef struct {
+    int n, C;
+    ReplaceBlock *block;                                 // (n)
+    ReplaceKept *kept;                                   // (n), or NULL
+    size_t tokens, room;                                 // of the call under way; the most of any
+    real *z, *d, **x, **m;                               // (room,C); x and m by layer, where one goes on
+    unsigned char *want;                                 // (2L+2)
+    int L;
+} ReplaceWatch;
+
+static inline int replace_begins(const ReplaceWatch *w, int layer) {
+    for (int i = 0; i < w->n; i++)
+        if (w->block[i].first - 1 == layer) return 1;
+    return 0;
+}
+
+// Whether a block that begins after `layer` has not ended below layer `below`.
+static inline int replace_goes_on(const ReplaceWatch *w, int layer, int below) {
+    for (int i = 0; i < w->n; i++)
+        if (w->block[i].first - 1 == layer && w->block[i].end - 1 > below) return 1;
+    return 0;
+}
+
+static inline void replace_keep(ReplaceKept *k, const real *m, const real *x, const real *y, size_t n,
+                                size_t C) {
+    n = at_most(k->room - k->n, n);
+    memcpy(k->m + k->n * C, m, n * C * sizeof *m);
+    memcpy(k->y + k->n * C, y, n * C * sizeof *y);
+    for (size_t i = 0; i < n * C; i++) k->z[k->n * C + i] = x[i] - m[i];
+    k->n += n;
+}
+
+static inline void replace_see(void *self, int point, const real *x) {
+    ReplaceWatch *w = (ReplaceWatch *)self;
+    const size_t C = (size_t)w->C, n = w->tokens * C;
+    const int layer = (point - 1) / BRANCHES;
+    if (point == watch_after(layer, ATTN)) {
+        memcpy(w->z, x, n * sizeof *x);
+        return;
+    }
+    for (int i = 0; i < w->n; i++) {
+        ReplaceBlock *b = &w->block[i];
+        if (b->end - 1 != layer) continue;
+        const real *before = w->x[b->first - 1], *m = w->m[b->first - 1];
+        for (size_t k = 0; k < n; k++) w->d[k] = x[k] - before[k];
+        replace_add(b, m, w->d, w->tokens, C);
+        if (w->kept) replace_keep(&w->kept[i], m, before, x, w->tokens, C);
+    }
+    for (int l = 0; l < layer; l++)                      // memory for the layers that are open, not for all
+        if (w->x[l] && !replace_goes_on(w, l, layer)) {
+            free(w->x[l]), free(w->m[l]);
+            w->x[l] = w->m[l] = NULL;
+        }
+    if (!replace_begins(w, layer)) return;
+    if (!w->x[layer]) {
+        w->x[layer] = (real *)xcalloc(w->room * C, sizeof(real));
+        w->m[layer] = (real *)xcalloc(w->room * C, sizeof(real));
+    }
+    memcpy(w->x[layer], x, n * sizeof *x);
+    for (size_t k = 0; k < n; k++) w->m[layer][k] = x[k] - w->z[k];
+}
+
+// Looks at n blocks, in passes of at most `room` tokens; kept: (n) with room, or NULL.
+static inline ReplaceWatch replace_watch_new(ReplaceBlock *block, int n, const GptConfig *c, size_t room,
+                                             ReplaceKept *kept) {
+    ReplaceWatch w = {n, c->C, block, kept, 0, room, NULL, NULL, NULL, NULL, NULL, c->L};
+    w.z = (real *)xcalloc(room * (size_t)c->C, sizeof(real));
+    w.d = (real *)xcalloc(room * (size_t)c->C, sizeof(real));
+    w.x = (real **)xcalloc((size_t)c->L, sizeof *w.x);
+    w.m = (real **)xcalloc((size_t)c->L, sizeof *w.m);
+    w.want = (unsigned char *)xcalloc((size_t)watch_features(c->L) + 1, 1);
+    for (int i = 0; i < n; i++) {
+        CHECK(block[i].end <= c->L, "layer %d of %d", block[i].end - 1, c->L);
+        w.want[watch_after(block[i].first - 1, ATTN)] = w.want[watch_after(block[i].first - 1, MLP)] = 1;
+        w.want[watch_after(block[i].end - 1, MLP)] = 1;
+    }
+    return w;
+}
+
+static inline void replace_watch_free(ReplaceWatch *w) {
+    for (int l = 0; l < w->L; l++) free(w->x[l]), free(w->m[l]);
+    free(w->z), free(w->d), free(w->x), free(w->m), free(w->want);
+}
+
+// One pass over rows of T tokens under `plan`, which runs all layers.
+static inline void replace_pass(ReplaceWatch *w, const Engine *e, Model *model, const DropPlan *plan, int T,
+                                const int *tokens) {
+    const Watch watch = {w, w->want, replace_see, NULL};
+    const Batch batch = batch_of(plan->batch, T, tokens, NULL);
+    Pass pass = pass_of(plan, 0);
+    pass.watch = &watch;
+    w->tokens = (size_t)plan->batch * (size_t)T;
+    CHECK(w->tokens <= w->room, "%zu tokens; room for %zu", w->tokens, w->room);
+    e->run(model, &batch, &pass);
+}
+
+// ---- The cosine method ----
+//
+// T and c that lower the mean of 1 - cos(Z + M T + c, Y) over the tokens, by Adam: the paper's other
+// objective, there with `accurate`, by which Z counts. Starts from T = I, c = 0.
+
+typedef struct { int epochs, rows, affine; double lr; uint64_t seed; } ReplaceCosine;
+
+// x (n,C) becomes the gradient of the mean of 1 - cos(x, y) by x; returns the sum of 1 - cos. A token
+// whose x or y is 0 has no angle, and counts as 1 without a gradient.
+static inline double replace_cosine_gradient(double *x, const real *y, size_t n, size_t C) {
+    double *each = (double *)xcalloc(n, sizeof *each), sum = 0;
+#ifdef _OPENMP
+#pragma omp parallel for
+#endif
+    for (size_t t = 0; t < n; t++) {
+        double *a = x + t * C, xx = 0, yy = 0, xy = 0;
+        const real *b = y + t * C;
+        for (size_t j = 0; j < C; j++) {
+            xx += a[j] * a[j];
+            yy += (double)b[j] * (double)b[j];
+            xy += a[j] * (double)b[j];
+        }
+        const double size = sqrt(xx) * sqrt(yy);
+        each[t] = size > 0 ? 1 - xy / size : 1;
+        for (size_t j = 0; j < C; j++)
+            a[j] = size > 0 ? (xy / xx * a[j] - (double)b[j]) / size / (double)n : 0;
+    }
+    for (size_t t = 0; t < n; t++) sum += each[t];
+    free(each);
+    return sum;
+}
+
+// One step of Adam (Kingma and Ba 2015) on n numbers; `moments` (2,n).
+static inline void replace_adam(double *x, const double *gradient, double *moments, size_t n, double lr,
+                                int step) {
+    const double one = 1 - pow(0.9, step), two = 1 - pow(0.999, step);
+#ifdef _OPENMP
+#pragma omp parallel for
+#endif
+    for (size_t i = 0; i < n; i++) {
+        double *m = moments + i, *v = moments + n + i;
+        *m += 0.1 * (gradient[i] - *m);
+        *v += 0.001 * (gradient[i] * gradient[i] - *v);
+        x[i] -= lr * (*m / one) / (sqrt(*v / two) + 1e-8);
+    }
+}
+
+// x (n,C) = Z + M T + c of kept tokens that were gathered.
+static inline void replace_forward(double *x, const ReplaceMap *map, const real *m, const real *z, size_t n,
+                                   size_t C) {
+    for (size_t t = 0; t < n; t++)
+        for (size_t j = 0; j < C; j++) x[t * C + j] = (double)z[t * C + j] + map->c[j];
+    dense_product(x, C, dense_of_real(m, C), dense_of(map->t, C), n, C, C, DENSE_ADD);
+}
+
+// The mean of 1 - cos over the kept tokens before and after goes to loss (2). `tell`, if not NULL, is
+// called with the part that is done.
+static inline ReplaceMap replace_cosine(const ReplaceKept *k, size_t C, const ReplaceCosine *how,
+                                        double loss[2], void (*tell)(void *, double), void *self) {
+    ReplaceMap map = replace_map_new(C);
+    const size_t rows = at_most((size_t)how->rows, k->n ? k->n : 1), steps = (k->n + rows - 1) / rows;
+    double *x = (double *)xcalloc(rows * C, sizeof *x), *dt = (double *)xcalloc(C * C, sizeof *dt);
+    double *dc = (double *)xcalloc(C, sizeof *dc), *of_t = (double *)xcalloc(2 * C * C, sizeof *of_t);
+    double *of_c = (double *)xcalloc(2 * C, sizeof *of_c);
+    real *gathered = (real *)xcalloc(3 * rows * C, sizeof *gathered);
+    real *m = gathered, *z = m + rows * C, *y = z + rows * C;
+    int step = 0;
+    loss[0] = loss[1] = 0;
+    for (int epoch = 0; epoch < how->epochs + 2; epoch++) {      // first and last only measure
+        const int learns = 0 < epoch && epoch <= how->epochs;
+        for (size_t s = 0; s < steps; s++) {
+            const size_t from = s * rows, n = at_most(k->n - from, rows);
+            for (size_t t = 0; t < n; t++) {
+                const int64_t at = shards_order(how->seed, learns ? epoch : 0, (int64_t)(from + t),
+                                                (int64_t)k->n);
+                memcpy(m + t * C, k->m + (size_t)at * C, C * sizeof *m);
+                memcpy(z + t * C, k->z + (size_t)at * C, C * sizeof *z);
+                memcpy(y + t * C, k->y + (size_t)at * C, C * sizeof *y);
+            }
+            replace_forward(x, &map, m, z, n, C);
+            const double sum = replace_cosine_gradient(x, y, n, C);
+            if (!learns) {
+                loss[epoch > 0] += sum / (double)k->n;
+                continue;
+            }
+            dense_product(dt, C, dense_turned(dense_of_real(m, C)), dense_of(x, C), C, C, n, DENSE_SET);
+            replace_adam(map.t, dt, of_t, C * C, how->lr, ++step);
+            memset(dc, 0, C * sizeof *dc);
+            for (size_t i = 0; how->affine && i < n * C; i++) dc[i % C] += x[i];
+            if (how->affine) replace_adam(map.c, dc, of_c, C, how->lr, step);
+            if (tell) tell(self, (double)((size_t)(epoch - 1) * steps + s) / (double)((size_t)how->epochs * steps));
+        }
+    }
+    map.ridge = 0;
+    free(x), free(dt), free(dc), free(of_t), free(of_c), free(gathered);
+    return map;
+}
+
+#endif
