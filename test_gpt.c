@@ -16,6 +16,7 @@
 #include "dev/test/test.h"
 #include "dev/test/test_checkpoint.h"
 #include "dev/test/test_choices.h"
+#include "dev/test/test_collapse.h"
 #include "dev/test/test_comm.h"
 #include "dev/test/test_compare.h"
 #include "dev/test/test_cuda.h"
@@ -90,6 +91,7 @@ static const Test tests[] = {
     LAYERS_TESTS(X)
     DENSE_TESTS(X)
     REPLACE_TESTS(X)
+    COLLAPSE_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -175,7 +175,7 @@ static int options_test_has(const Text *help, const char *name) {
 
 // Every synonym leads to an option of some program that does not itself have an option of that name.
 static void test_options_synonyms_lead_somewhere(void) {
-    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export"};
+    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export", "collapse"};
     enum { PROGRAMS = sizeof programs / sizeof programs[0] };
     Text help[PROGRAMS];
     for (int p = 0; p < PROGRAMS; p++) {
@@ -201,7 +201,7 @@ static void test_options_synonyms_lead_somewhere(void) {
 
 // -h is --help, and --version names version, commit, compiler and engine, in every program, whatever else is said.
 static void test_options_help_and_version(void) {
-    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export", "data_bytes"};
+    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export", "collapse", "data_bytes"};
     const int git = path_exists(".git") && system("git describe --always >/dev/null 2>&1") == 0;
     for (size_t p = 0; p < sizeof programs / sizeof programs[0]; p++) {
         ToolRun h = tool_run("%s -h", programs[p]), help = tool_run("%s --help", programs[p]);
