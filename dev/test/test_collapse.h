@@ -22,7 +22,8 @@ static CollapseData collapse_test_data(const Analysis *a, const char *part) {
 static void collapse_data_free(CollapseData *d) { free(d->h), free(d->head), free(d->label); }
 
 // NC1 to NC3 of the data, taken in parts of `part` features.
-static CollapseNumbers collapse_test_measure(const CollapseData *d, size_t part, const char **error) {
+static CollapseNumbers collapse_test_measure(const CollapseData *d, size_t part,
+                                             const char **error) {
     CollapseNumbers r;
     memset(&r, 0, sizeof r);
     CollapseClasses c = collapse_classes_new(d->V, d->C);
@@ -52,11 +53,13 @@ static void test_collapse_numpy(void) {
     collapse_agree(&agree, &c, half, val.head, val.h, val.label, 23);
     collapse_agree(&agree, &c, half, val.head, val.h + 23 * d.C, val.label + 23, val.n - 23);
     collapse_agreement(&r, &agree);
-#define X(field, label, meaning) \
-    if (strcmp(#field, "equal_pairs") && strcmp(#field, "pointless")) expect_number(&a, #field, r.field);
+#define X(field, label, meaning)                                                                   \
+    if (strcmp(#field, "equal_pairs") && strcmp(#field, "pointless"))                              \
+        expect_number(&a, #field, r.field);
     COLLAPSE_NUMBERS(X)
 #undef X
-    EXPECT(r.equal_pairs == 0 && r.pointless == 0, "%g and %g left out", r.equal_pairs, r.pointless);
+    EXPECT(r.equal_pairs == 0 && r.pointless == 0, "%g and %g left out", r.equal_pairs,
+           r.pointless);
     free(half);
     collapse_classes_free(&c);
     collapse_data_free(&d), collapse_data_free(&val);
@@ -67,19 +70,21 @@ static int collapse_same(const CollapseNumbers *a, const CollapseNumbers *b, dou
     const double *x = (const double *)a, *y = (const double *)b;
     int same = 1;
     for (size_t i = 0; i < sizeof *a / sizeof *x; i++)
-        same = same && (fabs(x[i] - y[i]) <= tolerance * fmax(1, fabs(x[i])) || (isnan(x[i]) && isnan(y[i])));
+        same = same && (fabs(x[i] - y[i]) <= tolerance * fmax(1, fabs(x[i])) ||
+                        (isnan(x[i]) && isnan(y[i])));
     return same;
 }
 
-// The same bits for parts of any size and any number of threads. Another order of classes, and another
-// of tokens, change rounding only. Features times s: CDNV of exponent 1, norms' variation, the simplex,
-// kernels and duality stay; exponent 2 goes with s^-2, the mean norm with s. A shift of all changes
-// nothing.
+// The same bits for parts of any size and any number of threads. Another order of classes, and
+// another of tokens, change rounding only. Features times s: CDNV of exponent 1, norms' variation,
+// the simplex, kernels and duality stay; exponent 2 goes with s^-2, the mean norm with s. A shift
+// of all changes nothing.
 static void test_collapse_laws(void) {
     Analysis a = analysis_open();
     CollapseData d = collapse_test_data(&a, "train"), p = collapse_test_data(&a, "train");
     const char *error;
-    const CollapseNumbers whole = collapse_test_measure(&d, d.n, &error), parts = collapse_test_measure(&d, 7, &error);
+    const CollapseNumbers whole = collapse_test_measure(&d, d.n, &error),
+                          parts = collapse_test_measure(&d, 7, &error);
     EXPECT(!memcmp(&whole, &parts, sizeof whole), "the bits depend on the parts");
 #ifdef _OPENMP
     const int threads = omp_get_max_threads();
@@ -98,22 +103,23 @@ static void test_collapse_laws(void) {
     CollapseNumbers r = collapse_test_measure(&p, p.n, &error);
     EXPECT(collapse_same(&r, &whole, 1e-11), "another order changes the numbers");
     for (size_t i = 0; i < p.n * p.C; i++) p.h[i] = 4 * p.h[i] + (real)(i % p.C * 1024);
-    r = collapse_test_measure(&p, p.n, &error);          // shifted exactly but for the last bits of float
+    r = collapse_test_measure(&p, p.n, &error); // shifted exactly but for the last bits of float
     r.norm_mean /= 4, r.cdnv2 *= 16, r.log_norm_cov = whole.log_norm_cov;
-    EXPECT(collapse_same(&r, &whole, 2e-3), "cdnv %g, %g; exponent 2 %g, %g; etf %g, %g", r.cdnv, whole.cdnv,
-           r.cdnv2, whole.cdnv2, r.etf_error, whole.etf_error);
+    EXPECT(collapse_same(&r, &whole, 2e-3), "cdnv %g, %g; exponent 2 %g, %g; etf %g, %g", r.cdnv,
+           whole.cdnv, r.cdnv2, whole.cdnv2, r.etf_error, whole.etf_error);
     collapse_data_free(&d), collapse_data_free(&p);
     analysis_close(&a);
 }
 
-// K vectors of a simplex in K channels, away from the origin, with and without a known spread in each
-// class; the head is their dual. n of each class, 600 classes in more than one tile.
+// K vectors of a simplex in K channels, away from the origin, with and without a known spread in
+// each class; the head is their dual. n of each class, 600 classes in more than one tile.
 static void test_collapse_simplex(void) {
     static const size_t sizes[] = {2, 10, 600};
     for (int s = 0; s < 3; s++) {
         const size_t K = sizes[s], n = 2 * K;
         const char *error;
-        CollapseData d = {xcalloc(n * K, sizeof(real)), xcalloc(K * K, sizeof(real)), xcalloc(n, sizeof(int)), n, K, K};
+        CollapseData d = {xcalloc(n * K, sizeof(real)), xcalloc(K * K, sizeof(real)),
+                          xcalloc(n, sizeof(int)), n, K, K};
         for (int spread = 0; spread < 2; spread++) {
             for (size_t t = 0; t < n; t++) {
                 d.label[t] = (int)(t / 2);
@@ -123,13 +129,15 @@ static void test_collapse_simplex(void) {
             for (size_t k = 0; k < K * K; k++) d.head[k] = (real)K * (k / K == k % K) - 1;
             const CollapseNumbers r = collapse_test_measure(&d, 11, &error);
             EXPECT(!error, "%s", error);
-            EXPECT(r.classes == (double)K && r.coverage == 1, "%g classes, %g", r.classes, r.coverage);
+            EXPECT(r.classes == (double)K && r.coverage == 1, "%g classes, %g", r.classes,
+                   r.coverage);
             EXPECT_CLOSE(r.cdnv, spread ? 1.0 / 128 : 0, 1e-14, "cdnv");
             EXPECT_CLOSE(r.cdnv2, spread ? 1.0 / 128 / 128 : 0, 1e-16, "cdnv2");
             EXPECT_CLOSE(r.norm_mean, 8 * sqrt(1 - 1 / (double)K), 1e-13, "norm");
             EXPECT_CLOSE(r.norm_cov, 0, 1e-13, "variation of norms");
             EXPECT_CLOSE(r.etf_error, 0, 1e-14 * (double)K + 1e-13, "etf error");
-            EXPECT_CLOSE(r.log_kernel, -0.5 * log(2 * (double)K / (double)(K - 1)), 1e-14 * (double)K, "log kernel");
+            EXPECT_CLOSE(r.log_kernel, -0.5 * log(2 * (double)K / (double)(K - 1)),
+                         1e-14 * (double)K, "log kernel");
             EXPECT_CLOSE(r.log_kernel_var, 0, 1e-22, "variance of the log kernel");
             EXPECT_CLOSE(r.duality, 1, 1e-13, "duality");
             EXPECT_CLOSE(r.duality_var, 0, 1e-25, "variance of the duality");
@@ -140,10 +148,12 @@ static void test_collapse_simplex(void) {
     }
 }
 
-// Close means are told apart by what little there is between them: a class far away must not blur it.
+// Close means are told apart by what little there is between them: a class far away must not blur
+// it.
 static void test_collapse_close_means(void) {
     const char *error;
-    CollapseData d = {xcalloc(6 * 2, sizeof(real)), xcalloc(3 * 2, sizeof(real)), xcalloc(6, sizeof(int)), 6, 3, 2};
+    CollapseData d = {xcalloc(6 * 2, sizeof(real)), xcalloc(3 * 2, sizeof(real)),
+                      xcalloc(6, sizeof(int)), 6, 3, 2};
     const double gap = 1.0 / (1 << 20);
     for (int t = 0; t < 6; t++) d.label[t] = t / 2;
     for (int t = 0; t < 4; t++) {
@@ -152,13 +162,14 @@ static void test_collapse_close_means(void) {
     d.h[8] = d.h[10] = -1;
     for (int k = 0; k < 6; k++) d.head[k] = 1;
     const CollapseNumbers r = collapse_test_measure(&d, 6, &error);
-    const double square = gap * gap, far = square / 2 / 4;            // variance gap^2, one pair gap apart
+    const double square = gap * gap, far = square / 2 / 4; // variance gap^2, one pair gap apart
     EXPECT(!error, "%s", error);
     EXPECT_CLOSE(r.cdnv, (square / square + 2 * far) / 3, 1e-6, "cdnv");
     collapse_data_free(&d);
 }
 
-// What has no such numbers gets a word; equal means and missing directions are counted and left out.
+// What has no such numbers gets a word; equal means and missing directions are counted and left
+// out.
 static void test_collapse_degenerate(void) {
     enum { N = 8, C = 3, V = 5 };
     real h[N * C], head[V * C];
@@ -169,9 +180,11 @@ static void test_collapse_degenerate(void) {
     for (int k = 0; k < V * C; k++) head[k] = (real)(k * k % 7);
     CollapseNumbers r = collapse_test_measure(&d, N, &error);
     EXPECT(!error && r.equal_pairs == 0 && isfinite(r.cdnv) && isfinite(r.log_kernel), "%s", error);
-    for (int k = 0; k < C; k++) h[6 * C + k] = h[7 * C + k] = h[k], head[k] = 0;     // class 3 is class 0 again
+    for (int k = 0; k < C; k++)
+        h[6 * C + k] = h[7 * C + k] = h[k], head[k] = 0; // class 3 is class 0 again
     r = collapse_test_measure(&d, N, &error);
-    EXPECT(!error && r.equal_pairs == 1 && r.pointless == 1, "%s, %g, %g", error, r.equal_pairs, r.pointless);
+    EXPECT(!error && r.equal_pairs == 1 && r.pointless == 1, "%s, %g, %g", error, r.equal_pairs,
+           r.pointless);
 #define X(field, label, meaning) EXPECT(isfinite(r.field), #field " is %g", r.field);
     COLLAPSE_NUMBERS(X)
 #undef X
@@ -206,24 +219,29 @@ static double collapse_test_json(const char *path, const char *field, int checkp
     return x;
 }
 
-// Batch and threads change no bit; a run's checkpoints make a curve whose end is the last one alone.
+// Batch and threads change no bit; a run's checkpoints make a curve whose end is the last one
+// alone.
 static void test_collapse_tool(void) {
     const char *data = trainer_test_data(), *dir = test_directory();
     EXPECT_RUN("--out %s/run --steps 30 --lr 1e-2 --save-every 10 --keep 0", dir);
-    char *glob = xprintf("--train '%s/data/train_*.bin' --val '%s/data/val_*.bin' --tokens 3000 --val-tokens 500",
-                         data, data), *json = xprintf("%s/one.json", dir), *all = xprintf("%s/all.json", dir);
+    char *glob = xprintf("--train '%s/data/train_*.bin' --val '%s/data/val_*.bin' --tokens 3000 "
+                         "--val-tokens 500", data, data);
+    char *json = xprintf("%s/one.json", dir), *all = xprintf("%s/all.json", dir);
     char *one = TOOL_OUTPUT("collapse %s/run %s --json %s --csv %s/a.csv", dir, glob, json, dir);
-    char *same = TOOL_OUTPUT("collapse %s/run/step_00000030 %s --csv %s/b.csv --batch 3 --threads 3", dir, glob, dir);
+    char *same = TOOL_OUTPUT(
+        "collapse %s/run/step_00000030 %s --csv %s/b.csv --batch 3 --threads 3", dir, glob, dir);
     char *curve = TOOL_OUTPUT("collapse %s/run --every 20 %s --json %s", dir, glob, all);
     EXPECT(strstr(one, "means of 3008 tokens of ") && strstr(one, "agreement on 512 tokens of ") &&
            strstr(one, "NC1  CDNV "), "%s", one);
     EXPECT_TEXT(strchr(one, '\n'), strchr(same, '\n'));
-    ToolRun r = shell_runf("cut -d, -f2- %s/a.csv > %s/a && cut -d, -f2- %s/b.csv > %s/b && wc -l < %s/a && cmp %s/a %s/b",
-                           dir, dir, dir, dir, dir, dir, dir);
+    ToolRun r = shell_runf("cd %s && cut -d, -f2- a.csv > a && cut -d, -f2- b.csv > b && "
+                           "wc -l < a && cmp a b", dir);
     EXPECT(r.code == 0 && atoi(r.out.s) == 2, "%s%s", r.out.s, r.err.s);
     tool_free(&r);
     int n, points;
-    EXPECT(strstr(curve, "\n        20 ") && strstr(curve, "\n        30 ") && !strstr(curve, "\n        10 "), "%s", curve);
+    EXPECT(strstr(curve, "\n        20 ") && strstr(curve, "\n        30 ") &&
+               !strstr(curve, "\n        10 "),
+           "%s", curve);
 #define X(field, label, meaning) do {                                            \
         const double alone = collapse_test_json(json, #field, 0, &n);            \
         const double last = collapse_test_json(all, #field, 1, &points);         \
@@ -233,8 +251,10 @@ static void test_collapse_tool(void) {
 #undef X
     EXPECT(n == 1 && points == 2, "%d and %d checkpoints", n, points);
     EXPECT(collapse_test_json(all, "step", 0, &n) == 20, "the first step");
-    EXPECT(collapse_test_json(all, "agreement", 0, &n) != collapse_test_json(all, "agreement", 1, &n) ||
-           collapse_test_json(all, "cdnv", 0, &n) != collapse_test_json(all, "cdnv", 1, &n), "two steps, one number");
+    EXPECT(collapse_test_json(all, "agreement", 0, &n) !=
+                   collapse_test_json(all, "agreement", 1, &n) ||
+               collapse_test_json(all, "cdnv", 0, &n) != collapse_test_json(all, "cdnv", 1, &n),
+           "two steps, one number");
     free(glob), free(json), free(all), free(one), free(same), free(curve);
 }
 
@@ -244,14 +264,18 @@ static void test_collapse_tool_refuses(void) {
     EXPECT_TOOL_REFUSES("the checkpoint is missing", "collapse %s", train);
     EXPECT_TOOL_REFUSES("--train is missing", "collapse %s/plain", run);
     EXPECT_TOOL_REFUSES("--seq-len 17: ", "collapse %s/plain %s --seq-len 17", run, train);
-    EXPECT_TOOL_REFUSES("no checkpoints step_*", "collapse %s/plain/latest %s --every 10", run, train);
-    EXPECT_TOOL_REFUSES("fewer than two next tokens", "collapse %s/plain %s --tokens 3000 --min-count 2900", run, train);
-    EXPECT_TOOL_REFUSES("is not a whole number in [1,1e15]", "collapse %s/plain %s --min-count 0", run, train);
+    EXPECT_TOOL_REFUSES("no checkpoints step_*", "collapse %s/plain/latest %s --every 10", run,
+                        train);
+    EXPECT_TOOL_REFUSES("fewer than two next tokens",
+                        "collapse %s/plain %s --tokens 3000 --min-count 2900", run, train);
+    EXPECT_TOOL_REFUSES("is not a whole number in [1,1e15]", "collapse %s/plain %s --min-count 0",
+                        run, train);
     EXPECT_TOOL_REFUSES("nowhere", "collapse %s/plain --train '%s/nowhere/*.bin'", run, data);
     const char *flat = tools_test_copy("plain", 1);      // ln_f makes one point of all features
     size_t count;
     free(tools_test_numbers(flat, "transformer.ln_f.weight", 16, 0, &count));
-    EXPECT_TOOL_REFUSES("the means of all classes are the same", "collapse %s %s --tokens 500", flat, train);
+    EXPECT_TOOL_REFUSES("the means of all classes are the same", "collapse %s %s --tokens 500",
+                        flat, train);
     const char *huge = tools_test_copy("plain", 1);
     free(tools_test_numbers(huge, "transformer.ln_f.bias", 16, 3e38, &count));
     free(tools_test_numbers(huge, "transformer.ln_f.weight", 16, 3e38, &count));
@@ -259,7 +283,7 @@ static void test_collapse_tool_refuses(void) {
     free(train);
 }
 
-#define COLLAPSE_TESTS(X) X(collapse_numpy) X(collapse_laws) X(collapse_simplex) X(collapse_close_means) \
-    X(collapse_degenerate) X(collapse_tool) X(collapse_tool_refuses)
+#define COLLAPSE_TESTS(X) X(collapse_numpy) X(collapse_laws) X(collapse_simplex) \
+    X(collapse_close_means) X(collapse_degenerate) X(collapse_tool) X(collapse_tool_refuses)
 
 #endif

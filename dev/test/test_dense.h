@@ -1,5 +1,5 @@
-// Tests of the tools' linear algebra: against plain loops, and against matrices whose factors, inverse
-// and condition are known.
+// Tests of the tools' linear algebra: against plain loops, and against matrices whose factors,
+// inverse and condition are known.
 #ifndef TEST_DENSE_H
 #define TEST_DENSE_H
 
@@ -19,8 +19,12 @@ static inline void dense_test_random(double *x, size_t n, uint32_t which) {
 
 // Sizes below, at and above a tile, a block of K and a block of the result.
 static void test_dense_products(void) {
-    static const size_t sizes[][3] = {{1, 1, 1},    {3, 5, 7},       {TILE_ROWS, DENSE_COLS, DENSE_K},
-                                      {13, 17, 300}, {DENSE_M + 1, 20, 5}, {30, DENSE_N + 3, DENSE_K + 1},
+    static const size_t sizes[][3] = {{1, 1, 1},
+                                      {3, 5, 7},
+                                      {TILE_ROWS, DENSE_COLS, DENSE_K},
+                                      {13, 17, 300},
+                                      {DENSE_M + 1, 20, 5},
+                                      {30, DENSE_N + 3, DENSE_K + 1},
                                       {7, 2, 2 * DENSE_K + 9}};
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
         const size_t M = sizes[s][0], N = sizes[s][1], K = sizes[s][2];
@@ -45,19 +49,21 @@ static void test_dense_products(void) {
                         want[i * N + j] = how == DENSE_SET ? sum : y[i * N + j] + sum;
                     }
                 const DenseMatrix left = turned ? dense_turned(dense_of(at, M)) : dense_of(a, K);
-                const DenseMatrix right = turned ? dense_turned(dense_of_real(bt, K)) : dense_of(b, N);
+                const DenseMatrix right =
+                    turned ? dense_turned(dense_of_real(bt, K)) : dense_of(b, N);
                 dense_product(y, N, left, right, M, N, K, how);
                 double worst = 0;
                 for (size_t i = 0; i < M * N; i++) worst = fmax(worst, fabs(y[i] - want[i]));
-                EXPECT(worst <= 1e-14 * (double)K, "%zu x %zu x %zu, %d, turned %d: off by %g", M, N, K, how,
-                       turned, worst);
+                EXPECT(worst <= 1e-14 * (double)K, "%zu x %zu x %zu, %d, turned %d: off by %g", M,
+                       N, K, how, turned, worst);
                 free(want);
             }
         free(a), free(b), free(y), free(at), free(bt);
     }
 }
 
-// A Gram matrix of rows that arrive at once, in two unequal parts, and with one thread: the same bits.
+// A Gram matrix of rows that arrive at once, in two unequal parts, and with one thread: the same
+// bits.
 static void test_dense_gram_bits(void) {
     enum { N = 210, K = 700, CUT = 333 };
     real *x = xcalloc((size_t)K * N, sizeof *x);
@@ -89,7 +95,8 @@ static void test_dense_gram_bits(void) {
 
 // L L^T = a, and solving gives back what was multiplied, for sizes around a panel.
 static void test_dense_cholesky(void) {
-    static const size_t sizes[] = {1, 2, 5, DENSE_PANEL - 1, DENSE_PANEL, DENSE_PANEL + 1, 2 * DENSE_PANEL + 37};
+    static const size_t sizes[] = {
+        1, 2, 5, DENSE_PANEL - 1, DENSE_PANEL, DENSE_PANEL + 1, 2 * DENSE_PANEL + 37};
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
         const size_t n = sizes[s], cols = n % 2 ? 3 : 70;
         double *r = xcalloc(n * (n + 5), 8), *a = xcalloc(n * n, 8), *l = xcalloc(n * n, 8);
@@ -124,8 +131,8 @@ static void test_dense_condition(void) {
         const double norm = dense_norm1(a, n);
         EXPECT(dense_cholesky(a, n) == n, "%zu: refused", n);
         const double got = dense_condition(a, n, norm);
-        EXPECT(got <= hilbert[s].condition * 1.01 && got >= hilbert[s].condition / 3, "Hilbert %zu: %.9g", n,
-               got);
+        EXPECT(got <= hilbert[s].condition * 1.01 && got >= hilbert[s].condition / 3,
+               "Hilbert %zu: %.9g", n, got);
     }
     double d[16] = {1e3, 0, 0, 0, 0, 10, 0, 0, 0, 0, 1e-3, 0, 0, 0, 0, 2}, one[1] = {7};
     EXPECT(dense_cholesky(d, 4) == 4, "refused");
@@ -143,7 +150,8 @@ static void test_dense_cholesky_refuses(void) {
     dense_gram(a, dense_of(x, N), N, K);
     const double norm = dense_norm1(a, N);
     const size_t at = dense_cholesky(a, N);
-    EXPECT(at >= K - 1 && (at < N || dense_condition(a, N, norm) > 1e13), "rank %d of %d: line %zu", K, N, at);
+    EXPECT(at >= K - 1 && (at < N || dense_condition(a, N, norm) > 1e13), "rank %d of %d: line %zu",
+           K, N, at);
     memset(a, 0, (size_t)N * N * 8);
     EXPECT(dense_cholesky(a, N) == 0, "zero");
     double nan[4] = {1, 0, NAN, 1}, negative[4] = {1, 0, 2, 1};

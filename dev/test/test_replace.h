@@ -1,5 +1,6 @@
-// Tests of ReplaceMe: maps against numpy's least squares and torch's Adam (golden/analysis.safetensors),
-// what is folded against what was put between, and inputs that have no such map.
+// Tests of ReplaceMe: maps against numpy's least squares and torch's Adam
+// (golden/analysis.safetensors), what is folded against what was put between, and inputs that have
+// no such map.
 #ifndef TEST_REPLACE_H
 #define TEST_REPLACE_H
 
@@ -25,7 +26,8 @@ static void analysis_close(Analysis *a) {
     file_unmap(&a->map);
 }
 
-static const SafetensorsEntry *PRINTF_LIKE(2, 3) analysis_find(const Analysis *a, const char *format, ...) {
+static const SafetensorsEntry *PRINTF_LIKE(2, 3)
+    analysis_find(const Analysis *a, const char *format, ...) {
     int length;
     va_list args;
     va_start(args, format);
@@ -50,7 +52,8 @@ static int *analysis_ints(const SafetensorsEntry *e) {
 }
 
 // |got - e| in places of e (count), at most `tolerance` times the largest of e and 1.
-static void expect_analysis(const double *got, const SafetensorsEntry *e, double tolerance, const char *what) {
+static void expect_analysis(const double *got, const SafetensorsEntry *e, double tolerance,
+                            const char *what) {
     double worst = 0, largest = 1;
     for (size_t i = 0; i < e->count; i++) {
         largest = fmax(largest, fabs(safetensors_real(e, i)));
@@ -90,12 +93,14 @@ static void test_replace_least_squares(void) {
             const char *name = replace_hows[h].name;
             expect_analysis(map.t, analysis_find(&a, "%s/%s/t", replace_cases[i], name), 1e-9, "T");
             expect_analysis(map.c, analysis_find(&a, "%s/%s/c", replace_cases[i], name), 1e-9, "c");
-            expect_analysis(&map.left, analysis_find(&a, "%s/%s/left", replace_cases[i], name), 1e-9, "rest");
+            expect_analysis(&map.left, analysis_find(&a, "%s/%s/left", replace_cases[i], name),
+                            1e-9, "rest");
             EXPECT(!map.word && map.ridge == replace_hows[h].how.ridge, "it says %s", map.word);
-            const double whole = safetensors_real(analysis_find(&a, "%s/condition", replace_cases[i]), 0);
+            const double whole =
+                safetensors_real(analysis_find(&a, "%s/condition", replace_cases[i]), 0);
             if (h == 0)
-                EXPECT(map.condition > whole / 3 && map.condition < whole * 1.0001, "condition %g, %g",
-                       map.condition, whole);
+                EXPECT(map.condition > whole / 3 && map.condition < whole * 1.0001,
+                       "condition %g, %g", map.condition, whole);
             replace_map_free(&map);
         }
         replace_block_free(&b);
@@ -117,7 +122,8 @@ static void test_replace_infinite_ridge(void) {
                 EXPECT_CLOSE(map.c[j], affine ? b.d[j] / (double)b.n : 0, 1e-14, "c");
             EXPECT(affine ? map.left < 1 : fabs(map.left - 1) < 1e-12, "the rest is %g", map.left);
             ReplaceMap near = replace_solve(&b, C, (ReplaceHow){1e9, 0, affine});
-            for (size_t i = 0; i < C * C; i++) EXPECT_CLOSE(near.t[i], map.t[i], 1e-7, "T of a large ridge");
+            for (size_t i = 0; i < C * C; i++)
+                EXPECT_CLOSE(near.t[i], map.t[i], 1e-7, "T of a large ridge");
             replace_map_free(&map), replace_map_free(&near);
         }
     replace_block_free(&b);
@@ -145,12 +151,17 @@ static void test_replace_degenerate(void) {
             ReplaceBlock b = replace_block_new(1, 2, C);
             replace_add(&b, m, d, (size_t)cases[i].n, C);
             ReplaceMap map = replace_solve(&b, C, (ReplaceHow){0, 0, affine});
-            const int bad = i == 5 && !affine;           // a constant M of rank 1 is a matter of the condition
+            const int bad =
+                i == 5 && !affine; // a constant M of rank 1 is a matter of the condition
             const int one = i == 1 && affine;            // and one centred token is none
-            EXPECT(map.word && strstr(map.word, bad ? "follow" : one ? "never" : cases[i].word), "%s: %s",
-                   cases[i].name, map.word ? map.word : "no word");
-            for (int k = 0; k < C * C; k++) EXPECT(isfinite(map.t[k]), "%s: T is %g", cases[i].name, map.t[k]);
-            for (int j = 0; j < C; j++) EXPECT(isfinite(map.c[j]), "%s: c is %g", cases[i].name, map.c[j]);
+            EXPECT(map.word && strstr(map.word, bad   ? "follow"
+                                                : one ? "never"
+                                                      : cases[i].word),
+                   "%s: %s", cases[i].name, map.word ? map.word : "no word");
+            for (int k = 0; k < C * C; k++)
+                EXPECT(isfinite(map.t[k]), "%s: T is %g", cases[i].name, map.t[k]);
+            for (int j = 0; j < C; j++)
+                EXPECT(isfinite(map.c[j]), "%s: c is %g", cases[i].name, map.c[j]);
             EXPECT(map.left >= 0 && map.left <= 1 + 1e-9 && map.condition <= REPLACE_CONDITION,
                    "%s: rest %g, condition %g", cases[i].name, map.left, map.condition);
             EXPECT(replace_is_finite(&b, C), "%s", cases[i].name);
@@ -161,7 +172,8 @@ static void test_replace_degenerate(void) {
         }
 }
 
-// torch.optim.Adam on the same tokens, all of them in each step; and in small batches it still goes down.
+// torch.optim.Adam on the same tokens, all of them in each step; and in small batches it still goes
+// down.
 static void test_replace_cosine(void) {
     Analysis a = analysis_open();
     const SafetensorsEntry *m = analysis_find(&a, "two/m");
@@ -182,7 +194,8 @@ static void test_replace_cosine(void) {
     replace_map_free(&map);
     memset(k.y, 0, n * C * sizeof *k.y);                 // no direction to go to
     map = replace_cosine(&k, C, &whole, loss, NULL, NULL);
-    EXPECT(loss[0] == 1 && loss[1] == 1 && map.t[0] == 1 && map.t[1] == 0, "loss %g, T %g", loss[1], map.t[0]);
+    EXPECT(loss[0] == 1 && loss[1] == 1 && map.t[0] == 1 && map.t[1] == 0, "loss %g, T %g", loss[1],
+           map.t[0]);
     replace_map_free(&map);
     free(k.m), free(k.z), free(k.y);
     analysis_close(&a);
@@ -225,18 +238,21 @@ static void test_replace_watch(void) {
             if (k / C >= k % C) worst = fmax(worst, fabs(block[i].gram[k] - want.gram[k]));
             worst = fmax(worst, fabs(block[i].cross[k] - want.cross[k]));
         }
-        EXPECT(worst <= rounding(1000) * largest, "%s: sums are off by %g of %g", replace_cases[i], worst, largest);
+        EXPECT(worst <= rounding(1000) * largest, "%s: sums are off by %g of %g", replace_cases[i],
+               worst, largest);
         EXPECT_CLOSE(block[i].square, want.square, rounding(1000) * want.square, "|D|^2");
         const int same = !memcmp(block[i].gram, again[i].gram, C * C * 8) &&
-                         !memcmp(block[i].cross, again[i].cross, C * C * 8) && block[i].square == again[i].square;
-        EXPECT(same || !(test_engine->can & CAN_ANY_BATCH), "%s: the bits depend on the batch", replace_cases[i]);
+                         !memcmp(block[i].cross, again[i].cross, C * C * 8) &&
+                         block[i].square == again[i].square;
+        EXPECT(same || !(test_engine->can & CAN_ANY_BATCH), "%s: the bits depend on the batch",
+               replace_cases[i]);
         replace_block_free(&want), replace_block_free(&block[i]), replace_block_free(&again[i]);
     }
     golden_close(&g), analysis_close(&a);
 }
 
-// Folded into weights, with a bias that is not 0, the map gives the logits of the map put between; as
-// the factor of a branch goes into the weights, it goes through the map.
+// Folded into weights, with a bias that is not 0, the map gives the logits of the map put between;
+// as the factor of a branch goes into the weights, it goes through the map.
 static void test_replace_fold(void) {
     Golden g = golden_open();
     Analysis a = analysis_open();
@@ -247,8 +263,10 @@ static void test_replace_fold(void) {
             size_t width;
             ReplaceBlock b = replace_test_block(&a, replace_cases[i], &width);
             ReplaceMap map = replace_solve(&b, C, replace_hows[1].how);
-            real *all = slot_read(c, g.rig.model, SLOT_PARAM), *kept = slot_read(c, g.rig.model, SLOT_PARAM);
-            real *w = all + slot_at(c, P_fcprojw, b.first - 1), *bias = all + slot_at(c, P_fcprojb, b.first - 1);
+            real *all = slot_read(c, g.rig.model, SLOT_PARAM),
+                 *kept = slot_read(c, g.rig.model, SLOT_PARAM);
+            real *w = all + slot_at(c, P_fcprojw, b.first - 1),
+                 *bias = all + slot_at(c, P_fcprojb, b.first - 1);
             for (size_t k = 0; halved && k < 4 * C * C; k++) w[k] *= 2;
             for (size_t j = 0; j < C; j++) {
                 EXPECT(bias[j] != 0, "a bias of 0 tests nothing");
@@ -267,7 +285,8 @@ static void test_replace_fold(void) {
             for (int t = 0; t < g.rig.B * g.rig.T; t++) {
                 test_engine->logits(g.rig.model, t / g.rig.T, t % g.rig.T, logits);
                 for (int v = 0; v < c->V; v++)
-                    worst = fmax(worst, fabs((double)logits[v] - safetensors_real(want, (size_t)(t * c->V + v))));
+                    worst = fmax(worst, fabs((double)logits[v] -
+                                             safetensors_real(want, (size_t)(t * c->V + v))));
             }
             EXPECT(worst <= 1e-5, "%s: logits are off by %g", replace_cases[i], worst);
             slot_write(c, g.rig.model, SLOT_PARAM, kept);

@@ -1,11 +1,12 @@
-// collapse.c: neural collapse of a checkpoint's features, or of all the checkpoints of a run: collapse.h.
+// collapse.c: neural collapse of a checkpoint's features, or of all the checkpoints of a run:
+// collapse.h.
 //
 //     build/collapse runs/gpt/latest --train 'data/text/train_*.bin' --val 'data/text/val_*.bin'
 //     build/collapse runs/gpt --every 500 --train 'data/text/train_*.bin' --csv collapse.csv
 //
-// Class means and variances are those of the training shards, the agreement of head and nearest mean is that
-// of the validation shards. A class is a next token: beside every number stand how many classes it is of, and the
-// share of the tokens that are of these.
+// Class means and variances are those of the training shards, the agreement of head and nearest
+// mean is that of the validation shards. A class is a next token: beside every number stand how
+// many classes it is of, and the share of the tokens that are of these.
 
 #include "../check.h"
 #include "../files/files.h"
@@ -16,30 +17,30 @@
 #include "load.h"
 
 //  OPTION(field, name, type, default, domain, help)
-#define COLLAPSE_OPTIONS(HEADING, OPTION)                                                                    \
-  HEADING("Data")                                                                                            \
-    OPTION(train, "train", TEXT, "", "GLOB",                                                                 \
-           "token shards for the class means; quote a pattern: 'data/train_*.bin'")                          \
-    OPTION(val, "val", TEXT, "", "GLOB",                                                                     \
-           "token shards for the agreement (NC4); if not given, it is left out")                             \
-    OPTION(tokens, "tokens", INTEGER, "2e6", "[0,1e15]",                                                     \
-           "tokens of --train, in whole rows at equal distances; 0: all")                                    \
-    OPTION(val_tokens, "val-tokens", INTEGER, "20000", "[0,1e15]",                                           \
-           "tokens of --val, likewise; each costs two products with the whole vocabulary")                   \
-    OPTION(min_count, "min-count", INTEGER, "2", "[1,1e15]",                                                 \
-           "how often a next token must be seen to count as a class; once has no variance")                  \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                                  \
-           "tokens of a row; 0: as many as the model has positions")                                         \
-    OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows at a time")                                      \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                                     \
-           "CPU threads; 0: as many as the machine offers")                                                  \
-  HEADING("Several checkpoints")                                                                             \
-    OPTION(every, "every", INTEGER, "0", "[0,1e15]",                                                         \
-           "of the run's folder that is named, every checkpoint whose step is a multiple of this, and the"   \
-           " last one; 0: the one checkpoint")                                                               \
-  HEADING("Output")                                                                                          \
-    OPTION(csv, "csv", TEXT, "", "FILE",                                                                     \
-           "a line for each checkpoint; scripts/plot_collapse.py draws it")                                  \
+#define COLLAPSE_OPTIONS(HEADING, OPTION)                                                          \
+  HEADING("Data")                                                                                  \
+    OPTION(train, "train", TEXT, "", "GLOB",                                                       \
+           "token shards for the class means; quote a pattern: 'data/train_*.bin'")                \
+    OPTION(val, "val", TEXT, "", "GLOB",                                                           \
+           "token shards for the agreement (NC4); if not given, it is left out")                   \
+    OPTION(tokens, "tokens", INTEGER, "2e6", "[0,1e15]",                                           \
+           "tokens of --train, in whole rows at equal distances; 0: all")                          \
+    OPTION(val_tokens, "val-tokens", INTEGER, "20000", "[0,1e15]",                                 \
+           "tokens of --val, likewise; each costs two products with the whole vocabulary")         \
+    OPTION(min_count, "min-count", INTEGER, "2", "[1,1e15]",                                       \
+           "how often a next token must be seen to count as a class; once has no variance")        \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
+           "tokens of a row; 0: as many as the model has positions")                               \
+    OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows at a time")                            \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
+           "CPU threads; 0: as many as the machine offers")                                        \
+  HEADING("Several checkpoints")                                                                   \
+    OPTION(every, "every", INTEGER, "0", "[0,1e15]",                                               \
+           "of the run's folder that is named, all checkpoints whose step is a multiple of this,"    \
+           " and the last one; 0: the one checkpoint")                                                     \
+  HEADING("Output")                                                                                \
+    OPTION(csv, "csv", TEXT, "", "FILE",                                                           \
+           "a line for each checkpoint; scripts/plot_collapse.py draws it")                        \
     OPTION(json, "json", TEXT, "", "FILE", "write the numbers to this file too")
 
 OPTION_TABLE(COLLAPSE_OPTIONS, CollapseOptions, collapse_options)
@@ -70,7 +71,8 @@ static void see_val(void *self, int point, const real *h) {
     collapse_agree(&c->agreement, &c->classes, c->half, c->head, h, c->targets, c->n);
 }
 
-// Shows the features of at least so many tokens (0: all), of windows at equal distances; returns how many.
+// Shows the features of at least so many tokens (0: all), of windows at equal distances; returns
+// how many.
 static int64_t look(Collapse *c, const char *what, const Shards *s, int64_t tokens,
                     void (*see)(void *, int, const real *)) {
     const int64_t rows = shards_rows(s, tokens);
@@ -103,7 +105,7 @@ static int64_t look(Collapse *c, const char *what, const Shards *s, int64_t toke
 typedef struct {
     char *dir;
     int64_t step;                                        // -1: its name does not tell
-    const char *error;                                   // why it has no numbers but classes and coverage
+    const char *error; // why it has no numbers but classes and coverage
     CollapseNumbers r;
 } Point;
 
@@ -202,12 +204,18 @@ static void print_one(const Point *p) {
 }
 
 static void print_many(const Point *p, int n) {
-    static const struct { const char *title; size_t offset; } column[] = {
-        {"classes", offsetof(CollapseNumbers, classes)},     {"share", offsetof(CollapseNumbers, coverage)},
-        {"NC1 CDNV", offsetof(CollapseNumbers, cdnv)},       {"NC2 norms", offsetof(CollapseNumbers, norm_cov)},
-        {"NC2 ETF", offsetof(CollapseNumbers, etf_error)},   {"GNC2 var", offsetof(CollapseNumbers, log_kernel_var)},
-        {"NC3 dual", offsetof(CollapseNumbers, duality)},    {"UNC3 var", offsetof(CollapseNumbers, duality_var)},
-        {"NC4 agree", offsetof(CollapseNumbers, agreement)}};
+    static const struct {
+        const char *title;
+        size_t offset;
+    } column[] = {{"classes", offsetof(CollapseNumbers, classes)},
+                  {"share", offsetof(CollapseNumbers, coverage)},
+                  {"NC1 CDNV", offsetof(CollapseNumbers, cdnv)},
+                  {"NC2 norms", offsetof(CollapseNumbers, norm_cov)},
+                  {"NC2 ETF", offsetof(CollapseNumbers, etf_error)},
+                  {"GNC2 var", offsetof(CollapseNumbers, log_kernel_var)},
+                  {"NC3 dual", offsetof(CollapseNumbers, duality)},
+                  {"UNC3 var", offsetof(CollapseNumbers, duality_var)},
+                  {"NC4 agree", offsetof(CollapseNumbers, agreement)}};
     enum { COLUMNS = sizeof column / sizeof *column };
     printf("%10s", "step");
     for (int k = 0; k < COLUMNS; k++) printf(" %12s", column[k].title);
@@ -246,7 +254,8 @@ static void write_json(const CollapseOptions *o, const Point *p, int n, const in
     Text t = {NULL, 0, 0};
     text_printf(&t, "{\n  \"train\": ");
     json_write_string(&t, o->train);
-    text_printf(&t, ",\n  \"tokens\": %lld,\n  \"min_count\": %lld", (long long)tokens[0], (long long)o->min_count);
+    text_printf(&t, ",\n  \"tokens\": %lld,\n  \"min_count\": %lld", (long long)tokens[0],
+                (long long)o->min_count);
     if (*o->val) {
         text_printf(&t, ",\n  \"val\": ");
         json_write_string(&t, o->val);
@@ -284,11 +293,13 @@ static char **find_paths(const CollapseOptions *o, const char *path, int *n) {
     }
     CheckpointList list = checkpoint_list(path);
     if (!list.n)
-        die("%s has no checkpoints step_*\n  hint: --every is for the folder of a run, trained with --keep 0", path);
+        die("%s has no checkpoints step_*\n  hint: --every is for the folder of a run, "
+            "trained with --keep 0", path);
     all = xrealloc(all, (size_t)list.n, sizeof *all);
     *n = 0;
     for (int i = list.n - 1; i >= 0; i--)                // newest first: from its end
-        if (i == 0 || list.step[i] % o->every == 0) all[(*n)++] = checkpoint_path(path, list.step[i]);
+        if (i == 0 || list.step[i] % o->every == 0)
+            all[(*n)++] = checkpoint_path(path, list.step[i]);
     free(list.step);
     return all;
 }
@@ -306,23 +317,24 @@ int main(int argc, char **argv) {
     options_parse(&options, argc, argv);
     if (options.n_arguments < 1)
         die("the checkpoint is missing\n  hint: collapse runs/gpt/latest --train GLOB --val GLOB");
-    if (!*o.train) die("--train is missing\n  hint: --train 'data/train_*.bin': class means need many tokens");
+    if (!*o.train)
+        die("--train is missing\n  hint: --train 'data/train_*.bin': class means need many tokens");
     char **path = find_paths(&o, options.arguments[0], &n);
     Point *point = xcalloc((size_t)n, sizeof *point);
     for (int i = 0; i < n; i++) {
         measure(&point[i], &o, path[i], tokens);
         const Point *p = &point[i];
         if (p->error && n == 1)
-            die("%s, %lld tokens: %s\n  hint: more --tokens, or a smaller --min-count", p->dir, (long long)tokens[0],
-                p->error);
+            die("%s, %lld tokens: %s\n  hint: more --tokens, or a smaller --min-count", p->dir,
+                (long long)tokens[0], p->error);
         if (p->error) warn("%s: %s", p->dir, p->error);
         if (p->r.equal_pairs > 0 || p->r.pointless > 0)
-            warn("%s: %.0f pairs of classes have equal means, %.0f classes no direction: left out", p->dir,
-                 p->r.equal_pairs, p->r.pointless);
+            warn("%s: %.0f pairs of classes have equal means, %.0f classes no direction: left out",
+                 p->dir, p->r.equal_pairs, p->r.pointless);
         free(path[i]);
     }
-    printf("%s: means of %lld tokens of %s", n == 1 ? point[0].dir : options.arguments[0], (long long)tokens[0],
-           o.train);
+    printf("%s: means of %lld tokens of %s", n == 1 ? point[0].dir : options.arguments[0],
+           (long long)tokens[0], o.train);
     if (*o.val) printf(", agreement on %lld tokens of %s", (long long)tokens[1], o.val);
     printf("\n");
     if (n == 1) print_one(&point[0]);

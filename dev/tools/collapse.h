@@ -1,13 +1,13 @@
-// collapse.h: neural collapse of a language model's features: how far the features of tokens with the
-// same next token have come together, and how far their means form a regular simplex that the head
-// mirrors.
+// collapse.h: neural collapse of a language model's features: how far the features of tokens with
+// the same next token have come together, and how far their means form a regular simplex that the
+// head mirrors.
 //
 // A class is a next token; features are what the head reads, after ln_f. The formulas are those of
 // Wu and Papyan 2024, "Linguistic Collapse: Neural Collapse in (Large) Language Models" (arXiv
-// 2405.17767), and of its authors' package, github.com/rhubarbwu/neural-collapse (c05a0b8): an average
-// over pairs is over i < j, and the global mean weighs every class alike. Everything is in double
-// precision. With K classes and C channels pairs cost K^2 C operations, and memory is (V + K) C
-// numbers and a tile a thread.
+// 2405.17767), and of its authors' package, github.com/rhubarbwu/neural-collapse (c05a0b8): an
+// average over pairs is over i < j, and the global mean weighs every class alike. Everything is in
+// double precision. With K classes and C channels pairs cost K^2 C operations, and memory is
+// (V + K) C numbers and a tile a thread.
 #ifndef COLLAPSE_H
 #define COLLAPSE_H
 
@@ -19,7 +19,7 @@
 typedef struct {
     size_t V, C;
     int64_t tokens, *count;                              // (V) how many of each class
-    double *mean, *square;                               // (V,C); (V) sums of squared distances from the mean
+    double *mean, *square; // (V,C); (V) sums of squared distances from the mean
 } CollapseClasses;
 
 static inline CollapseClasses collapse_classes_new(size_t V, size_t C) {
@@ -35,8 +35,8 @@ static inline void collapse_classes_free(CollapseClasses *c) {
     memset(c, 0, sizeof *c);
 }
 
-// Takes one feature h (C) into its class, by Welford's update, which loses nothing where the spread is
-// small beside the mean.
+// Takes one feature h (C) into its class, by Welford's update, which loses nothing where the spread
+// is small beside the mean.
 static inline void collapse_take(CollapseClasses *c, const real *h, size_t class) {
     double *mean = c->mean + class * c->C, sum = 0;
     const double part = 1 / (double)++c->count[class];
@@ -64,26 +64,26 @@ static inline void collapse_add(CollapseClasses *c, const real *h, const int *la
 // ---- What is measured ----
 
 //    field           label                              meaning
-#define COLLAPSE_NUMBERS(X)                                                                             \
-    X(classes,        "classes",                    "K: next tokens seen at least --min-count times")   \
-    X(coverage,       "share of tokens",            "of the tokens read, those of these classes")       \
-    X(cdnv,           "NC1  CDNV",                  "within-class variance / squared distance, by pair")\
-    X(cdnv2,          "NC1  CDNV, exponent 2",      "the same / the distance to the fourth")            \
-    X(norm_mean,      "NC2  mean norm",             "of class means less the global mean")              \
-    X(norm_cov,       "NC2  variation of norms",    "their standard deviation / mean; collapse: 0")     \
-    X(log_norm_cov,   "NC2  variation of log norms", "the same of their logarithms; collapse: 0")       \
-    X(etf_error,      "NC2  ETF error",             "Frobenius, from a simplex; collapse: 0")           \
-    X(log_kernel,     "GNC2 log kernel, mean",      "of -log distance of directions, by pair")          \
-    X(log_kernel_var, "GNC2 log kernel, variance",  "0: all pairs are equally far; collapse: 0")        \
-    X(duality,        "NC3  self-duality",          "cosine of head and class mean; collapse: 1")       \
-    X(duality_var,    "UNC3 its variance",          "over classes; collapse: 0")                        \
-    X(dual_error,     "NC3  duality's ETF error",   "of head times class means, from a simplex")        \
-    X(agreement,      "NC4  agreement",             "head and nearest class mean say the same; of val") \
-    X(head_accuracy,  "     head is right",         "of val")                                           \
-    X(mean_accuracy,  "     nearest mean is right", "of val")                                           \
-    X(val_coverage,   "     val tokens covered",    "their next token has a class mean")                \
-    X(equal_pairs,    "pairs of equal means",       "left out of CDNV, and of the log kernel")          \
-    X(pointless,      "classes without direction",  "their mean, or head, is 0: left out of cosines")
+#define COLLAPSE_NUMBERS(X)                                                                        \
+    X(classes, "classes", "K: next tokens seen at least --min-count times")                        \
+    X(coverage, "share of tokens", "of the tokens read, those of these classes")                   \
+    X(cdnv, "NC1  CDNV", "within-class variance / squared distance, by pair")                      \
+    X(cdnv2, "NC1  CDNV, exponent 2", "the same / the distance to the fourth")                     \
+    X(norm_mean, "NC2  mean norm", "of class means less the global mean")                          \
+    X(norm_cov, "NC2  variation of norms", "their standard deviation / mean; collapse: 0")         \
+    X(log_norm_cov, "NC2  variation of log norms", "the same of their logarithms; collapse: 0")    \
+    X(etf_error, "NC2  ETF error", "Frobenius, from a simplex; collapse: 0")                       \
+    X(log_kernel, "GNC2 log kernel, mean", "of -log distance of directions, by pair")              \
+    X(log_kernel_var, "GNC2 log kernel, variance", "0: all pairs are equally far; collapse: 0")    \
+    X(duality, "NC3  self-duality", "cosine of head and class mean; collapse: 1")                  \
+    X(duality_var, "UNC3 its variance", "over classes; collapse: 0")                               \
+    X(dual_error, "NC3  duality's ETF error", "of head times class means, from a simplex")         \
+    X(agreement, "NC4  agreement", "head and nearest class mean say the same; of val")             \
+    X(head_accuracy, "     head is right", "of val")                                               \
+    X(mean_accuracy, "     nearest mean is right", "of val")                                       \
+    X(val_coverage, "     val tokens covered", "their next token has a class mean")                \
+    X(equal_pairs, "pairs of equal means", "left out of CDNV, and of the log kernel")              \
+    X(pointless, "classes without direction", "their mean, or head, is 0: left out of cosines")
 
 typedef struct {
 #define X(field, label, meaning) double field;
@@ -96,7 +96,7 @@ typedef struct {
 typedef struct {
     size_t K, C;
     size_t *class;                                       // (K) which they are, ascending
-    double *x, *norm, *variance;                         // (K,C) means less their mean; (K) norms; (K)
+    double *x, *norm, *variance; // (K,C) means less their mean; (K) norms; (K)
 } CollapseMeans;
 
 // The classes with at least min_count features.
@@ -133,11 +133,14 @@ static inline void collapse_means_free(CollapseMeans *m) {
 
 enum { COLLAPSE_TILE = 512 };
 
-// Sums over the pairs of a tile; of the log kernel the number, the mean and the sum of squares about it.
+// Sums over the pairs of a tile; of the log kernel the number, the mean and the sum of squares
+// about it.
 typedef struct { double cdnv, cdnv2, etf, n, mean, square, equal; } CollapsePairs;
 
-// |a x - b y|^2 term by term: where it is small beside a x and b y, their product would say nothing.
-static inline double collapse_distance(const double *x, const double *y, double a, double b, size_t C) {
+// |a x - b y|^2 term by term: where it is small beside a x and b y, their product would say
+// nothing.
+static inline double collapse_distance(const double *x, const double *y, double a, double b,
+                                       size_t C) {
     double sum = 0;
     for (size_t j = 0; j < C; j++) {
         const double d = a * x[j] - b * y[j];
@@ -146,16 +149,17 @@ static inline double collapse_distance(const double *x, const double *y, double 
     return sum;
 }
 
-// s: the product of the means at i and j. Returns the log kernel, or NaN where a direction is missing or
-// both are the same.
-static inline double collapse_pair(const CollapseMeans *m, CollapsePairs *sum, size_t i, size_t j, double s,
-                                   double frobenius) {
+// s: the product of the means at i and j. Returns the log kernel, or NaN where a direction is
+// missing or both are the same.
+static inline double collapse_pair(const CollapseMeans *m, CollapsePairs *sum, size_t i, size_t j,
+                                   double s, double frobenius) {
     const double K = (double)m->K, a = m->norm[i], b = m->norm[j];
     const double *x = m->x + i * m->C, *y = m->x + j * m->C;
     double square = a * a + b * b - 2 * s, turn = a > 0 && b > 0 ? 2 - 2 * s / (a * b) : 0;
     if (square < 1e-5 * (a * a + b * b)) square = collapse_distance(x, y, 1, 1, m->C);
     if (turn < 1e-5 && a > 0 && b > 0) turn = collapse_distance(x, y, 1 / a, 1 / b, m->C);
-    const double off = s / frobenius + 1 / (K * sqrt(K - 1)), spread = (m->variance[i] + m->variance[j]) / 2;
+    const double off = s / frobenius + 1 / (K * sqrt(K - 1)),
+                 spread = (m->variance[i] + m->variance[j]) / 2;
     sum->etf += off * off;
     sum->equal += square == 0;
     if (square > 0) sum->cdnv += spread / square, sum->cdnv2 += spread / (square * square);
@@ -163,8 +167,8 @@ static inline double collapse_pair(const CollapseMeans *m, CollapsePairs *sum, s
 }
 
 // Tile (a, b) of the pairs, b <= a; room: COLLAPSE_TILE^2 numbers.
-static inline CollapsePairs collapse_tile(const CollapseMeans *m, size_t a, size_t b, double frobenius,
-                                          double *room) {
+static inline CollapsePairs collapse_tile(const CollapseMeans *m, size_t a, size_t b,
+                                          double frobenius, double *room) {
     const size_t i0 = a * COLLAPSE_TILE, j0 = b * COLLAPSE_TILE;
     const size_t rows = at_most(m->K - i0, COLLAPSE_TILE), cols = at_most(m->K - j0, COLLAPSE_TILE);
     CollapsePairs sum = {0, 0, 0, 0, 0, 0, 0};
@@ -196,9 +200,11 @@ static inline void collapse_merge(CollapsePairs *a, const CollapsePairs *b) {
 }
 
 // All pairs. frobenius: the norm of the K x K products of means. Tiles are added in their order.
-static inline CollapsePairs collapse_pairs(const CollapseMeans *m, double frobenius, Progress *progress) {
+static inline CollapsePairs collapse_pairs(const CollapseMeans *m, double frobenius,
+                                           Progress *progress) {
     const size_t across = strips(m->K, COLLAPSE_TILE), tiles = across * (across + 1) / 2;
-    CollapsePairs *tile = (CollapsePairs *)xcalloc(tiles, sizeof *tile), sum = {0, 0, 0, 0, 0, 0, 0};
+    CollapsePairs *tile = (CollapsePairs *)xcalloc(tiles, sizeof *tile),
+                  sum = {0, 0, 0, 0, 0, 0, 0};
 #ifdef _OPENMP
 #pragma omp parallel
 #endif
@@ -208,11 +214,12 @@ static inline CollapsePairs collapse_pairs(const CollapseMeans *m, double froben
 #pragma omp for schedule(dynamic)
 #endif
         for (size_t i = 0; i < tiles; i++) {
-            size_t a = 0;                                // tile i is (a, b): rows of 1, 2, 3, ... tiles
+            size_t a = 0; // tile i is (a, b): rows of 1, 2, 3, ... tiles
             while ((a + 1) * (a + 2) / 2 <= i) a++;
             tile[i] = collapse_tile(m, a, i - a * (a + 1) / 2, frobenius, room);
             if (progress && team_member() == 0)
-                progress_add(progress, 2.0 * COLLAPSE_TILE * COLLAPSE_TILE * (double)m->C * team_size());
+                progress_add(progress,
+                             2.0 * COLLAPSE_TILE * COLLAPSE_TILE * (double)m->C * team_size());
         }
         free(room);
     }
@@ -263,7 +270,8 @@ static inline void collapse_duality(CollapseNumbers *r, const CollapseMeans *m, 
             line[j] = (double)head[m->class[k] * C + j];
             sums[j] += line[j], sums[C + j] += m->x[k * C + j];
         }
-        const double product = dense_dot(line, m->x + k * C, C), size = sqrt(dense_dot(line, line, C)) * m->norm[k];
+        const double product = dense_dot(line, m->x + k * C, C),
+                     size = sqrt(dense_dot(line, line, C)) * m->norm[k];
         trace += product;
         if (size > 0) cosine[n++] = product / size;
     }
@@ -277,10 +285,11 @@ static inline void collapse_duality(CollapseNumbers *r, const CollapseMeans *m, 
     free(w), free(cosine), free(sums);
 }
 
-// NC1 to NC3 of the classes with at least min_count features, and head (V,C). NULL, or why there are no
-// such numbers.
-static inline const char *collapse_measure(CollapseNumbers *r, const CollapseClasses *c, int64_t min_count,
-                                           const real *head, Progress *progress) {
+// NC1 to NC3 of the classes with at least min_count features, and head (V,C). NULL, or why there
+// are no such numbers.
+static inline const char *collapse_measure(CollapseNumbers *r, const CollapseClasses *c,
+                                           int64_t min_count, const real *head,
+                                           Progress *progress) {
     CollapseMeans m = collapse_means(c, min_count);
     const size_t K = m.K;
     double *logs = (double *)xcalloc(K, sizeof *logs), diagonal = 0;
@@ -293,7 +302,8 @@ static inline const char *collapse_measure(CollapseNumbers *r, const CollapseCla
     const double frobenius = K > 1 ? collapse_frobenius(m.x, m.x, K, m.C) : 0;
     if (K < 2) error = "fewer than two next tokens were seen often enough to have a mean";
     else if (!isfinite(frobenius)) error = "its features are not finite";
-    else if (!(frobenius > 0)) error = "the means of all classes are the same: the model does not look at its input";
+    else if (!(frobenius > 0))
+        error = "the means of all classes are the same: the model does not look at its input";
     if (!error) {
         const double ideal = 1 / ((double)K * sqrt((double)(K - 1))) - 1 / sqrt((double)(K - 1));
         const CollapsePairs pairs = collapse_pairs(&m, frobenius, progress);
@@ -326,8 +336,8 @@ typedef struct { int64_t n, agree, head, mean, covered; } CollapseAgreement;
 
 enum { COLLAPSE_COLUMNS = 4096 };
 
-// For each line of x (n,C): the line of y (V,C) with the largest product less `less` (V; NULL: 0), the
-// first of equal ones, among those with count > 0 (NULL: all).
+// For each line of x (n,C): the line of y (V,C) with the largest product less `less` (V; NULL: 0),
+// the first of equal ones, among those with count > 0 (NULL: all).
 static inline void collapse_nearest(int *best, DenseMatrix x, DenseMatrix y, const double *less,
                                     const int64_t *count, size_t n, size_t V, size_t C) {
     double *product = (double *)xcalloc(n * at_most(V, COLLAPSE_COLUMNS), sizeof *product);
@@ -354,11 +364,14 @@ static inline void collapse_nearest(int *best, DenseMatrix x, DenseMatrix y, con
 }
 
 // Adds n features h (n,C) of the classes label (n). half (V): half the squared norm of each mean.
-static inline void collapse_agree(CollapseAgreement *a, const CollapseClasses *c, const double *half,
-                                  const real *head, const real *h, const int *label, size_t n) {
+static inline void collapse_agree(CollapseAgreement *a, const CollapseClasses *c,
+                                  const double *half, const real *head, const real *h,
+                                  const int *label, size_t n) {
     int *by_head = (int *)xcalloc(2 * n, sizeof *by_head), *by_mean = by_head + n;
-    collapse_nearest(by_head, dense_of_real(h, c->C), dense_of_real(head, c->C), NULL, NULL, n, c->V, c->C);
-    collapse_nearest(by_mean, dense_of_real(h, c->C), dense_of(c->mean, c->C), half, c->count, n, c->V, c->C);
+    collapse_nearest(by_head, dense_of_real(h, c->C), dense_of_real(head, c->C), NULL, NULL, n,
+                     c->V, c->C);
+    collapse_nearest(by_mean, dense_of_real(h, c->C), dense_of(c->mean, c->C), half, c->count, n,
+                     c->V, c->C);
     for (size_t t = 0; t < n; t++) {
         a->agree += by_head[t] == by_mean[t];
         a->head += by_head[t] == label[t];
@@ -372,7 +385,8 @@ static inline void collapse_agree(CollapseAgreement *a, const CollapseClasses *c
 // half (V) for collapse_agree, from malloc.
 static inline double *collapse_half_norms(const CollapseClasses *c) {
     double *half = (double *)xcalloc(c->V, sizeof *half);
-    for (size_t v = 0; v < c->V; v++) half[v] = dense_dot(c->mean + v * c->C, c->mean + v * c->C, c->C) / 2;
+    for (size_t v = 0; v < c->V; v++)
+        half[v] = dense_dot(c->mean + v * c->C, c->mean + v * c->C, c->C) / 2;
     return half;
 }
 

@@ -1,9 +1,9 @@
-// dense.h: dense linear algebra in double precision for the tools: products, Gram matrices, Cholesky
-// factors, and the condition of a symmetric matrix.
+// dense.h: dense linear algebra in double precision for the tools: products, Gram matrices,
+// Cholesky factors, and the condition of a symmetric matrix.
 //
-// Matrices are row-major; `ld` is the distance between the starts of two lines. Each sum is taken in
-// the order of its terms, starting from what is added to: the same bits for any number of threads,
-// and for rows that arrive in one call or in several.
+// Matrices are row-major; `ld` is the distance between the starts of two lines. Each sum is taken
+// in the order of its terms, starting from what is added to: the same bits for any number of
+// threads, and for rows that arrive in one call or in several.
 #ifndef DENSE_H
 #define DENSE_H
 
@@ -18,8 +18,8 @@ typedef double DenseVector __attribute__((vector_size(VECTOR_BYTES), aligned(8),
 enum { DENSE_LANES = VECTOR_BYTES / 8, DENSE_COLS = TILE_VECTORS * DENSE_LANES };
 enum { DENSE_K = 256, DENSE_M = 16 * TILE_ROWS, DENSE_N = 24 * DENSE_COLS };   // a block
 
-// Numbers of type double, or with `single` of type real. A product sees the matrix or, `turned`, its
-// transpose.
+// Numbers of type double, or with `single` of type real. A product sees the matrix or, `turned`,
+// its transpose.
 typedef struct { const void *at; size_t ld; int turned, single; } DenseMatrix;
 
 static inline DenseMatrix dense_of(const double *at, size_t ld) {
@@ -35,8 +35,8 @@ static inline DenseMatrix dense_turned(DenseMatrix m) {
     return m;
 }
 
-// y = a b, y += a b or y -= a b. DENSE_LOWER is added to one of these where only places on and below
-// the diagonal are asked for; of those above, a product writes some.
+// y = a b, y += a b or y -= a b. DENSE_LOWER is added to one of these where only places on and
+// below the diagonal are asked for; of those above, a product writes some.
 enum { DENSE_SET, DENSE_ADD, DENSE_SUBTRACT, DENSE_LOWER = 4 };
 
 // out (K, width): lines k0.. of K numbers each, `width` of them side by side, those past `lines` 0,
@@ -100,8 +100,8 @@ static inline void dense_tile_edge(double *y, size_t ld, const double *a, const 
 }
 
 // Block (m0, n0) of the product, by one thread. room: DENSE_K (DENSE_M + DENSE_N) numbers.
-static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix b, size_t M, size_t N,
-                               size_t K, size_t m0, size_t n0, int how, double *room) {
+static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix b, size_t M,
+                               size_t N, size_t K, size_t m0, size_t n0, int how, double *room) {
     const size_t rows = at_most(M - m0, DENSE_M), cols = at_most(N - n0, DENSE_N);
     const double sign = (how & 3) == DENSE_SUBTRACT ? -1 : 1;
     double *packed_b = room + (size_t)DENSE_K * DENSE_M;
@@ -111,7 +111,8 @@ static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix 
     for (size_t k0 = 0; k0 < K; k0 += DENSE_K) {
         const size_t k = at_most(K - k0, DENSE_K);
         for (size_t i = 0; i < rows; i += TILE_ROWS)
-            dense_pack(room + i * k, a, m0 + i, at_most(rows - i, TILE_ROWS), TILE_ROWS, k0, k, sign);
+            dense_pack(room + i * k, a, m0 + i, at_most(rows - i, TILE_ROWS), TILE_ROWS, k0, k,
+                       sign);
         for (size_t j = 0; j < cols; j += DENSE_COLS) {
             const size_t most = at_most(cols - j, DENSE_COLS);
             dense_pack(packed_b, across, n0 + j, most, DENSE_COLS, k0, k, 1);
@@ -119,7 +120,8 @@ static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix 
                 const size_t here = at_most(rows - i, TILE_ROWS);
                 double *to = y + (m0 + i) * ld + n0 + j;
                 if (how & DENSE_LOWER && n0 + j > m0 + i + here - 1) continue;
-                if (here == TILE_ROWS && most == DENSE_COLS) dense_tile(to, ld, room + i * k, packed_b, k);
+                if (here == TILE_ROWS && most == DENSE_COLS)
+                    dense_tile(to, ld, room + i * k, packed_b, k);
                 else dense_tile_edge(to, ld, room + i * k, packed_b, k, here, most);
             }
         }
@@ -128,8 +130,8 @@ static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix 
 
 // y (M,N) = a (M,K) b (K,N), or as `how` says. y overlaps neither operand. In a parallel region the
 // thread that calls does all of it.
-static inline void dense_product(double *y, size_t ld, DenseMatrix a, DenseMatrix b, size_t M, size_t N,
-                                 size_t K, int how) {
+static inline void dense_product(double *y, size_t ld, DenseMatrix a, DenseMatrix b, size_t M,
+                                 size_t N, size_t K, int how) {
     const size_t down = strips(M, DENSE_M), across = strips(N, DENSE_N), blocks = down * across;
 #ifdef _OPENMP
 #pragma omp parallel if (blocks > 1)
@@ -174,8 +176,8 @@ static inline double dense_trace(const double *a, size_t n) {
 
 enum { DENSE_PANEL = 96 };
 
-// The factor of the block a (n,n), in place. Returns the first line whose pivot is not above `least`,
-// or n.
+// The factor of the block a (n,n), in place. Returns the first line whose pivot is not above
+// `least`, or n.
 static inline size_t dense_cholesky_block(double *a, size_t ld, size_t n, double least) {
     for (size_t j = 0; j < n; j++) {
         double pivot = a[j * ld + j];
@@ -192,9 +194,9 @@ static inline size_t dense_cholesky_block(double *a, size_t ld, size_t n, double
 }
 
 // The factor of the symmetric a (n,n), of which only places on and below the diagonal are read, in
-// their place. Returns n; or, where a is not positive definite, the line at which that shows: a pivot
-// within rounding of zero (n eps times the largest number of the diagonal) or not finite. Then a
-// holds nothing of use.
+// their place. Returns n; or, where a is not positive definite, the line at which that shows: a
+// pivot within rounding of zero (n eps times the largest number of the diagonal) or not finite.
+// Then a holds nothing of use.
 static inline size_t dense_cholesky(double *a, size_t n) {
     double largest = 0;
     for (size_t i = 0; i < n; i++) largest = fmax(largest, fabs(a[i * n + i]));
@@ -217,14 +219,14 @@ static inline size_t dense_cholesky(double *a, size_t n) {
         }
         if (after == n) break;
         const DenseMatrix panel = dense_of(a + after * n + at, n);
-        dense_product(a + after * n + after, n, panel, dense_turned(panel), n - after, n - after, width,
-                      DENSE_SUBTRACT | DENSE_LOWER);
+        dense_product(a + after * n + after, n, panel, dense_turned(panel), n - after, n - after,
+                      width, DENSE_SUBTRACT | DENSE_LOWER);
     }
     return n;
 }
 
-// Lines [at, at + width) of L y = x (with `back` of L^T y = x), all other lines of y being known and
-// their part subtracted from x already. In place, column by column.
+// Lines [at, at + width) of L y = x (with `back` of L^T y = x), all other lines of y being known
+// and their part subtracted from x already. In place, column by column.
 static inline void dense_solve_panel(const double *l, size_t n, size_t at, size_t width, double *x,
                                      size_t cols, int back) {
     enum { TOGETHER = 64 };
@@ -260,8 +262,8 @@ static inline void dense_solve(const double *l, size_t n, double *x, size_t cols
         const size_t at = panel * DENSE_PANEL, width = at_most(n - at, DENSE_PANEL);
         dense_solve_panel(l, n, at, width, x, cols, 1);
         if (at > 0)
-            dense_product(x, cols, dense_turned(dense_of(l + at * n, n)), dense_of(x + at * cols, cols), at,
-                          cols, width, DENSE_SUBTRACT);
+            dense_product(x, cols, dense_turned(dense_of(l + at * n, n)),
+                          dense_of(x + at * cols, cols), at, cols, width, DENSE_SUBTRACT);
     }
 }
 
@@ -284,8 +286,9 @@ static inline double dense_norm1(const double *a, size_t n) {
 // with the factor l (n,n) and the 1-norm `norm`: norm times the 1-norm of the inverse, by Higham's
 // algorithm ("FORTRAN codes for estimating the one-norm", 1988, algorithm 4.1; LAPACK's xLACON).
 static inline double dense_condition(const double *l, size_t n, double norm) {
-    double *x = (double *)xcalloc(n, sizeof *x), *sign = (double *)xcalloc(n, sizeof *sign), best = 0;
-    size_t at = n;                                       // x is the unit vector `at`; n: it is 1/n throughout
+    double *x = (double *)xcalloc(n, sizeof *x), *sign = (double *)xcalloc(n, sizeof *sign),
+           best = 0;
+    size_t at = n; // x is the unit vector `at`; n: it is 1/n throughout
     for (int turn = 0; turn < 5; turn++) {
         for (size_t i = 0; i < n; i++) x[i] = at == n ? 1 / (double)n : i == at;
         dense_solve(l, n, x, 1);
@@ -308,7 +311,7 @@ static inline double dense_condition(const double *l, size_t n, double norm) {
         if (at < n && fabs(x[largest]) <= x[at]) break;
         at = largest;
     }
-    double size = 0;                                     // alternating and growing: a lower bound of its own
+    double size = 0; // alternating and growing: a lower bound of its own
     for (size_t i = 0; i < n; i++)
         x[i] = (i % 2 ? -1 : 1) * (1 + (n > 1 ? (double)i / (double)(n - 1) : 0));
     dense_solve(l, n, x, 1);

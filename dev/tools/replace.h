@@ -1,20 +1,20 @@
 // replace.h: ReplaceMe: layers that are left out, replaced by one linear map in the layer before.
 //
 // Shopkhoev et al. 2025, "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
-// Linearization" (arXiv 2505.02819). Layers first .. end-1 go. Of the layer before them, i = first - 1,
-// with Z the stream after its attention, X the stream after its MLP, M = X - Z what its MLP adds, and
-// Y the stream after layer end-1, the map T (C,C) and, if affine, c (C) make
+// Linearization" (arXiv 2505.02819). Layers first .. end-1 go. Of the layer
+// before them, with Z the stream after its attention, X the stream after its MLP, M = X - Z what its MLP
+// adds, and Y the stream after layer end-1, the map T (C,C) and, if affine, c (C) make
 //
 //     Z + M T + c   as close to   Y   as they can,
 //
-// and are folded into the MLP's last projection: weight (4C,C) := weight T, bias := bias T + c. With
-// a2 = Y - Z, and D = a2 - M = Y - X, least squares with a ridge a towards the identity is
+// and are folded into the MLP's last projection: weight (4C,C) := weight T, bias := bias T + c.
+// With a2 = Y - Z, and D = a2 - M = Y - X, least squares with a ridge a towards the identity is
 //
 //     T = I + (G + a I)^-1 R,   G = M^T M,   R = M^T D        (towards zero: R + G for R, and no I)
 //
-// so that a = 0 is the paper's, and a = infinity is leaving the layers out and nothing more. With c, G
-// and R are those of centred M and D. All sums are in double precision, and take 2 C^2 numbers a block
-// whatever the number of tokens.
+// so that a = 0 is the paper's, and a = infinity is leaving the layers out and nothing more. With
+// c, G and R are those of centred M and D. All sums are in double precision, and take 2 C^2 numbers
+// a block whatever the number of tokens.
 #ifndef REPLACE_H
 #define REPLACE_H
 
@@ -27,7 +27,7 @@
 typedef struct {
     int first, end;                                      // the layers that go; first >= 1
     int64_t n;                                           // tokens seen
-    double *gram, *cross;                                // (C,C) sums of M^T M (lower half) and M^T D
+    double *gram, *cross; // (C,C) sums of M^T M (lower half) and M^T D
     double *m, *d, square;                               // (C) sums of M and D; the sum of |D|^2
 } ReplaceBlock;
 
@@ -64,15 +64,15 @@ static inline void replace_add(ReplaceBlock *b, const real *m, const real *d, si
 // ---- The map ----
 
 typedef struct {
-    double ridge;                                        // a as a multiple of tr(G)/C; INFINITY: T = I
+    double ridge; // a as a multiple of tr(G)/C; INFINITY: T = I
     int zero, affine;                                    // the ridge pulls towards 0, not I; with c
 } ReplaceHow;
 
 typedef struct {
     double *t, *c;                                       // (C,C), (C)
-    double ridge, condition;                             // as it was taken; of G + a I, in the 1-norm
-    double left;                                         // |D - M (T - I) - c|^2 / |D|^2: what the map
-                                                         // does not explain; 1: no better than deletion
+    double ridge, condition; // as it was taken; of G + a I, in the 1-norm
+    double left;             // |D - M (T - I) - c|^2 / |D|^2: what the map
+                             // does not explain; 1: no better than deletion
     const char *word;                                    // what was not as asked, or NULL
 } ReplaceMap;
 
@@ -106,11 +106,11 @@ static inline void replace_moments(const ReplaceBlock *b, size_t C, int affine, 
         }
 }
 
-// The factor of gram + a I in `l`, with a = *ridge times `unit`, and its condition. Raises *ridge until
-// there is one: a Gram matrix of few tokens, or of channels that follow from each other, has none at 0.
-// Returns whether it was raised.
-static inline int replace_factor(double *l, const double *gram, size_t C, double unit, double *ridge,
-                                 double *condition) {
+// The factor of gram + a I in `l`, with a = *ridge times `unit`, and its condition. Raises *ridge
+// until there is one: a Gram matrix of few tokens, or of channels that follow from each other, has
+// none at 0. Returns whether it was raised.
+static inline int replace_factor(double *l, const double *gram, size_t C, double unit,
+                                 double *ridge, double *condition) {
     for (int raised = 0;; raised = 1) {
         memcpy(l, gram, C * C * sizeof *l);
         for (size_t i = 0; i < C; i++) l[i * C + i] += *ridge * unit;
@@ -126,7 +126,8 @@ static inline int replace_factor(double *l, const double *gram, size_t C, double
 // |D - M P - c|^2 / |D|^2 for P = T - I, from the sums alone.
 static inline double replace_left(const ReplaceBlock *b, const ReplaceMap *map, size_t C) {
     double *p = (double *)xcalloc(C * C, sizeof *p), *gp = (double *)xcalloc(C * C, sizeof *gp);
-    double *gram = (double *)xcalloc(C * C, sizeof *gram), *cross = (double *)xcalloc(C * C, sizeof *cross);
+    double *gram = (double *)xcalloc(C * C, sizeof *gram),
+           *cross = (double *)xcalloc(C * C, sizeof *cross);
     replace_moments(b, C, 0, gram, cross);
     memcpy(p, map->t, C * C * sizeof *p);
     for (size_t i = 0; i < C; i++) p[i * C + i] -= 1;
@@ -141,15 +142,16 @@ static inline double replace_left(const ReplaceBlock *b, const ReplaceMap *map, 
     return b->square > 0 ? fmax(sum, 0) / b->square : 0;
 }
 
-// The map of a block, from what was seen of it. Says in map->word what was not as asked. A stream that
-// is not finite is the caller's to refuse: `replace_is_finite`.
+// The map of a block, from what was seen of it. Says in map->word what was not as asked. A stream
+// that is not finite is the caller's to refuse: `replace_is_finite`.
 static inline ReplaceMap replace_solve(const ReplaceBlock *b, size_t C, ReplaceHow how) {
     ReplaceMap map = replace_map_new(C);
     double *gram = (double *)xcalloc(C * C, sizeof *gram), *l = (double *)xcalloc(C * C, sizeof *l);
     replace_moments(b, C, how.affine, gram, map.t);      // map.t: R for now
-    const double unit = dense_trace(gram, C) / (double)C, whole = dense_trace(b->gram, C) / (double)C;
+    const double unit = dense_trace(gram, C) / (double)C,
+                 whole = dense_trace(b->gram, C) / (double)C;
     map.ridge = how.ridge;
-    if (!(unit > 1e-24 * whole) || b->n == 0) {          // M is constant, or 0: there is nothing to map
+    if (!(unit > 1e-24 * whole) || b->n == 0) { // M is constant, or 0: there is nothing to map
         map.word = b->n == 0 ? "no tokens were seen" : "what the MLP before adds never changes";
         map.ridge = INFINITY;
     }
@@ -157,8 +159,9 @@ static inline ReplaceMap replace_solve(const ReplaceBlock *b, size_t C, ReplaceH
         if (how.zero)
             for (size_t i = 0; i < C * C; i++) map.t[i] += gram[i];
         if (replace_factor(l, gram, C, unit, &map.ridge, &map.condition))
-            map.word = b->n <= (int64_t)C ? "fewer tokens than it has unknowns: the ridge was raised"
-                                          : "its channels follow from each other: the ridge was raised";
+            map.word = b->n <= (int64_t)C
+                           ? "fewer tokens than it has unknowns: the ridge was raised"
+                           : "its channels follow from each other: the ridge was raised";
         dense_solve(l, C, map.t, C);
     } else
         memset(map.t, 0, C * C * sizeof *map.t);
@@ -180,9 +183,11 @@ static inline int replace_is_finite(const ReplaceBlock *b, size_t C) {
     return isfinite(sum);
 }
 
-// weight (4C,C) and bias (C) of the MLP's last projection become those that map what it added, times
-// `scale`: the factor of that branch, which is 1 afterwards. Returns 0 if a number is not finite then.
-static inline int replace_fold(const ReplaceMap *map, size_t C, double scale, real *weight, real *bias) {
+// weight (4C,C) and bias (C) of the MLP's last projection become those that map what it added,
+// times `scale`: the factor of that branch, which is 1 afterwards. Returns 0 if a number is not
+// finite then.
+static inline int replace_fold(const ReplaceMap *map, size_t C, double scale, real *weight,
+                               real *bias) {
     double *w = (double *)xcalloc(4 * C * C, sizeof *w), *b = (double *)xcalloc(C, sizeof *b);
     int finite = 1;
     dense_product(w, C, dense_of_real(weight, C), dense_of(map->t, C), 4 * C, C, C, DENSE_SET);
@@ -201,7 +206,8 @@ static inline int replace_fold(const ReplaceMap *map, size_t C, double scale, re
 
 // ---- Calibration: all blocks in one pass ----
 
-// What is kept of a token for replace_cosine, one after the other: M, Z and Y of a block, (n,C) each.
+// What is kept of a token for replace_cosine, one after the other: M, Z and Y of a block, (n,C)
+// each.
 typedef struct { real *m, *z, *y; size_t n, room; } ReplaceKept;
 
 typedef struct {
@@ -209,7 +215,7 @@ typedef struct {
     ReplaceBlock *block;                                 // (n)
     ReplaceKept *kept;                                   // (n), or NULL
     size_t tokens, room;                                 // of the call under way; the most of any
-    real *z, *d, **x, **m;                               // (room,C); x and m by layer, where one goes on
+    real *z, *d, **x, **m; // (room,C); x and m by layer, where one goes on
     unsigned char *want;                                 // (2L+2)
     int L;
 } ReplaceWatch;
@@ -227,8 +233,8 @@ static inline int replace_goes_on(const ReplaceWatch *w, int layer, int below) {
     return 0;
 }
 
-static inline void replace_keep(ReplaceKept *k, const real *m, const real *x, const real *y, size_t n,
-                                size_t C) {
+static inline void replace_keep(ReplaceKept *k, const real *m, const real *x, const real *y,
+                                size_t n, size_t C) {
     n = at_most(k->room - k->n, n);
     memcpy(k->m + k->n * C, m, n * C * sizeof *m);
     memcpy(k->y + k->n * C, y, n * C * sizeof *y);
@@ -252,7 +258,7 @@ static inline void replace_see(void *self, int point, const real *x) {
         replace_add(b, m, w->d, w->tokens, C);
         if (w->kept) replace_keep(&w->kept[i], m, before, x, w->tokens, C);
     }
-    for (int l = 0; l < layer; l++)                      // memory for the layers that are open, not for all
+    for (int l = 0; l < layer; l++) // memory for the layers that are open, not for all
         if (w->x[l] && !replace_goes_on(w, l, layer)) {
             free(w->x[l]), free(w->m[l]);
             w->x[l] = w->m[l] = NULL;
@@ -267,8 +273,8 @@ static inline void replace_see(void *self, int point, const real *x) {
 }
 
 // Looks at n blocks, in passes of at most `room` tokens; kept: (n) with room, or NULL.
-static inline ReplaceWatch replace_watch_new(ReplaceBlock *block, int n, const GptConfig *c, size_t room,
-                                             ReplaceKept *kept) {
+static inline ReplaceWatch replace_watch_new(ReplaceBlock *block, int n, const GptConfig *c,
+                                             size_t room, ReplaceKept *kept) {
     ReplaceWatch w = {n, c->C, block, kept, 0, room, NULL, NULL, NULL, NULL, NULL, c->L};
     w.z = (real *)xcalloc(room * (size_t)c->C, sizeof(real));
     w.d = (real *)xcalloc(room * (size_t)c->C, sizeof(real));
@@ -277,7 +283,8 @@ static inline ReplaceWatch replace_watch_new(ReplaceBlock *block, int n, const G
     w.want = (unsigned char *)xcalloc((size_t)watch_features(c->L) + 1, 1);
     for (int i = 0; i < n; i++) {
         CHECK(block[i].end <= c->L, "layer %d of %d", block[i].end - 1, c->L);
-        w.want[watch_after(block[i].first - 1, ATTN)] = w.want[watch_after(block[i].first - 1, MLP)] = 1;
+        w.want[watch_after(block[i].first - 1, ATTN)] =
+            w.want[watch_after(block[i].first - 1, MLP)] = 1;
         w.want[watch_after(block[i].end - 1, MLP)] = 1;
     }
     return w;
@@ -289,8 +296,8 @@ static inline void replace_watch_free(ReplaceWatch *w) {
 }
 
 // One pass over rows of T tokens under `plan`, which runs all layers.
-static inline void replace_pass(ReplaceWatch *w, const Engine *e, Model *model, const DropPlan *plan, int T,
-                                const int *tokens) {
+static inline void replace_pass(ReplaceWatch *w, const Engine *e, Model *model,
+                                const DropPlan *plan, int T, const int *tokens) {
     const Watch watch = {w, w->want, replace_see, NULL};
     const Batch batch = batch_of(plan->batch, T, tokens, NULL);
     Pass pass = pass_of(plan, 0);
@@ -302,13 +309,13 @@ static inline void replace_pass(ReplaceWatch *w, const Engine *e, Model *model, 
 
 // ---- The cosine method ----
 //
-// T and c that lower the mean of 1 - cos(Z + M T + c, Y) over the tokens, by Adam: the paper's other
-// objective, there with `accurate`, by which Z counts. Starts from T = I, c = 0.
+// T and c that lower the mean of 1 - cos(Z + M T + c, Y) over the tokens, by Adam: the paper's
+// other objective, there with `accurate`, by which Z counts. Starts from T = I, c = 0.
 
 typedef struct { int epochs, rows, affine; double lr; uint64_t seed; } ReplaceCosine;
 
-// x (n,C) becomes the gradient of the mean of 1 - cos(x, y) by x; returns the sum of 1 - cos. A token
-// whose x or y is 0 has no angle, and counts as 1 without a gradient.
+// x (n,C) becomes the gradient of the mean of 1 - cos(x, y) by x; returns the sum of 1 - cos. A
+// token whose x or y is 0 has no angle, and counts as 1 without a gradient.
 static inline double replace_cosine_gradient(double *x, const real *y, size_t n, size_t C) {
     double *each = (double *)xcalloc(n, sizeof *each), sum = 0;
 #ifdef _OPENMP
@@ -333,8 +340,8 @@ static inline double replace_cosine_gradient(double *x, const real *y, size_t n,
 }
 
 // One step of Adam (Kingma and Ba 2015) on n numbers; `moments` (2,n).
-static inline void replace_adam(double *x, const double *gradient, double *moments, size_t n, double lr,
-                                int step) {
+static inline void replace_adam(double *x, const double *gradient, double *moments, size_t n,
+                                double lr, int step) {
     const double one = 1 - pow(0.9, step), two = 1 - pow(0.999, step);
 #ifdef _OPENMP
 #pragma omp parallel for
@@ -348,21 +355,23 @@ static inline void replace_adam(double *x, const double *gradient, double *momen
 }
 
 // x (n,C) = Z + M T + c of kept tokens that were gathered.
-static inline void replace_forward(double *x, const ReplaceMap *map, const real *m, const real *z, size_t n,
-                                   size_t C) {
+static inline void replace_forward(double *x, const ReplaceMap *map, const real *m, const real *z,
+                                   size_t n, size_t C) {
     for (size_t t = 0; t < n; t++)
         for (size_t j = 0; j < C; j++) x[t * C + j] = (double)z[t * C + j] + map->c[j];
     dense_product(x, C, dense_of_real(m, C), dense_of(map->t, C), n, C, C, DENSE_ADD);
 }
 
-// The mean of 1 - cos over the kept tokens before and after goes to loss (2). `tell`, if not NULL, is
-// called with the part that is done.
+// The mean of 1 - cos over the kept tokens before and after goes to loss (2). `tell`, if not NULL,
+// is called with the part that is done.
 static inline ReplaceMap replace_cosine(const ReplaceKept *k, size_t C, const ReplaceCosine *how,
                                         double loss[2], void (*tell)(void *, double), void *self) {
     ReplaceMap map = replace_map_new(C);
-    const size_t rows = at_most((size_t)how->rows, k->n ? k->n : 1), steps = (k->n + rows - 1) / rows;
+    const size_t rows = at_most((size_t)how->rows, k->n ? k->n : 1),
+                 steps = (k->n + rows - 1) / rows;
     double *x = (double *)xcalloc(rows * C, sizeof *x), *dt = (double *)xcalloc(C * C, sizeof *dt);
-    double *dc = (double *)xcalloc(C, sizeof *dc), *of_t = (double *)xcalloc(2 * C * C, sizeof *of_t);
+    double *dc = (double *)xcalloc(C, sizeof *dc),
+           *of_t = (double *)xcalloc(2 * C * C, sizeof *of_t);
     double *of_c = (double *)xcalloc(2 * C, sizeof *of_c);
     real *gathered = (real *)xcalloc(3 * rows * C, sizeof *gathered);
     real *m = gathered, *z = m + rows * C, *y = z + rows * C;
@@ -385,12 +394,15 @@ static inline ReplaceMap replace_cosine(const ReplaceKept *k, size_t C, const Re
                 loss[epoch > 0] += sum / (double)k->n;
                 continue;
             }
-            dense_product(dt, C, dense_turned(dense_of_real(m, C)), dense_of(x, C), C, C, n, DENSE_SET);
+            dense_product(dt, C, dense_turned(dense_of_real(m, C)), dense_of(x, C), C, C, n,
+                          DENSE_SET);
             replace_adam(map.t, dt, of_t, C * C, how->lr, ++step);
             memset(dc, 0, C * sizeof *dc);
             for (size_t i = 0; how->affine && i < n * C; i++) dc[i % C] += x[i];
             if (how->affine) replace_adam(map.c, dc, of_c, C, how->lr, step);
-            if (tell) tell(self, (double)((size_t)(epoch - 1) * steps + s) / (double)((size_t)how->epochs * steps));
+            if (tell)
+                tell(self, (double)((size_t)(epoch - 1) * steps + s) /
+                               (double)((size_t)how->epochs * steps));
         }
     }
     map.ridge = 0;
