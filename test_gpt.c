@@ -42,6 +42,7 @@
 #ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_parity.h"
 #endif
+#include "dev/test/test_prune_replace.h"
 #include "dev/test/test_replace.h"
 #include "dev/test/test_rng.h"
 #include "dev/test/test_safetensors.h"
@@ -92,6 +93,7 @@ static const Test tests[] = {
     DENSE_TESTS(X)
     REPLACE_TESTS(X)
     COLLAPSE_TESTS(X)
+    PRUNE_REPLACE_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -18,6 +18,7 @@
 #include "../run/options.h"
 #include "layers.h"
 #include "load.h"
+#include "replace_fit.h"
 #include "write.h"
 
 //  OPTION(field, name, type, default, domain, help)
@@ -35,8 +36,24 @@
            "any. build/layers prints these scores")                                                \
     OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "of --select random")                         \
     HEADING("How")                                                                                 \
-    OPTION(method, "method", CHOICE, "delete", "delete",                                           \
-           "delete: nothing takes the place of what is removed")                                   \
+    OPTION(method, "method", CHOICE, "delete", "delete|replace|replace-cosine",                    \
+           "delete: nothing takes the place of what is removed; replace: a linear map, folded into"\
+           " the MLP before it (ReplaceMe), by least squares; replace-cosine: one that turns the " \
+           "the stream the same way, by Adam")                                                     \
+    OPTION(blocks, "blocks", INTEGER, "1", "[1,512]",                                              \
+           "of --select angular: so many rows of layers, all of the same length")                  \
+    HEADING("Of --method replace and replace-cosine")                                              \
+    OPTION(calib, "calib", TEXT, "", "GLOB",                                                       \
+           "token shards to fit the map on; if not given, those that the run was trained on")      \
+    OPTION(calib_tokens, "calib-tokens", INTEGER, "262144", "[1,1e15]",                            \
+           "tokens of these, in whole rows at equal distances")                                    \
+    OPTION(ridge, "ridge", TEXT, "auto", "auto|inf|NUMBER",                                        \
+           "of replace: how strongly the map is held back, as a multiple of the mean square of "   \
+           "what it reads; auto: of 0, 0.1, 1, 10 and inf the best on --val, or none")             \
+    OPTION(ridge_to, "ridge-to", CHOICE, "identity", "identity|zero",                              \
+           "towards what: the identity is leaving the layers out")                                 \
+    OPTION(affine, "affine", FLAG, "1", "0|1",                                                     \
+           "the map has a constant part, which goes into the bias")                                \
     HEADING("Data: for all choices but --drop, --keep and random, and for the losses before and "  \
             "after")                                                                               \
     OPTION(val, "val", TEXT, "", "GLOB", "token shards; quote a pattern: 'data/val_*.bin'")        \
@@ -77,8 +94,11 @@ typedef struct {
     LayersModel model;                                   // on --val; rows 0: there is none
     LayersLosses losses;
     Text why;                                            // JSON of the choice
-    double distance; // angular, over the row of layers that was chosen
+    double distance;                                     // angular, the largest over a chosen row
     double before, after;                                // losses; NaN without --val
+    ReplaceFit fit;                                      // n 0: nothing is replaced
+    char *calib;                                         // the shards that it was fitted on
+    Shards calib_shards;
     ModelOut out;
 } Prune;
 
@@ -91,9 +111,14 @@ typedef struct {
     void (*fit)(Prune *p); // after the layers are chosen, before anything is written; or NULL
 } PruneMethod;
 
+static void fit_replace(Prune *p);
+
 static const PruneMethod prune_methods[] = {
     {"delete", 0, NULL},
+    {"replace", 1, fit_replace},
+    {"replace-cosine", 1, fit_replace},
 };
+enum { METHOD_DELETE, METHOD_REPLACE, METHOD_COSINE };
 
 // ---- Lists of layers ----
 
@@ -145,15 +170,35 @@ static void remove_layer(Prune *p, int l, const char *name, double value) {
     text_printf(&p->why, "}");
 }
 
+// --blocks rows of layers, one after the other those that turn the stream least of what is left. A
+// map needs a layer before its row.
+static void choose_rows(Prune *p, const LayersStream *s) {
+    const int L = p->m.config.L, rows = (int)p->o->blocks, n = p->n / rows;
+    const int least = p->o->method != METHOD_DELETE;
+    p->distance = 0;
+    for (int k = 0; k < rows; k++) {
+        int best = -1;
+        for (int l = least; l + n <= L; l++) {
+            int whole = 1;
+            for (int i = l; i < l + n; i++) whole = whole && !p->removed[BRANCHES * i];
+            if (whole && (best < 0 || s->angle[l * L + n - 1] < s->angle[best * L + n - 1]))
+                best = l;
+        }
+        if (best < 0)
+            die("there is no room for %d row%s of %d layers%s\n  hint: fewer --blocks, or a "
+                "smaller --n",
+                rows, rows > 1 ? "s" : "", n, least ? ", the first layer left out" : "");
+        for (int l = best; l < best + n; l++) remove_layer(p, l, NULL, 0);
+        p->distance = fmax(p->distance, s->angle[best * L + n - 1]);
+    }
+}
+
 static void choose_by_stream(Prune *p) {
     const int L = p->m.config.L, n = p->n;
     LayersStream s = layers_stream(&p->model, &p->losses);
     unsigned char *lowest = (unsigned char *)xcalloc((size_t)L, 1);
-    if (p->select == SELECT_ANGULAR) {
-        const int start = layers_angular_start(&s, L, n);
-        for (int l = start; l < start + n; l++) remove_layer(p, l, NULL, 0);
-        p->distance = s.angle[start * L + n - 1];
-    } else {
+    if (p->select == SELECT_ANGULAR) choose_rows(p, &s);
+    else {
         layers_lowest(lowest, s.influence, L, n);
         for (int l = 0; l < L; l++)
             if (lowest[l]) remove_layer(p, l, "block_influence", s.influence[l]);
@@ -221,6 +266,39 @@ static void choose(Prune *p) {
             p->from[left++] = l;
     if (!left) die("nothing would be left of %s\n  hint: a model has one layer at least", p->m.dir);
     p->out.config.L = left;
+}
+
+// ---- Maps in the place of layers ----
+
+static void fit_replace(Prune *p) {
+    const PruneOptions *o = p->o;
+    const GptConfig *c = &p->m.config;
+    const size_t C = (size_t)c->C;
+    unsigned char *kept = (unsigned char *)xcalloc((size_t)(BRANCHES * c->L), 1);
+    for (int i = 0; i < BRANCHES * c->L; i++) kept[i] = !p->removed[i];
+    ReplaceFit *f = &p->fit;
+    f->model = &p->model;
+    f->zero = o->ridge_to, f->affine = o->affine, f->cosine = o->method == METHOD_COSINE;
+    f->seed = (uint64_t)o->seed;
+    replace_ridge_read(&f->ridge, o->ridge);             // check_options has seen it
+    replace_fit_blocks(f, kept);
+    f->deleted = layers_loss(&p->model, &p->losses, kept)->mean;
+    p->calib = *o->calib ? xstrdup(o->calib) : replace_run_train(p->m.run);
+    if (!p->calib)
+        die("--calib is missing: what %s was trained on is not known\n  hint: --calib "
+            "'data/train_*.bin'", p->m.dir);
+    shards_open(&p->calib_shards, p->calib, p->shards.T, c->V);
+    f->calib = &p->calib_shards;
+    f->rows = shards_rows(&p->calib_shards, o->calib_tokens);
+    replace_fit(f);
+    for (int i = 0; i < f->n; i++) {
+        PruneMap *map = &p->map[f->block[i].first - 1];
+        map->T = (double *)xcalloc(C * C, sizeof *map->T);
+        map->shift = (double *)xcalloc(C, sizeof *map->shift);
+        memcpy(map->T, f->map[i].t, C * C * sizeof *map->T);
+        memcpy(map->shift, f->map[i].c, C * sizeof *map->shift);
+    }
+    free(kept);
 }
 
 // ---- Writing ----
@@ -324,6 +402,11 @@ static void write_report(const Prune *p, const char *dir) {
                     (long long)p->model.rows * p->shards.T, p->shards.T);
         json_at(&t, "loss_before", p->before), json_at(&t, "loss_after", p->after);
     }
+    if (p->fit.n) {
+        json_at(&t, "loss_deleted", p->fit.deleted);
+        text_printf(&t, ",\n  \"replace\": ");
+        replace_fit_json(&t, &p->fit, p->calib);
+    }
     text_printf(&t, "\n}\n");
     write_text(dir, "prune.json", &t);
     text_free(&t);
@@ -370,6 +453,29 @@ static void check_options(Prune *p, Options *options, const char *path) {
     p->select = *given == 'n' || *given == 'f' ? o->select : SELECT_LIST;
     if (p->select == SELECT_LIST && options_from(options, &o->select) != FROM_DEFAULT)
         die("--select chooses layers for --n or --fraction; --%s names them", given);
+    double ridge;
+    const struct {
+        const void *field;
+        const char *name;
+    } of_replace[] = {{&o->calib, "calib"},
+                      {&o->calib_tokens, "calib-tokens"},
+                      {&o->ridge, "ridge"},
+                      {&o->ridge_to, "ridge-to"},
+                      {&o->affine, "affine"}};
+    for (int i = 0; i < 5; i++) {
+        const int of_ridge = i == 2 || i == 3,
+                  given_so = options_from(options, of_replace[i].field);
+        if (given_so == FROM_DEFAULT) continue;
+        if (o->method == METHOD_DELETE || (of_ridge && o->method == METHOD_COSINE))
+            die("--%s is for --method replace\n  hint: --method replace, or leave it out",
+                of_replace[i].name);
+    }
+    if (!replace_ridge_read(&ridge, o->ridge))
+        die("--ridge %s is none of auto, inf and numbers from 0 on", o->ridge);
+    if (o->blocks > 1 && (p->select != SELECT_ANGULAR || o->fraction > 0))
+        die("--blocks is for --n with --select angular");
+    if (o->blocks > 1 && o->n % o->blocks)
+        die("--blocks %lld: --n %lld is no multiple of it", (long long)o->blocks, (long long)o->n);
     const int needs = prune_methods[o->method].needs_data ||
                       (p->select != SELECT_LIST && p->select != SELECT_RANDOM);
     if (needs && !*o->val)
@@ -424,9 +530,21 @@ static void print_result(const Prune *p) {
                "no time in this format\n",
                zeroed, zeroed > 1 ? "es are" : " is");
     printf("parameters: %s, of %s\n", after, before);
+    for (int i = 0; i < p->fit.n; i++) {
+        Text t = {NULL, 0, 0};
+        replace_fit_text(&t, &p->fit, i);
+        printf("replaced:   %s\n", t.s);
+        text_free(&t);
+    }
     if (p->model.rows)
         printf("loss:       %.6f, was %.6f (%+.6f), on %lld tokens of %s\n", p->after, p->before,
                p->after - p->before, (long long)p->model.rows * p->shards.T, p->o->val);
+    if (p->fit.n)
+        printf("            %.6f without the map%s, fitted on %lld tokens of %s\n", p->fit.deleted,
+               p->fit.n > 1 ? "s" : "", (long long)p->fit.rows * p->shards.T, p->calib);
+    if (p->fit.n && p->fit.deleted > p->before)
+        printf("            %.0f%% of what deletion loses is recovered\n",
+               100 * (p->fit.deleted - p->after) / (p->fit.deleted - p->before));
     text_free(&removed);
 }
 
@@ -486,6 +604,8 @@ int main(int argc, char **argv) {
     prune(&p, options.arguments[0]);
     for (int l = 0; l < p.m.config.L; l++) free(p.map[l].T), free(p.map[l].shift);
     if (p.model.rows) shards_close(&p.shards), drop_plan_free(&p.m.plan);
+    if (p.fit.n) replace_fit_free(&p.fit), shards_close(&p.calib_shards);
+    free(p.calib);
     layers_losses_free(&p.losses);
     weights_close(&p.weights);
     write_free(&p.out), text_free(&p.why);

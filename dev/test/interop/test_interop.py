@@ -430,7 +430,8 @@ class Runs(Interop):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.modules["test_interop"] = sys.modules["__main__"]
-    from test_layers import Layers  # noqa: F401  unittest finds it here
+    from test_analysis import Analysis  # noqa: F401  unittest finds them here
+    from test_layers import Layers  # noqa: F401
     transformers.utils.logging.disable_progress_bar()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     program = unittest.main(verbosity=2, exit=False)
