@@ -1,5 +1,5 @@
-// bytes.c: turns text files into token shards whose tokens are bytes, for `--preset tiny` and any model with a vocabulary
-// of 257: token b is byte b, token 256 ends a document.
+// bytes.c: converts text files to token shards whose tokens are bytes, for `--preset tiny` and any
+// model with a vocabulary of 257: token b is byte b, token 256 ends a document.
 //
 //     cc -O2 -o build/data_bytes data/bytes.c -lm
 //     build/data_bytes --out data/text book.txt
@@ -14,18 +14,25 @@
 
 static const char help[] =
     "usage: data_bytes --out DIR [options] PATH...\n"
-    "Writes the bytes of text files as token shards: DIR/train_000000.bin, ..., DIR/val_000000.bin, ... and\n"
-    "DIR/tokenizer.bin, in place of those that an earlier run on the same PATHs left in DIR. A PATH is a file, a pipe,\n"
-    "- for standard input, or a directory to be walked: links, hidden names, empty files and files with a zero in their\n"
-    "first 8 KiB are left out. A byte-order mark is left out of every file.\n"
+    "Writes the bytes of text files as token shards: DIR/train_000000.bin, ..., "
+    "DIR/val_000000.bin,\n"
+    "... and DIR/tokenizer.bin, replacing those of an earlier run on the same PATHs. A PATH is a "
+    "file,\n"
+    "a pipe, - for standard input, or a directory to be walked; links, hidden names, empty files "
+    "and\n"
+    "files with a zero byte in their first 8 KiB are skipped. A byte-order mark is removed.\n"
     "\n"
-    "  --out DIR         where to write; made if missing\n"
-    "  --val F           the part of the bytes to validate on, 0 to 0.5 (default 0.1). Of one file: its end. Of several:\n"
-    "                    whole files, by the SHA-256 of their names and thus the same whatever the order of the PATHs\n"
+    "  --out DIR         output directory; created if missing\n"
+    "  --val F           fraction of the bytes for validation, 0 to 0.5 (default 0.1). Of a "
+    "single\n"
+    "                    file: its end. Of several: whole files, chosen by the SHA-256 of their "
+    "names\n"
+    "                    and thus independent of the order of the PATHs\n"
     "  --shard-tokens N  begin a new shard after N tokens (default: as many as one can hold)\n"
-    "  --ext .h,.c       of directories, only files that end in one of these\n"
-    "  --max-bytes N     of one file: its first N bytes. Of several: as many as fit, by the SHA-256 of their names\n"
-    "  --replace         also in place of the shards of other PATHs, which are lost\n"
+    "  --ext .h,.c       from directories, take only files with one of these endings\n"
+    "  --max-bytes N     of a single file: its first N bytes. Of several: as many files as fit,\n"
+    "                    chosen by the SHA-256 of their names\n"
+    "  --replace         also replace shards made from other PATHs\n"
     "  -h, --help        print this\n"
     "  --version         print version, commit and compiler\n"
     "\n"
@@ -42,7 +49,8 @@ typedef struct {
     int n, replace;
 } Options;
 
-// The value of option `name` if argv[*i] is that option, as "--name value" or "--name=value"; else NULL.
+// The value of option `name` if argv[*i] is that option, as "--name value" or "--name=value"; else
+// NULL.
 static const char *option_value(char **argv, int *i, const char *name) {
     size_t n = strlen(name);
     if (strncmp(argv[*i], name, n)) return NULL;
@@ -54,14 +62,16 @@ static const char *option_value(char **argv, int *i, const char *name) {
 
 static int64_t option_count(const char *name, const char *value) {
     int64_t v;
-    if (whole_read(&v, value) != WHOLE_OK || v < 1) die("%s %s: a whole number of at least 1 is needed", name, value);
+    if (whole_read(&v, value) != WHOLE_OK || v < 1)
+        die("%s %s: a whole number of at least 1 is needed", name, value);
     return v;
 }
 
 static double option_fraction(const char *name, const char *value) {
     char *end;
     double v = strtod(value, &end);
-    if (end == value || *end || !(v >= 0 && v <= 0.5)) die("%s %s: a number from 0 to 0.5 is needed", name, value);
+    if (end == value || *end || !(v >= 0 && v <= 0.5))
+        die("%s %s: a number from 0 to 0.5 is needed", name, value);
     return v;
 }
 
@@ -83,28 +93,31 @@ static Options options_parse(char **argv) {
         if ((value = option_value(argv, &i, "--out"))) o.out = value;
         else if ((value = option_value(argv, &i, "--ext"))) o.extensions = value;
         else if ((value = option_value(argv, &i, "--val"))) o.val = option_fraction("--val", value);
-        else if ((value = option_value(argv, &i, "--shard-tokens"))) o.shard_tokens = option_count("--shard-tokens", value);
-        else if ((value = option_value(argv, &i, "--max-bytes"))) o.max_bytes = option_count("--max-bytes", value);
+        else if ((value = option_value(argv, &i, "--shard-tokens")))
+            o.shard_tokens = option_count("--shard-tokens", value);
+        else if ((value = option_value(argv, &i, "--max-bytes")))
+            o.max_bytes = option_count("--max-bytes", value);
         else if (!strcmp(argv[i], "--replace")) o.replace = 1;
-        else if (argv[i][0] == '-' && argv[i][1]) die("unknown option %s\n  hint: --help lists the options", argv[i]);
+        else if (argv[i][0] == '-' && argv[i][1])
+            die("unknown option %s\n  hint: --help lists the options", argv[i]);
         else {
             o.path = (char **)xrealloc(o.path, (size_t)o.n + 1, sizeof *o.path);
             o.path[o.n++] = argv[i];
         }
     }
     if (!o.out) die("--out is missing: the directory for the shards\n  hint: --help");
-    if (!o.n) die("no text is named\n  hint: name files or directories after the options");
+    if (!o.n) die("no text is given\n  hint: list files or directories after the options");
     return o;
 }
 
 // ---- Finding documents ----
 
 typedef struct {
-    char *path, *name;                                   // name: the path within the PATH it was found in
-    char hash[SHA256_HEX];                               // of the name
-    int64_t size;                                        // of its text: without the byte-order mark
-    size_t mark;                                         // bytes of that
-    Text held;                                           // what came from a pipe, which can be read once
+    char *path, *name;      // name: path relative to the PATH that it was found in
+    char hash[SHA256_HEX];  // of the name
+    int64_t size;           // of its text, without the byte-order mark
+    size_t mark;            // bytes of that mark
+    Text held;              // the content of a pipe, which can be read only once
     int val;
 } Document;
 
@@ -112,10 +125,11 @@ typedef struct {
     Document *doc;                                       // (n)
     size_t n;
     int64_t bytes;
-    int binary, empty;                                   // files left out
+    int binary, empty;                                   // files skipped
 } Documents;
 
-// The bytes of a document, in map; released by document_close. Returns NULL, or what is wrong.
+// Gives the bytes of a document in map; release with document_close. Returns NULL, or what is
+// wrong.
 static const char *document_open(FileMap *map, const char *path, const Text *held) {
     if (!held->s) return file_map(map, path);
     map->data = (const unsigned char *)held->s;
@@ -127,7 +141,7 @@ static void document_close(FileMap *map, const Text *held) {
     if (!held->s) file_unmap(map);
 }
 
-// All that comes through a pipe, or standard input for "-"; nothing where path is neither.
+// Reads a pipe, or standard input for "-", to its end; returns nothing if path is neither.
 static Text read_pipe(const char *path) {
     Text all = {NULL, 0, 0};
     struct stat st;
@@ -143,17 +157,21 @@ static Text read_pipe(const char *path) {
     return all;
 }
 
-// named: by the person, not found in a directory.
+// Adds a document. named: given by the user, not found in a directory.
 static void documents_add(Documents *d, const char *path, const char *name, int named) {
     FileMap map;
     Text held = {NULL, 0, 0};
     if (named) held = read_pipe(path);
     const char *error = document_open(&map, path, &held);
     if (error) die("cannot read %s: %s", path, error);
-    if (lfs_pointer_error(map.data, map.size)) die("%s: %s", path, lfs_pointer_error(map.data, map.size));
+    if (lfs_pointer_error(map.data, map.size))
+        die("%s: %s", path, lfs_pointer_error(map.data, map.size));
     const int packed = map.size >= 2 && !memcmp(map.data, "\x1F\x8B", 2);
-    if (packed && named) die("%s is compressed\n  hint: zcat FILE | data_bytes --out DIR -, or data/prepare.py", path);
-    const int binary = packed || (map.size && memchr(map.data, 0, map.size < 8192 ? map.size : 8192) != NULL);
+    if (packed && named)
+        die("%s is compressed\n  hint: zcat FILE | data_bytes --out DIR -, or data/prepare.py",
+            path);
+    const int binary = packed ||
+        (map.size && memchr(map.data, 0, map.size < 8192 ? map.size : 8192) != NULL);
     const size_t mark = map.size >= 3 && !memcmp(map.data, "\xEF\xBB\xBF", 3) ? 3 : 0;
     d->binary += binary;
     d->empty += map.size == mark;
@@ -186,10 +204,14 @@ static int has_extension(const char *name, const char *extensions) {
 }
 
 static int is_visible(const struct dirent *entry) { return entry->d_name[0] != '.'; }
-static int by_entry_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
+static int by_entry_name(const struct dirent **a, const struct dirent **b) {
+    return strcmp((*a)->d_name, (*b)->d_name);
+}
 
-// Adds the files below a directory, in the order of their names; `name` is its own name, "" at the top.
-static void documents_walk(Documents *d, const char *directory, const char *name, const char *extensions) {
+// Adds the files below a directory, sorted by name; `name` is the directory's relative name, "" at
+// the top.
+static void documents_walk(Documents *d, const char *directory, const char *name,
+                           const char *extensions) {
     struct dirent **entry;
     int n = scandir(directory, &entry, is_visible, by_entry_name);
     if (n < 0) die("cannot read directory %s: %s", directory, strerror(errno));
@@ -199,7 +221,8 @@ static void documents_walk(Documents *d, const char *directory, const char *name
         struct stat st;
         if (lstat(path, &st)) die("cannot read %s: %s", path, strerror(errno));
         if (S_ISDIR(st.st_mode)) documents_walk(d, path, within, extensions);
-        else if (S_ISREG(st.st_mode) && has_extension(within, extensions)) documents_add(d, path, within, 0);
+        else if (S_ISREG(st.st_mode) && has_extension(within, extensions))
+            documents_add(d, path, within, 0);
         free(path);
         free(within);
         free(entry[i]);
@@ -214,7 +237,8 @@ static Documents documents_find(const Options *o) {
         if (path_is_directory(o->path[i])) documents_walk(&d, o->path[i], "", o->extensions);
         else documents_add(&d, o->path[i], slash ? slash + 1 : o->path[i], 1);
     }
-    if (!d.n) die("no text was found (left out: %d binary files, %d empty ones)", d.binary, d.empty);
+    if (!d.n)
+        die("no text was found (skipped: %d binary files, %d empty ones)", d.binary, d.empty);
     return d;
 }
 
@@ -224,7 +248,7 @@ static void document_free(Document *doc) {
     text_free(&doc->held);
 }
 
-// ---- Choosing: in an order that depends on the names alone ----
+// ---- Choosing: in an order that depends on names only ----
 
 static int by_hash(const void *a, const void *b) {
     const Document *x = (const Document *)a, *y = (const Document *)b;
@@ -238,7 +262,7 @@ static int by_name(const void *a, const void *b) {
     return order ? order : strcmp(x->path, y->path);
 }
 
-// Leaves as many documents, in the order of their hashes, as fit into max_bytes.
+// Keeps as many documents, in the order of their hashes, as fit in max_bytes.
 static void documents_limit(Documents *d, int64_t max_bytes) {
     size_t n = 0;
     d->bytes = 0;
@@ -254,8 +278,9 @@ static void documents_limit(Documents *d, int64_t max_bytes) {
     if (!n) die("--max-bytes %lld: every file is larger", (long long)max_bytes);
 }
 
-// Marks for validation each document, in the order of the hashes, that brings their bytes nearer to the fraction; the
-// smallest one if none does. With a fraction of at most one half some document is always left to train on.
+// Marks for validation, in the order of the hashes, every document that brings their bytes nearer
+// to the fraction; the smallest one if none does. With a fraction of at most one half, some
+// document is always left for training.
 static void documents_split(Documents *d, double fraction) {
     double wanted = fraction * (double)d->bytes, marked = 0;
     if (fraction == 0) return;
@@ -280,14 +305,17 @@ static void append_bytes(ShardWriter *w, const unsigned char *bytes, size_t n) {
     }
 }
 
-// One document is split like nanoGPT's: the first int(0.9 n) bytes are to train on, the rest to validate.
-static void write_documents(ShardWriter *train, ShardWriter *val, const Documents *d, double fraction) {
+// A single document is split as in nanoGPT: the first int(0.9 n) bytes for training, the rest for
+// validation.
+static void write_documents(ShardWriter *train, ShardWriter *val, const Documents *d,
+                            double fraction) {
     const int end_of_text = TOKENIZER_BYTES_EOT;
     for (size_t i = 0; i < d->n; i++) {
         const Document *doc = &d->doc[i];
         FileMap map;
         const char *error = document_open(&map, doc->path, &doc->held);
-        if (!error && (int64_t)map.size < doc->size + (int64_t)doc->mark) error = "it has become shorter";
+        if (!error && (int64_t)map.size < doc->size + (int64_t)doc->mark)
+            error = "it was truncated meanwhile";
         if (error) die("cannot read %s: %s", doc->path, error);
         const unsigned char *text = map.data + doc->mark;
         size_t size = (size_t)doc->size, head = (size_t)((1 - fraction) * (double)size);
@@ -302,7 +330,8 @@ static void write_documents(ShardWriter *train, ShardWriter *val, const Document
     }
 }
 
-// Where the PATHs lie, a line each: what sources.txt in the directory keeps, by which a later run knows its own shards.
+// The locations of the PATHs, one per line: stored in DIR/sources.txt, by which a later run
+// recognizes its own shards.
 static Text sources_of(const Options *o) {
     Text sources = {NULL, 0, 0};
     for (int i = 0; i < o->n; i++) {
@@ -321,10 +350,12 @@ static int file_holds(const char *path, const Text *text) {
     return same;
 }
 
-// Dies when the directory has shards or a tokenizer file that this program did not make, or made of other PATHs.
+// Dies if the directory has shards or a tokenizer file that this program did not make, or made from
+// other PATHs.
 static void refuse_foreign(const Options *o, const char *sources_path, const Text *sources) {
     const char *out = o->out;
-    char *tokenizer = xprintf("%s/tokenizer.bin", out), *manifest = xprintf("%s/manifest.json", out);
+    char *tokenizer = xprintf("%s/tokenizer.bin", out),
+        *manifest = xprintf("%s/manifest.json", out);
     char *progress = xprintf("%s/progress.json", out);
     char *shard[2] = {xprintf("%s/train_000000.bin", out), xprintf("%s/val_000000.bin", out)};
     const int shards = path_exists(shard[0]) || path_exists(shard[1]);
@@ -333,18 +364,20 @@ static void refuse_foreign(const Options *o, const char *sources_path, const Tex
     if (path_exists(manifest) || path_exists(progress))
         die("%s holds data of data/prepare.py\n  hint: choose another --out", out);
     if (path_exists(tokenizer) && !file_holds(tokenizer, &ours))
-        die("%s is of another tokenizer\n  hint: choose another --out", tokenizer);
-    const int again = file_holds(sources_path, sources);   // an interrupted run has them, and no tokenizer yet
+        die("%s belongs to another tokenizer\n  hint: choose another --out", tokenizer);
+    // an interrupted run leaves them without a tokenizer
+    const int again = file_holds(sources_path, sources);
     if (shards && !path_exists(tokenizer) && !again)
         die("%s has shards of another tokenizer\n  hint: choose another --out", out);
     if (shards && !o->replace && !again)
-        die("%s holds shards of another text\n  hint: choose another --out, or --replace them", out);
+        die("%s holds shards of another text\n  hint: choose another --out, or --replace them",
+            out);
     text_free(&ours);
     free(shard[0]), free(shard[1]);
     free(tokenizer), free(manifest), free(progress);
 }
 
-// Finishes a split, removes the further shards that an earlier run left, and says what there is.
+// Finishes a split, removes surplus shards of an earlier run, and prints a summary.
 static void finish(ShardWriter *w, const char *out, const char *split) {
     int shards = w->shards + (w->f != NULL);
     long long tokens = (long long)w->total;
@@ -356,7 +389,8 @@ static void finish(ShardWriter *w, const char *out, const char *split) {
         free(old);
         if (failed) break;
     }
-    printf("  %-5s %12lld tokens in %d shard%s: %s/%s_*.bin\n", split, tokens, shards, shards == 1 ? "" : "s", out, split);
+    printf("  %-5s %12lld tokens in %d shard%s: %s/%s_*.bin\n", split, tokens, shards,
+           shards == 1 ? "" : "s", out, split);
 }
 
 int main(int argc, char **argv) {
@@ -382,11 +416,11 @@ int main(int argc, char **argv) {
     shard_writer_open(&val, prefix[1], TOKENIZER_BYTES_V, o.shard_tokens);
     write_documents(&train, &val, &d, o.val);
 
-    printf("%zu of %d text files, %lld bytes (left out: %d binary, %d empty)\n",
+    printf("%zu of %d text files, %lld bytes (skipped: %d binary, %d empty)\n",
            d.n, found, (long long)d.bytes, d.binary, d.empty);
     finish(&train, o.out, "train");
     finish(&val, o.out, "val");
-    tokenizer_write_bytes(tokenizer);                    // last: where it is, all is
+    tokenizer_write_bytes(tokenizer);                    // last: it marks the data as complete
     printf("  tokenizer of %d tokens: %s\n", TOKENIZER_BYTES_V, tokenizer);
 
     for (size_t i = 0; i < d.n; i++) document_free(&d.doc[i]);

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Turns multiple-choice questions into a file for build/evaluate --choices, with the tokenizer that the model has.
+"""Converts multiple-choice questions to a file for build/evaluate --choices, with a tokenizer.
 
     data/choices.py --out data/hellaswag/val.bin --tokenizer gpt2 hellaswag_val.jsonl
     data/choices.py --out data/quiz.bin --tokenizer data/small/tokenizer.json quiz.jsonl
 
-Questions are lines of JSON (.jsonl, also packed) or Parquet: HellaSwag's own (ctx, endings, label), or plain ones,
-{"context": "The sky is", "choices": ["blue.", "made of cheese."], "answer": 0}. data/README.md tells more.
+Questions are lines of JSON (.jsonl, also compressed) or Parquet: HellaSwag's records (ctx, endings,
+label), or plain ones: {"context": "The sky is", "choices": ["blue.", "made of cheese."],
+"answer": 0}. Details: data/README.md.
 """
 import argparse
 import hashlib
@@ -21,45 +22,50 @@ import vocabulary as vocabularies
 from shards import HEADER, write_whole
 from vocabulary import Problem, library, refuse_pointer
 
-MAGIC = 20240522                        # dev/files/choices.h has the format
-SUM_WORD = 8                            # of the header, where the tokenizer's SHA-256 is
+MAGIC = 20240522                        # the format: dev/files/choices.h
+SUM_WORD = 8                            # header word where the tokenizer's SHA-256 starts
 STYLES = ("harness", "llmc")
 
-# choices: what follows the context, its space included; apart: encoded without the context
+# choices: continuations, including leading space; apart: encoded without the context
 Question = namedtuple("Question", "context choices answer apart")
 
 
 # ---- Questions ----
 
 def harness_text(text):
-    """What EleutherAI's harness makes of a text of HellaSwag (preprocess in its tasks/hellaswag/utils.py): WikiHow's
-    marks in brackets go, [title] for a full stop."""
+    """Cleans a HellaSwag text as EleutherAI's harness does (preprocess in its
+    tasks/hellaswag/utils.py): removes WikiHow's bracketed markers, [title] becoming a full stop."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def hellaswag(record, style):
-    """style: as EleutherAI's harness asks, or, with the texts as they are, llm.c's dev/data/hellaswag.py."""
+    """style: the prompts of EleutherAI's harness, or the raw texts as in llm.c's
+    dev/data/hellaswag.py."""
     if style == "llmc":
-        return Question(record["ctx"], [" " + e for e in record["endings"]], int(record["label"]), True)
+        return Question(record["ctx"], [" " + e for e in record["endings"]], int(record["label"]),
+                        True)
     context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    return Question(harness_text(context), [" " + harness_text(e) for e in record["endings"]], int(record["label"]),
+    return Question(harness_text(context), [" " + harness_text(e) for e in record["endings"]],
+                    int(record["label"]),
                     False)
 
 
 def plain(record):
-    """A space comes between context and choice where neither has white space there."""
+    """Inserts a space between context and choice if neither has white space there."""
     context = record["context"]
-    choices = [c if c[:1].isspace() or context[-1:].isspace() else " " + c for c in record["choices"]]
+    choices = [c if c[:1].isspace() or context[-1:].isspace() else " " + c
+               for c in record["choices"]]
     return Question(context, choices, record["answer"], False)
 
 
 def question(record, style):
-    """The question of a record; ValueError says what is wrong."""
+    """The question of a record; raises ValueError with what is wrong."""
     try:
         if "endings" in record:
             if record["label"] in ("", -1, "-1"):
-                raise ValueError("it has no label: HellaSwag keeps those of its test part to itself")
+                raise ValueError(
+                    "it has no label: HellaSwag does not publish those of its test set")
             found = hellaswag(record, style)
         elif "choices" in record:
             found = plain(record)
@@ -68,18 +74,20 @@ def question(record, style):
     except KeyError as e:
         raise ValueError(f"it has no {e.args[0]!r}")
     except (TypeError, AttributeError):
-        raise ValueError("a field is of another type")
+        raise ValueError("a field has the wrong type")
     if not isinstance(found.context, str) or type(found.answer) is not int:
         raise ValueError("its context must be a text, and its answer a whole number")
     if len(found.choices) < 2 or not all(c.strip() for c in found.choices):
-        raise ValueError("it needs two choices or more, none of them empty")
+        raise ValueError("it needs at least two non-empty choices")
     if not 0 <= found.answer < len(found.choices):
-        raise ValueError(f"its answer is {found.answer}, and it has {len(found.choices)} choices, counted from 0")
+        raise ValueError(
+            f"its answer is {found.answer}, and it has {len(found.choices)} choices, counted from "
+            f"0")
     return found
 
 
 def records(path):
-    """The records of a file, each with where it is: what prepare.py takes for one (corpus.py)."""
+    """The records of a file, each with its location, as prepare.py reads them (corpus.py)."""
     pipe = corpora.is_pipe(path)
     kind = "json" if pipe else corpora.endings(path)[0]
     if not pipe:
@@ -89,7 +97,8 @@ def records(path):
             yield f"{path}, row {i + 1}", row
         return
     if kind != "json":
-        raise Problem(f"{path}: questions are lines of JSON, or Parquet\n  hint: name it .jsonl or .parquet")
+        raise Problem(
+            f"{path}: questions are lines of JSON, or Parquet\n  hint: name it .jsonl or .parquet")
     i = 0
     for unit in corpora.json_units(corpora.Source("json", [path], None, 0, None)):
         for line in unit.data:
@@ -99,7 +108,7 @@ def records(path):
             record, bad = corpora.json_value(line)
             where = f"{corpora.title(path)}, {'element' if len(unit.where) > 2 else 'line'} {i}"
             if not isinstance(record, dict) or bad:
-                raise Problem(f"{where}: no JSON object")
+                raise Problem(f"{where}: not a JSON object")
             if isinstance(record, corpora.Twice):
                 raise Problem(f"{where}: it has {', '.join(sorted(record.names))} twice")
             yield where, record
@@ -113,22 +122,24 @@ def parquet_rows(path):
         twice = {n for n in names if names.count(n) > 1}
         if not twice:
             return pq.read_table(path).to_pylist()
-    except Exception as e:              # of pyarrow, which has many
-        raise Problem(f"{path} is no Parquet that can be read: {str(e).splitlines()[0][:200]}")
-    raise Problem(f"{path} has two columns {', '.join(sorted(twice))}\n  hint: rename one of them")
+    except Exception as e:              # pyarrow raises many types
+        raise Problem(f"{path} is not a readable Parquet file: {str(e).splitlines()[0][:200]}")
+    raise Problem(f"{path} has duplicate columns {', '.join(sorted(twice))}\n  hint: rename one")
 
 
 # ---- Tokens ----
 
 def tokens_of(vocabulary, found):
-    """The context's tokens, and those of each choice. Unless they are to be encoded apart, the text of both is encoded
-    as one and divided where the context's tokens end; where a token spans both, before it. White space at the
-    context's end goes to the choices, as in the harness. An empty context is end-of-text."""
+    """The context's tokens, and those of each choice. Unless they are encoded apart, the joint text
+    is encoded and split where the context's tokens end, before any token that spans both. White
+    space at the context's end moves to the choices, as in the harness. An empty context becomes
+    end-of-text."""
     if found.apart:
         texts = [found.context, *found.choices]
     else:
         texts = [found.context.rstrip()] + [found.context + c for c in found.choices]
-    context, *choices = [row.tolist() for row, size, bad in vocabulary.encode([corpora.utf8(t)[0] for t in texts])]
+    context, *choices = [row.tolist() for row, size,
+                         bad in vocabulary.encode([corpora.utf8(t)[0] for t in texts])]
     if not found.apart:
         context = os.path.commonprefix([context, *choices])
         choices = [row[len(context):] for row in choices]
@@ -144,24 +155,27 @@ def example_words(index, found, tokens):
 
 
 def encoded(examples, tokenizer_sha256):
-    """The file: words of 16 bits, llm.c's version 1, or of 32 where some number needs them."""
+    """The file's bytes: words of 16 bits, llm.c's version 1, or of 32 if some value needs them."""
     largest = max(max(w) for w in examples)
     wide = largest >= 0xFFFF or max(map(len, examples)) * 2 > 0xFFFF or len(examples) > 0xFFFF
     width, mark, code = (4, 0xFFFFFFFF, "I") if wide else (2, 0xFFFF, "H")
     for words in examples:
         words[0], words[1] = mark, len(words) * width
     header = bytearray(HEADER)
-    struct.pack_into("<4I", header, 0, MAGIC, 2 if wide else 1, len(examples), max(w[1] for w in examples))
+    struct.pack_into("<4I", header, 0, MAGIC, 2 if wide else 1, len(examples),
+                     max(w[1] for w in examples))
     header[4 * SUM_WORD:4 * SUM_WORD + 32] = bytes.fromhex(tokenizer_sha256)
     return bytes(header) + b"".join(struct.pack(f"<{len(w)}{code}", *w) for w in examples)
 
 
 def check(options):
-    """What fails shall fail before a download. Returns the vocabulary."""
+    """Fails early, before a download, on bad options. Returns the vocabulary."""
     if os.path.exists(options.out):
-        raise Problem(f"{options.out} exists already\n  hint: name another --out, or remove it")
+        raise Problem(f"{options.out} exists already\n  hint: choose another --out, or remove it")
     if options.tokenizer == "bpe":
-        raise Problem("--tokenizer bpe: the questions need the model's tokenizer\n  hint: the tokenizer.json that "
+        raise Problem(
+            "--tokenizer bpe: the questions need the model's tokenizer\n  hint: the tokenizer.json "
+            "that "
                       "prepare.py wrote beside the shards")
     return vocabularies.load(options.tokenizer, options.end_of_text)
 
@@ -186,25 +200,31 @@ def convert(options):
     data = encoded(examples, hashlib.sha256(main).hexdigest())
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
     write_whole(options.out, data)
-    print(f"{len(examples):,} examples, {len(data):,} bytes, tokens of {vocabulary.name}: {options.out}")
+    print(f"{len(examples):,} examples, {len(data):,} bytes, tokens of {vocabulary.name}: "
+          f"{options.out}")
 
 
 # ---- Options ----
 
 def add_choices_options(p):
-    """Those that data/fetch.py has too."""
-    p.add_argument("--tokenizer", metavar="T", default="gpt2", help="the model's: gpt2, bytes, a tokenizer.json, or a "
+    """Options shared with data/fetch.py."""
+    p.add_argument("--tokenizer", metavar="T", default="gpt2",
+                   help="the model's: gpt2, bytes, a tokenizer.json, or a "
                    "folder with one or with GPT-2's encoder.json and vocab.bpe (default gpt2)")
     p.add_argument("--end-of-text", metavar="TOKEN",
-                   help="of a tokenizer.json: the token that ends a document, if it has not one of the usual names")
-    p.add_argument("--style", choices=STYLES, default="harness", help="of HellaSwag: the texts as EleutherAI's harness "
-                   "asks them, or as llm.c does (default %(default)s)")
+                   help="for a tokenizer.json: the token that ends a document, if it does not have "
+                   "a usual name")
+    p.add_argument("--style", choices=STYLES, default="harness",
+                   help="for HellaSwag: prompts as in EleutherAI's harness "
+                   "or as in llm.c (default %(default)s)")
 
 
 def parser():
-    p = prepare.Parser(prog="choices.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("inputs", metavar="INPUT", nargs="+", help="a .jsonl or .parquet file of questions, or - for standard input")
-    p.add_argument("--out", required=True, metavar="FILE", help="what to write")
+    p = prepare.Parser(prog="choices.py", description=__doc__,
+                       formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("inputs", metavar="INPUT", nargs="+",
+                   help="a .jsonl or .parquet file of questions, or - for standard input")
+    p.add_argument("--out", required=True, metavar="FILE", help="the output file")
     add_choices_options(p)
     return p
 

@@ -1,7 +1,8 @@
 """Where documents come from: files, folders, JSON lines, Parquet, standard input.
 
-Inputs become sources, and a source gives units, each about a megabyte of text. Units are cut by position alone, so they
-are the same for any number of processes, and a run that was interrupted goes on at one of them.
+Inputs become sources, and a source yields units, each about a megabyte of text. Units are delimited
+by position alone, so they are the same for any number of processes, and an interrupted run
+continues at one of them.
 """
 import bz2
 import gzip
@@ -17,27 +18,31 @@ from collections import namedtuple
 
 from vocabulary import Problem, decoded, library, refuse_pointer
 
-UNIT = 1 << 20                          # bytes of text in a unit
-PART = 8 << 20                          # longer documents are encoded in parts, cut where no tokenizer looks across
+UNIT = 1 << 20                          # bytes of text per unit
+PART = 8 << 20                          # longer documents are encoded in parts, cut where no
+                                        # tokenizer merges across
 RECORD = 256 << 20                      # the longest line of JSON
-SPLIT_BYTES = 1 << 20                   # what of a document decides on its side
+SPLIT_BYTES = 1 << 20                   # how much of a document determines its side
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": None}
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PACKED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# kind: "text", "json", "parquet", or "files": small ones, of which each is a document; side: None, or "train" or "val"
-# for all of it; size: bytes on the disk; cut: where the end of a sole document begins, on which to validate
+# kind: "text", "json", "parquet", or "files" (small ones, each a document); side: None, or "train"
+# or "val" for all of it; size: bytes on disk; cut: for a single document, where its validation part
+# begins
 Source = namedtuple("Source", "kind paths side size cut")
-# kind: "files" (data: paths), "documents" (a list of bytes), "json" (lines), "arrow" (a record batch), or "part" of a
-# document (bytes; side: its side; last: whether end-of-text follows). where: for messages. advance: bytes of the input
+# kind: "files" (data: paths), "documents" (a list of bytes), "json" (lines), "arrow" (a record
+# batch), or "part" of a document (bytes; side: its side; last: whether end-of-text follows). where:
+# for messages. advance: bytes of the input
 Unit = namedtuple("Unit", "kind data where advance side last")
 
 
 # ---- The sides ----
 
 def side_of(document, val, seed):
-    """Which side a document belongs to: a function of its content, so that equal ones never come to both."""
+    """The side of a document: a function of its content, so that duplicates never end up on both
+    sides."""
     key = b"droppath split %d" % seed
     digest = hashlib.blake2b(document[:SPLIT_BYTES], digest_size=8, key=key).digest()
     return "val" if int.from_bytes(digest, "big") < val * 2.0 ** 64 else "train"
@@ -46,7 +51,7 @@ def side_of(document, val, seed):
 # ---- Inputs -> sources ----
 
 def endings(path):
-    """The kind of a file by its name, and whether it is compressed."""
+    """The kind of a file judging by its name, and whether it is compressed."""
     stem, last = os.path.splitext(path.lower())
     packed = last in COMPRESSED
     if packed:
@@ -55,7 +60,7 @@ def endings(path):
 
 
 def walk(folder, extensions):
-    """The files below a folder in the order of their names, without links and hidden ones."""
+    """The files below a folder, sorted by name, without links and hidden ones."""
     try:
         entries = sorted(os.scandir(folder), key=lambda e: e.name)
     except OSError as e:
@@ -70,7 +75,7 @@ def walk(folder, extensions):
 
 
 def is_binary(path):
-    """Text has no zero byte; one in the first 8 KiB tells."""
+    """Text has no zero byte; the first 8 KiB are checked."""
     try:
         with open(path, "rb") as file:
             return b"\0" in file.read(8192)
@@ -79,11 +84,13 @@ def is_binary(path):
 
 
 def is_pipe(path):
-    """Whether what is there can be read once and has no size: standard input, a named pipe, a shell's <(...)."""
+    """Whether a path can be read only once and has no size: standard input, a named pipe, a shell's
+    <(...)."""
     try:
-        return path == "-" or stat.S_ISFIFO(os.stat(path).st_mode) or stat.S_ISSOCK(os.stat(path).st_mode)
+        return path == "-" or stat.S_ISFIFO(os.stat(path).st_mode) or stat.S_ISSOCK(
+            os.stat(path).st_mode)
     except OSError:
-        return False                    # who opens it will say so
+        return False                    # opening it will report the error
 
 
 def title(path):
@@ -91,20 +98,22 @@ def title(path):
 
 
 class Corpus:
-    """The sources of some inputs, and what was left out."""
+    """The sources of some inputs, and what was skipped."""
 
     def __init__(self, options):
         self.options = options
         self.sources, self.listing = [], []     # listing: (path, size, time) of every file
         self.binary = self.empty = self.pipes = 0
-        for inputs, side in ((options.inputs, "train" if options.val_inputs else None), (options.val_inputs, "val")):
+        for inputs, side in ((options.inputs, "train" if options.val_inputs else None),
+                             (options.val_inputs, "val")):
             self.add(inputs, side)
         if not self.sources:
-            raise Problem(f"no text was found (left out: {self.binary} binary files, {self.empty} empty ones)")
+            raise Problem(
+                f"no text was found (skipped: {self.binary} binary files, {self.empty} empty ones)")
         self.cut_sole_document()
 
     def add(self, inputs, side):
-        group, group_size = [], 0               # small files wait here until they are a unit
+        group, group_size = [], 0               # small files are collected into units
 
         def flush():
             nonlocal group, group_size
@@ -117,7 +126,7 @@ class Corpus:
             kind, packed = ("text", False) if path == "-" else endings(path)
             kind = kind if self.options.format == "auto" else self.options.format
             size = 0 if pipe else self.size_of(path)
-            if 0 < size < 1024:         # a pointer is small
+            if 0 < size < 1024:         # an LFS pointer is small
                 refuse_pointer(path)
             if not pipe and kind == "text" and not packed and size and is_binary(path):
                 self.binary += 1
@@ -125,7 +134,8 @@ class Corpus:
             if not pipe and not size:
                 self.empty += 1
                 continue
-            small = not pipe and kind == "text" and not packed and self.options.separate == "file" and size <= UNIT
+            small = (not pipe and kind == "text" and not packed and size <= UNIT
+                     and self.options.separate == "file")
             if small:
                 if group_size + size > UNIT:
                     flush()
@@ -134,7 +144,8 @@ class Corpus:
                 continue
             flush()
             if pipe and kind == "parquet":
-                raise Problem(f"{title(path)}: Parquet cannot be read from a pipe\n  hint: save it to a file")
+                raise Problem(
+                    f"{title(path)}: Parquet cannot be read from a pipe\n  hint: save it to a file")
             self.pipes += pipe
             self.sources.append(Source(kind, [path], side, size, None))
         flush()
@@ -157,15 +168,18 @@ class Corpus:
         return stat.st_size
 
     def cut_sole_document(self):
-        """One file that is one document is cut like nanoGPT's: its end is to validate on."""
+        """A single file that is a single document is split as in nanoGPT: its end is for
+        validation."""
         o = self.options
-        sole = len(self.sources) == 1 and len(self.sources[0].paths) == 1 and self.sources[0].kind in ("text", "files")
+        sole = len(self.sources) == 1 and len(
+            self.sources[0].paths) == 1 and self.sources[0].kind in ("text", "files")
         if not sole or o.separate != "file" or o.val == 0 or self.sources[0].side:
             return
         source = self.sources[0]
         path = source.paths[0]
         if self.pipes or endings(path)[1]:
-            raise Problem(f"{title(path)} is a single document, of which none can be kept to validate on\n"
+            raise Problem(
+                f"{title(path)} is a single document, which cannot be split for validation\n"
                           "  hint: --separate line (or another separator), or --val 0")
         with open(path, "rb") as file:
             first = mark_length(file.read(3))
@@ -173,7 +187,7 @@ class Corpus:
             file.seek(max(0, cut - 3))
             before = file.read(min(3, cut))
             after = file.read(1)
-        while cut and before and after and 0x80 <= after[0] < 0xC0:   # not within a character of UTF-8
+        while cut and before and after and 0x80 <= after[0] < 0xC0:   # not within a UTF-8 character
             cut, after, before = cut - 1, before[-1:], before[:-1]
         self.sources[0] = source._replace(cut=cut)
 
@@ -186,14 +200,15 @@ class Corpus:
         return self.pipes > 0
 
     def units(self, source):
-        """The units of a source, in order. Their side is None where each document has its own."""
+        """The units of a source, in order. Their side is None if each document has its own."""
         o = self.options
         if source.kind == "parquet":
             return parquet_units(source, o.field)
         if source.cut is not None:
             return cut_units(source)
         if source.kind == "files":
-            return iter([Unit("files", source.paths, source.paths[0], source.size, source.side, True)])
+            return iter([Unit("files", source.paths, source.paths[0], source.size, source.side,
+                              True)])
         if source.kind == "json":
             return json_units(source)
         units = stream_units(source, separator_of(o.separate), o.val, o.seed)
@@ -201,7 +216,8 @@ class Corpus:
 
 
 def mark_length(beginning):
-    """The bytes of the byte-order mark with which a file begins, or 0. No reader takes it for text."""
+    """The length of the byte-order mark at the start of a file, or 0. It is never part of the
+    text."""
     return 3 if beginning.startswith(BYTE_ORDER_MARK) else 0
 
 
@@ -213,11 +229,13 @@ def separator_of(separate):
     if separate == "line":
         return b"\n"
     escapes = {"\\n": "\n", "\\r": "\r", "\\t": "\t", "\\\\": "\\", "\\0": "\0"}
-    return re.sub(r"\\[nrt0\\]", lambda m: escapes[m[0]], separate).encode("utf-8", "surrogateescape")
+    return re.sub(r"\\[nrt0\\]", lambda m: escapes[m[0]], separate).encode("utf-8",
+        "surrogateescape")
 
 
 class Stream:
-    """The blocks of a file, unpacked, each of UNIT bytes but the last. A byte-order mark at its start is left out."""
+    """The decompressed blocks of a file, each of UNIT bytes except the last. A leading byte-order
+    mark is removed."""
 
     def __init__(self, path):
         self.path, self.name = path, title(path)
@@ -230,17 +248,18 @@ class Stream:
         if is_pipe(self.path):
             return raw, None
         if ending == ".zst":
-            return library("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True), raw
+            return library("zstandard").ZstdDecompressor().stream_reader(raw,
+                read_across_frames=True), raw
         return (COMPRESSED[ending](raw) if ending in COMPRESSED else raw), raw
 
     def __iter__(self):
-        """Yields (block, bytes of the file that it took)."""
+        """Yields (block, bytes of the file consumed)."""
         try:
             file, raw = self.open()
             first, at = True, 0
             while True:
                 block = bytearray()
-                while len(block) < UNIT:        # a pipe gives less at a time
+                while len(block) < UNIT:        # reads from a pipe may be short
                     more = file.read(UNIT - len(block))
                     if not more:
                         break
@@ -248,7 +267,9 @@ class Stream:
                 if not block:
                     break
                 if first and not raw and block.startswith(PACKED_MAGIC):
-                    raise Problem(f"{self.name} is compressed\n  hint: unpack it first, as in zcat FILE | ...")
+                    raise Problem(
+                        f"{self.name} is compressed\n  hint: decompress it first, as in zcat FILE "
+                        f"| ...")
                 if first:
                     del block[:mark_length(block)]
                 first = False
@@ -266,9 +287,10 @@ class Stream:
 
 
 def safe_cut(held, most):
-    """A place <= most to cut a document: before a word's space, or after a line's end, with no other white space there.
-    GPT-2's expression and its successors cut there in any case, so that the tokens stay the same. Where there is none
-    within 64 KiB: between two characters."""
+    """A position <= most at which to cut a document: before the space of a word, or after a line
+    end, with no other white space next to it. GPT-2's pattern and its successors always split
+    there, so the tokens stay the same. If there is none within 64 KiB, a position between two
+    characters."""
     low = max(0, most - (1 << 16))
     best = 0
     for match in re.finditer(rb"[!-~]\n(?=[!-~])|[!-~](?= [!-~])", held[low:most]):
@@ -281,21 +303,26 @@ def safe_cut(held, most):
 
 
 def separators(separator):
-    """The pattern of what stands between documents and its longest match. A line's end may be CR LF everywhere."""
+    """A regular expression for the separator between documents, and the length of its longest
+    match. A line end may be CR LF."""
     if not separator or separator == b"\n" or b"\n" not in separator or b"\r" in separator:
         return None, len(separator or b"")
-    return re.compile(re.escape(separator).replace(b"\\\n", b"\r?\n")), len(separator) + separator.count(b"\n")
+    return re.compile(re.escape(separator).replace(b"\\\n",
+        b"\r?\n")), len(separator) + separator.count(b"\n")
 
 
 def stream_units(source, separator, val, seed, stream=None):
-    """Whole documents as they come; one longer than PART in parts. A line of JSON cannot be cut."""
+    """Whole documents as they arrive; one longer than PART in parts. A line of JSON cannot be
+    cut."""
     stream, records = stream or Stream(source.paths[0]), source.kind == "json"
     pattern, longest = separators(separator)
-    held, searched, long_side, offset, kind = bytearray(), 0, None, 0, "json" if records else "documents"
+    held, searched, long_side, offset, kind = bytearray(
+        ), 0, None, 0, "json" if records else "documents"
     for block, advance in stream:
         held += block
         where = (stream.name, offset)
-        if separator and (pattern.search(held, searched) if pattern else held.find(separator, searched) >= 0):
+        if separator and (pattern.search(held, searched) if pattern else held.find(separator,
+            searched) >= 0):
             pieces = pattern.split(held) if pattern else bytes(held).split(separator)
             pieces = [bytes(p) for p in pieces] if pattern else pieces
             rest = pieces.pop()
@@ -307,7 +334,7 @@ def stream_units(source, separator, val, seed, stream=None):
             held, advance = bytearray(rest), 0
         if records and len(held) > RECORD:
             raise Problem(f"{stream.name}, byte {offset}: a line of more than {RECORD >> 20} MiB\n"
-                          "  hint: is it JSON lines, one document a line?")
+                          "  hint: is it JSON lines, with one document per line?")
         while not records and len(held) > PART:
             cut = safe_cut(held, PART - longest)
             long_side = long_side or source.side or side_of(bytes(held[:SPLIT_BYTES]), val, seed)
@@ -322,8 +349,8 @@ def stream_units(source, separator, val, seed, stream=None):
 
 
 def json_units(source):
-    """The records of a file: its lines, or the elements of the one array that it is."""
-    class Rest:                         # the stream, once its beginning was looked at
+    """The records of a file: its lines, or the elements of the single array that it contains."""
+    class Rest:                         # the stream, after its beginning was inspected
         def __init__(self, name, blocks):
             self.name, self.blocks = name, blocks
 
@@ -334,17 +361,21 @@ def json_units(source):
     blocks = iter(stream)
     first = next(blocks, (b"", 0))
     rest = Rest(stream.name, itertools.chain([first], blocks))
-    return array_units(rest, source) if first[0].lstrip()[:1] == b"[" else stream_units(source, b"\n", 0, 0, rest)
+    return array_units(rest, source) if first[0].lstrip()[:1] == b"[" else stream_units(source,
+        b"\n", 0, 0, rest)
 
 
 def array_units(stream, source):
-    """The elements of a JSON array, found without holding all of it. As Latin-1 a character is a byte."""
+    """The elements of a JSON array, without holding all of it. Decoded as Latin-1, so that a
+    character is a byte."""
     scan = json.JSONDecoder(strict=False, parse_int=len, parse_float=len).raw_decode
     held, offset, elements, size, taken, count = "", 0, [], 0, 0, 0
     blocks, ended, opened, closed, want = iter(stream), False, False, False, 0
 
     def wrong(at, what):
-        return Problem(f"{stream.name}, byte {offset + at}: {what}\n  hint: is it one array, or a JSON object a line?")
+        return Problem(
+            f"{stream.name}, byte {offset + at}: {what}\n  hint: is it one array, or one JSON "
+            f"object per line?")
 
     while True:
         at = 0
@@ -365,22 +396,23 @@ def array_units(stream, source):
             try:
                 value, end = scan(held, at)
             except RecursionError:
-                raise wrong(at, "nested too deep")
+                raise wrong(at, "nested too deeply")
             except ValueError:
                 end = None
             after = skip_space(held, end) if end else len(held)
-            if after == len(held):      # the element may go on
+            if after == len(held):      # the element may be incomplete
                 if ended or len(held) - at > RECORD:
-                    raise wrong(at, "the array is cut short, or no JSON here")
+                    raise wrong(at, "the array is cut short, or this is not JSON")
                 want = at + 2 * (len(held) - at)
                 break
             if held[after] not in ",]":
-                raise wrong(after, "no JSON: a comma or ] is missing")
+                raise wrong(after, "not JSON: a comma or ] is missing")
             elements.append(held[at:end].encode("latin-1"))
             size += end - at
             at, want = after + (held[after] == ","), 0
             if size >= UNIT:
-                yield Unit("json", elements, (stream.name, count, "element"), taken, source.side, True)
+                yield Unit("json", elements, (stream.name, count, "element"), taken, source.side,
+                           True)
                 elements, size, taken, count = [], 0, 0, count + len(elements)
         held, offset, want = held[at:], offset + at, max(0, want - at)
         if ended:
@@ -405,7 +437,7 @@ def drop_carriage_returns(units):
 
 
 def cut_units(source):
-    """The sole document's beginning to train on and its end to validate on, both without end-of-text."""
+    """A single document's training part and validation part, both without end-of-text."""
     path = source.paths[0]
     try:
         with open(path, "rb") as file:
@@ -415,7 +447,7 @@ def cut_units(source):
                     at = file.tell()
                     block = file.read(min(PART, end - at))
                     if not block:
-                        raise Problem(f"{path} has become shorter while it was read")
+                        raise Problem(f"{path} was truncated while it was read")
                     if at + len(block) < end:
                         cut = safe_cut(block, len(block) - 1)
                         file.seek(at + cut)
@@ -426,11 +458,12 @@ def cut_units(source):
 
 
 def is_text(kind):
-    """Whether a column of this Arrow type holds text, or nothing but NULL."""
+    """Whether a column of this Arrow type holds text, or only NULLs."""
     pa = library("pyarrow")
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary",
+    known = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view",
+             "fixed_size_binary",
              "null")
     return any(getattr(pa.types, "is_" + name, lambda k: False)(kind) for name in known)
 
@@ -447,10 +480,11 @@ def parquet_units(source, field):
             raise Problem(f"{path} has no column {field}\n  hint: --field NAME; it has {names}")
         if columns.count(field) > 1:
             raise Problem(f"{path} has {columns.count(field)} columns {field}\n"
-                          "  hint: rename one of them: which holds the text is not to be guessed")
+                          "  hint: rename one: it is unclear which holds the text")
         kind = file.schema_arrow.field(field).type
         if not is_text(kind):
-            raise Problem(f"{path}: the column {field} is of type {kind}, not text\n  hint: --field NAME")
+            raise Problem(
+                f"{path}: the column {field} is of type {kind}, not text\n  hint: --field NAME")
         held, held_size, row = [], 0, 0
         share = source.size / max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=256, columns=[field], use_threads=False):
@@ -461,13 +495,14 @@ def parquet_units(source, field):
                 yield Unit("arrow", packed_arrow(held), (path, row), rows * share, side, True)
                 held, held_size, row = [], 0, row + rows
         if held:
-            yield Unit("arrow", packed_arrow(held), (path, row), sum(len(c) for c in held) * share, side, True)
+            yield Unit("arrow", packed_arrow(held), (path, row), sum(len(c) for c in held) * share,
+                       side, True)
     except (OSError, pa.ArrowException) as e:
         raise Problem(f"cannot read {path}: {str(e).splitlines()[0]}")
 
 
 def as_bytes(column):
-    """A column of text of any kind as bytes, UTF-8 or not."""
+    """A text column of any type as bytes, UTF-8 or not."""
     pa = library("pyarrow")
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -515,14 +550,15 @@ def read_document(path):
 
 
 def json_value(line):
-    """The value of a line (bytes), None if it is no JSON, and whether some of its bytes were not UTF-8."""
+    """The value of a line (bytes), or None if it is not JSON, and whether some of its bytes were
+    not UTF-8."""
     text, bad = decoded(line[mark_length(line):])
     for whole in (int, lambda digits: int(digits) if len(digits) < 4000 else float(digits)):
         try:
             return json.loads(text, parse_int=whole, object_pairs_hook=pairs_once), bad
         except json.JSONDecodeError:
             break
-        except ValueError:              # more digits than Python turns into a number
+        except ValueError:              # more digits than Python converts to a number
             continue
         except RecursionError:
             break
@@ -530,7 +566,7 @@ def json_value(line):
 
 
 class Twice(dict):
-    """An object that has one name twice: `names` are those."""
+    """An object with duplicate names, which are `names`."""
     names = ()
 
 
@@ -544,7 +580,7 @@ def pairs_once(pairs):
 
 
 def utf8(text):
-    """The bytes of a text, and whether it had halves of surrogate pairs, each of which becomes U+FFFD."""
+    """The bytes of a text, and whether it had unpaired surrogates, each of which becomes U+FFFD."""
     try:
         return text.encode(), False
     except UnicodeEncodeError:
@@ -567,18 +603,19 @@ def json_documents(unit, options, counts):
             counts["invalid"] += bad or halves
             yield document
         elif isinstance(record, dict) and options.field in record and text is None and not twice:
-            yield b""                   # NULL is no text: counted as an empty document
+            yield b""                   # NULL is not text: counted as an empty document
         elif options.skip_bad:
             counts["bad"] += 1
         elif not isinstance(record, dict):
-            raise Problem(f"{where}: this {what} is no JSON object\n"
-                          "  hint: --skip-bad leaves such lines out")
+            raise Problem(f"{where}: this {what} is not a JSON object\n"
+                          "  hint: --skip-bad skips such lines")
         elif twice:
             raise Problem(f"{where}: this {what} has \"{options.field}\" twice\n"
-                          "  hint: --skip-bad leaves such lines out")
+                          "  hint: --skip-bad skips such lines")
         elif options.field in record:
-            raise Problem(f"{where}: \"{options.field}\" is no text\n"
-                          "  hint: --skip-bad leaves such lines out")
+            raise Problem(f"{where}: \"{options.field}\" is not text\n"
+                          "  hint: --skip-bad skips such lines")
         else:
             raise Problem(f"{where}: there is no \"{options.field}\"\n"
-                          f"  hint: --field NAME; this {what} has {', '.join(map(str, record))[:200]}")
+                          f"  hint: --field NAME; this {what} has "
+                          f"{', '.join(map(str, record))[:200]}")

@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Turns text into token shards, a tokenizer file and a manifest, in memory that does not grow with the text.
+"""Converts text of any size to token shards, a tokenizer file and a manifest, in bounded memory.
 
-    data/prepare.py --out data/mine ~/texts notes.txt                            files and folders, each file a document
-    data/prepare.py --out data/web --val 0.001 crawl/*.jsonl.gz                  lines of JSON, their field "text"
-    data/prepare.py --out data/small --tokenizer bpe --vocab-size 8192 books/    a byte-pair encoding of its own
+    data/prepare.py --out data/mine ~/texts notes.txt
+        files and folders, each file a document
+    data/prepare.py --out data/web --val 0.001 crawl/*.jsonl.gz
+        lines of JSON, using their field "text"
+    data/prepare.py --out data/small --tokenizer bpe --vocab-size 8192 books/
+        with a byte-pair encoding trained on the text
     zcat all.txt.gz | data/prepare.py --out data/all --tokenizer bytes --separate '\\n\\n' -
+        standard input, documents separated by blank lines
 
-Tokenizers: gpt2 (tiktoken), bytes, bpe (trained on the text), a tokenizer.json (tokenizers), or a folder with one or
-with GPT-2's encoder.json and vocab.bpe. An interrupted run is continued by the same command. data/README.md tells more.
+Tokenizers: gpt2 (tiktoken), bytes, bpe (trained on the text), a tokenizer.json (tokenizers), or a
+folder with one or with GPT-2's encoder.json and vocab.bpe. If interrupted, the same command
+continues. Details: data/README.md.
 """
 import argparse
 import decimal
@@ -23,15 +28,16 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-import vocabulary as vocabularies       # first: it says when numpy is missing
+import vocabulary as vocabularies       # first: it reports a missing numpy
 import corpus as corpora
 import numpy as np
 from shards import MOST, ShardWriter, sha256_file, write_json, write_whole
 from vocabulary import Problem
 
-SAVE_SECONDS = 20                       # at most so much work is done again after an interruption
+SAVE_SECONDS = 20                       # bounds the work repeated after an interruption
 SIDES = ("train", "val")
-# That decide on the bits. --skip-bad does not: it lets a run pass where it stopped without, after the same tokens.
+# Settings that determine the output. --skip-bad does not: it lets a run continue where it stopped
+# without it, after the same tokens.
 SETTINGS = ("format", "field", "separate", "val", "seed", "shard_tokens")
 
 
@@ -52,7 +58,7 @@ def start_worker_process(vocabulary, options):
 
 
 def pieces_of(document):
-    """The document, or the parts of a long one, so that none takes much memory at a time."""
+    """The document, or the parts of a long one, which bounds the memory used at a time."""
     while len(document) > corpora.PART:
         cut = corpora.safe_cut(document, corpora.PART)
         yield document[:cut]
@@ -61,9 +67,10 @@ def pieces_of(document):
 
 
 def encode_unit(unit):
-    """The tokens of each side, and what was counted."""
+    """The tokens of each side, and the counters."""
     vocabulary, options = worker
-    counts, pieces, of = Counter(), [], []          # of: (side, whether it ends a document) of each piece
+    counts, pieces, of = Counter(), [], []          # of: (side, whether it ends a document) for
+                                                    # each piece
     if unit.kind == "part":
         pieces, of = [unit.data], [(unit.side, unit.last)]
         counts[unit.side, "documents"] += unit.last
@@ -83,11 +90,12 @@ def encode_unit(unit):
         parts[side].append(tokens)
         if last:
             parts[side].append(end)
-    return {side: np.concatenate(p) if p else np.empty(0, dtype=kind) for side, p in parts.items()}, counts
+    return {side: np.concatenate(p) if p else np.empty(0, dtype=kind) for side,
+            p in parts.items()}, counts
 
 
 class Done:
-    """A future that is over."""
+    """A completed future."""
 
     def __init__(self, value):
         self.value = value
@@ -97,7 +105,7 @@ class Done:
 
 
 class Here:
-    """What ProcessPoolExecutor is, for one process."""
+    """Replaces ProcessPoolExecutor for a single process."""
 
     def submit(self, function, argument):
         return Done(function(argument))
@@ -109,17 +117,18 @@ class Here:
 # ---- The main process ----
 
 class Run:
-    """One preparation: from a corpus and a vocabulary to the files of a folder."""
+    """One preparation: from a corpus and a vocabulary to the files in a folder."""
 
     def __init__(self, options, corpus):
         self.options, self.corpus, self.out = options, corpus, options.out
         self.progress_path = os.path.join(self.out, "progress.json")
         self.manifest_path = os.path.join(self.out, "manifest.json")
-        self.at, self.counts, self.saved = (0, 0), Counter(), time.monotonic()     # at: source, unit in it
+        # at: source, and unit within it
+        self.at, self.counts, self.saved = (0, 0), Counter(), time.monotonic()
         self.settings, self.within_a_unit = self.hash_settings(), False
 
     def hash_settings(self):
-        """All that decides on the bits but the tokenizer's files."""
+        """Everything that determines the output except the tokenizer's files."""
         o = self.options
         chosen = {name: getattr(o, name) for name in SETTINGS}
         chosen["tokenizer"] = [o.tokenizer, o.end_of_text]
@@ -130,36 +139,47 @@ class Run:
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
     def look(self):
-        """What an earlier run left: True if all is there, progress to go on from, or None. Refuses what is foreign."""
+        """What an earlier run left: True if it is complete, its progress if it can be continued, or
+        None. Refuses foreign data."""
         if os.path.exists(self.manifest_path):
             manifest = read_json(self.manifest_path)
             as_strict = self.options.skip_bad or not manifest.get("left_out", {}).get("bad_records")
-            if not self.corpus.from_pipe and manifest.get("settings") == self.settings and as_strict:
+            if not self.corpus.from_pipe and manifest.get(
+                "settings") == self.settings and as_strict:
                 return True
-            raise Problem(f"{self.out} holds other data already\n  hint: choose another --out, or remove it")
+            raise Problem(
+                f"{self.out} holds other data already\n  hint: choose another --out, or remove it")
         if os.path.exists(self.progress_path):
             progress = read_json(self.progress_path)
             as_strict = self.options.skip_bad or not progress.get("counts", {}).get("bad")
             same = progress.get("settings") == self.settings and as_strict
             if progress.get("failed") and (self.corpus.from_pipe or not same):
-                say(f"{self.out} holds what an earlier run made before an error, with other options or input: removed")
+                say(f"{self.out} held the output of a failed run with other options or input: "
+                    f"removed")
                 self.discard(progress["tokenizer"])
                 return None
             if self.corpus.from_pipe:
-                raise Problem(f"{self.out} holds an interrupted run, and a pipe cannot be continued\n"
-                              f"  hint: remove {self.out} to start again")
+                raise Problem(
+                    f"{self.out} holds an interrupted run, and a pipe cannot be continued\n"
+                              f"  hint: remove {self.out} to start over")
             if not same:
-                raise Problem(f"{self.out} holds an interrupted run with other options, or its input has changed\n"
-                              f"  hint: give the same again, or remove {self.out} to start over")
+                raise Problem(
+                    f"{self.out} holds an interrupted run with other options, or its input has "
+                    f"changed\n"
+                              f"  hint: use the same options and input, or remove {self.out} to "
+                              f"start over")
             return progress
         names = sorted(os.listdir(self.out)) if os.path.isdir(self.out) else []
         foreign = [n for n in names if n.endswith(".bin") and n != "tokenizer.bin"]
         if foreign:
-            raise Problem(f"{self.out} holds {foreign[0]}, which is of other data\n  hint: choose another --out")
+            raise Problem(
+                f"{self.out} holds {foreign[0]}, which belongs to other data\n  hint: choose "
+                f"another --out")
         return None
 
     def discard(self, tokenizer):
-        """Removes what this preparation has made, progress.json last: the folder is free for another one."""
+        """Removes what this preparation has made, progress.json last, so that the folder is free
+        for another one."""
         names = sorted(os.listdir(self.out))
         made = [n for n in names if re.fullmatch(r"(train|val)_\d{6,}\.bin(\.tmp)?", n)]
         for name, digest in tokenizer["files"].items():
@@ -169,7 +189,8 @@ class Run:
             os.remove(os.path.join(self.out, name))
 
     def open_vocabulary(self, progress):
-        """The vocabulary; its files are written before any shard, and after progress.json, which knows them."""
+        """The vocabulary. Its files are written before any shard, and after progress.json, which
+        records them."""
         o = self.options
         path = os.path.join(self.out, "tokenizer.json")
         if o.tokenizer != "bpe":
@@ -183,24 +204,28 @@ class Run:
             vocabulary.name = "bpe"
         os.makedirs(self.out, exist_ok=True)
         files, table, self.tokenizer_files = {}, vocabularies.tokenizer_bin(vocabulary), []
-        for name, data in (("tokenizer.bin", table), ("tokenizer.json", vocabulary.json and vocabulary.json.encode())):
+        for name, data in (("tokenizer.bin", table), ("tokenizer.json", vocabulary.json
+            and vocabulary.json.encode())):
             if data:
                 files[name] = hashlib.sha256(data).hexdigest()
                 self.tokenizer_files.append((os.path.join(self.out, name), data))
         if not table:
-            say("warning: this tokenizer's tokens have no bytes of their own: there is no tokenizer.bin for generate")
+            say("warning: this tokenizer's tokens have no fixed bytes: generate gets no "
+                "tokenizer.bin")
         elif vocabularies.encodes_otherwise(vocabulary):
-            say(f"note: {vocabularies.encodes_otherwise(vocabulary)}: build/generate shows its text, but encodes no "
+            say(f"note: {vocabularies.encodes_otherwise(vocabulary)}: build/generate shows its "
+                f"text, but cannot encode a "
                 "prompt")
         main = "tokenizer.bin" if table else "tokenizer.json"
-        self.tokenizer = {"name": vocabulary.name, "vocab_size": vocabulary.size, "end_of_text": vocabulary.end_of_text,
+        self.tokenizer = {"name": vocabulary.name, "vocab_size": vocabulary.size,
+                          "end_of_text": vocabulary.end_of_text,
                           "file": main, "sha256": files[main], "files": files}
         if progress and progress["tokenizer"] != self.tokenizer:
             raise Problem(f"{self.out} holds an interrupted run with another tokenizer\n"
-                          f"  hint: give the same again, or remove {self.out} to start over")
+                          f"  hint: use the same tokenizer, or remove {self.out} to start over")
         for path, data in self.tokenizer_files:
             if os.path.exists(path) and vocabularies.read(path) != data:
-                raise Problem(f"{path} is of another tokenizer\n  hint: choose another --out")
+                raise Problem(f"{path} belongs to another tokenizer\n  hint: choose another --out")
         self.vocabulary = vocabulary
 
     def write_tokenizer(self):
@@ -209,13 +234,15 @@ class Run:
                 write_whole(path, data)
 
     def sample(self):
-        """Documents to learn a tokenizer from: training ones, by the hash of their content, of about train_bytes."""
+        """Documents to train a tokenizer on: from the training side, about train_bytes of them,
+        chosen by the hash of their content."""
         o = self.options
         if self.corpus.from_pipe:
             raise Problem("--tokenizer bpe reads its text twice, which a pipe does not allow\n"
                           "  hint: save it to a file")
         share = o.train_bytes / max(1, self.corpus.size)
-        say(f"training a tokenizer of {o.vocab_size} tokens on {'all' if share >= 1 else f'{share:.1%}'} of the text")
+        say(f"training a tokenizer of {o.vocab_size} tokens on "
+            f"{'all' if share >= 1 else f'{share:.1%}'} of the text")
         for source in self.corpus.sources:
             for unit in self.corpus.units(source):
                 if unit.kind == "part":
@@ -228,15 +255,16 @@ class Run:
                         yield from pieces_of(document)
 
     def save(self, failed=False):
-        """failed: by an error, which other options may set right, not by an interruption."""
+        """failed: by an error that other options may avoid, not by an interruption."""
         write_json(self.progress_path, {
-            "settings": self.settings, "failed": failed, "tokenizer": self.tokenizer, "source": self.at[0], "unit": self.at[1],
+            "settings": self.settings, "failed": failed, "tokenizer": self.tokenizer,
+            "source": self.at[0], "unit": self.at[1],
             "counts": {k: self.counts[k] for k in ("empty", "invalid", "bad")},
             **{side: self.writers[side].state() for side in SIDES}})
         self.saved = time.monotonic()
 
     def units(self):
-        """The units from where the run stands, each with the place that comes after it."""
+        """The units from the current position on, each with the position that follows it."""
         source, unit = self.at
         for i in range(source, len(self.corpus.sources)):
             for j, found in enumerate(self.corpus.units(self.corpus.sources[i])):
@@ -259,13 +287,15 @@ class Run:
             self.save()
 
     def encode(self):
-        """Units go out to the processes, and their tokens come back, in order; a few units wait at a time."""
+        """Sends units to the processes and yields their tokens in order; only a few units are in
+        flight at a time."""
         o = self.options
         if o.processes == 1:
             start_worker(self.vocabulary, o)
             pool = Here()
         else:
-            pool = ProcessPoolExecutor(o.processes, multiprocessing.get_context("spawn"), start_worker_process,
+            pool = ProcessPoolExecutor(o.processes, multiprocessing.get_context("spawn"),
+                                       start_worker_process,
                                        (self.vocabulary, o))
         waiting = deque()
         try:
@@ -281,23 +311,26 @@ class Run:
                 for first, future in waiting:
                     self.take(first, future.result())
         except BrokenProcessPool:
-            raise Problem("a process was ended from outside, perhaps for want of memory\n  hint: fewer --processes")
+            raise Problem(
+                "a worker process was killed, perhaps for lack of memory\n  hint: use fewer "
+                "--processes")
         finally:
             pool.shutdown(cancel_futures=True)
 
     def run(self):
         progress = self.look()
         if progress is True:
-            say(f"{self.out} holds this already: nothing to do")
+            say(f"{self.out} is already complete: nothing to do")
             return
         self.open_vocabulary(progress)
         o, state = self.options, progress or {}
-        self.writers = {side: ShardWriter(self.out, side, self.vocabulary.width, o.shard_tokens, state.get(side))
+        self.writers = {side: ShardWriter(self.out, side, self.vocabulary.width, o.shard_tokens,
+                                          state.get(side))
                         for side in SIDES}
         if progress:
             self.at = progress["source"], progress["unit"]
             self.counts.update(progress["counts"])
-            say(f"going on where {self.out} was interrupted")
+            say(f"continuing where {self.out} was interrupted")
         elif self.corpus.sources[0].cut is not None:
             for side in SIDES:
                 self.writers[side].documents = 1
@@ -309,17 +342,21 @@ class Run:
         except BaseException as e:
             failed = isinstance(e, Exception)
             if failed and not any(self.writers[side].tokens for side in SIDES):
-                self.discard(self.tokenizer)    # nothing is lost, and the folder is free for other options
-            elif not self.within_a_unit:        # else what was saved before holds
+                self.discard(self.tokenizer)    # nothing is lost, and the folder is free for other
+                                                # options
+            elif not self.within_a_unit:        # otherwise the previous save remains valid
                 self.save(failed)
             raise
         self.finish()
 
     def refuse_nothing(self):
-        """A folder without a document is no data."""
+        """A folder without any document is an error."""
         if not any(self.writers[side].tokens for side in SIDES):
-            raise Problem(f"no document was left ({self.counts['bad']} bad records, {self.counts['empty']} empty "
-                          "documents were left out): nothing is written\n  hint: --field, --format, --separate say "
+            raise Problem(
+                f"no document was left ({self.counts['bad']} bad records, {self.counts['empty']} "
+                f"empty "
+                          "documents were skipped): nothing is written\n  hint: --field, --format, "
+                          "--separate specify "
                           "where the text is")
 
     def finish(self):
@@ -328,33 +365,39 @@ class Run:
         left = {"binary_files": self.corpus.binary, "empty_files": self.corpus.empty,
                 "empty_documents": self.counts["empty"], "bad_records": self.counts["bad"]}
         write_json(self.manifest_path, {
-            "format": "droppath.c token shards 1", "settings": self.settings, "tokenizer": self.tokenizer,
-            "val": None if self.options.val_inputs else self.options.val, "seed": self.options.seed, "left_out": left,
-            "invalid_utf8": self.counts["invalid"], "splits": {s: self.writers[s].summary() for s in SIDES}})
+            "format": "droppath.c token shards 1", "settings": self.settings,
+            "tokenizer": self.tokenizer,
+            "val": None if self.options.val_inputs else self.options.val, "seed": self.options.seed,
+            "left_out": left,
+            "invalid_utf8": self.counts["invalid"], "splits": {s: self.writers[s].summary()
+                for s in SIDES}})
         os.remove(self.progress_path)
         sole = self.corpus.sources[0].cut is not None
         documents = 1 if sole else sum(self.writers[s].documents for s in SIDES)
         size = sum(self.writers[s].text_bytes for s in SIDES)
         print(f"{documents:,} document{'s' * (documents != 1)}, {size:,} bytes "
-              f"(left out: {left['binary_files']} binary files, {left['empty_files']} empty ones, "
+              f"(skipped: {left['binary_files']} binary files, {left['empty_files']} empty ones, "
               f"{left['empty_documents']} empty documents, {left['bad_records']} bad records)")
         if self.counts["invalid"]:
-            say(f"warning: {self.counts['invalid']} documents had bytes that are not UTF-8, or halves of "
+            say(f"warning: {self.counts['invalid']} documents had bytes that are not UTF-8, or "
+                f"halves of "
                 "surrogate pairs; they became U+FFFD")
         for side in SIDES:
             w = self.writers[side]
-            print(f"  {side:5} {w.tokens:14,} tokens in {len(w.shards)} shard{'s' * (len(w.shards) != 1)}: "
+            print(f"  {side:5} {w.tokens:14,} tokens in {len(w.shards)} "
+                  f"shard{'s' * (len(w.shards) != 1)}: "
                   f"{self.out}/{side}_*.bin")
         print(f"  tokenizer {self.tokenizer['name']} of {self.tokenizer['vocab_size']} tokens: "
               f"{self.out}/{self.tokenizer['file']}")
         for side, share in (("train", 1), ("val", self.options.val)):
             if not self.writers[side].tokens and share:
-                say(f"warning: no document came to {side}: {documents} are few for --val {self.options.val:g}\n"
-                    "  hint: another --val or --seed, or --val-inputs")
+                say(f"warning: no document was assigned to {side}: {documents} are too few for "
+                    f"--val {self.options.val:g}\n"
+                    "  hint: try another --val or --seed, or --val-inputs")
 
 
 def progress_bar(total):
-    """tqdm's, on a terminal."""
+    """A progress bar by tqdm, if on a terminal."""
     tqdm = vocabularies.library("tqdm")
     return tqdm.tqdm(total=total or None, unit="B", unit_scale=True, disable=None, desc="encoding")
 
@@ -366,7 +409,8 @@ def read_json(path):
     except (OSError, ValueError, RecursionError) as e:
         raise Problem(f"cannot read {path}: {e}")
     if not isinstance(found, dict):
-        raise Problem(f"cannot read {path}: it is no JSON object\n  hint: remove it to start again")
+        raise Problem(
+            f"cannot read {path}: it is not a JSON object\n  hint: remove it to start over")
     return found
 
 
@@ -378,11 +422,12 @@ def say(message):
 
 def whole(least, most):
     def convert(text):
-        """1000, or 1e3 and 2.5e6, if that is exact: as whole_read in dev/run/program.h."""
+        """Parses 1000, or 1e3 and 2.5e6 if exact, like whole_read in dev/run/program.h."""
         form = re.fullmatch(r"[+-]?(\d+|(\d+\.?\d*|\.\d+)[eE][+-]?\d{1,9})", text, re.ASCII)
         value = decimal.Decimal(text) if form else None
         if value is None or not least <= value <= most or value != int(value):
-            raise argparse.ArgumentTypeError(f"{text}: a whole number from {least} to {most} is needed")
+            raise argparse.ArgumentTypeError(
+                f"{text}: a whole number from {least} to {most} is needed")
         return int(value)
     return convert
 
@@ -403,40 +448,53 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_run_options(parser):
-    """Those that data/fetch.py has too."""
+    """Options shared with data/fetch.py."""
     add = parser.add_argument
-    add("--tokenizer", metavar="T", default="gpt2", help="gpt2, bytes, bpe, a tokenizer.json, or a folder with one or "
+    add("--tokenizer", metavar="T", default="gpt2",
+        help="gpt2, bytes, bpe, a tokenizer.json, or a folder with one or "
         "with GPT-2's encoder.json and vocab.bpe (default gpt2)")
     add("--vocab-size", type=whole(257, 1 << 24), default=8192, metavar="N",
-        help="of --tokenizer bpe: its tokens (default 8192)")
+        help="for --tokenizer bpe: number of tokens (default 8192)")
     add("--train-bytes", type=whole(1, 1 << 50), default=1 << 28, metavar="N",
-        help="of --tokenizer bpe: learn it from about so many bytes, drawn over the whole text (default 268435456)")
+        help="for --tokenizer bpe: train it on about that many bytes, sampled from the whole text "
+        "(default 268435456)")
     add("--end-of-text", metavar="TOKEN",
-        help="of a tokenizer.json: the token that ends a document, if it has not one of the usual names")
-    add("--shard-tokens", type=whole(1, MOST), default=10 ** 8, metavar="N", help="tokens of a shard (default 1e8)")
-    add("--seed", type=whole(0, 2 ** 63 - 1), default=1337, metavar="N", help="key of the split (default 1337)")
+        help="for a tokenizer.json: the token that ends a document, if it does not have a usual "
+        "name")
+    add("--shard-tokens", type=whole(1, MOST), default=10 ** 8, metavar="N",
+        help="tokens per shard (default 1e8)")
+    add("--seed", type=whole(0, 2 ** 63 - 1), default=1337, metavar="N",
+        help="key of the split (default 1337)")
     add("--processes", type=whole(1, 4096), default=os.cpu_count() or 1, metavar="N",
-        help="processes that encode (default: one a core); the shards do not depend on it")
+        help="worker processes (default: one per core); the shards do not depend on it")
 
 
 def parser():
-    p = Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("inputs", metavar="INPUT", nargs="+", help="a file, a folder, or - for standard input")
-    p.add_argument("--out", required=True, metavar="DIR", help="where to write; made if missing")
-    p.add_argument("--val", type=fraction, default=0.1, metavar="F", help="the part of the documents to validate on, "
-                   "by a hash of their content, 0 to 0.5 (default 0.1); of a sole document: its end")
+    p = Parser(prog="prepare.py", description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("inputs", metavar="INPUT", nargs="+",
+                   help="a file, a folder, or - for standard input")
+    p.add_argument("--out", required=True, metavar="DIR",
+                   help="output directory; created if missing")
+    p.add_argument("--val", type=fraction, default=0.1, metavar="F",
+                   help="fraction of the documents for validation, "
+                   "chosen by a hash of their content, 0 to 0.5 (default 0.1); of a single "
+                   "document: its end")
     p.add_argument("--val-inputs", nargs="+", default=[], metavar="INPUT",
-                   help="validate on these, train on all of the others")
+                   help="validate on these, and train on all of INPUT")
     add_run_options(p)
     p.add_argument("--format", choices=("auto", "text", "json", "parquet"), default="auto",
-                   help="of the inputs (default auto: by the name; standard input is text)")
-    p.add_argument("--separate", default="file", metavar="S", help="of text, what stands between documents: file (each "
-                   "file is one), line (each line is one), or a string: '\\n\\n', '<|endoftext|>' (default file)")
+                   help="format of the inputs (default auto: by name; standard input is text)")
+    p.add_argument("--separate", default="file", metavar="S",
+                   help="for text, what separates documents: file (each "
+                   "file is one), line (each line is one), or a string: '\\n\\n', '<|endoftext|>' "
+                   "(default file)")
     p.add_argument("--field", default="text", metavar="NAME",
                    help="of JSON and Parquet: where the text is (default text)")
-    p.add_argument("--ext", default="", metavar=".A,.B", help="of folders, only files that end in one of these")
+    p.add_argument("--ext", default="", metavar=".A,.B",
+                   help="from folders, take only files with one of these endings")
     p.add_argument("--skip-bad", action="store_true",
-                   help="leave out lines that are no JSON or lack the text, and count them")
+                   help="skip and count lines that are not JSON or lack the text")
     return p
 
 
@@ -452,22 +510,23 @@ def prepare(options):
 
 
 def main(arguments=None, act=None):
-    """Runs; errors become one line and exit code 1."""
+    """Runs a program; errors become one line and exit code 1."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")      # a path need not be UTF-8, nor the terminal
+        sys.stdout.reconfigure(errors="backslashreplace")      # a path need not be UTF-8, nor the
+                                                               # terminal
     try:
         act(arguments) if act else prepare(check(parser().parse_args(arguments)))
         sys.stdout.flush()
     except Problem as e:
         sys.exit(f"error: {e}")
-    except BrokenPipeError:             # nobody reads what it says, as after `| head`
+    except BrokenPipeError:             # nobody reads the output, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
     except OSError as e:
         sys.exit(f"error: {e.filename or 'the disk'}: {e.strerror}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command goes on from here")
-    except Exception as e:              # a fault of ours, or of a library: never a page of its insides
+        sys.exit("\ninterrupted: run the same command again to continue")
+    except Exception as e:              # a bug here or in a library: never print a traceback
         if os.environ.get("DROPPATH_DEBUG"):
             raise
         sys.exit(vocabularies.unexpected(e))

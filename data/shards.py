@@ -1,4 +1,5 @@
-"""Token shards in llm.c's format, a run's progress, and the manifest: what data/README.md describes."""
+"""Token shards in llm.c's format, a run's progress, and the manifest, as described in
+data/README.md."""
 import hashlib
 import json
 import os
@@ -9,12 +10,12 @@ import numpy as np
 from vocabulary import Problem
 
 HEADER = 1024
-FORMATS = {2: (20240520, 1), 4: (20240801, 7)}      # bytes of a token: magic, version
+FORMATS = {2: (20240520, 1), 4: (20240801, 7)}      # bytes per token: magic, version
 MOST = 2 ** 31 - 1                                  # the header counts tokens in 31 bits
 
 
 def write_whole(path, data):
-    """Old or new, never half."""
+    """Replaces a file atomically."""
     temporary = path + ".tmp"
     try:
         with open(temporary, "wb") as file:
@@ -24,7 +25,7 @@ def write_whole(path, data):
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
-            os.remove(temporary)        # it would be taken for something
+            os.remove(temporary)        # it could be mistaken for output
         raise
 
 
@@ -41,7 +42,7 @@ def sha256_file(path):
 
 
 class ShardWriter:
-    """Writes DIR/SIDE_000000.bin, ...: each under a temporary name until it is whole."""
+    """Writes DIR/SIDE_000000.bin, ...: each under a temporary name until it is complete."""
 
     def __init__(self, folder, side, width, limit, state=None):
         self.folder, self.side, self.width = folder, side, width
@@ -58,31 +59,33 @@ class ShardWriter:
         return os.path.join(self.folder, self.name() + ".tmp")
 
     def state(self):
-        """What resume() takes, once the open shard is on the disk."""
+        """The state for resume(), after syncing the open shard to disk."""
         if self.file:
             self.file.flush()
             os.fsync(self.file.fileno())
-        return {"shards": self.shards, "open": self.count, "tokens": self.tokens, "bytes": self.text_bytes,
+        return {"shards": self.shards, "open": self.count, "tokens": self.tokens,
+                "bytes": self.text_bytes,
                 "documents": self.documents}
 
     def resume(self, state):
         self.shards, self.count = state["shards"], state["open"]
-        self.tokens, self.text_bytes, self.documents = state["tokens"], state["bytes"], state["documents"]
+        self.tokens, self.text_bytes = state["tokens"], state["bytes"]
+        self.documents = state["documents"]
         for shard in self.shards:
             path = os.path.join(self.folder, shard["file"])
             if not os.path.exists(path) or os.path.getsize(path) != shard["file_bytes"]:
                 raise Problem(f"{path} is missing or has changed since the run was interrupted\n"
-                              f"  hint: remove {self.folder} to start again")
+                              f"  hint: remove {self.folder} to start over")
         if self.count:
             end = HEADER + self.count * self.width
             final = os.path.join(self.folder, self.name())
             if os.path.exists(final) and not os.path.exists(self.path()):
                 os.replace(final, self.path())  # it was finished after the last save
             if not os.path.exists(self.path()) or os.path.getsize(self.path()) < end:
-                raise Problem(f"{self.path()} is missing or shorter than it was\n"
-                              f"  hint: remove {self.folder} to start again")
+                raise Problem(f"{self.path()} is missing or was truncated\n"
+                              f"  hint: remove {self.folder} to start over")
             self.file = open(self.path(), "r+b")
-            self.file.truncate(end)             # what was written after the last save is made again
+            self.file.truncate(end)             # what was written after the last save is repeated
             self.file.seek(end)
 
     def append(self, tokens):
@@ -100,7 +103,7 @@ class ShardWriter:
                 self.finish()
 
     def finish(self):
-        """Gives the open shard its header and its name."""
+        """Writes the open shard's header and gives it its final name."""
         if not self.file:
             return
         magic, version = FORMATS[self.width]
@@ -116,11 +119,12 @@ class ShardWriter:
         self.shards, self.count, self.file = self.shards + [entry], 0, None
 
     def summary(self):
-        return {"tokens": self.tokens, "bytes": self.text_bytes, "documents": self.documents, "shards": self.shards}
+        return {"tokens": self.tokens, "bytes": self.text_bytes, "documents": self.documents,
+                "shards": self.shards}
 
 
 def read_shard(path):
-    """The tokens of a shard, as an array; for tests and for looking."""
+    """The tokens of a shard, as an array; for tests and inspection."""
     with open(path, "rb") as file:
         magic, version, count = struct.unpack("<3i", file.read(12))
         width = {v: k for k, v in FORMATS.items()}[magic, version]

@@ -1,10 +1,10 @@
-// check.h: the three kinds of failure, and memory that is always checked.
+// check.h: the three kinds of failure, checked allocation, and strings that grow.
 //
 //   die(...)         the user, a file or an option is at fault: one line and a hint, exit code 1
-//   CHECK(ok, ...)   a caller broke a contract: says where, then aborts
-//   assert(ok)       our own invariant, from <assert.h>
+//   CHECK(ok, ...)   a caller broke a contract: prints where, then aborts
+//   assert(ok)       an invariant of our own, from <assert.h>
 //
-// Include this header first: it asks libc for POSIX names.
+// Include this header first: it requests POSIX names from libc.
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -34,7 +34,7 @@
 #define UNUSED            __attribute__((unused))
 #define NEVER_NULL        __attribute__((returns_nonnull))
 
-// The number type of parameters, gradients and activations. REAL=double is for tests by finite differences.
+// The type of parameters, gradients and activations. REAL=double serves finite-difference tests.
 #ifdef REAL_DOUBLE
 typedef double real;
 #define REAL_NAME    "fp64"
@@ -49,12 +49,13 @@ typedef float real;
 
 // ---- Messages ----
 
-// A message may quote a file or a peer: what could steer a terminal (control characters of ASCII and, as UTF-8, of Latin-1)
-// becomes '?', but for line feeds and tabs.
+// A message may quote a file or a peer, so characters that could steer a terminal (control
+// characters of ASCII and, encoded as UTF-8, of Latin-1) become '?', except line feeds and tabs.
 static inline void message_v(const char *kind, const char *format, va_list args) {
-    char text[8192];                                     // no malloc: memory may be out
-    fflush(stdout);                                      // keep the order a reader sees
-    if (vsnprintf(text, sizeof text, format, args) >= (int)sizeof text) strcpy(text + sizeof text - 4, "...");
+    char text[8192];                                     // no malloc: memory may be exhausted
+    fflush(stdout);                                      // keep the order in which output appears
+    if (vsnprintf(text, sizeof text, format, args) >= (int)sizeof text)
+        strcpy(text + sizeof text - 4, "...");
     for (char *c = text; *c; c++) {
         const unsigned char u = (unsigned char)*c, next = (unsigned char)c[1];
         if ((u < ' ' && u != '\n' && u != '\t') || u == 0x7F) *c = '?';
@@ -63,8 +64,8 @@ static inline void message_v(const char *kind, const char *format, va_list args)
     fprintf(stderr, "%s: %s\n", kind, text);
 }
 
-// A program that dies leaves its memory to the system: from then on LeakSanitizer looks for no leaks. Its hook, see its
-// lsan_interface.h, is one and the same in all objects of a program.
+// die() does not free memory; from then on LeakSanitizer must not look for leaks. Its hook
+// (lsan_interface.h) is defined once per program, hence weak.
 #ifdef SANITIZED                                         // make SAN=...
 __attribute__((weak)) int memory_left;
 #ifdef __cplusplus
@@ -84,7 +85,8 @@ static inline void PRINTF_LIKE(2, 3) UNUSED message(const char *kind, const char
     va_end(args);
 }
 
-// Prints "error: ..." and exits with code 1. A second line of the message is a hint: "...\n  hint: ...".
+// Prints "error: ..." and exits with code 1. A second line of the message is a hint: "...\n hint:
+// ...".
 static inline void PRINTF_LIKE(1, 2) NORETURN die(const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -116,7 +118,7 @@ check_failed(const char *file, int line, const char *condition, const char *form
 
 // ---- Time ----
 
-// Seconds since some moment in the past, on a clock that is never set back.
+// Seconds on a monotonic clock with an arbitrary origin.
 static inline double clock_seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -125,7 +127,8 @@ static inline double clock_seconds(void) {
 
 // ---- Memory ----
 
-// malloc of count * size zeroed bytes; dies when the product overflows or memory is out. Free with free().
+// calloc that never returns NULL: dies if count * size overflows or memory is exhausted. Release
+// with free().
 static inline void *NEVER_NULL xcalloc(size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size ? size : 1);
     if (!p) die("out of memory: %zu x %zu bytes", count, size);
@@ -140,8 +143,9 @@ static inline void *NEVER_NULL xrealloc(void *old, size_t count, size_t size) {
     return p;
 }
 
-// A formatted string from malloc, and its length.
-static inline char *PRINTF_LIKE(2, 0) NEVER_NULL xprintf_v(int *length, const char *format, va_list args) {
+// A formatted string from malloc; its length goes to *length.
+static inline char *PRINTF_LIKE(2, 0) NEVER_NULL xprintf_v(int *length, const char *format,
+                                                           va_list args) {
     va_list again;
     va_copy(again, args);
     *length = vsnprintf(NULL, 0, format, args);
@@ -164,7 +168,7 @@ static inline char *PRINTF_LIKE(1, 2) NEVER_NULL xprintf(const char *format, ...
 
 static inline char *xstrdup(const char *s) { return xprintf("%s", s); }
 
-// A string that grows: start from {0}, end with text_free.
+// A growing string: initialize with {0}, release with text_free.
 typedef struct { char *s; size_t n, room; } Text;
 
 static inline void text_append(Text *t, const void *bytes, size_t n) {

@@ -1,11 +1,15 @@
-// choices.h: multiple-choice questions, HellaSwag for one, in llm.c's evaluation files (write_evalfile in its
-// dev/data/data_common.py), and what a model's losses make of them.
+// choices.h: multiple-choice questions, such as HellaSwag, in llm.c's evaluation format
+// (write_evalfile in its dev/data/data_common.py), and accuracies from a model's losses.
 //
-//     byte 0       256 words of 32 bits, little-endian: magic 20240522, version, examples, bytes of the longest example; ours
-//                  have in words 8 to 15 the SHA-256 of the tokenizer's file; all else zero
-//     byte 1024    the examples, of words of 16 bits (version 1, llm.c's) or of 32 (version 2, ours: for tokens or lengths that
-//                  16 bits cannot hold). Each: all bits set; the example's bytes, from that word on; its number, from 0; the
-//                  right choice, from 0; how many choices; length and tokens of the context; of each choice length and tokens
+//     byte 0       256 words of 32 bits, little-endian: magic 20240522, version, examples, bytes of
+//                  the longest example; ours have the SHA-256 of the tokenizer file in words 8 to
+//                      15;
+//                  all other words are zero
+//     byte 1024    the examples, in words of 16 bits (version 1, llm.c's) or 32 bits (version 2,
+//                  ours, for tokens or lengths that do not fit in 16 bits). Each consists of a word
+//                  of all ones; the example's size in bytes, including this header; its index; the
+//                  index of the right choice; the number of choices; the context's length and
+//                  tokens; and each choice's length and tokens
 #ifndef CHOICES_H
 #define CHOICES_H
 
@@ -16,19 +20,22 @@
 #include "tokenizer.h"
 #include <math.h>
 
-enum { CHOICES_SUM_WORD = 8, CHOICES_EXAMPLE_WORDS = 6 };   // where the SHA-256 is; words before the context's tokens
+// position of the SHA-256; words before the context's tokens
+enum { CHOICES_SUM_WORD = 8, CHOICES_EXAMPLE_WORDS = 6 };
 
-typedef struct { int64_t first; int n, label; } ChoicesExample;          // its choices: row[first] ... row[first + n - 1]
-typedef struct { int64_t context, choice; int context_n, choice_n; } ChoicesRow;   // at which words, and how many tokens
+// choices: row[first] ... row[first + n - 1]
+typedef struct { int64_t first; int n, label; } ChoicesExample;
+// offsets in words, and lengths in tokens
+typedef struct { int64_t context, choice; int context_n, choice_n; } ChoicesRow;
 
 typedef struct {
-    int64_t examples, rows, words;                       // rows: the choices of all examples; words: after the header
-    ChoicesExample *example;                             // (examples)
-    ChoicesRow *row;                                     // (rows)
-    const unsigned char *data;                           // the words, inside the parsed memory
-    int width;                                           // bytes of a word
-    char tokenizer_sha256[SHA256_HEX];                   // "": not told
-    char *path;                                          // of choices_open
+    int64_t examples, rows, words;      // rows: choices of all examples; words: after the header
+    ChoicesExample *example;            // (examples)
+    ChoicesRow *row;                    // (rows)
+    const unsigned char *data;          // the words, within the parsed memory
+    int width;                          // bytes per word
+    char tokenizer_sha256[SHA256_HEX];  // "": not recorded
+    char *path;                         // set by choices_open
     FileMap map;
     char error[160];
 } Choices;
@@ -53,37 +60,45 @@ static inline const char *choices_fail(Choices *c, int64_t at, const char *what)
 }
 
 static inline void choices_add_row(Choices *c, ChoicesRow row) {
-    if ((c->rows & (c->rows - 1)) == 0)                  // room for a power of two
+    if ((c->rows & (c->rows - 1)) == 0)                  // the capacity is a power of two
         c->row = (ChoicesRow *)xrealloc(c->row, c->rows ? 2 * (size_t)c->rows : 1, sizeof *c->row);
     c->row[c->rows++] = row;
 }
 
-// Reads the example that begins at word `at`; *end: where the next one does.
+// Parses the example that begins at word `at`; *end receives where the next one begins.
 static inline const char *choices_parse_example(Choices *c, int64_t at, int64_t *end) {
     const uint32_t mark = c->width == 2 ? 0xFFFF : 0xFFFFFFFF;
-    if (c->words - at < CHOICES_EXAMPLE_WORDS) return choices_fail(c, at, "cut short: the header counts more examples");
+    if (c->words - at < CHOICES_EXAMPLE_WORDS)
+        return choices_fail(c, at, "cut short: the header counts more examples");
     if (choices_word(c, at) != mark) return choices_fail(c, at, "damaged: no example begins here");
     const int64_t bytes = choices_word(c, at + 1), n = choices_word(c, at + 4);
     *end = at + bytes / c->width;
-    if (bytes % c->width || *end < at + CHOICES_EXAMPLE_WORDS) return choices_fail(c, at + 1, "damaged: its size is wrong");
+    if (bytes % c->width || *end < at + CHOICES_EXAMPLE_WORDS)
+        return choices_fail(c, at + 1, "damaged: its size is wrong");
     if (*end > c->words) return choices_fail(c, at + 1, "cut short, or its size is wrong");
-    if (choices_word(c, at + 2) != c->examples) return choices_fail(c, at + 2, "damaged: it has another number");
-    if (n < 2 || n > *end - at) return choices_fail(c, at + 4, "damaged: two choices are the fewest, and each has tokens");
-    if (choices_word(c, at + 3) >= n) return choices_fail(c, at + 3, "damaged: the right choice is none of the choices");
+    if (choices_word(c, at + 2) != c->examples)
+        return choices_fail(c, at + 2, "damaged: its index is wrong");
+    if (n < 2 || n > *end - at)
+        return choices_fail(c, at + 4, "damaged: an example has at least two choices");
+    if (choices_word(c, at + 3) >= n)
+        return choices_fail(c, at + 3, "damaged: the index of the right choice is out of range");
     const int64_t context_n = choices_word(c, at + 5), context = at + CHOICES_EXAMPLE_WORDS;
-    if (context_n < 1) return choices_fail(c, at + 5, "its context is empty: there must be a token to begin from");
-    if (context_n > *end - context) return choices_fail(c, at + 5, "damaged: the context ends outside of the example");
+    if (context_n < 1)
+        return choices_fail(c, at + 5, "its context is empty: at least one token is needed");
+    if (context_n > *end - context)
+        return choices_fail(c, at + 5, "damaged: the context ends outside the example");
     const ChoicesExample example = {c->rows, (int)n, (int)choices_word(c, at + 3)};
     int64_t p = context + context_n;
     for (int64_t k = 0; k < n; k++) {
         const int64_t length = p < *end ? (int64_t)choices_word(c, p) : -1;
         if (length == 0) return choices_fail(c, p, "damaged: a choice is empty");
-        if (length < 0 || length > *end - p - 1) return choices_fail(c, p, "damaged: a choice ends outside of the example");
+        if (length < 0 || length > *end - p - 1)
+            return choices_fail(c, p, "damaged: a choice ends outside the example");
         const ChoicesRow row = {context, p + 1, (int)context_n, (int)length};
         choices_add_row(c, row);
         p += 1 + length;
     }
-    if (p != *end) return choices_fail(c, p, "damaged: it goes on after its last choice");
+    if (p != *end) return choices_fail(c, p, "damaged: data follow its last choice");
     c->example[c->examples++] = example;
     return NULL;
 }
@@ -91,26 +106,30 @@ static inline const char *choices_parse_example(Choices *c, int64_t at, int64_t 
 static inline const char *choices_parse_examples(Choices *c, uint32_t examples, uint32_t longest) {
     int64_t at = 0, end, most = 0;
     const char *error;
-    if (examples > c->words / CHOICES_EXAMPLE_WORDS) return "cut short: its header counts more examples than it holds";
+    if (examples > c->words / CHOICES_EXAMPLE_WORDS)
+        return "cut short: its header counts more examples than it holds";
     c->example = (ChoicesExample *)xcalloc(examples, sizeof *c->example);
     while (c->examples < examples) {
         if ((error = choices_parse_example(c, at, &end))) return error;
         if (end - at > most) most = end - at;
         at = end;
     }
-    if (at != c->words) return choices_fail(c, at, "damaged: the file goes on after its last example");
-    if (most * c->width != longest) return "damaged: its longest example has another size than its header says";
+    if (at != c->words) return choices_fail(c, at, "damaged: data follow the last example");
+    if (most * c->width != longest)
+        return "damaged: the longest example does not have the size given in the header";
     return NULL;
 }
 
-// Reads an evaluation file of `size` bytes at mem, which must stay as long as it is used. Returns NULL, or what is wrong (the
-// message may live in *c; there is nothing to free then). Tokens may be any: see choices_check.
+// Parses an evaluation file of `size` bytes at mem, which must outlive *c. Returns NULL, or what is
+// wrong (the message may be stored in *c; nothing needs to be freed). Tokens are not checked: see
+// choices_check.
 static inline const char *choices_parse(Choices *c, const void *mem, size_t size) {
     const unsigned char *p = (const unsigned char *)mem;
     memset(c, 0, sizeof *c);
     if (lfs_pointer_error(mem, size)) return lfs_pointer_error(mem, size);
     if (size < 4 || llmc_word(p, 0) != SHARD_EVAL_MAGIC)
-        return "not an evaluation file (wrong magic number)\n  hint: data/choices.py makes one: data/README.md";
+        return "not an evaluation file (wrong magic number)\n  hint: data/choices.py creates one: "
+            "data/README.md";
     if (size < LLMC_HEADER_BYTES) return "cut short: an evaluation file has a header of 1024 bytes";
     const uint32_t version = llmc_word(p, 1), examples = llmc_word(p, 2);
     if (version != 1 && version != 2) return "an evaluation file of an unknown version";
@@ -133,7 +152,7 @@ static inline const char *choices_parse(Choices *c, const void *mem, size_t size
 
 // ---- Reading ----
 
-// Dies when a token is not in [0, V).
+// Dies if a token is not in [0, V).
 static inline void choices_check(const Choices *c, int V) {
     for (int64_t e = 0; e < c->examples; e++)
         for (int64_t r = c->example[e].first; r < c->example[e].first + c->example[e].n; r++)
@@ -143,23 +162,25 @@ static inline void choices_check(const Choices *c, int V) {
                 for (int i = 0; i < n; i++)
                     if (choices_word(c, at + i) >= (uint32_t)V)
                         die("%s: example %lld has the token %u, but the model has %d tokens\n"
-                            "  hint: data/choices.py makes the file with the model's tokenizer", c->path, (long long)e,
-                            choices_word(c, at + i), V);
+                            "  hint: create the file with the model's tokenizer: data/choices.py",
+                            c->path, (long long)e, choices_word(c, at + i), V);
             }
 }
 
-// Opens a file for a model of V tokens, or dies. End with choices_close.
+// Opens a file for a model of V tokens, or dies. Close with choices_close.
 static inline void choices_open(Choices *c, const char *path, int V) {
     FileMap map;
     const char *error = file_map(&map, path);
-    if (error) die("cannot read %s: %s\n  hint: data/choices.py makes such a file: data/README.md", path, error);
+    if (error)
+        die("cannot read %s: %s\n  hint: data/choices.py creates such files: data/README.md", path,
+            error);
     if ((error = choices_parse(c, map.data, map.size))) die("%s: %s", path, error);
     c->map = map;
     c->path = xstrdup(path);
     choices_check(c, V);
 }
 
-// Leaves the first n examples alone, n > 0, if there are more.
+// Keeps only the first n > 0 examples.
 static inline void choices_limit(Choices *c, int64_t n) {
     if (n >= c->examples) return;
     c->rows = c->example[n].first;
@@ -172,13 +193,13 @@ static inline void choices_close(Choices *c) {
     free(c->path);
 }
 
-// Token i of a row, context and choice one after the other.
+// Token i of a row: the context followed by the choice.
 static inline int choices_token(const Choices *c, const ChoicesRow *r, int i) {
     return (int)choices_word(c, i < r->context_n ? r->context + i : r->choice + i - r->context_n);
 }
 
-// The characters of a row's choice (Unicode's code points) without a space before it, as EleutherAI's harness counts them;
-// at least 1. t must know all tokens.
+// The number of characters (Unicode code points) of a row's choice without its leading space, as
+// EleutherAI's harness counts them; at least 1. t must cover all tokens.
 static inline int choices_characters(const Choices *c, const ChoicesRow *r, const Tokenizer *t) {
     int characters = 0, first = 1;
     for (int i = 0; i < r->choice_n; i++) {
@@ -187,24 +208,25 @@ static inline int choices_characters(const Choices *c, const ChoicesRow *r, cons
         const char *bytes = tokenizer_bytes(t, token, &n);
         if (token == t->eot) continue;
         for (int k = 0; k < n; k++, first = 0)
-            if (((unsigned char)bytes[k] & 0xC0) != 0x80 && !(first && bytes[k] == ' ')) characters++;
+            if (((unsigned char)bytes[k] & 0xC0) != 0x80 && !(first && bytes[k] == ' '))
+                characters++;
     }
     return characters ? characters : 1;
 }
 
-// ---- Answers: the choice of the smallest loss ----
+// ---- Answers: the choice with the smallest loss ----
 
-// What the losses are divided by: nothing; the tokens, as llm.c does for its acc_norm; the characters, as EleutherAI's harness
-// does for its own.
+// What losses are divided by: nothing; tokens, as in llm.c's acc_norm; characters, as in acc_norm
+// of EleutherAI's harness.
 enum { CHOICES_BY_SUM, CHOICES_BY_TOKEN, CHOICES_BY_CHARACTER, CHOICES_NORMS };
 
 typedef struct {
-    double acc[CHOICES_NORMS];                           // fractions of the examples that were answered right
-    double stderr_of[CHOICES_NORMS];                     // sqrt(p (1 - p) / (n - 1)); NaN for one example
-    double loss;                                         // nats per token of the right choice: the mean over the examples
+    double acc[CHOICES_NORMS];        // fraction of examples answered correctly
+    double stderr_of[CHOICES_NORMS];  // sqrt(p (1 - p) / (n - 1)); NaN for one example
+    double loss;                      // nats per token of the right choice, averaged over examples
 } ChoicesResult;
 
-// The first of the smallest loss[i] / length[i], i < n; -1 when none is a number.
+// The first index of the smallest loss[i] / length[i], i < n; -1 if all are NaN.
 static inline int choices_best(const double *loss, const int *length, int n) {
     int best = -1;
     double least = INFINITY;
@@ -215,8 +237,10 @@ static inline int choices_best(const double *loss, const int *length, int n) {
     return best;
 }
 
-// From each row's sum of losses, and how many characters it has (NULL: not known, and that accuracy is NaN).
-static inline ChoicesResult choices_result(const Choices *c, const double *loss, const int *characters) {
+// From each row's total loss and its length in characters (NULL: unknown, and that accuracy is
+// NaN).
+static inline ChoicesResult choices_result(const Choices *c, const double *loss,
+                                           const int *characters) {
     ChoicesResult result;
     memset(&result, 0, sizeof result);
     int *tokens = (int *)xcalloc((size_t)c->rows, sizeof *tokens);
@@ -227,7 +251,8 @@ static inline ChoicesResult choices_result(const Choices *c, const double *loss,
         int64_t right = 0;
         for (int64_t e = 0; e < c->examples; e++) {
             const ChoicesExample *x = &c->example[e];
-            right += choices_best(loss + x->first, length[k] ? length[k] + x->first : NULL, x->n) == x->label;
+            right += choices_best(loss + x->first, length[k] ? length[k] + x->first : NULL, x->n) ==
+                x->label;
         }
         const double p = k == CHOICES_BY_CHARACTER && !characters ? NAN : (double)right / n;
         result.acc[k] = p;
@@ -241,7 +266,7 @@ static inline ChoicesResult choices_result(const Choices *c, const double *loss,
     return result;
 }
 
-// What guessing would get.
+// The expected accuracy of random guessing.
 static inline double choices_chance(const Choices *c) {
     double sum = 0;
     for (int64_t e = 0; e < c->examples; e++) sum += 1.0 / c->example[e].n;

@@ -1,8 +1,9 @@
-// files.h: every call by which this project changes the disk, in one place, so that a test can make each one fail or be the
-// process' last: dev/torture/. Elsewhere the FAULT macros are nothing and these are the plain calls.
+// files.h: every call that changes the disk, in one place, so that a test can make any of them fail
+// or be the last one before the process dies (dev/torture/). Without FAULTS the macros expand to
+// the plain calls.
 //
-//   file_try_..., directory_try_...   return NULL, or what is wrong, from malloc
-//   file_..., directory_...           die with it
+//   file_try_..., directory_try_...   return NULL, or an error message from malloc
+//   file_..., directory_...           die with that message
 #ifndef FILES_H
 #define FILES_H
 
@@ -12,13 +13,15 @@
 
 // ---- Reading ----
 
-// A file to read, -1 with errno: never waits for one at the other end of a pipe, nor reaches a child.
-static inline int file_open_read(const char *path) { return open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC); }
+// Opens a file for reading; -1 with errno on failure. Never blocks on a pipe; closed on exec.
+static inline int file_open_read(const char *path) {
+    return open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+}
 
 // A file mapped read-only. An empty file has data NULL and size 0.
 typedef struct { const unsigned char *data; size_t size; } FileMap;
 
-// Maps path. Returns NULL, or what is wrong (errno's text); nothing to release after an error.
+// Maps path. Returns NULL, or errno's text; after an error there is nothing to release.
 static inline const char *file_map(FileMap *map, const char *path) {
     map->data = NULL;
     map->size = 0;
@@ -46,7 +49,7 @@ static inline void file_unmap(FileMap *map) {
     map->size = 0;
 }
 
-// What is wrong with a file that Git LFS has left as a pointer to its content; NULL for every other file.
+// The error message if the contents are a Git LFS pointer instead of the file; NULL otherwise.
 static inline const char *lfs_pointer_error(const void *mem, size_t size) {
     static const char begin[] = "version https://git-lfs.github.com/spec/";
     if (size < sizeof begin - 1 || memcmp(mem, begin, sizeof begin - 1)) return NULL;
@@ -58,16 +61,17 @@ static inline int path_exists(const char *path) {
     return lstat(path, &st) == 0;
 }
 
-// The same, where a wrong answer would lose something: dies if it cannot be known.
+// The same where a wrong answer could lose data: dies if it cannot be determined.
 static inline int path_must_exist_or_not(const char *path) {
     struct stat st;
     if (lstat(path, &st) == 0) return 1;
-    if (errno != ENOENT && errno != ENOTDIR) die("cannot look at %s: %s\n  hint: try again when it can be", path, strerror(errno));
+    if (errno != ENOENT && errno != ENOTDIR)
+        die("cannot inspect %s: %s\n  hint: retry once it is accessible", path, strerror(errno));
     return 0;
 }
 
-// Whether a path still leads to what is open as fd. What cannot be looked at now counts as the same: a
-// write will tell.
+// Whether path still refers to the file open as fd. If that cannot be determined, PATH_SAME: the
+// next write will report the problem.
 enum { PATH_SAME, PATH_GONE, PATH_OTHER };
 
 static inline int path_leads_to(const char *path, int fd, int follow_link) {
@@ -78,7 +82,7 @@ static inline int path_leads_to(const char *path, int fd, int follow_link) {
     return there.st_dev == held.st_dev && there.st_ino == held.st_ino ? PATH_SAME : PATH_OTHER;
 }
 
-// A directory itself, not a link to one.
+// True for a directory itself, not for a link to one.
 static inline int path_is_own_directory(const char *path) {
     struct stat st;
     return lstat(path, &st) == 0 && S_ISDIR(st.st_mode);
@@ -89,11 +93,12 @@ static inline int path_is_directory(const char *path) {
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
-// A program that was started without standard input, output or error (a shell's ">&-") would give their numbers to the next
-// files that it opens, and its words would end up in those. Each gets /dev/null, to read: what is written there fails.
+// A program started without standard input, output or error (a shell's ">&-") would reuse those
+// descriptors for the next files it opens and print into them. Each missing one gets /dev/null,
+// opened read-only so that writes to it fail.
 static inline void files_begin(void) {
     int fd;
-    do fd = open("/dev/null", O_RDONLY);                 // the lowest number that is free
+    do fd = open("/dev/null", O_RDONLY);                 // the lowest free descriptor
     while (fd >= 0 && fd <= 2);
     if (fd > 2) close(fd);
 }
@@ -103,8 +108,9 @@ static inline void files_begin(void) {
 #ifdef FAULTS
 #include "../torture/faults.h"
 #else
-#define FAULT(call, path)               0                // whether this call is to fail; errno says how
-#define FAULT_WRITE(fd, path, bytes, n) ((ssize_t)(n))   // how many of the bytes are to be written; -1: as FAULT
+#define FAULT(call, path)               0                // whether this call shall fail; sets errno
+#define FAULT_WRITE(fd, path, bytes, n) ((ssize_t)(n))   // how many bytes shall be written; -1: as
+                                                         // FAULT
 #define FAULT_SYNC(fd)                  fsync(fd)
 #define FAULT_OPENED(fd, f, path)       ((void)0)
 #define FAULT_RENAMED(from, to)         ((void)0)
@@ -115,9 +121,13 @@ static inline int disk_sync(int fd, const char *path) {
     return FAULT("fsync", path) ? -1 : FAULT_SYNC(fd);
 }
 
-static inline int disk_mkdir(const char *path) { return FAULT("mkdir", path) ? -1 : mkdir(path, 0777); }
+static inline int disk_mkdir(const char *path) {
+    return FAULT("mkdir", path) ? -1 : mkdir(path, 0777);
+}
 static inline int disk_rmdir(const char *path) { return FAULT("rmdir", path) ? -1 : rmdir(path); }
-static inline int disk_unlink(const char *path) { return FAULT("unlink", path) ? -1 : unlink(path); }
+static inline int disk_unlink(const char *path) {
+    return FAULT("unlink", path) ? -1 : unlink(path);
+}
 
 static inline int disk_symlink(const char *target, const char *path) {
     return FAULT("symlink", path) ? -1 : symlink(target, path);
@@ -141,7 +151,8 @@ static inline FILE *disk_fopen(const char *path, const char *mode) {
     return f;
 }
 
-// A new file, to be renamed into place later: what has its name goes, and is never written to, whatever it is or links to.
+// Creates a file that will be renamed into place. Whatever has its name is unlinked first, never
+// written to, not even through a link.
 static inline FILE *disk_fopen_new(const char *path) {
     if (disk_unlink(path) && errno != ENOENT) return NULL;
     const int fd = disk_open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC);
@@ -150,7 +161,7 @@ static inline FILE *disk_fopen_new(const char *path) {
     return f;
 }
 
-// The number of bytes written, as write and fwrite count.
+// Return values as for write and fwrite: what was written.
 static inline ssize_t disk_write(int fd, const char *path, const void *bytes, size_t n) {
     (void)path;
     const ssize_t m = FAULT_WRITE(fd, path, bytes, n);
@@ -165,9 +176,9 @@ static inline size_t disk_fwrite(FILE *f, const char *path, const void *bytes, s
     return done;
 }
 
-// ---- Changing files: NULL, or what is wrong, from malloc ----
+// ---- Changing files: NULL, or an error message from malloc ----
 
-// Of several errors the first is kept.
+// Keeps the first of several errors.
 static inline void files_keep(char **error, char *other) {
     if (!*error) *error = other;
     else free(other);
@@ -184,34 +195,39 @@ static inline char *file_try_open_new(FILE **f, const char *path) {
 }
 
 static inline char *file_try_write(FILE *f, const char *path, const void *bytes, size_t n) {
-    return n && disk_fwrite(f, path, bytes, n) != n ? xprintf("cannot write %s: %s", path, strerror(errno)) : NULL;
+    return n && disk_fwrite(f, path, bytes, n) != n ? xprintf("cannot write %s: %s", path,
+                                                              strerror(errno)) : NULL;
 }
 
-// Flushes to the disk, and closes in any case.
+// Flushes to the disk; closes in every case.
 static inline char *file_try_sync_close(FILE *f, const char *path) {
     char *error = NULL;
-    if (fflush(f) || disk_sync(fileno(f), path)) error = xprintf("cannot write %s: %s", path, strerror(errno));
+    if (fflush(f) || disk_sync(fileno(f), path))
+        error = xprintf("cannot write %s: %s", path, strerror(errno));
     const int closed = FAULT("close", path) ? (void)fclose(f), EOF : fclose(f);
     if (closed && !error) error = xprintf("cannot write %s: %s", path, strerror(errno));
     return error;
 }
 
 static inline char *file_try_rename(const char *from, const char *to) {
-    return disk_rename(from, to) ? xprintf("cannot rename %s to %s: %s", from, to, strerror(errno)) : NULL;
+    return disk_rename(from, to) ? xprintf("cannot rename %s to %s: %s", from, to, strerror(errno))
+        : NULL;
 }
 
-// Makes a directory and its missing parents, as mkdir -p.
+// Creates a directory and its missing parents, like mkdir -p.
 static inline char *directory_try_make(const char *path) {
     char *p = xstrdup(path), *error = NULL;
     for (size_t i = *p != 0; !error; i++) {
         const char c = p[i];
         if (c && c != '/') continue;
         p[i] = 0;
-        if (disk_mkdir(p) && errno != EEXIST) error = xprintf("cannot make directory %s: %s", p, strerror(errno));
+        if (disk_mkdir(p) && errno != EEXIST)
+            error = xprintf("cannot make directory %s: %s", p, strerror(errno));
         p[i] = c;
         if (!c) break;
     }
-    if (!error && !path_is_directory(p)) error = xprintf("%s is in the way: a directory is needed there", p);
+    if (!error && !path_is_directory(p))
+        error = xprintf("%s is in the way: a directory is needed there", p);
     free(p);
     return error;
 }
@@ -220,14 +236,16 @@ static inline char *directory_try_make(const char *path) {
 static inline char *directory_try_sync(const char *path) {
     const int fd = disk_open(path, O_RDONLY);
     if (fd < 0) return xprintf("cannot open %s: %s", path, strerror(errno));
-    char *error = NULL;                                  // EINVAL: this file system has no such thing
-    if (disk_sync(fd, path) && errno != EINVAL) error = xprintf("cannot sync %s: %s", path, strerror(errno));
+    // EINVAL: this file system cannot sync directories
+    char *error = NULL;
+    if (disk_sync(fd, path) && errno != EINVAL)
+        error = xprintf("cannot sync %s: %s", path, strerror(errno));
     close(fd);
     return error;
 }
 
-// Writes a whole file under a temporary name, syncs it and renames it into place: old or new, never half. What has that name
-// and is no regular file (a link, a pipe) is replaced, not written to.
+// Replaces a file atomically: writes a temporary file, syncs it and renames it into place. Anything
+// at that path that is not a regular file (a link, a pipe) is replaced, not written to.
 static inline char *file_try_replace(const char *path, const void *bytes, size_t n) {
     char *temporary = xprintf("%s.tmp", path);
     FILE *f;
@@ -242,7 +260,8 @@ static inline char *file_try_replace(const char *path, const void *bytes, size_t
     return error;
 }
 
-// The same for a path that a user has named: what is there and no regular file, as /dev/stdout, is written to.
+// The same for a path named by the user: an existing special file, such as /dev/stdout, is written
+// to.
 static inline char *file_try_write_whole(const char *path, const void *bytes, size_t n) {
     struct stat st;
     FILE *f;
@@ -254,7 +273,7 @@ static inline char *file_try_write_whole(const char *path, const void *bytes, si
     return error;
 }
 
-// ---- The same, or the end of the program ----
+// ---- The same, dying on error ----
 
 static inline void files_die(char *error) {
     if (error) die("%s", error);
@@ -270,8 +289,12 @@ static inline void file_write(FILE *f, const char *path, const void *bytes, size
     files_die(file_try_write(f, path, bytes, n));
 }
 
-static inline void file_sync_close(FILE *f, const char *path) { files_die(file_try_sync_close(f, path)); }
-static inline void file_rename(const char *from, const char *to) { files_die(file_try_rename(from, to)); }
+static inline void file_sync_close(FILE *f, const char *path) {
+    files_die(file_try_sync_close(f, path));
+}
+static inline void file_rename(const char *from, const char *to) {
+    files_die(file_try_rename(from, to));
+}
 static inline void directory_make(const char *path) { files_die(directory_try_make(path)); }
 static inline void directory_sync(const char *path) { files_die(directory_try_sync(path)); }
 

@@ -1,13 +1,15 @@
-// json.h: a strict parser of RFC 8259 into one flat array of nodes, and what is needed to write JSON.
+// json.h: a strict RFC 8259 parser that produces one flat array of nodes, and helpers to write
+// JSON.
 //
 //     Json doc;
-//     const char *error = json_parse(&doc, text, size);            // NULL, or "byte 17: expected ':' ..."
-//     if (!json_int64(&doc, json_get(&doc, 0, "n_layer"), &L)) ... // absent, or no integer
-//     for (int k = json_first(&doc, 0); k >= 0; k = json_next(&doc, k)) ...   // key k has the value k + 1
+//     const char *error = json_parse(&doc, text, size);   // NULL, or "byte 17: expected ':' ..."
+//     if (!json_int64(&doc, json_get(&doc, 0, "n_layer"), &L)) ...   // absent, or not an integer
+//     for (int k = json_first(&doc, 0); k >= 0; k = json_next(&doc, k)) ...   // key k, value k + 1
 //     json_free(&doc);
 //
-// Nodes are indices and node 0 is the root. Everything is checked while parsing (grammar, UTF-8, escapes, depth), so
-// that reading cannot fail on bad text; every reader takes JSON_NONE, so that look-ups can be chained.
+// Nodes are indices; node 0 is the root. Grammar, UTF-8, escapes and depth are all checked while
+// parsing, so readers cannot fail on malformed text. Every reader accepts JSON_NONE, so lookups can
+// be chained.
 #ifndef JSON_H
 #define JSON_H
 
@@ -15,30 +17,33 @@
 #include "files.h"
 #include <math.h>
 
-enum { JSON_NONE = -1, JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT };
+enum { JSON_NONE = -1, JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
+       JSON_OBJECT };
 enum { JSON_MAX_DEPTH = 64 };
 
 typedef struct {
     int type;
-    int begin, end;       // its text is text[begin, end); a string's without the quotes
+    int begin, end;       // the text is text[begin, end), without a string's quotes
     int count;            // elements of an array, members of an object
-    int next;             // of an element: the next one; of a key: the next key; JSON_NONE after the last
+    int next;             // an element's next element, a key's next key; JSON_NONE after the last
 } JsonNode;
 
 typedef struct {
     const char *text;     // borrowed: must outlive the Json
-    int size, at;         // `at` is where the parser stands
-    JsonNode *node;       // (n) in the order of the text: children follow their parent, a value follows its key
+    int size, at;         // `at`: the parser's position
+    JsonNode *node;       // (n) in text order: children follow their parent, values their key
     int n, room;
     char error[120];
 } Json;
 
 // ---- Characters ----
 
-// Bytes of the UTF-8 character at p < end; 0 when malformed (RFC 3629, section 4: overlong, surrogate, cut short).
+// Length in bytes of the UTF-8 character at p < end; 0 if malformed (RFC 3629, section 4: overlong,
+// surrogate, truncated).
 static inline int json_utf8_length(const char *text, const char *end) {
     const unsigned char *p = (const unsigned char *)text;
-    int n = p[0] < 0x80 ? 1 : p[0] < 0xC2 ? 0 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : p[0] < 0xF5 ? 4 : 0;
+    int n = p[0] < 0x80 ? 1 : p[0] < 0xC2 ? 0 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : p[0] < 0xF5 ? 4
+        : 0;
     if (n > end - text) return 0;
     for (int i = 1; i < n; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
@@ -47,7 +52,7 @@ static inline int json_utf8_length(const char *text, const char *end) {
     return n;
 }
 
-// Writes a code point <= U+10FFFF as UTF-8; returns its bytes.
+// Encodes a code point <= U+10FFFF as UTF-8; returns the number of bytes.
 static inline int json_utf8_encode(uint32_t code, char out[4]) {
     if (code < 0x80) {
         out[0] = (char)code;
@@ -55,11 +60,12 @@ static inline int json_utf8_encode(uint32_t code, char out[4]) {
     }
     int n = code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
-    out[0] = (char)((0xF00 >> n) | code);                // 110..., 1110..., 11110...: the low byte of the shift
+    // 110..., 1110..., 11110...: the low byte of the shift
+    out[0] = (char)((0xF00 >> n) | code);
     return n;
 }
 
-// The four hex digits of a \uXXXX at p; 0 when it is none.
+// Reads the four hex digits of a \uXXXX at p; returns 0 if there is none.
 static inline int json_hex4(const char *p, const char *end, uint32_t *code) {
     if (end - p < 6 || p[0] != '\\' || p[1] != 'u') return 0;
     *code = 0;
@@ -72,8 +78,9 @@ static inline int json_hex4(const char *p, const char *end, uint32_t *code) {
     return 1;
 }
 
-// One character or escape of a string, at p < end: its UTF-8 goes to out (n bytes). Returns the bytes of text that
-// it took; 0, and n = 0, when malformed: a control character, bad UTF-8, an unknown escape, half a surrogate pair.
+// Decodes one character or escape of a string at p < end into out (n bytes of UTF-8). Returns the
+// number of bytes consumed, or 0 with n = 0 if malformed: a control character, bad UTF-8, an
+// unknown escape, an unpaired surrogate.
 static inline int json_char(const char *p, const char *end, char out[4], int *n) {
     static const char escapes[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     *n = 0;
@@ -93,14 +100,15 @@ static inline int json_char(const char *p, const char *end, char out[4], int *n)
     if (!json_hex4(p, end, &code)) return 0;
     int surrogate = code >= 0xD800 && code < 0xE000;
     if (surrogate) {
-        if (code >= 0xDC00 || !json_hex4(p + 6, end, &low) || low < 0xDC00 || low >= 0xE000) return 0;
+        if (code >= 0xDC00 || !json_hex4(p + 6, end, &low) || low < 0xDC00 || low >= 0xE000)
+            return 0;
         code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
     }
     *n = json_utf8_encode(code, out);
     return surrogate ? 12 : 6;
 }
 
-// ---- Parsing: each function returns its node, or JSON_NONE and leaves the error ----
+// ---- Parsing: each function returns its node, or JSON_NONE with d->error set ----
 
 static inline int json_fail(Json *d, const char *what) {
     snprintf(d->error, sizeof d->error, "byte %d: %s", d->at, what);
@@ -109,7 +117,8 @@ static inline int json_fail(Json *d, const char *what) {
 
 static inline int json_add(Json *d, int type) {
     if (d->n == d->room) {
-        d->room = d->room ? d->room + d->room / 2 : 64;  // stays an int: there are fewer nodes than bytes of text
+        // cannot overflow: there are fewer nodes than bytes of text
+        d->room = d->room ? d->room + d->room / 2 : 64;
         d->node = (JsonNode *)xrealloc(d->node, (size_t)d->room, sizeof *d->node);
     }
     JsonNode fresh = {type, d->at, d->at, 0, JSON_NONE};
@@ -117,7 +126,7 @@ static inline int json_add(Json *d, int type) {
     return d->n++;
 }
 
-// The first byte that is no white space, not consumed; -1 at the end.
+// The next byte that is not white space, without consuming it; -1 at the end.
 static inline int json_peek(Json *d) {
     while (d->at < d->size && memchr(" \t\n\r", d->text[d->at], 4)) d->at++;
     return d->at < d->size ? (unsigned char)d->text[d->at] : -1;
@@ -125,7 +134,8 @@ static inline int json_peek(Json *d) {
 
 static inline int json_parse_word(Json *d, int type, const char *word) {
     int n = (int)strlen(word), node = json_add(d, type);
-    if (d->size - d->at < n || memcmp(d->text + d->at, word, (size_t)n)) return json_fail(d, "unknown word");
+    if (d->size - d->at < n || memcmp(d->text + d->at, word, (size_t)n))
+        return json_fail(d, "unknown word");
     d->node[node].end = d->at += n;
     return node;
 }
@@ -146,7 +156,8 @@ static inline int json_parse_number(Json *d) {
     int node = json_add(d, JSON_NUMBER);
     json_skip(d, "-");
     if (!json_skip(d, "0") && !json_digits(d)) return json_fail(d, "a number needs a digit here");
-    if (json_skip(d, ".") && !json_digits(d)) return json_fail(d, "a number needs a digit after the point");
+    if (json_skip(d, ".") && !json_digits(d))
+        return json_fail(d, "a number needs a digit after the point");
     if (json_skip(d, "eE")) {
         json_skip(d, "+-");
         if (!json_digits(d)) return json_fail(d, "a number needs a digit in the exponent");
@@ -172,7 +183,7 @@ static inline int json_parse_string(Json *d) {
 
 static inline int json_parse_value(Json *d, int depth);
 
-// "key": value. Returns the key's node; the value's is the next one.
+// Parses "key": value. Returns the key's node; the value's is the next one.
 static inline int json_parse_member(Json *d, int depth) {
     if (json_peek(d) != '"') return json_fail(d, "expected a key in quotes");
     int key = json_parse_string(d);
@@ -196,7 +207,8 @@ static inline int json_parse_container(Json *d, int depth) {
         int c = json_peek(d);
         more = c == ',';
         if (more) d->at++;
-        else if (c != close) return json_fail(d, object ? "expected ',' or '}'" : "expected ',' or ']'");
+        else if (c != close)
+            return json_fail(d, object ? "expected ',' or '}'" : "expected ',' or ']'");
     }
     d->node[node].end = ++d->at;
     return node;
@@ -219,14 +231,16 @@ static inline void json_free(Json *d) {
     d->n = d->room = 0;
 }
 
-// Parses size bytes, all of them one value. Returns NULL, or what is wrong and where (the message lives in *d; there
-// is nothing to free then). The text is borrowed until json_free. Keys may repeat: see json_duplicate.
+// Parses size bytes as exactly one value. Returns NULL, or what is wrong and where (the message is
+// stored in *d; nothing needs to be freed). The text is borrowed until json_free. Duplicate keys
+// are accepted: see json_duplicate.
 static inline const char *json_parse(Json *d, const void *text, size_t size) {
     memset(d, 0, sizeof *d);
     if (size >= INT32_MAX / 2) return "longer than 1 GiB";
     d->text = (const char *)text;
     d->size = (int)size;
-    if (size >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) d->at = 3;   // a byte-order mark, as some editors write
+    // a byte-order mark, which some editors write
+    if (size >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3)) d->at = 3;
     if (lfs_pointer_error(text, size)) return lfs_pointer_error(text, size);
     if (json_parse_value(d, 0) >= 0 && json_peek(d) < 0) return NULL;
     if (!d->error[0]) json_fail(d, "more text after the value");
@@ -236,16 +250,21 @@ static inline const char *json_parse(Json *d, const void *text, size_t size) {
 
 // ---- Reading ----
 
-// JSON_NONE for JSON_NONE.
-static inline int json_type(const Json *d, int node) { return node < 0 ? JSON_NONE : d->node[node].type; }
+// JSON_NONE if the node is JSON_NONE.
+static inline int json_type(const Json *d, int node) {
+    return node < 0 ? JSON_NONE : d->node[node].type;
+}
 
-// Elements of an array, members of an object, else 0.
+// Number of elements of an array or members of an object, else 0.
 static inline int json_count(const Json *d, int node) { return node < 0 ? 0 : d->node[node].count; }
 
-// The first element of an array, the first key of an object (its value is the node after it), else JSON_NONE.
-static inline int json_first(const Json *d, int node) { return json_count(d, node) ? node + 1 : JSON_NONE; }
+// The first element of an array or the first key of an object (its value is the next node), else
+// JSON_NONE.
+static inline int json_first(const Json *d, int node) {
+    return json_count(d, node) ? node + 1 : JSON_NONE;
+}
 
-// What follows an element or a key: JSON_NONE after the last.
+// The next element or key; JSON_NONE after the last.
 static inline int json_next(const Json *d, int node) { return d->node[node].next; }
 
 // Whether the node is the string s.
@@ -255,13 +274,13 @@ static inline int json_equals(const Json *d, int node, const char *s) {
     char utf8[4];
     for (int n; p < end; s += n) {
         p += json_char(p, end, utf8, &n);
-        if (!utf8[0] || strncmp(s, utf8, (size_t)n)) return 0;     // a NUL is in no C string
+        if (!utf8[0] || strncmp(s, utf8, (size_t)n)) return 0;     // a C string contains no NUL
     }
     return *s == 0;
 }
 
-// The value of an object's key (the first, where keys repeat); JSON_NONE when there is none. Takes time in
-// proportion to the members: to read many, walk them with json_first and json_next.
+// The value of an object's key (the first, if duplicated), or JSON_NONE. Linear in the number of
+// members: to read many, iterate with json_first and json_next.
 static inline int json_get(const Json *d, int object, const char *key) {
     if (json_type(d, object) != JSON_OBJECT) return JSON_NONE;
     for (int k = json_first(d, object); k >= 0; k = json_next(d, k))
@@ -269,7 +288,8 @@ static inline int json_get(const Json *d, int object, const char *key) {
     return JSON_NONE;
 }
 
-// An integer written as one, -2^63 to 2^63 - 1, exactly. Returns 0, and leaves out alone, for all else (1.0, 1e3).
+// An integer literal in [-2^63, 2^63 - 1], exactly. Returns 0 and leaves *out unchanged for
+// anything else (1.0, 1e3).
 static inline int json_int64(const Json *d, int node, int64_t *out) {
     if (json_type(d, node) != JSON_NUMBER) return 0;
     const char *p = d->text + d->node[node].begin, *end = d->text + d->node[node].end;
@@ -285,10 +305,12 @@ static inline int json_int64(const Json *d, int node, int64_t *out) {
     return 1;
 }
 
-// The nearest double. Returns 0, and leaves out alone, when it is no number or too large for a double.
+// The nearest double. Returns 0 and leaves *out unchanged if it is not a number or overflows a
+// double.
 static inline int json_number(const Json *d, int node, double *out) {
     if (json_type(d, node) != JSON_NUMBER) return 0;
-    char *s = xprintf("%.*s", d->node[node].end - d->node[node].begin, d->text + d->node[node].begin);
+    char *s = xprintf("%.*s", d->node[node].end - d->node[node].begin,
+                      d->text + d->node[node].begin);
     double v = strtod(s, NULL);
     free(s);
     if (!isfinite(v)) return 0;
@@ -296,12 +318,13 @@ static inline int json_number(const Json *d, int node, double *out) {
     return 1;
 }
 
-// A string's UTF-8 from malloc, with a NUL after it; its bytes in *size. NULL when the node is no string. With size
-// NULL also when the string contains a NUL (\u0000), which a C string would hide.
+// A string as NUL-terminated UTF-8 from malloc; its length goes to *size. NULL if the node is not a
+// string or, with size NULL, if the string contains a NUL (\u0000), which a C string would hide.
 static inline char *json_string(const Json *d, int node, size_t *size) {
     if (json_type(d, node) != JSON_STRING) return NULL;
     const char *p = d->text + d->node[node].begin, *end = d->text + d->node[node].end;
-    char *s = (char *)xcalloc((size_t)(end - p) + 1, 1), *to = s;  // no escape is shorter than what it means
+    // no escape is shorter than its UTF-8
+    char *s = (char *)xcalloc((size_t)(end - p) + 1, 1), *to = s;
     for (int n; p < end; to += n) p += json_char(p, end, to, &n);
     *to = 0;
     if (size) *size = (size_t)(to - s);
@@ -320,7 +343,7 @@ static inline int json_key_compare(const void *a, const void *b) {
     return order ? order : (x->size > y->size) - (x->size < y->size);
 }
 
-// A key that an object has twice, however it is escaped, or JSON_NONE. n log n.
+// A key that an object contains twice, however it is escaped, or JSON_NONE. O(n log n).
 static inline int json_duplicate(const Json *d, int object) {
     if (json_type(d, object) != JSON_OBJECT) return JSON_NONE;
     size_t count = (size_t)json_count(d, object), n = 0;
@@ -340,7 +363,7 @@ static inline int json_duplicate(const Json *d, int object) {
 
 // ---- Writing ----
 
-// Appends s in quotes. A byte that is no UTF-8 (a path may have some) becomes U+FFFD.
+// Appends s in quotes. Bytes that are not valid UTF-8 (as a path may contain) become U+FFFD.
 static inline void json_write_string(Text *t, const char *s) {
     text_append(t, "\"", 1);
     for (const char *end = s + strlen(s); s < end;) {
@@ -354,8 +377,8 @@ static inline void json_write_string(Text *t, const char *s) {
     text_append(t, "\"", 1);
 }
 
-// Appends a number in the fewest of 15 to 17 digits from which strtod gives the same double; NaN and infinities,
-// which JSON lacks, as null.
+// Appends a number with the fewest of 15 to 17 digits that strtod converts back to the same double;
+// NaN and infinities, which JSON lacks, become null.
 static inline void json_write_number(Text *t, double v) {
     char s[32] = "null";
     for (int digits = 15; isfinite(v) && digits <= 17; digits++) {

@@ -1,22 +1,24 @@
-// lock.h: one process at a time writes to a directory. The lock is on DIR/.lock and ends with the process, however that ends;
-// the file stays. It is of fcntl's kind, which NFS has too, and which a child does not inherit.
+// lock.h: one process at a time may write to a directory. The lock is an fcntl lock on DIR/.lock:
+// it works over NFS, is not inherited by child processes, and ends with the process however that
+// ends. The file itself stays.
 #ifndef LOCK_H
 #define LOCK_H
 
 #include "files.h"
 #include <signal.h>
 
-// Takes the lock of a directory that exists. Returns NULL and a descriptor, which lock_release closes; or what is wrong, from
-// malloc: if another process has it, that one's number and host. *fd is -1 then, and where the file system has no locks. What a
-// link of that name points to is not written to.
+// Locks an existing directory. Returns NULL and a descriptor for lock_release, or an error message
+// from malloc that names the process and host holding the lock. *fd is -1 on error and where the
+// file system has no locks. Never writes through a link named .lock.
 static inline char *lock_take(int *fd, const char *dir) {
     char *path = xprintf("%s/.lock", dir), *error = NULL, host[256] = "", holder[300] = "";
     struct flock lock;
     memset(&lock, 0, sizeof lock);
     lock.l_type = F_WRLCK;
-    lock.l_whence = SEEK_SET;                            // start and length 0: all of the file
+    lock.l_whence = SEEK_SET;                            // start and length 0: the whole file
     int taken = 0;
-    for (int tries = 0; tries < 10; tries++) {           // whoever had it may have removed the file (lock_forget)
+    // the previous owner may have removed the file (lock_forget)
+    for (int tries = 0; tries < 10; tries++) {
         *fd = disk_open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW);
         taken = *fd >= 0 && fcntl(*fd, F_SETLK, &lock) == 0;
         if (!taken || path_leads_to(path, *fd, 0) == PATH_SAME) break;
@@ -27,16 +29,18 @@ static inline char *lock_take(int *fd, const char *dir) {
     else if (taken) {
         gethostname(host, sizeof host - 1);
         char *text = xprintf("process %ld on %s\n", (long)getpid(), host);
-        if (ftruncate(*fd, 0) || write(*fd, text, strlen(text)) < 0)           // only for messages
+        if (ftruncate(*fd, 0) || write(*fd, text, strlen(text)) < 0)           // informative only
             warn("cannot write %s: %s", path, strerror(errno));
         free(text);
     } else if (errno == EACCES || errno == EAGAIN) {
         const ssize_t n = pread(*fd, holder, sizeof holder - 1, 0);
         holder[n > 0 ? n : 0] = 0;
         holder[strcspn(holder, "\n")] = 0;
-        error = xprintf("%s is in use by %s\n  hint: one run at a time writes to a directory: wait, stop that one, or give "
-                        "another --out", dir, *holder ? holder : "another process");
-    } else warn("%s: no locks on this file system (%s): nothing keeps a second run out of %s", path, strerror(errno), dir);
+        error = xprintf("%s is in use by %s\n  hint: one run at a time may write to a directory: "
+                        "wait, stop that one, or choose another --out", dir,
+                        *holder ? holder : "another process");
+    } else warn("%s: no locks on this file system (%s): nothing prevents a second run from writing "
+                "to %s", path, strerror(errno), dir);
     if (error && *fd >= 0) {
         close(*fd);
         *fd = -1;
@@ -45,11 +49,13 @@ static inline char *lock_take(int *fd, const char *dir) {
     return error;
 }
 
-// A directory that was made for a run which may be refused, or ended by a signal, before it begins: then nothing of it is left.
-typedef struct { char *dir, *lock; size_t existed; pid_t owner; } LockFresh;  // the first `existed` bytes of dir were there before
+// A directory created for a run that may be refused or interrupted before it begins; it is then
+// removed again.
+// the first `existed` bytes of dir existed before
+typedef struct { char *dir, *lock; size_t existed; pid_t owner; } LockFresh;
 static LockFresh lock_fresh;
 
-// Also called from a signal's handler: nothing here allocates or frees.
+// Also called from a signal handler: must not allocate or free.
 static inline void lock_forget(void) {
     char *dir = lock_fresh.dir;
     if (!dir || lock_fresh.owner != getpid()) return;
@@ -64,18 +70,18 @@ static inline void lock_forget(void) {
 static inline void lock_on_signal(int number) {
     lock_forget();
     signal(number, SIG_DFL);
-    raise(number);                                       // it comes when this handler returns
+    raise(number);                                       // delivered when this handler returns
 }
 
-// What has been made stays from here on.
+// From here on, the directory stays.
 static inline void lock_begun(void) {
     char *dir = lock_fresh.dir, *lock = lock_fresh.lock;
     lock_fresh.dir = lock_fresh.lock = NULL;
     free(dir), free(lock);
 }
 
-// Makes dir and its missing parents; what is new of them is removed at exit, and by a signal that ends the process, unless
-// lock_begun is called before. A signal that someone catches or ignores stays theirs.
+// Creates dir and its missing parents. What is new is removed at exit or by a fatal signal, unless
+// lock_begun is called first. Signals that are already handled or ignored are left alone.
 static inline void lock_directory_make(const char *dir) {
     char *there = xstrdup(dir);
     size_t n = strlen(there);
@@ -98,7 +104,8 @@ static inline void lock_directory_make(const char *dir) {
             memset(&now, 0, sizeof now);
             now.sa_handler = lock_on_signal;
             sigemptyset(&now.sa_mask);
-            if (!sigaction(ends[i], NULL, &old) && old.sa_handler == SIG_DFL) sigaction(ends[i], &now, NULL);
+            if (!sigaction(ends[i], NULL, &old) && old.sa_handler == SIG_DFL)
+                sigaction(ends[i], &now, NULL);
         }
     }
     directory_make(dir);

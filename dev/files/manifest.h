@@ -1,6 +1,7 @@
-// manifest.h: what data/prepare.py says of the shards that it made, in manifest.json beside them: the tokenizer, and how many
-// tokens and bytes of text each side has. With it a run knows its vocabulary, and shards, tokenizers and models that do not
-// belong together are refused. Shards without a manifest are used as they are. data/README.md lists its members.
+// manifest.h: manifest.json, in which data/prepare.py describes the shards beside it: the
+// tokenizer, and how many tokens and bytes of text each split has. From it a run learns its
+// vocabulary size and refuses shards, tokenizers and models that do not belong together. Shards
+// without a manifest are used unchecked. data/README.md lists its members.
 #ifndef MANIFEST_H
 #define MANIFEST_H
 
@@ -18,12 +19,14 @@ static const char *const manifest_side[MANIFEST_SIDES] = {"train", "val"};
 typedef struct { char *file; int64_t tokens; } ManifestShard;
 
 typedef struct {
-    int V, eot;                                          // the tokenizer's; V = 0: there is no manifest
-    char *tokenizer, *file, sha256[SHA256_HEX];          // its name; its file beside the shards, and that file's sum
+    int V, eot;                                  // the tokenizer's; V = 0: there is no manifest
+    char *tokenizer, *file, sha256[SHA256_HEX];  // its name; its file beside the shards, and that
+                                                 // file's SHA-256
     int64_t tokens[MANIFEST_SIDES], bytes[MANIFEST_SIDES];   // bytes: of text
-    ManifestShard *shard;                                // (shards) of both sides
+    ManifestShard *shard;                        // (shards) of both splits
     int shards;
-    char *path;                                          // where it was read from; NULL after manifest_parse alone
+    char *path;                                  // where it was read from; NULL after
+                                                 // manifest_parse alone
     char error[160];
 } Manifest;
 
@@ -40,14 +43,16 @@ static inline const char *manifest_fail(Manifest *m, const char *what, const cha
     return m->error;
 }
 
-// The count under a key, from `least` to `most`. Returns NULL, or what is wrong.
-static inline const char *manifest_count(Manifest *m, const Json *doc, int object, const char *key, int64_t least,
-                                         int64_t most, int64_t *out) {
-    if (!json_int64(doc, json_get(doc, object, key), out)) return manifest_fail(m, "missing, or no whole number", key);
+// Reads the count under a key, in [least, most]. Returns NULL, or what is wrong.
+static inline const char *manifest_count(Manifest *m, const Json *doc, int object, const char *key,
+                                         int64_t least, int64_t most, int64_t *out) {
+    if (!json_int64(doc, json_get(doc, object, key), out))
+        return manifest_fail(m, "missing, or no whole number", key);
     return *out < least || *out > most ? manifest_fail(m, "out of range", key) : NULL;
 }
 
-// A file's name in the manifest's own directory, from malloc. Returns NULL, or what is wrong.
+// Reads a file name within the manifest's own directory, from malloc. Returns NULL, or what is
+// wrong.
 static inline const char *manifest_name(Manifest *m, const Json *doc, int object, char **out) {
     *out = json_string(doc, json_get(doc, object, "file"), NULL);
     if (!*out) return manifest_fail(m, "missing, or no text", "file");
@@ -64,7 +69,8 @@ static inline const char *manifest_parse_tokenizer(Manifest *m, const Json *doc)
     m->tokenizer = json_string(doc, json_get(doc, node, "name"), NULL);
     if (!m->tokenizer) return manifest_fail(m, "missing, or no text", "name");
     char *sum = json_string(doc, json_get(doc, node, "sha256"), NULL);
-    const int ok = sum && strlen(sum) == SHA256_HEX - 1 && strspn(sum, "0123456789abcdef") == SHA256_HEX - 1;
+    const int ok = sum && strlen(sum) == SHA256_HEX - 1 && strspn(sum, "0123456789abcdef") ==
+        SHA256_HEX - 1;
     if (ok) memcpy(m->sha256, sum, SHA256_HEX);
     free(sum);
     if (!ok) return manifest_fail(m, "missing, or not 64 hex digits", "sha256");
@@ -74,12 +80,15 @@ static inline const char *manifest_parse_tokenizer(Manifest *m, const Json *doc)
 }
 
 static inline const char *manifest_parse_side(Manifest *m, const Json *doc, int side) {
-    const int node = json_get(doc, json_get(doc, 0, "splits"), manifest_side[side]), list = json_get(doc, node, "shards");
+    const int node = json_get(doc, json_get(doc, 0, "splits"), manifest_side[side]),
+        list = json_get(doc, node, "shards");
     const char *error = manifest_count(m, doc, node, "tokens", 0, INT64_MAX, &m->tokens[side]);
     if (!error) error = manifest_count(m, doc, node, "bytes", 0, INT64_MAX, &m->bytes[side]);
-    if (!error && json_type(doc, list) != JSON_ARRAY) error = manifest_fail(m, "missing, or no list", "shards");
+    if (!error && json_type(doc, list) != JSON_ARRAY)
+        error = manifest_fail(m, "missing, or no list", "shards");
     if (error) return error;
-    m->shard = (ManifestShard *)xrealloc(m->shard, (size_t)m->shards + (size_t)json_count(doc, list), sizeof *m->shard);
+    m->shard = (ManifestShard *)xrealloc(m->shard, (size_t)m->shards + (size_t)json_count(doc,
+        list), sizeof *m->shard);
     int64_t left = m->tokens[side];
     for (int k = json_first(doc, list); k >= 0; k = json_next(doc, k)) {
         ManifestShard *s = &m->shard[m->shards++];
@@ -91,8 +100,8 @@ static inline const char *manifest_parse_side(Manifest *m, const Json *doc, int 
     return left ? manifest_fail(m, "not the sum of its shards' tokens", manifest_side[side]) : NULL;
 }
 
-// Reads a manifest of `size` bytes at mem, and keeps no pointer into it. Returns NULL, or what is wrong (the message may live
-// in *m; there is nothing to free then).
+// Parses a manifest of `size` bytes at mem and keeps no pointer into it. Returns NULL, or what is
+// wrong (the message may be stored in *m; nothing needs to be freed).
 static inline const char *manifest_parse(Manifest *m, const void *mem, size_t size) {
     Json doc;
     memset(m, 0, sizeof *m);
@@ -104,16 +113,17 @@ static inline const char *manifest_parse(Manifest *m, const void *mem, size_t si
     if (!json_equals(&doc, json_get(&doc, 0, "format"), "droppath.c token shards 1"))
         error = manifest_fail(m, "not a manifest of this version of data/prepare.py", "format");
     if (!error) error = manifest_parse_tokenizer(m, &doc);
-    for (int side = 0; side < MANIFEST_SIDES && !error; side++) error = manifest_parse_side(m, &doc, side);
+    for (int side = 0; side < MANIFEST_SIDES && !error; side++)
+        error = manifest_parse_side(m, &doc, side);
     json_free(&doc);
     if (error) manifest_free(m);
     return error;
 }
 
-// ---- Finding, and refusing what does not belong together ----
+// ---- Finding a manifest, and refusing what does not belong together ----
 
-// The manifest in the directory of the first of the comma-separated patterns; V = 0 when there is none. Dies when it is
-// damaged.
+// Reads the manifest in the directory of the first of the comma-separated patterns; V = 0 if there
+// is none. Dies if it is damaged.
 static inline void manifest_find(Manifest *m, const char *shards_pattern) {
     size_t n = strcspn(shards_pattern, ",");
     while (n > 0 && shards_pattern[n - 1] != '/') n--;
@@ -124,15 +134,17 @@ static inline void manifest_find(Manifest *m, const char *shards_pattern) {
         const char *error = file_map(&map, path);
         if (error) die("cannot read %s: %s", path, error);
         error = manifest_parse(m, map.data, map.size);
-        if (error) die("%s: %s\n  hint: without this file the shards are used as they are", path, error);
+        if (error)
+            die("%s: %s\n  hint: without this file the shards are used as they are", path, error);
         file_unmap(&map);
         m->path = path;
     } else free(path);
 }
 
-// The tokenizer file at `path` must be the one that made the shards: by its sum where the manifest names that file, else by
-// its size and end-of-text.
-static inline void manifest_check_tokenizer(const Manifest *m, const Tokenizer *t, const char *path) {
+// Checks that the tokenizer file at `path` is the one that made the shards: by its SHA-256 if the
+// manifest names that file, else by its size and end-of-text token.
+static inline void manifest_check_tokenizer(const Manifest *m, const Tokenizer *t,
+                                            const char *path) {
     if (!m->V) return;
     const char *slash = strrchr(path, '/');
     char hex[SHA256_HEX];
@@ -146,25 +158,28 @@ static inline void manifest_check_tokenizer(const Manifest *m, const Tokenizer *
         file_unmap(&map);
     }
     if (!same)
-        die("%s is not the tokenizer of the shards: %s says %s, of %d tokens\n  hint: --tokenizer names another file", path,
-            m->path, m->tokenizer, m->V);
+        die("%s is not the tokenizer of the shards: %s says %s, of %d tokens\n  hint: --tokenizer "
+            "names another file", path, m->path, m->tokenizer, m->V);
 }
 
-// Training and validation shards must come from one tokenizer. Either may be without a manifest.
+// Training and validation shards must come from one tokenizer. Either may lack a manifest.
 static inline void manifest_check_pair(const Manifest *train, const Manifest *val) {
     if (train->V && val->V && strcmp(train->sha256, val->sha256))
-        die("--train and --val have different tokenizers: %s, of %d tokens (%s), and %s, of %d tokens (%s)\n"
-            "  hint: make both with the same tokenizer: data/README.md", train->tokenizer, train->V, train->path,
-            val->tokenizer, val->V, val->path);
+        die("--train and --val have different tokenizers: %s, of %d tokens (%s), and %s, of %d "
+            "tokens (%s)\n"
+            "  hint: make both with the same tokenizer: data/README.md", train->tokenizer, train->V,
+            train->path, val->tokenizer, val->V, val->path);
 }
 
-// A model of V tokens, that of the directory `from` unless NULL, must fit: a fresh one has room for every token; of another's
-// vocabulary at most a padding to a multiple of 128 may be too much. A checkpoint of ours knows its tokenizer's sum.
+// Checks that a model of V tokens fits; `from` is the directory of its weights, or NULL for a fresh
+// model. A fresh model needs at least the tokenizer's tokens; loaded weights may exceed them only
+// by padding to a multiple of 128. Our checkpoints record their tokenizer's SHA-256.
 static inline void manifest_check_model(const Manifest *m, int V, const char *from) {
     if (!m->V) return;
     if (V < m->V || (from && V - m->V >= 128))
-        die("%s has %d tokens, but the shards' tokenizer %s has %d (%s)\n  hint: %s", from ? from : "--vocab-size", V,
-            m->tokenizer, m->V, m->path, from ? "make the shards with the model's tokenizer" : "leave it out");
+        die("%s has %d tokens, but the shards' tokenizer %s has %d (%s)\n  hint: %s",
+            from ? from : "--vocab-size", V, m->tokenizer, m->V, m->path,
+            from ? "make the shards with the model's tokenizer" : "leave it out");
     char *path = xprintf("%s/config.json", from ? from : "");
     FileMap map;
     Json doc;
@@ -174,31 +189,36 @@ static inline void manifest_check_model(const Manifest *m, int V, const char *fr
         const int sum = json_get(&doc, 0, "tokenizer_sha256");
         if (sum >= 0 && !json_equals(&doc, sum, m->sha256))
             die("%s was trained with another tokenizer than the shards', %s (%s)\n"
-                "  hint: take the shards that it was trained on, or train a new model", from, m->tokenizer, m->path);
+                "  hint: take the shards that it was trained on, or train a new model", from,
+                m->tokenizer, m->path);
         json_free(&doc);
         file_unmap(&map);
     }
     free(path);
 }
 
-// Of the opened shards, those in the manifest's directory must be listed there, with as many tokens.
+// Opened shards in the manifest's directory must be listed in it, with the same number of tokens.
 static inline void manifest_check_shards(const Manifest *m, const Shards *shards) {
     if (!m->V) return;
-    const size_t n = strlen(m->path) - strlen("manifest.json");   // up to the directory's slash
+    // up to and including the directory's slash
+    const size_t n = strlen(m->path) - strlen("manifest.json");
     for (int i = 0; i < shards->n; i++) {
         const char *path = shards->file[i].path;
         if (strncmp(path, m->path, n) || strchr(path + n, '/')) continue;
         int k = 0;
         while (k < m->shards && strcmp(m->shard[k].file, path + n)) k++;
         if (k == m->shards || m->shard[k].tokens != shards->file[i].shard.count)
-            die("%s is not a shard that %s lists\n  hint: keep other shards in another directory", path, m->path);
+            die("%s is not a shard that %s lists\n  hint: keep other shards in another directory",
+                path, m->path);
     }
 }
 
-// Bits per byte for a mean loss in nats per token over that side, where no tokenizer file tells the bytes of each token: from
-// the mean bytes of a token, so exact when all of the side was evaluated. NaN without a manifest.
+// Bits per byte for a mean loss in nats per token over that split, when no tokenizer file gives the
+// bytes of each token. It uses the mean bytes per token, so it is exact only if the whole split was
+// evaluated. NaN without a manifest.
 static inline double manifest_bits_per_byte(const Manifest *m, int side, double loss) {
-    return m->V && m->bytes[side] ? loss / 0.69314718055994530942 * (double)m->tokens[side] / (double)m->bytes[side] : NAN;
+    return m->V && m->bytes[side] ? loss / 0.69314718055994530942 * (double)m->tokens[side] /
+        (double)m->bytes[side] : NAN;
 }
 
 #endif

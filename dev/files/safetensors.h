@@ -1,9 +1,12 @@
-// safetensors.h: reads and writes tensors in the safetensors format, as strictly as its reference implementation:
+// safetensors.h: reads and writes the safetensors format, as strictly as its reference
+// implementation.
 //
 //     uint64 little-endian size of the header | header, JSON | data
-//     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {"format": "pt"}}
+//     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...,
+//      "__metadata__": {"format": "pt"}}
 //
-// The tensors tile the data: no gap, no overlap, nothing after the last. Offsets count from the start of the data.
+// The tensors tile the data: no gaps, no overlaps, nothing after the last. Offsets count from the
+// start of the data.
 #ifndef SAFETENSORS_H
 #define SAFETENSORS_H
 
@@ -12,17 +15,19 @@
 #include "sha256.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "tensors are read and written as they lie in memory: this needs a little-endian machine"
+#error "tensors are read and written as stored in memory: this needs a little-endian machine"
 #endif
 
 #define SAFETENSORS_REALS(X)    X(F64, double) X(F32, float) X(F16, uint16_t) X(BF16, uint16_t)
-#define SAFETENSORS_INTEGERS(X) X(I64, int64_t)  X(I32, int32_t)  X(I16, int16_t)  X(I8, int8_t) \
-                                X(U64, uint64_t) X(U32, uint32_t) X(U16, uint16_t) X(U8, uint8_t) X(BOOL, uint8_t)
+#define SAFETENSORS_INTEGERS(X) X(I64, int64_t)  X(I32, int32_t)  X(I16, int16_t)  X(I8, int8_t)  \
+                                X(U64, uint64_t) X(U32, uint32_t) X(U16, uint16_t) X(U8, uint8_t) \
+                                X(BOOL, uint8_t)
 
 #define X(id, type) SAFETENSORS_##id,
 enum { SAFETENSORS_REALS(X) SAFETENSORS_INTEGERS(X) N_SAFETENSORS_DTYPES };
 #undef X
-enum { SAFETENSORS_OTHER = N_SAFETENSORS_DTYPES };       // such as F8_E4M3: a file may have one beside what is read
+// e.g. F8_E4M3: a file may contain tensors that we never read
+enum { SAFETENSORS_OTHER = N_SAFETENSORS_DTYPES };
 
 typedef struct { const char *name; size_t size; } SafetensorsDtype;
 
@@ -33,25 +38,26 @@ static const SafetensorsDtype safetensors_dtype[N_SAFETENSORS_DTYPES] = {
 };
 
 enum { SAFETENSORS_MAX_DIMS = 8 };
-#define SAFETENSORS_MAX_HEADER 100000000u                // bytes; the reference implementation's limit
+#define SAFETENSORS_MAX_HEADER 100000000u                // bytes; the reference implementation's
+                                                         // limit
 
 typedef struct {
     char *name;
     int dtype, ndim;
-    int64_t shape[SAFETENSORS_MAX_DIMS];                 // (ndim); ndim 0 is a scalar
-    size_t count, bytes;                                 // elements, and what they take
-    const unsigned char *data;                           // (bytes) within the file, at any alignment
+    int64_t shape[SAFETENSORS_MAX_DIMS];  // (ndim); ndim 0 is a scalar
+    size_t count, bytes;                  // elements, and their size in bytes
+    const unsigned char *data;            // (bytes) within the file, possibly unaligned
 } SafetensorsEntry;
 
 typedef struct {
     int n;
-    SafetensorsEntry *entry;                             // (n) ascending by name
+    SafetensorsEntry *entry;                             // (n) in ascending order of name
     char error[256];
 } Safetensors;
 
 // ---- Reading ----
 
-// Elements of a shape (ndim), or -1 when they or their bytes at `size` each pass 2^63 - 1.
+// Number of elements of a shape (ndim); -1 if it, or its bytes at `size` each, exceeds 2^63 - 1.
 static inline int64_t safetensors_count(int ndim, const int64_t *shape, size_t size) {
     int64_t n = 1;
     for (int d = 0; d < ndim; d++) {
@@ -61,7 +67,7 @@ static inline int64_t safetensors_count(int ndim, const int64_t *shape, size_t s
     return n;
 }
 
-// An array of n non-negative integers; 0 when it holds anything else.
+// Reads an array of n non-negative integers; returns 0 if it is anything else.
 static inline int safetensors_sizes(const Json *doc, int array, int n, int64_t *out) {
     if (json_type(doc, array) != JSON_ARRAY || json_count(doc, array) != n) return 0;
     for (int v = json_first(doc, array); v >= 0; v = json_next(doc, v), out++)
@@ -69,15 +75,17 @@ static inline int safetensors_sizes(const Json *doc, int array, int n, int64_t *
     return 1;
 }
 
-// Whether the string is spelled as the format's types are: capitals, digits and '_', a capital first.
+// Whether a string is spelled like the format's types: capitals, digits and '_', starting with a
+// capital.
 static inline int safetensors_is_dtype(const Json *doc, int node) {
     char *name = json_string(doc, node, NULL);
-    const int is = name && *name >= 'A' && *name <= 'Z' && !name[strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")];
+    const int is = name && *name >= 'A' && *name <= 'Z' &&
+        !name[strspn(name, "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")];
     free(name);
     return is;
 }
 
-// Fills e, zeroed but for its name, from the tensor's JSON object. Returns NULL, or what is wrong.
+// Fills e (zero except for its name) from the tensor's JSON object. Returns NULL, or what is wrong.
 static inline const char *safetensors_read_entry(SafetensorsEntry *e, const Json *doc, int object,
                                                  const unsigned char *data, size_t data_size) {
     int dtype = json_get(doc, object, "dtype"), shape = json_get(doc, object, "shape");
@@ -85,39 +93,48 @@ static inline const char *safetensors_read_entry(SafetensorsEntry *e, const Json
     if (json_count(doc, object) != 3 || dtype < 0 || shape < 0 || offsets < 0)
         return "it needs a dtype, a shape and data_offsets, once each and nothing else";
 
-    while (e->dtype < N_SAFETENSORS_DTYPES && !json_equals(doc, dtype, safetensors_dtype[e->dtype].name)) e->dtype++;
-    const int other = e->dtype == SAFETENSORS_OTHER;     // nothing is known of its size, only where it lies
-    if (other && !safetensors_is_dtype(doc, dtype)) return "its dtype is none of the format's, such as F32";
+    while (e->dtype < N_SAFETENSORS_DTYPES &&
+           !json_equals(doc, dtype, safetensors_dtype[e->dtype].name))
+        e->dtype++;
+    // only its position is known, not its element size
+    const int other = e->dtype == SAFETENSORS_OTHER;
+    if (other && !safetensors_is_dtype(doc, dtype))
+        return "its dtype is none of the format's, such as F32";
     size_t size = other ? 1 : safetensors_dtype[e->dtype].size;
 
     e->ndim = json_count(doc, shape);
     if (e->ndim > SAFETENSORS_MAX_DIMS) return "it has more than 8 dimensions";
-    if (!safetensors_sizes(doc, shape, e->ndim, e->shape)) return "its shape must be integers, 0 to 2^63 - 1";
+    if (!safetensors_sizes(doc, shape, e->ndim, e->shape))
+        return "its shape must be integers, 0 to 2^63 - 1";
     int64_t count = safetensors_count(e->ndim, e->shape, size), range[2];
     if (count < 0) return "its shape is too large: the number of bytes overflows";
 
-    if (!safetensors_sizes(doc, offsets, 2, range)) return "its data_offsets must be two integers, 0 to 2^63 - 1";
+    if (!safetensors_sizes(doc, offsets, 2, range))
+        return "its data_offsets must be two integers, 0 to 2^63 - 1";
     if (range[0] > range[1]) return "its data_offsets end before they begin";
-    if ((uint64_t)range[1] > data_size) return "its data end beyond the file (is the file cut short?)";
+    if ((uint64_t)range[1] > data_size)
+        return "its data end beyond the file (is the file cut short?)";
     e->count = (size_t)count;
-    if (other) e->count = (size_t)(range[1] - range[0]);  // its bytes: nothing else bounds it
+    if (other) e->count = (size_t)(range[1] - range[0]);  // in bytes: nothing else bounds it
     e->bytes = e->count * size;
     e->data = data + range[0];
-    if ((uint64_t)(range[1] - range[0]) != e->bytes) return "its data_offsets do not fit its shape and dtype";
+    if ((uint64_t)(range[1] - range[0]) != e->bytes)
+        return "its data_offsets do not fit its shape and dtype";
     return NULL;
 }
 
 static inline int safetensors_by_data(const void *a, const void *b) {
     const SafetensorsEntry *x = (const SafetensorsEntry *)a, *y = (const SafetensorsEntry *)b;
     if (x->data != y->data) return x->data < y->data ? -1 : 1;
-    return (x->bytes > y->bytes) - (x->bytes < y->bytes);  // an empty tensor before the one that starts there too
+    // an empty tensor sorts before the one that starts at the same offset
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
 
 static inline int safetensors_by_name(const void *a, const void *b) {
     return strcmp(((const SafetensorsEntry *)a)->name, ((const SafetensorsEntry *)b)->name);
 }
 
-// Leaves "tensor "name": what" as the error; the name with its control characters escaped.
+// Sets the error to "tensor "name": what", with control characters in the name escaped.
 static inline const char *safetensors_fail(Safetensors *t, const char *name, const char *what) {
     Text quoted = {NULL, 0, 0};
     json_write_string(&quoted, name);
@@ -127,7 +144,8 @@ static inline const char *safetensors_fail(Safetensors *t, const char *name, con
 }
 
 static inline const char *safetensors_read_metadata(const Json *doc, int object) {
-    if (json_type(doc, object) == JSON_NULL) return NULL;          // as the reference implementation reads it
+    // as the reference implementation does
+    if (json_type(doc, object) == JSON_NULL) return NULL;
     if (json_type(doc, object) != JSON_OBJECT) return "__metadata__ must be an object";
     if (json_duplicate(doc, object) >= 0) return "__metadata__ has the same key twice";
     for (int k = json_first(doc, object); k >= 0; k = json_next(doc, k))
@@ -135,7 +153,8 @@ static inline const char *safetensors_read_metadata(const Json *doc, int object)
     return NULL;
 }
 
-static inline const char *safetensors_read_header(Safetensors *t, const Json *doc, const unsigned char *data, size_t size) {
+static inline const char *safetensors_read_header(Safetensors *t, const Json *doc,
+                                                  const unsigned char *data, size_t size) {
     t->entry = (SafetensorsEntry *)xcalloc((size_t)json_count(doc, 0), sizeof *t->entry);
     for (int k = json_first(doc, 0); k >= 0; k = json_next(doc, k)) {
         if (json_equals(doc, k, "__metadata__")) {
@@ -169,7 +188,7 @@ static inline const char *safetensors_read_header(Safetensors *t, const Json *do
     return NULL;
 }
 
-// Keeps t->error.
+// Does not clear t->error.
 static inline void safetensors_free(Safetensors *t) {
     for (int i = 0; i < t->n; i++) free(t->entry[i].name);
     free(t->entry);
@@ -177,20 +196,23 @@ static inline void safetensors_free(Safetensors *t) {
     t->n = 0;
 }
 
-// Parses a whole file in memory, which must outlive *t: the entries point into it. Returns NULL, or what is wrong,
-// naming the tensor at fault (the message lives as long as *t; there is nothing to free then).
+// Parses a whole file in memory, which must outlive *t: the entries point into it. Returns NULL, or
+// an error that names the offending tensor (stored in *t; nothing needs to be freed).
 static inline const char *safetensors_parse(Safetensors *t, const void *mem, size_t size) {
     const unsigned char *p = (const unsigned char *)mem;
     uint64_t header;
     memset(t, 0, sizeof *t);
     if (lfs_pointer_error(mem, size)) return lfs_pointer_error(mem, size);
-    if (size < sizeof header) return "shorter than the 8 bytes that every safetensors file starts with";
+    if (size < sizeof header)
+        return "shorter than the 8 bytes that every safetensors file starts with";
     memcpy(&header, p, sizeof header);
     p += sizeof header;
     size -= sizeof header;
-    if (header > SAFETENSORS_MAX_HEADER) return "it claims a header above 100 MB: this is no safetensors file";
+    if (header > SAFETENSORS_MAX_HEADER)
+        return "it claims a header above 100 MB: this is no safetensors file";
     if (header > size) return "the file ends within the header";
-    if (!header || *p != '{') return "the header does not begin with '{': this is no safetensors file";
+    if (!header || *p != '{')
+        return "the header does not begin with '{': this is no safetensors file";
 
     Json doc;
     const char *error = json_parse(&doc, p, header);
@@ -204,7 +226,7 @@ static inline const char *safetensors_parse(Safetensors *t, const void *mem, siz
     return error;
 }
 
-// The tensor of that name, or NULL.
+// The tensor with that name, or NULL.
 static inline const SafetensorsEntry *safetensors_find(const Safetensors *t, const char *name) {
     for (int low = 0, high = t->n; low < high;) {
         int middle = low + (high - low) / 2, order = strcmp(name, t->entry[middle].name);
@@ -217,19 +239,21 @@ static inline const SafetensorsEntry *safetensors_find(const Safetensors *t, con
 
 // ---- Conversion ----
 
-// IEEE 754 binary16; every value is a float.
+// IEEE 754 binary16 to float, exactly.
 static inline float safetensors_half(uint16_t half) {
     uint32_t exponent = half >> 10 & 31, fraction = half & 1023, bits;
-    float value = (float)fraction * (1.0f / 16777216.0f);          // exponent 0: zero and subnormals, fraction * 2^-24
+    // exponent 0: zero and subnormals, fraction * 2^-24
+    float value = (float)fraction * (1.0f / 16777216.0f);
     memcpy(&bits, &value, sizeof bits);
-    if (exponent == 31) bits = 0x7F800000u | fraction << 13;       // infinity, NaN with its payload
+    // infinity, or NaN with its payload
+    if (exponent == 31) bits = 0x7F800000u | fraction << 13;
     else if (exponent) bits = (exponent + 127 - 15) << 23 | fraction << 13;
     bits |= (uint32_t)(half & 0x8000) << 16;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-// bfloat16: the upper half of a float.
+// bfloat16 (the upper half of a float) to float, exactly.
 static inline float safetensors_bfloat(uint16_t upper) {
     uint32_t bits = (uint32_t)upper << 16;
     float value;
@@ -237,7 +261,7 @@ static inline float safetensors_bfloat(uint16_t upper) {
     return value;
 }
 
-// Element i of a real tensor.
+// Element i of a floating-point tensor.
 static inline double safetensors_real(const SafetensorsEntry *e, size_t i) {
     double f64;
     float f32;
@@ -250,17 +274,20 @@ static inline double safetensors_real(const SafetensorsEntry *e, size_t i) {
     return e->dtype == SAFETENSORS_F16 ? safetensors_half(bits) : safetensors_bfloat(bits);
 }
 
-// Element i of an integer tensor; a U64 above INT64_MAX comes out negative.
+// Element i of an integer tensor; a U64 above INT64_MAX becomes negative.
 static inline int64_t safetensors_integer(const SafetensorsEntry *e, size_t i) {
     switch (e->dtype) {
-#define X(id, type) case SAFETENSORS_##id: { type v; memcpy(&v, e->data + i * sizeof v, sizeof v); return (int64_t)v; }
+#define X(id, type)                                                                \
+    case SAFETENSORS_##id: { type v; memcpy(&v, e->data + i * sizeof v, sizeof v); \
+                             return (int64_t)v; }
     SAFETENSORS_INTEGERS(X)
 #undef X
     }
     return 0;
 }
 
-// Converts a tensor to out (count): exact, but for F64 rounded to a narrower real. Returns NULL, or what is wrong.
+// Converts a tensor to out (count): exactly, unless F64 is rounded to a narrower real. Returns
+// NULL, or what is wrong.
 static inline const char *safetensors_to_real(const SafetensorsEntry *e, real *out) {
     if (e->dtype > SAFETENSORS_BF16) return "its dtype must be F64, F32, F16 or BF16";
     if (!strcmp(safetensors_dtype[e->dtype].name, REAL_DTYPE)) memcpy(out, e->data, e->bytes);
@@ -268,23 +295,26 @@ static inline const char *safetensors_to_real(const SafetensorsEntry *e, real *o
     return NULL;
 }
 
-// The 16-bit number nearest to x, of two as near the even one, with so many bits of fraction and that exponent bias: binary16
-// is (10, 15), bfloat16 (7, 127). What passes the largest becomes an infinity. One rounding, also from a double.
+// Rounds x to a 16-bit float with `fraction` fraction bits and that exponent bias, ties to even:
+// binary16 is (10, 15), bfloat16 (7, 127). Overflow gives an infinity. Rounds once, from double
+// too.
 static inline uint16_t safetensors_narrow(double x, int fraction, int bias) {
-    const double least = ldexp(1, 1 - bias), absolute = fabs(x);   // the least normal number
+    const double least = ldexp(1, 1 - bias), absolute = fabs(x);   // the smallest normal number
     const uint64_t infinity = (uint64_t)(2 * bias + 1) << fraction, sign = signbit(x) ? 0x8000 : 0;
     uint64_t bits;
     if (isnan(x)) return (uint16_t)(sign | infinity | 1u << (fraction - 1));
-    if (absolute < least) return (uint16_t)(sign | (uint64_t)nearbyint(ldexp(absolute, bias - 1 + fraction)));
+    if (absolute < least)
+        return (uint16_t)(sign | (uint64_t)nearbyint(ldexp(absolute, bias - 1 + fraction)));
     memcpy(&bits, &absolute, sizeof bits);
-    const int rest = 52 - fraction;                                // bits of a double's fraction that do not fit
+    // fraction bits of a double that do not fit
+    const int rest = 52 - fraction;
     bits += (((uint64_t)1 << (rest - 1)) - 1) + (bits >> rest & 1);
     bits = (bits >> rest) - ((uint64_t)(1023 - bias) << fraction);
     return (uint16_t)(sign | (bits < infinity ? bits : infinity));
 }
 
-// Converts x (n) to F64, F32, F16 or BF16 at out, rounded to nearest, ties to even. Returns n, or the first place at which
-// the result is not finite; what is in out from there on is not defined then.
+// Converts x (n) to F64, F32, F16 or BF16 at out, rounding to nearest, ties to even. Returns n, or
+// the index of the first result that is not finite; from there on, out is undefined.
 static inline size_t safetensors_from_real(int dtype, const real *x, size_t n, void *out) {
     for (size_t i = 0; i < n; i++) {
         const double f64 = (double)x[i];
@@ -294,9 +324,11 @@ static inline size_t safetensors_from_real(int dtype, const real *x, size_t n, v
         switch (dtype) {
         case SAFETENSORS_F64: ((double *)out)[i] = f64; break;
         case SAFETENSORS_F32: ((float *)out)[i] = f32, finite = isfinite(f32); break;
-        case SAFETENSORS_F16: bits = safetensors_narrow(f64, 10, 15), finite = isfinite(safetensors_half(bits)); break;
-        case SAFETENSORS_BF16: bits = safetensors_narrow(f64, 7, 127), finite = isfinite(safetensors_bfloat(bits)); break;
-        default: CHECK(0, "dtype %d is none of reals", dtype);
+        case SAFETENSORS_F16: bits = safetensors_narrow(f64, 10, 15),
+            finite = isfinite(safetensors_half(bits)); break;
+        case SAFETENSORS_BF16: bits = safetensors_narrow(f64, 7, 127),
+            finite = isfinite(safetensors_bfloat(bits)); break;
+        default: CHECK(0, "dtype %d is not a floating-point type", dtype);
         }
         if (safetensors_dtype[dtype].size == sizeof bits) ((uint16_t *)out)[i] = bits;
         if (!finite) return i;
@@ -304,9 +336,10 @@ static inline size_t safetensors_from_real(int dtype, const real *x, size_t n, v
     return n;
 }
 
-// Converts a tensor to out (count). Returns NULL, or what is wrong.
+// Converts an integer tensor to out (count). Returns NULL, or what is wrong.
 static inline const char *safetensors_to_int64(const SafetensorsEntry *e, int64_t *out) {
-    if (e->dtype <= SAFETENSORS_BF16 || e->dtype == SAFETENSORS_OTHER) return "its dtype must be an integer's";
+    if (e->dtype <= SAFETENSORS_BF16 || e->dtype == SAFETENSORS_OTHER)
+        return "its dtype must be an integer's";
     for (size_t i = 0; i < e->count; i++) {
         out[i] = safetensors_integer(e, i);
         if (e->dtype == SAFETENSORS_U64 && out[i] < 0) return "a number in it is above 2^63 - 1";
@@ -314,37 +347,39 @@ static inline const char *safetensors_to_int64(const SafetensorsEntry *e, int64_
     return NULL;
 }
 
-// ---- Writing: declare every tensor, begin, append their bytes in the same order, end ----
+// ---- Writing: declare every tensor, begin, append the bytes in the same order, end ----
 //
 //     SafetensorsWriter w;
 //     safetensors_writer_init(&w);
 //     safetensors_declare(&w, "wte.weight", "F32", 2, shape); ...
-//     safetensors_begin(&w, file, path);                          // the header
+//     safetensors_begin(&w, file, path);                          // writes the header
 //     safetensors_append(&w, wte, bytes); ...                     // a tensor may come in pieces
-//     safetensors_end(&w);                                        // the file is not closed
+//     safetensors_end(&w);                                        // does not close the file
 
 typedef struct {
     int n, room;
-    SafetensorsEntry *entry;                             // (n) as declared; no data
+    SafetensorsEntry *entry;  // (n) as declared; `data` is unused
     FILE *file;
     const char *path;
-    int current;                                         // the tensor that is being written
-    size_t written;                                      // its bytes so far
-    FileSum *sum;                                        // if set by the caller: of every byte so far
-    char **error;                                        // if set by the caller: where the first failure of a write is kept,
-                                                         // from malloc, and nothing more is written; else it ends the program
+    int current;              // index of the tensor being written
+    size_t written;           // bytes of that tensor written so far
+    FileSum *sum;             // set by the caller or NULL: the digest of every byte so far
+    char **error;             // set by the caller or NULL: receives the first write error, from
+                              // malloc, after which nothing is written; NULL: errors end the
+                              // program
 } SafetensorsWriter;
 
 static inline void safetensors_writer_init(SafetensorsWriter *w) {
     memset(w, 0, sizeof *w);
 }
 
-// The next tensor: its own name, a dtype as in the format, shape (ndim).
-static inline void safetensors_declare(SafetensorsWriter *w, const char *name, const char *dtype, int ndim,
-                                       const int64_t *shape) {
+// Declares the next tensor: a unique name, a dtype as in the format, a shape (ndim).
+static inline void safetensors_declare(SafetensorsWriter *w, const char *name, const char *dtype,
+                                       int ndim, const int64_t *shape) {
     CHECK(!w->path, "%s is declared after the header was written", name);
     CHECK(strcmp(name, "__metadata__"), "the name is reserved");
-    for (int i = 0; i < w->n; i++) CHECK(strcmp(name, w->entry[i].name), "%s is declared twice", name);
+    for (int i = 0; i < w->n; i++)
+        CHECK(strcmp(name, w->entry[i].name), "%s is declared twice", name);
     if (w->n == w->room) {
         w->room = 2 * w->room + 64;
         w->entry = (SafetensorsEntry *)xrealloc(w->entry, (size_t)w->room, sizeof *w->entry);
@@ -352,7 +387,8 @@ static inline void safetensors_declare(SafetensorsWriter *w, const char *name, c
     SafetensorsEntry *e = &w->entry[w->n++];
     memset(e, 0, sizeof *e);
     e->name = xstrdup(name);
-    while (e->dtype < N_SAFETENSORS_DTYPES && strcmp(dtype, safetensors_dtype[e->dtype].name)) e->dtype++;
+    while (e->dtype < N_SAFETENSORS_DTYPES && strcmp(dtype, safetensors_dtype[e->dtype].name))
+        e->dtype++;
     CHECK(e->dtype < N_SAFETENSORS_DTYPES, "%s has the unknown dtype %s", name, dtype);
     CHECK(ndim >= 0 && ndim <= SAFETENSORS_MAX_DIMS, "%s has %d dimensions", name, ndim);
     int64_t count = safetensors_count(ndim, shape, safetensors_dtype[e->dtype].size);
@@ -371,8 +407,8 @@ static inline void safetensors_put(SafetensorsWriter *w, const void *bytes, size
     if (w->sum) file_sum_update(w->sum, bytes, n);
 }
 
-// Writes the header, padded with spaces so that the data start at a multiple of 8 bytes. path is for messages and
-// must last until safetensors_end; file may be NULL if there is an error already.
+// Writes the header, padded with spaces so that the data start at a multiple of 8 bytes. path is
+// for messages and must outlive safetensors_end; file may be NULL if there is already an error.
 static inline void safetensors_begin(SafetensorsWriter *w, FILE *file, const char *path) {
     Text header = {NULL, 0, 0};
     size_t offset = 0;
@@ -383,7 +419,8 @@ static inline void safetensors_begin(SafetensorsWriter *w, FILE *file, const cha
         text_append(&header, ",", 1);
         json_write_string(&header, e->name);
         text_printf(&header, ":{\"dtype\":\"%s\",\"shape\":[", safetensors_dtype[e->dtype].name);
-        for (int d = 0; d < e->ndim; d++) text_printf(&header, d ? ",%lld" : "%lld", (long long)e->shape[d]);
+        for (int d = 0; d < e->ndim; d++)
+            text_printf(&header, d ? ",%lld" : "%lld", (long long)e->shape[d]);
         text_printf(&header, "],\"data_offsets\":[%zu,%zu]}", offset, offset + e->bytes);
         offset += e->bytes;
     }
@@ -399,24 +436,26 @@ static inline void safetensors_begin(SafetensorsWriter *w, FILE *file, const cha
     text_free(&header);
 }
 
-// Moves on past what is complete: tensors without elements need no bytes.
+// Skips completed tensors: one without elements needs no bytes.
 static inline void safetensors_advance(SafetensorsWriter *w) {
-    for (; w->current < w->n && w->written == w->entry[w->current].bytes; w->written = 0) w->current++;
+    for (; w->current < w->n && w->written == w->entry[w->current].bytes; w->written = 0)
+        w->current++;
 }
 
-// The next n bytes of the present tensor.
+// Appends the next n bytes of the current tensor.
 static inline void safetensors_append(SafetensorsWriter *w, const void *bytes, size_t n) {
     CHECK(w->path, "the header comes first");
     if (!n) return;
     safetensors_advance(w);
     CHECK(w->current < w->n, "%zu bytes more than were declared", n);
     const SafetensorsEntry *e = &w->entry[w->current];
-    CHECK(n <= e->bytes - w->written, "%zu bytes for %s, which lacks %zu", n, e->name, e->bytes - w->written);
+    CHECK(n <= e->bytes - w->written, "%zu bytes for %s, which is missing %zu", n, e->name,
+          e->bytes - w->written);
     safetensors_put(w, bytes, n);
     w->written += n;
 }
 
-// Checks that every byte has come, and frees.
+// Checks that every declared byte has been written, and frees the writer.
 static inline void safetensors_end(SafetensorsWriter *w) {
     safetensors_advance(w);
     CHECK(w->path && w->current == w->n, "tensor %d of %d is not complete", w->current + 1, w->n);

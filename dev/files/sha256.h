@@ -1,5 +1,5 @@
-// sha256.h: SHA-256 (FIPS 180-4), for the checksums of checkpoints, and HMAC-SHA-256, by which the
-// ranks of a job recognize each other. Portable C.
+// sha256.h: SHA-256 (FIPS 180-4), for the checksums of checkpoints, and HMAC-SHA-256, with which
+// the ranks of a job authenticate each other. Portable C.
 #ifndef SHA256_H
 #define SHA256_H
 
@@ -9,11 +9,11 @@ enum { SHA256_BYTES = 32, SHA256_HEX = 65 };             // a digest; its 64 hex
 
 typedef struct {
     uint32_t h[8];
-    uint64_t bytes;                                      // seen so far
-    unsigned char block[64];                             // the bytes % 64 that wait for a full block
+    uint64_t bytes;           // processed so far
+    unsigned char block[64];  // the last bytes % 64, waiting for a full block
 } Sha256;
 
-// FIPS 180-4, section 4.2.2: the fractions of the cube roots of the first 64 primes.
+// FIPS 180-4, section 4.2.2: the fractional parts of the cube roots of the first 64 primes.
 static const uint32_t sha256_k[64] = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
@@ -27,19 +27,23 @@ static const uint32_t sha256_k[64] = {
 
 static inline uint32_t sha256_rotate(uint32_t x, int n) { return x >> n | x << (32 - n); }
 
-// One round (section 6.2.2, step 3). The caller turns the names of the variables instead of moving their values.
-#define SHA256_ROUND(a, b, c, d, e, f, g, h, k, w) do {                                              \
-    h += (sha256_rotate(e, 6) ^ sha256_rotate(e, 11) ^ sha256_rotate(e, 25)) + (g ^ (e & (f ^ g))) + k + w; \
-    d += h;                                                                                          \
-    h += (sha256_rotate(a, 2) ^ sha256_rotate(a, 13) ^ sha256_rotate(a, 22)) + ((a & b) | (c & (a | b)));   \
+// One round (section 6.2.2, step 3). The caller rotates the variables' names instead of moving
+// their values.
+#define SHA256_ROUND(a, b, c, d, e, f, g, h, k, w) do {                        \
+    h += (sha256_rotate(e, 6) ^ sha256_rotate(e, 11) ^ sha256_rotate(e, 25)) + \
+        (g ^ (e & (f ^ g))) + k + w;                                           \
+    d += h;                                                                    \
+    h += (sha256_rotate(a, 2) ^ sha256_rotate(a, 13) ^ sha256_rotate(a, 22)) + \
+        ((a & b) | (c & (a | b)));                                             \
 } while (0)
 
-// Takes n whole blocks of 64 bytes.
+// Processes n whole blocks of 64 bytes.
 static inline void sha256_blocks(uint32_t state[8], const unsigned char *p, size_t n) {
     for (; n > 0; n--, p += 64) {
         uint32_t w[64];
         for (int t = 0; t < 16; t++)
-            w[t] = (uint32_t)p[4*t] << 24 | (uint32_t)p[4*t + 1] << 16 | (uint32_t)p[4*t + 2] << 8 | p[4*t + 3];
+            w[t] = (uint32_t)p[4*t] << 24 | (uint32_t)p[4*t + 1] << 16 | (uint32_t)p[4*t + 2] << 8 |
+                p[4*t + 3];
         for (int t = 16; t < 64; t++) {
             uint32_t x = w[t - 15], y = w[t - 2];
             w[t] = w[t - 16] + w[t - 7] + (sha256_rotate(x, 7) ^ sha256_rotate(x, 18) ^ x >> 3)
@@ -64,14 +68,14 @@ static inline void sha256_blocks(uint32_t state[8], const unsigned char *p, size
 }
 
 static inline void sha256_init(Sha256 *s) {
-    // Section 5.3.3: the fractions of the square roots of the first eight primes.
+    // Section 5.3.3: the fractional parts of the square roots of the first eight primes.
     static const uint32_t start[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                                       0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
     memset(s, 0, sizeof *s);
     memcpy(s->h, start, sizeof start);
 }
 
-// The message may come in pieces of any size.
+// The message may arrive in pieces of any size.
 static inline void sha256_update(Sha256 *s, const void *bytes, size_t n) {
     const unsigned char *p = (const unsigned char *)bytes;
     size_t waiting = s->bytes % 64;
@@ -91,15 +95,17 @@ static inline void sha256_update(Sha256 *s, const void *bytes, size_t n) {
 
 // Ends the message and writes its digest.
 static inline void sha256_digest(Sha256 *s, unsigned char digest[SHA256_BYTES]) {
-    unsigned char end[72] = {0x80};                      // section 5.1.1: a one, zeros, the length in bits
+    // section 5.1.1: a one, zeros, the length in bits
+    unsigned char end[72] = {0x80};
     size_t zeros_to = (s->bytes % 64 < 56 ? 56 : 120) - s->bytes % 64;
-    for (int i = 0; i < 8; i++) end[zeros_to + (size_t)i] = (unsigned char)(8 * s->bytes >> (56 - 8 * i));
+    for (int i = 0; i < 8; i++)
+        end[zeros_to + (size_t)i] = (unsigned char)(8 * s->bytes >> (56 - 8 * i));
     sha256_update(s, end, zeros_to + 8);
     for (int i = 0; i < SHA256_BYTES; i++)
         digest[i] = (unsigned char)(s->h[i / 4] >> (24 - i % 4 * 8));
 }
 
-// The same as lower-case hex.
+// The same, as lower-case hex.
 static inline void sha256_final(Sha256 *s, char hex[SHA256_HEX]) {
     unsigned char digest[SHA256_BYTES];
     sha256_digest(s, digest);
@@ -133,18 +139,19 @@ static inline void hmac_sha256(unsigned char mac[SHA256_BYTES], const void *key,
     sha256_digest(&s, mac);
 }
 
-// ---- The digest of a file, and marks that tell where another one first differs ----
+// ---- The digest of a file, and marks that locate the first block that differs ----
 //
-// The running state at each multiple of FILE_SUM_BLOCK bytes depends on all bytes before: 32 bits of it, kept as 8 digits,
-// cost nothing, and the first that differs says which block is damaged.
+// The running state at each multiple of FILE_SUM_BLOCK bytes depends on every byte before it. 32
+// bits of it, stored as 8 hex digits, come for free; the first mark that differs locates the
+// damaged block.
 
 enum { FILE_SUM_BLOCK = 1 << 20 };
 
 typedef struct {
     Sha256 sha;
-    uint64_t size;                                       // bytes so far
-    Text marks;                                          // of the whole blocks so far; free with text_free
-    char hex[SHA256_HEX];                                // after file_sum_end
+    uint64_t size;         // bytes so far
+    Text marks;            // of the whole blocks so far; release with text_free
+    char hex[SHA256_HEX];  // after file_sum_end
 } FileSum;
 
 static inline void file_sum_init(FileSum *s) {
@@ -155,7 +162,8 @@ static inline void file_sum_init(FileSum *s) {
 static inline void file_sum_update(FileSum *s, const void *bytes, size_t n) {
     const char *p = (const char *)bytes;
     while (n) {
-        const size_t room = FILE_SUM_BLOCK - (size_t)(s->size % FILE_SUM_BLOCK), take = n < room ? n : room;
+        const size_t room = FILE_SUM_BLOCK - (size_t)(s->size % FILE_SUM_BLOCK),
+            take = n < room ? n : room;
         sha256_update(&s->sha, p, take);
         s->size += take;
         if (s->size % FILE_SUM_BLOCK == 0) text_printf(&s->marks, "%08x", (unsigned)s->sha.h[0]);
@@ -172,10 +180,12 @@ static inline void file_sum(FileSum *s, const void *bytes, size_t n) {
     file_sum_end(s);
 }
 
-// The first byte of the first block that differs from the one of which these are the marks; the last block has no mark.
+// The offset of the first block that differs from the file these marks describe; the last block has
+// no mark.
 static inline uint64_t file_sum_differs(const FileSum *s, const char *marks) {
     size_t i = 0;
-    while (i + 8 <= s->marks.n && strlen(marks) >= i + 8 && !memcmp(s->marks.s + i, marks + i, 8)) i += 8;
+    while (i + 8 <= s->marks.n && strlen(marks) >= i + 8 && !memcmp(s->marks.s + i, marks + i, 8))
+        i += 8;
     return i / 8 * FILE_SUM_BLOCK;
 }
 

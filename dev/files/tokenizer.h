@@ -1,13 +1,15 @@
-// tokenizer.h: tokens to bytes and back, from a tokenizer file. Two formats are read:
+// tokenizer.h: converts between tokens and bytes, with a tokenizer file in one of two formats:
 //
-//     tokenizer.bin   llm.c's: 256 words of 32 bits, little-endian (magic 20240328, version 2, tokens, end-of-text token);
-//                     then each token as one byte of length, 1 to 255, and its bytes. Version 1 is GPT-2's alone and
-//                     does not name its end-of-text token, 50256. Version 3 is ours: a further word of the header is 1
-//                     where text is split otherwise than by GPT-2, and a length has 32 bits
-//     vocab.json      GPT-2's, also called encoder.json: {"token": id, ...}, bytes written in GPT-2's alphabet
+//     tokenizer.bin   llm.c's: 256 words of 32 bits, little-endian (magic 20240328, version 2,
+//                     number of tokens, end-of-text token), then each token as one byte of length,
+//                     1 to 255, and its bytes. Version 1 is GPT-2's only and does not name its
+//                     end-of-text token, 50256. Version 3 is ours: another header word is 1 if text
+//                     is not split as GPT-2 splits it, and lengths have 32 bits
+//     vocab.json      GPT-2's, also called encoder.json: {"token": id, ...}, with bytes written in
+//                     GPT-2's alphabet
 //
-// Merges need no file of their own: the rank of a merge is the id of the token it makes, as in tiktoken. That holds for
-// GPT-2, whose ids are in the order in which its merges were learned.
+// Merges need no file of their own: the rank of a merge is the id of the token that it produces, as
+// in tiktoken. That holds for GPT-2, whose ids follow the order in which its merges were learned.
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 
@@ -21,13 +23,14 @@
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_MAX = 1 << 24, TOKENIZER_LONGEST = 1 << 20 };
 
 typedef struct {
-    int V, eot;           // tokens; the end-of-text token, or -1
-    int decode_only;      // its text is split or rewritten otherwise than GPT-2's: tokenizer_encode would be wrong
-    Text bytes;           // of all tokens, one after the other
-    size_t *start;        // (V+1) token i is bytes[start[i]] to bytes[start[i+1] - 1]
-    int *slot;            // (slots) bytes -> 1 + token, 0 when free; the hash table of tokenizer_lookup
-    size_t slots;         // a power of two, at least 2V
-    char error[160];      // where tokenizer_parse leaves a message that it has to compose
+    int V, eot;         // tokens; the end-of-text token, or -1
+    int decode_only;    // text is split or normalized differently from GPT-2: tokenizer_encode
+                        // would be wrong
+    Text bytes;         // of all tokens, concatenated
+    size_t *start;      // (V+1) token i is bytes[start[i]] to bytes[start[i+1] - 1]
+    int *slot;          // (slots) hash table from bytes to 1 + token; 0 is a free slot
+    size_t slots;       // a power of two, at least 2V
+    char error[160];    // holds a message composed by tokenizer_parse
 } Tokenizer;
 
 static inline void tokenizer_free(Tokenizer *t) {
@@ -39,47 +42,50 @@ static inline void tokenizer_free(Tokenizer *t) {
     t->V = 0;
 }
 
-// The bytes of a token in [0, V), *n of them and no terminating zero; of the end-of-text token those of its name.
+// The bytes of a token in [0, V): *n of them, not NUL-terminated. For end-of-text, the bytes of its
+// name.
 static inline const char *tokenizer_bytes(const Tokenizer *t, int token, int *n) {
     CHECK(0 <= token && token < t->V, "token %d of %d", token, t->V);
     *n = (int)(t->start[token + 1] - t->start[token]);
     return t->bytes.s + t->start[token];
 }
 
-// How many bytes of text a token stands for, as bits per byte counts them: none for end-of-text.
+// The number of text bytes a token stands for, as bits per byte counts them: 0 for end-of-text.
 static inline int tokenizer_text_length(const Tokenizer *t, int token) {
     int n;
     tokenizer_bytes(t, token, &n);
     return token == t->eot ? 0 : n;
 }
 
-// ---- From bytes to the token: a hash table with linear probing ----
+// ---- From bytes to tokens: a hash table with linear probing ----
 
 static inline uint64_t tokenizer_hash(uint64_t hash, const char *bytes, int n) {   // FNV-1a
     for (int i = 0; i < n; i++) hash = (hash ^ (unsigned char)bytes[i]) * 1099511628211u;
     return hash;
 }
 
-// The slot of the token whose bytes are a (an) followed by b (bn), or the free slot where it belongs.
-static inline size_t tokenizer_slot(const Tokenizer *t, const char *a, int an, const char *b, int bn) {
+// The slot of the token whose bytes are a (an) followed by b (bn), or the free slot for it.
+static inline size_t tokenizer_slot(const Tokenizer *t, const char *a, int an, const char *b,
+                                    int bn) {
     size_t i = (size_t)tokenizer_hash(tokenizer_hash(14695981039346656037u, a, an), b, bn);
     for (;; i++) {
         i &= t->slots - 1;
         if (!t->slot[i]) return i;
         int n;
         const char *bytes = tokenizer_bytes(t, t->slot[i] - 1, &n);
-        if (n == an + bn && !memcmp(bytes, a, (size_t)an) && !memcmp(bytes + an, b, (size_t)bn)) return i;
+        if (n == an + bn && !memcmp(bytes, a, (size_t)an) && !memcmp(bytes + an, b, (size_t)bn))
+            return i;
     }
 }
 
-// The token whose bytes are those of token a, then those of token b; -1 if there is none.
+// The token whose bytes are those of token a followed by those of token b; -1 if there is none.
 static inline int tokenizer_pair(const Tokenizer *t, int a, int b) {
     int an, bn;
     const char *a_bytes = tokenizer_bytes(t, a, &an), *b_bytes = tokenizer_bytes(t, b, &bn);
     return t->slot[tokenizer_slot(t, a_bytes, an, b_bytes, bn)] - 1;
 }
 
-// Fills the table when all tokens are known. End-of-text stays out: no text may spell it.
+// Builds the table once all tokens are known. End-of-text is left out: text never encodes to it.
 static inline void tokenizer_index(Tokenizer *t) {
     for (t->slots = 2; t->slots < 2 * (size_t)t->V; t->slots *= 2) {}
     t->slot = (int *)xcalloc(t->slots, sizeof *t->slot);
@@ -87,7 +93,8 @@ static inline void tokenizer_index(Tokenizer *t) {
         int n;
         const char *bytes = tokenizer_bytes(t, token, &n);
         int *slot = &t->slot[tokenizer_slot(t, bytes, n, bytes, 0)];
-        if (token != t->eot && !*slot) *slot = token + 1;   // of equal tokens the first, whose rank is lower
+        // of duplicates the first, which has the lower rank
+        if (token != t->eot && !*slot) *slot = token + 1;
     }
 }
 
@@ -101,13 +108,16 @@ static inline void tokenizer_add(Tokenizer *t, const char *bytes, size_t n) {
 static inline const char *tokenizer_parse_llmc(Tokenizer *t, const unsigned char *p, size_t size) {
     const char *cut = "cut short: its header counts more tokens than it holds";
     if (size < LLMC_HEADER_BYTES) return "cut short: a tokenizer file has a header of 1024 bytes";
-    uint32_t version = llmc_word(p, 1), V = llmc_word(p, 2), eot = version == 1 ? 50256 : llmc_word(p, 3);
+    uint32_t version = llmc_word(p, 1), V = llmc_word(p, 2),
+        eot = version == 1 ? 50256 : llmc_word(p, 3);
     if (version < 1 || version > 3) return "a tokenizer file of an unknown version";
-    const size_t prefix = version == 3 ? 4 : 1;          // bytes of a token's length
+    const size_t prefix = version == 3 ? 4 : 1;          // bytes per token length
     if (V > TOKENIZER_MAX) return "a tokenizer file with more than 16777216 tokens";
-    if (V > (size - LLMC_HEADER_BYTES) / (prefix + 1)) return cut;   // each has a byte at least: no room is made in vain
-    if (eot >= V) return "its end-of-text token lies outside of its vocabulary";
-    if (version == 3 && llmc_word(p, 4) > 1) return "a tokenizer file that says something unknown about its text";
+    // each has at least one byte: bounds the allocation
+    if (V > (size - LLMC_HEADER_BYTES) / (prefix + 1)) return cut;
+    if (eot >= V) return "its end-of-text token is outside its vocabulary";
+    if (version == 3 && llmc_word(p, 4) > 1)
+        return "a tokenizer file with an unknown text-splitting flag";
     t->decode_only = version == 3 && llmc_word(p, 4);
     t->eot = (int)eot;
     t->start = (size_t *)xcalloc((size_t)V + 1, sizeof *t->start);
@@ -125,8 +135,9 @@ static inline const char *tokenizer_parse_llmc(Tokenizer *t, const unsigned char
     return at < size ? "damaged: bytes follow its last token" : NULL;
 }
 
-// GPT-2's alphabet (its encoder.py, bytes_to_unicode): a byte that prints in Latin-1 is written as that character, and the
-// other 68, in their order, as U+0100, U+0101, ... byte[c] is the byte of character c, -1 where c is none.
+// GPT-2's alphabet (bytes_to_unicode in its encoder.py): a byte that is printable in Latin-1 is
+// written as that character, the other 68, in order, as U+0100, U+0101, ... byte[c] is the byte of
+// character c, or -1.
 enum { TOKENIZER_ALPHABET = 256 + 68 };
 
 static inline void tokenizer_alphabet(int byte[TOKENIZER_ALPHABET]) {
@@ -137,21 +148,23 @@ static inline void tokenizer_alphabet(int byte[TOKENIZER_ALPHABET]) {
     }
 }
 
-// Turns s (n bytes of valid UTF-8), written in that alphabet, into the bytes that it stands for, in place. Returns how
-// many; 0 if it cannot be.
+// Converts s (n bytes of valid UTF-8) from that alphabet to bytes, in place. Returns the number of
+// bytes; 0 if a character is not in the alphabet.
 static inline size_t tokenizer_written(const int byte[TOKENIZER_ALPHABET], char *s, size_t n) {
     size_t m = 0;
     for (size_t i = 0; i < n; m++) {
         unsigned char lead = (unsigned char)s[i++];
-        int c = lead < 0x80 ? lead : lead < 0xE0 ? (lead & 31) << 6 | (s[i++] & 63) : TOKENIZER_ALPHABET;
+        int c = lead < 0x80 ? lead : lead < 0xE0 ? (lead & 31) << 6 | (s[i++] & 63)
+            : TOKENIZER_ALPHABET;
         if (c >= TOKENIZER_ALPHABET || byte[c] < 0) return 0;
         s[m] = (char)byte[c];                            // in place: m < i
     }
     return m;
 }
 
-// From a JSON object whose key number key[i] - 1 is token i.
-static inline const char *tokenizer_read_keys(Tokenizer *t, const Json *doc, const int *key, int V) {
+// Reads the tokens from a JSON object in which node key[i] - 1 is the key of token i.
+static inline const char *tokenizer_read_keys(Tokenizer *t, const Json *doc, const int *key,
+                                              int V) {
     int byte[TOKENIZER_ALPHABET];
     tokenizer_alphabet(byte);
     t->start = (size_t *)xcalloc((size_t)V + 1, sizeof *t->start);
@@ -180,11 +193,13 @@ static inline const char *tokenizer_parse_json(Tokenizer *t, const void *mem, si
     if (V > TOKENIZER_MAX) error = "a vocabulary of more than 16777216 tokens";
     if (V == 0) error = "a vocabulary without tokens";
     if (json_type(&doc, json_get(&doc, 0, "model")) == JSON_OBJECT)
-        error = "not a vocab.json but a tokenizer.json, of which data/prepare.py makes a tokenizer.bin";
+        error = "not a vocab.json but a tokenizer.json; data/prepare.py converts it to "
+            "tokenizer.bin";
     for (int k = json_first(&doc, 0); k >= 0 && !error; k = json_next(&doc, k)) {
         int64_t id;
-        if (!json_int64(&doc, k + 1, &id)) error = "not a vocab.json: a value is no integer";
-        else if (id < 0 || id >= V || key[id]) error = "not a vocab.json: its ids are not 0, 1, 2, ..., each once";
+        if (!json_int64(&doc, k + 1, &id)) error = "not a vocab.json: a value is not an integer";
+        else if (id < 0 || id >= V || key[id])
+            error = "not a vocab.json: its ids are not exactly 0, 1, 2, ...";
         else key[id] = k + 1;
     }
     if (!error) error = tokenizer_read_keys(t, &doc, key, V);
@@ -193,16 +208,18 @@ static inline const char *tokenizer_parse_json(Tokenizer *t, const void *mem, si
     return error;
 }
 
-// Reads a tokenizer file of `size` bytes at mem, and keeps no pointer into it. Returns NULL, or what is wrong (the message
-// may live in *t; there is nothing to free then).
+// Parses a tokenizer file of `size` bytes at mem and keeps no pointer into it. Returns NULL, or
+// what is wrong (the message may be stored in *t; nothing needs to be freed).
 static inline const char *tokenizer_parse(Tokenizer *t, const void *mem, size_t size) {
     const unsigned char *p = (const unsigned char *)mem;
     const char *error;
     memset(t, 0, sizeof *t);
     t->eot = -1;
-    if (size >= 3 && !memcmp(p, "\xEF\xBB\xBF", 3)) p += 3, size -= 3;   // a byte-order mark, before JSON
+    // a byte-order mark, before JSON
+    if (size >= 3 && !memcmp(p, "\xEF\xBB\xBF", 3)) p += 3, size -= 3;
     if (lfs_pointer_error(p, size)) error = lfs_pointer_error(p, size);
-    else if (size >= 4 && llmc_word(p, 0) == TOKENIZER_MAGIC) error = tokenizer_parse_llmc(t, p, size);
+    else if (size >= 4 && llmc_word(p, 0) == TOKENIZER_MAGIC)
+        error = tokenizer_parse_llmc(t, p, size);
     else if (size >= 1 && p[0] == '{') error = tokenizer_parse_json(t, p, size);
     else if (size >= 2 && p[0] == 0x1F && p[1] == 0x8B) error = "compressed: gunzip it first";
     else error = "not a tokenizer file: neither llm.c's tokenizer.bin nor GPT-2's vocab.json";
@@ -211,28 +228,32 @@ static inline const char *tokenizer_parse(Tokenizer *t, const void *mem, size_t 
     return error;
 }
 
-// ---- Whether a tokenizer.json says that text is encoded otherwise than tokenizer_encode does ----
+// ---- Whether a tokenizer.json calls for an encoding that differs from tokenizer_encode ----
 
-// Whether a member is there and is neither null, false, "" nor an object or array without members.
+// Whether a member is present and is neither null, false, "" nor an empty object or array.
 static inline int tokenizer_has(const Json *d, int object, const char *name) {
     const int node = json_get(d, object, name), type = json_type(d, node);
     if (type == JSON_OBJECT && json_equals(d, json_get(d, node, "type"), "Sequence"))
         return json_count(d, json_get(d, node, "normalizers")) > 0;
     if (type == JSON_OBJECT || type == JSON_ARRAY) return json_count(d, node) > 0;
-    return type == JSON_TRUE || type == JSON_NUMBER || (type == JSON_STRING && !json_equals(d, node, ""));
+    return type == JSON_TRUE || type == JSON_NUMBER ||
+        (type == JSON_STRING && !json_equals(d, node, ""));
 }
 
-// Whether the merges, "a b" or ["a", "b"], come in the order of the tokens that they make, whose numbers are the ranks here.
+// Whether the merges ("a b" or ["a", "b"]) are in the order of the ids of the tokens that they
+// produce, which serve as ranks here.
 static inline int tokenizer_merges_in_order(const Tokenizer *t, const Json *d, int merges) {
     int byte[TOKENIZER_ALPHABET], last = -1, ok = 1;
     tokenizer_alphabet(byte);
     for (int k = json_first(d, merges); k >= 0 && ok; k = json_next(d, k)) {
         const int pair = json_type(d, k) == JSON_ARRAY, first = pair ? json_first(d, k) : k;
         size_t an = 0, bn = 0;
-        char *a = json_string(d, first, &an), *b = pair && first >= 0 ? json_string(d, json_next(d, first), &bn) : NULL;
+        char *a = json_string(d, first, &an), *b = pair &&
+            first >= 0 ? json_string(d, json_next(d, first), &bn) : NULL;
         char *space = a && !pair ? (char *)memchr(a, ' ', an) : NULL, *second = b;
         if (space) second = space + 1, bn = an - (size_t)(second - a), an = (size_t)(space - a);
-        ok = a && second && (an = tokenizer_written(byte, a, an)) > 0 && (bn = tokenizer_written(byte, second, bn)) > 0;
+        ok = a && second && (an = tokenizer_written(byte, a, an)) > 0 &&
+            (bn = tokenizer_written(byte, second, bn)) > 0;
         const int token = ok ? t->slot[tokenizer_slot(t, a, (int)an, second, (int)bn)] - 1 : -1;
         ok = ok && token > last;
         last = token;
@@ -241,19 +262,23 @@ static inline int tokenizer_merges_in_order(const Tokenizer *t, const Json *d, i
     return ok;
 }
 
-// As differs_from_gpt2 in data/vocabulary.py.
+// Mirrors differs_from_gpt2 in data/vocabulary.py.
 static inline int tokenizer_json_differs(const Tokenizer *t, const Json *d) {
-    static const char *const odd[] = {"dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix",
+    static const char *const odd[] = {"dropout", "ignore_merges", "byte_fallback",
+                                      "continuing_subword_prefix",
                                       "end_of_word_suffix"};
-    const int model = json_get(d, 0, "model"), type = json_get(d, model, "type"), added = json_get(d, 0, "added_tokens");
+    const int model = json_get(d, 0, "model"), type = json_get(d, model, "type"),
+        added = json_get(d, 0, "added_tokens");
     int splits = json_get(d, 0, "pre_tokenizer"), differs = tokenizer_has(d, 0, "normalizer");
     if (type >= 0 && !json_equals(d, type, "BPE")) return 1;
-    while (json_equals(d, json_get(d, splits, "type"), "Sequence") && json_count(d, json_get(d, splits, "pretokenizers")) == 1)
+    while (json_equals(d, json_get(d, splits, "type"), "Sequence") &&
+           json_count(d, json_get(d, splits, "pretokenizers")) == 1)
         splits = json_first(d, json_get(d, splits, "pretokenizers"));
     if (!json_equals(d, json_get(d, splits, "type"), "ByteLevel")) return 1;
     differs |= json_type(d, json_get(d, splits, "add_prefix_space")) != JSON_FALSE;
     differs |= json_type(d, json_get(d, splits, "use_regex")) == JSON_FALSE;
-    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++) differs |= tokenizer_has(d, model, odd[i]);
+    for (size_t i = 0; i < sizeof odd / sizeof *odd; i++)
+        differs |= tokenizer_has(d, model, odd[i]);
     for (int k = json_first(d, added); k >= 0; k = json_next(d, k)) {
         int64_t id = -1;
         json_int64(d, json_get(d, k, "id"), &id);
@@ -262,16 +287,19 @@ static inline int tokenizer_json_differs(const Tokenizer *t, const Json *d) {
     return differs || !tokenizer_merges_in_order(t, d, json_get(d, model, "merges"));
 }
 
-// Looks at the tokenizer.json beside a tokenizer file: who trained the model used it, and ours must not say otherwise.
+// Checks the tokenizer.json beside a tokenizer file: the model was trained with it, so ours must
+// agree.
 static inline void tokenizer_look_beside(Tokenizer *t, const char *path) {
     const char *slash = strrchr(path, '/');
     char *beside = xprintf("%.*stokenizer.json", slash ? (int)(slash + 1 - path) : 0, path);
     FileMap map;
     Json doc;
     if (!t->decode_only && path_exists(beside) && !file_map(&map, beside)) {
-        if (lfs_pointer_error(map.data, map.size)) die("%s: %s", beside, lfs_pointer_error(map.data, map.size));
+        if (lfs_pointer_error(map.data, map.size))
+            die("%s: %s", beside, lfs_pointer_error(map.data, map.size));
         if (!json_parse(&doc, map.data ? (const void *)map.data : "", map.size)) {
-            if (json_type(&doc, json_get(&doc, 0, "model")) == JSON_OBJECT) t->decode_only = tokenizer_json_differs(t, &doc);
+            if (json_type(&doc, json_get(&doc, 0, "model")) == JSON_OBJECT)
+                t->decode_only = tokenizer_json_differs(t, &doc);
             json_free(&doc);
         }
         file_unmap(&map);
@@ -279,19 +307,22 @@ static inline void tokenizer_look_beside(Tokenizer *t, const char *path) {
     free(beside);
 }
 
-// Reads a file, or dies. What the tokenizer.json beside it says of splitting text holds. End with tokenizer_free().
+// Reads a tokenizer file, or dies. A tokenizer.json beside it decides how text is split. End with
+// tokenizer_free().
 static inline void tokenizer_load(Tokenizer *t, const char *path) {
     FileMap map;
     const char *error = file_map(&map, path);
-    if (error) die("cannot read %s: %s\n  hint: which tokenizer files can be read: data/README.md", path, error);
+    if (error)
+        die("cannot read %s: %s\n  hint: data/README.md lists the tokenizer files that can be read",
+            path, error);
     error = tokenizer_parse(t, map.data, map.size);
     if (error) die("%s: %s", path, error);
     file_unmap(&map);
     tokenizer_look_beside(t, path);
 }
 
-// The tokenizer file beside the shards: in the directory of the first of the comma-separated patterns. A path from malloc,
-// or NULL.
+// The tokenizer file in the directory of the first of the comma-separated patterns: a path from
+// malloc, or NULL.
 static inline char *tokenizer_find(const char *shards_pattern) {
     static const char *const names[3] = {"tokenizer.bin", "vocab.json", "encoder.json"};
     size_t n = strcspn(shards_pattern, ",");
@@ -315,27 +346,32 @@ static inline int tokenizer_class(char c) {
     return u >= '0' && u <= '9' ? TOKENIZER_DIGIT : TOKENIZER_OTHER;
 }
 
-// The length of the first piece of s (n >= 1 bytes). Merges stay within pieces, which GPT-2 cuts out by
+// The length of the first piece of s (n >= 1 bytes). Merges stay within pieces, which GPT-2 splits
+// by
 //     's|'t|'re|'ve|'m|'ll|'d| ?letters+| ?digits+| ?others+|\s+(?!\S)|\s+
 static inline size_t tokenizer_piece(const char *s, size_t n) {
     static const char *const endings[7] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (int i = 0; i < 7; i++)
-        if (strlen(endings[i]) <= n && !memcmp(s, endings[i], strlen(endings[i]))) return strlen(endings[i]);
-    size_t first = n > 1 && s[0] == ' ' && tokenizer_class(s[1]) != TOKENIZER_SPACE;   // that space goes with the word
+        if (strlen(endings[i]) <= n && !memcmp(s, endings[i], strlen(endings[i])))
+            return strlen(endings[i]);
+    // that space belongs to the word
+    size_t first = n > 1 && s[0] == ' ' && tokenizer_class(s[1]) != TOKENIZER_SPACE;
     size_t end = first + 1;
     while (end < n && tokenizer_class(s[end]) == tokenizer_class(s[first])) end++;
-    if (tokenizer_class(s[first]) == TOKENIZER_SPACE && end < n && end > 1) end--;     // ... and so the last of several
+    // as does the last of several
+    if (tokenizer_class(s[first]) == TOKENIZER_SPACE && end < n && end > 1) end--;
     return end;
 }
 
-// Merges tokens (m) in place, always the pair that makes the lowest token and the leftmost of those, until no pair makes
-// one. Returns how many are left. `made` (m) is room for what each token makes with the one on its right.
+// Merges tokens (m) in place, always the pair that yields the lowest token, leftmost first, until
+// no pair merges. Returns the number of tokens left. `made` (m) is workspace: the token that each
+// would form with its right neighbour.
 static inline size_t tokenizer_merge(const Tokenizer *t, int *tokens, int *made, size_t m) {
     for (size_t i = 0; i + 1 < m; i++) made[i] = tokenizer_pair(t, tokens[i], tokens[i + 1]);
     while (m > 1) {
         size_t best = 0;
         for (size_t i = 1; i + 1 < m; i++)
-            if ((unsigned)made[i] < (unsigned)made[best]) best = i;   // -1, none, is the highest
+            if ((unsigned)made[i] < (unsigned)made[best]) best = i;   // -1 (none) compares highest
         if (made[best] < 0) break;
         tokens[best] = made[best];
         m--;
@@ -347,12 +383,14 @@ static inline size_t tokenizer_merge(const Tokenizer *t, int *tokens, int *made,
     return m;
 }
 
-// Whether tokenizer_encode may cut text (n) otherwise than GPT-2 does: a merge could matter, and there is a character
-// beyond ASCII that is not of the letters of Latin, Cyrillic, Chinese, Japanese or Korean.
+// Whether tokenizer_encode might split text (n) differently from GPT-2: a merge could matter, and a
+// non-ASCII character is not a Latin, Cyrillic, Chinese, Japanese or Korean letter.
 static inline int tokenizer_may_differ(const Tokenizer *t, const char *text, size_t n) {
-    static const uint32_t letters[][2] = {{0xC0, 0xD6}, {0xD8, 0xF6}, {0xF8, 0x24F}, {0x400, 0x481}, {0x48A, 0x52F},
-                                          {0x3041, 0x3096}, {0x30A1, 0x30FA}, {0x4E00, 0x9FFF}, {0xAC00, 0xD7A3}};
-    if (t->bytes.n <= 256 + sizeof TOKENIZER_EOT) return 0;   // bytes alone
+    static const uint32_t letters[][2] = {{0xC0, 0xD6}, {0xD8, 0xF6}, {0xF8, 0x24F}, {0x400, 0x481},
+                                          {0x48A, 0x52F},
+                                          {0x3041, 0x3096}, {0x30A1, 0x30FA}, {0x4E00, 0x9FFF},
+                                          {0xAC00, 0xD7A3}};
+    if (t->bytes.n <= 256 + sizeof TOKENIZER_EOT) return 0;   // single bytes only
     for (size_t i = 0, m; i < n; i += m) {
         const unsigned char *p = (const unsigned char *)text + i;
         m = (size_t)json_utf8_length(text + i, text + n);
@@ -367,12 +405,14 @@ static inline int tokenizer_may_differ(const Tokenizer *t, const char *text, siz
     return 0;
 }
 
-// Byte-pair encoding of text (n) as GPT-2 does it (Radford et al. 2019, section 2.2), into tokens, which has room for n.
-// Returns their number, -1 when the vocabulary lacks a byte of the text, or -2 when the tokenizer splits text otherwise
-// (decode_only). ASCII text gets exactly GPT-2's tokens; every
-// character beyond ASCII is taken for a letter, so that punctuation and spaces there may be cut otherwise than in GPT-2
-// (the bytes still come back the same). "<|endoftext|>" in the text is text. Time grows with the square of a word's length.
-static inline int64_t tokenizer_encode(const Tokenizer *t, const char *text, size_t n, int *tokens) {
+// Byte-pair encoding of text (n) as in GPT-2 (Radford et al. 2019, section 2.2) into tokens, with
+// capacity n. Returns the number of tokens, -1 if the vocabulary lacks a byte of the text, or -2 if
+// the tokenizer splits text differently (decode_only). ASCII text gets exactly GPT-2's tokens.
+// Every non-ASCII character is treated as a letter, so punctuation and spaces outside ASCII may be
+// split differently from GPT-2 (decoding still restores the same bytes). "<|endoftext|>" in the
+// text is ordinary text. Time is quadratic in the length of a word.
+static inline int64_t tokenizer_encode(const Tokenizer *t, const char *text, size_t n,
+                                       int *tokens) {
     if (t->decode_only) return -2;
     int *made = (int *)xcalloc(n, sizeof *made);
     int64_t count = 0;
@@ -390,11 +430,11 @@ static inline int64_t tokenizer_encode(const Tokenizer *t, const char *text, siz
     return count;
 }
 
-// ---- The tokenizer of bytes: token b is byte b, token 256 is end-of-text ----
+// ---- The byte tokenizer: token b is byte b, token 256 is end-of-text ----
 
 enum { TOKENIZER_BYTES_V = 257, TOKENIZER_BYTES_EOT = 256 };
 
-// Its tokenizer.bin, appended to a text.
+// Appends its tokenizer.bin.
 static inline void tokenizer_bytes_file(Text *file) {
     unsigned char header[LLMC_HEADER_BYTES];
     uint32_t words[4] = {TOKENIZER_MAGIC, 2, TOKENIZER_BYTES_V, TOKENIZER_BYTES_EOT};

@@ -1,15 +1,18 @@
-// drop_path.h: drop path (stochastic depth): which rows run which branch of which layer in one micro-step.
+// drop_path.h: drop path (stochastic depth): which rows run which branch of which layer in a
+// micro-batch.
 //
-//     x <- x + s * branch(LN(x))      for the rows that keep the branch;   x <- x   for those that drop it
+//     x <- x + s * branch(LN(x))      for rows that keep the branch
+//     x <- x                          for rows that drop it
 //
-// The rate is p(l, t) = p_max * D(l) * R(t): deeper layers are dropped more often (D), and the whole is ramped with
-// the optimizer step t (R). A plan is a pure function of (seed, step, micro-step, layer, branch, row): engines draw
-// nothing, checkpoints store nothing, evaluation draws nothing.
+// The rate is p(l, t) = p_max * D(l) * R(t): deeper layers are dropped more often (D), and the
+// rates are ramped with the optimizer step t (R). A plan is a pure function of (seed, step,
+// micro-batch, layer, branch, row): engines draw nothing, checkpoints store nothing, evaluation
+// draws nothing.
 //
-// Sources: Huang et al. 2016, "Deep Networks with Stochastic Depth" (linear D, survival scaling); Fan et al. 2019,
-// LayerDrop (uniform D, no scaling); Zhang and He 2020, progressive layer dropping (exp R); Elhoushi et al. 2024,
-// LayerSkip (exp D); timm and DINOv2 (linear0 D, inverted scaling, systematic counts per batch); Liu et al. 2023,
-// "Dropout Reduces Underfitting" (ramp-down).
+// Sources: Huang et al. 2016, "Deep Networks with Stochastic Depth" (linear D, survival scaling);
+// Fan et al. 2019, LayerDrop (uniform D, no scaling); Zhang and He 2020, progressive layer dropping
+// (exp R); Elhoushi et al. 2024, LayerSkip (exp D); timm and DINOv2 (linear0 D, inverted scaling,
+// systematic counts per batch); Liu et al. 2023, "Dropout Reduces Underfitting" (ramp-down).
 #ifndef DROP_PATH_H
 #define DROP_PATH_H
 
@@ -17,24 +20,25 @@
 #include "rng.h"
 #include "schedule.h"
 
-// ---- The plan: all that an engine knows of drop path ----
+// ---- The plan: all that an engine knows about drop path ----
 
 typedef struct {
-    int n;                // rows that run the branch: 0 skips it, forward and backward
-    const int *rows;      // (n) their indices, ascending
-    double scale;         // multiplies the branch's output before it is added to the residual stream
+    int n;              // number of rows that run the branch; 0 skips it in forward and backward
+    const int *rows;    // (n) their indices, ascending
+    double scale;       // multiplies the branch's output before it is added to the residual stream
 } BranchPlan;
 
 typedef struct {
-    int layers, batch;    // L, and the rows B of this micro-batch
-    int tied;             // the block is scaled once, x + s*(a + mlp(LN(x + a))): attn and mlp have equal rows and scale
-    BranchPlan *branch;   // (2L) branch[2*l + ATTN], branch[2*l + MLP]
-    int *storage;         // (2L, B) where the rows are kept
+    int layers, batch;   // L, and the number of rows B of this micro-batch
+    int tied;            // the block is scaled once, x + s*(a + mlp(LN(x + a))): attn and mlp have
+                         // the same rows and scale
+    BranchPlan *branch;  // (2L) branch[2*l + ATTN], branch[2*l + MLP]
+    int *storage;        // (2L, B) holds the row indices
 } DropPlan;
 
-// ---- The policy, from the options ----
+// ---- The policy, set by options ----
 
-// Choices in the order of their names in options.h.
+// Values in the order of their names in options.h.
 enum { DEPTH_LINEAR, DEPTH_LINEAR0, DEPTH_UNIFORM, DEPTH_EXP };
 enum { UNIT_BATCH, UNIT_ROW };
 enum { BRANCHES_SEPARATE, BRANCHES_TIED, BRANCHES_ATTN, BRANCHES_MLP };
@@ -44,16 +48,18 @@ enum { SCALE_INVERTED, SCALE_NONE, SCALE_SURVIVAL };
 typedef struct {
     uint64_t seed;
     int layers;
-    int64_t steps;                                       // of the whole run
-    double p_max;                                        // in [0, 1)
+    int64_t steps;                               // of the whole run
+    double p_max;                                // in [0, 1)
     int depth, shape, unit, branches, sampling, scale;
-    int sync;                                            // batch units: one plan for all ranks' micro-steps k
-    int64_t start, ramp_up, ramp_down, recover;          // steps
+    int sync;                                    // batch unit: all ranks share the plan of a
+                                                 // micro-step
+    int64_t start, ramp_up, ramp_down, recover;  // in steps
     double ramp_from;
-    int frozen;                                          // layers at the bottom that run, but are not trained
+    int frozen;                                  // number of bottom layers that run but are not
+                                                 // trained
 } DropPath;
 
-// D(l) of layer l = 1..L, in [0, 1].
+// D(l) for layer l = 1..L, in [0, 1].
 static inline double drop_path_depth(const DropPath *d, int l) {
     double L = d->layers;
     if (d->layers == 1) return 1;
@@ -65,16 +71,18 @@ static inline double drop_path_depth(const DropPath *d, int l) {
     }
 }
 
-// R(t) of optimizer step t = 0, 1, ...
+// R(t) for optimizer step t = 0, 1, ...
 static inline double drop_path_ramp(const DropPath *d, int64_t t) {
-    const Ramp r = {d->shape, d->steps, d->start, d->ramp_up, d->ramp_down, d->recover, d->ramp_from};
+    const Ramp r = {d->shape, d->steps, d->start, d->ramp_up, d->ramp_down, d->recover,
+                    d->ramp_from};
     return ramp_at(&r, t);
 }
 
-// p(l, t) for branch b of layer l = 1..L, as a multiple of 2^-32: the very number that is drawn against and that
-// the scale is computed from, so that E[mask * scale] = 1 holds exactly.
+// p(l, t) for branch b of layer l = 1..L, as a multiple of 2^-32: the exact value that is compared
+// with the draw and that determines the scale, so that E[mask * scale] = 1 holds exactly.
 static inline uint32_t drop_path_rate_bits(const DropPath *d, int l, int b, int64_t t) {
-    if ((d->branches == BRANCHES_ATTN && b != ATTN) || (d->branches == BRANCHES_MLP && b != MLP)) return 0;
+    if ((d->branches == BRANCHES_ATTN && b != ATTN) || (d->branches == BRANCHES_MLP && b != MLP))
+        return 0;
     double p = d->p_max * drop_path_depth(d, l) * drop_path_ramp(d, t) * 4294967296.0;
     return p >= 4294967295.0 ? 4294967295u : (uint32_t)nearbyint(p);
 }
@@ -83,36 +91,40 @@ static inline double drop_path_rate(const DropPath *d, int l, int b, int64_t t) 
     return drop_path_rate_bits(d, l, b, t) / 4294967296.0;
 }
 
-// The factor of a kept branch in training.
+// The scale of a kept branch in training.
 static inline double drop_path_scale(const DropPath *d, int l, int b, int64_t t) {
     return d->scale == SCALE_INVERTED ? 1 / (1 - drop_path_rate(d, l, b, t)) : 1;
 }
 
-// The factor of a branch in evaluation: (1-p) at the final rates under survival scaling, else 1.
+// The scale of a branch in evaluation: (1-p) at the final rates with survival scaling, else 1.
 static inline double drop_path_eval_scale(const DropPath *d, int l, int b) {
     return d->scale == SCALE_SURVIVAL ? 1 - drop_path_rate(d, l, b, d->steps - 1) : 1;
 }
 
-// Expected FLOPs of step t as a fraction of those of a step that trains the full model, over rows of T tokens.
-static inline double drop_path_expected_compute(const DropPath *d, const GptConfig *c, int T, int64_t t) {
+// The expected FLOPs of step t, as a fraction of a step that trains the full model, for rows of T
+// tokens.
+static inline double drop_path_expected_compute(const DropPath *d, const GptConfig *c, int T,
+                                                int64_t t) {
     double kept = 3 * gpt_head_flops(c, T);
     for (int l = 1; l <= c->L; l++)
         for (int b = 0; b < BRANCHES; b++)
-            kept += gpt_layer_passes(l - 1, d->frozen) * (1 - drop_path_rate(d, l, b, t)) * gpt_branch_flops(c, b, T);
+            kept += gpt_layer_passes(l - 1, d->frozen) * (1 - drop_path_rate(d, l, b, t)) *
+                gpt_branch_flops(c, b, T);
     return kept / (3 * gpt_row_flops(c, T));
 }
 
-// Above what is usual for a model of that many parameters: 0.1 small, 0.2 medium, 0.4 large (the stochastic-depth
-// rates of timm's and DINOv2's recipes by model size). NULL, or the size's name; *usual receives the rate.
+// Whether p_max exceeds what is usual for a model of that many parameters: 0.1 small, 0.2 medium,
+// 0.4 large (the stochastic-depth rates in timm's and DINOv2's recipes by model size). NULL, or the
+// name of the size; *usual receives the usual rate.
 static inline const char *drop_path_excess(double p_max, size_t parameters, double *usual) {
     const char *size = parameters < 250e6 ? "small" : parameters < 600e6 ? "medium" : "large";
     *usual = parameters < 250e6 ? 0.1 : parameters < 600e6 ? 0.2 : 0.4;
     return p_max > *usual + 1e-9 ? size : NULL;
 }
 
-// ---- Making plans ----
+// ---- Building plans ----
 
-// Room for plans of `layers` layers and at most `batch` rows. Free with drop_plan_free.
+// Allocates plans of `layers` layers and at most `batch` rows. Free with drop_plan_free.
 static inline DropPlan drop_plan_new(int layers, int batch) {
     DropPlan p = {layers, batch, 0, NULL, NULL};
     p.branch = (BranchPlan *)xcalloc((size_t)layers * BRANCHES, sizeof *p.branch);
@@ -127,8 +139,10 @@ static inline void drop_plan_free(DropPlan *p) {
     p->storage = NULL;
 }
 
-// Lists the rows of branch i whose kept[row] is not 0. `batch` rows, at most what the plan was made for.
-static inline void drop_plan_keep(DropPlan *p, int i, const unsigned char *kept, int batch, double scale) {
+// Sets the rows of branch i to those with kept[row] != 0. `batch`: number of rows, at most the
+// plan's capacity.
+static inline void drop_plan_keep(DropPlan *p, int i, const unsigned char *kept, int batch,
+                                  double scale) {
     int *rows = p->storage + (size_t)i * (size_t)batch, n = 0;
     for (int row = 0; row < batch; row++)
         if (kept[row]) rows[n++] = row;
@@ -137,8 +151,8 @@ static inline void drop_plan_keep(DropPlan *p, int i, const unsigned char *kept,
     p->branch[i].scale = scale;
 }
 
-// The plan of all rows alike, each branch times its factor: scale (2L), NULL for 1. A branch whose factor is 0 does not
-// run: evaluation at reduced depth.
+// The plan in which all rows run every branch, with factors scale (2L); NULL: 1. A branch whose
+// factor is 0 does not run: evaluation at reduced depth.
 static inline void drop_plan_keep_all(DropPlan *p, const double *scale, int tied, int batch) {
     unsigned char *kept = (unsigned char *)xcalloc((size_t)batch, 1);
     p->batch = batch;
@@ -151,7 +165,7 @@ static inline void drop_plan_keep_all(DropPlan *p, const double *scale, int tied
     free(kept);
 }
 
-// Evaluation: everything, and with d times the evaluation factors of its scaling.
+// For evaluation: everything runs; with d, each branch has its evaluation scale.
 static inline void drop_plan_full(DropPlan *p, const DropPath *d, int batch) {
     double *scale = (double *)xcalloc((size_t)p->layers * BRANCHES, sizeof *scale);
     for (int i = 0; i < p->layers * BRANCHES; i++)
@@ -160,7 +174,7 @@ static inline void drop_plan_full(DropPlan *p, const DropPath *d, int batch) {
     free(scale);
 }
 
-// A random order of n units (Fisher and Yates), one per (step, place).
+// A random permutation of n units (Fisher and Yates), one per (step, place).
 static inline void drop_path_order(int *order, int n, uint64_t seed, int64_t step, uint32_t place) {
     for (int i = 0; i < n; i++) order[i] = i;
     for (int i = n - 1; i > 0; i--) {
@@ -171,11 +185,13 @@ static inline void drop_path_order(int *order, int n, uint64_t seed, int64_t ste
     }
 }
 
-// Systematic sampling (Madow 1949) in fixed point, 2^32 = 1: with S_i the running sum of the probabilities in the
-// given order, unit i is dropped iff an integer lies in (S_{i-1} - u, S_i - u]. So floor(S_n) or ceil(S_n) are
-// dropped, and each with exactly its probability over u. Over u, u + 1/M, ..., u + (M-1)/M (rounded down, mod 1)
-// each unit is dropped floor(M p) or ceil(M p) times.
-static inline void drop_path_systematic(unsigned char *kept, const uint32_t *p, const int *order, int n, uint32_t u) {
+// Systematic sampling (Madow 1949) in fixed point, 2^32 = 1: with S_i the running sum of the
+// probabilities in the given order, unit i is dropped iff an integer lies in (S_{i-1} - u, S_i -
+// u]. So floor(S_n) or ceil(S_n) units are dropped, each with exactly its probability over u. Over
+// u, u + 1/M, ..., u + (M-1)/M (rounded down, mod 1), each unit is dropped floor(M p) or ceil(M p)
+// times.
+static inline void drop_path_systematic(unsigned char *kept, const uint32_t *p, const int *order,
+                                        int n, uint32_t u) {
     uint64_t sum = ((uint64_t)1 << 32) - u;
     for (int k = 0; k < n; k++) {
         uint64_t before = sum >> 32;
@@ -184,13 +200,14 @@ static inline void drop_path_systematic(unsigned char *kept, const uint32_t *p, 
     }
 }
 
-// One draw over n units that have the rates p. `place` names the draw: all units of the step, or one branch's rows.
-static inline void drop_path_draw(unsigned char *kept, const uint32_t *p, int n, const DropPath *d, int64_t step,
-                                  int micro, int micros, uint32_t place) {
+// ---- Reductions over a warp or a block: all threads get the same bits, every time ----
+static inline void drop_path_draw(unsigned char *kept, const uint32_t *p, int n, const DropPath *d,
+                                  int64_t step, int micro, int micros, uint32_t place) {
     if (d->sampling == SAMPLING_BERNOULLI) {
         for (int i = 0; i < n; i++) {
             const uint32_t unit = (place << 20) + (uint32_t)i;
-            kept[i] = rng_words(d->seed, STREAM_DROP, (uint64_t)step, (uint32_t)micro, unit).v[0] >= p[i];
+            kept[i] = rng_words(d->seed, STREAM_DROP, (uint64_t)step, (uint32_t)micro, unit).v[0] >=
+                p[i];
         }
         return;
     }
@@ -202,24 +219,28 @@ static inline void drop_path_draw(unsigned char *kept, const uint32_t *p, int n,
     free(order);
 }
 
-// Batch units: one decision per (layer, branch), or per layer when tied, for all rows.
-static inline void drop_plan_sample_batch(DropPlan *plan, const DropPath *d, int64_t step, int micro, int micros, int batch) {
+// Batch unit: one decision per (layer, branch), or per layer if tied, for all rows.
+static inline void drop_plan_sample_batch(DropPlan *plan, const DropPath *d, int64_t step,
+                                          int micro, int micros, int batch) {
     int each = plan->tied ? 1 : BRANCHES, n = plan->layers * each;
     uint32_t *p = (uint32_t *)xcalloc((size_t)n, sizeof *p);
-    unsigned char *kept = (unsigned char *)xcalloc((size_t)n, 1), *rows = (unsigned char *)xcalloc((size_t)batch, 1);
+    unsigned char *kept = (unsigned char *)xcalloc((size_t)n, 1),
+        *rows = (unsigned char *)xcalloc((size_t)batch, 1);
     for (int i = 0; i < n; i++) p[i] = drop_path_rate_bits(d, i / each + 1, i % each, step);
     drop_path_draw(kept, p, n, d, step, micro, micros, 0);
     for (int i = 0; i < plan->layers * BRANCHES; i++) {
         memset(rows, kept[i / BRANCHES * each + i % each], (size_t)batch);
-        drop_plan_keep(plan, i, rows, batch, drop_path_scale(d, i / BRANCHES + 1, i % BRANCHES, step));
+        drop_plan_keep(plan, i, rows, batch, drop_path_scale(d, i / BRANCHES + 1, i % BRANCHES,
+                                                             step));
     }
     free(p);
     free(kept);
     free(rows);
 }
 
-// Row units: one decision per sequence and (layer, branch), or per layer when tied.
-static inline void drop_plan_sample_rows(DropPlan *plan, const DropPath *d, int64_t step, int micro, int micros, int batch) {
+// Row unit: one decision per sequence and (layer, branch), or per layer if tied.
+static inline void drop_plan_sample_rows(DropPlan *plan, const DropPath *d, int64_t step, int micro,
+                                         int micros, int batch) {
     uint32_t *p = (uint32_t *)xcalloc((size_t)batch, sizeof *p);
     unsigned char *kept = (unsigned char *)xcalloc((size_t)batch, 1);
     for (int i = 0; i < plan->layers * BRANCHES; i++) {
@@ -232,10 +253,13 @@ static inline void drop_plan_sample_rows(DropPlan *plan, const DropPath *d, int6
     free(kept);
 }
 
-// The plan of micro-batch m = 0..M-1 (over all ranks) of an optimizer step, on one of `world` ranks. With sync and
-// batch units the ranks share the plan of their micro-step m / world; else each m has its own, whatever the world.
-static inline void drop_plan_sample(DropPlan *plan, const DropPath *d, int64_t step, int m, int M, int world, int batch) {
-    CHECK(batch <= 1 << 20 && d->layers == plan->layers, "a plan of %d layers, %d rows", plan->layers, batch);
+// The plan of micro-batch m = 0..M-1 (over all ranks) of an optimizer step, with `world` ranks.
+// With sync and the batch unit, the ranks share the plan of their micro-step m / world; otherwise
+// each m has its own, independent of world.
+static inline void drop_plan_sample(DropPlan *plan, const DropPath *d, int64_t step, int m, int M,
+                                    int world, int batch) {
+    CHECK(batch <= 1 << 20 && d->layers == plan->layers, "a plan of %d layers, %d rows",
+          plan->layers, batch);
     int shared = d->sync && d->unit == UNIT_BATCH ? world : 1;
     plan->batch = batch;
     plan->tied = d->branches == BRANCHES_TIED;
@@ -243,35 +267,45 @@ static inline void drop_plan_sample(DropPlan *plan, const DropPath *d, int64_t s
     else drop_plan_sample_rows(plan, d, step, m, M, batch);
 }
 
-// The most rows that any plan of the run can keep for a backward pass: all trained layers' attention branches, MLP branches,
-// both. Only systematic sampling promises less than everything, and only while the rate is above zero throughout.
-static inline void drop_path_bound(const DropPath *d, int batch, int *attn_rows, int *mlp_rows, int *rows) {
-    const int64_t last = d->steps - 1;                   // R rises and then falls: it is lowest at an end of the run
+// The most rows that any plan of the run can keep for a backward pass, over the trained layers:
+// attention branches, MLP branches, both. Only systematic sampling guarantees less than everything,
+// and only if the rate is above zero throughout.
+static inline void drop_path_bound(const DropPath *d, int batch, int *attn_rows, int *mlp_rows,
+                                   int *rows) {
+    // R rises and then falls: its minimum is at an end of the run
+    const int64_t last = d->steps - 1;
     const int64_t at = drop_path_ramp(d, last) < drop_path_ramp(d, 0) ? last : 0;
-    int each[BRANCHES] = {0, 0}, frozen = 0;             // frozen: units that may take a drop from the trained ones
+    // frozen: units that may absorb drops meant for trained ones
+    int each[BRANCHES] = {0, 0}, frozen = 0;
     uint64_t sum = 0;
     for (int l = 1; l <= d->layers; l++)
         for (int b = 0; b < BRANCHES; b++) {
-            const uint64_t p = d->sampling == SAMPLING_SYSTEMATIC ? drop_path_rate_bits(d, l, b, at) : 0;
+            const uint64_t p = d->sampling == SAMPLING_SYSTEMATIC ? drop_path_rate_bits(d, l, b, at)
+                : 0;
             const int unit = b == ATTN || d->branches != BRANCHES_TIED;
-            if (l > d->frozen) each[b] += batch - (d->unit == UNIT_ROW ? (int)(((uint64_t)batch * p) >> 32) : 0);
+            if (l > d->frozen)
+                each[b] += batch - (d->unit == UNIT_ROW ? (int)(((uint64_t)batch * p) >> 32) : 0);
             else frozen += unit && p;
             if (unit) sum += p;
         }
-    int dropped = (int)(sum >> 32) - frozen;             // batch units: of L tied blocks, or of 2L branches
+    // batch unit: of L tied blocks, or of 2L branches
+    int dropped = (int)(sum >> 32) - frozen;
     if (dropped < 0) dropped = 0;
-    int one = d->branches == BRANCHES_ATTN, other = d->branches == BRANCHES_MLP, tied = d->branches == BRANCHES_TIED;
+    int one = d->branches == BRANCHES_ATTN, other = d->branches == BRANCHES_MLP,
+        tied = d->branches == BRANCHES_TIED;
     if (d->unit == UNIT_BATCH && (one || tied)) each[ATTN] -= dropped * batch;
     if (d->unit == UNIT_BATCH && (other || tied)) each[MLP] -= dropped * batch;
     *attn_rows = each[ATTN];
     *mlp_rows = each[MLP];
-    *rows = each[ATTN] + each[MLP] - (d->unit == UNIT_BATCH && d->branches == BRANCHES_SEPARATE ? dropped * batch : 0);
+    *rows = each[ATTN] + each[MLP] - (d->unit == UNIT_BATCH &&
+                                      d->branches == BRANCHES_SEPARATE ? dropped * batch : 0);
 }
 
 // ---- Plans as text: the bitmap in metrics.jsonl, and --drop-replay ----
-// Batch units: one digit per layer, 0 nothing kept, 1 attention, 2 MLP, 3 both: "3313". Row units: per layer and
-// branch the kept rows as a hexadecimal number, row 0 its lowest bit, separated by dots: "f.f.b.f". Several
-// micro-batches are separated by spaces.
+//
+// Batch unit: one digit per layer; 0 nothing kept, 1 attention, 2 MLP, 3 both: "3313". Row unit:
+// per layer and branch the kept rows as a hexadecimal number, row 0 being its lowest bit, separated
+// by dots: "f.f.b.f". Micro-batches are separated by spaces.
 
 static inline int drop_plan_has_row(const BranchPlan *b, int row) {
     for (int i = 0; i < b->n; i++)
@@ -279,7 +313,8 @@ static inline int drop_plan_has_row(const BranchPlan *b, int row) {
     return 0;
 }
 
-// Appends one plan to the text. `unit` is the policy's: a row plan that happens to keep all rows still reads as rows.
+// Appends one plan to the text. `unit` is the policy's: a row plan that happens to keep all rows is
+// still written as rows.
 static inline void drop_plan_write(Text *text, const DropPlan *plan, int unit) {
     for (int i = 0; i < plan->layers * BRANCHES; i++) {
         const BranchPlan *b = &plan->branch[i];
@@ -300,9 +335,10 @@ static inline int drop_plan_hex(char c) {
     return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
 }
 
-// Reads the plan of micro-batch m out of such a text, with the scales of (d, step). NULL, or what is wrong.
-static inline const char *drop_plan_read(DropPlan *plan, const DropPath *d, int64_t step, const char *text, int m,
-                                         int batch) {
+// Reads the plan of micro-batch m from such a text, with the scales of (d, step). Returns NULL, or
+// what is wrong.
+static inline const char *drop_plan_read(DropPlan *plan, const DropPath *d, int64_t step,
+                                         const char *text, int m, int batch) {
     for (; m > 0 && text; m--) text = strchr(text, ' ') ? strchr(text, ' ') + 1 : NULL;
     if (!text || !*text) return "there is no plan for this micro-batch";
     unsigned char *kept = (unsigned char *)xcalloc((size_t)batch + 4, 1);
@@ -313,24 +349,31 @@ static inline const char *drop_plan_read(DropPlan *plan, const DropPath *d, int6
     for (int i = 0; i < plan->layers * BRANCHES && !error; i++) {
         if (!rows) {
             int digit = text < end ? drop_plan_hex(*text) : -1;
-            if (digit < 0 || digit > 3) error = "the plan has too few layers, or a digit that is not 0 to 3";
+            if (digit < 0 || digit > 3)
+                error = "the plan has too few layers, or a digit that is not 0 to 3";
             else memset(kept, digit >> i % BRANCHES & 1, (size_t)batch);
             text += i % BRANCHES == MLP;
         } else {
             for (int k = digits - 1; k >= 0 && !error; k--, text++) {
                 int bits = text < end ? drop_plan_hex(*text) : -1;
-                const int beyond = k == digits - 1 && batch % 4 ? bits >> batch % 4 : 0;     // rows >= batch
+                // rows >= batch
+                const int beyond = k == digits - 1 && batch % 4 ? bits >> batch % 4 : 0;
                 if (bits < 0 || beyond) error = "the plan has other rows or layers";
-                for (int bit = 0; bit < 4; bit++) kept[4 * k + bit] = (unsigned char)(bits >> bit & 1);
+                for (int bit = 0; bit < 4; bit++)
+                    kept[4 * k + bit] = (unsigned char)(bits >> bit & 1);
             }
-            if (!error && i + 1 < plan->layers * BRANCHES && *text++ != '.') error = "the plan has more rows than this batch";
+            if (!error && i + 1 < plan->layers * BRANCHES && *text++ != '.')
+                error = "the plan has more rows than this batch";
         }
-        if (!error) drop_plan_keep(plan, i, kept, batch, drop_path_scale(d, i / BRANCHES + 1, i % BRANCHES, step));
+        if (!error)
+            drop_plan_keep(plan, i, kept, batch, drop_path_scale(d, i / BRANCHES + 1, i % BRANCHES,
+                                                                 step));
     }
     if (!error && text != end) error = "the plan has more layers or rows than this model";
     for (int l = 0; l < plan->layers && plan->tied && !error; l++) {
         const BranchPlan *b = &plan->branch[BRANCHES * l];
-        if (b[ATTN].n != b[MLP].n || memcmp(b[ATTN].rows, b[MLP].rows, sizeof(int) * (size_t)b[ATTN].n))
+        if (b[ATTN].n != b[MLP].n ||
+            memcmp(b[ATTN].rows, b[MLP].rows, sizeof(int) * (size_t)b[ATTN].n))
             error = "its branches differ, but --drop-branches is tied";
     }
     free(kept);

@@ -1,11 +1,11 @@
-// engines.c: the CPU engines of a fat build (make FAT=1), and which of them runs. Other builds have one engine, which
-// train_gpt.c names itself, and do not compile this file.
+// engines.c: the CPU engines of a fat build (make FAT=1), and which of them runs. Other builds have
+// a single engine, selected by train_gpt.c, and do not compile this file.
 //
-// The table is FAT_ENGINES of dev.mk: names, best first, with the instructions that train_gpt.c is compiled for
-// under each name. It comes here as CPU_ENGINES, rows of X(name, HAS(instructions) && ...), so that the processor is
-// asked for just what the compiler was allowed to use.
+// The table is FAT_ENGINES in dev.mk: names, best first, each with the instructions that
+// train_gpt.c is compiled for. It is passed as CPU_ENGINES, rows of X(name, HAS(instructions) &&
+// ...), so the processor is tested for exactly what the compiler was allowed to use.
 //
-//     DROPPATH_ENGINE=avx2        this one instead of the best that the processor can run (to test, to compare)
+//     DROPPATH_ENGINE=avx2        selects an engine, for tests and comparisons
 
 #include "../check.h"
 #include "engines.h"
@@ -31,7 +31,8 @@ const Engine *engine_cpu(void) {
     const char *wanted = getenv("DROPPATH_ENGINE");
     for (size_t i = 0; i < sizeof choice / sizeof choice[0]; i++) {
         if (wanted && *wanted ? strcmp(wanted, choice[i].name) : !choice[i].runs) continue;
-        if (!choice[i].runs) die("DROPPATH_ENGINE=%s: this processor lacks its instructions", wanted);
+        if (!choice[i].runs)
+            die("DROPPATH_ENGINE=%s: this processor does not support its instructions", wanted);
         return choice[i].engine;
     }
     die("DROPPATH_ENGINE=%s: the engines of this build are%s", wanted, names);

@@ -1,4 +1,5 @@
-// engines.h: the engines there are. Programs choose one of them; all else is written for any (engine.h).
+// engines.h: the available engines. A program chooses one; everything else is independent of it
+// (engine.h).
 #ifndef ENGINES_H
 #define ENGINES_H
 
@@ -8,18 +9,18 @@
 extern "C" {
 #endif
 
-// The engine of train_gpt.c; in a fat build (make FAT=1) the best of several that this processor can run.
+// The engine of train_gpt.c; in a fat build (make FAT=1), the best one that this processor can run.
 const Engine *engine_cpu(void);
 
-// The engine of train_gpt.cu, on the first device of CUDA_VISIBLE_DEVICES. Starts the driver, which a fork does not survive:
-// call it in the process that will use it.
+// The engine of train_gpt.cu, on the first device of CUDA_VISIBLE_DEVICES. Starts the driver, which
+// does not survive a fork: call it in the process that will use it.
 const Engine *engine_cuda(void);
 
 #ifdef __cplusplus
 }
 #endif
 
-// The engine that the programs of this build run on.
+// The engine that this build's programs use.
 static inline const Engine *engine_default(void) {
 #ifdef CUDA_BUILD                                        // make CUDA=1
     return engine_cuda();
@@ -28,7 +29,7 @@ static inline const Engine *engine_default(void) {
 #endif
 }
 
-// Its name. Starts no driver.
+// Its name. Does not start the driver.
 static inline const char *engine_default_name(void) {
 #ifdef CUDA_BUILD
     return "CUDA";

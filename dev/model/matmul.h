@@ -1,7 +1,8 @@
-// matmul.h: matrix products of the CPU engine, as cuBLASLt is the GPU engine's. Bias, GELU, scale and accumulation are done
-// as a tile is written.
+// matmul.h: the CPU engine's matmuls, the counterpart of cuBLASLt. Bias, GELU, scale and
+// accumulation are applied as a tile is written.
 //
-// Every sum is taken in an order that depends on the shapes alone, so results are the same bits for any number of threads.
+// The order of every sum depends only on the shapes, so results have the same bits for any number
+// of threads.
 #ifndef MATMUL_H
 #define MATMUL_H
 
@@ -18,23 +19,29 @@ static inline int team_most(void) { return 1; }
 static inline int team_member(void) { return 0; }
 #endif
 
-// ---- GELU, the tanh form (Hendrycks and Gimpel 2016): x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) ----
-// On pieces of a line, where a product has just written them.
+// ---- GELU, tanh form (Hendrycks, Gimpel 2016): x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+//
+// Applied to pieces of a row that a matmul has just written.
 
-// Beyond these the sigmoid is 0 or 1 to all digits: x stops there, so that infinity never meets 0.
+// Beyond these the sigmoid rounds to 0 or 1: x is clamped, so that infinity is never multiplied by
+// 0.
 static const real gelu_least = -30, gelu_most = 30, gelu_exponent = 87;
 
 typedef struct { Vector y, slope; } Gelu;
 
-// GELU(x), within 4 ulp for x >= -1, within 2^-24 below (in fp64 2^-53), less than 1e-36 for x < -30; infinity for
-// infinity, NaN for NaN. Its derivative within 20 * 2^-23 for x >= 0, where 1 - s cancels, and 2^-23 below (in fp64
-// 80 * 2^-52 and 2^-52), less than 1e-33 for x < -30; NaN for NaN.
+// GELU(x) within 4 ulp for x >= -1, within 2^-24 below (2^-53 in fp64), less than 1e-36 for x <
+// -30; infinity for infinity, NaN for NaN. Its derivative within 20 * 2^-23 for x >= 0, where 1 - s
+// cancels, and 2^-23 below (80 * 2^-52 and 2^-52 in fp64), less than 1e-33 for x < -30; NaN for
+// NaN.
 static inline ALWAYS_INLINE Gelu gelu_lanes(Vector x) {
     const Vector h = select_lanes(x < gelu_least, vector_of(gelu_least), x);
     const Vector z = select_lanes(h > gelu_most, vector_of(gelu_most), h), square = z * z;
     const Vector u = (real)-1.5957691216057308 * (z + (real)0.044715 * square * z);
-    const Vector s = 1 / (1 + exp_lanes(select_lanes(u > gelu_exponent, vector_of(gelu_exponent), u)));
-    const Gelu g = {h * s, s + z * s * (1 - s) * ((real)1.5957691216057308 * (1 + 3 * (real)0.044715 * square))};
+    const Vector s =
+        1 / (1 + exp_lanes(select_lanes(u > gelu_exponent, vector_of(gelu_exponent), u)));
+    const Gelu g =
+        {h * s, s + z * s * (1 - s) *
+         ((real)1.5957691216057308 * (1 + 3 * (real)0.044715 * square))};
     return g;
 }
 
@@ -44,7 +51,7 @@ static inline void gelu_forward(real *y, const real *x, size_t n) {
     if (i < n) vector_store_some(y + i, gelu_lanes(vector_load_some(x + i, n - i)).y, n - i);
 }
 
-// y = GELU(x) again, for the product that follows it, and dx *= GELU'(x).
+// Recomputes y = GELU(x) for the matmul that follows, and multiplies dx by GELU'(x).
 static inline void gelu_backward(real *dx, real *y, const real *x, size_t n) {
     size_t i = 0;
     for (; i + LANES <= n; i += LANES) {
@@ -58,26 +65,33 @@ static inline void gelu_backward(real *dx, real *y, const real *x, size_t n) {
     vector_store_some(dx + i, vector_load_some(dx + i, n - i) * g.slope, n - i);
 }
 
-// ---- Matrix products: y (M,N) = a (M,K) b (K,N) ----
-// b is packed into strips of TILE_COLS columns and a into strips of TILE_ROWS rows, for K_BLOCK of the K at a time;
-// the kernel keeps one (TILE_ROWS, TILE_COLS) tile of y in registers. Each y is summed over K in order.
+// ---- Matmul: y (M,N) = a (M,K) b (K,N) ----
 //
-// In bf16 the operands are rounded as they are packed, and summed in fp32: where the processor has dot products of pairs
-// (dev/model/vector.h), each packed word is two numbers of K; elsewhere it is one, the two of a pair in the order in which
-// those instructions add them, so that the sums are the same bits.
+// b is packed into strips of TILE_COLS columns and a into strips of TILE_ROWS rows, K_BLOCK terms
+// at a time; the kernel keeps one (TILE_ROWS, TILE_COLS) tile of y in registers. Each element of y
+// is summed over K in order.
 //
-// K_BLOCK is the C of a small GPT-2, so that y is written once; a strip of b and ROW_STRIPS strips of a stay in L2. The
-// blocks are as large as the products of a micro-batch, so that little is packed twice (measured: dev/bench/SPEED.md).
+// In bf16 the operands are rounded as they are packed, and accumulated in fp32. With bf16 dot
+// products (dev/model/vector.h), each packed word is two consecutive elements along K; otherwise it
+// is one, with the two of a pair in the order in which those instructions add them, so that the
+// sums have the same bits.
+//
+// K_BLOCK is the C of a small GPT-2, so that y is written once; a strip of b and ROW_STRIPS strips
+// of a stay in L2. The panels are as large as the matmuls of a micro-batch, so that little is
+// packed twice (measurements: dev/bench/SPEED.md).
 
 enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8 };
-enum { PACK_NUMBERS = 128, PACK_AHEAD = 64 };             // packed at a time by one thread; prefetched so far ahead
+// elements packed at a time by one thread; prefetch distance
+enum { PACK_NUMBERS = 128, PACK_AHEAD = 64 };
 
-// Lines of contiguous elements, ld apart; a product sees the matrix or, `turned`, its transpose. With `rows`, the lines are
-// tokens of the residual stream (B,T,ld), and line t is the t-th token of those rows of it.
+// Rows of contiguous elements, ld apart; a matmul reads the matrix or, with `turned`, its
+// transpose. With `rows`, the matrix's rows are tokens of the residual stream (B,T,ld): row t is
+// the t-th token of those rows of the batch.
 typedef struct { const real *at; size_t ld; int turned; const int *rows; size_t T; } Matrix;
 
-// Where a product goes: y (M,N), in lines as above, y = scale * (a b + bias (N)), or y += that. With `gelu` (M,N) also
-// gelu = GELU(y); with `h` (M,N), too, that is GELU(h), and y is multiplied by GELU'(h).
+// The output of a matmul: y (M,N), addressed as above; y = scale * (a b + bias (N)), or y += that.
+// With `gelu` (M,N), also gelu = GELU(y); with `h` (M,N) too, gelu = GELU(h) instead, and y is
+// multiplied by GELU'(h).
 typedef struct {
     real *at;
     size_t ld;
@@ -89,18 +103,22 @@ typedef struct {
     real *gelu;
 } Result;
 
-typedef struct { real *a, *b; int bf16; } PackRoom;                // (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK)
+// (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK)
+typedef struct { real *a, *b; int bf16; } PackRoom;
 
 static inline size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
 static inline size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
 static inline size_t round_up(size_t n, size_t unit) { return strips(n, unit) * unit; }
 
-// The index in the residual stream of the t-th token of `rows`; t itself where rows is NULL: all rows.
+// The index in the residual stream of the t-th token of `rows`; t itself if rows is NULL (all
+// rows).
 static inline size_t token_place(const int *rows, size_t T, size_t t) {
     return rows ? (size_t)rows[t / T] * T + t % T : t;
 }
 
-static inline const real *line_of(const Matrix *m, size_t i) { return m->at + token_place(m->rows, m->T, i) * m->ld; }
+static inline const real *line_of(const Matrix *m, size_t i) {
+    return m->at + token_place(m->rows, m->T, i) * m->ld;
+}
 
 static inline Matrix lines(const real *at, size_t ld) {
     const Matrix m = {at, ld, 0, NULL, 0};
@@ -119,25 +137,29 @@ static inline Result scaled(real *at, size_t ld, real scale, int add) {
     return y;
 }
 
-// Whether a packed word is two bf16 numbers, for dot products of pairs.
+// Whether a packed word is two bf16 elements, for dot products of pairs.
 static inline int in_pairs(const PackRoom *room) { return room->bf16 ? PAIRS : 0; }
 
-// Words of K numbers in a packed strip.
-static inline size_t pack_words(const PackRoom *room, size_t K) { return !room->bf16 ? K : PAIRS ? (K + 1) / 2 : K + K % 2; }
+// Packed words for K elements.
+static inline size_t pack_words(const PackRoom *room, size_t K) {
+    return !room->bf16 ? K : PAIRS ? (K + 1) / 2 : K + K % 2;
+}
 
-// A packed strip in fp32 to bf16, where there are no dot products of pairs: the second of a pair goes first.
+// Rounds a packed fp32 strip to bf16 without bf16 dot products: swaps each pair, second element
+// first.
 static inline void pack_round(real *strip, size_t width, size_t K) {
     for (size_t k = 0; k < K + K % 2; k += 2, strip += 2 * width)
         for (size_t i = 0; i < width; i++) {
-            const real first = bf16_round(strip[i]), second = k + 1 < K ? bf16_round(strip[width + i]) : 0;
+            const real first = bf16_round(strip[i]),
+                second = k + 1 < K ? bf16_round(strip[width + i]) : 0;
             strip[i] = second, strip[width + i] = first;
         }
 }
 
-// The words of `width` <= LANES lines from word w on, transposed: v[j] has word w + j of each. Zeros stand for the lines
-// after n and for the numbers after K.
-static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const *line, size_t n, size_t width, size_t w,
-                                             size_t K, int pairs) {
+// The words of `width` <= LANES rows from word w on, transposed: v[j] has word w + j of each. Rows
+// after n and elements after K are zero.
+static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const *line, size_t n,
+                                             size_t width, size_t w, size_t K, int pairs) {
     const size_t from = pairs ? 2 * w : w, count = pairs ? 2 * LANES : LANES;
     if (n >= width && from + count <= K) {
 #pragma GCC unroll 16
@@ -158,9 +180,9 @@ static inline ALWAYS_INLINE void pack_square(Vector v[LANES], const real *const 
     vector_transpose(v);
 }
 
-// n <= width lines from number k on to a strip (K, width).
-static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t i, size_t n, size_t width, size_t k,
-                                              size_t K, int pairs) {
+// Packs n <= width rows, from element k on, transposed into a strip (K, width).
+static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t i, size_t n,
+                                              size_t width, size_t k, size_t K, int pairs) {
     const real *line[TILE_COLS];
     const size_t words = pairs ? (K + 1) / 2 : K;
     for (size_t j = 0; j < n; j++) line[j] = line_of(m, i + j) + k;
@@ -172,19 +194,23 @@ static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t 
             if (words - w >= LANES) {
 #pragma GCC unroll 16
                 for (size_t p = 0; p < LANES; p++)
-                    memcpy(to + (w + p) * width + j, &v[p], at_most(width - j, LANES) * sizeof(real));
+                    memcpy(to + (w + p) * width + j, &v[p],
+                           at_most(width - j, LANES) * sizeof(real));
             } else {
                 for (size_t p = 0; p < words - w; p++)
-                    memcpy(to + (w + p) * width + j, &v[p], at_most(width - j, LANES) * sizeof(real));
+                    memcpy(to + (w + p) * width + j, &v[p],
+                           at_most(width - j, LANES) * sizeof(real));
             }
         }
 }
 
-// Columns 0 .. n of one word of K to strips of `size` words; `second` is the other line of a pair.
-static inline ALWAYS_INLINE void pack_word(real *to, const real *first, const real *second, size_t n, size_t width,
-                                           int pairs) {
+// Packs elements 0 .. n of one word of K into strips of `size` words; `second` is the other row of
+// a pair.
+static inline ALWAYS_INLINE void pack_word(real *to, const real *first, const real *second,
+                                           size_t n, size_t width, int pairs) {
     real part[2][TILE_COLS + LANES];
-    if (n < width + LANES) {                             // the last strip: nothing is read beyond the line
+    // the last strip: must not read beyond the row
+    if (n < width + LANES) {
         memset(part, 0, sizeof part);
         memcpy(part[0], first, at_most(n, width) * sizeof(real));
         if (pairs) memcpy(part[1], second, at_most(n, width) * sizeof(real));
@@ -198,10 +224,12 @@ static inline ALWAYS_INLINE void pack_word(real *to, const real *first, const re
     }
 }
 
-// Columns j .. j+n of the lines k .. k+K to strips (K, width), a strip of `size` words after the other; sum (n), where
-// given, += scale * the columns. A few lines at a time, so that few places are written at once.
-static inline ALWAYS_INLINE void pack_copying(real *to, size_t size, const Matrix *m, size_t j, size_t n, size_t width,
-                                              size_t k, size_t K, int pairs, real *sum, real scale) {
+// Packs columns j .. j+n of rows k .. k+K into strips (K, width), one every `size` words; sum (n),
+// if given, += scale * the columns. Processes a few rows at a time, so that few places are written
+// at once.
+static inline ALWAYS_INLINE void pack_copying(real *to, size_t size, const Matrix *m, size_t j,
+                                              size_t n, size_t width, size_t k, size_t K, int pairs,
+                                              real *sum, real scale) {
     enum { AT_ONCE = 16 };
     static const real zeros[PACK_NUMBERS] = {0};
     const real *line[AT_ONCE + 1];
@@ -209,20 +237,22 @@ static inline ALWAYS_INLINE void pack_copying(real *to, size_t size, const Matri
     for (size_t w = 0; w < K; w += AT_ONCE) {
         const size_t count = at_most(K - w, AT_ONCE), step = pairs ? 2 : 1;
         for (size_t i = 0; i < count; i++) line[i] = line_of(m, k + w + i) + j;
-        line[count] = zeros;                             // the partner of the last, if they are odd
+        // the partner of the last row, if their number is odd
+        line[count] = zeros;
         for (size_t s = 0; s < n; s += width)
             for (size_t i = 0; i < count; i += step)
-                pack_word(to + s / width * size + (w + i) / step * width, line[i] + s, pairs ? line[i + 1] + s : NULL, n - s,
-                          width, pairs);
+                pack_word(to + s / width * size + (w + i) / step * width, line[i] + s,
+                          pairs ? line[i + 1] + s : NULL, n - s, width, pairs);
         for (size_t i = 0; sum && i < count; i++)
             for (size_t c = 0; c < n; c++) total[c] += line[i][c];
     }
     for (size_t c = 0; sum && c < n; c++) sum[c] += scale * total[c];
 }
 
-// The strips of `width` words of n lines (or columns) from i on.
-static inline ALWAYS_INLINE void pack_strips(real *to, const Matrix *m, int turning, size_t i, size_t n, size_t width,
-                                             size_t k, size_t K, const PackRoom *room, real *sum, real scale) {
+// Packs n rows (or columns) from i on into strips of `width` words.
+static inline ALWAYS_INLINE void pack_strips(real *to, const Matrix *m, int turning, size_t i,
+                                             size_t n, size_t width, size_t k, size_t K,
+                                             const PackRoom *room, real *sum, real scale) {
     const size_t size = pack_words(room, K) * width;
     const int pairs = in_pairs(room);
     if (!turning) pack_copying(to, size, m, i, n, width, k, K, pairs, sum, scale);
@@ -232,9 +262,9 @@ static inline ALWAYS_INLINE void pack_strips(real *to, const Matrix *m, int turn
     }
 }
 
-// sum += the product of strips a (K,TILE_ROWS) and b (K,TILE_COLS), of K numbers or of K pairs.
-static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a, const real *b, size_t K,
-                                           int pairs) {
+// sum += the product of strips a (K,TILE_ROWS) and b (K,TILE_COLS), over K elements or K pairs.
+static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], const real *a,
+                                           const real *b, size_t K, int pairs) {
     for (size_t k = 0; k < K; k++, a += TILE_ROWS, b += TILE_COLS) {
         Vector bk[TILE_VECTORS];
         for (int j = 0; j < TILE_VECTORS; j++) {
@@ -251,10 +281,12 @@ static inline ALWAYS_INLINE void tile_sums(Vector sum[TILE_ROWS][TILE_VECTORS], 
     }
 }
 
-// The tile of y at (i,j), of which M x N numbers exist. There is one expression for all cases, so that every row of a tile
-// has its multiply-add contracted alike: results must not depend on where in a tile a token falls.
-static inline ALWAYS_INLINE void tile_write(Result y, size_t i0, size_t j0, Vector sum[TILE_ROWS][TILE_VECTORS],
-                                            size_t M, size_t N) {
+// Writes the tile of y at (i,j), of which M x N elements exist. One expression covers all cases, so
+// that the multiply-add is contracted alike in every row of a tile: results must not depend on a
+// token's position within a tile.
+static inline ALWAYS_INLINE void tile_write(Result y, size_t i0, size_t j0,
+                                            Vector sum[TILE_ROWS][TILE_VECTORS], size_t M,
+                                            size_t N) {
     real edge[TILE_ROWS][TILE_COLS];
     Vector bias[TILE_VECTORS] = {{0}};
     if (N < TILE_COLS) memcpy(edge, sum, sizeof edge);
@@ -276,7 +308,7 @@ static inline ALWAYS_INLINE void tile_write(Result y, size_t i0, size_t j0, Vect
     }
 }
 
-// The lines that tile_write will touch begin to arrive while the sums are made.
+// Prefetches the rows that tile_write will touch, while the sums are computed.
 static inline ALWAYS_INLINE void tile_prefetch(Result y, size_t i0, size_t j0, size_t M, size_t N) {
     for (size_t i = 0; i < M; i++) {
         const real *to = y.at + token_place(y.rows, y.T, i0 + i) * y.ld + j0;
@@ -284,35 +316,39 @@ static inline ALWAYS_INLINE void tile_prefetch(Result y, size_t i0, size_t j0, s
     }
 }
 
-static inline void multiply_tile(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t K) {
+static inline void multiply_tile(Result y, size_t i, size_t j, const real *a, const real *b,
+                                 size_t M, size_t N, size_t K) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
     tile_prefetch(y, i, j, M, N);
     tile_sums(sum, a, b, K, 0);
     tile_write(y, i, j, sum, M, N);
 }
 
-static inline void multiply_tile_pairs(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N,
-                                       size_t K) {
+static inline void multiply_tile_pairs(Result y, size_t i, size_t j, const real *a, const real *b,
+                                       size_t M, size_t N, size_t K) {
     Vector sum[TILE_ROWS][TILE_VECTORS] = {{{0}}};
     tile_prefetch(y, i, j, M, N);
     tile_sums(sum, a, b, K, 1);
     tile_write(y, i, j, sum, M, N);
 }
 
-typedef struct { size_t i, j, k, M, N, K; } Block;                 // rows from i on, columns from j on, terms from k on
+// M rows from i, N columns from j, K terms from k
+typedef struct { size_t i, j, k, M, N, K; } Block;
 
-// To be met by all threads of a parallel region, like what follows.
-static inline void block_pack(const PackRoom *room, const Matrix *a, const Matrix *b, Block k, real *b_sum, real scale) {
-    enum { A_GROUP = PACK_NUMBERS / TILE_ROWS * TILE_ROWS, B_GROUP = PACK_NUMBERS / TILE_COLS * TILE_COLS };
+// Call from every thread of a parallel region, like the functions below.
+static inline void block_pack(const PackRoom *room, const Matrix *a, const Matrix *b, Block k,
+                              real *b_sum, real scale) {
+    enum { A_GROUP = PACK_NUMBERS / TILE_ROWS * TILE_ROWS,
+           B_GROUP = PACK_NUMBERS / TILE_COLS * TILE_COLS };
     const size_t words = pack_words(room, k.K);
 #pragma omp for schedule(dynamic) nowait
     for (size_t i = 0; i < (a ? k.M : 0); i += A_GROUP)
-        pack_strips(room->a + i * words, a, !a->turned, k.i + i, at_most(k.M - i, A_GROUP), TILE_ROWS, k.k, k.K, room,
-                    NULL, 0);
+        pack_strips(room->a + i * words, a, !a->turned, k.i + i, at_most(k.M - i, A_GROUP),
+                    TILE_ROWS, k.k, k.K, room, NULL, 0);
 #pragma omp for schedule(dynamic)
     for (size_t j = 0; j < (b ? k.N : 0); j += B_GROUP)
-        pack_strips(room->b + j * words, b, b->turned, k.j + j, at_most(k.N - j, B_GROUP), TILE_COLS, k.k, k.K, room,
-                    b_sum ? b_sum + k.j + j : NULL, scale);
+        pack_strips(room->b + j * words, b, b->turned, k.j + j, at_most(k.N - j, B_GROUP),
+                    TILE_COLS, k.k, k.K, room, b_sum ? b_sum + k.j + j : NULL, scale);
 }
 
 static inline void block_gelu(const Result *y, size_t i0, size_t i1, size_t j0, size_t j1) {
@@ -323,11 +359,13 @@ static inline void block_gelu(const Result *y, size_t i0, size_t i1, size_t j0, 
     }
 }
 
-// Tasks of ROW_STRIPS x `across` tiles over the threads.
+// Distributes tasks of ROW_STRIPS x `across` tiles over the threads.
 static inline void block_multiply(const Result *y, const PackRoom *room, Block k) {
-    const size_t down = strips(k.M, TILE_ROWS), right = strips(k.N, TILE_COLS), words = pack_words(room, k.K);
+    const size_t down = strips(k.M, TILE_ROWS), right = strips(k.N, TILE_COLS),
+        words = pack_words(room, k.K);
     size_t across = 8;
-    while (across > 1 && strips(down, ROW_STRIPS) * strips(right, across) < 8 * (size_t)team_size()) across /= 2;
+    while (across > 1 && strips(down, ROW_STRIPS) * strips(right, across) < 8 * (size_t)team_size())
+        across /= 2;
 #pragma omp for collapse(2) schedule(dynamic)
     for (size_t i0 = 0; i0 < down; i0 += ROW_STRIPS)
         for (size_t j0 = 0; j0 < right; j0 += across) {
@@ -335,17 +373,21 @@ static inline void block_multiply(const Result *y, const PackRoom *room, Block k
             for (size_t j = j0; j < j1; j++)
                 for (size_t i = i0; i < i1; i++)
                     (in_pairs(room) ? multiply_tile_pairs : multiply_tile)(
-                        *y, k.i + i * TILE_ROWS, k.j + j * TILE_COLS, room->a + i * TILE_ROWS * words,
-                        room->b + j * TILE_COLS * words, at_most(k.M - i * TILE_ROWS, TILE_ROWS),
+                        *y, k.i + i * TILE_ROWS, k.j + j * TILE_COLS,
+                        room->a + i * TILE_ROWS * words, room->b + j * TILE_COLS * words,
+                        at_most(k.M - i * TILE_ROWS, TILE_ROWS),
                         at_most(k.N - j * TILE_COLS, TILE_COLS), words);
-            if (y->gelu) block_gelu(y, k.i + i0 * TILE_ROWS, k.i + at_most(i1 * TILE_ROWS, k.M), k.j + j0 * TILE_COLS,
+            if (y->gelu)
+                block_gelu(y, k.i + i0 * TILE_ROWS, k.i + at_most(i1 * TILE_ROWS, k.M),
+                           k.j + j0 * TILE_COLS,
                                     k.j + at_most(j1 * TILE_COLS, k.N));
         }
 }
 
-// y (M,N) from a (M,K) b (K,N); it must not overlap a, b or h. b_sum (N), where given
-// and b is not turned, += y.scale * the columns of b.
-static inline void multiply(Result y, const PackRoom *room, Matrix a, Matrix b, size_t M, size_t N, size_t K, real *b_sum) {
+// y (M,N) from a (M,K) b (K,N); y must not overlap a, b or h. b_sum (N), if given and b is not
+// transposed, += y.scale * the columns of b.
+static inline void multiply(Result y, const PackRoom *room, Matrix a, Matrix b, size_t M, size_t N,
+                            size_t K, real *b_sum) {
     const size_t K_most = room->bf16 ? 2 * K_BLOCK : K_BLOCK;
 #pragma omp parallel
     for (size_t k = 0; k < K; k += K_most) {
@@ -354,50 +396,61 @@ static inline void multiply(Result y, const PackRoom *room, Matrix a, Matrix b, 
         if (k + K_most < K) part.gelu = NULL;
         for (size_t i = 0; i < M; i += M_BLOCK)
             for (size_t j = 0; j < N; j += N_BLOCK) {
-                const Block block = {i, j, k, at_most(M - i, M_BLOCK), at_most(N - j, N_BLOCK), at_most(K - k, K_most)};
-                const int other_a = j == 0, other_b = i == 0 || N > N_BLOCK;          // than those that are packed
-                block_pack(room, other_a ? &a : NULL, other_b ? &b : NULL, block, i == 0 ? b_sum : NULL, y.scale);
+                const Block block = {i, j, k, at_most(M - i, M_BLOCK), at_most(N - j, N_BLOCK),
+                                     at_most(K - k, K_most)};
+                // differ from those packed
+                const int other_a = j == 0, other_b = i == 0 || N > N_BLOCK;
+                block_pack(room, other_a ? &a : NULL, other_b ? &b : NULL, block,
+                           i == 0 ? b_sum : NULL, y.scale);
                 block_multiply(&part, room, block);
             }
     }
 }
 
-// y = x (BT,C) w (C,OC) and what else y says
-static inline void matmul_forward(Result y, const PackRoom *room, const real *x, const real *w, size_t BT, size_t C,
-                                  size_t OC) {
+// y = x (BT,C) w (C,OC), plus y's epilogue (bias, GELU, scale, accumulate).
+static inline void matmul_forward(Result y, const PackRoom *room, const real *x, const real *w,
+                                  size_t BT, size_t C, size_t OC) {
     multiply(y, room, lines(x, C), lines(w, OC), BT, OC, C, NULL);
 }
 
-// ---- Products of few rows, by weights that are packed already ----
-// They take as long as the weights take to arrive, so each number is read once, in the order in which it lies: the strips of
-// `multiply` one after the other, FEW_STRIPS at a time, for all of K. The sums have the order, and so the bits, of `multiply`.
+// ---- Matmuls with few rows, by weights packed in advance ----
+//
+// Their time is the time to load the weights, so each element is read once, in memory order: the
+// strips of `multiply` one after the other, FEW_STRIPS at a time, over all of K. The order of the
+// sums, and so the bits, are those of `multiply`.
 
-enum { FEW_ROWS = 2 * TILE_ROWS, FEW_STRIPS = 2, FEW_AHEAD = 1024 };   // most rows; strips of a task; prefetched so far ahead
+// most rows; strips per task; prefetch distance
+enum { FEW_ROWS = 2 * TILE_ROWS, FEW_STRIPS = 2, FEW_AHEAD = 1024 };
 
 static inline size_t few_K(const PackRoom *room) { return room->bf16 ? 2 * K_BLOCK : K_BLOCK; }
 
-// Numbers that b (K,N) takes when it is packed.
+// Elements of b (K,N) once packed.
 static inline size_t packed_size(const PackRoom *room, size_t N, size_t K) {
     size_t words = 0;
-    for (size_t k = 0; k < K; k += few_K(room)) words += pack_words(room, at_most(K - k, few_K(room)));
+    for (size_t k = 0; k < K; k += few_K(room))
+        words += pack_words(room, at_most(K - k, few_K(room)));
     return words * round_up(N, TILE_COLS);
 }
 
-// All strips of b (K,N), of the first K_BLOCK (in bf16 twice as many) of the K, then of the next.
+// Packs all strips of b (K,N): first those of the first K_BLOCK terms (twice as many in bf16), then
+// of the next.
 static inline void pack_weights(real *to, const PackRoom *room, Matrix b, size_t N, size_t K) {
     enum { GROUP = PACK_NUMBERS / TILE_COLS * TILE_COLS };
     for (size_t k = 0; k < K; k += few_K(room)) {
         const size_t part = at_most(K - k, few_K(room)), words = pack_words(room, part);
 #pragma omp parallel for
         for (size_t j = 0; j < N; j += GROUP)
-            pack_strips(to + j * words, &b, b.turned, j, at_most(N - j, GROUP), TILE_COLS, k, part, room, NULL, 0);
+            pack_strips(to + j * words, &b, b.turned, j, at_most(N - j, GROUP), TILE_COLS, k, part,
+                        room, NULL, 0);
         to += words * round_up(N, TILE_COLS);
     }
 }
 
-// tile_sums of the first `rows` of a strip and `count` strips of b, `next` numbers apart.
-static inline ALWAYS_INLINE void few_sums(Vector sum[FEW_STRIPS][TILE_ROWS][TILE_VECTORS], const real *a, const real *b,
-                                          size_t next, size_t words, size_t rows, size_t count, int pairs) {
+// tile_sums of the first `rows` rows of a strip, for `count` strips of b that are `next` elements
+// apart.
+static inline ALWAYS_INLINE void few_sums(Vector sum[FEW_STRIPS][TILE_ROWS][TILE_VECTORS],
+                                          const real *a, const real *b, size_t next, size_t words,
+                                          size_t rows, size_t count, int pairs) {
     for (size_t k = 0; k < words; k++, a += TILE_ROWS, b += TILE_COLS)
 #pragma GCC unroll 2
         for (size_t s = 0; s < count; s++)
@@ -413,17 +466,18 @@ static inline ALWAYS_INLINE void few_sums(Vector sum[FEW_STRIPS][TILE_ROWS][TILE
             }
 }
 
-// Up to `rows` rows of y from `count` strips: M x N numbers exist.
-static inline ALWAYS_INLINE void few_tile(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N,
-                                          size_t words, size_t rows, size_t count, int pairs) {
+// Computes up to `rows` rows of y from `count` strips; M x N elements exist.
+static inline ALWAYS_INLINE void few_tile(Result y, size_t i, size_t j, const real *a,
+                                          const real *b, size_t M, size_t N, size_t words,
+                                          size_t rows, size_t count, int pairs) {
     Vector sum[FEW_STRIPS][TILE_ROWS][TILE_VECTORS] = {{{{0}}}};
     few_sums(sum, a, b, words * TILE_COLS, words, rows, count, pairs);
     for (size_t s = 0; s < count; s++)
         tile_write(y, i, j + s * TILE_COLS, sum[s], M, at_most(N - s * TILE_COLS, TILE_COLS));
 }
 
-static inline void few_task(Result y, size_t i, size_t j, const real *a, const real *b, size_t M, size_t N, size_t words,
-                            size_t count, int pairs) {
+static inline void few_task(Result y, size_t i, size_t j, const real *a, const real *b, size_t M,
+                            size_t N, size_t words, size_t count, int pairs) {
     enum { SOME = TILE_ROWS / 2 };
     if (M == 1 && count == 2 && pairs) few_tile(y, i, j, a, b, M, N, words, 1, 2, 1);
     else if (M == 1 && count == 2) few_tile(y, i, j, a, b, M, N, words, 1, 2, 0);
@@ -435,17 +489,18 @@ static inline void few_task(Result y, size_t i, size_t j, const real *a, const r
     else few_tile(y, i, j, a, b, M, N, words, SOME, 1, 0);
 }
 
-// `count` strips of y from column j on, over all of K.
-static inline void few_columns(const Result *y, const PackRoom *room, const real *packed, size_t j, size_t count, size_t M,
-                               size_t N, size_t K) {
+// Computes `count` strips of y from column j on, over all of K.
+static inline void few_columns(const Result *y, const PackRoom *room, const real *packed, size_t j,
+                               size_t count, size_t M, size_t N, size_t K) {
     const real *a = room->a;
     const size_t here = at_most(N - j, count * TILE_COLS);
     Result part = *y;
     for (size_t k = 0; k < K; k += few_K(room)) {
         const size_t words = pack_words(room, at_most(K - k, few_K(room)));
         for (size_t i = 0; i < M; i += TILE_ROWS / 2)
-            few_task(part, i, j, a + i / TILE_ROWS * TILE_ROWS * words + i % TILE_ROWS, packed + j * words,
-                     at_most(M - i, TILE_ROWS / 2), here, words, count, in_pairs(room));
+            few_task(part, i, j, a + i / TILE_ROWS * TILE_ROWS * words + i % TILE_ROWS,
+                     packed + j * words, at_most(M - i, TILE_ROWS / 2), here, words, count,
+                     in_pairs(room));
         a += round_up(M, TILE_ROWS) * words;
         packed += words * round_up(N, TILE_COLS);
         part.add = 1, part.bias = NULL;
@@ -453,16 +508,20 @@ static inline void few_columns(const Result *y, const PackRoom *room, const real
     if (y->gelu) block_gelu(y, 0, M, j, j + here);
 }
 
-// y (M,N) from a (M,K) and what pack_weights made of b (K,N); M <= FEW_ROWS. room->a is for all of a here.
-static inline void multiply_few(Result y, const PackRoom *room, Matrix a, const real *packed, size_t M, size_t N, size_t K) {
+// y (M,N) from a (M,K) and the packed weights of b (K,N) (pack_weights); M <= FEW_ROWS. Here
+// room->a holds all of a.
+static inline void multiply_few(Result y, const PackRoom *room, Matrix a, const real *packed,
+                                size_t M, size_t N, size_t K) {
 #pragma omp parallel
     {
-        const size_t all = strips(N, TILE_COLS), count = all >= 4 * (size_t)team_size() ? FEW_STRIPS : 1;
+        const size_t all = strips(N, TILE_COLS), count = all >= 4 * (size_t)team_size() ? FEW_STRIPS
+            : 1;
 #pragma omp for schedule(static)
         for (size_t k = 0; k < K; k += few_K(room)) {
-            const size_t words = k / few_K(room) * pack_words(room, few_K(room));          // of the parts before
-            pack_strips(room->a + round_up(M, TILE_ROWS) * words, &a, 1, 0, M, TILE_ROWS, k, at_most(K - k, few_K(room)), room,
-                        NULL, 0);
+            // of the preceding parts
+            const size_t words = k / few_K(room) * pack_words(room, few_K(room));
+            pack_strips(room->a + round_up(M, TILE_ROWS) * words, &a, 1, 0, M, TILE_ROWS, k,
+                        at_most(K - k, few_K(room)), room, NULL, 0);
         }
 #pragma omp for schedule(dynamic)
         for (size_t s = 0; s < all; s += count)
@@ -470,17 +529,19 @@ static inline void multiply_few(Result y, const PackRoom *room, Matrix a, const 
     }
 }
 
-// Of y = x w + bias, from scale * dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) = x^T dy, or += with `add`;
-// dbias (OC) += the columns of dy. dx carries the scale in; it is finished before x is read, since a recomputed x may
-// come with it.
-static inline void matmul_backward(Result dx, real *dw, int add, real *dbias, const PackRoom *room, Matrix dy, const real *x,
-                                   const real *w, size_t BT, size_t C, size_t OC) {
+// Backward of y = x w + bias, from scale * dy (BT,OC): dx (BT,C) = dy w^T; dw (C,OC) = x^T dy, or
+// += with `add`; dbias (OC) += the columns of dy. dx carries the scale; it is complete before x is
+// read, since dx's epilogue may recompute x.
+static inline void matmul_backward(Result dx, real *dw, int add, real *dbias, const PackRoom *room,
+                                   Matrix dy, const real *x, const real *w, size_t BT, size_t C,
+                                   size_t OC) {
     multiply(dx, room, dy, turned(w, OC), BT, C, OC, NULL);
     multiply(scaled(dw, OC, dx.scale, add), room, turned(x, C), dy, C, OC, BT, dbias);
 }
 
-// sum (N) += the columns of y (M,N); with xhat (M,N) also scaled (N) += the columns of y * xhat.
-static inline void column_sums(real *sum, real *scaled, const real *y, const real *xhat, size_t M, size_t N) {
+// sum (N) += the columns of y (M,N); with xhat (M,N), also scaled (N) += the columns of y * xhat.
+static inline void column_sums(real *sum, real *scaled, const real *y, const real *xhat, size_t M,
+                               size_t N) {
     enum { WIDTH = 64 };
 #pragma omp parallel for
     for (size_t n = 0; n < N; n += WIDTH) {

@@ -1,4 +1,4 @@
-// peak.h: what this machine can do at most in a second, measured: the peak that runs and benchmarks are compared with.
+// peak.h: measures this machine's peak, which the speeds of runs and benchmarks are compared with.
 #ifndef PEAK_H
 #define PEAK_H
 
@@ -6,17 +6,17 @@
 #include <time.h>
 #include <unistd.h>
 
-// CPU time of the calling thread: what other programs take of its core is not in it.
+// CPU time of the calling thread, which excludes time that other programs use its core.
 static inline double thread_seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// Multiply-adds on registers, on all threads: no machine does more per second with these instructions. The best of
-// many short runs, each thread by its own CPU time, so that other programs cannot make the peak look lower. At least
-// five runs, but no more than five times as long: a busy machine may not give us a turn. Threads that share a core
-// also share its peak.
+// Multiply-adds on registers, on all threads: no code does more per second with these instructions.
+// Takes the best of many short runs, measuring each thread's own CPU time, so that other programs
+// do not lower the peak. Runs at least five times, but not for more than five times `seconds`,
+// since a busy machine may not schedule us. Threads that share a core share its peak.
 static inline double machine_peak(int bf16, double seconds) {
     enum { INNER = 20000 };
     const int pairs = bf16 ? PAIRS : 0;
@@ -42,9 +42,11 @@ static inline double machine_peak(int bf16, double seconds) {
             }
             memcpy(y, acc, sizeof y);
             for (int i = 0; i < TILE_ROWS * TILE_COLS; i++) sum += (double)y[i];
-            rate += (pairs ? 4.0 : 2.0) * INNER * TILE_ROWS * TILE_COLS / fmax(thread_seconds() - from, 1e-6);
+            rate += (pairs ? 4.0 : 2.0) * INNER * TILE_ROWS * TILE_COLS / fmax(thread_seconds() -
+                from, 1e-6);
         }
-        if (sum > 0) best = fmax(best, share * rate);    // sum > 0: the loop must not be optimised away
+        // sum > 0: keeps the loop from being optimized away
+        if (sum > 0) best = fmax(best, share * rate);
         elapsed = clock_seconds() - begin;
     }
     return best;

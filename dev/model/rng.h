@@ -1,8 +1,8 @@
-// rng.h: randomness as a function of place. Philox4x32-10, the counter-based generator of
+// rng.h: randomness as a function of position. Philox4x32-10, the counter-based generator of
 // Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 //
-// A draw is named by (seed, stream, step, a, b): the same name gives the same bits on every machine, engine and
-// rank, in any order, after any resume. There is no state to save.
+// A draw is identified by (seed, stream, step, a, b): the same tuple gives the same bits on every
+// machine, engine and rank, in any order, and after any resume. There is no state to save.
 #ifndef RNG_H
 #define RNG_H
 
@@ -15,8 +15,9 @@
 #define RNG_FN static inline
 #endif
 
-// One stream per purpose, so that a new use never shifts the draws of an old one.
-enum { STREAM_INIT = 1, STREAM_DATA = 2, STREAM_DROP = 3, STREAM_DROP_ORDER = 4, STREAM_SAMPLE = 5, STREAM_TEST = 6,
+// One stream per purpose, so that a new use never shifts the draws of an existing one.
+enum { STREAM_INIT = 1, STREAM_DATA = 2, STREAM_DROP = 3, STREAM_DROP_ORDER = 4, STREAM_SAMPLE = 5,
+       STREAM_TEST = 6,
        STREAM_ROUND = 7, STREAM_NOISE = 8 };
 
 typedef struct { uint32_t v[4]; } Philox;
@@ -38,7 +39,7 @@ RNG_FN Philox philox4x32_10(const uint32_t counter[4], const uint32_t key[2]) {
     return x;
 }
 
-// Four words for the place (stream, step, a, b); step < 2^56.
+// Four words for (stream, step, a, b); step < 2^56.
 RNG_FN Philox rng_words(uint64_t seed, int stream, uint64_t step, uint32_t a, uint32_t b) {
     uint32_t counter[4] = {b, a, (uint32_t)step, ((uint32_t)(step >> 32) << 8) | (uint32_t)stream};
     uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};

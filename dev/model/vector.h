@@ -1,8 +1,9 @@
-// vector.h: the widest vectors of the target by the compiler's vector extension, and what the engine on the CPU does with
-// them that no plain loop can say: transposing, and products of numbers in bf16.
+// vector.h: the target's widest vectors, through the compiler's vector extension, and the
+// operations of the CPU engine that a plain loop cannot express: transposition, and dot products in
+// bf16.
 //
-// Everything else is written once, for any width: a new instruction set is a row of the first table, and where the
-// processor multiplies in bf16 a version of the three functions at the end.
+// Everything else is written once for any width: a new instruction set is a row of the first table,
+// plus, if the processor multiplies in bf16, a version of the three functions at the end.
 #ifndef VECTOR_H
 #define VECTOR_H
 
@@ -10,8 +11,8 @@
 #include <math.h>
 #include <sys/mman.h>
 
-// INSTRUCTIONS is their name; the shape of a tile of a matrix product gives it as many accumulators as leave registers
-// for the operands.
+// INSTRUCTIONS names the instruction set; the shape of a matmul tile gives it as many accumulators
+// as leave registers for the operands.
 #if defined(__AVX512F__)
 #ifdef __AVX512BF16__
 #define INSTRUCTIONS "AVX-512 + BF16"
@@ -51,7 +52,7 @@ static inline ALWAYS_INLINE Vector vector_load(const real *x) { return *(const V
 static inline ALWAYS_INLINE void vector_store(real *x, Vector v) { *(Vector *)x = v; }
 static inline ALWAYS_INLINE Vector vector_of(real x) { return (Vector){0} + x; }
 
-// The same of n < LANES numbers, the other lanes being zero.
+// The same for n < LANES elements; the other lanes are zero.
 static inline Vector vector_load_some(const real *x, size_t n) {
     real all[LANES] = {0};
     memcpy(all, x, n * sizeof(real));
@@ -75,7 +76,8 @@ static inline real vector_sum(Vector v) { return vector_sum_some(v, LANES); }
 // ---- Exponential ----
 
 #ifdef REAL_DOUBLE
-typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));    // of a comparison: all bits or none
+// from a comparison: all bits or none
+typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));
 static inline real log_real(real x) { return log(x); }
 static inline real sqrt_real(real x) { return sqrt(x); }
 #else
@@ -89,14 +91,16 @@ static inline ALWAYS_INLINE Vector select_lanes(Mask first, Vector a, Vector b) 
     return (Vector)(((Mask)a & first) | ((Mask)b & ~first));
 }
 
-// e^x of each x <= 88, within 1.25 ulp from -87 on; 0 below, NaN for NaN, 1 for numbers too small to matter, denormal or -0.
-// x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor polynomial of degree 7 (the remainder is below 2^-27).
+// e^x for each x <= 88: within 1.25 ulp from -87 up; 0 below; NaN for NaN; 1 for -0, denormals and
+// other tiny numbers. x = n ln2 + r with |r| <= ln2/2; e^r by its Taylor polynomial of degree 7
+// (the remainder is below 2^-27).
 static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
 #ifdef REAL_DOUBLE
     for (int l = 0; l < LANES; l++) x[l] = exp(x[l]);
     return x;
 #else
-    const Vector t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;   // adding 1.5 * 2^23 rounds to an integer
+    // adding 1.5 * 2^23 rounds to an integer
+    const Vector t = x * 1.44269504f + 12582912.0f, n = t - 12582912.0f;
     const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     Vector p = r * 1.98412698e-4f + 1.38888889e-3f;
     p = p * r + 8.33333333e-3f;
@@ -110,8 +114,8 @@ static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
 #endif
 }
 
-// The largest of x (n), in independent lanes, since compilers make no vectors of a plain maximum. NaNs are passed over; of
-// nothing else it is -infinity.
+// The maximum of x (n), over independent lanes, since compilers do not vectorize a plain maximum.
+// NaNs are ignored; of no elements it is -infinity.
 static inline real max_of(const real *x, size_t n) {
     enum { AT_ONCE = 4 };
     Vector top[AT_ONCE];
@@ -131,7 +135,7 @@ static inline real max_of(const real *x, size_t n) {
     return largest;
 }
 
-// ---- Transposing LANES x LANES numbers ----
+// ---- Transposing LANES x LANES elements ----
 
 #ifndef __has_builtin
 #define __has_builtin(x) 0
@@ -152,8 +156,9 @@ static inline real max_of(const real *x, size_t n) {
 #define VECTOR_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #endif
 
-// Line i of v becomes column i. log2(LANES) times each line is shuffled into the one half of the lines away from it: then
-// the bits of a number's line and those of its place in it have changed sides.
+// Row i of v becomes column i. Each of log2(LANES) passes shuffles every row with the row half of
+// the remaining distance away; at the end, the bits of an element's row and column have swapped
+// places.
 static inline ALWAYS_INLINE void vector_transpose(Vector v[LANES]) {
 #ifdef VECTOR_NO_SHUFFLE
     real x[LANES][LANES], y[LANES][LANES];
@@ -177,10 +182,10 @@ static inline ALWAYS_INLINE void vector_transpose(Vector v[LANES]) {
 #endif
 }
 
-// ---- bf16: the upper half of an fp32 number, so 8 bits of precision and the exponents of fp32 ----
+// ---- bf16: the upper half of an fp32, so 8 bits of precision and fp32's exponents ----
 
-// x rounded to the nearest bf16, ties to even, as the processor's own instructions do it: what is below the smallest
-// normal number becomes zero, a NaN stays one.
+// x rounded to the nearest bf16, ties to even, like the processor's own instructions: values below
+// the smallest normal number become zero, a NaN stays one.
 static inline real bf16_round(real x) {
     union { float f; uint32_t bits; } y = {(float)x};
     const uint32_t size = y.bits & 0x7FFFFFFFu;
@@ -190,24 +195,24 @@ static inline real bf16_round(real x) {
     return (real)y.f;
 }
 
-// A word is what a packed operand has in the place of one number: a number, or where the processor has dot products of
-// bf16 (PAIRS), two numbers of a sum one after the other, the first in the lower half.
+// A word holds one element of a packed operand or, if the processor has bf16 dot products (PAIRS),
+// two consecutive terms of a sum, the first in the lower half.
 #if defined(__AVX512BF16__) && !defined(REAL_DOUBLE) && !defined(NO_PAIRS)
 #include <immintrin.h>
 enum { PAIRS = 1 };
 
-// sum + the products of both pairs: the upper pair is added first, each with one rounding, as two multiply-adds would (but
-// a sum below the smallest normal number is zero).
+// sum + the products of both pairs: the upper pair is added first, each with one rounding, as by
+// two multiply-adds (except that a sum below the smallest normal number becomes zero).
 static inline ALWAYS_INLINE Vector pairs_dot(Vector sum, real a, Vector b) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
 }
 
-// x (2 LANES), in order
+// x (2 LANES), in order.
 static inline ALWAYS_INLINE Vector pairs_of_line(const real *x) {
     return (Vector)_mm512_cvtne2ps_pbh((__m512)vector_load(x + LANES), (__m512)vector_load(x));
 }
 
-// (first[j], second[j]) for all j
+// (first[j], second[j]) for all j.
 static inline ALWAYS_INLINE Vector pairs_of_lines(Vector first, Vector second) {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));

@@ -1,12 +1,13 @@
-// console.h: what a person sees of a run: its start, an estimate of its cost, the step line, samples.
+// console.h: what a person sees of a run: its setup, an estimate of its cost, the step line,
+// samples.
 #ifndef CONSOLE_H
 #define CONSOLE_H
 
 #include "run.h"
 #include "sample.h"
 
-// One character per layer for the step's plans: # both branches ran on every row, . neither on any, a or m one of them
-// alone, 1 to 9 the kept tenths of the rest.
+// One character per layer for the step's plans: # if both branches ran on every row, . if neither
+// ran on any, a or m if only that branch ran (on all rows), otherwise 1 to 9, the tenths kept.
 static inline void trainer_kept_map(const Trainer *tr, char *map) {
     const int rows = tr->B * tr->M;
     for (int l = 0; l < tr->config.L; l++) {
@@ -21,14 +22,15 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
     map[tr->config.L] = 0;
 }
 
-// The part of the full model's FLOPs that the run is expected to execute.
+// The fraction of the full model's FLOPs that the run is expected to execute.
 static inline double trainer_expected_compute(const Trainer *tr) {
     const GptConfig whole = trainer_whole(tr);
     if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen && !tr->growth.n) return 1;
     return growth_run_compute(&tr->growth, &tr->drop, &whole, tr->T, tr->steps);
 }
 
-// Of several strong regularizers each should be weaker; and where each token is seen once there is little to regularize.
+// Several strong regularizers should each be weaker, and if each token is seen only once there is
+// little to regularize.
 static inline void trainer_warn_of_many(const Trainer *tr, double usual_drop) {
     const TrainOptions *o = tr->options;
     const double dropout = fmax(o->dropout_embd, fmax(o->dropout_attn, o->dropout_resid));
@@ -39,10 +41,13 @@ static inline void trainer_warn_of_many(const Trainer *tr, double usual_drop) {
     Text names = {NULL, 0, 0};
     int n = 0;
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
-        if (all[i].value >= all[i].strong - 1e-9) text_printf(&names, "%s%s %g", n++ ? ", " : "", all[i].name, all[i].value);
-    if (n >= 3) warn("%s: each is strong alone, and together they may underfit; weaken some", names.s);
+        if (all[i].value >= all[i].strong - 1e-9)
+            text_printf(&names, "%s%s %g", n++ ? ", " : "", all[i].name, all[i].value);
+    if (n >= 3)
+        warn("%s: each is strong on its own, and together they may underfit; weaken some", names.s);
     if (dropout > 0 && epochs <= 1)
-        warn("dropout, and no token is seen twice: it usually costs loss there (arXiv 2505.24788); compare with --dropout 0");
+        warn("dropout, though no token is seen twice: that usually raises the loss (arXiv "
+             "2505.24788); compare with --dropout 0");
     text_free(&names);
 }
 
@@ -52,33 +57,35 @@ static inline void trainer_print_start(const Trainer *tr) {
     char count[32], tokens[32];
     const size_t parameters = gpt_params_count(c);
     const double mib = 1048576;
-    static const char *const products[] = {"", ", matrix products of bf16", "", ", matrix products of tf32"};
+    static const char *const products[] = {"", ", matrix products of bf16", "",
+                                           ", matrix products of tf32"};
     EngineMemory memory;
     double usual;
     metrics_grouped(count, (double)parameters);
     metrics_grouped(tokens, (double)tr->train.tokens);
     tr->engine->memory(tr->model, &memory);
-    printf("engine:  %s%s; peak %.0f GFLOP/s, %s\n", tr->engine->name, products[trainer_dtype(tr->engine, o)],
-           tr->peak_flops / 1e9, *o->device ? "by its data sheet" : "measured");
-    printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d\n", count, c->L, c->NH,
-           c->C, tr->T, c->V);
-    printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n, tr->train.n == 1 ? "" : "s",
-           (long long)tr->eval_rows * tr->T);
-    printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B, tr->T, tr->M,
-           tr->M == 1 ? "" : "es", (long long)tr->steps, trainer_epochs(tr));
+    printf("engine:  %s%s; peak %.0f GFLOP/s, %s\n", tr->engine->name,
+           products[trainer_dtype(tr->engine, o)], tr->peak_flops / 1e9,
+           *o->device ? "by its data sheet" : "measured");
+    printf("model:   %s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary "
+           "%d\n", count, c->L, c->NH, c->C, tr->T, c->V);
+    printf("data:    %s tokens in %d shard%s; evaluation on %lld tokens\n", tokens, tr->train.n,
+           tr->train.n == 1 ? "" : "s", (long long)tr->eval_rows * tr->T);
+    printf("step:    %d rows x %d tokens x %d micro-batch%s; %lld steps are %.2f epochs\n", tr->B,
+           tr->T, tr->M, tr->M == 1 ? "" : "es", (long long)tr->steps, trainer_epochs(tr));
     if (tr->world > 1)
-        printf("ranks:   %d processes, each %d micro-batch%s of a step; numbers of memory are of each, of speed of all\n",
-               tr->world, tr->M / tr->world, tr->M == tr->world ? "" : "es");
-    printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB, activations %.0f MiB",
-           (double)memory.parameters / mib, (double)memory.gradients / mib, (double)memory.moments / mib,
-           (double)memory.activations / mib);
+        printf("ranks:   %d processes, each %d micro-batch%s of a step; memory is per process, "
+               "speed is for all\n", tr->world, tr->M / tr->world, tr->M == tr->world ? "" : "es");
+    printf("memory:  parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB, activations %.0f "
+           "MiB", (double)memory.parameters / mib, (double)memory.gradients / mib,
+           (double)memory.moments / mib, (double)memory.activations / mib);
     if (memory.activations < memory.activations_full)
         printf(" of %.0f MiB without drop path", (double)memory.activations_full / mib);
     printf("\n");
     if (tr->drop.frozen) {
         metrics_grouped(count, (double)gpt_params_trained(c, tr->drop.frozen));
-        printf("trains:  %s parameters: the last %d layer%s, ln_f and wte\n", count, c->L - tr->drop.frozen,
-               c->L - tr->drop.frozen == 1 ? "" : "s");
+        printf("trains:  %s parameters: the last %d layer%s, ln_f and wte\n", count,
+               c->L - tr->drop.frozen, c->L - tr->drop.frozen == 1 ? "" : "s");
     }
     if (tr->growth.n) {
         printf("grows:  ");
@@ -88,12 +95,13 @@ static inline void trainer_print_start(const Trainer *tr) {
         printf("; expected to execute %.1f%% of the FLOPs\n", 100 * trainer_expected_compute(tr));
     }
     if (o->drop_path > 0 || tr->replay.n) {
-        printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of the FLOPs\n", o->drop_path,
-               c->L, o->drop_path * drop_path_depth(&tr->drop, 1), 100 * trainer_expected_compute(tr));
+        printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of "
+               "the FLOPs\n", o->drop_path, c->L, o->drop_path * drop_path_depth(&tr->drop, 1),
+               100 * trainer_expected_compute(tr));
         const char *size = drop_path_excess(o->drop_path, parameters, &usual);
         if (size)
-            warn("--drop-path %g is high: %g is usual for a %s model; compare with a run without it", o->drop_path, usual,
-                 size);
+            warn("--drop-path %g is high: %g is usual for a %s model; compare with a run without "
+                 "it", o->drop_path, usual, size);
     }
     drop_path_excess(0, parameters, &usual);
     trainer_warn_of_many(tr, usual);
@@ -101,37 +109,42 @@ static inline void trainer_print_start(const Trainer *tr) {
     fflush(stdout);
 }
 
-// How long a run takes whose steps reach a part of the measured peak: half of it, 80% and 20%.
-static inline void trainer_print_time(const char *least, const char *most, const char *time, const Text *savers, int n,
-                                      const char *saved) {
-    printf("time:    %s if steps reach half of that peak, evaluations left out; %s %s %s\n", time, savers->s,
-           n > 1 ? "save" : "saves", saved);
-    printf("         not sure: %s at 80%% of it, %s at 20%%, more on a busy machine; a run of a few steps tells more\n", least,
-           most);
+// How long a run takes if its steps reach a given fraction of the measured peak: half, 80% or 20%.
+static inline void trainer_print_time(const char *least, const char *most, const char *time,
+                                      const Text *savers, int n, const char *saved) {
+    printf("time:    %s if steps reach half of that peak, without evaluations; %s %s %s\n", time,
+           savers->s, n > 1 ? "save" : "saves", saved);
+    printf("         uncertain: %s at 80%% of it, %s at 20%%, more on a busy machine; try a run of "
+           "a few steps\n", least, most);
 }
 
-// --dry-run of a run that grows: what each phase takes.
+// For --dry-run of a run that grows: the memory of each phase.
 static inline void trainer_print_phases(Trainer *tr) {
     const double mib = 1048576;
+    const Growth *g = &tr->growth;
     EngineMemory memory;
-    for (int i = growth_phase(&tr->growth, tr->state.step); i < tr->growth.n; i++) {
+    for (int i = growth_phase(g, tr->state.step); i < g->n; i++) {
+        const int layers = g->phase[i].layers;
         trainer_close_model(tr);
-        tr->config.L = tr->growth.phase[i].layers;
+        tr->config.L = layers;
         trainer_open_model(tr);
         tr->engine->memory(tr->model, &memory);
         if (tr->rank) continue;
-        printf("phase:   %d layer%s from step %lld: parameters %.0f MiB, gradients %.0f MiB, moments %.0f MiB, activations "
-               "%.0f MiB\n", tr->config.L, tr->config.L == 1 ? "" : "s", (long long)tr->growth.phase[i].from,
-               (double)memory.parameters / mib, (double)memory.gradients / mib, (double)memory.moments / mib,
+        printf("phase:   %d layer%s from step %lld: parameters %.0f MiB, gradients %.0f MiB, "
+               "moments %.0f MiB, activations %.0f MiB\n", layers, layers == 1 ? "" : "s",
+               (long long)g->phase[i].from, (double)memory.parameters / mib,
+               (double)memory.gradients / mib, (double)memory.moments / mib,
                (double)memory.activations / mib);
     }
 }
 
-// --dry-run: what the run would take. Steps of large models reach about half of the peak or more, of tiny ones less.
+// For --dry-run: the cost of the run. Steps of large models reach about half of the peak or more,
+// those of tiny models less.
 static inline void trainer_print_estimate(const Trainer *tr) {
     const double tokens = (double)tr->steps * tr->M * tr->B * tr->T, mib = 1048576, share = 0.5;
     const GptConfig whole = trainer_whole(tr);
-    const double full = 3 * tokens / tr->T * gpt_row_flops(&whole, tr->T), flops = full * trainer_expected_compute(tr);
+    const double full = 3 * tokens / tr->T * gpt_row_flops(&whole, tr->T);
+    const double flops = full * trainer_expected_compute(tr);
     char grouped[32], time[32], least[32], most[32], saved[32];
     metrics_grouped(grouped, tokens);
     metrics_duration(time, flops / (share * tr->peak_flops));
@@ -139,10 +152,12 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     metrics_duration(most, flops / (0.2 * tr->peak_flops));
     metrics_duration(saved, (full - flops) / (share * tr->peak_flops));
     const double epochs = trainer_epochs(tr);
-    if (epochs >= 100) warn("%.0f epochs: the model will learn the data by heart; --epochs 4 is a usual most", epochs);
+    if (epochs >= 100)
+        warn("%.0f epochs: the model will memorize the data; more than --epochs 4 is unusual",
+             epochs);
     const char *const saver[] = {"drop path", "--train-last", "--grow"};
-    const int used[] = {tr->options->drop_path > 0 || tr->replay.n || (!tr->drop.frozen && !tr->growth.n), tr->drop.frozen,
-                        tr->growth.n};
+    const int frozen = tr->drop.frozen, grows = tr->growth.n, drops = tr->options->drop_path > 0 || tr->replay.n;
+    const int used[] = {drops || (!frozen && !grows), frozen, grows};
     Text savers = {NULL, 0, 0};
     int n = 0;
     for (int i = 0; i < 3; i++)
@@ -162,8 +177,10 @@ static inline void trainer_sample(Trainer *tr) {
     const Text prompt = {o->prompt, strlen(o->prompt), 0};
     Sampler sampler;
     memset(&sampler, 0, sizeof sampler);
-    sampler.engine = tr->engine, sampler.model = tr->model, sampler.layers = tr->config.L, sampler.V = tr->config.V;
-    sampler.T = tr->T, sampler.batch = 1, sampler.scale = tr->state.eval_scale, sampler.tied = tr->state.tied;
+    sampler.engine = tr->engine, sampler.model = tr->model, sampler.layers = tr->config.L,
+        sampler.V = tr->config.V;
+    sampler.T = tr->T, sampler.batch = 1, sampler.scale = tr->state.eval_scale,
+        sampler.tied = tr->state.tied;
     sampler.tokenizer = &tr->tokenizer, sampler.args = args, sampler.optional = 1;
     printf("---- sample after step %lld ----\n", (long long)tr->state.step);
     sample_texts(stdout, &sampler, &prompt, 1, 1, o->sample_tokens);

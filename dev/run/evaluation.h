@@ -1,4 +1,4 @@
-// evaluation.h: the mean loss on shards, of a run under way or of a tool.
+// evaluation.h: the mean loss on shards, for a run in progress or a tool.
 #ifndef EVALUATION_H
 #define EVALUATION_H
 
@@ -8,21 +8,26 @@
 
 typedef struct { double loss, bits_per_byte; int64_t tokens, bytes; int stopped; } Evaluation;
 
-// Mean loss over the first `rows` windows of the shards, each token with the same weight whatever the batch, under the
-// plan of all rows with each branch times its factor (2L), 0 to leave it out; plan is room for B rows. bits_per_byte is
-// NaN without a tokenizer (t NULL). The ranks of comm (NULL: alone) share the batches; rows are added up in their order,
-// so that neither the batch nor the number of ranks changes the sum. A signal to any rank ends it after the batch: `stopped`,
-// and the loss is NaN unless that batch was the last.
-static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards *shards, int64_t rows, const Tokenizer *t,
-                                         int B, DropPlan *plan, const double *scale, int tied, const Comm *comm) {
+// Mean loss over the first `rows` windows of the shards. Every token has the same weight, whatever
+// the batch size. Every row runs, with each branch multiplied by its factor (2L; 0 omits the
+// branch); plan has capacity for B rows. bits_per_byte is NaN without a tokenizer (t NULL). The
+// ranks of comm (NULL: a single process) share the batches; losses are summed in row order, so
+// neither the batch size nor the number of ranks changes the sum. A signal to any rank stops the
+// evaluation after the current batch: `stopped` is set, and the loss is NaN unless that batch was
+// the last.
+static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards *shards,
+                                         int64_t rows, const Tokenizer *t, int B, DropPlan *plan,
+                                         const double *scale, int tied, const Comm *comm) {
     const int T = shards->T;
     const size_t BT = (size_t)B * (size_t)T;
-    int *tokens = (int *)xcalloc(BT, sizeof *tokens), *targets = (int *)xcalloc(BT, sizeof *targets);
+    int *tokens = (int *)xcalloc(BT, sizeof *tokens),
+        *targets = (int *)xcalloc(BT, sizeof *targets);
     real *losses = (real *)xcalloc(BT, sizeof *losses);
     double *loss = (double *)xcalloc((size_t)rows, sizeof *loss), bytes = 0;
     const int64_t stride = (int64_t)B * (comm ? comm->world : 1);
     Evaluation sum = {0, NAN, rows * T, 0, 0};
-    for (int64_t first = 0, row = (int64_t)B * (comm ? comm->rank : 0); first < rows; first += stride, row += stride) {
+    for (int64_t first = 0, row = (int64_t)B * (comm ? comm->rank : 0); first < rows;
+         first += stride, row += stride) {
         double asked = signals_stop ? 1 : 0;
         comm_sum(comm, &asked, 1);
         if (asked > 0) {
@@ -31,8 +36,9 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
             break;
         }
         const int n = rows - row < B ? (int)(rows - row) : B;
-        if (n <= 0) continue;                            // the last batch of other ranks
-        for (int b = 0; b < n; b++) shards_read_window(shards, row + b, tokens + b * T, targets + b * T);
+        if (n <= 0) continue;                            // only other ranks have a batch left
+        for (int b = 0; b < n; b++)
+            shards_read_window(shards, row + b, tokens + b * T, targets + b * T);
         drop_plan_keep_all(plan, scale, tied, n);
         engine_forward(e, m, T, tokens, targets, plan);
         e->losses(m, losses);
@@ -41,7 +47,8 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
             if (t) bytes += targets[i] < t->V ? tokenizer_text_length(t, targets[i]) : 0;
         }
     }
-    comm_sum(comm, loss, (size_t)rows);                  // of each row, one rank has the loss and the others 0
+    // each row's loss is on one rank, the others have 0
+    comm_sum(comm, loss, (size_t)rows);
     double last[2] = {bytes, signals_stop ? 1.0 : 0.0};
     comm_sum(comm, last, 2);
     for (int64_t row = 0; row < rows; row++) sum.loss += loss[row];
@@ -58,24 +65,28 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
 
 static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
     const Tokenizer *t = tr->has_tokenizer ? &tr->tokenizer : NULL;
-    Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, t, tr->B, &tr->plan, tr->state.eval_scale,
-                                   tr->state.tied, tr->comm);
-    tr->stop |= v.stopped;                               // of an evaluation cut short nothing is recorded: trainer_catch_up
+    Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, t, tr->B,
+                                   &tr->plan, tr->state.eval_scale, tr->state.tied, tr->comm);
+    // an interrupted evaluation is not recorded: trainer_catch_up
+    tr->stop |= v.stopped;
     if (!v.stopped && !isfinite(v.loss) && tr->rank == 0)
-        warn("step %lld: the validation loss is not finite, though the step's loss and gradient were",
-             (long long)tr->state.step);
+        warn("step %lld: the validation loss is not finite, though the step's loss and gradient "
+             "were", (long long)tr->state.step);
     r->val_loss = v.loss;
     r->val_ppl = exp(v.loss);
-    r->val_bpb = t ? v.bits_per_byte : manifest_bits_per_byte(&tr->manifest[MANIFEST_VAL], MANIFEST_VAL, v.loss);
+    r->val_bpb = t ? v.bits_per_byte : manifest_bits_per_byte(&tr->manifest[MANIFEST_VAL],
+                                                              MANIFEST_VAL, v.loss);
 }
 
-// A signal may have ended the run before the evaluation of its last step: it is done now, so that metrics.jsonl has no gap.
-// Returns whether it was owed; then *last is the whole record of that step, its plan from malloc.
+// A signal may have ended the run before its last step was evaluated: that is done now, so that
+// metrics.jsonl has no gap. Returns whether it was necessary; then *last is the complete record of
+// that step, its plan from malloc.
 static inline int trainer_catch_up(Trainer *tr, Metrics *last) {
     const int64_t step = tr->state.step;
     int owed = 0;
     *last = metrics_new();
-    if (tr->rank == 0 && tr->has_val && step > 0 && trainer_due(tr->options->eval_every, step, tr->steps)) {
+    if (tr->rank == 0 && tr->has_val && step > 0 && trainer_due(tr->options->eval_every, step,
+                                                                tr->steps)) {
         char *path = xprintf("%s/metrics.jsonl", tr->options->out);
         FileMap map;
         Text kept = {NULL, 0, 0};

@@ -1,7 +1,7 @@
-// gpu_model.h: how long a training step takes on a GPU, by arithmetic: what --dry-run --device
-// tells. It needs no GPU and measures nothing. Each kernel takes as long as its multiply-adds or
-// its bytes, whichever is longer. All assumptions are in the tables below, each with its source or
-// marked (est). It predicts train_gpt.cu in bf16, on GPUs of one machine.
+// gpu_model.h: predicts the time of a training step on a GPU by arithmetic, for --dry-run --device.
+// It needs no GPU and measures nothing. Each kernel takes as long as its multiply-adds or its
+// memory traffic, whichever is longer. All assumptions are in the tables below, each with its
+// source or marked (est). It models train_gpt.cu in bf16, on GPUs of one machine.
 #ifndef GPU_MODEL_H
 #define GPU_MODEL_H
 
@@ -14,17 +14,17 @@
 
 typedef struct {
     const char *name;
-    double peak;      // FLOP/s of dense bf16 products with fp32 sums, by the data sheet
-    double product;   // FLOP/s of a product of 8192 by 8192 by 8192
-    double mma;       // FLOP/s of mma.sync, the instruction of our attention
-    double copy;      // bytes/s, read and written, of a large copy
+    double peak;      // FLOP/s of dense bf16 matmuls with fp32 accumulation, from the data sheet
+    double product;   // FLOP/s of an 8192 x 8192 x 8192 matmul
+    double mma;       // FLOP/s of mma.sync, the instruction used by our attention
+    double copy;      // bytes/s, read plus written, of a large copy
     double memory;    // bytes
     double link;      // bytes/s: NCCL's bus bandwidth of an all-reduce on one machine
     double hop;       // s: latency of one step of its ring
 } GpuSpec;
 
 // peak, memory: NVIDIA's data sheets (H100 SXM5, A100 SXM4 80 GB, Ada whitepaper).
-// h100:    product and copy were measured on one; mma is 62% of peak, link NVLink 4, no NVLS (est)
+// h100:    product and copy were measured; mma is 62% of peak, link NVLink 4 without NVLS (est)
 // a100:    product is 85% of peak, copy 86% of 2.04 TB/s, link NVLink 3 (est)
 // rtx4090: product is 91% of peak, copy 91% of 1.01 TB/s; without peer access the ring goes through
 //          PCIe 4 and the host (est)
@@ -38,30 +38,32 @@ enum { N_GPU_SPECS = sizeof gpu_specs / sizeof gpu_specs[0] };
 
 // ---- Assumptions: the kernels ----
 
-#define GPU_PRODUCT_HALF    220.0    // a product of which the smaller of N and K is d reaches
+#define GPU_PRODUCT_HALF    220.0    // a matmul whose smaller dimension of N and K is d reaches
                                      // d/(d+220) of `product` (est: 620 of 798 TFLOP/s at d = 768)
-#define GPU_ATTENTION       0.375    // of `mma`, forward (est, by the instructions of its loop)
-#define GPU_ATTENTION_BACK  0.277    // the same, backward, whose 5 products are 2.5 times the FLOPs
-#define GPU_STREAM          0.93     // of `copy`: kernels that pass over memory once (est)
-#define GPU_SUM_PARTS       6e-6     // s: one sum of parts of columns, 6 of them a layer (est)
+#define GPU_ATTENTION       0.375    // of `mma`, forward (est, from the instructions of its loop)
+#define GPU_ATTENTION_BACK  0.277    // the same, backward, whose 5 matmuls are 2.5 times the FLOPs
+#define GPU_STREAM          0.93     // of `copy`: kernels that stream through memory once (est)
+#define GPU_SUM_PARTS       6e-6     // s: one reduction of partial column sums, 6 per layer (est)
 #define GPU_LAUNCH          1e-6     // s: the gap between two kernels (est)
-#define GPU_HOST            0.7e-3   // s of a step: two waits of the host, and its own work (est)
+#define GPU_HOST            0.7e-3   // s per step: two host synchronizations, and the host's own
+                                     // work (est)
 
-// Bytes per element of the array that a kernel passes over (train_gpt.cu). The residual stream is
-// fp32, the rest bf16.
+// Bytes per element of the array that a kernel streams through (train_gpt.cu). The residual stream
+// is fp32, the rest bf16.
 enum {
-    GPU_NORM_BYTES = 14,         // of (rows,T,C): x read and written, out, ln, xhat; so backward
+    // of (rows,T,C): x read and written, out, ln, xhat; the same backward
+    GPU_NORM_BYTES = 14,
     GPU_NORM_AGAIN_BYTES = 4,    // of (rows,T,C)
     GPU_GELU_AGAIN_BYTES = 4,    // of (rows,T,4C)
-    GPU_BIAS_BYTES = 2,          // of (rows,T,4C), or (rows,T,5C): gradients of products
+    GPU_BIAS_BYTES = 2,          // of (rows,T,4C), or (rows,T,5C): output gradients of matmuls
     GPU_INNER_BYTES = 4,         // of (rows,T,C): y and dy
-    GPU_LOSS_BYTES = 4,          // of (B,T,Vp): logits read, gradients written in their place
+    GPU_LOSS_BYTES = 4,          // of (B,T,Vp): reads logits and overwrites them with gradients
     GPU_EMBEDDING_BYTES = 8,     // of (B,T,C), each way
-    GPU_ADAM_BYTES = 30,         // of a parameter: weight, gradient, moments; the bf16 copy
-    GPU_GRAD_NORM_BYTES = 4,     // of a parameter
+    GPU_ADAM_BYTES = 30,         // per parameter: weight, gradient, moments; the bf16 copy
+    GPU_GRAD_NORM_BYTES = 4,     // per parameter
 };
 
-// Launches of a branch, forward and backward.
+// Launches per branch, forward and backward.
 static const int gpu_launches[BRANCHES][2] = {{4, 14}, {3, 12}};
 
 // ---- A step ----
@@ -89,15 +91,15 @@ static const char *const gpu_part_names[] = {GPU_PARTS(X)};
 
 typedef struct { double part[N_GPU_PARTS]; } GpuTime;   // seconds
 
-// What is run: B rows of T tokens, `micros` times a step, on each of `ranks` GPUs.
+// The workload: B rows of T tokens, `micros` times a step, on each of `ranks` GPUs.
 typedef struct {
     GptConfig c;
     int B, T, micros, ranks, frozen, recompute, zero, reduce_fp32, by_rows;
-    const double *kept;     // (2L) the part of the rows that run a branch; NULL: all
-    const double *spent;    // (2L) how likely all micro-batches of a step drop it; NULL: never
+    const double *kept;   // (2L) the fraction of the rows that run a branch; NULL: all
+    const double *spent;  // (2L) the probability that all micro-batches of a step drop it; NULL: 0
 } GpuRun;
 
-// Of one step of one GPU. overlapped: communication that is hidden behind the backward pass.
+// For one step of one GPU. overlapped: communication hidden behind the backward pass.
 typedef struct { GpuTime time; double seconds, flops, mfu, sent_bytes, overlapped; } GpuStep;
 
 static inline double gpu_total(const GpuTime *t) {
@@ -110,7 +112,7 @@ static inline void gpu_add(GpuTime *sum, const GpuTime *t, double times) {
     for (int i = 0; i < N_GPU_PARTS; i++) sum->part[i] += times * t->part[i];
 }
 
-// (M,K) times (K,N), of bf16.
+// (M,K) times (K,N), in bf16.
 static inline double gpu_product(const GpuSpec *g, double M, double N, double K) {
     const double d = fmin(N, K), rate = g->product * d / (d + GPU_PRODUCT_HALF);
     return fmax(2 * M * N * K / rate, 2 * (M * K + K * N + M * N) / g->copy);
@@ -120,7 +122,7 @@ static inline double gpu_stream(const GpuSpec *g, double elements, int bytes) {
     return elements * bytes / (GPU_STREAM * g->copy);
 }
 
-// The products of a branch, all of its rows: those of forward, or dX, or dW, which cost the same.
+// The matmuls of a branch on all its rows: forward, dX or dW, which cost the same.
 static inline double gpu_branch_products(const GpuSpec *g, const GpuRun *r, int branch) {
     const double BT = (double)r->B * r->T, C = r->c.C;
     if (branch == MLP) return gpu_product(g, BT, 4 * C, C) + gpu_product(g, BT, C, 4 * C);
@@ -142,8 +144,8 @@ static inline GpuTime gpu_branch_forward(const GpuSpec *g, const GpuRun *r, int 
     return t;
 }
 
-// What the backward pass makes again: LayerNorm and GELU, nothing, or all of the branch but its
-// last product.
+// What the backward pass recomputes: LayerNorm and GELU, nothing, or the whole branch except its
+// last matmul.
 static inline double gpu_branch_again(const GpuSpec *g, const GpuRun *r, int branch) {
     const double elements = (double)r->B * r->T * r->c.C, C = r->c.C, BT = (double)r->B * r->T;
     if (r->recompute == RECOMPUTE_NONE) return 0;
@@ -189,15 +191,16 @@ static inline double gpu_branch_params(const GptConfig *c, int branch) {
 static inline double gpu_kept(const GpuRun *r, int i) { return r->kept ? r->kept[i] : 1; }
 static inline double gpu_spent(const GpuRun *r, int i) { return r->spent ? r->spent[i] : 0; }
 
-// Seconds of `passes` around a ring of the GPUs, 1 / ranks of the bytes a hop: 2 for an all-reduce,
-// 1 for a reduce-scatter or an all-gather.
+// Seconds for `passes` around a ring of GPUs, with 1 / ranks of the bytes per hop: 2 for an
+// all-reduce, 1 for a reduce-scatter or an all-gather.
 static inline double gpu_ring(const GpuSpec *g, int ranks, double bytes, int passes) {
     return bytes > 0 ? passes * (ranks - 1) * (g->hop + bytes / ranks / g->link) : 0;
 }
 
-// The last micro-batch's backward pass with the sums over the ranks beside it. The sum of a branch
-// begins when its gradient is there and the sum before it is done; what no branch owns comes last,
-// as the embedding's gradient does. Then, with shares, the updated weights are gathered.
+// The last micro-batch's backward pass, overlapped with the reduction over the ranks. A branch's
+// reduction starts when its gradient is ready and the previous reduction is done; parameters
+// outside the branches come last, as the embedding's gradient does. With ZeRO the updated weights
+// are then gathered.
 static inline void gpu_communicate(const GpuSpec *g, const GpuRun *r,
                                    const GpuTime back[BRANCHES], GpuStep *s) {
     const int wire = r->reduce_fp32 ? 4 : 2, passes = r->zero ? 1 : 2;
@@ -221,7 +224,7 @@ static inline void gpu_communicate(const GpuSpec *g, const GpuRun *r,
     s->overlapped = busy + last + gathered - s->time.part[GPU_PART_communication];
 }
 
-// The FLOPs of a GPU's step, as metrics.jsonl counts them.
+// The FLOPs of one GPU's step, as counted in metrics.jsonl.
 static inline double gpu_step_flops(const GpuRun *r) {
     double flops = 3 * gpt_head_flops(&r->c, r->T);
     for (int i = 0; i < BRANCHES * r->c.L; i++)
@@ -257,11 +260,11 @@ static inline GpuStep gpu_step(const GpuSpec *g, const GpuRun *r) {
     return s;
 }
 
-// ---- Memory, as train_gpt.cu sets it aside in bf16, but for gaps between arrays ----
+// ---- Memory, as allocated by train_gpt.cu in bf16, ignoring gaps between arrays ----
 
 enum { GPU_LOGITS_BYTES = 512 << 20, GPU_WORKSPACE = 32 << 20, GPU_PARTIAL = 2048 };
 
-// Of one token in a kept branch: xhat and rstd, and what is not made again.
+// Per token of a kept branch: xhat and rstd, and whatever is not recomputed.
 static inline double gpu_kept_bytes(const GpuRun *r, int branch) {
     const double C = r->c.C;
     double bytes = 2 * C + 4;
@@ -270,7 +273,7 @@ static inline double gpu_kept_bytes(const GpuRun *r, int branch) {
     return bytes;
 }
 
-// The logits of a chunk of rows.
+// The logits of one chunk of rows.
 static inline double gpu_logits_bytes(const GpuRun *r) {
     const double BT = (double)r->B * r->T, row = 2.0 * ((r->c.V + 127) / 128 * 128);
     const double most = fmax(128, floor(GPU_LOGITS_BYTES / row));
@@ -302,9 +305,10 @@ static inline EngineMemory gpu_memory(const GpuRun *r, MemoryBound bound) {
     return m;
 }
 
-// ---- What the drop plan leaves, on average over the run's steps ----
+// ---- The average over the run's drop plans ----
 
-// kept, spent (2L), as GpuRun has them. micros: of a step, those with a plan of their own.
+// kept, spent (2L): as in GpuRun. micros: the micro-batches of a step that have a plan of their
+// own.
 static inline void gpu_expect(double *kept, double *spent, const DropPath *d, int micros) {
     const int64_t every = d->steps / 1000 + 1;
     const double n = (double)((d->steps - every / 2 + every - 1) / every), M = micros;
@@ -313,16 +317,16 @@ static inline void gpu_expect(double *kept, double *spent, const DropPath *d, in
         for (int64_t t = every / 2; t < d->steps; t += every) {
             const double p = drop_path_rate(d, i / BRANCHES + 1, i % BRANCHES, t);
             kept[i] += (1 - p) / n;
-            if (d->unit == UNIT_ROW) continue;           // some row keeps it
+            if (d->unit == UNIT_ROW) continue;           // some row always keeps it
             const double systematic = fmax(0, M * p - (M - 1));
             spent[i] += (d->sampling == SAMPLING_SYSTEMATIC ? systematic : pow(p, M)) / n;
         }
     }
 }
 
-// ---- --dry-run --device: an engine that is a prediction ----
+// ---- --dry-run --device: an engine that only predicts ----
 
-// What --device asks for: "h100", or "8xh100".
+// The value of --device: "h100" or "8xh100".
 typedef struct { const GpuSpec *spec; int ranks; } GpuWish;
 
 static inline GpuWish gpu_wish(const char *device) {
@@ -333,11 +337,11 @@ static inline GpuWish gpu_wish(const char *device) {
     if (end != device && *end == 'x' && n >= 1 && n <= 1024) w.ranks = (int)n, name = end + 1;
     for (int i = 0; i < N_GPU_SPECS; i++)
         if (!strcmp(name, gpu_specs[i].name)) w.spec = &gpu_specs[i];
-    if (!w.spec) die("--device %s: h100, a100 or rtx4090, or several of them as in 8xh100", device);
+    if (!w.spec) die("--device %s: h100, a100 or rtx4090, or several, as in 8xh100", device);
     return w;
 }
 
-// The model of an engine that was opened, and the wish of the one that will be.
+// The model of an engine that was opened, and the device for the next one.
 typedef struct { GpuRun run; MemoryBound bound; GpuWish wish; } GpuModel;
 static inline GpuModel *gpu_model(void) {
     static GpuModel model;
@@ -365,7 +369,7 @@ static inline double gpu_model_peak(Model *model, double seconds) {
 
 static inline void gpu_model_close(Model *model) { (void)model; }
 
-// The engine of a dry run for this device. Memory, peak and close are all that a dry run calls.
+// The engine for a dry run on this device. A dry run calls only memory, peak and close.
 static inline const Engine *gpu_model_engine(const char *device) {
     static char name[64];
     static Engine engine;
@@ -387,7 +391,8 @@ static inline void gpu_model_print_step(const GpuSpec *g, const GpuStep *s, doub
            "dev/run/gpu_model.h\n", 1e3 * s->seconds, rate, 100 * s->mfu, 1e-12 * g->peak);
 }
 
-// What a run of `steps` steps of M micro-batches in all, at these drop rates, would take there.
+// Prints what a run of `steps` steps of M micro-batches in total would take there, at these drop
+// rates.
 static inline void gpu_model_print(const DropPath *d, int M, int64_t steps) {
     const GpuModel *m = gpu_model();
     const GpuSpec *g = m->wish.spec;
@@ -413,7 +418,7 @@ static inline void gpu_model_print(const DropPath *d, int M, int64_t steps) {
                run.ranks, 1e-6 * s.sent_bytes, 1e3 * s.overlapped,
                1e3 * s.time.part[GPU_PART_communication]);
     metrics_duration(time, s.seconds * (double)steps);
-    printf("         %.1f of %.0f GB are used%s; the run takes %s, evaluations left out\n",
+    printf("         %.1f of %.0f GB are used%s; the run takes %s without evaluations\n",
            1e-9 * used, 1e-9 * g->memory, used > g->memory ? ", too many" : "", time);
     free(kept), free(spent);
 }

@@ -1,4 +1,5 @@
-// metrics.h: one record per optimizer step: a line of OUT/metrics.jsonl for programs, a line on the console for people.
+// metrics.h: one record per optimizer step: a line of OUT/metrics.jsonl for programs, and a console
+// line for people.
 #ifndef METRICS_H
 #define METRICS_H
 
@@ -8,7 +9,7 @@
 #include <math.h>
 #include <sys/ioctl.h>
 
-// Stable names. A number that a step does not have (NaN) is left out of its line.
+// Names are stable. A value that a step does not have (NaN) is omitted from its line.
 #define METRICS(X)                                                                            \
     X(step)             /* optimizer steps done, this one included: 1, 2, ... */              \
     X(tokens)           /* tokens trained on so far */                                        \
@@ -33,19 +34,21 @@
     X(mfu)              /* flops per second as a fraction of the machine's measured peak */   \
     X(peak_bytes)       /* largest resident memory of the process so far */
 
-// Of a step that changed nothing: its loss or gradient was not finite, or its loss or its gradient norm was a spike.
+// For a step that changed nothing: its loss or gradient was not finite, or its loss or gradient
+// norm was a spike.
 enum { SKIPPED_BAD = 1, SKIPPED_LOSS, SKIPPED_NORM };
 
 typedef struct {
 #define X(name) double name;
     METRICS(X)
 #undef X
-    const char *plan;   // the step's plans, as drop_plan_write wrote them; NULL: none
-    const double *micro;                                 // (micros) the loss of each micro-batch; NULL: not recorded
+    const char *plan;   // the step's plans, as written by drop_plan_write; NULL: none
+    const double *micro;                                 // (micros) each micro-batch's loss; NULL:
+                                                         // not recorded
     int micros;
 } Metrics;
 
-// A record whose every number is NaN: nothing known yet.
+// A record in which every number is NaN: nothing known yet.
 static inline Metrics metrics_new(void) {
     Metrics r;
 #define X(name) r.name = NAN;
@@ -78,7 +81,7 @@ static inline void metrics_write(Text *line, const Metrics *r) {
     text_printf(line, r->micros ? "]}\n" : "}\n");
 }
 
-// The numbers of "micro", from malloc; NaN for what is none.
+// The values of "micro", from malloc; NaN for those that are not numbers.
 static inline const double *metrics_parse_micro(const Json *doc, int *n) {
     const int array = json_get(doc, 0, "micro");
     *n = json_type(doc, array) == JSON_ARRAY ? json_count(doc, array) : 0;
@@ -91,7 +94,8 @@ static inline const double *metrics_parse_micro(const Json *doc, int *n) {
     return micro;
 }
 
-// Reads one line (n bytes) back. Returns NULL or what is wrong. `plan` and `micro` are from malloc: the caller's to free.
+// Parses one line (n bytes). Returns NULL, or what is wrong. `plan` and `micro` are from malloc and
+// belong to the caller.
 static inline const char *metrics_parse(Metrics *r, const char *line, size_t n) {
     Json doc;
     *r = metrics_new();
@@ -113,14 +117,16 @@ static inline const char *metrics_parse(Metrics *r, const char *line, size_t n) 
 typedef struct { Metrics *record; int64_t n; } MetricsLog;
 
 static inline void metrics_log_free(MetricsLog *log) {
-    for (int64_t i = 0; i < log->n; i++) free((char *)(uintptr_t)log->record[i].plan), free((void *)(uintptr_t)log->record[i].micro);
+    for (int64_t i = 0; i < log->n; i++)
+        free((char *)(uintptr_t)log->record[i].plan), free((void *)(uintptr_t)log->record[i].micro);
     free(log->record);
     log->record = NULL;
     log->n = 0;
 }
 
-// Reads a metrics.jsonl of `size` bytes at mem. A torn last line, without its newline, is passed over: a run was killed while
-// writing. Returns NULL, or what is wrong with line log->n; then, too, the log is to be freed.
+// Parses a metrics.jsonl of `size` bytes at mem. An incomplete last line is ignored: a run was
+// killed while writing it. Returns NULL, or what is wrong with line log->n; in either case the
+// caller frees the log.
 static inline const char *metrics_log_parse(MetricsLog *log, const void *mem, size_t size) {
     const char *at = (const char *)mem, *end = size ? at + size : at;
     int64_t room = 0;
@@ -129,7 +135,9 @@ static inline const char *metrics_log_parse(MetricsLog *log, const void *mem, si
     while (at < end) {
         const char *newline = (const char *)memchr(at, '\n', (size_t)(end - at));
         if (!newline) break;
-        if (log->n == room) log->record = (Metrics *)xrealloc(log->record, (size_t)(room = 2 * room + 64), sizeof *log->record);
+        if (log->n == room)
+            log->record = (Metrics *)xrealloc(log->record, (size_t)(room = 2 * room + 64),
+                                              sizeof *log->record);
         const char *error = metrics_parse(&log->record[log->n++], at, (size_t)(newline - at));
         if (error) return error;
         at = newline + 1;
@@ -143,12 +151,13 @@ static inline MetricsLog metrics_read(const char *path) {
     FileMap map;
     const char *error = file_map(&map, path);
     if (error) die("cannot read %s: %s", path, error);
-    if ((error = metrics_log_parse(&log, map.data, map.size))) die("%s, line %lld: %s", path, (long long)log.n, error);
+    if ((error = metrics_log_parse(&log, map.data, map.size)))
+        die("%s, line %lld: %s", path, (long long)log.n, error);
     file_unmap(&map);
     return log;
 }
 
-// ---- The file of a run that goes on: lines are appended; what cannot be written waits, and goes first ----
+// ---- The file of a run in progress: lines are appended; unwritable ones wait and go first ----
 
 typedef struct {
     int fd;                                              // -1: not open
@@ -162,8 +171,8 @@ static inline void metrics_file_open(MetricsFile *f, const char *path) {
     if (f->fd < 0) die("cannot open %s: %s", path, strerror(errno));
 }
 
-// Writes what waits. A write that was cut short is continued where it ended, so that no line is lost, torn or there twice.
-// Returns NULL or, from malloc, why there is something left.
+// Writes what is pending. A short write is continued where it ended, so no line is lost, torn or
+// duplicated. Returns NULL or, from malloc, why something is left.
 static inline char *metrics_file_flush(MetricsFile *f) {
     while (f->waiting.n) {
         const ssize_t n = disk_write(f->fd, f->path, f->waiting.s, f->waiting.n);
@@ -174,7 +183,7 @@ static inline char *metrics_file_flush(MetricsFile *f) {
     return NULL;
 }
 
-// Also to the disk.
+// The same, and syncs the file to disk.
 static inline char *metrics_file_sync(MetricsFile *f) {
     char *error = metrics_file_flush(f);
     if (!error && disk_sync(f->fd, f->path) && errno != EINVAL)
@@ -182,13 +191,14 @@ static inline char *metrics_file_sync(MetricsFile *f) {
     return error;
 }
 
-// Writes the file again under its name, which no longer leads to what is open: that has all lines still.
-// Returns NULL or, from malloc, why it could not; then nothing has changed.
+// Recreates the file under its name, which no longer refers to the open file; that one still has
+// all lines. Returns NULL or, from malloc, why it could not; then nothing has changed.
 static inline char *metrics_file_restore(MetricsFile *f) {
     char block[1 << 14], *error = NULL;
     Text all = {NULL, 0, 0};
     ssize_t n;
-    while ((n = pread(f->fd, block, sizeof block, (off_t)all.n)) > 0) text_append(&all, block, (size_t)n);
+    while ((n = pread(f->fd, block, sizeof block, (off_t)all.n)) > 0)
+        text_append(&all, block, (size_t)n);
     if (n < 0) error = xprintf("cannot read what %s was: %s", f->path, strerror(errno));
     if (!error) error = file_try_replace(f->path, all.s, all.n);
     text_free(&all);
@@ -208,19 +218,21 @@ static inline void metrics_file_close(MetricsFile *f) {
     f->fd = -1;
 }
 
-// Appends to kept the lines of a metrics.jsonl (size) up to that of step `done`, to which an interrupted run went back; what
-// comes after it is not looked at. *last is the record of that step, its plan the caller's to free, and *at where its line
-// begins in kept; empty, if there is none. Returns NULL, or what is wrong first, in line *number: steps must follow each
-// other, from any step on. A line that does not fit is left out.
-static inline const char *metrics_keep(Text *kept, const char *text, size_t size, int64_t done, Metrics *last, size_t *at,
-                                       int64_t *number) {
+// Appends to kept the lines of a metrics.jsonl (size) up to that of step `done`, from which an
+// interrupted run resumes; later lines are not examined. *last is the record of that step, its plan
+// owned by the caller, and *at the offset of its line in kept; empty if there is none. Returns
+// NULL, or the first problem, in line *number: steps must be consecutive, starting anywhere. Lines
+// that do not fit are dropped.
+static inline const char *metrics_keep(Text *kept, const char *text, size_t size, int64_t done,
+                                       Metrics *last, size_t *at, int64_t *number) {
     const char *wrong = NULL, *end = size ? text + size : text;
-    double before = 0;                                   // the step of the last line that was kept
+    double before = 0;                                   // the step of the last line kept
     *last = metrics_new();
     *at = kept->n;
     for (*number = 1; before < (double)done; text++) {
-        const char *newline = text < end ? (const char *)memchr(text, '\n', (size_t)(end - text)) : NULL;
-        if (!newline) break;                             // a torn line counts for nothing
+        const char *newline = text < end ? (const char *)memchr(text, '\n', (size_t)(end - text))
+            : NULL;
+        if (!newline) break;                             // an incomplete line does not count
         Metrics r;
         const char *error = metrics_parse(&r, text, (size_t)(newline - text));
         if (!error && before == 0 && r.step > (double)done) {
@@ -228,7 +240,8 @@ static inline const char *metrics_keep(Text *kept, const char *text, size_t size
             return wrong;                                // it begins with later steps
         }
         const int fits = !error && r.step > before && r.step <= (double)done;
-        if (!error && before > 0 && r.step != before + 1) error = "its step does not follow that of the line before";
+        if (!error && before > 0 && r.step != before + 1)
+            error = "its step does not follow that of the previous line";
         if (fits) {
             *at = kept->n;
             text_append(kept, text, (size_t)(newline - text) + 1);
@@ -240,13 +253,15 @@ static inline const char *metrics_keep(Text *kept, const char *text, size_t size
         if (!wrong) ++*number;
         text = newline;
     }
-    if (!wrong && before > 0 && before < (double)done) wrong = "it ends before the step of the checkpoint";
+    if (!wrong && before > 0 && before < (double)done)
+        wrong = "it ends before the step of the checkpoint";
     return wrong;
 }
 
 // "1m06s", "3h20m", "2d04h"
 static inline void metrics_duration(char text[32], double seconds) {
-    long long s = seconds < 0 || isnan(seconds) ? 0 : seconds > 1e15 ? (long long)1e15 : (long long)(seconds + 0.5);
+    long long s = seconds < 0 || isnan(seconds) ? 0 : seconds > 1e15 ? (long long)1e15
+        : (long long)(seconds + 0.5);
     if (s < 60) snprintf(text, 32, "%llds", s);
     else if (s < 3600) snprintf(text, 32, "%lldm%02llds", s / 60, s % 60);
     else if (s < 86400) snprintf(text, 32, "%lldh%02lldm", s / 3600, s / 60 % 60);
@@ -266,12 +281,14 @@ static inline void metrics_grouped(char text[32], double x) {
 
 // ---- The console ----
 
-// The columns of a line, each with its separator in front: " | ", or " " where it belongs to the column before it. On a
-// narrow terminal the columns of the largest rank are left out first; those of rank 0 are always printed.
+// The columns of a line, each preceded by its separator: " | ", or " " if it belongs to the
+// previous column. On a narrow terminal the columns of the highest rank are dropped first; those of
+// rank 0 are always printed.
 enum { METRICS_COLUMNS = 12 };
 typedef struct { int n, rank[METRICS_COLUMNS]; char *text[METRICS_COLUMNS]; } MetricsLine;
 
-static inline void PRINTF_LIKE(3, 4) metrics_column(MetricsLine *line, int rank, const char *format, ...) {
+static inline void PRINTF_LIKE(3, 4) metrics_column(MetricsLine *line, int rank, const char *format,
+                                                    ...) {
     int length;
     va_list args;
     va_start(args, format);
@@ -281,7 +298,8 @@ static inline void PRINTF_LIKE(3, 4) metrics_column(MetricsLine *line, int rank,
     va_end(args);
 }
 
-// Appends the columns that fit in `width` characters, taken by rank, in their order; frees them. Width 0: all.
+// Appends the columns that fit in `width` characters, chosen by rank, in their order; frees them.
+// Width 0: all.
 static inline void metrics_fit(Text *out, MetricsLine *line, int width) {
     int taken[METRICS_COLUMNS] = {0}, used = 0;
     for (int rank = 0; rank < METRICS_COLUMNS; rank++)
@@ -299,7 +317,7 @@ static inline void metrics_fit(Text *out, MetricsLine *line, int width) {
     text_append(out, "\n", 1);
 }
 
-// Columns of the terminal that standard output is; 0: it is none, or its width is not known.
+// The width of the terminal on standard output; 0: not a terminal, or unknown.
 static inline int metrics_width(void) {
     struct winsize size;
     const char *columns = getenv("COLUMNS");
@@ -309,15 +327,16 @@ static inline int metrics_width(void) {
     return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) ? 0 : size.ws_col;
 }
 
-// Appends the console's line of a step, after `label`, and a second one where it was evaluated; `kept` has one character
-// per layer (see trainer.h).
-static inline void metrics_lines(Text *out, const Metrics *r, const char *label, double steps, const char *kept,
-                                 double seconds_left, int width) {
+// Appends the console line of a step, after `label`, and a second line if it was evaluated; `kept`
+// has one character per layer (see console.h).
+static inline void metrics_lines(Text *out, const Metrics *r, const char *label, double steps,
+                                 const char *kept, double seconds_left, int width) {
     MetricsLine step = {0, {0}, {NULL}}, val = {0, {0}, {NULL}};
     char left[32], rate[32];
     metrics_duration(left, seconds_left);
     metrics_grouped(rate, r->tok_per_s);
-    metrics_column(&step, 0, "%sstep %*.0f/%.0f", label, snprintf(NULL, 0, "%.0f", steps), r->step, steps);
+    metrics_column(&step, 0, "%sstep %*.0f/%.0f", label, snprintf(NULL, 0, "%.0f", steps), r->step,
+                   steps);
     metrics_column(&step, 0, " | loss %7.4f", r->loss);
     metrics_column(&step, 9, " | lr %.2e", r->lr);
     metrics_column(&step, 4, " | norm %6.3f", r->grad_norm);
@@ -336,8 +355,9 @@ static inline void metrics_lines(Text *out, const Metrics *r, const char *label,
     metrics_fit(out, &val, width);
 }
 
-// Prints them as wide as the terminal is.
-static inline void metrics_print(const Metrics *r, const char *label, double steps, const char *kept, double seconds_left) {
+// Prints them, fitted to the terminal's width.
+static inline void metrics_print(const Metrics *r, const char *label, double steps,
+                                 const char *kept, double seconds_left) {
     Text lines = {NULL, 0, 0};
     metrics_lines(&lines, r, label, steps, kept, seconds_left, metrics_width());
     fputs(lines.s, stdout);

@@ -1,46 +1,51 @@
-// micro.h: the micro-batches of a step: their rows of the data, their plans, what the engine is called with, what they cost.
-// All of it is a function of (seed, step, micro-batch): any rank can ask it of any other's.
+// micro.h: the micro-batches of a step: their data, their plans, the engine's arguments, and their
+// cost. All of it is a function of (seed, step, micro-batch): any rank can compute it for any
+// other.
 #ifndef MICRO_H
 #define MICRO_H
 
 #include "run.h"
 
-// The sample in row b of micro-batch m of the next step: its samples follow those consumed.
+// The sample in row b of micro-batch m of the next step, counted from those consumed.
 static inline int64_t trainer_row_sample(const Trainer *tr, int m, int b) {
     return tr->state.consumed + (int64_t)m * tr->B + b;
 }
 
-// Reads micro-batch m of the step, one of this rank's.
+// Reads micro-batch m of the step, which must belong to this rank.
 static inline void trainer_read_batch(Trainer *tr, int m) {
     for (int b = 0; b < tr->B; b++)
         shards_read_sample(&tr->train, (uint64_t)tr->options->seed, trainer_row_sample(tr, m, b),
                            tr->tokens + b * tr->T, tr->targets + b * tr->T);
 }
 
-// The plan of micro-batch m, this rank's or another's: it is a function of (seed, step, m).
+// Computes the plan of micro-batch m of any rank: a function of (seed, step, m).
 static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
     if (!tr->replay.n) drop_plan_sample(&tr->plan, &tr->drop, t, m, tr->M, tr->world, tr->B);
     else {
-        const char *error = drop_plan_read(&tr->plan, &tr->drop, t, tr->replay.record[t].plan, m, tr->B);
-        CHECK(!error, "%s", error);                      // trainer_open_replay has read them all
+        const char *error = drop_plan_read(&tr->plan, &tr->drop, t, tr->replay.record[t].plan, m,
+                                           tr->B);
+        // trainer_open_replay has validated them all
+        CHECK(!error, "%s", error);
     }
     for (int i = 0; i < BRANCHES * tr->config.L; i++)
         tr->plan.branch[i].scale *= growth_scale(&tr->growth, i / BRANCHES, t);
 }
 
-// What the engine is called with for micro-batch m of step t, one of this rank's: what it reads, until the next is read,
+// The engine's arguments for micro-batch m of step t, which must belong to this rank: the input
+// (valid until the next is read),
 static inline Batch trainer_batch(Trainer *tr, int m) {
     trainer_read_batch(tr, m);
     return batch_of(tr->B, tr->T, tr->tokens, tr->targets);
 }
 
-// and what it does; the gradients are summed over the ranks with the last of the step.
+// and the pass; the step's last micro-batch also reduces the gradients over the ranks.
 static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
     const TrainOptions *o = tr->options;
     const double on = ramp_at(&tr->dropout, t);
     trainer_plan(tr, t, m);
     Pass pass = pass_of(&tr->plan, 1.0 / tr->M);
-    Noise noise = {(uint64_t)o->seed, t, (uint32_t)m * (uint32_t)tr->B, noise_rate_of(on * o->dropout_embd),
+    Noise noise = {(uint64_t)o->seed, t, (uint32_t)m * (uint32_t)tr->B,
+                   noise_rate_of(on * o->dropout_embd),
                    noise_rate_of(on * o->dropout_attn), noise_rate_of(on * o->dropout_resid)};
     tr->noise = noise;
     if (noise.embd || noise.attn || noise.resid) pass.noise = &tr->noise;
@@ -49,8 +54,10 @@ static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
     return pass;
 }
 
-// Whether branch i (as UpdateArgs.t counts) is of a layer that is not trained.
-static inline int trainer_is_frozen(const Trainer *tr, int i) { return i < BRANCHES * tr->drop.frozen; }
+// Whether branch i (indexed as UpdateArgs.t) belongs to a frozen layer.
+static inline int trainer_is_frozen(const Trainer *tr, int i) {
+    return i < BRANCHES * tr->drop.frozen;
+}
 
 // What the step's plans keep, over all ranks: known before anything runs.
 static inline void trainer_plan_step(Trainer *tr, int64_t t) {
@@ -63,11 +70,12 @@ static inline void trainer_plan_step(Trainer *tr, int64_t t) {
         drop_plan_write(&tr->plan_text, &tr->plan, tr->drop.unit);
         for (int i = 0; i < branches; i++) tr->kept[i] += tr->plan.branch[i].n;
     }
-    for (int i = 0; i <= branches; i++) tr->reduce[i] = i == branches || (tr->kept[i] > 0 && !trainer_is_frozen(tr, i));
+    for (int i = 0; i <= branches; i++)
+        tr->reduce[i] = i == branches || (tr->kept[i] > 0 && !trainer_is_frozen(tr, i));
 }
 
-// The AdamW step of every branch in this update: one more than before, or 0 (untouched) for what was dropped throughout and
-// for what is not trained.
+// The AdamW step count of every branch for this update: one more than before, or 0 (untouched) for
+// branches that are frozen or were dropped in every micro-batch.
 static inline void trainer_count_updates(Trainer *tr) {
     const int branches = BRANCHES * tr->config.L;
     for (int i = 0; i <= branches; i++) {
@@ -77,14 +85,15 @@ static inline void trainer_count_updates(Trainer *tr) {
     }
 }
 
-// What the plans of the step have cost, and kept.
+// Records what the step's plans have cost and kept.
 static inline void trainer_account(Trainer *tr, Metrics *r) {
     const GptConfig *c = &tr->config, whole = trainer_whole(tr);
     if (tr->growth.n) r->layers = c->L;
     const double rows = (double)tr->B * tr->M;
     double flops = 3 * rows * gpt_head_flops(c, tr->T), kept[BRANCHES] = {0, 0};
     for (int i = 0; i < BRANCHES * c->L; i++) {
-        flops += gpt_layer_passes(i / BRANCHES, tr->drop.frozen) * tr->kept[i] * gpt_branch_flops(c, i % BRANCHES, tr->T);
+        flops += gpt_layer_passes(i / BRANCHES, tr->drop.frozen) * tr->kept[i] * gpt_branch_flops(c,
+            i % BRANCHES, tr->T);
         kept[i % BRANCHES] += tr->kept[i];
     }
     r->flops = flops;

@@ -1,5 +1,5 @@
-// numbers.h: numbers that go wrong: is a loss or a gradient norm a spike, which tensor is not finite, and in which branch
-// does a forward pass stop being finite.
+// numbers.h: detection of bad values: whether a loss or gradient norm is a spike, which tensor is
+// not finite, and in which branch a forward pass stops being finite.
 #ifndef NUMBERS_H
 #define NUMBERS_H
 
@@ -8,13 +8,15 @@
 #include "comm.h"
 
 // ---- Spikes ----
-// A value is judged by its z-score: how many standard deviations it lies above the mean of those of the last 128 steps.
-// After llm.c's options -sl and -sg (llmc/outlier_detector.h). Unlike there a value is judged before it joins the others, so
-// that a limit is known in advance, and one that is not finite never joins. Spikes do: after a lasting rise a few steps are
-// skipped, not all.
+//
+// A value is judged by its z-score: how many standard deviations it lies above the mean of the last
+// 128 steps. Modelled on llm.c's options -sl and -sg (llmc/outlier_detector.h), but a value is
+// judged before it enters the window, so the limit is known in advance, and a non-finite value
+// never enters. Spikes do enter: after a lasting rise, only a few steps are skipped.
 
 enum { SPIKES_WINDOW = 128 };
-typedef struct { int n; double value[SPIKES_WINDOW]; } Spikes;       // the last n values, the oldest first
+// the last n values, oldest first
+typedef struct { int n; double value[SPIKES_WINDOW]; } Spikes;
 
 static inline void spikes_add(Spikes *s, double x) {
     if (!isfinite(x)) return;
@@ -22,7 +24,8 @@ static inline void spikes_add(Spikes *s, double x) {
     s->value[s->n++] = x;
 }
 
-// Mean and standard deviation of a full window; 0 while it is not, or if all values are equal: then nothing is judged.
+// Mean and standard deviation of a full window. Returns 0 if it is not full or all values are
+// equal: then nothing is judged.
 static inline int spikes_moments(const Spikes *s, double *mean, double *deviation) {
     double sum = 0, squares = 0;
     if (s->n < SPIKES_WINDOW) return 0;
@@ -33,13 +36,14 @@ static inline int spikes_moments(const Spikes *s, double *mean, double *deviatio
     return *deviation > 0;
 }
 
-// The z-score of x; NaN where nothing is judged.
+// The z-score of x; NaN if nothing is judged.
 static inline double spikes_z(const Spikes *s, double x) {
     double mean, deviation;
     return spikes_moments(s, &mean, &deviation) ? (x - mean) / deviation : NAN;
 }
 
-// The largest value that is no spike for a z-score of z > 0; infinite where nothing is judged, or z is 0.
+// The largest value that is not a spike for a z-score of z > 0; infinity if nothing is judged or z
+// is 0.
 static inline double spikes_limit(const Spikes *s, double z) {
     double mean, deviation;
     return z > 0 && spikes_moments(s, &mean, &deviation) ? mean + z * deviation : INFINITY;
@@ -49,12 +53,12 @@ static inline double spikes_limit(const Spikes *s, double z) {
 
 typedef struct { int param, layer; } TensorPlace;
 
-// What is known of a tensor, of its weights [0] and of its gradients [1]: the norm of those that are finite, and how many are
-// not.
+// For a tensor's weights [0] and gradients [1]: the norm of the finite elements, and the number of
+// non-finite ones.
 typedef struct { double norm[2], bad[2]; } TensorNumbers;
 
-// All tensors in the order in which a backward pass reaches them; the token embedding, which is head and input, is the last.
-// Returns how many; from malloc.
+// All tensors in the order in which a backward pass reaches them; the token embedding, which is
+// both head and input, comes last. Returns their number; *places is from malloc.
 static inline int numbers_places(TensorPlace **places, const GptConfig *c) {
     int n = 0;
     *places = (TensorPlace *)xcalloc((size_t)N_PARAMS * (size_t)c->L, sizeof **places);
@@ -80,11 +84,12 @@ static inline void numbers_of_slot(TensorNumbers *t, int which, const real *x, s
     t->norm[which] = sqrt(squares);
 }
 
-// The numbers of places (n), from malloc; all ranks call it and get the same. Where each rank has a share of something, the
-// rest is known to that rank alone: the largest value of any rank is reported, so that nothing bad is overlooked. Frozen
-// tensors have no gradient and report 0.
-static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const GptConfig *c, int frozen,
-                                                const TensorPlace *places, int n, const Comm *comm) {
+// The TensorNumbers of places (n), from malloc. All ranks call it and get the same result. Where
+// each rank holds a share of a tensor, it knows only that part: the largest value over the ranks is
+// reported, so nothing bad is overlooked. Frozen tensors have no gradient and report 0.
+static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const GptConfig *c,
+                                                int frozen, const TensorPlace *places, int n,
+                                                const Comm *comm) {
     const int world = comm ? comm->world : 1, rank = comm ? comm->rank : 0;
     const size_t each = (size_t)n * (sizeof(TensorNumbers) / sizeof(double));
     TensorNumbers *all = (TensorNumbers *)xcalloc((size_t)world * (size_t)n, sizeof *all);
@@ -99,7 +104,8 @@ static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const
         }
         free(host);
     }
-    comm_sum(comm, (double *)all, (size_t)world * each);                   // of each rank's part the others have zeros
+    // of each rank's part, the others have zeros
+    comm_sum(comm, (double *)all, (size_t)world * each);
     for (int r = 1; r < world; r++)
         for (int i = 0; i < n; i++)
             for (int which = 0; which < 2; which++) {
@@ -110,7 +116,7 @@ static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const
     return all;
 }
 
-// The first of them that is not finite in its weights (0) or gradients (1), or -1.
+// The first tensor whose weights (0) or gradients (1) are not finite, or -1.
 static inline int numbers_first_bad(const TensorNumbers *t, int n, int which) {
     for (int i = 0; i < n; i++)
         if (t[i].bad[which] > 0) return i;
@@ -119,9 +125,11 @@ static inline int numbers_first_bad(const TensorNumbers *t, int n, int which) {
 
 // ---- The forward pass ----
 
-// How many of the plan's branches, in the order in which they run, give a finite loss: runs it with the others left out, once
-// for each. 2L if the whole plan does; -1 if the embeddings and the head alone do not.
-static inline int numbers_finite_branches(const Engine *e, Model *m, const Batch *batch, const Pass *pass) {
+// How many of the plan's branches, in execution order, give a finite loss: runs the plan with the
+// later branches left out, once per branch. 2L if the whole plan is finite; -1 if even the
+// embeddings and the head are not.
+static inline int numbers_finite_branches(const Engine *e, Model *m, const Batch *batch,
+                                          const Pass *pass) {
     const DropPlan *plan = pass->plan;
     const int branches = BRANCHES * plan->layers, together = plan->tied ? BRANCHES : 1;
     Pass look = *pass;
@@ -140,20 +148,22 @@ static inline int numbers_finite_branches(const Engine *e, Model *m, const Batch
     return finite;
 }
 
-// ---- In words ----
+// ---- Output ----
 
-// A number in JSON, which has no NaN and no infinity: those as text.
+// A number in JSON, which has no NaN or infinity: those become strings.
 static inline void numbers_write(Text *t, double x) {
     if (isfinite(x)) json_write_number(t, x);
     else json_write_string(t, isnan(x) ? "nan" : x > 0 ? "inf" : "-inf");
 }
 
-// For printf, which tells NaNs of one sign from those of the other.
+// For printf, which distinguishes the sign of NaNs.
 static inline double numbers_unsigned(double x) { return isnan(x) ? fabs(x) : x; }
 
-// For a shell: s as it is where it needs no quotes, else in them.
+// For a shell: s, quoted if necessary.
 static inline void numbers_quote(Text *t, const char *s) {
-    if (*s && strspn(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-+=:,@") == strlen(s)) {
+    if (*s && strspn(s,
+                     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-+=:,@") ==
+                     strlen(s)) {
         text_append(t, s, strlen(s));
         return;
     }

@@ -1,5 +1,5 @@
-// program.h: what every program of this project has: how its threads wait, --version, and whole numbers as people write
-// them on a command line.
+// program.h: what every program of this project shares: how its threads wait, --version, and the
+// parsing of whole numbers on the command line.
 #ifndef PROGRAM_H
 #define PROGRAM_H
 
@@ -10,19 +10,21 @@
 
 // ---- How threads wait for each other ----
 
-// OpenMP's threads spin while they wait: a loop's end is microseconds away, and sleeping costs as much. But libgomp's spin
-// for milliseconds, and libomp's for 200 ms: where other programs want the cores too, they spin in the way of the very
-// thread that they wait for, and steps take ten times as long and more (dev/bench/SPEED.md). So, unless the user has chosen by
-// one of these variables, they spin briefly and then sleep.
-#define PROGRAM_GOMP_SPIN    "1000"                      // rounds of libgomp's loop (dev/bench/SPEED.md)
-#define PROGRAM_KMP_MILLIS   "1"                         // of libomp
+// OpenMP threads spin while they wait: the end of a loop is microseconds away, and sleeping costs
+// as much. But libgomp spins for milliseconds and libomp for 200 ms: if other programs need the
+// cores, waiting threads block the very thread that they wait for, and steps take ten times as long
+// or more (dev/bench/SPEED.md). So, unless the user has set one of these variables, threads spin
+// briefly and then sleep.
+#define PROGRAM_GOMP_SPIN    "1000"                      // iterations of libgomp's loop
+                                                         // (dev/bench/SPEED.md)
+#define PROGRAM_KMP_MILLIS   "1"                         // for libomp
 
 static inline int program_wait_is_chosen(void) {
     return getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT") || getenv("KMP_BLOCKTIME");
 }
 
-// Replaces this process by the same program with the same arguments, number and files. Returns only if it cannot, as
-// where a loader or an emulator that was started by hand runs the program, so that the kernel knows another one.
+// Re-executes this program with the same arguments, pid and files. Returns only on failure, e.g. if
+// the program was started through a loader or emulator, so that the kernel knows a different one.
 static inline void program_again(char **argv) {
 #ifdef __linux__
     char path[4096];
@@ -35,10 +37,11 @@ static inline void program_again(char **argv) {
 #endif
 }
 
-// Call it first in main. libomp reads its variable when the first threads start, libgomp before main: so the program
-// starts itself again, once, since then the variable is set. A debugger that minds sets GOMP_SPINCOUNT.
+// Call it first in main. libomp reads its variable when the first threads start, but libgomp before
+// main, so the program re-executes itself once with the variable set. Set GOMP_SPINCOUNT to avoid
+// that under a debugger.
 static inline void program_begin(char **argv) {
-#if defined _OPENMP && !defined CUDA_BUILD              // what the GPU waits for is no thread
+#if defined _OPENMP && !defined CUDA_BUILD              // waiting for a GPU involves no threads
     if (program_wait_is_chosen()) return;
 #ifdef __clang__
     setenv("KMP_BLOCKTIME", PROGRAM_KMP_MILLIS, 0);
@@ -57,7 +60,7 @@ static inline void program_begin(char **argv) {
 
 #define PROGRAM_VERSION "0.1.0"
 
-// The Makefile says from which commit it compiles: -DCOMMIT=1a2b3c4, without quotes.
+// The Makefile passes the commit: -DCOMMIT=1a2b3c4, without quotes.
 #define PROGRAM_QUOTED(word) #word
 #define PROGRAM_TEXT(word)   PROGRAM_QUOTED(word)
 #ifdef COMMIT
@@ -72,9 +75,10 @@ static inline void program_begin(char **argv) {
 #define PROGRAM_COMPILER "gcc " __VERSION__
 #endif
 
-// Appends what --version prints. `engine` is the name of what computes; NULL: the program computes nothing.
+// Appends the text of --version. `engine` is the engine's name; NULL: the program does not compute.
 static inline void program_version(Text *out, const char *name, const char *engine) {
-    text_printf(out, "%s (droppath.c) " PROGRAM_VERSION "\ncommit:   " PROGRAM_COMMIT "\ncompiler: " PROGRAM_COMPILER "\n"
+    text_printf(out, "%s (droppath.c) " PROGRAM_VERSION "\ncommit:   " PROGRAM_COMMIT
+                "\ncompiler: " PROGRAM_COMPILER "\n"
                 "engine:   %s\n", name, engine ? engine : "none");
 }
 
@@ -82,7 +86,7 @@ static inline void program_version(Text *out, const char *name, const char *engi
 
 enum { WHOLE_OK, WHOLE_WRONG, WHOLE_TOO_LARGE };
 
-// The decimal digits at *s, appended to *digits, which stays below 2^64 - 1 or becomes that. Returns how many there are.
+// Appends the decimal digits at *s to *digits, saturating at 2^64 - 1. Returns how many there are.
 static inline int whole_digits(const char **s, uint64_t *digits) {
     const char *begin = *s;
     for (; **s >= '0' && **s <= '9'; (*s)++) {
@@ -92,8 +96,8 @@ static inline int whole_digits(const char **s, uint64_t *digits) {
     return (int)(*s - begin);
 }
 
-// Reads a whole number: "1000", or in scientific notation, "1e3" or "2.5e6", if that is exact.
-// Returns WHOLE_OK, WHOLE_WRONG (not the text of a whole number) or WHOLE_TOO_LARGE (for 64 bits).
+// Parses a whole number: "1000", or in scientific notation "1e3" or "2.5e6", if exact. Returns
+// WHOLE_OK, WHOLE_WRONG (not a whole number) or WHOLE_TOO_LARGE (for 64 bits).
 static inline int whole_read(int64_t *value, const char *text) {
     const char *s = text + (*text == '-' || *text == '+');
     const uint64_t limit = (uint64_t)INT64_MAX + (*text == '-');
@@ -107,7 +111,7 @@ static inline int whole_read(int64_t *value, const char *text) {
     }
     if (!digits || *s || (point && !scientific)) return WHOLE_WRONG;
     if (v == UINT64_MAX) return WHOLE_TOO_LARGE;
-    if (exponent > 1000) exponent = 1000;                // as good as any that is larger
+    if (exponent > 1000) exponent = 1000;                // larger ones have the same result
     int64_t zeros = (down ? -(int64_t)exponent : (int64_t)exponent) - decimals;
     for (; v && zeros < 0; zeros++, v /= 10)
         if (v % 10) return WHOLE_WRONG;

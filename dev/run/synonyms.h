@@ -1,18 +1,18 @@
-// synonyms.h: what other training programs call the options of this project's programs. An unknown
-// option is looked up here before the nearest name by spelling. The names are those of nanoGPT,
-// transformers (TrainingArguments), Megatron-LM, LitGPT, timm and fairseq; those of one letter or two
-// are llm.c's (train_gpt2cu).
+// synonyms.h: what other training programs call this project's options. An unknown option is looked
+// up here before the nearest spelling is suggested. The names come from nanoGPT, transformers
+// (TrainingArguments), Megatron-LM, LitGPT, timm and fairseq; those of one or two letters are
+// llm.c's (train_gpt2cu).
 //
-// No synonym is accepted: its unit, or what it rests on, may be another one there.
+// Synonyms are suggested, never accepted: units or meanings may differ.
 #ifndef SYNONYMS_H
 #define SYNONYMS_H
 
 typedef struct {
-    const char *ours, *note;                             // note: how its value differs, or is to be
-    const char *names;                                   // with '-', separated by blanks
+    const char *ours, *note;  // note: how the value differs, or how to give it
+    const char *names;        // with '-', separated by blanks
 } Synonym;
 
-// A name may stand in several rows: the first whose option the running program has is shown.
+// A name may be in several rows: the first whose option the running program has is suggested.
 static const Synonym synonyms[] = {
     // Drop path
     {"drop-path", "",
@@ -21,12 +21,13 @@ static const Synonym synonyms[] = {
      "layer-dropout layer-dropout-prob drop-rate"},
 
     // Beside drop path
-    {"dropout", ", or --dropout-embd, -attn and -resid apart", "dropout-rate dropout-prob dropout-p hidden-dropout-prob"},
+    {"dropout", ", or --dropout-embd, -attn and -resid individually",
+     "dropout-rate dropout-prob dropout-p hidden-dropout-prob"},
     {"dropout-embd", "", "embd-pdrop embed-dropout embedding-dropout"},
     {"dropout-attn", "", "attn-pdrop attention-dropout attn-dropout attention-probs-dropout-prob"},
     {"dropout-resid", "", "resid-pdrop resid-dropout hidden-dropout residual-dropout"},
     {"label-smoothing", "", "label-smoothing-factor smoothing"},
-    {"train-last", ", the layers that train and not those that are frozen",
+    {"train-last", ", the number of trained layers, not of frozen ones",
      "freeze-layers frozen-layers num-frozen-layers unfreeze-last trainable-layers"},
 
     // Model
@@ -89,7 +90,7 @@ static const Synonym synonyms[] = {
     {"lr-final", "", "min-lr-ratio learning-rate-decay-frac"},
     {"lr-schedule", "",
      "lr-scheduler lr-scheduler-type lr-decay-style scheduler schedule decay-lr"},
-    {"steps", ", at whose end the learning rate is --lr-final; only wsd has --lr-decay",
+    {"steps", ", after which the learning rate is --lr-final; only wsd has --lr-decay",
      "lr-decay-iters"},
     {"lr-decay", "", "lr-wsd-decay-iters cooldown cooldown-iters"},
     {"warmup", "",
@@ -124,7 +125,7 @@ static const Synonym synonyms[] = {
     {"top-p", "", "nucleus"},
     {"temperature", "", "temp"},
     {"choices", "", "hellaswag"},
-    {"choices", ", a file that data/choices.py makes", "tasks"},
+    {"choices", ", a file created by data/choices.py", "tasks"},
     {"examples", "", "limit num-examples"},
     {"json", "", "output-json"},
     {"seeds", "", "num-seeds n-seeds"},

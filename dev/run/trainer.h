@@ -1,14 +1,16 @@
-// trainer.h: the training loop, written once against engine.h. `main` is one call: trainer_main(argc, argv, engine).
+// trainer.h: the training loop, written once against engine.h. `main` is one call:
+// trainer_main(argc, argv, engine).
 //
-//   run.h         a run, opened from its options: data, model, schedules, where it starts or resumes
+//   run.h         opens a run from its options: data, model, schedules, where it starts or resumes
 //   micro.h       the micro-batches of a step: rows, drop-path plans, passes
 //   evaluation.h  the validation loss
 //   bad_steps.h   steps that are not finite
 //   output.h      config.txt and metrics.jsonl; checkpoint.h: the checkpoints
 //   console.h     what a person sees
 //
-// Several processes (comm.h) run the same loop: rank r of W has micro-batches r, r + W, ... of each step and every W-th
-// batch of an evaluation. Whatever decides something is the same bits on all of them; rank 0 alone prints and writes.
+// Several processes (comm.h) run the same loop: rank r of W runs micro-batches r, r + W, ... of
+// each step and every W-th batch of an evaluation. Everything that decisions depend on has the same
+// bits on all ranks; only rank 0 prints and writes.
 #ifndef TRAINER_H
 #define TRAINER_H
 
@@ -22,14 +24,17 @@
 
 // ---- One optimizer step ----
 
-// Takes the step, or leaves it out: then nothing changes but the counts. r->loss is known; loss: this rank's part of it.
+// Takes the step, or skips it: then only the counts change. r->loss is known; loss: this rank's
+// part of it.
 static inline void trainer_update(Trainer *tr, Metrics *r, double loss) {
     const TrainOptions *o = tr->options;
     CheckpointState *s = &tr->state;
     const double limit = spikes_limit(&s->norms, o->skip_norm_zscore);
-    const int finite = isfinite(r->loss), spike = finite && r->loss > spikes_limit(&s->losses, o->skip_loss_zscore);
+    const int finite = isfinite(r->loss), spike = finite &&
+        r->loss > spikes_limit(&s->losses, o->skip_loss_zscore);
     trainer_count_updates(tr);
-    UpdateArgs args = {r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip, tr->adamw_steps, 0,
+    UpdateArgs args = {r->lr, o->beta1, o->beta2, o->eps, o->weight_decay, o->grad_clip,
+                       tr->adamw_steps, 0,
                        spike || !finite ? -1 : isfinite(limit) ? limit : 0};
     r->grad_norm = tr->engine->update(tr->model, &args);
     const int taken = update_is_taken(&args, r->grad_norm);
@@ -43,12 +48,13 @@ static inline void trainer_update(Trainer *tr, Metrics *r, double loss) {
     for (int i = 0; taken && i <= BRANCHES * tr->config.L; i++)
         if (tr->adamw_steps[i]) s->adamw_steps[i] = tr->adamw_steps[i];
     args.discard = 1;
-    if (!taken) tr->engine->update(tr->model, &args);    // only now: what was left out can be looked at until here
+    // deferred: until here, the gradients of a skipped step can be inspected
+    if (!taken) tr->engine->update(tr->model, &args);
     spikes_add(&s->losses, r->loss);
     spikes_add(&s->norms, r->grad_norm);
 }
 
-// Step t = state.step: of M micro-batches this rank's forward and backward, one update.
+// Step t = state.step: this rank's micro-batches of M forward and backward, then one update.
 static inline Metrics trainer_step(Trainer *tr) {
     const int64_t t = tr->state.step;
     Metrics r = metrics_new();
@@ -71,7 +77,8 @@ static inline Metrics trainer_step(Trainer *tr) {
     r.loss = sum[0], tr->stop = sum[1] > 0, tr->save_now = sum[2] > 0;
     if (tr->objective.smoothing != 0) r.nll = sum[3];
     if (tr->options->record_micro) {
-        comm_sum(tr->comm, tr->micro, (size_t)tr->M);    // of each, one rank has the loss and the others 0
+        // each micro-batch's loss is on one rank, the others have 0
+        comm_sum(tr->comm, tr->micro, (size_t)tr->M);
         r.micro = tr->micro, r.micros = tr->M;
     }
     r.lr = schedule_lr(&tr->schedule, t);
@@ -87,22 +94,25 @@ static inline Metrics trainer_step(Trainer *tr) {
 
 // ---- The loop ----
 
-// Runs in several processes that take turns, so that what disturbs the machine disturbs them alike (compare): a run
-// waits for a byte on `go`, works for about `seconds`, and writes a byte to `done`. `until` starts at 0. `peak` is
-// memory that the runs share, or NULL: the first of them stores the measured peak in it, so that mfu means the same in all.
+// For compare: runs in several processes take turns, so that disturbances of the machine affect
+// them alike. A run waits for a byte on `go`, works for about `seconds`, and writes a byte to
+// `done`. `until` starts at 0. `peak` is memory shared by the runs, or NULL: the first of them
+// stores the measured peak in it, so that mfu means the same in all.
 typedef struct { const char *label; int go, done; double seconds, until, *peak; } TrainerTurn;
 
-// Between two steps: ends the turn if its time is over, and waits for the next one.
+// Between two steps: ends the turn if its time is up, and waits for the next one.
 static inline void trainer_take_turn(TrainerTurn *turn) {
     char byte = 0;
     if (!turn || clock_seconds() < turn->until) return;
     const int first = turn->until == 0;
-    if ((!first && write(turn->done, &byte, 1) != 1) || read(turn->go, &byte, 1) != 1) exit(1);   // nobody gives turns
+    // the other end is closed
+    if ((!first && write(turn->done, &byte, 1) != 1) || read(turn->go, &byte, 1) != 1) exit(1);
     turn->until = clock_seconds() + turn->seconds;
 }
 
 // What rank 0 does after a step: metrics, the console, a sample.
-static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *turn, int first, double seconds_left) {
+static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *turn, int first,
+                                  double seconds_left) {
     const TrainOptions *o = tr->options;
     const int64_t step = tr->state.step;
     char *map = (char *)xcalloc((size_t)tr->config.L + 1, 1);
@@ -113,43 +123,51 @@ static inline void trainer_report(Trainer *tr, Metrics *r, const TrainerTurn *tu
         metrics_print(r, turn ? turn->label : "", (double)tr->steps, map, seconds_left);
     if (o->sample_every && trainer_due(o->sample_every, step, tr->steps)) trainer_sample(tr);
     if (ferror(stdout) && !tr->console_lost++)
-        warn("standard output cannot be written: the run goes on, and %s/metrics.jsonl has its numbers", o->out);
+        warn("standard output cannot be written: the run continues, recorded in %s/metrics.jsonl",
+             o->out);
     free(map);
 }
 
-// What a failed save means: a warning, if another one follows. ends: as trainer_watch says.
+// Reports a failed save: a warning if there will be another one. ends: as in trainer_watch.
 static inline void trainer_save_failed(const Trainer *tr, const char *error, int last, int ends) {
     const char *kept = tr->whole ? tr->whole : "none yet";
     if (ends) message("error", "step %lld: %s", (long long)tr->state.step, error);
     else if (last)
-        message("error", "step %lld is not saved: %s\n  hint: --resume continues from the last whole checkpoint: %s",
-                (long long)tr->state.step, error, kept);
+        message("error", "step %lld is not saved: %s\n  hint: --resume continues from the last "
+                "complete checkpoint: %s", (long long)tr->state.step, error, kept);
     else
-        warn("step %lld is not saved: %s\n  hint: the run goes on to the next save; the last whole checkpoint: %s",
-             (long long)tr->state.step, error, kept);
+        warn("step %lld is not saved: %s\n  hint: the run continues to the next save; the last "
+             "complete checkpoint: %s", (long long)tr->state.step, error, kept);
 }
 
-// Rank 0 writes a checkpoint; where each rank has a share of the moments, all take part. If it cannot be written and the run
-// is to end, or has come to its end, all ranks exit with code 1. Weights or moments that are not finite, which a huge learning rate can
-// make out of finite gradients, end the run with code 3: no step mends them. In a row of steps that were not finite no older
-// checkpoint gives way: it may be the last that is good.
+// Rank 0 writes a checkpoint; if each rank holds a share of the moments, all take part. If it
+// cannot be written and the run is ending, all ranks exit with code 1. Weights or moments that are
+// not finite, which a huge learning rate can produce from finite gradients, end the run with code
+// 3, since no further step can repair them. During a series of non-finite steps no older checkpoint
+// is pruned: it may be the last good one.
 static inline void trainer_save(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
     char *error = NULL, *bad = NULL, *lost;
     int ends = 0;
     if (tr->rank == 0) error = trainer_watch(tr, &ends);
-    if (tr->rank == 0 && !error) error = metrics_file_sync(&tr->metrics);  // no checkpoint is ahead of its metrics
-    if (tr->rank == 0 && !error) error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state, &bad);
-    else if (tr->rank == 0 || o->zero) checkpoint_attend(tr->engine, tr->model, &tr->config, tr->drop.frozen, &bad);
-    if (tr->rank == 0 && !ends && (lost = trainer_watch(tr, &ends)) != NULL) {   // it may have happened meanwhile
+    // metrics are synced before each checkpoint
+    if (tr->rank == 0 && !error) error = metrics_file_sync(&tr->metrics);
+    if (tr->rank == 0 && !error)
+        error = checkpoint_try_save(o->out, tr->engine, tr->model, &tr->config, &tr->state, &bad);
+    else if (tr->rank == 0 || o->zero)
+        checkpoint_attend(tr->engine, tr->model, &tr->config, tr->drop.frozen, &bad);
+    // it may have happened in the meantime
+    if (tr->rank == 0 && !ends && (lost = trainer_watch(tr, &ends)) != NULL) {
         free(error);
         error = lost;
     }
     int outcome[3] = {error != NULL, bad != NULL, ends};
     comm_broadcast(tr->comm, outcome, sizeof outcome);
     if (outcome[1])
-        trainer_give_up(tr, xprintf("step %lld has made numbers that are not finite, first of %s, so it is not saved",
+        trainer_give_up(tr,
+                        xprintf("step %lld has made numbers that are not finite, first of %s, so "
+                                "it is not saved",
                                     (long long)tr->state.step, bad ? bad : ""));
     if (error) trainer_save_failed(tr, error, last, ends);
     else if (tr->rank == 0) {
@@ -163,21 +181,23 @@ static inline void trainer_save(Trainer *tr) {
     exit(1);
 }
 
-// The last words of a run that a signal has ended.
+// The final message of a run that a signal has ended.
 static inline void trainer_stopped(const Trainer *tr) {
     if (tr->rank == 0)
-        printf("stopped by %s after step %lld of %lld: %s is saved; --resume continues\n", signals_name(),
-               (long long)tr->state.step, (long long)tr->steps, tr->whole);
+        printf("stopped by %s after step %lld of %lld: %s is saved; --resume continues\n",
+               signals_name(), (long long)tr->state.step, (long long)tr->steps, tr->whole);
 }
 
-// Runs what the options say, from the step where it stands to the last. config_text is these options as config.txt;
-// program is how a user starts it; turn is NULL for a run that has the machine to itself, comm for one that is alone.
-static inline void trainer_run(const char *program, const Engine *engine, const TrainOptions *o, const char *config_text,
-                               TrainerTurn *turn, Comm *comm) {
+// Executes the options, from the current step to the last. config_text is these options as
+// config.txt; program is how a user starts it; turn is NULL for a run that has the machine to
+// itself, comm for a single process.
+static inline void trainer_run(const char *program, const Engine *engine, const TrainOptions *o,
+                               const char *config_text, TrainerTurn *turn, Comm *comm) {
     Trainer trainer, *tr = &trainer;
     Metrics again;
     signals_begin();
-    if (*o->device && !o->dry_run) die("--device predicts, and trains nothing\n  hint: add --dry-run, or leave out --device");
+    if (*o->device && !o->dry_run)
+        die("--device only predicts\n  hint: add --dry-run, or omit --device");
     if (*o->device) engine = gpu_model_engine(o->device);
     if (!o->dry_run) trainer_selfcheck(engine, o, comm);
     trainer_open(tr, engine, o, config_text, comm);
@@ -191,12 +211,13 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
         trainer_close(tr);
         return;
     }
-    if (!turn) signals_catch();                          // with turns, compare decides
+    if (!turn) signals_catch();                          // with turns, compare handles them
     const int owed = trainer_catch_up(tr, &again);
     if (tr->state.step >= tr->steps) {
         if (owed && tr->rank == 0) trainer_open_metrics(tr, tr->state.step, &again);
         free((char *)(uintptr_t)again.plan);
-        if (tr->rank == 0) printf("%s has all %lld steps already\n", o->out, (long long)tr->steps);
+        if (tr->rank == 0)
+            printf("%s has already completed all %lld steps\n", o->out, (long long)tr->steps);
         trainer_close(tr);
         return;
     }
@@ -206,7 +227,8 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
     if (o->sample_every && !tr->has_tokenizer)
         die("--sample-every needs a tokenizer\n  hint: --tokenizer FILE, see data/README.md");
     if (o->sample_every && *o->prompt && tr->tokenizer.decode_only)
-        die("--prompt: this tokenizer splits text otherwise than GPT-2's\n  hint: --sample-every without --prompt");
+        die("--prompt: this tokenizer does not split text as GPT-2's does\n  hint: --sample-every "
+            "without --prompt");
     if (turn && turn->peak && *turn->peak > 0) tr->peak_flops = *turn->peak;
     else {
         tr->peak_flops = engine->peak(tr->model, 0.2);
@@ -231,19 +253,21 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
         r.ms = 1000 * seconds;
         r.tok_per_s = (double)tr->M * tr->B * tr->T / seconds;
         r.mfu = r.flops / seconds / tr->peak_flops;
-        if (tr->has_val && !tr->stop && trainer_due(o->eval_every, step, tr->steps)) trainer_evaluate(tr, &r);
+        if (tr->has_val && !tr->stop && trainer_due(o->eval_every, step, tr->steps))
+            trainer_evaluate(tr, &r);
         if (tr->rank == 0)
-            trainer_report(tr, &r, turn, step == first + 1, busy / (double)(step - first) * (double)(tr->steps - step));
+            trainer_report(tr, &r, turn, step == first + 1,
+                           busy / (double)(step - first) * (double)(tr->steps - step));
         trainer_check_bad_steps(tr);
-        if (trainer_due(tr->state.bad_steps ? 0 : o->save_every, step, tr->steps) || tr->stop || tr->save_now ||
-            trainer_growth_due(tr))
+        if (trainer_due(tr->state.bad_steps ? 0 : o->save_every, step, tr->steps) || tr->stop ||
+            tr->save_now || trainer_growth_due(tr))
             trainer_save(tr);
     }
     if (tr->stop) trainer_stopped(tr);
     trainer_close(tr);
 }
 
-// The other processes of this run, if a launcher has started several. NULL: alone.
+// The other processes of this run, if a launcher started several. NULL: a single process.
 static inline Comm *trainer_ranks(const TrainOptions *o) {
     CommLaunch launch;
     char *error = comm_launch(&launch, o->rendezvous, o->job_token, comm_look, NULL);
@@ -251,7 +275,7 @@ static inline Comm *trainer_ranks(const TrainOptions *o) {
     return launch.world > 1 ? comm_open(&launch, &comm_times) : NULL;
 }
 
-// The whole program: reads the options, trains. Returns the exit code.
+// The whole program: parses the options and trains. Returns the exit code.
 static inline int trainer_main(int argc, char **argv, const Engine *engine) {
     TrainOptions o;
     Options options;
@@ -263,7 +287,8 @@ static inline int trainer_main(int argc, char **argv, const Engine *engine) {
     options_apply_recipe(&options, &o);
     Comm *comm = trainer_ranks(&o);
     const TrainOptions given = o;
-    o.resume = o.rendezvous = o.job_token = (char *)(uintptr_t)"";        // config.txt is of the run, however it is started
+    // config.txt describes the run, however it was started
+    o.resume = o.rendezvous = o.job_token = (char *)(uintptr_t)"";
     options_dump(&options, &config);
     o = given;
     trainer_run(argv[0], engine, &o, config.s, NULL, comm);

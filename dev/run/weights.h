@@ -1,10 +1,12 @@
 // weights.h: GPT-2 weights behind one interface, in the forms in which they are published:
 //
-//     DIR/model.safetensors                    one file, ours or Hugging Face's
-//     DIR/model.safetensors.index.json         several: {"weight_map": {"wte.weight": "model-00001-of-00002.safetensors", ...}}
-//     FILE                                     a model of llm.c
+//     DIR/model.safetensors               one file, ours or Hugging Face's
+//     DIR/model.safetensors.index.json    several files:
+//                                         {"weight_map": {"wte.weight": "model-1.safetensors",
+//                                             ...}}
+//     FILE                                an llm.c model
 //
-// Tensors are named with or without "transformer.", in F64, F32, F16 or BF16.
+// Tensor names may have the prefix "transformer."; dtypes are F64, F32, F16 or BF16.
 #ifndef WEIGHTS_H
 #define WEIGHTS_H
 
@@ -13,14 +15,14 @@
 #include "../files/safetensors.h"
 #include "../model/gpt.h"
 
-// ---- Which file has which tensor ----
+// ---- Which file contains which tensor ----
 
 typedef struct { char *tensor, *name; int file; } WeightsPlace;
 
 typedef struct {
     int n, files;
-    WeightsPlace *place;                                 // (n) ascending by tensor
-    char **file;                                         // (files) names, each once; they belong to the places
+    WeightsPlace *place;                                 // (n) in ascending order of tensor
+    char **file;                                         // (files) unique names; owned by `place`
     char error[256];
 } WeightsIndex;
 
@@ -39,10 +41,11 @@ static inline int weights_by_name(const void *a, const void *b) {
     return strcmp(((const WeightsPlace *)a)->name, ((const WeightsPlace *)b)->name);
 }
 
-// A file of the same directory: whoever made the index does not choose what else is read.
+// Only a file in the same directory is accepted: an index must not choose what else is read.
 static inline int weights_name_is_plain(const char *name) {
     const size_t n = strlen(name), tail = strlen(".safetensors");
-    return n > tail && n < 256 && *name != '.' && !strpbrk(name, "/\\") && !strcmp(name + n - tail, ".safetensors");
+    return n > tail && n < 256 && *name != '.' && !strpbrk(name, "/\\") &&
+        !strcmp(name + n - tail, ".safetensors");
 }
 
 static inline const char *weights_index_fail(WeightsIndex *x, const char *what, const char *name) {
@@ -55,7 +58,8 @@ static inline const char *weights_index_fail(WeightsIndex *x, const char *what, 
 
 static inline const char *weights_index_read(WeightsIndex *x, const Json *doc) {
     const int map = json_get(doc, 0, "weight_map");
-    if (json_type(doc, map) != JSON_OBJECT || !json_count(doc, map)) return "\"weight_map\" must name a file for each tensor";
+    if (json_type(doc, map) != JSON_OBJECT || !json_count(doc, map))
+        return "\"weight_map\" must name a file for each tensor";
     x->place = (WeightsPlace *)xcalloc((size_t)json_count(doc, map), sizeof *x->place);
     x->file = (char **)xcalloc((size_t)json_count(doc, map), sizeof *x->file);
     for (int k = json_first(doc, map); k >= 0; k = json_next(doc, k)) {
@@ -63,13 +67,16 @@ static inline const char *weights_index_read(WeightsIndex *x, const Json *doc) {
         place->tensor = json_string(doc, k, NULL);
         place->name = json_string(doc, k + 1, NULL);
         if (!place->tensor) return "a tensor's name contains a NUL";
-        if (!place->name) return weights_index_fail(x, "a tensor's file must be a string", place->tensor);
+        if (!place->name)
+            return weights_index_fail(x, "a tensor's file must be a string", place->tensor);
         if (!weights_name_is_plain(place->name))
-            return weights_index_fail(x, "not the name of a .safetensors file in the same directory", place->name);
+            return weights_index_fail(x, "not the name of a .safetensors file in the same "
+                                      "directory", place->name);
     }
     qsort(x->place, (size_t)x->n, sizeof *x->place, weights_by_name);
     for (int i = 0; i < x->n; i++) {
-        if (!i || weights_by_name(&x->place[i - 1], &x->place[i])) x->file[x->files++] = x->place[i].name;
+        if (!i || weights_by_name(&x->place[i - 1], &x->place[i]))
+            x->file[x->files++] = x->place[i].name;
         x->place[i].file = x->files - 1;
     }
     qsort(x->place, (size_t)x->n, sizeof *x->place, weights_by_tensor);
@@ -79,8 +86,8 @@ static inline const char *weights_index_read(WeightsIndex *x, const Json *doc) {
     return NULL;
 }
 
-// Reads a model.safetensors.index.json of `size` bytes at mem, and keeps no pointer into it. Returns NULL, or what is wrong
-// (the message may live in *x; there is nothing to free then).
+// Parses a model.safetensors.index.json of `size` bytes at mem and keeps no pointer into it.
+// Returns NULL, or what is wrong (the message may be stored in *x; nothing needs to be freed).
 static inline const char *weights_index_parse(WeightsIndex *x, const void *mem, size_t size) {
     Json doc;
     memset(x, 0, sizeof *x);
@@ -95,10 +102,11 @@ static inline const char *weights_index_parse(WeightsIndex *x, const void *mem, 
     return error;
 }
 
-// The place of that tensor, or NULL.
+// The entry of that tensor, or NULL.
 static inline const WeightsPlace *weights_index_find(const WeightsIndex *x, const char *tensor) {
     WeightsPlace key = {(char *)(uintptr_t)tensor, NULL, 0};
-    return (const WeightsPlace *)(x->n ? bsearch(&key, x->place, (size_t)x->n, sizeof key, weights_by_tensor) : NULL);
+    return (const WeightsPlace *)(x->n ? bsearch(&key, x->place, (size_t)x->n, sizeof key,
+                                                 weights_by_tensor) : NULL);
 }
 
 // ---- Opening ----
@@ -109,7 +117,7 @@ typedef struct {
     char *path;                                          // for messages
     int files;
     WeightsFile *file;                                   // (files)
-    WeightsIndex index;                                  // empty where one file has all
+    WeightsIndex index;                                  // empty if one file holds everything
     LlmcModel llmc;                                      // data NULL: safetensors
     const char *prefix;                                  // "transformer." or ""
 } Weights;
@@ -119,7 +127,8 @@ static inline void weights_add_file(Weights *w, char *path, const char *hint) {
     f->path = path;
     const char *error = file_map(&f->map, path);
     if (error) die("cannot read %s: %s\n  hint: %s", path, error, hint);
-    if ((error = safetensors_parse(&f->tensors, f->map.data, f->map.size))) die("%s: %s", path, error);
+    if ((error = safetensors_parse(&f->tensors, f->map.data, f->map.size)))
+        die("%s: %s", path, error);
 }
 
 // Opens one safetensors file.
@@ -135,10 +144,12 @@ static inline void weights_open_llmc(Weights *w) {
     w->file = (WeightsFile *)xcalloc(1, sizeof *w->file);
     w->file[w->files++].path = xstrdup(w->path);
     const char *error = file_map(&w->file->map, w->path);
-    if (error) die("cannot read %s: %s\n  hint: name a checkpoint's directory or a model of llm.c", w->path, error);
-    if ((error = llmc_model_parse(&w->llmc, w->file->map.data, w->file->map.size)))
-        die("%s: %s\n  hint: a file must be a model of llm.c; a checkpoint of ours or of Hugging Face is a directory", w->path,
+    if (error)
+        die("cannot read %s: %s\n  hint: name a checkpoint directory or an llm.c model", w->path,
             error);
+    if ((error = llmc_model_parse(&w->llmc, w->file->map.data, w->file->map.size)))
+        die("%s: %s\n  hint: a file must be an llm.c model; our and Hugging Face's checkpoints are "
+            "directories", w->path, error);
 }
 
 static inline void weights_open_shards(Weights *w, const char *index) {
@@ -150,20 +161,24 @@ static inline void weights_open_shards(Weights *w, const char *index) {
     w->file = (WeightsFile *)xcalloc((size_t)w->index.files, sizeof *w->file);
     for (int i = 0; i < w->index.files; i++)
         weights_add_file(w, xprintf("%s/%s", w->path, w->index.file[i]),
-                         "model.safetensors.index.json names it: was the model downloaded whole?");
+                         "model.safetensors.index.json names it: was the model downloaded "
+                         "completely?");
 }
 
 // The tensor of that full name, or NULL.
 static inline const SafetensorsEntry *weights_find(const Weights *w, const char *name) {
     if (!w->index.n) return safetensors_find(&w->file[0].tensors, name);
     const WeightsPlace *place = weights_index_find(&w->index, name);
-    const SafetensorsEntry *t = place ? safetensors_find(&w->file[place->file].tensors, name) : NULL;
+    const SafetensorsEntry *t = place ? safetensors_find(&w->file[place->file].tensors, name)
+        : NULL;
     if (place && !t)
-        die("%s has no tensor %s\n  hint: model.safetensors.index.json says that it has", w->file[place->file].path, name);
+        die("%s has no tensor %s\n  hint: model.safetensors.index.json lists it there",
+            w->file[place->file].path, name);
     return t;
 }
 
-// Opens the weights of a checkpoint: a directory, or a file of llm.c. Dies with the reason. End with weights_close.
+// Opens a checkpoint's weights: a directory, or an llm.c file. Dies with the reason. Close with
+// weights_close.
 static inline void weights_open(Weights *w, const char *path) {
     char *one = xprintf("%s/model.safetensors", path), *index = xprintf("%s.index.json", one);
     char *pickle = xprintf("%s/pytorch_model.bin", path);
@@ -175,10 +190,12 @@ static inline void weights_open(Weights *w, const char *path) {
     else {
         w->file = (WeightsFile *)xcalloc(1, sizeof *w->file);
         weights_add_file(w, xstrdup(one), path_exists(pickle)
-                         ? "pytorch_model.bin is not read: let transformers load it and save_pretrained() it as safetensors"
+                         ? "pytorch_model.bin is not supported: load it in transformers and "
+                         "save_pretrained() as safetensors"
                          : "a checkpoint is a directory with config.json and model.safetensors");
     }
-    if (!w->llmc.data && (weights_find(w, "transformer.wte.weight") || weights_find(w, "transformer.wpe.weight")))
+    if (!w->llmc.data && (weights_find(w, "transformer.wte.weight") ||
+                          weights_find(w, "transformer.wpe.weight")))
         w->prefix = "transformer.";
     free(one), free(index), free(pickle);
 }
@@ -195,51 +212,60 @@ static inline void weights_close(Weights *w) {
 
 // ---- Reading ----
 
-// The name of the head, which is the token embedding: of the two names of one tensor, safetensors' saving of tied tensors may
-// have kept this one.
+// The name of the head, which is the token embedding: when saving tied tensors, safetensors may
+// have kept this one of their two names.
 #define WEIGHTS_HEAD "lm_head.weight"
 
-// The tensor "<prefix><name>" of one layer's part of a parameter, in safetensors. Dies when it is missing or misshapen.
-static inline const SafetensorsEntry *weights_tensor(const Weights *w, const GptConfig *c, const char *prefix, int param,
-                                                     int layer) {
+// The tensor "<prefix><name>" of one layer of a parameter, from safetensors. Dies if it is missing
+// or has the wrong shape.
+static inline const SafetensorsEntry *weights_tensor(const Weights *w, const GptConfig *c,
+                                                     const char *prefix, int param, int layer) {
     int64_t shape[2];
     const int dims = gpt_param_shape(c, param, shape);
     char *name = gpt_param_name(param, layer), *full = xprintf("%s%s", prefix, name);
     const SafetensorsEntry *t = weights_find(w, full);
     if (!t && param == P_wte && prefix == w->prefix) t = weights_find(w, WEIGHTS_HEAD);
-    if (!t) die("%s has no tensor %s\n  hint: is it a GPT-2 of the sizes in config.json?", w->path, full);
+    if (!t)
+        die("%s has no tensor %s\n  hint: is it a GPT-2 of the sizes in config.json?", w->path,
+            full);
     if (t->ndim != dims || memcmp(t->shape, shape, (size_t)dims * sizeof *shape))
-        die("%s: %s has another shape than config.json says", w->path, full);
+        die("%s: %s does not have the shape given by config.json", w->path, full);
     free(name);
     free(full);
     return t;
 }
 
-// Dies if there is a head that is not the token embedding: a model that was trained so, whatever its config.json says.
+// Dies if there is a head that differs from the token embedding: the model was trained untied,
+// whatever its config.json says.
 static inline void weights_check_head(const Weights *w, const GptConfig *c) {
-    const SafetensorsEntry *wte = weights_tensor(w, c, w->prefix, P_wte, 0), *head = weights_find(w, WEIGHTS_HEAD);
+    const SafetensorsEntry *wte = weights_tensor(w, c, w->prefix, P_wte, 0),
+        *head = weights_find(w, WEIGHTS_HEAD);
     if (!head || head == wte) return;
-    int same = head->ndim == wte->ndim && head->count == wte->count && head->dtype <= SAFETENSORS_BF16 &&
+    int same = head->ndim == wte->ndim && head->count == wte->count &&
+        head->dtype <= SAFETENSORS_BF16 &&
                wte->dtype <= SAFETENSORS_BF16;
     if (same && (head->dtype != wte->dtype || memcmp(head->data, wte->data, wte->bytes)))
-        for (size_t i = 0; same && i < wte->count; i++) same = safetensors_real(head, i) == safetensors_real(wte, i);
+        for (size_t i = 0; same && i < wte->count; i++)
+            same = safetensors_real(head, i) == safetensors_real(wte, i);
     if (!same)
-        die("%s: " WEIGHTS_HEAD " is not the same as %s: this model's head is its own\n"
-            "  hint: here the head is the token embedding; a head that is not meant must be taken out of the file", w->path,
-            wte->name);
+        die("%s: " WEIGHTS_HEAD " differs from %s: this model has an untied head\n"
+            "  hint: only heads tied to the token embedding are supported; remove a stray head "
+            "from the file", w->path, wte->name);
 }
 
-// Dies unless every parameter of a model of sizes c is there: before memory is taken for sizes that only config.json claims.
+// Dies unless a model of sizes c has all its parameters, before memory is allocated for sizes that
+// only config.json claims.
 static inline void weights_check(const Weights *w, const GptConfig *c) {
-    if (w->llmc.data) return;                            // its parser has compared its size
+    if (w->llmc.data) return;                            // its parser has checked the size
     weights_check_head(w, c);
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) weights_tensor(w, c, w->prefix, p, l);
 }
 
-// One layer's part of a parameter of a model of sizes c, gpt_param_size() numbers, from the tensor "<prefix><its name>".
-// Dies when it is missing or misshapen.
-static inline void weights_read(const Weights *w, const GptConfig *c, const char *prefix, int param, int layer, real *host) {
+// Reads one layer of a parameter of a model of sizes c, gpt_param_size() elements, from the tensor
+// "<prefix><its name>". Dies if it is missing or has the wrong shape.
+static inline void weights_read(const Weights *w, const GptConfig *c, const char *prefix, int param,
+                                int layer, real *host) {
     if (w->llmc.data) {
         CHECK(!memcmp(c, &w->llmc.config, sizeof *c), "%s has other sizes", w->path);
         llmc_model_read(&w->llmc, param, layer, host);

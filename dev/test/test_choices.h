@@ -72,14 +72,14 @@ static void test_choices_format(void) {
 // Words that are wrong, files cut short at every byte, and every word replaced by what is likeliest to mislead.
 static void test_choices_damaged(void) {
     static const struct { int word; uint32_t value; const char *part; } cases[] = {
-        {0, 7, "example 0, at byte 1024: damaged: no example begins"}, {1, 34, "goes on after its last choice"},
+        {0, 7, "example 0, at byte 1024: damaged: no example begins"}, {1, 34, "data follow its last choice"},
         {1, 31, "size is wrong"}, {1, 4, "size is wrong"}, {1, 1000, "cut short, or its size"},
-        {2, 1, "another number"}, {3, 3, "right choice is none"},
-        {4, 1, "two choices are the fewest"}, {4, 60000, "two choices are the fewest"},
-        {4, 2, "right choice is none"}, {4, 4, "ends outside of the example"}, {5, 0, "context is empty"},
+        {2, 1, "its index is wrong"}, {3, 3, "the right choice is out of range"},
+        {4, 1, "at least two choices"}, {4, 60000, "at least two choices"},
+        {4, 2, "the right choice is out of range"}, {4, 4, "ends outside the example"}, {5, 0, "context is empty"},
         {5, 60000, "the context ends outside"},
-        {8, 0, "a choice is empty"}, {10, 60000, "ends outside of the example"}, {14, 2, "ends outside of the example"},
-        {16, 65534, "example 1, at byte 1056: damaged: no example begins"}, {18, 0, "another number"}, {26, 2, "ends outside"}};
+        {8, 0, "a choice is empty"}, {10, 60000, "ends outside the example"}, {14, 2, "ends outside the example"},
+        {16, 65534, "example 1, at byte 1056: damaged: no example begins"}, {18, 0, "its index is wrong"}, {26, 2, "ends outside"}};
     uint32_t word[28];
     size_t size;
     Choices c;
@@ -92,7 +92,7 @@ static void test_choices_damaged(void) {
         free(file);
     }
     static const struct { uint32_t version, examples, longest; const char *part; } headers[] = {
-        {1, 0, 16, "without examples"}, {1, 1, 16, "goes on after its last example"}, {1, 3, 16, "counts more examples"},
+        {1, 0, 16, "without examples"}, {1, 1, 16, "data follow the last example"}, {1, 3, 16, "counts more examples"},
         {1, 0xFFFFFFFF, 16, "counts more examples"}, {1, 2, 15, "longest example"}, {3, 2, 16, "unknown version"}};
     choices_test_words(word, 1);
     for (size_t i = 0; i < sizeof headers / sizeof headers[0]; i++) {

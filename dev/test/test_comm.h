@@ -332,11 +332,11 @@ static void test_comm_stale_file(void) {
 static void test_comm_refuses(void) {
     static const struct { TestRank ranks[4]; const char *refused, *warning; } wrong[] = {
         {{{0, 2, 0, 0, NULL}, {1, 2, 0, 400, NULL}, {1, 2, 0, 0, "another"}, {0, 0, ACT_NOT_STARTED, 0, NULL}},
-         "it has another job token", "refuses a connection from 127.0.0.1: it has another job token"},
+         "it has a different job token", "refuses a connection from 127.0.0.1: it has a different job token"},
         {{{0, 2, 0, 0, NULL}, {1, 2, 0, 400, NULL}, {1, 3, 0, 0, NULL}, {0, 0, ACT_NOT_STARTED, 0, NULL}},
          "rank 1 was started for 3 processes, rank 0 for 2", "started for 3 processes"},
-        {{{0, 3, 0, 0, NULL}, {1, 3, 0, 0, NULL}, {1, 3, 0, 300, NULL}, {2, 3, 0, 600, NULL}}, "there is a rank 1 (",
-         "there is a rank 1 ("}};
+        {{{0, 3, 0, 0, NULL}, {1, 3, 0, 0, NULL}, {1, 3, 0, 300, NULL}, {2, 3, 0, 600, NULL}}, "has already joined",
+         "has already joined"}};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         TestEnd end[COMM_TEST_MOST];
         comm_test_run(end, wrong[i].ranks, 4, comm_test_place(0), 30, 30);
@@ -368,7 +368,7 @@ static void test_comm_garbage(void) {
         _exit(told ? 0 : 1);
     }
     comm_test_run(end, ranks, 2, place, 30, 30);
-    EXPECT_END(end[0], 0, "it is no rank of this program");
+    EXPECT_END(end[0], 0, "it is not a rank of this program");
     EXPECT_END(end[1], 0, "");
     comm_test_free(end, 2);
     kill(stranger, SIGKILL);
@@ -382,8 +382,8 @@ static void test_comm_missing_rank(void) {
         TestEnd end[COMM_TEST_MOST];
         const char *place = comm_test_place(kind);
         comm_test_run(end, ranks, 3, place, 1, 30);
-        EXPECT_END(end[0], 1, "of 4 ranks, 2 did not come within 1 s: 2, 3");
-        EXPECT_END(end[1], 1, "2 did not come within 1 s: 2, 3");
+        EXPECT_END(end[0], 1, "2 of 4 ranks did not join within 1 s: 2, 3");
+        EXPECT_END(end[1], 1, "2 of 4 ranks did not join within 1 s: 2, 3");
         comm_test_free(end, 3);
         if (kind) EXPECT(rmdir(place + 4) == 0, "the rendezvous left a file: %s", strerror(errno));
         comm_test_run(end, lonely, 1, comm_test_place(kind), 1, 30);
@@ -397,8 +397,8 @@ static void test_comm_dead_rank(void) {
     static const struct { TestRank ranks[3]; int dead; const char *name, *what; } fate[] = {
         {{{0, 3, 0, 0, NULL}, {1, 3, 0, 0, NULL}, {2, 3, ACT_EXIT, 0, NULL}}, 2, "rank 2 (", "has ended without a goodbye"},
         {{{0, 3, ACT_EXIT, 0, NULL}, {1, 3, 0, 0, NULL}, {2, 3, 0, 0, NULL}}, 0, "rank 0 (", "has ended without a goodbye"},
-        {{{0, 3, 0, 0, NULL}, {1, 3, ACT_STOP, 0, NULL}, {2, 3, 0, 0, NULL}}, 1, "rank 1 (", "no sign of life for 2 s"},
-        {{{0, 3, ACT_STOP, 0, NULL}, {1, 3, 0, 0, NULL}, {2, 3, 0, 0, NULL}}, 0, "rank 0 (", "no sign of life for 2 s"}};
+        {{{0, 3, 0, 0, NULL}, {1, 3, ACT_STOP, 0, NULL}, {2, 3, 0, 0, NULL}}, 1, "rank 1 (", "no heartbeat from"},
+        {{{0, 3, ACT_STOP, 0, NULL}, {1, 3, 0, 0, NULL}, {2, 3, 0, 0, NULL}}, 0, "rank 0 (", "no heartbeat from"}};
     for (size_t i = 0; i < sizeof fate / sizeof fate[0]; i++) {
         TestEnd end[COMM_TEST_MOST];
         comm_test_run(end, fate[i].ranks, 3, comm_test_place(0), 30, 2);

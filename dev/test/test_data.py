@@ -281,7 +281,7 @@ class Tokenizers(Case):
         for parts, why in (({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, {**level, "use_regex": False}]}},
                             "splits text"), ({"pre_tokenizer": {**level, "add_prefix_space": True}}, "splits text"),
                            ({"pre_tokenizer": {**level, "use_regex": False}}, "splits text"),
-                           ({"normalizer": {"type": "NFC"}}, "normalises"), ({"ignore_merges": True}, "ignore_merges"),
+                           ({"normalizer": {"type": "NFC"}}, "normalizes"), ({"ignore_merges": True}, "ignore_merges"),
                            ({"merges": merges[::-1]}, "not in the order"),
                            ({"added": [{"id": 259, "content": "  ", "single_word": False, "lstrip": False,
                                         "rstrip": False, "normalized": False, "special": False}]}, "added tokens")):
@@ -291,7 +291,7 @@ class Tokenizers(Case):
                 self.assertEqual(struct.unpack("<5i", table[:20]), (20240328, 3, v.size, v.end_of_text, 1))
         t = self.write("t.json", v.json)
         self.prepare("--tokenizer", t, "--val", "0", self.write("a.txt", "ab"))
-        self.assertIn("note: it has added tokens, which are found in text first: build/generate shows", self.said)
+        self.assertIn("note: it has added tokens, which are matched in text first: build/generate shows", self.said)
 
     def test_byte_order_mark_of_a_tokenizer(self):
         v, table = self.changed()
@@ -319,7 +319,7 @@ class Tokenizers(Case):
         import tokenizers
         t = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "x": 1}, unk_token="</s>"))
         t.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        self.refused("encodes a character that it does not know as </s>", "--val", "0", "--tokenizer",
+        self.refused("encodes unknown characters as </s>", "--val", "0", "--tokenizer",
                      self.write("t.json", t.to_str()), self.write("a.txt", "x y"))
 
     def test_wide_tokens(self):
@@ -342,12 +342,12 @@ class Tokenizers(Case):
         for name in ("encoder.json", "vocab.bpe"):
             self.write(name, "{}")
         self.refused("is not GPT-2's", "--tokenizer", self.dir, text)
-        self.refused("pairs for 257 tokens only", "--tokenizer", "bpe", "--val", "0", "--vocab-size", "300",
+        self.refused("pairs for only 257 tokens", "--tokenizer", "bpe", "--val", "0", "--vocab-size", "300",
                      self.write("c.txt", "a"))
         self.refused("from 257 to", "--tokenizer", "bpe", "--vocab-size", "256", text)
         import tokenizers
         nameless = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str()
-        self.refused("no end-of-text token of a usual name", "--tokenizer", self.write("d.json", nameless), text)
+        self.refused("no end-of-text token with a usual name", "--tokenizer", self.write("d.json", nameless), text)
         self.refused("no token <x>", "--tokenizer", self.path("d.json"), "--end-of-text", "<x>", text)
         self.assertFalse(os.path.exists(self.path("out1")))
 
@@ -418,7 +418,7 @@ class Inputs(Case):
         self.assertEqual(self.manifest(out)["left_out"],
                          {"binary_files": 1, "empty_files": 1, "empty_documents": 0, "bad_records": 0})
         self.assertEqual(self.found("--ext", ".txt", self.path("in")), [b"text"])
-        self.refused("no text was found (left out: 0 binary files, 1 empty ones)", self.path("in/empty.txt"))
+        self.refused("no text was found (skipped: 0 binary files, 1 empty ones)", self.path("in/empty.txt"))
         out = self.prepare("--tokenizer", "bytes", "--val", "0", self.write("d.jsonl", '{"text": ""}\n\n{"text": "x"}'))
         self.assertEqual(self.documents(out, "train"), [b"x"])
         self.assertEqual(self.manifest(out)["left_out"]["empty_documents"], 1)
@@ -435,9 +435,9 @@ class Inputs(Case):
 
     def test_bad_records(self):
         good = '{"text": "ok"}\n'
-        for bad, part in (("{broken\n", "byte 15: this line is no JSON object"), ("[1]\n", "byte 15: this line is no"),
-                          ('{"text": 3}\n', 'byte 15: "text" is no text'), ('{"body": "x"}\n', 'there is no "text"'),
-                          ('{"text": "x", "text": "y"}\n', 'has "text" twice'), ("[" * 100000 + "\n", "no JSON object")):
+        for bad, part in (("{broken\n", "byte 15: this line is not a JSON object"), ("[1]\n", "byte 15: this line is not"),
+                          ('{"text": 3}\n', 'byte 15: "text" is not text'), ('{"body": "x"}\n', 'there is no "text"'),
+                          ('{"text": "x", "text": "y"}\n', 'has "text" twice'), ("[" * 100000 + "\n", "not a JSON object")):
             path = self.write("a.jsonl", good + bad + good)
             self.refused(part, "--tokenizer", "bytes", path)
             out = self.prepare("--tokenizer", "bytes", "--val", "0", "--skip-bad", path)
@@ -485,8 +485,8 @@ class Inputs(Case):
                 self.assertEqual((m["invalid_utf8"], m["left_out"]["empty_documents"]), (1, 1))
         self.assertEqual(self.found(self.write("f.json", "[]\n"), self.write("g.jsonl", '{"text": "x"}')), [b"x"])
         for bad, part in (('[{"text": "x"}', "the array is cut short"), ('[{"text": "x"} {}]', "a comma or ] is missing"),
-                          ('[{"text": "x"}] 1', "byte 16: more follows the array"), ("[" * 100000, "nested too deep"),
-                          ('[{"text": "x"}, 3]', "element 2: this element is no JSON object"),
+                          ('[{"text": "x"}] 1', "byte 16: more follows the array"), ("[" * 100000, "nested too deeply"),
+                          ('[{"text": "x"}, 3]', "element 2: this element is not a JSON object"),
                           ('[{"text": "x"}, {"story": ""}]', 'element 2: there is no "text"')):
             self.refused(part, "--tokenizer", "bytes", self.write("h.json", bad))
 
@@ -738,11 +738,11 @@ class Runs(Case):
         self.refused("holds other data already", *arguments, out=out)
         self.assertEqual(self.bits(out), before)
         self.write(os.path.join(out, "manifest.json"), "[]")
-        self.refused("manifest.json: it is no JSON object", *arguments, out=out)
+        self.refused("manifest.json: it is not a JSON object", *arguments, out=out)
         os.remove(os.path.join(out, "manifest.json"))
-        self.refused("holds train_000000.bin, which is of other data", *arguments, out=out)
+        self.refused("holds train_000000.bin, which belongs to other data", *arguments, out=out)
         self.write("other/tokenizer.bin", "x")
-        self.refused("is of another tokenizer", *arguments, out=self.path("other"))
+        self.refused("belongs to another tokenizer", *arguments, out=self.path("other"))
 
     def start(self, *arguments):
         """prepare.py in processes of its own, of units of 64 KiB, which saves after every one."""
@@ -785,7 +785,7 @@ class Runs(Case):
                 interrupted += process.returncode != 0
                 done = os.path.exists(os.path.join(out, "manifest.json"))
                 if process.returncode and end == signal.SIGINT and not done:
-                    self.assertIn("the same command goes on", said)
+                    self.assertIn("run the same command again to continue", said)
             self.assertEqual(process.returncode, 0, said)
             self.assertGreaterEqual(interrupted, 2)
             self.assertEqual(self.bits(out), self.bits(whole), f"{processes} processes, {interrupted} times")
@@ -813,7 +813,7 @@ class Runs(Case):
                     with self.subTest(before=before, retry=retry):
                         self.write("a.jsonl", good * before + bad + good)
                         out = self.path(f"out_{before}_{'_'.join(retry)}")
-                        self.refused("no JSON object", *arguments, path, out=out)
+                        self.refused("not a JSON object", *arguments, path, out=out)
                         self.assertEqual(os.path.exists(os.path.join(out, "progress.json")), before > 0)
                         want = good * before + good
                         if retry[0] == "input":
@@ -956,7 +956,7 @@ class Fetch(Hub):
         done = self.start_fetch(env, "tinystories", "--out", self.path("out"))
         handler.break_after = None
         if done.returncode:
-            self.assertIn("the same command goes on from here", done.stderr)
+            self.assertIn("run the same command again to continue", done.stderr)
             done = self.start_fetch(env, "tinystories", "--out", self.path("out"))
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertTrue(handler.ranges, "nothing was resumed")
@@ -973,7 +973,7 @@ class Fetch(Hub):
         handler.sums["sample/10BT/001_00000.parquet"] = "0" * 64
         done = self.start_fetch(env, "fineweb", "--out", self.path("out"))
         self.assertEqual(done.returncode, 1)
-        self.assertIn("001_00000.parquet is not what HuggingFaceFW/fineweb lists (by its SHA-256)", done.stderr)
+        self.assertIn("001_00000.parquet does not match the SHA-256 listed by HuggingFaceFW/fineweb", done.stderr)
         self.assertFalse(os.path.exists(self.path("down/sample/10BT/001_00000.parquet")))
         self.assertFalse(os.path.exists(self.path("out")))
         done = self.start_fetch(env, "fineweb", "--files", "1", "--val", "0.2", "--out", self.path("out"))
@@ -1004,7 +1004,7 @@ class Fetch(Hub):
         self.assertIn("has no file train-*.parquet", done.stderr)
         text = self.write("x.txt", "no")
         done = self.start_fetch(env, "tinyshakespeare", "--source", text, "--out", self.path("c"))
-        self.assertIn("is not tinyshakespeare (by its SHA-256)", done.stderr)
+        self.assertIn("is not tinyshakespeare (wrong SHA-256)", done.stderr)
 
 
 # ---- Multiple-choice questions ----
@@ -1105,27 +1105,27 @@ class Choices(Hub):
             self.assertTrue(str(caught.exception).startswith("error: "))
             self.assertFalse(os.path.exists(self.path("q.bin")))
         good = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 0}) + "\n"
-        refused("line 2: no JSON object", text=good + "{")
-        refused("element 1: no JSON object", text="[1]\n")
-        refused("line 1: no JSON object", text=b'{"context": "\xff"}\n')
+        refused("line 2: not a JSON object", text=good + "{")
+        refused("element 1: not a JSON object", text="[1]\n")
+        refused("line 1: not a JSON object", text=b'{"context": "\xff"}\n')
         for record, part in (({"context": "a"}, 'neither "endings" (HellaSwag) nor "choices"'),
                              ({"choices": ["b", "c"], "answer": 0}, "it has no 'context'"),
                              ({"context": "a", "choices": ["b", "c"]}, "it has no 'answer'"),
                              ({"context": "a", "choices": ["b", "c"], "answer": 2}, "its answer is 2, and it has 2"),
                              ({"context": "a", "choices": ["b", "c"], "answer": -1}, "its answer is -1"),
                              ({"context": "a", "choices": ["b", "c"], "answer": "0"}, "its answer a whole number"),
-                             ({"context": "a", "choices": ["b"], "answer": 0}, "two choices or more"),
-                             ({"context": "a", "choices": ["b", ""], "answer": 0}, "none of them empty"),
-                             ({"context": "a", "choices": ["b", 3], "answer": 0}, "of another type"),
-                             ({"context": 7, "choices": ["b", "c"], "answer": 0}, "of another type"),
+                             ({"context": "a", "choices": ["b"], "answer": 0}, "at least two non-empty choices"),
+                             ({"context": "a", "choices": ["b", ""], "answer": 0}, "at least two non-empty choices"),
+                             ({"context": "a", "choices": ["b", 3], "answer": 0}, "has the wrong type"),
+                             ({"context": 7, "choices": ["b", "c"], "answer": 0}, "has the wrong type"),
                              ({**ROOF, "label": ""}, "it has no label"),
                              ({**ROOF, "label": "x"}, "invalid literal"),
-                             ({**ROOF, "ctx_b": None}, "of another type")):
+                             ({**ROOF, "ctx_b": None}, "has the wrong type")):
             refused(part, text=good + json.dumps(record))
             self.assertRaisesRegex(ValueError, re.escape(part), choices.question, record, "harness")
         refused("no question was found", text="\n\n")
         refused("questions are lines of JSON", name="q.txt", text="x")
-        refused("is no Parquet that can be read", name="q.parquet", text="x")
+        refused("is not a readable Parquet file", name="q.parquet", text="x")
         refused("No such file", name="none.jsonl")
         refused("need the model's tokenizer", "--tokenizer", "bpe", text=good)
         kept = self.write("kept.bin", "x")
@@ -1146,7 +1146,7 @@ class Choices(Hub):
         self.assertEqual(len(self.convert(self.path("q.parquet"), "--tokenizer", "bytes", out=self.path("p.bin"))),
                          1024 + 2 * 16)
         pq.write_table(pa.table([["x"], ["y"]], names=["context", "context"]), self.path("q.parquet"))
-        for part, name in (("has two columns context", "q.parquet"),
+        for part, name in (("has duplicate columns context", "q.parquet"),
                            ("has context twice", self.write("r.jsonl", '{"context": "a", "context": "b"}'))):
             with self.assertRaises(SystemExit) as caught:
                 self.convert(self.path(name), "--tokenizer", "bytes", out=self.path("z.bin"))

@@ -140,7 +140,7 @@ static inline void test_gpu_model_dry_run(void) {
     tool_free(&r);
     EXPECT_REFUSED(1, "--device h1000: h100, a100 or", "--out %s/run --dry-run --device h1000", dir);
     EXPECT_REFUSED(1, "--device 0xh100: h100, a100", "--out %s/run --dry-run --device 0xh100", dir);
-    EXPECT_REFUSED(1, "--device predicts, and trains nothing", "--out %s/run --device h100", dir);
+    EXPECT_REFUSED(1, "--device only predicts", "--out %s/run --device h100", dir);
     EXPECT_REFUSED(1, "--device predicts bf16 only", "--out %s/run --dry-run --device h100 --dtype fp32", dir);
 }
 

@@ -249,7 +249,7 @@ static void test_interop_sharded_refuses(void) {
     interop_test_shards(dir, m);
     EXPECT(!unlink(second), "%s", second);
     EXPECT_EXIT(1, "model-1.safetensors", checkpoint_test_read_config, arg);
-    EXPECT_EXIT(1, "downloaded whole", checkpoint_test_read_config, arg);
+    EXPECT_EXIT(1, "downloaded completely", checkpoint_test_read_config, arg);
     interop_test_shards(dir, m);
     Text other = test_read_file(second);                 // the other shard's tensors under the wrong name
     file_write_whole(first, other.s, other.n);
@@ -262,7 +262,7 @@ static void test_interop_sharded_refuses(void) {
     EXPECT(!unlink(index), "%s", index);
     EXPECT_EXIT(1, "a checkpoint is a directory", checkpoint_test_read_config, arg);
     fclose(file_open(pickle, "wb"));
-    EXPECT_EXIT(1, "pytorch_model.bin is not read", checkpoint_test_read_config, arg);
+    EXPECT_EXIT(1, "pytorch_model.bin is not supported", checkpoint_test_read_config, arg);
     const char inner[] = "{" INTEROP_TEST_SIZES ", \"n_inner\": 8}";
     file_write_whole(config, inner, sizeof inner - 1);
     EXPECT_EXIT(1, "n_inner", checkpoint_test_read_config, arg);
@@ -321,7 +321,7 @@ static void test_interop_tokenizer_files(void) {
         {NULL, NULL, "<|endoftext|>", 1, 0}, {"{\"model\": {\"vocab\": {\"a\": 0, \"end\": 256}}}", NULL, "\"end\"", 0, 0},
         {"{\"model\": {\"vocab\": {\"a\": 257}}}", "more tokens than the model", "<|endoftext|>", 1, 0},
         {"{\"model\": 1}", "no \"model\"", "<|endoftext|>", 1, 0}, {"{", "tokenizer.json: ", NULL, 0, 1},
-        {NULL, "does not say how text is split", NULL, 0, 1}};
+        {NULL, "does not specify how text is split", NULL, 0, 1}};
     const char *dir = test_directory();
     char *ours = xprintf("%s/tokenizer.bin", dir), *json = xprintf("%s/tokenizer.json", dir), *beside = xprintf("%s/", dir);
     Tokenizer t;
@@ -527,7 +527,7 @@ static void test_init_from_llmc(void) {
     EXPECT_RUN("--layers 7 --steps 3 --init-from %s/m.bin --out %s", dir, b);
     expect_same_metrics(a, b, 0);
     EXPECT_REFUSED(1, "has 7", "--layers 6 --steps 3 --init-from %s/m.bin --out %s/c", dir, dir);
-    EXPECT_REFUSED(1, "not a model of llm.c", "--layers 7 --init-from %s/m/config.json --out %s/c", dir, dir);
+    EXPECT_REFUSED(1, "not an llm.c model", "--layers 7 --init-from %s/m/config.json --out %s/c", dir, dir);
     free(run);
 }
 

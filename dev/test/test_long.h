@@ -42,8 +42,8 @@ static void long_change(void *arg) {
 static void test_shards_changed(void) {
     static const char *const part[] = {"b_000000.bin has changed since it was opened: it had 1042 bytes, now it has 1026",
                                        "b_000000.bin has changed since it was opened: it had 1042 bytes, now it has 10000",
-                                       "b_000000.bin has changed since it was opened: it was written again",
-                                       "b_000000.bin cannot be read any more: No such file", "not a regular file", ""};
+                                       "b_000000.bin has changed since it was opened: it was rewritten",
+                                       "b_000000.bin can no longer be read: No such file", "not a regular file", ""};
     for (int i = 0; i < 6; i++) {
         LongChange c = {test_directory(), i};
         for (int k = 0; k < 2; k++) {

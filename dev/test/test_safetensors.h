@@ -394,7 +394,7 @@ static void test_safetensors_misuse(void *arg) {
 static void test_safetensors_writer_checks(void) {
     static const char *const said[] = {
         "a is declared twice", "unknown dtype F33", "negative or too large", "negative or too large", "9 dimensions",
-        "the header comes first", "28 bytes for a, which lacks 24", "after the header", "tensor 2 of 2 is not complete",
+        "the header comes first", "28 bytes for a, which is missing 24", "after the header", "tensor 2 of 2 is not complete",
         "1 bytes more than were declared",
     };
     int ways = (int)(sizeof said / sizeof *said);

@@ -321,7 +321,7 @@ static void test_sample_prompt_that_cannot_be_encoded(void) {
     int *tokens = sample_prompt(&t, "", 0, 1, &count);
     EXPECT(count == 1 && tokens[0] == t.eot, "%lld tokens, the first %d", (long long)count, tokens[0]);
     free(tokens);
-    EXPECT_EXIT(1, "splits text otherwise than GPT-2's", encode_prompt, &t);
+    EXPECT_EXIT(1, "does not split text as GPT-2's does", encode_prompt, &t);
     t.decode_only = 0;
     EXPECT_EXIT(0, "", encode_prompt, &t);
     tokenizer_free(&t), text_free(&file);

@@ -85,14 +85,14 @@ static inline TestEnd strangers_meet(const TestRank *rank, const char *place, do
 static void test_strangers_as_rank_0(void) {
     static const struct { int what; double join; const char *part; } fate[] = {
         {SAYS_NOTHING, 1, "has not found rank 0 within 1 s"}, {SAYS_HALF, 1, "accepts the connection but does not answer"},
-        {SAYS_NOISE, 30, "refuses rank 1: what answers there is not rank 0 of this program"},
-        {SAYS_NONSENSE, 30, "refuses rank 1: its answer makes no sense"},
-        {SAYS_TOO_MUCH, 30, "says: what answers there is not rank 0 of this program"},
-        {JOINS_THEN_NOISE, 30, "says: what answers there is not rank 0 of this program"},
-        {JOINS_THEN_CLOSES, 30, "has gone before all ranks had come"},
-        {PROVES_NOTHING, 30, "refuses rank 1: what answers there does not know the job token"},
-        {PROVES_AN_EARLIER, 30, "refuses rank 1: what answers there does not know the job token"},
-        {PROVES_THE_GUESTS, 30, "refuses rank 1: what answers there does not know the job token"}};
+        {SAYS_NOISE, 30, "refuses rank 1: the process that answers is not rank 0 of this program"},
+        {SAYS_NONSENSE, 30, "refuses rank 1: its answer is invalid"},
+        {SAYS_TOO_MUCH, 30, "says: the process that answers is not rank 0 of this program"},
+        {JOINS_THEN_NOISE, 30, "says: the process that answers is not rank 0 of this program"},
+        {JOINS_THEN_CLOSES, 30, "disconnected before all ranks had joined"},
+        {PROVES_NOTHING, 30, "refuses rank 1: the process that answers does not know the job token"},
+        {PROVES_AN_EARLIER, 30, "refuses rank 1: the process that answers does not know the job token"},
+        {PROVES_THE_GUESTS, 30, "refuses rank 1: the process that answers does not know the job token"}};
     static const TestRank guest[1] = {{1, 2, 0, 0, NULL}};
     for (size_t i = 0; i < sizeof fate / sizeof *fate; i++) {
         const char *place = comm_test_place(0);
@@ -139,8 +139,8 @@ static void test_strangers_as_rank_1(void) {
         {SENDS_A_HUGE_LENGTH, "(kind 3, 18446744073709551608 bytes), rank 0 at 2"},
         {SENDS_NOISE, "is at exchange 4294967295"},
         {SENDS_HALF_AND_CLOSES, "rank 1 (nowhere) has ended without a goodbye"},
-        {IS_SILENT, "rank 1 (nowhere) has given no sign of life for 2 s"},
-        {TELLS_NOISE, "rank 1 (nowhere) sent what makes no sense"},
+        {IS_SILENT, "no heartbeat from rank 1 (nowhere) for 2 s"},
+        {TELLS_NOISE, "rank 1 (nowhere) sent an invalid message"},
         {TELLS_A_DEATH, "error: ????????"}};
     static const TestRank host[1] = {{0, 2, 0, 0, NULL}};
     for (size_t i = 0; i < sizeof fate / sizeof *fate; i++) {
@@ -241,7 +241,7 @@ static void test_strangers_replay(void) {
     for (int what = 0; what < SHOWS_WAYS; what++) {
         const char *place = comm_test_place(0);
         TestEnd end = strangers_meet(host, place, 30, 30, strangers_listener, place, what);
-        EXPECT_END(end, 0, "refuses a connection from 127.0.0.1: it has another job token");
+        EXPECT_END(end, 0, "refuses a connection from 127.0.0.1: it has a different job token");
         comm_test_free(&end, 1);
     }
 }
@@ -296,7 +296,7 @@ static void test_strangers_held_up(void) {
 // The file of a rendezvous names addresses in numbers: a name in it is not looked up, and a file of any size is not read.
 static void test_strangers_write_the_file(void) {
     static const TestRank guest[1] = {{1, 2, 0, 0, NULL}};
-    static const char *const parts[2] = {"does rank 0 run", "it is too long for a rendezvous"};
+    static const char *const parts[2] = {"is rank 0 running", "it is too long for a rendezvous"};
     char token[SHA256_HEX];
     sha256_hex(token, "the job", 7);
     for (int i = 0; i < 2; i++) {

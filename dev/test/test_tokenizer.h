@@ -197,7 +197,7 @@ static void test_tokenizer_version_3(void) {
     for (size_t size = LLMC_HEADER_BYTES; size < file.n; size += 7) expect_tokenizer_error("cut short", file.s, size);
     text_append(&file, "x", 1);
     expect_llmc_error("bytes follow", file);
-    expect_llmc_error("something unknown", make_wide_file(2, 300));
+    expect_llmc_error("unknown text-splitting flag", make_wide_file(2, 300));
     expect_llmc_error("without bytes", make_wide_file(0, 0));
     expect_llmc_error("more than 1 MiB", make_wide_file(0, (1 << 20) + 1));
 }

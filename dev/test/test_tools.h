@@ -367,8 +367,8 @@ static void test_tools_read_the_head(void) {
     }
     x[n - 1] += 1;
     tools_test_add(own, "lm_head.weight", REAL_DTYPE, shape, x, n * sizeof *x);
-    EXPECT_TOOL_REFUSES("lm_head.weight is not the same as transformer.wte.weight", "generate %s --prompt a", own);
-    EXPECT_REFUSED(1, "lm_head.weight is not the same", "--layers 0 --init-from %s --out %s/no --steps 1", own, own);
+    EXPECT_TOOL_REFUSES("lm_head.weight differs from transformer.wte.weight", "generate %s --prompt a", own);
+    EXPECT_REFUSED(1, "lm_head.weight differs", "--layers 0 --init-from %s --out %s/no --steps 1", own, own);
     free(x), free(shape);
 }
 
@@ -461,9 +461,9 @@ static void test_generate_refuses_to_approximate(void) {
     char *beside = xprintf("%s/tokenizer.json", copy);
     free(TOOL_OUTPUT("generate %s --prompt ab --tokens 3", copy));
     file_write_whole(beside, json, strlen(json));
-    EXPECT_TOOL_REFUSES("splits text otherwise than GPT-2's", "generate %s --prompt ab --tokens 3", copy);
+    EXPECT_TOOL_REFUSES("does not split text as GPT-2's does", "generate %s --prompt ab --tokens 3", copy);
     free(TOOL_OUTPUT("generate %s --prompt '' --tokens 3", copy));
-    EXPECT_REFUSED(1, "splits text otherwise than GPT-2's", "--out %s/r --steps 1 --sample-every 1 --prompt a "
+    EXPECT_REFUSED(1, "does not split text as GPT-2's does", "--out %s/r --steps 1 --sample-every 1 --prompt a "
                    "--tokenizer %s/tokenizer.bin", copy, copy);
     free(beside);
 }

@@ -487,8 +487,8 @@ static void test_trainer_mends_metrics(void) {
         {"sed -i.bak 's/\"step\": 3/\"step\": 1e300/' metrics.jsonl", "line 3: its step does not", "1 2 4 5 6 7 8 "},
         {"sed -i.bak '2s/.*/xx/' metrics.jsonl", "line 2: it is not a whole line", "1 3 4 5 6 7 8 "},
         {"head -c 900 metrics.jsonl > x; cp x metrics.jsonl", "line 3: it ends before", "1 2 7 8 "},
-        {": > metrics.jsonl", "line 1: it has no line of the checkpoint's step", "7 8 "},
-        {"rm metrics.jsonl", "is gone: it begins again with step 7", "7 8 "},
+        {": > metrics.jsonl", "line 1: it has no line for the checkpoint's step", "7 8 "},
+        {"rm metrics.jsonl", "is missing: it now starts at step 7", "7 8 "},
         {"sed -i.bak 's/\"step\": 6, .*/xx/' metrics.jsonl; echo xx >> metrics.jsonl", "line 6: it is not", "1 2 3 4 5 7 8 "},
         {"echo xx >> metrics.jsonl", "", "1 2 3 4 5 6 7 8 "}};
     EXPECT_RUN("--out %s/whole --steps 6", dir);
@@ -710,7 +710,7 @@ static void test_trainer_warns_of_a_high_rate(void) {
 
 static void test_trainer_warns_of_many_regularizers(void) {
     const char *dir = test_directory(), *three = "--drop-path 0.1 --dropout-attn 0.1 --label-smoothing 0.1";
-    EXPECT_REFUSED(0, "--drop-path 0.1, --dropout 0.1, --label-smoothing 0.1: each is strong alone", "--out %s/a --epochs 2 %s", dir,
+    EXPECT_REFUSED(0, "--drop-path 0.1, --dropout 0.1, --label-smoothing 0.1: each is strong on its own", "--out %s/a --epochs 2 %s", dir,
                    three);
     EXPECT_REFUSED(0, "no token is seen twice", "--out %s/b --steps 1 --dropout 0.05", dir);
     ToolRun quiet = trainer_test_run("--out %s/c --epochs 2 --drop-path 0.1 --dropout 0.1 --label-smoothing 0.05", dir);

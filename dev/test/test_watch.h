@@ -23,17 +23,17 @@ static void watch_expect_shell(const char *dir, const char *line) {
 // A directory that is not the run's any more: the run ends with an error, on all ranks, and what has its name stays as it is.
 static void test_watch_directory(void) {
     static const struct { const char *command, *said, *after; int ranks; } cases[] = {
-        {"mv run moved", "/moved now", "test ! -e run", 1}, {"mv run moved", "/moved now", "test ! -e run", 2},
-        {"mv run moved && cp -R moved run && cp -R run other", "/moved now", "diff -r run other", 1},
-        {"mv run moved && mkdir run", "/moved now", "rmdir run", 1},
-        {"mv run moved && : > run", "/moved now", "test ! -s run", 1},
-        {"mv run moved && ln -s moved/step_00000002 run", "/moved now", "test ! -e moved/step_00000002/step_00000004", 1},
+        {"mv run moved", "/moved\n", "test ! -e run", 1}, {"mv run moved", "/moved\n", "test ! -e run", 2},
+        {"mv run moved && cp -R moved run && cp -R run other", "/moved\n", "diff -r run other", 1},
+        {"mv run moved && mkdir run", "/moved\n", "rmdir run", 1},
+        {"mv run moved && : > run", "/moved\n", "test ! -s run", 1},
+        {"mv run moved && ln -s moved/step_00000002 run", "/moved\n", "test ! -e moved/step_00000002/step_00000004", 1},
         {"rm -r run", "removed or renamed", "test ! -e run", 1}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const char *dir = test_directory();
         ToolRun r = watch_run(dir, cases[i].ranks, cases[i].command);
         EXPECT(r.code == 1, "%s: exit code %d: %s", cases[i].command, r.code, r.err.s);
-        EXPECT(strstr(r.err.s, "/run is not this run's directory any more: ") &&
+        EXPECT(strstr(r.err.s, "/run is no longer this run's directory, which ") &&
                (strstr(r.err.s, cases[i].said) || !path_exists("/proc/self/fd")), "%s: %s", cases[i].command, r.err.s);
         tool_free(&r);
         watch_expect_shell(dir, cases[i].after);
@@ -48,8 +48,8 @@ static void test_watch_directory(void) {
 // metrics.jsonl removed or replaced: no line is lost, and what was in its place is kept.
 static void test_watch_metrics(void) {
     static const struct { const char *command, *said, *after; } cases[] = {
-        {"rm run/metrics.jsonl", "metrics.jsonl was removed: it is written again\n", "test ! -e run/metrics.jsonl.replaced"},
-        {"cp run/metrics.jsonl x && echo xx >> x && mv x run/metrics.jsonl", "metrics.jsonl was replaced: it is written again; ",
+        {"rm run/metrics.jsonl", "metrics.jsonl was removed and has been restored\n", "test ! -e run/metrics.jsonl.replaced"},
+        {"cp run/metrics.jsonl x && echo xx >> x && mv x run/metrics.jsonl", "metrics.jsonl was replaced and has been restored; ",
          "test $(wc -l < run/metrics.jsonl.replaced) = 3"},
         {"rm run/metrics.jsonl && mkdir run/metrics.jsonl", "metrics.jsonl was replaced", "rmdir run/metrics.jsonl.replaced"},
         {"rm run/metrics.jsonl && ln -s ../precious run/metrics.jsonl && : > precious", "metrics.jsonl was replaced",
@@ -95,7 +95,7 @@ static void test_watch_lock(void) {
     fault_command = xprintf("cd %s && echo >> n && case $(wc -l < n) in *1) rm run/.lock;; *3) %s/train_gpt --train '%s/data/train_*.bin' "
                             "--out run --resume 2> rival;; esac", dir, build, trainer_test_data());
     ToolRun r = fault_run((Fault){0, 4, 7, -1, 0, 1}, 1, "--out %s/run --steps 8 --save-every 2", dir);
-    EXPECT(r.code == 0 && strstr(r.err.s, "/run/.lock was removed or replaced: the run has taken the lock again"),
+    EXPECT(r.code == 0 && strstr(r.err.s, "/run/.lock was removed or replaced: the run has locked it again"),
            "exit code %d: %s", r.code, r.err.s);
     watch_expect_shell(dir, "grep -q 'in use by process' rival && test $(wc -l < run/metrics.jsonl) = 8");
     free(fault_command), tool_free(&r);

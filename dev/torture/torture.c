@@ -555,16 +555,16 @@ static void lose(const char *command, int code, const char *said, const char *un
 }
 
 static void lose_everything(void) {
-    static const char not_this[] = "run is not this run's directory any more";
+    static const char not_this[] = "run is no longer this run's directory";
     lose("mv run moved", 1, not_this, "! test -e run && mv moved run");
     lose("mv run moved && mkdir run", 1, not_this, "rmdir run && mv moved run");
     lose("mv run moved && cp -R moved run", 1, not_this, "! test -e run/step_00000004 && rm -r run && mv moved run");
     lose("cp -R run copy && rm -r run", 1, not_this, "! test -e run && mv copy run");
     lose("rm run/metrics.jsonl", 0, "metrics.jsonl was removed", ":");
     lose("cp run/metrics.jsonl x && mv x run/metrics.jsonl", 0, "metrics.jsonl was replaced", ":");
-    lose("rm run/.lock", 0, "has taken the lock again", ":");
-    lose("rm run/.lock && : > run/.lock", 0, "has taken the lock again", ":");
-    lose("rm run/.lock run/metrics.jsonl", 0, "has taken the lock again", ":");
+    lose("rm run/.lock", 0, "has locked it again", ":");
+    lose("rm run/.lock && : > run/.lock", 0, "has locked it again", ":");
+    lose("rm run/.lock run/metrics.jsonl", 0, "has locked it again", ":");
     lose("rm run/.lock && cp run/metrics.jsonl x && mv x run/metrics.jsonl", 1, "another run was started there",
          "! test -e run/step_00000004");
 }
