@@ -1,29 +1,42 @@
 #!/bin/sh
-# GPT-2 124M on 10 billion tokens of FineWeb, on one GPU or on eight, with drop path and without: does it pay?
+# GPT-2 124M on 10 billion tokens of FineWeb, on one GPU or eight, with and without drop path: does
+# it pay?
 #
-#     sh scripts/fineweb124m.sh                         one GPU
-#     GPUS=8 sh scripts/fineweb124m.sh                  eight, by scripts/launch.sh; two machines: scripts/slurm.sh
-#     SCALE=tiny sh scripts/fineweb124m.sh              the same steps on this CPU in about a minute: does all work?
+#     sh scripts/fineweb124m.sh                   one GPU
+#     GPUS=8 sh scripts/fineweb124m.sh            eight, by scripts/launch.sh; two machines:
+#                                                 scripts/slurm.sh
+#     SCALE=tiny sh scripts/fineweb124m.sh        a test: the same steps on the CPU in about a
+#                                                 minute
 #
-#   model   124.4 M parameters: 12 layers, 12 heads, 768 channels, rows of 1024 tokens, GPT-2's vocabulary of 50257
-#   data    16 micro-batches x 32 rows x 1024 tokens = 524288 tokens a step, x 18865 steps = 9.89e9 tokens, once. 28 GB of
-#           downloads and 21 GB of shards
-#   cost    797.9 MFLOPs a token (3 x 2 x (12 x 12 x 768^2 + 768 x 50257) and 3 x 12 x 2 x 768 x 1025 of attention): 7.89e18
-#           FLOPs; 3.7 % less at rate 0.1: it is 0.054 in the mean of the layers, 0.051 with the ramp, and 71 % can be dropped.
-#           At an assumed 50 % of an H100's 989 TFLOP/s: 0.62 M tokens/s, 4.4 hours a run on one GPU, 34 minutes on eight. At
-#           50 % of an A100's 312: 14 hours, 1.8 hours. That is an estimate: none of this has run on a GPU yet. (llm.c's own
-#           script for this run says 300 ms a step, 94 minutes, on eight A100)
-#   memory  a GPU has 2.2 GB of weights (4 + 2 bytes), gradients (4) and moments (8), 6.1 GB for what 32 rows keep for the
-#           backward pass (15416 bytes a token and layer), and scratch: 16 GB do; BATCH=16 where they do not
-#   result  expected without drop path: a validation loss near 3.28 or 3.29, which llm.c reports for this model, data and
-#           schedule (github.com/karpathy/llm.c, discussion 481) on its own validation shard. Ours is other text: trust the
-#           difference of the two runs, in the table at the end
+#   model   124.4 M parameters: 12 layers, 12 heads, 768 channels, rows of 1024 tokens, GPT-2's
+#           vocabulary of 50257
+#   data    16 micro-batches x 32 rows x 1024 tokens = 524288 tokens a step, x 18865 steps = 9.89e9
+#           tokens, once. 28 GB of downloads and 21 GB of shards
+#   cost    797.9 MFLOPs per token (3 x 2 x (12 x 12 x 768^2 + 768 x 50257), plus 3 x 12 x 2 x 768 x
+#           1025 for attention): 7.89e18 FLOPs; 3.7 % less at rate 0.1, whose mean over the layers
+#               is
+#           0.054, or 0.051 with the ramp, of the 71 % that can be dropped. At an assumed 50 % of an
+#           H100's 989 TFLOP/s: 0.62 M tokens/s, 4.4 hours per run on one GPU, 34 minutes on eight.
+#               At
+#           50 % of an A100's 312: 14 hours, 1.8 hours. These are estimates: none of this has run on
+#               a
+#           GPU yet. (llm.c's own script for this run takes 300 ms per step, 94 minutes, on eight
+#               A100)
+#   memory  each GPU holds 2.2 GB of weights (4 + 2 bytes), gradients (4) and moments (8), 6.1 GB
+#           saved for the backward pass by 32 rows (15416 bytes per token and layer), and scratch:
+#           16 GB suffice; otherwise use BATCH=16
+#   result  expected without drop path: a validation loss near 3.28 or 3.29, which llm.c reports for
+#           this model, data and schedule (github.com/karpathy/llm.c, discussion 481) on its own
+#           validation shard. Ours is different text: rely on the difference between the two runs,
+#               in
+#           the table at the end
 #
-# Variables: GPUS=1, SCALE=full, DROP="0 0.1" (the rates, a run each), EDU=1 (FineWeb-Edu instead), DATA=/path with shards
-# that are there already (train_*.bin and val_*.bin, or llm.c's fineweb_train_*.bin), STEPS, BATCH, OUT=runs/fineweb124m,
-# BUILD=build, PYTHON=python3, LAUNCH (instead of scripts/launch.sh, such as srun), ONLY=data (to download where there is a
-# network), TEXT=/path of the text for SCALE=tiny, and MORE for any other options of train_gpt. Interrupted, the same command
-# goes on. Python needs data/requirements.txt and scripts/requirements.txt.
+# Variables: GPUS=1, SCALE=full, DROP="0 0.1" (the rates, one run each), EDU=1 (FineWeb-Edu
+# instead), DATA=/path of existing shards (train_*.bin and val_*.bin, or llm.c's
+# fineweb_train_*.bin), STEPS, BATCH, OUT=runs/fineweb124m, BUILD=build, PYTHON=python3, LAUNCH
+# (instead of scripts/launch.sh, such as srun), ONLY=data (to download where there is a network),
+# TEXT=/path of the text for SCALE=tiny, and MORE for any other train_gpt options. If interrupted,
+# the same command continues. Python needs data/requirements.txt and scripts/requirements.txt.
 set -eu
 BUILD=${BUILD:-build}
 PYTHON=${PYTHON:-python3}
@@ -31,7 +44,8 @@ GPUS=${GPUS:-1}
 DROP=${DROP:-0 0.1}
 SCALE=${SCALE:-full}
 
-# What differs between the two sizes. The schedules are alike: 16 micro-batches a step, a warm-up of 3.7 %, down to 0.
+# The differences between the two scales. The schedules are alike: 16 micro-batches a step, a
+# warm-up of 3.7 %, decay to 0.
 case $SCALE in
     full)
         OUT=${OUT:-runs/fineweb124m}
@@ -49,7 +63,9 @@ case $SCALE in
 esac
 if [ ! -x "$program" ]; then
     echo "error: there is no $program" >&2
-    if [ "$SCALE" = full ]; then echo "  hint: make CUDA=1; without a GPU: SCALE=tiny" >&2; else echo "  hint: make" >&2; fi
+    hint='make'
+    [ "$SCALE" != full ] || hint='make CUDA=1; without a GPU: SCALE=tiny'
+    echo "  hint: $hint" >&2
     exit 1
 fi
 
@@ -57,7 +73,7 @@ fi
 
 if [ -z "${DATA:-}" ]; then
     DATA=$OUT/data
-    if [ "$SCALE" = full ]; then                         # goes on where it was interrupted
+    if [ "$SCALE" = full ]; then                         # continues where it was interrupted
         "$PYTHON" data/fetch.py fineweb ${EDU:+--edu} --sample 10BT --out "$DATA"
     elif [ ! -f "$DATA/tokenizer.bin" ]; then
         text=$(TEXT="${TEXT:-}" sh data/get_text.sh)
@@ -76,7 +92,7 @@ if [ -z "${found:-}" ]; then
 fi
 if [ "${ONLY:-}" = data ]; then exit 0; fi
 
-# ---- A run for each rate, on the same data in the same order ----
+# ---- One run per rate, on the same data in the same order ----
 
 if [ -z "${LAUNCH:-}" ] && [ "$GPUS" != 1 ]; then LAUNCH="sh scripts/launch.sh -n $GPUS"; fi
 runs=
@@ -84,13 +100,14 @@ for rate in $DROP; do
     echo
     echo "== drop path $rate, $GPUS process$([ "$GPUS" = 1 ] || echo es)"
     # shellcheck disable=SC2086  # several words
-    ${LAUNCH:-} "$program" --train "$DATA/${names}train_*.bin" --val "$DATA/${names}val_*.bin" --out "$OUT/drop$rate" \
-        --resume $model --steps "$STEPS" --warmup 3.7% --lr-final 0 --drop-path "$rate" $pace ${MORE:-}
+    ${LAUNCH:-} "$program" --train "$DATA/${names}train_*.bin" --val "$DATA/${names}val_*.bin" \
+        --out "$OUT/drop$rate" --resume $model --steps "$STEPS" --warmup 3.7% --lr-final 0 \
+        --drop-path "$rate" $pace ${MORE:-}
     runs="$runs drop$rate"
     last=$OUT/drop$rate/latest
 done
 
-# ---- Beside each other ----
+# ---- Comparison ----
 
 echo
 if [ -f "$DATA/tokenizer.bin" ]; then "$BUILD/generate" "$last" --prompt "$prompt" --tokens 100; fi

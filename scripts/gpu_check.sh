@@ -1,31 +1,37 @@
 #!/bin/sh
-# What the GPU engine does on this machine's GPU: is it right, and how fast is it beside the hardware and
-# beside PyTorch? Three calls, for machines that are lent for ten minutes at a time; each is of use alone.
+# Checks the GPU engine on this machine's GPU: correctness, and speed relative to the hardware and
+# to PyTorch. Three calls, for machines that are available for ten minutes at a time; each is useful
+# alone.
 #
-#     PART=1 scripts/gpu_check.sh       is it right: what the machine has, every test in a process of its own
-#     PART=2 scripts/gpu_check.sh       how fast: steps with more and fewer fused epilogues, kernels, PyTorch
-#     PART=3 scripts/gpu_check.sh       after repairs: whole runs, sanitizers, drop path, larger models
-#     scripts/gpu_check.sh              all three, one after the other
-#     make gpu-check-dry                the same on the emulator, tiny and slow, where there is no GPU
+#     PART=1 scripts/gpu_check.sh      correctness: what the machine has; every test in its own
+#                                      process
+#     PART=2 scripts/gpu_check.sh      speed: steps with more and fewer fused epilogues, kernels,
+#                                      PyTorch
+#     PART=3 scripts/gpu_check.sh      whole runs, sanitizers, drop path, larger models
+#     scripts/gpu_check.sh             all three, one after the other
+#     make gpu-check-dry               the same on the emulator, tiny and slow, without a GPU
 #
-# Programs that are there already are not built again. To carry them to a machine whose minutes count:
+# Existing programs are not rebuilt. To carry them to a machine whose minutes are precious:
 #
-#     make gpu-programs                 here, for compute capability 9.0, into build/gpu
-#     BUILD=build/gpu PART=1 scripts/gpu_check.sh                                             there
+#     make gpu-programs                                 here: for compute capability 9.0, in
+#                                                       build/gpu
+#     BUILD=build/gpu PART=1 scripts/gpu_check.sh       there
 #
-#   needs    an NVIDIA GPU of compute capability 8.0 or newer, its driver and cuBLASLt; to build also the
-#            CUDA Toolkit 12 or 13, a C compiler and make; about 75 GB of GPU memory for gpt2-xl (what does
-#            not fit is told, and the rest goes on). With python3 and PyTorch for CUDA also the comparison.
-#            Nothing is downloaded.
-#   cost     at most TOTAL seconds a call. Each stage has its own limit and is ended there; what is worth
-#            most comes first
-#   result   a line for each stage, a short table beside the aims for an H100, each kernel beside its
-#            bound; $OUT/gpu_check.json with everything measured, written anew after every stage, so that a
-#            call that is cut off leaves what it had; logs and JSON of the stages in $OUT. Exit code 0 if
-#            build, tests, training and sanitizers are good
+#   needs    an NVIDIA GPU of compute capability 8.0 or newer, its driver and cuBLASLt; to build,
+#            also the CUDA Toolkit 12 or 13, a C compiler and make; about 75 GB of GPU memory for
+#            gpt2-xl (what does not fit is reported, and the rest continues). For the comparison,
+#            python3 and PyTorch for CUDA. Nothing is downloaded.
+#   cost     at most TOTAL seconds per call. Each stage has its own limit, at which it is stopped;
+#            the most valuable stages come first
+#   result   one line per stage, a short table with targets for an H100, each kernel with its bound;
+#            $OUT/gpu_check.json with all measurements, rewritten after every stage, so that an
+#            interrupted call leaves its results; logs and JSON of the stages in $OUT. Exit code 0
+#                if
+#            build, tests, training and sanitizers pass
 #
-# Variables: PART=1,2,3, OUT=build/gpu_check, BUILD=build, PYTHON=python3, CUDA_HOME=/usr/local/cuda,
-# TOTAL=540 (seconds of a call), JOBS (of make, and tests at a time), ENGINE=emu (the emulator).
+# Variables: PART=1,2,3, OUT=build/gpu_check, BUILD=build, PYTHON=python3,
+# CUDA_HOME=/usr/local/cuda, TOTAL=540 (seconds per call), JOBS (for make, and concurrent tests),
+# ENGINE=emu (the emulator).
 set -u
 cd "$(dirname "$0")/.." || exit 1
 BUILD=${BUILD:-build}
@@ -40,30 +46,34 @@ PATH=$PATH:$CUDA_HOME/bin
 begun=$(date +%s)
 failed=0
 
-fail() {                                                 # what is wrong, a hint
+fail() {                                                 # message, hint
     echo "error: $1" >&2
     echo "  hint: $2" >&2
     exit 1
 }
 
-case ,$PART, in *[!1-3,]* | *[1-3][1-3]* | *,,*) fail "PART=$PART" "some of 1, 2 and 3, with commas between them" ;; esac
+case ,$PART, in *[!1-3,]* | *[1-3][1-3]* | *,,*)
+    fail "PART=$PART" "some of 1, 2 and 3, separated by commas" ;;
+esac
 part() { case ,$PART, in *,$1,*) ;; *) return 1 ;; esac; }
 
 if [ "$ENGINE" = cuda ]; then
     names="train_gpt_cuda test_gpt_cuda bench_cuda kernels_cuda data_bytes gpu_summary"
     tests=$BUILD/test_gpt_cuda bench=$BUILD/bench_cuda kernels=$BUILD/kernels_cuda
     build_args="CUDA=1 GPU_ARCH=native" steps=100
-    rounds="" few="" shape="--preset small --batch 2 --seq-len 80"     # 80: no multiple of a tile of attention
+    # 80: not a multiple of an attention tile
+    rounds="" few="" shape="--preset small --batch 2 --seq-len 80"
 else
     names="data_bytes test_gpt bench_emu kernels_emu train_gpt_emu gpu_summary"
     tests=$BUILD/test_gpt bench=$BUILD/bench_emu kernels=$BUILD/kernels_emu
     build_args="" steps=2 slower=10                      # than a GPU
     rounds="--rounds 1" few="--size 64" shape="--preset tiny --batch 2 --seq-len 16"
 fi
-# ---- Tests, each alone ----
+# ---- Tests, each in its own process ----
 
-# Runs each test that it is given in a process of its own, JOBS at a time, into tests.jsonl. A test that fails runs again
-# with products alone left to cuBLASLt: whether that helps says where the fault is.
+# Runs each given test in its own process, JOBS at a time, and records them in tests.jsonl. A test
+# that fails is repeated with cuBLASLt doing only matmuls, without fused epilogues: the result helps
+# to locate the bug.
 each_test() {
     : >"$OUT/tests.jsonl"
     # shellcheck disable=SC2016  # they are the inner shell's
@@ -73,17 +83,19 @@ each_test() {
         timeout -k 5 "$limit" "$tests" "$name" >"$out/test_$name.log" 2>&1 </dev/null
         status=$?
         if [ $status -ne 0 ]; then
-            DROPPATH_GEMM_EPILOGUE=0 timeout -k 5 "$limit" "$tests" "$name" >"$out/test_${name}_plain.log" 2>&1 </dev/null
+            DROPPATH_GEMM_EPILOGUE=0 timeout -k 5 "$limit" "$tests" "$name" \
+                >"$out/test_${name}_plain.log" 2>&1 </dev/null
             plain=", \"plain\": $?"
         fi
         printf "{\"test\": \"%s\", \"status\": %d%s, \"seconds\": %d}\n" "$name" $status "$plain" \
             $(($(date +%s) - from)) >>"$out/tests.jsonl"
         ' each "$tests" "$OUT" $((60 * ${slower:-1}))
     awk '/"status": 0[,}]/ { passed++; next } { failed++; print }
-         END { printf "%d passed, %d failed\n", passed, failed; exit failed > 0 }' "$OUT/tests.jsonl"
+         END { printf "%d passed, %d failed\n", passed, failed; exit failed > 0 }' \
+        "$OUT/tests.jsonl"
 }
 
-# As a stage calls it: `timeout` runs programs, and this script is one.
+# Called by a stage: `timeout` runs programs, and this script is one.
 if [ "${1:-}" = each_test ]; then
     shift
     each_test "$@"
@@ -96,19 +108,22 @@ mkdir -p "$OUT" || fail "cannot make $OUT" "set OUT to a folder that can be writ
 if part 1; then rm -f "$OUT"/*.log "$OUT"/*.json "$OUT"/*.jsonl; fi
 touch "$OUT/stages.jsonl" || fail "cannot write in $OUT" "set OUT to a folder that can be written"
 
-# The table of all there is so far, and $OUT/gpu_check.json. Whatever ends a call, that file is whole.
+# Prints the table so far and writes $OUT/gpu_check.json, which is complete however a call ends.
 report() {
     [ -x "$BUILD/gpu_summary" ] || return 0
-    "$BUILD/gpu_summary" "$OUT" "$OUT/gpu_check.new" && mv "$OUT/gpu_check.new" "$OUT/gpu_check.json"
+    "$BUILD/gpu_summary" "$OUT" "$OUT/gpu_check.new" &&
+        mv "$OUT/gpu_check.new" "$OUT/gpu_check.json"
 }
 
 # ---- Stages ----
 
 record() {                                               # stage, status, seconds, note
     note=$(printf '%s' "$4" | LC_ALL=C tr -cd '[:alnum:] .,:%()/_=+-' | cut -c 1-90)
-    grep -v "^{\"stage\": \"$1\"," "$OUT/stages.jsonl" >"$OUT/stages.new"           # of an earlier call
+    # from an earlier call
+    grep -v "^{\"stage\": \"$1\"," "$OUT/stages.jsonl" >"$OUT/stages.new"
     mv "$OUT/stages.new" "$OUT/stages.jsonl"
-    printf '{"stage": "%s", "status": "%s", "seconds": %d, "note": "%s"}\n' "$1" "$2" "$3" "$note" >>"$OUT/stages.jsonl"
+    printf '{"stage": "%s", "status": "%s", "seconds": %d, "note": "%s"}\n' \
+        "$1" "$2" "$3" "$note" >>"$OUT/stages.jsonl"
     printf '   %s, %d s%s\n' "$2" "$3" "${note:+: $note}"
     report >/dev/null 2>&1
 }
@@ -118,8 +133,8 @@ skip() {                                                 # stage, why
     record "$1" skipped 0 "$2"
 }
 
-# Runs a command for at most its limit, and not beyond TOTAL. Its output goes to a log, whose last lines are shown if it
-# fails. Returns 0, 1 when it failed, 2 when it was skipped.
+# Runs a command for at most its limit, and not beyond TOTAL. Its output goes to a log, whose last
+# lines are shown if it fails. Returns 0, 1 if it failed, 2 if it was skipped.
 stage() {                                                # stage, limit in seconds, command ...
     name=$1 limit=$(($2 * ${slower:-1}))
     shift 2
@@ -134,7 +149,8 @@ stage() {                                                # stage, limit in secon
     timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1 </dev/null
     status=$?
     seconds=$(($(date +%s) - from))
-    note=$(grep -E '^[0-9]+ passed, [0-9]+ failed$|ERROR SUMMARY|RACECHECK SUMMARY|^error:' "$OUT/$name.log" | tail -n 1)
+    note=$(grep -E '^[0-9]+ passed, [0-9]+ failed$|ERROR SUMMARY|RACECHECK SUMMARY|^error:' \
+        "$OUT/$name.log" | tail -n 1)
     case $status in
         0) record "$name" ok $seconds "$note"; return 0 ;;
         124 | 137) record "$name" "out of time" $seconds "limit $limit s" ;;
@@ -144,32 +160,40 @@ stage() {                                                # stage, limit in secon
     return 1
 }
 
-must() {                                                 # its failure is the check's, unless it was skipped
+must() {                                                 # its failure fails the check, unless it
+                                                         # was skipped
     stage "$@"
     [ $? -ne 1 ] || failed=1
 }
 
-show() { sed -n '/^$/,/^also in/p' "$OUT/$1.log" | grep -v '^also in'; }     # a benchmark's tables
+# the tables of a benchmark
+show() { sed -n '/^$/,/^also in/p' "$OUT/$1.log" | grep -v '^also in'; }
 
 # ---- The machine ----
 
 has() { command -v "$1" 2>/dev/null || echo none; }
 
-# The first file of that name in the places where toolkits and PyTorch's packages put it, or none.
+# The first file with that name in the places where toolkits and PyTorch's packages install it, or
+# nothing.
 place() {
     site=$("$PYTHON" -c 'import site; print(site.getsitepackages()[0])' 2>/dev/null)
-    for dir in "$CUDA_HOME/lib64" "$CUDA_HOME/include" "$CUDA_HOME"/targets/*/lib "$CUDA_HOME"/targets/*/include \
-        /usr/lib/x86_64-linux-gnu /usr/lib64 /usr/include "${site:-/none}"/nvidia/*/lib "${site:-/none}"/nvidia/*/include; do
+    for dir in "$CUDA_HOME/lib64" "$CUDA_HOME/include" "$CUDA_HOME"/targets/*/lib \
+        "$CUDA_HOME"/targets/*/include /usr/lib/x86_64-linux-gnu /usr/lib64 /usr/include \
+        "${site:-/none}"/nvidia/*/lib "${site:-/none}"/nvidia/*/include; do
         for file in "$dir/$1"*; do [ -f "$file" ] && echo "$file" && return; done
     done
     echo none
 }
 
-torch_version() { "$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.is_available())' 2>/dev/null || echo none; }
+torch_version() {
+    "$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.is_available())' 2>/dev/null ||
+        echo none
+}
 
 machine() {
     if [ "$ENGINE" = cuda ]; then
-        echo "GPU:         $(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>&1 | head -n 4)"
+        echo "GPU:         $(nvidia-smi --query-gpu=name,memory.total,driver_version \
+            --format=csv,noheader 2>&1 | head -n 4)"
         echo "toolkit:     $(nvcc --version 2>/dev/null | sed -n 's/.*release/CUDA/p')"
     fi
     echo "cublasLt.h:  $(place cublasLt.h)"
@@ -178,7 +202,8 @@ machine() {
     echo "libnccl:     $(place libnccl.so)"
     echo "Python:      $("$PYTHON" --version 2>&1); PyTorch $(torch_version)"
     for tool in compute-sanitizer ncu nsys; do echo "$tool: $(has $tool)"; done
-    echo "host:        $(getconf _NPROCESSORS_ONLN) cores, $(uname -sr), $(${CC:-cc} --version 2>/dev/null | head -n 1)"
+    compiler=$(${CC:-cc} --version 2>/dev/null | head -n 1)
+    echo "host:        $(getconf _NPROCESSORS_ONLN) cores, $(uname -sr), $compiler"
 }
 
 machine >"$OUT/machine.log" 2>&1
@@ -189,24 +214,25 @@ awk 'BEGIN { printf "{" }
      END { print "}" }' "$OUT/machine.log" >"$OUT/machine.json"
 if [ "$ENGINE" = cuda ]; then
     nvidia-smi -L 2>/dev/null | grep -q GPU ||
-        fail "no NVIDIA GPU: nvidia-smi lists none" "make gpu-check-dry runs all of this on an emulator, without a GPU"
+        fail "no NVIDIA GPU: nvidia-smi lists none" \
+            "make gpu-check-dry runs all of this on an emulator, without a GPU"
     libraries=$(dirname "$(place libcublasLt.so)"):$(dirname "$(place libnccl.so)")
     export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries"
 fi
 
-# Only what is missing: a carried program, which a compiler of this machine has not made, stays as it is.
+# Builds only what is missing: a carried program, not built by this machine's compiler, is kept.
 missing=
 for name in $names; do [ -x "$BUILD/$name" ] || missing="$missing $BUILD/$name"; done
 if [ -n "$missing" ]; then
     # shellcheck disable=SC2086  # lists of words, on purpose
     must build 200 make -j "$JOBS" $build_args B="$BUILD" $missing
     if [ "$failed" -ne 0 ]; then
-        echo "error: it was not built: $OUT/build.log" >&2
+        echo "error: the build failed: $OUT/build.log" >&2
         exit 1
     fi
 fi
 
-# ---- Call 1: is it right? ----
+# ---- Call 1: correctness ----
 
 if part 1; then
     stage products 40 env CUBLASLT_LOG_LEVEL=2 "$tests" cuda_products
@@ -217,41 +243,51 @@ if part 1; then
     must tests 240 sh scripts/gpu_check.sh each_test $wanted
 fi
 
-# ---- Call 2: how fast is a step, and where does it go? ----
+# ---- Call 2: the speed of a step, and where the time goes ----
 
 has_torch=0
-if [ "$ENGINE" = cuda ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+sees_gpu='import sys, torch; sys.exit(not torch.cuda.is_available())'
+if [ "$ENGINE" = cuda ] && "$PYTHON" -c "$sees_gpu" 2>/dev/null; then
     has_torch=1
 fi
 model() { if [ "$ENGINE" = cuda ]; then echo "--preset $1"; else echo "$shape"; fi; }
 
-step() {                                                 # preset, limit, name if not of the preset, variable=value
+step() {                                                 # preset, limit, name if not the preset's,
+                                                         # variable=value
     name=step_${3:-$1}
     # shellcheck disable=SC2046,SC2086
-    stage "$name" "$2" env ${4:-A=} "$bench" --only step $(model "$1") $rounds --json "$OUT/$name.json" && show "$name"
+    stage "$name" "$2" env ${4:-A=} "$bench" --only step $(model "$1") $rounds \
+        --json "$OUT/$name.json" && show "$name"
 }
 
 torch() {                                                # preset, limit, more options
-    if [ $has_torch = 0 ]; then skip "torch_$1" "no PyTorch that sees a GPU (PYTHON=$PYTHON)"; return; fi
+    if [ $has_torch = 0 ]; then
+        skip "torch_$1" "no PyTorch that sees a GPU (PYTHON=$PYTHON)"
+        return
+    fi
     preset=$1 limit=$2
     shift 2
-    rm -f "$OUT/torch_$preset.json"                      # it is written line by line, after those of an earlier call
-    stage "torch_$preset" "$limit" "$PYTHON" dev/bench/torch_step.py --device cuda --preset "$preset" --seq-len 1024 \
+    rm -f "$OUT/torch_$preset.json"                      # it is appended to, and may have lines of
+                                                         # an earlier call
+    stage "torch_$preset" "$limit" "$PYTHON" dev/bench/torch_step.py --device cuda \
+        --preset "$preset" --seq-len 1024 \
         --bench "$bench" --json "$OUT/torch_$preset.json" "$@" && cat "$OUT/torch_$preset.log"
 }
 
 kernel_times() {                                         # preset, limit
     # shellcheck disable=SC2046,SC2086
-    stage "kernels_$1" "$2" "$kernels" $(model "$1") ${rounds:---rounds 5} $few --json "$OUT/kernels_$1.json" &&
+    stage "kernels_$1" "$2" "$kernels" $(model "$1") ${rounds:---rounds 5} $few \
+        --json "$OUT/kernels_$1.json" &&
         show "kernels_$1"
 }
 
-# Every kernel of one step by name, cuBLASLt's as well: which of them are of wgmma is in the names.
+# Every kernel of one step by name, including cuBLASLt's: the names tell which use wgmma.
 names_of_kernels() {                                     # preset, limit
     if [ "$ENGINE" != cuda ] || [ "$(has ncu)" = none ]; then skip "ncu_$1" "no ncu"; return; fi
     # shellcheck disable=SC2016
     stage "ncu_$1" "$2" env DROPPATH_GEMM_SEARCH=0 sh -c '
-        echo 1 | ncu --clock-control none --metrics gpu__time_duration.sum --csv --launch-count 1500 \
+        echo 1 | ncu --clock-control none --metrics gpu__time_duration.sum --csv \
+            --launch-count 1500 \
             "$1" --only turns --preset "$2"' ncu "$bench" "$1"
 }
 
@@ -265,7 +301,8 @@ if part 2; then
     kernel_times gpt2-xl 60
     torch gpt2 120 --batch 32 --rounds 3
     if [ $has_torch = 1 ] && [ -s "$OUT/kernels_gpt2.json" ]; then
-        stage sdpa 45 "$PYTHON" dev/bench/sdpa.py --kernels "$OUT/kernels_gpt2.json" --json "$OUT/sdpa.json" &&
+        stage sdpa 45 "$PYTHON" dev/bench/sdpa.py --kernels "$OUT/kernels_gpt2.json" \
+            --json "$OUT/sdpa.json" &&
             cat "$OUT/sdpa.log"
     else
         skip sdpa "no PyTorch that sees a GPU (PYTHON=$PYTHON), or no kernels"
@@ -275,7 +312,8 @@ fi
 
 # ---- Call 3: whole runs, sanitizers, drop path, larger models ----
 
-# Whole programs, on the bytes of this folder's sources: the loss must fall. fp32, then bf16 with drop path of rows.
+# Whole programs, on the bytes of this folder's sources: the loss must fall. fp32, then bf16 with
+# drop path by row.
 trainer=$BUILD/train_gpt_cuda
 [ "$ENGINE" = cuda ] || trainer=$BUILD/train_gpt_emu
 train() {                                                # name, dtype, more options
@@ -288,20 +326,23 @@ train() {                                                # name, dtype, more opt
         shift 3
         [ -f "$out/bytes/train_000000.bin" ] || "$BUILD/data_bytes" --out "$out/bytes" --ext .h dev
         rm -rf "$out/run"
-        "$trainer" --train "$out/bytes/train_*.bin" --val "$out/bytes/val_*.bin" --out "$out/run" --preset tiny \
+        "$trainer" --train "$out/bytes/train_*.bin" --val "$out/bytes/val_*.bin" \
+            --out "$out/run" --preset tiny \
             --batch 4 --steps "$steps" --lr 1e-3 --warmup 1 --eval-every 0 --save-every 0 "$@"
         ' train "$OUT" "$trainer" $steps --dtype "$dtype" "$@"
 }
 tiny=; [ "$ENGINE" = cuda ] || tiny="--batch 1 --seq-len 16 --eval-tokens 64 --selfcheck 0"
 
-# Three steps of a model whose heads take the tensor cores. cuBLASLt's own kernels are left out of racecheck: its hazards
-# are not ours.
-sanitize() {                                             # tool, dtype, limit, more of the tool's options
+# Three steps of a model whose heads use the tensor cores. cuBLASLt's own kernels are excluded from
+# racecheck: their hazards are not ours.
+sanitize() {                                             # tool, dtype, limit, more of the tool's
+                                                         # options
     # shellcheck disable=SC2016
     must "$1_$2" "$3" env DROPPATH_GEMM_SEARCH=0 sh -c '
         tool=$1 bench=$2 dtype=$3 more=$4
         shift 4
-        echo 1 | compute-sanitizer --tool "$tool" $more --error-exitcode 9 "$bench" --only turns --dtype "$dtype" "$@"
+        echo 1 | compute-sanitizer --tool "$tool" $more --error-exitcode 9 "$bench" \
+            --only turns --dtype "$dtype" "$@"
         ' sanitize "$1" "$bench" "$2" "${4:-}" --preset small --batch 2 --seq-len 80
 }
 
@@ -310,13 +351,14 @@ if part 3; then
     train fp32 fp32 $tiny
     # shellcheck disable=SC2086
     train bf16 bf16 --drop-path 0.2 --drop-unit row --drop-ramp-up 10 $tiny
-    # Rounded at random; then the same with graphs, which must leave the same bits.
+    # With stochastic rounding; then the same with graphs, which must give the same bits.
     # shellcheck disable=SC2086
     train stochastic bf16 --rounding stochastic --drop-path 0.2 --drop-ramp-up 10 $tiny
     rm -rf "$OUT/without_graphs" && mv "$OUT/run" "$OUT/without_graphs"
     # shellcheck disable=SC2086
     train graphs bf16 --rounding stochastic --drop-path 0.2 --drop-ramp-up 10 --graphs 1 $tiny
-    must graphs_same_bits 10 cmp "$OUT/run/latest/model.safetensors" "$OUT/without_graphs/latest/model.safetensors"
+    must graphs_same_bits 10 cmp "$OUT/run/latest/model.safetensors" \
+        "$OUT/without_graphs/latest/model.safetensors"
     if [ "$ENGINE" = cuda ] && [ "$(has compute-sanitizer)" != none ]; then
         sanitize memcheck bf16 45
         sanitize initcheck bf16 45
@@ -327,7 +369,8 @@ if part 3; then
     fi
     # shellcheck disable=SC2046,SC2086
     stage drop 80 "$bench" --only drop $(model gpt2) $rounds --json "$OUT/drop.json" && show drop
-    # A small model, whose launches take long beside what they compute: one by one, and each branch as a graph.
+    # A small model, whose launches take long compared with their work: individually, and each
+    # branch as a graph.
     for graphs in 0 1; do
         # shellcheck disable=SC2046,SC2086
         stage "graphs_$graphs" 30 "$bench" --only step $(model tiny) $rounds --graphs $graphs \

@@ -1,19 +1,21 @@
 #!/bin/sh
-# Starts N ranks of a command on this machine, with the variables that torchrun would set, a fresh job token and a free port.
+# Starts N ranks of a command on this machine, with the variables that torchrun sets, a fresh job
+# token and a free port.
 #
 #     scripts/launch.sh -n 8 build/train_gpt_cuda --train 'data/train_*.bin' ...
-#     scripts/launch.sh -n 2 --prefix -- build/train_gpt ...         each line of output after its rank: "[1] ..."
+#     scripts/launch.sh -n 2 --prefix -- build/train_gpt ...    prefixes output with the rank: "[1]
+#                                                               ..."
 #
-# When a rank fails, the others have 5 seconds to say so themselves, then they are ended. The exit
-# code is that of the first that failed; 128 + the signal's number for one that was killed.
+# When a rank fails, the others have 5 seconds to report it themselves before they are stopped. The
+# exit code is that of the first rank that failed; 128 + the signal number for one that was killed.
 #
-#     SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal closes)    SIGTERM to all ranks: save and end
-#     SIGUSR2, SIGXCPU (a scheduler's warnings)                 the same to all ranks: save and end
-#     SIGUSR1                                                   the same: save and continue
+#     SIGTERM, SIGINT (Ctrl-C), SIGHUP (terminal closed)    SIGTERM to all ranks: save and exit
+#     SIGUSR2, SIGXCPU (a scheduler's warnings)             the same to all ranks: save and exit
+#     SIGUSR1                                               the same: save and continue
 #
-# A second SIGTERM, SIGINT or SIGHUP kills the ranks, unless it follows within two seconds:
-# timeout(1) sends each signal to this process and again to its whole group. Nothing is left on the
-# disk, and no free space is needed there.
+# A second SIGTERM, SIGINT or SIGHUP kills the ranks, unless it follows within two seconds, since
+# timeout(1) sends each signal to this process and again to its whole group. Leaves no files behind
+# and needs no free disk space.
 set -u
 usage() {
     echo "usage: scripts/launch.sh -n N [--prefix] [--] command ..." >&2
@@ -33,10 +35,11 @@ done
 case $n in ''|*[!0-9]*|0*) usage ;; esac
 [ $# -gt 0 ] || usage
 
-# Ports below those that the system hands out for outgoing connections (32768 on Linux), that nobody listens on.
+# Finds a port that nobody listens on, below those that the system assigns to outgoing connections
+# (32768 on Linux).
 random() { od -An -N"$1" -tx1 /dev/urandom | tr -d ' \n'; }
 taken() {
-    [ -r /proc/net/tcp ] || return 1                     # elsewhere: rank 0 will say so
+    [ -r /proc/net/tcp ] || return 1                     # elsewhere, rank 0 will report it
     cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -q ":$(printf %04X "$1") [0-9A-F]*:0000 0A"
 }
 while
@@ -44,7 +47,7 @@ while
     taken "$MASTER_PORT"
 do :; done
 
-# Another launcher's variables would contradict ours.
+# Other launchers' variables would contradict ours.
 others='OMPI_COMM_WORLD_[A-Z_]*\|PMI_[A-Z_]*\|MPI_LOCALRANKID\|TORCHELASTIC_[A-Z_]*'
 for name in $(env | sed -n "s/^\($others\)=.*/\1/p"); do unset "$name"; done
 MASTER_ADDR=127.0.0.1 DROPPATH_JOB_TOKEN=$(random 16)
@@ -55,9 +58,9 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then                   # the ranks share the c
     export OMP_NUM_THREADS
 fi
 
-# The ranks' news: "start RANK PID" and "end RANK CODE PID". Once the fifo is open nobody needs its
-# name. It takes an entry in a directory and no space; where TMPDIR has no room for an entry,
-# another directory does.
+# Reports from the ranks: "start RANK PID" and "end RANK CODE PID". Once the fifo is open, its name
+# is no longer needed. It takes a directory entry but no space; if TMPDIR cannot hold an entry,
+# another directory can.
 for place in "${TMPDIR:-/tmp}" /dev/shm /tmp .; do
     dir=$(mktemp -d "$place/launch.XXXXXX" 2>/dev/null) || continue
     mkfifo "$dir/news" 2>/dev/null && exec 3<>"$dir/news"
@@ -71,9 +74,10 @@ if [ -z "$dir" ]; then
     exit 1
 fi
 
-running='' timers=''                                     # process numbers: of ranks, of `later`
+running='' timers=''                                     # process ids: of ranks, of `later`
 started=0 ended=0 failed=0                               # ranks; the code of the first that failed
-stop='' asked=''                                         # the signal to stop by; when, in seconds
+stop='' asked=''                                         # the signal to stop with; when it was
+                                                         # requested, in seconds
 
 # A trap may run between any two commands, so no two of these functions change the same variable.
 signal_all() { for member in $running; do kill "-$1" "$member" 2>/dev/null; done; }
@@ -85,12 +89,13 @@ forget() {
     running=$others
 }
 
-later() {                                                # later SECONDS NEWS, for the main loop
+later() {                                                # later SECONDS REPORT: sends a report to
+                                                         # the main loop
     ( sleep "$1"; echo "$2" >&3 ) </dev/null >/dev/null 2>&1 &
     timers="$timers $!"
 }
 
-# No more news from `later`; its sleep ends by itself.
+# No more reports from `later`; its sleep ends by itself.
 cancel() {
     for timer in $timers; do kill "$timer" 2>/dev/null; done
     timers=''
@@ -103,10 +108,10 @@ finish() {
     exit "$1"
 }
 
-# The first signal is the ranks' to answer: the trainer saves and ends. SIGINT does not reach them
-# by itself, since a shell has it ignored in background jobs; nor does SIGHUP, which a terminal that
-# closes sends to all. A later signal ends all. Before every rank has started there is nothing to
-# save: after 5 seconds those whose parent was killed by the signal are given up.
+# The ranks handle the first signal: the trainer saves and exits. SIGINT does not reach them by
+# itself, because a shell ignores it in background jobs; nor does SIGHUP, which a closing terminal
+# sends to all. A later signal kills them. Before every rank has started there is nothing to save:
+# after 5 seconds, ranks whose parent was killed by the signal are given up.
 ask() {                                                  # ask SIGNAL CODE
     until now=$(date +%s); do :; done                    # the signal may have hit `date`, too
     [ -z "$asked" ] || [ $((now - asked)) -le 2 ] || finish "$2"
@@ -124,11 +129,12 @@ trap 'ask TERM 129' HUP
 trap 'hand_on USR2 140' USR2
 trap 'hand_on XCPU 152' XCPU
 trap 'signal_all USR1' USR1
-trap : PIPE                                              # nobody reads our errors: the ranks go on
+trap : PIPE                                              # nobody reads our messages: the ranks
+                                                         # continue
 
-# Runs in a subshell of its own, which no signal ends before its rank, nor interrupts: bash's `wait`
-# would lose the rank's code. The rank reports its own number, once it no longer ignores the signals
-# that will be handed on to it.
+# Runs in its own subshell, which no signal ends before its rank, nor interrupts: bash's `wait`
+# would lose the rank's exit code. The rank reports its own pid, once it no longer ignores the
+# signals that will be forwarded to it.
 run_rank() {
     RANK=$1 LOCAL_RANK=$1
     shift
@@ -142,7 +148,7 @@ run_rank() {
     echo "end $RANK $? $!" >&3
 }
 
-# Lives until its rank's last line, whatever signal the group gets.
+# Survives until its rank's last line, whatever signal the group gets.
 label() {
     trap '' TERM HUP USR1 USR2 XCPU
     while IFS= read -r line || [ -n "$line" ]; do printf '[%s] %s\n' "$1" "$line"; done

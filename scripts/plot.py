@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Draws any set of runs from their metrics.jsonl: curves, and with --heat maps of what drop path dropped.
+"""Draws runs from their metrics.jsonl: curves, and with --heat maps of what drop path dropped.
 
-    scripts/plot.py runs/base runs/drop                 losses, perplexity, gradients, speed, drops: plot.png, .svg
-    scripts/plot.py runs --x steps,flops --y val_loss --out loss.svg     the same loss for less compute?
-    scripts/plot.py runs --by drop-path                 where the runs ended, against an option in which they differ
-    scripts/plot.py runs --table                        the same ends as a table; this needs no matplotlib
+    scripts/plot.py runs/base runs/drop       losses, perplexity, gradients, speed, drops: plot.png
+                                              and plot.svg
+    scripts/plot.py runs --x steps,flops --y val_loss --out loss.svg
+                                              the same loss for less compute?
+    scripts/plot.py runs --by drop-path       final results, against an option in which runs differ
+    scripts/plot.py runs --table              final results as a table; this needs no matplotlib
 
-A RUN is a folder with metrics.jsonl, such a file, or a folder of runs. Runs that differ by seed only are drawn as one:
-their mean, and the range between the lowest and the highest as a band.
+A RUN is a folder with metrics.jsonl, such a file, or a folder of runs. Runs that differ only by
+seed are drawn as one: their mean, with the range from the lowest to the highest as a band.
 """
 import argparse
 import math
@@ -25,7 +27,8 @@ X_LABELS = {
     "seconds": "training time without evaluation (s)",
 }
 Y_LABELS = {
-    "losses": "loss (nats per token)",                  # both: training as a thin line, validation with marks
+    "losses": "loss (nats per token)",                  # training as a thin line, validation with
+                                                        # markers
     "loss": "training loss (nats per token)",
     "val_loss": "validation loss (nats per token)",
     "val_ppl": "validation perplexity (per token)",
@@ -42,33 +45,43 @@ Y_LABELS = {
     "layers": "layers that exist",
 }
 DEFAULT_Y = "losses,val_ppl,grad_norm,tok_per_s"
-COLORS = ["black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"]     # Okabe and Ito: told apart by all eyes
+# Okabe and Ito: colour-blind safe
+COLORS = ["black", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9"]
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1))]
 MARKS = ["o", "s", "^", "D", "v", "x", "P", "*"]
-MOST_POINTS, USUAL_POINTS = 2000, 100                   # of a curve: what a file bears, what an eye takes in
-ARMS = ["none", "drop", "drop_flops"]                   # of compare: these have colors of their own
-T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]         # by degrees of freedom, from 1
-COLUMNS = 48                                            # of a heat map: so many, or up to twice as many
-INSIDE = 0.97                                           # of a curve's points; the highest ones may leave the picture
+MOST_POINTS, USUAL_POINTS = 2000, 100                   # points per curve: the most, and the usual
+                                                        # number
+ARMS = ["none", "drop", "drop_flops"]                   # of compare: these have fixed colors
+# by degrees of freedom, from 1
+T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]
+COLUMNS = 48                                            # of a heat map: from this number to twice
+                                                        # as many
+INSIDE = 0.97                                           # fraction of a curve's points; the highest
+                                                        # may be clipped
 
 
-# ---- What was dropped: (columns, L, 2) from the plans of the steps ----
+# ---- What was dropped: (columns, L, 2), from the plans of the steps ----
 
 def kept_of_plan(plan, record, np):
-    """The fractions of the step's rows that ran each branch (L,2); the format is drop_plan_write's, dev/model/drop_path.h."""
+    """The fraction of the step's rows that ran each branch (L,2); format: drop_plan_write in
+    dev/model/drop_path.h."""
     micro = plan.split(" ")
-    if "." not in plan:                                 # a digit per layer: bit 0 attention, bit 1 MLP
+    if "." not in plan:                                 # one digit per layer: bit 0 attention, bit
+                                                        # 1 MLP
         digits = np.array([list(m.encode()) for m in micro]) - ord("0")
         return np.stack([digits & 1, digits >> 1 & 1], axis=-1).mean(axis=0)
-    rows = np.array([[bin(int(row, 16)).count("1") for row in m.split(".")] for m in micro]).sum(axis=0).reshape(-1, 2)
+    rows = np.array([[bin(int(row, 16)).count("1") for row in m.split(".")]
+                     for m in micro]).sum(axis=0).reshape(-1, 2)
     for branch, key in enumerate(("kept_attn", "kept_mlp")):
-        if rows[:, branch].any() and record.get(key):   # how many rows there were follows from what was kept of them
+        if rows[:, branch].any() and record.get(key):   # the number of rows follows from the
+                                                        # fraction kept
             return rows / (rows[:, branch].mean() / record[key])
     return rows * 0.0
 
 
 class KeptMap:
-    """Means of kept_of_plan over bins of steps, which double as the run gets longer, so that memory is bounded."""
+    """Means of kept_of_plan over bins of steps, whose width doubles as the run grows, so memory is
+    bounded."""
 
     def __init__(self, np):
         self.np, self.sums, self.width, self.inside, self.first, self.last = np, [], 1, 0, None, 0
@@ -95,7 +108,7 @@ class KeptMap:
         self.first, self.last = record["step"] if self.first is None else self.first, record["step"]
 
     def dropped(self):
-        """(columns, L, 2), or None where nothing was dropped."""
+        """(columns, L, 2), or None if nothing was dropped."""
         if not self.sums:
             return None
         counts = [self.width] * (len(self.sums) - 1) + [self.inside or self.width]
@@ -104,29 +117,35 @@ class KeptMap:
 
 
 def depths(config, layers):
-    """D(l) of l = 1..L: --drop-depth in dev/DROP_PATH.md; None where the options are not known."""
+    """D(l) for l = 1..L (--drop-depth in dev/DROP_PATH.md); None if the options are unknown."""
     span = max(1, layers - 1)
-    rule = {"linear": lambda l: l / layers, "linear0": lambda l: (l - 1) / span, "uniform": lambda l: 1.0,
+    rule = {"linear": lambda l: l / layers, "linear0": lambda l: (l - 1) / span,
+            "uniform": lambda l: 1.0,
             "exp": lambda l: 2 ** ((l - 1) / span) - 1}.get(config.get("drop-depth"))
     return rule and [rule(l) if layers > 1 else 1.0 for l in range(1, layers + 1)]
 
 
 def draw_heat(part, run, kept, np, plt):
-    """Three maps of a run, layers by steps: the rate that the options ask for, and what was dropped of each branch."""
+    """Three maps of a run, layers by steps: the drop rate from the options, and what was dropped of
+    each branch."""
     dropped = kept.dropped()
     layers = dropped.shape[1]
     maps = [("attention dropped", dropped[:, :, 0]), ("MLP dropped", dropped[:, :, 1])]
     depth = depths(run.config, layers)
     if depth and not run.config.get("drop-replay", '""').strip('"'):
         rates = np.nan_to_num(np.array(run.column("drop_p")))
-        rates = np.array([part.mean() for part in np.array_split(rates, min(len(rates), len(dropped)))])
+        rates = np.array([part.mean() for part in np.array_split(rates,
+            min(len(rates), len(dropped)))])
         maps.insert(0, ("drop rate p(layer, step)", rates[:, None] * np.array(depth)[None, :]))
-    part.suptitle(f"{run.name}: what was dropped, in bins of {kept.width} step{'s' * (kept.width > 1)}", fontsize=10)
+    part.suptitle(f"{run.name}: what was dropped, in bins of {kept.width} "
+                  f"step{'s' * (kept.width > 1)}", fontsize=10)
     axes = part.subplots(1, len(maps), sharey=True, squeeze=False)[0]
     top = max(float(values.max()) for _, values in maps)
     for ax, (title, values) in zip(axes, maps):
-        image = ax.imshow(values.T, cmap="Greys", vmin=0, vmax=top or 1, origin="lower", aspect="auto",
-                          interpolation="nearest", extent=(kept.first - 1, kept.last, 0.5, layers + 0.5))
+        image = ax.imshow(values.T, cmap="Greys", vmin=0, vmax=top or 1, origin="lower",
+                          aspect="auto",
+                          interpolation="nearest", extent=(kept.first - 1, kept.last, 0.5,
+                                                           layers + 0.5))
         ax.set_title(title, fontsize=9)
         ax.set_xlabel(X_LABELS["steps"])
         ax.yaxis.set_major_locator(plt.MaxNLocator(integer=True, nbins=8))
@@ -137,15 +156,18 @@ def draw_heat(part, run, kept, np, plt):
 # ---- Curves ----
 
 def bins(values, width, harmonic=False):
-    """Means over bins of that many values. Of speeds the harmonic mean: all tokens of the bin by all its seconds."""
-    parts = [[v for v in values[i:i + width] if math.isfinite(v)] for i in range(0, len(values), width)]
+    """Means over bins of `width` values. For speeds the harmonic mean: all tokens of a bin by all
+    its seconds."""
+    parts = [[v for v in values[i:i + width] if math.isfinite(v)] for i in range(0, len(values),
+        width)]
     mean = statistics.harmonic_mean if harmonic else statistics.fmean
     return [mean(part) if part else math.nan for part in parts]
 
 
 def read_curve(run, x, y):
-    """{step: (x, y)} of the steps that have y. The axes flops and seconds add up what each step has spent."""
-    key, unit = {"steps": ("step", 1), "tokens": ("tokens", 1), "flops": ("flops", 1), "seconds": ("ms", 1e-3)}[x]
+    """{step: (x, y)} for the steps that have y. The axes flops and seconds are cumulative."""
+    key, unit = {"steps": ("step", 1), "tokens": ("tokens", 1), "flops": ("flops", 1),
+                 "seconds": ("ms", 1e-3)}[x]
     total, curve = 0.0, {}
     for step, at, value in zip(run.column("step"), run.column(key), run.column(y)):
         if not math.isfinite(at):
@@ -157,29 +179,34 @@ def read_curve(run, x, y):
 
 
 def read_group(group, x, y, smooth):
-    """xs and, per run, ys of a group over the steps that all its runs have; how many steps a point is the mean of."""
+    """xs and, per run, ys of a group over the steps that all its runs have; and the number of steps
+    per point."""
     curves = [read_curve(run, x, y) for run in group]
     steps = sorted(set(curves[0]).intersection(*curves[1:]))
-    sparse = y.startswith("val_")                       # few points: every one is drawn
-    width = max(1 if sparse else smooth or math.ceil(len(steps) / USUAL_POINTS), math.ceil(len(steps) / MOST_POINTS))
+    sparse = y.startswith("val_")                       # few points: all are drawn
+    width = max(1 if sparse else smooth or math.ceil(len(steps) / USUAL_POINTS),
+                math.ceil(len(steps) / MOST_POINTS))
     xs = bins([statistics.fmean(c[s][0] for c in curves) for s in steps], width)
     return xs, [bins([c[s][1] for s in steps], width, y == "tok_per_s") for c in curves], width
 
 
 def drops_nothing(group):
     try:
-        return float(group[0].config["drop-path"]) == 0 and not group[0].config.get("drop-replay", "").strip('"')
+        return float(group[0].config["drop-path"]) == 0 and not group[0].config.get("drop-replay",
+            "").strip('"')
     except (KeyError, ValueError):
         return False
 
 
 def baseline(groups):
-    """The group that differences are taken from: the first that drops nothing; where all drop, the first."""
+    """The baseline for differences: the first group that drops nothing or, if all drop, the first
+    group."""
     return next((g for g in groups if drops_nothing(g)), groups[0])
 
 
 def styles(groups):
-    """(color, line, mark) of each group, by its name: an arm looks the same in every picture. Black drops nothing."""
+    """(color, line, marker) of each group, chosen by name, so that an arm looks the same in every
+    plot. Black drops nothing."""
     chosen = []
     for group in groups:
         name = group_name(group)
@@ -198,7 +225,7 @@ def draw_curve(ax, i, look, xs, runs, marks, thin):
     mark = {"marker": look[2], "markersize": 5, "markerfacecolor": "white"} if marks else {}
     if marks and len(xs) > 12:
         every = len(xs) // 8
-        mark["markevery"] = (i * every // 8, every)     # marks of different runs at different places
+        mark["markevery"] = (i * every // 8, every)     # stagger the markers of different runs
     mean = [statistics.fmean(values) for values in zip(*runs)]
     ax.plot(xs, mean, linewidth=0.8 if thin else 1.3, **style, **mark)
     if len(runs) > 1:
@@ -216,20 +243,24 @@ def growths(group, x):
 
 
 def draw_labels(ax, ends):
-    """Names at the right end of their curves; ends = [(y, name)], moved apart where they would cover each other."""
+    """Names at the right end of their curves; ends = [(y, name)], spread out where they would
+    overlap."""
     low, high = ax.get_ylim()
     log = ax.get_yscale() == "log"
-    place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) / (high - low))
-    height = 9 / (ax.get_window_extent().height * 72 / ax.figure.dpi)          # of a line of text, of the axes
+    place = (lambda y: math.log(y / low) / math.log(high / low)) if log else (lambda y: (y - low) /
+        (high - low))
+    # of a text line, in axes units
+    height = 9 / (ax.get_window_extent().height * 72 / ax.figure.dpi)
     below = -1.0
     for at, name in sorted((min(1.0, max(0.0, place(y))), name) for y, name in ends):
         below = max(at, below + height)
-        ax.annotate(name, (1, below), xycoords="axes fraction", xytext=(3, 0), textcoords="offset points", fontsize=7,
+        ax.annotate(name, (1, below), xycoords="axes fraction", xytext=(3, 0),
+                    textcoords="offset points", fontsize=7,
                     va="center", annotation_clip=False)
 
 
 def draw_panel(ax, groups, x, y, smooth):
-    """One pair of axes; returns the labels' ends, for when the layout is known."""
+    """Draws one pair of axes; returns the labels' ends, to be placed once the layout is known."""
     ends, widths, lows, tops = {}, set(), [], []
     looks = styles(groups)
     for i, group in enumerate(groups):
@@ -253,7 +284,8 @@ def draw_panel(ax, groups, x, y, smooth):
     elif y in ("val_ppl", "grad_norm") and min(lows) > 0:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if ax.get_ylim()[1] < 9 * ax.get_ylim()[0] else "")
+        ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if ax.get_ylim()[1] < 9 *
+                                     ax.get_ylim()[0] else "")
     elif y in ("losses", "loss", "val_loss", "val_bpb"):
         span = max(tops) - min(lows) or 1
         ax.set_ylim(min(lows) - 0.05 * span, max(tops) + 0.05 * span)
@@ -270,23 +302,26 @@ def draw_panel(ax, groups, x, y, smooth):
 def draw_legend(part, groups, plt):
     handles = []
     for group, (color, line, mark) in zip(groups, styles(groups)):
-        label = group_name(group) + (f" ({len(group)} seeds: mean, range)" if len(group) > 1 else "")
+        label = group_name(group) + (f" ({len(group)} seeds: mean, range)" if len(group) > 1
+                                     else "")
         handles.append(plt.Line2D([], [], color=color, linestyle=line, label=label, marker=mark,
                                   markerfacecolor="white"))
     part.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), fontsize=9)
 
 
 def draw_runs(groups, kept, options, np, plt):
-    """The whole sheet: curves above, heat maps below."""
+    """The whole figure: curves above, heat maps below."""
     panels = [(x, y) for y in options.y for x in options.x]
     columns = len(options.x) if len(options.x) > 1 else min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     hot = [g[0] for g in groups if kept[g[0]].dropped() is not None]
     if len(hot) > options.heat and options.heat:
-        note(f"heat maps of the first {options.heat} of {len(hot)} runs that drop: --heat {len(hot)} draws all")
+        note(f"heat maps of the first {options.heat} of {len(hot)} runs with drop path: --heat "
+             f"{len(hot)} draws all")
     hot = hot[:options.heat]
     heights = [3.2 * rows] + [2.6] * len(hot)
-    figure = plt.figure(figsize=(5.2 * max(columns, 1 + (len(panels) == 1)), sum(heights)), layout="constrained")
+    figure = plt.figure(figsize=(5.2 * max(columns, 1 + (len(panels) == 1)), sum(heights)),
+                        layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     axes = parts[0].subplots(rows, columns, squeeze=False).flat
     ends = [draw_panel(ax, groups, x, y, options.smooth) for ax, (x, y) in zip(axes, panels)]
@@ -301,15 +336,17 @@ def draw_runs(groups, kept, options, np, plt):
     return figure
 
 
-# ---- Where runs ended ----
+# ---- Final results ----
 
-ENDS = {                                                # title, and its number of a run
+ENDS = {                                                # title, and its value for a run
     "steps": ("steps", lambda r: r.last("step")),
     "tokens": ("tokens", lambda r: r.last("tokens")),
-    "flops": ("FLOPs executed", lambda r: math.fsum(v for v in r.column("flops") if math.isfinite(v))),
+    "flops": ("FLOPs executed", lambda r: math.fsum(v for v in r.column("flops")
+        if math.isfinite(v))),
     "val_loss": ("validation loss", lambda r: r.last("val_loss")),
     "val_ppl": ("perplexity", lambda r: r.last("val_ppl")),
-    "seconds": ("seconds", lambda r: math.fsum(v for v in r.column("ms") if math.isfinite(v)) / 1000),
+    "seconds": ("seconds", lambda r: math.fsum(v for v in r.column("ms") if math.isfinite(v)) /
+                1000),
 }
 
 
@@ -317,11 +354,13 @@ def mean_sd(values, form):
     mean = statistics.fmean(values)
     if math.isnan(mean):
         return "n/a"
-    return format(mean, form) + (f" (sd {statistics.stdev(values):{form}})" if len(values) > 1 else "")
+    return format(mean, form) + (f" (sd {statistics.stdev(values):{form}})" if len(values) > 1
+                                 else "")
 
 
 def t_95(freedom):
-    """Half the width of a 95% interval in standard errors; beyond the table by Cornish and Fisher's expansion."""
+    """Half the width of a 95% interval in standard errors; beyond the table by the Cornish-Fisher
+    expansion."""
     if freedom <= len(T95):
         return T95[freedom - 1]
     z = statistics.NormalDist().inv_cdf(0.975)
@@ -329,43 +368,50 @@ def t_95(freedom):
 
 
 def paired(group, base):
-    """The loss of each seed minus the same seed's in the baseline: mean and 95% t-interval."""
+    """The loss of each seed minus the baseline's with the same seed: mean and 95% t-interval."""
     losses = {run.config.get("seed", ""): run.last("val_loss") for run in base}
-    both = [run.last("val_loss") - losses.get(run.config.get("seed", ""), math.nan) for run in group]
+    both = [run.last("val_loss") - losses.get(run.config.get("seed", ""), math.nan)
+            for run in group]
     both = [d for d in both if math.isfinite(d)]
     if group is base or not both:
         return ""
-    error = f" ± {t_95(len(both) - 1) * statistics.stdev(both) / math.sqrt(len(both)):.4f}" if len(both) > 1 else ""
+    error = f" ± {t_95(len(both) - 1) * statistics.stdev(both) / math.sqrt(len(both)):.4f}" if len(
+        both) > 1 else ""
     return f"{statistics.fmean(both):+.4f}{error}"
 
 
 def print_table(groups):
     base = baseline(groups)
-    rows = [["runs", "seeds", "steps", "tokens", "FLOPs", "validation loss", "perplexity", "seconds",
+    rows = [["runs", "seeds", "steps", "tokens", "FLOPs", "validation loss", "perplexity",
+             "seconds",
              f"loss minus {group_name(base)}'s, by seed (± 95% t-interval)"]]
     for group in groups:
         ends = {key: [number(run) for run in group] for key, (_, number) in ENDS.items()}
         mean = {key: statistics.fmean(values) for key, values in ends.items()}
-        rows.append([group_name(group), str(len(group)), f"{mean['steps']:.0f}", f"{mean['tokens']:.4g}",
-                     f"{mean['flops']:.4g}", mean_sd(ends["val_loss"], ".4f"), mean_sd(ends["val_ppl"], ".3f"),
+        rows.append([group_name(group), str(len(group)), f"{mean['steps']:.0f}",
+                     f"{mean['tokens']:.4g}",
+                     f"{mean['flops']:.4g}", mean_sd(ends["val_loss"], ".4f"),
+                     mean_sd(ends["val_ppl"], ".3f"),
                      f"{mean['seconds']:.1f}", paired(group, base)])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for i, row in enumerate(rows):
         cells = [c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths))]
         print("| " + " | ".join(cells) + " |")
         if i == 0:
-            print("|" + "|".join("-" * (w + 1) + ("-" if k == 0 else ":") for k, w in enumerate(widths)) + "|")
+            print("|" + "|".join("-" * (w + 1) + ("-" if k == 0 else ":") for k,
+                                 w in enumerate(widths)) + "|")
 
 
 def number_or_fail(run, name):
     try:
         return float(run.config[name].rstrip("%"))
     except (KeyError, ValueError):
-        return fail(f"--by {name}: {run.path} has no number of that name in its config.txt")
+        return fail(f"--by {name}: {run.path} has no number with that name in its config.txt")
 
 
 def draw_ends(runs, by, plt):
-    """Validation loss and FLOPs at the end of each run, against an option; a line per set of runs alike in others."""
+    """Final validation loss and FLOPs of each run against an option; one line per set of runs that
+    are otherwise alike."""
     lines = group_runs(runs, {by})
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for ax, key in zip(axes, ("val_loss", "flops")):
@@ -375,25 +421,28 @@ def draw_ends(runs, by, plt):
                 at.setdefault(number_or_fail(run, by), []).append(ENDS[key][1](run))
             xs = sorted(at)
             color = COLORS[i % len(COLORS)]
-            ax.plot(xs, [statistics.fmean(at[x]) for x in xs], color=color, linestyle=LINES[i % len(LINES)],
+            ax.plot(xs, [statistics.fmean(at[x]) for x in xs], color=color,
+                    linestyle=LINES[i % len(LINES)],
                     label="mean" if len(lines) == 1 else f"mean of {line[0].name}, ...")
-            ax.plot([x for x in xs for _ in at[x]], [v for x in xs for v in at[x]], linestyle="", color=color,
+            ax.plot([x for x in xs for _ in at[x]], [v for x in xs for v in at[x]], linestyle="",
+                    color=color,
                     marker=MARKS[i % len(MARKS)], markerfacecolor="white", label="runs")
         ax.set_xlabel(f"--{by}")
-        ax.set_ylabel("FLOPs executed in all" if key == "flops" else "validation loss at the end (nats per token)")
+        ax.set_ylabel("total FLOPs executed" if key == "flops"
+                      else "final validation loss (nats per token)")
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return figure
 
 
-# ---- Options, and the files ----
+# ---- Options and files ----
 
 def names(choices):
     def convert(text):
         chosen = text.split(",")
         for name in chosen:
             if name not in choices:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(choices)}")
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(choices)}")
         return chosen
     return convert
 
@@ -411,39 +460,48 @@ def out_files(out):
     if ending in (".png", ".svg", ".pdf"):
         return [out]
     if re.fullmatch(r"\.[A-Za-z]+", ending):
-        fail(f"--out {out}: the name must end in .png, .svg or .pdf, or have no ending for .png and .svg")
+        fail(f"--out {out}: the name must end in .png, .svg or .pdf, or have no extension for .png "
+             f"and .svg")
     return [out + ".png", out + ".svg"]
 
 
 def save(figure, path):
-    """A whole picture or none: it gets its name when it is complete."""
+    """Saves a figure atomically: it gets its name when it is complete."""
     part = f"{path}.part"
     try:
-        figure.savefig(part, dpi=150, format=path[-3:], metadata={"Date": None} if path.endswith(".svg") else None)
+        figure.savefig(part, dpi=150, format=path[-3:], metadata={"Date": None}
+                       if path.endswith(".svg") else None)
         os.replace(part, path)
     except OSError as e:
         fail(f"cannot write {path}: {e.strerror}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", metavar="RUN", nargs="+", help="folder with metrics.jsonl, the file, or a folder of runs")
-    add("--x", type=names(X_LABELS), default=["steps"], metavar="X,...", help=f"{', '.join(X_LABELS)} (default steps)")
+    add("runs", metavar="RUN", nargs="+", help="a folder with metrics.jsonl, the file itself, or a "
+        "folder of runs")
+    add("--x", type=names(X_LABELS), default=["steps"], metavar="X,...",
+        help=f"{', '.join(X_LABELS)} (default steps)")
     add("--y", type=names(Y_LABELS), default=DEFAULT_Y.split(","), metavar="Y,...",
         help=f"{', '.join(Y_LABELS)} (default {DEFAULT_Y})")
-    add("--smooth", type=at_least(1), metavar="N", help="a point is the mean of N steps (default: as many as leave "
-        f"{USUAL_POINTS} points; never of validation)")
-    add("--heat", type=at_least(0), default=0, metavar="N", help="maps of what was dropped, of the first N runs that "
-        "drop (default 0: none; of a group, the first seed)")
-    add("--by", metavar="OPTION", help="draw where the runs ended against this option, such as drop-path")
-    add("--table", action="store_true", help="print where the runs ended, and draw nothing")
-    add("--out", default="plot", help="file: .png, .svg or .pdf; without an ending .png and .svg (default plot)")
+    add("--smooth", type=at_least(1), metavar="N",
+        help="each point is the mean of N steps (default: so that about "
+        f"{USUAL_POINTS} points remain; never for validation)")
+    add("--heat", type=at_least(0), default=0, metavar="N",
+        help="maps of what was dropped, for the first N runs with "
+        "drop path (default 0: none; of a group, the first seed)")
+    add("--by", metavar="OPTION", help="draw the final results against this option, such as "
+        "drop-path")
+    add("--table", action="store_true", help="print the final results, and draw nothing")
+    add("--out", default="plot", help="file: .png, .svg or .pdf; without an extension .png and "
+        ".svg (default plot)")
     options = parser.parse_args()
     found = find_runs(options.runs)
     if not found:
-        fail(f"{' '.join(options.runs)}: no run in there\n"
-             "  hint: a run is a folder with metrics.jsonl, the --out of train_gpt")
+        fail(f"{' '.join(options.runs)}: no run found\n"
+             "  hint: a run is a folder with metrics.jsonl: the --out of train_gpt")
     if options.table:
         print_table(group_runs([Run(run, name) for run, name in zip(found, run_names(found))]))
         return
@@ -454,14 +512,16 @@ def main():
         import matplotlib.pyplot as plt
         import numpy as np
     except ImportError:
-        fail("matplotlib is missing: python3 -m pip install matplotlib\n  hint: --table does without it")
+        fail("matplotlib is missing: python3 -m pip install matplotlib\n  hint: --table works "
+             "without it")
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "droppath.c", "font.size": 9})
     kept, runs = {}, []
     for path, name in zip(found, run_names(found)):
         heat = KeptMap(np)
         runs.append(Run(path, name, heat.look if options.heat and not options.by else None))
         kept[runs[-1]] = heat
-    figure = draw_ends(runs, options.by, plt) if options.by else draw_runs(group_runs(runs), kept, options, np, plt)
+    figure = draw_ends(runs, options.by, plt) if options.by else draw_runs(group_runs(runs), kept,
+        options, np, plt)
     for path in files:
         save(figure, path)
     print(f"wrote {', '.join(files)}")

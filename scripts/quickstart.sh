@@ -1,13 +1,16 @@
 #!/bin/sh
-# The quickstart: byte-level shards of a text, the tiny GPT with and without drop path, a comparison and a sample.
+# The quickstart: byte-level shards of a text, the tiny GPT with and without drop path, a comparison
+# and a sample.
 #
-#   model   0.83 M parameters: 4 layers, 4 heads, 128 channels, rows of 64 bytes (nanoGPT's CPU recipe)
+#   model   0.83 M parameters: 4 layers, 4 heads, 128 channels, rows of 64 bytes (nanoGPT's CPU
+#           recipe)
 #   data    12 rows x 64 bytes x 1000 steps = 0.77 M bytes per run
-#   cost    3 runs of about 4 TFLOPs: none, drop, drop for as many FLOPs as none; one to three minutes on 2 cores
+#   cost    3 runs of about 4 TFLOPs: none, drop, and drop for as many FLOPs as none; one to three
+#           minutes on 2 cores
 #
-# Variables: TEXT=/path of a text file or folder, OUT=runs/quickstart, BUILD=build, DTYPE=fp32 or bf16 (the default where the
-# processor multiplies in it).
-# Interrupted, the same command goes on where it stopped.
+# Variables: TEXT=/path of a text file or folder, OUT=runs/quickstart, BUILD=build, DTYPE=fp32 or
+# bf16 (the default if the processor multiplies in bf16).
+# If interrupted, the same command continues.
 set -eu
 BUILD=${BUILD:-build}
 OUT=${OUT:-runs/quickstart}
@@ -16,7 +19,8 @@ DTYPE=${DTYPE:-$(if grep -qs avx512_bf16 /proc/cpuinfo; then echo bf16; else ech
 
 text=$(TEXT="${TEXT:-}" sh data/get_text.sh)
 if [ ! -f "$DATA/source" ]; then
-    if [ "$text" = /usr/include ]; then set -- --ext .h --max-bytes 4000000 "$text"; else set -- "$text"; fi
+    set -- "$text"
+    [ "$text" != /usr/include ] || set -- --ext .h --max-bytes 4000000 "$text"
     "$BUILD/data_bytes" --out "$DATA" "$@"
     echo "$text" > "$DATA/source"
 elif [ "$(cat "$DATA/source")" != "$text" ]; then
@@ -36,5 +40,6 @@ echo
 echo
 echo
 echo "Files: $OUT/compare.md, compare.json     the table above"
-echo "       $OUT/*_s1337/metrics.jsonl        every step of each run; scripts/plot.py $OUT/*_s1337 draws them"
+echo "       $OUT/*_s1337/metrics.jsonl        every step of each run, drawn by"
+echo "                                         scripts/plot.py $OUT/*_s1337"
 echo "       $OUT/*_s1337/latest/              checkpoints, which transformers opens too"

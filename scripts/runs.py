@@ -1,7 +1,8 @@
-"""What plot.py and tensorboard.py share: a run's folder as train_gpt leaves it. The standard library alone.
+"""Shared by plot.py and tensorboard.py: reads a run's folder as train_gpt leaves it. Uses only the
+standard library.
 
-metrics.jsonl has an object per optimizer step (dev/run/metrics.h), config.txt the options as `name = value`
-(dev/run/options.h).
+metrics.jsonl has one object per optimizer step (dev/run/metrics.h), config.txt the options as
+`name = value` (dev/run/options.h).
 """
 import json
 import math
@@ -12,8 +13,10 @@ from array import array
 
 import script_errors  # noqa: F401  # no exception escapes as a traceback
 
-# What two runs of one experiment may differ in, and the numbers of their steps still be taken together.
-SAME_EXPERIMENT = {"seed", "out", "threads", "resume", "save-every", "keep", "log-every", "sample-every",
+# Options in which runs of one experiment may differ without preventing the averaging of their
+# steps.
+SAME_EXPERIMENT = {"seed", "out", "threads", "resume", "save-every", "keep", "log-every",
+                   "sample-every",
                    "sample-tokens", "prompt"}
 
 
@@ -26,33 +29,37 @@ def note(message):
 
 
 def metrics_path(run):
-    """Where the records of a RUN argument are: a folder with metrics.jsonl, or such a file."""
-    return os.path.join(run, "metrics.jsonl") if os.path.isdir(run) or not os.path.exists(run) else run
+    """The path of a RUN argument's records: a folder with metrics.jsonl, or such a file."""
+    return os.path.join(run,
+                        "metrics.jsonl") if os.path.isdir(run) or not os.path.exists(run) else run
 
 
 def find_runs(arguments):
-    """The runs that arguments name, each once; a folder without metrics.jsonl means the runs in it, sorted by name."""
+    """The runs named by the arguments, each once; a folder without metrics.jsonl stands for the
+    runs in it, sorted by name."""
     found = []
     for argument in arguments:
         if os.path.isdir(argument) and not os.path.exists(metrics_path(argument)):
             inside = [os.path.join(argument, name) for name in sorted(os.listdir(argument))]
-            found += [run for run in inside if os.path.isdir(run) and os.path.exists(metrics_path(run))]
+            found += [run for run in inside if os.path.isdir(run)
+                      and os.path.exists(metrics_path(run))]
         else:
             found.append(argument)
     return list({os.path.realpath(run): run for run in found}.values())
 
 
 def run_names(runs):
-    """The folder's name, or the whole path where two runs share it."""
+    """The folder's name, or the whole path if two runs share it."""
     short = [os.path.basename(os.path.dirname(os.path.abspath(metrics_path(run)))) for run in runs]
     return [name if short.count(name) == 1 else run for name, run in zip(short, runs)]
 
 
 def read_config(run):
-    """The options of config.txt as texts; nothing where there is none."""
+    """The options in config.txt, as strings; empty if there is none."""
     config = {}
     try:
-        with open(os.path.join(os.path.dirname(metrics_path(run)), "config.txt"), encoding="utf-8-sig") as file:
+        with open(os.path.join(os.path.dirname(metrics_path(run)), "config.txt"),
+                  encoding="utf-8-sig") as file:
             for line in file:
                 name, equals, value = line.partition("=")
                 if equals and not line.startswith("#"):
@@ -63,10 +70,10 @@ def read_config(run):
 
 
 def parse_record(line):
-    """The object on a line of metrics.jsonl; raises ValueError, saying what is wrong."""
+    """The object on a line of metrics.jsonl; raises ValueError with what is wrong."""
     record = json.loads(line)
     if not isinstance(record, dict) or not is_number(record.get("step")):
-        raise ValueError("no record of a step")
+        raise ValueError("not the record of a step")
     return record
 
 
@@ -75,14 +82,15 @@ def is_number(value):
 
 
 def records(path):
-    """The objects of a metrics.jsonl, one after the other. Its end may be damaged: the run is writing, or has died."""
+    """Yields the objects of a metrics.jsonl. Its end may be damaged: the run is still writing, or
+    has died."""
     last, bad, good = -math.inf, None, False
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     record = parse_record(line)
-                except ValueError:                      # not JSON, not UTF-8, no record
+                except ValueError:                      # not JSON, not UTF-8, not a record
                     bad = bad or number
                     continue
                 if bad:
@@ -93,15 +101,16 @@ def records(path):
                 yield record
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror}\n"
-             "  hint: a run is the folder that train_gpt got as --out, or its metrics.jsonl")
+             "  hint: a run is train_gpt's --out folder, or its metrics.jsonl")
     if not good:
         fail(f"{path}: no records yet")
     if bad:
-        note(f"{path}:{bad}: the end of the file is cut off or damaged, left out")
+        note(f"{path}:{bad}: the end of the file is cut off or damaged; ignored")
 
 
 class Run:
-    """A run's numbers as columns of doubles, NaN where a step has none. `look` is called with every record."""
+    """A run's values as columns of doubles, NaN if a step has none. `look` is called with every
+    record."""
 
     def __init__(self, run, name, look=None):
         self.path, self.name, self.config = metrics_path(run), name, read_config(run)
@@ -122,21 +131,24 @@ class Run:
         return self.columns.get(key) or array("d", [math.nan]) * len(self.columns["step"])
 
     def last(self, key):
-        """The last number under that key; NaN when there is none."""
+        """The last value under that key; NaN if there is none."""
         return next((v for v in reversed(self.column(key)) if math.isfinite(v)), math.nan)
 
 
 def group_runs(runs, ignored=()):
-    """Lists of runs that differ by seed (and ignored options) only, in the order given; without config.txt, of one."""
+    """Lists of runs that differ only by seed (and ignored options), in the given order; without
+    config.txt, single runs."""
     groups = {}
     for run in runs:
-        options = tuple((k, v) for k, v in sorted(run.config.items()) if k not in SAME_EXPERIMENT and k not in ignored)
+        options = tuple((k, v) for k, v in sorted(run.config.items()) if k not in SAME_EXPERIMENT
+                        and k not in ignored)
         groups.setdefault(options or run.path, []).append(run)
     return list(groups.values())
 
 
 def group_name(group):
-    """What the runs' names begin with, without the mark of a seed: none_s1337, none_s1338 -> none."""
+    """The common prefix of the runs' names, without a seed marker: none_s1337, none_s1338 ->
+    none."""
     if len(group) == 1:
         return group[0].name
     common = os.path.commonprefix([run.name for run in group])

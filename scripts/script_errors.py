@@ -1,5 +1,6 @@
-"""How a script ends when something is wrong: by one line and perhaps a hint, never by a page of its insides. Importing this is
-enough; DROPPATH_DEBUG=1 shows all of it. The scripts here and the programs in dev/ share it. The standard library alone."""
+"""Makes scripts report errors in one line, perhaps with a hint, instead of a traceback. Importing
+it is enough; DROPPATH_DEBUG=1 shows the traceback. Shared by the scripts here and the programs in
+dev/; uses only the standard library."""
 import atexit
 import os
 import subprocess
@@ -7,15 +8,17 @@ import sys
 
 
 def in_words(kind, error, trace):
-    """What to say of an exception that the script did not foresee; "" where nothing is to be said."""
+    """The message for an exception that the script did not foresee; "" if there is nothing to
+    print."""
     what = " ".join(str(error).split())[:200]
     if issubclass(kind, KeyboardInterrupt):
         return "\ninterrupted"
     if issubclass(kind, BrokenPipeError):
-        return ""                                       # nobody reads any more, as after `| head`
+        return ""                                       # the reader is gone, as after `| head`
     if issubclass(kind, ImportError) and getattr(error, "name", None):
         package = error.name.split(".")[0]
-        return f"error: the Python library {package} is missing\n  hint: in a virtual environment: python3 -m pip install {package}"
+        return (f"error: the Python library {package} is missing\n"
+                f"  hint: in a virtual environment: python3 -m pip install {package}")
     if issubclass(kind, OSError) and error.strerror:
         return f"error: {error.filename or 'the disk'}: {error.strerror}"
     if issubclass(kind, subprocess.CalledProcessError):
@@ -23,9 +26,11 @@ def in_words(kind, error, trace):
         return f"error: {command[:200]} ended with code {error.returncode}"
     while trace and trace.tb_next:
         trace = trace.tb_next
-    place = f", {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else ""
+    place = ""
+    if trace:
+        place = f", {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
     return (f"error: unexpected {kind.__name__}{': ' if what else ''}{what}{place}\n"
-            "  hint: DROPPATH_DEBUG=1 shows all of it, which a report should have")
+            "  hint: DROPPATH_DEBUG=1 shows the traceback; please include it in a report")
 
 
 def last_resort(kind, error, trace):
@@ -37,13 +42,14 @@ def last_resort(kind, error, trace):
 
 
 def flush():
-    """What is printed last may find no reader, or a full disk: Python would tell of that in its own way."""
+    """The final flush may find no reader, or a full disk, which Python would report in its own
+    way."""
     try:
         sys.stdout.flush()
     except OSError as e:
         if not isinstance(e, BrokenPipeError):
             print(f"error: standard output: {e.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # and what waits goes there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # discards what is pending
 
 
 sys.excepthook = last_resort

@@ -1,17 +1,23 @@
 #!/bin/sh
-# How much drop path? Trains at several rates with several seeds, and sets the ends side by side: a table and two pictures.
+# How much drop path? Trains with several rates and seeds, and compares the final results in a table
+# and two plots.
 #
-#   model   0.83 M parameters: 4 layers, 4 heads, 128 channels, rows of 64 bytes (nanoGPT's CPU recipe)
-#   data    12 rows x 64 bytes x 1000 steps = 0.77 M bytes per run, the same in the same order for all runs of a seed
-#   cost    5 rates x 3 seeds = 15 runs of 3.9e12 FLOPs or less; about 8 minutes on 2 cores with AVX-512
-#   result  FLOPs fall in proportion to the rate: 5.6 % less at 0.1. In the quickstart, the same model and steps, rate 0
-#           ended at a validation loss of 2.0734 and rate 0.1 at 2.1026; deeper models and longer runs may turn that round
+#   model   0.83 M parameters: 4 layers, 4 heads, 128 channels, rows of 64 bytes (nanoGPT's CPU
+#           recipe)
+#   data    12 rows x 64 bytes x 1000 steps = 0.77 M bytes per run, the same in the same order for
+#           all runs of a seed
+#   cost    5 rates x 3 seeds = 15 runs of 3.9e12 FLOPs or less; about 8 minutes on 2 cores with
+#           AVX-512
+#   result  FLOPs fall in proportion to the rate: 5.6 % less at 0.1. In the quickstart, with the
+#           same model and steps, rate 0 ended at a validation loss of 2.0734 and rate 0.1 at
+#           2.1026; deeper models and longer runs may reverse that
 #
-#     sh scripts/sweep.sh                                         as above
-#     RATES="0 0.2" SEEDS="1 2 3 4" sh scripts/sweep.sh --layers 8    other rates and seeds; any options of train_gpt
+#     sh scripts/sweep.sh                                             as above
+#     RATES="0 0.2" SEEDS="1 2 3 4" sh scripts/sweep.sh --layers 8    with any train_gpt options
 #
-# Variables: RATES, SEEDS, STEPS=1000, OUT=runs/sweep, BUILD=build, PYTHON=python3, TEXT=/path of your own text, or DATA, a
-# folder with train_*.bin and val_*.bin. The same command again goes on where it stopped; more rates or seeds are added.
+# Variables: RATES, SEEDS, STEPS=1000, OUT=runs/sweep, BUILD=build, PYTHON=python3, TEXT=/path of
+# your own text, or DATA, a folder with train_*.bin and val_*.bin. If interrupted, the same command
+# continues; rates and seeds can be added later.
 set -eu
 BUILD=${BUILD:-build}
 OUT=${OUT:-runs/sweep}
@@ -31,16 +37,19 @@ if [ -z "${DATA:-}" ]; then
 fi
 
 runs=
-for rate in $RATES; do                                   # the rates outside, since the table's first row is the baseline
+for rate in $RATES; do                                   # rates outermost, since the first row of
+                                                         # the table is the baseline
     for seed in $SEEDS; do runs="$runs p${rate}_s$seed"; done
 done
-for seed in $SEEDS; do                                   # the seeds outside, so that an early end leaves whole comparisons
+for seed in $SEEDS; do                                   # seeds outermost, so that an early end
+                                                         # leaves complete comparisons
     for rate in $RATES; do
         run=$OUT/p${rate}_s$seed
         if [ -e "$run/$(printf step_%08d "$STEPS")" ]; then continue; fi
         echo "== rate $rate, seed $seed"
-        "$BUILD/train_gpt" --train "$DATA/train_*.bin" --val "$DATA/val_*.bin" --out "$run" --resume --seed "$seed" \
-            --preset tiny --batch 12 --steps "$STEPS" --lr 1e-3 --warmup 5% --beta2 0.99 --drop-path "$rate" \
+        "$BUILD/train_gpt" --train "$DATA/train_*.bin" --val "$DATA/val_*.bin" --out "$run" \
+            --resume --seed "$seed" --preset tiny --batch 12 --steps "$STEPS" --lr 1e-3 \
+            --warmup 5% --beta2 0.99 --drop-path "$rate" \
             --eval-every 250 --log-every 250 --keep 1 "$@"
     done
 done

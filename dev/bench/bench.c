@@ -1,10 +1,12 @@
-// bench.c: how fast the engine on the CPU is, as a fraction of what the machine can do at that moment.
+// bench.c: the speed of the CPU engine, as a fraction of what the machine can do at that moment.
 //
-//     make bench                                        everything, in about ten minutes; also to build/bench.json
-//     build/bench --only step --preset gpt2             one table, one preset
+//     make bench                                  everything, in about ten minutes; writes
+//                                                 build/bench.json
+//     build/bench --only step --preset gpt2       one table, one preset
 //
-// README.md beside this file says what the rows mean; measure.h says how they are measured. Every row is checked
-// against a plain computation in double precision first; a wrong one ends the program with exit code 1.
+// README.md in this directory explains the rows, measure.h how they are measured. Every row is
+// first checked against a plain computation in double precision; a wrong result ends the program
+// with exit code 1.
 #include "kernels.h"
 #include "../files/files.h"
 #include "layers.h"
@@ -15,23 +17,28 @@
 // ---- Options ----
 
 //  OPTION(field, name, type, default, domain, help)
-#define BENCH_OPTIONS(HEADING, OPTION)                                                                               \
-  HEADING("Bench")                                                                                                   \
-    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|step|drop|memory|turns",                             \
-           "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
-    OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16",                                                              \
-           "operands of products in drop, memory and turns; matmul and step have both")                              \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
+#define BENCH_OPTIONS(HEADING, OPTION)                                                          \
+  HEADING("Bench")                                                                              \
+    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|step|drop|memory|turns",        \
+           "one table; turns: for each number n on a line of standard input do n steps, print " \
+               "their mean in ms")                                                              \
+    OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16",                                         \
+           "operands of products in drop, memory and turns; matmul and step have both")         \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                        \
+           "CPU threads; 0: as many as the machine offers")                                     \
     BENCH_OPTIONS_FOR(OPTION, "build/bench.json")
 
 OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
 enum { ONLY_ALL, ONLY_MEMORY = 6, ONLY_TURNS };
 
-// ---- What is measured unless the options say otherwise ----
+// ---- Defaults: what is measured unless the options say otherwise ----
 
 static const Case kernel_cases[] = {{"gpt2", 1, 1024}, {"small", 4, 256}};
-static const Case step_cases[] = {{"gpt2", 4, 256}, {"gpt2", 4, 64}, {"small", 4, 256}, {"tiny", 12, 64}};  // equal presets
-static const Case drop_cases[] = {{"small", 2, 128}};                                                // are neighbours
+// equal presets
+static const Case step_cases[] = {{"gpt2", 4, 256}, {"gpt2", 4, 64}, {"small", 4, 256},
+                                  {"tiny", 12, 64}};
+// must be adjacent
+static const Case drop_cases[] = {{"small", 2, 128}};
 static const Case memory_cases[] = {{"gpt2", 4, 1024}, {"small", 8, 256}};
 #define CASES(all) all, sizeof all / sizeof all[0]
 
@@ -54,12 +61,13 @@ static int bench_case(Case *only, const BenchOptions *o, const Case *defaults, i
 
 // ---- The program ----
 
-// The processor's name where the system tells it (Linux), from malloc.
+// The processor's name if the system reports it (Linux), from malloc.
 static char *processor(void) {
     char line[256], *name = NULL;
     FILE *f = fopen("/proc/cpuinfo", "r");
     while (f && !name && fgets(line, sizeof line, f))
-        if (!strncmp(line, "model name", 10) && strchr(line, ':')) name = xprintf("%s", strchr(line, ':') + 2);
+        if (!strncmp(line, "model name", 10) && strchr(line, ':'))
+            name = xprintf("%s", strchr(line, ':') + 2);
     if (f) fclose(f);
     if (name) name[strcspn(name, "\n")] = 0;
     return name ? name : xstrdup("unknown");
@@ -74,18 +82,21 @@ static void bench_write(const Bench *b, const char *path, const char *cpu) {
     measure_json(&out, "threads", thread_count());
     measure_json(&out, "vector_bytes", VECTOR_BYTES);
     measure_json(&out, "bf16_pairs", PAIRS);
-    text_printf(&out, ", \"rows\": %s\n], \"drop_path\": %s\n], \"memory\": %s\n]}\n", b->rows.s, b->drop.s, b->memory.s);
+    text_printf(&out, ", \"rows\": %s\n], \"drop_path\": %s\n], \"memory\": %s\n]}\n", b->rows.s,
+                b->drop.s, b->memory.s);
     file_write_whole(path, out.s, out.n);
     printf("\nalso in %s\n", path);
     text_free(&out);
 }
 
-// All tables, or the one that --only names. Memory comes first: this process must be small, and have no threads yet.
+// Prints all tables, or the one selected by --only. Memory comes first: this process must still be
+// small and have no threads.
 static void bench_tables(Bench *b, const BenchOptions *o) {
     Case only;
     if (o->only == ONLY_ALL || o->only == ONLY_MEMORY) {
         const int one = bench_case(&only, o, CASES(memory_cases));
-        bench_memory(b, one ? &only : memory_cases, one ? 1 : (int)(sizeof memory_cases / sizeof memory_cases[0]));
+        bench_memory(b, one ? &only : memory_cases,
+                     one ? 1 : (int)(sizeof memory_cases / sizeof memory_cases[0]));
     }
     if (o->only == ONLY_MEMORY) return;
     peak_rows(&b->peaks);
@@ -118,10 +129,11 @@ int main(int argc, char **argv) {
         options_free(&options);
         return 0;
     }
-    fclose(file_open(o.json, "ab"));                     // rather now than after minutes
+    fclose(file_open(o.json, "ab"));                     // fail now rather than after minutes
     setvbuf(stdout, NULL, _IOLBF, 0);
     char *cpu = processor();
-    printf("%s, %d threads, vectors of %d bytes; %s\n", cpu, thread_count(), VECTOR_BYTES, b.engine->name);
+    printf("%s, %d threads, vectors of %d bytes; %s\n", cpu, thread_count(), VECTOR_BYTES,
+           b.engine->name);
     Text *const arrays[] = {&b.rows, &b.drop, &b.memory};
     for (int i = 0; i < 3; i++) text_printf(arrays[i], "[");
     bench_tables(&b, &o);

@@ -1,10 +1,11 @@
-// bench_cuda.c: whole training steps and drop path on the GPU; its kernels are in kernels.cu.
+// bench_cuda.c: whole training steps and drop path on the GPU; kernels are in kernels.cu.
 //
-//     build/bench_cuda                                  both tables; also to build/bench_cuda.json
+//     build/bench_cuda                                  both tables; writes build/bench_cuda.json
 //     build/bench_cuda --only step --preset gpt2-xl     one table, one preset
 //
-// The tables are those of bench.c, by the same text (steps.h), on the engine that is linked: this file knows of the GPU
-// only what its makers promise. README.md beside this file says what the rows mean.
+// The tables are those of bench.c, by the same code (steps.h), on the engine that is linked: this
+// file knows nothing of the GPU beyond its data sheet. README.md in this directory explains the
+// rows.
 #include "cuda_cases.h"
 #include "../files/files.h"
 #include "steps.h"
@@ -13,12 +14,13 @@
 // ---- Options ----
 
 //  OPTION(field, name, type, default, domain, help)
-#define BENCH_OPTIONS(HEADING, OPTION)                                                                               \
-  HEADING("Bench")                                                                                                   \
-    OPTION(only, "only", CHOICE, "all", "all|step|drop|turns",                                                       \
-           "one table; turns: for each number n on a line of standard input do n steps, print their mean in ms")     \
-    OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward makes again")                  \
-    OPTION(graphs, "graphs", FLAG, "0", "0|1", "launch each branch as a CUDA graph")                                 \
+#define BENCH_OPTIONS(HEADING, OPTION)                                                             \
+  HEADING("Bench")                                                                                 \
+    OPTION(only, "only", CHOICE, "all", "all|step|drop|turns",                                     \
+           "one table; turns: for each number n on a line of standard input do n steps, print "    \
+               "their mean in ms")                                                                 \
+    OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward recomputes") \
+    OPTION(graphs, "graphs", FLAG, "0", "0|1", "launch each branch as a CUDA graph")               \
     CUDA_BENCH_OPTIONS(OPTION, "build/bench_cuda.json")
 
 OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
@@ -46,8 +48,9 @@ static void bench_open(Bench *b, int dtype, int recompute, int graphs) {
     if (dtype == DTYPE_AUTO) dtype = b->engine->dtype;
     b->dtype = b->dtypes[0] = dtype, b->n_dtypes = 1, b->samplings = 1;
     b->sheet_peak = sheet_peak(b->engine->name, dtype);
-    // A batch of another size has its products summed by another algorithm: in fp32 the last bits of a loss move, in bf16
-    // (2^-9) and tf32 (2^-11) what was rounded on the way, of which a mean over tokens keeps little.
+    // For another batch size, cuBLASLt sums with another algorithm: in fp32 the last bits of a loss
+    // change; bf16 (2^-9) and tf32 (2^-11) also round differently along the way, little of which
+    // survives in a mean over tokens.
     for (int d = 0; d < N_DTYPES; d++) b->loss_error[d] = d == DTYPE_FP32 ? 1e-5 : 2e-4;
     text_printf(&b->rows, "[");
     text_printf(&b->drop, "[");
@@ -61,8 +64,10 @@ int main(int argc, char **argv) {
     options_init(&options, "bench_cuda [options]");
     options_add(&options, bench_options(), &o);
     options_parse(&options, argc, argv);
-    const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES), rounds = (int)o.rounds;
-    if (o.only != ONLY_TURNS) fclose(file_open(o.json, "ab"));     // rather now than after minutes
+    const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES),
+        rounds = (int)o.rounds;
+    // fail now rather than after minutes
+    if (o.only != ONLY_TURNS) fclose(file_open(o.json, "ab"));
     setvbuf(stdout, NULL, _IOLBF, 0);
     bench_open(&b, (int)o.dtype, (int)o.recompute, o.graphs);
     if (o.only == ONLY_TURNS) {
@@ -70,7 +75,8 @@ int main(int argc, char **argv) {
     } else {
         printf("%s\n", b.engine->name);
         if (o.only != ONLY_DROP)
-            bench_step(&b, one ? &only : cuda_cases, one ? 1 : N_CUDA_DEFAULTS, rounds ? rounds : STEP_ROUNDS);
+            bench_step(&b, one ? &only : cuda_cases, one ? 1 : N_CUDA_DEFAULTS,
+                       rounds ? rounds : STEP_ROUNDS);
         if (o.only != ONLY_STEP)
             bench_drop(&b, one ? &only : cuda_cases, 1, rounds ? rounds : DROP_ROUNDS);
         bench_write(&b, o.json);

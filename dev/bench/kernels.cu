@@ -1,11 +1,13 @@
-// kernels.cu: the GPU engine's kernels, each as a part of what the device can do at that moment.
+// kernels.cu: the GPU engine's kernels, as fractions of what the device can do at that moment.
 //
-//     build/kernels_cuda                                every table; also to build/kernels_cuda.json
-//     build/kernels_cuda --only attention --preset gpt2 one table, one preset
+//     build/kernels_cuda                                   all tables; writes
+//                                                          build/kernels_cuda.json
+//     build/kernels_cuda --only attention --preset gpt2    one table, one preset
 //
-// Peaks first: products by the largest cuBLASLt product, memory by a copy on the device. README.md beside this file says
-// what the rows mean, measure.h how they are measured; time is taken by events on the device. Every row is checked against
-// a plain computation in double precision first; a wrong one ends the program with exit code 1.
+// Peaks come first: for matmuls the largest cuBLASLt matmul, for memory a copy on the device.
+// README.md in this directory explains the rows, measure.h how they are measured; times come from
+// events on the device. Every row is first checked against a plain computation in double precision;
+// a wrong result ends the program with exit code 1.
 #define ENGINE_ONLY
 #include "../../train_gpt.cu"                            // the kernels are static
 #include "../files/files.h"
@@ -16,11 +18,11 @@
 // ---- Options ----
 
 //  OPTION(field, name, type, default, domain, help)
-#define BENCH_OPTIONS(HEADING, OPTION)                                                                               \
-  HEADING("Bench")                                                                                                   \
-    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|attention", "one table")                             \
-    OPTION(size, "size", INTEGER, "8192", "[16,32768]",                                                              \
-           "side of the product that shows the peak; 4 size^2 bytes are copied")                                     \
+#define BENCH_OPTIONS(HEADING, OPTION)                                                   \
+  HEADING("Bench")                                                                       \
+    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|attention", "one table") \
+    OPTION(size, "size", INTEGER, "8192", "[16,32768]",                                  \
+           "side of the product that shows the peak; 4 size^2 bytes are copied")         \
     CUDA_BENCH_OPTIONS(OPTION, "build/kernels_cuda.json")
 
 OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
@@ -42,7 +44,7 @@ static void timer_close(Timer *t) {
     CUDA_CHECK(cudaEventDestroy(t->to));
 }
 
-// Of a row whose arg begins with a Timer.
+// For a row whose arg begins with a Timer.
 static double timer_slice(const MeasureRow *r, int runs) {
     const Timer *t = (const Timer *)r->arg;
     float ms = 0;
@@ -54,15 +56,17 @@ static double timer_slice(const MeasureRow *r, int runs) {
     return 1e-3 * (double)ms;
 }
 
-static MeasureRow *timed_row(MeasureTable *t, const char *name, const char *unit, double work, void (*run)(void *),
-                             double (*check)(void *), void *arg, double tolerance, MeasureRow *peak) {
+static MeasureRow *timed_row(MeasureTable *t, const char *name, const char *unit, double work,
+                             void (*run)(void *), double (*check)(void *), void *arg,
+                             double tolerance, MeasureRow *peak) {
     MeasureRow *r = measure_row(t, "%s", name);
-    r->unit = unit, r->work = work, r->run = run, r->check = check, r->arg = arg, r->tolerance = tolerance, r->peak = peak;
+    r->unit = unit, r->work = work, r->run = run, r->check = check, r->arg = arg,
+        r->tolerance = tolerance, r->peak = peak;
     r->slice = timer_slice;
     return r;
 }
 
-// ---- Numbers to work on, and a plain product to compare with ----
+// ---- Inputs, and a plain matmul as reference ----
 
 template <class N> __global__ void fill_kernel(void *x, size_t n, float size, int id) {
     const size_t i = thread_index();
@@ -71,7 +75,8 @@ template <class N> __global__ void fill_kernel(void *x, size_t n, float size, in
     ((N *)x)[i] = from_float<N>(size * u);
 }
 
-// n numbers uniform in (-size, size), as N of the model's (or with `sums` float), in memory of their own.
+// n elements uniform in (-size, size), of the model's type N (or with `sums` float), in their own
+// memory.
 static void *device_filled(const Gpu *g, int sums, size_t n, float size, int id) {
     const int half = g->half && !sums;
     void *x = room_new("a benchmark's arrays", n * (half ? sizeof(bf16) : sizeof(float)));
@@ -80,13 +85,18 @@ static void *device_filled(const Gpu *g, int sums, size_t n, float size, int id)
     return x;
 }
 
-// host (n) = numbers from `first` on of an array of N, or with `sums` of float.
-static void device_read(const Gpu *g, float *host, const void *from, int sums, size_t first, size_t n) {
+// host (n) = elements from `first` on of an array of N, or with `sums` of float.
+static void device_read(const Gpu *g, float *host, const void *from, int sums, size_t first,
+                        size_t n) {
     const int half = g->half && !sums;
     bf16 *room = (bf16 *)xcalloc(n, sizeof *room);
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
-    if (half) CUDA_CHECK(cudaMemcpy(room, (const bf16 *)from + first, n * sizeof(bf16), cudaMemcpyDeviceToHost));
-    else CUDA_CHECK(cudaMemcpy(host, (const float *)from + first, n * sizeof(float), cudaMemcpyDeviceToHost));
+    if (half)
+        CUDA_CHECK(cudaMemcpy(room, (const bf16 *)from + first, n * sizeof(bf16),
+                              cudaMemcpyDeviceToHost));
+    else
+        CUDA_CHECK(cudaMemcpy(host, (const float *)from + first, n * sizeof(float),
+                              cudaMemcpyDeviceToHost));
     for (size_t i = 0; half && i < n; i++) host[i] = to_float(room[i]);
     free(room);
 }
@@ -100,47 +110,59 @@ static double device_number(const Gpu *g, const void *from, int sums, size_t i) 
 typedef struct { size_t i, j; } Place;
 
 template <class N>
-__global__ void product_reference_kernel(double *sums, const Place *place, Matrix a, Matrix b, size_t n, size_t K) {
+__global__ void product_reference_kernel(double *sums, const Place *place, Matrix a, Matrix b,
+                                         size_t n, size_t K) {
     const size_t s = thread_index();
     if (s >= n) return;
     const Place p = place[s];
-    const N *x = (const N *)a.at + (a.turned ? p.i : p.i * a.ld), *y = (const N *)b.at + (b.turned ? p.j * b.ld : p.j);
+    const N *x = (const N *)a.at + (a.turned ? p.i : p.i * a.ld),
+        *y = (const N *)b.at + (b.turned ? p.j * b.ld : p.j);
     double sum = 0;
     for (size_t k = 0; k < K; k++)
-        sum += (double)to_float(x[a.turned ? k * a.ld : k]) * (double)to_float(y[b.turned ? k : k * b.ld]);
+        sum += (double)to_float(x[a.turned ? k * a.ld : k]) *
+            (double)to_float(y[b.turned ? k : k * b.ld]);
     sums[s] = sum;
 }
 
-// sums (n): of a (M,K) b (K,N), in double, the numbers at the places (n).
-static void product_reference(const Gpu *g, double *sums, const Place *place, Matrix a, Matrix b, size_t n, size_t K) {
+// sums (n): of a (M,K) b (K,N), in double, the elements at the places (n).
+static void product_reference(const Gpu *g, double *sums, const Place *place, Matrix a, Matrix b,
+                              size_t n, size_t K) {
     double *room = (double *)room_new("a reference", n * sizeof *room);
     Place *places = (Place *)room_new("a reference", n * sizeof *places);
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
     CUDA_CHECK(cudaMemcpy(places, place, n * sizeof *places, cudaMemcpyHostToDevice));
-    if (g->half) LAUNCH(product_reference_kernel<bf16>, blocks_for(n), BLOCK, 0, g->stream, room, places, a, b, n, K);
-    else LAUNCH(product_reference_kernel<float>, blocks_for(n), BLOCK, 0, g->stream, room, places, a, b, n, K);
+    if (g->half)
+        LAUNCH(product_reference_kernel<bf16>, blocks_for(n), BLOCK, 0, g->stream, room, places, a,
+               b, n, K);
+    else
+        LAUNCH(product_reference_kernel<float>, blocks_for(n), BLOCK, 0, g->stream, room, places, a,
+               b, n, K);
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
     CUDA_CHECK(cudaMemcpy(sums, room, n * sizeof *sums, cudaMemcpyDeviceToHost));
     CUDA_CHECK(cudaFree(room));
     CUDA_CHECK(cudaFree(places));
 }
 
-// What may be wrong with a number that is rounded when it is stored: half a unit of a number six times the root mean square.
+// The error of rounding a stored element: half a unit of an element six times the root mean square.
 static double stored_error(const Gpu *g) { return g->half ? 6.0 / 512 : 0; }
 
-// With a product of K terms: sums in fp32, which tensor cores cut off rather than round; tf32 keeps 10 bits of an operand.
+// The error of a matmul with K terms: fp32 sums, which tensor cores truncate rather than round;
+// tf32 keeps 10 bits of an operand.
 static double product_error(const Gpu *g, int sums, size_t K) {
     return 4 * rounding((double)K) + (sums ? 0 : stored_error(g)) + (g->tf32 ? 8.0 / 2048 : 0);
 }
 
-static double gelu_double(double x) { return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))); }
+static double gelu_double(double x) {
+    return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+}
 
 static double gelu_slope_double(double x) {
     const double th = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x));
-    return 0.5 * (1 + th) + 0.5 * x * (1 - th * th) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x);
+    return 0.5 * (1 + th) + 0.5 * x * (1 - th * th) * 0.7978845608028654 *
+        (1 + 3 * 0.044715 * x * x);
 }
 
-// ---- Matrix products ----
+// ---- Matmuls ----
 
 typedef struct {
     Timer timer;
@@ -148,7 +170,7 @@ typedef struct {
     Matrix a, b;
     Result y;
     size_t M, N, K;
-    double times;                                        // how often a training step does it
+    double times;                                        // how often a training step performs it
 } ProductRow;
 
 static void product_row_run(void *arg) {
@@ -174,13 +196,15 @@ static double product_row_check(void *arg) {
     for (int s = 0; s < SAMPLES; s++) {
         const size_t at = place[s].i * p->y.ld + place[s].j;
         deviation_add(&y, device_number(g, p->y.at, p->y.sums, at), want[s]);
-        if (p->y.gelu) deviation_add(&gelu, device_number(g, p->y.gelu, 0, at), gelu_double(want[s]));
+        if (p->y.gelu)
+            deviation_add(&gelu, device_number(g, p->y.gelu, 0, at), gelu_double(want[s]));
     }
     return fmax(deviation(&y), p->y.gelu ? deviation(&gelu) : 0);
 }
 
-// A product y (M,N) = a (M,K) b (K,N) on numbers of its own; "turned" operands are stored transposed.
-static void product_row_new(ProductRow *p, Gpu *g, int a_turned, int b_turned, int sums, size_t M, size_t N, size_t K) {
+// A matmul y (M,N) = a (M,K) b (K,N) on its own inputs; "turned" operands are stored transposed.
+static void product_row_new(ProductRow *p, Gpu *g, int a_turned, int b_turned, int sums, size_t M,
+                            size_t N, size_t K) {
     memset(p, 0, sizeof *p);
     timer_open(&p->timer, g->stream);
     p->g = g, p->M = M, p->N = N, p->K = K, p->times = 1;
@@ -192,27 +216,30 @@ static void product_row_new(ProductRow *p, Gpu *g, int a_turned, int b_turned, i
 
 static void product_row_free(ProductRow *p) {
     const void *const array[] = {p->a.at, p->b.at, p->y.at, p->y.bias, p->y.gelu, p->y.h};
-    for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) CUDA_CHECK(cudaFree((void *)(uintptr_t)array[i]));
+    for (size_t i = 0; i < sizeof array / sizeof array[0]; i++)
+        CUDA_CHECK(cudaFree((void *)(uintptr_t)array[i]));
     timer_close(&p->timer);
 }
 
-static MeasureRow *product_row_add(MeasureTable *t, ProductRow *p, const char *name, MeasureRow *peak) {
-    MeasureRow *r = timed_row(t, name, "GFLOP/s", 2.0 * (double)p->M * (double)p->N * (double)p->K, product_row_run,
-                              product_row_check, p, product_error(p->g, p->y.sums, p->K), peak);
+static MeasureRow *product_row_add(MeasureTable *t, ProductRow *p, const char *name,
+                                   MeasureRow *peak) {
+    MeasureRow *r = timed_row(t, name, "GFLOP/s", 2.0 * (double)p->M * (double)p->N * (double)p->K,
+                              product_row_run, product_row_check, p,
+                              product_error(p->g, p->y.sums, p->K), peak);
     snprintf(r->shape, sizeof r->shape, "%zu x %zu x %zu", p->M, p->N, p->K);
     return r;
 }
 
-// A layer's products: in -> out channels, as multiples of C.
+// A layer's matmuls: in -> out channels, as multiples of C.
 static const struct { const char *name; int in, out; } linears[] = {
     {"qkv", 1, 3}, {"attproj", 1, 1}, {"fc", 1, 4}, {"fcproj", 4, 1},
 };
 enum { LINEARS = sizeof linears / sizeof linears[0], PRODUCTS = 3 * (LINEARS + 1) };
 
-// As the engine asks for them where nothing is recomputed: forward adds the bias, fc's also makes GELU; fcproj's d_input is
-// multiplied by GELU'.
-static void linear_rows(MeasureTable *t, ProductRow p[3], Gpu *g, int layer, size_t BT, size_t C, double times,
-                        MeasureRow *peak) {
+// As the engine runs them without recomputation: forward adds the bias, and for fc applies GELU;
+// fcproj's d_input is multiplied by GELU'.
+static void linear_rows(MeasureTable *t, ProductRow p[3], Gpu *g, int layer, size_t BT, size_t C,
+                        double times, MeasureRow *peak) {
     const size_t in = (size_t)linears[layer].in * C, out = (size_t)linears[layer].out * C;
     const char *const form[] = {"forward", "d_input", "d_weight"};
     product_row_new(&p[0], g, 0, 0, 0, BT, out, in);
@@ -230,17 +257,21 @@ static void linear_rows(MeasureTable *t, ProductRow p[3], Gpu *g, int layer, siz
 }
 
 // The head's, on a chunk of tokens.
-static void head_rows(MeasureTable *t, ProductRow p[3], Gpu *g, size_t BT, size_t C, size_t V, MeasureRow *peak) {
-    const size_t chunk = classifier_chunk(BT, V, size_of_number(g)), n = at_most(BT, chunk), Vp = padded_vocabulary(V);
+static void head_rows(MeasureTable *t, ProductRow p[3], Gpu *g, size_t BT, size_t C, size_t V,
+                      MeasureRow *peak) {
+    const size_t chunk = classifier_chunk(BT, V, size_of_number(g)), n = at_most(BT, chunk),
+        Vp = padded_vocabulary(V);
     const char *const name[] = {"head forward", "head d_input", "head d_weight"};
     product_row_new(&p[0], g, 0, 1, 0, n, Vp, C);
     product_row_new(&p[1], g, 0, 0, 0, n, C, Vp);
     product_row_new(&p[2], g, 1, 0, 1, Vp, C, n);
     p[2].y.add = BT > chunk;
-    for (int f = 0; f < 3; f++) p[f].times = (double)BT / (double)n, product_row_add(t, &p[f], name[f], peak);
+    for (int f = 0; f < 3; f++)
+        p[f].times = (double)BT / (double)n, product_row_add(t, &p[f], name[f], peak);
 }
 
-// Of n rows, each as often as a training step does it: all FLOPs / what the peak would have done in the same time.
+// For n rows, weighted by how often a training step performs them: all FLOPs / what the peak would
+// have achieved in the same time.
 static double products_of_peak(const MeasureTable *t, int n) {
     double work = 0, peak_work = 0;
     for (int i = 0; i < n; i++) {
@@ -250,26 +281,27 @@ static double products_of_peak(const MeasureTable *t, int n) {
     return work / peak_work;
 }
 
-// ---- What all tables of a preset work in ----
+// ---- What the tables of a preset share ----
 
 typedef struct {
     Bench *bench;
-    Text attention;                                      // JSON array: shapes and times, for sdpa.py
-    MeasureRow *product, *copy;                          // the peaks
+    Text attention;              // JSON array: shapes and times, for sdpa.py
+    MeasureRow *product, *copy;  // the peaks
     const Case *c;
     GptConfig config;
-    Model *room;                                         // one layer: it lends its Gpu and the classifier's chunk
+    Model *room;                 // one layer: provides its Gpu and the classifier's chunk
     Gpu *g;
     size_t B, T, BT, C, NH, V;
     int rounds;
-    double rate[2];                                      // of the peaks
-    const char *json;                                    // written anew after every table
+    double rate[2];              // of the peaks
+    const char *json;            // rewritten after every table
 } Lab;
 
 static void bench_write(const Lab *l);
 
 static void lab_print(Lab *l, MeasureTable *t, const char *what) {
-    char *title = xprintf("%s: %s, B %zu, T %zu, %s", what, l->c->preset, l->B, l->T, dtype_name[l->bench->dtype]);
+    char *title = xprintf("%s: %s, B %zu, T %zu, %s", what, l->c->preset, l->B, l->T,
+                          dtype_name[l->bench->dtype]);
     measure_table(t);
     measure_print(t, title, &l->bench->rows);
     free(title);
@@ -279,11 +311,13 @@ static void lab_print(Lab *l, MeasureTable *t, const char *what) {
 static void lab_matmul(Lab *l) {
     MeasureTable t = measure_new(l->rounds);
     ProductRow p[PRODUCTS];
-    for (int k = 0; k < LINEARS; k++) linear_rows(&t, p + 3 * k, l->g, k, l->BT, l->C, l->config.L, l->product);
+    for (int k = 0; k < LINEARS; k++)
+        linear_rows(&t, p + 3 * k, l->g, k, l->BT, l->C, l->config.L, l->product);
     head_rows(&t, p + 3 * LINEARS, l->g, l->BT, l->C, l->V, l->product);
     lab_print(l, &t, "matrix products, (M,N) over K");
     const double layers = products_of_peak(&t, 3 * LINEARS), all = products_of_peak(&t, PRODUCTS);
-    printf("all products of a step: %.1f%% of peak in the layers, %.1f%% with the head\n", 100 * layers, 100 * all);
+    printf("all products of a step: %.1f%% of peak in the layers, %.1f%% with the head\n",
+           100 * layers, 100 * all);
     measure_json_open(&l->bench->rows);
     measure_json_text(&l->bench->rows, "name", "all products of a step");
     measure_json_text(&l->bench->rows, "preset", l->c->preset);
@@ -297,31 +331,37 @@ static void lab_matmul(Lab *l) {
 
 // ---- Attention ----
 
-typedef struct { Timer timer; const Lab *l; void *qkv, *dqkv, *y, *dy; float *lse, *inner; } Attention;
+typedef struct { Timer timer; const Lab *l; void *qkv, *dqkv, *y, *dy; float *lse, *inner;
+                 } Attention;
 
 static void attention_forward_run(void *arg) {
     const Attention *a = (const Attention *)arg;
     const Lab *l = a->l;
-    attention_forward(a->y, a->lse, a->qkv, NULL, l->B, l->T, l->C, l->NH, l->g->half, l->g->stream);
+    attention_forward(a->y, a->lse, a->qkv, NULL, l->B, l->T, l->C, l->NH, l->g->half,
+                      l->g->stream);
 }
 
 static void attention_backward_run(void *arg) {
     const Attention *a = (const Attention *)arg;
     const Lab *l = a->l;
-    attention_backward(a->dqkv, a->inner, a->dy, a->qkv, a->y, a->lse, NULL, l->B, l->T, l->C, l->NH, l->g->half, l->g->stream);
+    attention_backward(a->dqkv, a->inner, a->dy, a->qkv, a->y, a->lse, NULL, l->B, l->T, l->C,
+                       l->NH, l->g->half, l->g->stream);
 }
 
-// The first head of the first row and the last of the last: of y, or with `backward` of dq, dk and dv, the worst.
+// Compares the first head of the first row and the last head of the last row: y or, with
+// `backward`, the worst of dq, dk and dv.
 static double attention_compare(const Attention *a, int backward) {
     const Lab *l = a->l;
     const size_t T = l->T, C = l->C, HS = C / l->NH;
     const NoisePlace none = {};
     Deviation d[4] = {{0, 0, 0}};                        // dq, dk, dv, y
-    float *qkv = (float *)xcalloc(T * 3 * C, sizeof *qkv), *dqkv = (float *)xcalloc(T * 3 * C, sizeof *dqkv);
+    float *qkv = (float *)xcalloc(T * 3 * C, sizeof *qkv),
+        *dqkv = (float *)xcalloc(T * 3 * C, sizeof *dqkv);
     float *y = (float *)xcalloc(T * C, sizeof *y), *dy = (float *)xcalloc(T * C, sizeof *dy);
     for (int end = 0; end < 2; end++) {
         const size_t row = end ? l->B - 1 : 0, head = end ? C - HS : 0;
-        double *want_y = (double *)xcalloc(T * HS, sizeof *want_y), *want = (double *)xcalloc(3 * T * HS, sizeof *want);
+        double *want_y = (double *)xcalloc(T * HS, sizeof *want_y),
+            *want = (double *)xcalloc(3 * T * HS, sizeof *want);
         device_read(l->g, qkv, a->qkv, 0, row * T * 3 * C, T * 3 * C);
         device_read(l->g, dqkv, a->dqkv, 0, row * T * 3 * C, T * 3 * C);
         device_read(l->g, y, a->y, 0, row * T * C, T * C);
@@ -331,14 +371,16 @@ static double attention_compare(const Attention *a, int backward) {
             const size_t t = i / HS, h = head + i % HS;
             deviation_add(&d[3], (double)y[t * C + h], want_y[i]);
             for (size_t part = 0; part < 3; part++)
-                deviation_add(&d[part], (double)dqkv[t * 3 * C + part * C + h], want[part * T * HS + i]);
+                deviation_add(&d[part], (double)dqkv[t * 3 * C + part * C + h],
+                              want[part * T * HS + i]);
         }
         free(want_y);
         free(want);
     }
     float *const host[] = {qkv, dqkv, y, dy};
     for (int i = 0; i < 4; i++) free(host[i]);
-    return backward ? fmax(deviation(&d[0]), fmax(deviation(&d[1]), deviation(&d[2]))) : deviation(&d[3]);
+    return backward ? fmax(deviation(&d[0]), fmax(deviation(&d[1]), deviation(&d[2])))
+        : deviation(&d[3]);
 }
 
 static double attention_forward_check(void *arg) {
@@ -352,24 +394,30 @@ static double attention_backward_check(void *arg) {
     return attention_compare((const Attention *)arg, 1);
 }
 
-// FLOPs as gpt.h counts them: causal, without what the backward pass computes again. In bf16 probabilities and their
-// gradients are rounded before the second products, and the first queries, whose numbers are the largest, see few keys: the
-// longer the rows, the further they are above the root mean square. (T 20, 80, 256, 384: errors of 0.023 to 0.044.)
+// FLOPs as counted by gpt.h: causal, without what the backward pass recomputes. In bf16,
+// probabilities and their gradients are rounded before the second matmuls, and the first queries,
+// whose elements are the largest, see few keys: the longer the rows, the further they exceed the
+// root mean square. (T 20, 80, 256, 384: errors of 0.023 to 0.044.)
 static void lab_attention(Lab *l) {
     MeasureTable t = measure_new(l->rounds);
     Attention a = {{0, 0, 0}, l, NULL, NULL, NULL, NULL, NULL, NULL};
     const double flops = 4 * (double)l->C * (double)l->B * (double)l->T * ((double)l->T + 1) / 2;
-    const double error = l->g->half ? 0.05 + 0.002 * sqrt((double)l->T) : 4 * rounding((double)l->T);
+    const double error = l->g->half ? 0.05 + 0.002 * sqrt((double)l->T)
+        : 4 * rounding((double)l->T);
     timer_open(&a.timer, l->g->stream);
-    a.qkv = device_filled(l->g, 0, 3 * l->BT * l->C, 2, 20), a.dqkv = device_filled(l->g, 0, 3 * l->BT * l->C, 1, 21);
-    a.y = device_filled(l->g, 0, l->BT * l->C, 1, 22), a.dy = device_filled(l->g, 0, l->BT * l->C, 1, 23);
+    a.qkv = device_filled(l->g, 0, 3 * l->BT * l->C, 2, 20),
+        a.dqkv = device_filled(l->g, 0, 3 * l->BT * l->C, 1, 21);
+    a.y = device_filled(l->g, 0, l->BT * l->C, 1, 22),
+        a.dy = device_filled(l->g, 0, l->BT * l->C, 1, 23);
     a.lse = (float *)device_filled(l->g, 1, l->BT * l->NH, 1, 24);
     a.inner = (float *)device_filled(l->g, 1, l->BT * l->NH, 1, 25);
-    timed_row(&t, "attention forward", "GFLOP/s", flops, attention_forward_run, attention_forward_check, &a, error, l->product);
-    timed_row(&t, "attention backward", "GFLOP/s", 2.5 * flops, attention_backward_run, attention_backward_check, &a, error,
-              l->product);
+    timed_row(&t, "attention forward", "GFLOP/s", flops, attention_forward_run,
+              attention_forward_check, &a, error, l->product);
+    timed_row(&t, "attention backward", "GFLOP/s", 2.5 * flops, attention_backward_run,
+              attention_backward_check, &a, error, l->product);
     for (int i = 0; i < t.n; i++)
-        snprintf(t.row[i].shape, sizeof t.row[i].shape, "%zu x %zu x %zu", l->B * l->NH, l->T, l->C / l->NH);
+        snprintf(t.row[i].shape, sizeof t.row[i].shape, "%zu x %zu x %zu", l->B * l->NH, l->T,
+                 l->C / l->NH);
     lab_print(l, &t, "attention, (B NH, T, HS)");
     measure_json_open(&l->attention);
     measure_json_text(&l->attention, "preset", l->c->preset);
@@ -388,7 +436,7 @@ static void lab_attention(Lab *l) {
     timer_close(&a.timer);
 }
 
-// ---- LayerNorm with the residual stream, GELU, sums of columns ----
+// ---- LayerNorm with the residual stream, GELU, column sums ----
 
 typedef struct {
     Timer timer;
@@ -409,7 +457,8 @@ static void layers_open(Layers *s, const Lab *l) {
     CUDA_CHECK(cudaMemcpy(s->scale, &all_scale, sizeof all_scale, cudaMemcpyHostToDevice));
     timer_open(&s->timer, g->stream);
     s->l = l;
-    s->x = (float *)device_filled(g, 1, BTC, 2, 30), s->dx = (float *)device_filled(g, 1, BTC, 1, 31);
+    s->x = (float *)device_filled(g, 1, BTC, 2, 30), s->dx = (float *)device_filled(g, 1, BTC, 1,
+        31);
     s->rstd = (float *)device_filled(g, 1, l->BT, 1, 32), s->w = device_filled(g, 0, l->C, 2, 33);
     s->b = device_filled(g, 0, l->C, 2, 34), s->dw = (float *)device_filled(g, 1, l->C, 1, 35);
     s->db = (float *)device_filled(g, 1, 4 * l->C, 1, 36);
@@ -426,7 +475,8 @@ static void layers_close(Layers *s) {
     timer_close(&s->timer);
 }
 
-static Rows all_rows(const Layers *s) {                  // as a branch that every row keeps, with its scale
+// like a branch that every row keeps, with its scale
+static Rows all_rows(const Layers *s) {
     const Rows r = {NULL, s->scale};
     return r;
 }
@@ -434,15 +484,15 @@ static Rows all_rows(const Layers *s) {                  // as a branch that eve
 static void layernorm_forward_run(void *arg) {
     const Layers *s = (const Layers *)arg;
     const Lab *l = s->l;
-    residual_layernorm_forward(l->g, s->x, s->ln, s->xhat, s->rstd, s->out, all_rows(s), all_rows(s), 0, s->w, s->b,
-                               l->B, l->T, l->C);
+    residual_layernorm_forward(l->g, s->x, s->ln, s->xhat, s->rstd, s->out, all_rows(s),
+                               all_rows(s), 0, s->w, s->b, l->B, l->T, l->C);
 }
 
 static void layernorm_backward_run(void *arg) {
     const Layers *s = (const Layers *)arg;
     const Lab *l = s->l;
-    residual_layernorm_backward(l->g, s->dx, s->dout, s->dw, s->db, 0, s->dy, s->xhat, s->rstd, all_rows(s), all_rows(s), 0,
-                                0, s->w, l->B, l->T, l->C);
+    residual_layernorm_backward(l->g, s->dx, s->dout, s->dw, s->db, 0, s->dy, s->xhat, s->rstd,
+                                all_rows(s), all_rows(s), 0, 0, s->w, l->B, l->T, l->C);
 }
 
 static void gelu_run(void *arg) {
@@ -461,8 +511,10 @@ static double layernorm_forward_check(void *arg) {
     const size_t C = s->l->C;
     const Gpu *g = s->l->g;
     Deviation x = {0, 0, 0}, y = {0, 0, 0};
-    float *row = (float *)xcalloc((size_t)SAMPLES * C, sizeof *row), *out = (float *)xcalloc(C, sizeof *out);
-    float *ln = (float *)xcalloc(C, sizeof *ln), *w = (float *)xcalloc(C, sizeof *w), *b = (float *)xcalloc(C, sizeof *b);
+    float *row = (float *)xcalloc((size_t)SAMPLES * C, sizeof *row),
+        *out = (float *)xcalloc(C, sizeof *out);
+    float *ln = (float *)xcalloc(C, sizeof *ln), *w = (float *)xcalloc(C, sizeof *w),
+        *b = (float *)xcalloc(C, sizeof *b);
     device_read(g, w, s->w, 0, 0, C);
     device_read(g, b, s->b, 0, 0, C);
     for (int k = 0; k < SAMPLES; k++) {
@@ -485,12 +537,13 @@ static double layernorm_forward_check(void *arg) {
     }
     float *const host[] = {row, out, ln, w, b};
     for (int i = 0; i < 5; i++) free(host[i]);
-    if (deviation(&x) > rounding(1)) return INFINITY;    // what is stored as float has no more than that
+    if (deviation(&x) > rounding(1)) return INFINITY;    // stored as float, so no larger errors
     return deviation(&y);
 }
 
 // dw and db of some channels: columns of dy * xhat and of dy. Both are (BT,C) on the host.
-static double layernorm_columns(const float *dw, const float *db, const float *dy, const float *xhat, size_t BT, size_t C) {
+static double layernorm_columns(const float *dw, const float *db, const float *dy,
+                                const float *xhat, size_t BT, size_t C) {
     Deviation d[2] = {{0, 0, 0}};
     for (int k = 0; k < SAMPLES; k++) {
         const size_t c = pick(C, k, 1);
@@ -511,15 +564,18 @@ static double layernorm_backward_check(void *arg) {
     const size_t C = s->l->C, BT = s->l->BT;
     const Gpu *g = s->l->g;
     Deviation dx = {0, 0, 0}, dout = {0, 0, 0};
-    float *before = (float *)xcalloc((size_t)SAMPLES * C, sizeof *before), *row = (float *)xcalloc(4 * C, sizeof *row);
-    float *dy = (float *)xcalloc(BT * C, sizeof *dy), *xhat = (float *)xcalloc(BT * C, sizeof *xhat);
+    float *before = (float *)xcalloc((size_t)SAMPLES * C, sizeof *before),
+        *row = (float *)xcalloc(4 * C, sizeof *row);
+    float *dy = (float *)xcalloc(BT * C, sizeof *dy),
+        *xhat = (float *)xcalloc(BT * C, sizeof *xhat);
     float *w = row + C, *dw = w + C, *db = dw + C, *rstd = (float *)xcalloc(BT, sizeof *rstd);
     layernorm_forward_run(arg);
     device_read(g, dy, s->dy, 0, 0, BT * C);
     device_read(g, xhat, s->xhat, 0, 0, BT * C);
     device_read(g, rstd, s->rstd, 1, 0, BT);
     device_read(g, w, s->w, 0, 0, C);
-    for (int k = 0; k < SAMPLES; k++) device_read(g, before + (size_t)k * C, s->dx, 1, pick(BT, k, 0) * C, C);
+    for (int k = 0; k < SAMPLES; k++)
+        device_read(g, before + (size_t)k * C, s->dx, 1, pick(BT, k, 0) * C, C);
     layernorm_backward_run(arg);
     device_read(g, dw, s->dw, 1, 0, C);
     device_read(g, db, s->db, 1, 0, C);
@@ -535,15 +591,18 @@ static double layernorm_backward_check(void *arg) {
             device_read(g, row, what ? s->dout : (void *)s->dx, !what, t * C, C);
             for (size_t c = 0; c < C; c++) {
                 const double want = (double)before[(size_t)k * C + c] +
-                                    (double)rstd[t] * ((double)dyt[c] * (double)w[c] - mean - (double)ht[c] * along);
-                deviation_add(what ? &dout : &dx, (double)row[c], what ? (double)all_scale * want : want);
+                                    (double)rstd[t] * ((double)dyt[c] * (double)w[c] - mean -
+                                                       (double)ht[c] * along);
+                deviation_add(what ? &dout : &dx, (double)row[c],
+                              what ? (double)all_scale * want : want);
             }
         }
     }
     const double columns = layernorm_columns(dw, db, dy, xhat, BT, C);
     float *const host[] = {before, row, dy, xhat, rstd};
     for (int i = 0; i < 5; i++) free(host[i]);
-    if (deviation(&dx) > rounding((double)C) || columns > rounding((double)BT)) return INFINITY;     // sums in float
+    // accumulated in float
+    if (deviation(&dx) > rounding((double)C) || columns > rounding((double)BT)) return INFINITY;
     return deviation(&dout);
 }
 
@@ -553,7 +612,8 @@ static double gelu_check(void *arg) {
     gelu_run(arg);
     for (int k = 0; k < SAMPLES; k++) {
         const size_t i = pick(4 * s->l->BT * s->l->C, k, 0);
-        deviation_add(&y, device_number(s->l->g, s->wide_y, 0, i), gelu_double(device_number(s->l->g, s->wide, 0, i)));
+        deviation_add(&y, device_number(s->l->g, s->wide_y, 0, i),
+                      gelu_double(device_number(s->l->g, s->wide, 0, i)));
     }
     return deviation(&y);
 }
@@ -570,7 +630,8 @@ static double column_sums_check(void *arg) {
         device_read(s->l->g, row, s->wide, 0, t * width, width);
         for (int k = 0; k < COLUMNS; k++) want[k] += (double)row[pick(width, k, 1)];
     }
-    for (int k = 0; k < COLUMNS; k++) deviation_add(&d, device_number(s->l->g, s->db, 1, pick(width, k, 1)), want[k]);
+    for (int k = 0; k < COLUMNS; k++)
+        deviation_add(&d, device_number(s->l->g, s->db, 1, pick(width, k, 1)), want[k]);
     free(row);
     return deviation(&d);
 }
@@ -580,10 +641,10 @@ static double column_sums_check(void *arg) {
 typedef struct {
     Timer timer;
     const Lab *l;
-    size_t n;                                            // tokens: one chunk
-    void *x, *dx, *wte, *logits;                         // (n,C) (n,C) (Vp,C), from V on zeros, (n,Vp)
-    float *dwte, *losses;                                // (Vp,C) (n)
-    int *targets, *host_targets;                         // (n)
+    size_t n;                     // tokens: one chunk
+    void *x, *dx, *wte, *logits;  // (n,C) (n,C) (Vp,C), zeros from V on, (n,Vp)
+    float *dwte, *losses;         // (Vp,C) (n)
+    int *targets, *host_targets;  // (n)
 } Head;
 
 static void head_open(Head *h, const Lab *l) {
@@ -593,10 +654,13 @@ static void head_open(Head *h, const Lab *l) {
     h->l = l;
     h->n = at_most(l->BT, classifier_chunk(l->BT, l->V, size_of_number(g)));
     h->x = device_filled(g, 0, h->n * l->C, 2, 50), h->dx = device_filled(g, 0, h->n * l->C, 1, 51);
-    h->wte = device_filled(g, 0, Vp * l->C, 0.03f, 52);  // so that logits have the size that they have in training
-    CUDA_CHECK(cudaMemsetAsync((char *)h->wte + l->V * l->C * size_of_number(g), 0, rest * size_of_number(g), g->stream));
+    // so that logits have their usual size in training
+    h->wte = device_filled(g, 0, Vp * l->C, 0.03f, 52);
+    CUDA_CHECK(cudaMemsetAsync((char *)h->wte + l->V * l->C * size_of_number(g), 0,
+                               rest * size_of_number(g), g->stream));
     h->logits = device_filled(g, 0, h->n * Vp, 1, 53);
-    h->dwte = (float *)device_filled(g, 1, Vp * l->C, 1, 54), h->losses = (float *)device_filled(g, 1, h->n, 1, 55);
+    h->dwte = (float *)device_filled(g, 1, Vp * l->C, 1, 54),
+        h->losses = (float *)device_filled(g, 1, h->n, 1, 55);
     h->host_targets = (int *)xcalloc(h->n, sizeof *h->host_targets);
     fill_tokens(h->host_targets, h->n, (int)l->V, 7);
     h->targets = (int *)room_new("a benchmark's targets", h->n * sizeof(int));
@@ -625,8 +689,10 @@ static void softmax_run(void *arg) {
     else softmax_loss<float>(g, &y, h->logits, 0, h->n, h->l->V);
 }
 
-// One token against logits (V) in double: its loss, and its row of gradients, which the logits have become.
-static void head_token(Deviation *loss, Deviation *grad, const Head *h, const double *logit, size_t t) {
+// One token against logits (V) in double: its loss, and its row of gradients, which has replaced
+// the logits.
+static void head_token(Deviation *loss, Deviation *grad, const Head *h, const double *logit,
+                       size_t t) {
     const size_t V = h->l->V, Vp = padded_vocabulary(V), target = (size_t)h->host_targets[t];
     float *row = (float *)xcalloc(Vp, sizeof *row);
     double sum = 0;
@@ -634,11 +700,13 @@ static void head_token(Deviation *loss, Deviation *grad, const Head *h, const do
     deviation_add(loss, device_number(h->l->g, h->losses, 1, t), log(sum) - logit[target]);
     device_read(h->l->g, row, h->logits, 0, t * Vp, Vp);
     for (size_t v = 0; v < Vp; v++)
-        deviation_add(grad, (double)row[v], v < V ? (exp(logit[v]) / sum - (v == target)) / (double)h->n : 0);
+        deviation_add(grad, (double)row[v],
+                      v < V ? (exp(logit[v]) / sum - (v == target)) / (double)h->n : 0);
     free(row);
 }
 
-// Losses and gradients of a few tokens, then dx and dwte against products of the gradients that the chunk now holds.
+// Losses and gradients of a few tokens, then dx and dwte against matmuls of the gradients that the
+// chunk now holds.
 static double head_check(void *arg) {
     enum { TOKENS = 4 };
     const Head *h = (const Head *)arg;
@@ -655,23 +723,31 @@ static double head_check(void *arg) {
         head_token(&loss, &grad, h, want, t);
     }
     const int samples = (int)at_most(SAMPLES, V);
-    for (int what = 0; what < 2; what++) {               // dx, then dwte of some targets' and some other tokens' rows
+    // dx, then dwte rows of some targets and some other tokens
+    for (int what = 0; what < 2; what++) {
         for (int k = 0; k < samples; k++) {
-            place[k].i = what == 0 ? pick(h->n, k, 2) : k % 2 ? pick(V, k, 3) : (size_t)h->host_targets[pick(h->n, k, 3)];
+            place[k].i = what == 0 ? pick(h->n, k, 2) : k % 2 ? pick(V, k, 3)
+                : (size_t)h->host_targets[pick(h->n, k, 3)];
             place[k].j = pick(C, k, 4);
         }
-        if (what == 0) product_reference(g, want, place, lines(h->logits, Vp), lines(h->wte, C), (size_t)samples, Vp);
-        else product_reference(g, want, place, turned(h->logits, Vp), lines(h->x, C), (size_t)samples, h->n);
+        if (what == 0)
+            product_reference(g, want, place, lines(h->logits, Vp), lines(h->wte, C),
+                              (size_t)samples, Vp);
+        else
+            product_reference(g, want, place, turned(h->logits, Vp), lines(h->x, C),
+                              (size_t)samples, h->n);
         for (int k = 0; k < samples; k++)
-            deviation_add(&d[what], device_number(g, what ? (void *)h->dwte : h->dx, what, place[k].i * C + place[k].j),
+            deviation_add(&d[what], device_number(g, what ? (void *)h->dwte : h->dx, what,
+                                                  place[k].i * C + place[k].j),
                           want[k]);
     }
     free(place);
     free(want);
-    return fmax(fmax(deviation(&loss), deviation(&grad) / sqrt((double)V)), fmax(deviation(&d[0]), deviation(&d[1])));
+    return fmax(fmax(deviation(&loss), deviation(&grad) / sqrt((double)V)),
+                fmax(deviation(&d[0]), deviation(&d[1])));
 }
 
-// The same without the products: on logits that are filled in again.
+// The same without the matmuls: on logits that are restored each time.
 static double softmax_check(void *arg) {
     const Head *h = (const Head *)arg;
     const size_t V = h->l->V, Vp = padded_vocabulary(V), t = h->n - 1;
@@ -679,8 +755,12 @@ static double softmax_check(void *arg) {
     Deviation loss = {0, 0, 0}, grad = {0, 0, 0};
     float *row = (float *)xcalloc(Vp, sizeof *row);
     double *logit = (double *)xcalloc(Vp, sizeof *logit);
-    if (g->half) LAUNCH(fill_kernel<bf16>, blocks_for(h->n * Vp), BLOCK, 0, g->stream, h->logits, h->n * Vp, 2, 53);
-    else LAUNCH(fill_kernel<float>, blocks_for(h->n * Vp), BLOCK, 0, g->stream, h->logits, h->n * Vp, 2, 53);
+    if (g->half)
+        LAUNCH(fill_kernel<bf16>, blocks_for(h->n * Vp), BLOCK, 0, g->stream, h->logits, h->n * Vp,
+               2, 53);
+    else
+        LAUNCH(fill_kernel<float>, blocks_for(h->n * Vp), BLOCK, 0, g->stream, h->logits, h->n * Vp,
+               2, 53);
     device_read(g, row, h->logits, 0, t * Vp, Vp);
     for (size_t v = 0; v < Vp; v++) logit[v] = (double)row[v];
     softmax_run(arg);
@@ -697,35 +777,40 @@ typedef struct { Timer timer; Adam a; } AdamRow;
 static void adam_row_run(void *arg) { adam_run(&((AdamRow *)arg)->a); }
 static double adam_row_check(void *arg) { return adam_check(&((AdamRow *)arg)->a); }
 
-// ---- The table of layers; bytes that have to move at least once ----
+// ---- The table of layers; bytes that must move at least once ----
 
 static void lab_layers(Lab *l) {
     MeasureTable t = measure_new(l->rounds);
     Layers s;
     Head h;
     AdamRow adam;
-    const double BTC = (double)l->BT * (double)l->C, N = (double)size_of_number(l->g), stored = stored_error(l->g);
+    const double BTC = (double)l->BT * (double)l->C, N = (double)size_of_number(l->g),
+        stored = stored_error(l->g);
     layers_open(&s, l);
     head_open(&h, l);
     adam_open(&adam.a, l->bench->engine, &l->config, l->bench->dtype);
     timer_open(&adam.timer, adam.a.m->gpu.stream);
-    const double logits = (double)h.n * (double)padded_vocabulary(l->V), parameters = (double)gpt_params_count(&adam.a.c);
-    timed_row(&t, "residual, LayerNorm", "GB/s", (8 + 3 * N) * BTC, layernorm_forward_run, layernorm_forward_check, &s,
-              rounding((double)l->C) + 2 * stored, l->copy);
-    timed_row(&t, "LayerNorm backward", "GB/s", (8 + 3 * N) * BTC, layernorm_backward_run, layernorm_backward_check, &s,
-              rounding((double)l->C) + stored, l->copy);
-    timed_row(&t, "GELU again", "GB/s", 8 * N * BTC, gelu_run, gelu_check, &s, rounding(16) + stored, l->copy);
-    timed_row(&t, "gradient of a bias", "GB/s", 4 * N * BTC, column_sums_run, column_sums_check, &s, rounding((double)l->BT),
-              l->copy);
+    const double logits = (double)h.n * (double)padded_vocabulary(l->V),
+        parameters = (double)gpt_params_count(&adam.a.c);
+    timed_row(&t, "residual, LayerNorm", "GB/s", (8 + 3 * N) * BTC, layernorm_forward_run,
+              layernorm_forward_check, &s, rounding((double)l->C) + 2 * stored, l->copy);
+    timed_row(&t, "LayerNorm backward", "GB/s", (8 + 3 * N) * BTC, layernorm_backward_run,
+              layernorm_backward_check, &s, rounding((double)l->C) + stored, l->copy);
+    timed_row(&t, "GELU again", "GB/s", 8 * N * BTC, gelu_run, gelu_check, &s,
+              rounding(16) + stored, l->copy);
+    timed_row(&t, "gradient of a bias", "GB/s", 4 * N * BTC, column_sums_run, column_sums_check, &s,
+              rounding((double)l->BT), l->copy);
     for (int i = 0; i < t.n; i++)
-        snprintf(t.row[i].shape, sizeof t.row[i].shape, "%zu x %zu x %zu", l->B, l->T, (i < 2 ? 1 : 4) * l->C);
-    timed_row(&t, "head, loss, gradients", "GFLOP/s", 6 * (double)h.n * (double)l->C * (double)l->V, head_run, head_check, &h,
-              product_error(l->g, 0, l->V), l->product);
+        snprintf(t.row[i].shape, sizeof t.row[i].shape, "%zu x %zu x %zu", l->B, l->T,
+                 (i < 2 ? 1 : 4) * l->C);
+    timed_row(&t, "head, loss, gradients", "GFLOP/s", 6 * (double)h.n * (double)l->C * (double)l->V,
+              head_run, head_check, &h, product_error(l->g, 0, l->V), l->product);
     timed_row(&t, "softmax, loss, gradient", "GB/s", 2 * N * logits, softmax_run, softmax_check, &h,
               rounding((double)l->V) + stored, l->copy);
     for (int i = t.n - 2; i < t.n; i++)
         snprintf(t.row[i].shape, sizeof t.row[i].shape, "%zu x %zu x %zu", h.n, l->V, l->C);
-    MeasureRow *r = timed_row(&t, "norm and AdamW", "GB/s", (8 * sizeof(float) + (l->g->half ? sizeof(bf16) : 0)) * parameters,
+    MeasureRow *r = timed_row(&t, "norm and AdamW", "GB/s",
+                              (8 * sizeof(float) + (l->g->half ? sizeof(bf16) : 0)) * parameters,
                               adam_row_run, adam_row_check, &adam, rounding(16), l->copy);
     snprintf(r->shape, sizeof r->shape, "%.1f M", 1e-6 * parameters);
     lab_print(l, &t, "layers");
@@ -752,13 +837,14 @@ static double copy_check(void *arg) {
     CUDA_CHECK(cudaMemsetAsync(c->y, 0xff, c->bytes, c->g->stream));
     copy_run(arg);
     for (int k = 0; k < SAMPLES; k++)
-        wrong += !(device_number(c->g, c->y, 1, pick(n, k, 0)) == device_number(c->g, c->x, 1, pick(n, k, 0)));
+        wrong += !(device_number(c->g, c->y, 1, pick(n, k, 0)) == device_number(c->g, c->x, 1,
+            pick(n, k, 0)));
     return wrong;
 }
 
 typedef struct { Gpu g; ProductRow product; Copy copy; } Peaks;
 
-// Both peaks as rows, and prepared as slices beside others.
+// Both peaks as rows, and prepared as slices for other tables.
 static void peaks_open(Peaks *p, Bench *b, size_t size) {
     memset(p, 0, sizeof *p);
     gpu_open(&p->g, b->dtype, NULL);
@@ -768,7 +854,8 @@ static void peaks_open(Peaks *p, Bench *b, size_t size) {
     p->copy.x = (char *)device_filled(&p->g, 1, size * size, 1, 60);
     p->copy.y = (char *)device_filled(&p->g, 1, size * size, 1, 61);
     product_row_add(&b->peaks, &p->product, "largest product", NULL);
-    MeasureRow *r = timed_row(&b->peaks, "copy", "GB/s", 2 * (double)p->copy.bytes, copy_run, copy_check, &p->copy, 0, NULL);
+    MeasureRow *r = timed_row(&b->peaks, "copy", "GB/s", 2 * (double)p->copy.bytes, copy_run,
+                              copy_check, &p->copy, 0, NULL);
     snprintf(r->shape, sizeof r->shape, "%.0f MiB", (double)p->copy.bytes / (1 << 20));
     for (int i = 0; i < b->peaks.n; i++) measure_prepare(&b->peaks.row[i], MEASURE_PEAK_SLICE);
 }
@@ -781,7 +868,7 @@ static void peaks_close(Peaks *p) {
     gpu_close(&p->g);
 }
 
-// Their table; returns the medians, in FLOP/s and in bytes per second.
+// Prints their table; returns the medians, in FLOP/s and in bytes per second.
 static void peaks_print(const Bench *b, double rate[2], int rounds, Text *json) {
     MeasureTable t = b->peaks;
     t.rounds = rounds;
@@ -789,7 +876,8 @@ static void peaks_print(const Bench *b, double rate[2], int rounds, Text *json) 
     measure_print(&t, "peaks", json);
     for (int i = 0; i < 2; i++) rate[i] = t.row[i].work / measure_median(t.row[i].seconds, rounds);
     if (b->sheet_peak > 0)
-        printf("the data sheet says %.0f TFLOP/s: %.1f%%\n", 1e-12 * b->sheet_peak, 100 * rate[0] / b->sheet_peak);
+        printf("the data sheet says %.0f TFLOP/s: %.1f%%\n", 1e-12 * b->sheet_peak,
+               100 * rate[0] / b->sheet_peak);
     measure_free(&t);
 }
 
@@ -837,7 +925,7 @@ int main(int argc, char **argv) {
     options_add(&options, bench_options(), &o);
     options_parse(&options, argc, argv);
     const int one = case_of(&only, (int)o.preset, o.batch, o.seq_len, cuda_cases, N_CUDA_CASES);
-    fclose(file_open(o.json, "ab"));                     // rather now than after minutes
+    fclose(file_open(o.json, "ab"));                     // fail now rather than after minutes
     setvbuf(stdout, NULL, _IOLBF, 0);
     memset(&b, 0, sizeof b);
     memset(&l, 0, sizeof l);

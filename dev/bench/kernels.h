@@ -1,4 +1,4 @@
-// kernels.h: the engine's kernels as rows of a table: the machine's peaks and the matrix products.
+// kernels.h: the engine's kernels as rows of a table: the machine's peaks and the matmuls.
 #ifndef KERNELS_H
 #define KERNELS_H
 
@@ -6,7 +6,7 @@
 #include "../../train_gpt.c"                             // the kernels are static
 #include "reference.h"
 
-// ---- Adapters: with the layers' runs in layers.h, all that the benchmark knows of the kernels' signatures ----
+// ---- Adapters: with layers.h, all that the benchmark knows of the kernels' signatures ----
 
 static void set_threads(int n) {
 #ifdef _OPENMP
@@ -24,7 +24,7 @@ static int thread_count(void) {
 #endif
 }
 
-// A model of one layer that only lends the room that kernels need besides their arguments.
+// A model of one layer that only provides the workspace that kernels need besides their arguments.
 static Model *room_open(GptConfig config, int B, int T, int dtype) {
     const EngineArgs args = {.B = B, .T = T, .dtype = dtype};
     config.L = 1;
@@ -32,31 +32,32 @@ static Model *room_open(GptConfig config, int B, int T, int dtype) {
 }
 
 // y (M,N) = a (M,K) b (K,N), += with add; "turned" operands are stored transposed.
-static void product(real *y, Model *room, const real *a, int a_turned, const real *b, int b_turned, size_t M, size_t N,
-                    size_t K, int add) {
+static void product(real *y, Model *room, const real *a, int a_turned, const real *b, int b_turned,
+                    size_t M, size_t N, size_t K, int add) {
     multiply(scaled(y, N, 1, add), &room->pack, a_turned ? turned(a, M) : lines(a, K),
              b_turned ? turned(b, K) : lines(b, N), M, N, K, NULL);
 }
 
-// y (M,N) = a (M,K) b (K,N) + bias (N)
-static void product_bias(real *y, Model *room, const real *a, const real *b, const real *bias, size_t M, size_t N,
-                         size_t K) {
+// y (M,N) = a (M,K) b (K,N) + bias (N).
+static void product_bias(real *y, Model *room, const real *a, const real *b, const real *bias,
+                         size_t M, size_t N, size_t K) {
     matmul_forward(fresh(y, N, bias), &room->pack, a, b, M, K, N);
 }
 
 static size_t head_chunk(size_t BT, size_t V) { return classifier_chunk(BT, V); }
 
-// losses (BT), dx (BT,C) =, dwte (V,C) +=, each token with the weight 1/BT
-static void head_all(real *losses, real *dx, real *dwte, Model *room, const real *x, const real *wte, const int *targets,
+// losses (BT), dx (BT,C) =, dwte (V,C) +=, each token with weight 1/BT.
+static void head_all(real *losses, real *dx, real *dwte, Model *room, const real *x,
+                     const real *wte, const int *targets,
                  size_t BT, size_t C, size_t V) {
     const Scoring y = {losses, room->uniform, targets, (real)(1 / (double)BT), 0};
     classifier(&y, dx, dwte, 1, room->logits, &room->pack, x, wte, BT, C, V);
 }
 
-// From here on engine->memory reports what the plans that follow use.
+// From here on engine->memory reports what later plans use.
 static void memory_forget(Model *m) { m->kept_peak = 0; }
 
-// ---- Numbers to work on ----
+// ---- Inputs ----
 
 static real *filled(size_t n, double size, int id) {
     real *x = vectors_new(n);
@@ -65,16 +66,20 @@ static real *filled(size_t n, double size, int id) {
 }
 
 // Small weights, uniform in (-size, size), in the model's own memory.
-static void weights_fill(Model *m, double size, int id) { fill(m->slot[SLOT_PARAM], m->n_params, size, id); }
+static void weights_fill(Model *m, double size, int id) {
+    fill(m->slot[SLOT_PARAM], m->n_params, size, id);
+}
 
 // ---- Peaks ----
 
 enum { PEAK_FMA, PEAK_UPDATE, PEAK_READ, PEAK_COPY, PEAK_BF16 };
 
-// Threads take small pieces as they come, as those of a product do: one that the system stops must not hold up the rest.
-enum { FMA_CHAINS = TILE_ROWS * TILE_VECTORS, PIECE_STEPS = 10000, PIECES = 64 };         // per thread
+// Threads take small pieces dynamically, like those of a matmul: one that is preempted must not
+// delay the others.
+// per thread
+enum { FMA_CHAINS = TILE_ROWS * TILE_VECTORS, PIECE_STEPS = 10000, PIECES = 64 };
 
-// Multiply-adds on registers, a <- a/2 + 1 in independent chains: 2 in the end, wherever a began.
+// Multiply-adds on registers, a <- a/2 + 1 in independent chains: converges to 2 from any start.
 static double fma_piece(int from) {
     Vector a[FMA_CHAINS], zero = {0};
     const Vector half = zero + (real)0.5, one = zero + (real)1;
@@ -103,13 +108,14 @@ static double fma_check(void *sum) {
     return fabs(*(double *)sum / (2.0 * FMA_CHAINS * LANES * PIECES * thread_count()) - 1);
 }
 
-// Dot products of two pairs of ones, where the processor has them, added up in fp32: each step adds 2, which is exact here.
+// Dot products of two pairs of ones, if the processor has them, accumulated in fp32: each step adds
+// 2, which is exact here.
 static double bf16_piece(int from) {
     Vector a[FMA_CHAINS], zero = {0};
     const Vector ones = pairs_of_lines(zero + (real)1, zero + (real)1);
     real one, end[FMA_CHAINS * LANES];
     double sum = 0;
-    memcpy(&one, &ones, sizeof one);                     // a word: a pair
+    memcpy(&one, &ones, sizeof one);                     // a word holds a pair
 #pragma GCC unroll 32
     for (int i = 0; i < FMA_CHAINS; i++) a[i] = zero + (real)(from + i);
     for (int k = 0; k < PIECE_STEPS; k++) {
@@ -117,7 +123,8 @@ static double bf16_piece(int from) {
         for (int i = 0; i < FMA_CHAINS; i++) a[i] = pairs_dot(a[i], one, ones);
     }
     memcpy(end, a, sizeof end);
-    for (int i = 0; i < FMA_CHAINS * (int)LANES; i++) sum += (double)end[i] - (from + i / (int)LANES);
+    for (int i = 0; i < FMA_CHAINS * (int)LANES; i++)
+        sum += (double)end[i] - (from + i / (int)LANES);
     return sum;
 }
 
@@ -130,10 +137,11 @@ static void bf16_run(void *sum_of_all) {
 
 static double bf16_check(void *sum) {
     bf16_run(sum);
-    return fabs(*(double *)sum / (2.0 * PIECE_STEPS * FMA_CHAINS * LANES * PIECES * thread_count()) - 1);
+    return fabs(*(double *)sum / (2.0 * PIECE_STEPS * FMA_CHAINS * LANES * PIECES *
+                                  thread_count()) - 1);
 }
 
-enum { STREAM_PIECE = 1 << 16 };                         // numbers that a thread takes at a time
+enum { STREAM_PIECE = 1 << 16 };                         // elements that a thread takes at a time
 
 typedef struct { real *x, *y; size_t n; double sum; } Stream;
 
@@ -166,7 +174,8 @@ static void read_run(void *arg) {
 static void copy_run(void *arg) {
     const Stream *s = arg;
 #pragma omp parallel for schedule(dynamic)
-    for (size_t i = 0; i < s->n; i += STREAM_PIECE) memcpy(s->y + i, s->x + i, STREAM_PIECE * sizeof(real));
+    for (size_t i = 0; i < s->n; i += STREAM_PIECE)
+        memcpy(s->y + i, s->x + i, STREAM_PIECE * sizeof(real));
 }
 
 static double update_check(void *arg) {
@@ -192,8 +201,8 @@ static double copy_check(void *arg) {
     return memcmp(s->x, s->y, s->n * sizeof(real)) ? INFINITY : 0;
 }
 
-static void peak_row(MeasureTable *t, const char *name, double flops, double bytes, void (*run)(void *),
-                     double (*check)(void *), void *arg) {
+static void peak_row(MeasureTable *t, const char *name, double flops, double bytes,
+                     void (*run)(void *), double (*check)(void *), void *arg) {
     MeasureRow *r = measure_row(t, "%s", name);
     if (flops > 0) snprintf(r->shape, sizeof r->shape, "%d threads", thread_count());
     else snprintf(r->shape, sizeof r->shape, "%.0f MiB", bytes / (1 << 20));
@@ -209,15 +218,19 @@ static void peak_rows(MeasureTable *t) {
         s.n = ((size_t)128 << 20) / sizeof(real);        // larger than the caches
         s.x = filled(s.n, 1, 1), s.y = filled(s.n, 1, 2);
     }
-    const double all = (double)PIECE_STEPS * PIECES * thread_count(), bytes = (double)s.n * sizeof(real);
-    peak_row(t, "multiply-add, " REAL_NAME, 2 * FMA_CHAINS * LANES * all, 0, fma_run, fma_check, &fma_sum);
+    const double all = (double)PIECE_STEPS * PIECES * thread_count(),
+        bytes = (double)s.n * sizeof(real);
+    peak_row(t, "multiply-add, " REAL_NAME, 2 * FMA_CHAINS * LANES * all, 0, fma_run, fma_check,
+             &fma_sum);
     peak_row(t, "memory, update", 0, 2 * bytes, update_run, update_check, &s);
     peak_row(t, "memory, read", 0, bytes, read_run, read_check, &s);
     peak_row(t, "memory, copy", 0, 2 * bytes, copy_run, copy_check, &s);
-    if (PAIRS) peak_row(t, "dot product, bf16", 4 * FMA_CHAINS * LANES * all, 0, bf16_run, bf16_check, &bf16_sum);
+    if (PAIRS)
+        peak_row(t, "dot product, bf16", 4 * FMA_CHAINS * LANES * all, 0, bf16_run, bf16_check,
+                 &bf16_sum);
 }
 
-// What bounds the products of that dtype: without dot products of pairs bf16 is multiplied as fp32 is.
+// The bound of matmuls in that dtype: without bf16 dot products, bf16 is multiplied as fp32.
 static void product_peaks(Bench *b) {
     b->product_peak[DTYPE_FP32] = &b->peaks.row[PEAK_FMA];
     b->product_peak[DTYPE_BF16] = &b->peaks.row[PAIRS ? PEAK_BF16 : PEAK_FMA];
@@ -227,13 +240,14 @@ static void bench_peak(Bench *b, const Case *cases, int n, int rounds) {
     (void)cases, (void)n;
     MeasureTable t = {.rounds = rounds};
     peak_rows(&t);
-    for (int i = 0; i < t.n; i++) t.row[i].peak = &b->peaks.row[i == PEAK_FMA || i == PEAK_BF16 ? PEAK_FMA : PEAK_UPDATE];
+    for (int i = 0; i < t.n; i++)
+        t.row[i].peak = &b->peaks.row[i == PEAK_FMA || i == PEAK_BF16 ? PEAK_FMA : PEAK_UPDATE];
     measure_table(&t);
     measure_print(&t, "peaks, against the first of their kind", &b->rows);
     measure_free(&t);
 }
 
-// ---- Matrix products ----
+// ---- Matmuls ----
 
 enum { SIZE_BT, SIZE_IN, SIZE_OUT };
 enum { FORM_SET, FORM_ADD, FORM_BIAS };
@@ -251,24 +265,30 @@ static const struct { const char *name; int m, n, k, a_turned, b_turned, how; } 
 static const struct { const char *name; int in, out; } linears[] = {        // in channels
     {"qkv", 1, 3}, {"attproj", 1, 1}, {"fc", 1, 4}, {"fcproj", 4, 1},
 };
-enum { N_LINEARS = sizeof linears / sizeof linears[0], N_PRODUCTS = 3 * (N_LINEARS + 1), CPU_DTYPES = DTYPE_BF16 + 1 };
+enum { N_LINEARS = sizeof linears / sizeof linears[0], N_PRODUCTS = 3 * (N_LINEARS + 1),
+       CPU_DTYPES = DTYPE_BF16 + 1 };
 
 typedef struct {
     Model *room;
     real *y, *a, *b, *bias;
     size_t M, N, K;
     int a_turned, b_turned, how, dtype;
-    double times;                                        // how often a training step does it
+    double times;                                        // how often a training step performs it
 } Product;
 
 static void product_run(void *arg) {
     const Product *p = arg;
     if (p->how == FORM_BIAS) product_bias(p->y, p->room, p->a, p->b, p->bias, p->M, p->N, p->K);
-    else product(p->y, p->room, p->a, p->a_turned, p->b, p->b_turned, p->M, p->N, p->K, p->how == FORM_ADD);
+    else
+        product(p->y, p->room, p->a, p->a_turned, p->b, p->b_turned, p->M, p->N, p->K,
+                p->how == FORM_ADD);
 }
 
-// An operand as the product takes it: in bf16 only the operands are rounded, neither the sum nor what it is added to.
-static double product_operand(const Product *p, real x) { return (double)(p->dtype == DTYPE_BF16 ? bf16_round(x) : x); }
+// An operand as the matmul reads it: in bf16 only operands are rounded, not the sum or what it is
+// added to.
+static double product_operand(const Product *p, real x) {
+    return (double)(p->dtype == DTYPE_BF16 ? bf16_round(x) : x);
+}
 
 static double product_check(void *arg) {
     enum { SAMPLES = 200 };
@@ -279,35 +299,42 @@ static double product_check(void *arg) {
     fill(p->y, M * N, 1, 3);
     for (int s = 0; s < SAMPLES; s++) {
         const size_t i = pick(M, s, 0), j = pick(N, s, 1);
-        want[s] = p->how == FORM_ADD ? (double)p->y[i * N + j] : p->how == FORM_BIAS ? (double)p->bias[j] : 0;
+        want[s] = p->how == FORM_ADD ? (double)p->y[i * N + j] : p->how ==
+            FORM_BIAS ? (double)p->bias[j] : 0;
         for (size_t k = 0; k < K; k++)
             want[s] += product_operand(p, p->a[p->a_turned ? k * M + i : i * K + k]) *
                        product_operand(p, p->b[p->b_turned ? j * K + k : k * N + j]);
     }
     product_run(arg);
-    for (int s = 0; s < SAMPLES; s++) deviation_add(&d, (double)p->y[pick(M, s, 0) * N + pick(N, s, 1)], want[s]);
+    for (int s = 0; s < SAMPLES; s++)
+        deviation_add(&d, (double)p->y[pick(M, s, 0) * N + pick(N, s, 1)], want[s]);
     return deviation(&d);
 }
 
-// The three products of one layer, in -> out, or with is_head of the head; `times` of each are in a training step.
+// The three matmuls of one layer, in -> out, or with is_head of the head; a training step performs
+// `times` of each.
 static void products_new(Product *p, int is_head, size_t BT, size_t in, size_t out, double times) {
     const size_t size[] = {BT, in, out};
     for (int f = 0; f < 3; f++, p++) {
-        p->M = size[forms[is_head][f].m], p->N = size[forms[is_head][f].n], p->K = size[forms[is_head][f].k];
+        p->M = size[forms[is_head][f].m], p->N = size[forms[is_head][f].n],
+            p->K = size[forms[is_head][f].k];
         p->a_turned = forms[is_head][f].a_turned, p->b_turned = forms[is_head][f].b_turned;
         p->how = forms[is_head][f].how;
         p->times = times;
-        p->y = vectors_new(p->M * p->N), p->a = filled(p->M * p->K, 1, 4), p->b = filled(p->K * p->N, 1, 5);
+        p->y = vectors_new(p->M * p->N), p->a = filled(p->M * p->K, 1, 4),
+            p->b = filled(p->K * p->N, 1, 5);
         p->bias = filled(p->N, 1, 6);
     }
 }
 
-// The rows of one dtype: those of p (N_PRODUCTS), as `copy` (N_PRODUCTS) on the same numbers.
-static void product_rows(MeasureTable *t, Product *copy, const Product *p, Model *room, Bench *b, int dtype) {
+// The rows of one dtype: those of p (N_PRODUCTS), with `copy` (N_PRODUCTS) on the same inputs.
+static void product_rows(MeasureTable *t, Product *copy, const Product *p, Model *room, Bench *b,
+                         int dtype) {
     for (int i = 0; i < N_PRODUCTS; i++) {
         const int layer = i / 3, is_head = layer == N_LINEARS;
         copy[i] = p[i], copy[i].room = room, copy[i].dtype = dtype;
-        MeasureRow *r = measure_row(t, "%s %s%s", is_head ? "head" : linears[layer].name, forms[is_head][i % 3].name,
+        MeasureRow *r = measure_row(t, "%s %s%s", is_head ? "head" : linears[layer].name,
+                                    forms[is_head][i % 3].name,
                                     dtype == DTYPE_BF16 ? ", bf16" : "");
         snprintf(r->shape, sizeof r->shape, "%zu x %zu x %zu", p[i].M, p[i].N, p[i].K);
         r->unit = "GFLOP/s", r->peak = b->product_peak[dtype];
@@ -317,8 +344,8 @@ static void product_rows(MeasureTable *t, Product *copy, const Product *p, Model
     }
 }
 
-// Of n rows one after the other, each as often as a training step does it: all FLOPs / what the peak would have done in
-// the same time, by the rows' medians.
+// For n consecutive rows, weighted by how often a training step performs them: all FLOPs / the
+// FLOPs that the peak would have achieved in the same time, by the rows' medians.
 static double products_of_peak(const MeasureTable *t, const MeasureRow *rows, int n) {
     double work = 0, peak_work = 0;
     for (int i = 0; i < n; i++) {
@@ -331,9 +358,10 @@ static double products_of_peak(const MeasureTable *t, const MeasureRow *rows, in
 static void products_print(const MeasureTable *t, const char *title, Text *json) {
     for (int dtype = 0; dtype < CPU_DTYPES; dtype++) {
         const MeasureRow *rows = &t->row[dtype * N_PRODUCTS];
-        const double layers = products_of_peak(t, rows, 3 * N_LINEARS), all = products_of_peak(t, rows, N_PRODUCTS);
-        printf("all products of a step, %s: %.1f%% of peak in the layers, %.1f%% with the head\n", dtype_name[dtype],
-               100 * layers, 100 * all);
+        const double layers = products_of_peak(t, rows, 3 * N_LINEARS),
+            all = products_of_peak(t, rows, N_PRODUCTS);
+        printf("all products of a step, %s: %.1f%% of peak in the layers, %.1f%% with the head\n",
+               dtype_name[dtype], 100 * layers, 100 * all);
         measure_json_open(json);
         measure_json_text(json, "table", title);
         measure_json_text(json, "name", "all products of a step");
@@ -352,19 +380,23 @@ static void bench_matmul(Bench *b, const Case *cases, int n, int rounds) {
         Product p[N_PRODUCTS] = {{0}}, row[CPU_DTYPES][N_PRODUCTS];
         Model *room[CPU_DTYPES];
         for (int k = 0; k < N_LINEARS; k++)
-            products_new(p + 3 * k, 0, BT, (size_t)linears[k].in * C, (size_t)linears[k].out * C, c.L);
-        products_new(p + 3 * N_LINEARS, 1, head_chunk(BT, V), C, V, (double)BT / (double)head_chunk(BT, V));
+            products_new(p + 3 * k, 0, BT, (size_t)linears[k].in * C, (size_t)linears[k].out * C,
+                         c.L);
+        products_new(p + 3 * N_LINEARS, 1, head_chunk(BT, V), C, V,
+                     (double)BT / (double)head_chunk(BT, V));
         for (int d = 0; d < CPU_DTYPES; d++) {
             room[d] = room_open(c, cases[i].B, cases[i].T, d);
             product_rows(&t, row[d], p, room[d], b, d);
         }
         measure_table(&t);
-        char *title = xprintf("matrix products, (M,N) over K: %s, B %d, T %d", cases[i].preset, cases[i].B, cases[i].T);
+        char *title = xprintf("matrix products, (M,N) over K: %s, B %d, T %d", cases[i].preset,
+                              cases[i].B, cases[i].T);
         measure_print(&t, title, &b->rows);
         products_print(&t, title, &b->rows);
         measure_free(&t);
         free(title);
-        for (int k = 0; k < N_PRODUCTS; k++) free(p[k].y), free(p[k].a), free(p[k].b), free(p[k].bias);
+        for (int k = 0; k < N_PRODUCTS; k++)
+            free(p[k].y), free(p[k].a), free(p[k].b), free(p[k].bias);
         for (int d = 0; d < CPU_DTYPES; d++) cpu_engine.close(room[d]);
     }
 }

@@ -1,22 +1,23 @@
-// layers.h: attention, LayerNorm, GELU, the head with its loss, AdamW: each run, and its check against the formula in
-// double precision.
+// layers.h: attention, LayerNorm, GELU, the head with its loss, AdamW: the timed calls, and their
+// checks against formulas in double precision.
 #ifndef LAYERS_H
 #define LAYERS_H
 
 #include "kernels.h"
 #include "adam.h"
 
-// ---- Layers: what they work on ----
+// ---- Layers: inputs and outputs ----
 
 typedef struct {
     Model *room;
-    size_t B, T, C, NH, V, BT, head_BT;                  // head_BT: two chunks, since they are all alike
-    int *targets;                                        // (BT)
-    real *x, *y, *dx, *dy, *xhat, *rstd, *w, *b, *dw, *db;         // LayerNorm: (BT,C), rstd (BT), w and b (C)
-    real *qkv, *dqkv, *att, *lse;                        // attention: (BT,3C) (BT,3C) (BT,C) (B,NH,T)
-    real *h, *gelu, *dgelu, *dh;                         // GELU: (BT,4C)
-    real *wte, *dwte, *losses;                           // head: (V,C) (V,C) (BT)
-    NoisePlace noise;                                    // of attention
+    size_t B, T, C, NH, V, BT, head_BT;  // head_BT: two chunks, since all are alike
+    int *targets;                        // (BT)
+    // LayerNorm: (BT,C), rstd (BT), w and b (C)
+    real *x, *y, *dx, *dy, *xhat, *rstd, *w, *b, *dw, *db;
+    real *qkv, *dqkv, *att, *lse;        // attention: (BT,3C) (BT,3C) (BT,C) (B,NH,T)
+    real *h, *gelu, *dgelu, *dh;         // GELU: (BT,4C)
+    real *wte, *dwte, *losses;           // head: (V,C) (V,C) (BT)
+    NoisePlace noise;                    // of attention
 } Layers;
 
 enum { N_LAYER_ARRAYS = 21 };
@@ -24,9 +25,10 @@ enum { N_LAYER_ARRAYS = 21 };
 static void layers_arrays(Layers *s, real **array[N_LAYER_ARRAYS], size_t n[N_LAYER_ARRAYS]) {
     const size_t BTC = s->BT * s->C;
     const struct { real **array; size_t n; } all[N_LAYER_ARRAYS] = {
-        {&s->x, BTC}, {&s->y, BTC}, {&s->dx, BTC}, {&s->dy, BTC}, {&s->xhat, BTC}, {&s->rstd, s->BT}, {&s->w, s->C},
-        {&s->b, s->C}, {&s->dw, s->C}, {&s->db, s->C}, {&s->qkv, 3 * BTC}, {&s->dqkv, 3 * BTC}, {&s->att, BTC},
-        {&s->lse, s->BT * s->NH}, {&s->h, 4 * BTC}, {&s->gelu, 4 * BTC}, {&s->dgelu, 4 * BTC}, {&s->dh, 4 * BTC},
+        {&s->x, BTC}, {&s->y, BTC}, {&s->dx, BTC}, {&s->dy, BTC}, {&s->xhat, BTC},
+        {&s->rstd, s->BT}, {&s->w, s->C}, {&s->b, s->C}, {&s->dw, s->C}, {&s->db, s->C},
+        {&s->qkv, 3 * BTC}, {&s->dqkv, 3 * BTC}, {&s->att, BTC}, {&s->lse, s->BT * s->NH},
+        {&s->h, 4 * BTC}, {&s->gelu, 4 * BTC}, {&s->dgelu, 4 * BTC}, {&s->dh, 4 * BTC},
         {&s->wte, s->V * s->C}, {&s->dwte, s->V * s->C}, {&s->losses, s->BT},
     };
     for (int i = 0; i < N_LAYER_ARRAYS; i++) array[i] = all[i].array, n[i] = all[i].n;
@@ -36,12 +38,14 @@ static void layers_open(Layers *s, const GptConfig *c, int B, int T) {
     real **array[N_LAYER_ARRAYS];
     size_t n[N_LAYER_ARRAYS];
     s->room = room_open(*c, B, T, DTYPE_FP32);
-    s->B = (size_t)B, s->T = (size_t)T, s->C = (size_t)c->C, s->NH = (size_t)c->NH, s->V = (size_t)c->V;
+    s->B = (size_t)B, s->T = (size_t)T, s->C = (size_t)c->C, s->NH = (size_t)c->NH,
+        s->V = (size_t)c->V;
     s->BT = s->B * s->T;
     s->head_BT = at_most(s->BT, 2 * head_chunk(s->BT, s->V));
     layers_arrays(s, array, n);
     for (int i = 0; i < N_LAYER_ARRAYS; i++) *array[i] = filled(n[i], 2, 10 + i);
-    fill(s->wte, s->V * s->C, 0.03, 9);                  // so that logits have the size that they have in training
+    // so that logits have their usual size in training
+    fill(s->wte, s->V * s->C, 0.03, 9);
     s->targets = xcalloc(s->BT, sizeof *s->targets);
     fill_tokens(s->targets, s->BT, c->V, 7);
 }
@@ -55,9 +59,9 @@ static void layers_close(Layers *s) {
     cpu_engine.close(s->room);
 }
 
-// ---- Layers: each run, and its check against the formula in double ----
+// ---- Layers: the timed calls, and their checks against formulas in double ----
 
-// With dropout of the usual rate, or none.
+// With dropout at the usual rate, or none.
 static void attention_noisy(Layers *s, double rate) {
     const Noise z = {.seed = 1, .attn = noise_rate_of(rate)};
     s->noise = noise_place(&z, NOISE_ATTN, 0);
@@ -65,12 +69,14 @@ static void attention_noisy(Layers *s, double rate) {
 
 static void attention_forward_run(void *arg) {
     const Layers *s = arg;
-    attention_forward(s->att, s->lse, &s->room->rooms, s->qkv, &s->noise, NULL, s->B, s->T, s->C, s->NH);
+    attention_forward(s->att, s->lse, &s->room->rooms, s->qkv, &s->noise, NULL, s->B, s->T, s->C,
+                      s->NH);
 }
 
 static void attention_backward_run(void *arg) {
     const Layers *s = arg;
-    attention_backward(s->dqkv, &s->room->rooms, s->dy, s->qkv, s->att, s->lse, &s->noise, NULL, s->B, s->T, s->C, s->NH);
+    attention_backward(s->dqkv, &s->room->rooms, s->dy, s->qkv, s->att, s->lse, &s->noise, NULL,
+                       s->B, s->T, s->C, s->NH);
 }
 
 static void layernorm_forward_run(void *arg) {
@@ -80,13 +86,15 @@ static void layernorm_forward_run(void *arg) {
 
 static void layernorm_backward_run(void *arg) {
     const Layers *s = arg;
-    layernorm_backward(s->dx, NULL, s->dw, s->db, s->dy, s->xhat, s->rstd, NULL, s->w, s->BT, s->T, s->C);
+    layernorm_backward(s->dx, NULL, s->dw, s->db, s->dy, s->xhat, s->rstd, NULL, s->w, s->BT, s->T,
+                       s->C);
 }
 
 static void gelu_forward_run(void *arg) {
     const Layers *s = arg;
 #pragma omp parallel for
-    for (size_t t = 0; t < s->BT; t++) gelu_forward(s->gelu + t * 4 * s->C, s->h + t * 4 * s->C, 4 * s->C);
+    for (size_t t = 0; t < s->BT; t++)
+        gelu_forward(s->gelu + t * 4 * s->C, s->h + t * 4 * s->C, 4 * s->C);
 }
 
 static void gelu_backward_run(void *arg) {
@@ -104,24 +112,29 @@ static void head_run(void *arg) {
     head_all(s->losses, s->dx, s->dwte, s->room, s->x, s->wte, s->targets, s->head_BT, s->C, s->V);
 }
 
-// The first head of the first row and the last of the last: of y, or with `backward` of dq, dk and dv, the worst.
+// Compares the first head of the first row and the last head of the last row: y or, with
+// `backward`, the worst of dq, dk and dv.
 static double attention_compare(const Layers *s, int backward) {
     const size_t T = s->T, C = s->C, HS = C / s->NH;
     Deviation d[4] = {{0}};                              // dq, dk, dv, y
     for (int end = 0; end < 2; end++) {
-        const size_t at = end ? (s->B - 1) * T * C + C - HS : 0, at3 = end ? (s->B - 1) * T * 3 * C + C - HS : 0;
+        const size_t at = end ? (s->B - 1) * T * C + C - HS : 0,
+            at3 = end ? (s->B - 1) * T * 3 * C + C - HS : 0;
         double *y = xcalloc(T * HS, sizeof *y), *dqkv = xcalloc(3 * T * HS, sizeof *dqkv);
-        attention_reference(y, dqkv, s->dy + at, s->qkv + at3, &s->noise, end ? s->B - 1 : 0, end ? s->NH - 1 : 0, T, C, HS);
+        attention_reference(y, dqkv, s->dy + at, s->qkv + at3, &s->noise, end ? s->B - 1 : 0,
+                            end ? s->NH - 1 : 0, T, C, HS);
         for (size_t i = 0; i < T * HS; i++) {
             const size_t t = i / HS, h = i % HS;
             deviation_add(&d[3], (double)s->att[at + t * C + h], y[i]);
             for (size_t part = 0; part < 3; part++)
-                deviation_add(&d[part], (double)s->dqkv[at3 + t * 3 * C + part * C + h], dqkv[part * T * HS + i]);
+                deviation_add(&d[part], (double)s->dqkv[at3 + t * 3 * C + part * C + h],
+                              dqkv[part * T * HS + i]);
         }
         free(y);
         free(dqkv);
     }
-    return backward ? fmax(deviation(&d[0]), fmax(deviation(&d[1]), deviation(&d[2]))) : deviation(&d[3]);
+    return backward ? fmax(deviation(&d[0]), fmax(deviation(&d[1]), deviation(&d[2])))
+        : deviation(&d[3]);
 }
 
 static double attention_forward_check(void *arg) {
@@ -169,12 +182,13 @@ static double layernorm_forward_check(void *arg) {
         double mean, rstd;
         layernorm_reference(&mean, &rstd, x, s->C);
         for (size_t c = 0; c < s->C; c++)
-            deviation_add(&d, (double)y[c], ((double)x[c] - mean) * rstd * (double)s->w[c] + (double)s->b[c]);
+            deviation_add(&d, (double)y[c], ((double)x[c] - mean) * rstd * (double)s->w[c] +
+                          (double)s->b[c]);
     }
     return deviation(&d);
 }
 
-// dx of some tokens, dw and db of some channels.
+// dx of some tokens; dw and db of some channels.
 static double layernorm_backward_check(void *arg) {
     const Layers *s = arg;
     const size_t C = s->C;
@@ -197,7 +211,8 @@ static double layernorm_backward_check(void *arg) {
         }
         for (size_t c = 0; c < C; c++)
             deviation_add(&dx, (double)s->dx[t * C + c],
-                          rstd[t] * ((double)dy[c] * (double)s->w[c] - g_mean - ((double)x[c] - mean[t]) * rstd[t] * along));
+                          rstd[t] * ((double)dy[c] * (double)s->w[c] - g_mean -
+                                     ((double)x[c] - mean[t]) * rstd[t] * along));
         for (size_t i = 0; i < s->BT; i++) {
             sum_w += (double)s->dy[i * C + c0] * ((double)s->x[i * C + c0] - mean[i]) * rstd[i];
             sum_b += (double)s->dy[i * C + c0];
@@ -214,10 +229,12 @@ static double gelu_compare(const Layers *s, int backward) {
     Deviation y = {0}, dx = {0};
     for (int k = 0; k < 100 * SAMPLES; k++) {
         const size_t i = pick(4 * s->BT * s->C, k, 0);
-        const double x = (double)s->h[i], th = tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x));
+        const double x = (double)s->h[i],
+            th = tanh(sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x));
         const double slope = sqrt(2 / 3.14159265358979323846) * (1 + 3 * 0.044715 * x * x);
         deviation_add(&y, (double)s->gelu[i], 0.5 * x * (1 + th));
-        deviation_add(&dx, (double)s->dh[i], (double)s->dgelu[i] * (0.5 * (1 + th) + 0.5 * x * (1 - th * th) * slope));
+        deviation_add(&dx, (double)s->dh[i],
+                      (double)s->dgelu[i] * (0.5 * (1 + th) + 0.5 * x * (1 - th * th) * slope));
     }
     return backward ? fmax(deviation(&y), deviation(&dx)) : deviation(&y);
 }
@@ -238,7 +255,8 @@ static double head_gradient(const Layers *s, const double *lse, size_t t, size_t
     return (exp(logit - lse[t]) - (v == (size_t)s->targets[t])) / (double)s->head_BT;
 }
 
-// All losses, dx of some tokens, dwte of some words: the first few are targets, whose gradients are far larger.
+// All losses, dx of some tokens, dwte of some words: the first few are targets, whose gradients are
+// far larger.
 static double head_check(void *arg) {
     const Layers *s = arg;
     const size_t n = s->head_BT, C = s->C, V = s->V;
@@ -253,10 +271,12 @@ static double head_check(void *arg) {
     }
     for (size_t t = 0; t < n; t++) {
         const size_t target = (size_t)s->targets[t];
-        deviation_add(&losses, (double)s->losses[t], lse[t] - dot_double(s->x + t * C, s->wte + target * C, C));
+        deviation_add(&losses, (double)s->losses[t],
+                      lse[t] - dot_double(s->x + t * C, s->wte + target * C, C));
     }
     for (int k = 0; k < 8; k++) {
-        const size_t word = k < 4 ? (size_t)s->targets[pick(n, k, 0)] : pick(V, k - 4, 1), token = pick(n, k, 2);
+        const size_t word = k < 4 ? (size_t)s->targets[pick(n, k, 0)] : pick(V, k - 4, 1),
+            token = pick(n, k, 2);
         double *want_dwte = xcalloc(C, sizeof(double)), *want_dx = xcalloc(C, sizeof(double));
         Deviation dwte = {0};
         for (size_t t = 0; t < n; t++) {
@@ -281,35 +301,45 @@ static double head_check(void *arg) {
 
 // ---- Layers: the table ----
 
-static void layer_row(MeasureTable *t, Bench *b, const char *name, const char *unit, double work, double terms,
-                      void (*run)(void *), double (*check)(void *), void *arg) {
+static void layer_row(MeasureTable *t, Bench *b, const char *name, const char *unit, double work,
+                      double terms, void (*run)(void *), double (*check)(void *), void *arg) {
     MeasureRow *r = measure_row(t, "%s", name);
     r->peak = &b->peaks.row[*unit == 'G' && unit[1] == 'F' ? PEAK_FMA : PEAK_UPDATE];
     r->unit = unit, r->work = work, r->tolerance = rounding(terms);
     r->run = run, r->check = check, r->arg = arg;
 }
 
-// FLOPs of the products, as gpt.h counts them; bytes that have to move at least once.
+// FLOPs of matmuls as counted by gpt.h; bytes that must move at least once.
 static void layer_rows(MeasureTable *t, Bench *b, Layers *s, Adam *a) {
     const double BT = (double)s->BT, T = (double)s->T, C = (double)s->C, V = (double)s->V;
     const double attention = 4 * C * (double)s->B * T * (T + 1) / 2, bytes = sizeof(real) * BT * C;
     const double parameters = (double)gpt_params_count(&a->c);
     const char *flops = "GFLOP/s", *memory = "GB/s";
-    layer_row(t, b, "attention forward", flops, attention, T, attention_forward_run, attention_forward_check, s);
-    layer_row(t, b, "attention backward", flops, 2.5 * attention, T, attention_backward_run, attention_backward_check, s);
+    layer_row(t, b, "attention forward", flops, attention, T, attention_forward_run,
+              attention_forward_check, s);
+    layer_row(t, b, "attention backward", flops, 2.5 * attention, T, attention_backward_run,
+              attention_backward_check, s);
     layer_row(t, b, "attention forward, dropout", flops, attention, T, attention_forward_run_noisy,
               attention_forward_check_noisy, s);
-    layer_row(t, b, "attention backward, dropout", flops, 2.5 * attention, T, attention_backward_run_noisy,
-              attention_backward_check_noisy, s);
-    layer_row(t, b, "LayerNorm forward", memory, 3 * bytes, C, layernorm_forward_run, layernorm_forward_check, s);
-    layer_row(t, b, "LayerNorm backward", memory, 3 * bytes, BT, layernorm_backward_run, layernorm_backward_check, s);
-    layer_row(t, b, "GELU forward", memory, 2 * 4 * bytes, 16, gelu_forward_run, gelu_forward_check, s);
-    layer_row(t, b, "GELU backward", memory, 4 * 4 * bytes, 16, gelu_backward_run, gelu_backward_check, s);
+    layer_row(t, b, "attention backward, dropout", flops, 2.5 * attention, T,
+              attention_backward_run_noisy, attention_backward_check_noisy, s);
+    layer_row(t, b, "LayerNorm forward", memory, 3 * bytes, C, layernorm_forward_run,
+              layernorm_forward_check, s);
+    layer_row(t, b, "LayerNorm backward", memory, 3 * bytes, BT, layernorm_backward_run,
+              layernorm_backward_check, s);
+    layer_row(t, b, "GELU forward", memory, 2 * 4 * bytes, 16, gelu_forward_run, gelu_forward_check,
+              s);
+    layer_row(t, b, "GELU backward", memory, 4 * 4 * bytes, 16, gelu_backward_run,
+              gelu_backward_check, s);
     for (int i = 0; i < t->n; i++)
-        snprintf(t->row[i].shape, sizeof t->row[i].shape, "%zu x %zu x %zu", s->B, s->T, (i < 6 ? 1 : 4) * s->C);
-    layer_row(t, b, "head, loss, gradients", flops, 6 * (double)s->head_BT * C * V, V, head_run, head_check, s);
-    snprintf(t->row[t->n - 1].shape, sizeof t->row[0].shape, "%zu x %zu x %zu", s->head_BT, s->V, s->C);
-    layer_row(t, b, "norm and AdamW", memory, 8 * sizeof(real) * parameters, 16, adam_run, adam_check, a);
+        snprintf(t->row[i].shape, sizeof t->row[i].shape, "%zu x %zu x %zu", s->B, s->T,
+                 (i < 6 ? 1 : 4) * s->C);
+    layer_row(t, b, "head, loss, gradients", flops, 6 * (double)s->head_BT * C * V, V, head_run,
+              head_check, s);
+    snprintf(t->row[t->n - 1].shape, sizeof t->row[0].shape, "%zu x %zu x %zu", s->head_BT, s->V,
+             s->C);
+    layer_row(t, b, "norm and AdamW", memory, 8 * sizeof(real) * parameters, 16, adam_run,
+              adam_check, a);
     snprintf(t->row[t->n - 1].shape, sizeof t->row[0].shape, "%.1f M", 1e-6 * parameters);
 }
 

@@ -1,11 +1,14 @@
-// measure.h: rates on a machine that is never quiet, where the same work takes 35 ms now and 54 ms a second later.
+// measure.h: measures rates on a machine that is never quiet, where the same work takes 35 ms now
+// and 54 ms a second later.
 //
-// Rows are measured in many short slices, round after round over all rows of a table, and each slice stands between two
-// slices of the peak that bounds it. What slows the machine for a while slows both, and their ratio stays. A row gives
+// Rows are measured in many short slices, round after round over all rows of a table, each slice
+// between two slices of the peak that bounds it. Whatever slows the machine for a while slows both,
+// and preserves their ratio. A row reports
 //
 //     best, median   of its rate over the rounds
-//     of peak        the median over the rounds of its rate / the rate of the peak beside it
-//     error          its largest deviation from a reference, relative to the root mean square of what was wanted
+//     of peak        the median over the rounds of its rate / the rate of the adjacent peak slices
+//     error          its largest deviation from a reference, relative to the reference's root mean
+//                    square
 //
 // No row is timed before its result has been checked.
 #ifndef MEASURE_H
@@ -17,7 +20,7 @@
 
 // ---- Deviation from a reference ----
 
-typedef struct { double worst, squares; size_t n; } Deviation;     // start from {0}
+typedef struct { double worst, squares; size_t n; } Deviation;     // initialize with {0}
 
 static inline void deviation_add(Deviation *d, double got, double want) {
     const double off = fabs(got - want);
@@ -26,7 +29,7 @@ static inline void deviation_add(Deviation *d, double got, double want) {
     d->n++;
 }
 
-// The largest, relative to the root mean square of what was wanted; 0 when all agreed.
+// The largest deviation, relative to the reference's root mean square; 0 if all agreed.
 static inline double deviation(const Deviation *d) {
     return d->worst > 0 ? d->worst / sqrt(d->squares / (double)d->n) : 0;
 }
@@ -35,18 +38,19 @@ static inline double deviation(const Deviation *d) {
 
 typedef struct MeasureRow {
     char name[32], shape[40];
-    const char *unit;                                    // of 1e9 * work: "GFLOP/s" or "GB/s"
-    double work;                                         // FLOPs or bytes of one run
+    const char *unit;            // of 1e9 * work: "GFLOP/s" or "GB/s"
+    double work;                 // FLOPs or bytes per run
     void (*run)(void *arg);
-    double (*slice)(const struct MeasureRow *, int runs);          // seconds of so many runs; NULL: run's, by the clock
-    double (*check)(void *arg);                          // runs it too; returns the error
+    // seconds for that many runs; NULL: times `run` with the clock
+    double (*slice)(const struct MeasureRow *, int runs);
+    double (*check)(void *arg);  // also runs it; returns the error
     void *arg;
-    double tolerance;                                    // of the error
-    struct MeasureRow *peak;                             // NULL: this row has none above it
+    double tolerance;            // for the error
+    struct MeasureRow *peak;     // NULL: this row has no bound
 
-    double error;                                        // from here on: measured
-    int runs;                                            // of a slice
-    double *seconds, *fraction;                          // (rounds) of one run; of the peak
+    double error;                // from here on: measured
+    int runs;                    // per slice
+    double *seconds, *fraction;  // (rounds) per run; of the peak
 } MeasureRow;
 
 typedef struct { MeasureRow row[64]; int n, rounds; } MeasureTable;
@@ -58,7 +62,7 @@ static inline MeasureTable measure_new(int rounds) {
     return t;
 }
 
-// A new row of that name, for the caller to fill in.
+// Adds a row with that name, for the caller to fill in.
 static inline MeasureRow *PRINTF_LIKE(2, 3) measure_row(MeasureTable *t, const char *format, ...) {
     CHECK(t->n < (int)(sizeof t->row / sizeof t->row[0]), "too many rows for one table");
     MeasureRow *r = &t->row[t->n++];
@@ -72,10 +76,10 @@ static inline MeasureRow *PRINTF_LIKE(2, 3) measure_row(MeasureTable *t, const c
 
 // ---- Measuring ----
 
-#define MEASURE_SLICE 0.03                               // seconds, or one run where that takes longer
-#define MEASURE_PEAK_SLICE 0.008                         // before and again after
+#define MEASURE_SLICE 0.03                               // seconds, or one run if that takes longer
+#define MEASURE_PEAK_SLICE 0.008                         // before and after
 
-// Seconds of one run, over `runs` of them.
+// Seconds per run, averaged over `runs`.
 static inline double measure_slice(const MeasureRow *r, int runs) {
     if (r->slice) return r->slice(r, runs) / runs;
     const double from = clock_seconds();
@@ -83,18 +87,18 @@ static inline double measure_slice(const MeasureRow *r, int runs) {
     return (clock_seconds() - from) / runs;
 }
 
-// Checks the row or dies; then finds how many runs fill a slice.
+// Checks the row, or dies; then determines how many runs fill a slice.
 static inline void measure_prepare(MeasureRow *r, double slice) {
     r->error = r->check(r->arg);
     if (!(r->error <= r->tolerance))
-        die("%s %s is wrong: its error is %.3g, and rounding explains at most %.3g", r->name, r->shape, r->error,
-            r->tolerance);
+        die("%s %s is wrong: its error is %.3g, and rounding explains at most %.3g", r->name,
+            r->shape, r->error, r->tolerance);
     measure_slice(r, 1);
     const double runs = slice / measure_slice(r, 1);
     r->runs = runs > 1e6 ? 1000000 : runs > 1 ? (int)runs : 1;
 }
 
-// One round of one row: a slice of it between two of its peak.
+// One round for one row: a slice of it between two of its peak.
 static inline void measure_round(MeasureRow *r, int round) {
     const MeasureRow *p = r->peak;
     const double before = p ? measure_slice(p, p->runs) : 0;
@@ -119,14 +123,14 @@ static inline void measure_free(MeasureTable *t) {
     t->n = 0;
 }
 
-// ---- What is said of n numbers ----
+// ---- Statistics ----
 
 static inline int measure_order(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-// The middle of x (n), n >= 1; of the two in the middle, their mean.
+// The median of x (n), n >= 1: the middle element, or the mean of the two in the middle.
 static inline double measure_median(const double *x, int n) {
     double *sorted = (double *)xcalloc((size_t)n, sizeof *sorted);
     memcpy(sorted, x, (size_t)n * sizeof *sorted);
@@ -142,9 +146,9 @@ static inline double measure_least(const double *x, int n) {
     return least;
 }
 
-// ---- As text and as JSON ----
+// ---- Output as text and JSON ----
 
-// Appends "key": value, and a comma before all but the first of an object.
+// Appends "key": value, preceded by a comma unless it is the object's first.
 static inline void measure_json(Text *json, const char *key, double value) {
     if (json->s[json->n - 1] != '{') text_printf(json, ", ");
     json_write_string(json, key);
@@ -166,12 +170,15 @@ static inline void measure_json_open(Text *json) {
 
 // Prints the table under its title and appends its rows to the JSON array `json`.
 static inline void measure_print(const MeasureTable *t, const char *title, Text *json) {
-    printf("\n%s\n%-26s %-22s %9s %9s  %-7s %8s %10s\n", title, "", "shape", "median", "best", "", "of peak", "median ms");
+    printf("\n%s\n%-26s %-22s %9s %9s  %-7s %8s %10s\n", title, "", "shape", "median", "best", "",
+           "of peak", "median ms");
     for (int i = 0; i < t->n; i++) {
         const MeasureRow *r = &t->row[i];
-        const double middle = measure_median(r->seconds, t->rounds), least = measure_least(r->seconds, t->rounds);
+        const double middle = measure_median(r->seconds, t->rounds),
+            least = measure_least(r->seconds, t->rounds);
         const double fraction = r->peak ? measure_median(r->fraction, t->rounds) : NAN;
-        printf("%-26s %-22s %9.1f %9.1f  %-7s", r->name, r->shape, 1e-9 * r->work / middle, 1e-9 * r->work / least, r->unit);
+        printf("%-26s %-22s %9.1f %9.1f  %-7s", r->name, r->shape, 1e-9 * r->work / middle,
+               1e-9 * r->work / least, r->unit);
         if (r->peak) printf(" %7.1f%%", 100 * fraction);
         else printf(" %8s", "");
         printf(" %10.3f   error %.1e\n", 1e3 * middle, r->error);

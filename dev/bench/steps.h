@@ -1,4 +1,4 @@
-// steps.h: whole training steps, without and with drop path.
+// steps.h: whole training steps, with and without drop path.
 #ifndef STEPS_H
 #define STEPS_H
 
@@ -10,24 +10,26 @@ typedef struct {
     const Engine *engine;
     GptConfig c;
     Model *m;
-    int B, T, fresh;                                     // fresh: the model has not done a step before
-    double loss_error;                                   // what rounding explains between two ways to the same loss
-    int *tokens, *targets;                               // (B,T) random
+    int B, T, fresh;        // fresh: the model has not run a step
+    double loss_error;      // what rounding explains between two computations of a loss
+    int *tokens, *targets;  // (B,T) random
     DropPlan plan;
-    int64_t *t;                                          // (2L+1)
+    int64_t *t;             // (2L+1)
     UpdateArgs update;
 } Step;
 
 // A model with initial weights, for steps of at most B rows of T tokens.
 static Model *step_model(const Bench *b, const GptConfig *c, int B, int T, int dtype) {
-    const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .bound = {B * c->L, B * c->L, BRANCHES * B * c->L},
+    const EngineArgs args = {.B = B, .T = T, .dtype = dtype,
+                             .bound = {B * c->L, B * c->L, BRANCHES * B * c->L},
                              .recompute = b->recompute, .graphs = b->graphs};
     Model *m = engine_open(b->engine, c, &args);
     engine_init_weights(b->engine, m, c, 1);
     return m;
 }
 
-static void step_open(Step *s, const Bench *b, int dtype, const GptConfig *c, Model *m, int B, int T) {
+static void step_open(Step *s, const Bench *b, int dtype, const GptConfig *c, Model *m, int B,
+                      int T) {
     const UpdateArgs update = {1e-4, 0.9, 0.95, 1e-8, 0.1, 1, NULL, 0, 0};
     const size_t BT = (size_t)B * (size_t)T;
     s->engine = b->engine, s->loss_error = b->loss_error[dtype];
@@ -51,7 +53,8 @@ static void step_close(Step *s) {
 }
 
 static double step_loss(Step *s) {
-    const double loss = engine_forward_backward(s->engine, s->m, s->T, s->tokens, s->targets, &s->plan, 1);
+    const double loss = engine_forward_backward(s->engine, s->m, s->T, s->tokens, s->targets,
+                                                &s->plan, 1);
     for (int i = 0; i <= BRANCHES * s->c.L; i++) s->t[i]++;
     s->engine->update(s->m, &s->update);
     return loss;
@@ -59,10 +62,11 @@ static double step_loss(Step *s) {
 
 static void step_run(void *arg) { step_loss(arg); }
 
-// What rounding explains in a loss that was found in two ways, of which each adds n terms.
+// What rounding explains between two computations of a loss that each add n terms.
 static double step_tolerance(const Step *s, double n) { return fmax(s->loss_error, rounding(n)); }
 
-// The loss must be that of a forward pass alone, near ln V in a fresh model, and lower after a step on the same tokens.
+// The loss must equal that of a forward pass alone, be near ln V in a fresh model, and be lower
+// after a step on the same tokens.
 static double step_check(void *arg) {
     Step *s = arg;
     Deviation d = {0};
@@ -70,27 +74,34 @@ static double step_check(void *arg) {
     const double first = step_loss(s), second = step_loss(s);
     if (s->fresh && !(fabs(first - log(s->c.V)) < 0.5))
         die("the loss of a fresh model is %g, far from ln V = %g", first, log(s->c.V));
-    if (!(second < first)) die("a step on the same tokens does not lower their loss: %g, then %g", first, second);
+    if (!(second < first))
+        die("a step on the same tokens does not lower their loss: %g, then %g", first, second);
     deviation_add(&d, first, alone);
     return deviation(&d);
 }
 
-// On equal weights, the loss in the second dtype must be near the one in the first and not the same: else the dtype has not
-// arrived.
+// With equal weights, the losses in the two dtypes must be close but different: otherwise the dtype
+// has had no effect.
 static void step_dtypes_check(const Step s[2], const int dtype[2]) {
     double loss[2];
-    for (int d = 0; d < 2; d++) loss[d] = engine_forward(s[d].engine, s[d].m, s[d].T, s[d].tokens, s[d].targets, &s[d].plan);
+    for (int d = 0; d < 2; d++)
+        loss[d] = engine_forward(s[d].engine, s[d].m, s[d].T, s[d].tokens, s[d].targets,
+                                 &s[d].plan);
     if (!(fabs(loss[1] - loss[0]) < 0.01) || loss[1] == loss[0])
-        die("the loss of a fresh model is %.9g in %s and %.9g in %s", loss[0], dtype_name[dtype[0]], loss[1],
-            dtype_name[dtype[1]]);
+        die("the loss of a fresh model is %.9g in %s and %.9g in %s", loss[0], dtype_name[dtype[0]],
+            loss[1], dtype_name[dtype[1]]);
 }
 
-// Of one case, the speed of the second dtype over that of the slice in the first before it: a median over the rounds.
-static void steps_print_ratio(const MeasureRow row[2], const int dtype[2], const char *title, int rounds, Text *json) {
+// For one case, the speed of the second dtype over that of the preceding slice in the first: a
+// median over the rounds.
+static void steps_print_ratio(const MeasureRow row[2], const int dtype[2], const char *title,
+                              int rounds, Text *json) {
     double *ratio = xcalloc((size_t)rounds, sizeof *ratio);
-    for (int round = 0; round < rounds; round++) ratio[round] = row[0].seconds[round] / row[1].seconds[round];
+    for (int round = 0; round < rounds; round++)
+        ratio[round] = row[0].seconds[round] / row[1].seconds[round];
     const double speed = measure_median(ratio, rounds);
-    printf("%-26s %-22s %8.3fx the speed of %s\n", row[1].name, row[1].shape, speed, dtype_name[dtype[0]]);
+    printf("%-26s %-22s %8.3fx the speed of %s\n", row[1].name, row[1].shape, speed,
+           dtype_name[dtype[0]]);
     measure_json_open(json);
     measure_json_text(json, "table", title);
     char *name = xprintf("speed of %s over %s", dtype_name[dtype[1]], dtype_name[dtype[0]]);
@@ -103,16 +114,20 @@ static void steps_print_ratio(const MeasureRow row[2], const int dtype[2], const
     free(ratio);
 }
 
-// Of a machine whose maker's peak is known or not: a step's part of the peaks, and the memory it takes, as a record.
-static void step_print_mfu(const Bench *b, const MeasureRow *r, const Step *s, int dtype, const char *preset, int rounds,
-                           Text *json) {
+// Prints and records a step's fraction of the measured peak and of the data sheet's (if known), and
+// its memory.
+static void step_print_mfu(const Bench *b, const MeasureRow *r, const Step *s, int dtype,
+                           const char *preset, int rounds, Text *json) {
     const double seconds = measure_median(r->seconds, rounds), sheet = b->sheet_peak;
     EngineMemory m;
     s->engine->memory(s->m, &m);
-    const double bytes = (double)m.parameters + (double)m.gradients + (double)m.moments + (double)m.activations;
+    const double bytes = (double)m.parameters + (double)m.gradients + (double)m.moments +
+        (double)m.activations;
     const double of_peak = measure_median(r->fraction, rounds), peak = r->work / seconds / of_peak;
-    printf("%-26s %-22s MFU %.1f%% of the measured %.0f TFLOP/s", r->name, r->shape, 100 * of_peak, 1e-12 * peak);
-    if (sheet > 0) printf(", %.1f%% of the data sheet's %.0f", 100 * r->work / seconds / sheet, 1e-12 * sheet);
+    printf("%-26s %-22s MFU %.1f%% of the measured %.0f TFLOP/s", r->name, r->shape, 100 * of_peak,
+           1e-12 * peak);
+    if (sheet > 0)
+        printf(", %.1f%% of the data sheet's %.0f", 100 * r->work / seconds / sheet, 1e-12 * sheet);
     printf("; %.1f GiB\n", bytes / (1 << 30));
     measure_json_open(json);
     measure_json_text(json, "name", "MFU");
@@ -130,9 +145,10 @@ static void step_print_mfu(const Bench *b, const MeasureRow *r, const Step *s, i
     text_printf(json, "}");
 }
 
-// Tokens per second of each row; then for each case what one dtype gains over the other, or of one dtype alone its MFU.
-static void steps_print(const Bench *b, const MeasureTable *t, const Step *s, const char *preset, const char *title,
-                        Text *json) {
+// Tokens per second of each row; then, for each case, the gain of one dtype over the other, or with
+// a single dtype its MFU.
+static void steps_print(const Bench *b, const MeasureTable *t, const Step *s, const char *preset,
+                        const char *title, Text *json) {
     for (int i = 0; i < t->n; i++)
         printf("%-26s %-22s %9.0f tokens per second\n", t->row[i].name, t->row[i].shape,
                s[i].B * s[i].T / measure_median(t->row[i].seconds, t->rounds));
@@ -142,13 +158,13 @@ static void steps_print(const Bench *b, const MeasureTable *t, const Step *s, co
     }
 }
 
-// Seconds of `runs` FLOPs at the peak that the engine measures now.
+// Seconds that `runs` FLOPs take at the peak that the engine measures now.
 static double step_peak_slice(const MeasureRow *r, int runs) {
     const Step *s = r->arg;
-    return runs / s->engine->peak(s->m, 0.2);            // it looks for its best product first
+    return runs / s->engine->peak(s->m, 0.2);            // it first searches for the best matmul
 }
 
-// The row of one case in one dtype; *peak is room for one that the engine measures.
+// Adds the row of one case in one dtype; *peak is storage for a peak measured by the engine.
 static void step_row(MeasureTable *t, Bench *b, Step *s, MeasureRow *peak, int dtype) {
     MeasureRow *r = measure_row(t, "training step, %s", dtype_name[dtype]);
     snprintf(r->shape, sizeof r->shape, "B %d, T %d", s->B, s->T);
@@ -162,7 +178,8 @@ static void step_row(MeasureTable *t, Bench *b, Step *s, MeasureRow *peak, int d
     r->tolerance = step_tolerance(s, 1);
 }
 
-// The cases from `first` on that have one preset share a table, and a model for each dtype. Returns how many they are.
+// Consecutive cases with the same preset, starting at `first`, share a table, and a model per
+// dtype. Returns their number.
 static int bench_steps_of(Bench *b, const Case *first, int n, int rounds) {
     const GptConfig c = gpt_preset(first->preset)->config;
     const int D = b->n_dtypes;
@@ -186,7 +203,8 @@ static int bench_steps_of(Bench *b, const Case *first, int n, int rounds) {
         if (D == 2) step_dtypes_check(&s[i * D], b->dtypes);
     }
     measure_table(&t);
-    char *title = xprintf("training steps: %s, %.0f M parameters", first->preset, 1e-6 * (double)gpt_params_count(&c));
+    char *title = xprintf("training steps: %s, %.0f M parameters", first->preset,
+                          1e-6 * (double)gpt_params_count(&c));
     measure_print(&t, title, &b->rows);
     steps_print(b, &t, s, first->preset, title, &b->rows);
     for (int i = 0; i < t.n; i++) step_close(&s[i]);
@@ -202,22 +220,24 @@ static void bench_step(Bench *b, const Case *cases, int n, int rounds) {
     for (int i = 0; i < n;) i += bench_steps_of(b, &cases[i], n - i, rounds);
 }
 
-// ---- Drop path: a step with it beside a step without, and what the FLOPs promise ----
+// ---- Drop path: a step with it beside a step without, and the speed-up that FLOPs predict ----
 
 static const double drop_rates[] = {0, 0.1, 0.2, 0.3, 0.5};
-enum { N_DROP_RATES = sizeof drop_rates / sizeof drop_rates[0], MAX_DROP_ROWS = 4 * (N_DROP_RATES - 1) + 1 };
-static const char *const unit_name[] = {"batch", "row"}, *const sampling_name[] = {"systematic", "bernoulli"};
+enum { N_DROP_RATES = sizeof drop_rates / sizeof drop_rates[0],
+       MAX_DROP_ROWS = 4 * (N_DROP_RATES - 1) + 1 };
+static const char *const unit_name[] = {"batch", "row"},
+    *const sampling_name[] = {"systematic", "bernoulli"};
 
 typedef struct {
     DropPath policy;
-    int64_t step;                                        // the plans so far are those of steps 0 to step - 1
-    double kept;                                         // sum of the fractions of full FLOPs that they have executed
-    double bytes, bound;                                 // most activations of any; set aside for any
-    double *seconds, *speedup, *ratio;                   // (rounds) of one step; measured; measured / ideal
+    int64_t step;                       // plans so far: those of steps 0 to step - 1
+    double kept;                        // sum of their executed fractions of full FLOPs
+    double bytes, bound;                // the most activation memory of any plan; allocated
+    double *seconds, *speedup, *ratio;  // (rounds) per step; measured; measured / ideal
 } DropRow;
 
-// Every rate once with each unit and each of the samplings; rate 0 once, as a control. The rates are held: there is no
-// ramp. Returns how many rows that is.
+// Every rate once with each unit and sampling; rate 0 once, as a control. Rates are constant: there
+// is no ramp. Returns the number of rows.
 static int drop_rows(DropRow *rows, int samplings, int layers, int rounds) {
     const int each = 2 * samplings, n = each * (N_DROP_RATES - 1) + 1;
     for (int i = 0; i < n; i++) {
@@ -235,12 +255,12 @@ static int drop_rows(DropRow *rows, int samplings, int layers, int rounds) {
     return n;
 }
 
-// Bytes of activations that an engine sets aside which is opened for no more than the policy can ask for.
+// Bytes of activations allocated by an engine opened for the policy's bound.
 static double drop_bound(const DropRow *r, const Bench *b, const Case *c, const GptConfig *config) {
     EngineMemory memory;
     EngineArgs args = {.B = c->B, .T = c->T, .dtype = b->dtype, .recompute = b->recompute};
     DropPath policy = r->policy;
-    policy.steps = 1;                                    // all are alike
+    policy.steps = 1;                                    // all steps are alike
     drop_path_bound(&policy, c->B, &args.bound.attn_rows, &args.bound.mlp_rows, &args.bound.rows);
     Model *m = engine_open(b->engine, config, &args);
     b->engine->memory(m, &memory);
@@ -248,7 +268,7 @@ static double drop_bound(const DropRow *r, const Bench *b, const Case *c, const 
     return (double)memory.activations;
 }
 
-// The next plan of the row's policy; returns the fraction of full FLOPs that it executes.
+// Samples the next plan of the row's policy; returns the fraction of full FLOPs that it executes.
 static double drop_next(DropRow *r, Step *s) {
     double flops = s->B * gpt_head_flops(&s->c, s->T);
     drop_plan_sample(&s->plan, &r->policy, r->step++, 0, 1, 1, s->B);
@@ -257,13 +277,15 @@ static double drop_next(DropRow *r, Step *s) {
     return flops / (s->B * gpt_row_flops(&s->c, s->T));
 }
 
-// No row of the batch sees another: the loss must be the mean over rows, each run alone through the branches it keeps.
+// Rows of a batch are independent: the loss must be the mean over rows, each run alone through the
+// branches it keeps.
 static void drop_check(DropRow *r, Step *s) {
     DropPlan one = drop_plan_new(s->c.L, 1);
     Deviation d = {0};
     double mean = 0;
     drop_next(r, s);
-    const double loss = engine_forward_backward(s->engine, s->m, s->T, s->tokens, s->targets, &s->plan, 1);
+    const double loss = engine_forward_backward(s->engine, s->m, s->T, s->tokens, s->targets,
+                                                &s->plan, 1);
     for (int row = 0; row < s->B; row++) {
         const size_t at = (size_t)row * (size_t)s->T;
         one.batch = 1;
@@ -275,12 +297,12 @@ static void drop_check(DropRow *r, Step *s) {
     }
     deviation_add(&d, loss, mean);
     if (!(deviation(&d) <= step_tolerance(s, s->c.L)))
-        die("drop path %g by %s, %s: the loss is %.9g, and %.9g row by row", r->policy.p_max, unit_name[r->policy.unit],
-            sampling_name[r->policy.sampling], loss, mean);
+        die("drop path %g by %s, %s: the loss is %.9g, and %.9g row by row", r->policy.p_max,
+            unit_name[r->policy.unit], sampling_name[r->policy.sampling], loss, mean);
     drop_plan_free(&one);
 }
 
-// Seconds of one step without drop path.
+// Seconds per step without drop path.
 static double drop_baseline(Step *s, int steps) {
     drop_plan_full(&s->plan, NULL, s->B);
     const double from = clock_seconds();
@@ -288,7 +310,7 @@ static double drop_baseline(Step *s, int steps) {
     return (clock_seconds() - from) / steps;
 }
 
-// Seconds of one step with it; *kept receives the mean fraction of full FLOPs.
+// Seconds per step with it; *kept receives the mean fraction of full FLOPs.
 static double drop_slice(DropRow *r, const Bench *b, Step *s, int steps, double *kept) {
     EngineMemory memory;
     *kept = 0;
@@ -302,13 +324,15 @@ static double drop_slice(DropRow *r, const Bench *b, Step *s, int steps, double 
     s->engine->memory(s->m, &memory);
     if (b->forget) r->bytes = fmax(r->bytes, (double)memory.activations_used);
     if (!(r->bytes <= r->bound))
-        die("drop path %g by %s, %s: a plan kept %.0f bytes of activations, more than the bound of %.0f", r->policy.p_max,
-            unit_name[r->policy.unit], sampling_name[r->policy.sampling], r->bytes, r->bound);
+        die("drop path %g by %s, %s: a plan kept %.0f bytes of activations, more than the bound of "
+            "%.0f", r->policy.p_max, unit_name[r->policy.unit], sampling_name[r->policy.sampling],
+            r->bytes, r->bound);
     r->kept += *kept * steps;
     return seconds;
 }
 
-// Slices in turn: without, row, without, row, ..., without. A row is compared with the mean of its two neighbours.
+// Alternating slices: without, row, without, row, ..., without. A row is compared with the mean of
+// its two neighbours.
 static void drop_round(DropRow *rows, int n, const Bench *b, Step *s, int steps, int round) {
     double before = drop_baseline(s, steps);
     for (int i = 0; i < n; i++) {
@@ -321,7 +345,8 @@ static void drop_round(DropRow *rows, int n, const Bench *b, Step *s, int steps,
     }
 }
 
-static void drop_json(const DropRow *r, const Case *c, double full, int dtype, int steps, int rounds, Text *json) {
+static void drop_json(const DropRow *r, const Case *c, double full, int dtype, int steps,
+                      int rounds, Text *json) {
     const double kept = r->kept / (rounds * (double)steps);
     measure_json_open(json);
     measure_json_text(json, "preset", c->preset);
@@ -345,21 +370,26 @@ static void drop_json(const DropRow *r, const Case *c, double full, int dtype, i
     text_printf(json, "}");
 }
 
-// full: bytes of activations without drop path
-static void drop_print(const DropRow *rows, int n, const Case *c, double full, int dtype, int steps, int rounds, Text *json) {
-    printf("\ndrop path: %s, B %d, T %d, %s, %d rounds of %d steps; MiB of activations, %.1f without drop path\n"
-           "%6s  %-6s %-11s %9s %9s %9s %9s %9s %9s %8s %9s %8s\n", c->preset, c->B, c->T, dtype_name[dtype], rounds, steps,
-           full / (1 << 20), "rate", "unit", "sampling", "median ms", "best ms", "FLOPs", "speed-up", "ideal", "of ideal",
+// full: bytes of activations without drop path.
+static void drop_print(const DropRow *rows, int n, const Case *c, double full, int dtype, int steps,
+                       int rounds, Text *json) {
+    printf("\ndrop path: %s, B %d, T %d, %s, %d rounds of %d steps; MiB of activations, %.1f "
+           "without drop path\n"
+           "%6s  %-6s %-11s %9s %9s %9s %9s %9s %9s %8s %9s %8s\n", c->preset, c->B, c->T,
+           dtype_name[dtype], rounds, steps, full / (1 << 20), "rate", "unit", "sampling",
+           "median ms", "best ms", "FLOPs", "speed-up", "ideal", "of ideal",
            "used", "set aside", "of full");
     for (int i = 0; i < n; i++) {
         const DropRow *r = &rows[i];
         char used[24] = "-";
         if (r->bytes > 0) snprintf(used, sizeof used, "%.1f", r->bytes / (1 << 20));
         const double kept = r->kept / (rounds * (double)steps);
-        printf("%6.2f  %-6s %-11s %9.1f %9.1f %8.1f%% %8.3fx %8.3fx %8.1f%% %8s %9.1f %7.1f%%\n", r->policy.p_max,
-               unit_name[r->policy.unit], sampling_name[r->policy.sampling], 1e3 * measure_median(r->seconds, rounds),
-               1e3 * measure_least(r->seconds, rounds), 100 * kept, measure_median(r->speedup, rounds), 1 / kept,
-               100 * measure_median(r->ratio, rounds), used, r->bound / (1 << 20), 100 * r->bound / full);
+        printf("%6.2f  %-6s %-11s %9.1f %9.1f %8.1f%% %8.3fx %8.3fx %8.1f%% %8s %9.1f %7.1f%%\n",
+               r->policy.p_max, unit_name[r->policy.unit], sampling_name[r->policy.sampling],
+               1e3 * measure_median(r->seconds, rounds), 1e3 * measure_least(r->seconds, rounds),
+               100 * kept, measure_median(r->speedup, rounds), 1 / kept,
+               100 * measure_median(r->ratio, rounds), used, r->bound / (1 << 20),
+               100 * r->bound / full);
         drop_json(r, c, full, dtype, steps, rounds, json);
     }
 }
@@ -373,7 +403,7 @@ static void bench_drop_of(Bench *b, const Case *c, int rounds) {
     for (int i = 0; i < n; i++) rows[i].bound = drop_bound(&rows[i], b, c, &config);
     step_open(&s, b, b->dtype, &config, step_model(b, &config, c->B, c->T, b->dtype), c->B, c->T);
     for (int i = 0; i < n; i++) drop_check(&rows[i], &s);
-    step_run(&s);                                        // their gradients go here
+    step_run(&s);                                        // gradients accumulate here
     const double slices = 0.3 / drop_baseline(&s, 1);
     const int steps = slices > 1 ? (int)slices : 1;
     for (int round = 0; round < rounds; round++) drop_round(rows, n, b, &s, steps, round);
@@ -388,7 +418,7 @@ static void bench_drop(Bench *b, const Case *cases, int n, int rounds) {
     for (int i = 0; i < n; i++) bench_drop_of(b, &cases[i], rounds);
 }
 
-// ---- Turns with another program: each waits while the other works ----
+// ---- Alternating with another program: each waits while the other works ----
 
 static void bench_turns(const Bench *b, const Case *c) {
     char line[64];

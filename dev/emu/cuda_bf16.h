@@ -1,5 +1,6 @@
-// cuda_bf16.h: stands in for CUDA's bf16 type (tests only): the upper half of an fp32, rounded to nearest even. NaN becomes
-// 0x7fff as by the hardware's cvt.rn.bf16.f32 (PTX ISA, "cvt": the canonical NaN).
+// cuda_bf16.h: a substitute for CUDA's bf16 type (tests only): the upper half of an fp32, rounded
+// to nearest even. NaN becomes 0x7fff, as with the hardware's cvt.rn.bf16.f32 (PTX ISA, "cvt": the
+// canonical NaN).
 #ifndef EMU_CUDA_BF16_H
 #define EMU_CUDA_BF16_H
 
@@ -12,29 +13,31 @@ inline unsigned short emu_bf16_round(float value) {
 }
 inline float emu_bf16_value(unsigned short half) { return emu_bits<float>((uint32_t)half << 16); }
 
-// ---- EMU_ERRORS=1: errors as large as the hardware's, where the host is more exact ----
+// ---- EMU_ERRORS=1: errors as large as the hardware's, where the host is more accurate ----
 
 inline bool emu_errors(void) {
     static const bool on = emu_number("EMU_ERRORS", 0) != 0;
     return on;
 }
 
-// x times 1 + e for an e of at most 2^-bits that is a function of x.
+// x times 1 + e, with |e| <= 2^-bits a function of x.
 inline float emu_inexact(float x, int bits) {
     uint64_t state = emu_bits<uint32_t>(x);
     return x + x * ldexpf((float)((double)emu_random(&state) / 9223372036854775808.0 - 1), -bits);
 }
 
-// ex2.approx.ftz and tanh.approx: relative errors of at most 2^-22 and 2^-11 (PTX ISA, "ex2" and "tanh").
+// ex2.approx.ftz and tanh.approx have relative errors of at most 2^-22 and 2^-11 (PTX ISA, "ex2"
+// and "tanh").
 inline float emu_exp2(float x) {
     const float y = exp2f(x);
     return !emu_errors() ? y : y < ldexpf(1, -126) ? 0 : emu_inexact(y, 22);
 }
 inline float emu_tanh(float x) { return emu_errors() ? emu_inexact(tanhf(x), 11) : tanhf(x); }
 
-// sum + x (n) as the tensor cores of compute capability 8.0 add: all are shifted to the largest exponent, what falls below
-// 24 bits and one more is cut off, and so is the total to fp32 (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior
-// of NVIDIA tensor cores": groups of 8 products of 16-bit numbers, of 4 in tf32).
+// sum + x (n) as added by tensor cores of compute capability 8.0: all terms are shifted to the
+// largest exponent and truncated to 24 bits and one more, as is the total to fp32 (Fasi, Higham,
+// Mikaitis and Pranesh 2021, "Numerical behavior of NVIDIA tensor cores": groups of 8 products of
+// 16-bit numbers, of 4 in tf32).
 enum { EMU_MMA_GROUP = 8, EMU_TF32_GROUP = 4 };
 
 inline float emu_mma_sum(float sum, const float *x, int n) {

@@ -1,12 +1,14 @@
-// simt.h: runs CUDA kernels on the host, so that the tests can execute train_gpt.cu where there is no GPU.
+// simt.h: runs CUDA kernels on the host, so that the tests can execute train_gpt.cu without a GPU.
 //
-// The blocks of a grid run one after the other, in an order shuffled by the variable EMU_SEED. The threads of a block
-// ("lanes") run one at a time until they wait: at __syncthreads, or at a step that a whole warp does together (shuffles,
-// votes, mma). A lane that waits is left on its own stack (a "fiber") and another one goes on, also in shuffled order.
-// So a missing barrier shows as other bits under other seeds, or as NaN: all memory starts as NaN (0xFF in each byte).
+// The blocks of a grid run one after the other, in an order shuffled by the variable EMU_SEED. The
+// threads of a block ("lanes") run one at a time until they wait: at __syncthreads, or at an
+// operation of a whole warp (shuffles, votes, mma). A waiting lane is suspended on its own stack (a
+// "fiber"), and another one runs, also in shuffled order. So a missing barrier shows up as
+// different bits under different seeds, or as NaN: all memory starts as NaN (0xFF in each byte).
 //
-// What a GPU would leave undefined ends the program with the kernel's name, the block and the thread: a barrier that part
-// of the block does not meet, a step of a warp with lanes missing, shared memory overrun, misaligned vectors.
+// Whatever is undefined on a GPU ends the program with the kernel's name, the block and the thread:
+// a barrier that only part of the block reaches, a warp operation with lanes missing, shared memory
+// overruns, misaligned vectors.
 #ifndef EMU_SIMT_H
 #define EMU_SIMT_H
 
@@ -49,16 +51,19 @@ inline thread_local uint3 threadIdx, blockIdx;
 inline thread_local dim3 blockDim, gridDim;
 enum { warpSize = 32 };
 
-// EMU_UNBOUND: threads of a block that can start whatever registers its kernel takes, 65536 / 255 in whole warps.
+// EMU_UNBOUND: the block size that can start whatever registers its kernel uses, 65536 / 255 in
+// whole warps.
 enum { EMU_LANES = 1024, EMU_UNBOUND = 256, EMU_POISON = 0xFF };
-const size_t EMU_GUARD_BYTES = EMU_ASAN ? 0 : 1024, EMU_SHARED_PLAIN = 48 << 10, EMU_STACK = (EMU_ASAN ? 512 : 128) << 10;
+const size_t EMU_GUARD_BYTES = EMU_ASAN ? 0 : 1024, EMU_SHARED_PLAIN = 48 << 10,
+    EMU_STACK = (EMU_ASAN ? 512 : 128) << 10;
 
-// ---- Fibers: stacks, and the switch from one to another ----
+// ---- Fibers: stacks, and switching between them ----
 
-// A stack that waits: `sp` is where; `fake` is AddressSanitizer's.
+// A suspended stack: `sp` is its position; `fake` is AddressSanitizer's.
 struct EmuFiber { void *sp; char *stack; size_t size; void *fake; };
 
-// emu_switch(&from, to): saves what the calling convention asks a function to keep, and goes on on another stack.
+// emu_switch(&from, to): saves what the calling convention requires a function to preserve, and
+// continues on another stack.
 #if defined __x86_64__ && defined __ELF__                 // System V ABI: rbx, rbp, r12 to r15
 #define EMU_FRAME_WORDS 8
 asm(".pushsection .text.emu_switch,\"axG\",@progbits,emu_switch,comdat\n"
@@ -68,9 +73,11 @@ asm(".pushsection .text.emu_switch,\"axG\",@progbits,emu_switch,comdat\n"
     " movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
     " popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n"
     ".popsection\n");
-enum { EMU_FRAME_RETURN = 6 };                            // the word of the frame that holds the place to go on at
+// the word of the frame that holds the return address
+enum { EMU_FRAME_RETURN = 6 };
 extern "C" void emu_switch(void **from, void *to);
-#else                                                     // elsewhere: ucontext, which is slower; sp is a ucontext_t
+#else                                                     // elsewhere: ucontext, which is slower;
+                                                          // sp is a ucontext_t
 #include <ucontext.h>
 #define EMU_FRAME_WORDS 0
 inline void emu_switch(void **from, void *to) {
@@ -80,55 +87,62 @@ inline void emu_switch(void **from, void *to) {
 }
 #endif
 
-// ---- A block in the making ----
+// ---- A running block ----
 
 enum EmuState { EMU_NEW, EMU_RUNS, EMU_BARRIER, EMU_WARP, EMU_DONE };
 
-struct EmuCopy { void *to; const void *from; unsigned group; };   // 16 bytes, or zeros where from is NULL
+// 16 bytes, or zeros if from is NULL
+struct EmuCopy { void *to; const void *from; unsigned group; };
 
 struct EmuLane {
     uint3 index;
     EmuState state;
-    EmuFiber *fiber;                                     // where it waits; NULL: it runs, has not begun or is done
-    const char *what, *file;                             // what it waits in
+    EmuFiber *fiber;          // where it waits; NULL: running, not started or finished
+    const char *what, *file;  // what it waits in
     int line;
     unsigned mask;
     void *operand;
-    EmuCopy *copy;                                       // asynchronous copies that have not landed
+    EmuCopy *copy;            // asynchronous copies in flight
     unsigned copies, room, group;
 };
 
-// Lanes that can go on, that wait in a step of the warp, that exist; the order in which they run: odd * i + add.
+// Bit masks of lanes that are ready, that wait in a warp operation, that exist; their order of
+// execution: odd * i + add.
 struct EmuWarp { unsigned ready, waiting, all, i, odd, add; };
 
-// One processor: a block, its lanes and the fibers they run on. Each thread of the host that runs blocks has its own.
+// One processor: a block, its lanes and the fibers they run on. Each host thread that runs blocks
+// has its own.
 struct EmuCore {
     const char *kernel;
     const std::function<void()> *body;
-    EmuLane lanes[EMU_LANES], *lane;                     // the running one
+    EmuLane lanes[EMU_LANES], *lane;              // lane: the running one
     EmuWarp warp[EMU_LANES / 32];
     unsigned threads, warps, warps_ready, at, i, odd, add, at_barrier, done;
     uint64_t random;
-    EmuFiber home, *fiber, *idle[EMU_LANES + 1];         // the host's own stack; the running one; those at rest
+    EmuFiber home, *fiber, *idle[EMU_LANES + 1];  // the host's own stack; the running one; unused
+                                                  // ones
     unsigned idles, fibers;
-    unsigned bound;                                      // threads that the kernel's launch bounds allow
-    int barrier_line;                                    // of the __syncthreads that some are in
+    unsigned bound;                               // threads that the kernel's launch bounds allow
+    int barrier_line;                             // of the __syncthreads at which some lanes wait
     char *shared;
-    size_t shared_bytes, shared_room;                    // of this launch; of the memory at hand
+    size_t shared_bytes, shared_room;             // of this launch; of the allocation
 };
 
-inline thread_local EmuCore *emu_core = NULL;            // NULL: no kernel has run on this thread of the host
+// NULL: no kernel has run on this host thread
+inline thread_local EmuCore *emu_core = NULL;
 inline thread_local bool emu_in_kernel = false;
 
-// ---- What the parts below share ----
+// ---- Utilities ----
 
-// Ends the program: kernel, block, thread and what is wrong.
+// Ends the program, reporting kernel, block, thread and the error.
 __attribute__((format(printf, 1, 2), noreturn)) inline void emu_fail(const char *format, ...) {
     fflush(stdout);
     fprintf(stderr, "error: ");
     if (emu_in_kernel) {
-        fprintf(stderr, "kernel %s, block (%u,%u,%u)", emu_core->kernel, blockIdx.x, blockIdx.y, blockIdx.z);
-        if (emu_core->lane) fprintf(stderr, ", thread (%u,%u,%u)", threadIdx.x, threadIdx.y, threadIdx.z);
+        fprintf(stderr, "kernel %s, block (%u,%u,%u)", emu_core->kernel, blockIdx.x, blockIdx.y,
+                blockIdx.z);
+        if (emu_core->lane)
+            fprintf(stderr, ", thread (%u,%u,%u)", threadIdx.x, threadIdx.y, threadIdx.z);
         fprintf(stderr, ": ");
     }
     va_list args;
@@ -140,7 +154,8 @@ __attribute__((format(printf, 1, 2), noreturn)) inline void emu_fail(const char 
     _exit(1);                                            // not exit(): this may be any stack
 }
 
-// Tables of results, X(name, number, text), become an enumeration and the function that gives the text.
+// Tables of results, X(name, number, text), expand to the enumeration and the function that gives
+// the text.
 #define EMU_ENUM(name, number, text) name = number,
 #define EMU_TEXT(name, number, text) if (result == name) return text;
 
@@ -170,8 +185,9 @@ template <class T, class F> inline T emu_bits(F from) {
     return to;
 }
 
-// Memory of exactly this size, poisoned; NULL if there is none. AddressSanitizer watches what is around it; without it, more
-// poison stands there, which emu_guards_check finds as it was, or else ends the program.
+// Allocates exactly this much memory, poisoned; NULL on failure. AddressSanitizer watches its
+// surroundings; without it, they are poisoned too, and emu_guards_check ends the program if they
+// have changed.
 inline char *emu_guarded_new(size_t bytes) {
     void *p;
     if (posix_memalign(&p, 256, bytes + 2 * EMU_GUARD_BYTES)) return NULL;
@@ -185,8 +201,8 @@ inline bool emu_untouched(const char *p, size_t bytes) {
 inline void emu_guards_check(const char *p, size_t bytes, const char *what, const char *after) {
     const bool before = !emu_untouched(p - EMU_GUARD_BYTES, EMU_GUARD_BYTES);
     if (before || !emu_untouched(p + bytes, EMU_GUARD_BYTES))
-        emu_fail("%s the %zu bytes of %s at %p something was written, as seen after %s", before ? "before" : "beyond", bytes,
-                 what, (const void *)p, after);
+        emu_fail("%s the %zu bytes of %s at %p something was written, as seen after %s",
+                 before ? "before" : "beyond", bytes, what, (const void *)p, after);
 }
 
 inline void emu_shuffle_warp(EmuCore *c, EmuWarp *w) {
@@ -194,7 +210,8 @@ inline void emu_shuffle_warp(EmuCore *c, EmuWarp *w) {
     w->odd = (unsigned)r | 1, w->add = (unsigned)(r >> 32);
 }
 
-// Goes on on another fiber; returns when something goes on on this one. AddressSanitizer must know which stack is in use.
+// Switches to another fiber; returns when this one is resumed. AddressSanitizer must know which
+// stack is in use.
 inline void emu_go(EmuCore *c, EmuFiber *to) {
     EmuFiber *from = c->fiber;
     c->fiber = to;
@@ -207,20 +224,24 @@ inline void emu_go(EmuCore *c, EmuFiber *to) {
 #endif
 }
 
-// Nobody can go on: says who waits where, one line for each distinct place.
+// No lane can continue: reports who waits where, one line per distinct place.
 __attribute__((noreturn)) inline void emu_deadlock(EmuCore *c) {
     static const char *const state[] = {"has not begun", "runs", "waits", "waits", "has exited"};
-    EmuLane *waits = NULL;                               // in a step of its warp, if any does
+    EmuLane *waits = NULL;                               // in a warp operation, if any is
     unsigned met = 0;
-    fprintf(stderr, "in kernel %s nobody can go on:\n", c->kernel);
+    fprintf(stderr, "in kernel %s no thread can continue:\n", c->kernel);
     for (unsigned i = 0, told = 0; i < c->threads; i++) {
         EmuLane *l = &c->lanes[i], *before = i ? l - 1 : NULL;
         const bool in_warp = l->state == EMU_WARP;
         if (in_warp || (l->state == EMU_BARRIER && !waits)) waits = l;
-        if (before && before->state == l->state && before->what == l->what && before->line == l->line) continue;
+        if (before && before->state == l->state && before->what == l->what &&
+            before->line == l->line)
+            continue;
         if (told++ >= 6) continue;
-        fprintf(stderr, "  thread (%u,%u,%u) %s", l->index.x, l->index.y, l->index.z, state[l->state]);
-        if (in_warp || l->state == EMU_BARRIER) fprintf(stderr, " in %s at %s:%d", l->what, l->file, l->line);
+        fprintf(stderr, "  thread (%u,%u,%u) %s", l->index.x, l->index.y, l->index.z,
+                state[l->state]);
+        if (in_warp || l->state == EMU_BARRIER)
+            fprintf(stderr, " in %s at %s:%d", l->what, l->file, l->line);
         if (in_warp) fprintf(stderr, ", mask %08x", l->mask);
         fputc('\n', stderr);
     }
@@ -232,12 +253,14 @@ __attribute__((noreturn)) inline void emu_deadlock(EmuCore *c) {
     c->lane = waits;
     threadIdx = waits->index;
     if (waits->state == EMU_BARRIER)
-        emu_fail("%s at %s:%d is met by %u of the block's %u threads", waits->what, waits->file, waits->line, met, c->threads);
-    emu_fail("%s at %s:%d, mask %08x, is met by %u lanes of its warp only", waits->what, waits->file, waits->line, waits->mask,
-             met);
+        emu_fail("%s at %s:%d is reached by %u of the block's %u threads", waits->what, waits->file,
+                 waits->line, met, c->threads);
+    emu_fail("%s at %s:%d, mask %08x, is reached by only %u lanes of its warp", waits->what,
+             waits->file, waits->line, waits->mask, met);
 }
 
-// The next lane to run, in shuffled order; NULL when the block is complete. The barrier opens when all have come.
+// The next lane to run, in shuffled order; NULL if the block is complete. Opens the barrier when
+// all lanes have reached it.
 inline EmuLane *emu_next(EmuCore *c) {
     if (!c->warps_ready) {
         if (c->done == c->threads) return NULL;
@@ -259,7 +282,7 @@ inline EmuLane *emu_next(EmuCore *c) {
     return &c->lanes[32 * c->at + lane];
 }
 
-// Makes n the running lane; returns the fiber that it waits on, or NULL if it has not begun.
+// Makes n the running lane; returns its fiber, or NULL if it has not started.
 inline EmuFiber *emu_become(EmuCore *c, EmuLane *n) {
     EmuFiber *on = n->fiber;
     c->lane = n;
@@ -269,13 +292,14 @@ inline EmuFiber *emu_become(EmuCore *c, EmuLane *n) {
     return on;
 }
 
-// Runs the lane c->lane, which has not begun, and then others that have not, on the stack that it is called on. Returns on
-// the host's own stack, when the block is complete.
+// Runs the lane c->lane, which has not started, and then others that have not, on the current
+// stack. Returns on the host's own stack once the block is complete.
 inline void emu_run_lanes(EmuCore *c) {
     for (;;) {
         EmuLane *l = c->lane;
         (*c->body)();
-        if (l->copies) emu_fail("exits with %u asynchronous copies that it has not waited for", l->copies);
+        if (l->copies)
+            emu_fail("exits with %u asynchronous copies that it has not waited for", l->copies);
         l->state = EMU_DONE;
         c->done++;
         EmuLane *n = emu_next(c);
@@ -294,7 +318,8 @@ extern "C" __attribute__((noreturn)) inline void emu_fiber_begin(void) {
     const void *bottom;
     size_t size;
     __sanitizer_finish_switch_fiber(NULL, &bottom, &size);
-    if (!c->home.stack) c->home.stack = (char *)(uintptr_t)bottom, c->home.size = size;   // the first comes from the host's
+    // the first caller is on the host's stack
+    if (!c->home.stack) c->home.stack = (char *)(uintptr_t)bottom, c->home.size = size;
 #endif
     emu_run_lanes(c);
     abort();
@@ -303,11 +328,15 @@ extern "C" __attribute__((noreturn)) inline void emu_fiber_begin(void) {
 inline EmuFiber *emu_fiber_new(void) {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
     EmuFiber *f = (EmuFiber *)calloc(1, sizeof *f);
-    void *memory = mmap(NULL, page + EMU_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (!f || memory == MAP_FAILED || mprotect(memory, page, PROT_NONE)) emu_fail("no memory for the stack of a thread");
-    f->stack = (char *)memory + page, f->size = EMU_STACK;   // below it a page that cannot be touched
+    void *memory = mmap(NULL, page + EMU_STACK, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (!f || memory == MAP_FAILED || mprotect(memory, page, PROT_NONE))
+        emu_fail("no memory for the stack of a thread");
+    // preceded by a page that cannot be accessed
+    f->stack = (char *)memory + page, f->size = EMU_STACK;
 #if EMU_FRAME_WORDS
-    const size_t stagger = emu_core->fibers++ * 320 % 4096;   // or the tops of all stacks would share a few lines of the cache
+    // or the tops of all stacks would share a few cache lines
+    const size_t stagger = emu_core->fibers++ * 320 % 4096;
     void **frame = (void **)(void *)(f->stack + f->size - stagger) - EMU_FRAME_WORDS;
     frame[EMU_FRAME_RETURN] = (void *)(uintptr_t)emu_fiber_begin;
     f->sp = frame;
@@ -321,7 +350,7 @@ inline EmuFiber *emu_fiber_new(void) {
     return f;
 }
 
-// The running lane waits until others have made it ready.
+// Suspends the running lane until others have made it ready.
 inline void emu_wait(EmuCore *c) {
     EmuLane *l = c->lane, *n = emu_next(c);
     if (n == l) {
@@ -338,31 +367,36 @@ inline EmuCore *emu_core_of_kernel(const char *what) {
     return emu_core;
 }
 
-inline void emu_stand(EmuLane *l, EmuState state, const char *what, unsigned mask, const char *file, int line) {
+inline void emu_stand(EmuLane *l, EmuState state, const char *what, unsigned mask, const char *file,
+                      int line) {
     l->state = state, l->what = what, l->mask = mask, l->file = file, l->line = line;
 }
 
-// ---- What lanes do together ----
+// ---- Operations of several lanes ----
 
 inline void __syncthreads(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
     EmuCore *c = emu_core_of_kernel("__syncthreads");
     emu_stand(c->lane, EMU_BARRIER, "__syncthreads", 0, file, line);
     if (c->at_barrier++ == 0) c->barrier_line = line;
     if (line != c->barrier_line)
-        emu_fail("__syncthreads at %s:%d, while others of the block are in the one of line %d", file, line, c->barrier_line);
+        emu_fail("__syncthreads at %s:%d, while others of the block are in the one at line %d",
+                 file, line, c->barrier_line);
     emu_wait(c);
 }
 
-// A step of the lanes in `mask`: the last that comes does it for all, with the operand of each lane (NULL where not in the
-// mask), which are on the stacks of those that wait.
-inline void emu_collect(const char *what, unsigned mask, void *operand, void (*step)(void *const operands[32]),
-                        const char *file, int line) {
+// An operation of the lanes in `mask`: the last to arrive performs it for all, with each lane's
+// operand (NULL if not in the mask), which is on the stack of the waiting lane.
+inline void emu_collect(const char *what, unsigned mask, void *operand,
+                        void (*step)(void *const operands[32]), const char *file, int line) {
     EmuCore *c = emu_core_of_kernel(what);
     EmuLane *l = c->lane;
     const unsigned warp = (unsigned)(l - c->lanes) / 32, bit = 1u << (l - c->lanes) % 32;
     EmuWarp *w = &c->warp[warp];
-    if (!(mask & bit)) emu_fail("%s at %s:%d: mask %08x lacks the calling lane", what, file, line, mask);
-    if (mask & ~w->all) emu_fail("%s at %s:%d: mask %08x, but this warp has only %08x", what, file, line, mask, w->all);
+    if (!(mask & bit))
+        emu_fail("%s at %s:%d: mask %08x lacks the calling lane", what, file, line, mask);
+    if (mask & ~w->all)
+        emu_fail("%s at %s:%d: mask %08x, but this warp has only %08x", what, file, line, mask,
+                 w->all);
     emu_stand(l, EMU_WARP, what, mask, file, line);
     l->operand = operand;
     w->waiting |= bit;
@@ -385,19 +419,23 @@ inline void emu_collect(const char *what, unsigned mask, void *operand, void (*s
     l->state = EMU_RUNS;
 }
 
-// The launch bounds of the running kernel, from its own first line: the attribute leaves nothing to see at run time.
+// The launch bounds of the running kernel, stated by its first line: the attribute is invisible at
+// run time.
 inline void emu_bounds(unsigned threads) {
     EmuCore *c = emu_core_of_kernel("BOUNDS");
     c->bound = threads;
-    if (c->threads > threads) emu_fail("a block of %u threads, where the launch bounds allow %u", c->threads, threads);
+    if (c->threads > threads)
+        emu_fail("a block of %u threads, where the launch bounds allow %u", c->threads, threads);
 }
 
 #define EMU_FULL 0xffffffffu
 #define EMU_FROM const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncwarp(unsigned mask = EMU_FULL, EMU_FROM) { emu_collect("__syncwarp", mask, NULL, NULL, file, line); }
+inline void __syncwarp(unsigned mask = EMU_FULL, EMU_FROM) { emu_collect("__syncwarp", mask, NULL,
+    NULL, file, line); }
 
-// A shuffle: each lane reads the value of lane `source`; a source outside of the mask is undefined, and here an error.
+// A shuffle: each lane reads the value of lane `source`; a source outside the mask is undefined,
+// and an error here.
 struct EmuShuffle { uint64_t value, result; unsigned source; };
 
 inline void emu_shuffle_step(void *const operands[32]) {
@@ -410,15 +448,20 @@ inline void emu_shuffle_step(void *const operands[32]) {
     }
 }
 
-inline int emu_lane(void) { return (int)(emu_core_of_kernel("a shuffle")->lane - emu_core->lanes) % 32; }
+inline int emu_lane(void) {
+    return (int)(emu_core_of_kernel("a shuffle")->lane - emu_core->lanes) % 32;
+}
 
-// The value of lane `source`; the calling lane's own where that is outside of its segment of `width` lanes.
-template <class T> inline T emu_shuffle(const char *what, unsigned mask, T value, int source, int width, const char *file,
-                                        int line) {
+// The value of lane `source`; the calling lane's own if that is outside its segment of `width`
+// lanes.
+template <class T> inline T emu_shuffle(const char *what, unsigned mask, T value, int source,
+                                        int width, const char *file, int line) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
-    if (width < 1 || width > 32 || (width & (width - 1))) emu_fail("%s: width %d is not a power of two up to 32", what, width);
+    if (width < 1 || width > 32 || (width & (width - 1)))
+        emu_fail("%s: width %d is not a power of two up to 32", what, width);
     const int lane = emu_lane(), segment = lane & ~(width - 1);
-    EmuShuffle s = {0, 0, (unsigned)(source >= segment && source < segment + width ? source : lane)};
+    EmuShuffle s =
+        {0, 0, (unsigned)(source >= segment && source < segment + width ? source : lane)};
     memcpy(&s.value, &value, sizeof value);
     emu_collect(what, mask, &s, emu_shuffle_step, file, line);
     memcpy(&value, &s.result, sizeof value);
@@ -447,8 +490,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_FROM) {
     emu_collect("a vote", mask, &v, emu_vote_step, file, line);
     return (unsigned)v.result;
 }
-inline int __any_sync(unsigned mask, int p, EMU_FROM) { return __ballot_sync(mask, p, file, line) != 0; }
-inline int __all_sync(unsigned mask, int p, EMU_FROM) { return __ballot_sync(mask, p, file, line) == mask; }
+inline int __any_sync(unsigned mask, int p, EMU_FROM) {
+    return __ballot_sync(mask, p, file, line) != 0;
+}
+inline int __all_sync(unsigned mask, int p, EMU_FROM) {
+    return __ballot_sync(mask, p, file, line) == mask;
+}
 
 // ---- A grid ----
 
@@ -463,23 +510,28 @@ inline void emu_shared_open(EmuCore *c) {
         emu_guarded_free(c->shared);
         c->shared = NULL;
     }
-    if (!c->shared && !(c->shared = emu_guarded_new(c->shared_bytes))) emu_fail("no memory for a block's shared memory");
+    if (!c->shared && !(c->shared = emu_guarded_new(c->shared_bytes)))
+        emu_fail("no memory for a block's shared memory");
     c->shared_room = c->shared_bytes;
     memset(c->shared, EMU_POISON, c->shared_bytes);
 }
 
-// Memory that does not exist, or a stack that is too small: the kernel is named, then the program ends as it would have.
+// On access to unmapped memory, or stack overflow: names the kernel, then lets the program end as
+// it would have.
 inline void emu_on_signal(int number) {
     if (emu_in_kernel)
-        emu_fail("signal %d: it touches memory that does not exist, or needs more than %zu bytes of stack", number, EMU_STACK);
+        emu_fail("signal %d: it touches memory that does not exist, or needs more than %zu bytes "
+                 "of stack", number, EMU_STACK);
     signal(number, SIG_DFL);
 }
 
 inline EmuCore *emu_core_open(void) {
-    static char stack[1 << 16];                          // for the handler: the fiber's own may be the one that is too small
+    static char stack[1 << 16];                          // for the handler: the fiber's own may
+                                                         // have overflowed
     if (emu_core) return emu_core;
-    if (!(emu_core = (EmuCore *)calloc(1, sizeof *emu_core))) emu_fail("no memory for the emulator");
-    if (EMU_ASAN) return emu_core;                       // it says more
+    if (!(emu_core = (EmuCore *)calloc(1, sizeof *emu_core)))
+        emu_fail("no memory for the emulator");
+    if (EMU_ASAN) return emu_core;                       // its report is more detailed
     stack_t alternate = {};
     alternate.ss_sp = stack, alternate.ss_size = sizeof stack;
     struct sigaction action = {};
@@ -493,7 +545,8 @@ inline EmuCore *emu_core_open(void) {
 inline void emu_run_block(EmuCore *c) {
     for (unsigned i = 0; i < c->threads; i++) c->lanes[i].state = EMU_NEW, c->lanes[i].group = 0;
     c->lane = NULL, c->done = 0, c->warps_ready = 0;
-    c->at_barrier = c->threads;                          // as if they all came from a barrier: emu_next makes them ready
+    // as if all came from a barrier: emu_next makes them ready
+    c->at_barrier = c->threads;
     emu_shared_open(c);
     c->fiber = &c->home;
     emu_become(c, emu_next(c));
@@ -501,7 +554,7 @@ inline void emu_run_block(EmuCore *c) {
     emu_guards_check(c->shared, c->shared_bytes, "shared memory", "the block");
 }
 
-// Runs every thread of the grid to its end.
+// Runs every thread of the grid to completion.
 inline void emu_run_grid(const char *kernel, dim3 grid, dim3 block, size_t shared, uint64_t number,
                          const std::function<void()> &body) {
     EmuCore *c = emu_core_open();
@@ -509,7 +562,8 @@ inline void emu_run_grid(const char *kernel, dim3 grid, dim3 block, size_t share
     const uint64_t seed = emu_number("EMU_SEED", 1), blocks = (uint64_t)grid.x * grid.y * grid.z;
     uint64_t random = seed * 0x9E3779B97F4A7C15u ^ number;
     const uint64_t add = emu_random(&random) % blocks;
-    uint64_t step = 1 + emu_random(&random) % blocks;    // add + step * i meets every block once if step is coprime
+    // add + step * i visits every block once if step is coprime
+    uint64_t step = 1 + emu_random(&random) % blocks;
     while (std::gcd(step, blocks) != 1) step++;
     c->kernel = kernel, c->body = &body;
     c->threads = block.x * block.y * block.z, c->warps = (c->threads + 31) / 32;
@@ -527,11 +581,13 @@ inline void emu_run_grid(const char *kernel, dim3 grid, dim3 block, size_t share
     gridDim = grid, blockDim = block;
     for (uint64_t i = 0; i < blocks; i++) {
         const uint64_t at = (add + step % blocks * i) % blocks;
-        blockIdx = {(unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y), (unsigned)(at / grid.x / grid.y)};
+        blockIdx = {(unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y),
+                    (unsigned)(at / grid.x / grid.y)};
         c->random = seed + 0x9E3779B97F4A7C15u * (number * 0x100000001b3u + at);
         emu_run_block(c);
     }
-    if (c->threads > c->bound) emu_fail("%u threads of up to 255 registers: it needs launch bounds", c->threads);
+    if (c->threads > c->bound)
+        emu_fail("%u threads of up to 255 registers: it needs launch bounds", c->threads);
     emu_in_kernel = false;
 }
 

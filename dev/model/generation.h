@@ -106,9 +106,9 @@ static inline void attention_cached(real *y, const real *qkv, HeadCache cache, c
         }
 }
 
-// ---- The weights as products of few tokens read them ----
+// ---- Packed weights, for matmuls with few tokens ----
 
-// Those of a layer's products, layer by layer, then the head.
+// The matrices of each layer, layer by layer, then the head.
 typedef struct {
     real *at;                             // NULL: this model does not generate
     size_t offset[N_PARAMS], layer_size;  // param p of layer l is at offset[p] + l * layer_size

@@ -213,8 +213,8 @@ static void run_divergent(void *how) {
 
 void test_emu_barrier_divergent(void) {
     static const struct { int how; const char *part; } wrong[] = {
-        {EXIT_EARLY, "is met by 63 of the block's 64 threads"}, {SOME_ONLY, "__syncthreads at"},
-        {OTHER_PLACE, "while others of the block are in the one of line"}, {ONE_LOOP_MORE, "__syncthreads at"},
+        {EXIT_EARLY, "is reached by 63 of the block's 64 threads"}, {SOME_ONLY, "__syncthreads at"},
+        {OTHER_PLACE, "while others of the block are in the one at line"}, {ONE_LOOP_MORE, "__syncthreads at"},
         {BARRIER_AND_SHUFFLE, "__syncthreads at"}};
     for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_divergent, &w.how);
     int how = EXIT_EARLY;
@@ -244,7 +244,7 @@ static void run_lanes_missing(void *how) {
 
 void test_emu_lanes_missing(void) {
     static const struct { int how; const char *part; } wrong[] = {
-        {LANE_EXITS, "met by 31 lanes of its warp only"}, {LANE_ELSEWHERE, "__syncwarp"},
+        {LANE_EXITS, "reached by only 31 lanes of its warp"}, {LANE_ELSEWHERE, "__syncwarp"},
         {MASK_LACKS_SELF, "mask fffffdff lacks the calling lane"}, {HALF_WARP, "but this warp has only 0000ffff"},
         {MMA_LANE, "mma_bf16"}, {SOURCE_OUTSIDE, "reads lane 20, which is not in the mask"}};
     for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_lanes_missing, &w.how);

@@ -167,7 +167,7 @@ class Drawing(unittest.TestCase):
     def test_against_an_option(self):
         out, _ = self.draw(base(1), base(2), drop(1), drop(2), "--by", "drop-path")
         self.assertIn("--drop-path", svg_text(out + ".svg"))
-        self.assertIn("no number of that name", self.draw(base(), "--by", "dropp", expect=1)[1])
+        self.assertIn("no number with that name", self.draw(base(), "--by", "dropp", expect=1)[1])
 
     def test_a_long_run_is_thinned(self):
         path = os.path.join(tempfile.mkdtemp(dir=real_runs.folder()), "metrics.jsonl")
@@ -184,11 +184,11 @@ class Refusals(unittest.TestCase):
     def test_messages(self):
         empty = tempfile.mkdtemp(dir=real_runs.folder())
         for arguments, message in (((empty + "/none",), "cannot read .*none/metrics.jsonl"),
-                                   ((empty,), "no run in there"),
+                                   ((empty,), "no run found"),
                                    ((base(), "--out", "x.jpg"), "must end in .png"),
                                    ((base(), "--out", empty + "/no/x.png"), "cannot write .*/no/x.png")):
             self.assertRegex(real_runs.run(PLOT, *arguments, expect=1), message)
-        for arguments, message in ((("--y", "lss"), "'lss' is none of"), (("--smooth", "0"), "at least 1"),
+        for arguments, message in ((("--y", "lss"), "'lss' is not one of"), (("--smooth", "0"), "at least 1"),
                                    (("--x", "step"), "none of steps, tokens")):
             self.assertIn(message, real_runs.run(PLOT, base(), *arguments, expect=2))
 

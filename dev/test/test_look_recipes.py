@@ -87,7 +87,7 @@ class Recipes(unittest.TestCase):
         self.assertRegex(text, r"\| drop0.1 +\| +1 \| +4 \| +1.638e\+04 \|")      # 4 steps x 16 x 4 rows x 64 tokens
         self.assertEqual(os.path.exists(out + "/picture.png"), real_runs.have("matplotlib"))
         text = self.recipe("fineweb124m", **tiny, GPUS="2", DROP="0 0.2")[1]
-        self.assertIn("has all 4 steps already", text)
+        self.assertIn("has already completed all 4 steps", text)
         self.assertIn("ranks:   2 processes, each 8 micro-batches", text)
         for part, wrong in (("it is full or tiny", {"SCALE": "huge"}), ("has no train_*.bin", {"DATA": "/nowhere"}),
                             ("hint: make CUDA=1", {"SCALE": "full", "BUILD": "/nowhere"})):

@@ -63,13 +63,13 @@ class TensorBoard(unittest.TestCase):
 
     def test_finished_run(self):
         self.copy()
-        self.assertIn("40 new steps, 40 in all", self.once())
+        self.assertIn("40 new steps, 40 in total", self.once())
         self.expect_events()
 
     def test_again_without_doubles(self):
         self.copy()
         self.once()
-        self.assertIn("0 new steps, 40 in all", self.once())
+        self.assertIn("0 new steps, 40 in total", self.once())
         self.assertEqual(len(glob.glob(self.run + "/events*")), 1)
         self.expect_events()
 
@@ -78,7 +78,7 @@ class TensorBoard(unittest.TestCase):
         lines = self.cut(15)
         self.assertIn("15 new steps", self.once())
         self.append(lines[15][40:] + b"".join(lines[16:]))
-        self.assertIn("25 new steps, 40 in all", self.once())
+        self.assertIn("25 new steps, 40 in total", self.once())
         self.expect_events()
 
     def test_events_beyond_the_state_are_purged(self):
@@ -100,7 +100,7 @@ class TensorBoard(unittest.TestCase):
         real_runs.train(self.run, "--resume", self.run + "/step_00000020", "--drop-path", "0.5", "--seed", "5",
                         "--steps", "30")
         self.assertEqual(len(records(self.run)), 30)
-        self.assertIn("written anew", self.once())
+        self.assertIn("was rewritten", self.once())
         self.expect_events()
 
     def test_another_run_in_its_place(self):
@@ -109,7 +109,7 @@ class TensorBoard(unittest.TestCase):
         self.cut(15)
         self.once()
         shutil.copy(real_runs.trained("base_s2", "--seed", "2") + "/metrics.jsonl", self.run)
-        self.assertIn("written anew", self.once())
+        self.assertIn("was rewritten", self.once())
         self.expect_events()
 
     def test_other_folder(self):
@@ -136,16 +136,16 @@ class TensorBoard(unittest.TestCase):
                     pass
                 time.sleep(0.1)
             self.expect_events()
-            self.assertIn("is being followed already", self.once(expect=1))
+            self.assertIn("is already being followed", self.once(expect=1))
         finally:
             follower.send_signal(signal.SIGINT)
             text, _ = follower.communicate(timeout=60)
         self.assertEqual(follower.returncode, 0, text)
-        self.assertIn("the same command goes on", text)
+        self.assertIn("run the same command again to continue", text)
         self.assertNotIn("Traceback", text)
 
     def test_refusals(self):
-        self.assertIn("is not there", self.once(expect=1))
+        self.assertIn("does not exist", self.once(expect=1))
         self.copy()
         with open(self.run + "/followed.json", "w", encoding="utf-8") as file:
             file.write("{")

@@ -146,12 +146,12 @@ static void test_tokenizer_json_damage(void) {
         {"{", "no valid JSON: byte 1"},
         {"{\"a\": 0,}", "no valid JSON"},
         {"{}", "without tokens"},
-        {"{\"a\": \"0\"}", "no integer"},
-        {"{\"a\": 0.5}", "no integer"},
-        {"{\"a\": 1}", "each once"},
-        {"{\"a\": -1}", "each once"},
-        {"{\"a\": 0, \"b\": 0}", "each once"},
-        {"{\"a\": 0, \"b\": 9223372036854775807}", "each once"},
+        {"{\"a\": \"0\"}", "not an integer"},
+        {"{\"a\": 0.5}", "not an integer"},
+        {"{\"a\": 1}", "not exactly 0"},
+        {"{\"a\": -1}", "not exactly 0"},
+        {"{\"a\": 0, \"b\": 0}", "not exactly 0"},
+        {"{\"a\": 0, \"b\": 9223372036854775807}", "not exactly 0"},
         {"{\"a\": 0, \"\": 1}", "token 1 is not written"},
         {"{\"a\": 0, \" \": 1}", "token 1 is not written"},            // a space is written U+0120
         {"{\"\\u0143\": 0, \"\\u0144\": 1}", "token 1 is not written"},   // U+0143 is byte 173, the alphabet's last
