@@ -1,5 +1,6 @@
-// fuzz.c: every parser for libFuzzer (LLVM's). The program's name says which one it calls: build/fuzz/json is a link to it.
-// make fuzz builds it and runs them all; build/fuzz/json -help=1 lists libFuzzer's options.
+// fuzz.c: every parser for LLVM's libFuzzer. The program's name selects one: build/fuzz/json is a
+// link to it. make fuzz builds it and runs them all; build/fuzz/json -help=1 lists libFuzzer's
+// options.
 #include "parsers.h"
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
@@ -10,7 +11,8 @@ static const FuzzParser *parser;
 int LLVMFuzzerInitialize(int *argc, char ***argv) {
     const char *name = strrchr(*argv[0], '/');
     parser = fuzz_find(name ? name + 1 : *argv[0]);
-    if (*argc < 1 || !parser) die("%s is the name of no parser\n  hint: make fuzz makes links that are", *argv[0]);
+    if (*argc < 1 || !parser)
+        die("%s is the name of no parser\n  hint: make fuzz makes links that are", *argv[0]);
     return 0;
 }
 

@@ -1,12 +1,14 @@
-// fuzz.h: what a parser of outside bytes must keep to, whatever the bytes. Include this header before all others of ours: it
-// stands between them and malloc, free and exit.
+// fuzz.h: what a parser of untrusted bytes must guarantee for any input. Include this header before
+// all others of ours: it intercepts malloc, free and exit.
 //
-//     no exit           a parser returns its error: die() in one is a finding
-//     no trust          all that it allocates is at most FUZZ_TIMES its input and FUZZ_MORE, whatever a header claims
-//     no leak           when it is done, all is freed
-//     what it says      FUZZ_REQUIRE in parsers.h: what was accepted is in range, and written and read again is the same
+//     no exit           a parser returns its error: a die() within one is a finding
+//     no trust          total allocation is at most FUZZ_TIMES the input plus FUZZ_MORE, whatever a
+//                       header claims
+//     no leak           when it is done, everything has been freed
+//     no lies           FUZZ_REQUIRE in parsers.h: what was accepted is in range, and is unchanged
+//                       when written and parsed again
 //
-// Reads and writes out of bounds, and overflows of signed numbers, are for the sanitizers to see.
+// Out-of-bounds accesses and signed overflows are left to the sanitizers.
 #ifndef FUZZ_H
 #define FUZZ_H
 
@@ -24,15 +26,18 @@
 enum { FUZZ_TIMES = 512, FUZZ_MORE = 1 << 20 };
 
 static struct {
-    const char *parser;                                  // that runs; NULL: none, and nothing is counted
-    char input[600];                                     // what it reads, for messages
-    size_t size, taken;                                  // bytes of the input; allocated so far, freed or not
-    long live;                                           // allocations that are not freed
+    const char *parser;                                  // the running one; NULL: none, and nothing
+                                                         // is counted
+    char input[600];                                     // its input, for messages
+    size_t size, taken;                                  // bytes of the input; bytes allocated so
+                                                         // far, freed or not
+    long live;                                           // allocations not freed yet
 } fuzz;
 
 __attribute__((noreturn)) static inline void fuzz_fail(const char *what) {
     const char *of = *fuzz.input ? " of " : "";
-    fprintf(stderr, "fuzz: parser %s, %zu bytes%s%s: %s\n", fuzz.parser, fuzz.size, of, fuzz.input, what);
+    fprintf(stderr, "fuzz: parser %s, %zu bytes%s%s: %s\n", fuzz.parser, fuzz.size, of, fuzz.input,
+            what);
     abort();
 }
 
@@ -76,7 +81,8 @@ __attribute__((noreturn)) static inline void fuzz_exit(int code) {
 #define free(p)             fuzz_free(p)
 #define exit(code)          fuzz_exit(code)
 
-typedef struct { const char *name; int (*run)(const unsigned char *p, size_t n); } FuzzParser;   // run: whether it accepted
+// run: whether it accepted
+typedef struct { const char *name; int (*run)(const unsigned char *p, size_t n); } FuzzParser;
 
 static inline int fuzz_run(const FuzzParser *parser, const unsigned char *p, size_t n) {
     fuzz.parser = parser->name;

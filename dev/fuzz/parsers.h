@@ -1,5 +1,6 @@
-// parsers.h: every parser of outside bytes, as a fuzzer calls it: with n bytes at p, and nothing after them. What a parser
-// accepts is then used as the programs use it, and what we can write is written and read again.
+// parsers.h: every parser of untrusted bytes, called as a fuzzer does: with n bytes at p, and
+// nothing after them. What a parser accepts is then used as the programs use it, and what we can
+// write is written and parsed again.
 #ifndef PARSERS_H
 #define PARSERS_H
 
@@ -22,7 +23,7 @@
 
 // ---- json.h ----
 
-// What a JSON string means, written and read again, is the same.
+// A JSON string is unchanged when written and parsed again.
 static void fuzz_json_string(const Json *d, int node) {
     size_t size;
     char *whole = json_string(d, node, &size), *s = json_string(d, node, NULL);
@@ -31,7 +32,8 @@ static void fuzz_json_string(const Json *d, int node) {
         Text t = {NULL, 0, 0};
         Json again;
         json_write_string(&t, s);
-        FUZZ_REQUIRE(!json_parse(&again, t.s, t.n) && json_equals(&again, 0, s) && json_equals(d, node, s));
+        FUZZ_REQUIRE(!json_parse(&again, t.s, t.n) && json_equals(&again, 0, s) &&
+                     json_equals(d, node, s));
         json_free(&again);
         text_free(&t);
     }
@@ -51,8 +53,10 @@ static int fuzz_json(const unsigned char *p, size_t n) {
         int64_t integer;
         double number = 0;
         int count = 0, twice = json_duplicate(&d, i);
-        FUZZ_REQUIRE(0 <= node->begin && node->begin <= node->end && (size_t)node->end <= n && node->next < d.n);
-        if (json_int64(&d, i, &integer)) FUZZ_REQUIRE(json_number(&d, i, &number) && number == (double)integer);
+        FUZZ_REQUIRE(0 <= node->begin && node->begin <= node->end && (size_t)node->end <= n &&
+                     node->next < d.n);
+        if (json_int64(&d, i, &integer))
+            FUZZ_REQUIRE(json_number(&d, i, &number) && number == (double)integer);
         if (node->type == JSON_STRING) fuzz_json_string(&d, i);
         for (int k = json_first(&d, i); k >= 0; k = json_next(&d, k)) count++;
         FUZZ_REQUIRE(count == json_count(&d, i) && twice < d.n);
@@ -75,7 +79,7 @@ static int fuzz_shards(const unsigned char *p, size_t n) {
 
 // ---- choices.h ----
 
-// Every example has choices of its own, one of them the right one, and all tokens can be read.
+// Every example has its own choices, a valid right one, and all its tokens can be read.
 static int fuzz_choices(const unsigned char *p, size_t n) {
     Choices c;
     if (choices_parse(&c, p, n)) return 0;
@@ -108,12 +112,14 @@ static int fuzz_safetensors(const unsigned char *p, size_t n) {
     if (error) return 0;
     for (int i = 0; i < t.n; i++) {
         const SafetensorsEntry *e = &t.entry[i];
-        FUZZ_REQUIRE(e->data >= p && e->bytes <= n && e->data + e->bytes <= p + n && safetensors_find(&t, e->name) == e);
+        FUZZ_REQUIRE(e->data >= p && e->bytes <= n && e->data + e->bytes <= p + n &&
+                     safetensors_find(&t, e->name) == e);
         real *x = (real *)xcalloc(e->count, sizeof *x);
         int64_t *k = (int64_t *)xcalloc(e->count, sizeof *k);
         FUZZ_REQUIRE(!!safetensors_to_real(e, x) != !!(e->dtype <= SAFETENSORS_BF16));
         safetensors_to_int64(e, k);
-        if (e->dtype <= SAFETENSORS_BF16 && e->count) safetensors_from_real(SAFETENSORS_BF16, x, e->count, k);
+        if (e->dtype <= SAFETENSORS_BF16 && e->count)
+            safetensors_from_real(SAFETENSORS_BF16, x, e->count, k);
         free(x), free(k);
         data += e->bytes;
     }
@@ -130,8 +136,10 @@ static int fuzz_index(const unsigned char *p, size_t n) {
     if (error) return 0;
     for (int i = 0; i < x.n; i++) {
         const WeightsPlace *place = &x.place[i];
-        FUZZ_REQUIRE(weights_index_find(&x, place->tensor) == place && !strcmp(x.file[place->file], place->name));
-        FUZZ_REQUIRE(!strpbrk(place->name, "/\\") && *place->name != '.' && strstr(place->name, ".safetensors"));
+        FUZZ_REQUIRE(weights_index_find(&x, place->tensor) == place &&
+                     !strcmp(x.file[place->file], place->name));
+        FUZZ_REQUIRE(!strpbrk(place->name, "/\\") && *place->name != '.' &&
+                     strstr(place->name, ".safetensors"));
     }
     weights_index_free(&x);
     return 1;
@@ -178,19 +186,21 @@ static int fuzz_config(const unsigned char *p, size_t n) {
     free(error);
     if (!s.eval_scale) return 0;
     fuzz_config_sizes(&c, p, n);
-    if (c.L > 64) {                                      // what follows takes time in proportion
+    if (c.L > 64) {                                      // the rest takes time proportional to L
         free(s.eval_scale);
         return 1;
     }
     checkpoint_config_json(&t, &c, &s, "float32");
-    FUZZ_REQUIRE(!checkpoint_parse_config(&again, &scale, &tied, t.s, t.n) && !memcmp(&again, &c, sizeof c));
-    for (int i = 0; i < BRANCHES * c.L; i++) FUZZ_REQUIRE(scale[i] == s.eval_scale[i] && scale[i] >= 0 && scale[i] <= 1);
+    FUZZ_REQUIRE(!checkpoint_parse_config(&again, &scale, &tied, t.s, t.n) &&
+                 !memcmp(&again, &c, sizeof c));
+    for (int i = 0; i < BRANCHES * c.L; i++)
+        FUZZ_REQUIRE(scale[i] == s.eval_scale[i] && scale[i] >= 0 && scale[i] <= 1);
     text_free(&t);
     free(scale), free(s.eval_scale);
     return 1;
 }
 
-// The options that a checkpoint names, as the tools take them.
+// The options that a checkpoint names, parsed as by the tools.
 static void fuzz_trainer_options(const char *text) {
     TrainOptions t;
     Options o;
@@ -200,7 +210,7 @@ static void fuzz_trainer_options(const char *text) {
     options_free(&o);
 }
 
-// The bytes as they are, and as the beginning of a trainer.json whose sum is right.
+// The bytes unchanged, and as the beginning of a trainer.json with a correct checksum.
 static int fuzz_trainer(const unsigned char *p, size_t n) {
     char hex[SHA256_HEX];
     int accepted = 0;
@@ -210,11 +220,13 @@ static int fuzz_trainer(const unsigned char *p, size_t n) {
         text_append(&t, n ? (const void *)p : "", n);
         sha256_hex(hex, t.s, t.n);
         if (summed) text_printf(&t, CHECKPOINT_SELF "%s\"\n}\n", hex);
-        char *exact = (char *)xcalloc(t.n, 1);           // a sanitizer sees its end
+        char *exact = (char *)xcalloc(t.n, 1);           // lets a sanitizer see its end
         memcpy(exact, t.s, t.n);
         if (!checkpoint_parse_state(&s, exact, t.n)) {
-            FUZZ_REQUIRE(s.step >= 0 && s.tokens >= 0 && s.step + ((int64_t)1 << 60) > 0 && s.options);
-            FUZZ_REQUIRE(s.consumed >= -1 && s.seq_len >= 0 && (s.consumed < 1 || s.seq_len <= ((int64_t)1 << 60) / s.consumed));
+            FUZZ_REQUIRE(s.step >= 0 && s.tokens >= 0 && s.step + ((int64_t)1 << 60) > 0 &&
+                         s.options);
+            FUZZ_REQUIRE(s.consumed >= -1 && s.seq_len >= 0 &&
+                         (s.consumed < 1 || s.seq_len <= ((int64_t)1 << 60) / s.consumed));
             fuzz_trainer_options(s.options);
             free((char *)(uintptr_t)s.options);
             accepted = 1;
@@ -228,7 +240,7 @@ static int fuzz_trainer(const unsigned char *p, size_t n) {
 // ---- tokenizer.h, manifest.h ----
 
 static int fuzz_tokenizer(const unsigned char *p, size_t n) {
-    enum { LONGEST = 1024 };                             // encoding takes the square of this
+    enum { LONGEST = 1024 };                             // encoding is quadratic in this
     Tokenizer t;
     char *name;
     int64_t last;
@@ -266,7 +278,8 @@ static int fuzz_manifest(const unsigned char *p, size_t n) {
     FUZZ_REQUIRE(!error || (*error && strlen(error) < sizeof m.error));
     if (error) return 0;
     int64_t left = m.tokens[MANIFEST_TRAIN];
-    FUZZ_REQUIRE(m.V > 0 && m.eot >= 0 && m.eot < m.V && strlen(m.sha256) == SHA256_HEX - 1 && !strchr(m.file, '/'));
+    FUZZ_REQUIRE(m.V > 0 && m.eot >= 0 && m.eot < m.V && strlen(m.sha256) == SHA256_HEX - 1 &&
+                 !strchr(m.file, '/'));
     for (int i = 0; i < m.shards; i++) {
         FUZZ_REQUIRE(m.shard[i].tokens > 0 && !strchr(m.shard[i].file, '/'));
         if (left == 0) left = m.tokens[MANIFEST_VAL];
@@ -279,7 +292,8 @@ static int fuzz_manifest(const unsigned char *p, size_t n) {
 
 // ---- options.h ----
 
-typedef struct { TrainOptions values; Options options; Text given; } FuzzOptions;   // given: what a config has set, as a config
+// given: what a config has set, as a config
+typedef struct { TrainOptions values; Options options; Text given; } FuzzOptions;
 
 static char *fuzz_options_read(FuzzOptions *o, const void *mem, size_t n) {
     memset(&o->given, 0, sizeof o->given);
@@ -303,7 +317,7 @@ static void fuzz_options_free(FuzzOptions *o) {
     text_free(&o->given);
 }
 
-// What is set, written and read again, is the same.
+// What is set is unchanged when written and parsed again.
 static int fuzz_options(const unsigned char *p, size_t n) {
     FuzzOptions a, b;
     char *error = fuzz_options_read(&a, p, n);
@@ -311,8 +325,10 @@ static int fuzz_options(const unsigned char *p, size_t n) {
     FUZZ_REQUIRE(!error || *error);
     FUZZ_REQUIRE(!fuzz_options_read(&b, a.given.s, a.given.n) && !strcmp(a.given.s, b.given.s));
     const TrainOptions *t = &a.values;
-    FUZZ_REQUIRE(t->steps >= 1 && t->batch >= 1 && t->batch <= 65536 && t->keep >= 0 && t->seed >= 0 && t->lr >= 0);
-    FUZZ_REQUIRE(t->drop_path >= 0 && t->drop_path < 1 && t->eps > 0 && isfinite(t->eps) && t->warmup.value >= 0);
+    FUZZ_REQUIRE(t->steps >= 1 && t->batch >= 1 && t->batch <= 65536 && t->keep >= 0 &&
+                 t->seed >= 0 && t->lr >= 0);
+    FUZZ_REQUIRE(t->drop_path >= 0 && t->drop_path < 1 && t->eps > 0 && isfinite(t->eps) &&
+                 t->warmup.value >= 0);
     options_apply_recipe(&a.options, t);
     fuzz_options_free(&a), fuzz_options_free(&b);
     free(error);
@@ -326,7 +342,7 @@ static void fuzz_drop_path(DropPath *d, int layers, int branches) {
     d->layers = layers, d->branches = branches, d->steps = 10, d->p_max = 0.5;
 }
 
-// A plan that is read is the text that it was read from.
+// A plan that was read is written as the same text.
 static int fuzz_plan_text(const char *text, const DropPath *d, int m, int batch) {
     DropPlan plan = drop_plan_new(d->layers, batch);
     Text t = {NULL, 0, 0};
@@ -342,7 +358,7 @@ static int fuzz_plan_text(const char *text, const DropPath *d, int m, int batch)
     return accepted;
 }
 
-// The first three bytes say for which model, rows and micro-batch.
+// The first three bytes select the model, the rows and the micro-batch.
 static int fuzz_plan(const unsigned char *p, size_t n) {
     DropPath d;
     if (n < 3) return 0;
@@ -356,7 +372,7 @@ static int fuzz_plan(const unsigned char *p, size_t n) {
 
 static int fuzz_metrics_same(double a, double b) { return a == b || (isnan(a) && isnan(b)); }
 
-// What a resumed run keeps of the lines up to a step: kept once more, they are the same.
+// The lines up to a step that a resumed run keeps: keeping them again changes nothing.
 static void fuzz_metrics_kept(const unsigned char *p, size_t n, int64_t done) {
     Text once = {NULL, 0, 0}, twice = {NULL, 0, 0};
     Metrics last;
@@ -410,7 +426,8 @@ static int fuzz_hello(const unsigned char *p, size_t n) {
     CommHello h, again;
     unsigned char bytes[COMM_HELLO];
     if (comm_parse_hello(&h, p, n)) return 0;
-    FUZZ_REQUIRE(h.kind <= COMM_WATCH && h.rank < h.world && h.world <= COMM_MOST_RANKS && fuzz_printable(h.host, 64));
+    FUZZ_REQUIRE(h.kind <= COMM_WATCH && h.rank < h.world && h.world <= COMM_MOST_RANKS &&
+                 fuzz_printable(h.host, 64));
     comm_write_hello(bytes, &h);
     FUZZ_REQUIRE(!comm_parse_hello(&again, bytes, sizeof bytes));
     FUZZ_REQUIRE(!memcmp(again.nonce, h.nonce, COMM_NONCE) && !strcmp(again.host, h.host));
@@ -419,8 +436,8 @@ static int fuzz_hello(const unsigned char *p, size_t n) {
 
 static const char fuzz_token[] = "the job";
 
-// Rank 0 of four hears a newcomer: only one that knows the token comes in, at its own place. The
-// nonce of its challenge is all zeros here, so that an input can contain the proof.
+// Rank 0 of four evaluates a newcomer: only one that knows the token gets in, and only in its own
+// place. The nonce of the challenge is all zeros here, so that an input can contain the proof.
 static int fuzz_admit(const unsigned char *p, size_t n) {
     static CommLinks k;
     CommPending newcomer;
@@ -468,7 +485,7 @@ static int fuzz_place(const unsigned char *p, size_t n) {
     return 1;
 }
 
-// What a peer tells on the connection that is watched, in pieces.
+// What a peer sends on the heartbeat connection, in pieces.
 static int fuzz_watch(const unsigned char *p, size_t n) {
     CommPeer peer;
     char text[COMM_ANSWER];
@@ -484,7 +501,7 @@ static int fuzz_watch(const unsigned char *p, size_t n) {
     return !news;
 }
 
-// Variables as "NAME=value\n"; a value lives until the next but seven.
+// Variables as "NAME=value\n"; a value lives until the seventh one after it.
 static const char *fuzz_look(const void *vars, const char *name) {
     static char value[8][400];
     static int next;
@@ -509,17 +526,19 @@ static int fuzz_launch(const unsigned char *p, size_t n) {
     char *error = comm_launch(&l, text, "", fuzz_look, line ? line + 1 : "");
     const int accepted = !error && l.world > 1;
     if (accepted) {
-        FUZZ_REQUIRE(l.rank >= 0 && l.rank < l.world && l.local_rank >= 0 && l.local_rank < l.world);
+        FUZZ_REQUIRE(l.rank >= 0 && l.rank < l.world && l.local_rank >= 0 &&
+                     l.local_rank < l.world);
         FUZZ_REQUIRE((*l.directory || (*l.host && l.port > 0 && l.port < 65536)) && *l.token);
     }
     free(error), free(text);
     return accepted;
 }
 
-// ---- All of them ----
+// ---- The table ----
 
-#define FUZZ_PARSERS(X)                                                                                                    \
-    X(json) X(shards) X(choices) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) X(manifest) X(options)    \
+#define FUZZ_PARSERS(X)                                                                            \
+    X(json) X(shards) X(choices) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) \
+    X(manifest) X(options)                                                                         \
     X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch)
 
 static const FuzzParser fuzz_parsers[] = {

@@ -1,10 +1,12 @@
-// replay.c: the corpora of dev/fuzz, each file as it is and changed in ways that depend on nothing but its bytes, through every
-// parser, with any compiler: what make test runs. The fuzzer itself is fuzz.c.
+// replay.c: runs the corpora of dev/fuzz through every parser, each file unchanged and with
+// mutations that depend only on its bytes, with any compiler: part of make test. The fuzzer itself
+// is fuzz.c.
 //
 //     build/fuzz_replay [--mutations N] [--corpus DIR] [PARSER...]
-//     build/fuzz_replay PARSER FILE...          these files alone, such as one that a fuzzer has found
+//     build/fuzz_replay PARSER FILE...          only these files, such as one that a fuzzer has
+//                                               found
 //     build/fuzz_replay --list                  the parsers
-//     build/fuzz_replay --write-seeds DIR       the good inputs that a corpus starts from
+//     build/fuzz_replay --write-seeds DIR       the valid inputs that a corpus starts from
 #include "parsers.h"
 #include "../files/files.h"
 #include "seeds.h"
@@ -13,12 +15,16 @@ enum { MOST_FILES = 1000, MOST_BYTES = 1 << 14, PER_MUTATION = 4 };
 
 typedef struct { Text file[MOST_FILES]; char *name[MOST_FILES]; int n; } Corpus;
 
-static int by_text(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+static int by_text(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
 static void corpus_read(Corpus *c, const char *dir) {
     DIR *d = opendir(dir);
     c->n = 0;
-    if (!d) die("cannot open %s: %s\n  hint: run it from the repository's root, or give --corpus DIR", dir, strerror(errno));
+    if (!d)
+        die("cannot open %s: %s\n  hint: run it from the repository's root, or give --corpus DIR",
+            dir, strerror(errno));
     for (struct dirent *e; (e = readdir(d)) != NULL;)
         if (*e->d_name != '.' && c->n < MOST_FILES) c->name[c->n++] = xstrdup(e->d_name);
     closedir(d);
@@ -40,16 +46,18 @@ static void corpus_free(Corpus *c) {
     for (int i = 0; i < c->n; i++) free(c->name[i]), text_free(&c->file[i]);
 }
 
-// Runs a parser on n bytes that end where a page begins that nobody may read: without a sanitizer, too, a read past their end
-// is seen.
+// Runs a parser on n bytes that end where an inaccessible page begins, so that reading past the end
+// is detected without a sanitizer, too.
 static int replay_run(const FuzzParser *parser, const char *bytes, size_t n) {
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), room = (n / page + 1) * page;
     static unsigned char *base;
     static size_t most;
     if (room > most) {
         if (base) munmap(base, most + page);
-        base = (unsigned char *)mmap(NULL, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (base == MAP_FAILED || mprotect(base + room, page, PROT_NONE)) die("mmap: %s", strerror(errno));
+        base = (unsigned char *)mmap(NULL, room + page, PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (base == MAP_FAILED || mprotect(base + room, page, PROT_NONE))
+            die("mmap: %s", strerror(errno));
         most = room;
     }
     unsigned char *exact = base + most - n;
@@ -61,7 +69,7 @@ static int replay_run(const FuzzParser *parser, const char *bytes, size_t n) {
 
 typedef struct { char s[MOST_BYTES]; size_t n; } Input;
 
-// Puts n bytes in place of `gone` bytes at `at`; what does not fit falls off the end.
+// Replaces `gone` bytes at `at` by n bytes; whatever does not fit is dropped from the end.
 static void input_replace(Input *x, size_t at, size_t gone, const char *bytes, size_t n) {
     if (n > MOST_BYTES - at) n = MOST_BYTES - at;
     size_t rest = x->n - at - gone, room = MOST_BYTES - at - n;
@@ -71,11 +79,14 @@ static void input_replace(Input *x, size_t at, size_t gone, const char *bytes, s
     x->n = at + n + rest;
 }
 
-static const char *const odd_numbers[] = {"0", "-1", "-0", "1e999", "2147483647", "2147483648", "4294967296", "0.5", "1e-400",
-                                          "00", "1e18", "9223372036854775807", "9223372036854775808", "18446744073709551616"};
-static const uint32_t odd_words[] = {0, 1, 0x7fffffff, 0x80000000, 0xffffffff, 0x10000, 0xffff, 20240520, 20240801, 0x01000000};
+static const char *const odd_numbers[] = {"0", "-1", "-0", "1e999", "2147483647", "2147483648",
+                                          "4294967296", "0.5", "1e-400",
+                                          "00", "1e18", "9223372036854775807",
+                                          "9223372036854775808", "18446744073709551616"};
+static const uint32_t odd_words[] = {0, 1, 0x7fffffff, 0x80000000, 0xffffffff, 0x10000, 0xffff,
+                                     20240520, 20240801, 0x01000000};
 
-// A number in the text, if there is one after `at`, becomes another.
+// Replaces a number in the text after `at`, if there is one.
 static void input_number(Input *x, size_t at, const char *number) {
     while (at < x->n && (x->s[at] < '0' || x->s[at] > '9')) at++;
     size_t end = at;
@@ -83,7 +94,7 @@ static void input_number(Input *x, size_t at, const char *number) {
     if (end > at) input_replace(x, at, end - at, number, strlen(number));
 }
 
-// One change, from four words of chance.
+// Applies one mutation, chosen by four random words.
 static void input_mutate(Input *x, const Corpus *c, const uint32_t w[4]) {
     const size_t at = x->n ? w[1] % x->n : 0, length = x->n ? w[2] % 32 % (x->n - at) + 1 : 0;
     const Text *other = &c->file[w[3] % (uint32_t)c->n];
@@ -96,8 +107,11 @@ static void input_mutate(Input *x, const Corpus *c, const uint32_t w[4]) {
     case 3: x->n = at; break;
     case 4: input_replace(x, at, length, "", 0); break;
     case 5: memcpy(bytes, x->s + at, length), input_replace(x, at, 0, bytes, length); break;
-    case 6: input_replace(x, at, x->n - at, other->s + w[2] % (other->n + 1), other->n - w[2] % (other->n + 1)); break;
-    case 7: case 8: input_number(x, at, odd_numbers[w[2] % (sizeof odd_numbers / sizeof *odd_numbers)]); break;
+    case 6: input_replace(x, at, x->n - at, other->s + w[2] % (other->n + 1),
+                          other->n - w[2] % (other->n + 1)); break;
+    case 7: case 8: input_number(x, at,
+                                 odd_numbers[w[2] % (sizeof odd_numbers / sizeof *odd_numbers)]);
+                                 break;
     default:
         comm_put32((unsigned char *)bytes, word);
         if (x->n >= 4) memcpy(x->s + (at & ~(size_t)3) % (x->n - 3), bytes, 4);
@@ -116,14 +130,17 @@ static void replay_parser(const FuzzParser *parser, const char *root, uint32_t m
     }
     for (uint32_t m = 0; m < mutations; m++) {
         const int i = (int)(m % (uint32_t)c.n);
-        const uint32_t changes = 1 + rng_words(1, STREAM_TEST, m, 0, PER_MUTATION).v[0] % PER_MUTATION;
+        const uint32_t changes = 1 + rng_words(1, STREAM_TEST, m, 0, PER_MUTATION).v[0] %
+            PER_MUTATION;
         snprintf(fuzz.input, sizeof fuzz.input, "%s/%.200s, mutation %u", dir, c.name[i], m);
         x.n = 0;
         input_replace(&x, 0, 0, c.file[i].s, c.file[i].n);
-        for (uint32_t k = 0; k < changes; k++) input_mutate(&x, &c, rng_words(1, STREAM_TEST, m, (uint32_t)i, k).v);
+        for (uint32_t k = 0; k < changes; k++)
+            input_mutate(&x, &c, rng_words(1, STREAM_TEST, m, (uint32_t)i, k).v);
         accepted += (uint32_t)replay_run(parser, x.s, x.n);
     }
-    printf("%-12s %3d files, %u accepted; %u mutations, %u accepted\n", parser->name, c.n, good, mutations, accepted);
+    printf("%-12s %3d files, %u accepted; %u mutations, %u accepted\n", parser->name, c.n, good,
+           mutations, accepted);
     corpus_free(&c);
     free(dir);
 }
@@ -133,7 +150,8 @@ static void replay_file(const FuzzParser *parser, const char *path) {
     const char *error = file_map(&map, path);
     if (error) die("cannot read %s: %s", path, error);
     snprintf(fuzz.input, sizeof fuzz.input, "%.500s", path);
-    printf("%s: %s\n", path, replay_run(parser, (const char *)map.data, map.size) ? "accepted" : "refused");
+    printf("%s: %s\n", path, replay_run(parser, (const char *)map.data, map.size) ? "accepted"
+           : "refused");
     file_unmap(&map);
 }
 
@@ -144,9 +162,11 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     for (int i = 1; i < argc; i++) {
         const FuzzParser *parser = fuzz_find(argv[i]);
-        if (!strcmp(argv[i], "--mutations") && i + 1 < argc) mutations = (uint32_t)strtoul(argv[++i], NULL, 10);
+        if (!strcmp(argv[i], "--mutations") && i + 1 < argc)
+            mutations = (uint32_t)strtoul(argv[++i], NULL, 10);
         else if (!strcmp(argv[i], "--corpus") && i + 1 < argc) root = argv[++i];
-        else if (!strcmp(argv[i], "--write-seeds") && i + 1 < argc) seeds_write(argv[++i]), named = 1;
+        else if (!strcmp(argv[i], "--write-seeds") && i + 1 < argc)
+            seeds_write(argv[++i]), named = 1;
         else if (!strcmp(argv[i], "--list")) {
             for (int k = 0; k < N_FUZZ_PARSERS; k++) puts(fuzz_parsers[k].name);
             named = 1;
@@ -159,6 +179,7 @@ int main(int argc, char **argv) {
             named = 1;
         } else replay_parser(parser, root, mutations), named = 1;
     }
-    for (int i = 0; i < N_FUZZ_PARSERS && !named; i++) replay_parser(&fuzz_parsers[i], root, mutations);
+    for (int i = 0; i < N_FUZZ_PARSERS && !named; i++)
+        replay_parser(&fuzz_parsers[i], root, mutations);
     return 0;
 }

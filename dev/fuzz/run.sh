@@ -1,17 +1,20 @@
 #!/bin/sh
-# make fuzz: the parsers that are named, or all, FUZZ_RUNS inputs each or FUZZ_SECONDS (0: no limit), whichever ends first. What
-# libFuzzer keeps for its own use stays in BUILD/fuzz/found; what it finds is a file BUILD/fuzz/NAME-crash-..., to be mended and
-# then put into dev/fuzz/corpus/NAME.
+# make fuzz: the named parsers, or all, with FUZZ_RUNS inputs each or FUZZ_SECONDS (0: no limit),
+# whichever ends first. libFuzzer's own corpus stays in BUILD/fuzz/found; a finding is a file
+# BUILD/fuzz/NAME-crash-..., to be fixed and then added to dev/fuzz/corpus/NAME.
 #
-# A tenth is run with value profiles, which come past comparisons of numbers and texts but take three times as long; the rest
-# goes on from what that has kept. A small quarantine and no stack of each allocation make AddressSanitizer half as fast again.
+# A tenth runs with value profiles, which get past comparisons of numbers and strings but take three
+# times as long; the rest continues from their corpus. A small quarantine and no stack traces for
+# allocations make AddressSanitizer half as fast again.
 set -u
 build=${BUILD:-build} runs=${FUZZ_RUNS:-10000000} seconds=${FUZZ_SECONDS:-0}
 export ASAN_OPTIONS="malloc_context_size=0:quarantine_size_mb=16${ASAN_OPTIONS:+:$ASAN_OPTIONS}"
 
-fuzz() {                                                 # parser, executions, seconds, whether with value profiles
-    "$build/fuzz/$1" "$build/fuzz/found/$1" "dev/fuzz/corpus/$1" -runs="$2" -max_total_time="$3" -use_value_profile="$4" \
-        -max_len=4096 -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 -dict=dev/fuzz/words.dict \
+# fuzz PARSER EXECUTIONS SECONDS VALUE_PROFILES
+fuzz() {
+    "$build/fuzz/$1" "$build/fuzz/found/$1" "dev/fuzz/corpus/$1" -runs="$2" \
+        -max_total_time="$3" -use_value_profile="$4" -max_len=4096 -timeout=20 \
+        -rss_limit_mb=2048 -print_final_stats=1 -dict=dev/fuzz/words.dict \
         -artifact_prefix="$build/fuzz/$1-"
 }
 
@@ -28,14 +31,16 @@ for name; do
     mkdir -p "$build/fuzz/found/$name"
     ln -sf parsers "$build/fuzz/$name"
     {
-        fuzz "$name" $((runs / 10)) $(((seconds + 9) / 10)) 1 && fuzz "$name" $((runs - runs / 10)) $((seconds - seconds / 10)) 0
+        fuzz "$name" $((runs / 10)) $(((seconds + 9) / 10)) 1 &&
+            fuzz "$name" $((runs - runs / 10)) $((seconds - seconds / 10)) 0
     } >"$log" 2>&1 || {
         tail -n 40 "$log"
-        echo "fuzz: $name has found something; the input is named above, and $log has all that was said"
+        echo "fuzz: a finding in $name; the input is named above, and the whole output is in $log"
         exit 1
     }
     awk -v name="$name" '/^stat::number_of_executed_units:/ { n += $2 }
         /^Done [0-9]+ runs in/ { s += $5 }
         { for (i = 1; i < NF; i++) if ($i == "cov:") edges = $(i + 1) }
-        END { printf "%-12s %10d executions in %5d s, %d edges, nothing found\n", name, n, s, edges }' "$log"
+        END { printf "%-12s %10d executions in %5d s, %d edges, nothing found\n",
+              name, n, s, edges }' "$log"
 done

@@ -1,11 +1,13 @@
-// seeds.h: small good inputs for every parser, most of them by our own writers, as files CORPUS/PARSER/NAME.
+// seeds.h: small valid inputs for every parser, mostly from our own writers, as files
+// CORPUS/PARSER/NAME.
 #ifndef SEEDS_H
 #define SEEDS_H
 
 #include "parsers.h"
 #include "../files/files.h"
 
-static void seed_write(const char *corpus, const char *parser, const char *name, const void *bytes, size_t n) {
+static void seed_write(const char *corpus, const char *parser, const char *name, const void *bytes,
+                       size_t n) {
     char *dir = xprintf("%s/%s", corpus, parser), *path = xprintf("%s/%s", dir, name);
     directory_make(dir);
     FILE *f = file_open(path, "wb");
@@ -37,16 +39,17 @@ static void seeds_shards(const char *corpus) {
     for (int i = 0; i < 2; i++) {
         const uint32_t words[3] = {shard_formats[i].magic, shard_formats[i].version, 5};
         seed_words(&t, words, 3);
-        text_append(&t, "\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0\377\377\0\0", (size_t)(5 * shard_formats[i].width));
+        text_append(&t, "\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0\377\377\0\0",
+                    (size_t)(5 * shard_formats[i].width));
         seed_take(corpus, "shards", i ? "words" : "halves", &t);
     }
     seed_words(&t, (uint32_t[3]){SHARD_EVAL_MAGIC, 1, 0}, 3);
     seed_take(corpus, "shards", "eval", &t);
 }
 
-// Two questions, of two and of three choices.
+// Two questions, with two and three choices.
 static void seeds_choices(const char *corpus) {
-    enum { EXAMPLE = 14 };                               // words of either
+    enum { EXAMPLE = 14 };                               // words of each
     static const uint32_t words[2][EXAMPLE] = {{0, 0, 0, 1, 2, 3, 10, 11, 12, 1, 20, 2, 21, 22},
                                                {0, 0, 1, 0, 3, 1, 13, 1, 30, 1, 31, 2, 32, 33}};
     for (uint32_t version = 1; version <= 2; version++) {
@@ -55,7 +58,8 @@ static void seeds_choices(const char *corpus) {
         seed_words(&t, (uint32_t[4]){SHARD_EVAL_MAGIC, version, 2, EXAMPLE * width}, 4);
         for (int i = 0; i < 2 * EXAMPLE; i++) {
             const int at = i % EXAMPLE;
-            const uint32_t w = at == 0 ? UINT32_MAX : at == 1 ? EXAMPLE * width : words[i / EXAMPLE][at];
+            const uint32_t w = at == 0 ? UINT32_MAX : at ==
+                1 ? EXAMPLE * width : words[i / EXAMPLE][at];
             const char little[4] = {(char)w, (char)(w >> 8), (char)(w >> 16), (char)(w >> 24)};
             text_append(&t, little, width);
         }
@@ -72,15 +76,17 @@ static void seeds_tokenizer(const char *corpus) {
     text_append(&t, "\1a\1b\2ab\1 \3 ab\3end", 17);
     seed_take(corpus, "tokenizer", "merges", &t);
     seed_text(corpus, "tokenizer", "vocab",
-              "{\"a\": 0, \"b\": 1, \"\\u0120\": 2, \"\\u0120a\": 3, \"ab\": 4, \"{\": 6, \"<|endoftext|>\": 5}");
+              "{\"a\": 0, \"b\": 1, \"\\u0120\": 2, \"\\u0120a\": 3, \"ab\": 4, \"{\": 6, "
+              "\"<|endoftext|>\": 5}");
     for (int leads_out = 0; leads_out < 2; leads_out++) {
-        text_printf(&t, "{\"format\": \"droppath.c token shards 1\", \"tokenizer\": {\"name\": \"bytes\", \"vocab_size\": 257, "
-                    "\"end_of_text\": 256, \"file\": \"tokenizer.bin\", \"sha256\": "
-                    "\"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\"}, \"splits\": {\"train\": "
-                    "{\"tokens\": 12, \"bytes\": 11, \"shards\": [{\"file\": \"%strain_000000.bin\", \"tokens\": 7}, "
-                    "{\"file\": \"train_000001.bin\", \"tokens\": 5}]}, "
-                    "\"val\": {\"tokens\": 0, \"bytes\": 0, \"shards\": []}}}",
-                    leads_out ? "../" : "");
+        text_printf(&t, "{\"format\": \"droppath.c token shards 1\", \"tokenizer\": {\"name\": "
+                    "\"bytes\", \"vocab_size\": 257, \"end_of_text\": 256, \"file\": "
+                    "\"tokenizer.bin\", \"sha256\": "
+                    "\"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef\"}, "
+                    "\"splits\": {\"train\": {\"tokens\": 12, \"bytes\": 11, \"shards\": "
+                    "[{\"file\": \"%strain_000000.bin\", \"tokens\": 7}, {\"file\": "
+                    "\"train_000001.bin\", \"tokens\": 5}]}, \"val\": {\"tokens\": 0, \"bytes\": "
+                    "0, \"shards\": []}}}", leads_out ? "../" : "");
         seed_take(corpus, "manifest", leads_out ? "leads_out" : "two_sides", &t);
     }
 }
@@ -95,7 +101,8 @@ static void seeds_safetensors(const char *corpus) {
     directory_make(dir);
     FILE *f = file_open(path, "wb");
     safetensors_writer_init(&w);
-    for (int i = 0; i < 4; i++) safetensors_declare(&w, &"wte.weight"[i], dtype[i], i % 3, (int64_t[2]){1 + i % 2, i});
+    for (int i = 0; i < 4; i++)
+        safetensors_declare(&w, &"wte.weight"[i], dtype[i], i % 3, (int64_t[2]){1 + i % 2, i});
     safetensors_begin(&w, f, path);
     for (int i = 0; i < 4; i++) safetensors_append(&w, data, w.entry[i].bytes);
     safetensors_end(&w);
@@ -103,15 +110,20 @@ static void seeds_safetensors(const char *corpus) {
     free(dir), free(path);
     Text t = {NULL, 0, 0};
     static const char twice[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},"
-                                "\"\\u0061\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[1,2]}}";
+                                "\"\\u0061\":{\"dtype\":\"U8\",\"shape\":[1],"
+                                "\"data_offsets\":[1,2]}}";
     const uint64_t header = sizeof twice - 1;
-    text_append(&t, &header, sizeof header), text_append(&t, twice, sizeof twice - 1), text_append(&t, "xy", 2);
+    text_append(&t, &header, sizeof header), text_append(&t, twice, sizeof twice - 1),
+        text_append(&t, "xy", 2);
     seed_take(corpus, "safetensors", "twice", &t);
-    seed_text(corpus, "index", "leads_out", "{\"weight_map\": {\"wte.weight\": \"../model.safetensors\"}}");
+    seed_text(corpus, "index", "leads_out",
+              "{\"weight_map\": {\"wte.weight\": \"../model.safetensors\"}}");
     seed_text(corpus, "index", "hidden", "{\"weight_map\": {\"wte.weight\": \"..safetensors\"}}");
     seed_text(corpus, "index", "two_files",
-              "{\"metadata\": {\"total_size\": 8}, \"weight_map\": {\"wte.weight\": \"model-00001-of-00002.safetensors\", "
-              "\"wpe.weight\": \"model-00002-of-00002.safetensors\", \"ln_f.bias\": \"model-00001-of-00002.safetensors\"}}");
+              "{\"metadata\": {\"total_size\": 8}, \"weight_map\": {\"wte.weight\": "
+              "\"model-00001-of-00002.safetensors\", \"wpe.weight\": "
+              "\"model-00002-of-00002.safetensors\", \"ln_f.bias\": "
+              "\"model-00001-of-00002.safetensors\"}}");
 }
 
 static void seeds_models(const char *corpus) {
@@ -125,25 +137,30 @@ static void seeds_models(const char *corpus) {
         unsigned char header[LLMC_HEADER_BYTES];
         const GptConfig one = {3, 2, 1, 1, 1}, padded = {4, 2, 1, 1, 1};
         llmc_model_header(header, &one, dtype);
-        header[4 * 7] = 4;                               // Vp: a padding of one row is enough for a fuzzer
+        // Vp: one row of padding is enough for a fuzzer
+        header[4 * 7] = 4;
         text_append(&t, header, sizeof header);
-        for (size_t k = 0; k < gpt_params_count(&padded); k++) text_append(&t, "\1\2\3\4", safetensors_dtype[dtype].size);
+        for (size_t k = 0; k < gpt_params_count(&padded); k++)
+            text_append(&t, "\1\2\3\4", safetensors_dtype[dtype].size);
         seed_take(corpus, "llmc", i ? "bf16" : "fp32", &t);
     }
     memset(&s, 0, sizeof s);
     s.step = 100, s.tokens = 1 << 20, s.eval_scale = scale, s.tied = 1, s.eot = 2;
-    s.options = "# Data\ntrain = data/x_*.bin\nsteps = 200\nprompt = \"a b\\n\"\ndrop-recipe = huang2016\n";
+    s.options = "# Data\ntrain = data/x_*.bin\nsteps = 200\nprompt = \"a b\\n\"\ndrop-recipe = "
+        "huang2016\n";
     checkpoint_config_json(&t, &c, &s, "float32");
     seed_take(corpus, "config", "ours", &t);
     seed_text(corpus, "config", "factors",
-              "{\"n_embd\": 2, \"n_head\": 1, \"n_layer\": 1, \"n_positions\": 2, \"vocab_size\": 3, "
-              "\"drop_path_eval_scale\": [0.5, 1]}");
+              "{\"n_embd\": 2, \"n_head\": 1, \"n_layer\": 1, \"n_positions\": 2, \"vocab_size\": "
+              "3, \"drop_path_eval_scale\": [0.5, 1]}");
     seed_text(corpus, "config", "past_an_int",
-              "{\"n_embd\": 2, \"n_head\": 1, \"n_layer\": 1, \"n_positions\": 2, \"vocab_size\": 4294967299}");
+              "{\"n_embd\": 2, \"n_head\": 1, \"n_layer\": 1, \"n_positions\": 2, \"vocab_size\": "
+              "4294967299}");
     seed_text(corpus, "config", "gpt2",
-              "{\"activation_function\": \"gelu_new\", \"architectures\": [\"GPT2LMHeadModel\"], \"attn_pdrop\": 0.1, "
-              "\"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", \"n_ctx\": 1024, \"n_embd\": 768, \"n_head\": 12, "
-              "\"n_inner\": null, \"n_layer\": 12, \"n_positions\": 1024, \"task\": {}, \"vocab_size\": 50257}");
+              "{\"activation_function\": \"gelu_new\", \"architectures\": [\"GPT2LMHeadModel\"], "
+              "\"attn_pdrop\": 0.1, \"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", "
+              "\"n_ctx\": 1024, \"n_embd\": 768, \"n_head\": 12, \"n_inner\": null, \"n_layer\": "
+              "12, \"n_positions\": 1024, \"task\": {}, \"vocab_size\": 50257}");
     memset(&sums, 0, sizeof sums);
     for (int i = 0; i < CHECKPOINT_FILES; i++) sha256_hex(sums.file[i].hex, &i, 1);
     checkpoint_trainer_json(&t, &s, &sums);
@@ -165,11 +182,13 @@ static void seeds_text(const char *corpus) {
     options_free(&o);
     seed_take(corpus, "options", "all", &t);
     seed_text(corpus, "options", "some",
-              "# a run\r\nsteps = 10\nlr = 6e-4 # peak\nwarmup=5%\n  prompt = \"a # \\\"b\\\" \\\\ \\n\"\n"
+              "# a run\r\nsteps = 10\nlr = 6e-4 # peak\nwarmup=5%\n  prompt = \"a # \\\"b\\\" \\\\ "
+              "\\n\"\n"
               "drop_path = 0.1\ndrop-recipe = pld2020\nreduce-fp32 = 1\n");
     seed_text(corpus, "json", "all",
-              " {\"a\": [1, -2.5e3, \"\\uD83D\\uDE00\\n\xE2\x82\xAC\", 0.0, 9223372036854775807], \"b\": "
-              "{\"c\": null, \"d\": true}, \"\": false, \"\\u0061\": [[[]]], \"z\": \"\\u0000\"}\n");
+              " {\"a\": [1, -2.5e3, \"\\uD83D\\uDE00\\n\xE2\x82\xAC\", 0.0, 9223372036854775807], "
+              "\"b\": {\"c\": null, \"d\": true}, \"\": false, \"\\u0061\": [[[]]], \"z\": "
+              "\"\\u0000\"}\n");
 }
 
 static void seeds_depth(const char *corpus) {
@@ -244,16 +263,19 @@ static void seeds_comm(const char *corpus) {
     text_append(&t, "HHH", 3), text_append(&t, bytes, COMM_ANSWER), text_append(&t, "HB", 2);
     seed_take(corpus, "watch", "dead", &t);
     seed_text(corpus, "watch", "signs", "HHHHHB");
-    seed_text(corpus, "launch", "torchrun", "tcp://[::1]:29500\nRANK=3\nWORLD_SIZE=8\nLOCAL_RANK=1\nDROPPATH_JOB_TOKEN=t\n");
+    seed_text(corpus, "launch", "torchrun",
+              "tcp://[::1]:29500\nRANK=3\nWORLD_SIZE=8\nLOCAL_RANK=1\nDROPPATH_JOB_TOKEN=t\n");
     seed_text(corpus, "launch", "slurm",
-              "\nSLURM_PROCID=5\nSLURM_STEP_NUM_TASKS=8\nSLURM_LOCALID=2\nSLURM_JOB_ID=5\nMASTER_ADDR=h\n");
+              "\nSLURM_PROCID=5\nSLURM_STEP_NUM_TASKS=8\nSLURM_LOCALID=2\nSLURM_JOB_ID=5\n"
+              "MASTER_ADDR=h\n");
     seed_text(corpus, "launch", "directory",
-              "dir:/x\nOMPI_COMM_WORLD_RANK=0\nOMPI_COMM_WORLD_SIZE=2\nOMPI_COMM_WORLD_LOCAL_RANK=0\n"
-              "PMIX_NAMESPACE=p\nMASTER_PORT=7\n");
+              "dir:/x\nOMPI_COMM_WORLD_RANK=0\nOMPI_COMM_WORLD_SIZE=2\n"
+              "OMPI_COMM_WORLD_LOCAL_RANK=0\nPMIX_NAMESPACE=p\nMASTER_PORT=7\n");
 }
 
 static void seeds_write(const char *corpus) {
-    seeds_shards(corpus), seeds_choices(corpus), seeds_tokenizer(corpus), seeds_safetensors(corpus), seeds_models(corpus);
+    seeds_shards(corpus), seeds_choices(corpus), seeds_tokenizer(corpus), seeds_safetensors(corpus),
+        seeds_models(corpus);
     seeds_text(corpus), seeds_depth(corpus), seeds_replay(corpus), seeds_comm(corpus);
 }
 

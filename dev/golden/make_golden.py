@@ -1,11 +1,12 @@
-"""Writes golden.safetensors: reference tensors for the tests of the engines, from an independent implementation.
+"""Writes golden.safetensors: reference tensors for the engines' tests, from an independent
+implementation.
 
-Run:    python3 dev/golden/make_golden.py [OUTPUT]     (default: golden.safetensors beside this file)
-Needs:  pip install torch numpy safetensors            (transformers too, if the undropped model is to be checked)
+Run:    python3 dev/golden/make_golden.py [OUTPUT]   (default: golden.safetensors in this directory)
+Needs:  pip install torch numpy safetensors          (and transformers, to check the undropped model)
 
-GPT-2 in PyTorch, float64, on one CPU thread. Drop path is applied the naive way: every branch is computed on every
-row, then multiplied by mask * scale. An engine, which computes only the kept rows, must arrive at the same numbers.
-README.md lists the tensors. Two runs write identical files.
+GPT-2 in PyTorch, float64, on one CPU thread. Drop path is applied naively: every branch is computed
+on every row, then multiplied by mask * scale. An engine, which computes only the kept rows, must
+get the same results. README.md lists the tensors. Two runs write identical files.
 """
 import math
 import os
@@ -18,13 +19,15 @@ import numpy as np  # noqa: E402
 import torch
 from safetensors.numpy import save_file
 
-V, L, NH, C = 37, 3, 2, 12      # odd on purpose: no size is a multiple of what a kernel likes
-POSITIONS, B, T = 8, 3, 7       # T < POSITIONS: the last row of wpe is never used, its gradient is zero
+V, L, NH, C = 37, 3, 2, 12      # odd on purpose: no size is a multiple of what kernels favour
+POSITIONS, B, T = 8, 3, 7       # T < POSITIONS: the last row of wpe is never used; its gradient is
+                                # zero
 STEPS, MICRO = 10, 2            # optimizer steps of the training run, micro-batches per step
 
 LR = [0.0025, 0.005, 0.0075, 0.01, 0.0095, 0.008, 0.006, 0.004, 0.0025, 0.0015]
 BETA1, BETA2, EPS, WEIGHT_DECAY = 0.9, 0.95, 1e-8, 0.1
-CLIP = 1.35                     # about half of the run's gradient norms are larger; asserted in train()
+CLIP = 1.35                     # about half of the run's gradient norms are larger; asserted in
+                                # train()
 
 ATTN_PARAMS = {"ln_1.weight": (C,), "ln_1.bias": (C,),
                "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,),
@@ -42,7 +45,8 @@ def branch_params(branch):
 # ---- The model ----
 
 def random_params(rng):
-    """Far larger than GPT-2's init, so that no gradient is small. Exact in float32: every engine starts equal."""
+    """Far larger than GPT-2's initial weights, so that no gradient is small. Exact in float32:
+    every engine starts from equal weights."""
     shapes = {"wte.weight": (V, C), "wpe.weight": (POSITIONS, C)}
     for l in range(L):
         shapes |= {f"h.{l}.{name}": shape for name, shape in (ATTN_PARAMS | MLP_PARAMS).items()}
@@ -76,8 +80,11 @@ def attention_branch(w, l, x):
     rows, length, _ = x.shape
     h = layernorm(x, w[f"h.{l}.ln_1.weight"], w[f"h.{l}.ln_1.bias"])
     qkv = h @ w[f"h.{l}.attn.c_attn.weight"] + w[f"h.{l}.attn.c_attn.bias"]
-    q, k, v = (part.view(rows, length, NH, C // NH).transpose(1, 2) for part in qkv.split(C, dim=-1))  # (B,NH,T,HS)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(C // NH)                                              # (B,NH,T,T)
+    # (B,NH,T,HS)
+    q, k, v = (part.view(rows, length, NH, C // NH).transpose(1, 2) for part in qkv.split(C,
+        dim=-1))
+    # (B,NH,T,T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(C // NH)
     future = torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
     weights = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
     out = (weights @ v).transpose(1, 2).reshape(rows, length, C)
@@ -93,7 +100,8 @@ def mlp_branch(w, l, x):
 
 def logits_of(w, tokens, kept, scale, tied=False):
     """tokens (B,T), kept (2L,B) of 0 and 1, scale (2L) -> logits (B,T,V)."""
-    factor = (torch.from_numpy(kept) * torch.from_numpy(scale)[:, None])[:, :, None, None]   # (2L,B,1,1)
+    # (2L,B,1,1)
+    factor = (torch.from_numpy(kept) * torch.from_numpy(scale)[:, None])[:, :, None, None]
     x = w["wte.weight"][torch.from_numpy(tokens).long()] + w["wpe.weight"][:tokens.shape[1]]
     for l in range(L):
         if tied:
@@ -106,7 +114,8 @@ def logits_of(w, tokens, kept, scale, tied=False):
 
 
 def losses_of(logits, targets):
-    """Cross entropy in nats (B,T), zero where the target is negative; and its mean over the other places."""
+    """Cross entropy in nats (B,T), zero if the target is negative; and its mean over the other
+    targets."""
     targets = torch.from_numpy(targets).long()
     counted = targets >= 0
     picked = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
@@ -168,10 +177,13 @@ def gradient_case(params, tokens, targets, name):
 # ---- Training ----
 
 def training_data(rng):
-    """Random tokens and plans. Steps 0-4 drop whole branches, steps 5-9 rows; gone are dropped all through a step."""
+    """Random tokens and plans. Steps 0-4 drop whole branches, steps 5-9 rows; branches in `gone`
+    are dropped throughout a step."""
     gone = {0: [5], 2: [3, 4], 3: [3], 6: [5], 7: [0, 4], 9: [1]}
-    rates = np.linspace(0.02, 0.06, STEPS)[:, None, None] * np.arange(3, 2 * L + 3)      # 0.06 to 0.48: deep, late: more
-    rates = np.repeat(rates, MICRO, axis=1)                                              # (STEPS,MICRO,2L)
+    # 0.06 to 0.48: rising with depth and step
+    rates = np.linspace(0.02, 0.06, STEPS)[:, None, None] * np.arange(3, 2 * L + 3)
+    # (STEPS,MICRO,2L)
+    rates = np.repeat(rates, MICRO, axis=1)
     kept = (rng.random((STEPS, MICRO, 2 * L, B)) >= rates[..., None]).astype(np.int32)
     kept[:5] = kept[:5, :, :, :1]
     for step, branches in gone.items():
@@ -188,7 +200,8 @@ def adamw(w):
 
 
 def train(params, data, skip):
-    """skip: a branch that no row of a step ran has no gradient (None), and AdamW passes over it; else a zero one."""
+    """skip: a branch that no row of a step runs has no gradient (None), and AdamW skips it;
+    otherwise a zero one."""
     w = leaves(params)
     optimizer = adamw(w)
     step_losses, norms = [], []
@@ -196,7 +209,8 @@ def train(params, data, skip):
         optimizer.zero_grad()
         mean_loss = 0.0
         for m in range(MICRO):
-            logits = logits_of(w, data["train/tokens"][step, m], data["train/kept"][step, m], data["train/scale"][step, m])
+            logits = logits_of(w, data["train/tokens"][step, m], data["train/kept"][step, m],
+                               data["train/scale"][step, m])
             loss = losses_of(logits, data["train/targets"][step, m])[1] / MICRO
             loss.backward()
             mean_loss += loss.item()
@@ -226,8 +240,10 @@ def check_against_transformers(params, tokens, logits):
     except ImportError:
         print("transformers is not installed: the undropped model was not checked against it")
         return
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=POSITIONS, n_embd=C, n_layer=L, n_head=NH,
-                                       activation_function="gelu_new", layer_norm_epsilon=1e-5, bos_token_id=0,
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=POSITIONS, n_embd=C, n_layer=L,
+                                       n_head=NH,
+                                       activation_function="gelu_new", layer_norm_epsilon=1e-5,
+                                       bos_token_id=0,
                                        eos_token_id=0, attn_implementation="eager")).double().eval()
     model.transformer.load_state_dict({name: torch.tensor(value) for name, value in params.items()})
     with torch.no_grad():
@@ -238,11 +254,12 @@ def check_against_transformers(params, tokens, logits):
 
 
 def write(tensors, name, usage):
-    """To the file that the command line names, else to `name` beside this one."""
+    """Writes to the file given on the command line, else to `name` in this directory."""
     if sys.argv[1:] and sys.argv[1].startswith("-"):
         sys.exit(usage)
     path = sys.argv[1] if len(sys.argv) > 1 else pathlib.Path(__file__).with_name(name)
-    save_file({name: np.ascontiguousarray(np.atleast_1d(value)) for name, value in tensors.items()}, path)
+    save_file({name: np.ascontiguousarray(np.atleast_1d(value)) for name, value in tensors.items()},
+              path)
     print(f"wrote {path}: {len(tensors)} tensors, {pathlib.Path(path).stat().st_size} bytes")
 
 
@@ -255,19 +272,23 @@ def main():
     data = training_data(rng)
 
     out = {f"param/{name}": value for name, value in params.items()}
-    out |= {"config": np.array([V, POSITIONS, L, NH, C], np.int32), "tokens": tokens, "targets": targets}
+    out |= {"config": np.array([V, POSITIONS, L, NH, C], np.int32), "tokens": tokens,
+            "targets": targets}
     out |= evaluation(params, tokens, targets)
     check_against_transformers(params, tokens, out["eval/logits"])
     for name in CASES:
         out |= gradient_case(params, tokens, targets, name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}")
     out |= data
-    out |= {"train/lr": np.array(LR), "train/beta1": np.array([BETA1]), "train/beta2": np.array([BETA2]),
-            "train/eps": np.array([EPS]), "train/weight_decay": np.array([WEIGHT_DECAY]), "train/clip": np.array([CLIP])}
+    out |= {"train/lr": np.array(LR), "train/beta1": np.array([BETA1]),
+            "train/beta2": np.array([BETA2]),
+            "train/eps": np.array([EPS]), "train/weight_decay": np.array([WEIGHT_DECAY]),
+            "train/clip": np.array([CLIP])}
     for skip in (False, True):
         trained = train(params, data, skip)
         out |= trained
-        print("\n".join(f"{name}: {' '.join(f'{x:.4f}' for x in trained[name])}" for name in trained if "param" not in name))
+        print("\n".join(f"{name}: {' '.join(f'{x:.4f}' for x in trained[name])}" for name in trained
+                        if "param" not in name))
 
     write(out, "golden.safetensors", __doc__)
 

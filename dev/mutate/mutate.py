@@ -1,30 +1,32 @@
 #!/usr/bin/env python3
-"""Do the tests notice a wrong operator, constant or missing statement? A mutant is drop_path.h, checkpoint.h or the
-drop-path part of train_gpt.c or schedule.h with one place changed. All of them are compiled into the same programs, each as a copy of
-its function, and the variable MUTANT says which one a run is. Tests run on it until one fails.
+"""Do the tests notice a wrong operator, constant or missing statement? A mutant is drop_path.h,
+checkpoint.h or the drop-path part of train_gpt.c or schedule.h with one change. All of them are
+compiled into the same programs, each as a copy of its function, and the variable MUTANT selects
+one. Tests run on it until one fails.
 
-    make mutate                          all; those caught before are not tried again, until their file changes
-    dev/mutate/mutate.py --jobs 4        several at a time
-    dev/mutate/mutate.py --seconds 170   stops in time; the next call goes on
-    dev/mutate/mutate.py --only 17 keep  these alone, by number or function, with what the tests print
-    dev/mutate/mutate.py --survivors     those that dev/mutate/survivors.txt names, again
+    make mutate                          all; those caught before are skipped until their file
+                                         changes
+    dev/mutate/mutate.py --jobs 4        several concurrently
+    dev/mutate/mutate.py --seconds 170   stops in time; the next call continues
+    dev/mutate/mutate.py --only 17 keep  only these, by number or function, with the tests' output
+    dev/mutate/mutate.py --survivors     retries those in dev/mutate/survivors.txt
     dev/mutate/mutate.py --list          the mutants: number, name, place
-    dev/mutate/mutate.py --check         only whether survivors.txt names mutants that exist
-    dev/mutate/mutate.py --since HEAD~1  gives those in survivors.txt, which has the names of that
-                                         revision, the names of now
+    dev/mutate/mutate.py --check         only checks that survivors.txt names existing mutants
+    dev/mutate/mutate.py --since HEAD~1  converts survivors.txt from the names of that revision
 
-A mutant's name is its function, what is changed to what, and which of the function's places that
-have it: "drop_path_ramp: < to <=, 2 of 3". Variables can be renamed and lines reflowed without
-changing it. One place more or less changes "of 3", so that a name does not come to mean another
-mutant unnoticed; --since then finds the place by the code around it.
+A mutant's name consists of its function, the change, and which of the function's places with that
+change it is: "drop_path_ramp: < to <=, 2 of 3". Renaming variables and reflowing lines does not
+affect it. If the number of such places changes, so does "of 3", so that a name never silently comes
+to mean another mutant; --since then finds the place by the surrounding code.
 
-A mutant is caught when a test fails, a sanitizer stops it, or it takes ten times as long as the
-original. What survives is printed; dev/mutate/survivors.txt says why it may. One whose reason
-begins with "The same" computes what the original does: no test can catch it, and it does not count.
-Exit code 1 if fewer than 90% of the others in a file are caught, if a survivor has no reason, or if
-survivors.txt names a mutant that does not exist or that a test caught.
+A mutant is caught if a test fails, a sanitizer stops it, or it takes ten times as long as the
+original. Survivors are printed; dev/mutate/survivors.txt gives the reasons why they may survive. A
+reason that begins with "The same" means that the mutant computes what the original does: no test
+can catch it, and it does not count. Exit code 1 if fewer than 90% of the others in a file are
+caught, if a survivor has no reason, or if survivors.txt names a mutant that does not exist or that
+a test caught.
 
-Not changed: CHECK and assert, which no right caller reaches; texts of messages; comments.
+Never changed: CHECK and assert, which correct callers never reach; message texts; comments.
 """
 import argparse
 import collections
@@ -51,19 +53,21 @@ import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 WORK = os.path.join(ROOT, "build", "mutate")
-TREE = os.path.join(WORK, "tree")                        # the sources with all mutants, and what is built from them
+TREE = os.path.join(WORK, "tree")                        # the sources with all mutants, and the
+                                                         # programs built from them
 SURVIVORS = os.path.join(ROOT, "dev", "mutate", "survivors.txt")
 LEAST = 90.0                                             # per cent caught
-CHOOSE = """extern char *getenv(const char *);
-extern int atoi(const char *);
-static int mutant;
-__attribute__((constructor)) static void mutant_choose(void) { mutant = getenv("MUTANT") ? atoi(getenv("MUTANT")) : 0; }
+CHOOSE = """extern char *getenv(const char *); extern int atoi(const char *); static int mutant;
+__attribute__((constructor)) static void mutant_choose(void) {
+    mutant = getenv("MUTANT") ? atoi(getenv("MUTANT")) : 0;
+}
 """
-FLAGS = "-std=c11 -g -w -march=native -fno-math-errno -ffp-contract=fast -fopenmp -include mutant.h".split()
+FLAGS = ("-std=c11 -g -w -march=native -fno-math-errno -ffp-contract=fast -fopenmp "
+         "-include mutant.h").split()
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all".split()
 
-# What decides which rows run, at what scale, and what becomes of their gradients and memory; of the
-# other files every function.
+# Functions that decide which rows run, at what scale, and how their gradients and memory are
+# handled; every function of the other files.
 FUNCTIONS = {
     "dev/model/schedule.h": "ramp_shape ramp_at".split(),
     "train_gpt.c": """
@@ -71,28 +75,31 @@ FUNCTIONS = {
     keep rows_of tokens_of linear_forward linear_backward
     end_is_packed branch_end branch_end_gradient end_forward end_backward
     attention_branch_forward attention_branch_backward mlp_branch_forward mlp_branch_backward
-    branch_forward branch_backward block_forward block_backward run_forward run_backward model_run model_update""".split()}
+    branch_forward branch_backward block_forward block_backward
+    run_forward run_backward model_run model_update""".split()}
 
-# Tests of a file alone, in a program of dev/mutate/tests.c, its GROUP the place in this table; and tests of test_gpt
-# that what survives them also has to survive, most of them whole runs.
-FILES = {                                                # path -> (sanitizers, tests alone, whole runs)
+# Tests that run in a program of dev/mutate/tests.c for that file only, whose GROUP is the index in
+# this table; and tests of test_gpt, mostly whole runs, that survivors must also survive.
+FILES = {                       # path -> (sanitizers, tests alone, whole runs)
     "dev/model/drop_path.h": (True, "drop_.*", """
         trainer_(survival|replay).* evaluate_(depths|without).* engine_(bounded|evaluates)"""),
     "dev/run/checkpoint.h": (True, "checkpoint_.*", """
-        torture_short numbers_(are_in|weights).* trainer_(survival|weights|spares).* init_from.* export_.*
-        evaluate_refuses.* interop_sharded.*"""),
+        torture_short numbers_(are_in|weights).* trainer_(survival|weights|spares).*
+        init_from.* export_.* evaluate_refuses.* interop_sharded.*"""),
     "train_gpt.c": (False, "engine_(?!reference|many|peak|bf16_threads).*", """
         numbers_(selfcheck|forward).* trainer_(drop|survival).* engine_many.* evaluate_without.*
         ranks_equal.*"""),
     "dev/model/schedule.h": (True, "drop_.*", """
         trainer_(survival|replay).*""")}
 
-OPERATORS = """< <=, < >=, <= <, > >=, > <=, >= >, == !=, != ==, + -, - +, * /, / *, % *, && ||, || &&, += -=,
-    -= +=, & |, | &, |= &=, << >>, >> <<"""              # what becomes what, with space around it
+# Replacements, made where there are spaces around the operator.
+OPERATORS = """< <=, < >=, <= <, > >=, > <=, >= >, == !=, != ==, + -, - +, * /, / *, % *, && ||,
+    || &&, += -=, -= +=, & |, | &, |= &=, << >>, >> <<"""
 OPERATORS = [pair.split() for pair in OPERATORS.split(",")]
 NUMBER = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?![\w.])")
 HEADER = re.compile(r"\b(?:if|for|while|switch)\s*(?=\()")
-DECLARATION = re.compile(r"(return|goto|case|default|typedef|enum|struct|static|const|CHECK|assert)\b|\w+ \**\w")
+DECLARATION = re.compile(
+    r"(return|goto|case|default|typedef|enum|struct|static|const|CHECK|assert)\b|\w+ \**\w")
 ASSIGNMENT = re.compile(r"[\w.\[\]>()*+ -]+? [-+*/%&|^]?=(?!=)")
 CALL = re.compile(r"(?:\(void\)\s?)?(?:\w+(?:\.|->))*(\w+)\(.*\)$")
 
@@ -100,13 +107,15 @@ CALL = re.compile(r"(?:\(void\)\s?)?(?:\w+(?:\.|->))*(\w+)\(.*\)$")
 # ---- Making mutants ----
 
 def code_only(text):
-    """The text with comments, string and character constants blanked; every place keeps its offset."""
-    pattern = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|^[ \t]*#[^\n]*', re.S | re.M)
+    """The text with comments, string and character constants blanked; offsets are preserved."""
+    pattern = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|\'(?:\\.|[^\'\\])*\'|^[ '
+                         r'\t]*#[^\n]*', re.S | re.M)
     return pattern.sub(lambda m: re.sub(r"[^\n]", "\x01", m.group()), text)
 
 
 def functions_of(path, code):
-    """name -> (beginning, place of the name, from, to of the body); its } begins a line, or ends its first one."""
+    """name -> (start, position of the name, from, to of the body); its } starts a line, or ends its
+    first one."""
     found = {}
     for m in re.finditer(r"^(?:static|[a-zA-Z]).*?\b(\w+)\([^;{}]*\)\s*\{", code, re.M):
         end = code.find("\n", m.end()) if code[m.end()] != "\n" else code.find("\n}", m.end()) + 2
@@ -129,12 +138,12 @@ def closing(code, at):
 
 
 def statements_of(code, body, end):
-    """(from, to, what it is) of each statement of a function without its semicolon: calls, assignments, steps and jumps;
-    no declarations, since without them it is no program."""
+    """(from, to, kind) of each statement of a function, without its semicolon: calls, assignments,
+    increments and jumps; not declarations, without which it would not compile."""
     starts = [m.end() for m in re.compile(r"[;{}]|\b(?:else|do)\b").finditer(code, body, end)]
     starts += [closing(code, m.end()) + 1 for m in HEADER.finditer(code, body, end)]
     for at in sorted([body] + starts):
-        at = end - len(code[at:end].lstrip(" \n\x01"))    # behind comments too
+        at = end - len(code[at:end].lstrip(" \n\x01"))    # skips comments, too
         depth, to = 0, at
         while to < end and depth >= 0 and not (code[to] == ";" and depth == 0):
             depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(code[to], 0)
@@ -155,10 +164,12 @@ def statements_of(code, body, end):
 
 
 def places_of(text, code, body, end):
-    """(what a place has, from, to, [(change, replacement)]) of all that can be changed in a function."""
+    """(kind of a place, from, to, [(change, replacement)]) of everything that can be changed in a
+    function."""
     for old in dict(OPERATORS):
         for m in re.compile(rf"(?<=\s){re.escape(old)}(?=\s)").finditer(code, body, end):
-            yield old, m.start(), m.end(), [(f"{old} to {new}", new) for was, new in OPERATORS if was == old]
+            yield old, m.start(), m.end(), [(f"{old} to {new}", new) for was, new in OPERATORS
+                                            if was == old]
     for m in NUMBER.finditer(code, body, end):
         n = m.group(1)
         changes = [(f"{n} times 1.5", f"({n} * 1.5)")] if "." in n else [
@@ -184,13 +195,14 @@ def read(path):
 
 
 def mutants_of(path, text):
-    """Functions, and every mutant of a file's text, in the order of their places."""
+    """The functions, and every mutant of a file's text, in order of position."""
     code = code_only(text)
     functions = functions_of(path, code)
     contracts = contract_spans(code)
     found = []
     for function, (_, _, body, end) in functions.items():
-        places = [p for p in places_of(text, code, body, end) if not any(a <= p[1] <= b for a, b in contracts)]
+        places = [p for p in places_of(text, code, body, end) if not any(a <= p[1] <= b for a,
+            b in contracts)]
         count, seen = collections.Counter(p[0] for p in places), collections.Counter()
         for what, begin, to, changes in places:
             seen[what] += 1
@@ -201,7 +213,7 @@ def mutants_of(path, text):
 
 
 def describe(text, mutant):
-    """Its line before and after, without indentation."""
+    """Its line before and after the change, without indentation."""
     begin, end, new = mutant
     first = text.rfind("\n", 0, begin) + 1
     last = text.find("\n", end)
@@ -210,8 +222,9 @@ def describe(text, mutant):
 
 
 def with_mutants(text, functions, mutants):
-    """The file with its functions copied, once as they are and once for each of their mutants (number -> mutant), and
-    in their place one that calls the copy that is wanted. A compiler calls the copy's file mutant_NUMBER."""
+    """The file with its functions copied, once unchanged and once per mutant (number -> mutant),
+    and in their place a dispatcher that calls the selected copy. Compilers report the copy's file
+    as mutant_NUMBER."""
     pieces, at = [], 0
     for name, (start, place, body, end) in functions.items():
         mine = {n: m for n, m in mutants.items() if body <= m[0] < end}
@@ -219,7 +232,8 @@ def with_mutants(text, functions, mutants):
             continue
         copies = [text[start:place] + name + "_m0" + text[place + len(name):end]]
         cases = ""
-        arguments = re.findall(r"(\w+)\s*(?:\[[^\]]*\])?\s*(?:,|\)$)", text[place + len(name) + 1:body - 1].rstrip())
+        arguments = re.findall(r"(\w+)\s*(?:\[[^\]]*\])?\s*(?:,|\)$)",
+                               text[place + len(name) + 1:body - 1].rstrip())
         call = f"({', '.join(a for a in arguments if a != 'void')});"
         for number, (a, b, new) in mine.items():
             copies.append(f'#line 1 "mutant_{number}"\n' + text[start:place] + f"{name}_m{number}" +
@@ -245,19 +259,24 @@ class Limits:
 
 
 def call(command, seconds, number=0, show=False):
-    """Runs it on that mutant, for so many seconds of processor time. None if it succeeds, or what failed."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as tmp:     # syncs are slow
-        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MUTANT=str(number), TMPDIR=tmp,
+    """Runs a command on that mutant, limited to that much processor time. None if it succeeds, or
+    what failed."""
+    # syncs are slow
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as tmp:
+        environment = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive",
+                           MUTANT=str(number), TMPDIR=tmp,
                            ASAN_OPTIONS="max_allocation_size_mb=4096", MAKEFLAGS="", LC_ALL="C")
         with open(os.path.join(tmp, "output"), "w+b") as out:
-            p = subprocess.Popen(command, cwd=TREE, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                                 env=environment, preexec_fn=Limits(seconds), start_new_session=True)
+            p = subprocess.Popen(command, cwd=TREE, stdin=subprocess.DEVNULL, stdout=out,
+                                 stderr=subprocess.STDOUT,
+                                 env=environment, preexec_fn=Limits(seconds),
+                                 start_new_session=True)
             try:
                 code = p.wait(timeout=3 * seconds + 10)
             except subprocess.TimeoutExpired:
                 code = "too slow"
             try:
-                os.killpg(p.pid, signal.SIGKILL)         # and what it has started
+                os.killpg(p.pid, signal.SIGKILL)         # with its children
             except ProcessLookupError:
                 pass
             p.wait()
@@ -275,33 +294,40 @@ def must(error, what):
 
 
 class Bench:
-    """The programs with all mutants, and the tests of each file with the seconds they take when nothing is wrong."""
+    """The programs with all mutants, and the tests of each file with the seconds they take without
+    a mutation."""
 
     def __init__(self, cc, mutants, dead):
         self.cc, self.mutants = cc, mutants
-        self.dead = dead                                 # mutants that are no programs, as far as is known
-        self.tests = {}                                  # path -> of either stage, what timed() returns
+        self.dead = dead                                 # mutants known not to compile
+        self.tests = {}                                  # path -> per stage, the result of timed()
 
     def prepare(self, sources):
-        shutil.copytree(ROOT, TREE, copy_function=self.copy, dirs_exist_ok=True, ignore=lambda folder, names: [
-            n for n in names if n in ("build", "runs", ".git", "__pycache__") or os.path.join(folder, n) in
+        shutil.copytree(ROOT, TREE, copy_function=self.copy, dirs_exist_ok=True,
+                        ignore=lambda folder, names: [
+            n for n in names if n in ("build", "runs", ".git", "__pycache__")
+            or os.path.join(folder, n) in
             [os.path.join(ROOT, path) for path in FILES]])
         self.write("mutant.h", CHOOSE)
         self.weed_out(sources)
-        make = ["make", "-s", f"CC={self.cc}", "EMULATE=0", "TEST_O=-O0"]        # the engine fast, the rest soon
-        must(call(make + ["CFLAGS=-O1 -w -include mutant.h", "build/engine_cpu.o", "build/train_gpt"], 900) or
-             call(make + ["CFLAGS=-O0 -w -include mutant.h", "all", "build/test_gpt", "build/torture"], 900), "make")
+        # an optimized engine, the rest quickly built
+        make = ["make", "-s", f"CC={self.cc}", "EMULATE=0", "TEST_O=-O0"]
+        must(call(make + ["CFLAGS=-O1 -w -include mutant.h", "build/engine_cpu.o",
+                          "build/train_gpt"], 900) or
+             call(make + ["CFLAGS=-O0 -w -include mutant.h", "all", "build/test_gpt",
+                          "build/torture"], 900), "make")
         names = subprocess.check_output(["build/test_gpt", "--list"], cwd=TREE, text=True).split()
         for group, (path, (sanitizers, alone, whole)) in enumerate(FILES.items(), 1):
             program = f"build/tests_{group}"
             must(call([self.cc] + FLAGS + (SANITIZERS if sanitizers else []) +
-                      ["-O0", f"-DGROUP={group}", "dev/mutate/tests.c", "build/engine_cpu.o", "-o", program, "-lm",
+                      ["-O0", f"-DGROUP={group}", "dev/mutate/tests.c", "build/engine_cpu.o", "-o",
+                       program, "-lm",
                        "-pthread"], 600), "cannot compile dev/mutate/tests.c")
             self.tests[path] = [[program, self.timed(program, alone, names)],
                                 ["build/test_gpt", self.timed("build/test_gpt", whole, names)]]
         return self.tests
 
-    def copy(self, source, target):                      # only if it changes: make goes by the times
+    def copy(self, source, target):                      # only if it changes: make compares times
         if not os.path.exists(target) or not filecmp.cmp(source, target, shallow=False):
             shutil.copy(source, target)
 
@@ -312,21 +338,24 @@ class Bench:
         self.copy(source, os.path.join(TREE, path))
 
     def weed_out(self, sources):
-        """Writes the sources with the mutants, without those that are no programs."""
+        """Writes the sources with the mutants, without those that do not compile."""
         while True:
             for path, (text, functions) in sources.items():
-                mine = {n: m for n, (p, m) in self.mutants.items() if p == path and n not in self.dead}
+                mine = {n: m for n, (p, m) in self.mutants.items() if p == path
+                        and n not in self.dead}
                 self.write(path, with_mutants(text, functions, mine))
-            p = subprocess.run([self.cc] + FLAGS + ["-fsyntax-only", "train_gpt.c"], cwd=TREE, stderr=subprocess.PIPE,
+            p = subprocess.run([self.cc] + FLAGS + ["-fsyntax-only", "train_gpt.c"], cwd=TREE,
+                               stderr=subprocess.PIPE,
                                check=False, env=dict(os.environ, LC_ALL="C"))
-            more = {int(n) for n in re.findall(rb"^mutant_(\d+):\d+:\d+: (?:fatal )?error", p.stderr, re.M)}
+            more = {int(n) for n in re.findall(rb"^mutant_(\d+):\d+:\d+: (?:fatal )?error",
+                                               p.stderr, re.M)}
             if p.returncode == 0:
                 return
             must(None if more else p.stderr.decode()[:2000], "cannot compile train_gpt.c")
             self.dead += more
 
     def timed(self, program, pattern, names):
-        """name -> [1 + mutants caught, seconds when nothing is wrong]."""
+        """name -> [1 + mutants caught, seconds without a mutation]."""
         found = {}
         wanted = re.compile("|".join(pattern.split()))
         for name in filter(wanted.fullmatch, names):
@@ -336,13 +365,16 @@ class Bench:
         return found
 
     def attempt(self, number, stage, show):
-        """What caught a mutant; "compiler" if it is no program at all; None if nothing did."""
+        """What caught a mutant; "compiler" if it does not compile; None if nothing did."""
         if number in self.dead:
             return "compiler"
         program, tests = self.tests[self.mutants[number][0]][stage]
-        order = sorted(tests, key=lambda name: tests[name][1] / tests[name][0])          # those that catch many soon
-        for names in [order] if stage == 0 else [[name] for name in order]:      # tests.c ends at the first failure
-            caught = call([program] + names, 1 + 10 * sum(tests[name][1] for name in names), number, show)
+        # fast tests that catch many come first
+        order = sorted(tests, key=lambda name: tests[name][1] / tests[name][0])
+        # tests.c stops at the first failure
+        for names in [order] if stage == 0 else [[name] for name in order]:
+            caught = call([program] + names, 1 + 10 * sum(tests[name][1] for name in names), number,
+                          show)
             if caught:
                 if caught in tests:
                     tests[caught][0] += 1
@@ -350,11 +382,11 @@ class Bench:
         return None
 
 
-# ---- All of it ----
+# ---- The program ----
 
 def read_reasons(mutants):
-    """name -> reason, from survivors.txt: blocks of names, one a line, and their reason, indented. Ends with an error if a
-    name is there twice or no mutant has it."""
+    """name -> reason, from survivors.txt: blocks of names, one per line, followed by their reason,
+    indented. Ends with an error if a name is duplicated or does not exist."""
     names = {m.name for _, m in mutants.values()}
     reasons, block, wrong = {}, [], []
     with open(SURVIVORS, encoding="utf-8") as f:
@@ -381,20 +413,20 @@ def read_reasons(mutants):
     if wrong:
         path = os.path.relpath(SURVIVORS, ROOT)
         sys.exit("\n".join(f"error: {path}:{w}" for w in wrong) +
-                 "\n  hint: --since REVISION, of which they are the names, finds them where it can; "
-                 "--list FUNCTION prints the names there are")
+                 "\n  hint: --since REVISION converts the names of that revision where it can; "
+                 "--list FUNCTION prints the existing names")
     return reasons
 
 
 def pieces(text, body, end):
-    """(piece, place) of a function's code, without comments and space."""
+    """(token, position) of a function's code, without comments and white space."""
     piece = re.compile(r"\w+|[<>=!+\-*/%&|]+|[^\s\x01]")
     return ((m.group(), m.start()) for m in piece.finditer(code_only(text), body, end))
 
 
 def follow(revision):
-    """Gives survivors.txt the names of now, for those of a revision: the same change at the place
-    that stands, by the code around it, where theirs stood. What has no such place keeps its name."""
+    """Converts the names in survivors.txt from those of a revision: finds the same change at the
+    place that the surrounding code identifies. A mutant without such a place keeps its name."""
     names = {}
     for path in FILES:
         p = subprocess.run(["git", "show", f"{revision}:{path}"], cwd=ROOT, stdout=subprocess.PIPE,
@@ -434,9 +466,11 @@ def digest(names):
 
 
 def load(store):
-    """What is known: of a file, as long as it is the same; of survivors, as long as the tests are."""
+    """The known results: for a file, as long as it is unchanged; for survivors, as long as the
+    tests are."""
     now = {path: digest([path]) for path in FILES}
-    others = {os.path.relpath(name, ROOT) for name in glob.glob(os.path.join(ROOT, "dev/**/*.[ch]"), recursive=True)}
+    others = {os.path.relpath(name, ROOT) for name in glob.glob(os.path.join(ROOT, "dev/**/*.[ch]"),
+        recursive=True)}
     now["tests"] = digest(sorted(others - set(FILES)))
     if not os.path.exists(store):
         return {"digests": now, "results": {}, "dead": []}
@@ -444,7 +478,8 @@ def load(store):
         state = json.load(f)
     same = {name: state["digests"].get(name) == value for name, value in now.items()}
     state["results"] = {key: caught for key, caught in state["results"].items()
-                        if same[key.split(":")[0]] and (caught not in ("", "later") or same["tests"])}
+                        if same[key.split(":")[0]] and (caught not in ("", "later")
+                                                        or same["tests"])}
     state["digests"] = now
     if not all(same[path] for path in FILES):
         state["dead"] = []
@@ -454,7 +489,8 @@ def load(store):
 
 
 def report(sources, mutants, results, reasons):
-    rows = {path: {"caught": 0, "survived": 0, "the same": 0, "no program": 0, "not tried": 0} for path in sources}
+    rows = {path: {"caught": 0, "survived": 0, "the same": 0, "no program": 0, "not tried": 0}
+            for path in sources}
     unknown, wrong = 0, []
     for number, (path, mutant) in mutants.items():
         caught = results.get(key_of(path, mutant))
@@ -462,15 +498,19 @@ def report(sources, mutants, results, reasons):
         before, after = describe(text, mutant)
         reason = reasons.get(mutant.name)
         same = reason and reason.startswith("The same")
-        rows[path]["not tried" if caught in (None, "later") else "no program" if caught == "compiler" else
+        rows[path]["not tried" if caught in (None, "later") else "no program"
+                   if caught == "compiler" else
                    "caught" if caught else "the same" if same else "survived"] += 1
         if caught == "":
             unknown += reason is None
-            print(f"\nsurvived: {number} at {path}:{line_of(text, mutant)}\n{mutant.name}\n  - {before}\n  + {after}\n"
+            print(f"\nsurvived: {number} at {path}:{line_of(text, mutant)}\n{mutant.name}\n  - "
+                  f"{before}\n  + {after}\n"
                   f"  {reason or 'NO REASON in dev/mutate/survivors.txt'}")
         elif reason and caught not in (None, "later"):
-            wrong.append(f"{mutant.name}: {'is no program' if caught == 'compiler' else 'caught by ' + caught}")
-    print(f"\n{'file':18}" + "".join(f"{name:>12}" for name in rows["train_gpt.c"]) + f"{'per cent':>12}")
+            wrong.append(f"{mutant.name}: "
+                         f"{'is no program' if caught == 'compiler' else 'caught by ' + caught}")
+    print(f"\n{'file':18}" + "".join(f"{name:>12}" for name in rows["train_gpt.c"]) +
+          f"{'per cent':>12}")
     good = True
     for path, row in rows.items():
         share = 100.0 * row["caught"] / max(1, row["caught"] + row["survived"])
@@ -491,15 +531,20 @@ def key_of(path, mutant):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the next call goes on")
-    parser.add_argument("--only", nargs="+", metavar="MUTANT", help="numbers or functions: these, though they were tried")
-    parser.add_argument("--survivors", action="store_true", help="those in survivors.txt, though they were tried")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants tried at a time")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=math.inf,
+                        help="stop after that long; the next call continues")
+    parser.add_argument("--only", nargs="+", metavar="MUTANT",
+                        help="numbers or functions: retry only these")
+    parser.add_argument("--survivors", action="store_true", help="retry those in survivors.txt")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants run concurrently")
     parser.add_argument("--cc", default="cc")
     parser.add_argument("--list", nargs="*", metavar="FUNCTION")
-    parser.add_argument("--check", action="store_true", help="whether survivors.txt names mutants that exist")
-    parser.add_argument("--since", metavar="REVISION", help="find those in survivors.txt again")
+    parser.add_argument("--check", action="store_true",
+                        help="check that survivors.txt names existing mutants")
+    parser.add_argument("--since", metavar="REVISION",
+                        help="convert survivors.txt from the names of that revision")
     o = parser.parse_args()
     if o.since:
         follow(o.since)
@@ -514,13 +559,15 @@ def main():
         sources[path] = text, functions
         for name in functions:
             if owners.setdefault(name, path) != path:
-                sys.exit(f"error: {owners[name]} and {path} both have a function {name}: its mutants have no names")
+                sys.exit(f"error: {owners[name]} and {path} both have a function {name}: its "
+                         f"mutants have no names")
         mutants.update(enumerate([(path, m) for m in found], len(mutants) + 1))
     if o.list is not None:
         for number, (path, m) in mutants.items():
             if not o.list or m.name.split(":")[0] in o.list:
                 text = sources[path][0]
-                print(f"{number} {m.name}\n    {path}:{line_of(text, m)}: {' -> '.join(describe(text, m))}")
+                print(f"{number} {m.name}\n    {path}:{line_of(text, m)}: "
+                      f"{' -> '.join(describe(text, m))}")
         return 0
     reasons = read_reasons(mutants)
     if o.check:
@@ -532,20 +579,22 @@ def main():
     for word in o.only or []:
         found = [n for n, (_, m) in mutants.items() if word in (str(n), m.name.split(":")[0])]
         if not found:
-            parser.error(f"--only {word}: neither a function nor a number from 1 to {len(mutants)} (--list)")
+            parser.error(f"--only {word}: neither a function nor a number from 1 to {len(mutants)} "
+                         f"(--list)")
         only += found
     os.makedirs(WORK, exist_ok=True)
-    lock = open(os.path.join(WORK, "lock"), "w", encoding="ascii")       # goes with the process
+    lock = open(os.path.join(WORK, "lock"), "w", encoding="ascii")       # released with the process
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        sys.exit(f"error: another mutate.py is at work in {WORK}")
+        sys.exit(f"error: another mutate.py is running in {WORK}")
     begin, store = time.monotonic(), os.path.join(WORK, "results.json")
     state = load(store)
     results = state["results"]
     for number in only:
         results.pop(key_of(*mutants[number]), None)
-    left = only or [n for n, (path, m) in mutants.items() if results.get(key_of(path, m), "later") == "later"]
+    left = only or [n for n, (path, m) in mutants.items() if results.get(key_of(path, m),
+        "later") == "later"]
     if left:
         bench = Bench(o.cc, mutants, state["dead"])
         bench.tests = state["tests"] = state.get("tests") or bench.prepare(sources)

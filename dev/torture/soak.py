@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""A long run of a tiny model that is stopped, killed and resumed at random beside one that is left alone.
+"""A long run of a tiny model that is stopped, killed and resumed at random, beside an undisturbed
+one.
 
     make soak                            an hour
     make soak SECONDS=120                two minutes
-    dev/torture/soak.py --seed 7         other moments and signals
+    dev/torture/soak.py --seed 7         other times and signals
 
-The run left alone must keep its memory. The other one gets signals at random moments, other numbers of threads and
-other save intervals, and is resumed each time; in the end it must have every step once in metrics.jsonl, with the same
-numbers, and the same weights and moments, byte for byte. Exit code 1 if anything differs; what it made stays then.
+The undisturbed run's memory must not grow. The other one gets signals at random times, other
+numbers of threads and other save intervals, and is resumed each time; at the end it must have every
+step once in metrics.jsonl, with the same values, and the same weights and moments, byte for byte.
+Exit code 1 if anything differs; the files are then kept.
 """
 import argparse
 import collections
@@ -24,11 +26,12 @@ import time
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 
-STEADY = """--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --drop-path 0.3 --drop-unit row
+STEADY = """--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --drop-path
+0.3 --drop-unit row
     --eval-every 50 --eval-tokens 500 --log-every 1000 --keep 3""".split()
-TIMES = {"ms", "tok_per_s", "mfu", "peak_bytes"}         # what differs between two runs of the same bits
+TIMES = {"ms", "tok_per_s", "mfu", "peak_bytes"}         # differs between runs with the same bits
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGSTOP]
-MAY_GROW = 1 << 20                                       # bytes: libc's own buffers and OpenMP's
+MAY_GROW = 1 << 20                                       # bytes, for buffers of libc and OpenMP
 problems = []
 
 
@@ -42,16 +45,19 @@ class Run:
 
     def __init__(self, o, out, steps, *options):
         self.log = out + ".log"
-        command = [os.path.join(o.build, "train_gpt"), "--train", os.path.join(o.out, "data", "train_*.bin"), "--val",
+        command = [os.path.join(o.build, "train_gpt"), "--train", os.path.join(o.out, "data",
+            "train_*.bin"), "--val",
                    os.path.join(o.out, "data", "val_*.bin"), "--steps", str(steps), "--out", out]
         command += STEADY + list(options)
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            self.process = subprocess.Popen(command, stdout=log, stderr=log,
+                                            stdin=subprocess.DEVNULL,
                                             env=dict(os.environ, OMP_WAIT_POLICY="passive"))
         self.rss = []
 
     def wait(self, seconds):
-        """Until it ends or so much time has passed; watches its memory. Whether it has ended."""
+        """Waits until it ends or the time has passed, watching its memory. Returns whether it has
+        ended."""
         end = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < end:
             seen = resident_bytes(self.process.pid)
@@ -80,12 +86,14 @@ def make_data(o):
     with open(text, "w", encoding="ascii") as f:
         for i in range(20000):
             f.write(words[i % 8 if order.random() < 0.7 else order.randrange(8)])
-    subprocess.run([os.path.join(o.build, "data_bytes"), "--out", os.path.join(o.out, "data"), text], check=True,
+    subprocess.run([os.path.join(o.build, "data_bytes"), "--out", os.path.join(o.out, "data"),
+                    text], check=True,
                    stdout=subprocess.DEVNULL)
 
 
 def records(out):
-    """metrics.jsonl without what depends on time. A kill may leave half a line at the end."""
+    """metrics.jsonl without values that depend on time. A kill may leave an incomplete last
+    line."""
     with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
         lines = f.read().split("\n")
     whole = lines[:-1]
@@ -93,13 +101,15 @@ def records(out):
 
 
 def check_memory(rss, what):
-    """Its second quarter against its last one: start and first evaluation are over by then."""
+    """Compares its second quarter with its last one: startup and the first evaluation are over by
+    then."""
     n = len(rss)
     if n < 16:
         print(f"memory of {what}: {n} samples, too few to say", flush=True)
         return
     early, late = (sorted(part)[len(part) // 2] for part in (rss[n // 4:n // 2], rss[3 * n // 4:]))
-    print(f"memory of {what}: {early / 1e6:.2f} MB, then {late / 1e6:.2f} MB ({n} samples)", flush=True)
+    print(f"memory of {what}: {early / 1e6:.2f} MB, then {late / 1e6:.2f} MB ({n} samples)",
+          flush=True)
     if late > early + MAY_GROW:
         problem(f"{what} grows: {early} to {late} bytes")
 
@@ -109,19 +119,21 @@ def run_alone(o, out, steps):
     begin = time.monotonic()
     run.wait(1e9)
     if run.process.returncode:
-        sys.exit(f"error: the undisturbed run ends with {run.process.returncode}: {run.last_words()}")
+        sys.exit(f"error: the undisturbed run ends with {run.process.returncode}: "
+                 f"{run.last_words()}")
     return time.monotonic() - begin, run.rss
 
 
 def disturb(run, draw):
-    """Sends one signal; returns its name when the process has ended by it or of its own."""
+    """Sends one signal; returns its name if the process has ended because of it or by itself."""
     sent = draw.choice(SIGNALS)
     run.process.send_signal(sent)
-    if sent == signal.SIGSTOP:                           # a suspended machine: it goes on as if nothing had been
+    if sent == signal.SIGSTOP:                           # a suspended machine: it continues as if
+                                                         # nothing had happened
         time.sleep(0.2)
         run.process.send_signal(signal.SIGCONT)
         return sent.name
-    if sent == signal.SIGUSR1 and not run.wait(0.5):     # a save at once; it goes on
+    if sent == signal.SIGUSR1 and not run.wait(0.5):     # saves at once and continues
         return sent.name
     if not run.wait(60):
         problem(f"it still runs a minute after {sent.name}")
@@ -132,16 +144,19 @@ def disturb(run, draw):
 
 
 def run_disturbed(o, out, steps, seconds):
-    """Legs of random length until all steps are done. From the end of its time on it is left alone."""
+    """Legs of random length until all steps are done. After the time limit it is left alone."""
     draw, begin, counts, rss = random.Random(o.seed), time.monotonic(), collections.Counter(), []
     while not problems:
-        options = ["--threads", str(draw.randint(1, 3)), "--save-every", str(draw.choice([7, 20, 50, 90])), "--resume"]
+        options = ["--threads", str(draw.randint(1, 3)), "--save-every",
+                   str(draw.choice([7, 20, 50, 90])), "--resume"]
         run = Run(o, out, steps, *options)
         counts["starts"] += 1
-        ended = run.wait(1e9 if time.monotonic() - begin > seconds else 0.1 + draw.expovariate(1 / o.leg))
+        ended = run.wait(1e9 if time.monotonic() - begin > seconds else 0.1 +
+                         draw.expovariate(1 / o.leg))
         while not ended and run.process.poll() is None:
             counts[disturb(run, draw)] += 1
-            ended = run.wait(0.1 + draw.expovariate(1 / o.leg)) if run.process.poll() is None else True
+            ended = run.wait(0.1 +
+                             draw.expovariate(1 / o.leg)) if run.process.poll() is None else True
         rss += run.rss[1:]
         if run.process.returncode == 0 and os.path.isdir(os.path.join(out, f"step_{steps:08}")):
             return counts, rss
@@ -160,7 +175,8 @@ def compare(alone, disturbed, steps):
     numbers = [int(r["step"]) for r in got]
     if numbers != list(range(1, steps + 1)):
         gaps = [n for n in range(1, steps + 1) if n not in set(numbers)]
-        problem(f"metrics.jsonl has {len(numbers)} records for {steps} steps; {len(gaps)} are missing: {gaps[:3]} ...")
+        problem(f"metrics.jsonl has {len(numbers)} records for {steps} steps; {len(gaps)} are "
+                f"missing: {gaps[:3]} ...")
     other = [r["step"] for r, w in zip(got, want) if r != w]
     if other:
         problem(f"metrics.jsonl: {len(other)} steps have other numbers, the first is {other[0]:g}")
@@ -177,29 +193,38 @@ def compare(alone, disturbed, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", default="build", help="where train_gpt and data_bytes are")
-    parser.add_argument("--seconds", type=float, default=3600, help="of both runs together, about")
-    parser.add_argument("--leg", type=float, default=0, help="mean seconds between two signals; 0: the time / 80")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", default="build", help="folder with train_gpt and data_bytes")
+    parser.add_argument("--seconds", type=float, default=3600,
+                        help="approximate total for both runs")
+    parser.add_argument("--leg", type=float, default=0,
+                        help="mean seconds between signals; 0: the time / 80")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", default="build/soak", help="a folder of this script: what was there is removed")
+    parser.add_argument("--out", default="build/soak",
+                        help="this script's folder: its previous contents are removed")
     o = parser.parse_args()
     o.leg = o.leg or max(0.3, min(20.0, o.seconds / 80))
-    if os.path.isdir(o.out) and os.listdir(o.out) and not os.path.exists(os.path.join(o.out, "text")):
-        sys.exit(f"error: {o.out} is not a folder of this script\n  hint: name another one by --out")
+    if os.path.isdir(o.out) and os.listdir(o.out) and not os.path.exists(os.path.join(o.out,
+        "text")):
+        sys.exit(f"error: {o.out} is not a folder of this script\n  hint: choose another with "
+                 f"--out")
     shutil.rmtree(o.out, ignore_errors=True)
     os.makedirs(o.out)
     make_data(o)
     trial, _ = run_alone(o, os.path.join(o.out, "trial"), 500)
     steps = max(500, int(0.3 * o.seconds / trial * 500))
     alone, disturbed = os.path.join(o.out, "alone"), os.path.join(o.out, "disturbed")
-    print(f"{steps} steps of about {2 * trial:.2f} ms; a signal every {o.leg:.1f} s; seed {o.seed}", flush=True)
+    print(f"{steps} steps of about {2 * trial:.2f} ms; a signal every {o.leg:.1f} s; seed {o.seed}",
+          flush=True)
     took, rss = run_alone(o, alone, steps)
     check_memory(rss, f"the run left alone, {took:.0f} s")
     counts, rss = run_disturbed(o, disturbed, steps, max(0.5 * o.seconds, 0.8 * o.seconds - took))
-    print("disturbed: " + ", ".join(f"{n} {name}" for name, n in sorted(counts.items())), flush=True)
+    print("disturbed: " + ", ".join(f"{n} {name}" for name, n in sorted(counts.items())),
+          flush=True)
     if not problems:
-        print(f"memory of the disturbed run: at most {max(rss, default=0) / 1e6:.2f} MB in any process", flush=True)
+        print(f"memory of the disturbed run: at most {max(rss, default=0) / 1e6:.2f} MB in any "
+              f"process", flush=True)
         compare(alone, disturbed, steps)
     if problems:
         print(f"soak: {len(problems)} problems; {o.out} has both runs and what they said")
@@ -207,10 +232,12 @@ def main():
     shutil.rmtree(o.out)
     starts = counts.pop("starts")
     signals = sum(counts.values())
-    print(f"soak: {steps} steps, {signals} signals, {starts} starts: the same metrics, weights and moments")
+    print(f"soak: {steps} steps, {signals} signals, {starts} starts: the same metrics, weights and "
+          f"moments")
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # which a shell's background jobs ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # background jobs of a shell ignore
+                                                               # it
     sys.exit(main())

@@ -1,12 +1,14 @@
-// torture.c: a run is killed, loses its power or its disk at every single call that changes the disk, and is resumed: the end
-// must be the uninterrupted run's, bit for bit. `make torture`; a short form of it is in `make test`.
+// torture.c: a run is killed, or loses power or its disk, at every single call that changes the
+// disk, and is resumed: the result must be the uninterrupted run's, bit for bit. `make torture`;
+// `make test` includes a short form.
 //
-//     build/torture               all of it: some thousand runs, in minutes
+//     build/torture               everything: a few thousand runs, in minutes
 //     build/torture --part 0/4    the first quarter of it
 //     build/torture --short       a sample, in seconds
 //
-// One program is both: it forks, and the child is the trainer (trainer_main, as the user starts it, with files.h counting calls
-// and failing at one: faults.h), on a model of a few hundred numbers. Each case has a folder, removed when it went well.
+// The program forks, and the child is the trainer (trainer_main, as a user starts it, with files.h
+// counting calls and failing at one: faults.h), on a model of a few hundred elements. Each case has
+// its own folder, removed if it passed.
 
 #include "../model/engines.h"
 #include "../files/files.h"
@@ -14,16 +16,19 @@
 #include <sys/wait.h>
 
 enum { EVERY = 2, ARGS = 64 };                           // steps between checkpoints
-#define RUN "--layers 1 --heads 1 --channels 4 --seq-len 4 --vocab-size 8 --batch 2 --total-batch 16 --threads 1 --steps 6 " \
-            "--save-every 2 --keep 1 --eval-every 3 --eval-tokens 64 --drop-path 0.3 --log-every 100 --selfcheck 0 "        \
+#define RUN                                                                                        \
+    "--layers 1 --heads 1 --channels 4 --seq-len 4 --vocab-size 8 --batch 2 --total-batch 16 "     \
+    "--threads 1 --steps 6 "                                                                       \
+            "--save-every 2 --keep 1 --eval-every 3 --eval-tokens 64 --drop-path 0.3 --log-every " \
+                "100 --selfcheck 0 "                                                               \
             "--train data/train.bin --val data/train.bin --out run "
 #define STOP "--on-save-error stop"
 
 typedef struct {
-    char root[300];                                      // the folder of all cases; the shards are in root/data
-    const char *reference, *stopping;                    // the folders of the uninterrupted run, and of that with STOP
+    char root[300];                    // contains all cases; the shards are in root/data
+    const char *reference, *stopping;  // folders of the uninterrupted run, and of that with STOP
     int cases, kills, failed, serial, shorter, part, parts;
-    Engine engine;                                       // the default one, but its peak is not measured
+    Engine engine;                     // the default one, without measuring its peak
 } Torture;
 
 static Torture tt;
@@ -39,16 +44,16 @@ static void fail(const char *what, const char *dir, const char *detail) {
     printf("FAILED: %s: %s (%s)\n", what, detail, dir);
 }
 
-// Whether case i is of the part that was asked for.
+// Whether case i belongs to the selected part.
 static int mine(int64_t i) { return i % tt.parts == tt.part; }
 
-// ---- A folder, a run in it ----
+// ---- Folders and runs ----
 
 static void in_folder(const char *dir) {
     if (chdir(dir)) die("cannot enter %s: %s", dir, strerror(errno));
 }
 
-// A new folder with data -> the shards.
+// Creates a folder with data -> the shards.
 static char *new_case(void) {
     char *dir = xprintf("%s/%d", tt.root, tt.serial++), *link = xprintf("%s/data", dir);
     directory_make(dir);
@@ -68,7 +73,8 @@ static void remove_tree(const char *dir) {
     if (rmdir(dir)) warn("cannot remove %s: %s", dir, strerror(errno));
 }
 
-// Starts the trainer in dir with RUN and more options, its output in dir/log. Returns the child.
+// Starts the trainer in dir with RUN and more options, its output going to dir/log. Returns the
+// child.
 static pid_t start(const char *dir, const char *more, const Faults *f) {
     fflush(NULL);
     const pid_t child = fork();
@@ -79,14 +85,15 @@ static pid_t start(const char *dir, const char *more, const Faults *f) {
     in_folder(dir);
     if (!freopen("log", "a", stdout) || dup2(1, 2) < 0) _exit(99);
     snprintf(text, sizeof text, "train_gpt " RUN "%s", more);
-    for (char *word = strtok(text, " "); word && argc < ARGS; word = strtok(NULL, " ")) argv[argc++] = word;
+    for (char *word = strtok(text, " "); word && argc < ARGS; word = strtok(NULL, " "))
+        argv[argc++] = word;
     if (f) faults = *f;
     const int code = trainer_main(argc, argv, &tt.engine);
     if (faults.log) fclose(faults.log);
     exit(code);
 }
 
-// Its exit code, or minus the signal that ended it.
+// Its exit code, or minus the signal that killed it.
 static int wait_for(pid_t child) {
     int status;
     while (waitpid(child, &status, 0) < 0)
@@ -94,7 +101,9 @@ static int wait_for(pid_t child) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
-static int run(const char *dir, const char *more, const Faults *f) { return wait_for(start(dir, more, f)); }
+static int run(const char *dir, const char *more, const Faults *f) {
+    return wait_for(start(dir, more, f));
+}
 
 static Faults fault(int mode, int error, int64_t at, int64_t last) {
     Faults f;
@@ -123,7 +132,7 @@ static int log_has(const char *dir, const char *part) {
 
 // ---- What must hold ----
 
-// The step of the newest whole checkpoint, 0: none.
+// The step of the newest complete checkpoint; 0: none.
 static int64_t newest(const char *dir) {
     char *out = xprintf("%s/run", dir);
     CheckpointList list = checkpoint_list(out);
@@ -137,7 +146,7 @@ static int64_t newest(const char *dir) {
     return step;
 }
 
-// Removes `"name": NUMBER, ` from a line: what depends on time and memory.
+// Removes `"name": NUMBER, ` from a line: values that depend on time and memory.
 static void without(char *line, const char *name) {
     char *at = strstr(line, name), *end = at ? strchr(at, ' ') : NULL;
     end = end ? strchr(end + 1, ' ') : NULL;
@@ -146,7 +155,8 @@ static void without(char *line, const char *name) {
 
 // metrics.jsonl without them.
 static Text timeless(const char *dir) {
-    static const char *const changes[] = {"\"ms\":", "\"tok_per_s\":", "\"mfu\":", "\"peak_bytes\":"};
+    static const char *const changes[] = {"\"ms\":", "\"tok_per_s\":", "\"mfu\":",
+                                          "\"peak_bytes\":"};
     Text all = read_text(dir, "run/metrics.jsonl"), t = {NULL, 0, 0};
     for (char *line = strtok(all.s, "\n"); line; line = strtok(NULL, "\n")) {
         for (size_t i = 0; i < sizeof changes / sizeof changes[0]; i++) without(line, changes[i]);
@@ -157,12 +167,15 @@ static Text timeless(const char *dir) {
     return t;
 }
 
-// Compares with the uninterrupted run: the files of the last checkpoint, `latest`, metrics.jsonl. NULL, or what differs. With
-// `no_link` there may be no `latest`, since it could not be made; if there is one, it leads to the last.
+// Compares with the uninterrupted run: the files of the last checkpoint, `latest`, metrics.jsonl.
+// Returns NULL, or what differs. With `no_link`, `latest` may be missing because it could not be
+// created; if it exists, it must refer to the last checkpoint.
 static char *compare(const char *dir, const char *reference, int no_link) {
     enum { FILES = 7 };
-    static const char *const files[FILES] = {"model.safetensors", "config.json", "optimizer.safetensors", "trainer.json",
-                                             "tokenizer.bin", "tokenizer.json", "tokenizer_config.json"};
+    static const char *const files[FILES] = {"model.safetensors", "config.json",
+                                             "optimizer.safetensors", "trainer.json",
+                                             "tokenizer.bin", "tokenizer.json",
+                                             "tokenizer_config.json"};
     char *wrong = NULL;
     char *latest = xprintf("%s/run/latest", dir);
     for (int i = no_link && !path_exists(latest) ? FILES : 0; i < 2 * FILES && !wrong; i++) {
@@ -178,7 +191,7 @@ static char *compare(const char *dir, const char *reference, int no_link) {
     return wrong;
 }
 
-// Ends a case: the folder goes if all was well.
+// Ends a case: removes its folder if it passed.
 static void done(const char *what, char *dir, char *wrong) {
     tt.cases++;
     if (wrong) fail(what, dir, wrong);
@@ -187,7 +200,7 @@ static void done(const char *what, char *dir, char *wrong) {
     free(dir);
 }
 
-// Resumes what a case has left until the run is over. NULL, or what is wrong.
+// Resumes an interrupted case until the run is complete. Returns NULL, or what is wrong.
 static char *finish_run(const char *dir, const char *more, const char *reference) {
     char *options = xprintf("--resume %s", more);
     const int code = run(dir, options, NULL);
@@ -200,9 +213,10 @@ static char *finish_run(const char *dir, const char *more, const char *reference
 enum { MOST_CALLS = 1000 };
 typedef struct {
     int n;
-    char kind[MOST_CALLS + 1][12];                       // "write", ... of call 1, 2, ...
-    char link[MOST_CALLS + 1];                           // it is about `latest`, without which a checkpoint counts all the same
-    int saved[MOST_CALLS + 1];                           // the step of the last checkpoint that is finished before it
+    char kind[MOST_CALLS + 1][12];  // "write", ... of call 1, 2, ...
+    char link[MOST_CALLS + 1];      // it concerns `latest`, without which a checkpoint is still
+                                    // valid
+    int saved[MOST_CALLS + 1];      // the step of the last checkpoint completed before it
 } Calls;
 
 static void list_calls(const char *dir, const char *more, Calls *c) {
@@ -218,7 +232,8 @@ static void list_calls(const char *dir, const char *more, Calls *c) {
     memset(c, 0, sizeof *c);
     while (in && fgets(line, sizeof line, in)) {
         CHECK(c->n < MOST_CALLS, "more calls than expected");
-        if (sscanf(line, "%d %11s %599s", &number, c->kind[c->n + 1], name) != 3) die("%s: %s", path, line);
+        if (sscanf(line, "%d %11s %599s", &number, c->kind[c->n + 1], name) != 3)
+            die("%s: %s", path, line);
         c->saved[++c->n] = saved;
         c->link[c->n] = !strcmp(name, "run/latest") || !strcmp(name, "run/.latest.tmp");
         if (!strcmp(c->kind[c->n], "rename") && !strcmp(name, "run/latest")) saved += EVERY;
@@ -229,19 +244,21 @@ static void list_calls(const char *dir, const char *more, Calls *c) {
 
 // ---- Kills ----
 
-// One run that ends at call `at`, and what it left.
+// Runs once, ending at call `at`, and checks what is left.
 static void kill_at(const Calls *c, int mode, int64_t at) {
     char *dir = new_case(), *wrong = NULL, what[100];
     const Faults f = fault(mode, 0, at, at);
     const int code = run(dir, "", &f);
     tt.kills++;
     snprintf(what, sizeof what, "%s at call %lld (%s)",
-             mode == FAULT_POWER ? "power cut" : mode == FAULT_HALF ? "kill within" : "kill", (long long)at, c->kind[at]);
+             mode == FAULT_POWER ? "power cut" : mode == FAULT_HALF ? "kill within" : "kill",
+             (long long)at, c->kind[at]);
     char *out = xprintf("%s/run", dir);
     if (code != -SIGKILL) wrong = xprintf("it ended with %d", code);
-    checkpoint_recover(out);                             // as --resume does first
+    checkpoint_recover(out);                             // --resume does this first
     if (!wrong && newest(dir) < c->saved[at])
-        wrong = xprintf("the checkpoint of step %d is lost, %lld is the newest", c->saved[at], (long long)newest(dir));
+        wrong = xprintf("the checkpoint of step %d is lost, %lld is the newest", c->saved[at],
+                        (long long)newest(dir));
     free(out);
     if (!wrong) wrong = finish_run(dir, "", tt.reference);
     done(what, dir, wrong);
@@ -251,10 +268,11 @@ static void kill_at_every_call(const Calls *c) {
     static const int modes[] = {FAULT_KILL, FAULT_HALF, FAULT_POWER};
     for (int m = 0; m < 3; m++)
         for (int at = 1 + (tt.shorter ? m : 0); at <= c->n; at += tt.shorter ? 13 : 1)
-            if (mine(at) && (modes[m] != FAULT_HALF || !strcmp(c->kind[at], "write"))) kill_at(c, modes[m], at);
+            if (mine(at) && (modes[m] != FAULT_HALF || !strcmp(c->kind[at], "write")))
+                kill_at(c, modes[m], at);
 }
 
-// A run that is killed again and again, at calls and at times drawn from the case's number.
+// A run that is killed repeatedly, at calls and times derived from the case's number.
 static void kill_at_random(int number) {
     char *dir = new_case(), *wrong = NULL, what[100];
     uint64_t draw = 0;
@@ -277,9 +295,10 @@ static void kill_at_random(int number) {
     done(what, dir, wrong);
 }
 
-// A copy of a folder.
+// Copies a folder.
 static char *copy_case(const char *from) {
-    char *dir = xprintf("%s/%d", tt.root, tt.serial++), *command = xprintf("cp -a '%s' '%s'", from, dir);
+    char *dir = xprintf("%s/%d", tt.root, tt.serial++),
+        *command = xprintf("cp -a '%s' '%s'", from, dir);
     if (system(command)) die("%s failed", command);
     free(command);
     return dir;
@@ -290,15 +309,18 @@ static void damage(const char *dir, const char *name, off_t at, unsigned char fl
     unsigned char byte;
     const int fd = open(path, O_RDWR);
     if (fd < 0) die("%s: %s", path, strerror(errno));
-    if (flip ? pread(fd, &byte, 1, at) != 1 || (byte ^= flip, pwrite(fd, &byte, 1, at) != 1) : ftruncate(fd, at) != 0)
+    if (flip ? pread(fd, &byte, 1, at) != 1 || (byte ^= flip, pwrite(fd, &byte, 1, at) != 1)
+        : ftruncate(fd, at) != 0)
         die("%s: %s", path, strerror(errno));
     close(fd);
     free(path);
 }
 
-// A step saved again over a damaged checkpoint of it, which could not be set aside: kills also between the two renames.
+// Saves a step again over its damaged checkpoint, which could not be set aside: also kills between
+// the two renames.
 static void kill_at_replacing(void) {
-    char *from = new_case(), *in_the_way = xprintf("%s/run/step_00000006.damaged", from), *again = NULL, *wrong = NULL;
+    char *from = new_case(), *in_the_way = xprintf("%s/run/step_00000006.damaged", from),
+        *again = NULL, *wrong = NULL;
     if (run(from, "--keep 0", NULL)) wrong = xprintf("the run to be damaged failed");
     damage(from, "run/step_00000006/model.safetensors", 0, 0);
     directory_make(in_the_way);
@@ -313,16 +335,17 @@ static void kill_at_replacing(void) {
             char *dir = copy_case(from);
             const int code = run(dir, "--resume", &f);
             tt.kills++;
-            char *bad = code != -SIGKILL ? xprintf("it ended with %d", code) : finish_run(dir, "", tt.reference);
+            char *bad = code != -SIGKILL ? xprintf("it ended with %d", code) : finish_run(dir, "",
+                tt.reference);
             done("a step saved again and killed", dir, bad);
         }
     free(in_the_way);
     done("a step to be saved again", from, wrong);
 }
 
-// ---- A disk that refuses ----
+// ---- A failing disk ----
 
-// The lines of a log that begin with `word`.
+// The number of lines of a log that begin with `word`.
 static int count_lines(const char *dir, const char *word) {
     Text log = read_text(dir, "log");
     int n = 0;
@@ -332,33 +355,43 @@ static int count_lines(const char *dir, const char *word) {
     return n;
 }
 
-// What cannot be removed is only a warning.
-static int removes(const Calls *c, int64_t at) { return !strcmp(c->kind[at], "unlink") || !strcmp(c->kind[at], "rmdir"); }
+// A failed removal only causes a warning.
+static int removes(const Calls *c, int64_t at) {
+    return !strcmp(c->kind[at], "unlink") || !strcmp(c->kind[at], "rmdir");
+}
 
-// One call fails (last == at), or all from there on. What must hold: no death by a signal; the run goes on to the same end, or
-// ends with one line that says why and the checkpoint before is whole; then --resume comes to that end.
-static void refuse_at(const Calls *c, int mode, int error, int64_t at, int forever, const char *more) {
+// One call fails (last == at), or all from there on. What must hold: no death by a signal; the run
+// continues to the same result, or ends with one line that gives the reason, leaving the previous
+// checkpoint complete; then --resume reaches that result.
+static void refuse_at(const Calls *c, int mode, int error, int64_t at, int forever,
+                      const char *more) {
     const Faults f = fault(mode, error, at, forever ? INT64_MAX : at);
     char *dir = new_case(), *wrong = NULL, what[200];
     const int code = run(dir, more, &f), quiet = removes(c, at);
-    int64_t rest = at;                                   // the first call from here on that does not remove
+    // the first call from here on that is not a removal
+    int64_t rest = at;
     while (rest <= c->n && removes(c, rest)) rest++;
-    snprintf(what, sizeof what, "%s%s at call %lld (%s)%s %s", mode == FAULT_SHORT ? "short write, " : "", strerror(error),
-             (long long)at, c->kind[at], forever ? " and after" : "", more);
+    snprintf(what, sizeof what, "%s%s at call %lld (%s)%s %s",
+             mode == FAULT_SHORT ? "short write, " : "", strerror(error), (long long)at,
+             c->kind[at], forever ? " and after" : "", more);
     if (code != 0 && code != 1) wrong = xprintf("it ended with %d", code);
-    else if (code == 1 && (count_lines(dir, "error: ") != 1 || !log_has(dir, strerror(error)) || !log_has(dir, "run")))
+    else if (code == 1 && (count_lines(dir, "error: ") != 1 || !log_has(dir, strerror(error)) ||
+                           !log_has(dir, "run")))
         wrong = xprintf("not one line that tells what, why and where");
     else if (code == 0 && !log_has(dir, "warning: ")) wrong = xprintf("not a word about it");
     else if (code == 0 && forever && rest <= c->n) wrong = xprintf("it ended well without a disk");
-    else if (code == 0 && *more && !quiet && !c->link[at]) wrong = xprintf("it went on in spite of --on-save-error stop");
-    else if (newest(dir) < c->saved[at]) wrong = xprintf("the checkpoint of step %d is lost", c->saved[at]);
-    const char *reference = *more ? tt.stopping : tt.reference;      // trainer.json has the options
+    else if (code == 0 && *more && !quiet && !c->link[at])
+        wrong = xprintf("it went on in spite of --on-save-error stop");
+    else if (newest(dir) < c->saved[at])
+        wrong = xprintf("the checkpoint of step %d is lost", c->saved[at]);
+    // trainer.json contains the options
+    const char *reference = *more ? tt.stopping : tt.reference;
     if (!wrong && code == 0) wrong = compare(dir, reference, c->link[at]);
     if (!wrong) wrong = finish_run(dir, more, reference);
     done(what, dir, wrong);
 }
 
-// A full disk at every call, for once and for good; the other errors take turns.
+// A full disk at every call, once and permanently; the other errors alternate.
 static void refuse_at_every_call(const Calls *c) {
     static const int others[] = {EIO, EACCES, EROFS, EFBIG};
     for (int at = 1; at <= c->n; at += tt.shorter ? 19 : 1) {
@@ -376,7 +409,8 @@ static void refuse_at_every_call(const Calls *c) {
 // ulimit -f: SIGXFSZ must not end the run.
 static void file_limit(void) {
     char *dir = new_case(), *wrong = NULL;
-    const struct rlimit small = {3500, 3500};            // config.txt passes, the optimizer's state does not
+    // config.txt fits, the optimizer's state does not
+    const struct rlimit small = {3500, 3500};
     fflush(NULL);
     const pid_t child = fork();
     if (child == 0) {
@@ -393,11 +427,13 @@ static void file_limit(void) {
 
 enum { SIX_FILES = 7 };
 static const char *const six_files[SIX_FILES] = {
-    "run/step_00000006/model.safetensors", "run/step_00000006/config.json", "run/step_00000006/optimizer.safetensors",
-    "run/step_00000006/trainer.json", "run/step_00000006/tokenizer.bin", "run/step_00000006/tokenizer.json",
+    "run/step_00000006/model.safetensors", "run/step_00000006/config.json",
+    "run/step_00000006/optimizer.safetensors",
+    "run/step_00000006/trainer.json", "run/step_00000006/tokenizer.bin",
+    "run/step_00000006/tokenizer.json",
     "run/step_00000006/tokenizer_config.json"};
 
-// Every bit flipped and every length cut, of every file: found, and named.
+// Flips every bit of every file and cuts it at every length: each must be detected and located.
 static void every_damage(const char *from) {
     char *dir = copy_case(from), *six = xprintf("%s/run/step_00000006", dir), *wrong = NULL;
     int found = 0;
@@ -409,14 +445,16 @@ static void every_damage(const char *from) {
                 damage(dir, six_files[i], (off_t)at, bit < 0 ? 0 : (unsigned char)(1 << bit));
                 char *said = checkpoint_verify(six);
                 if (!said || !strstr(said, name) || !strstr(said, "byte"))
-                    wrong = xprintf("%s, byte %zu, bit %d: %s", name, at, bit, said ? said : "nothing was found");
+                    wrong = xprintf("%s, byte %zu, bit %d: %s", name, at, bit,
+                                    said ? said : "nothing was found");
                 free(said);
                 found++;
                 if (bit >= 0) damage(dir, six_files[i], (off_t)at, (unsigned char)(1 << bit));
                 else {
                     char *path = xprintf("%s/%s", dir, six_files[i]);
                     FILE *f = fopen(path, "wb");
-                    if (!f || fwrite(whole.s, 1, whole.n, f) != whole.n || fclose(f)) die("%s: %s", path, strerror(errno));
+                    if (!f || fwrite(whole.s, 1, whole.n, f) != whole.n || fclose(f))
+                        die("%s: %s", path, strerror(errno));
                     free(path);
                 }
             }
@@ -429,13 +467,16 @@ static void every_damage(const char *from) {
     done("damage", dir, wrong);
 }
 
-// --resume passes over a damaged checkpoint, says so, and comes to the same end; the damaged one is kept under another name.
+// --resume skips a damaged checkpoint, reports it, and reaches the same result; the damaged one is
+// kept under another name.
 static void resume_from_older(const char *from) {
     for (int i = 0; i < 2 * SIX_FILES; i++) {
-        char *dir = copy_case(from), *wrong = NULL, *aside = xprintf("%s/run/step_00000006.damaged", dir);
+        char *dir = copy_case(from), *wrong = NULL, *aside = xprintf("%s/run/step_00000006.damaged",
+                                                                     dir);
         damage(dir, six_files[i / 2], 10, i % 2 ? 0 : 4);
         wrong = finish_run(dir, "", tt.reference);
-        if (!wrong && (!log_has(dir, "damaged") || !log_has(dir, strrchr(six_files[i / 2], '/') + 1)))
+        if (!wrong &&
+            (!log_has(dir, "damaged") || !log_has(dir, strrchr(six_files[i / 2], '/') + 1)))
             wrong = xprintf("no word about the damage");
         if (!wrong && !path_exists(aside)) wrong = xprintf("the damaged one is gone");
         free(aside);
@@ -445,8 +486,8 @@ static void resume_from_older(const char *from) {
 
 // ---- Signals, and two runs at once ----
 
-// A child stops in its n-th training pass or its n-th pass of an evaluation, tells so, and waits: until a signal has set a
-// flag, or, with `stay`, for ever.
+// A child pauses in its n-th training pass or n-th evaluation pass, reports it, and waits until a
+// signal has set a flag or, with `stay`, forever.
 static struct { int step, evaluation, stay, steps, evaluations, tell[2]; Engine engine; } pause_at;
 
 static void pause_now(void) {
@@ -456,7 +497,9 @@ static void pause_now(void) {
 }
 
 static double paused_run(Model *m, const Batch *batch, const Pass *pass) {
-    if (pass->weight != 0 ? ++pause_at.steps == pause_at.step : ++pause_at.evaluations == pause_at.evaluation) pause_now();
+    if (pass->weight != 0 ? ++pause_at.steps == pause_at.step : ++pause_at.evaluations ==
+        pause_at.evaluation)
+        pause_now();
     return pause_at.engine.run(m, batch, pass);
 }
 
@@ -469,22 +512,26 @@ static pid_t start_paused(const char *dir, const char *more, int step, int evalu
     const pid_t child = start(dir, more, NULL);
     tt.engine = pause_at.engine;
     close(pause_at.tell[1]);
-    if (read(pause_at.tell[0], &byte, 1) != 1) printf("the run in %s did not come to its pause\n", dir);
+    if (read(pause_at.tell[0], &byte, 1) != 1)
+        printf("the run in %s did not come to its pause\n", dir);
     close(pause_at.tell[0]);
     return child;
 }
 
-// The run stops in a step or in an evaluation, saves, and ends with 0; --resume comes to the uninterrupted run's end, with the
-// evaluation that was cut short.
+// The run stops in a step or an evaluation, saves, and exits with 0; --resume reaches the
+// uninterrupted run's result, including the interrupted evaluation.
 static void stop_by(int number, int step, int evaluation, int64_t saved) {
     char *dir = new_case(), *wrong = NULL, what[100];
-    snprintf(what, sizeof what, "%s in step %d, evaluation %d", strsignal(number), step, evaluation);
+    snprintf(what, sizeof what, "%s in step %d, evaluation %d", strsignal(number), step,
+             evaluation);
     const pid_t child = start_paused(dir, "", step, evaluation, 0);
     kill(child, number);
     const int code = wait_for(child);
-    if (code || !log_has(dir, number == SIGTERM ? "stopped by SIGTERM" : number == SIGINT ? "by SIGINT" : "by SIGHUP"))
+    if (code || !log_has(dir, number == SIGTERM ? "stopped by SIGTERM" : number ==
+                         SIGINT ? "by SIGINT" : "by SIGHUP"))
         wrong = xprintf("it ended with %d", code);
-    else if (newest(dir) != saved) wrong = xprintf("step %lld is saved, not %lld", (long long)newest(dir), (long long)saved);
+    else if (newest(dir) != saved)
+        wrong = xprintf("step %lld is saved, not %lld", (long long)newest(dir), (long long)saved);
     if (!wrong) wrong = finish_run(dir, "", tt.reference);
     done(what, dir, wrong);
 }
@@ -495,16 +542,17 @@ static void stop_at_once(int number) {
     const pid_t child = start_paused(dir, "", 7, 0, 1);
     const struct timespec t = {0, 1000000};
     int status = 0;
-    do {                                                 // two may arrive as one
+    do {                                                 // two may be delivered as one
         kill(child, number);
         nanosleep(&t, NULL);
     } while (waitpid(child, &status, WNOHANG) == 0);
-    if (!WIFSIGNALED(status) || WTERMSIG(status) != number) wrong = xprintf("its status is %d", status);
+    if (!WIFSIGNALED(status) || WTERMSIG(status) != number)
+        wrong = xprintf("its status is %d", status);
     if (!wrong) wrong = finish_run(dir, "", tt.reference);
     done("a second signal", dir, wrong);
 }
 
-// SIGUSR1 in step 3, which would not be saved: it is, and the run goes on to its end.
+// SIGUSR1 in step 3, which would not be saved otherwise: it is, and the run continues to its end.
 static void save_by_signal(void) {
     char *dir = new_case(), *wrong = NULL;
     const pid_t child = start_paused(dir, "--save-every 0 --keep 0", 6, 0, 0);
@@ -513,7 +561,7 @@ static void save_by_signal(void) {
     char *three = xprintf("%s/run/step_00000003", dir), *bad = checkpoint_verify(three);
     if (code || bad) wrong = xprintf("it ended with %d; %s", code, bad ? bad : "step 3 is whole");
     free(three), free(bad);
-    if (!wrong) {                                        // other options are in its trainer.json
+    if (!wrong) {                                        // its trainer.json has other options
         Text a = timeless(dir), b = timeless(tt.reference);
         if (strcmp(a.s, b.s)) wrong = xprintf("metrics.jsonl differs");
         text_free(&a), text_free(&b);
@@ -521,14 +569,16 @@ static void save_by_signal(void) {
     done("SIGUSR1", dir, wrong);
 }
 
-// The second of two runs refuses and names the first; when that one is dead, the directory is free.
+// The second of two runs refuses to start and names the first; when that is dead, the directory is
+// free.
 static void two_runs(void) {
     char *dir = new_case(), *wrong = NULL, host[256] = "";
     const pid_t first = start_paused(dir, "", 11, 0, 1);
     const int second = run(dir, "--resume", NULL);
     gethostname(host, sizeof host - 1);
     char *holder = xprintf("in use by process %ld on %s", (long)first, host);
-    if (second != 1 || !log_has(dir, holder)) wrong = xprintf("the second run ended with %d", second);
+    if (second != 1 || !log_has(dir, holder))
+        wrong = xprintf("the second run ended with %d", second);
     kill(first, SIGKILL);
     if (wait_for(first) != -SIGKILL && !wrong) wrong = xprintf("the first run has ended");
     free(holder);
@@ -536,10 +586,10 @@ static void two_runs(void) {
     done("two runs", dir, wrong);
 }
 
-// ---- A run that loses what it has open ----
+// ---- A run whose open files are removed or replaced ----
 
-// `command` is done in the run's folder in step 4, which SIGUSR1 then saves; the run ends with `code`. After `undo`, --resume
-// comes to the uninterrupted run's end.
+// Runs `command` in the run's folder during step 4, which SIGUSR1 then saves; the run ends with
+// `code`. After `undo`, --resume reaches the uninterrupted run's result.
 static void lose(const char *command, int code, const char *said, const char *undo) {
     char *dir = new_case(), *wrong = NULL, *line[2];
     const pid_t child = start_paused(dir, "", 7, 0, 0);
@@ -547,7 +597,8 @@ static void lose(const char *command, int code, const char *said, const char *un
     if (system(line[0])) wrong = xprintf("%s failed", line[0]);
     kill(child, SIGUSR1);
     const int ended = wait_for(child);
-    if (!wrong && (ended != code || !log_has(dir, said))) wrong = xprintf("it ended with %d", ended);
+    if (!wrong && (ended != code || !log_has(dir, said)))
+        wrong = xprintf("it ended with %d", ended);
     if (!wrong && system(line[1])) wrong = xprintf("%s failed", line[1]);
     if (!wrong) wrong = finish_run(dir, "", tt.reference);
     free(line[0]), free(line[1]);
@@ -558,18 +609,20 @@ static void lose_everything(void) {
     static const char not_this[] = "run is no longer this run's directory";
     lose("mv run moved", 1, not_this, "! test -e run && mv moved run");
     lose("mv run moved && mkdir run", 1, not_this, "rmdir run && mv moved run");
-    lose("mv run moved && cp -R moved run", 1, not_this, "! test -e run/step_00000004 && rm -r run && mv moved run");
+    lose("mv run moved && cp -R moved run", 1, not_this,
+         "! test -e run/step_00000004 && rm -r run && mv moved run");
     lose("cp -R run copy && rm -r run", 1, not_this, "! test -e run && mv copy run");
     lose("rm run/metrics.jsonl", 0, "metrics.jsonl was removed", ":");
     lose("cp run/metrics.jsonl x && mv x run/metrics.jsonl", 0, "metrics.jsonl was replaced", ":");
     lose("rm run/.lock", 0, "has locked it again", ":");
     lose("rm run/.lock && : > run/.lock", 0, "has locked it again", ":");
     lose("rm run/.lock run/metrics.jsonl", 0, "has locked it again", ":");
-    lose("rm run/.lock && cp run/metrics.jsonl x && mv x run/metrics.jsonl", 1, "another run was started there",
+    lose("rm run/.lock && cp run/metrics.jsonl x && mv x run/metrics.jsonl", 1,
+         "another run was started there",
          "! test -e run/step_00000004");
 }
 
-// ---- Two ranks: a signal to one of them ----
+// ---- Two ranks, one of which gets a signal ----
 
 static void as_rank(int rank, int world) {
     char number[16], size[16];
@@ -581,13 +634,15 @@ static void as_rank(int rank, int world) {
     setenv("RANK", number, 1), setenv("LOCAL_RANK", number, 1), setenv("WORLD_SIZE", size, 1);
 }
 
-// Runs both; `number` is sent to rank 1 in its n-th step or evaluation, 0: to none. NULL, or what is wrong.
+// Runs both; sends `number` to rank 1 in its n-th step or evaluation, 0: never. Returns NULL, or
+// what is wrong.
 static char *run_pair(const char *dir, const char *resume, int number, int step, int evaluation) {
     char *more = xprintf("--rendezvous dir:meet --job-token torture%s", resume);
     as_rank(0, 2);
     const pid_t zero = start(dir, more, NULL);
     as_rank(1, 2);
-    const pid_t one = number ? start_paused(dir, more, step, evaluation, 0) : start(dir, more, NULL);
+    const pid_t one = number ? start_paused(dir, more, step, evaluation, 0) : start(dir, more,
+        NULL);
     as_rank(0, 0);
     if (number) kill(one, number);
     const int a = wait_for(zero), b = wait_for(one);
@@ -599,9 +654,12 @@ static void two_ranks(void) {
     char *reference = new_case(), *whole = run_pair(reference, "", 0, 0, 0);
     static const struct { int step, evaluation, saved; } when[] = {{2, 0, 2}, {0, 1, 3}, {5, 0, 5}};
     for (int i = 0; i < 3 && !whole; i++) {
-        char *dir = new_case(), *wrong = run_pair(dir, "", SIGTERM, when[i].step, when[i].evaluation);
-        if (!wrong && newest(dir) != when[i].saved) wrong = xprintf("step %lld is saved", (long long)newest(dir));
-        if (!wrong && !log_has(dir, "stopped by a signal to another rank")) wrong = xprintf("rank 0 does not say so");
+        char *dir = new_case(), *wrong = run_pair(dir, "", SIGTERM, when[i].step,
+                                                  when[i].evaluation);
+        if (!wrong && newest(dir) != when[i].saved)
+            wrong = xprintf("step %lld is saved", (long long)newest(dir));
+        if (!wrong && !log_has(dir, "stopped by a signal to another rank"))
+            wrong = xprintf("rank 0 does not say so");
         if (!wrong) wrong = run_pair(dir, " --resume", 0, 0, 0);
         if (!wrong) wrong = compare(dir, reference, 0);
         done("a signal to rank 1", dir, wrong);
@@ -623,7 +681,7 @@ static void write_shards(const char *prefix, int shards, int tokens) {
     shard_writer_close(&w);
 }
 
-// Eight tokens, a letter each, the last of them end-of-text.
+// Eight tokens, one letter each, the last being end-of-text.
 static void write_tokenizer(const char *path) {
     enum { TOKENS = 8 };
     unsigned char file[LLMC_HEADER_BYTES + 2 * TOKENS];
@@ -636,7 +694,7 @@ static void write_tokenizer(const char *path) {
     file_write_whole(path, file, sizeof file);
 }
 
-// A shard is there whole or not at all, wherever its writer was killed.
+// A shard is complete or absent, wherever its writer was killed.
 static void kill_shards(void) {
     int64_t at = 1;
     for (int code = -SIGKILL; code == -SIGKILL; at += tt.shorter ? 7 : 1) {
@@ -664,18 +722,21 @@ static void kill_shards(void) {
     }
 }
 
-// ---- All of it ----
+// ---- Everything ----
 
 int main(int argc, char **argv) {
     const char *base = getenv("TMPDIR");
     const double from = clock_seconds();
     Calls c;
-    signal(SIGINT, SIG_DFL), signal(SIGHUP, SIG_DFL);    // a shell's background jobs, or nohup, ignore them
-    leave_memory();                                      // the children end by die() and by signals, and free nothing
+    // a shell's background jobs, or nohup, ignore them
+    signal(SIGINT, SIG_DFL), signal(SIGHUP, SIG_DFL);
+    // children end by die() and by signals, and free nothing
+    leave_memory();
     tt.parts = 1;
     tt.shorter = argc == 2 && !strcmp(argv[1], "--short");
     if (argc > 1 && !tt.shorter && (argc != 3 || strcmp(argv[1], "--part") ||
-                                    sscanf(argv[2], "%d/%d", &tt.part, &tt.parts) != 2 || tt.parts < 1))
+                                    sscanf(argv[2], "%d/%d", &tt.part, &tt.parts) != 2 ||
+                                    tt.parts < 1))
         die("torture [--short | --part I/N]");
     setvbuf(stdout, NULL, _IOLBF, 0);
     snprintf(tt.root, sizeof tt.root, "%s/droppath_torture_XXXXXX", base ? base : "/tmp");
@@ -683,7 +744,8 @@ int main(int argc, char **argv) {
     tt.engine = *engine_default();
     tt.engine.peak = no_peak;
     pause_at.engine = tt.engine;
-    char *data = xprintf("%s/data", tt.root), *prefix = xprintf("%s/train", data), *shard = xprintf("%s_000000.bin", prefix);
+    char *data = xprintf("%s/data", tt.root), *prefix = xprintf("%s/train", data),
+        *shard = xprintf("%s_000000.bin", prefix);
     char *name = xprintf("%s/train.bin", data), *tokenizer = xprintf("%s/tokenizer.bin", data);
     directory_make(data);
     write_shards(prefix, 1, 400);
@@ -711,7 +773,8 @@ int main(int argc, char **argv) {
     stop_by(SIGTERM, 7, 0, 4);
     stop_by(SIGINT, 1, 0, 1);
     stop_by(SIGHUP, 9, 0, 5);
-    stop_by(SIGTERM, 0, 1, 3);                           // in the evaluation of step 3, and in that of the last step
+    // in the evaluation of step 3, and in that of the last step
+    stop_by(SIGTERM, 0, 1, 3);
     stop_by(SIGTERM, 12, 0, 6);
     stop_at_once(SIGTERM);
     stop_at_once(SIGINT);
@@ -719,7 +782,8 @@ int main(int argc, char **argv) {
     two_runs();
     lose_everything();
     two_ranks();
-    printf("%d cases, %d kills, %d failed; %.0f s\n", tt.cases, tt.kills, tt.failed, clock_seconds() - from);
+    printf("%d cases, %d kills, %d failed; %.0f s\n", tt.cases, tt.kills, tt.failed,
+           clock_seconds() - from);
     if (!tt.failed) remove_tree(tt.root);
     return tt.failed > 0;
 }
