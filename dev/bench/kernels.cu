@@ -331,21 +331,59 @@ static void lab_matmul(Lab *l) {
 
 // ---- Attention ----
 
-typedef struct { Timer timer; const Lab *l; void *qkv, *dqkv, *y, *dy; float *lse, *inner;
-                 } Attention;
+typedef struct {
+    Timer timer;
+    const Lab *l;
+    void *qkv, *dqkv, *y, *dy;
+    float *lse, *inner;
+    NoisePlace noise;                                    // rate 0: without dropout
+    NoisePlace *place;                                   // the same on the device
+    uint32_t *words;
+    int *rows;
+} Attention;
+
+// The bits of dropout, drawn again as in a step; NULL: none.
+static const KeptKeys *attention_bits(const Attention *a, KeptKeys *keep) {
+    const Lab *l = a->l;
+    const size_t line = kept_keys_line(l->T), n = l->B * l->NH * l->T * line;
+    if (!a->noise.rate) return NULL;
+    LAUNCH(attention_keep_kernel, blocks_for(n), BLOCK, 0, l->g->stream, a->words,
+           (const NoisePlace *)a->place, (const int *)a->rows, n, (int)l->T, (int)l->NH, (int)line);
+    const KeptKeys made = {a->words, a->place, (int)line};
+    *keep = made;
+    return keep;
+}
 
 static void attention_forward_run(void *arg) {
     const Attention *a = (const Attention *)arg;
     const Lab *l = a->l;
-    attention_forward(a->y, a->lse, a->qkv, NULL, l->B, l->T, l->C, l->NH, l->g->half,
-                      l->g->stream);
+    KeptKeys keep;
+    attention_forward(a->y, a->lse, a->qkv, attention_bits(a, &keep), l->B, l->T, l->C, l->NH,
+                      l->g->half, l->g->stream);
 }
 
 static void attention_backward_run(void *arg) {
     const Attention *a = (const Attention *)arg;
     const Lab *l = a->l;
-    attention_backward(a->dqkv, a->inner, a->dy, a->qkv, a->y, a->lse, NULL, l->B, l->T, l->C,
-                       l->NH, l->g->half, l->g->stream);
+    KeptKeys keep;
+    attention_backward(a->dqkv, a->inner, a->dy, a->qkv, a->y, a->lse, attention_bits(a, &keep), l->B,
+                       l->T, l->C, l->NH, l->g->half, l->g->stream);
+}
+
+// Adds noise of a rate of 0.1 and memory for its bits.
+static void attention_drops(Attention *a) {
+    const Lab *l = a->l;
+    const Noise z = {7, 3, 0, 0, noise_rate_of(0.1), 0};
+    int *rows = (int *)xcalloc(l->B, sizeof *rows);
+    for (size_t b = 0; b < l->B; b++) rows[b] = (int)b;
+    a->noise = noise_place(&z, NOISE_ATTN, 0);
+    const size_t words = l->B * l->NH * l->T * kept_keys_line(l->T);
+    a->words = (uint32_t *)room_new("a benchmark's bits", words * sizeof *a->words);
+    a->place = (NoisePlace *)room_new("a benchmark's noise", sizeof *a->place);
+    a->rows = (int *)room_new("a benchmark's rows", l->B * sizeof *a->rows);
+    CUDA_CHECK(cudaMemcpy(a->place, &a->noise, sizeof a->noise, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy(a->rows, rows, l->B * sizeof *rows, cudaMemcpyHostToDevice));
+    free(rows);
 }
 
 // Compares the first head of the first row and the last head of the last row: y or, with
@@ -353,7 +391,6 @@ static void attention_backward_run(void *arg) {
 static double attention_compare(const Attention *a, int backward) {
     const Lab *l = a->l;
     const size_t T = l->T, C = l->C, HS = C / l->NH;
-    const NoisePlace none = {};
     Deviation d[4] = {{0, 0, 0}};                        // dq, dk, dv, y
     float *qkv = (float *)xcalloc(T * 3 * C, sizeof *qkv),
         *dqkv = (float *)xcalloc(T * 3 * C, sizeof *dqkv);
@@ -366,7 +403,7 @@ static double attention_compare(const Attention *a, int backward) {
         device_read(l->g, dqkv, a->dqkv, 0, row * T * 3 * C, T * 3 * C);
         device_read(l->g, y, a->y, 0, row * T * C, T * C);
         device_read(l->g, dy, a->dy, 0, row * T * C, T * C);
-        attention_reference(want_y, want, dy + head, qkv + head, &none, row, head / HS, T, C, HS);
+        attention_reference(want_y, want, dy + head, qkv + head, &a->noise, row, head / HS, T, C, HS);
         for (size_t i = 0; i < T * HS; i++) {
             const size_t t = i / HS, h = head + i % HS;
             deviation_add(&d[3], (double)y[t * C + h], want_y[i]);
@@ -400,10 +437,11 @@ static double attention_backward_check(void *arg) {
 // root mean square. (T 20, 80, 256, 384: errors of 0.023 to 0.044.)
 static void lab_attention(Lab *l) {
     MeasureTable t = measure_new(l->rounds);
-    Attention a = {{0, 0, 0}, l, NULL, NULL, NULL, NULL, NULL, NULL};
+    Attention a = {}, drops;
     const double flops = 4 * (double)l->C * (double)l->B * (double)l->T * ((double)l->T + 1) / 2;
     const double error = l->g->half ? 0.05 + 0.002 * sqrt((double)l->T)
-        : 4 * rounding((double)l->T);
+                                    : 4 * rounding((double)l->T);
+    a.l = l;
     timer_open(&a.timer, l->g->stream);
     a.qkv = device_filled(l->g, 0, 3 * l->BT * l->C, 2, 20),
         a.dqkv = device_filled(l->g, 0, 3 * l->BT * l->C, 1, 21);
@@ -411,10 +449,15 @@ static void lab_attention(Lab *l) {
         a.dy = device_filled(l->g, 0, l->BT * l->C, 1, 23);
     a.lse = (float *)device_filled(l->g, 1, l->BT * l->NH, 1, 24);
     a.inner = (float *)device_filled(l->g, 1, l->BT * l->NH, 1, 25);
-    timed_row(&t, "attention forward", "GFLOP/s", flops, attention_forward_run,
-              attention_forward_check, &a, error, l->product);
-    timed_row(&t, "attention backward", "GFLOP/s", 2.5 * flops, attention_backward_run,
-              attention_backward_check, &a, error, l->product);
+    timed_row(&t, "attention forward", "GFLOP/s", flops, attention_forward_run, attention_forward_check, &a, error, l->product);
+    timed_row(&t, "attention backward", "GFLOP/s", 2.5 * flops, attention_backward_run, attention_backward_check, &a, error,
+              l->product);
+    drops = a;
+    attention_drops(&drops);
+    timed_row(&t, "attention forward, dropout", "GFLOP/s", flops, attention_forward_run, attention_forward_check, &drops,
+              error, l->product);
+    timed_row(&t, "attention backward, dropout", "GFLOP/s", 2.5 * flops, attention_backward_run, attention_backward_check,
+              &drops, error, l->product);
     for (int i = 0; i < t.n; i++)
         snprintf(t.row[i].shape, sizeof t.row[i].shape, "%zu x %zu x %zu", l->B * l->NH, l->T,
                  l->C / l->NH);
@@ -431,7 +474,7 @@ static void lab_attention(Lab *l) {
     measure_json(&l->attention, "backward_flops", t.row[1].work);
     text_printf(&l->attention, "}");
     measure_free(&t);
-    void *const array[] = {a.qkv, a.dqkv, a.y, a.dy, a.lse, a.inner};
+    void *const array[] = {a.qkv, a.dqkv, a.y, a.dy, a.lse, a.inner, drops.words, drops.place, drops.rows};
     for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) CUDA_CHECK(cudaFree(array[i]));
     timer_close(&a.timer);
 }
