@@ -2,15 +2,13 @@
 // exact losses of the model without a layer or a branch (through engine.h). build/layers prints
 // them, build/prune acts on them.
 //
-//     Block Influence    1 - E cos(x_l, x_l+1)                         Men et al. 2024, ShortGPT
-//     angular distance   E arccos(cos(x_l, x_l+n)) / pi                Gromov et al. 2024, The
-//     Unreasonable Ineffectiveness
-//                                                                      of the Deeper Layers
+//     Block Influence    1 - E cos(x_l, x_l+1)                 Men et al. 2024, ShortGPT
+//     angular distance   E arccos(cos(x_l, x_l+n)) / pi        Gromov et al. 2024, The Unreasonable
+//                                                              Ineffectiveness of the Deeper Layers
 //     relative size      E |f(x)| / |x| of a branch f
 //     ablation           the loss without a layer or branch minus that with it: a plan, exact
-//     greedy removal     the layer whose removal costs least, then the next one, scored again after
-//     each removal early exit         the loss of the first layers alone: ln_f and the head read
-//     their stream
+//     greedy removal     the layer whose removal costs least, then the next, scored again each time
+//     early exit         the loss of the first layers alone: ln_f and the head read their stream
 //
 // x_l is what layer l reads, l = 0..L-1, and x_L what ln_f reads. E is the mean over all positions
 // of all windows but the first `skip` of each: the first position sees itself alone, and GPTs use
