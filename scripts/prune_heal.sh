@@ -85,13 +85,14 @@ for seed in $SEEDS; do
         fi
         for way in $("$PYTHON" scripts/prune_heal.py ways "$scores" "$REMOVE"); do     # such as greedy_3=0,1,2,4,8
             file=$OUT/curve/${name}_${way%%=*}.json
+            if [ "${way%%=*}" = "greedy_$REMOVE" ]; then keep=${way#*=}; fi
             if [ -e "$file" ]; then continue; fi
             "$BUILD/evaluate" "$run" --val "$DATA/val_*.bin" --eval-tokens "$TOKENS" --threads "$THREADS" --json "$file" \
                 --keep-layers "${way#*=}" > /dev/null
         done
         if [ ! -e "$OUT/pruned/$name" ]; then
-            "$BUILD/prune" "$run" --out "$OUT/pruned/$name" --n "$REMOVE" --select greedy --val "$DATA/train_*.bin" \
-                --tokens "$TOKENS" --threads "$THREADS"
+            "$BUILD/prune" "$run" --out "$OUT/pruned/$name" --keep "$keep" --val "$DATA/val_*.bin" --tokens "$TOKENS" \
+                --threads "$THREADS"
         fi
         loss "$OUT/pruned/$name" "$OUT/curve/${name}_pruned.json"
         for arm in $ARMS; do
