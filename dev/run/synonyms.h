@@ -131,6 +131,9 @@ static const Synonym synonyms[] = {
     {"seeds", "", "num-seeds n-seeds"},
     {"format", "", "output-format"},
     {"picture", "", "plot"},
+    {"n", ", layers to remove", "layers-to-skip num-layers-to-skip n-prune-layers num-prune-layers"},
+    {"fraction", ", of the layers", "sparsity prune-ratio pruning-ratio"},
+    {"drop", ", counted from 0", "prune-layers remove-layers layers-to-remove"},
 
     // llm.c's letters
     {"train", "", "i"},

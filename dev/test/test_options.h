@@ -175,7 +175,8 @@ static int options_test_has(const Text *help, const char *name) {
 
 // Every synonym leads to an option of some program that does not itself have an option of that name.
 static void test_options_synonyms_lead_somewhere(void) {
-    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export", "collapse"};
+    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate",
+                                           "export",    "layers",  "prune",    "collapse"};
     enum { PROGRAMS = sizeof programs / sizeof programs[0] };
     Text help[PROGRAMS];
     for (int p = 0; p < PROGRAMS; p++) {
