@@ -7,11 +7,13 @@
                                               the same loss for less compute?
     scripts/plot.py runs --by drop-path       final results, against an option in which runs differ
     scripts/plot.py runs --table              final results as a table; this needs no matplotlib
+    scripts/plot.py --study runs/studies/quick/report.json     what build/study has found
 
 A RUN is a folder with metrics.jsonl, such a file, or a folder of runs. Runs that differ only by
 seed are drawn as one: their mean, with the range from the lowest to the highest as a band.
 """
 import argparse
+import json
 import math
 import os
 import re
@@ -435,6 +437,89 @@ def draw_ends(runs, by, plt):
     return figure
 
 
+# ---- A study: report.json of build/study ----
+
+def read_study(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            study = json.load(file)
+    except (OSError, ValueError) as e:
+        fail(f"cannot read {path}: {e}")
+    if not isinstance(study, dict) or study.get("format") != "droppath.c study 1":
+        fail(f"{path}: not a report.json of build/study")
+    return study
+
+
+def draw_differences(ax, study, others):
+    """Each arm minus the baseline: seeds as marks, the t-interval as a thick line, the bootstrap's as a thin one below."""
+    for row, arm in enumerate(reversed(others)):
+        color = COLORS[1 + (len(others) - 1 - row) % (len(COLORS) - 1)]
+        if arm["difference"] is None:
+            continue
+        ax.plot(arm["differences"], [row + 0.18] * len(arm["differences"]), "o", color=color, markersize=3,
+                markerfacecolor="white")
+        for low, high, at, width in (("t_low", "t_high", 0, 2.2), ("bootstrap_low", "bootstrap_high", -0.15, 0.8)):
+            if arm[low] is not None:
+                ax.plot([arm[low], arm[high]], [row + at] * 2, "-", color=color, linewidth=width)
+        ax.plot([arm["difference"]], [row], "D", color=color, markersize=5)
+    ax.axvline(0, color="black", linewidth=0.8)
+    if study["margin"] is not None:
+        ax.axvspan(-study["margin"], study["margin"], color="black", alpha=0.08, linewidth=0)
+    ax.set_yticks(range(len(others)), [arm["name"] for arm in reversed(others)])
+    ax.set_ylim(-0.6, len(others) - 0.4)
+    ax.set_xlabel(f"{study['endpoint']} minus {study['baseline']}'s, by seed (95%: thick t, thin bootstrap; grey: margin)")
+
+
+def draw_tuning(ax, study):
+    """The means of tuning along each arm's first grid: the lowest over the others."""
+    for i, arm in enumerate(study["arms"]):
+        at = {}
+        for place, mean in arm["tuning"]:
+            first = place.split(" ")[0].partition("=")[2]
+            at[first] = min(mean, at.get(first, mean))
+        try:
+            xs = sorted(at, key=lambda x: float(x.rstrip("%")))
+            ax.plot([float(x.rstrip("%")) for x in xs], [at[x] for x in xs], color=COLORS[i % len(COLORS)],
+                    linestyle=LINES[i % len(LINES)], marker=MARKS[i % len(MARKS)], markerfacecolor="white",
+                    label=arm["name"])
+        except ValueError:                              # words of a choice have no order
+            continue
+    names = {place.split("=")[0] for arm in study["arms"] for place, _ in arm["tuning"]}
+    ax.set_xlabel(f"tuned: --{', '.join(sorted(names)) or 'nothing'}")
+    ax.set_ylabel(study["endpoint"])
+    if names and ax.get_xlim()[0] > 0:
+        ax.set_xscale("log")
+    if names:
+        ax.legend(fontsize=7)
+
+
+def draw_budgets(ax, study):
+    """Loss against FLOPs: the baseline's own budgets as a line, the other arms as marks."""
+    points = [(f, v) for f, v in zip(study["budget_flops"], study["budget_losses"]) if f is not None and v is not None]
+    ax.plot([f for f, _ in points], [v for _, v in points], color="black", marker="o", markerfacecolor="white",
+            label=study["baseline"])
+    others = [arm for arm in study["arms"] if arm["name"] != study["baseline"] and arm["mean"] is not None]
+    for i, arm in enumerate(others):
+        ax.plot([arm["flops"]], [arm["mean"]], linestyle="", color=COLORS[1 + i % (len(COLORS) - 1)],
+                marker=MARKS[(1 + i) % len(MARKS)], label=arm["name"])
+    ax.set_xscale("log")
+    ax.set_xlabel(X_LABELS["flops"])
+    ax.set_ylabel(study["endpoint"])
+    ax.legend(fontsize=7)
+
+
+def draw_study(study, plt):
+    others = [arm for arm in study["arms"] if arm["name"] != study["baseline"]]
+    figure, axes = plt.subplots(1, 3, figsize=(15, max(4, 1.5 + 0.4 * len(others))), layout="constrained")
+    draw_differences(axes[0], study, others)
+    draw_tuning(axes[1], study)
+    draw_budgets(axes[2], study)
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.tick_params(axis="both", which="both", labelsize=8)
+    return figure
+
+
 # ---- Options and files ----
 
 def names(choices):
@@ -495,11 +580,13 @@ def main():
     add("--by", metavar="OPTION", help="draw the final results against this option, such as "
         "drop-path")
     add("--table", action="store_true", help="print the final results, and draw nothing")
+    add("--study", action="store_true", help="RUN is the report.json of build/study")
     add("--out", default="plot", help="file: .png, .svg or .pdf; without an extension .png and "
         ".svg (default plot)")
     options = parser.parse_args()
-    found = find_runs(options.runs)
-    if not found:
+    study = read_study(options.runs[0]) if options.study else None
+    found = [] if study else find_runs(options.runs)
+    if not found and not study:
         fail(f"{' '.join(options.runs)}: no run found\n"
              "  hint: a run is a folder with metrics.jsonl: the --out of train_gpt")
     if options.table:
@@ -515,6 +602,12 @@ def main():
         fail("matplotlib is missing: python3 -m pip install matplotlib\n  hint: --table works "
              "without it")
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "droppath.c", "font.size": 9})
+    if study:
+        figure = draw_study(study, plt)
+        for path in files:
+            save(figure, path)
+        print(f"wrote {', '.join(files)}")
+        return
     kept, runs = {}, []
     for path, name in zip(found, run_names(found)):
         heat = KeptMap(np)

@@ -10,8 +10,9 @@
 #include "../files/files.h"
 #include "../model/engines.h"
 #include "../run/trainer.h"
+#include "budget.h"
+#include "report.h"
 #include "stats.h"
-#include <ctype.h>
 #include <poll.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -130,26 +131,10 @@ static void read_sizes(Compare *c) {
     for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr.manifest[i]);
 }
 
-// What a run of so many steps with drop path is expected to cost, in steps without it.
-static double expected_cost(const Compare *c, int64_t steps) {
-    const DropPath d = trainer_drop_path(&c->train, c->config.L, steps);
-    double cost = 0;
-    for (int64_t t = 0; t < steps; t++) cost += drop_path_expected_compute(&d, &c->config, c->T, t);
-    return cost;
-}
-
-// The steps with drop path that cost as much as the run without it. The ramp is stretched with the run; a longer run
-// never costs less, so bisection finds them.
+// The steps with drop path that cost as much as the run without it.
 static int64_t equal_flops_steps(const Compare *c) {
-    const double target = (double)c->steps[NONE];
-    int64_t low = c->steps[NONE], high = low;            // low costs at most the target, high at least
-    while (expected_cost(c, high) < target) low = high, high *= 2;
-    while (high - low > 1) {
-        const int64_t middle = low + (high - low) / 2;
-        if (expected_cost(c, middle) < target) low = middle;
-        else high = middle;
-    }
-    return target - expected_cost(c, low) < expected_cost(c, high) - target ? low : high;
+    const Budget b = {&c->train, &c->config, c->T};
+    return budget_steps(&b, (double)c->steps[NONE], c->steps[NONE]);
 }
 
 // ---- One run ----
@@ -377,34 +362,6 @@ static char *arm_title(const Compare *c, int arm) {
     return xprintf("drop path %g%s", c->train.drop_path, arm == DROP ? "" : ", equal FLOPs");
 }
 
-// ---- Tables: plain text that is Markdown too ----
-
-enum { MAX_ROWS = N_NUMBERS + 1 };
-
-typedef struct { int rows, columns; char *cell[MAX_ROWS][1 + MAX_ARMS]; } Table;      // row 0 is the heading
-
-static void table_print(Text *out, const Table *t) {
-    int width[1 + MAX_ARMS] = {0};
-    for (int r = 0; r < t->rows; r++)
-        for (int k = 0; k < t->columns; k++)
-            if ((int)strlen(t->cell[r][k]) > width[k]) width[k] = (int)strlen(t->cell[r][k]);
-    for (int r = 0; r < t->rows; r++) {
-        for (int k = 0; k < t->columns; k++) text_printf(out, "| %*s ", k ? width[k] : -width[k], t->cell[r][k]);
-        text_printf(out, "|\n");
-        for (int k = 0; r == 0 && k < t->columns; k++) {
-            text_printf(out, k ? "|" : "|-");
-            for (int i = 0; i < width[k] + 1; i++) text_append(out, "-", 1);
-            text_printf(out, k ? ":" : "");
-        }
-        if (r == 0) text_printf(out, "|\n");
-    }
-}
-
-static void table_free(Table *t) {
-    for (int r = 0; r < t->rows; r++)
-        for (int k = 0; k < t->columns; k++) free(t->cell[r][k]);
-}
-
 // "1.9012 (sd 0.0031)"; without the sd where all seeds agree or there is one, "n/a" where there is no number.
 static char *mean_cell(const Compare *c, int arm, int k) {
     const double mean = mean_of(c, arm, k), sd = stats_sd(c->value[arm][k], c->seeds);
@@ -428,20 +385,20 @@ static char *difference_text(const Compare *c, int arm, int k) {
 }
 
 static void report_tables(const Compare *c, Text *out) {
-    Table means = {1 + N_NUMBERS, 1 + c->arms, {{NULL}}}, differences = {4, c->arms, {{NULL}}};
-    means.cell[0][0] = xprintf("mean of %d seed%s", c->seeds, c->seeds == 1 ? "" : "s");
-    differences.cell[0][0] = xstrdup("minus no drop path, paired by seed");
+    Table means = table_new(1 + N_NUMBERS, 1 + c->arms), differences = table_new(4, c->arms);
+    *table_cell(&means, 0, 0) = xprintf("mean of %d seed%s", c->seeds, c->seeds == 1 ? "" : "s");
+    *table_cell(&differences, 0, 0) = xstrdup("minus no drop path, paired by seed");
     for (int arm = 0; arm < c->arms; arm++) {
-        means.cell[0][1 + arm] = arm_title(c, arm);
-        if (arm != NONE) differences.cell[0][arm] = arm_title(c, arm);
+        *table_cell(&means, 0, 1 + arm) = arm_title(c, arm);
+        if (arm != NONE) *table_cell(&differences, 0, arm) = arm_title(c, arm);
     }
     for (int k = 0; k < N_NUMBERS; k++) {
-        means.cell[1 + k][0] = xstrdup(number[k].title);
-        for (int arm = 0; arm < c->arms; arm++) means.cell[1 + k][1 + arm] = mean_cell(c, arm, k);
+        *table_cell(&means, 1 + k, 0) = xstrdup(number[k].title);
+        for (int arm = 0; arm < c->arms; arm++) *table_cell(&means, 1 + k, 1 + arm) = mean_cell(c, arm, k);
     }
     for (int k = N_val_loss, row = 1; k <= N_val_bpb; k++, row++) {
-        differences.cell[row][0] = xstrdup(number[k].title);
-        for (int arm = DROP; arm < c->arms; arm++) differences.cell[row][arm] = difference_text(c, arm, k);
+        *table_cell(&differences, row, 0) = xstrdup(number[k].title);
+        for (int arm = DROP; arm < c->arms; arm++) *table_cell(&differences, row, arm) = difference_text(c, arm, k);
     }
     table_print(out, &means);
     text_printf(out, "\n");
@@ -482,18 +439,6 @@ static void report_verdict(const Compare *c, Text *out) {
 
 // ---- compare.md and compare.json ----
 
-// Appends a word as a shell reads it.
-static void shell_word(Text *out, const char *word) {
-    int plain = *word != 0;
-    for (const char *s = word; *s; s++) plain &= isalnum((unsigned char)*s) || strchr("-_./=,:%+@", *s) != NULL;
-    if (!plain) text_append(out, "'", 1);
-    for (const char *s = word; *s; s++) {
-        if (*s == '\'') text_printf(out, "'\\''");
-        else text_append(out, s, 1);
-    }
-    if (!plain) text_append(out, "'", 1);
-}
-
 static void markdown(const Compare *c, Text *out, const char *command, const Text *report) {
     const GptConfig *g = &c->config;
     char parameters[32];
@@ -505,14 +450,6 @@ static void markdown(const Compare *c, Text *out, const char *command, const Tex
     if (c->arms > DROP_FLOPS) text_printf(out, "; at equal FLOPs %lld steps", (long long)c->steps[DROP_FLOPS]);
     text_printf(out, ". Seeds %lld to %lld.\n\n%s", (long long)c->train.seed, (long long)c->train.seed + c->seeds - 1,
                 report->s);
-}
-
-// Appends n pairs "name": number.
-static void json_numbers(Text *out, int n, const char *const *name, const double *value) {
-    for (int i = 0; i < n; i++) {
-        text_printf(out, "%s\"%s\": ", i ? ", " : "", name[i]);
-        json_write_number(out, value[i]);
-    }
 }
 
 static void json_run(const Compare *c, Text *out, int arm, int s) {
@@ -570,38 +507,8 @@ static void json(const Compare *c, Text *out, const char *command) {
 
 // ---- compare.png and compare.svg, by scripts/plot.py: an extra, whose absence is no failure ----
 
-#define PICTURE_SECONDS 120
-
-// Where plot.py is, from the program's name: in scripts/ of one of the folders above build/double/san. From malloc, or NULL.
-static char *find_plot(const char *program) {
-    static const char *const above[] = {"..", "../..", "../../..", "../../../.."};
-    const char *slash = strrchr(program, '/');
-    for (int i = 0; slash && i < 4; i++) {
-        char *path = xprintf("%.*s/%s/scripts/plot.py", (int)(slash - program), program, above[i]);
-        if (path_exists(path)) return path;
-        free(path);
-    }
-    return NULL;
-}
-
-// Runs that command, silently; returns whether it has succeeded. One that hangs is ended after a while.
-static int draw(char **arguments) {
-    int status;
-    const pid_t pid = fork();
-    if (pid == 0) {
-        const int null = open("/dev/null", O_RDWR);
-        for (int fd = 0; fd < 3; fd++) dup2(null, fd);
-        alarm(PICTURE_SECONDS);
-        execvp(arguments[0], arguments);
-        _exit(127);
-    }
-    while (pid > 0 && waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) return 0;
-    return pid > 0 && status == 0;
-}
-
 static void write_picture(const Compare *c, const char *program) {
-    char *plot = find_plot(program), *out = xprintf("%s/compare", c->train.out);
+    char *plot = picture_plot(program), *out = xprintf("%s/compare", c->train.out);
     char **arguments = (char **)xcalloc((size_t)(c->seeds * c->arms) + 5, sizeof *arguments);
     int n = 0;
     arguments[n++] = "python3";
@@ -612,7 +519,7 @@ static void write_picture(const Compare *c, const char *program) {
         TrainOptions o = run_options(c, i / c->seeds, i % c->seeds);
         arguments[n++] = o.out;
     }
-    if (plot && draw(arguments)) printf("drawn:   %s.png, %s.svg\n", out, out);
+    if (plot && picture_draw(arguments)) printf("drawn:   %s.png, %s.svg\n", out, out);
     for (int i = 4; i < n; i++) free(arguments[i]);
     free(arguments);
     free(plot);
