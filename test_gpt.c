@@ -19,6 +19,7 @@
 #include "dev/test/test_collapse.h"
 #include "dev/test/test_comm.h"
 #include "dev/test/test_compare.h"
+#include "dev/test/test_study.h"
 #include "dev/test/test_cuda.h"
 #include "dev/test/test_dense.h"
 #include "dev/test/test_drop_path.h"
@@ -86,7 +87,7 @@ static const Test tests[] = {
     NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
 #endif
-    KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X)
+    KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X) STUDY_TESTS(X)
     MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) CHOICES_TESTS(X)
     GPU_MODEL_TESTS(X) GROWTH_TESTS(X)
     LAYERS_TESTS(X)

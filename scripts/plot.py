@@ -123,8 +123,18 @@ def depths(config, layers):
     span = max(1, layers - 1)
     rule = {"linear": lambda l: l / layers, "linear0": lambda l: (l - 1) / span,
             "uniform": lambda l: 1.0,
+            "alternate": lambda l: float(l % 2 == 0),
             "exp": lambda l: 2 ** ((l - 1) / span) - 1}.get(config.get("drop-depth"))
-    return rule and [rule(l) if layers > 1 else 1.0 for l in range(1, layers + 1)]
+    found = rule and [rule(l) if layers > 1 else 1.0 for l in range(1, layers + 1)]
+    rates = [float(rate) for rate in config.get("drop-rates", "").strip('"').split(",") if rate]
+    if rates:
+        found = [rate / (max(rates) or 1) for rate in rates]
+    protected = config.get("drop-protect", "none").split(",")
+    if found and "first" in protected:
+        found[0] = 0.0
+    if found and "last" in protected:
+        found[-1] = 0.0
+    return found
 
 
 def draw_heat(part, run, kept, np, plt):

@@ -29,14 +29,24 @@ static inline double trainer_expected_compute(const Trainer *tr) {
     return growth_run_compute(&tr->growth, &tr->drop, &whole, tr->T, tr->steps);
 }
 
+// The share of the branches' FLOPs that the run is expected to drop, over all its steps.
+static inline double trainer_expected_share(const Trainer *tr) {
+    const int64_t every = tr->steps / 100000 + 1;
+    double sum = 0, n = 0;
+    if (tr->options->drop_path == 0) return 0;
+    for (int64_t t = every / 2; t < tr->steps; t += every, n++)
+        sum += drop_path_expected_share(&tr->drop, &tr->config, tr->T, t);
+    return sum / n;
+}
+
 // Several strong regularizers should each be weaker, and if each token is seen only once there is
 // little to regularize.
-static inline void trainer_warn_of_many(const Trainer *tr, double usual_drop) {
+static inline void trainer_warn_of_many(const Trainer *tr, int drops_much) {
     const TrainOptions *o = tr->options;
     const double dropout = fmax(o->dropout_embd, fmax(o->dropout_attn, o->dropout_resid));
     const double epochs = (double)tr->steps * tr->M * tr->B / (double)tr->train.windows;
     const struct { const char *name; double value, strong; } all[] = {
-        {"--drop-path", o->drop_path, usual_drop}, {"--dropout", dropout, 0.1},
+        {"--drop-path", o->drop_path, drops_much ? 0 : INFINITY}, {"--dropout", dropout, 0.1},
         {"--label-smoothing", o->label_smoothing, 0.1}, {"--weight-decay", o->weight_decay, 0.3}};
     Text names = {NULL, 0, 0};
     int n = 0;
@@ -98,13 +108,15 @@ static inline void trainer_print_start(const Trainer *tr) {
         printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of "
                "the FLOPs\n", o->drop_path, c->L, o->drop_path * drop_path_depth(&tr->drop, 1),
                100 * trainer_expected_compute(tr));
-        const char *size = drop_path_excess(o->drop_path, parameters, &usual);
-        if (size)
-            warn("--drop-path %g is high: %g is usual for a %s model; compare with a run without "
-                 "it", o->drop_path, usual, size);
     }
-    drop_path_excess(0, parameters, &usual);
-    trainer_warn_of_many(tr, usual);
+    const double share = trainer_expected_share(tr);
+    const char *size = drop_path_excess(share, parameters, c->L, &usual);
+    if (size)
+        warn("--drop-path %g drops %.0f%% of the branches' work on average over layers and steps, which "
+             "is high: no harm is reported for %.2g%% of a %s model\n  hint: that rests on few runs "
+             "(dev/DROP_PATH.md); compare with a run without it", o->drop_path, 100 * share,
+             100 * usual, size);
+    trainer_warn_of_many(tr, share > 0.8 * usual);
     printf("output:  %s\n", o->out);
     fflush(stdout);
 }

@@ -83,14 +83,14 @@ typedef struct { const OptionSpec *specs; int n; } OptionTable;
 // PLD's gamma is 100/steps, so that our exp ramp, which ends at gamma * t = ln 100, takes 4.6% of the run.
 #define DROP_RECIPES(X)                                                                                              \
     X(huang2016,      "drop-unit=batch\ndrop-branches=tied\ndrop-depth=linear\ndrop-scale=survival\ndrop-ramp-up=0") \
-    X(pld2020,        "drop-unit=batch\ndrop-branches=tied\ndrop-depth=linear\ndrop-scale=inverted\n"                \
+    X(pld2020,        "drop-unit=batch\ndrop-branches=tied\ndrop-depth=linear\ndrop-scale=inverted-each\n"           \
                       "drop-ramp-shape=exp\ndrop-ramp-up=4.6%")                                                      \
     X(layerdrop2019,  "drop-unit=batch\ndrop-branches=tied\ndrop-depth=uniform\ndrop-scale=none\ndrop-ramp-up=0")    \
     X(layerskip2024,  "drop-unit=row\ndrop-branches=tied\ndrop-depth=exp\ndrop-scale=none\n"                         \
                       "drop-ramp-shape=exp2\ndrop-ramp-up=100%")                                                     \
     X(early2023,      "drop-unit=row\ndrop-depth=linear0\ndrop-scale=inverted\ndrop-ramp-up=0\n"                     \
                       "drop-ramp-down=17%\ndrop-recover=83%")                                                        \
-    X(elhoushi2026,   "drop-unit=row\ndrop-branches=tied\ndrop-depth=linear0\ndrop-scale=inverted\n"                 \
+    X(elhoushi2026,   "drop-unit=row\ndrop-branches=tied\ndrop-depth=linear0\ndrop-scale=inverted-each\n"            \
                       "drop-ramp-shape=linear\ndrop-ramp-up=0\ndrop-ramp-down=100%")                                \
     X(bu2026,         "grow=1:0,all:80%\ngrow-init=random\nlr-schedule=wsd\nwarmup=2%\nlr-decay=10%")
 #define OPTION_RECIPE_NAME(name, config) "|" #name
@@ -211,15 +211,21 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(reduce_fp32, "reduce-fp32", FLAG, "0", "0|1", "sum gradients over the GPUs in fp32, not in --dtype")      \
   HEADING("Drop path: rate = drop-path * depth(layer) * ramp(step)")                                                 \
     OPTION(drop_path, "drop-path", NUMBER, "0", "[0,1)",                                                             \
-           "p_max, the largest rate at which a branch is dropped; 0: plain training. Rates are rounded to multiples " \
-           "of 2^-32: what is drawn against is what scales")                                                        \
+           "p_max, the largest rate at which a branch is dropped; 0: plain training. Warns of a run that drops " \
+           "more than about 5% of the branches' work on average (10% from 250M parameters on, 20% from 600M): "      \
+           "dev/DROP_PATH.md says what that rests on. Rates are rounded to multiples of 2^-32")                                                        \
     OPTION(drop_recipe, "drop-recipe", CHOICE, "none", "none" DROP_RECIPES(OPTION_RECIPE_NAME),                      \
            "sets the options below as published; single options override it. Huang et al. 2016, Deep Networks with " \
            "Stochastic Depth; Zhang and He 2020, progressive layer dropping; Fan et al. 2019, LayerDrop; Elhoushi "  \
            "et al. 2024, LayerSkip; Liu et al. 2023, Dropout Reduces Underfitting; Don't Drop Dropout, "  \
            "ICML 2026; Bu et al. 2511.04981, depth expansion, which grows and drops nothing")   \
-    OPTION(drop_depth, "drop-depth", CHOICE, "linear", "linear|linear0|uniform|exp",                                 \
-           "depth of layer l = 1..L: l/L, (l-1)/(L-1), 1 or 2^((l-1)/(L-1)) - 1")                                    \
+    OPTION(drop_depth, "drop-depth", CHOICE, "linear", "linear|linear0|uniform|exp|alternate",                       \
+           "depth of layer l = 1..L: l/L, (l-1)/(L-1), 1, 2^((l-1)/(L-1)) - 1, or 1 for even l and "                 \
+           "0 for odd l")                                                                                            \
+    OPTION(drop_rates, "drop-rates", TEXT, "", "LIST",                                                               \
+           "the largest rate of each layer, as 0,0,0.1,0.2: instead of --drop-path and --drop-depth")                \
+    OPTION(drop_protect, "drop-protect", CHOICE, "none", "none|first|last|first,last",                               \
+           "layers that are never dropped")                                                                          \
     OPTION(drop_start, "drop-start", SPAN, "0", "", "steps before the ramp, without drops")                          \
     OPTION(drop_ramp_from, "drop-ramp-from", NUMBER, "0", "[0,1]", "where the ramp starts, as a fraction of the top")\
     OPTION(drop_ramp_up, "drop-ramp-up", SPAN, "10%", "", "steps in which the ramp rises to 1")                      \
@@ -232,8 +238,9 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "attention and MLP drawn separately, as one block, or only one of them dropped")                          \
     OPTION(drop_sampling, "drop-sampling", CHOICE, "systematic", "systematic|bernoulli",                             \
            "equal rates; systematic draws nearly the same number of drops each time, bernoulli independently")       \
-    OPTION(drop_scale, "drop-scale", CHOICE, "inverted", "inverted|none|survival",                                   \
-           "kept branches times 1/(1-p), never scaled, or times 1-p in evaluation")                                  \
+    OPTION(drop_scale, "drop-scale", CHOICE, "inverted", "inverted|none|survival|inverted-each",                     \
+           "kept branches times 1/(1-p), never scaled, or times 1-p in evaluation. A tied block is scaled as "       \
+           "one; inverted-each scales each of its branches, which is biased, but what the papers of two recipes do") \
     OPTION(drop_sync, "drop-sync", FLAG, "1", "0|1", "with --drop-unit batch, all ranks drop alike")                 \
     OPTION(drop_adam, "drop-adam", CHOICE, "dense", "dense|skip",                                                    \
            "a branch dropped in a whole step is updated with gradient 0, or left untouched")                         \
@@ -763,12 +770,47 @@ static inline void options_parse(Options *o, int argc, char **argv) {
     if (error) die("%s", error);
 }
 
-// Sets what --drop-recipe and --dropout stand for, except the options that were given at least as directly. Call it after
+// Reads "0,0,0.1,0.2" into rate (most). Returns how many there are, or 0 if the text is no such list
+// of numbers in [0, 1).
+static inline int rates_read(double *rate, int most, const char *text) {
+    for (int n = 0; n < most; text++) {
+        char *end;
+        const size_t length = strspn(text, "0123456789.eE-+");
+        rate[n] = strtod(text, &end);
+        if (!length || end != text + length || !options_inside_as_real("[0,1)", rate[n])) return 0;
+        n++, text = end;
+        if (!*text) return n;
+        if (*text != ',') return 0;
+    }
+    return 0;
+}
+
+// The largest of --drop-rates; NaN if they are no list of rates.
+static inline double rates_largest(const char *text) {
+    double rate[1024], most = 0;
+    const int n = rates_read(rate, 1024, text);
+    for (int i = 0; i < n; i++) most = fmax(most, rate[i]);
+    return n ? most : NAN;
+}
+
+// Sets --drop-path to the largest of --drop-rates, unless it was given; whether they agree is
+// checked when a run is opened.
+static inline void options_apply_rates(Options *o, const TrainOptions *t) {
+    const double most = *t->drop_rates ? rates_largest(t->drop_rates) : NAN;
+    if (isnan(most) || options_from(o, &t->drop_path) != FROM_DEFAULT) return;
+    char *all = xprintf("drop-path=%.17g", most);
+    char *error = options_config(o, all, strlen(all), FROM_COMMAND, "--drop-rates");
+    CHECK(!error, "%s", error);
+    free(all);
+}
+
+// Sets what --drop-recipe, --drop-rates and --dropout stand for, except the options that were given at least as directly. Call it after
 // parsing.
 static inline void options_apply_recipe(Options *o, const TrainOptions *t) {
     const char *config = drop_recipe_configs[t->drop_recipe];
     char *error = options_config(o, config, strlen(config), options_from(o, &t->drop_recipe) - 1, "recipe");
     CHECK(!error, "%s", error);
+    options_apply_rates(o, t);
     const int dropout = options_from(o, &t->dropout);
     if (dropout == FROM_DEFAULT) return;
     char *all = xprintf("dropout-embd=%.17g\ndropout-attn=%.17g\ndropout-resid=%.17g", t->dropout, t->dropout, t->dropout);

@@ -268,6 +268,14 @@ static inline DropPath trainer_drop_path(const TrainOptions *o, int layers, int6
     d.ramp_up = span_steps(o->drop_ramp_up, steps);
     d.ramp_down = span_steps(o->drop_ramp_down, steps);
     d.recover = span_steps(o->drop_recover, steps);
+    d.protect = o->drop_protect;
+    if (*o->drop_rates) {
+        d.listed = rates_read(d.list, DROP_LAYERS, o->drop_rates);
+        if (d.listed != layers)
+            die("--drop-rates %s has %d rates: this model has %d layers", o->drop_rates, d.listed,
+                layers);
+        for (int l = 0; l < layers && d.p_max > 0; l++) d.list[l] /= d.p_max;
+    }
     return d;
 }
 
@@ -290,6 +298,13 @@ static inline void trainer_check_numbers(const TrainOptions *o) {
         die("--lr %g with --beta1 %g: their quotient lr / (1 - beta1) is infinite in " REAL_NAME, o->lr, o->beta1);
     if (!isfinite((real)(1 - o->lr * o->weight_decay)))
         die("--lr %g with --weight-decay %g: their product is infinite in " REAL_NAME, o->lr, o->weight_decay);
+    const double listed = *o->drop_rates ? rates_largest(o->drop_rates) : o->drop_path;
+    if (isnan(listed))
+        die("--drop-rates %s: a rate in [0,1) for each layer, with commas between them, as 0,0,0.1,0.2",
+            o->drop_rates);
+    if (listed != o->drop_path)
+        die("--drop-rates %s has the largest rate %g, but --drop-path is %g\n"
+            "  hint: leave out --drop-path", o->drop_rates, listed, o->drop_path);
     if (o->drop_path > 0 && o->drop_path * 4294967296.0 < 0.5)
         die("--drop-path %g rounds to 0: rates are multiples of 2^-32\n  hint: 0 is plain training", o->drop_path);
 }
@@ -595,7 +610,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
     tr->micro = (double *)xcalloc((size_t)tr->M, sizeof(double));
-    tr->state.tied = tr->drop.branches == BRANCHES_TIED;
+    tr->state.tied = drop_path_tied(&tr->drop);
     const Manifest *made = &tr->manifest[MANIFEST_TRAIN];
     tr->state.eot = tr->has_tokenizer ? tr->tokenizer.eot : made->V ? made->eot : -1;
     tr->state.tokenizer_sha256 = made->sha256;

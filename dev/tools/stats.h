@@ -310,20 +310,21 @@ static inline StatsLaw stats_law(const StatsCells *c) {
         else low = x;
     }
     if (!isfinite(stats_law_at(&law, c, exp((low + high) / 2), unit))) stats_law_at(&law, c, exp(at), unit);
+    if (law.A * pow(unit, -law.b) < 1e-9 * fabs(law.E)) law.s = NAN;           // they are flat
     return law;
 }
 
 // The interval of s at that level: pairs of residuals, of both arms in a cell, are drawn again onto the fitted curves, as
-// wide as 2n - 4 degrees of freedom ask for. Paired, since arms of a seed share its data and weights.
+// wide as n - 4 degrees of freedom ask for. Paired, since arms of a seed share its data and weights: a pair counts once.
 static inline StatsInterval stats_law_interval(const StatsCells *c, const StatsLaw *law, double level, int draws,
                                                uint64_t seed) {
     const int n = c->n;
     StatsInterval interval = {NAN, NAN};
-    if (isnan(law->s) || n < 3) return interval;
+    if (isnan(law->s) || n < 6) return interval;
     double *none = (double *)xcalloc((size_t)n, sizeof(double)), *arm = (double *)xcalloc((size_t)n, sizeof(double));
     double *s = (double *)xcalloc((size_t)draws, sizeof(double));
     int *index = (int *)xcalloc((size_t)n, sizeof *index), got = 0;
-    const double wide = sqrt(2.0 * n / (2 * n - 4)) * stats_t(level, 2 * n - 4) / stats_normal_quantile((1 + level) / 2);
+    const double wide = sqrt((double)n / (n - 4)) * stats_t(level, n - 4) / stats_normal_quantile((1 + level) / 2);
     for (int k = 0; k < draws; k++) {
         stats_resample(index, n, seed, k);
         for (int i = 0; i < n; i++) {

@@ -113,8 +113,8 @@ static inline int study_section(const Study *s, int line, const char *begin, con
         {"study", SECTION_STUDY, 0}, {"all", SECTION_ALL, 0}, {"grid", SECTION_GRID, 0}, {"grid", SECTION_GRID, 1},
         {"arm", SECTION_ARM, 1}};
     const char *close = (const char *)memchr(begin, ']', (size_t)(end - begin));
-    char word[16] = "", name[65] = "", *text = xprintf("%.*s", close ? (int)(close - begin - 1) : 0, begin + 1);
-    const int words = sscanf(text, "%15s %64s", word, name);
+    char word[16] = "", name[65] = "", more[2], *text = xprintf("%.*s", close ? (int)(close - begin - 1) : 0, begin + 1);
+    const int words = sscanf(text, "%15s %64s %1s", word, name, more);
     const char *rest = close ? options_skip_blanks(close + 1, end) : end;
     int section = SECTION_NONE;
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)

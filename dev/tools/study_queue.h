@@ -305,7 +305,8 @@ static inline void study_unclaim(const Study *s, const char *key) {
     free(claim);
 }
 
-// Takes a stale claim away; of several processes that see it, one renames it. Returns whether it is gone.
+// Takes a stale claim away; of several processes that see it, one renames it. Returns whether it is
+// gone.
 static inline int study_unclaim_stale(const Study *s, const char *claim) {
     char owner[128], again[128];
     double touched, ignored;
@@ -795,6 +796,24 @@ static inline void study_wait(StudyQueue *q) {
     }
 }
 
+// Removes what processes that are gone have left: claims of runs that have ended.
+static inline void study_sweep(const StudyQueue *q) {
+    char *path = xprintf("%s/claims", q->s->out);
+    DIR *d = opendir(path);
+    for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
+        char *claim = xprintf("%s/%s", path, e->d_name), owner[128];
+        double touched;
+        if (*e->d_name != '.') {
+            study_owner(claim, owner, &touched);
+            if (study_owner_is_gone(owner) && (study_result(&q->all, e->d_name) || strstr(e->d_name, ".stale.")))
+                study_unclaim_at(claim);
+        }
+        free(claim);
+    }
+    if (d) closedir(d);
+    free(path);
+}
+
 // Works the study off; returns whether every run has a result.
 static inline int study_work(Study *s, const char *trainer, int jobs, double seconds) {
     StudyQueue queue, *q = &queue;
@@ -823,6 +842,7 @@ static inline int study_work(Study *s, const char *trainer, int jobs, double sec
         else if (missing && (signals_stop || clock_seconds() >= q->until)) break;
         else if (missing) study_wait(q);
     }
+    study_sweep(q);
     for (int arm = 0; arm < s->n_arms && !missing; arm++) missing |= !q->state.tuned[arm].done;
     study_results_free(&q->all);
     study_state_free(&q->state);
