@@ -174,6 +174,39 @@ static void test_prune_blocks(void) {
     free(out), free(val), free(four);
 }
 
+// The row that is chosen is the one whose map leaves the lowest loss, as replacing each row alone
+// shows; and what is written is that.
+static void test_prune_select_replace(void) {
+    const char *dir = test_directory();
+    char *out = REPLACE_RUN(dir, "best", "--n 2 --select replace --method replace --ridge %g", 0.0);
+    double least = INFINITY;
+    int first = 0;
+    for (int l = 1; l <= 3; l++) {
+        char name[8], path[64];
+        snprintf(name, sizeof name, "%d", l),
+            snprintf(path, sizeof path, "why.2.loss_by_first_layer.%d", l - 1);
+        char *one = REPLACE_RUN(dir, name, "--drop %d,%d --method replace --ridge 0", l, l + 1);
+        const double loss = replace_test_report(one, "replace.blocks.0.losses.0");
+        EXPECT(loss == replace_test_report(out, path), "rows from %d: %g, alone %g", l,
+               replace_test_report(out, path), loss);
+        if (loss < least) least = loss, first = l;
+        free(one);
+    }
+    char name[300];
+    snprintf(name, sizeof name, "%s/%d", dir, first);
+    EXPECT(replace_test_report(out, "why.0.layer") == first, "layer %g, not %d",
+           replace_test_report(out, "why.0.layer"), first);
+    EXPECT_SAME(out, name, "model.safetensors");
+    free(out);
+    out = REPLACE_RUN(dir, "auto", "--n 2 --select replace --method %s", "replace");
+    EXPECT(replace_test_report(out, "loss_after") <= replace_test_report(out, "loss_deleted"),
+           "worse than deletion");
+    free(out);
+    EXPECT_TOOL_REFUSES("--select replace is for --method replace",
+                        "prune %s --out %s/x --n 2 --select replace --val x", replace_test_run(),
+                        dir);
+}
+
 static void test_prune_replace_refuses(void) {
     const char *dir = test_directory(), *run = replace_test_run(), *data = trainer_test_data();
     char *start = xprintf("prune %s --out %s/p", run, dir),
@@ -201,8 +234,9 @@ static void test_prune_replace_refuses(void) {
     free(start), free(val);
 }
 
-#define PRUNE_REPLACE_TESTS(X)                                                                    \
-    X(prune_replace_recovers) X(prune_replace_is_deletion) X(prune_replace_variants)              \
-    X(prune_replace_survival) X(prune_blocks) X(prune_replace_refuses)
+#define PRUNE_REPLACE_TESTS(X)                                                                     \
+    X(prune_replace_recovers) X(prune_replace_is_deletion) X(prune_replace_variants)               \
+    X(prune_replace_survival) X(prune_blocks) X(prune_select_replace)                              \
+    X(prune_replace_refuses)
 
 #endif

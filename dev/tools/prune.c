@@ -30,10 +30,11 @@
     OPTION(n, "n", INTEGER, "0", "[0,1024]", "remove so many layers, which --select chooses")      \
     OPTION(fraction, "fraction", NUMBER, "0", "[0,1)",                                             \
            "remove this fraction of the layers, rounded")                                          \
-    OPTION(select, "select", CHOICE, "greedy", "angular|bi|ablation|greedy|random",                \
+    OPTION(select, "select", CHOICE, "greedy", "angular|bi|ablation|greedy|random|replace",        \
            "which: those in a row that turn the stream least; of lowest Block Influence; whose "   \
            "removal alone costs least; one after the other, each time the one that costs least; "  \
-           "any. build/layers prints these scores")                                                \
+           "any; with --method replace, those in a row whose map leaves the lowest loss. "         \
+           "build/layers prints these scores")                                                     \
     OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "of --select random")                         \
     HEADING("How")                                                                                 \
     OPTION(method, "method", CHOICE, "delete", "delete|replace|replace-cosine",                    \
@@ -74,8 +75,17 @@
 
 OPTION_TABLE(PRUNE_OPTIONS, PruneOptions, prune_options)
 
-enum { SELECT_ANGULAR, SELECT_BI, SELECT_ABLATION, SELECT_GREEDY, SELECT_RANDOM, SELECT_LIST };
-static const char *const select_name[] = {"angular", "bi", "ablation", "greedy", "random", "list"};
+enum {
+    SELECT_ANGULAR,
+    SELECT_BI,
+    SELECT_ABLATION,
+    SELECT_GREEDY,
+    SELECT_RANDOM,
+    SELECT_REPLACE,
+    SELECT_LIST
+};
+static const char *const select_name[] = {"angular", "bi", "ablation", "greedy", "random",
+                                          "replace", "list"};
 static const char *const branch_name[BRANCHES] = {"attn", "mlp"};
 
 // What a method makes of layer l's last projection, y = x W + b: y T + shift, where T is (C,C) and
@@ -156,6 +166,48 @@ static const char *parse_list(unsigned char *chosen, int L, const char *list) {
     }
 }
 
+// ---- Maps in the place of layers ----
+
+// Once: how maps are fitted, and the shards that they are fitted on.
+static void open_fit(Prune *p) {
+    const PruneOptions *o = p->o;
+    ReplaceFit *f = &p->fit;
+    if (f->model) return;
+    f->model = &p->model;
+    f->zero = o->ridge_to, f->affine = o->affine, f->cosine = o->method == METHOD_COSINE;
+    f->seed = (uint64_t)o->seed;
+    replace_ridge_read(&f->ridge, o->ridge);             // check_options has seen it
+    replace_fit_begin(f);
+    p->calib = *o->calib ? xstrdup(o->calib) : replace_run_train(p->m.run);
+    if (!p->calib)
+        die("--calib is missing: what %s was trained on is not known\n"
+            "  hint: --calib 'data/train_*.bin'", p->m.dir);
+    shards_open(&p->calib_shards, p->calib, p->shards.T, p->m.config.V);
+    f->calib = &p->calib_shards;
+    f->rows = shards_rows(&p->calib_shards, o->calib_tokens);
+}
+
+static void fit_replace(Prune *p) {
+    const GptConfig *c = &p->m.config;
+    const size_t C = (size_t)c->C;
+    ReplaceFit *f = &p->fit;
+    unsigned char *kept = (unsigned char *)xcalloc((size_t)(BRANCHES * c->L), 1);
+    for (int i = 0; i < BRANCHES * c->L; i++) kept[i] = !p->removed[i];
+    open_fit(p);
+    if (f->n) memcpy(f->kept, kept, (size_t)(BRANCHES * c->L));  // --select replace has left one
+    else replace_fit_blocks(f, kept);
+    f->deleted = layers_loss(&p->model, &p->losses, kept)->mean;
+    replace_fit(f);
+    for (int i = 0; i < f->n; i++) {
+        PruneMap *map = &p->map[f->block[i].first - 1];
+        map->T = (double *)xcalloc(C * C, sizeof *map->T);
+        map->shift = (double *)xcalloc(C, sizeof *map->shift);
+        memcpy(map->T, f->map[i].t, C * C * sizeof *map->T);
+        memcpy(map->shift, f->map[i].c, C * sizeof *map->shift);
+    }
+    free(kept);
+}
+
 // ---- The choice ----
 
 static void why_number(Prune *p, const char *name, double value) {
@@ -230,6 +282,20 @@ static void choose_by_loss(Prune *p) {
     free(kept), free(lowest), free(loss), free(order);
 }
 
+static void choose_by_replacing(Prune *p) {
+    double *loss = (double *)xcalloc((size_t)p->m.config.L, sizeof *loss);
+    open_fit(p);
+    const int first = replace_fit_scan(&p->fit, p->n, loss);
+    for (int l = first; l < first + p->n; l++) remove_layer(p, l, NULL, 0);
+    text_printf(&p->why, ", {\"loss_by_first_layer\": [");
+    for (int l = 1; l + p->n <= p->m.config.L; l++) {
+        text_printf(&p->why, l > 1 ? ", " : "");
+        json_write_number(&p->why, loss[l]);
+    }
+    text_printf(&p->why, "]}");
+    free(loss);
+}
+
 static void choose_at_random(Prune *p) {
     int *order = (int *)xcalloc((size_t)p->m.config.L, sizeof *order);
     drop_path_order(order, p->m.config.L, (uint64_t)p->o->seed, 0, 0);
@@ -252,10 +318,11 @@ static void choose(Prune *p) {
     p->model.progress = &progress;
     if (p->select == SELECT_GREEDY) progress.total = layers_greedy_work(&p->model, p->n, 1);
     else if (p->select == SELECT_ABLATION) progress.total = layers_greedy_work(&p->model, 1, 1);
-    else if (p->model.rows)
+    else if (p->model.rows && p->select != SELECT_REPLACE)       // which tells of itself
         progress.total = gpt_row_flops(&p->m.config, p->shards.T) * (double)p->model.rows;
     if (p->select == SELECT_LIST) choose_from_list(p);
     else if (p->select == SELECT_RANDOM) choose_at_random(p);
+    else if (p->select == SELECT_REPLACE) choose_by_replacing(p);
     else if (p->select == SELECT_GREEDY || p->select == SELECT_ABLATION) choose_by_loss(p);
     else choose_by_stream(p);
     progress_clear(&progress);
@@ -266,39 +333,6 @@ static void choose(Prune *p) {
             p->from[left++] = l;
     if (!left) die("nothing would be left of %s\n  hint: a model has one layer at least", p->m.dir);
     p->out.config.L = left;
-}
-
-// ---- Maps in the place of layers ----
-
-static void fit_replace(Prune *p) {
-    const PruneOptions *o = p->o;
-    const GptConfig *c = &p->m.config;
-    const size_t C = (size_t)c->C;
-    unsigned char *kept = (unsigned char *)xcalloc((size_t)(BRANCHES * c->L), 1);
-    for (int i = 0; i < BRANCHES * c->L; i++) kept[i] = !p->removed[i];
-    ReplaceFit *f = &p->fit;
-    f->model = &p->model;
-    f->zero = o->ridge_to, f->affine = o->affine, f->cosine = o->method == METHOD_COSINE;
-    f->seed = (uint64_t)o->seed;
-    replace_ridge_read(&f->ridge, o->ridge);             // check_options has seen it
-    replace_fit_blocks(f, kept);
-    f->deleted = layers_loss(&p->model, &p->losses, kept)->mean;
-    p->calib = *o->calib ? xstrdup(o->calib) : replace_run_train(p->m.run);
-    if (!p->calib)
-        die("--calib is missing: what %s was trained on is not known\n  hint: --calib "
-            "'data/train_*.bin'", p->m.dir);
-    shards_open(&p->calib_shards, p->calib, p->shards.T, c->V);
-    f->calib = &p->calib_shards;
-    f->rows = shards_rows(&p->calib_shards, o->calib_tokens);
-    replace_fit(f);
-    for (int i = 0; i < f->n; i++) {
-        PruneMap *map = &p->map[f->block[i].first - 1];
-        map->T = (double *)xcalloc(C * C, sizeof *map->T);
-        map->shift = (double *)xcalloc(C, sizeof *map->shift);
-        memcpy(map->T, f->map[i].t, C * C * sizeof *map->T);
-        memcpy(map->shift, f->map[i].c, C * sizeof *map->shift);
-    }
-    free(kept);
 }
 
 // ---- Writing ----
@@ -472,6 +506,8 @@ static void check_options(Prune *p, Options *options, const char *path) {
     }
     if (!replace_ridge_read(&ridge, o->ridge))
         die("--ridge %s is none of auto, inf and numbers from 0 on", o->ridge);
+    if (p->select == SELECT_REPLACE && o->method != METHOD_REPLACE)
+        die("--select replace is for --method replace");
     if (o->blocks > 1 && (p->select != SELECT_ANGULAR || o->fraction > 0))
         die("--blocks is for --n with --select angular");
     if (o->blocks > 1 && o->n % o->blocks)

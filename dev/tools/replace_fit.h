@@ -38,48 +38,61 @@ typedef struct {
     real **weight, **bias;          // (n) of the projections that take a map, as they were
 } ReplaceFit;
 
-// Finds the blocks of the layers that go, kept (2L); their room is freed by replace_fit_free.
-static inline void replace_fit_blocks(ReplaceFit *f, const unsigned char *kept) {
-    const GptConfig *c = &f->model->config;
-    const size_t C = (size_t)c->C, L = (size_t)c->L;
+// Sets up a fit, without blocks yet, of a model of which all layers run. End with replace_fit_free.
+static inline void replace_fit_begin(ReplaceFit *f) {
+    const size_t L = (size_t)f->model->config.L;
     f->kept = (unsigned char *)xcalloc(BRANCHES * L, 1);
-    memcpy(f->kept, kept, BRANCHES * L);
     f->block = (ReplaceBlock *)xcalloc(L, sizeof *f->block);
     f->map = (ReplaceMap *)xcalloc(L, sizeof *f->map);
     f->loss = (double (*)[REPLACE_RIDGES + 1])xcalloc(L, sizeof *f->loss);
     f->angle = (double (*)[2])xcalloc(L, sizeof *f->angle);
     f->weight = (real **)xcalloc(L, sizeof *f->weight);
     f->bias = (real **)xcalloc(L, sizeof *f->bias);
-    for (int l = 0; l < c->L; l++) {
+    memset(f->kept, 1, BRANCHES * L);
+}
+
+// Adds the block of layers [first, end), which go.
+static inline void replace_fit_add(ReplaceFit *f, int first, int end) {
+    const LayersModel *m = f->model;
+    const size_t C = (size_t)m->config.C;
+    const int i = f->n++;
+    f->block[i] = replace_block_new(first, end, m->config.C);
+    f->map[i] = replace_map_new(C);
+    f->weight[i] = (real *)xcalloc(4 * C * C, sizeof(real));
+    f->bias[i] = (real *)xcalloc(C, sizeof(real));
+    m->engine->read(m->model, SLOT_PARAM, P_fcprojw, first - 1, f->weight[i]);
+    m->engine->read(m->model, SLOT_PARAM, P_fcprojb, first - 1, f->bias[i]);
+    for (int k = 0; k <= REPLACE_RIDGES; k++) f->loss[i][k] = NAN;
+}
+
+static inline void replace_fit_remove(ReplaceFit *f, int i) {
+    replace_block_free(&f->block[i]), replace_map_free(&f->map[i]);
+    free(f->weight[i]), free(f->bias[i]);
+    f->weight[i] = f->bias[i] = NULL;
+}
+
+// Finds the blocks of the layers that go, kept (2L).
+static inline void replace_fit_blocks(ReplaceFit *f, const unsigned char *kept) {
+    const int L = f->model->config.L;
+    memcpy(f->kept, kept, (size_t)(BRANCHES * L));
+    for (int l = 0; l < L; l++) {
         const unsigned char *here = kept + BRANCHES * l;
         if (here[ATTN] != here[MLP])
             die("layer %d loses one branch: --method replace is for whole layers\n"
-                "  hint: --method delete",
-                l);
+                "  hint: --method delete", l);
         if (here[ATTN]) continue;
         int end = l;
-        while (end < c->L && !kept[BRANCHES * end]) end++;
+        while (end < L && !kept[BRANCHES * end] && !kept[BRANCHES * end + MLP]) end++;
         if (l == 0)
             die("layers 0 to %d go: --method replace needs a layer before them for their map\n"
-                "  hint: --method delete, or keep layer 0",
-                end - 1);
-        f->block[f->n] = replace_block_new(l, end, c->C);
-        f->map[f->n] = replace_map_new(C);
-        f->weight[f->n] = (real *)xcalloc(4 * C * C, sizeof(real));
-        f->bias[f->n] = (real *)xcalloc(C, sizeof(real));
-        f->model->engine->read(f->model->model, SLOT_PARAM, P_fcprojw, l - 1, f->weight[f->n]);
-        f->model->engine->read(f->model->model, SLOT_PARAM, P_fcprojb, l - 1, f->bias[f->n]);
-        for (int k = 0; k <= REPLACE_RIDGES; k++) f->loss[f->n][k] = NAN;
-        f->n++;
-        l = end;                                         // which stays, or is past the last
+                "  hint: --method delete, or keep layer 0", end - 1);
+        replace_fit_add(f, l, end);
+        l = end - 1;
     }
 }
 
 static inline void replace_fit_free(ReplaceFit *f) {
-    for (int i = 0; i < f->n; i++) {
-        replace_block_free(&f->block[i]), replace_map_free(&f->map[i]);
-        free(f->weight[i]), free(f->bias[i]);
-    }
+    for (int i = 0; i < f->n; i++) replace_fit_remove(f, i);
     free(f->kept), free(f->block), free(f->map), free(f->loss), free(f->angle), free(f->weight),
         free(f->bias);
 }
@@ -212,6 +225,42 @@ static inline void replace_fit_cosines(ReplaceFit *f, const ReplaceKept *kept) {
     }
 }
 
+// Of all rows of n layers after the first layer, in one pass: the loss on --val with a map in the
+// place of the row that begins at l goes to loss (L), NaN where none does. Its ridge is f->ridge,
+// or the better one of 0 and 1. Keeps the row with the lowest loss as the only block; returns its
+// first layer.
+static inline int replace_fit_scan(ReplaceFit *f, int n, double *loss) {
+    const int L = f->model->config.L;
+    const size_t C = (size_t)f->model->config.C;
+    int best = 0;
+    for (int l = 0; l < L; l++) loss[l] = NAN;
+    for (int l = 1; l + n <= L; l++) replace_fit_add(f, l, l + n);
+    replace_fit_pass(f, NULL);
+    Progress progress = progress_begin("all rows of layers", f->n);
+    for (int i = 0; i < f->n; i++) {
+        double *here = &loss[f->block[i].first];
+        for (int l = 0; l < n; l++) layers_keep(f->kept, f->block[i].first + l, 0);
+        for (int k = 0; k < (isnan(f->ridge) ? 2 : 1); k++) {
+            ReplaceHow how = {isnan(f->ridge) ? k : f->ridge, f->zero, f->affine};
+            ReplaceMap map = replace_solve(&f->block[i], C, how);
+            const double with = replace_fit_place(f, i, &map) ? replace_fit_loss(f) : INFINITY;
+            *here = isnan(*here) ? with : fmin(*here, with);
+            replace_map_free(&map);
+        }
+        replace_fit_place(f, i, NULL);
+        for (int l = 0; l < n; l++) layers_keep(f->kept, f->block[i].first + l, 1);
+        if (*here < loss[f->block[best].first]) best = i;
+        progress_add(&progress, 1);
+    }
+    progress_clear(&progress);
+    for (int i = 0; i < f->n; i++)
+        if (i != best) replace_fit_remove(f, i);
+    f->block[0] = f->block[best], f->map[0] = f->map[best];
+    f->weight[0] = f->weight[best], f->bias[0] = f->bias[best];
+    f->n = 1;
+    return f->block[0].first;
+}
+
 // Fits a map for each block, and leaves them in place in the model that runs. f->deleted is known.
 static inline void replace_fit(ReplaceFit *f) {
     const size_t C = (size_t)f->model->config.C, T = (size_t)f->calib->T,
@@ -234,7 +283,7 @@ static inline void replace_fit(ReplaceFit *f) {
             kept[i].y = (real *)xcalloc(kept[i].room * C, sizeof(real));
         }
     }
-    replace_fit_pass(f, kept);
+    if (f->n && f->block[0].n == 0) replace_fit_pass(f, kept);   // not after a scan
     if (f->cosine) replace_fit_cosines(f, kept);
     else replace_fit_ridges(f);
     for (int i = 0; kept && i < f->n; i++) free(kept[i].m), free(kept[i].z), free(kept[i].y);
