@@ -3,11 +3,12 @@
 //     build/test_gpt              all tests; exit code 1 if any failed
 //     build/test_gpt --list       their names
 //     build/test_gpt NAME ...     these only
-//     BUILD=folder                where the programs are that whole runs start, if not in build
-//     TEST_LIMIT=seconds          after which a test that has not ended fails, 1200; 0: none, and no process of their own
-//                                 for the tests, as a debugger likes it
+//     BUILD=folder                where the programs for whole runs are, if not in build
+//     TEST_LIMIT=seconds          time limit of a test, 1200; 0: none, and tests get no processes
+//                                 of their own, for debuggers
 //
-// An engine test is one test, written against engine.h, that runs on every engine this program is linked with.
+// An engine test is written once, against engine.h, and runs on every engine this program is linked
+// with.
 
 #include "dev/check.h"
 #include "dev/run/program.h"
@@ -68,11 +69,13 @@ enum { N_ENGINES = sizeof engines / sizeof engines[0] };
 
 typedef struct { const char *name; void (*run)(void); int engines; } Test;
 
-// Those of ranks first: they fork processes that start threads, which QEMU's user mode cannot once this one has threads.
+// Tests of ranks come first: they fork processes that start threads, which QEMU's user mode cannot
+// do once this process has threads.
 static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
     COMM_TESTS(X) STRANGERS_TESTS(X) SUPERVISE_TESTS(X) NUMBERS_TESTS(X) WATCH_TESTS(X)
-    ORDER_TESTS(X) RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(X) OPTIONS_TESTS(X)
+    ORDER_TESTS(X) RNG_TESTS(X) JSON_TESTS(X) SAFETENSORS_TESTS(X) SHARDS_TESTS(X) TOKENIZER_TESTS(
+        X) OPTIONS_TESTS(X)
     SCHEDULE_TESTS(X) NOISE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
@@ -83,7 +86,7 @@ static const Test tests[] = {
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
     CUDA_TESTS(X) PARITY_TESTS(X)
-#ifdef CUDA_EMULATED                                     // several ranks without a GPU for each
+#ifdef CUDA_EMULATED                                     // several ranks without a GPU each
     NCCL_TESTS(X) GPU_RANKS_TESTS(X)
 #endif
 #endif
@@ -105,7 +108,7 @@ static const Test *find_test(const char *name) {
     die("there is no test %s\n  hint: --list prints the names", name);
 }
 
-// Runs one test on each of its engines; 1 if it passed.
+// Runs one test on each of its engines; returns 1 if it passed.
 static int run_test(const Test *test) {
     const double from = clock_seconds();
     test_failures = 0;
@@ -137,10 +140,11 @@ int main(int argc, char **argv) {
     const double limit_s = limit ? strtod(limit, NULL) : 1200;
     TestList list = {0, chosen_name, chosen_run, print_engines};
     if (argc - 1 > N_TESTS) die("more names than there are tests");
-    for (int i = 1; i < argc; i++) chosen[list.count++] = find_test(argv[i]);    // a wrong name before anything runs
+    // reports a wrong name before anything runs
+    for (int i = 1; i < argc; i++) chosen[list.count++] = find_test(argv[i]);
     for (int i = 0; i < N_TESTS && argc == 1; i++) chosen[list.count++] = &tests[i];
     int passed = 0, exit_code = 0;
-    setvbuf(stdout, NULL, _IOLBF, 0);                    // a crash loses no line
+    setvbuf(stdout, NULL, _IOLBF, 0);                    // a crash loses no output line
     if (limit_s > 0) passed = supervise(&list, limit_s, &exit_code);
     else {
         print_engines();

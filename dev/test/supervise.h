@@ -1,18 +1,20 @@
-// supervise.h: runs tests in a process of their own, so that one that crashes, exits or never ends fails alone: its name is
-// printed, what it has started is killed, and the tests after it run in a new process.
+// supervise.h: runs tests in a separate process, so that one that crashes, exits or hangs fails
+// alone: its name is printed, its children are killed, and the remaining tests run in a new
+// process.
 #ifndef SUPERVISE_H
 #define SUPERVISE_H
 
 #include "test.h"
 #include <poll.h>
 
-// A list of tests: run(i) prints the outcome of test i and returns whether it passed. Before the first of them, in the
-// process that runs them, `begin`.
-typedef struct { int count; const char *(*name)(int i); int (*run)(int i); void (*begin)(void); } TestList;
+// A list of tests: run(i) prints the outcome of test i and returns whether it passed. `begin` is
+// called once in each process that runs tests.
+typedef struct { int count; const char *(*name)(int i); int (*run)(int i); void (*begin)(void);
+                 } TestList;
 
-typedef struct { int test, passed; } TestProgress;       // passed: -1 when it begins
+typedef struct { int test, passed; } TestProgress;       // passed: -1 when it starts
 
-// What the process of the tests does from test `first` on.
+// Runs in the tests' process, from test `first` on.
 static inline void supervised(const TestList *list, int first, int progress) {
     for (int i = first; i < list->count; i++) {
         TestProgress p = {i, -1};
@@ -30,18 +32,20 @@ static inline void supervise_stop(int sig) {
     _exit(128 + sig);
 }
 
-// Follows the process `child`, which began at test `first`: adds to *passed, and returns the test to begin with next. The
-// last test that was under way when the process ended has failed.
-static inline int supervise_follow(const TestList *list, int first, pid_t child, int progress, double limit_s, int *passed,
-                                   int *status) {
+// Follows process `child`, which started at test `first`: adds to *passed, and returns the test to
+// continue with. A test that was running when the process ended has failed.
+static inline int supervise_follow(const TestList *list, int first, pid_t child, int progress,
+                                   double limit_s, int *passed, int *status) {
     double since = clock_seconds();
     int running = -1, next = first, ended = 0, late = 0;
     while (!ended) {
         struct pollfd p = {progress, POLLIN, 0};
         TestProgress said;
-        // Whoever the child has started may hold the pipe, so that its end says nothing: the child is asked for.
+        // Processes started by the child may hold the pipe open, so end of file is not reliable:
+        // poll the child.
         ended = waitpid(child, status, WNOHANG) == child;
-        while (poll(&p, 1, ended ? 0 : 100) > 0 && read(progress, &said, sizeof said) == (ssize_t)sizeof said) {
+        while (poll(&p, 1, ended ? 0 : 100) > 0 && read(progress, &said, sizeof said) ==
+               (ssize_t)sizeof said) {
             running = said.passed < 0 ? said.test : -1;
             next = said.test + 1;
             *passed += said.passed == 1;
@@ -49,36 +53,41 @@ static inline int supervise_follow(const TestList *list, int first, pid_t child,
         }
         if (!ended && clock_seconds() - since > limit_s) late = 1, kill(-child, SIGKILL);
     }
-    kill(-child, SIGKILL);                               // what it has left running
+    kill(-child, SIGKILL);                               // processes it has left running
     if (running < 0 && next >= list->count) return next;
-    if (running < 0) running = next++;                   // between two tests: the next did not begin
+    // between two tests: the next one did not start
+    if (running < 0) running = next++;
     if (late) printf("    no end after %.0f s (TEST_LIMIT)\n", limit_s);
-    else if (WIFSIGNALED(*status)) printf("    ended by signal %d, %s\n", WTERMSIG(*status), strsignal(WTERMSIG(*status)));
+    else if (WIFSIGNALED(*status))
+        printf("    ended by signal %d, %s\n", WTERMSIG(*status), strsignal(WTERMSIG(*status)));
     else printf("    ended with exit code %d\n", WEXITSTATUS(*status));
     printf("FAIL %s\n", list->name(running));
     *status = 0;                                         // it has been counted
     return next;
 }
 
-// Runs all tests, each for at most limit_s seconds; returns how many passed. Sets *exit_code to that of a process which
-// ran its last test and then failed (a sanitizer that finds leaks), else 0. Call before this process has threads.
+// Runs all tests, each for at most limit_s seconds; returns how many passed. Sets *exit_code to
+// that of a process that failed after its last test (a sanitizer that finds leaks), else 0. Call
+// before this process has threads.
 static inline int supervise(const TestList *list, double limit_s, int *exit_code) {
     int passed = 0, next = 0;
     *exit_code = 0;
     for (int sig[3] = {SIGINT, SIGTERM, SIGHUP}, i = 0; i < 3; i++) signal(sig[i], supervise_stop);
     while (next < list->count) {
         int ends[2], status = 0;
-        if (pipe(ends) || fcntl(ends[0], F_SETFD, FD_CLOEXEC) || fcntl(ends[1], F_SETFD, FD_CLOEXEC))
+        if (pipe(ends) || fcntl(ends[0], F_SETFD, FD_CLOEXEC) ||
+            fcntl(ends[1], F_SETFD, FD_CLOEXEC))
             die("pipe: %s", strerror(errno));
         test_root_make();
         fflush(stdout);
         const pid_t child = fork();
         if (child < 0) die("fork: %s", strerror(errno));
         if (child == 0) {
-            // SIGINT as well: a shell's background jobs ignore it, and what they start does too.
+            // SIGINT as well: background jobs of a shell, and their children, ignore it.
             for (int sig[3] = {SIGINT, SIGTERM, SIGHUP}, i = 0; i < 3; i++) signal(sig[i], SIG_DFL);
             setpgid(0, 0);
-            if (!freopen("/dev/null", "r", stdin)) _exit(99);        // a terminal would stop a group in the background
+            // a terminal would stop a background group
+            if (!freopen("/dev/null", "r", stdin)) _exit(99);
             close(ends[0]);
             if (next == 0 && list->begin) list->begin();
             supervised(list, next, ends[1]);

@@ -1,7 +1,8 @@
-// test.h: what the tests share. A test is a function; it passes when none of its expectations failed.
+// test.h: shared by all tests. A test is a function; it passes if none of its expectations failed.
 //
-// A file of tests, dev/test/test_NAME.h, defines functions `static void test_THING(void)` and lists them in an
-// X-macro, #define NAME_TESTS(X) X(thing) X(other_thing); test_gpt.c joins the lists into its one table.
+// A file of tests, dev/test/test_NAME.h, defines functions `static void test_THING(void)` and lists
+// them in an X-macro, #define NAME_TESTS(X) X(thing) X(other_thing); test_gpt.c joins the lists
+// into its one table.
 #ifndef TEST_H
 #define TEST_H
 
@@ -10,13 +11,14 @@
 #include <math.h>
 #include <sys/wait.h>
 
-// Tests in C and in C++ (test_emu.cu) are objects of one program: these are one and the same in all of them.
+// Tests in C and in C++ (test_emu.cu) are objects of one program, which share these.
 #define TEST_SHARED __attribute__((weak))
 
-TEST_SHARED int test_failures;                           // expectations failed in the running test
+TEST_SHARED int test_failures;                           // failed expectations of the running test
 
 // Prints the first few failures of a test (one wrong kernel fails a thousand comparisons).
-static inline void PRINTF_LIKE(4, 5) test_expect(int ok, const char *file, int line, const char *format, ...) {
+static inline void PRINTF_LIKE(4, 5) test_expect(int ok, const char *file, int line,
+                                                 const char *format, ...) {
     if (ok) return;
     if (++test_failures > 5) return;
     printf("    %s:%d: ", file, line);
@@ -27,31 +29,38 @@ static inline void PRINTF_LIKE(4, 5) test_expect(int ok, const char *file, int l
     printf("\n");
 }
 
-// EXPECT(condition, "printf format of what was seen", ...)
+// EXPECT(condition, "printf format of the actual values", ...)
 #define EXPECT(ok, ...) test_expect(!!(ok), __FILE__, __LINE__, __VA_ARGS__)
 
 // |got - want| <= tolerance; false for NaN.
-#define EXPECT_CLOSE(got, want, tolerance, what) test_expect_close(got, want, tolerance, what, __FILE__, __LINE__)
-static inline void test_expect_close(double got, double want, double tolerance, const char *what, const char *file,
-                                     int line) {
-    test_expect(fabs(got - want) <= tolerance, file, line, "%s: got %.17g, want %.17g +- %.3g", what, got, want, tolerance);
+#define EXPECT_CLOSE(got, want, tolerance, what) \
+    test_expect_close(got, want, tolerance, what, __FILE__, __LINE__)
+static inline void test_expect_close(double got, double want, double tolerance, const char *what,
+                                     const char *file, int line) {
+    test_expect(fabs(got - want) <= tolerance, file, line, "%s: got %.17g, want %.17g +- %.3g",
+                what, got, want, tolerance);
 }
 
-#define EXPECT_TEXT(got, want) test_expect(!strcmp(got, want), __FILE__, __LINE__, "got \"%s\", want \"%s\"", got, want)
+#define EXPECT_TEXT(got, want) \
+    test_expect(!strcmp(got, want), __FILE__, __LINE__, "got \"%s\", want \"%s\"", got, want)
 
-// A parser's error: must exist and name what is wrong.
+// The error of a parser: it must exist and contain `part`.
 #define EXPECT_ERROR(error, part) test_expect_error(error, part, __FILE__, __LINE__)
-static inline void test_expect_error(const char *error, const char *part, const char *file, int line) {
-    test_expect(error && strstr(error, part), file, line, "error \"%s\" should contain \"%s\"", error ? error : "(none)",
-                part);
+static inline void test_expect_error(const char *error, const char *part, const char *file,
+                                     int line) {
+    test_expect(error && strstr(error, part), file, line, "error \"%s\" should contain \"%s\"",
+                error ? error : "(none)", part);
 }
 
-// Runs f(arg) in a child process; it must exit with `code` and print `part` on its standard error.
+// Runs f(arg) in a child process, which must exit with `code` and print `part` on standard error.
 #define EXPECT_EXIT(code, part, f, arg) test_expect_exit(code, part, f, arg, __FILE__, __LINE__)
 
-// The same where parent and child use a GPU. Only an emulated one survives the fork (dev/emu/cuda_runtime.h).
-#define EXPECT_EXIT_EMULATED(...) (setenv("EMU_FORK", "1", 1), EXPECT_EXIT(__VA_ARGS__), unsetenv("EMU_FORK"))
-static inline void test_expect_exit(int code, const char *part, void (*f)(void *), void *arg, const char *file, int line) {
+// The same if parent and child use a GPU. Only an emulated one survives the fork
+// (dev/emu/cuda_runtime.h).
+#define EXPECT_EXIT_EMULATED(...) \
+    (setenv("EMU_FORK", "1", 1), EXPECT_EXIT(__VA_ARGS__), unsetenv("EMU_FORK"))
+static inline void test_expect_exit(int code, const char *part, void (*f)(void *), void *arg,
+                                    const char *file, int line) {
     int ends[2];
     char seen[4096];
     size_t n = 0;
@@ -69,25 +78,29 @@ static inline void test_expect_exit(int code, const char *part, void (*f)(void *
         _exit(0);
     }
     close(ends[1]);
-    for (ssize_t got; n < sizeof seen - 1 && (got = read(ends[0], seen + n, sizeof seen - 1 - n)) > 0; n += (size_t)got) {}
-    for (char rest[4096]; read(ends[0], rest, sizeof rest) > 0;) {}          // a sanitizer says more than that
+    for (ssize_t got; n < sizeof seen - 1 && (got = read(ends[0], seen + n, sizeof seen - 1 - n)) >
+         0; n += (size_t)got) {}
+    // a sanitizer prints more than that
+    for (char rest[4096]; read(ends[0], rest, sizeof rest) > 0;) {}
     close(ends[0]);
     seen[n] = 0;
     int status = 0;
     waitpid(child, &status, 0);
-    const int end = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);         // a signal: minus its number
+    // a signal: minus its number
+    const int end = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
     test_expect(end == code, file, line, "exit status %d, want %d; it said: %s", end, code, seen);
-    test_expect(strstr(seen, part) != NULL, file, line, "it said \"%s\", which lacks \"%s\"", seen, part);
+    test_expect(strstr(seen, part) != NULL, file, line, "it said \"%s\", which lacks \"%s\"", seen,
+                part);
 }
 
 // ---- Directories ----
 
 enum { TEST_DIRECTORIES = 1000 };
-TEST_SHARED char test_root[256];                         // the one folder of this run, or ""
-TEST_SHARED char test_made[TEST_DIRECTORIES][300];       // and what is in it
+TEST_SHARED char test_root[256];                         // this run's folder, or ""
+TEST_SHARED char test_made[TEST_DIRECTORIES][300];       // its contents
 TEST_SHARED int test_made_count;
 
-// The folder of this run under TMPDIR, new and empty.
+// Creates this run's folder under TMPDIR.
 static inline void test_root_make(void) {
     const char *base = getenv("TMPDIR");
     snprintf(test_root, sizeof test_root, "%s/droppath_test_XXXXXX", base ? base : "/tmp");
@@ -95,7 +108,8 @@ static inline void test_root_make(void) {
     test_made_count = 0;
 }
 
-// A new empty directory for the running test; whoever made the folder of the run removes them all.
+// A new empty directory for the running test; the process that created the run's folder removes
+// them all.
 static inline const char *test_directory(void) {
     CHECK(test_made_count < TEST_DIRECTORIES, "more than %d directories", TEST_DIRECTORIES);
     char *current = test_made[test_made_count];
@@ -105,7 +119,7 @@ static inline const char *test_directory(void) {
     return current;
 }
 
-// Removes all that test_directory() gave out.
+// Removes everything that test_directory() returned.
 static inline void test_directories_remove(void) {
     if (!test_root[0]) return;
     fflush(stdout);
@@ -121,7 +135,7 @@ static inline void test_directories_remove(void) {
 
 // ---- The built programs, as a user starts them ----
 
-// A whole file; dies when it cannot be read.
+// Reads a whole file; dies if it cannot be read.
 static inline Text test_read_file(const char *path) {
     FileMap map;
     const char *error = file_map(&map, path);
@@ -132,16 +146,17 @@ static inline Text test_read_file(const char *path) {
     return t;
 }
 
-// Where the programs are: the variable BUILD.
+// The folder of the programs: the variable BUILD.
 static inline const char *test_build(void) {
     const char *build = getenv("BUILD");
     return build ? build : "build";
 }
 
-// Whether a program stands before those that are tested: an emulator of their processor, which is slow.
+// Whether BUILD starts with a program that runs the tested ones: a processor emulator, which is
+// slow.
 static inline int test_emulated(void) { return strchr(test_build(), ' ') != NULL; }
 
-// BUILD with an absolute path, for commands that begin in another directory; from malloc.
+// BUILD with an absolute path, for commands that run in another directory; from malloc.
 static inline char *test_build_absolute(void) {
     const char *build = test_build(), *last = strrchr(build, ' '), *path = last ? last + 1 : build;
     char *absolute = realpath(path, NULL);
@@ -158,15 +173,17 @@ static inline ToolRun shell_run(const char *line) {
     static const char *dir;
     if (!dir) dir = test_directory();
     char *out = xprintf("%s/out", dir), *err = xprintf("%s/err", dir);
-    // Threads that wait should sleep: models so small are all waiting, and the machine may have other work.
+    // Waiting threads should sleep: such small models mostly wait, and the machine may have other
+    // work.
     char *command = xprintf("export OMP_WAIT_POLICY=passive; { %s\n} > %s 2> %s", line, out, err);
     const int status = system(command);
-    ToolRun r = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, test_read_file(out), test_read_file(err)};
+    ToolRun r = {WIFEXITED(status) ? WEXITSTATUS(status) : -1, test_read_file(out),
+                 test_read_file(err)};
     free(out), free(err), free(command);
     return r;
 }
 
-// The same of a line that is put together.
+// The same for a formatted command line.
 static inline ToolRun PRINTF_LIKE(1, 2) shell_runf(const char *format, ...) {
     int length;
     va_list args;
@@ -178,7 +195,7 @@ static inline ToolRun PRINTF_LIKE(1, 2) shell_runf(const char *format, ...) {
     return r;
 }
 
-// Runs a program with its arguments, as a shell reads them: "train_gpt --steps 3".
+// Runs a program with arguments as a shell reads them: "train_gpt --steps 3".
 static inline ToolRun PRINTF_LIKE(1, 2) tool_run(const char *format, ...) {
     int length;
     va_list args;
@@ -196,10 +213,12 @@ static inline void tool_free(ToolRun *r) {
     text_free(&r->err);
 }
 
-// The run must have ended with this code and `part` on its standard error; frees it. Returns whether it did.
+// Expects that the run ended with this code and printed `part` on standard error; frees it. Returns
+// whether it did.
 static inline int tool_expect(int code, const char *part, ToolRun r, const char *file, int line) {
     const int ok = r.code == code && strstr(r.err.s, part);
-    test_expect(ok, file, line, "exit code %d, want %d with \"%s\": %s", r.code, code, part, r.err.s);
+    test_expect(ok, file, line, "exit code %d, want %d with \"%s\": %s", r.code, code, part,
+                r.err.s);
     tool_free(&r);
     return ok;
 }

@@ -1,4 +1,5 @@
-// Tests of checkpoints: whole or absent, every damage found, weights in the forms in which others publish them.
+// Tests of checkpoints: complete or absent, all damage detected, and weights in the forms in which
+// others publish them.
 #ifndef TEST_CHECKPOINT_H
 #define TEST_CHECKPOINT_H
 
@@ -17,12 +18,13 @@ static inline Model *checkpoint_test_model(uint64_t seed) {
     return m;
 }
 
-// Saves a model whose weights the step names, with moments that are not zero.
+// Saves a model whose weights depend on the step, with nonzero moments.
 static inline void checkpoint_test_save(const char *out, int64_t step) {
     const GptConfig *c = &checkpoint_test_config;
     int64_t counts[5] = {step, step - 1, step, 0, step};
     double scale[4] = {1, 1, 0.75, 0.5};
-    CheckpointState s = {.step = step, .tokens = 64 * step, .consumed = 16 * step, .seq_len = 4, .adamw_steps = counts,
+    CheckpointState s = {.step = step, .tokens = 64 * step, .consumed = 16 * step, .seq_len = 4,
+                         .adamw_steps = counts,
                          .eval_scale = scale, .eot = 6, .options = "steps = 9\n"};
     Text file = {(char *)(uintptr_t)"{}\n\n", 4, 4};
     const TokenizerFiles tokenizer = {{file, {NULL, 0, 0}, file, file}};
@@ -36,7 +38,7 @@ static inline void checkpoint_test_save(const char *out, int64_t step) {
     engine_cpu()->close(m);
 }
 
-// Whether the two models have the same bits in this slot.
+// Whether two models have the same bits in this slot.
 static inline int checkpoint_test_same(Model *a, Model *b, Slot slot) {
     const GptConfig *c = &checkpoint_test_config;
     int same = 1;
@@ -51,7 +53,7 @@ static inline int checkpoint_test_same(Model *a, Model *b, Slot slot) {
     return same;
 }
 
-static int64_t checkpoint_test_counts;                   // which the engine is told
+static int64_t checkpoint_test_counts;                   // as passed to the engine
 
 static void checkpoint_test_resumed(Model *m, const int64_t *t) {
     (void)m;
@@ -80,15 +82,18 @@ static void test_checkpoint_round_trip(void) {
     Model *saved = checkpoint_test_model(8), *loaded = checkpoint_test_model(1);
     checkpoint_load(dir, &e, loaded, &c, &s);
     EXPECT(checkpoint_test_counts == 7, "the engine is not told what it goes on from");
-    EXPECT(s.step == 8 && s.tokens == 512, "step %lld, %lld tokens", (long long)s.step, (long long)s.tokens);
-    EXPECT(s.consumed == 128 && s.seq_len == 4, "%lld samples of %d tokens", (long long)s.consumed, s.seq_len);
+    EXPECT(s.step == 8 && s.tokens == 512, "step %lld, %lld tokens", (long long)s.step,
+           (long long)s.tokens);
+    EXPECT(s.consumed == 128 && s.seq_len == 4, "%lld samples of %d tokens", (long long)s.consumed,
+           s.seq_len);
     EXPECT(counts[0] == 8 && counts[1] == 7 && counts[3] == 0, "AdamW's steps differ");
     EXPECT_TEXT(s.options, "steps = 9\n");
     EXPECT(checkpoint_test_same(saved, loaded, SLOT_PARAM), "weights differ");
     real moment[28];
     for (Slot slot = SLOT_M; slot <= SLOT_V; slot = (Slot)(slot + 1)) {
         engine_cpu()->read(loaded, slot, P_wte, 0, moment);
-        EXPECT(moment[0] == (real)0.0625 && moment[27] == (real)1.75, "moment %g", (double)moment[27]);
+        EXPECT(moment[0] == (real)0.0625 && moment[27] == (real)1.75, "moment %g",
+               (double)moment[27]);
     }
     engine_cpu()->close(saved);
     engine_cpu()->close(loaded);
@@ -97,7 +102,8 @@ static void test_checkpoint_round_trip(void) {
     free(dir);
 }
 
-// Changes one byte of a file, or cuts it short at `at`; returns 0 past its end. The old bytes come back in *old.
+// Changes one byte of a file, or cuts it at `at`; returns 0 past its end. *old receives the
+// original bytes.
 static inline int checkpoint_test_damage(const char *path, size_t at, int cut, Text *old) {
     FileMap map;
     if (file_map(&map, path) || at >= map.size) return 0;
@@ -122,7 +128,7 @@ static void test_checkpoint_finds_every_damage(void) {
     for (int i = 0; i <= CHECKPOINT_ALL; i++) {
         const char *name = checkpoint_file[i];
         char *path = xprintf("%s/%s", dir, name);
-        if (!path_exists(path)) {                        // of a tokenizer's files there is one or the other
+        if (!path_exists(path)) {                        // only one of the tokenizer files exists
             EXPECT(!strcmp(name, "vocab.json"), "%s is missing", path);
             free(path);
             continue;
@@ -130,7 +136,8 @@ static void test_checkpoint_finds_every_damage(void) {
         for (int cut = 0; cut < 2; cut++)
             for (size_t at = 0; checkpoint_test_damage(path, at, cut, &old); at += 1 + at / 7) {
                 char *wrong = checkpoint_verify(dir);
-                EXPECT(wrong && strstr(wrong, name) && strstr(wrong, "byte"), "byte %zu of %s was damaged unnoticed", at, name);
+                EXPECT(wrong && strstr(wrong, name) && strstr(wrong, "byte"),
+                       "byte %zu of %s was damaged unnoticed", at, name);
                 free(wrong);
                 file_write_whole(path, old.s, old.n);
             }
@@ -147,7 +154,7 @@ static void test_checkpoint_finds_every_damage(void) {
     free(dir);
 }
 
-// What f(arg) says on standard error.
+// What f(arg) prints on standard error.
 static Text checkpoint_test_told(void (*f)(void *), const void *arg) {
     char *log = xprintf("%s/log", test_directory());
     fflush(stderr);
@@ -168,9 +175,10 @@ static void test_checkpoint_latest_is_the_newest_whole_one(void) {
     EXPECT(checkpoint_latest(out) == NULL, "there is none yet");
     for (int64_t step = 1; step <= 3; step++) checkpoint_test_save(out, step);
     char *stray = xprintf("%s/.step_00000009.tmp", out), *other = xprintf("%s/step_final", out);
-    char *damaged = xprintf("%s/step_00000003/model.safetensors", out), *want = xprintf("%s/step_00000002", out);
-    directory_make(stray);                               // what a killed run leaves behind
-    directory_make(other);                               // what is not ours
+    char *damaged = xprintf("%s/step_00000003/model.safetensors", out),
+        *want = xprintf("%s/step_00000002", out);
+    directory_make(stray);                               // left by a killed run
+    directory_make(other);                               // not ours
     char *found = checkpoint_latest(out);
     EXPECT(strstr(damaged, found) == damaged && strlen(found) == strlen(want), "%s", found);
     free(found);
@@ -189,17 +197,20 @@ static void test_checkpoint_latest_is_the_newest_whole_one(void) {
     free(found), free(stray), free(other), free(damaged), free(want);
 }
 
-// A directory that somebody has renamed: its step is not what its name says, so a run would go on elsewhere than it says.
+// A renamed directory: its step differs from its name, so a run would continue from a different
+// step than it reports.
 static void test_checkpoint_of_another_step(void) {
     const char *out = test_directory();
-    char *three = xprintf("%s/step_00000003", out), *four = xprintf("%s/step_00000004", out), *mine = xprintf("%s/mine", out);
+    char *three = xprintf("%s/step_00000003", out), *four = xprintf("%s/step_00000004", out),
+        *mine = xprintf("%s/mine", out);
     for (int64_t step = 2; step <= 3; step++) checkpoint_test_save(out, step);
     file_rename(three, four);
-    char *found = checkpoint_latest(out), *wrong = checkpoint_verify(four), *name = strrchr(found, '/') + 1;
+    char *found = checkpoint_latest(out), *wrong = checkpoint_verify(four),
+        *name = strrchr(found, '/') + 1;
     EXPECT_TEXT(name, "step_00000002");
     EXPECT_ERROR(wrong, "step_00000004/trainer.json: it is of step 3");
     free(found), free(wrong);
-    file_rename(four, mine);                             // a name that tells no step is anybody's own
+    file_rename(four, mine);                             // a name without a step is anybody's own
     wrong = checkpoint_verify(mine);
     EXPECT(!wrong, "%s", wrong);
     free(wrong), free(three), free(four), free(mine);
@@ -213,20 +224,22 @@ static void checkpoint_test_no_files(void *out) {
     checkpoint_test_latest(out);
 }
 
-// The next one that is free.
+// The next free descriptor.
 static int checkpoint_test_descriptor(void) {
     const int fd = dup(0);
     close(fd);
     return fd;
 }
 
-// What cannot be opened now is not passed over as damaged, nor is a directory that cannot be listed one without checkpoints;
-// what the disk cannot read is damaged, and does not end the program.
+// What cannot be opened now is not skipped as damaged, nor does a directory that cannot be listed
+// count as one without checkpoints; unreadable contents count as damaged, and do not end the
+// program.
 static void test_checkpoint_unreadable(void) {
     const char *out = test_directory();
     for (int64_t step = 1; step <= 2; step++) checkpoint_test_save(out, step);
     EXPECT_EXIT(1, strerror(EMFILE), checkpoint_test_no_files, (void *)(uintptr_t)out);
-    static const char *const file[4] = {"trainer.json", "config.json", "model.safetensors", "optimizer.safetensors"};
+    static const char *const file[4] = {"trainer.json", "config.json", "model.safetensors",
+                                        "optimizer.safetensors"};
     char *dir = xprintf("%s/step_00000002", out), *path = NULL, *away = xprintf("%s/away", out);
     for (int i = 0; i < 4; i++) {
         free(path);
@@ -234,81 +247,90 @@ static void test_checkpoint_unreadable(void) {
         file_rename(path, away);
         EXPECT(!symlink(file[i], path), "%s", path);
         EXPECT_EXIT(1, strerror(ELOOP), checkpoint_test_latest, (void *)(uintptr_t)out);
-        // It could be opened when it was first looked at, and cannot when it is read.
+        // It could be opened when it was examined, but not when it is read.
         EXPECT_EXIT(1, strerror(ELOOP), checkpoint_test_verify, dir);
         EXPECT(!unlink(path) && !mkfifo(path, 0600), "%s", path);
         const int descriptor = checkpoint_test_descriptor();
-        char *found = checkpoint_latest(out);            // and it does not wait for somebody to write there
+        char *found = checkpoint_latest(out);            // must not wait for a writer
         EXPECT_ERROR(found, "step_00000001");
         EXPECT(checkpoint_test_descriptor() == descriptor, "files stay open");
         free(found);
         EXPECT(!unlink(path) && !symlink("/dev/zero", path), "%s", path);
-        found = checkpoint_latest(out);                  // nor does it read what has no end
+        found = checkpoint_latest(out);                  // must not read an endless file
         EXPECT_ERROR(found, "step_00000001");
         free(found);
         if (i < 3) file_rename(away, path);
     }
-    const char *const unreadable = "/proc/self/mem";     // its first byte is nowhere
+    const char *const unreadable = "/proc/self/mem";     // its first byte is unmapped
     if (path_exists(unreadable)) {
         EXPECT(!unlink(path) && !symlink(unreadable, path), "%s", path);
-        // Not known to be damaged, so no reason to take an older one.
+        // Not known to be damaged, so no reason to use an older one.
         EXPECT_EXIT(1, strerror(EIO), checkpoint_test_latest, (void *)(uintptr_t)out);
     }
     free(dir), free(path), free(away);
 }
 
-// A trainer.json with one text in it replaced by another, and its own sum made right.
+// A trainer.json with one text replaced by another, and its checksum corrected.
 static inline char *checkpoint_test_trainer(const Text *whole, const char *from, const char *to) {
     const char *at = strstr(whole->s, from), *self = strstr(whole->s, CHECKPOINT_SELF);
     char hex[SHA256_HEX];
     CHECK(at && self && at < self, "trainer.json has no %s", from);
-    char *body = xprintf("%.*s%s%.*s", (int)(at - whole->s), whole->s, to, (int)(self - at - (long)strlen(from)),
-                         at + strlen(from));
+    char *body = xprintf("%.*s%s%.*s", (int)(at - whole->s), whole->s, to,
+                         (int)(self - at - (long)strlen(from)), at + strlen(from));
     sha256_hex(hex, body, strlen(body));
     char *all = xprintf("%s" CHECKPOINT_SELF "%s\"\n}\n", body, hex);
     free(body);
     return all;
 }
 
-// Each number and name of trainer.json is looked at, whatever its sum says: a file whose sum is right may have been made by
-// another version, or by anybody.
+// Each value and name in trainer.json is validated, whatever its checksum: a file with a correct
+// one may come from another version, or from anybody.
 static void test_checkpoint_trainer_refuses(void) {
     static const struct { const char *from, *to, *part; } cases[] = {
         {"checkpoint 1", "checkpoint 2", "\"format\""}, {"\"format\"", "\"tokens\"", "there twice"},
         {"\"step\": 5", "\"step\": -1", "\"step\""}, {"\"step\": 5", "\"step\": 1e3", "\"step\""},
-        {"\"step\": 5", "\"step\": 1152921504606846977", "\"step\""}, {"\"step\": 5", "\"steps\": 5", "\"step\""},
+        {"\"step\": 5", "\"step\": 1152921504606846977", "\"step\""},
+        {"\"step\": 5", "\"steps\": 5", "\"step\""},
         {"\"tokens\": 320", "\"tokens\": -320", "\"tokens\""},
         {"\"tokens\": 320", "\"tokens\": 1152921504606846977", "\"tokens\""},
         {"\"tokens\": 320", "\"tokens\": 99999999999999999999", "\"tokens\""},
         {"\"consumed\": 80", "\"consumed\": -1", "\"consumed\""},
         {"\"consumed\": 80", "\"consumed\": 288230376151711745", "\"consumed\""},
         {"\"consumed\": 80", "\"consumed\": null", "\"consumed\""},
-        {"\"seq_len\": 4", "\"seq_len\": 16777217", "\"seq_len\""}, {"\"seq_len\"", "\"length\"", "\"seq_len\""},
-        {"\"consumed\": 80", "\"consumed\": 288230376151711744", NULL}, {"\"consumed\"", "\"older\"", NULL},
-        {"\"tokens\": 320", "\"token\": 320", "\"tokens\""}, {"\"bad_steps\": 0", "\"bad_steps\": -1", "\"bad_steps\""},
+        {"\"seq_len\": 4", "\"seq_len\": 16777217", "\"seq_len\""},
+        {"\"seq_len\"", "\"length\"", "\"seq_len\""},
+        {"\"consumed\": 80", "\"consumed\": 288230376151711744", NULL},
+        {"\"consumed\"", "\"older\"", NULL}, {"\"tokens\": 320", "\"token\": 320", "\"tokens\""},
+        {"\"bad_steps\": 0", "\"bad_steps\": -1", "\"bad_steps\""},
         {"\"bad_steps\": 0", "\"bad_steps\": 1000000001", "\"bad_steps\""},
         {"\"bad_steps\": 0", "\"bad_steps\": \"0\"", "\"bad_steps\""},
         {"\"losses\": [", "\"losses\": 5, \"l\": [", "lists of at most 128"},
         {"\"losses\": [", "\"losses\": [\"a\"", "no finite number"},
-        {"\"losses\": [", "\"losses\": [1e999", "no finite number"}, {"\"losses\": [", "\"losses\": [null", "no finite"},
+        {"\"losses\": [", "\"losses\": [1e999", "no finite number"},
+        {"\"losses\": [", "\"losses\": [null", "no finite"},
         {"\"grad_norms\": []", "\"grad_norms\": {}", "lists of at most 128"},
         {"\"options\": \"steps", "\"options\": 7, \"x\": \"steps", "\"options\""},
         {"\"options\": \"steps", "\"options\": \"\\u0000", "\"options\""},
         {"\"files\": {", "\"files\": {\"config.json\": \"\", ", "twice"},
         {"\"tokenizer.bin\": \"", "\"tokenizer.bin\": \"0", "\"files\""},
-        {"\"tokenizer.bin\": 4", "\"tokenizer\": 4", "\"sizes\""}, {"\"tokenizer.bin\": 4", "\"tokenizer.bin\": 5", "5 were"},
+        {"\"tokenizer.bin\": 4", "\"tokenizer\": 4", "\"sizes\""},
+        {"\"tokenizer.bin\": 4", "\"tokenizer.bin\": 5", "5 were"},
         {"\"tokenizer.bin\": \"", "\"guest\": \"", NULL},
         {"\"sizes\": {", "\"sizes\": {\"config.json\": 1, ", "twice"},
         {"\"marks\": {", "\"marks\": {\"config.json\": \"\", ", "twice"},
         {"\"files\": {", "\"files\": [], \"f\": {", "\"files\""},
         {"\"config.json\": \"", "\"config.json\": \"0", "\"files\""},
         {"\"config.json\": \"", "\"config.js\": \"", "\"files\""},
-        {"\"sizes\": {\"model.safetensors\": ", "\"sizes\": {\"model.safetensors\": -", "\"sizes\""},
-        {"\"sizes\": {\"model.safetensors\": ", "\"sizes\": {\"model.safetensors\": 9999999999999999", "\"sizes\""},
+        {"\"sizes\": {\"model.safetensors\": ", "\"sizes\": {\"model.safetensors\": -",
+         "\"sizes\""},
+        {"\"sizes\": {\"model.safetensors\": ",
+         "\"sizes\": {\"model.safetensors\": 9999999999999999", "\"sizes\""},
         {"\"sizes\": {\"model", "\"sizes\": {\"m\": 3, \"modell", "\"sizes\""},
         {"\"sizes\": {", "\"sizes\": 3, \"s\": {", "\"sizes\""},
-        {"\"marks\": {\"model.safetensors\": \"", "\"marks\": {\"model.safetensors\": \"0123abcd", "\"marks\""},
-        {"\"marks\": {\"model.safetensors\": \"\"", "\"marks\": {\"model.safetensors\": 0", "\"marks\""},
+        {"\"marks\": {\"model.safetensors\": \"", "\"marks\": {\"model.safetensors\": \"0123abcd",
+         "\"marks\""},
+        {"\"marks\": {\"model.safetensors\": \"\"", "\"marks\": {\"model.safetensors\": 0",
+         "\"marks\""},
         {"\"tokens\"", "\"more\": [1, {}], \"tokens\"", NULL}, {"\"marks\"", "\"older\"", NULL},
         {"\"bad_steps\"", "\"older\"", NULL}};
     const char *out = test_directory();
@@ -318,8 +340,10 @@ static void test_checkpoint_trainer_refuses(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char *changed = checkpoint_test_trainer(&whole, cases[i].from, cases[i].to);
         file_write_whole(path, changed, strlen(changed));
-        char *wrong = checkpoint_verify(dir);            // so --resume passes over it, and does not end in it
-        if (cases[i].part) EXPECT(wrong && strstr(wrong, cases[i].part), "%s: %s", cases[i].to, wrong ? wrong : "accepted");
+        char *wrong = checkpoint_verify(dir);            // so --resume skips it instead of failing
+        if (cases[i].part)
+            EXPECT(wrong && strstr(wrong, cases[i].part), "%s: %s", cases[i].to,
+                   wrong ? wrong : "accepted");
         else EXPECT(!wrong, "%s", wrong);
         free(changed), free(wrong);
     }
@@ -327,11 +351,14 @@ static void test_checkpoint_trainer_refuses(void) {
     free(dir), free(path);
 }
 
-// The least and the most of what trainer.json may say, and that a state read over another one has nothing of it.
+// The smallest and largest values allowed in trainer.json; and reading a state over another one
+// leaves nothing of it.
 static void test_checkpoint_state(void) {
     const int64_t most = (int64_t)1 << 60;
-    const struct { const char *from, *to; int64_t step, tokens; int bad_steps, losses, norms; } cases[] = {
-        {"\"step\": 5", "\"step\": 0", 0, 320, 0, 0, 0}, {"\"step\": 5", "\"step\": 1152921504606846976", most, 320, 0, 0, 0},
+    const struct { const char *from, *to; int64_t step, tokens; int bad_steps, losses, norms;
+                   } cases[] = {
+        {"\"step\": 5", "\"step\": 0", 0, 320, 0, 0, 0},
+        {"\"step\": 5", "\"step\": 1152921504606846976", most, 320, 0, 0, 0},
         {"\"tokens\": 320", "\"tokens\": 0", 5, 0, 0, 0, 0},
         {"\"tokens\": 320", "\"tokens\": 1152921504606846976", 5, most, 0, 0, 0},
         {"\"bad_steps\": 0", "\"bad_steps\": 1000000000", 5, 320, 1000000000, 0, 0},
@@ -348,7 +375,8 @@ static void test_checkpoint_state(void) {
         char *changed = checkpoint_test_trainer(&whole, cases[i].from, cases[i].to);
         const char *error = checkpoint_parse_state(&s, changed, strlen(changed));
         EXPECT(!error && s.options, "%s: %s", cases[i].to, error);
-        EXPECT(s.step == cases[i].step && s.tokens == cases[i].tokens && s.bad_steps == cases[i].bad_steps, "%s", cases[i].to);
+        EXPECT(s.step == cases[i].step && s.tokens == cases[i].tokens &&
+               s.bad_steps == cases[i].bad_steps, "%s", cases[i].to);
         EXPECT(s.losses.n == cases[i].losses && s.norms.n == cases[i].norms, "%s", cases[i].to);
         free(changed), free((char *)(uintptr_t)s.options);
     }
@@ -367,17 +395,22 @@ static void test_checkpoint_state(void) {
         char *changed = checkpoint_test_trainer(&whole, "\"losses\": [", t.s);
         s.options = NULL;
         const char *error = checkpoint_parse_state(&s, changed, strlen(changed));
-        EXPECT(n == 128 ? !error && s.losses.n == 128 : error && strstr(error, "128"), "%d losses: %s", n, error);
+        EXPECT(n == 128 ? !error && s.losses.n == 128 : error && strstr(error, "128"),
+               "%d losses: %s", n, error);
         EXPECT(!error == !!s.options, "options after an error");
         free(changed), free((char *)(uintptr_t)s.options), text_free(&t);
     }
-    for (int n = 15; n <= 17; n++) {                     // digits of the marks of a file of two MiB and a byte
-        char *sizes = checkpoint_test_trainer(&whole, "\"sizes\": {", "\"sizes\": {\"model.safetensors\": 2097153, "
-                                              "\"config.json\": 1, \"optimizer.safetensors\": 1, \"tokenizer.bin\": 1, "
-                                              "\"tokenizer.json\": 1, \"tokenizer_config.json\": 1}, \"x\": {");
+    // digits of the marks of a file of two MiB plus one byte
+    for (int n = 15; n <= 17; n++) {
+        char *sizes = checkpoint_test_trainer(&whole, "\"sizes\": {",
+                                              "\"sizes\": {\"model.safetensors\": 2097153, "
+                                              "\"config.json\": 1, \"optimizer.safetensors\": 1, "
+                                              "\"tokenizer.bin\": 1, \"tokenizer.json\": 1, "
+                                              "\"tokenizer_config.json\": 1}, \"x\": {");
         char *marks = xprintf("\"marks\": {\"model.safetensors\": \"%.*s\", \"config.json\": \"\", "
-                              "\"optimizer.safetensors\": \"\", \"tokenizer.bin\": \"\", \"tokenizer.json\": \"\", "
-                              "\"tokenizer_config.json\": \"\"}, \"y\": {", n, "0123456789abcdef0");
+                              "\"optimizer.safetensors\": \"\", \"tokenizer.bin\": \"\", "
+                              "\"tokenizer.json\": \"\", \"tokenizer_config.json\": \"\"}, \"y\": "
+                              "{", n, "0123456789abcdef0");
         const Text t = {sizes, strlen(sizes), 0};
         char *changed = checkpoint_test_trainer(&t, "\"marks\": {", marks);
         s.options = NULL;
@@ -397,7 +430,7 @@ static void checkpoint_test_names(const char *out, const char *want) {
     free(command);
 }
 
-// Makes OUT/name a checkpoint's directory with one of its files.
+// Makes OUT/name a checkpoint directory with one of its files.
 static void checkpoint_test_leave(const char *out, const char *name) {
     char *dir = xprintf("%s/%s", out, name), *file = xprintf("%s/config.json", dir);
     directory_make(dir);
@@ -407,14 +440,16 @@ static void checkpoint_test_leave(const char *out, const char *name) {
 
 static void test_checkpoint_prunes_and_replaces(void) {
     const char *out = test_directory();
-    char *stray = xprintf("%s/.latest.tmp", out);        // what a kill between making the link and renaming it leaves
+    // left by a kill between creating the link and renaming it
+    char *stray = xprintf("%s/.latest.tmp", out);
     EXPECT(symlink("step_00000000", stray) == 0, "%s", stray);
     for (int64_t step = 1; step <= 5; step++) checkpoint_test_save(out, step);
     EXPECT(!path_exists(stray), "%s stays", stray);
     free(stray);
-    checkpoint_test_leave(out, ".step_00000005.old");    // what a kill between two renames leaves
-    checkpoint_test_save(out, 5);                        // the same step once more
-    checkpoint_test_names(out, "latest step_00000001 step_00000002 step_00000003 step_00000004 step_00000005 ");
+    checkpoint_test_leave(out, ".step_00000005.old");    // left by a kill between two renames
+    checkpoint_test_save(out, 5);                        // the same step again
+    checkpoint_test_names(out, "latest step_00000001 step_00000002 step_00000003 step_00000004 "
+                          "step_00000005 ");
     checkpoint_prune(out, 0, 5);
     CheckpointList list = checkpoint_list(out);
     EXPECT(list.n == 5 && list.step[0] == 5 && list.step[4] == 1, "%d checkpoints", list.n);
@@ -429,7 +464,7 @@ static void test_checkpoint_prunes_and_replaces(void) {
     free(guest);
 }
 
-// ---- Weights as others write them ----
+// ---- Weights as written by others ----
 
 static inline uint16_t checkpoint_test_bf16(real x) {
     float f = (float)x;
@@ -438,7 +473,8 @@ static inline uint16_t checkpoint_test_bf16(real x) {
     return (uint16_t)(bits >> 16);
 }
 
-// A GPT-2 directory without the prefix "transformer.", in bf16, with tensors that no GPT-2 needs.
+// A GPT-2 directory without the prefix "transformer.", in bf16, with tensors that GPT-2 does not
+// use.
 static inline void checkpoint_test_published(const char *dir, const char *config, Model *m) {
     const GptConfig *c = &checkpoint_test_config;
     char *path = xprintf("%s/model.safetensors", dir), *json = xprintf("%s/config.json", dir);
@@ -478,7 +514,7 @@ static void test_checkpoint_reads_published_weights(void) {
     const GptConfig *c = &checkpoint_test_config;
     const char *dir = test_directory();
     Model *m = checkpoint_test_model(4), *loaded = checkpoint_test_model(5);
-    for (int p = 0; p < N_PARAMS; p++)                   // to numbers that bf16 can hold
+    for (int p = 0; p < N_PARAMS; p++)                   // rounded to bf16
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             real host[64];
             engine_cpu()->read(m, SLOT_PARAM, p, l, host);
@@ -486,13 +522,15 @@ static void test_checkpoint_reads_published_weights(void) {
                 host[i] = (real)safetensors_bfloat(checkpoint_test_bf16(host[i]));
             engine_cpu()->write(m, SLOT_PARAM, p, l, host);
         }
-    checkpoint_test_published(dir, "{\"model_type\": \"gpt2\", \"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, "
-                              "\"n_head\": 2, \"n_embd\": 4, \"attn_pdrop\": 0.1, \"n_ctx\": 5}", m);
+    checkpoint_test_published(dir, "{\"model_type\": \"gpt2\", \"vocab_size\": 7, \"n_positions\": "
+                              "5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4, \"attn_pdrop\": "
+                              "0.1, \"n_ctx\": 5}", m);
     GptConfig read;
     double *scale;
     int tied;
     checkpoint_read_config(dir, &read, &scale, &tied);
-    EXPECT(!memcmp(&read, c, sizeof read) && scale[0] == 1 && scale[3] == 1 && !tied, "the configuration differs");
+    EXPECT(!memcmp(&read, c, sizeof read) && scale[0] == 1 && scale[3] == 1 && !tied,
+           "the configuration differs");
     checkpoint_load_weights(dir, engine_cpu(), loaded, &read);
     EXPECT(checkpoint_test_same(m, loaded, SLOT_PARAM), "the weights differ");
     free(scale);
@@ -516,7 +554,7 @@ static void checkpoint_test_load(void *out) {
     checkpoint_load(dir, engine_cpu(), checkpoint_test_model(1), &checkpoint_test_config, &s);
 }
 
-// No update was done more often than there were steps.
+// Nothing can have been updated more often than there were steps.
 static void test_checkpoint_refuses_counts(void) {
     const char *out = test_directory();
     double scale[4] = {1, 1, 1, 1};
@@ -524,16 +562,17 @@ static void test_checkpoint_refuses_counts(void) {
     for (int i = 0; i < 5; i++)
         for (int64_t count = -1; count <= 4; count += 5) {
             int64_t counts[5] = {0};
-            CheckpointState s = {.step = 3, .adamw_steps = counts, .eval_scale = scale, .options = ""};
+            CheckpointState s = {.step = 3, .adamw_steps = counts, .eval_scale = scale,
+                                 .options = ""};
             counts[i] = count;
             checkpoint_save(out, engine_cpu(), m, &checkpoint_test_config, &s);
-            EXPECT_EXIT(1, count < 0 ? "adamw_steps has -1" : "adamw_steps has 4", checkpoint_test_load,
-                        (void *)(uintptr_t)out);
+            EXPECT_EXIT(1, count < 0 ? "adamw_steps has -1" : "adamw_steps has 4",
+                        checkpoint_test_load, (void *)(uintptr_t)out);
         }
     engine_cpu()->close(m);
 }
 
-// Makes a number of a moment in the checkpoint OUT/latest infinite, and its sums right again.
+// Makes one element of a moment in OUT/latest infinite, and corrects its checksums.
 static void checkpoint_test_bend(const char *out, CheckpointState *s, const char *tensor) {
     CheckpointSums sums;
     Text trainer = {NULL, 0, 0};
@@ -545,7 +584,8 @@ static void checkpoint_test_bend(const char *out, CheckpointState *s, const char
         Text file = test_read_file(name);
         Safetensors t;
         if (i == 2 && !safetensors_parse(&t, file.s, file.n)) {
-            memcpy(file.s + (safetensors_find(&t, tensor)->data - (const unsigned char *)file.s), &infinite, sizeof infinite);
+            memcpy(file.s + (safetensors_find(&t, tensor)->data - (const unsigned char *)file.s),
+                   &infinite, sizeof infinite);
             file_write_whole(name, file.s, file.n);
             safetensors_free(&t);
         }
@@ -560,7 +600,8 @@ static void checkpoint_test_bend(const char *out, CheckpointState *s, const char
     free(path);
 }
 
-// A moment that is not finite is neither saved nor loaded: its weight would never move again. It is named.
+// A non-finite moment is neither saved nor loaded, since its weight would never change again. It is
+// named.
 static void test_checkpoint_judges_moments(void) {
     static const char *const prefix[2] = {"m.", "v."};
     double scale[4] = {1, 1, 1, 1};
@@ -597,19 +638,26 @@ static void test_checkpoint_refuses_other_models(void) {
     static const struct { const char *config, *part; } wrong[] = {
         {"", "config.json"}, {"[]", "vocab_size"}, {"{\"vocab_size\": 7}", "n_positions"},
 #define SIZES "\"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4"
-        {"{\"vocab_size\": 0, " SIZES "}", "vocab_size"}, {"{\"vocab_size\": 1e3, " SIZES "}", "vocab_size"},
-        {"{\"vocab_size\": 99999999, " SIZES "}", "vocab_size"}, {"{\"vocab_size\": 8, " SIZES "}", "shape"},
-        {"{\"vocab_size\": 7, \"activation_function\": \"relu\", " SIZES "}", "activation_function"},
+        {"{\"vocab_size\": 0, " SIZES "}", "vocab_size"},
+        {"{\"vocab_size\": 1e3, " SIZES "}", "vocab_size"},
+        {"{\"vocab_size\": 99999999, " SIZES "}", "vocab_size"},
+        {"{\"vocab_size\": 8, " SIZES "}", "shape"},
+        {"{\"vocab_size\": 7, \"activation_function\": \"relu\", " SIZES "}",
+         "activation_function"},
         {"{\"vocab_size\": 7, \"model_type\": \"llama\", " SIZES "}", "model_type"},
         {"{\"vocab_size\": 7, \"layer_norm_epsilon\": 1e-6, " SIZES "}", "layer_norm_epsilon"},
         {"{\"vocab_size\": 7, \"scale_attn_weights\": false, " SIZES "}", "scale_attn_weights"},
         {"{\"vocab_size\": 7, \"tie_word_embeddings\": false, " SIZES "}", "tie_word_embeddings"},
         {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1], " SIZES "}", "drop_path_eval_scale"},
-        {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1, -0.5, 1, 1], " SIZES "}", "from 0 to 1"},
-        {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1, 1, 1, 0.5], \"drop_path_tied\": true, " SIZES "}", "equal"},
+        {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1, -0.5, 1, 1], " SIZES "}",
+         "from 0 to 1"},
+        {"{\"vocab_size\": 7, \"drop_path_eval_scale\": [1, 1, 1, 0.5], \"drop_path_tied\": "
+         "true, " SIZES "}", "equal"},
 #undef SIZES
-        {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 3, \"n_head\": 2, \"n_embd\": 4}", "h.2."},
-        {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 3, \"n_embd\": 4}", "multiple"}};
+        {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 3, \"n_head\": 2, \"n_embd\": 4}",
+         "h.2."},
+        {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 3, \"n_embd\": 4}",
+         "multiple"}};
     const char *dir = test_directory();
     Model *m = checkpoint_test_model(4);
     EXPECT_EXIT(1, "cannot read", checkpoint_test_read_config, (void *)(uintptr_t)dir);
@@ -620,36 +668,47 @@ static void test_checkpoint_refuses_other_models(void) {
     engine_cpu()->close(m);
 }
 
-// Another architecture is named before anything else that its config.json lacks, also where only the class tells.
+// Another architecture is reported before anything else that is wrong with its config.json, even if
+// only the class reveals it.
 static void test_checkpoint_names_architectures(void) {
     static const struct { const char *config, *part; } other[] = {
-        {"{\"model_type\": \"llama\", \"hidden_size\": 8, \"rms_norm_eps\": 1e-6}", "\"model_type\" is llama, not gpt2"},
+        {"{\"model_type\": \"llama\", \"hidden_size\": 8, \"rms_norm_eps\": 1e-6}",
+         "\"model_type\" is llama, not gpt2"},
         {"{\"model_type\": \"mistral\", \"vocab_size\": 0}", "\"model_type\" is mistral, not gpt2"},
-        {"{\"model_type\": \"qwen2\", \"tie_word_embeddings\": false}", "\"model_type\" is qwen2, not gpt2"},
-        {"{\"architectures\": [\"GPTNeoXForCausalLM\"], \"hidden_size\": 8}", "GPTNeoXForCausalLM, not GPT2LMHeadModel"},
-        {"{\"architectures\": [\"GPTNeoXForCausalLM\"], \"model_type\": \"gpt_neox\"}", "is gpt_neox, not gpt2"},
-        {"{\"architectures\": [\"GPT2LMHeadModel\"]}", "\"vocab_size\" is missing"}, {"{\"model_type\": 2}", "is no text"}};
+        {"{\"model_type\": \"qwen2\", \"tie_word_embeddings\": false}",
+         "\"model_type\" is qwen2, not gpt2"},
+        {"{\"architectures\": [\"GPTNeoXForCausalLM\"], \"hidden_size\": 8}",
+         "GPTNeoXForCausalLM, not GPT2LMHeadModel"},
+        {"{\"architectures\": [\"GPTNeoXForCausalLM\"], \"model_type\": \"gpt_neox\"}",
+         "is gpt_neox, not gpt2"},
+        {"{\"architectures\": [\"GPT2LMHeadModel\"]}", "\"vocab_size\" is missing"},
+        {"{\"model_type\": 2}", "is no text"}};
     GptConfig c;
     double *scale;
     int tied;
     for (size_t i = 0; i < sizeof other / sizeof other[0]; i++) {
-        char *error = checkpoint_parse_config(&c, &scale, &tied, other[i].config, strlen(other[i].config));
+        char *error = checkpoint_parse_config(&c, &scale, &tied, other[i].config,
+                                              strlen(other[i].config));
         EXPECT_ERROR(error, other[i].part);
         free(error);
     }
 }
 
-// ---- What a crash leaves, and what --resume puts right ----
+// ---- What a crash leaves, and what --resume repairs ----
 
 static void test_checkpoint_recovers(void) {
     const char *out = test_directory();
-    static const char *const left[] = {".step_00000001.tmp", ".step_00000001.old", "step_00000001", ".step_00000002.old",
-                                       ".step_00000003.tmp", ".step_00000004.new", "xstep_00000005.tmp", ".step-00000006.tmp"};
+    static const char *const left[] = {".step_00000001.tmp", ".step_00000001.old", "step_00000001",
+                                       ".step_00000002.old",
+                                       ".step_00000003.tmp", ".step_00000004.new",
+                                       "xstep_00000005.tmp", ".step-00000006.tmp"};
     for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
-    char *link = xprintf("%s/.latest.tmp", out), *back = xprintf("%s/step_00000002/config.json", out);
+    char *link = xprintf("%s/.latest.tmp", out), *back = xprintf("%s/step_00000002/config.json",
+                                                                 out);
     EXPECT(symlink("step_00000009", link) == 0, "%s", link);
     checkpoint_recover(out);
-    checkpoint_test_names(out, ".step-00000006.tmp .step_00000004.new step_00000001 step_00000002 xstep_00000005.tmp ");
+    checkpoint_test_names(out, ".step-00000006.tmp .step_00000004.new step_00000001 step_00000002 "
+                          "xstep_00000005.tmp ");
     Text t = test_read_file(back);
     EXPECT_TEXT(t.s, ".step_00000002.old");
     text_free(&t);
@@ -660,44 +719,54 @@ static void test_checkpoint_recovers(void) {
     free(back), free(link);
 }
 
-// The newest first; only names that a checkpoint may have.
+// The newest first; only valid checkpoint names.
 static void test_checkpoint_list(void) {
     const char *out = test_directory();
-    static const char *const name[] = {"step_00000003", "step_00000010", "step_123456789012", "step_0000007", "step_00000008x",
+    static const char *const name[] = {"step_00000003", "step_00000010", "step_123456789012",
+                                       "step_0000007", "step_00000008x",
                                        "step_-00000009", "Step_00000011", "step_00000000",
-                                       "step_+0000009", "step_ 0000009", "step_000000009", "step_99999999999999999999",
+                                       "step_+0000009", "step_ 0000009", "step_000000009",
+                                       "step_99999999999999999999",
                                        "step-00000004"};
     for (size_t i = 0; i < sizeof name / sizeof name[0]; i++) checkpoint_test_leave(out, name[i]);
     CheckpointList list = checkpoint_list(out);
-    EXPECT(list.n == 4 && list.step[0] == 123456789012 && list.step[1] == 10 && list.step[2] == 3 && list.step[3] == 0,
+    EXPECT(list.n == 4 && list.step[0] == 123456789012 && list.step[1] == 10 && list.step[2] == 3 &&
+           list.step[3] == 0,
            "%d checkpoints", list.n);
     free(list.step);
-    checkpoint_prune(out, 1, 10);                        // the first is newer than what was written last
+    // the first is newer than the last one written
+    checkpoint_prune(out, 1, 10);
     checkpoint_prune(out, -1, 10);
-    checkpoint_test_names(out, "Step_00000011 step-00000004 step_ 0000009 step_+0000009 step_-00000009 step_000000009 "
-                          "step_00000008x step_00000010 step_0000007 "
+    checkpoint_test_names(out, "Step_00000011 step-00000004 step_ 0000009 step_+0000009 "
+                          "step_-00000009 step_000000009 step_00000008x step_00000010 step_0000007 "
                           "step_123456789012 step_99999999999999999999 ");
     CheckpointList none = checkpoint_list("/nowhere");
     EXPECT(none.n == 0 && !none.step, "%d checkpoints nowhere", none.n);
 }
 
-// What is newer than the checkpoint that a run goes on from is set aside, unless something is there; `latest` is mended.
-static void checkpoint_test_settle(void *out) { checkpoint_settle((const char *)out, "step_10000012"); }
+// Checkpoints newer than the one being resumed are set aside, unless that name is taken; `latest`
+// is repaired.
+static void checkpoint_test_settle(void *out) {
+    checkpoint_settle((const char *)out, "step_10000012");
+}
 
 static void test_checkpoint_settles(void) {
     const char *out = test_directory();
     char *latest = xprintf("%s/latest", out), target[64] = "";
-    static const char *const left[] = {"step_10000011", "step_10000012", "step_10000013", "step_10000013.damaged",
+    static const char *const left[] = {"step_10000011", "step_10000012", "step_10000013",
+                                       "step_10000013.damaged",
                                        "step_10000014"};
     for (size_t i = 0; i < sizeof left / sizeof left[0]; i++) checkpoint_test_leave(out, left[i]);
-    for (int i = 0; i < 3; i++) {                        // without the link, with it, and with another
+    // without the link, with it, and with another
+    for (int i = 0; i < 3; i++) {
         Text t = checkpoint_test_told(checkpoint_test_settle, out);
         const char *first = strchr(t.s, '\n'), *second = first ? strchr(first + 1, '\n') : NULL;
         EXPECT(i ? first == t.s + t.n - 1 : second == t.s + t.n - 1, "turn %d: %s", i, t.s);
-        EXPECT(!!strstr(t.s, "14 is now ") == !i && strstr(t.s, "13 stays: "), "turn %d: %s", i, t.s);
+        EXPECT(!!strstr(t.s, "14 is now ") == !i && strstr(t.s, "13 stays: "), "turn %d: %s", i,
+               t.s);
         text_free(&t);
-        checkpoint_test_names(out, "latest step_10000011 step_10000012 step_10000013 step_10000013.damaged "
-                              "step_10000014.damaged ");
+        checkpoint_test_names(out, "latest step_10000011 step_10000012 step_10000013 "
+                              "step_10000013.damaged step_10000014.damaged ");
         memset(target, 0, sizeof target);
         EXPECT(readlink(latest, target, sizeof target - 1) == 13, "%s is no link", latest);
         EXPECT_TEXT(target, "step_10000012");
@@ -708,12 +777,14 @@ static void test_checkpoint_settles(void) {
 
 static void checkpoint_test_save_again(void *out) { checkpoint_test_save((const char *)out, 1); }
 
-// A save that fails leaves what was there, and none of its own files: the room they take may be what is missing.
+// A failed save leaves what was there, and none of its own files: the space they take may be what
+// is missing.
 static void test_checkpoint_save_fails(void) {
     const char *out = test_directory();
     checkpoint_test_save(out, 1);
     char *dir = xprintf("%s/step_00000001", out);
-    checkpoint_test_leave(out, ".step_00000001.old");    // has a guest, so that the old checkpoint cannot have this name
+    // has a foreign file, so that the old checkpoint cannot take this name
+    checkpoint_test_leave(out, ".step_00000001.old");
     checkpoint_test_leave(out, ".step_00000001.old/guest");
     EXPECT_EXIT(1, "cannot rename", checkpoint_test_save_again, (void *)(uintptr_t)out);
     checkpoint_test_names(out, ".step_00000001.old latest step_00000001 ");
@@ -724,12 +795,14 @@ static void test_checkpoint_save_fails(void) {
 
 // ---- With EngineArgs.zero every rank reads what rank 0 saves, in the same order ----
 
-static char checkpoint_test_reads[2][4096];              // "slot.parameter.layer " of each read, by rank 0 and by another
+static char checkpoint_test_reads[2][4096];              // "slot.parameter.layer " of each read, by
+                                                         // rank 0 and by another rank
 static int checkpoint_test_rank;
 
 static void checkpoint_test_read(Model *m, Slot slot, int param, int layer, real *host) {
     char *text = checkpoint_test_reads[checkpoint_test_rank];
-    snprintf(text + strlen(text), sizeof checkpoint_test_reads[0] - strlen(text), "%d.%d.%d ", (int)slot, param, layer);
+    snprintf(text + strlen(text), sizeof checkpoint_test_reads[0] - strlen(text), "%d.%d.%d ",
+             (int)slot, param, layer);
     engine_cpu()->read(m, slot, param, layer, host);
 }
 
@@ -759,17 +832,24 @@ static void test_checkpoint_config(void) {
     const GptConfig *c = &checkpoint_test_config;
     double scale[4] = {1, 1, 1, 1};
     static const struct { double scale; int eot, tied; const char *sha, *end; } row[] = {
-        {1, -1, 0, NULL, "\"bos_token_id\": null,\n  \"eos_token_id\": null,\n  \"torch_dtype\": \"half\"\n}\n"},
-        {1, 0, 1, "", "\"bos_token_id\": 0,\n  \"eos_token_id\": 0,\n  \"torch_dtype\": \"half\"\n}\n"},
-        {1, 50256, 0, "ab", "_id\": 50256,\n  \"torch_dtype\": \"half\",\n  \"tokenizer_sha256\": \"ab\"\n}\n"},
-        {0.5, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 1, 0.5],\n  \"drop_path_tied\": false\n}\n"},
-        {0.25, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [0.5, 1, 1, 1],\n  \"drop_path_tied\": false\n}\n"},
-        {0.5, -1, 1, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 0.5, 0.5],\n  \"drop_path_tied\": true\n}\n"}};
+        {1, -1, 0, NULL, "\"bos_token_id\": null,\n  \"eos_token_id\": null,\n  \"torch_dtype\": "
+         "\"half\"\n}\n"},
+        {1, 0, 1, "", "\"bos_token_id\": 0,\n  \"eos_token_id\": 0,\n  \"torch_dtype\": "
+         "\"half\"\n}\n"},
+        {1, 50256, 0, "ab", "_id\": 50256,\n  \"torch_dtype\": \"half\",\n  \"tokenizer_sha256\": "
+         "\"ab\"\n}\n"},
+        {0.5, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 1, 0.5],\n  "
+         "\"drop_path_tied\": false\n}\n"},
+        {0.25, -1, 0, NULL, "\"half\",\n  \"drop_path_eval_scale\": [0.5, 1, 1, 1],\n  "
+         "\"drop_path_tied\": false\n}\n"},
+        {0.5, -1, 1, NULL, "\"half\",\n  \"drop_path_eval_scale\": [1, 1, 0.5, 0.5],\n  "
+         "\"drop_path_tied\": true\n}\n"}};
     for (size_t i = 0; i < sizeof row / sizeof row[0]; i++) {
         Text t = {NULL, 0, 0};
-        CheckpointState s = {.eval_scale = scale, .tied = row[i].tied, .eot = row[i].eot, .tokenizer_sha256 = row[i].sha};
+        CheckpointState s = {.eval_scale = scale, .tied = row[i].tied, .eot = row[i].eot,
+                             .tokenizer_sha256 = row[i].sha};
         scale[3] = row[i].scale, scale[2] = row[i].tied ? row[i].scale : 1, scale[0] = 1;
-        if (row[i].scale == 0.25) scale[0] = 0.5, scale[3] = 1;          // the first alone
+        if (row[i].scale == 0.25) scale[0] = 0.5, scale[3] = 1;          // only the first
         checkpoint_config_json(&t, c, &s, "half");
         const size_t n = strlen(row[i].end);
         EXPECT(t.n > n && !strcmp(t.s + t.n - n, row[i].end), "row %zu: %s", i, t.s);
@@ -777,65 +857,79 @@ static void test_checkpoint_config(void) {
         double *read = NULL;
         int tied = -1;
         char *error = checkpoint_parse_config(&back, &read, &tied, t.s, t.n);
-        EXPECT(!error && !memcmp(&back, c, sizeof back) && !memcmp(read, scale, sizeof scale), "row %zu: %s", i,
-               error ? error : "other numbers");
+        EXPECT(!error && !memcmp(&back, c, sizeof back) && !memcmp(read, scale, sizeof scale),
+               "row %zu: %s", i, error ? error : "other numbers");
         EXPECT(tied == (row[i].tied && row[i].scale < 1), "row %zu: tied %d", i, tied);
         free(error), free(read);
         text_free(&t);
     }
 }
 
-// What a config.json may and may not say beside the sizes of a model that we compute.
+// What config.json may and may not contain beside the sizes of a supported model.
 static void test_checkpoint_config_words(void) {
     static const char *const good[] = {
-        "\"activation_function\": \"gelu_new\"", "\"activation_function\": \"gelu_pytorch_tanh\"", "\"n_inner\": 16",
-        "\"n_inner\": null", "\"layer_norm_epsilon\": 1e-5", "\"scale_attn_by_inverse_layer_idx\": false",
-        "\"scale_attn_weights\": true", "\"drop_path_eval_scale\": [0, 1, 0.5, 0.5]", "\"drop_path_tied\": true",
+        "\"activation_function\": \"gelu_new\"", "\"activation_function\": \"gelu_pytorch_tanh\"",
+        "\"n_inner\": 16",
+        "\"n_inner\": null", "\"layer_norm_epsilon\": 1e-5",
+        "\"scale_attn_by_inverse_layer_idx\": false",
+        "\"scale_attn_weights\": true", "\"drop_path_eval_scale\": [0, 1, 0.5, 0.5]",
+        "\"drop_path_tied\": true",
         "\"drop_path_eval_scale\": [0.5, 0.5, 1, 1], \"drop_path_tied\": true"};
     static const struct { const char *words, *error; } bad[] = {
-        {"\"n_inner\": 15", "n_inner"}, {"\"n_inner\": 0", "n_inner"}, {"\"layer_norm_epsilon\": 1e-4", "layer_norm_epsilon"},
+        {"\"n_inner\": 15", "n_inner"}, {"\"n_inner\": 0", "n_inner"},
+        {"\"layer_norm_epsilon\": 1e-4", "layer_norm_epsilon"},
         {"\"scale_attn_by_inverse_layer_idx\": true", "scale_attn_by_inverse_layer_idx"},
         {"\"model_type\": true", "model_type"},
-        {"\"activation_function\": true", "activation_function"}, {"\"drop_path_eval_scale\": [1, 1, 1]", "4 numbers"},
-        {"\"drop_path_eval_scale\": [1, 1, 1, 1, 1]", "4 numbers"}, {"\"drop_path_eval_scale\": [1, 1, 1, 1.5]", "from 0 to 1"},
+        {"\"activation_function\": true", "activation_function"},
+        {"\"drop_path_eval_scale\": [1, 1, 1]", "4 numbers"},
+        {"\"drop_path_eval_scale\": [1, 1, 1, 1, 1]", "4 numbers"},
+        {"\"drop_path_eval_scale\": [1, 1, 1, 1.5]", "from 0 to 1"},
         {"\"drop_path_eval_scale\": [1, \"a\", 1, 1]", "from 0 to 1"},
         {"\"drop_path_eval_scale\": [0.5, 1, 1, 1], \"drop_path_tied\": true", "equal"}};
     for (size_t i = 0; i < sizeof good / sizeof *good + sizeof bad / sizeof *bad; i++) {
         const size_t k = i - sizeof good / sizeof *good;
         const char *words = i < sizeof good / sizeof *good ? good[i] : bad[k].words;
-        char *text = xprintf("{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": 2, \"n_embd\": 4, %s}",
-                             words);
+        char *text = xprintf("{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 2, \"n_head\": "
+                             "2, \"n_embd\": 4, %s}", words);
         GptConfig c;
         double *scale = NULL;
         int tied = -1;
         char *error = checkpoint_parse_config(&c, &scale, &tied, text, strlen(text));
-        if (words != good[i < sizeof good / sizeof *good ? i : 0]) EXPECT_ERROR(error, bad[k].error);
-        else EXPECT(!error && scale && tied == !!strstr(words, "tied"), "%s: %s", words, error ? error : "tied differs");
+        if (words != good[i < sizeof good / sizeof *good ? i : 0])
+            EXPECT_ERROR(error, bad[k].error);
+        else
+            EXPECT(!error && scale && tied == !!strstr(words, "tied"), "%s: %s", words,
+                   error ? error : "tied differs");
         EXPECT(!error || !scale, "%s: factors after an error", words);
         free(error), free(scale), free(text);
     }
 }
 
-// The least and the most of a vocabulary and a length, which is more than the sizes of gpt.h alone say.
+// The limits of vocabulary and length, which are stricter than those of gpt.h.
 static void test_checkpoint_config_sizes(void) {
     static const struct { int64_t V, T, L; const char *error; } row[] = {
-        {2, 1, 1, NULL}, {16777216, 1048576, 1, NULL}, {16777217, 1, 1, "\"vocab_size\" is 16777217"},
-        {1, 0, 1, "\"n_positions\" is 0"}, {1, 1, -1, "\"n_layer\" is -1"}, {4294967297, 1, 1, "\"vocab_size\""}};
+        {2, 1, 1, NULL}, {16777216, 1048576, 1, NULL},
+        {16777217, 1, 1, "\"vocab_size\" is 16777217"}, {1, 0, 1, "\"n_positions\" is 0"},
+        {1, 1, -1, "\"n_layer\" is -1"}, {4294967297, 1, 1, "\"vocab_size\""}};
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
-        char *text = xprintf("{\"vocab_size\": %lld, \"n_positions\": %lld, \"n_layer\": %lld, \"n_head\": 1, \"n_embd\": 2}",
-                             (long long)row[i].V, (long long)row[i].T, (long long)row[i].L);
+        char *text = xprintf("{\"vocab_size\": %lld, \"n_positions\": %lld, \"n_layer\": %lld, "
+                             "\"n_head\": 1, \"n_embd\": 2}", (long long)row[i].V,
+                             (long long)row[i].T, (long long)row[i].L);
         GptConfig c;
         double *scale = NULL;
         int tied = 1;
         char *error = checkpoint_parse_config(&c, &scale, &tied, text, strlen(text));
         if (row[i].error) EXPECT_ERROR(error, row[i].error);
-        else EXPECT(!error && c.V == row[i].V && c.T == row[i].T && c.L == row[i].L && scale[1] == 1 && !tied, "%s: %s", text,
+        else
+            EXPECT(!error && c.V == row[i].V && c.T == row[i].T && c.L == row[i].L &&
+                   scale[1] == 1 && !tied, "%s: %s", text,
                     error ? error : "it reads as something else");
         free(error), free(scale), free(text);
     }
 }
 
-// A file of several MiB: what is told of a changed byte, of another length, and by a trainer.json without sizes and marks.
+// A file of several MiB: what is reported about a changed byte, another length, and by a
+// trainer.json without sizes and marks.
 static void test_checkpoint_tells_where(void) {
     enum { SIZE = 2 * FILE_SUM_BLOCK + 1 };
     const char *dir = test_directory();
@@ -845,7 +939,8 @@ static void test_checkpoint_tells_where(void) {
     file_sum(&sum, bytes, SIZE);
     static const struct { int marks; size_t at, size; const char *wrong; } row[] = {
         {1, SIZE, SIZE, NULL}, {0, SIZE, SIZE, NULL}, {1, 0, SIZE, "in bytes 0 to 1048576"},
-        {1, FILE_SUM_BLOCK, SIZE, "in bytes 1048576 to 2097152"}, {1, SIZE - 1, SIZE, "in bytes 2097152 to 2097153"},
+        {1, FILE_SUM_BLOCK, SIZE, "in bytes 1048576 to 2097152"},
+        {1, SIZE - 1, SIZE, "in bytes 2097152 to 2097153"},
         {0, FILE_SUM_BLOCK, SIZE, "in bytes 0 to 2097153"},
         {1, SIZE, SIZE - 1, "it has 2097152 bytes, but 2097153 were written"},
         {0, SIZE, SIZE - 1, "do not match the SHA-256"}};
@@ -854,8 +949,8 @@ static void test_checkpoint_tells_where(void) {
         Json doc;
         text_printf(&t, "{\"files\": {\"%s\": \"%s\"}", checkpoint_file[2], sum.hex);
         if (row[i].marks)
-            text_printf(&t, ", \"sizes\": {\"%s\": %d}, \"marks\": {\"%s\": \"%s\"}", checkpoint_file[2], (int)SIZE,
-                        checkpoint_file[2], sum.marks.s);
+            text_printf(&t, ", \"sizes\": {\"%s\": %d}, \"marks\": {\"%s\": \"%s\"}",
+                        checkpoint_file[2], (int)SIZE, checkpoint_file[2], sum.marks.s);
         text_append(&t, "}", 1);
         EXPECT(!json_parse(&doc, t.s, t.n), "%s", t.s);
         if (row[i].at < SIZE) bytes[row[i].at] ^= 8;
@@ -875,13 +970,16 @@ static void test_checkpoint_tells_where(void) {
     free(bytes), free(path);
 }
 
-// trainer.json, to the letter but for its own sum: older programs' checkpoints must go on being read.
+// trainer.json, to the letter except its own checksum: checkpoints of older programs must remain
+// readable.
 static void test_checkpoint_trainer_json(void) {
-    CheckpointState s = {.step = 3, .tokens = 40, .consumed = 10, .seq_len = 4, .bad_steps = 2, .options = "a"};
+    CheckpointState s = {.step = 3, .tokens = 40, .consumed = 10, .seq_len = 4, .bad_steps = 2,
+                         .options = "a"};
     CheckpointSums sums;
     Text t = {NULL, 0, 0};
     memset(&sums, 0, sizeof sums);
-    spikes_add(&s.losses, 1), spikes_add(&s.losses, 2.5), spikes_add(&s.losses, 3), spikes_add(&s.norms, 4);
+    spikes_add(&s.losses, 1), spikes_add(&s.losses, 2.5), spikes_add(&s.losses, 3),
+        spikes_add(&s.norms, 4);
     for (int i = 0; i < CHECKPOINT_FILES; i++) {
         snprintf(sums.file[i].hex, sizeof sums.file[i].hex, "hex%d", i);
         sums.file[i].size = (uint64_t)i + 10;
@@ -891,11 +989,14 @@ static void test_checkpoint_trainer_json(void) {
     char *own = strstr(t.s, CHECKPOINT_SELF);
     EXPECT(own && t.n == (size_t)(own - t.s) + strlen(CHECKPOINT_SELF) + 64 + 4, "%s", t.s);
     if (own) *own = 0;
-    EXPECT_TEXT(t.s, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": 3,\n  \"tokens\": 40,\n"
-                "  \"consumed\": 10,\n  \"seq_len\": 4,\n  \"options\": \"a\",\n  \"bad_steps\": 2,\n  \"losses\": [1, 2.5, 3],\n  \"grad_norms\": [4],\n  \"files\": {\n"
+    EXPECT_TEXT(t.s, "{\n  \"format\": \"droppath.c checkpoint 1\",\n  \"step\": 3,\n  \"tokens\": "
+                "40,\n"
+                "  \"consumed\": 10,\n  \"seq_len\": 4,\n  \"options\": \"a\",\n  \"bad_steps\": "
+                "2,\n  \"losses\": [1, 2.5, 3],\n  \"grad_norms\": [4],\n  \"files\": {\n"
                 "    \"model.safetensors\": \"hex0\",\n    \"config.json\": \"hex1\",\n"
                 "    \"optimizer.safetensors\": \"hex2\"\n"
-                "  },\n  \"sizes\": {\"model.safetensors\": 10, \"config.json\": 11, \"optimizer.safetensors\": 12},\n"
+                "  },\n  \"sizes\": {\"model.safetensors\": 10, \"config.json\": 11, "
+                "\"optimizer.safetensors\": 12},\n"
                 "  \"marks\": {\"model.safetensors\": \"\", \"config.json\": \"mark1\", "
                 "\"optimizer.safetensors\": \"mark2\"},\n");
     for (int i = 0; i < CHECKPOINT_FILES; i++) text_free(&sums.file[i].marks);
@@ -904,28 +1005,36 @@ static void test_checkpoint_trainer_json(void) {
 
 static void checkpoint_test_remove(void *dir) { checkpoint_remove((const char *)dir); }
 
-// Only what stays behind is told.
+// Only what remains is reported.
 static void test_checkpoint_remove(void) {
     const char *out = test_directory();
     char *dir = xprintf("%s/step", out), *guest = xprintf("%s/step/guest", out);
-    for (int i = 0; i < 3; i++) {                        // a checkpoint, nothing, one with a guest
+    // a checkpoint, nothing, one with a foreign file
+    for (int i = 0; i < 3; i++) {
         if (i != 1) checkpoint_test_leave(out, "step");
         if (i == 2) checkpoint_test_leave(out, "step/guest");
         Text t = checkpoint_test_told(checkpoint_test_remove, dir);
-        EXPECT(i == 2 ? strstr(t.s, "cannot remove") && strchr(t.s, '\n') == t.s + t.n - 1 : !t.n, "case %d: %s", i, t.s);
-        EXPECT(path_exists(dir) == (i == 2) && path_exists(guest) == (i == 2), "case %d: what is left", i);
+        EXPECT(i == 2 ? strstr(t.s, "cannot remove") && strchr(t.s, '\n') == t.s + t.n - 1 : !t.n,
+               "case %d: %s", i, t.s);
+        EXPECT(path_exists(dir) == (i == 2) && path_exists(guest) == (i == 2),
+               "case %d: what is left", i);
         text_free(&t);
     }
     free(dir), free(guest);
 }
 
-#define CHECKPOINT_TESTS(X)                                                                          \
-    X(checkpoint_round_trip) X(checkpoint_finds_every_damage) X(checkpoint_latest_is_the_newest_whole_one) \
-    X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights) X(checkpoint_refuses_other_models) \
-    X(checkpoint_names_architectures) \
-    X(checkpoint_of_another_step) X(checkpoint_unreadable) X(checkpoint_trainer_refuses) \
-    X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) X(checkpoint_config) \
-    X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes) X(checkpoint_tells_where) \
-    X(checkpoint_trainer_json) X(checkpoint_remove) X(checkpoint_refuses_counts) X(checkpoint_judges_moments) X(checkpoint_save_fails)
+#define CHECKPOINT_TESTS(X)                                                               \
+    X(checkpoint_round_trip) X(checkpoint_finds_every_damage)                             \
+    X(checkpoint_latest_is_the_newest_whole_one)                                          \
+    X(checkpoint_prunes_and_replaces) X(checkpoint_reads_published_weights)               \
+    X(checkpoint_refuses_other_models)                                                    \
+    X(checkpoint_names_architectures)                                                     \
+    X(checkpoint_of_another_step) X(checkpoint_unreadable) X(checkpoint_trainer_refuses)  \
+    X(checkpoint_recovers) X(checkpoint_list) X(checkpoint_settles) X(checkpoint_attends) \
+    X(checkpoint_config)                                                                  \
+    X(checkpoint_state) X(checkpoint_config_words) X(checkpoint_config_sizes)             \
+    X(checkpoint_tells_where)                                                             \
+    X(checkpoint_trainer_json) X(checkpoint_remove) X(checkpoint_refuses_counts)          \
+    X(checkpoint_judges_moments) X(checkpoint_save_fails)
 
 #endif

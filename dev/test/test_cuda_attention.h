@@ -1,30 +1,33 @@
-// test_cuda_attention.h: attention on the GPU against plain sums in double, at odd shapes; part of test_cuda.cu, which has
-// included train_gpt.cu.
+// test_cuda_attention.h: attention on the GPU against plain sums in double, at odd shapes. Part of
+// test_cuda.cu, which includes train_gpt.cu.
 //
-// Tolerances: a rounding to the storage type or to fp32 is one step of a random walk; E below is the error of one term of
-// a sum, and the sum of the squares of all E is that of the walk.
+// Tolerances: a rounding to the storage type or to fp32 is one step of a random walk; E below is
+// the error of one term of a sum, and the sum of the squares of all E is that of the walk.
 #ifndef TEST_CUDA_ATTENTION_H
 #define TEST_CUDA_ATTENTION_H
 
 #include "../model/rng.h"
 #include "test.h"
 
-typedef struct { size_t n, T, NH, HS; int bf16; double sharp; } AttentionCase;         // sharp: factor of q
+// sharp: factor of q
+typedef struct { size_t n, T, NH, HS; int bf16; double sharp; } AttentionCase;
 
-// What a case computes, in double: host copies of what the device has, of its own type.
+// What a case computes, in double: host copies of the device's arrays, in their own type.
 typedef struct { size_t tokens, C; double *qkv, *dy, *y, *lse, *dqkv; } AttentionRun;
 
 static double *attention_numbers(size_t n, int id) {
     double *x = (double *)xcalloc(n + 1, sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = 2 * uniform01(rng_words(0, STREAM_TEST, i, (uint32_t)id, 9).v[0]) - 1;
+    for (size_t i = 0; i < n; i++)
+        x[i] = 2 * uniform01(rng_words(0, STREAM_TEST, i, (uint32_t)id, 9).v[0]) - 1;
     return x;
 }
 
-// A copy on the device of n numbers, and back; x becomes what the type can hold. NULL: memory that nobody has set.
+// Copies n elements to the device and back; x is rounded to the type. NULL: uninitialized memory.
 template <class N> static N *attention_upload(double *x, size_t n) {
     N *device, *host = (N *)xcalloc(n + 1, sizeof *host);
     CUDA_CHECK(cudaMalloc((void **)&device, n * sizeof *device));
-    for (size_t i = 0; x && i < n; i++) host[i] = from_float<N>((float)x[i]), x[i] = (double)to_float(host[i]);
+    for (size_t i = 0; x && i < n; i++)
+        host[i] = from_float<N>((float)x[i]), x[i] = (double)to_float(host[i]);
     if (x) CUDA_CHECK(cudaMemcpy(device, host, n * sizeof *device, cudaMemcpyHostToDevice));
     else CUDA_CHECK(cudaMemset(device, 0xFF, n * sizeof *device));             // NaN
     free(host);
@@ -45,7 +48,8 @@ template <class N> static void attention_run_as(AttentionRun *r, const Attention
     const size_t numbers = r->tokens * r->C, heads = r->tokens * c->NH;
     N *qkv = attention_upload<N>(r->qkv, 3 * numbers), *dy = attention_upload<N>(r->dy, numbers);
     N *y = attention_upload<N>(NULL, numbers), *dqkv = attention_upload<N>(NULL, 3 * numbers);
-    float *lse = attention_upload<float>(NULL, heads), *inner = attention_upload<float>(NULL, heads);
+    float *lse = attention_upload<float>(NULL, heads),
+        *inner = attention_upload<float>(NULL, heads);
     attention_forward(y, lse, qkv, NULL, c->n, c->T, r->C, c->NH, c->bf16, NULL);
     attention_backward(dqkv, inner, dy, qkv, y, lse, NULL, c->n, c->T, r->C, c->NH, c->bf16, NULL);
     CUDA_CHECK(cudaDeviceSynchronize());
@@ -68,19 +72,23 @@ static void attention_run(AttentionRun *r, const AttentionCase *c) {
     else attention_run_as<float>(r, c);
 }
 
-static void attention_free(AttentionRun *r) { free(r->qkv), free(r->dy), free(r->y), free(r->lse), free(r->dqkv); }
+static void attention_free(AttentionRun *r) {
+    free(r->qkv), free(r->dy), free(r->y), free(r->lse), free(r->dqkv);
+}
 
 // ---- The reference: one head of one row ----
 
 typedef struct {
     size_t T, C, HS;
-    const double *q, *k, *v, *dy, *y, *lse, *dq, *dk, *dv;           // of the head; lines are 3 C or C apart
-    double *p, *ds, *p_error, *ds_error;                             // (T,T): P, ds, errors of each: E
-    double scale, unit;                                              // the storage type rounds by up to `unit` of a number
+    // of the head; rows are 3 C or C apart
+    const double *q, *k, *v, *dy, *y, *lse, *dq, *dk, *dv;
+    double *p, *ds, *p_error, *ds_error;  // (T,T): P, ds, and their errors E
+    double scale, unit;                   // the storage type rounds by up to `unit` of an element
     char name[160];
 } AttentionHead;
 
-static const double fp32_unit = 1.0 / (1 << 24), fp32_tiny = 1e-34;          // tiny: underflow of many P, of fp32 or bf16
+// tiny: underflow of many P, of fp32 or bf16
+static const double fp32_unit = 1.0 / (1 << 24), fp32_tiny = 1e-34;
 
 static double dot(const double *a, const double *b, size_t n, double *size) {
     double sum = 0, squares = 0;
@@ -90,7 +98,9 @@ static double dot(const double *a, const double *b, size_t n, double *size) {
 }
 
 // The error of a sum of n terms in fp32; `size` is the root of the sum of their squares.
-static double sum_error(size_t n, double size) { return 2 * fp32_unit * (sqrt((double)n) + 4) * size + fp32_tiny; }
+static double sum_error(size_t n, double size) {
+    return 2 * fp32_unit * (sqrt((double)n) + 4) * size + fp32_tiny;
+}
 
 // P and its relative error, lse and y.
 static void attention_expect_forward(AttentionHead *h, size_t i) {
@@ -104,11 +114,12 @@ static void attention_expect_forward(AttentionHead *h, size_t i) {
     for (size_t j = 0; j <= i; j++) sum += exp(p[j] - top);
     const double lse = top + log(sum);
     for (size_t j = 0; j <= i; j++) {
-        error[j] += 4 * fp32_unit * (1 + fabs(p[j] - top));          // of the exponential
+        error[j] += 4 * fp32_unit * (1 + fabs(p[j] - top));          // from the exponential
         p[j] = exp(p[j] - lse);
         walk += p[j] * error[j] * p[j] * error[j];
     }
-    EXPECT_CLOSE(h->lse[i], lse, 4 * sqrt(walk) + sum_error(i, 1) + 4 * fp32_unit * fabs(lse), h->name);
+    EXPECT_CLOSE(h->lse[i], lse, 4 * sqrt(walk) + sum_error(i, 1) + 4 * fp32_unit * fabs(lse),
+                 h->name);
     for (size_t j = 0; j <= i; j++) error[j] += 4 * fp32_unit * (1 + fabs(lse));
     for (size_t d = 0; d < h->HS; d++) {
         double y = 0, squares = 0, shares = 0;
@@ -118,12 +129,13 @@ static void attention_expect_forward(AttentionHead *h, size_t i) {
             squares += E * h->v[j * 3 * h->C + d] * E * h->v[j * 3 * h->C + d];
             shares += E * E;
         }
-        const double tolerance = 4 * sqrt(squares) + (4 * sqrt(shares) + 1.01 * h->unit) * fabs(y) + sum_error(i, 1);
+        const double tolerance = 4 * sqrt(squares) + (4 * sqrt(shares) + 1.01 * h->unit) * fabs(y) +
+            sum_error(i, 1);
         EXPECT_CLOSE(h->y[i * h->C + d], y, tolerance, h->name);
     }
 }
 
-// ds and its error, and dq. <dy, y> is of the y that the device made.
+// ds and its error, and dq. <dy, y> uses the device's y.
 static void attention_expect_queries(AttentionHead *h, size_t i) {
     double size, *ds = h->ds + i * h->T, *error = h->ds_error + i * h->T;
     const double *p = h->p + i * h->T, inner = dot(h->dy + i * h->C, h->y + i * h->C, h->HS, &size);
@@ -131,17 +143,21 @@ static void attention_expect_queries(AttentionHead *h, size_t i) {
     for (size_t j = 0; j <= i; j++) {
         const double dp = dot(h->dy + i * h->C, h->v + j * 3 * h->C, h->HS, &size);
         ds[j] = p[j] * (dp - inner);
-        error[j] = fabs(ds[j]) * (h->p_error[i * h->T + j] + h->unit) + p[j] * sum_error(h->HS, size);
+        error[j] = fabs(ds[j]) * (h->p_error[i * h->T + j] + h->unit) + p[j] * sum_error(h->HS,
+            size);
         error[j] += p[j] * (inner_error + fp32_unit * (fabs(dp) + fabs(inner)));
     }
     for (size_t d = 0; d < h->HS; d++) {
-        double dq = 0, squares = 0, terms = 0, shift = 0;            // shift: one error of `inner` is in all terms
+        // shift: one error of `inner` affects all terms
+        double dq = 0, squares = 0, terms = 0, shift = 0;
         for (size_t j = 0; j <= i; j++) {
             const double k = h->k[j * 3 * h->C + d];
             dq += ds[j] * k, squares += error[j] * k * error[j] * k, terms += ds[j] * k * ds[j] * k;
-            shift += p[j] * inner_error * fabs(k) + fabs(ds[j] * k) * 4 * fp32_unit * (1 + fabs(h->lse[i]));
+            shift += p[j] * inner_error * fabs(k) + fabs(ds[j] * k) * 4 * fp32_unit *
+                (1 + fabs(h->lse[i]));
         }
-        const double tolerance = 4 * sqrt(squares) + shift + sum_error(i + 1, sqrt(terms)) + 1.01 * h->unit * fabs(dq);
+        const double tolerance = 4 * sqrt(squares) + shift + sum_error(i + 1, sqrt(terms)) +
+            1.01 * h->unit * fabs(dq);
         EXPECT_CLOSE(h->dq[i * 3 * h->C + d], h->scale * dq, h->scale * tolerance, h->name);
     }
 }
@@ -151,13 +167,17 @@ static void attention_expect_keys(AttentionHead *h, size_t j) {
         double dk = 0, dk_squares = 0, dk_terms = 0, dv = 0, dv_squares = 0, dv_terms = 0;
         for (size_t i = j; i < h->T; i++) {
             const size_t at = i * h->T + j;
-            const double q = h->q[i * 3 * h->C + d], dy = h->dy[i * h->C + d], E = h->p[at] * (h->p_error[at] + h->unit);
+            const double q = h->q[i * 3 * h->C + d], dy = h->dy[i * h->C + d],
+                E = h->p[at] * (h->p_error[at] + h->unit);
             dk += h->ds[at] * q, dk_terms += h->ds[at] * q * h->ds[at] * q;
             dk_squares += h->ds_error[at] * q * h->ds_error[at] * q;
-            dv += h->p[at] * dy, dv_terms += h->p[at] * dy * h->p[at] * dy, dv_squares += E * dy * E * dy;
+            dv += h->p[at] * dy, dv_terms += h->p[at] * dy * h->p[at] * dy,
+                dv_squares += E * dy * E * dy;
         }
-        const double dk_tolerance = 4 * sqrt(dk_squares) + sum_error(h->T - j, sqrt(dk_terms)) + 1.01 * h->unit * fabs(dk);
-        const double dv_tolerance = 4 * sqrt(dv_squares) + sum_error(h->T - j, sqrt(dv_terms)) + 1.01 * h->unit * fabs(dv);
+        const double dk_tolerance = 4 * sqrt(dk_squares) + sum_error(h->T - j, sqrt(dk_terms)) +
+            1.01 * h->unit * fabs(dk);
+        const double dv_tolerance = 4 * sqrt(dv_squares) + sum_error(h->T - j, sqrt(dv_terms)) +
+            1.01 * h->unit * fabs(dv);
         EXPECT_CLOSE(h->dk[j * 3 * h->C + d], h->scale * dk, h->scale * dk_tolerance, h->name);
         EXPECT_CLOSE(h->dv[j * 3 * h->C + d], dv, dv_tolerance, h->name);
     }
@@ -170,14 +190,17 @@ static void attention_expect(const AttentionRun *r, const AttentionCase *c) {
         for (size_t head = 0; head < c->NH; head++) {
             const size_t at = row * T * C + head * c->HS, at3 = row * T * 3 * C + head * c->HS;
             AttentionHead h = {
-                T, C, c->HS, r->qkv + at3, r->qkv + at3 + C, r->qkv + at3 + 2 * C, r->dy + at, r->y + at,
-                r->lse + (row * c->NH + head) * T, r->dqkv + at3, r->dqkv + at3 + C, r->dqkv + at3 + 2 * C,
+                T, C, c->HS, r->qkv + at3, r->qkv + at3 + C, r->qkv + at3 + 2 * C, r->dy + at,
+                r->y + at,
+                r->lse + (row * c->NH + head) * T, r->dqkv + at3, r->dqkv + at3 + C,
+                r->dqkv + at3 + 2 * C,
                 room, room + T * T, room + 2 * T * T, room + 3 * T * T, 1 / sqrt((double)c->HS),
                 c->bf16 ? 1.0 / (1 << 8) : fp32_unit, "",
             };
-            snprintf(h.name, sizeof h.name, "%s, T %zu, HS %zu, row %zu of %zu, head %zu of %zu", c->bf16 ? "bf16" : "fp32", T,
-                     c->HS, row, c->n, head, c->NH);
-            for (size_t i = 0; i < T; i++) attention_expect_forward(&h, i), attention_expect_queries(&h, i);
+            snprintf(h.name, sizeof h.name, "%s, T %zu, HS %zu, row %zu of %zu, head %zu of %zu",
+                     c->bf16 ? "bf16" : "fp32", T, c->HS, row, c->n, head, c->NH);
+            for (size_t i = 0; i < T; i++)
+                attention_expect_forward(&h, i), attention_expect_queries(&h, i);
             for (size_t j = 0; j < T; j++) attention_expect_keys(&h, j);
         }
     free(room);
@@ -192,12 +215,15 @@ static void attention_case(AttentionCase c) {
 
 // ---- The tests ----
 
-// Around the tiles of all kernels: 16, 32, 64 and 128 lines; heads that fill a tile or not, and no whole pieces of 16 bytes.
+// Around the tiles of all kernels: 16, 32, 64 and 128 rows; heads that fill a tile or not, or are
+// no multiple of 16 bytes.
 static void attention_shapes(int in_bf16) {
-    static const size_t tokens[] = {1, 2, 15, 16, 17, 63, 64, 65, 127, 130, 200}, sizes[] = {4, 8, 20, 32, 64, 80, 128};
+    static const size_t tokens[] = {1, 2, 15, 16, 17, 63, 64, 65, 127, 130, 200},
+        sizes[] = {4, 8, 20, 32, 64, 80, 128};
     for (size_t t = 0; t < sizeof tokens / sizeof *tokens; t++)
         for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
-            attention_case(AttentionCase{1 + (t + s) % 2, tokens[t], 1 + (t + 2 * s) % 3, sizes[s], in_bf16, 3});
+            attention_case(AttentionCase{1 + (t + s) % 2, tokens[t], 1 + (t + 2 * s) % 3, sizes[s],
+                                         in_bf16, 3});
 }
 
 void test_cuda_attention_fp32(void) { attention_shapes(0); }
@@ -205,15 +231,19 @@ void test_cuda_attention_bf16(void) { attention_shapes(1); }
 
 void test_cuda_attention_wide_heads(void) {
     static const size_t tokens[] = {1, 17, 65}, sizes[] = {136, 250, 256};
-    for (int i = 0; i < 18; i++) attention_case(AttentionCase{1, tokens[i / 2 % 3], 2, sizes[i / 6], i % 2, 3});
+    for (int i = 0; i < 18; i++)
+        attention_case(AttentionCase{1, tokens[i / 2 % 3], 2, sizes[i / 6], i % 2, 3});
 }
 
-// Scores in the hundreds: one key gets nearly everything, exponentials underflow, nothing overflows.
+// Scores in the hundreds: one key gets nearly all the weight, exponentials underflow, nothing
+// overflows.
 void test_cuda_attention_sharp(void) {
-    for (int i = 0; i < 4; i++) attention_case(AttentionCase{1, 150, 2, (size_t)(i / 2 ? 128 : 64), i % 2, 300});
+    for (int i = 0; i < 4; i++)
+        attention_case(AttentionCase{1, 150, 2, (size_t)(i / 2 ? 128 : 64), i % 2, 300});
 }
 
-// The same bits for every order of threads and blocks that the emulator tries, and for every launch on a GPU.
+// The same bits for every order of threads and blocks that the emulator tries, and for every launch
+// on a GPU.
 void test_cuda_attention_same_bits(void) {
     static const size_t sizes[] = {20, 64, 128};
     const char *seed = getenv("EMU_SEED");
@@ -229,9 +259,12 @@ void test_cuda_attention_same_bits(void) {
             setenv("EMU_SEED", text, 1);
             AttentionRun r = attention_inputs(&c);
             attention_run(&r, &c);
-            EXPECT(!memcmp(r.y, first.y, numbers * sizeof(double)), "y differs: case %d, seed %d", i, other);
-            EXPECT(!memcmp(r.lse, first.lse, first.tokens * c.NH * sizeof(double)), "lse differs: case %d, seed %d", i, other);
-            EXPECT(!memcmp(r.dqkv, first.dqkv, 3 * numbers * sizeof(double)), "dqkv differs: case %d, seed %d", i, other);
+            EXPECT(!memcmp(r.y, first.y, numbers * sizeof(double)), "y differs: case %d, seed %d",
+                   i, other);
+            EXPECT(!memcmp(r.lse, first.lse, first.tokens * c.NH * sizeof(double)),
+                   "lse differs: case %d, seed %d", i, other);
+            EXPECT(!memcmp(r.dqkv, first.dqkv, 3 * numbers * sizeof(double)),
+                   "dqkv differs: case %d, seed %d", i, other);
             attention_free(&r);
         }
         attention_free(&first);
@@ -241,7 +274,7 @@ void test_cuda_attention_same_bits(void) {
     free(before);
 }
 
-// Neither another row nor another head is read: NaN in them stays there.
+// Neither other rows nor other heads are read: NaN in them stays there.
 void test_cuda_attention_neighbours(void) {
     static const size_t sizes[] = {40, 64, 80};
     for (int i = 0; i < 6; i++) {
@@ -257,7 +290,8 @@ void test_cuda_attention_neighbours(void) {
         for (size_t token = 0; token < r.tokens; token++)
             for (size_t d = 0; d < 3 * r.C; d++) {
                 const int own = token / c.T == 1 && d % r.C / c.HS == 1;
-                EXPECT(isnan(r.dqkv[token * 3 * r.C + d]) == !own, "case %d: dqkv of token %zu, %zu", i, token, d);
+                EXPECT(isnan(r.dqkv[token * 3 * r.C + d]) == !own,
+                       "case %d: dqkv of token %zu, %zu", i, token, d);
             }
         attention_free(&r);
     }
@@ -268,7 +302,7 @@ static void attention_check_257(void *unused) {
     attention_check(2 * 257, 2);
 }
 
-// No rows: nothing is launched, and no pointer is looked at.
+// No rows: nothing is launched, and no pointer is accessed.
 void test_cuda_attention_refused(void) {
     for (int in_bf16 = 0; in_bf16 < 2; in_bf16++) {
         attention_forward(NULL, NULL, NULL, NULL, 0, 16, 64, 1, in_bf16, NULL);

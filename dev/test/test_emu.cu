@@ -1,11 +1,11 @@
-// test_emu.cu: tests of dev/emu, which runs the GPU engine's kernels on the host, and of dev/model/cuda.h on it: right kernels give
-// what a GPU gives, wrong kernels are found out.
+// test_emu.cu: tests of dev/emu, which runs the GPU engine's kernels on the host, and of
+// dev/model/cuda.h on it: correct kernels give what a GPU gives, wrong kernels are detected.
 
 #include "../model/cuda.h"
 #include "test.h"
 #include "test_emu.h"
 
-// ---- What the tests share ----
+// ---- Shared by the tests ----
 
 static void use_seed(int seed) {
     char text[16];
@@ -27,12 +27,12 @@ template <class T> static void host_copy(T *host, const T *device, size_t n) {
     CUDA_CHECK(cudaMemcpy(host, device, n * sizeof(T), cudaMemcpyDeviceToHost));
 }
 
-// Whole numbers of a small range, so that sums are exact in any order.
+// Small integers, so that sums are exact in any order.
 static float small(int i) { return (float)(i * 37 % 17 - 8); }
 
 // ---- Grids, shuffles, sums ----
 
-// count[i]++ for thread i of the grid, in whatever shape; and what it sees of itself.
+// count[i]++ for thread i of the grid, whatever its shape; and the thread's indices.
 static __global__ void count_threads(int *count, uint3 *seen) {
     BOUNDS(1024);
     const dim3 g = gridDim, b = blockDim;
@@ -43,8 +43,9 @@ static __global__ void count_threads(int *count, uint3 *seen) {
 }
 
 void test_emu_grid(void) {
-    static const unsigned shape[][6] = {{1, 1, 1, 1, 1, 1}, {7, 1, 1, 33, 1, 1}, {3, 2, 4, 5, 3, 2}, {2, 5, 1, 1024, 1, 1},
-                                        {1, 1, 3, 1, 1, 64}, {6, 6, 6, 1, 31, 1}};
+    static const unsigned shape[][6] = {{1, 1, 1, 1, 1, 1}, {7, 1, 1, 33, 1, 1}, {3, 2, 4, 5, 3, 2},
+                                        {2, 5, 1, 1024, 1, 1}, {1, 1, 3, 1, 1, 64},
+                                        {6, 6, 6, 1, 31, 1}};
     for (auto s : shape) {
         const size_t n = (size_t)s[0] * s[1] * s[2] * s[3] * s[4] * s[5];
         int *count = device_new<int>(n), *host = (int *)xcalloc(n, sizeof *host);
@@ -52,7 +53,8 @@ void test_emu_grid(void) {
         CUDA_CHECK(cudaMemset(count, 0, n * sizeof *count));
         LAUNCH(count_threads, dim3(s[0], s[1], s[2]), dim3(s[3], s[4], s[5]), 0, NULL, count, seen);
         host_copy(host, count, n);
-        for (size_t i = 0; i < n; i++) EXPECT(host[i] == 1, "thread %zu of %zu ran %d times", i, n, host[i]);
+        for (size_t i = 0; i < n; i++)
+            EXPECT(host[i] == 1, "thread %zu of %zu ran %d times", i, n, host[i]);
         free(host);
         CUDA_CHECK(cudaFree(count));
         CUDA_CHECK(cudaFree(seen));
@@ -68,8 +70,12 @@ static __global__ void shuffles(int *out) {
     out[3 * 32 + lane] = __shfl_up_sync(0xffffffffu, 100 + lane, 3);
     out[4 * 32 + lane] = __shfl_sync(0xffffffffu, 100 + lane, 2, 8);
     out[5 * 32 + lane] = (int)__ballot_sync(0xffffffffu, lane % 3 == 0);
-    if (lane < 8) out[6 * 32 + lane] = __shfl_down_sync(0xffu, 100 + lane, 1, 8) + __any_sync(0xffu, lane == 5);
-    else out[6 * 32 + lane] = __all_sync(0xffffff00u, lane >= 8) + 2 * __any_sync(0xffffff00u, lane < 8);
+    if (lane < 8)
+        out[6 * 32 + lane] = __shfl_down_sync(0xffu, 100 + lane, 1, 8) + __any_sync(0xffu,
+            lane == 5);
+    else
+        out[6 * 32 + lane] = __all_sync(0xffffff00u, lane >= 8) + 2 * __any_sync(0xffffff00u,
+            lane < 8);
 }
 
 void test_emu_shuffles(void) {
@@ -81,17 +87,20 @@ void test_emu_shuffles(void) {
         LAUNCH(shuffles, 1, 32, 0, NULL, device);
         host_copy(out, device, 7 * 32);
         for (int i = 0; i < 32; i++) {
-            const int want[7] = {100 + ((i * 5 + 3) & 31), 100 + (i ^ 7), 100 + (i < 29 ? i + 3 : i), 100 + (i < 3 ? i : i - 3),
-                                 100 + i / 8 * 8 + 2, (int)thirds, i < 8 ? 101 + (i < 7 ? i + 1 : i) : 1};
+            const int want[7] = {100 + ((i * 5 + 3) & 31), 100 + (i ^ 7),
+                                 100 + (i < 29 ? i + 3 : i), 100 + (i < 3 ? i : i - 3),
+                                 100 + i / 8 * 8 + 2, (int)thirds,
+                                 i < 8 ? 101 + (i < 7 ? i + 1 : i) : 1};
             for (int k = 0; k < 7; k++)
-                EXPECT(out[k * 32 + i] == want[k], "seed %d, step %d, lane %d: %d, want %d", seed, k, i, out[k * 32 + i],
-                       want[k]);
+                EXPECT(out[k * 32 + i] == want[k], "seed %d, step %d, lane %d: %d, want %d", seed,
+                       k, i, out[k * 32 + i], want[k]);
         }
     }
     CUDA_CHECK(cudaFree(device));
 }
 
-// out (blocks,4): the sum and the largest of each block's x (blockDim), twice by the same room.
+// out (blocks,4): the sum and the maximum of each block's x (blockDim), twice with the same
+// workspace.
 static __global__ void sums(float *out, const float *x) {
     BOUNDS(1024);
     SHARED(float, room);
@@ -119,9 +128,10 @@ void test_emu_sums(void) {
                 double sum = 0, most = -1e30, warp = 0;
                 for (int i = 0; i < n; i++) sum += x[b * n + i], most = fmax(most, x[b * n + i]);
                 for (int i = n - 32; i < n; i++) warp += x[b * n + i];
-                EXPECT(out[4 * b] == sum && out[4 * b + 1] == most && out[4 * b + 2] == 2 * sum && out[4 * b + 3] == warp,
-                       "%d threads: sum %g, most %g, twice %g, of a warp %g; want %g, %g, %g", n, out[4 * b], out[4 * b + 1],
-                       out[4 * b + 2], out[4 * b + 3], sum, most, warp);
+                EXPECT(out[4 * b] == sum && out[4 * b + 1] == most && out[4 * b + 2] == 2 * sum &&
+                       out[4 * b + 3] == warp,
+                       "%d threads: sum %g, most %g, twice %g, of a warp %g; want %g, %g, %g", n,
+                       out[4 * b], out[4 * b + 1], out[4 * b + 2], out[4 * b + 3], sum, most, warp);
             }
         }
     CUDA_CHECK(cudaFree(from));
@@ -130,7 +140,8 @@ void test_emu_sums(void) {
 
 // ---- Barriers ----
 
-// y = x reversed within the block, through shared memory; without the barrier a thread may read before another has written.
+// y = x reversed within the block, through shared memory; without the barrier a thread may read
+// before another has written.
 template <int barrier> static __global__ void reverse(float *y, const float *x) {
     SHARED(float, s);
     s[threadIdx.x] = x[threadIdx.x];
@@ -139,7 +150,8 @@ template <int barrier> static __global__ void reverse(float *y, const float *x) 
     y[threadIdx.x] = s[blockDim.x - 1 - threadIdx.x];
 }
 
-// s is used twice; the barrier between the uses keeps a thread from writing what another has not read yet.
+// s is used twice; the barrier between the uses keeps a thread from overwriting what another has
+// yet to read.
 template <int barrier> static __global__ void twice(float *y, const float *x) {
     SHARED(float, s);
     s[threadIdx.x] = x[threadIdx.x];
@@ -154,7 +166,8 @@ template <int barrier> static __global__ void twice(float *y, const float *x) {
 enum { N = 128 };
 
 // How many of some seeds give y[i] = want[i].
-template <class K> static int seeds_that_agree(K kernel, const float *x, const float *want, int threads) {
+template <class K> static int seeds_that_agree(K kernel, const float *x, const float *want,
+                                               int threads) {
     float got[N], *to = device_new<float>(N), *from = device_copy(x, N);
     int agree = 0;
     for (int seed = 1; seed <= 8; seed++) {
@@ -180,7 +193,8 @@ void test_emu_barrier_missing(void) {
     agree = seeds_that_agree(reverse<2>, x, reversed, N);
     EXPECT(agree == 0, "with a barrier of the warp only, %d of 8 seeds are right", agree);
     agree = seeds_that_agree(reverse<2>, x, of_warp, 32);
-    EXPECT(agree == 8, "with a barrier of the warp, which is the block, %d of 8 seeds are right", agree);
+    EXPECT(agree == 8, "with a barrier of the warp, which is the block, %d of 8 seeds are right",
+           agree);
     agree = seeds_that_agree(reverse<0>, x, of_warp, 32);
     EXPECT(agree == 0, "without a barrier of the warp %d of 8 seeds are right", agree);
     agree = seeds_that_agree(twice<1>, x, both, N);
@@ -214,7 +228,8 @@ static void run_divergent(void *how) {
 void test_emu_barrier_divergent(void) {
     static const struct { int how; const char *part; } wrong[] = {
         {EXIT_EARLY, "is reached by 63 of the block's 64 threads"}, {SOME_ONLY, "__syncthreads at"},
-        {OTHER_PLACE, "while others of the block are in the one at line"}, {ONE_LOOP_MORE, "__syncthreads at"},
+        {OTHER_PLACE, "while others of the block are in the one at line"},
+        {ONE_LOOP_MORE, "__syncthreads at"},
         {BARRIER_AND_SHUFFLE, "__syncthreads at"}};
     for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_divergent, &w.how);
     int how = EXIT_EARLY;
@@ -238,15 +253,17 @@ static __global__ void lanes_missing(int how, int *out) {
     out[t] = __shfl_xor_sync(0xffffffffu, t, 1);
 }
 static void run_lanes_missing(void *how) {
-    LAUNCH(lanes_missing, 1, *(int *)how == HALF_WARP ? 16 : 32, 0, NULL, *(int *)how, device_new<int>(32));
+    LAUNCH(lanes_missing, 1, *(int *)how == HALF_WARP ? 16 : 32, 0, NULL, *(int *)how,
+           device_new<int>(32));
     fprintf(stderr, "not found out\n");
 }
 
 void test_emu_lanes_missing(void) {
     static const struct { int how; const char *part; } wrong[] = {
         {LANE_EXITS, "reached by only 31 lanes of its warp"}, {LANE_ELSEWHERE, "__syncwarp"},
-        {MASK_LACKS_SELF, "mask fffffdff lacks the calling lane"}, {HALF_WARP, "but this warp has only 0000ffff"},
-        {MMA_LANE, "mma_bf16"}, {SOURCE_OUTSIDE, "reads lane 20, which is not in the mask"}};
+        {MASK_LACKS_SELF, "mask fffffdff lacks the calling lane"},
+        {HALF_WARP, "but this warp has only 0000ffff"}, {MMA_LANE, "mma_bf16"},
+        {SOURCE_OUTSIDE, "reads lane 20, which is not in the mask"}};
     for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_lanes_missing, &w.how);
 }
 
@@ -269,8 +286,10 @@ static __global__ void read_shared(float *out) {
 void test_emu_shared_bounds(void) {
     int inside = 99, after = 100, before = -1;
     EXPECT_EXIT_EMULATED(0, "not found out", run_touch_shared, &inside);
-    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "kernel touch_shared", run_touch_shared, &after);
-    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 bytes of shared memory",
+    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow"
+                         : "kernel touch_shared", run_touch_shared, &after);
+    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 "
+                         "bytes of shared memory",
                 run_touch_shared, &before);
     float out[64], *device = device_new<float>(64);
     LAUNCH(read_shared, 2, 64, 64 * sizeof(float), NULL, device);
@@ -305,13 +324,18 @@ static void run_load_pack(void *at) {
 void test_emu_global_bounds(void) {
     int inside = 99, after = 100, before = -1, four = 4, five = 5;
     EXPECT_EXIT_EMULATED(0, "not found out", run_touch, &inside);
-    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "beyond the 400 bytes of memory", run_touch, &after);
-    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 bytes of memory", run_touch, &before);
+    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "beyond the 400 "
+                         "bytes of memory", run_touch, &after);
+    EXPECT_EXIT_EMULATED(1, EMU_ASAN ? "AddressSanitizer: heap-buffer-overflow" : "before the 400 "
+                         "bytes of memory", run_touch, &before);
     EXPECT_EXIT_EMULATED(1, "does not point to device memory", run_touch_host, NULL);
     EXPECT_EXIT_EMULATED(1, "does not point to device memory", run_touch_freed, NULL);
-    if (!EMU_ASAN) EXPECT_EXIT_EMULATED(1, "kernel touch, block (0,0,0), thread (0,0,0): signal 11", run_touch_nothing, NULL);
+    if (!EMU_ASAN)
+        EXPECT_EXIT_EMULATED(1, "kernel touch, block (0,0,0), thread (0,0,0): signal 11",
+                             run_touch_nothing, NULL);
     EXPECT_EXIT_EMULATED(0, "not found out", run_load_pack, &four);
-    EXPECT_EXIT_EMULATED(1, "kernel load_pack, block (0,0,0), thread (0,0,0): pack_load at", run_load_pack, &five);
+    EXPECT_EXIT_EMULATED(1, "kernel load_pack, block (0,0,0), thread (0,0,0): pack_load at",
+                         run_load_pack, &five);
     float x[100], *device = device_new<float>(100);
     host_copy(x, device, 100);
     for (float v : x) EXPECT(isnan(v), "device memory begins as %g", v);
@@ -326,8 +350,10 @@ static void run_copy(void *how) {
     switch (*(int *)how) {
     case TO_HOST: CUDA_CHECK(cudaMemcpy(host, host, size, cudaMemcpyHostToDevice)); break;
     case TOO_LONG: CUDA_CHECK(cudaMemcpy(device + 1, host, size, cudaMemcpyHostToDevice)); break;
-    case FROM_HOST: CUDA_CHECK(cudaMemcpyAsync(device, host, size, cudaMemcpyDeviceToDevice, NULL)); break;
-    case WRONG_WAY: CUDA_CHECK(cudaMemcpyAsync(host, device, size, cudaMemcpyHostToDevice, NULL)); break;
+    case FROM_HOST: CUDA_CHECK(cudaMemcpyAsync(device, host, size, cudaMemcpyDeviceToDevice, NULL));
+        break;
+    case WRONG_WAY: CUDA_CHECK(cudaMemcpyAsync(host, device, size, cudaMemcpyHostToDevice, NULL));
+        break;
     case MEMSET_LONG: CUDA_CHECK(cudaMemsetAsync(device, 0, size + 1, NULL)); break;
     case FREE_OTHER: CUDA_CHECK(cudaFree(host)); break;
     case FREE_MIDDLE: CUDA_CHECK(cudaFree(device + 1)); break;
@@ -338,8 +364,9 @@ static void run_copy(void *how) {
 
 void test_emu_copies_checked(void) {
     static const struct { int how; const char *part; } wrong[] = {
-        {TO_HOST, "which is not device memory"}, {TOO_LONG, "runs out of its allocation"}, {FROM_HOST, "invalid argument"},
-        {WRONG_WAY, "invalid argument"}, {MEMSET_LONG, "invalid argument"}, {FREE_OTHER, "which was not allocated"},
+        {TO_HOST, "which is not device memory"}, {TOO_LONG, "runs out of its allocation"},
+        {FROM_HOST, "invalid argument"}, {WRONG_WAY, "invalid argument"},
+        {MEMSET_LONG, "invalid argument"}, {FREE_OTHER, "which was not allocated"},
         {FREE_MIDDLE, "which was not allocated"}, {TOO_MUCH, "out of memory\n  hint: "}};
     for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_copy, &w.how);
 }
@@ -352,15 +379,17 @@ static void run_shape(void *shape) {
 }
 
 void test_emu_launch_limits(void) {
-    static unsigned right[][7] = {{1, 1, 1, 1024, 1, 1, 0}, {1, 1, 1, 1, 1, 1, 227 << 10}, {1, 1, 65535, 1, 1, 1, 0}};
-    static unsigned wrong[][7] = {{0, 1, 1, 32, 1, 1, 0}, {1, 1, 1, 0, 1, 1, 0}, {1, 1, 1, 1025, 1, 1, 0},
-                                  {1, 1, 1, 512, 3, 1, 0}, {1, 65536, 1, 32, 1, 1, 0}, {1, 1, 65536, 32, 1, 1, 0},
+    static unsigned right[][7] = {{1, 1, 1, 1024, 1, 1, 0}, {1, 1, 1, 1, 1, 1, 227 << 10},
+                                  {1, 1, 65535, 1, 1, 1, 0}};
+    static unsigned wrong[][7] = {{0, 1, 1, 32, 1, 1, 0}, {1, 1, 1, 0, 1, 1, 0},
+                                  {1, 1, 1, 1025, 1, 1, 0}, {1, 1, 1, 512, 3, 1, 0},
+                                  {1, 65536, 1, 32, 1, 1, 0}, {1, 1, 65536, 32, 1, 1, 0},
                                   {1, 1, 1, 1, 1, 65, 0}, {1, 1, 1, 32, 1, 1, (227 << 10) + 1}};
     for (auto s : right) EXPECT_EXIT_EMULATED(0, "not found out", run_shape, s);
     for (auto s : wrong) EXPECT_EXIT_EMULATED(1, "error: kernel nothing, grid (", run_shape, s);
 }
 
-// ---- What a device refuses that the host could do ----
+// ---- What a device refuses but the host could do ----
 
 static void run_forked(void *call) {
     int n;
@@ -371,31 +400,36 @@ static void run_forked(void *call) {
     fprintf(stderr, "not found out\n");
 }
 
-// A child of a process that has used CUDA cannot: whichever call it begins with is refused.
+// A child of a process that has used CUDA cannot use it: its first call is refused, whichever it
+// is.
 void test_emu_forked(void) {
     CUDA_CHECK(cudaDeviceSynchronize());
     for (int call = 0; call < 4; call++) EXPECT_EXIT(1, "initialization error", run_forked, &call);
 }
 
-// A launch that asks for `shared` bytes, of which it has opted in to `opted`, on a device of `capability`.
+// A launch with `shared` bytes, having opted in to `opted`, on a device of `capability`.
 struct OptIn { const char *capability; int opted; size_t shared; };
 static void run_opt_in(void *arg) {
     const OptIn *o = (const OptIn *)arg;
     setenv("EMU_CAPABILITY", o->capability, 1);
     if (o->opted)
-        CUDA_CHECK(cudaFuncSetAttribute((const void *)nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, o->opted));
+        CUDA_CHECK(cudaFuncSetAttribute((const void *)nothing,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, o->opted));
     CUDA_CHECK(emu_launch("nothing", nothing, 1, 1, o->shared, NULL, 0));
     fprintf(stderr, "not found out\n");
 }
 
 void test_emu_opt_in(void) {
-    static OptIn right[] = {{"90", 0, 48 << 10}, {"90", 64 << 10, 64 << 10}, {"80", 163 << 10, 163 << 10},
+    static OptIn right[] = {{"90", 0, 48 << 10}, {"90", 64 << 10, 64 << 10},
+                            {"80", 163 << 10, 163 << 10},
                             {"89", 99 << 10, 99 << 10}};
     static OptIn refused[] = {{"90", 0, (48 << 10) + 1}, {"90", 64 << 10, (64 << 10) + 1}};
-    static OptIn too_much[] = {{"90", (227 << 10) + 1, 0}, {"89", 100 << 10, 0}, {"80", 164 << 10, 0}};
+    static OptIn too_much[] = {{"90", (227 << 10) + 1, 0}, {"89", 100 << 10, 0},
+                               {"80", 164 << 10, 0}};
     for (auto &o : right) EXPECT_EXIT_EMULATED(0, "not found out", run_opt_in, &o);
     for (auto &o : refused) EXPECT_EXIT_EMULATED(1, "cudaFuncSetAttribute allows", run_opt_in, &o);
-    for (auto &o : too_much) EXPECT_EXIT_EMULATED(1, "of shared memory, where a block has", run_opt_in, &o);
+    for (auto &o : too_much)
+        EXPECT_EXIT_EMULATED(1, "of shared memory, where a block has", run_opt_in, &o);
 }
 
 static __global__ void bounded(int threads) {
@@ -407,9 +441,11 @@ static void run_bounded(void *arg) {
     fprintf(stderr, "not found out\n");
 }
 
-// More threads than the bounds say; without bounds, more than can start whatever registers each takes.
+// More threads than the launch bounds; without bounds, more than can start whatever registers each
+// uses.
 void test_emu_bounds(void) {
-    int right[][2] = {{0, 256}, {128, 128}, {1024, 1024}}, beyond[] = {128, 129}, without[] = {0, 257};
+    int right[][2] = {{0, 256}, {128, 128}, {1024, 1024}}, beyond[] = {128, 129},
+        without[] = {0, 257};
     for (auto &r : right) EXPECT_EXIT_EMULATED(0, "not found out", run_bounded, r);
     EXPECT_EXIT_EMULATED(1, "129 threads, where the launch bounds allow 128", run_bounded, beyond);
     EXPECT_EXIT_EMULATED(1, "it needs launch bounds", run_bounded, without);
@@ -418,15 +454,18 @@ void test_emu_bounds(void) {
 // ---- Asynchronous copies ----
 
 enum {
-    COPY_RIGHT, COPY_NO_WAIT, COPY_WAIT_SOME, COPY_NO_BARRIER, COPY_NEVER, COPY_MISALIGNED, COPY_TO_GLOBAL, COPY_FROM_SHARED
+    COPY_RIGHT, COPY_NO_WAIT, COPY_WAIT_SOME, COPY_NO_BARRIER, COPY_NEVER, COPY_MISALIGNED,
+        COPY_TO_GLOBAL, COPY_FROM_SHARED
 };
 
-// y (3,4n) = two groups of copies through shared memory: first the one, then the other; then zeros in place of the first.
+// y (3,4n) = two groups of copies through shared memory: first one, then the other; then zeros in
+// place of the first.
 static __global__ void copy_async(int how, float *y, const float *x) {
     SHARED(float, s);
     const int t = (int)threadIdx.x, n = (int)blockDim.x, other = n - 1 - t;
     float *mine = s + 4 * t;
-    cp_async16(mine, how == COPY_MISALIGNED ? x + 4 * t + 1 : how == COPY_FROM_SHARED ? s : x + 4 * t, true);
+    cp_async16(mine, how == COPY_MISALIGNED ? x + 4 * t + 1 : how == COPY_FROM_SHARED ? s : x +
+               4 * t, true);
     cp_async_commit();
     cp_async16(how == COPY_TO_GLOBAL ? y : mine + 4 * n, x + 4 * (n + t), true);
     cp_async_commit();
@@ -443,7 +482,7 @@ static __global__ void copy_async(int how, float *y, const float *x) {
     for (int i = 0; i < 4; i++) y[4 * (2 * n + t) + i] = mine[i];
 }
 
-// 1 if y is what it should be.
+// 1 if y is correct.
 static int copy_async_right(int how, int seed) {
     float x[2 * N], y[3 * N], *from, *to = device_new<float>(3 * N);
     for (int i = 0; i < 2 * N; i++) x[i] = (float)i;
@@ -466,29 +505,36 @@ static void run_copy_async(void *how) {
 void test_emu_cp_async(void) {
     for (int seed = 1; seed < 6; seed++) {
         EXPECT(copy_async_right(COPY_RIGHT, seed), "seed %d: what was copied is wrong", seed);
-        EXPECT(!copy_async_right(COPY_NO_WAIT, seed), "seed %d: right without the first wait", seed);
-        EXPECT(!copy_async_right(COPY_WAIT_SOME, seed), "seed %d: right without the second wait", seed);
-        EXPECT(!copy_async_right(COPY_NO_BARRIER, seed), "seed %d: right without the barrier", seed);
+        EXPECT(!copy_async_right(COPY_NO_WAIT, seed), "seed %d: right without the first wait",
+               seed);
+        EXPECT(!copy_async_right(COPY_WAIT_SOME, seed), "seed %d: right without the second wait",
+               seed);
+        EXPECT(!copy_async_right(COPY_NO_BARRIER, seed), "seed %d: right without the barrier",
+               seed);
     }
 }
 
 void test_emu_cp_async_wrong(void) {
     static const struct { int how; const char *part; } wrong[] = {
-        {COPY_NEVER, "exits with 2 asynchronous copies"}, {COPY_MISALIGNED, "of device memory, aligned"},
-        {COPY_TO_GLOBAL, "is not in the block's 1024 bytes of shared memory"}, {COPY_FROM_SHARED, "of device memory"}};
+        {COPY_NEVER, "exits with 2 asynchronous copies"},
+        {COPY_MISALIGNED, "of device memory, aligned"},
+        {COPY_TO_GLOBAL, "is not in the block's 1024 bytes of shared memory"},
+        {COPY_FROM_SHARED, "of device memory"}};
     for (auto w : wrong) EXPECT_EXIT_EMULATED(1, w.part, run_copy_async, &w.how);
 }
 
 // ---- Tensor cores ----
 
-// d (16,8) += a (16,16) b (16,8) by one warp, with the numbers of each lane as in the figures of the PTX ISA ("Matrix
-// Fragments for mma.m16n8k16 with floating point type"): i counts a lane's numbers.
+// d (16,8) += a (16,16) b (16,8) by one warp, with each lane's elements as in the figures of the
+// PTX ISA ("Matrix Fragments for mma.m16n8k16 with floating point type"): i counts a lane's
+// elements.
 static __global__ void mma_by_figures(float *d, const bf16 *a, const bf16 *b) {
     const int group = (int)threadIdx.x >> 2, in_group = (int)threadIdx.x % 4;
     uint32_t ra[4], rb[2];
     float rd[4];
     for (int i = 0; i < 8; i++) {
-        const int row = i < 2 || (4 <= i && i < 6) ? group : group + 8, column = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
+        const int row = i < 2 || (4 <= i && i < 6) ? group : group + 8,
+            column = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
         const uint32_t bits = __bfloat16_as_ushort(a[row * 16 + column]);
         ra[i / 2] = i % 2 ? ra[i / 2] | bits << 16 : bits;
     }
@@ -502,9 +548,11 @@ static __global__ void mma_by_figures(float *d, const bf16 *a, const bf16 *b) {
     for (int i = 0; i < 4; i++) d[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = rd[i];
 }
 
-// The same with a (16,16), and b (16,16), whose left half is the first product's, through ldmatrix: a's four matrices are the
-// registers of a fragment; b's rows are transposed on their way, or b is given transposed. d (16,16).
-template <int transposed> static __global__ void mma_by_ldmatrix(float *d, const bf16 *a, const bf16 *b) {
+// The same with a (16,16) and b (16,16), whose left half is the first matmul's, through ldmatrix:
+// a's four matrices are the registers of a fragment; b is transposed by the load, or given
+// transposed. d (16,16).
+template <int transposed> static __global__ void mma_by_ldmatrix(float *d, const bf16 *a,
+                                                                 const bf16 *b) {
     SHARED(bf16, s);
     const int lane = (int)threadIdx.x;
     for (int i = lane; i < 256; i += 32) {
@@ -519,14 +567,16 @@ template <int transposed> static __global__ void mma_by_ldmatrix(float *d, const
     for (int half = 0; half < 2; half++) {
         float rd[4] = {0, 0, 0, 0};
         mma_bf16(rd, ra, rb + 2 * half);
-        for (int i = 0; i < 4; i++) d[(lane / 4 + i / 2 * 8) * 16 + half * 8 + lane % 4 * 2 + i % 2] = rd[i];
+        for (int i = 0; i < 4; i++)
+            d[(lane / 4 + i / 2 * 8) * 16 + half * 8 + lane % 4 * 2 + i % 2] = rd[i];
     }
 }
 
 void test_emu_mma(void) {
     bf16 a[256], b[256], left[128];
     float d[128], got[128], wide[256];
-    for (int i = 0; i < 256; i++) a[i] = from_float<bf16>(small(i)), b[i] = from_float<bf16>(small(7 * i + 3));
+    for (int i = 0; i < 256; i++)
+        a[i] = from_float<bf16>(small(i)), b[i] = from_float<bf16>(small(7 * i + 3));
     for (int i = 0; i < 128; i++) d[i] = small(5 * i), left[i] = b[i / 8 * 16 + i % 8];
     bf16 *da = device_copy(a, 256), *db = device_copy(b, 256), *dleft = device_copy(left, 128);
     float *dd = device_copy(d, 128), *dwide = device_new<float>(256);
@@ -539,8 +589,10 @@ void test_emu_mma(void) {
         for (int i = 0; i < 16; i++)
             for (int j = 0; j < 16; j++) {
                 float want = 0;
-                for (int k = 0; k < 16; k++) want += to_float(a[i * 16 + k]) * to_float(b[k * 16 + j]);
-                EXPECT(wide[i * 16 + j] == want, "way %d, (%d,%d): %g, want %g", way, i, j, wide[i * 16 + j], want);
+                for (int k = 0; k < 16; k++)
+                    want += to_float(a[i * 16 + k]) * to_float(b[k * 16 + j]);
+                EXPECT(wide[i * 16 + j] == want, "way %d, (%d,%d): %g, want %g", way, i, j,
+                       wide[i * 16 + j], want);
                 const float more = j < 8 ? got[i * 8 + j] - d[i * 8 + j] : want;
                 EXPECT(more == want, "(%d,%d): %g, want %g", i, j, more, want);
             }
@@ -552,7 +604,8 @@ void test_emu_mma(void) {
     CUDA_CHECK(cudaFree(dwide));
 }
 
-// out (2,32,4): the registers of plain and transposed loads of four matrices whose numbers are 64 j + 8 row + column.
+// out (2,32,4): the registers of plain and transposed loads of four matrices whose elements are 64
+// j + 8 row + column.
 static __global__ void load_matrices(uint32_t *out, int wrong) {
     SHARED(unsigned short, s);
     const int lane = (int)threadIdx.x;
@@ -565,13 +618,18 @@ static void run_load_matrices(void *wrong) {
     LAUNCH(load_matrices, 1, 32, 512, NULL, device_new<uint32_t>(256), *(int *)wrong);
 }
 
-// Tensor cores cut off where an fp32 sum would round: what is below 25 bits of the largest term, each time toward zero.
+// Tensor cores truncate where an fp32 sum would round: bits below the 25 of the largest term,
+// always toward zero.
 void test_emu_mma_sum(void) {
-    const float tiny = ldexpf(1, -25), small[] = {tiny, tiny, tiny, tiny}, half[] = {2 * tiny, 2 * tiny};
+    const float tiny = ldexpf(1, -25), small[] = {tiny, tiny, tiny, tiny},
+        half[] = {2 * tiny, 2 * tiny};
     const float minus[] = {-tiny, 0}, three[] = {3 * tiny, 0}, inf[] = {INFINITY, 1};
-    EXPECT(emu_mma_sum(0, small, 4) == 4 * tiny, "small numbers alone are %g", emu_mma_sum(0, small, 4));
-    EXPECT(emu_mma_sum(1, small, 4) == 1, "what is below one is not cut off: %.9g", emu_mma_sum(1, small, 4));
-    EXPECT(emu_mma_sum(1, half, 2) == 1 + 4 * tiny, "two halves of the last bit are %.9g", emu_mma_sum(1, half, 2));
+    EXPECT(emu_mma_sum(0, small, 4) == 4 * tiny, "small numbers alone are %g",
+           emu_mma_sum(0, small, 4));
+    EXPECT(emu_mma_sum(1, small, 4) == 1, "what is below one is not cut off: %.9g",
+           emu_mma_sum(1, small, 4));
+    EXPECT(emu_mma_sum(1, half, 2) == 1 + 4 * tiny, "two halves of the last bit are %.9g",
+           emu_mma_sum(1, half, 2));
     EXPECT(emu_mma_sum(1, three, 2) == 1, "3/4 of the last bit are %.9g", emu_mma_sum(1, three, 2));
     EXPECT(emu_mma_sum(-1, minus, 2) == -1, "not toward zero: %.9g", emu_mma_sum(-1, minus, 2));
     EXPECT(isinf(emu_mma_sum(1, inf, 2)), "infinity is %g", emu_mma_sum(1, inf, 2));
@@ -581,11 +639,13 @@ void test_emu_mma_sum(void) {
     }
 }
 
-// The kernels within their tolerances where sums, exponentials and tanh are as inexact as on hardware; where each number of
-// rows has its own order of summation; and in the shared memory of other devices.
+// The kernels stay within their tolerances if sums, exponentials and tanh are as inexact as on
+// hardware; if each number of rows has its own order of summation; and with the shared memory of
+// other devices.
 void test_emu_hardware(void) {
     static const char *const run[][2] = {
-        {"EMU_ERRORS=1", "cuda_products cuda_softmax_loss cuda_layernorm_backward cuda_attention_bf16"},
+        {"EMU_ERRORS=1", "cuda_products cuda_softmax_loss cuda_layernorm_backward "
+         "cuda_attention_bf16"},
         {"EMU_ROWS=1", "cuda_products cuda_classifier_chunks"},
         {"EMU_CAPABILITY=89", "cuda_layernorm_backward cuda_attention_wide_heads"}};
     for (auto mode : run) {
@@ -601,16 +661,19 @@ void test_emu_ldmatrix(void) {
     host_copy(out, device, 256);
     for (int lane = 0; lane < 32; lane++)
         for (int j = 0; j < 4; j++) {
-            const uint32_t low = (uint32_t)(64 * j + 8 * (lane / 4) + lane % 4 * 2);         // row, column of the figure
+            // row, column of the figure
+            const uint32_t low = (uint32_t)(64 * j + 8 * (lane / 4) + lane % 4 * 2);
             const uint32_t turned = (uint32_t)(64 * j + 8 * (lane % 4 * 2) + lane / 4);
             const uint32_t plain = out[4 * lane + j], trans = out[4 * (32 + lane) + j];
             EXPECT(plain == ((low + 1) << 16 | low), "lane %d, matrix %d: %08x", lane, j, plain);
-            EXPECT(trans == ((turned + 8) << 16 | turned), "lane %d, matrix %d transposed: %08x", lane, j, trans);
+            EXPECT(trans == ((turned + 8) << 16 | turned), "lane %d, matrix %d transposed: %08x",
+                   lane, j, trans);
         }
     CUDA_CHECK(cudaFree(device));
     int misaligned = 1, outside = 8;
     EXPECT_EXIT_EMULATED(1, "is not a multiple of 16", run_load_matrices, &misaligned);
-    EXPECT_EXIT_EMULATED(1, "is not in the block's 512 bytes of shared memory", run_load_matrices, &outside);
+    EXPECT_EXIT_EMULATED(1, "is not in the block's 512 bytes of shared memory", run_load_matrices,
+                         &outside);
 }
 
 // ---- bf16 ----
@@ -621,7 +684,7 @@ void test_emu_bf16(void) {
         const unsigned short back = __bfloat16_as_ushort(from_float<bf16>(value));
         EXPECT(isnan(value) ? back == 0x7fff : back == half, "%04x became %04x", half, back);
     }
-    // A number between two neighbours goes to the nearer one; from the middle to the even one.
+    // A value between two neighbours rounds to the nearer one, a midpoint to the even one.
     for (uint32_t half = 0; half < 0x7f80; half++)
         for (uint32_t low = 0; low < 65536; low += low == 0x7fff || low == 0x8000 ? 1 : 0x7fff) {
             const uint32_t want = half + (low > 0x8000 || (low == 0x8000 && half % 2));
@@ -636,7 +699,8 @@ void test_emu_bf16(void) {
 static __global__ void fill(float *y, float x) { y[threadIdx.x] = x; }
 static __global__ void add_one(float *y, const float *x) { y[threadIdx.x] = x[threadIdx.x] + 1; }
 
-// y = 7 + 1 by two streams: the second may only begin when the first is done, which the event is for. Returns y[0].
+// y = 7 + 1 by two streams: the second may only start when the first is done, which the event
+// ensures. Returns y[0].
 static float two_streams(int event, int seed) {
     float *x = device_new<float>(32), *y = device_new<float>(32), got[32];
     cudaStream_t s[2];
@@ -660,7 +724,8 @@ static float two_streams(int event, int seed) {
 void test_emu_streams(void) {
     for (int lazy = 0; lazy < 2; lazy++) {
         setenv("EMU_LAZY", lazy ? "1" : "0", 1);
-        for (int seed = 1; seed < 4; seed++) EXPECT(two_streams(1, seed) == 8, "lazy %d: %g", lazy, two_streams(1, seed));
+        for (int seed = 1; seed < 4; seed++)
+            EXPECT(two_streams(1, seed) == 8, "lazy %d: %g", lazy, two_streams(1, seed));
         cudaEvent_t from, to;
         float ms = -1;
         CUDA_CHECK(cudaEventCreate(&from));
@@ -697,24 +762,28 @@ static float pinned_too_early(int write) {
 }
 
 void test_emu_streams_wrong(void) {
-    EXPECT(pinned_too_early(0) == 1, "work is done at once, but a copy gave %g", pinned_too_early(0));
+    EXPECT(pinned_too_early(0) == 1, "work is done at once, but a copy gave %g",
+           pinned_too_early(0));
     setenv("EMU_LAZY", "1", 1);
-    EXPECT(isnan(two_streams(0, 1)), "the second stream did not wait, but got %g", two_streams(0, 1));
-    EXPECT(pinned_too_early(0) == 3, "a copy to the host was read before it was done, but gave %g", pinned_too_early(0));
+    EXPECT(isnan(two_streams(0, 1)), "the second stream did not wait, but got %g",
+           two_streams(0, 1));
+    EXPECT(pinned_too_early(0) == 3, "a copy to the host was read before it was done, but gave %g",
+           pinned_too_early(0));
     unsetenv("EMU_LAZY");
 }
 
 // ---- cuBLASLt ----
 
-// One product and what it needs. `bf16_in`, `bf16_out`: types of A, B and of C, D.
+// A matmul and its parameters. `bf16_in`, `bf16_out`: types of A, B and of C, D.
 typedef struct Product {
     int m, n, k, transa, transb, bf16_in, bf16_out, tf32;
     float alpha, beta;
     uint32_t epilogue;
-    int left = 0;                                        // set as well: 1 a bias pointer, 2 an auxiliary matrix
+    int left = 0;       // set as well: 1 a bias pointer, 2 an auxiliary matrix
 } Product;
 
-typedef struct { double *a, *b, *c, *y, *bias, *aux; int lda, ldb, ldc; } Operands;   // on the host, by columns
+// on the host, column-major
+typedef struct { double *a, *b, *c, *y, *bias, *aux; int lda, ldb, ldc; } Operands;
 
 static void *device_numbers(const double *x, size_t n, int is_bf16) {
     float *f = (float *)xcalloc(n, sizeof *f);
@@ -740,15 +809,21 @@ static int biased(uint32_t epilogue) {
     return epilogue == CUBLASLT_EPILOGUE_BIAS || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
 }
 
-// Runs p through cuBLASLt with the second algorithm of the heuristic; o->y, o->bias and o->aux get what it wrote.
+// Runs p through cuBLASLt with the heuristic's second algorithm; o->y, o->bias and o->aux receive
+// its output.
 static cublasStatus_t multiply(const Product *p, Operands *o) {
-    const cudaDataType_t in = p->bf16_in ? CUDA_R_16BF : CUDA_R_32F, out = p->bf16_out ? CUDA_R_16BF : CUDA_R_32F;
-    const size_t a_size = (size_t)o->lda * (size_t)(p->transa ? p->m : p->k), c_size = (size_t)(o->ldc * p->n);
+    const cudaDataType_t in = p->bf16_in ? CUDA_R_16BF : CUDA_R_32F,
+        out = p->bf16_out ? CUDA_R_16BF : CUDA_R_32F;
+    const size_t a_size = (size_t)o->lda * (size_t)(p->transa ? p->m : p->k),
+        c_size = (size_t)(o->ldc * p->n);
     const size_t b_size = (size_t)o->ldb * (size_t)(p->transb ? p->k : p->n);
     const size_t bias_size = (size_t)p->m;
-    void *a = device_numbers(o->a, a_size, p->bf16_in), *b = device_numbers(o->b, b_size, p->bf16_in);
-    void *c = device_numbers(o->c, c_size, p->bf16_out), *y = device_numbers(o->c, c_size, p->bf16_out);
-    void *bias = device_numbers(o->bias, bias_size, p->bf16_out), *aux = device_numbers(o->aux, c_size, p->bf16_out);
+    void *a = device_numbers(o->a, a_size, p->bf16_in),
+        *b = device_numbers(o->b, b_size, p->bf16_in);
+    void *c = device_numbers(o->c, c_size, p->bf16_out),
+        *y = device_numbers(o->c, c_size, p->bf16_out);
+    void *bias = device_numbers(o->bias, bias_size, p->bf16_out),
+        *aux = device_numbers(o->aux, c_size, p->bf16_out);
     const int64_t aux_ld = o->ldc;
     const size_t room = 1 << 16;
     char *workspace = device_new<char>(room);
@@ -759,28 +834,38 @@ static cublasStatus_t multiply(const Product *p, Operands *o) {
     cublasLtMatmulHeuristicResult_t found[3];
     int count = 0;
     CUBLAS_CHECK(cublasLtCreate(&handle));
-    CUBLAS_CHECK(cublasLtMatmulDescCreate(&d, p->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSA, &p->transa, sizeof p->transa));
-    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSB, &p->transb, sizeof p->transb));
-    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE, &p->epilogue, sizeof p->epilogue));
+    CUBLAS_CHECK(cublasLtMatmulDescCreate(&d, p->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                          : CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSA, &p->transa,
+                                                sizeof p->transa));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSB, &p->transb,
+                                                sizeof p->transb));
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE, &p->epilogue,
+                                                sizeof p->epilogue));
     if (biased(p->epilogue) || p->epilogue == CUBLASLT_EPILOGUE_BGRADA || p->left == 1)
-        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
-    if (p->epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || p->epilogue == CUBLASLT_EPILOGUE_DGELU || p->left == 2) {
-        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux, sizeof aux));
-        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld));
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                                    sizeof bias));
+    if (p->epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS || p->epilogue == CUBLASLT_EPILOGUE_DGELU ||
+        p->left == 2) {
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
+                                                    &aux, sizeof aux));
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD,
+                                                    &aux_ld, sizeof aux_ld));
     }
     const uint64_t m = (uint64_t)p->m, n = (uint64_t)p->n, k = (uint64_t)p->k;
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&la, in, p->transa ? k : m, p->transa ? m : k, o->lda));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&lb, in, p->transb ? n : k, p->transb ? k : n, o->ldb));
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&lc, out, m, n, o->ldc));
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
-    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room,
-                                                      sizeof room));
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, d, la, lb, lc, lc, preference, 3, found, &count);
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference,
+                                                      CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                      &room, sizeof room));
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, d, la, lb, lc, lc, preference, 3,
+                                                           found, &count);
     if (status == CUBLAS_STATUS_SUCCESS) {
         EXPECT(count == 2, "%d algorithms", count);
-        status = cublasLtMatmul(handle, d, &p->alpha, a, la, b, lb, &p->beta, c, lc, y, lc, &found[1].algo, workspace, room,
-                                NULL);
+        status = cublasLtMatmul(handle, d, &p->alpha, a, la, b, lb, &p->beta, c, lc, y, lc,
+                                &found[1].algo, workspace, room, NULL);
     }
     host_numbers(o->y, y, c_size, p->bf16_out);
     host_numbers(o->bias, bias, bias_size, p->bf16_out);
@@ -793,37 +878,46 @@ static cublasStatus_t multiply(const Product *p, Operands *o) {
     return status;
 }
 
-// Numbers in [-1, 1) that bf16 holds.
+// Elements in [-1, 1), exact in bf16.
 static double *numbers(size_t n, int seed) {
     double *x = (double *)xcalloc(n, sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = (double)((int)((i * 2654435761u + (size_t)seed * 40503u) >> 7 & 127) - 64) / 64;
+    for (size_t i = 0; i < n; i++)
+        x[i] = (double)((int)((i * 2654435761u + (size_t)seed * 40503u) >> 7 & 127) - 64) / 64;
     return x;
 }
 static Operands operands_new(const Product *p) {
-    const int lda = (p->transa ? p->k : p->m) + 3, ldb = (p->transb ? p->n : p->k) + 1, ldc = (p->m + 7) / 8 * 8;
-    const size_t a = (size_t)(lda * (p->transa ? p->m : p->k)), b = (size_t)(ldb * (p->transb ? p->k : p->n));
+    const int lda = (p->transa ? p->k : p->m) + 3, ldb = (p->transb ? p->n : p->k) + 1,
+        ldc = (p->m + 7) / 8 * 8;
+    const size_t a = (size_t)(lda * (p->transa ? p->m : p->k)),
+        b = (size_t)(ldb * (p->transb ? p->k : p->n));
     const size_t c = (size_t)(ldc * p->n), bias = (size_t)(p->m + p->n);
-    return {numbers(a, 1), numbers(b, 2), numbers(c, 3), numbers(c, 4), numbers(bias, 5), numbers(c, 6), lda, ldb, ldc};
+    return {numbers(a, 1), numbers(b, 2), numbers(c, 3), numbers(c, 4), numbers(bias, 5),
+            numbers(c, 6), lda, ldb, ldc};
 }
 static void operands_free(Operands *o) {
     for (double *x : {o->a, o->b, o->c, o->y, o->bias, o->aux}) free(x);
 }
 
-static double gelu(double x) { return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
-static double gelu_slope(double x) { return (gelu(x + 1e-4) - gelu(x - 1e-4)) / 2e-4; }       // within 1e-8
+static double gelu(double x) {
+    return 0.5 * x * (1 + tanh(sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
+// within 1e-8
+static double gelu_slope(double x) { return (gelu(x + 1e-4) - gelu(x - 1e-4)) / 2e-4; }
 
-// One product with its epilogue against the same in double.
+// A matmul with its epilogue against the same in double.
 static void expect_product(Product p) {
     Operands o = operands_new(&p), before = operands_new(&p);
     const cublasStatus_t status = multiply(&p, &o);
     EXPECT(status == CUBLAS_STATUS_SUCCESS, "%s", cublasLtGetStatusString(status));
     const uint32_t e = p.epilogue;
-    const double tolerance = p.bf16_out ? 0.02 * sqrt(p.k) : 2e-6 * p.k;   // 2^-8 of results, which are up to 5 sqrt(k)
+    // 2^-8 of results, which are up to 5 sqrt(k)
+    const double tolerance = p.bf16_out ? 0.02 * sqrt(p.k) : 2e-6 * p.k;
     for (int j = 0; j < p.n; j++)
         for (int i = 0; i < p.m; i++) {
             double x = 0;
             for (int l = 0; l < p.k; l++)
-                x += o.a[p.transa ? i * o.lda + l : l * o.lda + i] * o.b[p.transb ? l * o.ldb + j : j * o.ldb + l];
+                x += o.a[p.transa ? i * o.lda + l : l * o.lda + i] * o.b[p.transb ? l * o.ldb +
+                    j : j * o.ldb + l];
             const int at = j * o.ldc + i;
             x = p.alpha * x + p.beta * before.c[at] + (biased(e) ? before.bias[i] : 0);
             if (e == CUBLASLT_EPILOGUE_GELU_AUX_BIAS) {
@@ -847,11 +941,15 @@ void test_emu_matmul(void) {
     for (auto s : shape)
         for (int way = 0; way < 4; way++)
             for (int types = 0; types < 4; types++) {
-                const int in = types % 3 > 0, out = types == 1, tf32 = types == 3;   // these numbers are exact in tf32
-                expect_product({s[0], s[1], s[2], way % 2, way / 2, in, out, tf32, 1, 0, CUBLASLT_EPILOGUE_DEFAULT});
-                expect_product({s[0], s[1], s[2], way % 2, way / 2, in, out, tf32, 0.5f, -2, CUBLASLT_EPILOGUE_DEFAULT});
+                // these elements are exact in tf32
+                const int in = types % 3 > 0, out = types == 1, tf32 = types == 3;
+                expect_product({s[0], s[1], s[2], way % 2, way / 2, in, out, tf32, 1, 0,
+                                CUBLASLT_EPILOGUE_DEFAULT});
+                expect_product({s[0], s[1], s[2], way % 2, way / 2, in, out, tf32, 0.5f, -2,
+                                CUBLASLT_EPILOGUE_DEFAULT});
             }
-    EXPECT(emu_tf32(1 + ldexpf(1, -11)) == 1 + ldexpf(1, -10) && emu_tf32(1 + ldexpf(1, -12)) == 1, "rounding to tf32");
+    EXPECT(emu_tf32(1 + ldexpf(1, -11)) == 1 + ldexpf(1, -10) && emu_tf32(1 + ldexpf(1, -12)) == 1,
+           "rounding to tf32");
 }
 
 void test_emu_matmul_epilogues(void) {
@@ -864,7 +962,7 @@ void test_emu_matmul_epilogues(void) {
     }
 }
 
-// The line on standard error is part of the answer, but not of this program's.
+// The line on standard error is part of the answer, but not of this program's output.
 static void run_refused(void *arg) {
     Product p = {13, 6, 9, 0, 0, 0, 0, 0, 1, 0, CUBLASLT_EPILOGUE_DEFAULT};
     Operands o = operands_new(&p);
@@ -879,7 +977,8 @@ static void run_refused(void *arg) {
     case 5: o.lda = 12; break;
     case 6:
         CUBLAS_CHECK(cublasLtMatmulDescCreate(&d, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSA, &wide, sizeof wide));
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, CUBLASLT_MATMUL_DESC_TRANSA, &wide,
+                                                    sizeof wide));
         break;
     case 8: p.left = 1; break;
     case 9: p.left = 2; break;
@@ -887,7 +986,8 @@ static void run_refused(void *arg) {
     case 11: setenv("EMU_ALGORITHMS_FAIL", "2", 1); break;
     case 7:
         CUBLAS_CHECK(cublasLtMatmulDescCreate(&d, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, (cublasLtMatmulDescAttributes_t)15, &wide, sizeof wide));
+        CUBLAS_CHECK(cublasLtMatmulDescSetAttribute(d, (cublasLtMatmulDescAttributes_t)15, &wide,
+                                                    sizeof wide));
         break;
     }
     CUBLAS_CHECK(multiply(&p, &o));
@@ -895,10 +995,14 @@ static void run_refused(void *arg) {
 
 void test_emu_matmul_refuses(void) {
     static const char *const part[] = {
-        "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED", "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED", "epilogue 2\n",
-        "BGRADA with A transposed", "an auxiliary matrix of leading dimension 13", "of leading dimension 12",
+        "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED",
+        "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED", "epilogue 2\n",
+        "BGRADA with A transposed", "an auxiliary matrix of leading dimension 13",
+        "of leading dimension 12",
         "an attribute of 4 bytes set by 8", "attribute 15",
-        "a bias is set, but epilogue 1 takes none", "an auxiliary matrix is set, but epilogue 1 takes none",
-        "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED", "multiply(&p, &o): CUBLAS_STATUS_EXECUTION_FAILED"};
+        "a bias is set, but epilogue 1 takes none",
+        "an auxiliary matrix is set, but epilogue 1 takes none",
+        "multiply(&p, &o): CUBLAS_STATUS_NOT_SUPPORTED",
+        "multiply(&p, &o): CUBLAS_STATUS_EXECUTION_FAILED"};
     for (int i = 0; i < 12; i++) EXPECT_EXIT_EMULATED(1, part[i], run_refused, &i);
 }

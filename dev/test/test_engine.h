@@ -1,8 +1,9 @@
 // test_engine.h: what every engine must do, written against engine.h alone.
 //
-// Three independent witnesses: golden.safetensors (GPT-2 with drop path in PyTorch, float64), a plain reference in
-// this file (double, computes every branch on every row and multiplies by mask * scale), and finite differences.
-// The rest are identities that must hold to the bit: what is dropped is not read, scaling by powers of two, threads.
+// Three independent witnesses: golden.safetensors (GPT-2 with drop path in PyTorch, float64), a
+// plain reference in this file (double; computes every branch on every row and multiplies by mask *
+// scale), and finite differences. The other tests are identities that must hold to the bit: dropped
+// branches are not read, scaling by powers of two, numbers of threads.
 #ifndef TEST_ENGINE_H
 #define TEST_ENGINE_H
 
@@ -19,20 +20,25 @@
 #define ENGINE_DOUBLE_TESTS(X)
 #endif
 
-#define ENGINE_TESTS(X) \
+#define ENGINE_TESTS(X)                                                                           \
     X(engine_golden_eval) X(engine_golden_gradients) X(engine_golden_dense) X(engine_golden_skip) \
-    X(engine_reference_losses) X(engine_reference_gradients) X(engine_many_tokens) ENGINE_DOUBLE_TESTS(X) \
-    X(engine_rows_alone) X(engine_rows_apart) X(engine_dropped_is_zero) X(engine_poison) X(engine_scale) \
-    X(engine_nan_reaches_the_loss) \
-    X(engine_threads) X(engine_bf16_is_near) X(engine_bf16_threads) X(engine_any_batch) \
-    X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored) \
-    X(engine_logits) X(engine_decode) X(engine_decode_alone) X(engine_decode_many_rows) X(engine_decode_bf16) \
-    X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses) \
-    X(engine_update) X(engine_update_clipped) \
-    X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_huge) X(engine_update_untouched) \
+    X(engine_reference_losses) X(engine_reference_gradients)                                      \
+    X(engine_many_tokens) ENGINE_DOUBLE_TESTS(X)                                                  \
+    X(engine_rows_alone) X(engine_rows_apart) X(engine_dropped_is_zero) X(engine_poison)          \
+    X(engine_scale)                                                                               \
+    X(engine_nan_reaches_the_loss)                                                                \
+    X(engine_threads) X(engine_bf16_is_near) X(engine_bf16_threads) X(engine_any_batch)           \
+    X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored)   \
+    X(engine_logits) X(engine_decode) X(engine_decode_alone) X(engine_decode_many_rows)           \
+    X(engine_decode_bf16)                                                                         \
+    X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses)           \
+    X(engine_update) X(engine_update_clipped)                                                     \
+    X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_huge)                  \
+    X(engine_update_untouched)                                                                    \
     X(engine_slots) X(engine_evaluates) X(engine_bounded) X(engine_frozen) X(engine_peak)
 
-static const Engine *test_engine;                        // the one under test: test_gpt.c runs every test on each
+static const Engine *test_engine;                        // the one being tested: test_gpt.c runs
+                                                         // every test on each
 
 // ---- A slot's tensors as one array, in the order of GPT_PARAMS, layer by layer ----
 
@@ -42,18 +48,20 @@ static size_t slot_at(const GptConfig *c, int param, int layer) {
     return at;
 }
 
-// Calls the body for every (p, l), which it declares.
+// Runs the body for every (p, l), which it declares.
 #define EACH_TENSOR(c) \
     for (int p = 0; p < N_PARAMS; p++) \
         for (int l = 0; l < gpt_param_layers(c, p); l++)
 
-// (2l + branch), or 2L for a parameter that no branch owns: the index of UpdateArgs.t
+// The index in UpdateArgs.t: 2l + branch, or 2L for a parameter outside the branches.
 static int slot_branch(const GptConfig *c, int param, int layer) {
     int branch = gpt_param[param].branch;
     return branch == NO_BRANCH ? BRANCHES * c->L : BRANCHES * layer + branch;
 }
 
-static real *slot_new(const GptConfig *c) { return (real *)xcalloc(gpt_params_count(c), sizeof(real)); }
+static real *slot_new(const GptConfig *c) {
+    return (real *)xcalloc(gpt_params_count(c), sizeof(real));
+}
 
 static real *slot_read(const GptConfig *c, Model *m, Slot slot) {
     real *all = slot_new(c);
@@ -75,37 +83,40 @@ static double rms(const real *x, size_t n) {
     return sqrt(sum / (double)n);
 }
 
-// got = want to `tolerance` times the element plus the tensor's root mean square; 0 asks for equality, as for what
-// was dropped.
-static void expect_tensor(const GptConfig *c, int p, int l, const real *got, const real *want, double tolerance,
-                          const char *what) {
+// Expects got = want within `tolerance` times (the element plus the tensor's root mean square); 0
+// requires equality, as for dropped branches.
+static void expect_tensor(const GptConfig *c, int p, int l, const real *got, const real *want,
+                          double tolerance, const char *what) {
     size_t at = slot_at(c, p, l), n = gpt_param_size(c, p);
     double usual = rms(want + at, n);
     for (size_t i = at; i < at + n; i++) {
         double allowed = tolerance * (usual + fabs((double)want[i]));
         if (fabs((double)got[i] - (double)want[i]) <= allowed) continue;
         char *name = gpt_param_name(p, l);
-        EXPECT(0, "%s: %s[%zu] is %.9g, want %.9g +- %.2g", what, name, i - at, (double)got[i], (double)want[i], allowed);
+        EXPECT(0, "%s: %s[%zu] is %.9g, want %.9g +- %.2g", what, name, i - at, (double)got[i],
+               (double)want[i], allowed);
         free(name);
     }
 }
 
-static void expect_slot(const GptConfig *c, const real *got, const real *want, double tolerance, const char *what) {
+static void expect_slot(const GptConfig *c, const real *got, const real *want, double tolerance,
+                        const char *what) {
     EACH_TENSOR(c) expect_tensor(c, p, l, got, want, tolerance, what);
 }
 
-// Relative error of a result that has gone through sums of n terms: roundings add up like a random walk.
+// The relative error of a result of sums of n terms: roundings accumulate like a random walk.
 static double rounding(double n) { return 16 * REAL_EPSILON * sqrt(n); }
 
-// Two losses of one token that were summed in another order.
+// Two losses of a token, summed in different orders.
 static void expect_loss(real got, real want, const GptConfig *c, const char *what) {
     EXPECT_CLOSE(got, want, rounding(4 * c->C) * (1 + fabs((double)want)), what);
 }
 
-// ---- Plans by hand ----
+// ---- Handmade plans ----
 
 #define ALL 255u
-typedef struct { const char *name; int tied; unsigned kept[6]; double scale[6]; } ForcedPlan;   // [2l + b]; bit r % 8: row r
+// [2l + b]; bit r % 8: row r
+typedef struct { const char *name; int tied; unsigned kept[6]; double scale[6]; } ForcedPlan;
 
 static const ForcedPlan forced_plans[] = {
     {"full",       0, {ALL, ALL, ALL, ALL, ALL, ALL}, {1, 1, 1, 1, 1, 1}},
@@ -119,7 +130,7 @@ static const ForcedPlan forced_plans[] = {
 };
 enum { FULL, NONE, NO_FIRST, NO_LAST, BATCH, ROW, TIED_BATCH, TIED_ROW, N_FORCED };
 
-// Branch i keeps the rows whose bit is set.
+// Branch i keeps the rows whose bits are set.
 static void plan_branch(DropPlan *plan, int i, unsigned kept, double scale) {
     unsigned char *keep = (unsigned char *)xcalloc((size_t)plan->batch, 1);
     for (int row = 0; row < plan->batch; row++) keep[row] = kept >> row % 8 & 1;
@@ -131,7 +142,8 @@ static void plan_force(DropPlan *plan, int forced, int batch) {
     const ForcedPlan *f = &forced_plans[forced];
     plan->batch = batch;
     plan->tied = f->tied;
-    for (int i = 0; i < plan->layers * BRANCHES; i++) plan_branch(plan, i, f->kept[i % 6], f->scale[i % 6]);
+    for (int i = 0; i < plan->layers * BRANCHES; i++)
+        plan_branch(plan, i, f->kept[i % 6], f->scale[i % 6]);
 }
 
 // ---- A model with its input ----
@@ -142,15 +154,17 @@ typedef struct {
     Model *model;
     int *tokens, *targets;                               // (B,T)
     DropPlan plan;                                       // what the next call runs,
-    const Noise *noise;                                  // with what beside it; NULL: nothing
+    const Noise *noise;                                  // and its noise; NULL: none
     const Objective *objective;
 } Rig;
 
-// Weights far from the initialisation, so that no gradient is small: LayerNorms around 1, outputs of matrices about 1.
+// Weights far from the initial ones, so that no gradient is small: LayerNorms around 1, matmul
+// outputs of about 1.
 static void rig_weights(real *all, const GptConfig *c) {
     EACH_TENSOR(c) {
         real *w = all + slot_at(c, p, l);
-        double deviation = gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims == 1 ? 0.3 : 1 / sqrt(gpt_param_rows(c, p));
+        double deviation = gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims ==
+            1 ? 0.3 : 1 / sqrt(gpt_param_rows(c, p));
         for (size_t i = 0; i < gpt_param_size(c, p); i++) {
             double z[2];
             Philox word = rng_words(5, STREAM_TEST, (uint64_t)p, (uint32_t)l, (uint32_t)i);
@@ -160,7 +174,8 @@ static void rig_weights(real *all, const GptConfig *c) {
     }
 }
 
-// A model opened so, with the weights of rig_weights; tokens and targets 0, plans of up to `rows` rows.
+// Opens a model with the weights of rig_weights; tokens and targets are 0, plans have up to `rows`
+// rows.
 static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
     const size_t BT = (size_t)(args->B * args->T);
     Rig r = {c, args->B, args->T, NULL, NULL, NULL, drop_plan_new(c.L, rows), NULL, NULL};
@@ -175,7 +190,8 @@ static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
 }
 
 static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
-    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
+    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype,
+                       .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
                        .attention_noise = 1};
     Rig r = rig_new(c, &args, B);
     for (int i = 0; i < B * T; i++) {
@@ -187,9 +203,11 @@ static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
     return r;
 }
 
-static Rig rig_open_threads(GptConfig c, int B, int T, int threads) { return rig_open_dtype(c, B, T, threads, DTYPE_FP32); }
+static Rig rig_open_threads(GptConfig c, int B, int T, int threads) {
+    return rig_open_dtype(c, B, T, threads, DTYPE_FP32);
+}
 
-// One thread: these models are so small that more would mostly wait. test_engine_threads runs more.
+// One thread: with such small models, more would mostly wait. test_engine_threads uses more.
 static Rig rig_open(GptConfig c, int B, int T) { return rig_open_threads(c, B, T, 1); }
 
 static void rig_close(Rig *r) {
@@ -214,7 +232,7 @@ static real *rig_losses(Rig *r) {
     return losses;
 }
 
-// The gradient of the mean loss, from zero; *loss (may be NULL) receives the loss.
+// The gradient of the mean loss, starting from zero; *loss (may be NULL) receives the loss.
 static real *rig_gradient(Rig *r, double *loss) {
     real *zero = slot_new(&r->c);
     slot_write(&r->c, r->model, SLOT_GRAD, zero);
@@ -237,7 +255,9 @@ static const SafetensorsEntry *golden_get(const Golden *g, const char *prefix, c
 
 static const SafetensorsEntry *golden_need(const Golden *g, const char *prefix, const char *name) {
     const SafetensorsEntry *e = golden_get(g, prefix, name);
-    if (!e) die("the golden file has no %s%s\n  hint: make it again: python3 dev/golden/make_golden.py", prefix, name);
+    if (!e)
+        die("the golden file has no %s%s\n  hint: make it again: python3 dev/golden/make_golden.py",
+            prefix, name);
     return e;
 }
 
@@ -245,18 +265,20 @@ static double golden_number(const Golden *g, const char *prefix, const char *nam
     return safetensors_real(golden_need(g, prefix, name), i);
 }
 
-static void golden_ints(int *to, const Golden *g, const char *prefix, const char *name, size_t from, size_t n) {
+static void golden_ints(int *to, const Golden *g, const char *prefix, const char *name, size_t from,
+                        size_t n) {
     const SafetensorsEntry *e = golden_need(g, prefix, name);
     for (size_t i = 0; i < n; i++) to[i] = (int)safetensors_integer(e, from + i);
 }
 
-// All tensors under a prefix, zero where there is none.
+// All tensors with a prefix, zero where there is none.
 static real *golden_slot(const Golden *g, const char *prefix) {
     real *all = slot_new(&g->rig.c);
     EACH_TENSOR(&g->rig.c) {
         char *name = gpt_param_name(p, l);
         const SafetensorsEntry *e = golden_get(g, prefix, name);
-        for (size_t i = 0; e && i < e->count; i++) all[slot_at(&g->rig.c, p, l) + i] = (real)safetensors_real(e, i);
+        for (size_t i = 0; e && i < e->count; i++)
+            all[slot_at(&g->rig.c, p, l) + i] = (real)safetensors_real(e, i);
         free(name);
     }
     return all;
@@ -287,7 +309,7 @@ static void golden_close(Golden *g) {
     file_unmap(&g->map);
 }
 
-// The plan number `at` of kept (...,2L,B) and scale (...,2L).
+// Reads plan number `at` from kept (...,2L,B) and scale (...,2L).
 static void golden_plan(Golden *g, const char *prefix, size_t at) {
     DropPlan *plan = &g->rig.plan;
     int kept[32], N = plan->layers * BRANCHES, B = g->rig.B;
@@ -306,13 +328,16 @@ static void test_engine_golden_eval(void) {
     EXPECT_CLOSE(rig_forward(r), golden_number(&g, "eval/", "loss", 0), tolerance, "loss");
     real *losses = rig_losses(r), *logits = (real *)xcalloc((size_t)r->c.V, sizeof(real));
     for (int bt = 0; bt < r->B * r->T; bt++) {
-        EXPECT_CLOSE(losses[bt], golden_number(&g, "eval/", "losses", (size_t)bt), tolerance, "loss of a token");
+        EXPECT_CLOSE(losses[bt], golden_number(&g, "eval/", "losses", (size_t)bt), tolerance,
+                     "loss of a token");
         test_engine->logits(r->model, bt / r->T, bt % r->T, logits);
         for (int v = 0; v < r->c.V; v++)
-            EXPECT_CLOSE(logits[v], golden_number(&g, "eval/", "logits", (size_t)(bt * r->c.V + v)), tolerance, "logit");
+            EXPECT_CLOSE(logits[v], golden_number(&g, "eval/", "logits", (size_t)(bt * r->c.V + v)),
+                         tolerance, "logit");
     }
     golden_ints(r->targets, &g, "eval_ignore/", "targets", 0, (size_t)(r->B * r->T));
-    EXPECT_CLOSE(rig_forward(r), golden_number(&g, "eval_ignore/", "loss", 0), tolerance, "loss with ignored targets");
+    EXPECT_CLOSE(rig_forward(r), golden_number(&g, "eval_ignore/", "loss", 0), tolerance,
+                 "loss with ignored targets");
     free(losses);
     free(logits);
     golden_close(&g);
@@ -337,8 +362,9 @@ static void test_engine_golden_gradients(void) {
     golden_close(&g);
 }
 
-// One step of the golden training run: forward and backward of its micro-batches. Counts the step for the branches
-// that it updates, as a trainer does: t[2l+b] in `count`, 0 in `t` where the branch is left untouched.
+// One step of the golden training run: its micro-batches forward and backward. Counts the step for
+// the branches it updates, like a trainer: t[2l+b] in `count`, and 0 in `t` for branches left
+// untouched.
 static double golden_micro_steps(Golden *g, int step, int skip, int64_t *count, int64_t *t) {
     Rig *r = &g->rig;
     int N = r->c.L * BRANCHES, M = (int)golden_need(g, "train/", "tokens")->shape[1], ran[32] = {0};
@@ -350,14 +376,15 @@ static double golden_micro_steps(Golden *g, int step, int skip, int64_t *count, 
         golden_ints(r->targets, g, "train/", "targets", at * BT, BT);
         golden_plan(g, "train/", at);
         for (int i = 0; i < N; i++) ran[i] |= r->plan.branch[i].n > 0;
-        loss += engine_forward_backward(test_engine, r->model, r->T, r->tokens, r->targets, &r->plan, 1.0 / M) / M;
+        loss += engine_forward_backward(test_engine, r->model, r->T, r->tokens, r->targets,
+                                        &r->plan, 1.0 / M) / M;
     }
     for (int i = 0; i <= N; i++) t[i] = i == N || ran[i] || !skip ? ++count[i] : 0;
     return loss;
 }
 
-// The weights after ten steps, but for the key third of qkvb: its gradient is rounding noise, which AdamW divides by
-// its own size (dev/golden/README.md).
+// Checks the weights after ten steps, except the key third of qkvb: its gradient is rounding noise,
+// which AdamW divides by its own magnitude (dev/golden/README.md).
 static void golden_expect_weights(Golden *g, const char *prefix, double tolerance) {
     const GptConfig *c = &g->rig.c;
     real *got = slot_read(c, g->rig.model, SLOT_PARAM), *want = golden_slot(g, prefix);
@@ -374,16 +401,21 @@ static void golden_train(const char *prefix, int skip) {
     Golden g = golden_open();
     char *params = xprintf("%sparam/", prefix);
     int64_t count[32] = {0}, t[32];
-    UpdateArgs args = {0, golden_number(&g, "train/", "beta1", 0), golden_number(&g, "train/", "beta2", 0),
-                       golden_number(&g, "train/", "eps", 0), golden_number(&g, "train/", "weight_decay", 0),
+    UpdateArgs args = {0, golden_number(&g, "train/", "beta1", 0),
+                       golden_number(&g, "train/", "beta2", 0),
+                       golden_number(&g, "train/", "eps", 0),
+                       golden_number(&g, "train/", "weight_decay", 0),
                        golden_number(&g, "train/", "clip", 0), t, 0, 0};
-    double tolerance = REAL_EPSILON > 1e-10 ? 2e-5 : 1e-10;          // ten steps of AdamW; the sizes are about 1
+    // ten steps of AdamW; elements are about 1
+    double tolerance = REAL_EPSILON > 1e-10 ? 2e-5 : 1e-10;
     for (int step = 0; step < 10; step++) {
         double loss = golden_micro_steps(&g, step, skip, count, t);
         args.lr = golden_number(&g, "train/", "lr", (size_t)step);
         double norm = test_engine->update(g.rig.model, &args);
-        EXPECT_CLOSE(loss, golden_number(&g, prefix, "loss", (size_t)step), tolerance, "loss of a step");
-        EXPECT_CLOSE(norm, golden_number(&g, prefix, "norm", (size_t)step), tolerance, "norm of a step");
+        EXPECT_CLOSE(loss, golden_number(&g, prefix, "loss", (size_t)step), tolerance,
+                     "loss of a step");
+        EXPECT_CLOSE(norm, golden_number(&g, prefix, "norm", (size_t)step), tolerance,
+                     "norm of a step");
     }
     golden_expect_weights(&g, params, tolerance);
     free(params);
@@ -393,7 +425,7 @@ static void golden_train(const char *prefix, int skip) {
 static void test_engine_golden_dense(void) { golden_train("train_dense/", 0); }
 static void test_engine_golden_skip(void) { golden_train("train_skip/", 1); }
 
-// ---- The reference: one row (T,C) at a time, every branch computed, then multiplied by 0 or its scale ----
+// ---- The reference: one row (T,C) at a time, every branch, multiplied by 0 or its scale ----
 
 static double *doubles(int n) { return (double *)xcalloc((size_t)n, sizeof(double)); }
 
@@ -404,33 +436,37 @@ static void ref_layernorm(double *y, const double *x, const double *w, const dou
     for (int i = 0; i < C; i++) y[i] = (x[i] - mean) / sqrt(variance + 1e-5) * w[i] + b[i];
 }
 
-// y (out) = x (in) w (in,out) + b (out)
-static void ref_linear(double *y, const double *x, const double *w, const double *b, int in, int out) {
+// y (out) = x (in) w (in,out) + b (out).
+static void ref_linear(double *y, const double *x, const double *w, const double *b, int in,
+                       int out) {
     for (int j = 0; j < out; j++) y[j] = b[j];
     for (int i = 0; i < in; i++)
         for (int j = 0; j < out; j++) y[j] += x[i] * w[(size_t)i * (size_t)out + (size_t)j];
 }
 
-// The row of the micro-batch that is under way, and its noise; NULL: none.
+// The current row of the micro-batch, and its noise; NULL: none.
 typedef struct { const Noise *noise; int row; } RefRow;
 
-// The factor of dropout at a place.
+// Dropout's factor at a place.
 static double ref_factor(const RefRow *r, int place, int layer, int head, int line, int element) {
     const NoisePlace z = noise_place(r->noise, place, layer);
     const uint32_t row = z.first_row + (uint32_t)r->row;
     if (!z.rate) return 1;
-    const Philox w = noise_words(z.key, row, (uint32_t)head, (uint32_t)line, (uint32_t)element / NOISE_EACH);
+    const Philox w = noise_words(z.key, row, (uint32_t)head, (uint32_t)line,
+                                 (uint32_t)element / NOISE_EACH);
     return noise_half(w, element % NOISE_EACH) >= z.rate ? noise_scale(z.rate) : 0;
 }
 
 // One query, head by head: y (C) from its q (C) and qkv (t+1,3C) up to its own position t.
-static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, const RefRow *r, int l, double *score) {
+static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, const RefRow *r,
+                       int l, double *score) {
     int C = c->C, HS = C / c->NH;
     for (int h = 0; h < C; h += HS) {
         double sum = 0, top = -INFINITY;
         for (int s = 0; s <= t; s++) {
             score[s] = 0;
-            for (int d = h; d < h + HS; d++) score[s] += qkv[t * 3 * C + d] * qkv[s * 3 * C + C + d] / sqrt(HS);
+            for (int d = h; d < h + HS; d++)
+                score[s] += qkv[t * 3 * C + d] * qkv[s * 3 * C + C + d] / sqrt(HS);
             top = fmax(top, score[s]);
         }
         for (int s = 0; s <= t; s++) sum += score[s] = exp(score[s] - top);
@@ -444,8 +480,9 @@ static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, 
 
 #define W(id, l) (w + slot_at(c, P_##id, l))
 
-// out (T,C) = attn(LN(x (T,C)))
-static void ref_attention(double *out, const double *x, const double *w, const GptConfig *c, const RefRow *r, int l, int T) {
+// out (T,C) = attn(LN(x (T,C))).
+static void ref_attention(double *out, const double *x, const double *w, const GptConfig *c,
+                          const RefRow *r, int l, int T) {
     int C = c->C;
     double *qkv = doubles(T * 3 * C), *y = doubles(C), *score = doubles(T);
     for (int t = 0; t < T; t++) {
@@ -462,14 +499,16 @@ static void ref_attention(double *out, const double *x, const double *w, const G
     free(score);
 }
 
-// out (T,C) = mlp(LN(x (T,C)))
-static void ref_mlp(double *out, const double *x, const double *w, const GptConfig *c, const RefRow *r, int l, int T) {
+// out (T,C) = mlp(LN(x (T,C))).
+static void ref_mlp(double *out, const double *x, const double *w, const GptConfig *c,
+                    const RefRow *r, int l, int T) {
     int C = c->C;
     double *y = doubles(C), *h = doubles(4 * C);
     for (int t = 0; t < T; t++) {
         ref_layernorm(y, x + t * C, W(ln2w, l), W(ln2b, l), C);
         ref_linear(h, y, W(fcw, l), W(fcb, l), C, 4 * C);
-        for (int i = 0; i < 4 * C; i++) h[i] *= 0.5 * (1 + tanh(sqrt(2 / M_PI) * (h[i] + 0.044715 * pow(h[i], 3))));
+        for (int i = 0; i < 4 * C; i++)
+            h[i] *= 0.5 * (1 + tanh(sqrt(2 / M_PI) * (h[i] + 0.044715 * pow(h[i], 3))));
         ref_linear(out + t * C, h, W(fcprojw, l), W(fcprojb, l), 4 * C, C);
         for (int i = 0; i < C; i++) out[t * C + i] *= ref_factor(r, NOISE_MLP_OUT, l, 0, t, i);
     }
@@ -477,8 +516,10 @@ static void ref_mlp(double *out, const double *x, const double *w, const GptConf
     free(h);
 }
 
-// losses (T), in nats, of final residual x (T,C); returns the sum over tokens of what all V lose in the mean
-static double ref_head(double *losses, const double *x, const double *w, const GptConfig *c, int T, const int *targets) {
+// losses (T), in nats, from the final residual x (T,C); returns the sum over tokens of the mean
+// loss over all V targets.
+static double ref_head(double *losses, const double *x, const double *w, const GptConfig *c, int T,
+                       const int *targets) {
     int C = c->C;
     double *y = doubles(C), *logits = doubles(c->V), uniform = 0;
     for (int t = 0; t < T; t++) {
@@ -498,9 +539,9 @@ static double ref_head(double *losses, const double *x, const double *w, const G
     return uniform;
 }
 
-// losses (T) of one row of the plan's micro-batch; returns what ref_head does
-static double ref_row(double *losses, const double *w, const GptConfig *c, const DropPlan *plan, const Noise *noise, int row,
-                      int T, const int *tokens, const int *targets) {
+// losses (T) of one row of the plan's micro-batch; returns the same as ref_head.
+static double ref_row(double *losses, const double *w, const GptConfig *c, const DropPlan *plan,
+                      const Noise *noise, int row, int T, const int *tokens, const int *targets) {
     const RefRow r = {noise, row};
     size_t TC = (size_t)(T * c->C);
     double *x = (double *)xcalloc(3 * TC, sizeof(double)), *a = x + TC, *f = a + TC;
@@ -511,11 +552,13 @@ static double ref_row(double *losses, const double *w, const GptConfig *c, const
     }
     for (int l = 0; l < c->L; l++) {
         const BranchPlan *attn = &plan->branch[2 * l + ATTN], *mlp = &plan->branch[2 * l + MLP];
-        double sa = drop_plan_has_row(attn, row) ? attn->scale : 0, sm = drop_plan_has_row(mlp, row) ? mlp->scale : 0;
+        double sa = drop_plan_has_row(attn, row) ? attn->scale : 0,
+            sm = drop_plan_has_row(mlp, row) ? mlp->scale : 0;
         ref_attention(a, x, w, c, &r, l, T);
         for (size_t i = 0; i < TC; i++) x[i] += (plan->tied ? 1 : sa) * a[i];
         ref_mlp(f, x, w, c, &r, l, T);
-        for (size_t i = 0; i < TC; i++) x[i] += plan->tied ? sa * f[i] + (sa - 1) * a[i] : sm * f[i];
+        for (size_t i = 0; i < TC; i++)
+            x[i] += plan->tied ? sa * f[i] + (sa - 1) * a[i] : sm * f[i];
     }
     const double uniform = ref_head(losses, x, w, c, T, targets);
     free(x);
@@ -524,13 +567,13 @@ static double ref_row(double *losses, const double *w, const GptConfig *c, const
 
 #undef W
 
-// The mean loss of the rig's micro-batch under its plan with other weights w; losses (B,T) may be NULL.
+// The mean loss of the rig's micro-batch under its plan with weights w; losses (B,T) may be NULL.
 static double ref_loss(const Rig *r, const double *w, double *losses) {
     const double smoothing = r->objective ? r->objective->smoothing : 0;
     double sum = 0, uniform = 0, *row_losses = doubles(r->T);
     for (int row = 0; row < r->B; row++) {
-        uniform += ref_row(row_losses, w, &r->c, &r->plan, r->noise, row, r->T, r->tokens + row * r->T,
-                           r->targets + row * r->T);
+        uniform += ref_row(row_losses, w, &r->c, &r->plan, r->noise, row, r->T,
+                           r->tokens + row * r->T, r->targets + row * r->T);
         for (int t = 0; t < r->T; t++) {
             sum += row_losses[t];
             if (losses) losses[row * r->T + t] = row_losses[t];
@@ -549,7 +592,8 @@ static double *rig_weights_double(Rig *r) {
     return w;
 }
 
-// Odd sizes: one of everything; heads of 1, 3, 20, 64, 100, 256; rows of 1 to 4 blocks of 64; nothing a multiple of a tile.
+// Odd sizes: everything 1; heads of 1, 3, 20, 64, 100, 256; rows of 1 to 4 tiles of 64; nothing a
+// multiple of a tile.
 static const struct { GptConfig c; int B, T, plan; } shapes[] = {
     //  V    T  L NH   C    B    T
     {{  2,   1, 1, 1,   1}, 1,   1, FULL},
@@ -575,7 +619,8 @@ static void test_engine_reference_losses(void) {
             EXPECT_CLOSE(rig_forward(&r), loss, tolerance * (1 + loss), forced_plans[f].name);
             real *got = rig_losses(&r);
             for (int i = 0; i < r.B * r.T; i++)
-                EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), forced_plans[f].name);
+                EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])),
+                             forced_plans[f].name);
             free(got);
         }
         free(w);
@@ -584,10 +629,13 @@ static void test_engine_reference_losses(void) {
     }
 }
 
-// The derivative of f(w + h d) at h = 0 from four values: truncated at h^4, about 1e-14, and rounded to 1e-12.
-static double five_points(double f(Rig *, double *, const double *, double), Rig *r, double *w, const double *d) {
+// The derivative of f(w + h d) at h = 0 from four values: truncation h^4, about 1e-14; rounding
+// 1e-12.
+static double five_points(double f(Rig *, double *, const double *, double), Rig *r, double *w,
+                          const double *d) {
     const double h = 3e-4;
-    return (8 * (f(r, w, d, h) - f(r, w, d, -h)) - (f(r, w, d, 2 * h) - f(r, w, d, -2 * h))) / (12 * h);
+    return (8 * (f(r, w, d, h) - f(r, w, d, -h)) - (f(r, w, d, 2 * h) - f(r, w, d, -2 * h))) /
+        (12 * h);
 }
 
 static double ref_loss_along(Rig *r, double *w, const double *d, double h) {
@@ -599,16 +647,20 @@ static double ref_loss_along(Rig *r, double *w, const double *d, double h) {
     return loss;
 }
 
-// The engine's gradient along d, random signs of n numbers from `at` with |d| = 1, against the reference's slope. Of two
-// channels LayerNorm leaves a sign and magnifies roundings: another order of sums moves a gradient by two roundings.
-static void expect_slope(Rig *r, double *w, const real *gradient, size_t at, size_t n, const char *what) {
+// Compares the engine's gradient along d (random signs of n elements from `at`, |d| = 1) with the
+// reference's slope. With two channels LayerNorm leaves only a sign and magnifies roundings:
+// another order of sums changes a gradient by two roundings.
+static void expect_slope(Rig *r, double *w, const real *gradient, size_t at, size_t n,
+                         const char *what) {
     double *d = (double *)xcalloc(gpt_params_count(&r->c), sizeof(double)), got = 0;
     for (size_t i = at; i < at + n; i++) {
         d[i] = (rng_words(8, STREAM_TEST, 0, 0, (uint32_t)i).v[0] & 1 ? 1 : -1) / sqrt((double)n);
         got += d[i] * (double)gradient[i];
     }
-    double size = rms(gradient + at, n) + rms(gradient, gpt_params_count(&r->c)), terms = 4 * r->c.C + r->B * r->T;
-    EXPECT_CLOSE(got, five_points(ref_loss_along, r, w, d), 3 * rounding(terms) * size + 1e-10, what);
+    double size = rms(gradient + at, n) + rms(gradient, gpt_params_count(&r->c)),
+        terms = 4 * r->c.C + r->B * r->T;
+    EXPECT_CLOSE(got, five_points(ref_loss_along, r, w, d), 3 * rounding(terms) * size + 1e-10,
+                 what);
     free(d);
 }
 
@@ -629,7 +681,7 @@ static void test_engine_reference_gradients(void) {
     }
 }
 
-// A vocabulary so large that an engine must work on a part of the logits at a time.
+// A vocabulary so large that an engine must process the logits in parts.
 static void test_engine_many_tokens(void) {
     const GptConfig c = {50257, 100, 1, 2, 4};
     Rig r = rig_open(c, 2, 100);
@@ -647,7 +699,7 @@ static void test_engine_many_tokens(void) {
 #ifdef REAL_DOUBLE
 static double engine_loss_along(Rig *r, double *w, const double *d, double h) {
     size_t i = 0;
-    while (d[i] == 0) i++;                               // one element: write its tensor only
+    while (d[i] == 0) i++;                               // a single element: write only its tensor
     EACH_TENSOR(&r->c) {
         size_t at = slot_at(&r->c, p, l), n = gpt_param_size(&r->c, p);
         if (i < at || i >= at + n) continue;
@@ -662,8 +714,9 @@ static double engine_loss_along(Rig *r, double *w, const double *d, double h) {
     die("element %zu is in no tensor", i);
 }
 
-// `most` elements of every tensor, chosen at random, or all where there are no more.
-static void expect_differences(GptConfig c, int B, int T, size_t most, const Noise *noise, const Objective *objective) {
+// Checks `most` random elements of every tensor, or all if there are no more.
+static void expect_differences(GptConfig c, int B, int T, size_t most, const Noise *noise,
+                               const Objective *objective) {
     static const int plans[] = {FULL, BATCH, ROW, TIED_BATCH, TIED_ROW};
     Rig r = rig_open_threads(c, B, T, 1);
     r.noise = noise, r.objective = objective;
@@ -675,7 +728,8 @@ static void expect_differences(GptConfig c, int B, int T, size_t most, const Noi
             size_t at = slot_at(&c, p, l), n = gpt_param_size(&c, p);
             double size = rms(gradient + at, n);
             for (size_t i = 0; i < (n < most ? n : most); i++) {
-                size_t j = at + (n <= most ? i : rng_words(9, STREAM_TEST, (uint64_t)k, (uint32_t)at, (uint32_t)i).v[0] % n);
+                size_t j = at + (n <= most ? i : rng_words(9, STREAM_TEST, (uint64_t)k,
+                                                           (uint32_t)at, (uint32_t)i).v[0] % n);
                 d[j] = 1;
                 double slope = five_points(engine_loss_along, &r, w, d);
                 EXPECT_CLOSE(gradient[j], slope, 1e-7 * size + 1e-10, gpt_param[p].name);
@@ -703,21 +757,25 @@ static void test_engine_differences_all(void) {
 // ---- Dropping ----
 
 static const GptConfig small_config = {53, 80, 3, 2, 20};          // V T L NH C
-enum { SMALL_B = 3, SMALL_T = 71 };                                // one block of 64 and a bit
+enum { SMALL_B = 3, SMALL_T = 71 };                                // one tile of 64 and a bit
 
-// Each row of a plan by rows is that row alone under its own plan; the gradient is the mean of theirs.
+// Each row of a row-unit plan equals that row alone under its own plan; the gradient is the mean of
+// theirs.
 static void test_engine_rows_alone(void) {
     static const int plans[] = {ROW, TIED_ROW};
     for (int k = 0; k < 2; k++) {
         Rig r = rig_open(small_config, SMALL_B, SMALL_T);
         plan_force(&r.plan, plans[k], r.B);
-        real *want = rig_gradient(&r, NULL), *losses = rig_losses(&r), *zero = slot_new(&r.c), row_losses[SMALL_T];
+        real *want = rig_gradient(&r, NULL), *losses = rig_losses(&r), *zero = slot_new(&r.c),
+            row_losses[SMALL_T];
         slot_write(&r.c, r.model, SLOT_GRAD, zero);
         for (int row = 0; row < r.B; row++) {
             const ForcedPlan *f = &forced_plans[plans[k]];
             r.plan.batch = 1;
-            for (int i = 0; i < r.c.L * BRANCHES; i++) plan_branch(&r.plan, i, f->kept[i] >> row & 1, f->scale[i]);
-            engine_forward_backward(test_engine, r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan, 1.0 / r.B);
+            for (int i = 0; i < r.c.L * BRANCHES; i++)
+                plan_branch(&r.plan, i, f->kept[i] >> row & 1, f->scale[i]);
+            engine_forward_backward(test_engine, r.model, r.T, r.tokens + row * r.T,
+                                    r.targets + row * r.T, &r.plan, 1.0 / r.B);
             test_engine->losses(r.model, row_losses);
             for (int t = 0; t < r.T; t++)
                 expect_loss(row_losses[t], losses[row * r.T + t], &r.c, f->name);
@@ -737,12 +795,15 @@ static void test_engine_rows_apart(void) {
             plan_force(&r.plan, f, r.B);
             rig_forward(&r);
             real *before = rig_losses(&r);
-            for (int t = 0; t < r.T; t++) r.tokens[changed * r.T + t] = (r.tokens[changed * r.T + t] + 1) % r.c.V;
+            for (int t = 0; t < r.T; t++)
+                r.tokens[changed * r.T + t] = (r.tokens[changed * r.T + t] + 1) % r.c.V;
             rig_forward(&r);
             real *after = rig_losses(&r);
             for (int row = 0; row < r.B; row++) {
-                int same = !memcmp(before + row * r.T, after + row * r.T, (size_t)r.T * sizeof(real));
-                EXPECT(same == (row != changed), "%s: row %d after a change in row %d", forced_plans[f].name, row, changed);
+                int same = !memcmp(before + row * r.T, after + row * r.T,
+                                   (size_t)r.T * sizeof(real));
+                EXPECT(same == (row != changed), "%s: row %d after a change in row %d",
+                       forced_plans[f].name, row, changed);
             }
             free(before);
             free(after);
@@ -750,7 +811,8 @@ static void test_engine_rows_apart(void) {
     rig_close(&r);
 }
 
-// A branch dropped in all rows is a branch whose output projection is zero: equal losses and gradients of all else.
+// A branch dropped in all rows equals a branch whose output projection is zero: the same losses and
+// gradients of everything else.
 static void test_engine_dropped_is_zero(void) {
     static const int output[] = {P_attprojw, P_attprojb, P_fcprojw, P_fcprojb};
     for (int f = NONE; f <= BATCH; f++) {
@@ -760,11 +822,14 @@ static void test_engine_dropped_is_zero(void) {
         real *want = rig_gradient(&r, &loss), *zero = slot_new(&r.c);
         for (int k = 0; k < 4 * r.c.L; k++) {
             int p = output[k % 4], l = k / 4;
-            if (!r.plan.branch[slot_branch(&r.c, p, l)].n) test_engine->write(r.model, SLOT_PARAM, p, l, zero);
+            if (!r.plan.branch[slot_branch(&r.c, p, l)].n)
+                test_engine->write(r.model, SLOT_PARAM, p, l, zero);
         }
-        for (int i = 0; i < r.c.L * BRANCHES; i++) plan_branch(&r.plan, i, ALL, r.plan.branch[i].scale);
+        for (int i = 0; i < r.c.L * BRANCHES; i++)
+            plan_branch(&r.plan, i, ALL, r.plan.branch[i].scale);
         real *got = rig_gradient(&r, &zeroed_loss);
-        EXPECT(loss == zeroed_loss, "%s: loss %.17g, want %.17g", forced_plans[f].name, loss, zeroed_loss);
+        EXPECT(loss == zeroed_loss, "%s: loss %.17g, want %.17g", forced_plans[f].name, loss,
+               zeroed_loss);
         EACH_TENSOR(&r.c) {
             int branch = slot_branch(&r.c, p, l);
             if (branch == r.c.L * BRANCHES || forced_plans[f].kept[branch])
@@ -775,8 +840,8 @@ static void test_engine_dropped_is_zero(void) {
     }
 }
 
-// What is dropped is not read: NaN in all parameters of the dropped branches changes no bit of loss and gradients,
-// and the dropped branches' own gradients are exactly zero.
+// Dropped branches are not read: NaN in all their parameters changes no bit of the loss and
+// gradients, and their own gradients are exactly zero.
 static void test_engine_poison(void) {
     for (int f = 0; f < N_FORCED; f++) {
         Rig r = rig_open(small_config, SMALL_B, SMALL_T);
@@ -792,14 +857,16 @@ static void test_engine_poison(void) {
             }
         }
         real *got = rig_gradient(&r, &poisoned_loss);
-        EXPECT(isfinite(loss) && loss == poisoned_loss, "%s: loss %g, then %g", forced_plans[f].name, loss, poisoned_loss);
-        EXPECT(slot_same_bits(&r.c, got, want), "%s: the gradient has read a dropped branch", forced_plans[f].name);
+        EXPECT(isfinite(loss) && loss == poisoned_loss, "%s: loss %g, then %g",
+               forced_plans[f].name, loss, poisoned_loss);
+        EXPECT(slot_same_bits(&r.c, got, want), "%s: the gradient has read a dropped branch",
+               forced_plans[f].name);
         free(want), free(poison), free(zero), free(got);
         rig_close(&r);
     }
 }
 
-// A NaN with bits set at the low end, where code that works on a number's bits would lose it.
+// A NaN with bits set only at the low end, where bit manipulation might lose it.
 static real engine_test_nan(void) {
     const uint32_t bits32 = 0x7FC001FFu;
     const uint64_t bits64 = 0x7FF80000000001FFu;
@@ -808,7 +875,7 @@ static real engine_test_nan(void) {
     return x;
 }
 
-// What is not a number stays so on its way to the loss, wherever it comes from.
+// A NaN stays a NaN on its way to the loss, wherever it starts.
 static void test_engine_nan_reaches_the_loss(void) {
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
     drop_plan_full(&r.plan, NULL, r.B);
@@ -816,14 +883,17 @@ static void test_engine_nan_reaches_the_loss(void) {
         const size_t n = gpt_param_size(&r.c, p);
         real *host = slot_new(&r.c), kept;
         test_engine->read(r.model, SLOT_PARAM, p, l, host);
-        for (size_t i = 0; i < 2; i++) {                 // the first element, one in the middle of a row that is used
+        // the first element, and one in the middle of a used row
+        for (size_t i = 0; i < 2; i++) {
             const size_t at = p == P_wte ? (size_t)r.tokens[0] * (size_t)r.c.C + i : i * (n / 2);
             if (p == P_wpe && i) break;                  // the last positions may be unused
             kept = host[at];
             host[at] = engine_test_nan();
             test_engine->write(r.model, SLOT_PARAM, p, l, host);
-            const double loss = engine_forward(test_engine, r.model, r.T, r.tokens, r.targets, &r.plan);
-            EXPECT(isnan(loss), "%s, layer %d: NaN at %zu gives a loss of %g", gpt_param[p].id, l, at, loss);
+            const double loss = engine_forward(test_engine, r.model, r.T, r.tokens, r.targets,
+                                               &r.plan);
+            EXPECT(isnan(loss), "%s, layer %d: NaN at %zu gives a loss of %g", gpt_param[p].id, l,
+                   at, loss);
             host[at] = kept;
         }
         test_engine->write(r.model, SLOT_PARAM, p, l, host);
@@ -832,12 +902,14 @@ static void test_engine_nan_reaches_the_loss(void) {
     rig_close(&r);
 }
 
-// Scale 4 is output weights times 4, to the bit: the same loss, 4 times the gradient of the output projection, and
-// the same gradients of everything else, those of what the branch has read included.
+// A scale of 4 equals output weights times 4, to the bit: the same loss, 4 times the gradient of
+// the output projection, and the same gradients of everything else, including what the branch
+// reads.
 static void test_engine_scale(void) {
     for (int i = 0; i < small_config.L * BRANCHES; i++) {
         Rig r = rig_open(small_config, SMALL_B, SMALL_T);
-        int weight = i % 2 == ATTN ? P_attprojw : P_fcprojw, bias = i % 2 == ATTN ? P_attprojb : P_fcprojb, l = i / 2;
+        int weight = i % 2 == ATTN ? P_attprojw : P_fcprojw,
+            bias = i % 2 == ATTN ? P_attprojb : P_fcprojb, l = i / 2;
         size_t from[] = {slot_at(&r.c, weight, l), slot_at(&r.c, bias, l)};
         size_t size[] = {gpt_param_size(&r.c, weight), gpt_param_size(&r.c, bias)};
         double scaled, plain;
@@ -860,9 +932,10 @@ static void test_engine_scale(void) {
 
 // ---- Promises of every call ----
 
-// Parameters, moments and gradients after two updates and one more backward pass, one after the other.
+// Parameters, moments and gradients, concatenated, after two updates and one more backward pass.
 static real *threads_run(int threads, int dtype, double loss[3]) {
-    const GptConfig c = {300, 90, 2, 3, 48};             // tensors of several pieces of 2^14 numbers
+    // tensors of several pieces of 2^14 elements
+    const GptConfig c = {300, 90, 2, 3, 48};
     static const int64_t steps[][5] = {{1, 1, 1, 1, 1}, {2, 2, 0, 2, 2}};
     static const int plans[] = {ROW, TIED_ROW, BATCH};
     Rig r = rig_open_dtype(c, 5, 85, threads, dtype);
@@ -870,7 +943,8 @@ static real *threads_run(int threads, int dtype, double loss[3]) {
     real *all = (real *)xcalloc(4 * n, sizeof(real));
     for (int k = 0; k < 3; k++) {
         plan_force(&r.plan, plans[k], r.B);
-        loss[k] = engine_forward_backward(test_engine, r.model, r.T, r.tokens, r.targets, &r.plan, 0.5);
+        loss[k] = engine_forward_backward(test_engine, r.model, r.T, r.tokens, r.targets, &r.plan,
+                                          0.5);
         UpdateArgs args = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5, steps[k % 2], 0, 0};
         if (k < 2) test_engine->update(r.model, &args);
     }
@@ -890,15 +964,16 @@ static void test_engine_threads(void) {
     for (int threads = 1; threads <= 4; threads++) {
         real *got = threads_run(threads, DTYPE_FP32, loss);
         EXPECT(!memcmp(loss, want_loss, sizeof loss), "%d threads: other losses", threads);
-        EXPECT(!memcmp(got, want, 4 * gpt_params_count(&c) * sizeof(real)), "%d threads: other bits", threads);
+        EXPECT(!memcmp(got, want, 4 * gpt_params_count(&c) * sizeof(real)),
+               "%d threads: other bits", threads);
         free(got);
     }
     free(want);
 }
 
-// Rounding operands to 8 bits moves a product's result by about 2^-9 of its size, and gradients through three layers by a
-// few times that; sums that tensor cores cut off, and a tanh within 2^-11, move them a little further. What no product
-// computes with is still there in fp32.
+// Rounding operands to 8 bits changes the result of a matmul by about 2^-9 of its magnitude, and
+// gradients through three layers by a few times that; truncated tensor-core sums, and tanh within
+// 2^-11, add a little. Values that are not matmul operands keep their fp32 precision.
 static void test_engine_bf16_is_near(void) {
     static const int plans[] = {FULL, ROW, TIED_ROW};
     Rig fp32 = rig_open(small_config, SMALL_B, SMALL_T);
@@ -915,7 +990,8 @@ static void test_engine_bf16_is_near(void) {
             for (size_t i = at; i < at + n; i++) got[i] -= want[i];
             const double error = rms(got + at, n);
             EXPECT(size == 0 ? error == 0 : error > 0 && error < 10 * size / 512,
-                   "%s: parameter %d of layer %d: off by %.3g of %.3g", forced_plans[plans[k]].name, p, l, error, size);
+                   "%s: parameter %d of layer %d: off by %.3g of %.3g", forced_plans[plans[k]].name,
+                   p, l, error, size);
         }
         free(want), free(got);
     }
@@ -929,14 +1005,15 @@ static void test_engine_bf16_threads(void) {
     for (int threads = 2; threads <= 5; threads += 3) {
         real *got = threads_run(threads, DTYPE_BF16, loss);
         EXPECT(!memcmp(loss, want_loss, sizeof loss), "%d threads: other losses", threads);
-        EXPECT(!memcmp(got, want, 4 * gpt_params_count(&c) * sizeof(real)), "%d threads: other bits", threads);
+        EXPECT(!memcmp(got, want, 4 * gpt_params_count(&c) * sizeof(real)),
+               "%d threads: other bits", threads);
         free(got);
     }
     free(want);
 }
 
-// Evaluation gives a row the same losses whatever rows are beside it: to the bit where the engine promises so, else within
-// rounding.
+// Evaluation gives a row the same losses whatever rows run beside it: to the bit if the engine
+// promises it, otherwise within rounding.
 static void test_engine_any_batch(void) {
     for (int dtype = DTYPE_FP32; dtype <= DTYPE_BF16; dtype++) {
         Rig r = rig_open_dtype(small_config, 5, SMALL_T, 1, dtype);
@@ -945,13 +1022,15 @@ static void test_engine_any_batch(void) {
         for (int batch = 1; batch < r.B; batch++)
             for (int row = 0; row + batch <= r.B; row++) {
                 plan_force(&r.plan, FULL, batch);
-                engine_forward(test_engine, r.model, r.T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
+                engine_forward(test_engine, r.model, r.T, r.tokens + row * r.T,
+                               r.targets + row * r.T, &r.plan);
                 test_engine->losses(r.model, got);
                 if ((test_engine->can & CAN_ANY_BATCH))
                     EXPECT(!memcmp(got, want + row * r.T, (size_t)(batch * r.T) * sizeof(real)),
                            "dtype %d: %d rows from %d: other bits", dtype, batch, row);
                 for (int i = 0; i < batch * r.T; i++)
-                    EXPECT_CLOSE(got[i], want[row * r.T + i], rounding(4 * r.c.C) * (dtype == DTYPE_BF16 ? 1 << 16 : 1) *
+                    EXPECT_CLOSE(got[i], want[row * r.T + i],
+                                 rounding(4 * r.c.C) * (dtype == DTYPE_BF16 ? 1 << 16 : 1) *
                                  (1 + fabs((double)got[i])), "a row among others");
             }
         free(want), free(got);
@@ -959,7 +1038,7 @@ static void test_engine_any_batch(void) {
     }
 }
 
-// Eight rows at once are four times two rows of weight 1/4.
+// Eight rows at once equal four micro-batches of two rows with weight 1/4.
 static void test_engine_micro_batches(void) {
     static const int plans[] = {FULL, BATCH};
     for (int k = 0; k < 2; k++) {
@@ -970,7 +1049,8 @@ static void test_engine_micro_batches(void) {
         slot_write(&r.c, r.model, SLOT_GRAD, zero);
         plan_force(&r.plan, plans[k], 2);
         for (int at = 0; at < r.B * r.T; at += 2 * r.T)
-            sum += engine_forward_backward(test_engine, r.model, r.T, r.tokens + at, r.targets + at, &r.plan, 0.25) / 4;
+            sum += engine_forward_backward(test_engine, r.model, r.T, r.tokens + at, r.targets + at,
+                                           &r.plan, 0.25) / 4;
         real *got = slot_read(&r.c, r.model, SLOT_GRAD);
         EXPECT_CLOSE(sum, loss, rounding(4 * r.c.C) * loss, "loss");
         expect_slot(&r.c, got, want, 2 * rounding(r.B * r.T), forced_plans[plans[k]].name);
@@ -979,7 +1059,8 @@ static void test_engine_micro_batches(void) {
     }
 }
 
-// Fewer rows, or shorter ones, than the model was opened for: what those tokens lose in the whole batch.
+// With fewer or shorter rows than the model was opened for, tokens have the same losses as in the
+// whole batch.
 static void test_engine_smaller_calls(void) {
     Rig r = rig_open(small_config, 5, SMALL_T);
     rig_forward(&r);
@@ -988,7 +1069,8 @@ static void test_engine_smaller_calls(void) {
     for (int k = 0; k < 5 * 5; k++) {
         int row = k / 5, T = lengths[k % 5];
         plan_force(&r.plan, FULL, 1);
-        engine_forward(test_engine, r.model, T, r.tokens + row * r.T, r.targets + row * r.T, &r.plan);
+        engine_forward(test_engine, r.model, T, r.tokens + row * r.T, r.targets + row * r.T,
+                       &r.plan);
         test_engine->losses(r.model, got);
         for (int t = 0; t < T; t++)
             expect_loss(got[t], want[row * r.T + t], &r.c, "one row");
@@ -1003,11 +1085,13 @@ static void test_engine_smaller_calls(void) {
     rig_close(&r);
 }
 
-// A forward pass changes nothing, and nothing changes it: not another call, not a backward pass, not its size.
+// A forward pass changes nothing and is affected by nothing: not by another call, a backward pass,
+// or its size.
 static void test_engine_forward_is_pure(void) {
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
     double before = rig_forward(&r), loss;
-    real *first = rig_losses(&r), *want = rig_gradient(&r, &loss), *w = slot_read(&r.c, r.model, SLOT_PARAM);
+    real *first = rig_losses(&r), *want = rig_gradient(&r, &loss),
+        *w = slot_read(&r.c, r.model, SLOT_PARAM);
     EXPECT_CLOSE(loss, before, rounding(r.c.V) * before, "loss in training and in evaluation");
     plan_force(&r.plan, TIED_ROW, 2);
     engine_forward(test_engine, r.model, 5, r.tokens, r.targets, &r.plan);
@@ -1015,7 +1099,8 @@ static void test_engine_forward_is_pure(void) {
     EXPECT(rig_forward(&r) == before, "another loss after a backward pass");
     real *second = rig_losses(&r), *after = slot_read(&r.c, r.model, SLOT_GRAD);
     real *w_after = slot_read(&r.c, r.model, SLOT_PARAM);
-    EXPECT(!memcmp(first, second, (size_t)(r.B * r.T) * sizeof(real)), "other losses after a backward pass");
+    EXPECT(!memcmp(first, second, (size_t)(r.B * r.T) * sizeof(real)),
+           "other losses after a backward pass");
     EXPECT(slot_same_bits(&r.c, after, want), "evaluation has changed the gradients");
     EXPECT(slot_same_bits(&r.c, w_after, w), "a pass has changed the parameters");
     real *again = rig_gradient(&r, NULL);
@@ -1024,7 +1109,7 @@ static void test_engine_forward_is_pure(void) {
     rig_close(&r);
 }
 
-// Negative targets have a loss of exactly 0 and do not count; with all ignored, the mean is 0.
+// Negative targets have a loss of exactly 0 and do not count; if all are ignored, the mean is 0.
 static void test_engine_ignored(void) {
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
     rig_forward(&r);
@@ -1035,9 +1120,12 @@ static void test_engine_ignored(void) {
         if (i % 3 == 0 || i / r.T == 1) r.targets[i] = -1 - i;
         else sum += (double)want[i], counted++;
     }
-    EXPECT_CLOSE(rig_forward(&r), sum / counted, rounding(1) * sum / counted, "mean over the counted");
+    EXPECT_CLOSE(rig_forward(&r), sum / counted, rounding(1) * sum / counted,
+                 "mean over the counted");
     real *got = rig_losses(&r);
-    for (int i = 0; i < n; i++) EXPECT(got[i] == (r.targets[i] < 0 ? 0 : want[i]), "loss %g of token %d", (double)got[i], i);
+    for (int i = 0; i < n; i++)
+        EXPECT(got[i] == (r.targets[i] < 0 ? 0 : want[i]), "loss %g of token %d", (double)got[i],
+               i);
     for (int i = 0; i < n; i++) r.targets[i] = -1;
     EXPECT(rig_forward(&r) == 0, "the mean loss of no target is not 0");
     free(want);
@@ -1045,7 +1133,8 @@ static void test_engine_ignored(void) {
     rig_close(&r);
 }
 
-// loss = log-sum-exp(logits) - logits[target]; without targets the logits are the same, and 0 is returned.
+// loss = log-sum-exp(logits) - logits[target]; without targets the logits are the same, and run
+// returns 0.
 static void test_engine_logits(void) {
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
     size_t V = (size_t)r.c.V;
@@ -1059,12 +1148,15 @@ static void test_engine_logits(void) {
         double sum = 0;
         test_engine->logits(r.model, i / r.T, i % r.T, z);
         for (size_t v = 0; v < V; v++) sum += exp((double)z[v]);
-        EXPECT_CLOSE(losses[i], log(sum) - (double)z[r.targets[i]], rounding(r.c.C) * (1 + (double)losses[i]), "loss");
+        EXPECT_CLOSE(losses[i], log(sum) - (double)z[r.targets[i]],
+                     rounding(r.c.C) * (1 + (double)losses[i]), "loss");
     }
-    EXPECT(engine_forward(test_engine, r.model, r.T, r.tokens, NULL, &r.plan) == 0, "a loss without targets");
+    EXPECT(engine_forward(test_engine, r.model, r.T, r.tokens, NULL, &r.plan) == 0,
+           "a loss without targets");
     for (int i = 0; i < n; i++) {
         test_engine->logits(r.model, i / r.T, i % r.T, again);
-        EXPECT(!memcmp(again, logits + (size_t)i * V, V * sizeof(real)), "token %d: other logits without targets", i);
+        EXPECT(!memcmp(again, logits + (size_t)i * V, V * sizeof(real)),
+               "token %d: other logits without targets", i);
     }
     free(losses), free(logits), free(again);
     rig_close(&r);
@@ -1072,7 +1164,7 @@ static void test_engine_logits(void) {
 
 // ---- AdamW ----
 
-// Gradients of standard normals times `size`, another set for each step.
+// Gradients from standard normals times `size`, different for each step.
 static real *update_gradient(const GptConfig *c, int step, double size) {
     real *g = slot_new(c);
     for (size_t i = 0; i < gpt_params_count(c); i++) {
@@ -1084,12 +1176,13 @@ static real *update_gradient(const GptConfig *c, int step, double size) {
     return g;
 }
 
-// Loshchilov and Hutter's algorithm 2 as it is printed, element by element, on gradients times `clip`.
-static void update_by_hand(const GptConfig *c, double *p, double *m, double *v, const real *g, const UpdateArgs *a,
-                           double clip) {
+// Loshchilov and Hutter's algorithm 2 as printed, element by element, on gradients times `clip`.
+static void update_by_hand(const GptConfig *c, double *p, double *m, double *v, const real *g,
+                           const UpdateArgs *a, double clip) {
     for (int param = 0; param < N_PARAMS; param++)
         for (int l = 0; l < gpt_param_layers(c, param); l++)
-            for (size_t i = slot_at(c, param, l), end = i + gpt_param_size(c, param); i < end; i++) {
+            for (size_t i = slot_at(c, param, l), end = i + gpt_param_size(c, param); i < end;
+                 i++) {
                 double t = (double)a->t[slot_branch(c, param, l)], gi = clip * (double)g[i];
                 double decay = gpt_param[param].dims == 2 ? a->weight_decay : 0;
                 m[i] = a->beta1 * m[i] + (1 - a->beta1) * gi;
@@ -1111,7 +1204,9 @@ static void expect_update(double grad_clip) {
         double norm = rms(g, n) * sqrt((double)n);
         slot_write(&c, r.model, SLOT_GRAD, g);
         EXPECT_CLOSE(test_engine->update(r.model, &args), norm, rounding(1) * norm, "norm");
-        update_by_hand(&c, p, m, v, g, &args, grad_clip > 0 ? fmin(1, grad_clip / (norm + 1e-6)) : 1);   // as PyTorch
+        // as in PyTorch
+        update_by_hand(&c, p, m, v, g, &args, grad_clip > 0 ? fmin(1, grad_clip / (norm + 1e-6))
+                       : 1);
         real *left = slot_read(&c, r.model, SLOT_GRAD);
         expect_slot(&c, left, zero, 0, "gradient after the update");
         free(g), free(zero), free(left);
@@ -1130,27 +1225,31 @@ static void expect_update(double grad_clip) {
 
 // ---- Generation: decode against forward ----
 
-// A model that only evaluates, with a cache; for calls of up to B * T tokens.
+// A model that only evaluates, with a cache, for calls of up to B * T tokens.
 static Rig decode_open(GptConfig c, int B, int T, int cache, int threads, int dtype) {
     const EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .cache = cache};
     Rig r = rig_new(c, &args, B > cache ? B : cache);
-    for (int i = 0; i < B * T; i++) r.tokens[i] = (int)(rng_words(8, STREAM_TEST, 0, 0, (uint32_t)i).v[0] % (uint32_t)c.V);
+    for (int i = 0; i < B * T; i++)
+        r.tokens[i] = (int)(rng_words(8, STREAM_TEST, 0, 0, (uint32_t)i).v[0] % (uint32_t)c.V);
     return r;
 }
 
-// forward's logits (B,T,V)
+// forward's logits (B,T,V).
 static real *decode_forward(Rig *r) {
     const size_t V = (size_t)r->c.V;
     real *all = (real *)xcalloc((size_t)(r->B * r->T) * V, sizeof *all);
     engine_forward(test_engine, r->model, r->T, r->tokens, NULL, &r->plan);
-    for (int i = 0; i < r->B * r->T; i++) test_engine->logits(r->model, i / r->T, i % r->T, all + (size_t)i * V);
+    for (int i = 0; i < r->B * r->T; i++)
+        test_engine->logits(r->model, i / r->T, i % r->T, all + (size_t)i * V);
     return all;
 }
 
-// All rows together, in pieces of the lengths that `piece` repeats: the logits (B,T,V) after each piece; the rest stays 0.
+// All rows together, in pieces whose lengths cycle through `piece`: the logits (B,T,V) after each
+// piece; the rest stays 0.
 static real *decode_pieces(Rig *r, const int *piece, int pieces) {
     const size_t V = (size_t)r->c.V, B = (size_t)r->B;
-    real *all = (real *)xcalloc(B * (size_t)r->T * V, sizeof *all), *got = (real *)xcalloc(B * V, sizeof *got);
+    real *all = (real *)xcalloc(B * (size_t)r->T * V, sizeof *all),
+        *got = (real *)xcalloc(B * V, sizeof *got);
     int *tokens = (int *)xcalloc(B * (size_t)r->T, sizeof *tokens), seq[32], at[32];
     for (int t = 0, i = 0, n; t < r->T; t += n, i++) {
         n = piece[i % pieces] < r->T - t ? piece[i % pieces] : r->T - t;
@@ -1160,14 +1259,17 @@ static real *decode_pieces(Rig *r, const int *piece, int pieces) {
         }
         test_engine->decode(r->model, n, tokens, seq, at, &r->plan, got);
         for (int row = 0; row < r->B; row++)
-            memcpy(all + (size_t)(row * r->T + t + n - 1) * V, got + (size_t)row * V, V * sizeof *got);
+            memcpy(all + (size_t)(row * r->T + t + n - 1) * V, got + (size_t)row * V,
+                   V * sizeof *got);
     }
     free(tokens), free(got);
     return all;
 }
 
-// Where decode gave logits they are forward's; `tolerance` 0: to the bit. Returns how many there were.
-static int decode_expect(const Rig *r, const real *got, const real *want, double tolerance, const char *what) {
+// Where decode produced logits, they must be forward's; `tolerance` 0: to the bit. Returns their
+// number.
+static int decode_expect(const Rig *r, const real *got, const real *want, double tolerance,
+                         const char *what) {
     const size_t V = (size_t)r->c.V;
     int seen = 0;
     for (int i = 0; i < r->B * r->T; i++) {
@@ -1176,15 +1278,16 @@ static int decode_expect(const Rig *r, const real *got, const real *want, double
         seen++;
         for (size_t v = 0; v < V; v++)
             EXPECT(fabs((double)a[v] - (double)b[v]) <= tolerance * (1 + fabs((double)b[v])),
-                   "%s: row %d, position %d: logit %d is %.9g, want %.9g", what, i / r->T, i % r->T, (int)v, (double)a[v],
-                   (double)b[v]);
+                   "%s: row %d, position %d: logit %d is %.9g, want %.9g", what, i / r->T, i % r->T,
+                   (int)v, (double)a[v], (double)b[v]);
     }
     return seen;
 }
 
-static const GptConfig decode_config = {53, 75, 3, 3, 39};         // heads of 13; more than a block of keys
+// heads of 13; more than one tile of keys
+static const GptConfig decode_config = {53, 75, 3, 3, 39};
 
-// Pieces of every kind, under plans that drop layers, rows, and are tied. Then a sequence that begins anew.
+// Pieces of all kinds, under plans that drop layers or rows, or are tied. Then restarts a sequence.
 static void test_engine_decode(void) {
     static const int pieces[4][3] = {{75, 75, 75}, {1, 1, 1}, {64, 1, 3}, {5, 40, 2}};
     static const int plans[] = {FULL, BATCH, ROW, TIED_BATCH, TIED_ROW};
@@ -1198,7 +1301,8 @@ static void test_engine_decode(void) {
             const int seen = decode_expect(&r, got, want, tolerance, forced_plans[plans[p]].name);
             EXPECT(i != 1 || seen == r.B * r.T, "%d logits, not of every token", seen);
             if (i == 1) first = got;
-            else if (i > 1 && (test_engine->can & CAN_ANY_BATCH)) decode_expect(&r, got, first, 0, "cut otherwise");
+            else if (i > 1 && (test_engine->can & CAN_ANY_BATCH))
+                decode_expect(&r, got, first, 0, "cut otherwise");
             if (i != 1) free(got);
         }
         free(want), free(first);
@@ -1206,30 +1310,35 @@ static void test_engine_decode(void) {
     rig_close(&r);
 }
 
-// A row beside others, of other lengths and dropped by none, has the logits that it has alone.
+// A row beside others of other lengths, kept by all, has the same logits as alone.
 static void test_engine_decode_alone(void) {
     Rig r = decode_open(decode_config, 3, 75, 5, 2, DTYPE_FP32);
     const double tolerance = (test_engine->can & CAN_ANY_BATCH) ? 0 : 4 * rounding(4 * r.c.C);
     const int V = r.c.V, zero = 0, seq[3] = {4, 0, 2}, length[3] = {70, 1, 33};
-    real *alone = (real *)xcalloc((size_t)(3 * V), sizeof *alone), *beside = (real *)xcalloc((size_t)(3 * V), sizeof *beside);
+    real *alone = (real *)xcalloc((size_t)(3 * V), sizeof *alone),
+        *beside = (real *)xcalloc((size_t)(3 * V), sizeof *beside);
     int next[3], at[3];
-    for (int row = 0; row < 3; row++) {                  // the whole in one call
+    for (int row = 0; row < 3; row++) {                  // the whole row in one call
         plan_force(&r.plan, FULL, 1);
-        test_engine->decode(r.model, length[row] + 1, r.tokens + row * r.T, &zero, &zero, &r.plan, alone + row * V);
+        test_engine->decode(r.model, length[row] + 1, r.tokens + row * r.T, &zero, &zero, &r.plan,
+                            alone + row * V);
     }
-    for (int row = 0; row < 3; row++) {                  // all but the last token; then the last ones together
-        test_engine->decode(r.model, length[row], r.tokens + row * r.T, &seq[row], &zero, &r.plan, NULL);
+    // all tokens but the last; then the last ones together
+    for (int row = 0; row < 3; row++) {
+        test_engine->decode(r.model, length[row], r.tokens + row * r.T, &seq[row], &zero, &r.plan,
+                            NULL);
         next[row] = r.tokens[row * r.T + length[row]], at[row] = length[row];
     }
     plan_force(&r.plan, FULL, 3);
     test_engine->decode(r.model, 1, next, seq, at, &r.plan, beside);
     for (int i = 0; i < 3 * V; i++)
-        EXPECT_CLOSE(beside[i], alone[i], tolerance * (1 + fabs((double)alone[i])), "a logit beside others");
+        EXPECT_CLOSE(beside[i], alone[i], tolerance * (1 + fabs((double)alone[i])),
+                     "a logit beside others");
     free(alone), free(beside);
     rig_close(&r);
 }
 
-// More rows than take the path for few, and more than forward was opened for.
+// More rows than the path for few rows takes, and more than forward was opened for.
 static void test_engine_decode_many_rows(void) {
     enum { ROWS = 29 };
     static const int one[1] = {1};
@@ -1239,7 +1348,8 @@ static void test_engine_decode_many_rows(void) {
     real *want = decode_forward(&r), *got = decode_pieces(&r, one, 1);
     const int seen = decode_expect(&r, got, want, 4 * rounding(4 * c.C), "many rows");
     EXPECT(seen == ROWS * 4, "%d logits", seen);
-    Rig few = decode_open(c, 5, 4, ROWS, 1, DTYPE_FP32); // room for 20 tokens: one call of 20 rows
+    // capacity for 20 tokens: one call of 20 rows
+    Rig few = decode_open(c, 5, 4, ROWS, 1, DTYPE_FP32);
     int seq[20], at[20] = {0}, tokens[20];
     real *some = (real *)xcalloc((size_t)(20 * c.V), sizeof *some);
     for (int row = 0; row < 20; row++) seq[row] = 28 - row, tokens[row] = r.tokens[row * r.T];
@@ -1248,12 +1358,13 @@ static void test_engine_decode_many_rows(void) {
     const double tolerance = (test_engine->can & CAN_ANY_BATCH) ? 0 : 4 * rounding(4 * c.C);
     for (int row = 0; row < 20; row++)
         for (int v = 0; v < c.V; v++)
-            EXPECT_CLOSE(some[row * c.V + v], got[(row * r.T) * c.V + v], tolerance * 10, "a logit of 20 rows in 29");
+            EXPECT_CLOSE(some[row * c.V + v], got[(row * r.T) * c.V + v], tolerance * 10,
+                         "a logit of 20 rows in 29");
     free(want), free(got), free(some);
     rig_close(&r), rig_close(&few);
 }
 
-// In bf16 the same roundings go in; sums may be taken in other orders.
+// In bf16 the operands are rounded equally; sums may be taken in other orders.
 static void test_engine_decode_bf16(void) {
     static const int pieces[3] = {7, 1, 20};
     Rig r = decode_open(decode_config, 2, 75, 2, 1, DTYPE_BF16);
@@ -1264,7 +1375,7 @@ static void test_engine_decode_bf16(void) {
     rig_close(&r);
 }
 
-// Weights that are written, or trained, after a decode are those of the next.
+// The next decode uses weights that were written, or trained, after the previous one.
 static void test_engine_decode_after_write(void) {
     static const int one[1] = {1};
     Rig r = decode_open(decode_config, 1, 5, 1, 1, DTYPE_FP32);
@@ -1284,7 +1395,7 @@ static void test_engine_decode_after_write(void) {
     rig_close(&r);
 }
 
-// The CPU keeps packed copies of the weights for decode: after an update they must not be those from before.
+// The CPU caches packed weights for decode: after an update they must not be stale.
 static void test_engine_decode_after_update(void) {
     static const int one[1] = {1};
     const GptConfig c = decode_config;
@@ -1319,8 +1430,10 @@ static void decode_wrongly(void *arg) {
 
 static void test_engine_decode_refuses(void) {
     if (strncmp(test_engine->name, "CPU", 3)) return;    // a driver does not survive the fork
-    Rig r = decode_open(decode_config, 1, 6, 2, 1, DTYPE_FP32), none = decode_open(decode_config, 1, 6, 0, 1, DTYPE_FP32);
-    DecodeWrong twice = {&r, 1, 2, {1, 1, 0}, 0}, late = {&r, 2, 1, {0, 0, 0}, 5}, large = {&r, 4, 2, {0, 1, 0}, 0},
+    Rig r = decode_open(decode_config, 1, 6, 2, 1, DTYPE_FP32),
+        none = decode_open(decode_config, 1, 6, 0, 1, DTYPE_FP32);
+    DecodeWrong twice = {&r, 1, 2, {1, 1, 0}, 0}, late = {&r, 2, 1, {0, 0, 0}, 5},
+        large = {&r, 4, 2, {0, 1, 0}, 0},
                 other = {&r, 1, 1, {2, 0, 0}, 0}, without = {&none, 1, 1, {0, 0, 0}, 0};
     EXPECT_EXIT(6, "sequence 1 twice", decode_wrongly, &twice);
     EXPECT_EXIT(6, "2 tokens at position 5 of 6", decode_wrongly, &late);
@@ -1335,8 +1448,8 @@ static void test_engine_update(void) { expect_update(0); }
 // The second and third norms are above the limit, the first below.
 static void test_engine_update_clipped(void) { expect_update(0.7); }
 
-// A gradient that is not finite or above the limit, or a step to discard, changes no parameter and no moment. Only the last
-// zeroes the gradients: after the others they can still be read.
+// A gradient that is not finite or above the limit, or a step to discard, changes no parameter and
+// no moment. Only discarding zeroes the gradients: otherwise they can still be read.
 static void test_engine_update_not_taken(void) {
     static const int params[] = {P_wte, P_lnfb, P_qkvw, P_fcprojb};
     static const struct { double value; int discard, limited; } cases[] = {
@@ -1349,7 +1462,8 @@ static void test_engine_update_not_taken(void) {
         int p = params[k % 4], l = gpt_param_layers(&c, p) - 1;
         real *g = update_gradient(&c, k, 1), *before[4], *zero = slot_new(&c);
         slot_write(&c, r.model, SLOT_GRAD, g);
-        if (k == 0) test_engine->update(r.model, &args);                       // moments that are not zero
+        // makes the moments nonzero
+        if (k == 0) test_engine->update(r.model, &args);
         g[slot_at(&c, p, l) + gpt_param_size(&c, p) - 1] = (real)cases[k / 4].value;
         slot_write(&c, r.model, SLOT_GRAD, g);
         for (int slot = 0; slot < 4; slot++) before[slot] = slot_read(&c, r.model, (Slot)slot);
@@ -1367,19 +1481,22 @@ static void test_engine_update_not_taken(void) {
         args.discard = 1;
         test_engine->update(r.model, &args);
         real *gone = slot_read(&c, r.model, SLOT_GRAD);
-        EXPECT(slot_same_bits(&c, gone, zero), "the gradient is still there after %g", cases[k / 4].value);
+        EXPECT(slot_same_bits(&c, gone, zero), "the gradient is still there after %g",
+               cases[k / 4].value);
         free(g), free(zero), free(gone);
     }
     rig_close(&r);
 }
 
-// A finite gradient whose square is infinite would make the second moment so, and its weight stand still for ever: such a step
-// is not taken, unless clipping makes it small.
+// A finite gradient with an infinite square would make the second moment infinite, and freeze its
+// weight forever: such a step is not taken, unless clipping makes it small.
 static void test_engine_update_huge(void) {
     static const int64_t t[] = {3, 3, 3, 3, 3};
-    static const struct { double grad_clip; int taken; } cases[] = {{0, 0}, {1, 1}, {3e19, 0}, {1e10, 1}};
+    static const struct { double grad_clip; int taken; } cases[] = {{0, 0}, {1, 1}, {3e19, 0},
+                                                                    {1e10, 1}};
     const GptConfig c = {11, 5, 2, 2, 6};
-    if (sizeof(real) == 8) return;                       // the norm, a sum of squares in fp64, is infinite itself then
+    // there the norm, a sum of squares in fp64, is itself infinite
+    if (sizeof(real) == 8) return;
     for (int k = 0; k < 4; k++) {
         Rig r = rig_open(c, 1, 1);
         const UpdateArgs args = {0.1, 0.9, 0.95, 1e-8, 0.1, cases[k].grad_clip, t, 0, 0};
@@ -1392,10 +1509,11 @@ static void test_engine_update_huge(void) {
         EXPECT(update_is_finite(&args, norm) == cases[k].taken, "case %d is judged otherwise", k);
         for (int slot = 0; slot < 4; slot++) {
             real *after = slot_read(&c, r.model, (Slot)slot);
-            EXPECT(slot_same_bits(&c, after, before[slot]) == !cases[k].taken, "case %d, slot %d: taken or not", k, slot);
+            EXPECT(slot_same_bits(&c, after, before[slot]) == !cases[k].taken,
+                   "case %d, slot %d: taken or not", k, slot);
             EACH_TENSOR(&c)
-                EXPECT(numbers_finite(after + slot_at(&c, p, l), gpt_param_size(&c, p)), "case %d, slot %d, %s", k, slot,
-                       gpt_param[p].id);
+                EXPECT(numbers_finite(after + slot_at(&c, p, l), gpt_param_size(&c, p)),
+                       "case %d, slot %d, %s", k, slot, gpt_param[p].id);
             free(after), free(before[slot]);
         }
         free(g);
@@ -1403,7 +1521,7 @@ static void test_engine_update_huge(void) {
     }
 }
 
-// The limit is on the norm before clipping; one that is not exceeded changes nothing.
+// The limit applies to the norm before clipping; if it is not exceeded, it changes nothing.
 static void test_engine_update_norm_limit(void) {
     const GptConfig c = {11, 5, 2, 2, 6};
     static const int64_t t[] = {3, 3, 3, 3, 3};
@@ -1422,12 +1540,13 @@ static void test_engine_update_norm_limit(void) {
     }
     EXPECT(norm > args.grad_clip, "a norm of %g is not clipped", norm);
     EXPECT(slot_same_bits(&c, after[0], after[1]), "a limit above the norm changes the update");
-    EXPECT(!slot_same_bits(&c, after[0], after[2]), "a limit below the norm does not stop the update");
+    EXPECT(!slot_same_bits(&c, after[0], after[2]),
+           "a limit below the norm does not stop the update");
     for (int k = 0; k < 3; k++) free(after[k]);
     free(g);
 }
 
-// A branch with step count 0 keeps its parameters and moments to the bit; all others move.
+// A branch with step count 0 keeps its parameters and moments to the bit; all others change.
 static void test_engine_update_untouched(void) {
     const GptConfig c = {11, 5, 2, 2, 6};
     static const int64_t t[] = {1, 0, 0, 2, 2};
@@ -1435,7 +1554,8 @@ static void test_engine_update_untouched(void) {
     Rig r = rig_open(c, 1, 1);
     real *g = update_gradient(&c, 0, 1), *before[4], *after[4];
     EACH_TENSOR(&c)
-        if (!t[slot_branch(&c, p, l)]) memset(g + slot_at(&c, p, l), 0, gpt_param_size(&c, p) * sizeof(real));
+        if (!t[slot_branch(&c, p, l)])
+            memset(g + slot_at(&c, p, l), 0, gpt_param_size(&c, p) * sizeof(real));
     slot_write(&c, r.model, SLOT_M, g);
     slot_write(&c, r.model, SLOT_GRAD, g);
     for (int slot = 0; slot < 4; slot++) before[slot] = slot_read(&c, r.model, (Slot)slot);
@@ -1445,8 +1565,8 @@ static void test_engine_update_untouched(void) {
         EACH_TENSOR(&c) {
             size_t at = slot_at(&c, p, l), size = gpt_param_size(&c, p) * sizeof(real);
             int same = !memcmp(before[slot] + at, after[slot] + at, size);
-            EXPECT(same == !t[slot_branch(&c, p, l)], "slot %d, layer %d: %s %s", slot, l, gpt_param[p].id,
-                   same ? "stays" : "moves");
+            EXPECT(same == !t[slot_branch(&c, p, l)], "slot %d, layer %d: %s %s", slot, l,
+                   gpt_param[p].id, same ? "stays" : "moves");
         }
     for (int slot = 0; slot < 4; slot++) free(before[slot]), free(after[slot]);
     free(g);
@@ -1466,7 +1586,8 @@ static void test_engine_slots(void) {
         EXPECT(slot_same_bits(&c, got, zero), "slot %d of a new model is not zero", slot);
         free(got);
     }
-    for (int slot = 0; slot < 4; slot++) slot_write(&c, m, (Slot)slot, write[slot] = update_gradient(&c, slot, 1));
+    for (int slot = 0; slot < 4; slot++)
+        slot_write(&c, m, (Slot)slot, write[slot] = update_gradient(&c, slot, 1));
     for (int slot = 0; slot < 4; slot++) {
         real *got = slot_read(&c, m, (Slot)slot);
         EXPECT(slot_same_bits(&c, got, write[slot]), "slot %d does not read as written", slot);
@@ -1477,7 +1598,8 @@ static void test_engine_slots(void) {
     test_engine->close(m);
 }
 
-// A model opened to evaluate gives the same losses as one opened to train, and has no gradients.
+// A model opened only to evaluate gives the same losses as one opened to train, and has no
+// gradients.
 static void test_engine_evaluates(void) {
     const EngineArgs args = {.B = SMALL_B, .T = SMALL_T, .threads = 1, .dtype = DTYPE_FP32};
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
@@ -1487,18 +1609,21 @@ static void test_engine_evaluates(void) {
     slot_write(&r.c, m, SLOT_PARAM, w);
     for (int f = 0; f < N_FORCED; f++) {
         plan_force(&r.plan, f, r.B);
-        double want = rig_forward(&r), got = engine_forward(test_engine, m, r.T, r.tokens, r.targets, &r.plan);
+        double want = rig_forward(&r), got = engine_forward(test_engine, m, r.T, r.tokens,
+                                                            r.targets, &r.plan);
         EXPECT(got == want, "%s: %.17g, want %.17g", forced_plans[f].name, got, want);
     }
     test_engine->memory(m, &memory);
-    EXPECT(memory.parameters >= gpt_params_count(&r.c) * 2 && !memory.gradients && !memory.moments && memory.activations_used,
-           "%zu %zu %zu %zu bytes", memory.parameters, memory.gradients, memory.moments, memory.activations_used);
+    EXPECT(memory.parameters >= gpt_params_count(&r.c) * 2 && !memory.gradients &&
+           !memory.moments && memory.activations_used,
+           "%zu %zu %zu %zu bytes", memory.parameters, memory.gradients, memory.moments,
+           memory.activations_used);
     free(w);
     test_engine->close(m);
     rig_close(&r);
 }
 
-// Opened for no more than drop_path_bound() promises, a model runs every plan of the run; dropping saves memory.
+// Opened for just the drop_path_bound(), a model runs every plan of the run; dropping saves memory.
 static void test_engine_bounded(void) {
     const GptConfig c = {11, 9, 4, 2, 6};
     size_t least = SIZE_MAX, most = 0;
@@ -1513,18 +1638,21 @@ static void test_engine_bounded(void) {
         DropPlan plan = drop_plan_new(c.L, 4);
         int tokens[36] = {0};
         EngineMemory memory;
-        for (int step = 0; step < 30; step += 4) {           // the ramp, its end and steps after it
+        for (int step = 0; step < 30; step += 4) {           // the ramp, its end and later steps
             drop_plan_sample(&plan, &d, step, step % 3, 3, 1, 4);
             engine_forward_backward(test_engine, m, 9, tokens, tokens, &plan, 1);
         }
         test_engine->memory(m, &memory);
-        EXPECT(memory.parameters && memory.gradients && memory.moments && memory.activations_used, "a purpose without bytes");
-        EXPECT(memory.activations_used <= memory.activations && memory.activations <= memory.activations_full,
-               "activations: used %zu of %zu, of %zu without drop path", memory.activations_used, memory.activations,
-               memory.activations_full);
-        if (!(k & 1) && test_engine == engine_cpu())         // which sets aside no more than the largest plan keeps
-            EXPECT(memory.activations_used == memory.activations, "%zu of %zu bytes", memory.activations_used,
-                   memory.activations);
+        EXPECT(memory.parameters && memory.gradients && memory.moments && memory.activations_used,
+               "a purpose without bytes");
+        EXPECT(memory.activations_used <= memory.activations && memory.activations <=
+               memory.activations_full,
+               "activations: used %zu of %zu, of %zu without drop path", memory.activations_used,
+               memory.activations, memory.activations_full);
+        // it allocates no more than the largest plan keeps
+        if (!(k & 1) && test_engine == engine_cpu())
+            EXPECT(memory.activations_used == memory.activations, "%zu of %zu bytes",
+                   memory.activations_used, memory.activations);
         if (memory.activations < least) least = memory.activations;
         if (memory.activations > most) most = memory.activations;
         drop_plan_free(&plan);
@@ -1533,15 +1661,17 @@ static void test_engine_bounded(void) {
     EXPECT(least < most, "dropping branches saves no memory: %zu bytes", most);
 }
 
-// Part of a tensor in which a model with frozen layers trains as one without: all of it, of the token embedding the rows of
-// tokens that the batch does not have, which the head alone trains. *n numbers from the place that is returned.
+// The part of a tensor that a model with frozen layers trains like one without: all of it or, for
+// the token embedding, the rows of tokens that are not in the batch, which only the head trains.
+// Returns its start; *n elements.
 static size_t frozen_part(const GptConfig *c, int p, int l, size_t *n) {
     const size_t rows = (size_t)c->V - 1, skip = p == P_wte ? rows * (size_t)c->C : 0;
     *n = gpt_param_size(c, p) - skip;
     return slot_at(c, p, l) + skip;
 }
 
-static void frozen_expect(const Rig *all, const Rig *part, int frozen, Slot slot, const real *before, const char *plan) {
+static void frozen_expect(const Rig *all, const Rig *part, int frozen, Slot slot,
+                          const real *before, const char *plan) {
     const GptConfig *c = &all->c;
     real *want = slot_read(c, all->model, slot);
     EACH_TENSOR(c) {
@@ -1551,31 +1681,38 @@ static void frozen_expect(const Rig *all, const Rig *part, int frozen, Slot slot
         real *got = (real *)xcalloc(gpt_param_size(c, p), sizeof *got);
         test_engine->read(part->model, slot, p, l, got);
         const real *is = got + (at - slot_at(c, p, l)), *should = trains ? want : before;
-        EXPECT(!memcmp(is, should + at, n * sizeof *is), "%s, %d frozen, slot %d: %s of layer %d", plan, frozen, slot,
-               gpt_param[p].name, l);
+        EXPECT(!memcmp(is, should + at, n * sizeof *is), "%s, %d frozen, slot %d: %s of layer %d",
+               plan, frozen, slot, gpt_param[p].name, l);
         free(got);
     }
     free(want);
 }
 
-// Layers that are frozen stay as they are, and those above get the bits of a model that trains all; the memory is smaller.
+// Frozen layers do not change, and the layers above get the bits of a model that trains everything,
+// with less memory.
 static void test_engine_frozen(void) {
     const int B = SMALL_B, T = SMALL_T;
     for (int frozen = 1; frozen < small_config.L; frozen++)
         for (int f = 0; f < N_FORCED; f++) {
             const int L = small_config.L, kept = (L - frozen) * B;
-            const EngineArgs args = {.B = B, .T = T, .threads = 1, .dtype = DTYPE_FP32, .bound = {kept, kept, 2 * kept},
+            const EngineArgs args = {.B = B, .T = T, .threads = 1, .dtype = DTYPE_FP32,
+                                     .bound = {kept, kept, 2 * kept},
                                      .frozen = frozen};
             Rig all = rig_open(small_config, B, T), part = rig_new(small_config, &args, B);
             int64_t t[16];
             const UpdateArgs update = {1e-2, 0.9, 0.95, 1e-8, 0.1, 0, t, 0, 0};
             EngineMemory whole, less;
-            for (int i = 0; i < B * T; i++) all.tokens[i] %= small_config.V - 1;     // the last token is only a target
+            // the last token is only a target
+            for (int i = 0; i < B * T; i++) all.tokens[i] %= small_config.V - 1;
             plan_force(&all.plan, f, B);
-            for (int micro = 0; micro < 2; micro++) {                      // gradients are set, and added to
-                const double want = engine_forward_backward(test_engine, all.model, T, all.tokens, all.targets, &all.plan, 0.5);
-                const double got = engine_forward_backward(test_engine, part.model, T, all.tokens, all.targets, &all.plan, 0.5);
-                EXPECT(got == want, "%s: a loss of %.17g, want %.17g", forced_plans[f].name, got, want);
+            // gradients are set, then added to
+            for (int micro = 0; micro < 2; micro++) {
+                const double want = engine_forward_backward(test_engine, all.model, T, all.tokens,
+                                                            all.targets, &all.plan, 0.5);
+                const double got = engine_forward_backward(test_engine, part.model, T, all.tokens,
+                                                           all.targets, &all.plan, 0.5);
+                EXPECT(got == want, "%s: a loss of %.17g, want %.17g", forced_plans[f].name, got,
+                       want);
             }
             real *before = slot_read(&all.c, all.model, SLOT_PARAM);
             frozen_expect(&all, &part, frozen, SLOT_GRAD, NULL, forced_plans[f].name);
@@ -1586,10 +1723,13 @@ static void test_engine_frozen(void) {
             for (int slot = SLOT_PARAM; slot <= SLOT_V; slot++)
                 frozen_expect(&all, &part, frozen, (Slot)slot, before, forced_plans[f].name);
             test_engine->memory(all.model, &whole), test_engine->memory(part.model, &less);
-            EXPECT(less.parameters == whole.parameters && less.gradients < whole.gradients && less.moments < whole.moments &&
-                   less.activations < whole.activations && less.activations_used <= whole.activations_used,
-                   "%zu, %zu, %zu, %zu of %zu, %zu, %zu, %zu bytes", less.parameters, less.gradients, less.moments,
-                   less.activations, whole.parameters, whole.gradients, whole.moments, whole.activations);
+            EXPECT(less.parameters == whole.parameters && less.gradients < whole.gradients &&
+                   less.moments < whole.moments &&
+                   less.activations < whole.activations && less.activations_used <=
+                   whole.activations_used,
+                   "%zu, %zu, %zu, %zu of %zu, %zu, %zu, %zu bytes", less.parameters,
+                   less.gradients, less.moments, less.activations, whole.parameters,
+                   whole.gradients, whole.moments, whole.activations);
             free(before);
             rig_close(&all), rig_close(&part);
         }
@@ -1599,8 +1739,10 @@ static void test_engine_peak(void) {
     const GptConfig c = {2, 1, 1, 1, 1};
     Rig r = rig_open(c, 1, 1);
     double peak = test_engine->peak(r.model, 0.02);
-    EXPECT(peak > 1e6 && peak < 1e17, "a peak of %g FLOP/s", peak);   // in GFLOP/s it would be less; emulators are slow
-    if (test_engine == engine_cpu()) {                   // another program on every core, four times, must not lower it much
+    // in GFLOP/s it would be less; emulators are slow
+    EXPECT(peak > 1e6 && peak < 1e17, "a peak of %g FLOP/s", peak);
+    // other programs on every core, four times as many, must not lower it much
+    if (test_engine == engine_cpu()) {
         enum { MOST = 64 };
         pid_t busy[MOST];
         const long cores = sysconf(_SC_NPROCESSORS_ONLN);
@@ -1611,7 +1753,8 @@ static void test_engine_peak(void) {
         const double crowded = test_engine->peak(r.model, 0.02);
         for (int i = 0; i < n; i++)
             if (busy[i] > 0) kill(busy[i], SIGKILL), waitpid(busy[i], NULL, 0);
-        EXPECT(crowded > peak / 4, "a peak of %g FLOP/s on a busy machine, %g before", crowded, peak);
+        EXPECT(crowded > peak / 4, "a peak of %g FLOP/s on a busy machine, %g before", crowded,
+               peak);
     }
     rig_close(&r);
 }

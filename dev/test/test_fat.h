@@ -1,5 +1,6 @@
-// Tests of a fat build (make FAT=1): which engine runs. Other builds have one, and nothing to test here. That every engine
-// computes the same is what all other tests say, run once for each: DROPPATH_ENGINE=avx2 make test FAT=1.
+// Tests of a fat build (make FAT=1): which engine runs. Other builds have a single engine, and
+// nothing to test here. That every engine computes correctly is shown by all other tests, run once
+// for each: DROPPATH_ENGINE=avx2 make test FAT=1.
 #ifndef TEST_FAT_H
 #define TEST_FAT_H
 
@@ -10,18 +11,19 @@
 #define FAT_TESTS(X) X(fat_engines) X(fat_refuses)
 #define HAS(instructions) __builtin_cpu_supports(#instructions)
 
-// Says on standard error which engine DROPPATH_ENGINE=wanted gives, or none of that name where NULL.
+// Prints on standard error which engine DROPPATH_ENGINE=wanted (NULL: unset) selects.
 static void fat_test_say(void *wanted) {
     if (wanted) setenv("DROPPATH_ENGINE", (const char *)wanted, 1);
     else unsetenv("DROPPATH_ENGINE");
     fprintf(stderr, "[%s]", engine_cpu()->name);
 }
 
-// Each row of the table gives an engine that was compiled for what its name says, or is refused where the processor cannot
-// run it; the first that can be run is the one that is taken without a wish.
+// Each row of the table gives an engine compiled for its name's instructions, or is refused if the
+// processor cannot run it; the first that can run is the default.
 static void test_fat_engines(void) {
     static const struct { const char *name, *says; } known[] = {
-        {"avx512bf16", ", AVX-512 + BF16]"}, {"avx512", ", AVX-512]"}, {"avx2", ", AVX2]"}, {"sse2", ", SSE2]"}};
+        {"avx512bf16", ", AVX-512 + BF16]"}, {"avx512", ", AVX-512]"}, {"avx2", ", AVX2]"},
+        {"sse2", ", SSE2]"}};
     const struct { char *name; int runs; } row[] = {
 #define X(name, runs) {#name, runs},
         CPU_ENGINES(X)
@@ -30,17 +32,20 @@ static void test_fat_engines(void) {
     int best = -1;
     for (int i = 0; i < 4; i++) {
         EXPECT_TEXT(row[i].name, known[i].name);
-        EXPECT_EXIT(row[i].runs ? 0 : 1, row[i].runs ? known[i].says : "lacks its instructions", fat_test_say, row[i].name);
+        EXPECT_EXIT(row[i].runs ? 0 : 1, row[i].runs ? known[i].says : "lacks its instructions",
+                    fat_test_say, row[i].name);
         if (row[i].runs && best < 0) best = i;
     }
-    EXPECT(sizeof row / sizeof row[0] == 4 && row[3].runs, "four engines, and every x86-64 runs the last");
+    EXPECT(sizeof row / sizeof row[0] == 4 && row[3].runs,
+           "four engines, and every x86-64 runs the last");
     if (best < 0) return;
     EXPECT_EXIT(0, known[best].says, fat_test_say, NULL);
     EXPECT_EXIT(0, known[best].says, fat_test_say, "");
 }
 
 static void test_fat_refuses(void) {
-    EXPECT_EXIT(1, "DROPPATH_ENGINE=avx: the engines of this build are avx512bf16 avx512 avx2 sse2", fat_test_say, "avx");
+    EXPECT_EXIT(1, "DROPPATH_ENGINE=avx: the engines of this build are avx512bf16 avx512 avx2 sse2",
+                fat_test_say, "avx");
     EXPECT_EXIT(1, "DROPPATH_ENGINE=AVX2: ", fat_test_say, "AVX2");
 }
 #else

@@ -1,5 +1,5 @@
-// test_fuzz.h: the parsers of outside bytes on the corpora of dev/fuzz and thousands of changed copies of them, and what guards
-// the files around them.
+// test_fuzz.h: the parsers of untrusted bytes on the corpora of dev/fuzz and thousands of
+// mutations, and the safeguards around the files.
 #ifndef TEST_FUZZ_H
 #define TEST_FUZZ_H
 
@@ -9,14 +9,16 @@
 #include "test.h"
 #include "test_checkpoint.h"
 
-#define FUZZ_TESTS(X) X(fuzz_replay) X(fuzz_pipe) X(fuzz_messages) X(fuzz_config_size) X(fuzz_sizes_on_trust)
+#define FUZZ_TESTS(X) \
+    X(fuzz_replay) X(fuzz_pipe) X(fuzz_messages) X(fuzz_config_size) X(fuzz_sizes_on_trust)
 
 static void test_fuzz_replay(void) {
     ToolRun r = tool_run("fuzz_replay");
     int lines = 0;
     for (const char *at = r.out.s; (at = strstr(at, " mutations, ")) != NULL; at++) {
         lines++;
-        EXPECT(strncmp(at + 12, "0 accepted", 10), "no mutation gets through a parser: %s", r.out.s);
+        EXPECT(strncmp(at + 12, "0 accepted", 10), "no mutation gets through a parser: %s",
+               r.out.s);
     }
     EXPECT(r.code == 0 && lines >= 18, "exit code %d: %s%s", r.code, r.out.s, r.err.s);
     tool_free(&r);
@@ -24,12 +26,12 @@ static void test_fuzz_replay(void) {
 
 static inline void fuzz_read_pipe(void *path) {
     FileMap map;
-    alarm(60);                                           // rather a failed test than one that hangs
+    alarm(60);                                           // fail rather than hang
     const char *error = file_map(&map, (const char *)path);
     die("%s", error ? error : "it is mapped");
 }
 
-// A named pipe that nobody writes to does not stop a program that is told to read it.
+// A named pipe without a writer does not block a program that is told to read it.
 static void test_fuzz_pipe(void) {
     char *path = xprintf("%s/pipe", test_directory());
     if (mkfifo(path, 0600)) die("cannot make %s: %s", path, strerror(errno));
@@ -39,9 +41,10 @@ static void test_fuzz_pipe(void) {
 
 static inline void fuzz_die(void *text) { die("unknown option --%s", (const char *)text); }
 
-// What a message quotes cannot steer the terminal.
+// Text quoted in a message cannot steer the terminal.
 static void test_fuzz_messages(void) {
-    EXPECT_EXIT(1, "--a?[31m? ?? \xC3\xA9\tz", fuzz_die, (void *)(uintptr_t)"a\x1B[31m\x7F \xC2\x9B \xC3\xA9\tz");
+    EXPECT_EXIT(1, "--a?[31m? ?? \xC3\xA9\tz", fuzz_die,
+                (void *)(uintptr_t)"a\x1B[31m\x7F \xC2\x9B \xC3\xA9\tz");
     char *text = (char *)xcalloc(100001, 1);
     memset(text, 'x', 100000);
     EXPECT_EXIT(1, "error: unknown option --xxx", fuzz_die, text);
@@ -58,7 +61,8 @@ static void test_fuzz_config_size(void) {
         options_init(&o, "");
         options_add(&o, train_options(), &t);
         char *error = options_config(&o, mem, OPTIONS_MAX_CONFIG + over, FROM_CONFIG, "file");
-        EXPECT_ERROR(error, over ? "file: not a config file: it is larger" : "file:1: a line must be name = value");
+        EXPECT_ERROR(error, over ? "file: not a config file: it is larger" : "file:1: a line must "
+                     "be name = value");
         free(error);
         options_free(&o);
     }
@@ -79,11 +83,14 @@ static inline void fuzz_read_config(void *dir) {
     checkpoint_read_config((const char *)dir, &c, &scale, &tied);
 }
 
-// A config.json that claims more than the weights beside it have is refused before memory is taken for the claim.
+// A config.json that claims more than the weights beside it have is refused before memory is
+// allocated for it.
 static void test_fuzz_sizes_on_trust(void) {
     static const struct { const char *config, *part; } claims[] = {
-        {"{\"vocab_size\": 16777216, \"n_positions\": 1048576, \"n_layer\": 1024, \"n_head\": 1, \"n_embd\": 65536}", "shape"},
-        {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 1024, \"n_head\": 2, \"n_embd\": 4}", "h.2."}};
+        {"{\"vocab_size\": 16777216, \"n_positions\": 1048576, \"n_layer\": 1024, \"n_head\": 1, "
+         "\"n_embd\": 65536}", "shape"},
+        {"{\"vocab_size\": 7, \"n_positions\": 5, \"n_layer\": 1024, \"n_head\": 2, \"n_embd\": 4}",
+         "h.2."}};
     const char *dir = test_directory();
     Model *m = checkpoint_test_model(4);
     for (size_t i = 0; i < sizeof claims / sizeof *claims; i++) {

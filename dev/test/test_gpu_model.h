@@ -1,5 +1,5 @@
-// test_gpu_model.h: the predicted step of a GPU (dev/run/gpu_model.h) against a roofline made by hand,
-// and what holds whatever the assumptions are.
+// test_gpu_model.h: the predicted GPU step (dev/run/gpu_model.h) against a manual roofline, and
+// properties that hold whatever the assumptions.
 #ifndef TEST_GPU_MODEL_H
 #define TEST_GPU_MODEL_H
 
@@ -20,8 +20,8 @@ static inline GpuRun gpu_test_run(const char *preset, int B) {
     return r;
 }
 
-// The sums of a roofline of an H100 made by hand, in ms, with all that was found repaired. It knew
-// nothing of what the backward pass makes again, nor of bias gradients outside of products.
+// The totals of a manual roofline of an H100, in ms, after all known fixes. It ignored what the
+// backward pass recomputes, and bias gradients outside matmuls.
 static inline void test_gpu_model_roofline(void) {
     static const struct { const char *preset; int B; double part[6], all; } by_hand[] = {
         // layers  head   attention norms  loss  update   all
@@ -42,7 +42,7 @@ static inline void test_gpu_model_roofline(void) {
     }
 }
 
-// Every part is there once, a step is their sum, and no GPU does more than it can.
+// Every part is counted once, a step is their sum, and no GPU exceeds its peak.
 static inline void test_gpu_model_parts(void) {
     static const char *const presets[] = {"gpt2", "medium", "xl"};
     for (int d = 0; d < N_GPU_SPECS; d++)
@@ -58,12 +58,13 @@ static inline void test_gpu_model_parts(void) {
                     sum += s.time.part[i];
                 }
                 EXPECT_CLOSE(sum, s.seconds, 1e-12 * sum, "the sum of the parts");
-                EXPECT(s.mfu > 0 && s.mfu < gpu_specs[d].product / gpu_specs[d].peak, "MFU %g", s.mfu);
+                EXPECT(s.mfu > 0 && s.mfu < gpu_specs[d].product / gpu_specs[d].peak, "MFU %g",
+                       s.mfu);
                 EXPECT_CLOSE(s.flops, 24 * 3 * gpt_row_flops(&r.c, r.T), 1e-9 * s.flops, "FLOPs");
             }
 }
 
-// A step takes less the more is dropped, and saves about the part of the FLOPs that is left out.
+// A step is faster the more is dropped, and saves about the fraction of FLOPs that is skipped.
 static inline void test_gpu_model_drop_path(void) {
     double kept[BRANCHES * GPU_LAYERS_MAX], before = 1e9;
     GpuRun r = gpu_test_run("xl", 16);
@@ -81,7 +82,7 @@ static inline void test_gpu_model_drop_path(void) {
     }
 }
 
-// The mean over a run of rates that rise from 0 to p: half of p, or what the plans say.
+// The mean over a run whose rates rise from 0 to p: half of p, or what the plans give.
 static inline void test_gpu_model_expected(void) {
     double kept[BRANCHES * 4], spent[BRANCHES * 4];
     DropPath d;
@@ -123,37 +124,42 @@ static inline void test_gpu_model_ranks(void) {
         const double all = gpu_step(g, &r).sent_bytes;
         for (int i = 0; i < BRANCHES * r.c.L; i++) kept[i] = 1;
         spent[3] = 1, kept[3] = 0, r.kept = kept, r.spent = spent;
-        EXPECT_CLOSE(all - gpu_step(g, &r).sent_bytes, 2 * gpu_branch_params(&r.c, MLP), 1, "saved");
+        EXPECT_CLOSE(all - gpu_step(g, &r).sent_bytes, 2 * gpu_branch_params(&r.c, MLP), 1,
+                     "saved");
         spent[3] = 0;
     }
 }
 
-// --dry-run --device needs no GPU, whichever program says it, and is refused where it means nothing.
+// --dry-run --device needs no GPU, in any program, and is refused where it is meaningless.
 static inline void test_gpu_model_dry_run(void) {
     const char *dir = test_directory();
     ToolRun r = trainer_test_run("--out %s/run --steps 8 --drop-path 0.2 --dry-run --device 2xh100 "
                                  "--total-batch 1024", dir);
     static const char *const told[] = {"engine:  2xh100, predicted", "ranks:   2 processes", "MFU ",
                                        "drop path saves", "2 GPUs sum ", " of 80 GB are used"};
-    for (int i = 0; i < 6; i++) EXPECT(strstr(r.out.s, told[i]), "no \"%s\" in %s", told[i], r.out.s);
+    for (int i = 0; i < 6; i++)
+        EXPECT(strstr(r.out.s, told[i]), "no \"%s\" in %s", told[i], r.out.s);
     EXPECT(r.code == 0, "exit code %d: %s", r.code, r.err.s);
     tool_free(&r);
-    EXPECT_REFUSED(1, "--device h1000: h100, a100 or", "--out %s/run --dry-run --device h1000", dir);
+    EXPECT_REFUSED(1, "--device h1000: h100, a100 or", "--out %s/run --dry-run --device h1000",
+                   dir);
     EXPECT_REFUSED(1, "--device 0xh100: h100, a100", "--out %s/run --dry-run --device 0xh100", dir);
     EXPECT_REFUSED(1, "--device only predicts", "--out %s/run --device h100", dir);
-    EXPECT_REFUSED(1, "--device predicts bf16 only", "--out %s/run --dry-run --device h100 --dtype fp32", dir);
+    EXPECT_REFUSED(1, "--device predicts bf16 only",
+                   "--out %s/run --dry-run --device h100 --dtype fp32", dir);
 }
 
 #ifdef WITH_CUDA_ENGINE
-#ifdef CUDA_EMULATED                                     // as the Makefile compiles the engine of the tests
+#ifdef CUDA_EMULATED                                     // matches the Makefile's flags for the
+                                                         // tests' engine
 enum { GPU_TEST_WORKSPACE = 65536 };
 #else
 enum { GPU_TEST_WORKSPACE = GPU_WORKSPACE };
 #endif
 
-// The memory that is told is what the engine sets aside, but for gaps between arrays and padding.
+// The reported memory is what the engine allocates, except gaps between arrays and padding.
 static inline void test_gpu_model_memory(void) {
-    const GptConfig c = {100, 64, 3, 4, 128};            // all logits are one chunk
+    const GptConfig c = {100, 64, 3, 4, 128};            // all logits fit in one chunk
     for (int k = 0; k < 6; k++) {
         const int recompute = k / 2, frozen = k % 2, rows = 16 * (3 - frozen);
         EngineArgs a;

@@ -1,4 +1,5 @@
-// test_manifest.h: manifest.json whole and damaged, and runs whose shards, tokenizer and model do not belong together.
+// test_manifest.h: manifest.json, valid and damaged, and runs whose shards, tokenizer and model do
+// not belong together.
 #ifndef TEST_MANIFEST_H
 #define TEST_MANIFEST_H
 
@@ -7,16 +8,18 @@
 #include "test.h"
 #include "test_trainer.h"
 
-// A manifest as data/prepare.py writes it, of a tokenizer of V tokens and one shard on each side.
+// A manifest as written by data/prepare.py, for a tokenizer of V tokens and one shard on each side.
 static char *manifest_text(int V, int eot, const char *sha256, int64_t train, int64_t val) {
     return xprintf("{\"format\": \"droppath.c token shards 1\", \"settings\": \"x\",\n"
-                   "\"tokenizer\": {\"name\": \"some\", \"vocab_size\": %d, \"end_of_text\": %d, \"file\": \"tokenizer.bin\", "
-                   "\"sha256\": \"%s\", \"files\": {}}, \"val\": 0.1,\n\"splits\": {"
-                   "\"train\": {\"tokens\": %lld, \"bytes\": 5000, \"documents\": 3, "
-                   "\"shards\": [{\"file\": \"train_000000.bin\", \"tokens\": %lld, \"file_bytes\": 9, \"sha256\": \"\"}]},\n"
-                   "\"val\": {\"tokens\": %lld, \"bytes\": 1000, \"documents\": 1, \"shards\": [{\"file\": \"val_000000.bin\", "
-                   "\"tokens\": %lld}]}}}\n",
-                   V, eot, sha256, (long long)train, (long long)train, (long long)val, (long long)val);
+                   "\"tokenizer\": {\"name\": \"some\", \"vocab_size\": %d, \"end_of_text\": %d, "
+                   "\"file\": \"tokenizer.bin\", \"sha256\": \"%s\", \"files\": {}}, \"val\": "
+                   "0.1,\n\"splits\": {\"train\": {\"tokens\": %lld, \"bytes\": 5000, "
+                   "\"documents\": 3, \"shards\": [{\"file\": \"train_000000.bin\", \"tokens\": "
+                   "%lld, \"file_bytes\": 9, \"sha256\": \"\"}]},\n"
+                   "\"val\": {\"tokens\": %lld, \"bytes\": 1000, \"documents\": 1, \"shards\": "
+                   "[{\"file\": \"val_000000.bin\", \"tokens\": %lld}]}}}\n",
+                   V, eot, sha256, (long long)train, (long long)train, (long long)val,
+                   (long long)val);
 }
 
 #define SOME_SHA256  "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
@@ -30,20 +33,21 @@ static void test_manifest_parse(void) {
     const char *error = manifest_parse(&m, text, strlen(text));
     EXPECT(!error, "%s", error ? error : "");
     if (error) return;
-    EXPECT(m.V == 300 && m.eot == 299 && m.shards == 2, "V %d, end-of-text %d, %d shards", m.V, m.eot, m.shards);
+    EXPECT(m.V == 300 && m.eot == 299 && m.shards == 2, "V %d, end-of-text %d, %d shards", m.V,
+           m.eot, m.shards);
     EXPECT_TEXT(m.tokenizer, "some");
     EXPECT_TEXT(m.file, "tokenizer.bin");
     EXPECT_TEXT(m.sha256, SOME_SHA256);
     EXPECT_TEXT(m.shard[1].file, "val_000000.bin");
     EXPECT(m.tokens[0] == 2000 && m.shard[0].tokens == 2000 && m.tokens[1] == 400, "tokens");
-    // 2 nats a token, 400 tokens of 1000 bytes: 800 / ln 2 bits on 1000 bytes.
+    // 2 nats per token, 400 tokens of 1000 bytes: 800 / ln 2 bits for 1000 bytes.
     EXPECT_CLOSE(manifest_bits_per_byte(&m, MANIFEST_VAL, 2), 0.8 / log(2), 1e-12, "bits per byte");
     manifest_free(&m);
     EXPECT(isnan(manifest_bits_per_byte(&m, MANIFEST_VAL, 2)), "bits per byte without a manifest");
     free(text);
 }
 
-// Parses exactly `size` bytes of memory, so that a sanitizer sees a read beyond them.
+// Parses exactly `size` bytes of memory, so that a sanitizer detects a read beyond them.
 static void expect_manifest_error(const char *part, const char *text, size_t size) {
     char *mem = (char *)xcalloc(size, 1);
     memcpy(mem, text, size);
@@ -55,7 +59,8 @@ static void expect_manifest_error(const char *part, const char *text, size_t siz
 }
 
 static void test_manifest_damage(void) {
-    static const char *const cases[][3] = {              // what stands in a good one, what instead, the complaint
+    // text in a valid manifest, its replacement, the error
+    static const char *const cases[][3] = {
         {"shards 1\"", "shards 2\"", "not a manifest of this version"},
         {"\"vocab_size\": 300", "\"vocab_size\": 0", "out of range: \"vocab_size\""},
         {"\"vocab_size\": 300", "\"vocab_size\": 16777217", "out of range: \"vocab_size\""},
@@ -68,7 +73,8 @@ static void test_manifest_damage(void) {
         {"\"tokenizer.bin\"", "7", "no text: \"file\""},
         {"\"name\": \"some\"", "\"name\": null", "no text: \"name\""},
         {SOME_SHA256, "0123", "64 hex digits"},
-        {SOME_SHA256, "G123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef", "64 hex digits"},
+        {SOME_SHA256, "G123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+         "64 hex digits"},
         {"\"val\": {\"tokens\"", "\"wal\": {\"tokens\"", "\"tokens\""},
         {"\"tokens\": 2000, \"file", "\"tokens\": 2001, \"file", "out of range: \"tokens\""},
         {"\"tokens\": 2000, \"file", "\"tokens\": 1999, \"file", "not the sum"},
@@ -76,7 +82,8 @@ static void test_manifest_damage(void) {
         {"\"tokens\": 2000, \"file", "\"tokens\": 9223372036854775808, \"file", "no whole number"},
         {"\"val_000000.bin\"", "\"/etc/passwd\"", "not a plain file name"},
         {"\"bytes\": 1000", "\"bytes\": -1", "out of range: \"bytes\""},
-        {"\"shards\": [{\"file\": \"val", "\"shards\": 1, \"x\": [{\"file\": \"val", "no list: \"shards\""},
+        {"\"shards\": [{\"file\": \"val", "\"shards\": 1, \"x\": [{\"file\": \"val",
+         "no list: \"shards\""},
         {"{\"file\": \"val_000000.bin\"", "3, {\"file\": \"val_000000.bin\"", "\"file\""},
     };
     char *good = manifest_text(300, 299, SOME_SHA256, 2000, 400);
@@ -84,11 +91,13 @@ static void test_manifest_damage(void) {
         const char *at = strstr(good, cases[i][0]);
         EXPECT(at != NULL, "%s is not in the manifest", cases[i][0]);
         if (!at) continue;
-        char *bad = xprintf("%.*s%s%s", (int)(at - good), good, cases[i][1], at + strlen(cases[i][0]));
+        char *bad = xprintf("%.*s%s%s", (int)(at - good), good, cases[i][1],
+                            at + strlen(cases[i][0]));
         expect_manifest_error(cases[i][2], bad, strlen(bad));
         free(bad);
     }
-    for (size_t size = 0; size + 2 < strlen(good); size++) expect_manifest_error("no valid JSON", good, size);
+    for (size_t size = 0; size + 2 < strlen(good); size++)
+        expect_manifest_error("no valid JSON", good, size);
     expect_manifest_error("not a manifest", "[]", 2);
     free(good);
 }
@@ -97,7 +106,7 @@ static void test_manifest_damage(void) {
 
 typedef struct { const char *dir; int64_t train, val; char sha256[SHA256_HEX]; } ManifestData;
 
-// A folder with shards of bytes, DIR/data/, and what their manifest should say.
+// A folder with byte shards, DIR/data/, and what their manifest should contain.
 static ManifestData manifest_data(void) {
     ManifestData d = {test_directory(), 0, 0, ""};
     char *text = xprintf("%s/text", d.dir);
@@ -121,8 +130,10 @@ static ManifestData manifest_data(void) {
 }
 
 // Writes DIR/FOLDER/manifest.json.
-static void manifest_put(const ManifestData *d, const char *folder, int V, int eot, const char *sha256, int64_t train) {
-    char *text = manifest_text(V, eot, sha256, train, d->val), *path = xprintf("%s/%s/manifest.json", d->dir, folder);
+static void manifest_put(const ManifestData *d, const char *folder, int V, int eot,
+                         const char *sha256, int64_t train) {
+    char *text = manifest_text(V, eot, sha256, train, d->val),
+        *path = xprintf("%s/%s/manifest.json", d->dir, folder);
     char *parent = xprintf("%s/%s", d->dir, folder);
     directory_make(parent);
     file_write_whole(path, text, strlen(text));
@@ -132,11 +143,13 @@ static void manifest_put(const ManifestData *d, const char *folder, int V, int e
 #define MANIFEST_RUN(d, options)                                                              \
     tool_run("train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' --out %s/run " \
              TRAINER_TEST_RUN " --steps 2 %s", (d).dir, (d).dir, (d).dir, options)
-#define EXPECT_MANIFEST(code, part, d, options) tool_expect(code, part, MANIFEST_RUN(d, options), __FILE__, __LINE__)
+#define EXPECT_MANIFEST(code, part, d, options) \
+    tool_expect(code, part, MANIFEST_RUN(d, options), __FILE__, __LINE__)
 
 static void test_manifest_refuses(void) {
     ManifestData d = manifest_data();
-    char *tokenizer = xprintf("%s/data/tokenizer.bin", d.dir), *moved = xprintf("%s/tokenizer.bin", d.dir);
+    char *tokenizer = xprintf("%s/data/tokenizer.bin", d.dir),
+        *moved = xprintf("%s/tokenizer.bin", d.dir);
     manifest_put(&d, "data", 257, 256, OTHER_SHA256, d.train);
     EXPECT_MANIFEST(1, "is not the tokenizer of the shards", d, "");
     manifest_put(&d, "data", 258, 256, d.sha256, d.train);
@@ -147,9 +160,11 @@ static void test_manifest_refuses(void) {
     EXPECT_MANIFEST(1, "is not a shard that", d, "");
     manifest_put(&d, "data", 257, 256, d.sha256, d.train);
     file_rename(tokenizer, moved);
-    EXPECT_MANIFEST(1, "--vocab-size has 256 tokens, but the shards' tokenizer some has 257", d, "--vocab-size 256");
+    EXPECT_MANIFEST(1, "--vocab-size has 256 tokens, but the shards' tokenizer some has 257", d,
+                    "--vocab-size 256");
     char *elsewhere = xprintf("%s/val", d.dir), *shard = xprintf("%s/data/val_000000.bin", d.dir);
-    char *link = xprintf("%s/val_000000.bin", elsewhere), *val = xprintf("--val '%s/val_*.bin'", elsewhere);
+    char *link = xprintf("%s/val_000000.bin", elsewhere),
+        *val = xprintf("--val '%s/val_*.bin'", elsewhere);
     manifest_put(&d, "val", 257, 256, OTHER_SHA256, d.train);
     if (symlink(shard, link)) die("%s: %s", link, strerror(errno));
     EXPECT_MANIFEST(1, "--train and --val have different tokenizers", d, val);
@@ -160,11 +175,12 @@ static void test_manifest_refuses(void) {
     free(damaged);
 }
 
-// Vocabulary and bits per byte come from the manifest where there is no tokenizer file; the weights are those of the run with
-// one. A model of another tokenizer is not continued.
+// Without a tokenizer file, vocabulary and bits per byte come from the manifest; the weights are
+// those of the run with one. A model of another tokenizer is not continued.
 static void test_manifest_tells_vocabulary_and_bytes(void) {
     ManifestData d = manifest_data();
-    char *tokenizer = xprintf("%s/data/tokenizer.bin", d.dir), *moved = xprintf("%s/tokenizer.bin", d.dir);
+    char *tokenizer = xprintf("%s/data/tokenizer.bin", d.dir),
+        *moved = xprintf("%s/tokenizer.bin", d.dir);
     char *metrics = xprintf("%s/run/metrics.jsonl", d.dir), *a = xprintf("%s/plain/latest", d.dir);
     char *b = xprintf("%s/run/latest", d.dir), *plain = xprintf("--out %s/plain", d.dir);
     EXPECT_MANIFEST(0, "", d, plain);
@@ -174,7 +190,8 @@ static void test_manifest_tells_vocabulary_and_bytes(void) {
     EXPECT_SAME(a, b, "model.safetensors");
     MetricsLog seen = metrics_read(metrics);
     const Metrics *last = &seen.record[seen.n - 1];
-    EXPECT_CLOSE(last->val_bpb, last->val_loss / log(2) * (double)d.val / 1000, 1e-6, "bits per byte by the manifest");
+    EXPECT_CLOSE(last->val_bpb, last->val_loss / log(2) * (double)d.val / 1000, 1e-6,
+                 "bits per byte by the manifest");
     metrics_log_free(&seen);
     EXPECT_MANIFEST(0, "", d, "--resume --steps 3");
     char *init = xprintf("--init-from %s/run/latest --out %s/again", d.dir, d.dir);

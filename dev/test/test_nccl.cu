@@ -1,12 +1,13 @@
-// test_nccl.cu: tests of dev/emu/nccl.h, through which the ranks of the GPU engine speak in the tests: its collectives against
-// plain loops, in place and not, at sizes around that of a piece, and what a rank sees when another one dies.
+// test_nccl.cu: tests of dev/emu/nccl.h, through which the GPU engine's ranks communicate in the
+// tests: its collectives against plain loops, in place and not, at sizes around that of a piece,
+// and what a rank sees when another dies.
 
 #include "../model/cuda.h"
 #include <nccl.h>
 #include "test.h"
 #include "test_nccl.h"
 
-// Runs f as each of n processes, each on a device of its own; returns how many ended with code 0.
+// Runs f in n processes, each on its own device; returns how many exited with code 0.
 static int run_ranks(int n, int (*f)(ncclComm_t, int rank, int world)) {
     ncclUniqueId id;
     pid_t child[EMU_NCCL_RANKS];
@@ -38,7 +39,7 @@ template <class N> static ncclDataType_t type_of(void) {
     return sizeof(N) == 2 ? ncclBfloat16 : sizeof(N) == 4 ? ncclFloat32 : ncclFloat64;
 }
 
-// A number of rank r that sums round in bf16.
+// An element of rank r; sums of them round in bf16.
 static float number(int r, size_t i) { return (float)((i * 7 + (size_t)r * 31) % 101) / 16 - 2; }
 
 template <class N> static float sum_of(int world, size_t i) {
@@ -74,7 +75,8 @@ template <class N> static int collectives(ncclComm_t c, int rank, int world, siz
             const float own_x = number(rank, i), sum = sum_of<N>(world, i);
             const float want_x[5] = {own_x, sum, own ? sum : own_x, number(owner, i), own_x};
             const float want_y[5] = {sum, 0, 0, 0, number(world - 1, i)};
-            wrong += (float)host[i] != (float)(N)want_x[k] || (float)host[all + i] != (float)(N)want_y[k];
+            wrong += (float)host[i] != (float)(N)want_x[k] || (float)host[all + i] !=
+                (float)(N)want_y[k];
         }
     }
     free(host);
@@ -100,7 +102,8 @@ void test_nccl_collectives(void) {
     }
 }
 
-// Rank 1 ends between two sums: the others see an error, not a hang, and later calls return at once.
+// Rank 1 exits between two sums: the others get an error, not a hang, and later calls return at
+// once.
 static int one_dies(ncclComm_t c, int rank, int) {
     float *x;
     ncclResult_t error;
@@ -135,7 +138,7 @@ void test_nccl_ranks_disagree(void) {
 
 static int nothing(ncclComm_t, int, int) { return 0; }
 
-// Two ranks on one device are refused, whichever way they came to it.
+// Two ranks on one device are refused, however they came to share it.
 void test_nccl_same_device(void) {
     setenv("CUDA_VISIBLE_DEVICES", "3,1", 1);
     int good = run_ranks(2, nothing);

@@ -1,8 +1,9 @@
-// test_nccl.h: the tests of test_nccl.cu, which a C++ compiler makes into an object of its own.
+// test_nccl.h: the tests of test_nccl.cu, a separate object built by a C++ compiler.
 #ifndef TEST_NCCL_H
 #define TEST_NCCL_H
 
-#define NCCL_TESTS(X) X(nccl_collectives) X(nccl_dead_rank) X(nccl_ranks_disagree) X(nccl_same_device)
+#define NCCL_TESTS(X) \
+    X(nccl_collectives) X(nccl_dead_rank) X(nccl_ranks_disagree) X(nccl_same_device)
 
 #ifdef __cplusplus
 extern "C" {

@@ -1,6 +1,8 @@
-// test_noise.h: what a pass may have beside its plan (dropout, label smoothing, a look at it), on every engine: against the reference of test_engine.h, by finite differences, and
-// what is promised of where a decision comes from. That Philox, and the numbering of its halves, are what noise.h says is shown
-// by numbers made elsewhere: golden/companions.safetensors.
+// test_noise.h: what a pass may have beside its plan (dropout, label smoothing, a watch), on every
+// engine: compared with the reference in test_engine.h and with finite differences, and the
+// guarantees about what a decision depends on. Independently computed tensors
+// (golden/companions.safetensors) show that Philox and the numbering of its halves are as described
+// in noise.h.
 #ifndef TEST_NOISE_H
 #define TEST_NOISE_H
 
@@ -13,58 +15,71 @@
 #define NOISE_DOUBLE_TESTS(X)
 #endif
 #define NOISE_TESTS(X) X(noise_rates) X(noise_is_fair) X(noise_has_no_neighbours)
-#define NOISE_ENGINE_TESTS(X) \
-    X(noise_off_is_off) X(noise_golden) X(noise_reference_losses) X(noise_reference_gradients) X(noise_threads) X(noise_by_place) \
+#define NOISE_ENGINE_TESTS(X)                                                                  \
+    X(noise_off_is_off) X(noise_golden) X(noise_reference_losses) X(noise_reference_gradients) \
+    X(noise_threads) X(noise_by_place)                                                         \
     X(noise_parts) X(watch_sees) X(noise_bf16_is_near) X(noise_made_again) NOISE_DOUBLE_TESTS(X)
 
-// Each place alone, all of them with smoothing, and rates so high that few elements stay.
+// Each place alone, all of them with smoothing, and rates so high that few elements remain.
 static const struct { const char *name; Noise noise; Objective objective; } noise_cases[] = {
     {"embeddings",    {.seed = 3, .step = 5, .embd = 6554},  {0}},
     {"attention",     {.seed = 3, .step = 6, .attn = 20000}, {0}},
     {"branches",      {.seed = 3, .step = 7, .resid = 6554}, {0}},
     {"smoothing",     {.seed = 3},                           {0.1}},
-    {"all",           {.seed = 1ull << 40, .step = 1ll << 33, .first_row = 9, .embd = 6554, .attn = 13107, .resid = 6553}, {0.2}},
+    {"all",           {.seed = 1ull << 40, .step = 1ll << 33, .first_row = 9, .embd = 6554,
+                       .attn = 13107, .resid = 6553}, {0.2}},
     {"nearly all",    {.seed = 4, .step = 1, .embd = 60000, .attn = 65000, .resid = 50000}, {0.9}},
 };
 enum { NOISE_CASES = sizeof noise_cases / sizeof noise_cases[0] };
 
-static void noise_set(Rig *r, int k) { r->noise = &noise_cases[k].noise, r->objective = &noise_cases[k].objective; }
+static void noise_set(Rig *r, int k) {
+    r->noise = &noise_cases[k].noise, r->objective = &noise_cases[k].objective;
+}
 
-// ---- The numbers ----
+// ---- Random numbers ----
 
 static void test_noise_rates(void) {
-    EXPECT(noise_rate_of(0) == 0 && noise_rate_of(0.5) == 32768 && noise_rate_of(0.1) == 6554 && noise_rate_of(1e-9) == 0 &&
-           noise_rate_of(0.9999999) == 65535, "%u, %u, %u", noise_rate_of(0.5), noise_rate_of(0.1), noise_rate_of(0.9999999));
+    EXPECT(noise_rate_of(0) == 0 && noise_rate_of(0.5) == 32768 && noise_rate_of(0.1) == 6554 &&
+           noise_rate_of(1e-9) == 0 &&
+           noise_rate_of(0.9999999) == 65535, "%u, %u, %u", noise_rate_of(0.5), noise_rate_of(0.1),
+           noise_rate_of(0.9999999));
     EXPECT(noise_scale(32768) == 2 && noise_scale(0) == 1, "%g", noise_scale(32768));
     const Philox w = {{0x00020001, 0x00040003, 0x00060005, 0x00080007}};
-    for (int e = 0; e < NOISE_EACH; e++) EXPECT(noise_half(w, e) == (uint32_t)e + 1, "half %d is %u", e, noise_half(w, e));
+    for (int e = 0; e < NOISE_EACH; e++)
+        EXPECT(noise_half(w, e) == (uint32_t)e + 1, "half %d is %u", e, noise_half(w, e));
     const NoisePlace none = noise_place(NULL, NOISE_ATTN, 0);
     EXPECT(none.rate == 0, "%u", none.rate);
 }
 
-// |how many of n are dropped - n p| in standard deviations
-static double noise_deviation(double dropped, double n, double p) { return fabs(dropped - n * p) / sqrt(n * p * (1 - p)); }
+// |number dropped of n - n p| in standard deviations.
+static double noise_deviation(double dropped, double n, double p) {
+    return fabs(dropped - n * p) / sqrt(n * p * (1 - p));
+}
 
-// At every place and rate as many are dropped as the rate says: 5.5 deviations are one in 26 million.
+// At every place and rate, the fraction dropped matches the rate: 5.5 deviations are one in 26
+// million.
 static void test_noise_is_fair(void) {
     static const uint32_t rates[] = {66, 6554, 32768, 60000};
     for (int place = 0; place < NOISE_PLACES; place++)
         for (int k = 0; k < 4; k++) {
-            const Noise z = {.seed = 11, .step = k, .embd = rates[k], .attn = rates[k], .resid = rates[k]};
+            const Noise z = {.seed = 11, .step = k, .embd = rates[k], .attn = rates[k],
+                             .resid = rates[k]};
             const NoisePlace p = noise_place(&z, place, 2);
             double dropped = 0, n = 0;
             for (uint32_t row = 0; row < 10; row++)
                 for (uint32_t line = 0; line < 100; line++)
                     for (uint32_t i = 0; i < 125; i++) {
                         const Philox w = noise_words(p.key, row, 1, line, i);
-                        for (int e = 0; e < NOISE_EACH; e++, n++) dropped += noise_half(w, e) < p.rate;
+                        for (int e = 0; e < NOISE_EACH; e++, n++)
+                            dropped += noise_half(w, e) < p.rate;
                     }
-            EXPECT(noise_deviation(dropped, n, rates[k] / 65536.0) < 5.5, "place %d, rate %u: %g of %g", place, rates[k], dropped,
-                   n);
+            EXPECT(noise_deviation(dropped, n, rates[k] / 65536.0) < 5.5,
+                   "place %d, rate %u: %g of %g", place, rates[k], dropped, n);
         }
 }
 
-// Neighbours agree as often as independent draws do: elements, lines, heads, rows, layers, places, steps, seeds.
+// Neighbours agree as often as independent draws: elements, lines, heads, rows, layers, places,
+// steps, seeds.
 static void test_noise_has_no_neighbours(void) {
     enum { N = 200000, WAYS = 8 };
     const double p = 0.25, agree = p * p + (1 - p) * (1 - p);
@@ -73,24 +88,28 @@ static void test_noise_has_no_neighbours(void) {
         for (uint32_t i = 0; i < N; i++) {
             int dropped[2];
             for (uint32_t k = 0; k < 2; k++) {
-                const uint32_t at[WAYS] = {way == 0 ? k : 0, way == 1 ? k : 0, way == 2 ? k : 0, way == 3 ? k : 0, way == 4 ? k : 0,
+                const uint32_t at[WAYS] = {way == 0 ? k : 0, way == 1 ? k : 0, way == 2 ? k : 0,
+                                           way == 3 ? k : 0, way == 4 ? k : 0,
                                            way == 5 ? k : 0, way == 6 ? k : 0, way == 7 ? k : 0};
-                const Noise z = {.seed = 5 + at[7], .step = 9 + at[6], .attn = 16384, .resid = 16384, .embd = 16384};
+                const Noise z = {.seed = 5 + at[7], .step = 9 + at[6], .attn = 16384,
+                                 .resid = 16384, .embd = 16384};
                 const NoisePlace where = noise_place(&z, NOISE_ATTN + (int)at[5], (int)at[4]);
                 const uint32_t element = 2 * (i % 500) + at[0];
-                const Philox w = noise_words(where.key, i / 50000 * 2 + at[3], i / 10000 % 5 * 2 + at[2], i / 500 % 20 * 2 + at[1],
+                const Philox w = noise_words(where.key, i / 50000 * 2 + at[3],
+                                             i / 10000 % 5 * 2 + at[2], i / 500 % 20 * 2 + at[1],
                                              element / NOISE_EACH);
                 dropped[k] = noise_half(w, element % NOISE_EACH) < where.rate;
             }
             same += dropped[0] == dropped[1];
         }
-        EXPECT(noise_deviation(same, N, agree) < 5.5, "way %d: %g of %d agree, expected %g", way, same, N, N * agree);
+        EXPECT(noise_deviation(same, N, agree) < 5.5, "way %d: %g of %d agree, expected %g", way,
+               same, N, N * agree);
     }
 }
 
 // ---- On an engine ----
 
-// Rates of zero, and no smoothing, are the bits of a pass that has neither.
+// Rates of zero, without smoothing, give the bits of a pass that has neither.
 static void test_noise_off_is_off(void) {
     const Noise zero = {.seed = 3, .step = 1, .first_row = 2};
     const Objective plain = {0};
@@ -102,15 +121,17 @@ static void test_noise_off_is_off(void) {
         real *want = rig_gradient(&r, &want_loss);
         r.noise = &zero, r.objective = &plain;
         real *got = rig_gradient(&r, &loss);
-        EXPECT(loss == want_loss && slot_same_bits(&r.c, got, want), "%s: other bits", forced_plans[f].name);
+        EXPECT(loss == want_loss && slot_same_bits(&r.c, got, want), "%s: other bits",
+               forced_plans[f].name);
         free(want), free(got);
     }
     rig_close(&r);
 }
 
-// Losses and gradients of PyTorch, with masks of a Philox in numpy.
+// Losses and gradients from PyTorch, with masks from a Philox in numpy.
 static void test_noise_golden(void) {
-    static const char *const cases[] = {"smoothed/", "dropout/", "both/", "tied/"}, *const path = "dev/golden/companions.safetensors";
+    static const char *const cases[] = {"smoothed/", "dropout/", "both/", "tied/"},
+        *const path = "dev/golden/companions.safetensors";
     Golden g = golden_open(), more = g;                  // the same model, other tensors
     Rig *r = &more.rig;
     const char *error = file_map(&more.map, path);
@@ -120,7 +141,8 @@ static void test_noise_golden(void) {
         const SafetensorsEntry *e = golden_need(&more, cases[i], "noise");
         uint32_t rate[3];
         for (size_t k = 0; k < 3; k++) rate[k] = (uint32_t)safetensors_integer(e, 3 + k);
-        const Noise noise = {(uint64_t)safetensors_integer(e, 0), safetensors_integer(e, 1), (uint32_t)safetensors_integer(e, 2),
+        const Noise noise = {(uint64_t)safetensors_integer(e, 0), safetensors_integer(e, 1),
+                             (uint32_t)safetensors_integer(e, 2),
                              rate[0], rate[1], rate[2]};
         const Objective objective = {golden_number(&more, cases[i], "smoothing", 0)};
         const double tolerance = 8 * rounding(4 * r->c.C);
@@ -146,14 +168,16 @@ static void test_noise_reference_losses(void) {
         Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
         double *w = rig_weights_double(&r), *want = doubles(r.B * r.T);
         for (int k = 0; k < NOISE_CASES * N_FORCED; k++) {
-            if (s > 2 && (k + s) % 7) continue;              // a few of them for the large
+            // only a few of them for the large ones
+            if (s > 2 && (k + s) % 7) continue;
             noise_set(&r, k / N_FORCED);
             plan_force(&r.plan, k % N_FORCED, r.B);
             const char *name = noise_cases[k / N_FORCED].name;
             const double loss = ref_loss(&r, w, want), tolerance = 8 * rounding(4 * r.c.C + r.T);
             EXPECT_CLOSE(rig_forward(&r), loss, tolerance * (1 + loss), name);
             real *got = rig_losses(&r);
-            for (int i = 0; i < r.B * r.T; i++) EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), name);
+            for (int i = 0; i < r.B * r.T; i++)
+                EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), name);
             free(got);
         }
         free(w), free(want);
@@ -169,9 +193,11 @@ static void test_noise_reference_gradients(void) {
             noise_set(&r, k);
             double *w = rig_weights_double(&r);
             real *gradient = rig_gradient(&r, NULL);
-            if (s > 2) expect_slope(&r, w, gradient, 0, gpt_params_count(&r.c), noise_cases[k].name);
+            if (s > 2)
+                expect_slope(&r, w, gradient, 0, gpt_params_count(&r.c), noise_cases[k].name);
             else EACH_TENSOR(&r.c) {
-                char *name = xprintf("%s, %s of layer %d", noise_cases[k].name, gpt_param[p].name, l);
+                char *name = xprintf("%s, %s of layer %d", noise_cases[k].name, gpt_param[p].name,
+                                     l);
                 expect_slope(&r, w, gradient, slot_at(&r.c, p, l), gpt_param_size(&r.c, p), name);
                 free(name);
             }
@@ -183,11 +209,12 @@ static void test_noise_reference_gradients(void) {
 #ifdef REAL_DOUBLE
 static void test_noise_differences(void) {
     const GptConfig c = {37, 20, 3, 2, 12};
-    for (int k = 0; k < NOISE_CASES; k++) expect_differences(c, 3, 17, 2, &noise_cases[k].noise, &noise_cases[k].objective);
+    for (int k = 0; k < NOISE_CASES; k++)
+        expect_differences(c, 3, 17, 2, &noise_cases[k].noise, &noise_cases[k].objective);
 }
 #endif
 
-// Any number of threads draws the same.
+// The same draws for any number of threads.
 static void test_noise_threads(void) {
     const GptConfig c = {61, 140, 2, 3, 48};
     real *want = NULL;
@@ -199,14 +226,17 @@ static void test_noise_threads(void) {
         noise_set(&r, 4);
         real *got = rig_gradient(&r, &loss);
         if (!want) want = got, want_loss = loss;
-        else EXPECT(loss == want_loss && slot_same_bits(&c, got, want), "%d threads: other bits", threads);
+        else
+            EXPECT(loss == want_loss && slot_same_bits(&c, got, want), "%d threads: other bits",
+                   threads);
         if (got != want) free(got);
         rig_close(&r);
     }
     free(want);
 }
 
-// A row loses the same in a batch and alone, with its number in the step; with another number, seed or step it does not.
+// A row has the same losses in a batch and alone, with the same index in the step; with another
+// index, seed or step it does not.
 static void test_noise_by_place(void) {
     Rig r = rig_open(small_config, 4, SMALL_T);
     noise_set(&r, 4);
@@ -221,14 +251,16 @@ static void test_noise_by_place(void) {
         r.noise = &z;
         r.plan.batch = 1, r.plan.tied = 0;
         for (int i = 0; i < r.c.L * BRANCHES; i++)
-            plan_branch(&r.plan, i, forced_plans[ROW].kept[i % 6] >> row & 1, forced_plans[ROW].scale[i % 6]);
+            plan_branch(&r.plan, i, forced_plans[ROW].kept[i % 6] >> row & 1,
+                        forced_plans[ROW].scale[i % 6]);
         const Batch batch = batch_of(1, r.T, tokens + row * r.T, targets + row * r.T);
         Pass pass = pass_of(&r.plan, 0);
         pass.noise = &z, pass.objective = r.objective;
         test_engine->run(r.model, &batch, &pass);
         test_engine->losses(r.model, got);
         double apart = 0;
-        for (int t = 0; t < r.T; t++) apart = fmax(apart, fabs((double)got[t] - (double)want[row * r.T + t]));
+        for (int t = 0; t < r.T; t++)
+            apart = fmax(apart, fabs((double)got[t] - (double)want[row * r.T + t]));
         const double most = (test_engine->can & CAN_ANY_BATCH) ? 0 : 64 * rounding(4 * r.c.C);
         EXPECT(k < 4 ? apart <= most : apart > 1e-3, "row %d, way %d: %g apart", row, k / 4, apart);
     }
@@ -236,12 +268,14 @@ static void test_noise_by_place(void) {
     rig_close(&r);
 }
 
-// In bf16 the same elements stay: losses and gradients are near those of fp32. Heads of 16 and of 72 channels, which have
-// kernels of their own on a GPU, and of 10.
+// In bf16 the same elements remain: losses and gradients are near those in fp32. Heads of 16 and 72
+// channels, which have their own kernels on a GPU, and of 10.
 static void test_noise_bf16_is_near(void) {
-    static const GptConfig configs[] = {{53, 150, 2, 2, 32}, {53, 150, 1, 1, 72}, {53, 150, 2, 2, 20}};
+    static const GptConfig configs[] = {{53, 150, 2, 2, 32}, {53, 150, 1, 1, 72},
+                                        {53, 150, 2, 2, 20}};
     for (int k = 0; k < 3; k++) {
-        Rig fp32 = rig_open(configs[k], 2, 137), bf16 = rig_open_dtype(configs[k], 2, 137, 1, DTYPE_BF16);
+        Rig fp32 = rig_open(configs[k], 2, 137), bf16 = rig_open_dtype(configs[k], 2, 137, 1,
+            DTYPE_BF16);
         double want_loss, loss;
         noise_set(&fp32, 4), noise_set(&bf16, 4);
         plan_force(&fp32.plan, ROW, 2), plan_force(&bf16.plan, ROW, 2);
@@ -252,21 +286,24 @@ static void test_noise_bf16_is_near(void) {
             const double size = rms(want + at, n);
             for (size_t i = at; i < at + n; i++) got[i] -= want[i];
             const double error = rms(got + at, n);
-            EXPECT(error <= 16 * size / 512, "config %d, %s of layer %d: off by %.3g of %.3g", k, gpt_param[p].name, l, error, size);
+            EXPECT(error <= 16 * size / 512, "config %d, %s of layer %d: off by %.3g of %.3g", k,
+                   gpt_param[p].name, l, error, size);
         }
         free(want), free(got);
         rig_close(&fp32), rig_close(&bf16);
     }
 }
 
-// What is recomputed draws the same (up to the rounding of GELU's two forms), and so does a CUDA graph that was recorded in a
-// step of other keys and rates.
+// Recomputation draws the same (up to the rounding of GELU's two forms), and so does a CUDA graph
+// that was recorded in a step with other keys and rates.
 static void test_noise_made_again(void) {
     const GptConfig c = {53, 40, 2, 2, 32};
     const int B = 3, T = 37;
     for (int dtype = DTYPE_FP32; dtype <= DTYPE_BF16; dtype++)
-        for (int way = dtype == DTYPE_FP32 ? 1 : 3; way < 4 && (test_engine->can & CAN_RECOMPUTE); way++) {
-            EngineArgs args = {.B = B, .T = T, .threads = 1, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
+        for (int way = dtype == DTYPE_FP32 ? 1 : 3; way < 4 && (test_engine->can & CAN_RECOMPUTE);
+             way++) {
+            EngineArgs args = {.B = B, .T = T, .threads = 1, .dtype = dtype,
+                               .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
                                .attention_noise = 1};
             Rig plain = rig_new(c, &args, B);
             args.recompute = way == 3 ? RECOMPUTE_GELU : way, args.graphs = way == 3;
@@ -274,19 +311,23 @@ static void test_noise_made_again(void) {
             for (int step = 0; step < 4; step++) {
                 Noise z = noise_cases[4].noise;
                 double want_loss, loss;
-                z.step += step / 2, z.attn += 1000 * (uint32_t)(step / 2), z.resid -= 500 * (uint32_t)(step / 2);
+                z.step += step / 2, z.attn += 1000 * (uint32_t)(step / 2),
+                    z.resid -= 500 * (uint32_t)(step / 2);
                 plan_force(&plain.plan, ROW, B), plan_force(&other.plan, ROW, B);
                 plain.noise = other.noise = &z;
                 real *want = rig_gradient(&plain, &want_loss), *got = rig_gradient(&other, &loss);
-                if (way < 3) expect_slot(&c, got, want, 64 * rounding(4 * c.C + B * T), "recomputed");
-                else EXPECT(loss == want_loss && slot_same_bits(&c, got, want), "step %d: other bits by graphs", step);
+                if (way < 3)
+                    expect_slot(&c, got, want, 64 * rounding(4 * c.C + B * T), "recomputed");
+                else
+                    EXPECT(loss == want_loss && slot_same_bits(&c, got, want),
+                           "step %d: other bits by graphs", step);
                 free(want), free(got);
             }
             rig_close(&plain), rig_close(&other);
         }
 }
 
-// ---- Looking on ----
+// ---- Watches ----
 
 typedef struct { int points, C; size_t n; real *at[16]; real *gradient; } Seen;
 
@@ -309,10 +350,12 @@ static void seen_free(Seen *s) {
     free(s->gradient);
 }
 
-// A pass that is looked at has the bits of one that is not. The points are the sum of the embeddings, then that plus what each
-// branch adds; the features are LayerNorm of the last, and give the losses; the gradient sums up to that of wpe.
+// A watched pass has the same bits as an unwatched one. The points are the sum of the embeddings,
+// then that plus each branch's contribution; the features are the LayerNorm of the last point, and
+// give the losses; the gradient sums to that of wpe.
 static void test_watch_sees(void) {
-    static const unsigned char all[8] = {1, 1, 1, 1, 1, 1, 1, 1}, tied[8] = {1, 0, 1, 0, 1, 0, 1, 1};
+    static const unsigned char all[8] = {1, 1, 1, 1, 1, 1, 1, 1},
+        tied[8] = {1, 0, 1, 0, 1, 0, 1, 1};
     for (int f = 0; f < N_FORCED; f++) {
         Rig r = rig_open(small_config, SMALL_B, SMALL_T);
         const GptConfig *c = &r.c;
@@ -328,32 +371,42 @@ static void test_watch_sees(void) {
         pass.watch = &watch;
         const double loss = test_engine->run(r.model, &batch, &pass);
         real *got = slot_read(c, r.model, SLOT_GRAD);
-        EXPECT(loss == want_loss && slot_same_bits(c, got, want), "%s: other bits", forced_plans[f].name);
-        EXPECT(seen.points == (forced_plans[f].tied ? 5 : 8) && seen.gradient, "%d points", seen.points);
+        EXPECT(loss == want_loss && slot_same_bits(c, got, want), "%s: other bits",
+               forced_plans[f].name);
+        EXPECT(seen.points == (forced_plans[f].tied ? 5 : 8) && seen.gradient, "%d points",
+               seen.points);
         double *w = rig_weights_double(&r), *x = doubles(c->C), tolerance = 8 * rounding(4 * c->C);
         for (int i = 0; i < r.B * r.T; i++)
             for (int j = 0; j < c->C; j++)
-                EXPECT_CLOSE(seen.at[0][i * c->C + j], w[slot_at(c, P_wte, 0) + (size_t)(r.tokens[i] * c->C + j)] +
-                             w[slot_at(c, P_wpe, 0) + (size_t)(i % r.T * c->C + j)], tolerance, "an embedding");
+                EXPECT_CLOSE(seen.at[0][i * c->C + j],
+                             w[slot_at(c, P_wte, 0) + (size_t)(r.tokens[i] * c->C + j)] +
+                             w[slot_at(c, P_wpe, 0) + (size_t)(i % r.T * c->C + j)], tolerance,
+                             "an embedding");
         for (int i = 0; i < BRANCHES * c->L && !forced_plans[f].tied; i++)
             for (int row = 0; row < r.B; row++) {
-                const int same = !memcmp(seen.at[i] + row * (int)TC, seen.at[i + 1] + row * (int)TC, TC * sizeof(real));
-                EXPECT(same == !drop_plan_has_row(&r.plan.branch[i], row), "%s, branch %d, row %d", forced_plans[f].name, i, row);
+                const int same = !memcmp(seen.at[i] + row * (int)TC, seen.at[i + 1] + row * (int)TC,
+                                         TC * sizeof(real));
+                EXPECT(same == !drop_plan_has_row(&r.plan.branch[i], row), "%s, branch %d, row %d",
+                       forced_plans[f].name, i, row);
             }
-        for (int i = 0; i < r.B * r.T; i++) {            // the features, from the last point of the stream
+        // recompute the features from the stream's last point
+        for (int i = 0; i < r.B * r.T; i++) {
             for (int j = 0; j < c->C; j++) x[j] = (double)seen.at[6][i * c->C + j];
             double mean = 0, variance = 0;
             for (int j = 0; j < c->C; j++) mean += x[j] / c->C;
             for (int j = 0; j < c->C; j++) variance += (x[j] - mean) * (x[j] - mean) / c->C;
             for (int j = 0; j < c->C; j++)
                 EXPECT_CLOSE(seen.at[7][i * c->C + j], (x[j] - mean) / sqrt(variance + 1e-5) *
-                             w[slot_at(c, P_lnfw, 0) + (size_t)j] + w[slot_at(c, P_lnfb, 0) + (size_t)j], tolerance, "a feature");
+                             w[slot_at(c, P_lnfw, 0) + (size_t)j] +
+                             w[slot_at(c, P_lnfb, 0) + (size_t)j], tolerance, "a feature");
         }
         for (int t = 0; t < r.T; t++)
             for (int j = 0; j < c->C; j++) {
                 double sum = 0;
-                for (int row = 0; row < r.B; row++) sum += (double)seen.gradient[(size_t)row * TC + (size_t)(t * c->C + j)];
-                EXPECT_CLOSE(sum, want[slot_at(c, P_wpe, 0) + (size_t)(t * c->C + j)], 1e-3 * rms(want, TC) + 1e-9, "gradient of wpe");
+                for (int row = 0; row < r.B; row++)
+                    sum += (double)seen.gradient[(size_t)row * TC + (size_t)(t * c->C + j)];
+                EXPECT_CLOSE(sum, want[slot_at(c, P_wpe, 0) + (size_t)(t * c->C + j)],
+                             1e-3 * rms(want, TC) + 1e-9, "gradient of wpe");
             }
         free(want), free(zero), free(losses), free(got), free(w), free(x);
         seen_free(&seen);
@@ -361,13 +414,14 @@ static void test_watch_sees(void) {
     }
 }
 
-// losses() and the first part stay -log p; the loss is the objective's mean of the parts.
+// losses() and the first part remain -log p; the loss is the objective's mean of the parts.
 static void test_noise_parts(void) {
     Rig r = rig_open(small_config, SMALL_B, SMALL_T);
     double part[N_PARTS], sum = 0;
     const double plain = rig_forward(&r);
     test_engine->parts(r.model, part);
-    EXPECT(part[PART_NLL] == plain && part[PART_UNIFORM] == 0, "%g, %g", part[PART_NLL], part[PART_UNIFORM]);
+    EXPECT(part[PART_NLL] == plain && part[PART_UNIFORM] == 0, "%g, %g", part[PART_NLL],
+           part[PART_UNIFORM]);
     noise_set(&r, 3);
     const double loss = rig_run(&r, 1);
     test_engine->parts(r.model, part);
@@ -376,7 +430,8 @@ static void test_noise_parts(void) {
     EXPECT_CLOSE(part[PART_NLL], plain, 1e-12 * plain, "-log p of the targets");
     EXPECT_CLOSE(part[PART_NLL], sum / (r.B * r.T), 1e-12 * plain, "the mean of the losses");
     EXPECT_CLOSE(loss, 0.9 * part[PART_NLL] + 0.1 * part[PART_UNIFORM], 1e-12 * plain, "the loss");
-    EXPECT(part[PART_UNIFORM] > log(r.c.V), "%g is less than that of equal probabilities", part[PART_UNIFORM]);
+    EXPECT(part[PART_UNIFORM] > log(r.c.V), "%g is less than that of equal probabilities",
+           part[PART_UNIFORM]);
     free(losses);
     rig_close(&r);
 }

@@ -1,4 +1,4 @@
-// Tests of numbers that go wrong: spikes, steps that are not finite and what is reported of them, the self-check.
+// Tests of bad values: spikes, non-finite steps and their reports, the self-check.
 #ifndef TEST_NUMBERS_H
 #define TEST_NUMBERS_H
 
@@ -17,7 +17,8 @@ static inline void numbers_print_tensors(const SelfcheckTensor *t) {
     printf("}");
 }
 
-// On every engine, against the stored numbers; they must stand in a double build. SELFCHECK=1 prints what the build finds.
+// On every engine, against the stored values, which a double build must reproduce. SELFCHECK=1
+// prints its results.
 static void test_numbers_selfcheck(void) {
     static const int dtypes[] = {DTYPE_FP32, DTYPE_BF16};
     for (int d = 0; d < 2; d++) {
@@ -32,8 +33,9 @@ static void test_numbers_selfcheck(void) {
         if (!getenv("SELFCHECK")) continue;
         printf("// dtype %d: largest error %.2g\n", dtypes[d], worst);
         if (d) continue;
-        printf("static const Selfcheck selfcheck_numbers = {\n    {%.12g, %.12g, %.12g, %.12g}, {%.12g, %.12g},\n", got.loss[0],
-               got.loss[1], got.loss[2], got.loss[3], got.norm[0], got.norm[1]);
+        printf("static const Selfcheck selfcheck_numbers = {\n    {%.12g, %.12g, %.12g, %.12g}, "
+               "{%.12g, %.12g},\n", got.loss[0], got.loss[1], got.loss[2], got.loss[3], got.norm[0],
+               got.norm[1]);
         numbers_print_tensors(got.gradient);
         printf(",\n");
         numbers_print_tensors(got.change);
@@ -41,7 +43,7 @@ static void test_numbers_selfcheck(void) {
     }
 }
 
-// A stored value that is bent, or a result that is not a number, is named.
+// A modified stored value, or a NaN result, is named.
 static void test_numbers_selfcheck_judges(void) {
     Selfcheck got = selfcheck_numbers;
     double worst = 1;
@@ -63,24 +65,28 @@ static void test_numbers_selfcheck_judges(void) {
     }
 }
 
-// ---- Runs on an engine with a fault ----
+// ---- Runs on a faulty engine ----
 
-// Between two calls, at chosen micro-batches of one rank: a number of a gradient, or of a weight, becomes NaN, or the loss that comes back another.
-typedef struct { int rank, from, to, param, layer; double loss; } Fault;   // calls from <= call < to; param < 0: the loss
+// At chosen micro-batches of one rank, between two calls: an element of a gradient or weight
+// becomes NaN, or the returned loss is replaced.
+// calls from <= call < to; param < 0: the loss
+typedef struct { int rank, from, to, param, layer; double loss; } Fault;
 
 static Fault fault;
 static int fault_calls;
 static double fault_number = NAN;
-static Slot fault_slot = SLOT_GRAD;                     // or SLOT_PARAM: of what
-static char *fault_command;                              // a shell's, done at these calls; NULL: none
+static Slot fault_slot = SLOT_GRAD;                     // or SLOT_PARAM: which slot
+static char *fault_command;                              // a shell command, run at these calls;
+                                                         // NULL: none
 
 static double fault_run_pass(Model *m, const Batch *batch, const Pass *pass) {
     if (pass->weight == 0) return engine_cpu()->run(m, batch, pass);
     const int on = fault_calls >= fault.from && fault_calls < fault.to;
     fault_calls++;
-    if (on && fault_command && system(fault_command)) fprintf(stderr, "%s: failed\n", fault_command);
+    if (on && fault_command && system(fault_command))
+        fprintf(stderr, "%s: failed\n", fault_command);
     if (on && fault.param >= 0) {
-        real *g = (real *)xcalloc(1 << 16, sizeof *g);   // more than any tensor here
+        real *g = (real *)xcalloc(1 << 16, sizeof *g);   // larger than any tensor here
         engine_cpu()->read(m, fault_slot, fault.param, fault.layer, g);
         g[5] = (real)fault_number;
         engine_cpu()->write(m, fault_slot, fault.param, fault.layer, g);
@@ -90,7 +96,8 @@ static double fault_run_pass(Model *m, const Batch *batch, const Pass *pass) {
     return on && fault.param < 0 ? loss * fault.loss : loss;
 }
 
-// train_gpt on that engine, as `ranks` processes; the options' words have no blanks. Exit code and errors of rank 0.
+// train_gpt on that engine, as `ranks` processes; options must not contain blanks. Exit code and
+// errors are rank 0's.
 static ToolRun PRINTF_LIKE(3, 4) fault_run(Fault f, int ranks, const char *format, ...) {
     const char *data = trainer_test_data(), *dir = test_directory();
     int length;
@@ -98,8 +105,8 @@ static ToolRun PRINTF_LIKE(3, 4) fault_run(Fault f, int ranks, const char *forma
     va_start(args, format);
     char *options = xprintf_v(&length, format, args), *err = xprintf("%s/err", dir);
     va_end(args);
-    char *line = xprintf("train_gpt --train %s/data/train_*.bin " TRAINER_TEST_RUN " --rendezvous dir:%s --job-token t %s",
-                         data, dir, options);
+    char *line = xprintf("train_gpt --train %s/data/train_*.bin " TRAINER_TEST_RUN
+                         " --rendezvous dir:%s --job-token t %s", data, dir, options);
     pid_t child[2] = {0, 0};
     ToolRun r = {0, {NULL, 0, 0}, {NULL, 0, 0}};
     fflush(stdout);
@@ -115,7 +122,8 @@ static ToolRun PRINTF_LIKE(3, 4) fault_run(Fault f, int ranks, const char *forma
         if (rank != f.rank) fault.to = 0;
         snprintf(number, sizeof number, "%d", rank), snprintf(count, sizeof count, "%d", ranks);
         setenv("RANK", number, 1), setenv("LOCAL_RANK", number, 1), setenv("WORLD_SIZE", count, 1);
-        if (!freopen("/dev/null", "w", stdout) || !freopen(rank ? "/dev/null" : err, "w", stderr)) _exit(99);
+        if (!freopen("/dev/null", "w", stdout) || !freopen(rank ? "/dev/null" : err, "w", stderr))
+            _exit(99);
         exit(trainer_main(argc, argv, &engine));
     }
     for (int rank = 0; rank < ranks; rank++) {
@@ -133,9 +141,11 @@ static ToolRun PRINTF_LIKE(3, 4) fault_run(Fault f, int ranks, const char *forma
 static void test_numbers_selfcheck_ends_the_run(void) {
     const char *dir = test_directory();
     const Fault f = {1, 0, 1, -1, 0, 1.01};
-    tool_expect(4, "the loss is ", fault_run((Fault){0, 0, 1, -1, 0, 1.01}, 1, "--out %s/a --steps 1 --selfcheck 1", dir),
+    tool_expect(4, "the loss is ", fault_run((Fault){0, 0, 1, -1, 0, 1.01}, 1,
+                                             "--out %s/a --steps 1 --selfcheck 1", dir),
                 __FILE__, __LINE__);
-    ToolRun r = fault_run(f, 2, "--out %s/a --steps 1 --selfcheck 1", dir);        // rank 0 is sound, and ends with it
+    // rank 0 is correct, and ends with it
+    ToolRun r = fault_run(f, 2, "--out %s/a --steps 1 --selfcheck 1", dir);
     EXPECT(r.code == 4, "exit code %d", r.code);
     tool_free(&r);
     EXPECT(rmdir(dir) == 0, "%s: a run on a broken machine has written something", dir);
@@ -144,7 +154,7 @@ static void test_numbers_selfcheck_ends_the_run(void) {
     tool_free(&r);
 }
 
-// ---- What is reported of a step that is not finite ----
+// ---- The report of a non-finite step ----
 
 typedef struct { FileMap map; Json doc; } Report;
 
@@ -173,9 +183,12 @@ static double report_number(const Report *r, int object, const char *key) {
     return x;
 }
 
-// The report's rows are those that the step has read, its weights those of the checkpoint before, its plan that of the metrics.
-static void expect_report(const Report *r, const char *out, const char *checkpoint, int bad_param, int bad_layer) {
-    char *path = xprintf("%s/model.safetensors", checkpoint), *metrics = xprintf("%s/metrics.jsonl", out);
+// The report's rows are those the step has read, its weights those of the previous checkpoint, its
+// plan that in the metrics.
+static void expect_report(const Report *r, const char *out, const char *checkpoint, int bad_param,
+                          int bad_layer) {
+    char *path = xprintf("%s/model.safetensors", checkpoint),
+        *metrics = xprintf("%s/metrics.jsonl", out);
     char *pattern = xprintf("%s/data/train_*.bin", trainer_test_data());
     int rows = json_get(&r->doc, 0, "rows"), tensors = json_get(&r->doc, 0, "tensors");
     const int64_t step = (int64_t)report_number(r, 0, "step") - 1;
@@ -189,7 +202,8 @@ static void expect_report(const Report *r, const char *out, const char *checkpoi
             json_number(&r->doc, json_first(&r->doc, at), &shard);
             json_number(&r->doc, json_next(&r->doc, json_first(&r->doc, at)), &first);
             shards_read_sample(&s, 1337, (step * 2 + m) * 4 + b, tokens, targets);
-            EXPECT(shard >= 0 && shard < s.n && first >= 0, "row %d: shard %g, token %g", b, shard, first);
+            EXPECT(shard >= 0 && shard < s.n && first >= 0, "row %d: shard %g, token %g", b, shard,
+                   first);
             if (shard < 0 || shard >= s.n || first < 0) continue;
             shards_read_tokens(&s, &s.file[(int)shard], (int64_t)first, 17, there, there + 1);
             for (int t = 0; t < 16; t++) same &= there[t] == tokens[t];
@@ -201,44 +215,55 @@ static void expect_report(const Report *r, const char *out, const char *checkpoi
     weights_open_file(&w, path, "");
     EXPECT(json_count(&r->doc, tensors) == 28, "%d tensors", json_count(&r->doc, tensors));
     for (int i = 0, t = json_first(&r->doc, tensors); i < 28; i++, t = json_next(&r->doc, t)) {
-        char *name = json_string(&r->doc, json_get(&r->doc, t, "name"), NULL), *full = xprintf("transformer.%s", name);
+        char *name = json_string(&r->doc, json_get(&r->doc, t, "name"), NULL),
+            *full = xprintf("transformer.%s", name);
         char *bad = bad_param < 0 ? xstrdup("") : gpt_param_name(bad_param, bad_layer);
         const SafetensorsEntry *entry = weights_find(&w, full);
         double squares = 0;
-        for (size_t k = 0; entry && k < entry->count; k++) squares += pow(safetensors_real(entry, k), 2);
-        EXPECT_CLOSE(report_number(r, t, "weight_norm"), sqrt(squares), 1e-6 * (1 + sqrt(squares)), name);
+        for (size_t k = 0; entry && k < entry->count; k++)
+            squares += pow(safetensors_real(entry, k), 2);
+        EXPECT_CLOSE(report_number(r, t, "weight_norm"), sqrt(squares), 1e-6 * (1 + sqrt(squares)),
+                     name);
         EXPECT(report_number(r, t, "weight_not_finite") == 0, "%s", name);
-        EXPECT(report_number(r, t, "grad_not_finite") == !strcmp(name, bad), "%s: %g gradients are not finite", name,
-               report_number(r, t, "grad_not_finite"));
+        EXPECT(report_number(r, t, "grad_not_finite") == !strcmp(name, bad),
+               "%s: %g gradients are not finite", name, report_number(r, t, "grad_not_finite"));
         EXPECT(report_number(r, t, "grad_norm") > 0, "%s has no gradient", name);
         free(name), free(full), free(bad);
     }
     weights_close(&w);
     MetricsLog log = metrics_read(metrics);
-    EXPECT(log.n == step + 1 && log.record[step].skipped == SKIPPED_BAD, "%lld steps are recorded", (long long)log.n);
+    EXPECT(log.n == step + 1 && log.record[step].skipped == SKIPPED_BAD, "%lld steps are recorded",
+           (long long)log.n);
     EXPECT(report_is(r, "plan", log.record[log.n - 1].plan), "another plan than in the metrics");
     metrics_log_free(&log);
     free(path), free(metrics), free(pattern);
 }
 
-// One gradient of the third step is NaN: its tensor is named, and it alone.
+// One gradient of the third step is NaN: its tensor is named, and no other.
 static void test_numbers_bad_gradient_is_named(void) {
     static const TensorPlace places[] = {{P_qkvw, 1}, {P_wte, 0}, {P_lnfw, 0}, {P_fcprojb, 0}};
     for (int k = 0; k < 4; k++) {
         const char *dir = test_directory();
-        const Fault f = {0, 4, 6, places[k].param, places[k].layer, 0};  // two micro-batches are a step
-        char *name = gpt_param_name(places[k].param, places[k].layer), *good = xprintf("%s/run/step_00000002", dir);
-        char *part = xprintf("non-finite gradient: %s, the first in backward order; all weights are finite\n", name);
-        ToolRun r = fault_run(f, 1, "--out %s/run --steps 9 --save-every 1 --max-bad-steps 1 --selfcheck 0", dir);
+        // a step has two micro-batches
+        const Fault f = {0, 4, 6, places[k].param, places[k].layer, 0};
+        char *name = gpt_param_name(places[k].param, places[k].layer),
+            *good = xprintf("%s/run/step_00000002", dir);
+        char *part = xprintf("non-finite gradient: %s, the first in backward order; all weights "
+                             "are finite\n", name);
+        ToolRun r = fault_run(f, 1, "--out %s/run --steps 9 --save-every 1 --max-bad-steps 1 "
+                              "--selfcheck 0", dir);
         EXPECT(r.code == 3, "exit code %d", r.code);
         EXPECT(strstr(r.err.s, part), "\"%s\" lacks \"%s\"", r.err.s, part);
-        EXPECT(strstr(r.err.s, "error: 1 steps in a row were not finite\n  last good checkpoint: ") && strstr(r.err.s, good) &&
+        EXPECT(strstr(r.err.s, "error: 1 steps in a row were not finite\n  last good "
+                      "checkpoint: ") && strstr(r.err.s, good) &&
                strstr(r.err.s, "/bad_step_00000003.json"), "%s", r.err.s);
         char *wrong = checkpoint_verify(good), *out = xprintf("%s/run", dir);
         EXPECT(!wrong, "%s", wrong);
         Report report = report_open(out, 3);
-        EXPECT(report_number(&report, 0, "step") == 3 && report_is(&report, "first_gradient_not_finite", name), "step, name");
-        EXPECT(report_is(&report, "grad_norm", "nan") && report_number(&report, 0, "loss") > 0, "norm, loss");
+        EXPECT(report_number(&report, 0, "step") == 3 &&
+               report_is(&report, "first_gradient_not_finite", name), "step, name");
+        EXPECT(report_is(&report, "grad_norm", "nan") && report_number(&report, 0, "loss") > 0,
+               "norm, loss");
         expect_report(&report, out, good, places[k].param, places[k].layer);
         report_close(&report);
         tool_free(&r);
@@ -246,18 +271,21 @@ static void test_numbers_bad_gradient_is_named(void) {
     }
 }
 
-// The step after a bad one is a step like any other: nothing of it is left in the gradients. So it
-// does not matter what was wrong in it.
+// The step after a bad one is like any other: nothing of the bad step is left in the gradients,
+// whatever was wrong with it.
 static void test_numbers_next_step_is_clean(void) {
     const char *dir = test_directory();
     static const Fault faults[] = {{0, 4, 6, P_wte, 0, 0}, {0, 4, 6, -1, 0, NAN}};
     char latest[2][500];
     for (int k = 0; k < 2; k++) {
-        ToolRun r = fault_run(faults[k], 1, "--out %s/%d --steps 9 --max-bad-steps 2 --drop-path 0.3 --drop-adam skip", dir, k);
+        ToolRun r = fault_run(faults[k], 1, "--out %s/%d --steps 9 --max-bad-steps 2 --drop-path "
+                              "0.3 --drop-adam skip", dir, k);
         char *path = xprintf("%s/%d/metrics.jsonl", dir, k);
         MetricsLog log = metrics_read(path);
-        EXPECT(r.code == 0 && log.n == 9, "exit code %d after %lld steps: %s", r.code, (long long)log.n, r.err.s);
-        for (int i = 0; i < log.n; i++) EXPECT((log.record[i].skipped == SKIPPED_BAD) == (i == 2), "step %d", i + 1);
+        EXPECT(r.code == 0 && log.n == 9, "exit code %d after %lld steps: %s", r.code,
+               (long long)log.n, r.err.s);
+        for (int i = 0; i < log.n; i++)
+            EXPECT((log.record[i].skipped == SKIPPED_BAD) == (i == 2), "step %d", i + 1);
         snprintf(latest[k], sizeof latest[k], "%s/%d/latest", dir, k);
         metrics_log_free(&log);
         tool_free(&r);
@@ -267,30 +295,36 @@ static void test_numbers_next_step_is_clean(void) {
     EXPECT_SAME(latest[0], latest[1], "optimizer.safetensors");
 }
 
-// A rank's loss is infinite in its second micro-batch of step 2: all ranks skip the step, and the next, and stop.
+// A rank's loss is infinite in its second micro-batch of step 2: all ranks skip the step and the
+// next one, and stop.
 static void test_numbers_bad_rank_is_named(void) {
     const char *dir = test_directory();
     const Fault f = {1, 3, 9, -1, 0, INFINITY};
-    ToolRun r = fault_run(f, 2, "--out %s --total-batch 256 --steps 9 --max-bad-steps 2 --selfcheck 0", dir);
+    ToolRun r = fault_run(f, 2, "--out %s --total-batch 256 --steps 9 --max-bad-steps 2 "
+                          "--selfcheck 0", dir);
     EXPECT(r.code == 3, "exit code %d: %s", r.code, r.err.s);
-    EXPECT(strstr(r.err.s, "rank 1, micro-batch 3: the forward pass is not finite from the whole pass, in training only;"), "%s",
+    EXPECT(strstr(r.err.s, "rank 1, micro-batch 3: the forward pass is not finite from the whole "
+                  "pass, in training only;"), "%s",
            r.err.s);
     EXPECT(strstr(r.err.s, "last good checkpoint: none"), "%s", r.err.s);
     for (int step = 2; step <= 3; step++) {
         Report report = report_open(dir, step);
         const int ranks = json_get(&report.doc, 0, "ranks"), first = json_first(&report.doc, ranks);
         const int second = json_next(&report.doc, first);
-        EXPECT(json_count(&report.doc, ranks) == 2 && report_number(&report, first, "loss") > 1, "rank 0 had a loss");
-        EXPECT(json_equals(&report.doc, json_get(&report.doc, second, "loss"), "inf"), "rank 1 had none");
-        EXPECT(report_number(&report, second, "micro_batch") == (step == 2 ? 3 : 1), "another micro-batch");
-        EXPECT(report_number(&report, 0, "bad_steps_in_a_row") == step - 1 && report_number(&report, 0, "grad_norm") > 0, "%d",
-               step);
+        EXPECT(json_count(&report.doc, ranks) == 2 && report_number(&report, first, "loss") > 1,
+               "rank 0 had a loss");
+        EXPECT(json_equals(&report.doc, json_get(&report.doc, second, "loss"), "inf"),
+               "rank 1 had none");
+        EXPECT(report_number(&report, second, "micro_batch") == (step == 2 ? 3 : 1),
+               "another micro-batch");
+        EXPECT(report_number(&report, 0, "bad_steps_in_a_row") == step - 1 &&
+               report_number(&report, 0, "grad_norm") > 0, "%d", step);
         report_close(&report);
     }
     tool_free(&r);
 }
 
-// A weight that is NaN: the branch is named where the forward pass breaks, and the weight.
+// A weight is NaN: the branch where the forward pass breaks is named, and so is the weight.
 static void test_numbers_forward_is_located(void) {
     const char *dir = test_directory();
     static const struct { int param, layer; const char *place; } cases[] = {
@@ -306,19 +340,22 @@ static void test_numbers_forward_is_located(void) {
         free(part);
         part = xprintf("; non-finite weight: %s\n", name);
         EXPECT(strstr(r.err.s, part), "%s lacks %s", r.err.s, part);
-        EXPECT(strstr(r.err.s, "; non-finite gradient: ln_f.bias, the first"), "%s", r.err.s);   // all are, this is the first
+        // all are bad; this is the first
+        EXPECT(strstr(r.err.s, "; non-finite gradient: ln_f.bias, the first"), "%s", r.err.s);
         tool_free(&r);
         free(name), free(part);
     }
 }
 
-// The command that the report names comes to the same step with the same numbers.
+// The command in the report reaches the same step with the same values.
 static void test_numbers_replay(void) {
     const char *dir = test_directory();
     char *out = xprintf("%s/it's", dir), *again = xprintf("%s/replay_00000006", out);
-    ToolRun r = trainer_test_run("--out \"%s\" --steps 20 --drop-path 0.3 --drop-unit row --lr %s --warmup 0 --grad-clip 0 "
-                                 "--save-every 1 --max-bad-steps 3", out, HUGE_LR);
-    EXPECT(r.code == 3 && !strstr(r.err.s, "checkpoint: none"), "exit code %d: %s", r.code, r.err.s);
+    ToolRun r = trainer_test_run("--out \"%s\" --steps 20 --drop-path 0.3 --drop-unit row --lr %s "
+                                 "--warmup 0 --grad-clip 0 --save-every 1 --max-bad-steps 3", out,
+                                 HUGE_LR);
+    EXPECT(r.code == 3 && !strstr(r.err.s, "checkpoint: none"), "exit code %d: %s", r.code,
+           r.err.s);
     tool_free(&r);
     MetricsLog log;
     char *metrics = xprintf("%s/metrics.jsonl", out);
@@ -329,17 +366,21 @@ static void test_numbers_replay(void) {
     char *command = json_string(&report.doc, json_get(&report.doc, 0, "replay"), NULL);
     free(again);
     again = xprintf("%s/replay_%08d", out, last);
-    const char *build = test_build(), *folder = strrchr(build, ' ');              // what starts programs here, and their folder
+    // the program launcher, if any, and the folder
+    const char *build = test_build(), *folder = strrchr(build, ' ');
     char *line = xprintf("%.*s %s", folder ? (int)(folder - build) : 0, build, command);
     r = shell_run(line);
     free(line);
     EXPECT(r.code == 3, "exit code %d of %s: %s", r.code, command, r.err.s);
     EXPECT(!strstr(r.err.s, "other options"), "%s", r.err.s);
     Report second = report_open(again, last);
-    static const char *const keys[] = {"loss", "grad_norm", "lr", "plan", "rows", "tensors", "first_gradient_not_finite",
-                                       "first_weight_not_finite", "drop_rate_attn", "bad_steps_in_a_row"};
+    static const char *const keys[] = {"loss", "grad_norm", "lr", "plan", "rows", "tensors",
+                                       "first_gradient_not_finite",
+                                       "first_weight_not_finite", "drop_rate_attn",
+                                       "bad_steps_in_a_row"};
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
-        const char *a = strstr((const char *)report.map.data, keys[i]), *b = strstr((const char *)second.map.data, keys[i]);
+        const char *a = strstr((const char *)report.map.data, keys[i]),
+            *b = strstr((const char *)second.map.data, keys[i]);
         EXPECT(a && b && !strncmp(a, b, strcspn(a, "\n")), "%s differs", keys[i]);
     }
     report_close(&report), report_close(&second);
@@ -347,60 +388,77 @@ static void test_numbers_replay(void) {
     free(out), free(again), free(metrics), free(command);
 }
 
-// A step of finite gradients makes weights that are not: they do not take the place of the last good checkpoint, nothing of
-// them stays, and a disk that refuses the checkpoint, or its metrics, does not hide them.
+// A step with finite gradients produces weights that are not finite: they do not replace the last
+// good checkpoint, leave no files, and are reported even if the disk refuses the checkpoint or its
+// metrics.
 static void test_numbers_weights_are_checked(void) {
     const char *dir = test_directory(), *data = trainer_test_data();
-    char *good = xprintf("%s/run/step_00000004", dir), *rest = xprintf("%s/run/.step_00000005.tmp", dir);
+    char *good = xprintf("%s/run/step_00000004", dir), *rest = xprintf("%s/run/.step_00000005.tmp",
+        dir);
     char *bad = xprintf("%s/run/step_00000005", dir);
-    char *part = xprintf("first of wte.weight, so it is not saved\n  last good checkpoint: %s\n", good);
-    static const char *const limits[] = {"", "ulimit -f 16; ", "ulimit -f 4; "};   // of 1024 or, in some shells, 512 bytes
+    char *part = xprintf("first of wte.weight, so it is not saved\n  last good checkpoint: %s\n",
+                         good);
+    // in units of 1024 or, in some shells, 512 bytes
+    static const char *const limits[] = {"", "ulimit -f 16; ", "ulimit -f 4; "};
     EXPECT_RUN("--out %s/run --steps 4", dir);
     for (int i = 0; i < 3; i++) {
-        char *line = xprintf("%s%s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --out %s/run --steps 8 "
-                             "--resume --lr %s --beta1 0 --lr-schedule constant --grad-clip 0 --save-every 1 --keep 1", limits[i],
+        char *line = xprintf("%s%s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN
+                             " --out %s/run --steps 8 --resume --lr %s --beta1 0 --lr-schedule "
+                             "constant --grad-clip 0 --save-every 1 --keep 1", limits[i],
                              test_build(), data, dir, sizeof(real) == 8 ? "1.7e308" : "3e38");
         tool_expect(3, part, shell_run(line), __FILE__, __LINE__);
         free(line);
         EXPECT(!path_exists(rest) && !path_exists(bad), "%s stays", path_exists(bad) ? bad : rest);
     }
-    ToolRun r = fault_run((Fault){0, 0, 0, -1, 0, 0}, 2, "--out %s/run --steps 8 --resume --lr %s --beta1 0 --lr-schedule constant "
-                          "--grad-clip 0 --save-every 1 --keep 1", dir, sizeof(real) == 8 ? "1.7e308" : "3e38");
-    EXPECT(r.code == 3 && strstr(r.err.s, part), "exit code %d: %s", r.code, r.err.s);     // rank 0 finds them, both end
+    ToolRun r = fault_run((Fault){0, 0, 0, -1, 0, 0}, 2,
+                          "--out %s/run --steps 8 --resume --lr %s --beta1 0 --lr-schedule "
+                          "constant --grad-clip 0 --save-every 1 --keep 1", dir,
+                          sizeof(real) == 8 ? "1.7e308" : "3e38");
+    // rank 0 detects them, both end
+    EXPECT(r.code == 3 && strstr(r.err.s, part), "exit code %d: %s", r.code, r.err.s);
     tool_free(&r);
     char *wrong = checkpoint_verify(good);
     EXPECT(!wrong, "%s", wrong);
     free(good), free(rest), free(bad), free(part), free(wrong);
 }
 
-// A save within a row of bad steps removes no older checkpoint: that may be the last good one, whatever --keep says.
+// A save within a series of bad steps removes no older checkpoint: it may be the last good one,
+// whatever --keep says.
 static void test_numbers_bad_steps_keep_checkpoints(void) {
     const char *dir = test_directory();
-    const Fault f = {0, 4, 6, P_qkvw, 1, 0};             // the third step, which is the last and so is saved
-    ToolRun r = fault_run(f, 1, "--out %s/run --steps 3 --save-every 1 --keep 1 --max-bad-steps 5 --selfcheck 0", dir);
+    // the third step, which is the last and therefore saved
+    const Fault f = {0, 4, 6, P_qkvw, 1, 0};
+    ToolRun r = fault_run(f, 1, "--out %s/run --steps 3 --save-every 1 --keep 1 --max-bad-steps 5 "
+                          "--selfcheck 0", dir);
     char *out = xprintf("%s/run", dir);
     CheckpointList list = checkpoint_list(out);
-    EXPECT(r.code == 0 && list.n == 2 && list.step[0] == 3 && list.step[1] == 2, "exit code %d, %d checkpoints: %s", r.code,
-           list.n, r.err.s);
+    EXPECT(r.code == 0 && list.n == 2 && list.step[0] == 3 && list.step[1] == 2,
+           "exit code %d, %d checkpoints: %s", r.code, list.n, r.err.s);
     tool_free(&r);
     free(out), free(list.step);
 }
 
-// A finite gradient whose square is not: without clipping it is a bad step, so that no moment becomes infinite.
+// A finite gradient with an infinite square is a bad step unless it is clipped, so that no moment
+// becomes infinite.
 static void test_numbers_moments_are_checked(void) {
     const char *dir = test_directory();
     const Fault f = {0, 4, 6, P_qkvw, 1, 0};             // the third step
     fault_number = sizeof(real) == 8 ? 1e160 : 1e20;
     for (int clip = 0; clip < 2; clip++) {
-        char *metrics = xprintf("%s/%d/metrics.jsonl", dir, clip), *latest = xprintf("%s/%d/latest", dir, clip);
-        ToolRun r = fault_run(f, 1, "--out %s/%d --steps 6 --grad-clip %d --max-bad-steps 2", dir, clip, clip);
+        char *metrics = xprintf("%s/%d/metrics.jsonl", dir, clip),
+            *latest = xprintf("%s/%d/latest", dir, clip);
+        ToolRun r = fault_run(f, 1, "--out %s/%d --steps 6 --grad-clip %d --max-bad-steps 2", dir,
+                              clip, clip);
         MetricsLog log = metrics_read(metrics);
         EXPECT(r.code == 0 && log.n == 6, "exit code %d: %s", r.code, r.err.s);
-        const int fp64 = sizeof(real) == 8;              // the norm itself is infinite there, and no clipping helps
-        const char *part = fp64 ? "gradient norm inf: not finite" : "its square is not finite in " REAL_NAME ", so the weights are unchanged";
+        // the norm itself is infinite there, and clipping does not help
+        const int fp64 = sizeof(real) == 8;
+        const char *part = fp64 ? "gradient norm inf: not finite" : "its square is not finite "
+            "in " REAL_NAME ", so the weights are unchanged";
         EXPECT((clip && !fp64) || strstr(r.err.s, part), "%s", r.err.s);
         for (int i = 0; i < log.n; i++)
-            EXPECT((log.record[i].skipped == SKIPPED_BAD) == (i == 2 && (!clip || fp64)), "clip %d, step %d", clip, i + 1);
+            EXPECT((log.record[i].skipped == SKIPPED_BAD) == (i == 2 && (!clip || fp64)),
+                   "clip %d, step %d", clip, i + 1);
         EXPECT(trainer_file_finite(latest, "optimizer.safetensors"), "a moment is not finite");
         metrics_log_free(&log), tool_free(&r);
         free(metrics), free(latest);
@@ -418,7 +476,8 @@ static void test_numbers_spikes(void) {
         const double x = 3 + uniform01(rng_words(3, STREAM_TEST, 0, 0, (uint32_t)i).v[0]);
         double sum = 0, squares = 0;
         for (int k = n < 128 ? n : n - 128; k < n; k++) sum += seen[k] / 128;
-        for (int k = n < 128 ? n : n - 128; k < n; k++) squares += (seen[k] - sum) * (seen[k] - sum) / 128;
+        for (int k = n < 128 ? n : n - 128; k < n; k++)
+            squares += (seen[k] - sum) * (seen[k] - sum) / 128;
         const double z = spikes_z(&s, x), limit = spikes_limit(&s, 1.5);
         if (n < 128) EXPECT(isnan(z) && isinf(limit), "%d values: z %g, limit %g", n, z, limit);
         else {
@@ -433,7 +492,7 @@ static void test_numbers_spikes(void) {
     EXPECT(isnan(spikes_z(&s, 9)) && isinf(spikes_limit(&s, 1)), "equal values judge nothing");
 }
 
-// Which steps of a run are skipped follows from its metrics; loss first. Returns how many are.
+// Which steps of a run are skipped follows from its metrics, the loss first. Returns how many.
 static int expect_skips(const char *out, double loss_z, double norm_z) {
     char *path = xprintf("%s/metrics.jsonl", out);
     MetricsLog log = metrics_read(path);
@@ -448,8 +507,10 @@ static int expect_skips(const char *out, double loss_z, double norm_z) {
             for (int k = 0; k < 128; k++) squares += (x[k] - mean) * (x[k] - mean);
             z[which] = (x[128] - mean) / sqrt(squares / 128);
         }
-        const int want = loss_z > 0 && z[0] > loss_z ? SKIPPED_LOSS : norm_z > 0 && z[1] > norm_z ? SKIPPED_NORM : 0;
-        EXPECT(want ? r->skipped == want : isnan(r->skipped), "step %.0f: skipped %g, want %d", r->step, r->skipped, want);
+        const int want = loss_z > 0 && z[0] > loss_z ? SKIPPED_LOSS : norm_z > 0 &&
+            z[1] > norm_z ? SKIPPED_NORM : 0;
+        EXPECT(want ? r->skipped == want : isnan(r->skipped), "step %.0f: skipped %g, want %d",
+               r->step, r->skipped, want);
         if (i >= 128 && loss_z > 0) EXPECT_CLOSE(r->loss_z, z[0], 1e-6, "loss_z");
         if (i >= 128 && norm_z > 0) EXPECT_CLOSE(r->norm_z, z[1], 1e-6, "norm_z");
         if (i < 128 || loss_z == 0) EXPECT(isnan(r->loss_z), "step %.0f has a loss_z", r->step);
@@ -460,24 +521,29 @@ static int expect_skips(const char *out, double loss_z, double norm_z) {
     return skips;
 }
 
-// The decisions are those of a plain reference; they and the windows survive a resume, before the window is full and after.
+// The decisions match a plain reference; they and the windows survive a resume, before the window
+// is full and after.
 static void test_numbers_spikes_are_skipped(void) {
-    const char *dir = test_directory(), *options = "--steps 160 --drop-path 0.2 --drop-adam skip --save-every 50 --keep 0 "
+    const char *dir = test_directory(), *options = "--steps 160 --drop-path 0.2 --drop-adam skip "
+        "--save-every 50 --keep 0 "
                                                    "--eval-every 0 --log-every 1000";
     static const struct { const char *options; double loss, norm; } z[] = {
-        {"--skip-loss-zscore 0.5 --skip-norm-zscore 0.3", 0.5, 0.3}, {"--skip-norm-zscore 0.1", 0, 0.1}};
+        {"--skip-loss-zscore 0.5 --skip-norm-zscore 0.3", 0.5, 0.3},
+        {"--skip-norm-zscore 0.1", 0, 0.1}};
     char out[2][500], part[500], last[600], again[600];
     for (int k = 0; k < 2; k++) {
         snprintf(out[k], sizeof out[k], "%s/%d", dir, k);
-        EXPECT_RUN("--out %s %s %s --lr-schedule constant --lr 1e-5", out[k], options, z[k].options);
+        EXPECT_RUN("--out %s %s %s --lr-schedule constant --lr 1e-5", out[k], options,
+                   z[k].options);
         const int skips = expect_skips(out[k], z[k].loss, z[k].norm);
         EXPECT(skips >= 4, "%d steps were skipped", skips);
     }
     snprintf(last, sizeof last, "%s/latest", out[0]);
     for (int step = 100; step <= 150; step += 50) {
-        snprintf(part, sizeof part, "%s/from%d", dir, step), snprintf(again, sizeof again, "%s/latest", part);
-        EXPECT_RUN("--out %s %s %s --lr-schedule constant --lr 1e-5 --resume %s/step_%08d", part, options, z[0].options, out[0],
-                   step);
+        snprintf(part, sizeof part, "%s/from%d", dir, step),
+            snprintf(again, sizeof again, "%s/latest", part);
+        EXPECT_RUN("--out %s %s %s --lr-schedule constant --lr 1e-5 --resume %s/step_%08d", part,
+                   options, z[0].options, out[0], step);
         EXPECT_SAME(last, again, "model.safetensors");
         EXPECT_SAME(last, again, "optimizer.safetensors");
         expect_same_metrics(out[0], part, step);
@@ -490,24 +556,29 @@ static void numbers_test_counts(const char *out, int64_t counts[5]) {
     Weights w;
     weights_open_file(&w, path, "");
     const SafetensorsEntry *steps = weights_find(&w, "adamw_steps");
-    const char *error = steps && steps->count == 5 ? safetensors_to_int64(steps, counts) : "no counts of 2 layers";
+    const char *error = steps && steps->count == 5 ? safetensors_to_int64(steps, counts)
+        : "no counts of 2 layers";
     if (error) die("%s: %s", path, error);
     weights_close(&w);
     free(path);
 }
 
-// A step that is left out is none of AdamW's, for whatever reason it is: the bias corrections go by the steps taken.
+// A skipped step does not count for AdamW, whatever the reason: bias correction uses the steps
+// taken.
 static void test_numbers_left_out_steps_do_not_count(void) {
     const char *dir = test_directory();
     static const Fault faults[2] = {{0, 4, 6, P_wte, 0, 0}, {0, 4, 6, -1, 0, NAN}};
     int64_t counts[5] = {0};
     for (int k = 0; k < 5; k++) {
         char *out = xprintf("%s/%d", dir, k), *path = xprintf("%s/metrics.jsonl", out);
-        static const char *const options[5] = {"--steps 6", "--steps 6", "--steps 150 --skip-norm-zscore 0.1",
+        static const char *const options[5] = {"--steps 6", "--steps 6",
+                                               "--steps 150 --skip-norm-zscore 0.1",
                                                "--steps 150 --skip-loss-zscore 0.1",
-                                               "--steps 150 --skip-norm-zscore 0.1 --drop-path 0.3 --drop-adam skip"};
+                                               "--steps 150 --skip-norm-zscore 0.1 --drop-path 0.3 "
+                                               "--drop-adam skip"};
         ToolRun r = fault_run(k < 2 ? faults[k] : (Fault){0, 0, 0, -1, 0, 0}, 1,
-                              "--out %s %s --lr-schedule constant --lr 1e-9 --log-every 1000", out, options[k]);
+                              "--out %s %s --lr-schedule constant --lr 1e-9 --log-every 1000", out,
+                              options[k]);
         EXPECT(r.code == 0, "exit code %d: %s", r.code, r.err.s);
         MetricsLog log = metrics_read(path);
         int64_t taken = 0;
@@ -516,13 +587,14 @@ static void test_numbers_left_out_steps_do_not_count(void) {
         numbers_test_counts(out, counts);
         for (int i = 0; i < 5; i++)
             EXPECT(k < 4 || i == 4 ? counts[i] == taken : counts[i] > 0 && counts[i] <= taken,
-                   "run %d, branch %d: %lld updates of %lld", k, i, (long long)counts[i], (long long)taken);
+                   "run %d, branch %d: %lld updates of %lld", k, i, (long long)counts[i],
+                   (long long)taken);
         metrics_log_free(&log), tool_free(&r);
         free(out), free(path);
     }
 }
 
-// The rows of a step late in a very long run: their numbers pass 32 bits.
+// The rows of a step late in a very long run: their indices exceed 32 bits.
 static void test_numbers_of_samples_beyond_32_bits(void) {
     enum { B = 4, M = 2, T = 16 };
     char *pattern = xprintf("%s/data/train_*.bin", trainer_test_data());
@@ -540,7 +612,8 @@ static void test_numbers_of_samples_beyond_32_bits(void) {
             trainer_read_batch(&tr, m);
             for (int b = 0; b < B; b++) {
                 shards_read_sample(&tr.train, 9, (step * M + m) * B + b, want, next);
-                EXPECT(!memcmp(tokens + b * T, want, sizeof want) && !memcmp(targets + b * T, next, sizeof next),
+                EXPECT(!memcmp(tokens + b * T, want, sizeof want) &&
+                       !memcmp(targets + b * T, next, sizeof next),
                        "step 2^%d + 5, micro-batch %d, row %d is another sample", bits, m, b);
             }
         }
@@ -548,25 +621,28 @@ static void test_numbers_of_samples_beyond_32_bits(void) {
     free(pattern);
 }
 
-// One loss in a hundred times the others, on one rank: all ranks skip that step and no other.
+// One loss is a hundred times the others, on one rank: all ranks skip that step and no other.
 static void test_numbers_spike_on_a_rank(void) {
     const char *dir = test_directory();
     const Fault f = {1, 140, 141, -1, 0, 100};
-    ToolRun r = fault_run(f, 2, "--out %s --steps 150 --skip-loss-zscore 40 --skip-norm-zscore 40 --selfcheck 0", dir);
+    ToolRun r = fault_run(f, 2, "--out %s --steps 150 --skip-loss-zscore 40 --skip-norm-zscore 40 "
+                          "--selfcheck 0", dir);
     EXPECT(r.code == 0, "exit code %d: %s", r.code, r.err.s);
-    EXPECT(strstr(r.err.s, "step 141: loss ") && strstr(r.err.s, "deviations above the last 128: a spike"), "%s", r.err.s);
+    EXPECT(strstr(r.err.s, "step 141: loss ") &&
+           strstr(r.err.s, "deviations above the last 128: a spike"), "%s", r.err.s);
     EXPECT(expect_skips(dir, 40, 40) == 1, "one step was to be skipped");
     tool_free(&r);
 }
 
-// The row of bad steps and the windows are part of a checkpoint.
+// The count of bad steps and the windows are part of a checkpoint.
 static void test_numbers_are_in_the_checkpoint(void) {
     const char *dir = test_directory();
     const GptConfig c = {11, 5, 1, 1, 4};
     const EngineArgs args = {.B = 1, .T = 1, .threads = 1, .bound = {1, 1, 2}};
     int64_t counts[3] = {1, 2, 3};
     double scale[2] = {1, 1};
-    CheckpointState s = {.step = 7, .adamw_steps = counts, .bad_steps = 4, .eval_scale = scale, .options = ""}, t = s;
+    CheckpointState s = {.step = 7, .adamw_steps = counts, .bad_steps = 4, .eval_scale = scale,
+                         .options = ""}, t = s;
     Model *m = engine_open(engine_cpu(), &c, &args);
     for (int i = 0; i < 200; i++) {
         spikes_add(&s.losses, 1 / (i + 3.0));
@@ -577,7 +653,8 @@ static void test_numbers_are_in_the_checkpoint(void) {
     checkpoint_save(dir, engine_cpu(), m, &c, &s);
     char *path = xprintf("%s/latest", dir);
     checkpoint_load(path, engine_cpu(), m, &c, &t);
-    EXPECT(t.bad_steps == 4 && t.losses.n == 128 && t.norms.n == 60, "%d, %d and %d", t.bad_steps, t.losses.n, t.norms.n);
+    EXPECT(t.bad_steps == 4 && t.losses.n == 128 && t.norms.n == 60, "%d, %d and %d", t.bad_steps,
+           t.losses.n, t.norms.n);
     EXPECT(!memcmp(s.losses.value, t.losses.value, sizeof s.losses.value), "losses");
     EXPECT(!memcmp(s.norms.value, t.norms.value, 60 * sizeof *s.norms.value), "norms");
     engine_cpu()->close(m);
@@ -586,12 +663,12 @@ static void test_numbers_are_in_the_checkpoint(void) {
 }
 
 #define NUMBERS_ENGINE_TESTS(X) X(numbers_selfcheck)
-#define NUMBERS_TESTS(X)                                                                             \
-    X(numbers_selfcheck_judges) X(numbers_selfcheck_ends_the_run) X(numbers_bad_gradient_is_named)   \
-    X(numbers_bad_rank_is_named) X(numbers_forward_is_located) X(numbers_replay) X(numbers_spikes)   \
-    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked)          \
-    X(numbers_moments_are_checked) X(numbers_bad_steps_keep_checkpoints)                             \
-    X(numbers_left_out_steps_do_not_count) X(numbers_of_samples_beyond_32_bits)                      \
+#define NUMBERS_TESTS(X)                                                                           \
+    X(numbers_selfcheck_judges) X(numbers_selfcheck_ends_the_run) X(numbers_bad_gradient_is_named) \
+    X(numbers_bad_rank_is_named) X(numbers_forward_is_located) X(numbers_replay) X(numbers_spikes) \
+    X(numbers_spikes_are_skipped) X(numbers_spike_on_a_rank) X(numbers_weights_are_checked)        \
+    X(numbers_moments_are_checked) X(numbers_bad_steps_keep_checkpoints)                           \
+    X(numbers_left_out_steps_do_not_count) X(numbers_of_samples_beyond_32_bits)                    \
     X(numbers_next_step_is_clean) X(numbers_are_in_the_checkpoint)
 
 #endif

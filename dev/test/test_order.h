@@ -1,4 +1,5 @@
-// test_order.h: train_gpt.c and train_gpt.cu read side by side: what both define stands in the same order.
+// test_order.h: train_gpt.c and train_gpt.cu read side by side: what both define stands in the same
+// order.
 #ifndef TEST_ORDER_H
 #define TEST_ORDER_H
 
@@ -17,12 +18,13 @@ static int order_find(const Order *o, const char *name) {
     return -1;
 }
 
-// The name of the function that a line begins to define, from malloc; NULL: none. Definitions begin at the
-// left margin, and their first line ends neither as a declaration nor as a macro.
+// The name of the function that a line begins to define, from malloc; NULL: none. Definitions begin
+// at the left margin, and their first line ends neither as a declaration nor as a macro.
 static char *order_defined(const char *line, size_t n) {
     const char *open = memchr(line, '(', n), *end = open;
     if (!n || !open || !(isalpha((unsigned char)*line) || *line == '_')) return NULL;
-    if (line[n - 1] == ';' || !strncmp(line, "typedef", 7) || !strncmp(line, "enum", 4)) return NULL;
+    if (line[n - 1] == ';' || !strncmp(line, "typedef", 7) || !strncmp(line, "enum", 4))
+        return NULL;
     while (end > line && (isalnum((unsigned char)end[-1]) || end[-1] == '_')) end--;
     return end == open || end == line ? NULL : xprintf("%.*s", (int)(open - end), end);
 }
@@ -53,13 +55,15 @@ static void test_engines_read_alike(void) {
     for (int i = 0; i < cpu.n; i++) {
         const int at = order_find(&gpu, cpu.name[i]);
         if (at < 0) continue;
-        EXPECT(at > last, "%s comes after %s in train_gpt.c, before it in train_gpt.cu", cpu.name[i],
-               last < 0 ? "" : gpu.name[last]);
+        EXPECT(at > last, "%s comes after %s in train_gpt.c, before it in train_gpt.cu",
+               cpu.name[i], last < 0 ? "" : gpu.name[last]);
         if (at > last) last = at;
         shared++;
     }
-    EXPECT(shared >= 45, "only %d of the functions of train_gpt.c (%d) are in train_gpt.cu (%d)", shared, cpu.n, gpu.n);
-    EXPECT(order_find(&gpu, "attention_branch_backward") >= 0 && order_find(&cpu, "adamw") >= 0, "not read");
+    EXPECT(shared >= 45, "only %d of the functions of train_gpt.c (%d) are in train_gpt.cu (%d)",
+           shared, cpu.n, gpu.n);
+    EXPECT(order_find(&gpu, "attention_branch_backward") >= 0 && order_find(&cpu, "adamw") >= 0,
+           "not read");
     order_free(&cpu), order_free(&gpu);
 }
 

@@ -1,4 +1,5 @@
-// test_safetensors.h: safetensors.h on whole files, on files damaged in every way, and through a round trip.
+// test_safetensors.h: safetensors.h on valid files, on files damaged in every way, and in a round
+// trip.
 #ifndef TEST_SAFETENSORS_H
 #define TEST_SAFETENSORS_H
 
@@ -7,14 +8,17 @@
 #include "test.h"
 #include <signal.h>
 
-#define SAFETENSORS_TESTS(X) \
+#define SAFETENSORS_TESTS(X)                                                                  \
     X(safetensors_reads) X(safetensors_tiling) X(safetensors_damaged) X(safetensors_extremes) \
-    X(safetensors_cut_short) X(safetensors_flipped) \
-    X(safetensors_reals) X(safetensors_all_halves) X(safetensors_integers) X(safetensors_round_trip) \
+    X(safetensors_cut_short) X(safetensors_flipped)                                           \
+    X(safetensors_reals) X(safetensors_all_halves) X(safetensors_integers)                    \
+    X(safetensors_round_trip)                                                                 \
     X(safetensors_writer_checks)
 
-// A file: the header's size, the header, data. From malloc, of just its size for the sanitizers; free it.
-static unsigned char *test_safetensors_file(const char *header, const void *data, size_t data_size, size_t *size) {
+// A file: the header's size, the header, data. From malloc, exactly sized for the sanitizers; free
+// it.
+static unsigned char *test_safetensors_file(const char *header, const void *data, size_t data_size,
+                                            size_t *size) {
     uint64_t n = strlen(header);
     unsigned char *file = (unsigned char *)xcalloc(8 + n + data_size, 1);
     memcpy(file, &n, 8);
@@ -42,21 +46,26 @@ static void test_safetensors_reads(void) {
     Safetensors t;
     EXPECT(!safetensors_parse(&t, file, size), "%s", t.error);
     EXPECT(t.n == 4, "%d tensors", t.n);
-    for (int i = 1; i < t.n; i++) EXPECT(strcmp(t.entry[i - 1].name, t.entry[i].name) < 0, "not sorted by name");
+    for (int i = 1; i < t.n; i++)
+        EXPECT(strcmp(t.entry[i - 1].name, t.entry[i].name) < 0, "not sorted by name");
     const SafetensorsEntry *e = safetensors_find(&t, "w");
-    EXPECT(e && e->dtype == SAFETENSORS_F32 && e->ndim == 2 && e->shape[0] == 1 && e->shape[1] == 2, "wrong shape of w");
+    EXPECT(e && e->dtype == SAFETENSORS_F32 && e->ndim == 2 && e->shape[0] == 1 && e->shape[1] == 2,
+           "wrong shape of w");
     real x[2] = {0, 0};
-    EXPECT(e && !safetensors_to_real(e, x) && x[0] == (real)w[0] && x[1] == (real)w[1], "w is %g %g",
-           (double)x[0], (double)x[1]);
+    EXPECT(e && !safetensors_to_real(e, x) && x[0] == (real)w[0] && x[1] == (real)w[1],
+           "w is %g %g", (double)x[0], (double)x[1]);
     int64_t n[3] = {0, 0, 0};
     EXPECT_ERROR(e ? safetensors_to_int64(e, n) : NULL, "integer");
     e = safetensors_find(&t, "ids");
-    EXPECT(e && !safetensors_to_int64(e, n) && n[0] == 7 && n[1] == 0 && n[2] == 255, "ids are wrong");
+    EXPECT(e && !safetensors_to_int64(e, n) && n[0] == 7 && n[1] == 0 && n[2] == 255,
+           "ids are wrong");
     EXPECT_ERROR(e ? safetensors_to_real(e, x) : NULL, "F64, F32");
     e = safetensors_find(&t, "step");
-    EXPECT(e && e->ndim == 0 && e->count == 1 && !safetensors_to_int64(e, n) && n[0] == step, "step is wrong");
+    EXPECT(e && e->ndim == 0 && e->count == 1 && !safetensors_to_int64(e, n) && n[0] == step,
+           "step is wrong");
     e = safetensors_find(&t, "none");
-    EXPECT(e && e->count == 0 && e->bytes == 0 && e->ndim == 2 && !safetensors_to_real(e, x), "an empty tensor is wrong");
+    EXPECT(e && e->count == 0 && e->bytes == 0 && e->ndim == 2 && !safetensors_to_real(e, x),
+           "an empty tensor is wrong");
     EXPECT(!safetensors_find(&t, "W") && !safetensors_find(&t, "") && !safetensors_find(&t, "zzz"),
            "found what is not there");
     EXPECT(!safetensors_find(&t, "__metadata__"), "the metadata are no tensor");
@@ -67,40 +76,49 @@ static void test_safetensors_reads(void) {
 #define TENSOR(name, dtype, shape, offsets) \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":[" shape "],\"data_offsets\":[" offsets "]}"
 
-// Sound headers at the edges of the rules, with the bytes of data they need.
+// Valid headers at the limits of the rules, with the number of data bytes they need.
 static void test_safetensors_tiling(void) {
     static const struct { const char *header; size_t data; int tensors; } good[] = {
-        {"{}", 0, 0}, {"{ }\n", 0, 0}, {"{\"__metadata__\":{}}", 0, 0}, {"{" TENSOR("a", "F32", "", "0,4") "}", 4, 1},
-        {"{" TENSOR("", "U8", "2", "0,2") "}", 2, 1}, {"{" TENSOR("a", "F64", "0", "0,0") "}", 0, 1},
+        {"{}", 0, 0}, {"{ }\n", 0, 0}, {"{\"__metadata__\":{}}", 0, 0},
+        {"{" TENSOR("a", "F32", "", "0,4") "}", 4, 1}, {"{" TENSOR("", "U8", "2", "0,2") "}", 2, 1},
+        {"{" TENSOR("a", "F64", "0", "0,0") "}", 0, 1},
         {"{" TENSOR("b", "U8", "1", "1,2") "," TENSOR("a", "U8", "1", "0,1") "}", 2, 2},
-        {"{" TENSOR("b", "U8", "1", "0,1") "," TENSOR("a", "U8", "0", "0,0") "," TENSOR("c", "I8", "0", "1,1") "}", 1, 3},
+        {"{" TENSOR("b", "U8", "1", "0,1") "," TENSOR("a", "U8", "0", "0,0")
+         "," TENSOR("c", "I8", "0", "1,1") "}", 1, 3},
         {"{" TENSOR("a", "BOOL", "1,1,1,1,1,1,1,2", "0,2") "}", 2, 1},
         {"{" TENSOR("a", "F32", "0,9223372036854775807", "0,0") "}", 0, 1},
-        {"{\"__metadata__\":null}", 0, 0}, {"{" TENSOR("a", "F8_E4M3", "3", "0,3") "," TENSOR("b", "F4", "6", "3,6") "}", 6, 2},
-        {"{\"__metadata__\":{\"a\":\"\\u0000\",\"b\":\"\"}," TENSOR("\\u00e9", "BF16", "1", "0,2") "}", 2, 1},
+        {"{\"__metadata__\":null}", 0, 0},
+        {"{" TENSOR("a", "F8_E4M3", "3", "0,3") "," TENSOR("b", "F4", "6", "3,6") "}", 6, 2},
+        {"{\"__metadata__\":{\"a\":\"\\u0000\",\"b\":\"\"}," TENSOR("\\u00e9", "BF16", "1", "0,2")
+         "}", 2, 1},
     };
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         size_t size;
         unsigned char *file = test_safetensors_file(good[i].header, NULL, good[i].data, &size);
         Safetensors t;
         const char *error = safetensors_parse(&t, file, size);
-        EXPECT(!error && t.n == good[i].tensors, "%s: %s, %d tensors", good[i].header, error ? error : "", t.n);
+        EXPECT(!error && t.n == good[i].tensors, "%s: %s, %d tensors", good[i].header,
+               error ? error : "", t.n);
         for (int k = 0; k < t.n; k++)
-            EXPECT(safetensors_find(&t, t.entry[k].name) == &t.entry[k], "not found: %s", t.entry[k].name);
+            EXPECT(safetensors_find(&t, t.entry[k].name) == &t.entry[k], "not found: %s",
+                   t.entry[k].name);
         safetensors_free(&t);
         free(file);
     }
 }
 
-// Headers, the bytes of data after them, and a part of the message that they deserve.
-static const struct { const char *header; size_t data; const char *error; } test_safetensors_bad[] = {
-    {"", 0, "does not begin with '{'"}, {"[]", 0, "does not begin with '{'"}, {" {}", 0, "does not begin with '{'"},
-    {"{", 0, "header, byte 1"}, {"{}x", 0, "header, byte 2"}, {"{\"\xFF\":1}", 0, "header, byte 2"},
-    {"{}", 1, "after the last tensor"}, {"{\"a\":1}", 0, "tensor \"a\": it needs a dtype"},
-    {"{\"a\":[]}", 0, "it needs a dtype"},
+// Headers, the number of data bytes after them, and a part of the expected error.
+static const struct { const char *header; size_t data; const char *error; } test_safetensors_bad[] =
+    {
+    {"", 0, "does not begin with '{'"}, {"[]", 0, "does not begin with '{'"},
+    {" {}", 0, "does not begin with '{'"}, {"{", 0, "header, byte 1"}, {"{}x", 0, "header, byte 2"},
+    {"{\"\xFF\":1}", 0, "header, byte 2"}, {"{}", 1, "after the last tensor"},
+    {"{\"a\":1}", 0, "tensor \"a\": it needs a dtype"}, {"{\"a\":[]}", 0, "it needs a dtype"},
     {"{\"a\":{\"dtype\":\"U8\",\"shape\":[]}}", 0, "it needs a dtype"},
-    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1],\"more\":0}}", 1, "nothing else"},
-    {"{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]}}", 1, "nothing else"},
+    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1],\"more\":0}}", 1,
+     "nothing else"},
+    {"{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]}}", 1,
+     "nothing else"},
     {"{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[]}}", 1, "it needs a dtype"},
     {"{" TENSOR("a", "f32", "1", "0,4") "}", 4, "tensor \"a\": its dtype"},
     {"{" TENSOR("a", "F32 ", "1", "0,4") "}", 4, "its dtype"},
@@ -122,7 +140,8 @@ static const struct { const char *header; size_t data; const char *error; } test
     {"{" TENSOR("a", "F32", "4611686018427387904", "0,0") "}", 0, "overflows"},
     {"{" TENSOR("a", "F64", "2305843009213693952", "0,0") "}", 0, "overflows"},
     {"{" TENSOR("a", "U8", "4611686018427387904,4,0", "0,0") "}", 0, "overflows"},
-    {"{" TENSOR("a", "U8", "9223372036854775807", "0,9223372036854775807") "}", 8, "beyond the file"},
+    {"{" TENSOR("a", "U8", "9223372036854775807", "0,9223372036854775807") "}", 8,
+     "beyond the file"},
     {"{" TENSOR("a", "F32", "1", "0,-4") "}", 4, "its data_offsets must"},
     {"{" TENSOR("a", "F32", "1", "-4,0") "}", 4, "its data_offsets must"},
     {"{" TENSOR("a", "F32", "1", "0,4,8") "}", 8, "its data_offsets must"},
@@ -138,19 +157,25 @@ static const struct { const char *header; size_t data; const char *error; } test
     {"{" TENSOR("a", "F32", "", "0,0") "}", 0, "do not fit"},
     {"{" TENSOR("a", "F32", "1", "0,4") "}", 5, "after the last tensor"},
     {"{" TENSOR("a", "F32", "1", "1,5") "}", 5, "tensor \"a\": there is a gap"},
-    {"{" TENSOR("a", "U8", "2", "0,2") "," TENSOR("b", "U8", "2", "1,3") "}", 3, "tensor \"b\": its data overlap"},
-    {"{" TENSOR("a", "U8", "2", "0,2") "," TENSOR("b", "U8", "2", "0,2") "}", 2, "its data overlap"},
-    {"{" TENSOR("a", "U8", "3", "0,3") "," TENSOR("b", "U8", "0", "1,1") "}", 3, "tensor \"b\": its data overlap"},
-    {"{" TENSOR("b", "U8", "1", "2,3") "," TENSOR("a", "U8", "1", "0,1") "}", 3, "tensor \"b\": there is a gap"},
+    {"{" TENSOR("a", "U8", "2", "0,2") "," TENSOR("b", "U8", "2", "1,3") "}", 3,
+     "tensor \"b\": its data overlap"},
+    {"{" TENSOR("a", "U8", "2", "0,2") "," TENSOR("b", "U8", "2", "0,2") "}", 2,
+     "its data overlap"},
+    {"{" TENSOR("a", "U8", "3", "0,3") "," TENSOR("b", "U8", "0", "1,1") "}", 3,
+     "tensor \"b\": its data overlap"},
+    {"{" TENSOR("b", "U8", "1", "2,3") "," TENSOR("a", "U8", "1", "0,1") "}", 3,
+     "tensor \"b\": there is a gap"},
     {"{" TENSOR("a", "U8", "1", "0,1") "," TENSOR("a", "U8", "1", "1,2") "}", 2,
         "tensor \"a\": the name is used twice"},
     {"{" TENSOR("a", "U8", "1", "0,1") "," TENSOR("\\u0061", "U8", "1", "1,2") "}", 2,
         "tensor \"a\": the name is used twice"},
-    {"{" TENSOR("a", "U8", "0", "0,0") "," TENSOR("b", "U8", "0", "0,0") "," TENSOR("a", "U8", "0", "0,0") "}", 0,
+    {"{" TENSOR("a", "U8", "0", "0,0") "," TENSOR("b", "U8", "0", "0,0")
+     "," TENSOR("a", "U8", "0", "0,0") "}", 0,
         "used twice"},
     {"{" TENSOR("a\\u0000", "U8", "1", "0,1") "}", 1, "contains a NUL"},
     {"{" TENSOR("\\u001b[2J", "U8", "1", "0,2") "}", 2, "\"\\u001b[2J\""},
-    {"{\"__metadata__\":1}", 0, "must be an object"}, {"{\"__metadata__\":{\"a\":1}}", 0, "only have strings"},
+    {"{\"__metadata__\":1}", 0, "must be an object"},
+    {"{\"__metadata__\":{\"a\":1}}", 0, "only have strings"},
     {"{\"__metadata__\":{\"a\":\"\",\"a\":\"\"}}", 0, "same key twice"},
     {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, "is there twice"},
 };
@@ -159,10 +184,12 @@ static void test_safetensors_damaged(void) {
     for (size_t i = 0; i < sizeof test_safetensors_bad / sizeof *test_safetensors_bad; i++) {
         const char *header = test_safetensors_bad[i].header, *want = test_safetensors_bad[i].error;
         size_t size;
-        unsigned char *file = test_safetensors_file(header, NULL, test_safetensors_bad[i].data, &size);
+        unsigned char *file = test_safetensors_file(header, NULL, test_safetensors_bad[i].data,
+                                                    &size);
         Safetensors t;
         const char *error = safetensors_parse(&t, file, size);
-        EXPECT(error && strstr(error, want), "%s\n      said \"%s\", not \"%s\"", header, error ? error : "", want);
+        EXPECT(error && strstr(error, want), "%s\n      said \"%s\", not \"%s\"", header,
+               error ? error : "", want);
         EXPECT(!t.n && !t.entry, "%s left something to free", header);
         free(file);
     }
@@ -170,12 +197,14 @@ static void test_safetensors_damaged(void) {
 
 // Headers that lie about their size, are nested too deeply, or have a name too long for a message.
 static void test_safetensors_extremes(void) {
-    static const uint64_t sizes[] = {3, 100000000, 100000001, (uint64_t)1 << 63, UINT64_MAX, UINT64_MAX - 7};
+    static const uint64_t sizes[] = {3, 100000000, 100000001, (uint64_t)1 << 63, UINT64_MAX,
+                                     UINT64_MAX - 7};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
         unsigned char file[10] = {0, 0, 0, 0, 0, 0, 0, 0, '{', '}'};
         Safetensors t;
         memcpy(file, &sizes[i], 8);
-        EXPECT_ERROR(safetensors_parse(&t, file, 10), sizes[i] > 100000000 ? "above 100 MB" : "ends within the header");
+        EXPECT_ERROR(safetensors_parse(&t, file, 10),
+                     sizes[i] > 100000000 ? "above 100 MB" : "ends within the header");
     }
 
     Text bomb = {NULL, 0, 0};
@@ -187,7 +216,8 @@ static void test_safetensors_extremes(void) {
     free(file);
     text_free(&bomb);
 
-    char name[400];                                      // an error about a long name is cut, not overrun
+    char name[400];                                      // an error about a long name is truncated,
+                                                         // without overflow
     memset(name, 'n', sizeof name - 1);
     name[sizeof name - 1] = 0;
     char *header = xprintf("{\"%s\":{}}", name);
@@ -210,7 +240,8 @@ static void test_safetensors_cut_short(void) {
     free(file);
 }
 
-// Every single bit of the file turned: an error or a sound table, whose tensors lie within the file.
+// Every single bit of the file flipped: an error or a valid table, whose tensors are within the
+// file.
 static void test_safetensors_flipped(void) {
     size_t size, accepted = 0;
     unsigned char *file = test_safetensors_file(test_safetensors_header, NULL, 19, &size);
@@ -221,7 +252,8 @@ static void test_safetensors_flipped(void) {
         if (!safetensors_parse(&t, file, size)) {
             for (int i = 0; i < t.n; i++) {
                 const SafetensorsEntry *e = &t.entry[i];
-                EXPECT(e->data >= file + 8 && e->data + e->bytes <= file + size, "bit %zu: %s is outside", bit, e->name);
+                EXPECT(e->data >= file + 8 && e->data + e->bytes <= file + size,
+                       "bit %zu: %s is outside", bit, e->name);
                 total += e->bytes;
             }
             EXPECT(total == 19, "bit %zu: %zu bytes of data", bit, total);
@@ -236,10 +268,13 @@ static void test_safetensors_flipped(void) {
 
 // ---- Conversion ----
 
-// Puts count numbers of size bytes each into a file at an odd address and expects to read `want` from it.
-static void test_safetensors_convert(const char *dtype, const void *data, size_t size, int count, const double *want) {
+// Puts count elements of size bytes each into a file at an odd address and expects to read `want`
+// from it.
+static void test_safetensors_convert(const char *dtype, const void *data, size_t size, int count,
+                                     const double *want) {
     size_t bytes = size * (size_t)count, file_size;
-    char *header = xprintf("{\"x\":{\"dtype\":\"%s\",\"shape\":[%d],\"data_offsets\":[0,%zu]}}", dtype, count, bytes);
+    char *header = xprintf("{\"x\":{\"dtype\":\"%s\",\"shape\":[%d],\"data_offsets\":[0,%zu]}}",
+                           dtype, count, bytes);
     unsigned char *file = test_safetensors_file(header, data, bytes, &file_size);
     unsigned char *odd = (unsigned char *)xcalloc(file_size + 1, 1) + 1;
     real *got = (real *)xcalloc((size_t)count, sizeof *got);
@@ -249,9 +284,10 @@ static void test_safetensors_convert(const char *dtype, const void *data, size_t
     const char *error = t.n ? safetensors_to_real(&t.entry[0], got) : "no tensor";
     EXPECT(!error, "%s", error);
     for (int i = 0; i < count; i++) {
-        EXPECT(isnan(want[i]) ? isnan(got[i]) : (double)got[i] == (double)(real)want[i], "%s %d: %g, not %g", dtype, i,
-               (double)got[i], want[i]);
-        EXPECT(isnan(want[i]) || !signbit(got[i]) == !signbit(want[i]), "%s %d lost its sign", dtype, i);
+        EXPECT(isnan(want[i]) ? isnan(got[i]) : (double)got[i] == (double)(real)want[i],
+               "%s %d: %g, not %g", dtype, i, (double)got[i], want[i]);
+        EXPECT(isnan(want[i]) || !signbit(got[i]) == !signbit(want[i]), "%s %d lost its sign",
+               dtype, i);
     }
     safetensors_free(&t);
     free(got);
@@ -262,43 +298,52 @@ static void test_safetensors_convert(const char *dtype, const void *data, size_t
 
 static void test_safetensors_reals(void) {
     static const double f64[] = {0, -0.0, 1.5, -1e-40, 3.4028234663852886e38, INFINITY, 0.1, NAN};
-    static const float f32[] = {0, -0.0f, 1.5f, 1e-45f, 3.4028234663852886e38f, -INFINITY, 0.25f, NAN};
-    static const uint16_t f16[] = {0x0000, 0x8000, 0x3C00, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFC00, 0x3555, 0x7E00, 0xFC01};
-    static const uint16_t bf16[] = {0x0000, 0x8000, 0x3F80, 0x0001, 0x7F7F, 0xFF80, 0x3EAB, 0x7FC0, 0xFF81};
+    static const float f32[] = {0, -0.0f, 1.5f, 1e-45f, 3.4028234663852886e38f, -INFINITY, 0.25f,
+                                NAN};
+    static const uint16_t f16[] = {0x0000, 0x8000, 0x3C00, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFC00,
+                                   0x3555, 0x7E00, 0xFC01};
+    static const uint16_t bf16[] = {0x0000, 0x8000, 0x3F80, 0x0001, 0x7F7F, 0xFF80, 0x3EAB, 0x7FC0,
+                                    0xFF81};
     double f32_want[8];
     for (int i = 0; i < 8; i++) f32_want[i] = f32[i];
-    const double f16_want[] = {0, -0.0, 1, ldexp(1, -24), ldexp(-1023, -24), ldexp(1, -14), 65504, -INFINITY,
+    const double f16_want[] = {0, -0.0, 1, ldexp(1, -24), ldexp(-1023, -24), ldexp(1, -14), 65504,
+                               -INFINITY,
                                0.333251953125, NAN, NAN};
-    const double bf16_want[] = {0, -0.0, 1, ldexp(1, -133), ldexp(255, 120), -INFINITY, 0.333984375, NAN, NAN};
+    const double bf16_want[] = {0, -0.0, 1, ldexp(1, -133), ldexp(255, 120), -INFINITY, 0.333984375,
+                                NAN, NAN};
     test_safetensors_convert("F64", f64, 8, 8, f64);
     test_safetensors_convert("F32", f32, 4, 8, f32_want);
     test_safetensors_convert("F16", f16, 2, 11, f16_want);
     test_safetensors_convert("BF16", bf16, 2, 9, bf16_want);
 }
 
-// All 2^16 halves against the definition, (-1)^sign * 2^(exponent - 15) * 1.fraction (IEEE 754-2019, section 3.4).
+// All 2^16 halves against the definition, (-1)^sign * 2^(exponent - 15) * 1.fraction (IEEE
+// 754-2019, section 3.4).
 static void test_safetensors_all_halves(void) {
     for (int h = 0; h < 1 << 16; h++) {
         int exponent = h >> 10 & 31, fraction = h & 1023;
         double want = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
         if (exponent == 31) want = fraction ? NAN : INFINITY;
         float got = safetensors_half((uint16_t)h);
-        EXPECT(isnan(want) ? isnan(got) : fabs((double)got) == want, "%04x: %g, not %g", h, (double)got, want);
+        EXPECT(isnan(want) ? isnan(got) : fabs((double)got) == want, "%04x: %g, not %g", h,
+               (double)got, want);
         EXPECT(!signbit(got) == !(h & 0x8000), "%04x lost its sign", h);
     }
 }
 
 static void test_safetensors_integers(void) {
-    static const struct { const char *dtype; unsigned char bytes[8]; size_t size; int64_t want; } cases[] = {
+    static const struct { const char *dtype; unsigned char bytes[8]; size_t size; int64_t want;
+                          } cases[] = {
         {"I8", {0x80}, 1, -128}, {"U8", {0x80}, 1, 128}, {"BOOL", {1}, 1, 1},
         {"I16", {0, 0x80}, 2, -32768}, {"U16", {0, 0x80}, 2, 32768},
         {"I32", {0, 0, 0, 0x80}, 4, INT32_MIN}, {"U32", {0, 0, 0, 0x80}, 4, 2147483648},
         {"I64", {0, 0, 0, 0, 0, 0, 0, 0x80}, 8, INT64_MIN},
-        {"U64", {255, 255, 255, 255, 255, 255, 255, 0x7F}, 8, INT64_MAX}, {"U64", {0, 0, 0, 0, 0, 0, 0, 0x80}, 8, 0},
+        {"U64", {255, 255, 255, 255, 255, 255, 255, 0x7F}, 8, INT64_MAX},
+        {"U64", {0, 0, 0, 0, 0, 0, 0, 0x80}, 8, 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        char *header = xprintf("{\"x\":{\"dtype\":\"%s\",\"shape\":[1],\"data_offsets\":[0,%zu]}}", cases[i].dtype,
-                               cases[i].size);
+        char *header = xprintf("{\"x\":{\"dtype\":\"%s\",\"shape\":[1],\"data_offsets\":[0,%zu]}}",
+                               cases[i].dtype, cases[i].size);
         size_t size;
         unsigned char *file = test_safetensors_file(header, cases[i].bytes, cases[i].size, &size);
         Safetensors t;
@@ -349,9 +394,11 @@ static void test_safetensors_round_trip(void) {
     EXPECT_TEXT(sum.hex, want);
     EXPECT(map.data[0] % 8 == 0, "a header of %d bytes leaves the data unaligned", map.data[0]);
     EXPECT(!safetensors_parse(&t, map.data, map.size), "%s", t.error);
-    EXPECT(t.n == 5 && safetensors_find(&t, "empty") && safetensors_find(&t, "empty too"), "%d tensors", t.n);
+    EXPECT(t.n == 5 && safetensors_find(&t, "empty") && safetensors_find(&t, "empty too"),
+           "%d tensors", t.n);
     const SafetensorsEntry *e = safetensors_find(&t, "w \"1\"\n\xC3\xA9");
-    EXPECT(e && e->ndim == 2 && e->shape[0] == 5 && e->shape[1] == 3 && !memcmp(e->data, w, sizeof w), "w differs");
+    EXPECT(e && e->ndim == 2 && e->shape[0] == 5 && e->shape[1] == 3 &&
+           !memcmp(e->data, w, sizeof w), "w differs");
     e = safetensors_find(&t, "step");
     EXPECT(e && e->ndim == 0 && !memcmp(e->data, &step, sizeof step), "step differs");
     e = safetensors_find(&t, "last");
@@ -361,9 +408,11 @@ static void test_safetensors_round_trip(void) {
     free(path);
 }
 
-static void test_safetensors_on_abort(int signal_number) { _exit(signal_number == SIGABRT ? 6 : 7); }
+static void test_safetensors_on_abort(int signal_number) {
+    _exit(signal_number == SIGABRT ? 6 : 7);
+}
 
-// Misuses the writer in one way; runs in a child, where abort() is seen as exit code 6.
+// Misuses the writer in one way; runs in a child, where abort() appears as exit code 6.
 static void test_safetensors_misuse(void *arg) {
     const int64_t shape[2] = {2, 3}, negative[1] = {-1}, huge[2] = {INT64_MAX, 2};
     const float data[12] = {0};
@@ -393,13 +442,15 @@ static void test_safetensors_misuse(void *arg) {
 
 static void test_safetensors_writer_checks(void) {
     static const char *const said[] = {
-        "a is declared twice", "unknown dtype F33", "negative or too large", "negative or too large", "9 dimensions",
-        "the header comes first", "28 bytes for a, which is missing 24", "after the header", "tensor 2 of 2 is not complete",
+        "a is declared twice", "unknown dtype F33", "negative or too large",
+        "negative or too large", "9 dimensions",
+        "the header comes first", "28 bytes for a, which is missing 24", "after the header",
+        "tensor 2 of 2 is not complete",
         "1 bytes more than were declared",
     };
     int ways = (int)(sizeof said / sizeof *said);
     for (int way = 0; way < ways; way++) EXPECT_EXIT(6, said[way], test_safetensors_misuse, &way);
-    EXPECT_EXIT(0, "", test_safetensors_misuse, &ways);  // and without misuse it ends well
+    EXPECT_EXIT(0, "", test_safetensors_misuse, &ways);  // and without misuse it succeeds
 }
 
 #undef TENSOR

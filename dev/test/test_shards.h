@@ -21,7 +21,7 @@ static void write_shard(const char *prefix, int V, int first, int n) {
     shard_writer_close(&w);
 }
 
-// Copies a file into memory of exactly its size, so that a sanitizer sees a read beyond it.
+// Reads a file into exactly sized memory, so that a sanitizer detects a read beyond it.
 static unsigned char *read_file(const char *path, size_t *size) {
     FileMap map;
     const char *error = file_map(&map, path);
@@ -35,10 +35,12 @@ static unsigned char *read_file(const char *path, size_t *size) {
 
 // ---- The format ----
 
-static void expect_shard_bytes(int V, const unsigned char *head, const unsigned char *tokens, size_t token_bytes) {
+static void expect_shard_bytes(int V, const unsigned char *head, const unsigned char *tokens,
+                               size_t token_bytes) {
     static const int values[3] = {1, 258, 65535};
     const char *dir = test_directory();
-    char *prefix = xprintf("%s/s", dir), *path = xprintf("%s_000000.bin", prefix), *temporary = xprintf("%s.tmp", path);
+    char *prefix = xprintf("%s/s", dir), *path = xprintf("%s_000000.bin", prefix),
+        *temporary = xprintf("%s.tmp", path);
     ShardWriter w;
     shard_writer_open(&w, prefix, V, 0);
     shard_writer_append(&w, values, 3);
@@ -54,7 +56,8 @@ static void expect_shard_bytes(int V, const unsigned char *head, const unsigned 
     Shard s;
     const char *error = shard_parse(&s, got, size);
     EXPECT(!error, "%s", error ? error : "");
-    EXPECT(s.count == 3 && s.width == (int)token_bytes / 3, "count %lld, width %d", (long long)s.count, s.width);
+    EXPECT(s.count == 3 && s.width == (int)token_bytes / 3, "count %lld, width %d",
+           (long long)s.count, s.width);
     for (int i = 0; i < 3 && !error; i++)
         EXPECT(shard_token(&s, i) == (uint32_t)values[i], "token %d is %u", i, shard_token(&s, i));
     free(got);
@@ -63,16 +66,19 @@ static void expect_shard_bytes(int V, const unsigned char *head, const unsigned 
     free(temporary);
 }
 
-// The bytes were worked out by hand from the description of the format: 20240520 = 0x0134D888, 20240801 = 0x0134D9A1.
+// The bytes were derived by hand from the description of the format: 20240520 = 0x0134D888,
+// 20240801 = 0x0134D9A1.
 static void test_shard_bytes(void) {
     static const unsigned char head16[12] = {0x88, 0xD8, 0x34, 0x01, 1, 0, 0, 0, 3, 0, 0, 0};
     static const unsigned char head32[12] = {0xA1, 0xD9, 0x34, 0x01, 7, 0, 0, 0, 3, 0, 0, 0};
-    static const unsigned char tokens16[6] = {1, 0, 2, 1, 255, 255}, tokens32[12] = {1, 0, 0, 0, 2, 1, 0, 0, 255, 255, 0, 0};
+    static const unsigned char tokens16[6] = {1, 0, 2, 1, 255, 255},
+        tokens32[12] = {1, 0, 0, 0, 2, 1, 0, 0, 255, 255, 0, 0};
     expect_shard_bytes(65536, head16, tokens16, 6);
     expect_shard_bytes(65537, head32, tokens32, 12);
 }
 
-// A copy of a good shard with one 32-bit word set, and cut or lengthened to `size` bytes: what does the parser say?
+// A copy of a valid shard with one 32-bit word replaced, cut or extended to `size` bytes, must give
+// an error that contains `part`.
 static void expect_shard_error(const char *part, int word, uint32_t value, size_t size) {
     unsigned char header[1024];
     uint32_t words[3] = {20240520, 1, 4};
@@ -102,7 +108,8 @@ static void test_shard_damage(void) {
     expect_shard_error("unknown version", 1, 2, 1032);
     expect_shard_error("cut short", 2, 5, 1032);
     expect_shard_error("cut short", 2, 0xFFFFFFFF, 1032);
-    expect_shard_error("cut short", 2, 0x80000004, 1032);          // times two this is 8 again in 32 bits
+    // doubled, this is 8 again in 32 bits
+    expect_shard_error("cut short", 2, 0x80000004, 1032);
     expect_shard_error("more bytes", 2, 3, 1032);
     expect_shard_error("more bytes", 2, 0, 1032);
     expect_shard_error("without tokens", 2, 0, 1024);
@@ -146,7 +153,8 @@ static void test_shard_writer_splits(void) {
 
 // ---- Windows ----
 
-// Four shards named against the order in which they are written; tokens name their shard and place.
+// Four shards whose names are not in the order of writing; tokens identify their shard and
+// position.
 static void write_shards(const char *dir) {
     static const int length[4] = {1, 9, 4, 23};
     for (int i = 3; i >= 0; i--) {
@@ -158,7 +166,8 @@ static void write_shards(const char *dir) {
 
 static void test_shards_windows(void) {
     enum { T = 4 };
-    static const int first[7] = {100, 104, 300, 304, 308, 312, 316};   // 9 tokens hold 2 windows, 4 none, 23 five
+    // 9 tokens hold 2 windows, 4 none, 23 five
+    static const int first[7] = {100, 104, 300, 304, 308, 312, 316};
     int tokens[T], targets[T];
     const char *dir = test_directory();
     write_shards(dir);
@@ -174,7 +183,8 @@ static void test_shards_windows(void) {
                    "window %d place %d: %d -> %d", w, t, tokens[t], targets[t]);
     }
     shards_close(&s);
-    shards_open(&s, patterns, 1, 1000);                  // the smallest window: a token and the next
+    // the smallest window: a token and its successor
+    shards_open(&s, patterns, 1, 1000);
     EXPECT(s.windows == 0 + 8 + 3 + 22, "%lld windows", (long long)s.windows);
     shards_read_window(&s, 32, tokens, targets);
     EXPECT(tokens[0] == 321 && targets[0] == 322, "%d -> %d", tokens[0], targets[0]);
@@ -182,7 +192,8 @@ static void test_shards_windows(void) {
     free(patterns);
 }
 
-// Of any length, odd ones too, the windows of a shard lie one behind the other from its first token on, as many as fit.
+// Whatever their length, odd ones included, the windows of a shard follow each other from its first
+// token on, as many as fit.
 static void test_shards_windows_of_any_length(void) {
     static const int length[4] = {1, 9, 4, 23};
     const char *dir = test_directory();
@@ -198,8 +209,9 @@ static void test_shards_windows_of_any_length(void) {
                 if (w >= s.windows) continue;
                 shards_read_window(&s, w, tokens, targets);
                 for (int t = 0; t < T; t++)
-                    EXPECT(tokens[t] == 100 * i + at + t && targets[t] == tokens[t] + 1, "T %d, window %d, place %d: %d -> %d",
-                           T, (int)w, t, tokens[t], targets[t]);
+                    EXPECT(tokens[t] == 100 * i + at + t && targets[t] == tokens[t] + 1,
+                           "T %d, window %d, place %d: %d -> %d", T, (int)w, t, tokens[t],
+                           targets[t]);
             }
         EXPECT(w == s.windows, "T %d: %d windows, not %d", T, (int)s.windows, (int)w);
         shards_close(&s);
@@ -207,7 +219,7 @@ static void test_shards_windows_of_any_length(void) {
     free(pattern);
 }
 
-// Samples beyond 2^31 and 2^32 are those of their epoch: an index has 64 bits.
+// Samples beyond 2^31 and 2^32 belong to the right epoch: indices have 64 bits.
 static void test_shards_samples_beyond_32_bits(void) {
     enum { T = 3, WINDOWS = 10 };
     static const int first[WINDOWS] = {100, 103, 200, 300, 303, 306, 309, 312, 315, 318};
@@ -223,7 +235,8 @@ static void test_shards_samples_beyond_32_bits(void) {
             const int64_t sample = ((int64_t)1 << bits) + i;
             shards_read_sample(&s, 9, sample, tokens, targets);
             const int want = first[shards_order(9, sample / WINDOWS, sample % WINDOWS, WINDOWS)];
-            EXPECT(tokens[0] == want, "sample 2^%d + %d begins with %d, not %d", bits, i, tokens[0], want);
+            EXPECT(tokens[0] == want, "sample 2^%d + %d begins with %d, not %d", bits, i, tokens[0],
+                   want);
             other += want != first[shards_order(9, i / WINDOWS, i % WINDOWS, WINDOWS)];
         }
     EXPECT(other > 300, "%d of 600 differ from those of the lower bits", other);
@@ -231,11 +244,12 @@ static void test_shards_samples_beyond_32_bits(void) {
     free(pattern);
 }
 
-// Both widths may be mixed; tokens beyond 16 bits come back.
+// Both widths may be mixed; tokens above 16 bits are read back.
 static void test_shards_wide(void) {
     int tokens[2], targets[2];
     const char *dir = test_directory();
-    char *narrow = xprintf("%s/a", dir), *wide = xprintf("%s/b", dir), *pattern = xprintf("%s/*.bin", dir);
+    char *narrow = xprintf("%s/a", dir), *wide = xprintf("%s/b", dir),
+        *pattern = xprintf("%s/*.bin", dir);
     write_shard(narrow, 65536, 65533, 3);
     write_shard(wide, 200000, 131070, 3);
     Shards s;
@@ -282,10 +296,14 @@ static void test_shards_errors(void) {
     expect_shards_exit("cut_000000.bin: cut short", xprintf("%s/*.bin", dir), 4, 1000, -1);
     expect_shards_exit("--seq-len", xprintf("%s/[ac]_*.bin", dir), 4, 1000, -1);
     expect_shards_exit(NULL, xprintf("%s/b_*.bin", dir), 4, 109, 1);
-    expect_shards_exit("b_000000.bin: token 7 is 107, but the vocabulary has 107", xprintf("%s/b_*.bin", dir), 4, 107, -1);
-    expect_shards_exit(NULL, xprintf("%s/[bd]_*.bin", dir), 4, 109, 1);          // only the first is read at once ...
-    expect_shards_exit("d_000000.bin: token 0 is 300", xprintf("%s/[bd]_*.bin", dir), 4, 109, 2);   // ... the others later
-    expect_shards_exit("d_000000.bin: token 4 is 304", xprintf("%s/[bd]_*.bin", dir), 4, 304, 2);   // a target counts too
+    expect_shards_exit("b_000000.bin: token 7 is 107, but the vocabulary has 107",
+                       xprintf("%s/b_*.bin", dir), 4, 107, -1);
+    // only the first is checked at once ...
+    expect_shards_exit(NULL, xprintf("%s/[bd]_*.bin", dir), 4, 109, 1);
+    // ... the others later
+    expect_shards_exit("d_000000.bin: token 0 is 300", xprintf("%s/[bd]_*.bin", dir), 4, 109, 2);
+    // a target counts, too
+    expect_shards_exit("d_000000.bin: token 4 is 304", xprintf("%s/[bd]_*.bin", dir), 4, 304, 2);
     free(cut);
 }
 
@@ -309,7 +327,7 @@ static void test_shards_order_permutes(void) {
     EXPECT(last >= 0 && last < n, "%lld", (long long)last);
 }
 
-// Two random permutations of n agree in one place on average, and in more than 10 once in 10^8.
+// Two random permutations of n agree in one position on average, and in more than 10 once in 10^8.
 static void test_shards_order_differs(void) {
     enum { N = 1000 };
     int same[4] = {0, 0, 0, 0};
@@ -318,34 +336,38 @@ static void test_shards_order_differs(void) {
         same[0] += at == shards_order(42, 1, i, N);                    // another epoch
         same[1] += at == shards_order(43, 0, i, N);                    // another seed
         same[2] += at == shards_order(42 + ((uint64_t)1 << 32), 0, i, N);
-        same[3] += at == i;                                            // no order at all
+        same[3] += at == i;                                            // not the identity
     }
-    for (int k = 0; k < 4; k++) EXPECT(same[k] <= 10, "case %d: %d of %d samples keep their place", k, same[k], N);
+    for (int k = 0; k < 4; k++)
+        EXPECT(same[k] <= 10, "case %d: %d of %d samples keep their place", k, same[k], N);
 }
 
-// Over seeds, the places of the first two of n samples are equally often each of n(n-1) pairs: chi-square, whose mean is
-// its degrees of freedom f and whose standard deviation is sqrt(2f). Eight rounds are still 10% off at n = 16.
+// Over seeds, the positions of the first two of n samples are equally often each of n(n-1) pairs:
+// chi-square, with mean f, its degrees of freedom, and standard deviation sqrt(2f). Eight rounds
+// are still 10% off at n = 16.
 static void test_shards_order_uniform(void) {
     enum { SEEDS = 40000 };
     static const int sizes[3] = {16, 40, 50};
     for (int k = 0; k < 3; k++) {
         int n = sizes[k], *count = (int *)xcalloc((size_t)(n * n), sizeof *count);
         for (int seed = 0; seed < SEEDS; seed++)
-            count[shards_order((uint64_t)seed, 0, 0, n) * n + shards_order((uint64_t)seed, 0, 1, n)]++;
+            count[shards_order((uint64_t)seed, 0, 0, n) * n + shards_order((uint64_t)seed, 0, 1,
+                n)]++;
         double f = n * (n - 1.0) - 1, expected = SEEDS / (f + 1), chi2 = 0;
         for (int i = 0; i < n * n; i++)
             if (i / n != i % n) chi2 += (count[i] - expected) * (count[i] - expected) / expected;
         EXPECT_CLOSE(chi2, f, 5 * sqrt(2 * f), "chi-square");
         free(count);
     }
-    // A random permutation moves a sample by n/3 on average, give or take n sqrt(1/18) / sqrt(n).
+    // A random permutation moves a sample by n/3 on average, with standard error n sqrt(1/18) /
+    // sqrt(n).
     enum { N = 3000 };
     double moved = 0;
     for (int i = 0; i < N; i++) moved += llabs((long long)shards_order(7, 5, i, N) - i);
     EXPECT_CLOSE(moved / N, N / 3.0, 5 * sqrt(N / 18.0), "mean displacement");
 }
 
-// Each epoch shows every window once, and a sample is the same whichever were read before.
+// Each epoch visits every window once, and a sample does not depend on which were read before.
 static void test_shards_samples(void) {
     enum { T = 4, WINDOWS = 7, EPOCHS = 3 };
     int tokens[T], targets[T], first[EPOCHS * WINDOWS], moved = 0;
@@ -364,7 +386,8 @@ static void test_shards_samples(void) {
             sum += first[epoch * WINDOWS + i];
             moved += first[epoch * WINDOWS + i] != first[i];
             for (int j = 0; j < i; j++)
-                EXPECT(first[epoch * WINDOWS + i] != first[epoch * WINDOWS + j], "epoch %d shows a window twice", epoch);
+                EXPECT(first[epoch * WINDOWS + i] != first[epoch * WINDOWS + j],
+                       "epoch %d shows a window twice", epoch);
         }
         EXPECT(sum == 100 + 104 + 300 + 304 + 308 + 312 + 316, "epoch %d", epoch);
     }
@@ -375,9 +398,10 @@ static void test_shards_samples(void) {
     free(pattern);
 }
 
-// A path that exists means itself; without one, characters are those of patterns.
+// A path that exists stands for itself; otherwise it is a pattern.
 static void test_shards_literal_names(void) {
-    static const char *const names[] = {"a[1].bin", "b{x,y}.bin", "c,d.bin", "e\\f.bin", "~g.bin", "h*?.bin", "[1]\\*,.bin"};
+    static const char *const names[] = {"a[1].bin", "b{x,y}.bin", "c,d.bin", "e\\f.bin", "~g.bin",
+                                        "h*?.bin", "[1]\\*,.bin"};
     const char *dir = test_directory();
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         char *path = xprintf("%s/%s", dir, names[i]);
@@ -392,7 +416,8 @@ static void test_shards_literal_names(void) {
 }
 
 static void test_lfs_pointers(void) {
-    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n";
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize "
+        "12345\n";
     Shard s;
     Json d;
     EXPECT_ERROR(shard_parse(&s, pointer, sizeof pointer - 1), "Git LFS pointer");
@@ -405,9 +430,10 @@ static void test_lfs_pointers(void) {
     EXPECT_ERROR(choices_parse(&c, pointer, sizeof pointer - 1), "Git LFS pointer");
 }
 
-// The same where a user names the file: it is never taken for text, nor passed over.
+// The same if a user names the file: it is never treated as text, nor skipped.
 static void test_lfs_pointers_named(void) {
-    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n";
+    static const char pointer[] = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize "
+        "12345\n";
     static const char *const names[] = {"run.txt", "tokenizer.json", "text.txt"};
     const char *dir = test_directory();
     for (int i = 0; i < 3; i++) {
@@ -417,11 +443,14 @@ static void test_lfs_pointers_named(void) {
     }
     char *vocabulary = xprintf("%s/vocab.json", dir);
     file_write_whole(vocabulary, "{\"a\": 0, \"<|endoftext|>\": 1}", 28);
-    ToolRun runs[] = {tool_run("train_gpt --config %s/run.txt", dir), tool_run("data_bytes --out %s/d %s/text.txt", dir, dir),
+    ToolRun runs[] = {tool_run("train_gpt --config %s/run.txt", dir),
+                      tool_run("data_bytes --out %s/d %s/text.txt", dir, dir),
                       tool_run("data_bytes --out %s/d %s", dir, dir),
-                      tool_run("train_gpt --train '%s/*.bin' --tokenizer %s --out %s/out", dir, vocabulary, dir)};
+                      tool_run("train_gpt --train '%s/*.bin' --tokenizer %s --out %s/out", dir,
+                               vocabulary, dir)};
     for (size_t i = 0; i < sizeof runs / sizeof runs[0]; i++)
-        tool_expect(1, "a Git LFS pointer, not the file itself\n  hint: git lfs pull", runs[i], __FILE__, __LINE__);
+        tool_expect(1, "a Git LFS pointer, not the file itself\n  hint: git lfs pull", runs[i],
+                    __FILE__, __LINE__);
     free(vocabulary);
 }
 

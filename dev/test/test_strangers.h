@@ -1,5 +1,6 @@
-// Tests of the rendezvous against whoever else may be on the other end: silence, noise, half a message, a length beyond all
-// memory. A rank says what is wrong and ends within its time limits, or goes on without the stranger.
+// Tests of the rendezvous against anything that may be on the other end: silence, noise, incomplete
+// messages, huge lengths. A rank reports the problem and ends within its time limits, or continues
+// without the stranger.
 #ifndef TEST_STRANGERS_H
 #define TEST_STRANGERS_H
 
@@ -8,12 +9,12 @@
 #include "test.h"
 #include "test_comm.h"
 
-// ---- A rank 0 that is none ----
+// ---- A false rank 0 ----
 
 enum { SAYS_NOTHING, SAYS_NOISE, SAYS_HALF, SAYS_NONSENSE, SAYS_TOO_MUCH, JOINS_THEN_NOISE,
        JOINS_THEN_CLOSES, CLOSES, PROVES_NOTHING, PROVES_AN_EARLIER, PROVES_THE_GUESTS };
 
-// Answers one guest as rank 0 does, but for its proof. Returns whether the guest stays.
+// Answers one guest like rank 0, except for the proof. Returns whether the guest stays.
 static inline int strangers_let_in(int fd, int what, double until) {
     unsigned char hello[COMM_HELLO], answer[COMM_ANSWER], proof[SHA256_BYTES], guest[SHA256_BYTES];
     unsigned char nonce[COMM_NONCE] = "any", ack;
@@ -71,9 +72,10 @@ static inline void strangers_end(pid_t child) {
     waitpid(child, NULL, 0);
 }
 
-// One rank's end beside a stranger at `there`, who does `what`. The caller frees it.
-static inline TestEnd strangers_meet(const TestRank *rank, const char *place, double join, double silence,
-                                     void (*stranger)(const char *, int), const char *there, int what) {
+// How one rank ends when facing a stranger at `there`, who does `what`. The caller frees it.
+static inline TestEnd strangers_meet(const TestRank *rank, const char *place, double join,
+                                     double silence, void (*stranger)(const char *, int),
+                                     const char *there, int what) {
     TestEnd end[COMM_TEST_MOST];
     const pid_t child = strangers_fork();
     if (!child) stranger(there, what);
@@ -84,27 +86,33 @@ static inline TestEnd strangers_meet(const TestRank *rank, const char *place, do
 
 static void test_strangers_as_rank_0(void) {
     static const struct { int what; double join; const char *part; } fate[] = {
-        {SAYS_NOTHING, 1, "has not found rank 0 within 1 s"}, {SAYS_HALF, 1, "accepts the connection but does not answer"},
+        {SAYS_NOTHING, 1, "has not found rank 0 within 1 s"},
+        {SAYS_HALF, 1, "accepts the connection but does not answer"},
         {SAYS_NOISE, 30, "refuses rank 1: the process that answers is not rank 0 of this program"},
         {SAYS_NONSENSE, 30, "refuses rank 1: its answer is invalid"},
         {SAYS_TOO_MUCH, 30, "says: the process that answers is not rank 0 of this program"},
         {JOINS_THEN_NOISE, 30, "says: the process that answers is not rank 0 of this program"},
         {JOINS_THEN_CLOSES, 30, "disconnected before all ranks had joined"},
-        {PROVES_NOTHING, 30, "refuses rank 1: the process that answers does not know the job token"},
-        {PROVES_AN_EARLIER, 30, "refuses rank 1: the process that answers does not know the job token"},
-        {PROVES_THE_GUESTS, 30, "refuses rank 1: the process that answers does not know the job token"}};
+        {PROVES_NOTHING, 30, "refuses rank 1: the process that answers does not know the job "
+         "token"},
+        {PROVES_AN_EARLIER, 30, "refuses rank 1: the process that answers does not know the job "
+         "token"},
+        {PROVES_THE_GUESTS, 30, "refuses rank 1: the process that answers does not know the job "
+         "token"}};
     static const TestRank guest[1] = {{1, 2, 0, 0, NULL}};
     for (size_t i = 0; i < sizeof fate / sizeof *fate; i++) {
         const char *place = comm_test_place(0);
-        TestEnd end = strangers_meet(guest, place, fate[i].join, 30, strangers_host, place, fate[i].what);
+        TestEnd end = strangers_meet(guest, place, fate[i].join, 30, strangers_host, place,
+                                     fate[i].what);
         EXPECT_END(end, 1, fate[i].part);
         comm_test_free(&end, 1);
     }
 }
 
-// ---- A rank 1 that knows the token and then loses its mind ----
+// ---- A rank 1 that knows the token and then misbehaves ----
 
-enum { SENDS_A_HUGE_LENGTH, SENDS_NOISE, SENDS_HALF_AND_CLOSES, IS_SILENT, TELLS_NOISE, TELLS_A_DEATH };
+enum { SENDS_A_HUGE_LENGTH, SENDS_NOISE, SENDS_HALF_AND_CLOSES, IS_SILENT, TELLS_NOISE,
+       TELLS_A_DEATH };
 
 static inline void NORETURN strangers_guest(const char *place, int what) {
     CommHello h;
@@ -122,11 +130,12 @@ static inline void NORETURN strangers_guest(const char *place, int what) {
         int final = 0;
         while ((fd[k] = comm_introduce(a, &h, "the job", until, why, &final)) < 0) usleep(10000);
     }
-    comm_move(fd[0], complete, NULL, sizeof complete, until);      // the run begins
+    comm_move(fd[0], complete, NULL, sizeof complete, until);      // the run starts
     const CommFrame huge = {2, COMM_SUM, UINT64_MAX - 7};
     if (what == SENDS_A_HUGE_LENGTH) comm_move(fd[0], NULL, &huge, sizeof huge, until);
     if (what == SENDS_NOISE) comm_move(fd[0], NULL, noise, sizeof noise, until);
-    if (what == SENDS_HALF_AND_CLOSES) comm_move(fd[0], NULL, &huge, sizeof huge / 2, until), close(fd[0]), close(fd[1]);
+    if (what == SENDS_HALF_AND_CLOSES)
+        comm_move(fd[0], NULL, &huge, sizeof huge / 2, until), close(fd[0]), close(fd[1]);
     if (what == TELLS_NOISE) comm_move(fd[1], NULL, noise, sizeof noise, until);
     noise[0] = 'D', noise[1] = 0x1B;
     if (what == TELLS_A_DEATH) comm_move(fd[1], NULL, noise, sizeof noise, until);
@@ -151,9 +160,9 @@ static void test_strangers_as_rank_1(void) {
     }
 }
 
-// ---- Who has seen the wire, and who was held up ----
+// ---- Eavesdroppers and delays ----
 
-// Connects, as soon as somebody listens.
+// Connects as soon as somebody listens.
 static inline int strangers_connect(const char *place) {
     int status, fd;
     struct addrinfo *a = comm_resolve("127.0.0.1", atoi(strrchr(place, ':') + 1), 0, &status);
@@ -162,7 +171,7 @@ static inline int strangers_connect(const char *place) {
     return fd;
 }
 
-// Sends this hello; the challenge is the answer.
+// Sends this hello and receives the challenge.
 static inline int strangers_hello(const char *place, const unsigned char hello[COMM_HELLO],
                                   unsigned char nonce[COMM_NONCE]) {
     unsigned char back[COMM_ANSWER];
@@ -185,8 +194,8 @@ static inline void strangers_hello_of_rank_1(unsigned char hello[COMM_HELLO], in
 
 enum { SHOWS_THE_SAME, SHOWS_THE_SHA, SHOWS_THE_CHALLENGE, SHOWS_RANK_0S, SHOWS_WAYS };
 
-// Tries to join with what a listener knows of an earlier rendezvous of the same token, and then, as
-// the true rank 1, with the token.
+// Tries to join with what an eavesdropper knows of an earlier rendezvous with the same token, and
+// then, as the true rank 1, with the token.
 static inline void NORETURN strangers_listener(const char *place, int what) {
     static const TestRank rank = {1, 2, 0, 0, NULL};
     const double until = clock_seconds() + 30;
@@ -210,8 +219,8 @@ static inline void NORETURN strangers_listener(const char *place, int what) {
     comm_test_child(&rank, place, 30, 30);
 }
 
-// Joins as rank 1 of three up to some point, and closes, as a rank does that gives up an attempt or
-// is killed and started again. Then the true ranks 1 and 2 come.
+// Joins as rank 1 of three up to some stage, and closes, like a rank that abandons an attempt or is
+// killed and restarted. Then the true ranks 1 and 2 join.
 static inline void NORETURN strangers_stale(const char *place, int stage) {
     static const TestRank rank[2] = {{1, 3, 0, 0, NULL}, {2, 3, 0, 0, NULL}};
     const double until = clock_seconds() + 30;
@@ -228,14 +237,15 @@ static inline void NORETURN strangers_stale(const char *place, int stage) {
         if (stage >= 3) comm_move(fd[kind], back, NULL, sizeof back, until);
         if (stage >= 4) comm_move(fd[kind], NULL, "", 1, until);
     }
-    if (stage >= 4) usleep(300000);                      // so that its place is taken, mostly
+    // usually long enough for its slot to be taken
+    if (stage >= 4) usleep(300000);
     close(fd[0]), close(fd[1]);
     const int second = fork() == 0;
-    if (!second) usleep(300000);                         // rank 2 is the last that is missing
+    if (!second) usleep(300000);                         // rank 2 is the last one missing
     comm_test_child(&rank[second], place, 30, 30);
 }
 
-// What was seen on the wire of an earlier rendezvous admits nobody to this one.
+// Nothing seen on the wire of an earlier rendezvous lets anyone join this one.
 static void test_strangers_replay(void) {
     static const TestRank host[1] = {{0, 2, 0, 0, NULL}};
     for (int what = 0; what < SHOWS_WAYS; what++) {
@@ -246,8 +256,8 @@ static void test_strangers_replay(void) {
     }
 }
 
-// An attempt that was given up takes nobody's place, however far it came; nor does a rank that was
-// killed while it waited for the others.
+// An abandoned attempt occupies no slot, however far it came; nor does a rank that was killed while
+// waiting for the others.
 static void test_strangers_stale_attempt(void) {
     static const TestRank host[1] = {{0, 3, 0, 0, NULL}};
     for (int stage = 0; stage < 5; stage++) {
@@ -259,7 +269,7 @@ static void test_strangers_stale_attempt(void) {
     }
 }
 
-// Rank 0 is held up between listen and accept for longer than its guest waits for an answer.
+// Rank 0 is delayed between listen and accept for longer than its guest waits for an answer.
 static void test_strangers_held_up(void) {
     const CommTimes times = {30, 0.1, 30, 0.1};
     const char *place = comm_test_place(0);
@@ -291,19 +301,22 @@ static void test_strangers_held_up(void) {
     strangers_end(host);
 }
 
-// ---- The file of a rendezvous ----
+// ---- The rendezvous file ----
 
-// The file of a rendezvous names addresses in numbers: a name in it is not looked up, and a file of any size is not read.
+// The file contains numeric addresses: a name in it is not resolved, and an oversized file is not
+// read.
 static void test_strangers_write_the_file(void) {
     static const TestRank guest[1] = {{1, 2, 0, 0, NULL}};
     static const char *const parts[2] = {"is rank 0 running", "it is too long for a rendezvous"};
     char token[SHA256_HEX];
     sha256_hex(token, "the job", 7);
     for (int i = 0; i < 2; i++) {
-        char *place = xstrdup(comm_test_place(1)), *path = xprintf("%s/droppath-%.32s", place + 4, token);
+        char *place = xstrdup(comm_test_place(1)), *path = xprintf("%s/droppath-%.32s", place + 4,
+                                                                   token);
         Text t = {NULL, 0, 0};
         char *tcp = xstrdup(comm_test_place(0));
-        text_printf(&t, "droppath rendezvous 1\n%s\n%s\n", strrchr(tcp, ':') + 1, i ? "127.0.0.1" : "localhost");
+        text_printf(&t, "droppath rendezvous 1\n%s\n%s\n", strrchr(tcp, ':') + 1,
+                    i ? "127.0.0.1" : "localhost");
         while (i && t.n <= COMM_PLACE) text_append(&t, "127.0.0.1\n", 10);
         directory_make(place + 4);
         file_write_whole(path, t.s, t.n);
@@ -321,7 +334,7 @@ static inline char *strangers_path(const char *place) {
     return xprintf("%s/droppath-%.32s", place + 4, token);
 }
 
-// Nobody else may write the file, nor read it, whatever the umask.
+// Nobody else may write or read the file, whatever the umask.
 static void test_strangers_umask(void) {
     static const TestRank rank = {0, 2, 0, 0, NULL};
     const char *place = comm_test_place(1);
@@ -354,7 +367,7 @@ static inline void strangers_plant(const char *path, const char *target, int wha
     if (error) die("%s: %s", path, strerror(errno));
 }
 
-// What has the file's name, or its temporary's, is replaced and not written to; nothing hangs.
+// Anything with the file's name, or its temporary's, is replaced and not written to; nothing hangs.
 static void test_strangers_planted_before_rank_0(void) {
     static const TestRank ranks[2] = {{0, 2, 0, 0, NULL}, {1, 2, 0, 0, NULL}};
     for (int i = 0; i < 2 * REPLACED_WAYS; i++) {

@@ -1,4 +1,4 @@
-// test_supervise.h: a test that crashes, exits or never ends fails alone, and what it has started ends with it.
+// test_supervise.h: a test that crashes, exits or hangs fails alone, and its children end with it.
 #ifndef TEST_SUPERVISE_H
 #define TEST_SUPERVISE_H
 
@@ -9,7 +9,8 @@
 enum { FAKE_PASSES, FAKE_FAILS, FAKE_ABORTS, FAKE_EXITS, FAKE_HANGS, FAKE_PASSES_AGAIN, FAKES };
 
 static const char *fake_name(int i) {
-    static const char *const names[FAKES] = {"passes", "fails", "aborts", "exits", "hangs", "passes_again"};
+    static const char *const names[FAKES] = {"passes", "fails", "aborts", "exits", "hangs",
+                                             "passes_again"};
     return names[i];
 }
 
@@ -20,7 +21,8 @@ static int fake_run(int i) {
     case FAKE_ABORTS: signal(SIGABRT, SIG_DFL), abort();
     case FAKE_EXITS: exit(3);
     case FAKE_HANGS:
-        if (fork() >= 0)                                 // the parent, and the child that it has left behind
+        // the parent, and the child that it has left behind
+        if (fork() >= 0)
             for (;;) pause();
     }
     return 1;
@@ -28,11 +30,11 @@ static int fake_run(int i) {
 
 static void fake_leak(void) { _exit(23); }
 static int fake_run_and_leak(int i) {
-    if (i == FAKE_PASSES_AGAIN) atexit(fake_leak);       // as a sanitizer's exit code
+    if (i == FAKE_PASSES_AGAIN) atexit(fake_leak);       // like a sanitizer's exit code
     return i == FAKE_PASSES || i == FAKE_PASSES_AGAIN;
 }
 
-// The output of a supervised list, which ends with the number that passed and the exit code.
+// The output of a supervised list, followed by the number that passed and the exit code.
 static Text supervised_output(int (*run)(int)) {
     int ends[2];
     Text out = {0};
@@ -52,7 +54,7 @@ static Text supervised_output(int (*run)(int)) {
     }
     close(ends[1]);
     char part[4096];
-    // To the end of the pipe, which comes when the last process that holds it is gone: those that hang, too.
+    // Reads until the pipe is closed by the last process that holds it, including those that hang.
     for (ssize_t n; (n = read(ends[0], part, sizeof part)) > 0;) text_append(&out, part, (size_t)n);
     close(ends[0]);
     waitpid(child, NULL, 0);
@@ -63,10 +65,12 @@ static void test_supervise_goes_on(void) {
     Text out = supervised_output(fake_run);
     static const char *const parts[] = {
         "running passes\n", "running fails\n", "running aborts\n",
-        "    ended by signal 6", "FAIL aborts\n",                   // an emulator of a processor says a line before the first
-        "running exits\n    ended with exit code 3\nFAIL exits\n", "running hangs\n    no end after 2 s (TEST_LIMIT)\nFAIL hangs\n",
+        // a processor emulator prints a line before the first
+        "    ended by signal 6", "FAIL aborts\n",
+        "running exits\n    ended with exit code 3\nFAIL exits\n",
+        "running hangs\n    no end after 2 s (TEST_LIMIT)\nFAIL hangs\n",
         "running passes_again\n2 passed, code 0\n"};
-    const char *at = out.s;                                      // one after the other
+    const char *at = out.s;                                      // in this order
     for (size_t i = 0; at && i < sizeof parts / sizeof parts[0]; i++) {
         at = strstr(at, parts[i]);
         EXPECT(at, "\"%s\" is missing, or too early, in: %s", parts[i], out.s);

@@ -1,4 +1,5 @@
-// test_tokenizer.h: both file formats whole and damaged, GPT-2's pieces and merges on a small vocabulary, bytes.
+// test_tokenizer.h: both file formats, valid and damaged, GPT-2's pieces and merges on a small
+// vocabulary, bytes.
 #ifndef TEST_TOKENIZER_H
 #define TEST_TOKENIZER_H
 
@@ -6,12 +7,14 @@
 #include "../files/files.h"
 #include "test.h"
 
-// A vocabulary in GPT-2's manner: the 256 bytes, merges in the order learned, end-of-text.
+// A vocabulary like GPT-2's: the 256 bytes, merges in the order learned, end-of-text.
 static const char *const test_merges[] = {
-    "th", "he", "the", " t", " the", "in", "ing", "aa", "bc", "ab", "  ", "\n\n", "12", "'s", "\xC3\xA9", TOKENIZER_EOT,
+    "th", "he", "the", " t", " the", "in", "ing", "aa", "bc", "ab", "  ", "\n\n", "12", "'s",
+    "\xC3\xA9", TOKENIZER_EOT,
 };
 enum { TEST_MERGES = sizeof test_merges / sizeof *test_merges, TEST_V = 256 + TEST_MERGES };
-enum { TH = 256, HE, THE, _T, _THE, IN, ING, AA, BC, AB, TWO_SPACES, TWO_LINES, TWELVE, _S, E_ACUTE, EOT };
+enum { TH = 256, HE, THE, _T, _THE, IN, ING, AA, BC, AB, TWO_SPACES, TWO_LINES, TWELVE, _S, E_ACUTE,
+       EOT };
 
 // Its tokenizer.bin.
 static Text make_llmc_file(uint32_t version, uint32_t V, uint32_t eot) {
@@ -32,7 +35,8 @@ static Text make_llmc_file(uint32_t version, uint32_t V, uint32_t eot) {
     return file;
 }
 
-// A byte as \u escapes in GPT-2's alphabet: the three printing ranges are written out, the others counted.
+// A byte as \u escapes in GPT-2's alphabet: the three printable ranges are literal, the others
+// numbered.
 static void write_byte(Text *file, int byte) {
     int others = 0;
     for (int b = 0; b <= byte; b++) {
@@ -49,7 +53,8 @@ static Text make_json_file(void) {
     for (int i = TEST_V - 1; i >= 0; i--) {
         text_printf(&file, "\"");
         if (i < 256) write_byte(&file, i);
-        else for (const char *p = test_merges[i - 256]; *p; p++) write_byte(&file, (unsigned char)*p);
+        else for (const char *p = test_merges[i - 256]; *p; p++)
+            write_byte(&file, (unsigned char)*p);
         text_printf(&file, "\": %d%s", i, i ? ", " : "}");
     }
     return file;
@@ -67,8 +72,10 @@ static void expect_test_vocabulary(Tokenizer *t) {
     EXPECT(t->V == TEST_V && t->eot == EOT, "V %d, end-of-text %d", t->V, t->eot);
     for (int i = 0; i < t->V; i++) {
         int n;
-        const char byte = (char)i, *want = i < 256 ? &byte : test_merges[i - 256], *got = tokenizer_bytes(t, i, &n);
-        EXPECT(n == (i < 256 ? 1 : (int)strlen(want)) && !memcmp(got, want, (size_t)n), "token %d: %.*s", i, n, got);
+        const char byte = (char)i, *want = i < 256 ? &byte : test_merges[i - 256],
+            *got = tokenizer_bytes(t, i, &n);
+        EXPECT(n == (i < 256 ? 1 : (int)strlen(want)) && !memcmp(got, want, (size_t)n),
+               "token %d: %.*s", i, n, got);
         EXPECT(tokenizer_text_length(t, i) == (i == EOT ? 0 : n), "text length of token %d", i);
     }
     tokenizer_free(t);
@@ -82,7 +89,7 @@ static void test_tokenizer_formats(void) {
     expect_test_vocabulary(&t);
 }
 
-// Version 1 does not say which token ends a text: it is GPT-2's.
+// Version 1 does not specify its end-of-text token: it is GPT-2's.
 static void test_tokenizer_version_1(void) {
     enum { V = 50257 };
     unsigned char header[LLMC_HEADER_BYTES];
@@ -103,7 +110,7 @@ static void test_tokenizer_version_1(void) {
     tokenizer_free(&t);
 }
 
-// Parses exactly `size` bytes of memory, so that a sanitizer sees a read beyond them.
+// Parses exactly `size` bytes of memory, so that a sanitizer detects a read beyond them.
 static void expect_tokenizer_error(const char *part, const char *bytes, size_t size) {
     char *mem = (char *)xcalloc(size, 1);
     if (size) memcpy(mem, bytes, size);
@@ -154,18 +161,21 @@ static void test_tokenizer_json_damage(void) {
         {"{\"a\": 0, \"b\": 9223372036854775807}", "not exactly 0"},
         {"{\"a\": 0, \"\": 1}", "token 1 is not written"},
         {"{\"a\": 0, \" \": 1}", "token 1 is not written"},            // a space is written U+0120
-        {"{\"\\u0143\": 0, \"\\u0144\": 1}", "token 1 is not written"},   // U+0143 is byte 173, the alphabet's last
+        // U+0143 is byte 173, the alphabet's last
+        {"{\"\\u0143\": 0, \"\\u0144\": 1}", "token 1 is not written"},
         {"{\"\\u65e5\": 0}", "token 0 is not written"},
         {"{\"version\": \"1.0\", \"model\": {\"vocab\": {}}}", "not a vocab.json"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         expect_tokenizer_error(cases[i][1], cases[i][0], strlen(cases[i][0]));
     Text file = make_json_file();
-    for (size_t size = 1; size < file.n; size += 13) expect_tokenizer_error("no valid JSON", file.s, size);
+    for (size_t size = 1; size < file.n; size += 13)
+        expect_tokenizer_error("no valid JSON", file.s, size);
     text_free(&file);
 }
 
-// A file of version 3: the 256 bytes, a token of `longest` bytes, end-of-text; `otherwise` as its header says.
+// A file of version 3: the 256 bytes, a token of `longest` bytes, end-of-text; `otherwise` is the
+// header's flag.
 static Text make_wide_file(uint32_t otherwise, uint32_t longest) {
     unsigned char header[LLMC_HEADER_BYTES], length[4];
     uint32_t words[5] = {20240328, 3, 258, 257, otherwise};
@@ -176,25 +186,29 @@ static Text make_wide_file(uint32_t otherwise, uint32_t longest) {
         const uint32_t n = i < 256 ? 1 : i == 256 ? longest : 3;
         for (int b = 0; b < 4; b++) length[b] = (unsigned char)(n >> 8 * b);
         text_append(&file, length, 4);
-        for (uint32_t b = 0; b < n; b++) text_append(&file, i < 256 ? (const char *)&i : i == 256 ? " " : &"end"[b], 1);
+        for (uint32_t b = 0; b < n; b++)
+            text_append(&file, i < 256 ? (const char *)&i : i == 256 ? " " : &"end"[b], 1);
     }
     return file;
 }
 
-// Tokens of 256 bytes and more, and a tokenizer that splits text otherwise: read, shown, but not asked to encode.
+// Tokens of more than 255 bytes, and a tokenizer that splits text differently: read and displayed,
+// but not used to encode.
 static void test_tokenizer_version_3(void) {
     Tokenizer t;
     int n, tokens[8];
     for (uint32_t otherwise = 0; otherwise < 2; otherwise++) {
         tokenizer_of(&t, make_wide_file(otherwise, 300));
         const char *got = tokenizer_bytes(&t, 256, &n);
-        EXPECT(t.V == 258 && t.eot == 257 && n == 300 && got[299] == ' ', "V %d, eot %d, %d bytes", t.V, t.eot, n);
+        EXPECT(t.V == 258 && t.eot == 257 && n == 300 && got[299] == ' ', "V %d, eot %d, %d bytes",
+               t.V, t.eot, n);
         const int64_t count = tokenizer_encode(&t, "ab", 2, tokens);
         EXPECT(count == (otherwise ? -2 : 2), "%lld tokens", (long long)count);
         tokenizer_free(&t);
     }
     Text file = make_wide_file(0, 300);
-    for (size_t size = LLMC_HEADER_BYTES; size < file.n; size += 7) expect_tokenizer_error("cut short", file.s, size);
+    for (size_t size = LLMC_HEADER_BYTES; size < file.n; size += 7)
+        expect_tokenizer_error("cut short", file.s, size);
     text_append(&file, "x", 1);
     expect_llmc_error("bytes follow", file);
     expect_llmc_error("unknown text-splitting flag", make_wide_file(2, 300));
@@ -202,20 +216,25 @@ static void test_tokenizer_version_3(void) {
     expect_llmc_error("more than 1 MiB", make_wide_file(0, (1 << 20) + 1));
 }
 
-// A tokenizer.json beside the file, and whether it lets this tokenizer encode.
+// A tokenizer.json beside the file, and whether it allows this tokenizer to encode.
 static void test_tokenizer_json_beside(void) {
     static const char level[] = "{\"type\": \"ByteLevel\", \"add_prefix_space\": false}";
-    static const char split[] = "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\"}, "
-                                "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": false}]}";
+    static const char split[] = "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": "
+        "\"Split\"}, "
+                                "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, "
+                                "\"use_regex\": false}]}";
     static const char one[] = "{\"type\": \"Sequence\", \"pretokenizers\": "
                               "[{\"type\": \"ByteLevel\", \"add_prefix_space\": false}]}";
-    static const struct { const char *normalizer, *splits, *more, *merges, *added; int decode_only; } cases[] = {
+    static const struct { const char *normalizer, *splits, *more, *merges, *added; int decode_only;
+                          } cases[] = {
         {"null", level, "", "\"t h\", \"h e\", [\"t\", \"he\"]", "", 0},
         {"{\"type\": \"Sequence\", \"normalizers\": []}", one,
          ", \"dropout\": null, \"end_of_word_suffix\": \"\"", "", "", 0},
-        {"null", level, "", "", "{\"id\": 3, \"special\": true}, {\"id\": 271, \"special\": false}", 0},
-        {"{\"type\": \"NFC\"}", level, "", "", "", 1}, {"null", split, "", "", "", 1}, {"null", "null", "", "", "", 1},
-        {"null", "{\"type\": \"ByteLevel\"}", "", "", "", 1}, {"null", level, ", \"ignore_merges\": true", "", "", 1},
+        {"null", level, "", "", "{\"id\": 3, \"special\": true}, {\"id\": 271, \"special\": false}",
+         0},
+        {"{\"type\": \"NFC\"}", level, "", "", "", 1}, {"null", split, "", "", "", 1},
+        {"null", "null", "", "", "", 1}, {"null", "{\"type\": \"ByteLevel\"}", "", "", "", 1},
+        {"null", level, ", \"ignore_merges\": true", "", "", 1},
         {"null", level, ", \"type\": \"WordPiece\"", "", "", 1},
         {"null", level, "", "", "{\"id\": 3, \"special\": false}", 1},
         {"null", level, "", "\"h e\", \"t h\"", "", 1}, {"null", level, "", "\"x y\"", "", 1},
@@ -230,20 +249,21 @@ static void test_tokenizer_json_beside(void) {
         Text beside = {NULL, 0, 0};
         text_printf(&beside, "{\"normalizer\": %s, \"pre_tokenizer\": %s, \"added_tokens\": [%s], "
                     "\"model\": {\"merges\": [%s]%s}}",
-                    cases[i].normalizer, cases[i].splits, cases[i].added, cases[i].merges, cases[i].more);
+                    cases[i].normalizer, cases[i].splits, cases[i].added, cases[i].merges,
+                    cases[i].more);
         file_write_whole(json, beside.s, beside.n);
         tokenizer_load(&t, path);
         EXPECT(t.decode_only == cases[i].decode_only, "case %d: %s", (int)i, beside.s);
         tokenizer_free(&t), text_free(&beside);
     }
-    file_write_whole(json, "{", 1);                      // what cannot be read says nothing
+    file_write_whole(json, "{", 1);                      // an unreadable one has no effect
     tokenizer_load(&t, path);
     EXPECT(!t.decode_only, "a broken file beside it");
     tokenizer_free(&t), text_free(&file);
     free(path), free(json);
 }
 
-// A byte-order mark before a vocabulary is no part of it; compressed ones are named.
+// A byte-order mark before a vocabulary is not part of it; compressed files are reported.
 static void test_tokenizer_byte_order_mark(void) {
     Text plain = make_json_file(), marked = {NULL, 0, 0};
     text_append(&marked, "\xEF\xBB\xBF", 3);
@@ -258,8 +278,9 @@ static void test_tokenizer_byte_order_mark(void) {
 
 static void test_tokenizer_may_differ(void) {
     static const struct { const char *text; int differs; } cases[] = {
-        {"plain, isn't it?\n", 0}, {"na\xC3\xAFve \xE6\x97\xA5\xE6\x9C\xAC \xD0\x94\xD0\xB0", 0}, {"a \xE2\x80\x94 b", 1},
-        {"\xC2\xA0", 1}, {"\xC3\x97", 1}, {"\xF0\x9F\x98\x80", 1}, {"\xFF", 1}, {"a\xC3", 1}, {"", 0},
+        {"plain, isn't it?\n", 0}, {"na\xC3\xAFve \xE6\x97\xA5\xE6\x9C\xAC \xD0\x94\xD0\xB0", 0},
+        {"a \xE2\x80\x94 b", 1}, {"\xC2\xA0", 1}, {"\xC3\x97", 1}, {"\xF0\x9F\x98\x80", 1},
+        {"\xFF", 1}, {"a\xC3", 1}, {"", 0},
     };
     Tokenizer t;
     tokenizer_of(&t, make_json_file());
@@ -285,12 +306,13 @@ static void test_tokenizer_find_and_load(void) {
     const char *dir = test_directory();
     char *patterns = xprintf("%s/train_*.bin,/nowhere/*.bin", dir);
     EXPECT(!tokenizer_find(patterns), "found a tokenizer in an empty directory");
-    static const char *const names[3] = {"encoder.json", "vocab.json", "tokenizer.bin"};   // each wins over the one before
+    // each overrides the one before
+    static const char *const names[3] = {"encoder.json", "vocab.json", "tokenizer.bin"};
     for (int i = 0; i < 3; i++) {
         char *path = xprintf("%s/%s", dir, names[i]);
-        EXPECT_EXIT(1, path, load_tokenizer, path);                    // there is no such file
+        EXPECT_EXIT(1, path, load_tokenizer, path);                    // no such file
         file_write_whole(path, "{\"a\": 1}", 8);
-        EXPECT_EXIT(1, path, load_tokenizer, path);                    // it is damaged
+        EXPECT_EXIT(1, path, load_tokenizer, path);                    // damaged
         tokenizer_write_bytes(path);
         EXPECT_EXIT(0, "", load_tokenizer, path);
         char *found = tokenizer_find(patterns);
@@ -303,7 +325,7 @@ static void test_tokenizer_find_and_load(void) {
 
 // ---- Encoding ----
 
-// The pieces that GPT-2's expression finds, with a bar between them.
+// The pieces found by GPT-2's pattern, separated by bars.
 static void expect_pieces(const char *text, const char *want) {
     Text got = {NULL, 0, 0};
     size_t n = strlen(text);
@@ -330,7 +352,7 @@ static void test_tokenizer_pieces(void) {
     expect_pieces("na\xC3\xAFve \xE2\x80\x94 x", "na\xC3\xAFve| \xE2\x80\x94| x");
 }
 
-// Tokens end with -1.
+// Token lists end with -1.
 static void expect_tokens(const Tokenizer *t, const char *text, const int *want) {
     int got[64], n = 0;
     int64_t count = tokenizer_encode(t, text, strlen(text), got);
@@ -348,35 +370,40 @@ static void test_tokenizer_merges(void) {
         {" then", {_THE, 'n', -1}},
         {"this", {TH, 'i', 's', -1}},
         {"heth", {HE, TH, -1}},
-        {"aaa", {AA, 'a', -1}},                          // of equal ranks the leftmost
+        {"aaa", {AA, 'a', -1}},                          // of equal ranks, the leftmost
         {"aaaa", {AA, AA, -1}},
         {"abc", {'a', BC, -1}},                          // bc was learned before ab
         {"things", {TH, ING, 's', -1}},
         {"a's", {'a', _S, -1}},
-        {"a  b", {'a', ' ', ' ', 'b', -1}},              // one space belongs to b: they do not merge
+        {"a  b", {'a', ' ', ' ', 'b', -1}},              // one space belongs to b: they do not
+                                                         // merge
         {"a  ", {'a', TWO_SPACES, -1}},
         {"a\n\nb", {'a', '\n', '\n', 'b', -1}},
         {"123", {TWELVE, '3', -1}},
         {"\xC3\xA9", {E_ACUTE, -1}},
-        {"\xFF\xC3", {0xFF, 0xC3, -1}},                  // no UTF-8: bytes all the same
+        {"\xFF\xC3", {0xFF, 0xC3, -1}},                  // not UTF-8: bytes nevertheless
         {TOKENIZER_EOT, {'<', '|', 'e', 'n', 'd', 'o', 'f', 't', 'e', 'x', 't', '|', '>', -1}},
     };
     Tokenizer t;
     tokenizer_of(&t, make_json_file());
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) expect_tokens(&t, cases[i].text, cases[i].want);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        expect_tokens(&t, cases[i].text, cases[i].want);
     tokenizer_free(&t);
     static const int a_b[3] = {'a', 'b', -1};
     tokenizer_of(&t, make_llmc_file(2, TEST_V, AB));
-    expect_tokens(&t, "ab", a_b);                        // no text spells end-of-text, even if its name is a word
+    // no text encodes to end-of-text, even if its name is a word
+    expect_tokens(&t, "ab", a_b);
     tokenizer_free(&t);
 }
 
-// What is encoded decodes to the same bytes, in no more tokens than bytes; words of all lengths, any byte.
+// Encoded text decodes to the same bytes, in at most as many tokens as bytes; words of all lengths,
+// any byte.
 static void expect_round_trip(const Tokenizer *t, const char *alphabet, size_t letters) {
     enum { N = 20000 };
     char *text = (char *)xcalloc(N, 1);
     int *tokens = (int *)xcalloc(N, sizeof *tokens);
-    for (int i = 0; i < N; i++) text[i] = alphabet[rng_words(1, STREAM_TEST, 0, 0, (uint32_t)i).v[0] % letters];
+    for (int i = 0; i < N; i++)
+        text[i] = alphabet[rng_words(1, STREAM_TEST, 0, 0, (uint32_t)i).v[0] % letters];
     int64_t count = tokenizer_encode(t, text, N, tokens);
     EXPECT(count > 0 && count <= N, "%lld tokens", (long long)count);
     Text back = {NULL, 0, 0};
@@ -414,28 +441,33 @@ static void test_tokenizer_of_bytes(void) {
     for (int i = 0; i < 512; i++) text[i] = (char)(i < 256 ? i : 511 - i);
     EXPECT(tokenizer_encode(&t, text, 512, tokens) == 512, "not one token a byte");
     for (int i = 0; i < 512; i++)
-        EXPECT(tokens[i] == (unsigned char)text[i], "byte %d became token %d", (unsigned char)text[i], tokens[i]);
-    EXPECT(tokenizer_encode(&t, TOKENIZER_EOT, 13, tokens) == 13 && tokens[0] == '<', "text spelled end-of-text");
+        EXPECT(tokens[i] == (unsigned char)text[i], "byte %d became token %d",
+               (unsigned char)text[i], tokens[i]);
+    EXPECT(tokenizer_encode(&t, TOKENIZER_EOT, 13, tokens) == 13 && tokens[0] == '<',
+           "text spelled end-of-text");
     tokenizer_free(&t);
 }
 
 static void test_tokenizer_lacks_a_byte(void) {
     Tokenizer t;
     int tokens[8];
-    const char *vocabulary = "{\"a\": 0, \"b\": 1, \"ab\": 2}", *error = tokenizer_parse(&t, vocabulary, strlen(vocabulary));
+    const char *vocabulary = "{\"a\": 0, \"b\": 1, \"ab\": 2}",
+        *error = tokenizer_parse(&t, vocabulary, strlen(vocabulary));
     EXPECT(!error, "%s", error);
     if (error) return;
     EXPECT(t.eot == -1, "end-of-text %d", t.eot);
-    EXPECT(tokenizer_encode(&t, "abba", 4, tokens) == 3 && tokens[0] == 2 && tokens[1] == 1 && tokens[2] == 0, "abba");
+    EXPECT(tokenizer_encode(&t, "abba", 4, tokens) == 3 && tokens[0] == 2 && tokens[1] == 1 &&
+           tokens[2] == 0, "abba");
     EXPECT(tokenizer_encode(&t, "ab ba", 5, tokens) == -1, "a space was encoded");
     EXPECT(tokenizer_encode(&t, "abc", 3, tokens) == -1, "c was encoded");
     tokenizer_free(&t);
 }
 
-#define TOKENIZER_TESTS(X)                                                                                 \
-    X(tokenizer_formats) X(tokenizer_version_1) X(tokenizer_damage) X(tokenizer_json_damage)               \
-    X(tokenizer_json_beside) X(tokenizer_version_3) X(tokenizer_byte_order_mark) X(tokenizer_may_differ)                              \
-    X(tokenizer_find_and_load) X(tokenizer_pieces) X(tokenizer_merges) X(tokenizer_round_trip)             \
+#define TOKENIZER_TESTS(X)                                                                     \
+    X(tokenizer_formats) X(tokenizer_version_1) X(tokenizer_damage) X(tokenizer_json_damage)   \
+    X(tokenizer_json_beside) X(tokenizer_version_3) X(tokenizer_byte_order_mark)               \
+    X(tokenizer_may_differ)                                                                    \
+    X(tokenizer_find_and_load) X(tokenizer_pieces) X(tokenizer_merges) X(tokenizer_round_trip) \
     X(tokenizer_of_bytes) X(tokenizer_lacks_a_byte)
 
 #endif

@@ -1,4 +1,5 @@
-// The short form of dev/torture/: runs that are killed or whose disk fails, and the sums that say where a file is damaged.
+// The short form of dev/torture/: runs that are killed or whose disk fails, and the checksums that
+// locate damage in a file.
 #ifndef TEST_TORTURE_H
 #define TEST_TORTURE_H
 
@@ -9,11 +10,13 @@
 
 static void test_torture_short(void) {
     ToolRun r = tool_run("torture --short");
-    EXPECT(r.code == 0 && strstr(r.out.s, ", 0 failed"), "exit code %d: %s%s", r.code, r.out.s, r.err.s);
+    EXPECT(r.code == 0 && strstr(r.out.s, ", 0 failed"), "exit code %d: %s%s", r.code, r.out.s,
+           r.err.s);
     tool_free(&r);
 }
 
-// The first damaged MiB of a file is named, whichever it is; pieces of any size give the same sums.
+// The first damaged MiB of a file is identified, whichever it is; pieces of any size give the same
+// sums.
 static void test_torture_sums_tell_where(void) {
     const size_t block = FILE_SUM_BLOCK, n = 3 * block + 5;
     char *file = (char *)xcalloc(n, 1);
@@ -28,14 +31,17 @@ static void test_torture_sums_tell_where(void) {
     file_sum_end(&pieces);
     EXPECT_TEXT(pieces.hex, whole.hex);
     EXPECT_TEXT(pieces.marks.s, whole.marks.s);
-    EXPECT(whole.marks.n == 24 && whole.size == n, "%zu digits of %llu bytes", whole.marks.n, (unsigned long long)whole.size);
-    const size_t place[] = {0, block - 1, block, 2 * block - 1, 2 * block, 3 * block - 1, 3 * block, n - 1};
+    EXPECT(whole.marks.n == 24 && whole.size == n, "%zu digits of %llu bytes", whole.marks.n,
+           (unsigned long long)whole.size);
+    const size_t place[] = {0, block - 1, block, 2 * block - 1, 2 * block, 3 * block - 1, 3 * block,
+                            n - 1};
     for (size_t i = 0; i < sizeof place / sizeof place[0]; i++) {
         FileSum damaged;
         file[place[i]] ^= 4;
         file_sum(&damaged, file, n);
         file[place[i]] ^= 4;
-        EXPECT(strcmp(damaged.hex, whole.hex) && file_sum_differs(&damaged, whole.marks.s) == place[i] / block * block,
+        EXPECT(strcmp(damaged.hex, whole.hex) && file_sum_differs(&damaged, whole.marks.s) ==
+               place[i] / block * block,
                "byte %zu: the block at %llu is named", place[i],
                (unsigned long long)file_sum_differs(&damaged, whole.marks.s));
         text_free(&damaged.marks);
@@ -45,8 +51,8 @@ static void test_torture_sums_tell_where(void) {
     free(file);
 }
 
-// scripts/launch.sh hands a first SIGTERM to its ranks, whose answer counts. One that follows at
-// once is the same request, as timeout(1) sends it; one that comes later kills them.
+// scripts/launch.sh forwards a first SIGTERM to its ranks, whose response counts. One that follows
+// at once is the same request, as sent by timeout(1); a later one kills them.
 static void test_torture_launch_asks_its_ranks(void) {
     const char *dir = test_directory();
     static const struct { const char *answer, *again; int code; } cases[] = {
@@ -66,9 +72,9 @@ static void test_torture_launch_asks_its_ranks(void) {
     }
 }
 
-// Starts `launch.sh -n 2 OPTIONS -- COMMAND` in a process group of its own, $p, waits until both
-// ranks have made a file up.RANK, runs `then`, and ends with the launcher's code. A launcher that
-// hangs is killed.
+// Starts `launch.sh -n 2 OPTIONS -- COMMAND` in its own process group, $p, waits until both ranks
+// have created a file up.RANK, runs `then`, and returns the launcher's code. A launcher that hangs
+// is killed.
 static inline ToolRun launch_in_group(const char *options, const char *command, const char *then) {
     const char *dir = test_directory();
     return shell_runf("here=$PWD; cd %s; PATH=$here/%s:$PATH; "
@@ -83,8 +89,8 @@ static inline int launch_no_groups(void) { return system("command -v setsid > /d
 
 static const char *const launch_stops[] = {"TERM", "USR2", "XCPU"};
 
-// timeout(1) sends SIGTERM to the launcher and then to its whole process group, schedulers send it
-// to all of a job: the ranks' own answer counts, and with --prefix their last lines come through.
+// timeout(1) sends SIGTERM to the launcher and then to its whole process group, schedulers to a
+// whole job: the ranks' own response counts, and with --prefix their last lines get through.
 static void test_torture_launch_group_signal(void) {
     if (launch_no_groups()) return;
     for (int i = 0; i < 6; i++) {
@@ -102,10 +108,10 @@ static void test_torture_launch_group_signal(void) {
     }
 }
 
-// A training run, too, saves, says so and ends with 0.
+// A training run, too, saves, reports it and exits with 0.
 static void test_torture_launch_group_saves(void) {
     const char *dir = test_directory(), *data = trainer_test_data();
-    if (launch_no_groups() || test_emulated()) return;     // it starts train_gpt by its name alone
+    if (launch_no_groups() || test_emulated()) return;     // it starts train_gpt by name only
     for (int i = 0; i < 3; i++) {
         const char *name = launch_stops[i];
         char *command = xprintf("sh -c ': > up.$RANK; exec \"$@\"' - "
@@ -126,7 +132,7 @@ static void test_torture_launch_group_saves(void) {
     }
 }
 
-// A signal to the launcher alone, as `kill` sends it: these reach the ranks as they are.
+// A signal to the launcher alone, as sent by `kill`: these are forwarded unchanged.
 static void test_torture_launch_hands_on(void) {
     static const char *const names[] = {"USR1", "USR2", "XCPU"};
     if (launch_no_groups()) return;
@@ -142,13 +148,13 @@ static void test_torture_launch_hands_on(void) {
     }
 }
 
-// With a disk that takes no byte, and with a TMPDIR that does not exist, signals reach the ranks,
-// and their codes come back. Nothing is left in TMPDIR.
+// With a full disk, and with a TMPDIR that does not exist, signals reach the ranks, and their codes
+// are returned. Nothing is left in TMPDIR.
 static void test_torture_launch_full_disk(void) {
     const char *dir = test_directory();
     static const char *const tmpdir[] = {"full", "none"};
     for (int i = 0; i < 4; i++) {
-        const int fails = i / 2;                         // rank 1 ends by itself, with code 7
+        const int fails = i / 2;                         // rank 1 exits by itself, with code 7
         ToolRun r = shell_runf(
             "here=$PWD; mkdir -p %s/%d/full; cd %s/%d; export TMPDIR=$PWD/%s; { ( ulimit -f 0; "
             "$here/scripts/launch.sh -n 2 sh -c 'trap \"exit 0\" TERM; : > up.$RANK; "
@@ -162,14 +168,15 @@ static void test_torture_launch_full_disk(void) {
     }
 }
 
-// A terminal that closes sends SIGHUP to the launcher and to all that it has started: the ranks get a SIGTERM, and it ends with
-// them.
+// A closing terminal sends SIGHUP to the launcher and all its children: the ranks get a SIGTERM,
+// and the launcher ends with them.
 static void test_torture_launch_hangs_up(void) {
     const char *dir = test_directory();
     if (system("command -v setsid > /dev/null")) return;
-    char *line = xprintf("here=$PWD; cd %s; setsid $here/scripts/launch.sh -n 2 sh -c 'trap \"exit 0\" TERM; : > up.$RANK; "
-                         "while :; do sleep 0.02; done' & p=$!; while ! [ -e up.0 ] || ! [ -e up.1 ]; do sleep 0.02; done; "
-                         "kill -HUP -$p; ( sleep 60; kill -KILL -$p ) > /dev/null 2>&1 & k=$!; wait $p; c=$?; kill $k; "
+    char *line = xprintf("here=$PWD; cd %s; setsid $here/scripts/launch.sh -n 2 sh -c 'trap \"exit "
+                         "0\" TERM; : > up.$RANK; while :; do sleep 0.02; done' & p=$!; while ! [ "
+                         "-e up.0 ] || ! [ -e up.1 ]; do sleep 0.02; done; kill -HUP -$p; ( sleep "
+                         "60; kill -KILL -$p ) > /dev/null 2>&1 & k=$!; wait $p; c=$?; kill $k; "
                          "exit $c", dir);
     ToolRun r = shell_run(line);
     EXPECT(r.code == 0, "exit code %d: %s", r.code, r.err.s);
@@ -177,7 +184,8 @@ static void test_torture_launch_hangs_up(void) {
     free(line);
 }
 
-// A device is written to, not replaced: as root, `--json /dev/null` would else take it from the whole machine.
+// A device is written to, not replaced: as root, `--json /dev/null` would otherwise remove it for
+// the whole machine.
 static void test_torture_spares_devices(void) {
     char *link = xprintf("%s/null", test_directory()), target[32] = "";
     if (symlink("/dev/null", link)) die("%s: %s", link, strerror(errno));
@@ -187,9 +195,10 @@ static void test_torture_spares_devices(void) {
     free(link);
 }
 
-#define TORTURE_TESTS(X)                                                                           \
-    X(torture_spares_devices) X(torture_sums_tell_where) X(torture_short) X(torture_launch_asks_its_ranks) \
-    X(torture_launch_hangs_up) X(torture_launch_group_signal) X(torture_launch_group_saves)        \
+#define TORTURE_TESTS(X)                                                                    \
+    X(torture_spares_devices) X(torture_sums_tell_where) X(torture_short)                   \
+    X(torture_launch_asks_its_ranks)                                                        \
+    X(torture_launch_hangs_up) X(torture_launch_group_signal) X(torture_launch_group_saves) \
     X(torture_launch_hands_on) X(torture_launch_full_disk)
 
 #endif

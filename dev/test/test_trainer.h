@@ -1,4 +1,5 @@
-// Tests of whole runs: the built train_gpt on a made-up text, as a user starts it. BUILD names the folder it is in.
+// Tests of whole runs: the built train_gpt on a synthetic text, as started by a user. BUILD names
+// its folder.
 #ifndef TEST_TRAINER_H
 #define TEST_TRAINER_H
 
@@ -13,7 +14,8 @@
 
 // Words of a small grammar, so that there is something to learn and every run is short.
 static inline void trainer_test_text(const char *path) {
-    static const char *const word[8] = {"the ", "cat ", "sat ", "on ", "a ", "mat, ", "and ", "slept.\n"};
+    static const char *const word[8] = {"the ", "cat ", "sat ", "on ", "a ", "mat, ", "and ",
+                                        "slept.\n"};
     FILE *f = file_open(path, "wb");
     for (uint32_t i = 0; i < 6000; i++) {
         uint32_t w = rng_words(1, STREAM_TEST, i, 0, 0).v[0];
@@ -22,7 +24,7 @@ static inline void trainer_test_text(const char *path) {
     fclose(f);
 }
 
-// A folder with data/ in it, made once for all tests here.
+// A folder with data/ in it, created once for all tests here.
 static inline const char *trainer_test_data(void) {
     static char dir[300];
     if (dir[0]) return dir;
@@ -34,9 +36,10 @@ static inline const char *trainer_test_data(void) {
     return dir;
 }
 
-// Two layers of 16 channels on rows of 16 bytes; two micro-batches of 4 rows make a step.
-#define TRAINER_TEST_RUN \
-    "--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --eval-tokens 500 --threads 1 --selfcheck 0"
+// Two layers of 16 channels on rows of 16 bytes; two micro-batches of 4 rows make up a step.
+#define TRAINER_TEST_RUN                                                                         \
+    "--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 4 --total-batch 128 --eval-tokens " \
+        "500 --threads 1 --selfcheck 0"
 
 // Runs train_gpt with these options after the standard ones.
 static inline ToolRun PRINTF_LIKE(1, 2) trainer_test_run(const char *format, ...) {
@@ -46,37 +49,44 @@ static inline ToolRun PRINTF_LIKE(1, 2) trainer_test_run(const char *format, ...
     char *options = xprintf_v(&length, format, args);
     va_end(args);
     const char *data = trainer_test_data();
-    ToolRun r = tool_run("train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN " %s", data,
-                         data, options);
+    ToolRun r = tool_run("train_gpt --train '%s/data/train_*.bin' --val "
+                         "'%s/data/val_*.bin' " TRAINER_TEST_RUN " %s", data, data, options);
     free(options);
     return r;
 }
 
 #define EXPECT_RUN(...) tool_expect(0, "", trainer_test_run(__VA_ARGS__), __FILE__, __LINE__)
-#define EXPECT_REFUSED(code, part, ...) tool_expect(code, part, trainer_test_run(__VA_ARGS__), __FILE__, __LINE__)
+#define EXPECT_REFUSED(code, part, ...) \
+    tool_expect(code, part, trainer_test_run(__VA_ARGS__), __FILE__, __LINE__)
 
-// Whether two files hold the same bytes; a missing one is different from all.
+// Whether two files have the same bytes; a missing one differs from all.
 static inline int same_file(const char *a_dir, const char *b_dir, const char *name) {
     char *a_path = xprintf("%s/%s", a_dir, name), *b_path = xprintf("%s/%s", b_dir, name);
     FileMap a, b;
-    int same = !file_map(&a, a_path) && !file_map(&b, b_path) && a.size == b.size && !memcmp(a.data, b.data, a.size);
+    int same = !file_map(&a, a_path) && !file_map(&b, b_path) && a.size == b.size &&
+        !memcmp(a.data, b.data, a.size);
     free(a_path);
     free(b_path);
     return same;
 }
 
-#define EXPECT_SAME(a, b, name) EXPECT(same_file(a, b, name), "%s differs between %s and %s", name, a, b)
+#define EXPECT_SAME(a, b, name) \
+    EXPECT(same_file(a, b, name), "%s differs between %s and %s", name, a, b)
 
-// The numbers of two metrics.jsonl that do not depend on time or memory are the same from step `from` on.
+// The values in two metrics.jsonl that do not depend on time or memory are equal from step `from`
+// on.
 static inline void expect_same_metrics(const char *a_dir, const char *b_dir, int64_t from) {
     char *a_path = xprintf("%s/metrics.jsonl", a_dir), *b_path = xprintf("%s/metrics.jsonl", b_dir);
     MetricsLog a = metrics_read(a_path), b = metrics_read(b_path);
     int64_t skip = a.n - b.n;
-    EXPECT(a.n > 0 && skip >= 0 && skip <= from, "%lld and %lld steps", (long long)a.n, (long long)b.n);
+    EXPECT(a.n > 0 && skip >= 0 && skip <= from, "%lld and %lld steps", (long long)a.n,
+           (long long)b.n);
     for (int64_t i = from; i < a.n && skip >= 0 && skip <= from; i++) {
         const Metrics *x = &a.record[i], *y = &b.record[i - skip];
-        const int same = x->step == y->step && x->loss == y->loss && x->grad_norm == y->grad_norm && x->lr == y->lr &&
-                         x->flops == y->flops && x->tokens == y->tokens && !strcmp(x->plan, y->plan);
+        const int same = x->step == y->step && x->loss == y->loss && x->grad_norm == y->grad_norm &&
+            x->lr == y->lr &&
+                         x->flops == y->flops && x->tokens == y->tokens &&
+                         !strcmp(x->plan, y->plan);
         EXPECT(same, "step %.0f differs: loss %.9g and %.9g", x->step, x->loss, y->loss);
     }
     metrics_log_free(&a);
@@ -94,8 +104,10 @@ static void test_trainer_threads_and_cadence_change_no_bit(void) {
     snprintf(c, sizeof c, "%s/c/latest", dir);
     const char *drop = "--steps 12 --drop-path 0.4 --drop-unit row";
     EXPECT_RUN("--out %s/a %s --threads 1 --eval-every 0 --save-every 0", dir, drop);
-    EXPECT_RUN("--out %s/b %s --threads 2 --eval-every 1 --save-every 3 --sample-every 5", dir, drop);
-    EXPECT_RUN("--out %s/c %s --threads 3 --eval-every 5 --save-every 1 --eval-tokens 100", dir, drop);
+    EXPECT_RUN("--out %s/b %s --threads 2 --eval-every 1 --save-every 3 --sample-every 5", dir,
+               drop);
+    EXPECT_RUN("--out %s/c %s --threads 3 --eval-every 5 --save-every 1 --eval-tokens 100", dir,
+               drop);
     EXPECT_SAME(a, b, "model.safetensors");
     EXPECT_SAME(a, c, "model.safetensors");
     EXPECT_SAME(a, b, "optimizer.safetensors");
@@ -107,7 +119,8 @@ static void test_trainer_drop_path_zero_is_plain_training(void) {
     char a[400], b[400];
     snprintf(a, sizeof a, "%s/plain/latest", dir);
     EXPECT_RUN("--out %s/plain --steps 8", dir);
-    const char *options[] = {"--drop-recipe huang2016", "--drop-recipe elhoushi2026 --drop-adam skip",
+    const char *options[] = {"--drop-recipe huang2016",
+                             "--drop-recipe elhoushi2026 --drop-adam skip",
                              "--drop-unit row --drop-scale none"};
     for (int i = 0; i < 3; i++) {
         snprintf(b, sizeof b, "%s/%d/latest", dir, i);
@@ -117,34 +130,40 @@ static void test_trainer_drop_path_zero_is_plain_training(void) {
     }
 }
 
-// From a checkpoint in the middle of the ramp and of the first epoch, on into the second.
+// From a checkpoint in the middle of the ramp and of the first epoch, continuing into the second.
 static void test_trainer_resume_is_bit_identical(void) {
     const char *dir = test_directory();
-    const char *variant[] = {"--drop-ramp-up 80%", "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
+    const char *variant[] = {"--drop-ramp-up 80%",
+                             "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
                              "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli",
                              "--dtype bf16 --drop-unit row", "--train-last 1 --drop-unit row",
-                             "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 --record-micro 1"};
+                             "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 "
+                             "--record-micro 1"};
     for (int i = 0; i < 6; i++) {
         char a[400], b[400], whole[500], part[500];
         snprintf(a, sizeof a, "%s/%d_whole", dir, i), snprintf(b, sizeof b, "%s/%d_part", dir, i);
         snprintf(whole, sizeof whole, "%s/latest", a), snprintf(part, sizeof part, "%s/latest", b);
-        EXPECT_RUN("--out %s --epochs 1.2 --drop-path 0.4 %s --save-every 100 --keep 0", a, variant[i]);
-        EXPECT_RUN("--out %s --epochs 1.2 --drop-path 0.4 %s --resume %s/step_00000100", b, variant[i], a);
+        EXPECT_RUN("--out %s --epochs 1.2 --drop-path 0.4 %s --save-every 100 --keep 0", a,
+                   variant[i]);
+        EXPECT_RUN("--out %s --epochs 1.2 --drop-path 0.4 %s --resume %s/step_00000100", b,
+                   variant[i], a);
         EXPECT_SAME(whole, part, "model.safetensors");
         EXPECT_SAME(whole, part, "optimizer.safetensors");
         expect_same_metrics(a, b, 100);
     }
 }
 
-// Dropout and label smoothing: a step has the same noise for every cut of its rows into micro-batches; the losses of those are
-// recorded, and -log p beside a smoothed loss; validation has neither. What --dropout says, a place of its own may say otherwise.
+// Dropout and label smoothing: a step has the same noise however its rows are divided into
+// micro-batches, whose losses are recorded, as is -log p beside a smoothed loss; validation has
+// neither. --dropout can be overridden for each place.
 static void test_trainer_dropout(void) {
     const char *dir = test_directory();
     static const char *const batch[] = {"4", "8", "2"};
     MetricsLog log[4];
     for (int i = 0; i < 4; i++) {
-        EXPECT_RUN("--out %s/%d --steps 30 --lr 3e-3 --dropout 0.2 --dropout-embd 0.1 --label-smoothing 0.1 --record-micro 1 "
-                   "--batch %s --seed %d --eval-every 30", dir, i, i < 3 ? batch[i] : "4", i < 3 ? 1 : 2);
+        EXPECT_RUN("--out %s/%d --steps 30 --lr 3e-3 --dropout 0.2 --dropout-embd 0.1 "
+                   "--label-smoothing 0.1 --record-micro 1 --batch %s --seed %d --eval-every 30",
+                   dir, i, i < 3 ? batch[i] : "4", i < 3 ? 1 : 2);
         char *path = xprintf("%s/%d/metrics.jsonl", dir, i);
         log[i] = metrics_read(path);
         free(path);
@@ -161,21 +180,23 @@ static void test_trainer_dropout(void) {
             apart = fmax(apart, fabs(r->loss - log[0].record[t].loss));
         }
         EXPECT(i < 3 ? apart < 1e-4 : apart > 1e-2, "run %d: losses %g apart", i, apart);
-        EXPECT(log[i].record[29].val_loss < log[i].record[29].loss, "validation %g has noise, or smoothing, as %g",
-               log[i].record[29].val_loss, log[i].record[29].loss);
+        EXPECT(log[i].record[29].val_loss < log[i].record[29].loss,
+               "validation %g has noise, or smoothing, as %g", log[i].record[29].val_loss,
+               log[i].record[29].loss);
     }
     for (int i = 0; i < 4; i++) metrics_log_free(&log[i]);
     char *path = xprintf("%s/0/config.txt", dir);
     Text t = test_read_file(path);
-    EXPECT(strstr(t.s, "dropout-embd = 0.1\n") && strstr(t.s, "dropout-attn = 0.2\n") && strstr(t.s, "dropout-resid = 0.2\n"),
+    EXPECT(strstr(t.s, "dropout-embd = 0.1\n") && strstr(t.s, "dropout-attn = 0.2\n") &&
+           strstr(t.s, "dropout-resid = 0.2\n"),
            "%s", t.s);
     text_free(&t), free(path);
     EXPECT_REFUSED(1, "--dropout", "--out %s/x --dropout 1", dir);
     EXPECT_REFUSED(1, "--label-smoothing", "--out %s/x --label-smoothing 1", dir);
 }
 
-// --train-last: what is frozen stays to the bit and has no moments, metrics count what it saves, and a resumed run may train
-// more layers or fewer.
+// --train-last: frozen layers do not change by a bit and have no moments, metrics count the
+// savings, and a resumed run may train more layers or fewer.
 static void test_trainer_train_last(void) {
     const char *dir = test_directory();
     char *first = xprintf("%s/all/latest", dir), *last = xprintf("%s/last/latest", dir), *path;
@@ -190,11 +211,15 @@ static void test_trainer_train_last(void) {
     path = xprintf("%s/optimizer.safetensors", last);
     weights_open_file(&moments, path, "");
     for (int p = 0, l = 0; p < N_PARAMS; l + 1 < gpt_param_layers(&c, p) ? l++ : (l = 0, p++)) {
-        real *a = (real *)xcalloc(gpt_param_size(&c, p), sizeof *a), *b = (real *)xcalloc(gpt_param_size(&c, p), sizeof *b);
+        real *a = (real *)xcalloc(gpt_param_size(&c, p), sizeof *a),
+            *b = (real *)xcalloc(gpt_param_size(&c, p), sizeof *b);
         char *name = gpt_param_name(p, l), *m = xprintf("m.%s", name);
-        weights_read(&w[0], &c, w[0].prefix, p, l, a), weights_read(&w[1], &c, w[1].prefix, p, l, b);
-        const int trains = gpt_param_trains(p, l, c.L - 1), same = !memcmp(a, b, gpt_param_size(&c, p) * sizeof *a);
-        EXPECT(same == !trains && !!weights_find(&moments, m) == trains, "%s: %s", name, same ? "the same" : "another");
+        weights_read(&w[0], &c, w[0].prefix, p, l, a), weights_read(&w[1], &c, w[1].prefix, p, l,
+                                                                    b);
+        const int trains = gpt_param_trains(p, l, c.L - 1),
+            same = !memcmp(a, b, gpt_param_size(&c, p) * sizeof *a);
+        EXPECT(same == !trains && !!weights_find(&moments, m) == trains, "%s: %s", name,
+               same ? "the same" : "another");
         free(a), free(b), free(name), free(m);
     }
     weights_close(&w[0]), weights_close(&w[1]), weights_close(&moments), free(path);
@@ -202,20 +227,25 @@ static void test_trainer_train_last(void) {
     MetricsLog log = metrics_read(path);
     double flops = 3 * gpt_head_flops(&c, 16);
     for (int l = 0; l < c.L; l++)
-        flops += (l < c.L - 1 ? 1 : 3) * (gpt_branch_flops(&c, ATTN, 16) + gpt_branch_flops(&c, MLP, 16));
+        flops += (l < c.L - 1 ? 1 : 3) * (gpt_branch_flops(&c, ATTN, 16) + gpt_branch_flops(&c, MLP,
+            16));
     EXPECT_CLOSE(log.record[1].flops, 8 * flops, 0.5, "FLOPs of a step");
     metrics_log_free(&log);
-    EXPECT_RUN("--out %s/last --steps 6 --train-last 2 --resume", dir);    // one more layer begins without moments
+    // one more layer starts without moments
+    EXPECT_RUN("--out %s/last --steps 6 --train-last 2 --resume", dir);
     EXPECT_RUN("--out %s/last --steps 8 --train-last 1 --resume", dir);
     EXPECT_RUN("--out %s/last --steps 9 --resume", dir);
     EXPECT_REFUSED(1, "--train-last 7: this model has", "--out %s/x --steps 1 --train-last 7", dir);
     free(first), free(last), free(path), free(scale);
 }
 
-// Products of bf16: the same bits from any number of threads, others than those of fp32, and nearly its loss.
+// bf16 matmuls: the same bits from any number of threads, other bits than in fp32, and nearly its
+// loss.
 static void test_trainer_bf16(void) {
-    const char *dir = test_directory(), *options = "--steps 100 --drop-path 0.2 --eval-every 0 --save-every 0";
-    static const char *const runs[] = {"--dtype fp32", "--dtype bf16 --threads 1", "--dtype bf16 --threads 3"};
+    const char *dir = test_directory(), *options = "--steps 100 --drop-path 0.2 --eval-every 0 "
+        "--save-every 0";
+    static const char *const runs[] = {"--dtype fp32", "--dtype bf16 --threads 1",
+                                       "--dtype bf16 --threads 3"};
     char latest[3][500];
     double loss[3] = {0};
     for (int i = 0; i < 3; i++) {
@@ -223,7 +253,8 @@ static void test_trainer_bf16(void) {
         EXPECT_RUN("--out %s/%d %s %s", dir, i, options, runs[i]);
         char *path = xprintf("%s/%d/metrics.jsonl", dir, i);
         MetricsLog log = metrics_read(path);
-        for (int64_t k = log.n / 2; k < log.n; k++) loss[i] += log.record[k].loss / (double)(log.n - log.n / 2);
+        for (int64_t k = log.n / 2; k < log.n; k++)
+            loss[i] += log.record[k].loss / (double)(log.n - log.n / 2);
         metrics_log_free(&log);
         free(path);
     }
@@ -232,16 +263,19 @@ static void test_trainer_bf16(void) {
     EXPECT_CLOSE(loss[1], loss[0], 0.01 * loss[0], "mean loss of the later half");
 }
 
-// Killed after its first checkpoint, resumed from the latest whole one: metrics without gap or double, and the same end.
+// Killed after its first checkpoint and resumed from the latest complete one: metrics without gaps
+// or duplicates, and the same result.
 static void test_trainer_killed_and_resumed(void) {
-    const char *dir = test_directory(), *data = trainer_test_data(), *options = "--steps 600 --drop-path 0.3";
+    const char *dir = test_directory(), *data = trainer_test_data(),
+        *options = "--steps 600 --drop-path 0.3";
     char a[400], b[400];
     snprintf(a, sizeof a, "%s/whole", dir), snprintf(b, sizeof b, "%s/killed", dir);
     EXPECT_RUN("--out %s %s", a, options);
-    char *command = xprintf("%s/train_gpt --train '%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN
+    char *command = xprintf("%s/train_gpt --train '%s/data/train_*.bin' --val "
+                            "'%s/data/val_*.bin' " TRAINER_TEST_RUN
                             " --out %s %s --save-every 2 > /dev/null 2>&1 & pid=$!; "
-                            "while kill -0 $pid 2>/dev/null && ! [ -e %s/latest ]; do sleep 0.01; done; kill -9 $pid; "
-                            "wait $pid 2>/dev/null; ! [ -e %s/step_00000600 ]",
+                            "while kill -0 $pid 2>/dev/null && ! [ -e %s/latest ]; do sleep 0.01; "
+                            "done; kill -9 $pid; wait $pid 2>/dev/null; ! [ -e %s/step_00000600 ]",
                             test_build(), data, data, b, options, b, b);
     EXPECT(system(command) == 0, "it was not killed before its end");
     free(command);
@@ -254,24 +288,30 @@ static void test_trainer_killed_and_resumed(void) {
 
 static void test_trainer_replay_gives_the_same_run(void) {
     const char *dir = test_directory();
-    const char *variant[] = {"", "--drop-unit row", "--drop-unit row --drop-branches tied --drop-adam skip"};
+    const char *variant[] = {"", "--drop-unit row",
+                             "--drop-unit row --drop-branches tied --drop-adam skip"};
     for (int i = 0; i < 3; i++) {
         char a[400], b[400];
-        snprintf(a, sizeof a, "%s/%d/latest", dir, i), snprintf(b, sizeof b, "%s/%d_replay/latest", dir, i);
-        EXPECT_RUN("--out %s/%d --steps 10 --drop-path 0.5 --drop-ramp-up 0 %s", dir, i, variant[i]);
-        EXPECT_RUN("--out %s/%d_replay --steps 10 --drop-path 0.5 --drop-ramp-up 0 %s --drop-sampling bernoulli "
-                   "--drop-replay %s/%d/metrics.jsonl", dir, i, variant[i], dir, i);
+        snprintf(a, sizeof a, "%s/%d/latest", dir, i), snprintf(b, sizeof b, "%s/%d_replay/latest",
+                                                                dir, i);
+        EXPECT_RUN("--out %s/%d --steps 10 --drop-path 0.5 --drop-ramp-up 0 %s", dir, i,
+                   variant[i]);
+        EXPECT_RUN("--out %s/%d_replay --steps 10 --drop-path 0.5 --drop-ramp-up 0 %s "
+                   "--drop-sampling bernoulli --drop-replay %s/%d/metrics.jsonl", dir, i,
+                   variant[i], dir, i);
         EXPECT_SAME(a, b, "model.safetensors");
     }
     static const struct { const char *part, *options; int replay; } wrong[] = {
         {"this run has 11", "--steps 11", 0}, {"step 1, micro-batch 0", "--steps 10 --layers 3", 0},
-        {"step 1, micro-batch 0", "--steps 10 --batch 8", 1}, {"micro-batch 2", "--steps 10 --total-batch 256", 0}};
+        {"step 1, micro-batch 0", "--steps 10 --batch 8", 1},
+        {"micro-batch 2", "--steps 10 --total-batch 256", 0}};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++)
-        EXPECT_REFUSED(1, wrong[i].part, "--out %s/x %s --drop-path 0.5 --drop-replay %s/%d/metrics.jsonl", dir,
+        EXPECT_REFUSED(1, wrong[i].part,
+                       "--out %s/x %s --drop-path 0.5 --drop-replay %s/%d/metrics.jsonl", dir,
                        wrong[i].options, dir, wrong[i].replay);
 }
 
-// ---- What is written ----
+// ---- Output files ----
 
 static void test_trainer_learns_and_records(void) {
     const char *dir = test_directory();
@@ -282,24 +322,28 @@ static void test_trainer_learns_and_records(void) {
     double least = 1;
     for (int64_t i = 0; i < log.n; i++) {
         const Metrics *r = &log.record[i];
-        EXPECT(r->step == (double)i + 1 && r->tokens == 128 * ((double)i + 1), "record %lld is of step %.0f", (long long)i,
-               r->step);
-        EXPECT(isnan(r->val_loss) == ((i + 1) % 20 != 0), "evaluation at step %lld", (long long)i + 1);
-        EXPECT(r->flops > 0 && r->ms > 0 && r->mfu > 0 && r->peak_bytes > 0, "step %lld lacks a number", (long long)i + 1);
-        EXPECT(r->plan && strlen(r->plan) == 5, "two micro-batches of two layers: \"%s\"", r->plan ? r->plan : "");
+        EXPECT(r->step == (double)i + 1 && r->tokens == 128 * ((double)i + 1),
+               "record %lld is of step %.0f", (long long)i, r->step);
+        EXPECT(isnan(r->val_loss) == ((i + 1) % 20 != 0), "evaluation at step %lld",
+               (long long)i + 1);
+        EXPECT(r->flops > 0 && r->ms > 0 && r->mfu > 0 && r->peak_bytes > 0,
+               "step %lld lacks a number", (long long)i + 1);
+        EXPECT(r->plan && strlen(r->plan) == 5, "two micro-batches of two layers: \"%s\"",
+               r->plan ? r->plan : "");
         if (r->flops_fraction < least) least = r->flops_fraction;
     }
     const Metrics *last = &log.record[log.n - 1];
     EXPECT(last->val_loss < log.record[0].loss - 1, "it has not learned: %g", last->val_loss);
     EXPECT_CLOSE(last->val_ppl, exp(last->val_loss), 1e-9, "perplexity");
-    EXPECT_CLOSE(last->val_bpb, last->val_loss / 0.69314718055994531, 1e-6, "bits per byte, where a token is a byte");
+    EXPECT_CLOSE(last->val_bpb, last->val_loss / 0.69314718055994531, 1e-6,
+                 "bits per byte, where a token is a byte");
     EXPECT(least < 1, "nothing was dropped");
     metrics_log_free(&log);
     free(path);
 }
 
-// The mean losses of each 8 rows of a run that leaves the weights as they are; `rows` is of its steps
-// from `step` on, 8 before. From malloc.
+// The mean losses of each 8 rows of a run that does not change its weights; its steps have `rows`
+// rows from `step` on, and 8 before. From malloc.
 static inline double *trainer_test_losses(const char *out, int64_t step, int rows, int64_t *n) {
     char *path = xprintf("%s/metrics.jsonl", out);
     MetricsLog log = metrics_read(path);
@@ -308,14 +352,16 @@ static inline double *trainer_test_losses(const char *out, int64_t step, int row
     *n = step + (log.n - step) / each;
     for (int64_t i = 0; i < *n; i++)
         for (int64_t k = 0; k < (i < step ? 1 : each); k++)
-            loss[i] += log.record[i < step ? i : step + (i - step) * each + k].loss / (double)(i < step ? 1 : each);
+            loss[i] += log.record[i < step ? i : step + (i - step) * each + k].loss /
+                (double)(i < step ? 1 : each);
     metrics_log_free(&log);
     free(path);
     return loss;
 }
 
-// Resumed with another number of rows a step, also from a checkpoint that does not say what was consumed,
-// a run reads on where it was, and --epochs ends where it would have. With lr 0 a loss tells its rows.
+// Resumed with another number of rows per step, also from a checkpoint that does not record what
+// was consumed, a run continues reading where it was, and --epochs ends where it would have. With
+// lr 0 a loss identifies its rows.
 static void test_trainer_resumes_its_data(void) {
     const char *dir = test_directory(), *still = "--lr 0 --epochs 1.5 --eval-every 0";
     static const struct { const char *options; int rows, older; } cases[] = {
@@ -324,33 +370,39 @@ static void test_trainer_resumes_its_data(void) {
     int64_t n, found;
     EXPECT_RUN("--out %s/whole %s", dir, still);
     EXPECT_RUN("--out %s/part %s --steps 20 --epochs 0", dir, still);
-    char *whole = xprintf("%s/whole", dir), *trainer = xprintf("%s/part/step_00000020/trainer.json", dir);
+    char *whole = xprintf("%s/whole", dir), *trainer = xprintf("%s/part/step_00000020/trainer.json",
+                                                               dir);
     double *want = trainer_test_losses(whole, 0, 8, &n);
     Text now = test_read_file(trainer);
     EXPECT(strstr(now.s, "\"consumed\": 160,\n  \"seq_len\": 16,"), "%.200s", now.s);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        char *out = xprintf("%s/%zu", dir, i), *path = xprintf("%s/step_00000020/trainer.json", out);
+        char *out = xprintf("%s/%zu", dir, i), *path = xprintf("%s/step_00000020/trainer.json",
+                                                               out);
         ToolRun copy = shell_runf("cp -R %s/part %s", dir, out);
         tool_free(&copy);
-        char *then = checkpoint_test_trainer(&now, "\"consumed\"", cases[i].older ? "\"older\"" : "\"consumed\"");
+        char *then = checkpoint_test_trainer(&now, "\"consumed\"",
+                                             cases[i].older ? "\"older\"" : "\"consumed\"");
         file_write_whole(path, then, strlen(then));
         EXPECT_RUN("--out %s %s %s --resume", out, still, cases[i].options);
         double *got = trainer_test_losses(out, 20, cases[i].rows, &found);
-        EXPECT(found == n, "%s: %lld steps of 8 rows, not %lld", cases[i].options, (long long)found, (long long)n);
-        for (int64_t k = 0; k < n && found == n; k++) EXPECT_CLOSE(got[k], want[k], 1e-5, cases[i].options);
+        EXPECT(found == n, "%s: %lld steps of 8 rows, not %lld", cases[i].options, (long long)found,
+               (long long)n);
+        for (int64_t k = 0; k < n && found == n; k++)
+            EXPECT_CLOSE(got[k], want[k], 1e-5, cases[i].options);
         free(out), free(path), free(then), free(got);
     }
     free(whole), free(trainer), free(want), text_free(&now);
 }
 
-// Rows of another length: the run says so, and continues after as many tokens.
+// Rows of another length: the run warns, and continues after the same number of tokens.
 static void test_trainer_resumes_other_rows(void) {
     const char *dir = test_directory();
     EXPECT_RUN("--out %s --steps 3", dir);
     EXPECT_REFUSED(0, "--seq-len 12, but the checkpoint's run had rows of 16 tokens",
                    "--out %s --steps 4 --seq-len 12 --total-batch 96 --resume", dir);
     char *path = xprintf("%s/latest/trainer.json", dir);
-    Text t = test_read_file(path);                       // 3 * 128 tokens are 32 rows of 12; a step has 8
+    // 3 * 128 tokens are 32 rows of 12; a step has 8
+    Text t = test_read_file(path);
     EXPECT(strstr(t.s, "\"tokens\": 480,\n  \"consumed\": 40,\n  \"seq_len\": 12,"), "%.200s", t.s);
     ToolRun r = trainer_test_run("--out %s --steps 5 --seq-len 12 --total-batch 96 --resume", dir);
     EXPECT(r.code == 0 && !strstr(r.err.s, "rows of"), "%s", r.err.s);
@@ -358,41 +410,49 @@ static void test_trainer_resumes_other_rows(void) {
     free(path);
 }
 
-// A checkpoint has its tokenizer: moved alone, it works from anywhere, and a run from it needs none beside its shards.
+// A checkpoint contains its tokenizer: moved alone, it works from anywhere, and a run started from
+// it needs none beside its shards.
 static void test_trainer_checkpoint_can_be_moved(void) {
     const char *dir = test_directory(), *data = trainer_test_data();
     ToolRun r = shell_runf("mkdir %s/data && cp %s/data/*.bin %s/data", dir, data, dir);
     tool_free(&r);
-    tool_expect(0, "", tool_run("train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --steps 4 --save-every 2 "
-                                "--keep 1 --out %s/run", dir, dir), __FILE__, __LINE__);
-    r = shell_runf("cd %s && test ! -e run/step_00000002 && mv run/step_00000004 moved && rm -r run && mv data/tokenizer.bin . && "
-                   "cmp tokenizer.bin moved/tokenizer.bin", dir);
+    tool_expect(0, "", tool_run("train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN
+                                " --steps 4 --save-every 2 --keep 1 --out %s/run", dir, dir),
+                                __FILE__, __LINE__);
+    r = shell_runf("cd %s && test ! -e run/step_00000002 && mv run/step_00000004 moved && rm -r "
+                   "run && mv data/tokenizer.bin . && cmp tokenizer.bin moved/tokenizer.bin", dir);
     EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
     tool_free(&r);
     char *build = test_build_absolute();
     r = shell_runf("build='%s'; cd / && $build/generate %s/moved --prompt 'the cat' --tokens 3 && "
-                   "$build/evaluate %s/moved --val '%s/data/val_*.bin' --json %s/evaluation.json && "
-                   "$build/export %s/moved --out %s/exported", build, dir, dir, dir, dir, dir, dir);
+                   "$build/evaluate %s/moved --val '%s/data/val_*.bin' --json %s/evaluation.json "
+                   "&& $build/export %s/moved --out %s/exported", build, dir, dir, dir, dir, dir,
+                   dir);
     free(build);
-    EXPECT(r.code == 0 && !strncmp(r.out.s, "the cat", 7), "exit code %d: %s%s", r.code, r.out.s, r.err.s);
+    EXPECT(r.code == 0 && !strncmp(r.out.s, "the cat", 7), "exit code %d: %s%s", r.code, r.out.s,
+           r.err.s);
     tool_free(&r);
-    r = shell_runf("cd %s && grep -q val_bpb evaluation.json && diff moved/tokenizer.json exported/tokenizer.json && "
-                   "diff moved/tokenizer_config.json exported/tokenizer_config.json && "
-                   "cmp moved/tokenizer.bin exported/tokenizer.bin", dir);
+    r = shell_runf("cd %s && grep -q val_bpb evaluation.json && diff moved/tokenizer.json "
+                   "exported/tokenizer.json && diff moved/tokenizer_config.json "
+                   "exported/tokenizer_config.json && cmp moved/tokenizer.bin "
+                   "exported/tokenizer.bin", dir);
     EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
     tool_free(&r);
     char *weights = xprintf("--steps 3 --init-from %s/moved", dir);
-    for (int resume = 0; resume < 2; resume++)           // first from its weights, then that run from its checkpoint
-        tool_expect(0, "", tool_run("train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --out %s/second %s "
-                                    "--sample-every 3", dir, dir, resume ? "--steps 6 --resume" : weights), __FILE__, __LINE__);
+    // first from its weights, then that run from its checkpoint
+    for (int resume = 0; resume < 2; resume++)
+        tool_expect(0, "", tool_run("train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN
+                                    " --out %s/second %s --sample-every 3", dir, dir,
+                                    resume ? "--steps 6 --resume" : weights), __FILE__, __LINE__);
     free(weights);
-    r = shell_runf("cd %s && cmp tokenizer.bin second/latest/tokenizer.bin && cmp moved/tokenizer.json "
-                   "second/step_00000006/tokenizer.json", dir);
+    r = shell_runf("cd %s && cmp tokenizer.bin second/latest/tokenizer.bin && cmp "
+                   "moved/tokenizer.json second/step_00000006/tokenizer.json", dir);
     EXPECT(r.code == 0, "%s%s", r.out.s, r.err.s);
     tool_free(&r);
     char *damaged = xprintf("%s/moved/tokenizer.bin", dir);
     EXPECT(!truncate(damaged, 1200), "%s", damaged);
-    tool_expect(1, "this checkpoint is damaged: ", tool_run("generate %s/moved --prompt a", dir), __FILE__, __LINE__);
+    tool_expect(1, "this checkpoint is damaged: ", tool_run("generate %s/moved --prompt a", dir),
+                __FILE__, __LINE__);
     free(damaged);
 }
 
@@ -400,7 +460,8 @@ static void test_trainer_config_feeds_back(void) {
     const char *dir = test_directory();
     char a[400], b[400];
     snprintf(a, sizeof a, "%s/a", dir), snprintf(b, sizeof b, "%s/b", dir);
-    EXPECT_RUN("--out %s --steps 6 --drop-recipe layerskip2024 --drop-path 0.2 --lr 0.0123 --warmup 3", a);
+    EXPECT_RUN("--out %s --steps 6 --drop-recipe layerskip2024 --drop-path 0.2 --lr 0.0123 "
+               "--warmup 3", a);
     EXPECT_RUN("--config %s/config.txt --out %s", a, b);
     expect_same_metrics(a, b, 0);
 }
@@ -413,8 +474,8 @@ static void test_trainer_survival_scaling_reaches_the_checkpoint(void) {
     double *scale;
     int tied;
     checkpoint_read_config(path, &c, &scale, &tied);
-    EXPECT(c.L == 2 && tied && scale[0] == 0.75 && scale[1] == 0.75 && scale[2] == 0.5 && scale[3] == 0.5, "%g %g", scale[0],
-           scale[2]);
+    EXPECT(c.L == 2 && tied && scale[0] == 0.75 && scale[1] == 0.75 && scale[2] == 0.5 &&
+           scale[3] == 0.5, "%g %g", scale[0], scale[2]);
     free(scale);
     free(path);
 }
@@ -426,16 +487,19 @@ static void test_trainer_weights_of_another_run(void) {
     char a[400], b[400];
     snprintf(a, sizeof a, "%s/first/latest", dir), snprintf(b, sizeof b, "%s/second/latest", dir);
     EXPECT_SAME(a, b, "model.safetensors");
-    EXPECT_REFUSED(1, "--layers 3", "--out %s/third --layers 3 --init-from %s/first/latest", dir, dir);
+    EXPECT_REFUSED(1, "--layers 3", "--out %s/third --layers 3 --init-from %s/first/latest", dir,
+                   dir);
     char *path = xprintf("%s/first/latest/model.safetensors", dir);
-    FILE *f = file_open(path, "r+b");                    // another number, and none that anybody could see to be wrong
+    // another value, and not an implausible one
+    FILE *f = file_open(path, "r+b");
     EXPECT(!fseek(f, -3, SEEK_END) && fputc(1, f) == 1 && !fclose(f), "%s", path);
-    EXPECT_REFUSED(1, "this checkpoint is damaged: ", "--out %s/third --init-from %s/first/latest", dir, dir);
+    EXPECT_REFUSED(1, "this checkpoint is damaged: ", "--out %s/third --init-from %s/first/latest",
+                   dir, dir);
     free(path);
     EXPECT_REFUSED(1, "config.json", "--out %s/third --init-from %s/nowhere", dir, dir);
 }
 
-// ---- What is refused, with nothing touched ----
+// ---- Refusals, which touch nothing ----
 
 static void test_trainer_refuses(void) {
     const char *dir = test_directory();
@@ -444,32 +508,39 @@ static void test_trainer_refuses(void) {
     EXPECT_RUN("--out %s --steps 2", run);
     EXPECT_REFUSED(1, "holds a run already", "--out %s --steps 2", run);
     static const struct { const char *options, *part; } wrong[] = {
-        {"--drop-path 1", "--drop-path"}, {"--drop-path -0.1", "--drop-path"}, {"--drop-paht 0.1", "drop-path"},
-        {"--total-batch 100", "--total-batch 128"}, {"--vocab-size 100", "257"}, {"--heads 3", "heads"},
+        {"--drop-path 1", "--drop-path"}, {"--drop-path -0.1", "--drop-path"},
+        {"--drop-paht 0.1", "drop-path"}, {"--total-batch 100", "--total-batch 128"},
+        {"--vocab-size 100", "257"}, {"--heads 3", "heads"},
         {"--seq-len 100000", "shorter --seq-len"}, {"--train '/nowhere/*.bin'", "/nowhere"},
         {"--val '/nowhere/*.bin'", "/nowhere"}, {"--tokenizer /nowhere", "/nowhere"},
-        {"--resume /nowhere", "/nowhere"}, {"--config /nowhere", "/nowhere"}, {"--drop-replay /nowhere", "/nowhere"},
-        {sizeof(real) == 8 ? "--lr 1e305 --beta1 0.999999" : "--lr 1e38 --beta1 0.999999", "lr / (1 - beta1) is infinite"},
-        {sizeof(real) == 8 ? "--lr 1e200 --weight-decay 1e200" : "--lr 1e25 --weight-decay 1e25", "product is infinite"},
+        {"--resume /nowhere", "/nowhere"}, {"--config /nowhere", "/nowhere"},
+        {"--drop-replay /nowhere", "/nowhere"},
+        {sizeof(real) == 8 ? "--lr 1e305 --beta1 0.999999" : "--lr 1e38 --beta1 0.999999",
+         "lr / (1 - beta1) is infinite"},
+        {sizeof(real) == 8 ? "--lr 1e200 --weight-decay 1e200" : "--lr 1e25 --weight-decay 1e25",
+         "product is infinite"},
         {"--drop-path 1e-10", "multiples of 2^-32"},
-        {"--out ''", "--out is empty"}, {"--dtype bf61", "fp32|bf16"}, {"--epochs 1e-6", "--epochs"},
-        {"--threads many", "--threads"}, {"stray", "stray"}};
+        {"--out ''", "--out is empty"}, {"--dtype bf61", "fp32|bf16"},
+        {"--epochs 1e-6", "--epochs"}, {"--threads many", "--threads"}, {"stray", "stray"}};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         EXPECT_REFUSED(1, wrong[i].part, "--out %s %s", none, wrong[i].options);
-        EXPECT(!path_exists(none), "%s was made by a run that was refused: %s", none, wrong[i].options);
+        EXPECT(!path_exists(none), "%s was made by a run that was refused: %s", none,
+               wrong[i].options);
     }
 }
 
-// A run whose metrics.jsonl is gone is a run all the same: a new one would replace its checkpoints.
+// A run whose metrics.jsonl is missing is still a run: a new one would replace its checkpoints.
 static void test_trainer_spares_checkpoints(void) {
     const char *dir = test_directory();
     EXPECT_RUN("--out %s --steps 2", dir);
-    char *metrics = xprintf("%s/metrics.jsonl", dir), *model = xprintf("%s/step_00000002/model.safetensors", dir);
+    char *metrics = xprintf("%s/metrics.jsonl", dir),
+        *model = xprintf("%s/step_00000002/model.safetensors", dir);
     EXPECT(unlink(metrics) == 0, "%s", metrics);
     Text before = test_read_file(model);
     EXPECT_REFUSED(1, "holds a run already", "--out %s --steps 2 --seed 5", dir);
     Text after = test_read_file(model);
-    EXPECT(before.n == after.n && !memcmp(before.s, after.s, before.n) && !path_exists(metrics), "the run was touched");
+    EXPECT(before.n == after.n && !memcmp(before.s, after.s, before.n) && !path_exists(metrics),
+           "the run was touched");
     text_free(&before), text_free(&after), free(metrics), free(model);
     char *checkpoint = xprintf("%s/step_00000002", dir), *away = xprintf("%s/away", dir);
     file_rename(checkpoint, away);
@@ -477,19 +548,22 @@ static void test_trainer_spares_checkpoints(void) {
     free(checkpoint), free(away);
 }
 
-// A metrics.jsonl that lacks lines, or has others, does not keep a run from going on: it is told where, the lines that fit
-// stay, and all of it is kept beside.
+// A metrics.jsonl with missing or extra lines does not prevent a run from continuing: the line is
+// reported, valid lines are kept, and the original is saved.
 static void test_trainer_mends_metrics(void) {
     const char *dir = test_directory();
     static const struct { const char *change, *part, *steps; } cases[] = {
         {"sed -i.bak 3d metrics.jsonl", "line 3: its step does not follow", "1 2 4 5 6 7 8 "},
         {"sed -i.bak 3p metrics.jsonl", "line 4: its step does not follow", "1 2 3 4 5 6 7 8 "},
-        {"sed -i.bak 's/\"step\": 3/\"step\": 1e300/' metrics.jsonl", "line 3: its step does not", "1 2 4 5 6 7 8 "},
-        {"sed -i.bak '2s/.*/xx/' metrics.jsonl", "line 2: it is not a whole line", "1 3 4 5 6 7 8 "},
+        {"sed -i.bak 's/\"step\": 3/\"step\": 1e300/' metrics.jsonl", "line 3: its step does not",
+         "1 2 4 5 6 7 8 "},
+        {"sed -i.bak '2s/.*/xx/' metrics.jsonl", "line 2: it is not a whole line",
+         "1 3 4 5 6 7 8 "},
         {"head -c 900 metrics.jsonl > x; cp x metrics.jsonl", "line 3: it ends before", "1 2 7 8 "},
         {": > metrics.jsonl", "line 1: it has no line for the checkpoint's step", "7 8 "},
         {"rm metrics.jsonl", "is missing: it now starts at step 7", "7 8 "},
-        {"sed -i.bak 's/\"step\": 6, .*/xx/' metrics.jsonl; echo xx >> metrics.jsonl", "line 6: it is not", "1 2 3 4 5 7 8 "},
+        {"sed -i.bak 's/\"step\": 6, .*/xx/' metrics.jsonl; echo xx >> metrics.jsonl",
+         "line 6: it is not", "1 2 3 4 5 7 8 "},
         {"echo xx >> metrics.jsonl", "", "1 2 3 4 5 6 7 8 "}};
     EXPECT_RUN("--out %s/whole --steps 6", dir);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -518,13 +592,14 @@ static void test_trainer_mends_metrics(void) {
     }
 }
 
-// In a child: signals as numbers, 0 for a pause of more than SIGNALS_ONE seconds; it ends with 7 if none has ended it.
+// In a child: raises these signals, 0 meaning a pause of more than SIGNALS_ONE seconds; exits with
+// 7 if none has ended it.
 static inline void trainer_raise(void *numbers) {
     struct sigaction plain;
     memset(&plain, 0, sizeof plain);
     plain.sa_handler = SIG_DFL;
     for (const int *n = (const int *)numbers; *n >= 0; n++)
-        if (*n) sigaction(*n, &plain, NULL);             // the parent's may be ignored
+        if (*n) sigaction(*n, &plain, NULL);             // it may be inherited as ignored
     signals_catch();
     for (const int *n = (const int *)numbers; *n >= 0; n++)
         if (*n) raise(*n);
@@ -532,27 +607,32 @@ static inline void trainer_raise(void *numbers) {
     _exit(signals_stop ? 7 : 8);
 }
 
-// What timeout(1) and launchers send twice is one request; a scheduler's warning may come as often as it likes; a second
-// SIGTERM that comes later ends the process.
+// Two signals from timeout(1) and launchers are one request; a scheduler's warning may be repeated
+// any number of times; a later second SIGTERM ends the process.
 static void test_trainer_signals_twice(void) {
-    static int twice[] = {SIGTERM, SIGTERM, SIGINT, SIGINT, SIGHUP, SIGHUP, -1}, later[] = {SIGTERM, 0, SIGTERM, -1};
+    static int twice[] = {SIGTERM, SIGTERM, SIGINT, SIGINT, SIGHUP, SIGHUP, -1},
+        later[] = {SIGTERM, 0, SIGTERM, -1};
     static int warnings[] = {SIGUSR2, SIGXCPU, SIGUSR2, SIGXCPU, 0, SIGUSR2, SIGXCPU, -1};
     EXPECT_EXIT(7, "", trainer_raise, twice);
     EXPECT_EXIT(7, "", trainer_raise, warnings);
     EXPECT_EXIT(-SIGTERM, "", trainer_raise, later);
 }
 
-// SIGUSR2 and SIGXCPU, and timeout's pair of SIGTERMs: the run saves, says so and ends with 0.
+// SIGUSR2 and SIGXCPU, and timeout's pair of SIGTERMs: the run saves, reports it and exits with 0.
 static void test_trainer_signals_save(void) {
     const char *dir = test_directory(), *data = trainer_test_data();
     static const char *const names[] = {"USR2", "XCPU", "TERM"};
     for (int i = 0; i < 3; i++) {
-        char *line = xprintf("%s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN " --steps 3000000 --save-every 0 "
-                             "--log-every 1000000 --out %s/%d & p=$!; until [ -s %s/%d/metrics.jsonl ] || ! kill -0 $p; do sleep 0.05; done; "
-                             "kill -%s $p; kill -%s $p; wait $p", test_build(), data, dir, i, dir, i, names[i], names[i]);
-        char *said = xprintf("stopped by SIG%s after step", names[i]), *latest = xprintf("%s/%d/latest", dir, i);
+        char *line = xprintf("%s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN
+                             " --steps 3000000 --save-every 0 --log-every 1000000 --out %s/%d & "
+                             "p=$!; until [ -s %s/%d/metrics.jsonl ] || ! kill -0 $p; do sleep "
+                             "0.05; done; kill -%s $p; kill -%s $p; wait $p", test_build(), data,
+                             dir, i, dir, i, names[i], names[i]);
+        char *said = xprintf("stopped by SIG%s after step", names[i]),
+            *latest = xprintf("%s/%d/latest", dir, i);
         ToolRun r = shell_run(line);
-        EXPECT(r.code == 0 && strstr(r.out.s, said), "exit code %d: %s%s", r.code, r.out.s, r.err.s);
+        EXPECT(r.code == 0 && strstr(r.out.s, said), "exit code %d: %s%s", r.code, r.out.s,
+               r.err.s);
         char *wrong = checkpoint_verify(latest);
         EXPECT(!wrong, "%s", wrong);
         tool_free(&r);
@@ -560,24 +640,30 @@ static void test_trainer_signals_save(void) {
     }
 }
 
-// Where standard output and error lead, nowhere, to a full disk or to a reader that has gone, is nothing to a run: it comes to
-// the same end, and no word of it gets into its files.
+// Wherever standard output and error lead (nowhere, to a full disk, or to a reader that has gone),
+// the run reaches the same result, and none of its messages end up in its files.
 static void test_trainer_needs_no_console(void) {
-    const char *dir = test_directory(), *data = trainer_test_data(), *said = "standard output cannot be written";
+    const char *dir = test_directory(), *data = trainer_test_data(),
+        *said = "standard output cannot be written";
     char *gone = xprintf("| { exec <&-; : > %s/gone; }", dir);
     char *until = xprintf("until [ -e %s/gone ]; do sleep 0.02; done;", dir);
     const char *const ways[] = {"<&- >&- 2>&-", ">&-", "> /dev/full", gone};
     char whole[400], latest[500], here[400], there[500];
-    snprintf(whole, sizeof whole, "%s/whole", dir), snprintf(latest, sizeof latest, "%s/latest", whole);
+    snprintf(whole, sizeof whole, "%s/whole", dir), snprintf(latest, sizeof latest, "%s/latest",
+                                                             whole);
     EXPECT_RUN("--out %s --steps 20", whole);
-    for (int i = 0; i < 8; i++) {                        // each is then resumed, which opens files in another order
+    // each is then resumed, which opens files in another order
+    for (int i = 0; i < 8; i++) {
         const char *way = ways[i / 2];
         if (strstr(way, "full") && !path_exists("/dev/full")) continue;
-        snprintf(here, sizeof here, "%s/%d", dir, i / 2), snprintf(there, sizeof there, "%s/latest", here);
-        char *line = xprintf("rm -f %s/gone; { %s %s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN
-                             " --log-every 1 --sample-every 10 --sample-tokens 3 --out %s %s; echo $? > %s/code; } %s", dir,
-                             way == gone ? until : "", test_build(), data, here,
-                             i % 2 ? "--resume --steps 24" : "--steps 20", dir, way);
+        snprintf(here, sizeof here, "%s/%d", dir, i / 2), snprintf(there, sizeof there, "%s/latest",
+                                                                   here);
+        char *line =
+            xprintf("rm -f %s/gone; { %s %s/train_gpt --train "
+                    "'%s/data/train_*.bin' " TRAINER_TEST_RUN
+                             " --log-every 1 --sample-every 10 --sample-tokens 3 --out %s %s; echo "
+                             "$? > %s/code; } %s", dir, way == gone ? until : "", test_build(),
+                             data, here, i % 2 ? "--resume --steps 24" : "--steps 20", dir, way);
         char *code = xprintf("%s/code", dir), *metrics = xprintf("%s/metrics.jsonl", here);
         ToolRun r = shell_run(line);
         EXPECT(strstr(r.err.s, i < 2 ? "" : said), "%s: %s", way, r.err.s);
@@ -587,22 +673,25 @@ static void test_trainer_needs_no_console(void) {
             EXPECT_SAME(latest, there, "model.safetensors");
             expect_same_metrics(whole, here, 0);
         }
-        MetricsLog log = metrics_read(metrics);          // ends the tests at a line that is none
-        EXPECT(log.n == (i % 2 ? 24 : 20) && log.record[log.n - 1].step == (double)log.n, "%lld lines", (long long)log.n);
+        MetricsLog log = metrics_read(metrics);          // fails the test at an invalid line
+        EXPECT(log.n == (i % 2 ? 24 : 20) && log.record[log.n - 1].step == (double)log.n,
+               "%lld lines", (long long)log.n);
         metrics_log_free(&log), text_free(&ended), tool_free(&r);
         free(line), free(code), free(metrics);
     }
-    ToolRun r = path_exists("/dev/full") ? tool_run("evaluate %s --val '%s/data/val_*.bin' > /dev/full", latest, data)
+    ToolRun r = path_exists("/dev/full") ? tool_run("evaluate %s --val '%s/data/val_*.bin' > "
+                                                    "/dev/full", latest, data)
                                          : tool_run("evaluate");
     EXPECT(r.code == 1, "an evaluation whose results are lost ends with %d", r.code);
     tool_free(&r);
     free(gone), free(until);
 }
 
-// The lock is on a file of the directory: what a link of that name points to stays as it is.
+// The lock is on a file in the directory: the target of a link with that name is unchanged.
 static void test_trainer_lock(void) {
     const char *dir = test_directory();
-    char *link = xprintf("%s/run/.lock", dir), *precious = xprintf("%s/precious", dir), *out = xprintf("%s/run", dir);
+    char *link = xprintf("%s/run/.lock", dir), *precious = xprintf("%s/precious", dir),
+        *out = xprintf("%s/run", dir);
     file_write_whole(precious, "precious", 8);
     directory_make(out);
     EXPECT(symlink("../precious", link) == 0, "%s", link);
@@ -612,7 +701,8 @@ static void test_trainer_lock(void) {
     text_free(&t), free(link), free(precious), free(out);
 }
 
-// A signal that ends a run before it begins, as a launcher sends when another rank is refused, leaves nothing behind either.
+// A signal that ends a run before it begins, as sent by a launcher when another rank is refused,
+// leaves nothing behind either.
 static void test_trainer_ended_before_it_begins(void) {
     const char *dir = test_directory();
     char *out = xprintf("%s/a/b/", dir), *made = xprintf("%s/a", dir);
@@ -628,13 +718,15 @@ static void test_trainer_ended_before_it_begins(void) {
             raise(SIGTERM);
             _exit(9);
         }
-        EXPECT(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGTERM, "%d", status);
+        EXPECT(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) ==
+               SIGTERM, "%d", status);
         EXPECT(path_exists(made) == begun, "%s is%s there", made, begun ? " not" : "");
     }
     free(out), free(made);
 }
 
-// What is decided from a directory is decided under its lock: another run's is met before anything else is looked at.
+// Decisions that depend on a directory's contents are made under its lock: another run's is
+// detected before anything else is examined.
 static void test_trainer_locks_first(void) {
     const char *dir = test_directory();
     int lock;
@@ -647,7 +739,8 @@ static void test_trainer_locks_first(void) {
     EXPECT_REFUSED(1, "/nowhere", "--out %s/a/b//c/ --steps 1 --train /nowhere --resume", dir);
     char *made = xprintf("%s/a", dir);
     EXPECT(!path_exists(made), "%s was made by a run that was refused", made);
-    // The file of the lock may go with a refused run: whoever waits at it must not hold one that nobody else can see.
+    // A refused run may remove the lock file: a process that waits for it must not lock a file that
+    // nobody else can see.
     char *path = xprintf("%s/.lock", dir);
     EXPECT(!unlink(path), "%s", path);
     error = lock_take(&lock, dir);
@@ -656,20 +749,22 @@ static void test_trainer_locks_first(void) {
     free(path), free(made);
 }
 
-// Links under the names that a run writes or removes: what they lead to stays as it is.
+// Links with the names that a run writes or removes: their targets are unchanged.
 static void test_trainer_follows_no_links(void) {
     const char *dir = test_directory();
     char *precious = xprintf("%s/precious", dir);
     EXPECT_RUN("--out %s/other --steps 2 --save-every 2", dir);
     file_write_whole(precious, "precious", 8);
-    ToolRun made = shell_runf("cd %s && cp -R other before && mkdir run && cd run && ln -s ../other .step_00000002.tmp && "
-                              "ln -s ../precious config.txt.tmp && ln -s ../precious metrics.jsonl.tmp", dir);
+    ToolRun made = shell_runf("cd %s && cp -R other before && mkdir run && cd run && ln -s "
+                              "../other .step_00000002.tmp && ln -s ../precious config.txt.tmp && "
+                              "ln -s ../precious metrics.jsonl.tmp", dir);
     EXPECT(made.code == 0, "%s", made.err.s);
     tool_free(&made);
     made = shell_runf("cd %s/run && mkfifo config.txt", dir);
     tool_free(&made);
     EXPECT_RUN("--out %s/run --steps 2 --save-every 2", dir);
-    made = shell_runf("cd %s/run && test -f config.txt && ln -s ../other/step_00000002 step_00000001 && ln -s ../other .step_00000003.old", dir);
+    made = shell_runf("cd %s/run && test -f config.txt && ln -s ../other/step_00000002 "
+                      "step_00000001 && ln -s ../other .step_00000003.old", dir);
     EXPECT(made.code == 0, "%s", made.err.s);
     tool_free(&made);
     EXPECT_RUN("--out %s/run --steps 6 --save-every 2 --keep 1 --resume", dir);
@@ -681,22 +776,26 @@ static void test_trainer_follows_no_links(void) {
     text_free(&t), free(precious);
 }
 
-// Where `latest` cannot be made, checkpoints count all the same: one warning, and programs take the newest.
+// If `latest` cannot be created, checkpoints are still valid: one warning, and programs use the
+// newest.
 static void test_trainer_without_latest(void) {
     const char *dir = test_directory();
     ToolRun r = shell_runf("mkdir -p %s/run/latest/in_the_way", dir);
     tool_free(&r);
     r = trainer_test_run("--out %s/run --steps 6 --save-every 2 --keep 1", dir);
     char *first = strstr(r.err.s, "warning: ");
-    EXPECT(r.code == 0 && first && strstr(first, "latest") && !strstr(first + 1, "warning: "), "%d: %s", r.code, r.err.s);
+    EXPECT(r.code == 0 && first && strstr(first, "latest") && !strstr(first + 1, "warning: "),
+           "%d: %s", r.code, r.err.s);
     tool_free(&r);
     r = shell_runf("ls %s/run | grep -c step_", dir);
     EXPECT_TEXT(r.out.s, "1\n");
     tool_free(&r);
-    tool_expect(0, "", tool_run("generate %s/run --prompt the --tokens 2", dir), __FILE__, __LINE__);
+    tool_expect(0, "", tool_run("generate %s/run --prompt the --tokens 2", dir), __FILE__,
+                __LINE__);
     r = shell_runf("rm -r %s/run/latest", dir);
     tool_free(&r);
-    tool_expect(0, "", tool_run("generate %s/run/latest --prompt the --tokens 2", dir), __FILE__, __LINE__);
+    tool_expect(0, "", tool_run("generate %s/run/latest --prompt the --tokens 2", dir), __FILE__,
+                __LINE__);
     EXPECT_RUN("--out %s/run --steps 8 --resume", dir);
 }
 
@@ -713,23 +812,26 @@ static void test_trainer_warns_of_a_high_rate(void) {
 }
 
 static void test_trainer_warns_of_many_regularizers(void) {
-    const char *dir = test_directory(), *three = "--drop-path 0.1 --dropout-attn 0.1 --label-smoothing 0.1";
-    EXPECT_REFUSED(0, "--drop-path 0.1, --dropout 0.1, --label-smoothing 0.1: each is strong on its own", "--out %s/a --epochs 2 %s", dir,
-                   three);
+    const char *dir = test_directory(),
+        *three = "--drop-path 0.1 --dropout-attn 0.1 --label-smoothing 0.1";
+    EXPECT_REFUSED(0, "--drop-path 0.1, --dropout 0.1, --label-smoothing 0.1: each is strong on "
+                   "its own", "--out %s/a --epochs 2 %s", dir, three);
     EXPECT_REFUSED(0, "no token is seen twice", "--out %s/b --steps 1 --dropout 0.05", dir);
-    ToolRun quiet = trainer_test_run("--out %s/c --epochs 2 --drop-path 0.1 --dropout 0.1 --label-smoothing 0.05", dir);
+    ToolRun quiet = trainer_test_run("--out %s/c --epochs 2 --drop-path 0.1 --dropout 0.1 "
+                                     "--label-smoothing 0.05", dir);
     EXPECT_TEXT(quiet.err.s, "");
     tool_free(&quiet);
 }
 
-// A learning rate whose first step leaves weights finite, but no loss after it.
+// A learning rate whose first step leaves finite weights, but no finite loss after it.
 #define HUGE_LR (sizeof(real) == 8 ? "1e300" : "1e36")
 
-// A loss that is not finite: the weights stay, the run stops with code 3 and keeps its last checkpoint.
+// A loss that is not finite: the weights are unchanged, and the run stops with code 3 and keeps its
+// last checkpoint.
 static void test_trainer_survives_numbers_that_are_not_finite(void) {
     const char *dir = test_directory();
-    EXPECT_REFUSED(3, "2 steps in a row", "--out %s/run --steps 20 --lr %s --warmup 0 --grad-clip 0 --save-every 1 "
-                   "--keep 0 --max-bad-steps 2", dir, HUGE_LR);
+    EXPECT_REFUSED(3, "2 steps in a row", "--out %s/run --steps 20 --lr %s --warmup 0 --grad-clip "
+                   "0 --save-every 1 --keep 0 --max-bad-steps 2", dir, HUGE_LR);
     char *last = xprintf("%s/run/latest", dir), *path = xprintf("%s/model.safetensors", last);
     char *wrong = checkpoint_verify(last);
     EXPECT(!wrong, "%s", wrong);
@@ -738,21 +840,24 @@ static void test_trainer_survives_numbers_that_are_not_finite(void) {
     if (!file_map(&map, path) && !safetensors_parse(&t, map.data, map.size))
         for (int i = 0; i < t.n; i++)
             for (size_t k = 0; k < t.entry[i].count; k++)
-                EXPECT(isfinite(safetensors_real(&t.entry[i], k)), "%s is not finite", t.entry[i].name);
+                EXPECT(isfinite(safetensors_real(&t.entry[i], k)), "%s is not finite",
+                       t.entry[i].name);
     else EXPECT(0, "cannot read %s", path);
     safetensors_free(&t);
     file_unmap(&map);
     free(last), free(path), free(wrong);
 }
 
-// Weights that are finite but so large that no loss is: the last evaluation tells, since no step follows that would.
+// Finite weights so large that no loss is finite: the last evaluation reports it, since no further
+// step would.
 static void test_trainer_tells_of_a_bad_evaluation(void) {
     const char *dir = test_directory();
-    EXPECT_REFUSED(0, "step 1: the validation loss is not finite", "--out %s --steps 1 --lr %s --warmup 0 --grad-clip 0", dir,
-                   HUGE_LR);
+    EXPECT_REFUSED(0, "step 1: the validation loss is not finite",
+                   "--out %s --steps 1 --lr %s --warmup 0 --grad-clip 0", dir, HUGE_LR);
 }
 
-// --dry-run tells what the run itself says of its sizes, also of one that no machine here could hold, and writes nothing.
+// --dry-run prints the same sizes as the run itself, even for one that no machine here could hold,
+// and writes nothing.
 static void test_trainer_dry_run(void) {
     const char *dir = test_directory();
     ToolRun dry = trainer_test_run("--out %s/run --drop-path 0.5 --steps 8 --dry-run", dir);
@@ -768,43 +873,53 @@ static void test_trainer_dry_run(void) {
     MetricsLog log = metrics_read(metrics);
     double said = 0, full = 0, flops = 0;
     const char *line = strstr(dry.out.s, "flops: ");
-    EXPECT(line && sscanf(line, "flops: %lf on 1,024 tokens; %lf", &said, &full) == 2, "%s", dry.out.s);
+    EXPECT(line && sscanf(line, "flops: %lf on 1,024 tokens; %lf", &said, &full) == 2, "%s",
+           dry.out.s);
     for (int i = 0; i < log.n; i++) flops += log.record[i].flops / log.record[i].flops_fraction;
     EXPECT_CLOSE(full, flops, 1e-3 * flops, "FLOPs without drop path");
     EXPECT(said > 0.5 * full && said < full, "%g FLOPs of %g are expected", said, full);
     metrics_log_free(&log);
     tool_free(&dry), tool_free(&run);
 
-    ToolRun again = trainer_test_run("--out %s/run --drop-path 0.5 --steps 16 --dry-run --resume", dir);
+    ToolRun again = trainer_test_run("--out %s/run --drop-path 0.5 --steps 16 --dry-run --resume",
+                                     dir);
     EXPECT(again.code == 0 && strstr(again.out.s, "2 layers"), "%s%s", again.out.s, again.err.s);
     MetricsLog same = metrics_read(metrics);
     EXPECT(same.n == 8, "%lld steps are recorded", (long long)same.n);
     metrics_log_free(&same);
     tool_free(&again);
-    ToolRun endless = trainer_test_run("--out %s/endless --drop-path 0.5 --steps 1000000000000 --dry-run", dir);
+    ToolRun endless = trainer_test_run("--out %s/endless --drop-path 0.5 --steps 1000000000000 "
+                                       "--dry-run", dir);
     EXPECT(strstr(endless.err.s, " epochs: ") != NULL, "no word of its epochs: %s", endless.err.s);
     char *wish = xprintf("DROPPATH_ENGINE=none %s/train_gpt --dry-run", test_build());
     tool_expect(1, "DROPPATH_ENGINE=none: ", shell_run(wish), __FILE__, __LINE__);
     free(wish);
-    EXPECT(endless.code == 0 && strstr(endless.out.s, "1000000000000 steps"), "%s%s", endless.out.s, endless.err.s);
+    EXPECT(endless.code == 0 && strstr(endless.out.s, "1000000000000 steps"), "%s%s", endless.out.s,
+           endless.err.s);
     tool_free(&endless);
-    ToolRun large = trainer_test_run("--out %s/run --preset gpt2-xl --layers 1000 --channels 1600 --heads 25 --dry-run", dir);
+    ToolRun large = trainer_test_run("--out %s/run --preset gpt2-xl --layers 1000 --channels 1600 "
+                                     "--heads 25 --dry-run", dir);
     EXPECT(large.code == 0 && strstr(large.out.s, "1000 layers"), "%s%s", large.out.s, large.err.s);
     tool_free(&large);
     free(out), free(metrics);
 }
 
-#define TRAINER_TESTS(X)                                                                          \
-    X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                    \
+#define TRAINER_TESTS(X)                                                                           \
+    X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                     \
     X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
-    X(trainer_train_last) X(trainer_dropout) X(trainer_checkpoint_can_be_moved) X(trainer_resumes_its_data) \
-    X(trainer_resumes_other_rows) X(trainer_killed_and_resumed) X(trainer_replay_gives_the_same_run) \
-    X(trainer_config_feeds_back) \
-    X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)          \
-    X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console) X(trainer_lock) \
-    X(trainer_locks_first) X(trainer_ended_before_it_begins) X(trainer_follows_no_links) X(trainer_without_latest) \
-    X(trainer_signals_twice) X(trainer_signals_save) \
-    X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses) X(trainer_warns_of_a_high_rate) X(trainer_warns_of_many_regularizers) \
+    X(trainer_train_last) X(trainer_dropout) X(trainer_checkpoint_can_be_moved)                    \
+    X(trainer_resumes_its_data)                                                                    \
+    X(trainer_resumes_other_rows) X(trainer_killed_and_resumed)                                    \
+    X(trainer_replay_gives_the_same_run)                                                           \
+    X(trainer_config_feeds_back)                                                                   \
+    X(trainer_survival_scaling_reaches_the_checkpoint) X(trainer_weights_of_another_run)           \
+    X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console)             \
+    X(trainer_lock)                                                                                \
+    X(trainer_locks_first) X(trainer_ended_before_it_begins) X(trainer_follows_no_links)           \
+    X(trainer_without_latest)                                                                      \
+    X(trainer_signals_twice) X(trainer_signals_save)                                               \
+    X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses)                     \
+    X(trainer_warns_of_a_high_rate) X(trainer_warns_of_many_regularizers)                          \
     X(trainer_survives_numbers_that_are_not_finite)
 
 #endif

@@ -1,6 +1,8 @@
-// logits.c: the logits of a checkpoint on given tokens, for the tests beside it.
+// logits.c: a checkpoint's logits on given tokens, for the tests in this directory.
 //
-//     build/interop_logits CHECKPOINT B T tokens.i32 logits.f32        tokens (B,T) int32, logits (B,T,V) float; both bare
+//     build/interop_logits CHECKPOINT B T tokens.i32 logits.f32
+//
+// tokens (B,T) int32, logits (B,T,V) float; raw arrays without a header.
 
 #include "../../check.h"
 #include "../../files/files.h"
@@ -16,7 +18,8 @@ int main(int argc, char **argv) {
     load_config(&m, argv[1]);
     load_model(&m, engine_cpu(), B, T, 0);
     const char *error = file_map(&tokens, argv[4]);
-    if (error || tokens.size != BT * sizeof(int)) die("%s: %s", argv[4], error ? error : "not B x T tokens");
+    if (error || tokens.size != BT * sizeof(int))
+        die("%s: %s", argv[4], error ? error : "not B x T tokens");
 
     const size_t V = (size_t)m.config.V;
     real *logits = xcalloc(V, sizeof *logits);
