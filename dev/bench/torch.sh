@@ -1,15 +1,17 @@
 #!/bin/sh
-# Our training step beside PyTorch's, in turn, so that a noisy machine slows both alike.
+# Our training step and PyTorch's, alternating, so that a noisy machine slows both alike.
 #
 #     dev/bench/torch.sh                                        gpt2 and small, the shapes below
-#     dev/bench/torch.sh --preset small --batch 8 --seq-len 128     one shape; options of torch_step.py
+#     dev/bench/torch.sh --preset small --batch 8 --seq-len 128 one shape; torch_step.py's options
 #
-#   cost     the first time PyTorch is installed into build/torch-venv (from PyPI: several GB with what it brings along);
-#            then about half an hour on 2 cores and 10 GB of memory, part of it torch.compile, which needs a C++ compiler
-#   result   a table per shape: time per step, tokens per second, PyTorch's time over ours in the same dtype, and PyTorch's
-#            best over ours in fp32, in bf16 and of all; also in build/torch.json
+#   cost     the first time, PyTorch is installed into build/torch-venv (from PyPI: several GB with
+#            its dependencies); then about half an hour on 2 cores and 10 GB of memory, part of it
+#            for torch.compile, which needs a C++ compiler
+#   result   a table per shape: time per step, tokens per second, PyTorch's time over ours in the
+#            same dtype, and PyTorch's best over ours in fp32, in bf16 and overall; also in
+#            build/torch.json
 #
-# Variables: VENV=/path of a virtual environment that has torch, BUILD=build, PYTHON=python3.
+# Variables: VENV=/path of a virtual environment with torch, BUILD=build, PYTHON=python3.
 set -eu
 cd "$(dirname "$0")/../.."
 BUILD=${BUILD:-build}
@@ -21,7 +23,9 @@ if ! "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
 fi
 make --no-print-directory "$BUILD/bench"
 
-step() { "$VENV/bin/python" dev/bench/torch_step.py --bench "$BUILD/bench" --json "$BUILD/torch.json" "$@"; }
+step() {
+    "$VENV/bin/python" dev/bench/torch_step.py --bench "$BUILD/bench" --json "$BUILD/torch.json" "$@"
+}
 if [ $# -gt 0 ]; then
     step "$@"
 else
