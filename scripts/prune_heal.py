@@ -30,7 +30,8 @@ def read(path):
 
 
 def ways(scores, remove):
-    """Greedy for 1 .. 2 remove layers, the row of the least angle, random sets: name and the layers that stay."""
+    """Greedy for 1 .. 2 remove layers, the row of the least angle, random sets: name and the layers
+    that stay."""
     layers = len(scores["layers"])
     order = [step["layer"] for step in scores["greedy"]]
     yield from ((f"greedy_{k}", order[:k]) for k in range(1, len(order) + 1))

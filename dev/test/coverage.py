@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Lines and branches that the tests have reached, of train_gpt.c and the shipped headers, from gcc's counts in a build folder.
+"""Lines and branches that the tests have reached, of train_gpt.c and the shipped headers, from
+gcc's counts in a build folder.
 
     make coverage            builds with counts, runs the tests, prints this table
     make coverage LINES=1    and every line that no test has reached
 
-A header is compiled into several programs, and a function into several copies: a line counts as reached when any of
-them reached it, and so does a branch. What a program counts is lost when it is killed or aborts (CHECK, assert).
+A header is compiled into several programs, and a function into several copies: a line counts as
+reached when any of them reached it, and so does a branch. What a program counts is lost when it is
+killed or aborts (CHECK, assert).
 """
 import collections
 import fnmatch
@@ -19,22 +21,26 @@ sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 
 SHOWN = ["train_gpt.c", "dev/check.h", "dev/model/*.h", "dev/run/*.h", "dev/files/*.h"]
-LEFT_OUT = ["dev/model/cuda.h"]                                # for the GPU engine alone, which this build leaves out
+LEFT_OUT = ["dev/model/cuda.h"]                                # for the GPU engine alone, which
+                                                               # this build leaves out
 LEAST = 95.0                                             # per cent of lines
 
 
 def run_gcov(folder):
     """gcov's JSON of every program in the folder."""
-    names = [os.path.abspath(os.path.join(folder, n)) for n in sorted(os.listdir(folder)) if n.endswith(".gcno")]
+    names = [os.path.abspath(os.path.join(folder, n)) for n in sorted(os.listdir(folder))
+             if n.endswith(".gcno")]
     if not names:
         sys.exit(f"error: {folder} has no .gcno files\n  hint: make coverage builds them, with gcc")
     gcov = os.environ.get("GCOV", "gcov")
     with tempfile.TemporaryDirectory() as empty:
         try:
-            out = subprocess.run([gcov, "--json-format", "--branch-probabilities", "--stdout"] + names, cwd=empty,
+            out = subprocess.run([gcov, "--json-format", "--branch-probabilities", "--stdout"] +
+                                 names, cwd=empty,
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
         except OSError as e:
-            sys.exit(f"error: cannot run {gcov}: {e.strerror}\n  hint: GCOV=gcov-12 names the one of your compiler")
+            sys.exit(f"error: cannot run {gcov}: {e.strerror}\n  hint: GCOV=gcov-12 names the one "
+                     f"of your compiler")
     if out.returncode:
         sys.exit(f"error: {gcov} fails: {out.stderr.decode().splitlines()[-1:]}\n"
                  "  hint: it must be of the compiler's version")
@@ -42,11 +48,13 @@ def run_gcov(folder):
 
 
 class File:
-    """How often each line ran, and each branch of it. Copies of a line that branch otherwise are kept apart."""
+    """How often each line ran, and each branch of it. Copies of a line that branch otherwise are
+    kept apart."""
 
     def __init__(self):
         self.lines = collections.Counter()
-        self.branches = collections.defaultdict(collections.Counter)     # (line, how many) -> place -> count
+        # (line, how many) -> place -> count
+        self.branches = collections.defaultdict(collections.Counter)
 
     def add(self, line):
         number, branches = line["line_number"], line["branches"]
@@ -72,7 +80,8 @@ def collect(folder):
     files = collections.defaultdict(File)
     for program in run_gcov(folder):
         for f in program["files"]:
-            path = os.path.relpath(os.path.join(program.get("current_working_directory", root), f["file"]), root)
+            path = os.path.relpath(os.path.join(program.get("current_working_directory", root),
+                                                f["file"]), root)
             if any(fnmatch.fnmatch(path, p) for p in SHOWN) and path not in LEFT_OUT:
                 for line in f["lines"]:
                     files[path].add(line)

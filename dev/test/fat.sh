@@ -1,7 +1,8 @@
 #!/bin/sh
-# Whether a fat build keeps each engine's instructions to itself, so that its programs run on any x86-64: an engine's object
-# must show nothing but its table, and no program may have a vector instruction (AVX and later: their names begin with v,
-# those on masks with k) that is not in one of these objects. Needs nm and objdump. make instructions FAT=1 runs it.
+# Checks that a fat build keeps each engine's instructions to itself, so that its programs run on
+# any x86-64: an engine's object must export only its table, and no program may contain a vector
+# instruction outside these objects (AVX and later: their names begin with v, those on masks with
+# k). Needs nm and objdump. Run by make instructions FAT=1.
 #
 # Variables: BUILD=build/fat.
 set -eu
@@ -10,7 +11,8 @@ wrong=0
 
 fail() { echo "FAIL $*"; wrong=1; }
 code() { objdump -d --no-show-raw-insn "$1"; }
-count() { code "$2" | grep -cE "$1" || true; }           # lines of the disassembly of $2 that match $1
+count() { code "$2" | grep -cE "$1" || true; }           # lines of the disassembly of $2 that match
+                                                         # $1
 
 v=':[[:space:]]+(v[a-z0-9]+|k[a-z]+[bwdq])([[:space:]]|$)'   # AVX and later
 avx512='%zmm|%[xy]mm(1[6-9]|2[0-9]|3[01])|[{,]%k[0-7]|:[[:space:]]+k[a-z]+[bwdq][[:space:]]'
@@ -18,7 +20,8 @@ total=0
 for object in "$BUILD"/engine_*.o; do
     name=${object##*/engine_}
     name=${name%.o}
-    shown=$(nm -g --defined-only "$object" | awk '$2 != "C" { print $3 }')   # C: a lock of OpenMP, data that all may share
+    # C: a lock of OpenMP, data that all may share
+    shown=$(nm -g --defined-only "$object" | awk '$2 != "C" { print $3 }')
     [ "$shown" = "cpu_engine_$name" ] || fail "$object shows other symbols than its table: $(echo "$shown" | tr '\n' ' ')"
     vectors=$(count "$v" "$object") wide=$(count "$avx512" "$object")
     total=$((total + vectors))

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The three calls of scripts/gpu_check.sh on the emulator, and one that is killed on its way, which must
-# leave what it had. make gpu-check-dry builds what it needs: BUILD.
+# The three calls of scripts/gpu_check.sh on the emulator, and one that is killed midway, which must
+# leave its results so far. make gpu-check-dry builds the programs in BUILD.
 set -eu
 out=$BUILD/gpu_check_dry
 rm -rf "$out"

@@ -1,4 +1,5 @@
-"""What test_look_*.py share: real runs of the built train_gpt, tiny and short, made once. BUILD names its folder."""
+"""What test_look_*.py share: real runs of the built train_gpt, tiny and short, made once. BUILD
+names its folder."""
 import atexit
 import functools
 import importlib.metadata
@@ -10,10 +11,12 @@ import tempfile
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 BUILD = os.path.join(ROOT, os.environ.get("BUILD", "build"))
-sys.path.append(os.path.join(ROOT, "scripts"))         # last, since tensorboard.py there is not the library
+sys.path.append(os.path.join(ROOT, "scripts"))         # last, since tensorboard.py there is not the
+                                                       # library
 
 # Two layers of 16 channels on rows of 16 bytes; two micro-batches of 5 rows make a step.
-MODEL = ("--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 5 --total-batch 160 --eval-tokens 500 --threads 1 "
+MODEL = ("--layers 2 --heads 2 --channels 16 --seq-len 16 --batch 5 --total-batch 160 "
+         "--eval-tokens 500 --threads 1 "
          "--eval-every 10 --log-every 1000").split()
 
 
@@ -33,10 +36,12 @@ def command_of(program, *arguments):
 
 def run(*command, expect=0, env=None):
     """Runs it; returns what it printed."""
-    done = subprocess.run(command_of(*command), capture_output=True, text=True, env={**os.environ, **(env or {})})
+    done = subprocess.run(command_of(*command), capture_output=True, text=True,
+                          env={**os.environ, **(env or {})})
     text = done.stdout + done.stderr
     if done.returncode != expect:
-        raise AssertionError(f"{' '.join(command)}: exit code {done.returncode}, not {expect}:\n{text}")
+        raise AssertionError(f"{' '.join(command)}: exit code {done.returncode}, not "
+                             f"{expect}:\n{text}")
     return text
 
 
@@ -51,14 +56,16 @@ def folder():
 def data():
     text = os.path.join(folder(), "text")
     with open(text, "w", encoding="utf-8") as file:
-        file.write("".join(f"the cat {i % 7} sat on mat {i % 5}, and slept.\n" for i in range(1000)))
+        file.write("".join(f"the cat {i % 7} sat on mat {i % 5}, and slept.\n"
+                           for i in range(1000)))
     run(os.path.join(BUILD, "data_bytes"), "--out", os.path.join(folder(), "data"), text)
     return os.path.join(folder(), "data")
 
 
 def train(out, *options):
     """Trains into that folder, 40 steps unless options say otherwise."""
-    run(os.path.join(BUILD, "train_gpt"), "--train", data() + "/train_*.bin", "--val", data() + "/val_*.bin",
+    run(os.path.join(BUILD, "train_gpt"), "--train", data() + "/train_*.bin", "--val",
+        data() + "/val_*.bin",
         "--out", out, *MODEL, "--steps", "40", *options)
 
 

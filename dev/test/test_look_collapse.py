@@ -15,8 +15,10 @@ def curve():
     path = os.path.join(real_runs.folder(), "curve.csv")
     if not os.path.exists(path):
         shards = os.path.join(real_runs.data(), "{}_*.bin")
-        real_runs.run(os.path.join(real_runs.BUILD, "collapse"), run, "--every", "20", "--train", shards.format("train"),
-                      "--val", shards.format("val"), "--tokens", "4000", "--val-tokens", "300", "--csv", path)
+        real_runs.run(os.path.join(real_runs.BUILD, "collapse"), run, "--every", "20", "--train",
+                      shards.format("train"),
+                      "--val", shards.format("val"), "--tokens", "4000", "--val-tokens", "300",
+                      "--csv", path)
     return path
 
 
@@ -38,15 +40,18 @@ class Collapse(unittest.TestCase):
         out = os.path.join(real_runs.folder(), "collapse.svg")
         real_runs.run(PLOT, curve(), "--out", out)
         root = xml.etree.ElementTree.parse(out).getroot()
-        text = "\n".join("".join(t.itertext()) for t in root.iter("{http://www.w3.org/2000/svg}text"))
+        text = "\n".join("".join(t.itertext())
+                         for t in root.iter("{http://www.w3.org/2000/svg}text"))
         for panel in ("NC1: ", "NC2: ", "GNC2: ", "NC3: ", "NC4: ", "optimizer steps"):
             self.assertIn(panel, text)
 
     def test_damaged(self):
         with open(curve(), encoding="utf-8") as file:
             good = file.read()
-        for text, message in (("", "not what build/collapse"), ("a,b\n1,2\n", "not what build/collapse"),
-                              (good.replace(",20,", ",,", 1), "without a step"), (good.rsplit(",", 12)[0], "missing or damaged"),
+        for text, message in (("", "not what build/collapse"),
+                              ("a,b\n1,2\n", "not what build/collapse"),
+                              (good.replace(",20,", ",,", 1), "without a step"),
+                              (good.rsplit(",", 12)[0], "missing or damaged"),
                               (good.replace(",20,", ",x,", 1), "missing or damaged")):
             with self.assertRaisesRegex(SystemExit, message):
                 read(file_of(text))

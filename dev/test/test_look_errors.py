@@ -1,4 +1,5 @@
-"""No exception of a Python program escapes as a traceback: bad options, missing files, closed pipes, full disks, Ctrl-C."""
+"""No exception of a Python program escapes as a traceback: bad options, missing files, closed
+pipes, full disks, Ctrl-C."""
 import glob
 import os
 import subprocess
@@ -16,7 +17,8 @@ TESTS = ("dev/test/test_",)                             # unittest's own
 
 def python(*arguments, **more):
     """Runs a program of ours; its exit code and what it said on its standard error."""
-    done = subprocess.run([sys.executable, *arguments], cwd=real_runs.ROOT, stderr=subprocess.PIPE, text=True, timeout=300,
+    done = subprocess.run([sys.executable, *arguments], cwd=real_runs.ROOT, stderr=subprocess.PIPE,
+                          text=True, timeout=300,
                           **{"stdout": subprocess.DEVNULL, "stdin": subprocess.DEVNULL, **more})
     return done.returncode, done.stderr
 
@@ -36,27 +38,32 @@ class Errors(unittest.TestCase):
         for program in programs:
             for arguments in (["--no-such-option"], [none], ["--out", "/dev/null/x", "/dev/null"]):
                 with self.subTest(program=program, arguments=arguments):
-                    once = ["--once"] if program.endswith("tensorboard.py") else []     # else it waits for the run
+                    # else it waits for the run
+                    once = ["--once"] if program.endswith("tensorboard.py") else []
                     code, said = python(program, *once, *arguments)
                     self.short(said)
                     self.assertNotEqual(code, 0, said)
 
     def raised(self, statement, **more):
         """What a script says of an exception that it did not foresee."""
-        return python("-c", f"import sys; sys.path.append('scripts'); import script_errors\n{statement}", **more)
+        return python("-c", f"import sys; sys.path.append('scripts'); import "
+                      f"script_errors\n{statement}", **more)
 
     def test_what_nobody_foresaw(self):
         for statement, want in (
-                ("raise KeyError('a')", "error: unexpected KeyError: 'a', <string>:2\n  hint: DROPPATH_DEBUG=1"),
+                ("raise KeyError('a')", "error: unexpected KeyError: 'a', <string>:2\n  hint: "
+                 "DROPPATH_DEBUG=1"),
                 ("open('/dev/null/x')", "error: /dev/null/x: Not a directory\n"),
                 ("import nonexistent.part", "error: the Python library nonexistent is missing\n"),
-                ("import subprocess; subprocess.run(['false'], check=True)", "error: false ended with code 1\n"),
+                ("import subprocess; subprocess.run(['false'], check=True)",
+                 "error: false ended with code 1\n"),
                 ("import json; json.loads('{')", "error: unexpected JSONDecodeError: "),
                 ("raise KeyboardInterrupt", "\ninterrupted\n")):
             code, said = self.raised(statement)
             self.short(said, want)
             self.assertNotEqual(code, 0)
-        self.assertIn("Traceback", self.raised("1 / 0", env={**os.environ, "DROPPATH_DEBUG": "1"})[1])
+        self.assertIn("Traceback",
+                      self.raised("1 / 0", env={**os.environ, "DROPPATH_DEBUG": "1"})[1])
 
     def test_nobody_reads(self):
         for statement in ("print('a')", "print('a' * 100000)", "print('a', flush=True)"):
@@ -77,7 +84,8 @@ class Errors(unittest.TestCase):
                 file.write("a text\n" * 100)
             read, write = os.pipe()
             os.close(read)
-            code, said = python("data/prepare.py", "--tokenizer", "bytes", "--processes", "1", "--out", os.path.join(folder, "d"),
+            code, said = python("data/prepare.py", "--tokenizer", "bytes", "--processes", "1",
+                                "--out", os.path.join(folder, "d"),
                                 text, stdout=write)
             os.close(write)
             self.short(said)

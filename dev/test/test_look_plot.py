@@ -60,8 +60,10 @@ class Reading(unittest.TestCase):
                 list(records(self.written(*lines)))
 
     def test_seeds_make_a_group(self):
-        groups = group_runs([Run(r, os.path.basename(r)) for r in (base(1), drop(1), base(2), rows(), drop(2))])
-        self.assertEqual([(group_name(g), len(g)) for g in groups], [("base", 2), ("drop", 2), ("rows", 1)])
+        groups = group_runs([Run(r, os.path.basename(r)) for r in (base(1), drop(1), base(2),
+            rows(), drop(2))])
+        self.assertEqual([(group_name(g), len(g)) for g in groups], [("base", 2), ("drop", 2),
+            ("rows", 1)])
 
     def test_folder_of_runs(self):
         base(), drop()
@@ -93,7 +95,8 @@ class Kept(unittest.TestCase):
     def test_batch_units(self):
         self.check(drop())
 
-    def test_row_units(self):                           # 5 rows: not a whole number of hexadecimal digits
+    def test_row_units(self):                           # 5 rows: not a whole number of hexadecimal
+                                                        # digits
         self.check(rows())
 
     def test_plans_by_hand(self):
@@ -101,7 +104,8 @@ class Kept(unittest.TestCase):
         import plot
         kept = plot.kept_of_plan("3102 3300", {}, numpy)
         self.assertEqual(kept.tolist(), [[1, 1], [1, 0.5], [0, 0], [0, 0.5]])
-        kept = plot.kept_of_plan("f.7.1.f 3.f.f.e", {"kept_attn": (4 + 1 + 2 + 4) / 16, "kept_mlp": 14 / 16}, numpy)
+        kept = plot.kept_of_plan("f.7.1.f 3.f.f.e", {"kept_attn": (4 + 1 + 2 + 4) / 16,
+            "kept_mlp": 14 / 16}, numpy)
         self.assertEqual(kept.tolist(), [[6 / 8, 7 / 8], [5 / 8, 7 / 8]])
 
     def test_nothing_dropped(self):
@@ -123,17 +127,21 @@ class Drawing(unittest.TestCase):
         self.assertIn("picture.png", text)
         self.assertGreater(os.path.getsize(out + ".png"), 20000)
         words = svg_text(out + ".svg")
-        for word in ("base (2 seeds: mean, range)", "drop (2 seeds: mean, range)", "rows", "tokens per second",
-                     "validation perplexity (per token)", "drop_s1: what was dropped", "rows: what was dropped",
+        for word in ("base (2 seeds: mean, range)", "drop (2 seeds: mean, range)", "rows",
+                     "tokens per second",
+                     "validation perplexity (per token)", "drop_s1: what was dropped",
+                     "rows: what was dropped",
                      "drop rate p(layer, step)"):
             self.assertIn(word, words)
         self.assertNotIn("base_s1: what was dropped", words)
         self.assertEqual(sorted(os.listdir(os.path.dirname(out))), ["picture.png", "picture.svg"])
 
     def test_axes(self):
-        out, _ = self.draw(base(), drop(), "--x", "steps,tokens,flops,seconds", "--y", "val_loss,lr", "--heat", "0")
+        out, _ = self.draw(base(), drop(), "--x", "steps,tokens,flops,seconds", "--y",
+                           "val_loss,lr", "--heat", "0")
         words = svg_text(out + ".svg")
-        for word in ("optimizer steps", "tokens", "executed FLOPs", "training time without evaluation (s)",
+        for word in ("optimizer steps", "tokens", "executed FLOPs",
+                     "training time without evaluation (s)",
                      "learning rate"):
             self.assertIn(word, words)
         self.assertNotIn("dropped", words)
@@ -147,7 +155,8 @@ class Drawing(unittest.TestCase):
         self.assertEqual(plot.read_curve(run, "tokens", "val_loss")[10][0], 1600)
 
     def test_a_run_that_grows(self):
-        folder = real_runs.trained("grown", "--layers", "3", "--grow", "1:0,3:50%", "--drop-path", "0.3")
+        folder = real_runs.trained("grown", "--layers", "3", "--grow", "1:0,3:50%", "--drop-path",
+                                   "0.3")
         out, _ = self.draw(folder, "--y", "losses,layers", "--heat", "1")
         text = svg_text(out + ".svg")
         self.assertIn("3 layers", text)
@@ -173,7 +182,8 @@ class Drawing(unittest.TestCase):
         path = os.path.join(tempfile.mkdtemp(dir=real_runs.folder()), "metrics.jsonl")
         with open(path, "w", encoding="utf-8") as file:
             for step in range(1, 30001):
-                record = {"step": step, "tokens": step, "loss": 3, "flops": 1, "ms": 1, "plan": "3310 3333"}
+                record = {"step": step, "tokens": step, "loss": 3, "flops": 1, "ms": 1,
+                          "plan": "3310 3333"}
                 file.write(json.dumps(record) + "\n")
         out, _ = self.draw(path, "--y", "loss", "--smooth", "1")
         self.assertLess(os.path.getsize(out + ".svg"), 200000)
@@ -186,9 +196,11 @@ class Refusals(unittest.TestCase):
         for arguments, message in (((empty + "/none",), "cannot read .*none/metrics.jsonl"),
                                    ((empty,), "no run found"),
                                    ((base(), "--out", "x.jpg"), "must end in .png"),
-                                   ((base(), "--out", empty + "/no/x.png"), "cannot write .*/no/x.png")):
+                                   ((base(), "--out", empty + "/no/x.png"),
+                                    "cannot write .*/no/x.png")):
             self.assertRegex(real_runs.run(PLOT, *arguments, expect=1), message)
-        for arguments, message in ((("--y", "lss"), "'lss' is not one of"), (("--smooth", "0"), "at least 1"),
+        for arguments, message in ((("--y", "lss"), "'lss' is not one of"),
+                                   (("--smooth", "0"), "at least 1"),
                                    (("--x", "step"), "none of steps, tokens")):
             self.assertIn(message, real_runs.run(PLOT, base(), *arguments, expect=2))
 
@@ -196,9 +208,11 @@ class Refusals(unittest.TestCase):
         hidden = tempfile.mkdtemp(dir=real_runs.folder())
         with open(os.path.join(hidden, "matplotlib.py"), "w", encoding="utf-8") as file:
             file.write("raise ImportError('hidden')\n")
-        text = real_runs.run(PLOT, base(), "--out", hidden + "/x.png", expect=1, env={"PYTHONPATH": hidden})
+        text = real_runs.run(PLOT, base(), "--out", hidden + "/x.png", expect=1,
+                             env={"PYTHONPATH": hidden})
         self.assertIn("matplotlib is missing: python3 -m pip install matplotlib", text)
-        self.assertIn("| base_s1 |", real_runs.run(PLOT, base(), "--table", env={"PYTHONPATH": hidden}))
+        self.assertIn("| base_s1 |", real_runs.run(PLOT, base(), "--table",
+                                                   env={"PYTHONPATH": hidden}))
 
     def test_table(self):
         table = [line.split("|") for line in
@@ -208,7 +222,8 @@ class Refusals(unittest.TestCase):
         self.assertIn(f"{sum(losses[0]) / 2:.4f} (sd ", table[2][6])
         difference = (losses[1][0] - losses[0][0] + losses[1][1] - losses[0][1]) / 2
         both = [losses[1][k] - losses[0][k] for k in (0, 1)]
-        half = 12.7062 * abs(both[0] - both[1]) / 2      # of two seeds: the standard error is half their distance
+        half = 12.7062 * abs(both[0] - both[1]) / 2      # of two seeds: the standard error is half
+                                                         # their distance
         self.assertIn(f"{difference:+.4f} ± {half:.4f}", table[3][9])
         self.assertIn("95% t-interval", table[0][9])
 

@@ -1,4 +1,5 @@
-"""Tests of scripts/tensorboard.py: what TensorBoard itself reads from the event files of real runs."""
+"""Tests of scripts/tensorboard.py: what TensorBoard itself reads from the event files of real
+runs."""
 import glob
 import json
 import math
@@ -25,7 +26,8 @@ def read_events(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(folder, size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]}
 
 
 @unittest.skipUnless(real_runs.have("tensorboard"), "tensorboard is missing")
@@ -34,7 +36,8 @@ class TensorBoard(unittest.TestCase):
         self.run = os.path.join(tempfile.mkdtemp(dir=real_runs.folder()), "run")
 
     def copy(self):
-        shutil.copytree(real_runs.trained("followed", "--drop-path", "0.5", "--save-every", "20"), self.run,
+        shutil.copytree(real_runs.trained("followed", "--drop-path", "0.5", "--save-every", "20"),
+                        self.run,
                         symlinks=True)
 
     def cut(self, size):
@@ -55,11 +58,13 @@ class TensorBoard(unittest.TestCase):
     def expect_events(self, folder=None):
         """Every number of every step once, and none else."""
         events, written = read_events(folder or self.run), records(self.run)
-        for key, tag in (("loss", "loss/train"), ("val_loss", "loss/validation"), ("kept_mlp", "drop_path/kept_mlp")):
+        for key, tag in (("loss", "loss/train"), ("val_loss", "loss/validation"),
+                         ("kept_mlp", "drop_path/kept_mlp")):
             want = [(r["step"], r[key]) for r in written if key in r]
             self.assertEqual([step for step, _ in events[tag]], [step for step, _ in want], tag)
             for (_, got), (step, value) in zip(events[tag], want):
-                self.assertTrue(math.isclose(got, value, rel_tol=1e-6), f"{tag}, step {step}: {got}, not {value}")
+                self.assertTrue(math.isclose(got, value, rel_tol=1e-6),
+                                f"{tag}, step {step}: {got}, not {value}")
 
     def test_finished_run(self):
         self.copy()
@@ -87,17 +92,20 @@ class TensorBoard(unittest.TestCase):
         self.once()
         shutil.copy(self.run + "/followed.json", self.run + "/before")
         self.append(lines[15][40:] + b"".join(lines[16:]))
-        self.once()                                     # as if killed after the events, before the state
+        self.once()                                     # as if killed after the events, before the
+                                                        # state
         os.replace(self.run + "/before", self.run + "/followed.json")
         self.assertIn("25 new steps", self.once())
         self.expect_events()
 
     def test_resumed_run_gives_way(self):
-        """Steps 21 to 30 are done again by another seed; the lines of the first time have given way."""
+        """Steps 21 to 30 are done again by another seed; the lines of the first time have given
+        way."""
         self.copy()
         self.once()
         shutil.rmtree(self.run + "/step_00000040")
-        real_runs.train(self.run, "--resume", self.run + "/step_00000020", "--drop-path", "0.5", "--seed", "5",
+        real_runs.train(self.run, "--resume", self.run + "/step_00000020", "--drop-path", "0.5",
+                        "--seed", "5",
                         "--steps", "30")
         self.assertEqual(len(records(self.run)), 30)
         self.assertIn("was rewritten", self.once())
@@ -122,7 +130,8 @@ class TensorBoard(unittest.TestCase):
     def test_live(self):
         """Started before the run, on the folder of runs; interrupted by Ctrl-C."""
         folder = os.path.dirname(self.run)
-        follower = subprocess.Popen(real_runs.command_of(SCRIPT, folder, "--every", "0.1"), stdout=subprocess.PIPE,
+        follower = subprocess.Popen(real_runs.command_of(SCRIPT, folder, "--every", "0.1"),
+                                    stdout=subprocess.PIPE,
                                     stderr=subprocess.STDOUT, text=True)
         try:
             real_runs.train(self.run)
@@ -166,13 +175,15 @@ class TensorBoard(unittest.TestCase):
 
 
 def wandb_steps(path):
-    """The steps in the file of an offline run: 7 bytes, then protobufs in LevelDB's log format (doc/log_format.md)."""
+    """The steps in the file of an offline run: 7 bytes, then protobufs in LevelDB's log format
+    (doc/log_format.md)."""
     from wandb.proto import wandb_internal_pb2
     with open(path, "rb") as file:
         data = file.read()
     at, whole, steps = 7, b"", []
     while at + 7 <= len(data):
-        if at % 32768 > 32768 - 7:                      # no header fits: the block's rest is padding
+        if at % 32768 > 32768 - 7:                      # no header fits: the block's rest is
+                                                        # padding
             at += 32768 - at % 32768
             continue
         size, kind = int.from_bytes(data[at + 4:at + 6], "little"), data[at + 6]
@@ -188,7 +199,8 @@ def wandb_steps(path):
 @unittest.skipIf(real_runs.have("tensorboard"), "tensorboard is there")
 class Missing(unittest.TestCase):
     def test_message(self):
-        text = real_runs.run(SCRIPT, "--once", real_runs.trained("base_s1", "--seed", "1"), expect=1)
+        text = real_runs.run(SCRIPT, "--once", real_runs.trained("base_s1", "--seed", "1"),
+                             expect=1)
         self.assertIn("tensorboard is missing: python3 -m pip install tensorboard", text)
 
 

@@ -1,12 +1,13 @@
 #!/bin/sh
-# Our checkpoints in the hands of transformers, and its checkpoints in ours: `make test-interop`.
+# Our checkpoints in transformers, and its checkpoints in our programs: `make test-interop`.
 #
 #     dev/test/interop/run.sh              the tests; the last line counts them
-#     dev/test/interop/run.sh --install    only what they need: exit code 77 where that cannot be installed
+#     dev/test/interop/run.sh --install    only installs what they need: exit code 77 if it cannot
 #
-#   cost     the first time torch, transformers and safetensors are installed into build/interop-venv (from PyPI, several GB with
-#            what torch brings along; PIP_INDEX_URL or PIP_EXTRA_INDEX_URL may name an index with its smaller CPU builds);
-#            then about a minute on one core
+#   cost     the first time, torch, transformers and safetensors are installed into
+#            build/interop-venv (from PyPI, several GB with torch's dependencies; PIP_INDEX_URL or
+#            PIP_EXTRA_INDEX_URL may name an index with its smaller CPU builds); then about a minute
+#            on one core
 #
 # Variables: VENV=/path of a virtual environment that has them, BUILD=build, PYTHON=python3.
 set -eu

@@ -1,7 +1,8 @@
 """ReplaceMe and neural collapse beside transformers: the classes that test_interop.py runs too.
 
-The reference is numpy on the hidden states of transformers' GPT2LMHeadModel in double precision: least squares by
-numpy.linalg.lstsq, folded here into that model's own weights; class means and pairs by plain loops.
+The reference is numpy on the hidden states of transformers' GPT2LMHeadModel in double precision:
+least squares by numpy.linalg.lstsq, folded here into that model's own weights; class means and
+pairs by plain loops.
 """
 import copy
 import json
@@ -26,16 +27,19 @@ class Analysis(Interop):
             tokens = random_tokens(1, rows * T + 1, SIZE["V"], seed)[0]
             write_shard(self.folder / f"{name}.bin", tokens)
             whole = np.stack([tokens[i * T:(i + 1) * T + 1] for i in range(rows)])
-            self.rows[name] = np.ascontiguousarray(whole[:, :-1]), np.ascontiguousarray(whole[:, 1:])
+            self.rows[name] = np.ascontiguousarray(whole[:, :-1]), np.ascontiguousarray(whole[:,
+                1:])
 
     def loss(self, model, part="val"):
         inputs, targets = self.rows[part]
         logits = torch.from_numpy(their_logits(model, inputs))
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).long().flatten()).item()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1),
+                                                 torch.from_numpy(targets).long().flatten()).item()
 
     def replaced(self, first, end):
         """transformers' model without the layers, and numpy's map in the projection before them."""
-        x = [p.reshape(-1, SIZE["C"]) for p in stream(copy.deepcopy(self.model), self.rows["train"][0])]
+        x = [p.reshape(-1, SIZE["C"]) for p in stream(copy.deepcopy(self.model),
+            self.rows["train"][0])]
         m, a2 = x[2 * first] - x[2 * first - 1], x[2 * end] - x[2 * first - 1]
         t = np.linalg.lstsq(np.hstack([m, np.ones((len(m), 1))]), a2, rcond=None)[0]
         model = copy.deepcopy(self.model).double()
@@ -46,28 +50,35 @@ class Analysis(Interop):
         return without(model, range(first, end))
 
     def test_replaced(self):
-        """The model that build/prune writes is that of numpy, and transformers has the loss that prune.json says."""
+        """The model that build/prune writes is that of numpy, and transformers has the loss that
+        prune.json says."""
         for first, end in ((1, 2), (2, 4), (1, 5)):
             out, want = self.folder / f"replaced{first}{end}", self.replaced(first, end)
-            run("prune", self.folder / "model", "--out", out, "--drop", f"{first}-{end - 1}", "--method", "replace", "--ridge", 0,
-                "--val", self.folder / "val.bin", "--calib", self.folder / "train.bin", "--calib-tokens", CALIBRATION * SIZE["T"])
+            run("prune", self.folder / "model", "--out", out, "--drop", f"{first}-{end - 1}",
+                "--method", "replace", "--ridge", 0,
+                "--val", self.folder / "val.bin", "--calib", self.folder / "train.bin",
+                "--calib-tokens", CALIBRATION * SIZE["T"])
             got, report = load(out), json.loads((out / "prune.json").read_text())
             for key, w in want.transformer.state_dict().items():
-                near = torch.allclose(got.transformer.state_dict()[key].double(), w, rtol=2e-4, atol=2e-4)
+                near = torch.allclose(got.transformer.state_dict()[key].double(), w, rtol=2e-4,
+                                      atol=2e-4)
                 self.assertTrue(near, f"{first}-{end}: {key}")
             self.assertLessEqual(abs(report["loss_after"] - self.loss(got.double())), 1e-5)
             self.assertLessEqual(abs(report["loss_after"] - self.loss(want)), 1e-3)
-            self.assertLessEqual(abs(report["loss_deleted"] - self.loss(without(self.model, range(first, end)))), 1e-5)
+            self.assertLessEqual(abs(report["loss_deleted"] - self.loss(without(self.model,
+                range(first, end)))), 1e-5)
 
     def test_collapse(self):
         """Means, variances, duality and agreement, on transformers' last hidden state."""
         def features(part):
             inputs, targets = self.rows[part]
             with torch.no_grad():
-                h = self.model.double().transformer(torch.from_numpy(inputs).long()).last_hidden_state
+                h = self.model.double().transformer(torch.from_numpy(inputs).long(
+                    )).last_hidden_state
             return h.reshape(-1, SIZE["C"]).numpy(), targets.reshape(-1)
 
-        run("collapse", self.folder / "model", "--train", self.folder / "train.bin", "--val", self.folder / "val.bin",
+        run("collapse", self.folder / "model", "--train", self.folder / "train.bin", "--val",
+            self.folder / "val.bin",
             "--min-count", 8, "--tokens", 0, "--val-tokens", 0, "--json", self.folder / "out.json")
         got = json.loads((self.folder / "out.json").read_text())["checkpoints"][0]
         h, labels = features("train")
@@ -85,9 +96,13 @@ class Analysis(Interop):
         every = np.array([h[labels == c].mean(0) for c in seen])
         val, val_labels = features("val")
         nearest = seen[((val[:, None] - every[None]) ** 2).sum(-1).argmin(1)]
-        want = {"classes": len(classes), "coverage": np.isin(labels, classes).mean(), "cdnv": np.mean(cdnv),
-                "log_kernel": np.mean(kernel), "log_kernel_var": np.var(kernel), "duality": cosine.mean(),
-                "duality_var": cosine.var(ddof=1), "agreement": ((val @ head.T).argmax(1) == nearest).mean(),
+        want = {"classes": len(classes), "coverage": np.isin(labels, classes).mean(),
+                "cdnv": np.mean(cdnv),
+                "log_kernel": np.mean(kernel), "log_kernel_var": np.var(kernel),
+                "duality": cosine.mean(),
+                "duality_var": cosine.var(ddof=1),
+                "agreement": ((val @ head.T).argmax(1) == nearest).mean(),
                 "mean_accuracy": (nearest == val_labels).mean()}
         for name, value in want.items():
-            self.assertLessEqual(abs(got[name] - value), 1e-5 * max(1, abs(value)), f"{name}: got {got[name]}, want {value}")
+            self.assertLessEqual(abs(got[name] - value), 1e-5 * max(1, abs(value)),
+                                 f"{name}: got {got[name]}, want {value}")

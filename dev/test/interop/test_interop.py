@@ -1,10 +1,11 @@
-"""Our checkpoints in the hands of transformers, and its checkpoints in ours.
+"""Our checkpoints in transformers, and its checkpoints in our programs.
 
-Run:    make test-interop              or, of the methods below, some: dev/test/interop/run.sh Logits Training.test_rows
-Needs:  torch, numpy, transformers, safetensors, in the virtual environment that run.sh makes
+Run:    make test-interop, or selected tests: dev/test/interop/run.sh Logits Training.test_rows
+Needs:  torch, numpy, transformers, safetensors, in the virtual environment that run.sh creates
 
-Weights are random and far from small, sizes are odd. The reference is transformers' GPT2LMHeadModel in double
-precision. Our fp32 may differ from it by what fp32 loses: transformers' own fp32 is the measure where there is one.
+Weights are random and large, sizes are odd. The reference is transformers' GPT2LMHeadModel in double
+precision. Our fp32 may differ from it by fp32's rounding: transformers' own fp32 gives the scale
+where it is available.
 """
 import json
 import os
@@ -21,7 +22,8 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 BUILD = os.environ.get("BUILD", "build")
-SIZES = [dict(V=61, T=17, C=24, L=3, NH=3), dict(V=257, T=33, C=20, L=2, NH=5), dict(V=1003, T=40, C=72, L=1, NH=4)]
+SIZES = [dict(V=61, T=17, C=24, L=3, NH=3), dict(V=257, T=33, C=20, L=2, NH=5),
+         dict(V=1003, T=40, C=72, L=1, NH=4)]
 LLMC_MAGIC, LLMC_VERSION = 20240326, {"float32": 3, "bfloat16": 5}
 
 
@@ -30,11 +32,14 @@ LLMC_MAGIC, LLMC_VERSION = 20240326, {"float32": 3, "bfloat16": 5}
 def random_model(V, T, C, L, NH, seed=1):
     """Matrices of 0.15, so that no logit and no gradient is small; LayerNorms near 1."""
     generator = torch.Generator().manual_seed(seed)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=NH, bos_token_id=0,
-                                       eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=NH,
+                                       bos_token_id=0,
+                                       eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0,
+                                       attn_pdrop=0.0))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(0.15 * torch.randn(p.shape, generator=generator) + ("ln_" in name and name.endswith("weight")))
+            p.copy_(0.15 * torch.randn(p.shape, generator=generator) + ("ln_" in name
+                and name.endswith("weight")))
     return model.eval()
 
 
@@ -44,7 +49,8 @@ def random_tokens(B, T, V, seed=2):
 
 def run(program, *arguments):
     """Runs a program of ours; its standard output."""
-    done = subprocess.run([f"{BUILD}/{program}", *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run([f"{BUILD}/{program}", *map(str, arguments)], capture_output=True,
+                          text=True, check=False)
     if done.returncode:
         raise AssertionError(f"{program} {' '.join(map(str, arguments))}: {done.stderr}")
     return done.stdout
@@ -81,7 +87,8 @@ def write_shard(path, tokens):
 def llmc_order(L):
     """Names in the file's order, and whether the matrix is the transpose of Hugging Face's."""
     parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    layer = [f"h.{l}.{part}.{kind}" for part in parts for kind in ("weight", "bias") for l in range(L)]
+    layer = [f"h.{l}.{part}.{kind}" for part in parts for kind in ("weight", "bias")
+             for l in range(L)]
     names = ["wte.weight", "wpe.weight", *layer, "ln_f.weight", "ln_f.bias"]
     return [(name, ".c_" in name and name.endswith("weight")) for name in names]
 
@@ -98,7 +105,8 @@ def llmc_write(path, model, dtype):
             if name == "wte.weight":
                 w = torch.nn.functional.pad(w, (0, 0, 0, Vp - c.vocab_size))
             w = w.contiguous().to(getattr(torch, dtype))
-            file.write(w.view(torch.int16 if dtype == "bfloat16" else torch.int32).numpy().tobytes())
+            file.write(w.view(torch.int16 if dtype == "bfloat16"
+                              else torch.int32).numpy().tobytes())
 
 
 def llmc_read(path):
@@ -112,7 +120,8 @@ def llmc_read(path):
     integer, real = {3: (np.int32, torch.float32), 5: (np.int16, torch.bfloat16)}[int(header[1])]
     flat = torch.from_numpy(np.fromfile(path, integer, offset=1024)).view(real).float()
     for name, transposed in llmc_order(L):
-        shape = [Vp, C] if name == "wte.weight" else list(weights[name].shape)[::-1 if transposed else 1]
+        shape = [Vp, C] if name == "wte.weight" else list(weights[name].shape)[::-1 if transposed
+            else 1]
         count = int(np.prod(shape))
         w, flat = flat[:count].view(shape), flat[count:]
         if name == "wte.weight":
@@ -136,7 +145,8 @@ def philox(counter, key):
 
 
 def window_of(sample, n, seed):
-    """The window that is sample i: a Feistel network of eight rounds on the place in the epoch, until it is below n."""
+    """The window that is sample i: a Feistel network of eight rounds on the place in the epoch,
+    until it is below n."""
     epoch, x = divmod(sample, n)
     h = 0
     while 1 << 2 * h < n:
@@ -158,9 +168,11 @@ class Interop(unittest.TestCase):
         self.folder = pathlib.Path(temporary.name)
 
     def assert_logits(self, got, want, single=None, what=""):
-        """got is fp32's; want is exact. single: what another fp32 program gets, ten times whose error is allowed."""
+        """got is fp32's; want is exact. single: what another fp32 program gets, ten times whose
+        error is allowed."""
         error, scale = np.abs(got - want).max(), np.abs(want).max()
-        allowed = 1e-5 * scale if single is None else 10 * np.abs(single - want).max() + 1e-6 * scale
+        allowed = 1e-5 * scale if single is None else 10 * np.abs(single -
+            want).max() + 1e-6 * scale
         self.assertLessEqual(error, allowed, f"{what}: of logits up to {scale:.3g}")
         self.assertGreater(scale, 1, "these logits would hide an error")
 
@@ -169,14 +181,17 @@ class Logits(Interop):
     def check_theirs(self, model, saved, what):
         tokens = random_tokens(3, model.config.n_positions, model.config.vocab_size)
         single = their_logits(model, tokens, torch.float32)
-        self.assert_logits(our_logits(saved, tokens, self.folder), their_logits(model, tokens), single, what)
+        self.assert_logits(our_logits(saved, tokens, self.folder), their_logits(model, tokens),
+                           single, what)
 
     def test_theirs_in_ours(self):
-        """Saved by save_pretrained in three dtypes, whole and in shards, with and without the head's prefix."""
+        """Saved by save_pretrained in three dtypes, whole and in shards, with and without the
+        head's prefix."""
         for i, size in enumerate(SIZES):
             for dtype in ("float32", "float16", "bfloat16"):
                 model = random_model(**size, seed=i).to(getattr(torch, dtype))
-                whole, shards, bare = (self.folder / f"{i}_{dtype}_{kind}" for kind in ("whole", "shards", "bare"))
+                whole, shards, bare = (self.folder / f"{i}_{dtype}_{kind}" for kind in ("whole",
+                    "shards", "bare"))
                 model.save_pretrained(whole)
                 model.save_pretrained(shards, max_shard_size="20KB")
                 model.transformer.save_pretrained(bare)
@@ -204,7 +219,8 @@ class Logits(Interop):
                 self.assertEqual(loaded.dtype, getattr(torch, dtype))
                 forms = [loaded]
                 if name != "f16":
-                    run("export", self.folder / f"{i}", "--out", f"{out}.bin", "--dtype", name, "--format", "llmc")
+                    run("export", self.folder / f"{i}", "--out", f"{out}.bin", "--dtype", name,
+                        "--format", "llmc")
                     forms.append(llmc_read(f"{out}.bin"))
                 for form in forms:
                     for key, w in form.transformer.state_dict().items():
@@ -214,8 +230,10 @@ class Logits(Interop):
     def test_rounding(self):
         """Ties, subnormals and the largest numbers, as torch rounds them."""
         model = random_model(**SIZES[0])
-        numbers = np.concatenate([np.arange(1, 512) * 2.0 ** e / 64 for e in range(-30, 8, 3)]).astype(np.float32)
-        numbers = np.concatenate([numbers, 1 + np.arange(512, dtype=np.float32) * 2.0 ** -12, [65519, 6.1e-5, 0]])
+        numbers = np.concatenate([np.arange(1, 512) * 2.0 ** e / 64 for e in range(-30, 8,
+            3)]).astype(np.float32)
+        numbers = np.concatenate([numbers, 1 + np.arange(512, dtype=np.float32) * 2.0 ** -12,
+                                  [65519, 6.1e-5, 0]])
         with torch.no_grad():
             w = model.transformer.h[0].mlp.c_fc.weight.view(-1)
             w.copy_(torch.from_numpy(np.resize(numbers, w.numel()).astype(np.float32)))
@@ -233,7 +251,8 @@ class Logits(Interop):
         model.save_pretrained(self.folder / "model")
         tokens = random_tokens(1, 10 * T + 5, size["V"])[0]
         write_shard(self.folder / "val.bin", tokens)
-        run("evaluate", self.folder / "model", "--val", self.folder / "val.bin", "--json", self.folder / "out.json")
+        run("evaluate", self.folder / "model", "--val", self.folder / "val.bin", "--json",
+            self.folder / "out.json")
         rows = np.stack([tokens[i * T:(i + 1) * T + 1] for i in range(10)])
         logits = torch.from_numpy(their_logits(model, np.ascontiguousarray(rows[:, :-1])))
         targets = torch.from_numpy(rows[:, 1:]).long()
@@ -245,15 +264,18 @@ class Logits(Interop):
 # ---- Training: ten steps of ours beside torch.optim.AdamW ----
 
 class Training(Interop):
-    SIZE, T, B, M, STEPS = SIZES[0], 13, 4, 2, 10          # rows shorter than the positions; M micro-batches a step
-    EPS = 1e-5          # not less: the bias of attention's keys has gradient 0, so that AdamW divides rounding by it
+    SIZE, T, B, M, STEPS = SIZES[0], 13, 4, 2, 10          # rows shorter than the positions; M
+                                                           # micro-batches a step
+    EPS = 1e-5          # not less: the bias of attention's keys has gradient 0, so that AdamW
+                        # divides rounding by it
 
     def drop(self, model, kept, scale, tied):
         """Makes model multiply its branches by masks, as torchvision.ops.stochastic_depth does: kept (2L,B) of 0 and 1,
         scale (L), of which torchvision knows 1 / (1 - p). Returns the hooks."""
         hooks = []
         for l, block in enumerate(model.transformer.h):
-            noise = [torch.tensor(kept[2 * l + j], dtype=torch.float64)[:, None, None] * scale[l] for j in (0, 1)]
+            noise = [torch.tensor(kept[2 * l + j], dtype=torch.float64)[:, None, None] * scale[l]
+                     for j in (0, 1)]
             if tied:
                 def whole(_, inputs, output, noise=noise[0]):
                     y = output[0] if isinstance(output, tuple) else output
@@ -263,7 +285,8 @@ class Training(Interop):
                 continue
             for part, factor in ((block.attn, noise[0]), (block.mlp, noise[1])):
                 def branch(_, inputs, output, factor=factor):
-                    return (factor * output[0], *output[1:]) if isinstance(output, tuple) else factor * output
+                    return (factor * output[0], *output[1:]) if isinstance(output,
+                        tuple) else factor * output
                 hooks.append(part.register_forward_hook(branch))
         return hooks
 
@@ -277,7 +300,8 @@ class Training(Interop):
         """Trains model as the records of our run say; returns its losses and gradient norms."""
         matrices = [p for p in model.parameters() if p.dim() == 2]
         vectors = [p for p in model.parameters() if p.dim() == 1]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [{"params": matrices, "weight_decay": 0.1},
+                  {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=self.EPS)
         n, losses, norms = (len(tokens) - 1) // self.T, [], []
         for step, record in enumerate(records):
@@ -289,10 +313,13 @@ class Training(Interop):
             for m, kept in enumerate(plans):
                 first = (step * self.M + m) * self.B
                 starts = [self.T * window_of(first + b, n, seed) for b in range(self.B)]
-                rows = torch.from_numpy(np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64))
-                hooks = self.drop(model, kept, 1 / (1 - rates) if inverted else np.ones_like(rates), tied)
+                rows = torch.from_numpy(np.stack([tokens[s:s + self.T + 1]
+                                                  for s in starts]).astype(np.int64))
+                hooks = self.drop(model, kept, 1 / (1 - rates) if inverted else np.ones_like(rates),
+                                  tied)
                 logits = model(rows[:, :-1]).logits
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) / self.M
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1),
+                                                         rows[:, 1:].flatten()) / self.M
                 loss.backward()
                 total += loss.item()
                 for hook in hooks:
@@ -310,7 +337,8 @@ class Training(Interop):
             optimizer.step()
         return losses, norms
 
-    def check(self, *options, depth=None, inverted=True, tied=False, skip=False, form="huggingface", dropped=True):
+    def check(self, *options, depth=None, inverted=True, tied=False, skip=False, form="huggingface",
+              dropped=True):
         """Our run from a model of theirs, and theirs with the plans of ours."""
         seed, V = 5, self.SIZE["V"]
         model = random_model(**self.SIZE)
@@ -322,16 +350,20 @@ class Training(Interop):
         before = {name: w.clone() for name, w in model.transformer.state_dict().items()}
         tokens = random_tokens(1, 50 * self.T + 1, V)[0]
         write_shard(self.folder / "train.bin", tokens)
-        run("train_gpt", "--train", self.folder / "train.bin", "--init-from", start, "--out", out, "--seq-len", self.T,
-            "--batch", self.B, "--total-batch", self.B * self.T * self.M, "--steps", self.STEPS, "--lr", 0.004,
+        run("train_gpt", "--train", self.folder / "train.bin", "--init-from", start, "--out", out,
+            "--seq-len", self.T,
+            "--batch", self.B, "--total-batch", self.B * self.T * self.M, "--steps", self.STEPS,
+            "--lr", 0.004,
             "--warmup", 2, "--eps", self.EPS, "--drop-ramp-up", 3, "--seed", seed, *options)
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         self.assertEqual(len(records), self.STEPS)
-        kept = np.array([self.read_plan(text) for record in records for text in record["plan"].split(" ")])
+        kept = np.array([self.read_plan(text) for record in records
+                         for text in record["plan"].split(" ")])
         self.assertEqual(bool((kept == 0).any()), dropped)
         L = self.SIZE["L"]
         depth = np.arange(1, L + 1) / L if depth is None else depth
-        losses, norms = self.reference(model.double(), tokens, records, seed, depth, inverted, tied, skip)
+        losses, norms = self.reference(model.double(), tokens, records, seed, depth, inverted, tied,
+                                       skip)
         np.testing.assert_allclose([r["loss"] for r in records], losses, rtol=1e-5)
         np.testing.assert_allclose([r["grad_norm"] for r in records], norms, rtol=1e-4)
         self.assertGreater(max(norms), 1, "no gradient was clipped")
@@ -343,7 +375,8 @@ class Training(Interop):
             self.assertLess(error, 5e-4 * moved, f"{name} moved by {moved:.3g}")
         loaded = load(out / "latest")                    # what we saved is what they load
         checked = random_tokens(2, self.SIZE["T"], V)
-        self.assert_logits(our_logits(out / "latest", checked, self.folder), their_logits(loaded, checked))
+        self.assert_logits(our_logits(out / "latest", checked, self.folder),
+                           their_logits(loaded, checked))
 
     def test_plain(self):
         self.check(dropped=False)
@@ -355,11 +388,13 @@ class Training(Interop):
         self.check("--drop-path", 0.5, "--drop-unit", "row", form="shards")
 
     def test_tied_uniform(self):
-        self.check("--drop-path", 0.4, "--drop-unit", "row", "--drop-branches", "tied", "--drop-depth", "uniform",
+        self.check("--drop-path", 0.4, "--drop-unit", "row", "--drop-branches", "tied",
+                   "--drop-depth", "uniform",
                    depth=np.ones(self.SIZE["L"]), tied=True, form="llmc")
 
     def test_unscaled_skipping_adam(self):
-        self.check("--drop-path", 0.7, "--drop-scale", "none", "--drop-adam", "skip", inverted=False, skip=True)
+        self.check("--drop-path", 0.7, "--drop-scale", "none", "--drop-adam", "skip",
+                   inverted=False, skip=True)
 
 
 # ---- What a run leaves behind ----
@@ -368,7 +403,8 @@ class Runs(Interop):
     def train(self, *options):
         (self.folder / "text").write_text(" ".join(str(i * i) for i in range(20000)))
         run("data_bytes", "--out", self.folder / "data", self.folder / "text")
-        run("train_gpt", "--train", self.folder / "data" / "train_*.bin", "--out", self.folder / "run", "--layers", 3,
+        run("train_gpt", "--train", self.folder / "data" / "train_*.bin", "--out",
+            self.folder / "run", "--layers", 3,
             "--heads", 3, "--channels", 24, "--seq-len", 31, "--steps", 30, "--lr", 3e-3, *options)
         return self.folder / "run" / "latest"
 
@@ -380,22 +416,28 @@ class Runs(Interop):
         text = "Grüße, 世界!  two spaces\n\ttab \u00a0 it's 123<|endoftext|>"
         ids = tokenizer(text).input_ids
         self.assertEqual(ids, list(text.replace("<|endoftext|>", "").encode()) + [256])
-        self.assertEqual(AutoTokenizer.from_pretrained(checkpoint)(text).input_ids, ids)     # it has one of its own
+        # it has one of its own
+        self.assertEqual(AutoTokenizer.from_pretrained(checkpoint)(text).input_ids, ids)
         self.assertEqual(tokenizer.decode(ids, clean_up_tokenization_spaces=False), text)
-        self.assertEqual((tokenizer.eos_token_id, tokenizer.model_max_length, len(tokenizer)), (256, 31, 257))
+        self.assertEqual((tokenizer.eos_token_id, tokenizer.model_max_length, len(tokenizer)),
+                         (256, 31, 257))
         tokens = np.array([ids[:31], ids[5:36]], np.int32)
         ours = our_logits(checkpoint, tokens, self.folder)
         for folder in (checkpoint, out):
             loaded = load(folder)
-            self.assertEqual((loaded.config.eos_token_id, loaded.generation_config.eos_token_id), (256, 256))
+            self.assertEqual((loaded.config.eos_token_id, loaded.generation_config.eos_token_id),
+                             (256, 256))
             self.assert_logits(ours, their_logits(loaded, tokens), what=folder)
-        greedy = load(out).generate(torch.tensor([ids[:5]]), max_new_tokens=20, do_sample=False, pad_token_id=256)[0]
+        greedy = load(out).generate(torch.tensor([ids[:5]]), max_new_tokens=20, do_sample=False,
+                                    pad_token_id=256)[0]
         prompt = tokenizer.decode(ids[:5])
         said = run("generate", out, "--prompt", prompt, "--tokens", 20, "--temperature", 0)
-        self.assertEqual(said.rstrip("\n"), tokenizer.decode(greedy, skip_special_tokens=True).rstrip("\n"))
+        self.assertEqual(said.rstrip("\n"),
+                         tokenizer.decode(greedy, skip_special_tokens=True).rstrip("\n"))
 
     def test_survival_is_folded(self):
-        checkpoint, out = self.train("--drop-path", 0.5, "--drop-scale", "survival"), self.folder / "out"
+        checkpoint, out = self.train("--drop-path", 0.5, "--drop-scale",
+                                     "survival"), self.folder / "out"
         run("export", checkpoint, "--out", out)
         run("export", checkpoint, "--out", self.folder / "out.bin", "--format", "llmc")
         tokens = random_tokens(2, 31, 257)
@@ -406,25 +448,31 @@ class Runs(Interop):
         self.assertGreater(np.abs(unfolded - ours).max(), 1e-3, "the factors do nothing here")
 
     def test_merges(self):
-        """A vocabulary that was learned elsewhere: the merges that made it are found again, and a text's tokens."""
+        """A vocabulary that was learned elsewhere: the merges that made it are found again, and a
+        text's tokens."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         learned = Tokenizer(models.BPE())
         learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         learned.decoder = decoders.ByteLevel()
         files = [str(path) for path in pathlib.Path(".").glob("*.md")] + ["train_gpt.c"]
-        learned.train(files, trainers.BpeTrainer(vocab_size=1003, special_tokens=["<|endoftext|>"], show_progress=False,
-                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        learned.train(files, trainers.BpeTrainer(vocab_size=1003, special_tokens=["<|endoftext|>"],
+                                                 show_progress=False,
+                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet(
+                                                     )))
         model = json.loads(learned.to_str())["model"]
         (self.folder / "vocab.json").write_text(json.dumps(model["vocab"]))
         random_model(**SIZES[2]).save_pretrained(self.folder / "model")
-        run("export", self.folder / "model", "--out", self.folder / "out", "--tokenizer", self.folder / "vocab.json")
+        run("export", self.folder / "model", "--out", self.folder / "out", "--tokenizer",
+            self.folder / "vocab.json")
         made = json.loads((self.folder / "out" / "tokenizer.json").read_text())["model"]
         self.assertEqual(made["vocab"], model["vocab"])
-        self.assertEqual([merge.split(" ") for merge in made["merges"]], [list(merge) for merge in model["merges"]])
+        self.assertEqual([merge.split(" ") for merge in made["merges"]],
+                         [list(merge) for merge in model["merges"]])
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "out")
         text = pathlib.Path("dev/model/gpt.h").read_text() + "Grüße — 世界 🙂\n"
         self.assertEqual(tokenizer(text).input_ids, learned.encode(text).ids)
-        self.assertEqual(tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False), text)
+        self.assertEqual(tokenizer.decode(tokenizer(text).input_ids,
+                                          clean_up_tokenization_spaces=False), text)
 
 
 if __name__ == "__main__":
