@@ -169,12 +169,12 @@ static inline char *PRINTF_LIKE(1, 2) NEVER_NULL xprintf(const char *format, ...
 static inline char *xstrdup(const char *s) { return xprintf("%s", s); }
 
 // A growing string: initialize with {0}, release with text_free.
-typedef struct { char *s; size_t n, room; } Text;
+typedef struct { char *s; size_t n, capacity; } Text;
 
 static inline void text_append(Text *t, const void *bytes, size_t n) {
-    if (t->n + n + 1 > t->room) {
-        t->room = 2 * (t->n + n + 1);
-        t->s = (char *)xrealloc(t->s, t->room, 1);
+    if (t->n + n + 1 > t->capacity) {
+        t->capacity = 2 * (t->n + n + 1);
+        t->s = (char *)xrealloc(t->s, t->capacity, 1);
     }
     memcpy(t->s + t->n, bytes, n);
     t->n += n;
@@ -194,7 +194,7 @@ static inline void PRINTF_LIKE(2, 3) UNUSED text_printf(Text *t, const char *for
 static inline void text_free(Text *t) {
     free(t->s);
     t->s = NULL;
-    t->n = t->room = 0;
+    t->n = t->capacity = 0;
 }
 
 #endif

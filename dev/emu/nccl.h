@@ -41,7 +41,7 @@ struct EmuNcclShared {
     std::atomic<int> arrived, generation, failed;
     int device[EMU_NCCL_RANKS];                          // index on the machine
     EmuNcclCall call[EMU_NCCL_RANKS];
-    char room[EMU_NCCL_RANKS][EMU_NCCL_PIECE];
+    char buffer[EMU_NCCL_RANKS][EMU_NCCL_PIECE];
 };
 struct EmuNccl {
     EmuNcclShared *shared;
@@ -147,10 +147,10 @@ inline size_t emu_nccl_size(int type) {
 // to (n) = the sum of all ranks' buffers; in bf16 the assignment rounds.
 template <class T> inline void emu_nccl_sum(EmuNccl *c, void *to, size_t n) {
     T *sum = (T *)to;
-    memcpy(to, c->shared->room[0], n * sizeof(T));
+    memcpy(to, c->shared->buffer[0], n * sizeof(T));
     for (int r = 1; r < c->world; r++)
         for (size_t i = 0; i < n; i++)
-            sum[i] = sum[i] + ((const T *)(const void *)c->shared->room[r])[i];
+            sum[i] = sum[i] + ((const T *)(const void *)c->shared->buffer[r])[i];
 }
 
 // Each rank in `gives` puts `bytes` into its buffer, piece by piece; `take` reads the buffers.
@@ -158,7 +158,7 @@ template <class Take> inline bool emu_nccl_pieces(EmuNccl *c, const char *gives,
                                                   Take take) {
     for (size_t at = 0; at < bytes; at += EMU_NCCL_PIECE) {
         const size_t n = std::min(bytes - at, (size_t)EMU_NCCL_PIECE);
-        if (gives) memcpy(c->shared->room[c->rank], gives + at, n);
+        if (gives) memcpy(c->shared->buffer[c->rank], gives + at, n);
         if (!emu_nccl_meet(c, 0)) return false;
         take(at, n);
         if (!emu_nccl_meet(c, 0)) return false;
@@ -190,11 +190,11 @@ inline bool emu_nccl_run(EmuNccl *c, EmuNcclCall call, const char *from, char *t
         return emu_nccl_pieces(c, from, bytes, [=](size_t at, size_t n) { sum(to + at, n); });
     if (call.what == EMU_BROADCAST)
         return emu_nccl_pieces(c, c->rank == call.root ? from : NULL, bytes,
-                               [=](size_t at, size_t n) { memcpy(to + at, s->room[call.root], n);
+                               [=](size_t at, size_t n) { memcpy(to + at, s->buffer[call.root], n);
                                                           });
     if (call.what == EMU_ALL_GATHER)
         return emu_nccl_pieces(c, from, bytes, [=](size_t at, size_t n) {
-            for (int r = 0; r < c->world; r++) memcpy(to + (size_t)r * bytes + at, s->room[r], n);
+            for (int r = 0; r < c->world; r++) memcpy(to + (size_t)r * bytes + at, s->buffer[r], n);
         });
     // reduce and scatter: one rank's share after another
     for (int r = 0; r < c->world; r++)

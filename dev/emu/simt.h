@@ -103,7 +103,7 @@ struct EmuLane {
     unsigned mask;
     void *operand;
     EmuCopy *copy;            // asynchronous copies in flight
-    unsigned copies, room, group;
+    unsigned copies, capacity, group;
 };
 
 // Bit masks of lanes that are ready, that wait in a warp operation, that exist; their order of
@@ -125,7 +125,7 @@ struct EmuCore {
     unsigned bound;                               // threads that the kernel's launch bounds allow
     int barrier_line;                             // of the __syncthreads at which some lanes wait
     char *shared;
-    size_t shared_bytes, shared_room;             // of this launch; of the allocation
+    size_t shared_bytes, shared_capacity;             // of this launch; of the allocation
 };
 
 // NULL: no kernel has run on this host thread
@@ -506,13 +506,13 @@ inline void emu_check_alignment(const void *p, const char *what) {
 }
 
 inline void emu_shared_open(EmuCore *c) {
-    if (c->shared && c->shared_room != c->shared_bytes) {
+    if (c->shared && c->shared_capacity != c->shared_bytes) {
         emu_guarded_free(c->shared);
         c->shared = NULL;
     }
     if (!c->shared && !(c->shared = emu_guarded_new(c->shared_bytes)))
         emu_fail("no memory for a block's shared memory");
-    c->shared_room = c->shared_bytes;
+    c->shared_capacity = c->shared_bytes;
     memset(c->shared, EMU_POISON, c->shared_bytes);
 }
 

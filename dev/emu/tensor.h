@@ -99,9 +99,9 @@ inline void cp_async16(void *shared, const void *global, bool valid, EMU_FROM) {
         emu_fail("cp_async16 at %s:%d: source %p is not 16 bytes of device memory, aligned", file,
                  line, global);
     EmuLane *l = emu_core->lane;
-    if (l->copies == l->room) {
-        l->room = 2 * l->room + 16;
-        if (!(l->copy = (EmuCopy *)realloc(l->copy, l->room * sizeof *l->copy)))
+    if (l->copies == l->capacity) {
+        l->capacity = 2 * l->capacity + 16;
+        if (!(l->copy = (EmuCopy *)realloc(l->copy, l->capacity * sizeof *l->copy)))
             emu_fail("no memory for asynchronous copies");
     }
     l->copy[l->copies++] = {shared, valid ? global : NULL, l->group};

@@ -32,7 +32,7 @@ typedef struct {
     const char *text;     // borrowed: must outlive the Json
     int size, at;         // `at`: the parser's position
     JsonNode *node;       // (n) in text order: children follow their parent, values their key
-    int n, room;
+    int n, capacity;
     char error[120];
 } Json;
 
@@ -116,10 +116,10 @@ static inline int json_fail(Json *d, const char *what) {
 }
 
 static inline int json_add(Json *d, int type) {
-    if (d->n == d->room) {
+    if (d->n == d->capacity) {
         // cannot overflow: there are fewer nodes than bytes of text
-        d->room = d->room ? d->room + d->room / 2 : 64;
-        d->node = (JsonNode *)xrealloc(d->node, (size_t)d->room, sizeof *d->node);
+        d->capacity = d->capacity ? d->capacity + d->capacity / 2 : 64;
+        d->node = (JsonNode *)xrealloc(d->node, (size_t)d->capacity, sizeof *d->node);
     }
     JsonNode fresh = {type, d->at, d->at, 0, JSON_NONE};
     d->node[d->n] = fresh;
@@ -228,7 +228,7 @@ static inline int json_parse_value(Json *d, int depth) {
 static inline void json_free(Json *d) {
     free(d->node);
     d->node = NULL;
-    d->n = d->room = 0;
+    d->n = d->capacity = 0;
 }
 
 // Parses size bytes as exactly one value. Returns NULL, or what is wrong and where (the message is

@@ -357,7 +357,7 @@ static inline const char *safetensors_to_int64(const SafetensorsEntry *e, int64_
 //     safetensors_end(&w);                                        // does not close the file
 
 typedef struct {
-    int n, room;
+    int n, capacity;
     SafetensorsEntry *entry;  // (n) as declared; `data` is unused
     FILE *file;
     const char *path;
@@ -380,9 +380,9 @@ static inline void safetensors_declare(SafetensorsWriter *w, const char *name, c
     CHECK(strcmp(name, "__metadata__"), "the name is reserved");
     for (int i = 0; i < w->n; i++)
         CHECK(strcmp(name, w->entry[i].name), "%s is declared twice", name);
-    if (w->n == w->room) {
-        w->room = 2 * w->room + 64;
-        w->entry = (SafetensorsEntry *)xrealloc(w->entry, (size_t)w->room, sizeof *w->entry);
+    if (w->n == w->capacity) {
+        w->capacity = 2 * w->capacity + 64;
+        w->entry = (SafetensorsEntry *)xrealloc(w->entry, (size_t)w->capacity, sizeof *w->entry);
     }
     SafetensorsEntry *e = &w->entry[w->n++];
     memset(e, 0, sizeof *e);
@@ -462,7 +462,7 @@ static inline void safetensors_end(SafetensorsWriter *w) {
     for (int i = 0; i < w->n; i++) free(w->entry[i].name);
     free(w->entry);
     w->entry = NULL;
-    w->n = w->room = 0;
+    w->n = w->capacity = 0;
 }
 
 #endif

@@ -162,8 +162,8 @@ static inline void file_sum_init(FileSum *s) {
 static inline void file_sum_update(FileSum *s, const void *bytes, size_t n) {
     const char *p = (const char *)bytes;
     while (n) {
-        const size_t room = FILE_SUM_BLOCK - (size_t)(s->size % FILE_SUM_BLOCK),
-            take = n < room ? n : room;
+        const size_t free_bytes = FILE_SUM_BLOCK - (size_t)(s->size % FILE_SUM_BLOCK),
+            take = n < free_bytes ? n : free_bytes;
         sha256_update(&s->sha, p, take);
         s->size += take;
         if (s->size % FILE_SUM_BLOCK == 0) text_printf(&s->marks, "%08x", (unsigned)s->sha.h[0]);

@@ -414,8 +414,8 @@ static int fuzz_metrics(const unsigned char *p, size_t n) {
 
 // ---- comm.h ----
 
-static int fuzz_printable(const char *s, size_t room) {
-    for (size_t i = 0; i < room; i++) {
+static int fuzz_printable(const char *s, size_t capacity) {
+    for (size_t i = 0; i < capacity; i++) {
         if (!s[i]) return 1;
         if (s[i] < ' ' || s[i] > '~') return 0;
     }

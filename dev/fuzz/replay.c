@@ -49,16 +49,16 @@ static void corpus_free(Corpus *c) {
 // Runs a parser on n bytes that end where an inaccessible page begins, so that reading past the end
 // is detected without a sanitizer, too.
 static int replay_run(const FuzzParser *parser, const char *bytes, size_t n) {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), room = (n / page + 1) * page;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), capacity = (n / page + 1) * page;
     static unsigned char *base;
     static size_t most;
-    if (room > most) {
+    if (capacity > most) {
         if (base) munmap(base, most + page);
-        base = (unsigned char *)mmap(NULL, room + page, PROT_READ | PROT_WRITE,
+        base = (unsigned char *)mmap(NULL, capacity + page, PROT_READ | PROT_WRITE,
                                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (base == MAP_FAILED || mprotect(base + room, page, PROT_NONE))
+        if (base == MAP_FAILED || mprotect(base + capacity, page, PROT_NONE))
             die("mmap: %s", strerror(errno));
-        most = room;
+        most = capacity;
     }
     unsigned char *exact = base + most - n;
     if (n) memcpy(exact, bytes, n);
@@ -72,8 +72,8 @@ typedef struct { char s[MOST_BYTES]; size_t n; } Input;
 // Replaces `gone` bytes at `at` by n bytes; whatever does not fit is dropped from the end.
 static void input_replace(Input *x, size_t at, size_t gone, const char *bytes, size_t n) {
     if (n > MOST_BYTES - at) n = MOST_BYTES - at;
-    size_t rest = x->n - at - gone, room = MOST_BYTES - at - n;
-    if (rest > room) rest = room;
+    size_t rest = x->n - at - gone, capacity = MOST_BYTES - at - n;
+    if (rest > capacity) rest = capacity;
     memmove(x->s + at + n, x->s + at + gone, rest);
     if (n) memmove(x->s + at, bytes, n);
     x->n = at + n + rest;

@@ -270,9 +270,9 @@ static inline uint32_t comm_get32(const unsigned char *from) {
 }
 
 // Copies up to n - 1 characters of an untrusted text, up to its NUL; unprintable ones become '?'.
-static inline void comm_text(char *to, size_t n, const unsigned char *from, size_t room) {
+static inline void comm_text(char *to, size_t n, const unsigned char *from, size_t capacity) {
     size_t i = 0;
-    for (; i + 1 < n && i < room && from[i]; i++)
+    for (; i + 1 < n && i < capacity && from[i]; i++)
         to[i] = from[i] < ' ' || from[i] > '~' ? '?' : (char)from[i];
     to[i] = 0;
 }
@@ -651,19 +651,19 @@ static inline int comm_drop_closed(CommLinks *k) {
 static inline void comm_gather(CommLinks *k, int listener, const char *token, const char *place) {
     const double until = clock_seconds() + k->times.join;
     // silent strangers cannot occupy all slots for long
-    const int room = 2 * k->world + 64;
-    CommPending *p = (CommPending *)xcalloc((size_t)room, sizeof *p);
-    struct pollfd *polls = (struct pollfd *)xcalloc((size_t)room + 1, sizeof *polls);
+    const int capacity = 2 * k->world + 64;
+    CommPending *p = (CommPending *)xcalloc((size_t)capacity, sizeof *p);
+    struct pollfd *polls = (struct pollfd *)xcalloc((size_t)capacity + 1, sizeof *polls);
     for (int n = 0, missing = 1; missing;) {
         const double now = clock_seconds();
         if (now > until) comm_missing(k, place);
-        polls[0].fd = n < room ? listener : -1, polls[0].events = POLLIN;
+        polls[0].fd = n < capacity ? listener : -1, polls[0].events = POLLIN;
         for (int i = 0; i < n; i++) polls[i + 1].fd = p[i].fd, polls[i + 1].events = POLLIN;
         poll(polls, (nfds_t)n + 1, 100);
         for (int i = 0; i < n;)
             if (comm_hear_newcomer(k, &p[i], token)) p[i] = p[--n];
             else i++;
-        const int fd = n < room ? accept(listener, NULL, NULL) : -1;
+        const int fd = n < capacity ? accept(listener, NULL, NULL) : -1;
         if (fd >= 0) {
             comm_socket_options(fd);
             memset(&p[n], 0, sizeof p[n]);

@@ -129,14 +129,14 @@ static inline void metrics_log_free(MetricsLog *log) {
 // caller frees the log.
 static inline const char *metrics_log_parse(MetricsLog *log, const void *mem, size_t size) {
     const char *at = (const char *)mem, *end = size ? at + size : at;
-    int64_t room = 0;
+    int64_t capacity = 0;
     log->record = NULL;
     log->n = 0;
     while (at < end) {
         const char *newline = (const char *)memchr(at, '\n', (size_t)(end - at));
         if (!newline) break;
-        if (log->n == room)
-            log->record = (Metrics *)xrealloc(log->record, (size_t)(room = 2 * room + 64),
+        if (log->n == capacity)
+            log->record = (Metrics *)xrealloc(log->record, (size_t)(capacity = 2 * capacity + 64),
                                               sizeof *log->record);
         const char *error = metrics_parse(&log->record[log->n++], at, (size_t)(newline - at));
         if (error) return error;

@@ -185,7 +185,7 @@ static void attention_expect_keys(AttentionHead *h, size_t j) {
 
 static void attention_expect(const AttentionRun *r, const AttentionCase *c) {
     const size_t T = c->T, C = r->C;
-    double *room = (double *)xcalloc(4 * T * T, sizeof *room);
+    double *buffer = (double *)xcalloc(4 * T * T, sizeof *buffer);
     for (size_t row = 0; row < c->n; row++)
         for (size_t head = 0; head < c->NH; head++) {
             const size_t at = row * T * C + head * c->HS, at3 = row * T * 3 * C + head * c->HS;
@@ -194,7 +194,8 @@ static void attention_expect(const AttentionRun *r, const AttentionCase *c) {
                 r->y + at,
                 r->lse + (row * c->NH + head) * T, r->dqkv + at3, r->dqkv + at3 + C,
                 r->dqkv + at3 + 2 * C,
-                room, room + T * T, room + 2 * T * T, room + 3 * T * T, 1 / sqrt((double)c->HS),
+                buffer, buffer + T * T, buffer + 2 * T * T, buffer + 3 * T * T,
+                1 / sqrt((double)c->HS),
                 c->bf16 ? 1.0 / (1 << 8) : fp32_unit, "",
             };
             snprintf(h.name, sizeof h.name, "%s, T %zu, HS %zu, row %zu of %zu, head %zu of %zu",
@@ -203,7 +204,7 @@ static void attention_expect(const AttentionRun *r, const AttentionCase *c) {
                 attention_expect_forward(&h, i), attention_expect_queries(&h, i);
             for (size_t j = 0; j < T; j++) attention_expect_keys(&h, j);
         }
-    free(room);
+    free(buffer);
 }
 
 static void attention_case(AttentionCase c) {

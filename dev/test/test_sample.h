@@ -186,7 +186,7 @@ static inline char *sample_test_texts(const char *const *prompts, int64_t n, Sam
     EXPECT(!tokenizer_parse(&t, file.s, file.n), "the tokenizer of bytes");
     for (; prompts[count]; count++) {
         prompt[count].s = (char *)(uintptr_t)prompts[count];
-        prompt[count].n = prompt[count].room = strlen(prompts[count]);
+        prompt[count].n = prompt[count].capacity = strlen(prompts[count]);
     }
     if (!s) s = &own;
     memset(s, 0, sizeof *s);

@@ -269,12 +269,12 @@ typedef struct { const char *patterns; int T, V, window; } ShardsCase;
 
 static void open_shards(void *arg) {
     const ShardsCase *c = (const ShardsCase *)arg;
-    int *room = (int *)xcalloc((size_t)c->T, 2 * sizeof *room);
+    int *buffer = (int *)xcalloc((size_t)c->T, 2 * sizeof *buffer);
     Shards s;
     shards_open(&s, c->patterns, c->T, c->V);
-    if (c->window >= 0) shards_read_window(&s, c->window, room, room + c->T);
+    if (c->window >= 0) shards_read_window(&s, c->window, buffer, buffer + c->T);
     shards_close(&s);
-    free(room);
+    free(buffer);
 }
 
 static void expect_shards_exit(const char *part, char *patterns, int T, int V, int window) {

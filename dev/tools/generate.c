@@ -68,13 +68,14 @@ static void one_prompt(Sampler *s, const GenerateOptions *o, Text prompt) {
 // The lines of a file; `all` owns their bytes.
 static void many_prompts(Sampler *s, const GenerateOptions *o, Text all) {
     Text *line = NULL;
-    int64_t n = 0, room = 0;
+    int64_t n = 0, capacity = 0;
     for (size_t at = 0; at < all.n;) {
         const char *end = (const char *)memchr(all.s + at, '\n', all.n - at);
         const size_t size = end ? (size_t)(end - all.s) + 1 - at : all.n - at, length = line_length(all.s + at, size);
         if (length) {
-            if (n == room) line = (Text *)xrealloc(line, (size_t)(room = 2 * room + 16), sizeof *line);
-            line[n].s = all.s + at, line[n].n = line[n].room = length, n++;
+            if (n == capacity)
+                line = (Text *)xrealloc(line, (size_t)(capacity = 2 * capacity + 16), sizeof *line);
+            line[n].s = all.s + at, line[n].n = line[n].capacity = length, n++;
         }
         at += size;
     }
@@ -87,13 +88,13 @@ static void many_prompts(Sampler *s, const GenerateOptions *o, Text all) {
 static void prompt_line(Sampler *s, const GenerateOptions *o) {
     const int terminal = isatty(STDIN_FILENO);
     char *line = NULL;
-    size_t room = 0;
+    size_t capacity = 0;
     if (terminal) fputs("Each line is a prompt; Ctrl-D ends.\n", stderr);
     for (ssize_t n;; s->round++) {
         if (terminal) fputs("> ", stderr);
-        if ((n = getline(&line, &room, stdin)) < 0) break;
+        if ((n = getline(&line, &capacity, stdin)) < 0) break;
         if (!s->round && n >= 3 && !memcmp(line, "\xEF\xBB\xBF", 3)) memmove(line, line + 3, (size_t)(n -= 3) + 1);
-        const Text prompt = {line, line_length(line, (size_t)n), room};
+        const Text prompt = {line, line_length(line, (size_t)n), capacity};
         one_prompt(s, o, prompt);
     }
     if (terminal) fputc('\n', stderr);
