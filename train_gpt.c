@@ -1,13 +1,16 @@
-// train_gpt.c: GPT-2 with drop path on the CPU: every layer forward and backward, AdamW, and nothing else.
+// train_gpt.c: GPT-2 with drop path on the CPU: every layer forward and backward, AdamW, and
+// nothing else.
 //
-// Read it top to bottom. Sizes are letters: B rows, T tokens of a row, C channels, NH heads of HS = C/NH channels,
-// L layers, V tokens in the vocabulary. A shape stands with every pointer; a gradient is d + the name.
+// Read it top to bottom. Sizes are letters: B rows, T tokens per row, C channels, NH heads of HS =
+// C/NH channels, L layers, V tokens in the vocabulary. Every pointer has its shape beside it; a
+// gradient is d + name.
 //
-// Drop path is in the block loop (block_forward, block_backward): a branch runs on the n rows that keep it, packed
-// together as (n,T,...), and adds its scaled output to those rows of the residual stream x (B,T,C). With n = 0 it
-// does not run at all. Which rows, and which scale, is the plan's matter (dev/model/drop_path.h).
+// Drop path is in the block loop (block_forward, block_backward): a branch runs on the n rows that
+// keep it, packed as (n,T,...), and adds its scaled output to those rows of the residual stream x
+// (B,T,C). With n = 0 it does not run at all. The plan decides which rows run, and with which scale
+// (dev/model/drop_path.h).
 //
-// Every sum is taken in an order that depends on the shapes alone, so the results are the same bits for any number
+// The order of every sum depends only on the shapes, so results have the same bits for any number
 // of threads.
 
 #include "dev/check.h"
@@ -29,7 +32,8 @@ static void embedding_forward(real *x, const int *tokens, const int *at, const r
     }
 }
 
-// dwte (V,C) and dwpe (T,C) +=. Threads share out the channels, not the tokens: one token may occur many times.
+// dwte (V,C) and dwpe (T,C) +=. Threads divide the channels, not the tokens: a token may occur many
+// times.
 static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const real *dx, size_t B, size_t T, size_t C) {
     enum { WIDTH = 16 };
 #pragma omp parallel for
@@ -41,9 +45,10 @@ static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const 
             }
 }
 
-// ---- Dropout: whether an element stays is a function of its place (dev/model/noise.h) ----
+// ---- Dropout: whether an element is kept is a function of its position (dev/model/noise.h) ----
 
-// x (n,T,C) of a branch's rows: each element times its factor. The same backward, for the gradient.
+// Multiplies x (n,T,C), for a branch's rows, by each element's factor. Backward is the same,
+// applied to the gradient.
 static void dropout(real *x, const NoisePlace *z, const int *rows, size_t nT, size_t T, size_t C) {
     enum { EACH = NOISE_CALLS * NOISE_EACH };
     if (!z->rate) return;
@@ -59,11 +64,13 @@ static void dropout(real *x, const NoisePlace *z, const int *rows, size_t nT, si
     }
 }
 
-// ---- The residual stream x (B,T,C), seen by a branch that runs on n of its B rows ----
-// Products read and write its rows in place (Matrix.rows, Result.rows). These two are for ends of branches that stand packed
-// in between: of tied attention, which reaches the stream only after the MLP has read it, and with dropout.
+// ---- The residual stream x (B,T,C), accessed by a branch that runs on n of its B rows ----
+//
+// Matmuls read and write its rows in place (Matrix.rows, Result.rows). These two functions serve
+// branches whose end is packed: tied attention, which reaches the stream only after the MLP has
+// read it, and dropout.
 
-// x[rows] += scale * out (n,T,C)
+// x[rows] += scale * out (n,T,C).
 static void residual_forward(real *x, const real *out, const BranchPlan *b, size_t T, size_t C) {
     const real scale = (real)b->scale;
 #pragma omp parallel for
@@ -73,7 +80,7 @@ static void residual_forward(real *x, const real *out, const BranchPlan *b, size
     }
 }
 
-// dout (n,T,C) = scale * dx[rows]
+// dout (n,T,C) = scale * dx[rows].
 static void residual_backward(real *dout, const real *dx, const BranchPlan *b, size_t T, size_t C) {
     const real scale = (real)b->scale;
 #pragma omp parallel for
@@ -83,10 +90,10 @@ static void residual_backward(real *dout, const real *dx, const BranchPlan *b, s
     }
 }
 
-// ---- LayerNorm (Ba, Kiros, Hinton 2016): reads x by row index, writes packed rows; keeps xhat and 1/sigma ----
+// ---- LayerNorm (Ba, Kiros, Hinton 2016): reads x by row index, writes packed rows ----
 
-// y (n,T,C) = xhat * w + b with xhat (n,T,C) = (z - mean) * rstd of z = x[rows], plus `more` (n,T,C) where given.
-// Without `rows` all of them are read.
+// y (n,T,C) = xhat * w + b, xhat (n,T,C) = (z - mean) * rstd, with z = x[rows], plus `more` (n,T,C)
+// if given. Saves xhat and rstd for the backward pass. Without `rows` all rows are read.
 static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, const real *more, const int *rows,
                               const real *w, const real *b, size_t nT, size_t T, size_t C) {
 #pragma omp parallel for
@@ -107,15 +114,15 @@ static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, co
     }
 }
 
-// y (n,T,C) again, from what was kept: the backward pass needs it as the input of a matrix product.
+// Recomputes y (n,T,C) from xhat: the backward pass needs it as the input of a matmul.
 static void layernorm_again(real *y, const real *xhat, const real *w, const real *b, size_t nT, size_t C) {
 #pragma omp parallel for
     for (size_t t = 0; t < nT; t++)
         for (size_t c = 0; c < C; c++) y[t * C + c] = xhat[t * C + c] * w[c] + b[c];
 }
 
-// dx[rows] += dz = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * w (n,T,C);  dw, db (C) +=.
-// `also` (n,T,C), where given, += dz: the gradient of `more`.
+// dx[rows] += dz = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * w (n,T,C); dw, db (C) +=.
+// `also` (n,T,C), if given, += dz: the gradient of `more`.
 static void layernorm_backward(real *dx, real *also, real *dw, real *db, const real *dy, const real *xhat, const real *rstd,
                                const int *rows, const real *w, size_t nT, size_t T, size_t C) {
     column_sums(db, dw, dy, xhat, nT, C);
@@ -136,29 +143,32 @@ static void layernorm_backward(real *dx, real *also, real *dw, real *db, const r
     }
 }
 
-// ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; keeps the log-sum-exp (n,NH,T) for the backward pass ----
-// Blocks of queries against blocks of keys with a running softmax (Milakov and Gimelshein 2018; Dao et al. 2022):
-// no (T,T) matrix exists.
+// ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; saves the log-sum-exp (n,NH,T) ----
 //
-// Scores are kept transposed, as (keys, queries); dev/model/attention_tiles.h has the matmuls, and says why.
+// Tiles of queries against tiles of keys with a running softmax (Milakov and Gimelshein 2018; Dao
+// et al. 2022): there is no (T,T) matrix.
+//
+// Scores are stored transposed, as (keys, queries); dev/model/attention_tiles.h has the matmuls,
+// and explains why.
 
-typedef struct {                                         // one thread's room
+typedef struct {                                         // one thread's workspace
     _Alignas(64) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];         // (QUERIES,W); q carries the scale 1/sqrt(HS)
     real qt[HEAD_MAX * QUERIES], dyt[HEAD_MAX * QUERIES];    // (W,QUERIES) the same, transposed
     real k[KEYS * HEAD_MAX], v[KEYS * HEAD_MAX];         // (KEYS,W) keys
     real out[QUERIES * HEAD_MAX];                        // (QUERIES,W) queries: of y or dq
     real s[KEYS * QUERIES], ds[KEYS * QUERIES], keep[KEYS * QUERIES];        // (keys,queries)
-    real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // of each query
+    real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // per query
 } AttentionRoom;
 
 typedef struct { real *at; int threads; } AttentionRooms;         // AttentionRoom at[threads]: too large for some stacks
 
 static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
 
-// How many queries of the block from i0 on come before key j: they do not see it.
+// How many queries of the tile from i0 on come before key j: they do not see it.
 static inline size_t blind(size_t i0, size_t j) { return j > i0 ? j - i0 : 0; }
 
-// The first of the block's queries for which scores with key j are made: that of the PAD with the first that sees it.
+// The first query of the tile whose score with key j is computed: that of the first PAD with a
+// query that sees it.
 static inline size_t first_lane(size_t i0, size_t j) { return blind(i0, j) / PAD * PAD; }
 
 // s (nj,lanes) = k (nj,HS) qt (HS,lanes), each from first_lane on.
@@ -171,13 +181,14 @@ static void attention_scores(real *s, const real *k, const real *qt, size_t i0, 
     }
 }
 
-// Of nj keys from j0 on, those with scores for query i of the block: up to the last that the queries of its PAD see.
+// Of nj keys from j0 on, those whose scores with query i of the tile are computed: up to the last
+// one that a query of its PAD sees.
 static inline size_t keys_seen(size_t i0, size_t i, size_t j0, size_t nj) {
     const size_t end = i0 + i / PAD * PAD + PAD;
     return end <= j0 ? 0 : at_most(end - j0, nj);
 }
 
-// The scores of key j with queries i .. i + LANES: -inf where the key is later than the query.
+// The scores of key j with queries i .. i + LANES: -inf if the key is later than the query.
 static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
     if (j <= i) return s;
     Mask lane;
@@ -185,7 +196,7 @@ static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
     return select_lanes(lane >= (int)(j - i), s, (Vector){0} - (real)INFINITY);
 }
 
-// keep (nj,lanes): the factors of dropout of a head's probabilities.
+// keep (nj,lanes): dropout's factors for a head's probabilities.
 static void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t head, size_t i0, size_t j0, size_t nj,
                             size_t lanes) {
     const real scale = (real)noise_scale(z->rate);
@@ -198,9 +209,10 @@ static void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t 
         }
 }
 
-// One block of scores into the running softmax: s becomes exp(s - top), and sum is brought to the new top, as what was
-// summed up of y must be: times shrink. A query's first block has a key that it sees, so top is finite after it. With
-// `keep`, dropout takes what is summed up into y, and leaves the sum as it is.
+// Adds one tile of scores to the running softmax: s becomes exp(s - top), and sum is rescaled to
+// the new top, as the accumulated y must be: times shrink. A query's first tile has a key that it
+// sees, so top is finite after it. With `keep`, dropout applies to what is accumulated into y, but
+// not to sum.
 static inline ALWAYS_INLINE void softmax_block(AttentionRoom *room, const real *keep, size_t i0, size_t j0, size_t nj,
                                                size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
@@ -223,10 +235,11 @@ static inline ALWAYS_INLINE void softmax_block(AttentionRoom *room, const real *
     }
 }
 
-// A head of a row, by their numbers in the model and in the batch: what its noise is a function of.
+// A head and a row, by their index in the model and the batch: its noise is a function of them.
 typedef struct { const NoisePlace *noise; size_t row, head; } HeadPlace;
 
-// One block of queries of one head: y (T,HS), lines C apart, and lse (T), from q, k and v (T,HS), lines 3C apart.
+// One tile of queries of one head: y (T,HS), rows C apart, and lse (T), from q, k and v (T,HS),
+// rows 3C apart.
 static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room, HeadPlace at, size_t i0, size_t T,
                                     size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
@@ -255,7 +268,7 @@ static void attention_forward_block(real *y, real *lse, const real *q, Attention
     }
 }
 
-// n rows of T tokens; `rows` says which of the batch they are, NULL: all, in order.
+// n rows of T tokens; `rows`: which rows of the batch they are, NULL: all, in order.
 static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, const real *qkv, const NoisePlace *noise,
                               const int *rows, size_t n, size_t T, size_t C, size_t NH) {
     const size_t HS = C / NH;
@@ -273,7 +286,7 @@ static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, c
     }
 }
 
-// One block of queries before the keys come: q and dy both ways, and inner = <dy, y>.
+// Prepares one tile of queries: q and dy in both layouts, and inner = <dy, y>.
 static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy, const real *y, size_t ni,
                                        size_t C, size_t HS, size_t W) {
     load_rows(room->q, q, 3 * C, (real)(1 / sqrt((double)HS)), ni, HS, W);
@@ -289,8 +302,8 @@ static void attention_backward_queries(AttentionRoom *room, const real *q, const
     }
 }
 
-// s and dP (nj,lanes), which is in ds, become P and dP's share of ds; both 0 where the key is later than the query. With `keep`
-// dP is by what dropout has left of P, and so becomes s.
+// s and dP (nj,lanes), which is in ds, become P and ds; both 0 if the key is later than the query.
+// With `keep`, s becomes P after dropout, and dP refers to that.
 static inline ALWAYS_INLINE void attention_backward_scores(AttentionRoom *room, const real *keep, size_t i0, size_t j0,
                                                            size_t nj, size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
@@ -310,9 +323,10 @@ static inline ALWAYS_INLINE void attention_backward_scores(AttentionRoom *room, 
     }
 }
 
-// With P = exp(s - lse): dV = P^T dy, dP = dy V^T, ds = P * (dP - <dy, y>), dQ = ds K * scale, dK = ds^T Q * scale
-// (Dao et al. 2022, algorithm 4). One thread does one head of one row: nothing is added from two sides. With dropout P~ in place
-// of P for dV, and dP comes through it; <dy, y> is still the sum of P dP, since y is of P~.
+// With P = exp(s - lse): dV = P^T dy, dP = dy V^T, ds = P * (dP - <dy, y>), dQ = ds K * scale, dK =
+// ds^T Q * scale (Dao et al. 2022, algorithm 4). One thread handles one head of one row, so nothing
+// is accumulated from two sides. With dropout, P~ replaces P in dV, and dP passes through it; <dy,
+// y> is still the sum of P dP, since y is computed from P~.
 static void attention_backward_head(real *dq, const real *dy, const real *q, const real *y, const real *lse,
                                     AttentionRoom *room, HeadPlace at, size_t T, size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES);
@@ -369,18 +383,21 @@ static void attention_backward(real *dqkv, const AttentionRooms *rooms, const re
 }
 
 // ---- Classifier and loss: x (BT,C) against wte (V,C), a chunk of rows at a time ----
-// Neither logits nor probabilities of the whole batch exist. With weight 0 only the losses are made; else the chunk
-// of logits turns into its gradient in place and goes on into dx and dwte at once.
+//
+// Logits and probabilities of the whole batch never exist. With weight 0 only the losses are
+// computed; otherwise a chunk of logits becomes its gradient in place and is immediately propagated
+// to dx and dwte.
 
-enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 512 };     // 16 MiB of logits in fp32, or rows enough to pack wte seldom
+enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 512 };     // 16 MiB of logits in fp32, or enough rows to pack wte rarely
 
-// Rows of a chunk; chunks are equal, but for the last.
+// Rows per chunk; chunks are equal, except the last.
 static size_t classifier_chunk(size_t BT, size_t V) {
     return strips(BT, strips(BT, CHUNK_NUMBERS / V > CHUNK_LEAST ? CHUNK_NUMBERS / V : CHUNK_LEAST));
 }
 
-// One row: returns -log softmax(logits)[target]; with grad != 0 logits (V) become grad * (softmax - onehot). With smoothing s
-// the target's one becomes 1-s and s/V everywhere, and *uniform the mean of -log softmax, which then has the weight s.
+// One row: returns -log softmax(logits)[target]; with grad != 0, logits (V) become grad * (softmax
+// - onehot). With smoothing s, the target's 1 becomes 1-s, plus s/V everywhere, and *uniform the
+// mean of -log softmax, which then has weight s.
 static real softmax_loss(real *logits, int target, real grad, real smoothing, real *uniform, size_t V) {
     enum { AT_ONCE = 4 };
     const real top = max_of(logits, V), at_target = logits[target] - top;
@@ -412,11 +429,11 @@ static real softmax_loss(real *logits, int target, real grad, real smoothing, re
     return (real)(log((double)sum) - (double)at_target);
 }
 
-// What is asked of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one token's loss, 0: no
-// gradients; uniform (BT): as softmax_loss says, where smoothing is not 0.
+// Arguments of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one
+// token's loss, 0: no gradients; uniform (BT): as in softmax_loss, if smoothing is not 0.
 typedef struct { real *losses, *uniform; const int *targets; real grad, smoothing; } Scoring;
 
-// And with grad dx (BT,C) = and dwte (V,C) =, or += with `add`.
+// Computes them and, with grad, dx (BT,C) = and dwte (V,C) =, or += with `add`.
 static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *logits, const PackRoom *room, const real *x,
                        const real *wte, size_t BT, size_t C, size_t V) {
     const size_t chunk = classifier_chunk(BT, V);
@@ -440,7 +457,7 @@ static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *lo
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
-// A piece of one tensor, at its place among the parameters; branch: index into UpdateArgs.t.
+// A piece of one tensor, at its offset among the parameters; branch: index in UpdateArgs.t.
 typedef struct { size_t at, n, branch; int decay; } UpdateChunk;
 typedef struct { real *xhat, *rstd, *qkv, *lse, *y; } AttentionKept;   // (n,T,C) (n,T) (n,T,3C) (n,NH,T) (n,T,C)
 typedef struct { real *xhat, *rstd, *h; } MlpKept;                 // (n,T,C) (n,T) (n,T,4C)
@@ -449,24 +466,23 @@ struct Model {
     GptConfig config;
     EngineArgs args;
     size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
-    size_t n_frozen;                                     // the first numbers, which are in no slot but the parameters
+    size_t n_frozen;                                     // the first elements, which are only in the parameters' slot
     real *slot[4];                                       // parameters (n_params); gradients, m, v (n_params - n_frozen)
     UpdateChunk *chunk;
     int n_chunks;
     double *partial;                                     // (n_chunks) squared norms
-    unsigned char *spent;                                // (2L+1) by branch, as UpdateArgs.t: gradients that an update has
-                                                         // used up; they are zeros, whatever the memory still says
+    unsigned char *spent;                                // (2L+1) by branch, as UpdateArgs.t: gradients already applied by an update, which count as zeros whatever the memory contains
 
-    real *kept, *kept_end;                               // what forward keeps for backward, one branch after the other
-    size_t kept_room, kept_peak;                         // numbers set aside; the most that was used
+    real *kept, *kept_end;                               // what forward saves for backward, one branch after the other
+    size_t kept_room, kept_peak;                         // elements allocated; the most that was used
     AttentionKept *attention;                            // (L) into `kept`
     MlpKept *mlp;                                        // (L)
 
     real *x, *dx;                                        // (B,T,C) the residual stream
     real *lnf, *lnf_xhat, *lnf_rstd;                     // (B,T,C) (B,T,C) (B,T)
-    real *losses, *uniform;                              // (B,T) (B,T) as softmax_loss gives them
+    real *losses, *uniform;                              // (B,T) (B,T) from softmax_loss
     double part[N_PARTS];                                // of the last run
-    real *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): one branch at a time
+    real *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
     real *dwide, *dy, *dout;                             // (B,T,4C) (B,T,C) (B,T,C)
     real *logits;                                        // (chunk,V)
     PackRoom pack;
@@ -474,17 +490,17 @@ struct Model {
     int last_B, last_T;                                  // of the last forward
 
     HeadCache cache;                                     // (L,sequences,NH) heads
-    PackedWeights packed;                                // as multiply_few reads them
-    real *few;                                           // (FEW_ROWS,4C) its a
-    const int *seq, *at;                                 // of the decode under way; NULL: none is
+    PackedWeights packed;                                // as read by multiply_few
+    real *few;                                           // (FEW_ROWS,4C) its a operand
+    const int *seq, *at;                                 // of the current decode; NULL: none
 };
 
-// Where one layer's part of a parameter is among all parameters.
+// The offset of one layer's part of a parameter.
 static size_t param_offset(const Model *m, int param, int l) {
     return m->offset[param] + (gpt_param[param].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
 }
 
-// And in a slot; NULL where it is of a frozen layer and the slot is not the parameters.
+// Its address in a slot; NULL if the layer is frozen and the slot is not the parameters.
 static real *tensor_at(const Model *m, Slot slot, int param, int l) {
     const size_t at = param_offset(m, param, l), absent = slot == SLOT_PARAM ? 0 : m->n_frozen;
     return at < absent ? NULL : m->slot[slot] + (at - absent);
@@ -498,9 +514,10 @@ static Params params_at(const Model *m, Slot slot, int l) {
     return w;
 }
 
-// To be called before something is added to the gradient of a branch. If the gradient is spent, it becomes zeros: all of
-// it, or with `but_products` all but the weights of matrix products. Then 0 is returned, and the products must set theirs,
-// which saves writing zeros and reading them again; else 1, and they must add.
+// Call before adding to the gradient of a branch. If the gradient is spent, it becomes zeros: all
+// of it or, with `but_products`, all but the weights of matmuls. In the latter case 0 is returned,
+// and the matmuls must overwrite theirs, which saves writing and reading zeros; otherwise 1: they
+// must accumulate.
 static int gradient_add(Model *m, int l, int branch, int but_products) {
     const size_t index = gpt_branch_index(&m->config, l, branch);
     if (!m->spent[index]) return 1;
@@ -521,7 +538,8 @@ static void params_layout(Model *m) {
         if (gpt_param[p].branch == NO_BRANCH) m->offset[p] = m->n_params, m->n_params += gpt_param_size(c, p);
 }
 
-// Every trained tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
+// Divides every trained tensor into pieces of UPDATE_CHUNK elements, the unit of work for norm and
+// update.
 static void params_chunks(Model *m) {
     GptPiece *piece;
     m->n_chunks = gpt_trained_pieces(&piece, &m->config, m->args.frozen, UPDATE_CHUNK);
@@ -535,12 +553,12 @@ static void params_chunks(Model *m) {
     m->partial = xcalloc((size_t)m->n_chunks, sizeof *m->partial);
 }
 
-// Numbers that a kept branch of one row needs.
+// Elements that one row of a kept branch saves.
 static size_t kept_per_row(const GptConfig *c, int branch, int T) {
     return (size_t)T * (branch == ATTN ? 5 * (size_t)c->C + (size_t)c->NH + 1 : 5 * (size_t)c->C + 1);
 }
 
-// The most that plans within the bound keep.
+// The most that plans within the bound save.
 static size_t kept_bound(const Model *m, const MemoryBound *b) {
     const size_t size[BRANCHES] = {kept_per_row(&m->config, ATTN, m->args.T), kept_per_row(&m->config, MLP, m->args.T)};
     return memory_bound_most(b, size, m->args.B);
@@ -549,10 +567,10 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
 typedef struct { real **at; size_t n; } Room;
 enum { N_ROOMS = 21, N_TRAINING_ROOMS = 4 };
 
-// All arrays of activations but those kept; the last are for training.
+// All activation arrays except the saved ones; the last ones are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C, V = (size_t)m->config.V;
-    const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;  // words of the packed blocks are K_BLOCK only if they are pairs
+    const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;  // packed panels have K_BLOCK words only if these are pairs
     const size_t most = BT > 4 * C ? BT > V ? BT : V : 4 * C > V ? 4 * C : V, K = at_most(most + 1, wide * K_BLOCK);
     const size_t cached = (size_t)m->args.cache;
     const Room all[N_ROOMS] = {
@@ -641,13 +659,14 @@ static real *keep(Model *m, size_t n) {
 // The branch's rows of the residual stream; a branch that all rows run needs no index.
 static const int *rows_of(const Model *m, const BranchPlan *b) { return b->n == m->last_B ? NULL : b->rows; }
 
-// Whether a branch's end stands packed, in `out`, before it joins the stream: where something comes in between. Else it joins
-// as the branch's last product is written, and on the way back that product reads the stream's gradient in place.
+// Whether a branch's end is packed, in `out`, before it joins the stream, because something stands
+// between. Otherwise it joins as the branch's last matmul is written, and in backward that matmul
+// reads the stream's gradient in place.
 static int end_is_packed(const Pass *pass, int branch) {
     return (branch == ATTN && pass->plan->tied) || noise_rate(pass->noise, NOISE_ATTN_OUT + branch);
 }
 
-// The end of a branch: out (n,T,C) = the product + bias, or x[rows] += scale * that.
+// The end of a branch: out (n,T,C) = the matmul + bias, or x[rows] += scale * that.
 static Result branch_end(const Model *m, const Pass *pass, int l, int branch, const real *bias) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const size_t C = (size_t)m->config.C;
@@ -656,7 +675,8 @@ static Result branch_end(const Model *m, const Pass *pass, int l, int branch, co
                     .bias = bias};
 }
 
-// Its gradient: dout (n,T,C), or dx[rows], whose scale the products have to carry; *scale is 1 or that.
+// Its gradient: dout (n,T,C), or dx[rows], whose scale the matmuls then apply; *scale is 1 or that
+// scale.
 static Matrix branch_end_gradient(const Model *m, const Pass *pass, int l, int branch, real *dout, real *scale) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const size_t C = (size_t)m->config.C;
@@ -667,8 +687,8 @@ static Matrix branch_end_gradient(const Model *m, const Pass *pass, int l, int b
 
 static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
 
-// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU, scale, accumulate); w is parameter `param` of layer l. Few
-// tokens of a decode take its packed copy.
+// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU, scale, accumulate); w is parameter
+// `param` of layer l. For a few tokens of a decode it uses the packed copy.
 static void linear_forward(Model *m, int l, int param, Result y, const real *x, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
     const PackRoom room = {m->few, NULL, m->pack.bf16};
@@ -677,15 +697,17 @@ static void linear_forward(Model *m, int l, int param, Result y, const real *x, 
     else matmul_forward(y, &m->pack, x, tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
 }
 
-// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's epilogue, and the gradients
-// of w and of its bias, which is the next parameter of the table. dw is set, or with `add` added to.
+// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's
+// epilogue, and the gradients of w and of its bias, which is the next parameter in the table. dw is
+// overwritten or, with `add`, accumulated.
 static void linear_backward(Model *m, int l, int param, Result dx, Matrix dy, const real *x, int add, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
     matmul_backward(dx, tensor_at(m, SLOT_GRAD, param, l), add, tensor_at(m, SLOT_GRAD, param + 1, l), &m->pack, dy, x,
                     tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
 }
 
-// y = attention of qkv; in decode, that which goes on with sequences. Where all of them begin it is the ordinary one.
+// y = attention of qkv; in decode, attention that continues sequences, or the ordinary one if all
+// of them begin.
 static void attention_inside(Model *m, const Pass *pass, int l, const AttentionKept *k, size_t nT) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
@@ -699,7 +721,7 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionK
     attention_cached(begins ? NULL : k->y, k->qkv, layer, b, m->seq, m->at, T, C, NH);
 }
 
-// To the end of the branch: attn(LN(x[rows]))
+// To the end of the branch: attn(LN(x[rows])).
 static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
@@ -713,7 +735,7 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     linear_forward(m, l, P_attprojw, branch_end(m, pass, l, ATTN, w.attprojb), k->y, nT);
 }
 
-// dx[rows] += the gradient through the branch, from that of its end
+// dx[rows] += the gradient through the branch, from that of its end.
 static void attention_branch_backward(Model *m, const Pass *pass, int l) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
@@ -731,7 +753,8 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l) {
     layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w, nT, T, C);
 }
 
-// To the end of the branch: mlp(LN(x[rows])); tied: of x[rows] + out, which joins the stream as soon as it has been read
+// To the end of the branch: mlp(LN(x[rows])); tied: of x[rows] + out, which joins the stream as
+// soon as it has been read.
 static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + MLP];
     const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, nT = tokens_of(m, b);
@@ -747,7 +770,8 @@ static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
     linear_forward(m, l, P_fcprojw, branch_end(m, pass, l, MLP, w.fcprojb), m->gelu, nT);
 }
 
-// dx[rows] += the gradient through the branch, from that of its end in m->dy; tied: and m->dout (n,T,C) += it
+// dx[rows] += the gradient through the branch, from that of its end in m->dy; tied: also m->dout
+// (n,T,C) += it.
 static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + MLP];
     const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, nT = tokens_of(m, b);
@@ -763,16 +787,21 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
     layernorm_backward(m->dx, dattn, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w, nT, T, C);
 }
 
-// Shows the stream, or the features, to who wants them.
+// Passes the stream, or the features, to the watch that requested it.
 static void look(const Pass *pass, int point, const real *x) {
     if (pass->watch && pass->watch->want[point]) pass->watch->see(pass->watch->self, point, x);
 }
 
 // ---- A block with drop path ----
-//     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
-// with dropout D of the branches' ends: D(attn(..)), D(mlp(..)).
+//
+//     x <- x + s_a attn(LN(x))
+//     x <- x + s_m mlp(LN(x))                          tied: x <- x + s (a + mlp(LN(x + a))),
+//                                                            a = attn(LN(x))
+//
+// With dropout D at the branches' ends: D(attn(..)), D(mlp(..)).
 
-// A packed end of a branch: what comes in between, and unless the MLP has it first, into the stream.
+// A branch's packed end: applies what stands between and, unless the MLP reads it first, adds it to
+// the stream.
 static void end_forward(Model *m, const Pass *pass, int l, int branch) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN_OUT + branch, l);
@@ -781,7 +810,8 @@ static void end_forward(Model *m, const Pass *pass, int l, int branch) {
     if (branch == MLP || !pass->plan->tied) residual_forward(m->x, m->out, b, (size_t)m->last_T, (size_t)m->config.C);
 }
 
-// Its gradient dout (n,T,C), from the stream's; of tied attention it is there already, with what came through the MLP.
+// Its gradient dout (n,T,C), from the stream's; for tied attention it already holds that, plus what
+// came through the MLP.
 static void end_backward(Model *m, const Pass *pass, int l, int branch, real *dout) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN_OUT + branch, l);
@@ -820,7 +850,8 @@ static void block_backward(Model *m, const Pass *pass, int l) {
 
 // ---- Forward and backward of the whole model ----
 
-// The mean loss of the targets; in training also dy = its gradient times weight, by the output of the last LayerNorm.
+// The mean loss of the targets; in training also dy, its gradient times weight with respect to the
+// last LayerNorm's output.
 static double model_loss(Model *m, const Batch *batch, const Pass *pass) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
@@ -843,7 +874,7 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     dropout(m->x, &noise, NULL, B * T, T, C);
     look(pass, WATCH_EMBEDDINGS, m->x);
     for (int l = 0; l < m->config.L; l++) {
-        if (pass->weight == 0 || l <= m->args.frozen) m->kept_end = m->kept;       // nothing is kept for what is not trained
+        if (pass->weight == 0 || l <= m->args.frozen) m->kept_end = m->kept;       // nothing is saved for what is not trained
         block_forward(m, pass, l);
     }
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
@@ -851,7 +882,7 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     return batch->targets ? model_loss(m, batch, pass) : 0;
 }
 
-// The flagged gradients of all ranks, added in the order of the ranks. A branch's gradients are next to each other.
+// The flagged gradients of all ranks, added in rank order. A branch's gradients are contiguous.
 static void reduce_gradients(Model *m, const unsigned char *reduce) {
     const GptConfig *c = &m->config;
     for (int i = BRANCHES * c->L; i >= BRANCHES * m->args.frozen; i--) {
@@ -859,7 +890,7 @@ static void reduce_gradients(Model *m, const unsigned char *reduce) {
         size_t n = 0;
         real *first = NULL;
         if (!reduce[i]) continue;
-        gradient_add(m, l, branch, 0);                   // zeros, if this rank alone has dropped it
+        gradient_add(m, l, branch, 0);                   // zeros, if only this rank has dropped it
         for (int p = N_PARAMS - 1; p >= 0; p--)
             if (gpt_param[p].branch == branch) n += gpt_param_size(c, p), first = tensor_at(m, SLOT_GRAD, p, l);
         comm_sum_reals(m->args.comm, first, n);
@@ -948,7 +979,7 @@ static double gradient_norm(Model *m, const int64_t *step) {
     return sqrt(sum);
 }
 
-// One chunk: p, m, v from g. `step` counts from 1.
+// One chunk: updates p, m, v from g. `step` counts from 1.
 static void adamw(real *p, const real *g, real *m, real *v, size_t n, const UpdateArgs *a, int64_t step, double clip,
                   int decay) {
     const real b1 = (real)a->beta1, b2 = (real)a->beta2, eps = (real)a->eps, shrink = (real)clip;
@@ -983,7 +1014,7 @@ static double model_update(Model *m, const UpdateArgs *a) {
     return norm;
 }
 
-// There is nothing to round again: bf16 is made as products read the weights.
+// There is nothing to round again: bf16 is made as matmuls read the weights.
 static void model_resumed(Model *m, const int64_t *t) { (void)m, (void)t; }
 
 // ---- The engine ----
@@ -1013,7 +1044,7 @@ static double model_peak(Model *m, double seconds) { return machine_peak(m->pack
 #define CPU_ENGINE cpu_engine
 extern const Engine CPU_ENGINE;
 
-// One engine: a wish for another is refused, as a fat build refuses what it does not have.
+// The only engine: a request for another one is refused, as in a fat build that lacks it.
 const Engine *engine_cpu(void) {
     const char *wanted = getenv("DROPPATH_ENGINE");
     if (wanted && *wanted) die("DROPPATH_ENGINE=%s: this build has one engine\n  hint: make FAT=1 builds several", wanted);

@@ -1,20 +1,23 @@
-// train_gpt.cu: GPT-2 with drop path on the GPU: every layer forward and backward, AdamW, and nothing else.
+// train_gpt.cu: GPT-2 with drop path on the GPU: every layer forward and backward, AdamW, and
+// nothing else.
 //
-// Read it top to bottom, beside train_gpt.c: the same functions in the same order, the same letters. B rows, T tokens of a
-// row, C channels, NH heads of HS = C/NH channels, L layers, V tokens in the vocabulary (Vp: V up to a multiple of 128). A
-// shape stands with every pointer; a gradient is d + the name.
+// Read it top to bottom, beside train_gpt.c: the same functions in the same order, with the same
+// letters. B rows, T tokens per row, C channels, NH heads of HS = C/NH channels, L layers, V tokens
+// in the vocabulary (Vp: V rounded up to a multiple of 128). Every pointer has its shape beside it;
+// a gradient is d + name.
 //
-// Storage: N is the type of what goes into matrix products, bf16 or float. The residual stream x (B,T,C), its gradient, all
-// sums, the weights that the optimizer keeps, gradients and moments are float in every mode; in bf16 forward and backward
-// read a rounded copy of the weights, and nothing else of them.
+// Storage: N is the type of matmul operands, bf16 or float. The residual stream x (B,T,C), its
+// gradient, all sums, the optimizer's weights, gradients and moments are float in every mode; in
+// bf16, forward and backward read only a rounded copy of the weights.
 //
-// Drop path is in the block loop (block_forward, block_backward): a branch runs on the n rows that keep it, packed together
-// as (n,T,...). With n = 0 nothing is launched. One kernel joins the end of a branch and the beginning of the next one that
-// runs: it adds the scaled output of the first to its rows of the stream and normalises the rows of the second.
+// Drop path is in the block loop (block_forward, block_backward): a branch runs on the n rows that
+// keep it, packed as (n,T,...). With n = 0 nothing is launched. One kernel joins the end of a
+// branch and the start of the next one that runs: it adds the scaled output of the former to its
+// rows of the stream and normalizes the rows of the latter.
 //
-// Every sum is taken in an order that depends on the shapes alone, and there are no atomics: the same call gives the same
-// bits. All work is on one stream; a call that returns numbers waits for it once. Sums over the ranks of a run are on a
-// second stream, beside the backward pass.
+// The order of every sum depends only on the shapes, and there are no atomics: the same call gives
+// the same bits. All work is on one stream; a call that returns values waits for it once.
+// Reductions over the ranks of a run are on a second stream, concurrent with the backward pass.
 
 #include "dev/check.h"
 #include "dev/model/cuda.h"
@@ -25,7 +28,7 @@
 #include <nccl.h>
 #endif
 
-// ---- The device, and numbers in memory ----
+// ---- The device, and elements in memory ----
 
 typedef struct Product Product;
 
@@ -33,12 +36,10 @@ typedef struct Product Product;
 typedef struct {
     cudaStream_t stream;
     cublasLtHandle_t blas;
-    int half, tf32, search, plain, sums_inside;          // search: time the algorithms of a product at its first use;
-                                                         // plain: kernels of this file do what a product could as well;
-                                                         // sums_inside: bias gradients too are the product's
-    void *workspace;                                     // (WORKSPACE) bytes for products
-    float *partial, *sum;                                // (PARTIAL * C) sums of parts of a column; (4C) of a whole one
-    Product *product;                                    // those met so far, by their shapes
+    int half, tf32, search, plain, sums_inside;          // search: time a matmul's algorithms at its first use; plain: this file's kernels apply the epilogues; sums_inside: matmuls also compute bias gradients
+    void *workspace;                                     // (WORKSPACE) bytes for matmuls
+    float *partial, *sum;                                // (PARTIAL * C) partial column sums; (4C) whole ones
+    Product *product;                                    // those used so far, by shape
     int n_products, room_products;
 } Gpu;
 
@@ -46,11 +47,11 @@ typedef struct {
 #define WORKSPACE_BYTES (32 << 20)                       // NVIDIA's advice for compute capability 9.0
 #endif
 enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES };
-enum { CHANNELS_MAX = 12288 };                           // two lines of them fit into shared memory
+enum { CHANNELS_MAX = 12288 };                           // two rows of them fit in shared memory
 
-// LayerNorm backward is a loop over tokens that waits for memory: with 4 warps a block, 1024 blocks keep
-// 31 warps on each of 132 multiprocessors. Each block leaves the sums of 2C columns; column_sums leaves
-// COLUMN_PARTS of up to 4C.
+// LayerNorm backward is a loop over tokens that is bound by memory latency: with 4 warps per block,
+// 1024 blocks keep 31 warps on each of 132 multiprocessors. Each block leaves the sums of 2C
+// columns; column_sums leaves COLUMN_PARTS of up to 4C.
 enum { NORM_BLOCKS = 1024, COLUMN_PARTS = 128, PARTIAL = 2 * NORM_BLOCKS };
 
 static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
@@ -58,7 +59,8 @@ static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return
 static inline __host__ __device__ size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
 static inline size_t round_up(size_t n, size_t unit) { return strips(n, unit) * unit; }
 
-// W numbers of an array of N at once, as floats: one access of memory where W numbers make 4, 8 or 16 bytes.
+// W consecutive elements of an array of N, as floats: a single memory access if they make up 4, 8
+// or 16 bytes.
 template <int W> struct Floats { float x[W]; };
 template <class N, int W> struct alignas(W * sizeof(N)) Stored { N x[W]; };
 
@@ -75,7 +77,7 @@ template <class N, int W> static __device__ inline void store(void *to, size_t i
     *(Stored<N, W> *)((N *)to + i) = s;
 }
 
-// Launches kernel<N, W>: the storage type of this model, and 4 numbers at a time where `wide`, else 1.
+// Launches kernel<N, W>: the model's storage type, and 4 elements at a time if `wide`, else 1.
 #define LAUNCH_AS(kernel, g, wide, grid, block, shared, ...)                                                         \
     do {                                                                                                             \
         if ((g)->half && (wide)) LAUNCH((kernel<bf16, 4>), grid, block, shared, (g)->stream, __VA_ARGS__);           \
@@ -84,29 +86,32 @@ template <class N, int W> static __device__ inline void store(void *to, size_t i
         else LAUNCH((kernel<float, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);                              \
     } while (0)
 
-// The same of a kernel<W> that knows its types.
+// The same for a kernel<W> with fixed types.
 #define LAUNCH_WIDE(kernel, wide, ...)                    \
     do {                                                 \
         if (wide) LAUNCH((kernel<4>), __VA_ARGS__);      \
         else LAUNCH((kernel<1>), __VA_ARGS__);           \
     } while (0)
 
-enum { BLOCK = 256, WIDE = 4 };                          // threads of a block where nothing else decides; numbers of one
+enum { BLOCK = 256, WIDE = 4 };                          // default threads per block; elements per access
 
-// Blocks for n pieces of work, one thread each.
+// Blocks for n work items, one thread each.
 static inline dim3 blocks_for(size_t n) { return dim3((unsigned)strips(n, BLOCK)); }
 
-// Threads of a block that does one line of C numbers, WIDE each.
+// Threads of a block that processes one row of C elements, WIDE each.
 static inline unsigned threads_for(size_t C) { return (unsigned)at_most(round_up(strips(C, WIDE), WARP), BLOCK); }
 
 static __device__ inline size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
-// ---- GELU, the tanh form (Hendrycks and Gimpel 2016): x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3) ----
-// Where cuBLASLt can, a product does it as it is written; these are for the rest, and to have y again.
+// ---- GELU, tanh form (Hendrycks, Gimpel 2016): x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+//
+// If cuBLASLt supports it, it is a matmul's epilogue; these functions serve the other cases, and
+// recomputation.
 
 typedef struct { float y, slope; } Gelu;
 
-// As gelu_lanes of train_gpt.c: beyond -30 and 30 the sigmoid is 0 or 1 to all digits, so infinity never meets 0.
+// As gelu_lanes in dev/model/matmul.h: beyond -30 and 30 the sigmoid rounds to 0 or 1, so infinity
+// is never multiplied by 0.
 static __device__ inline Gelu gelu_of(float x) {
     const float h = x < -30 ? -30 : x, z = h > 30 ? 30 : h, square = z * z;
     const float u = -1.5957691216057308f * (z + 0.044715f * square * z);
@@ -115,8 +120,8 @@ static __device__ inline Gelu gelu_of(float x) {
     return g;
 }
 
-// What a product could not do itself: y (M,N) += bias (N); gelu (M,N) = GELU(y). With h (M,N): y *= GELU'(h), and gelu =
-// GELU(h). Each of bias, gelu and h may be NULL.
+// The part of an epilogue that a matmul could not do itself: y (M,N) += bias (N); gelu (M,N) =
+// GELU(y). With h (M,N): y *= GELU'(h), and gelu = GELU(h). Each of bias, gelu and h may be NULL.
 template <class N, int W>
 static __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, const void *h, size_t n, size_t columns) {
     const size_t i = thread_index() * W;
@@ -135,12 +140,12 @@ static __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, co
         }
     }
     if (bias || h) store<N, W>(y, i, v);
-    if (bias) v = load<N, W>(y, i);                      // GELU sees what is stored
+    if (bias) v = load<N, W>(y, i);                      // GELU sees the stored value
     for (int k = 0; k < W && !h; k++) g.x[k] = gelu_of(v.x[k]).y;
     if (gelu) store<N, W>(gelu, i, g);
 }
 
-// y (n) = GELU(x)
+// y (n) = GELU(x).
 template <class N, int W> static __global__ void gelu_forward_kernel(void *y, const void *x, size_t n) {
     const size_t i = thread_index() * W;
     if (i >= n) return;
@@ -154,22 +159,25 @@ static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
     LAUNCH_AS(gelu_forward_kernel, g, wide, blocks_for(n / (wide ? WIDE : 1)), BLOCK, 0, y, x, n);
 }
 
-// ---- Matrix products: y (M,N) = a (M,K) b (K,N), by cuBLASLt ----
-// cuBLASLt thinks in columns, so it is asked for the transpose: y^T = b^T a^T, its A is our b and its m our N.
+// ---- Matmul: y (M,N) = a (M,K) b (K,N), by cuBLASLt ----
 //
-// Descriptors, layouts and the algorithm of a product are made at its first use and kept by its shapes. Of the algorithms
-// that the heuristic proposes, the fastest is taken whose result has the same bits as the first one's: the choice, which a
-// busy device may change, changes no result. DROPPATH_GEMM_SEARCH=0 always takes the first;
-// DROPPATH_GEMM_EPILOGUE=0 lets cuBLASLt do the products alone, =1 also the sums of bias gradients beside them. By default
-// the engine does those: libcublasLt 13.1 names kernels with them for bf16 and fp32 results only for compute capability 8.0,
-// which on 9.0 take 1.6 times as long (estimated) and would cost more than reading dy once again.
+// cuBLASLt is column-major, so it is asked for the transpose: y^T = b^T a^T; its A is our b and its
+// m our N.
+//
+// Descriptors, layouts and the algorithm of a matmul are created at its first use and cached by
+// shape. Among the algorithms proposed by the heuristic, the fastest whose result has the same bits
+// as the first one's is chosen: the choice, which load on the device may affect, changes no result.
+// DROPPATH_GEMM_SEARCH=0 always takes the first; DROPPATH_GEMM_EPILOGUE=0 lets cuBLASLt do only
+// matmuls, =1 also the sums for bias gradients. By default the engine computes those: libcublasLt
+// 13.1 names kernels with them for bf16 and fp32 results only for compute capability 8.0, which on
+// 9.0 take 1.6 times as long (estimated) and would cost more than reading dy once more.
 
-// Lines of numbers, ld apart; a product sees the matrix or, `turned`, its transpose. All N.
+// Rows of elements, ld apart; a matmul reads the matrix or, with `turned`, its transpose. All N.
 typedef struct { const void *at; size_t ld; int turned; } Matrix;
 
-// Where a product goes: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is float, else N.
-// With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h), and y is multiplied by GELU'(h). With `b_sum`
-// (N), where y is float, also b_sum = the columns of b.
+// The output of a matmul: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is float,
+// else N. With `gelu` (M,N), also gelu = GELU(y); with `h` (M,N) too, gelu = GELU(h) instead, and y
+// is multiplied by GELU'(h). With `b_sum` (N), for float y, also b_sum = the columns of b.
 typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; float *b_sum; } Result;
 
 static inline Matrix lines(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
@@ -190,7 +198,7 @@ struct Product {
     cublasLtMatmulDesc_t what;
     cublasLtMatrixLayout_t a, b, y;                      // our a and b
     cublasLtMatmulAlgo_t algorithm;
-    int fused;                                           // it does the epilogue itself
+    int fused;                                           // it applies the epilogue itself
 };
 
 #define SET_OF_PRODUCT(p, attribute, value) \
@@ -202,7 +210,7 @@ static cublasLtMatrixLayout_t product_layout(int type, size_t columns, size_t li
     return layout;
 }
 
-// The pointers of one call: where bias and pre-activation are.
+// The pointers of one call: bias and pre-activation.
 static void product_pointers(Product *p, const Result *y) {
     const void *aux = y->h ? y->h : y->at;
     if (!p->fused) return;
@@ -240,7 +248,7 @@ static cublasStatus_t product_run(const Gpu *g, const Product *p, const cublasLt
 
 static __global__ void differ_kernel(int *differ, const unsigned *a, const unsigned *b, size_t n) {
     for (size_t i = thread_index(); i < n; i += (size_t)gridDim.x * blockDim.x)
-        if (a[i] != b[i]) *differ = 1;                   // whoever writes it, it is the same
+        if (a[i] != b[i]) *differ = 1;                   // any thread writes the same
 }
 
 enum { ALGORITHMS = 8, ALGORITHM_RUNS = 3 };
@@ -260,8 +268,9 @@ static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulA
     return best;
 }
 
-// The index of the fastest of n algorithms whose result has the bits of the first that runs. The products go to memory that
-// is taken for this alone; if there is none to be had, the first algorithm is the choice. Negative if none of them runs.
+// The index of the fastest of n algorithms whose result has the bits of the first that runs.
+// Results go to memory allocated for this purpose; if there is none, the first algorithm is chosen.
+// Negative if none of them runs.
 static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHeuristicResult_t *found, int n,
                           const Matrix *a, const Matrix *b, const float *b_sum) {
     const size_t numbers = p->key.M * p->key.ldy, bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), ALIGN);
@@ -271,7 +280,7 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
     double least = -1;
     cudaEvent_t from, to;
     if (cudaMalloc((void **)&room, 2 * bytes + round_up(sum_bytes, ALIGN) + ALIGN) != cudaSuccess) {
-        (void)cudaGetLastError();                        // it has been told
+        (void)cudaGetLastError();                        // it has been reported
         return 0;
     }
     char *first_sum = room + 2 * bytes;
@@ -292,7 +301,7 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
         CUDA_CHECK(cudaMemcpyAsync(&differs, differ, sizeof differs, cudaMemcpyDeviceToHost, g->stream));
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         if (differs) continue;
-        const double time = product_time(g, p, &found[i].algo, room + bytes, a, b, from, to);   // the first's result stays
+        const double time = product_time(g, p, &found[i].algo, room + bytes, a, b, from, to);   // the first one's result is preserved
         if (time >= 0 && (least < 0 || time < least)) least = time, best = i;
     }
     CUDA_CHECK(cudaEventDestroy(from));
@@ -301,7 +310,8 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
     return best;
 }
 
-// Takes an algorithm; returns 0 where there is none, or none that runs, for these types, shapes and this epilogue.
+// Chooses an algorithm; returns 0 if there is none that runs for these types, shapes and this
+// epilogue.
 static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matrix *b, const float *b_sum) {
     const size_t room = WORKSPACE;
     const double flops = 2.0 * (double)p->key.M * (double)p->key.N * (double)p->key.K;
@@ -317,7 +327,7 @@ static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matri
     for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < n; i++)
         if (found[i].state == CUBLAS_STATUS_SUCCESS) found[usable++] = found[i];
     if (!usable) return 0;
-    const int worth_it = flops > 1e8;                    // below, launching takes as long as computing
+    const int worth_it = flops > 1e8;                    // below, a launch takes as long as the computation
     const int chosen = g->search && worth_it && usable > 1 ? product_search(g, p, found, usable, a, b, b_sum) : 0;
     if (chosen < 0) return 0;
     p->algorithm = found[chosen].algo;
@@ -338,8 +348,8 @@ static int product_epilogue(const Result *y) {
     return y->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
 }
 
-// Whether the library may do the epilogue. GELU only in bf16: the library has no fp32 kernel named for it, and a tanh.approx in
-// one (2^-11) would be the largest error of an fp32 run.
+// Whether the library may apply the epilogue. GELU only in bf16: the library has no fp32 kernel
+// named for it, and a tanh.approx in one (2^-11) would be the largest error of an fp32 run.
 static int product_fuses(const Gpu *g, const Result *y) {
     if (y->b_sum && !g->sums_inside) return 0;
     if (!y->gelu && !y->h) return 1;
@@ -348,7 +358,7 @@ static int product_fuses(const Gpu *g, const Result *y) {
 
 static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Matrix *b, size_t M, size_t N, size_t K) {
     ProductKey key;
-    memset(&key, 0, sizeof key);                         // the gaps as well: keys are compared as bytes
+    memset(&key, 0, sizeof key);                         // including padding: keys are compared as bytes
     key.M = M, key.N = N, key.K = K, key.lda = a->ld, key.ldb = b->ld, key.ldy = y->ld;
     key.a_turned = a->turned, key.b_turned = b->turned, key.sums = y->sums, key.add = y->add;
     key.epilogue = product_epilogue(y);
@@ -371,8 +381,8 @@ static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Mat
     return p;
 }
 
-// sums (parts,N): of the columns of y (M,N), the lines in `parts` equal parts. A block takes WARP * W columns of one part;
-// its warps share out the lines.
+// sums (parts,N): column sums of y (M,N), whose rows are divided into `parts` equal parts. A block
+// processes WARP * W columns of one part; its warps divide the rows.
 template <class N, int W>
 static __global__ void column_sums_kernel(float *sums, const void *y, size_t M, size_t columns, size_t part) {
     SHARED(float, room);                                 // (warps, WARP * W)
@@ -397,8 +407,8 @@ static __global__ void column_sums_kernel(float *sums, const void *y, size_t M, 
 
 enum { SUM_THREADS = 1024 };
 
-// first (n), then second (n) where given: = the columns of sums (parts, n or 2n) summed up, or += with `add`. A block takes
-// WARP columns; its warps share out the parts.
+// first (n), then second (n) if given: = the column sums of sums (parts, n or 2n), or += with
+// `add`. A block processes WARP columns; its warps divide the parts.
 static __global__ void __launch_bounds__(SUM_THREADS)
 sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
     BOUNDS(SUM_THREADS);
@@ -423,7 +433,8 @@ static void sum_parts(const Gpu *g, float *first, float *second, const float *su
     LAUNCH(sum_parts_kernel, blocks, threads, (size_t)threads * sizeof(float), g->stream, first, second, sums, n, parts, add);
 }
 
-// sum (N) = the columns of y (M,N), or += with `add`. N is at most 4 C, for which g->partial has room.
+// sum (N) = the column sums of y (M,N), or += with `add`. N is at most 4 C, the capacity of
+// g->partial.
 static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t M, size_t N) {
     const size_t part = strips(M, at_most(strips(M, 64), COLUMN_PARTS)), parts = strips(M, part);
     const int wide = N % WIDE == 0;
@@ -432,7 +443,7 @@ static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t
     sum_parts(g, sum, NULL, g->partial, N, parts, add);
 }
 
-// y (M,N) from a (M,K) b (K,N); it must not overlap a, b or h, nor b_sum g->partial.
+// y (M,N) from a (M,K) b (K,N); y must not overlap a, b or h, nor b_sum g->partial.
 static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, size_t K) {
     Product *p = product_find(g, &y, &a, &b, M, N, K);
     const int gelu_inside = p->fused && y.gelu && !y.h;
@@ -446,16 +457,17 @@ static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, s
     if (!p->fused && y.b_sum) column_sums(g, y.b_sum, 0, b.at, K, N);
 }
 
-// y = x (BT,C) w (C,OC) and what else y says
+// y = x (BT,C) w (C,OC), plus y's epilogue (bias, GELU, accumulate).
 static void matmul_forward(Gpu *g, Result y, const void *x, const void *w, size_t BT, size_t C, size_t OC) {
     multiply(g, y, lines(x, C), lines(w, OC), BT, OC, C);
 }
 
-// Of y = x w + bias, from dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) = x^T dy and dbias (OC) = the columns of dy, or += with
-// `add`. dx is finished before x is read, since a recomputed x may come with it.
+// Backward of y = x w + bias, from dy (BT,OC): dx (BT,C) = dy w^T; dw (C,OC) = x^T dy and dbias
+// (OC) = the columns of dy, or += with `add`. dx is complete before x is read, since dx's epilogue
+// may recompute x.
 static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add, const void *dy, const void *x,
                             const void *w, size_t BT, size_t C, size_t OC) {
-    Result y = summed(dw, OC, add);                      // sets b_sum, whatever it does to y
+    Result y = summed(dw, OC, add);                      // b_sum is always overwritten
     y.b_sum = g->sum;
     multiply(g, dx, lines(dy, OC), turned(w, OC), BT, C, OC);
     multiply(g, y, turned(x, C), lines(dy, OC), C, OC, BT);
@@ -463,7 +475,8 @@ static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add,
 }
 
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
-// A block does a token. `at` (B): the positions of the rows' first tokens; NULL: 0.
+//
+// A block processes one token. `at` (B): the positions of the rows' first tokens; NULL: 0.
 template <class N, int W>
 static __global__ void embedding_forward_kernel(float *x, const int *tokens, const int *at, const void *wte, const void *wpe,
                                                 size_t T, size_t C) {
@@ -482,8 +495,8 @@ static void embedding_forward(const Gpu *g, float *x, const int *tokens, const i
     LAUNCH_AS(embedding_forward_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, x, tokens, at, wte, wpe, T, C);
 }
 
-// dwte (V,C) +=: group i is one token, whose places in the batch are order[first[i]] .. order[first[i + 1]]. A block takes
-// WARP * W channels of a group; its warps share out the places.
+// dwte (V,C) +=: group i is one token, at positions order[first[i]] .. order[first[i + 1]] of the
+// batch. A block processes WARP * W channels of a group; its warps divide the positions.
 template <int W>
 static __global__ void embedding_backward_kernel(float *dwte, const int *tokens, const int *order, const int *first,
                                                  const float *dx, size_t C) {
@@ -508,7 +521,8 @@ static __global__ void embedding_backward_kernel(float *dwte, const int *tokens,
     store<float, W>(dwte, to, total);
 }
 
-// dwpe (T_all,C) = the sum over the rows of dx (B,T,C), or += with `add`; positions from T on have no gradient.
+// dwpe (T_all,C) = the sum over the rows of dx (B,T,C), or += with `add`; positions from T on have
+// no gradient.
 static __global__ void position_backward_kernel(float *dwpe, const float *dx, size_t B, size_t T, size_t T_all, size_t C,
                                                 int add) {
     const size_t i = thread_index();
@@ -518,7 +532,7 @@ static __global__ void position_backward_kernel(float *dwpe, const float *dx, si
     dwpe[i] = add ? dwpe[i] + sum : sum;
 }
 
-// The batch's places by their token: group after group, each in the order of the batch.
+// The batch's positions grouped by token, each group in batch order.
 typedef struct { int groups; const int *order, *first; } Grouped;    // (BT) (groups + 1), on the device
 
 // dwte (V,C) += and dwpe (T_all,C) =, or += with `add`.
@@ -533,11 +547,14 @@ static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, 
     LAUNCH(position_backward_kernel, blocks_for(T_all * C), BLOCK, 0, g->stream, dwpe, dx, B, T, T_all, C, add);
 }
 
-// ---- Dropout: whether an element stays is a function of its place (dev/model/noise.h) ----
-// Rates and keys are read on the device, where they come with the tokens of a call: so they are no arguments of a kernel, which
-// a CUDA graph would keep. rows (n): which rows of the batch the n packed ones are; NULL: all, in order.
+// ---- Dropout: whether an element is kept is a function of its position (dev/model/noise.h) ----
+//
+// Rates and keys are read on the device, where they arrive with a call's tokens, rather than being
+// kernel arguments, which a CUDA graph would freeze. rows (n): which rows of the batch the n packed
+// ones are; NULL: all, in order.
 
-// x (n,T,C): each element times its factor. A thread does the elements of one Philox call.
+// x (n,T,C): multiplies each element by its factor. A thread processes the elements of one Philox
+// call.
 template <class N>
 static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *rows, unsigned nT, unsigned T, unsigned C) {
     const NoisePlace z = *noise;
@@ -552,7 +569,8 @@ static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *
         if (c + e < C) line[c + e] = from_float<N>(noise_half(w, (int)e) >= z.rate ? to_float(line[c + e]) * scale : 0);
 }
 
-// Of the residual stream, in fp32, and of a branch's end, in N. The same backward, for the gradient.
+// For the residual stream, in fp32, and for a branch's end, in N. Backward is the same, applied to
+// the gradient.
 static void dropout_stream(const Gpu *g, float *x, const NoisePlace *noise, size_t nT, size_t T, size_t C) {
     LAUNCH(dropout_kernel<float>, blocks_for(nT * strips(C, NOISE_EACH)), BLOCK, 0, g->stream, x, noise, (const int *)NULL,
            (unsigned)nT, (unsigned)T, (unsigned)C);
@@ -567,18 +585,22 @@ static void dropout_end(const Gpu *g, void *x, const NoisePlace *noise, const in
 }
 
 // ---- The residual stream x (B,T,C) and LayerNorm (Ba, Kiros, Hinton 2016) ----
-// A branch that runs on n of the B rows has them packed: place[row] says where, and is -1 for a row that drops the branch.
-// NULL stands for all rows in their order. One kernel does for each token the end of one branch and the beginning of the
-// next, so that the stream is read and written once between two branches. A warp does a token.
 //
-// Tied branches (x + s (a + mlp(LN(x + a)))): what is normalised sees the first branch unscaled, and so on the way back.
+// A branch that runs on n of the B rows has them packed: place[row] is a row's packed index, or -1
+// if it drops the branch. NULL stands for all rows in order. For each token, one kernel handles the
+// end of one branch and the start of the next, so that the stream is read and written once between
+// two branches. A warp processes one token.
+//
+// Tied branches (x + s (a + mlp(LN(x + a)))): what is normalized includes the first branch
+// unscaled; the same in backward.
 
 typedef struct { const int *place; const float *scale; } Rows;        // of one branch, on the device
 
 static __device__ inline long row_place(const int *place, size_t row) { return place ? place[row] : (long)row; }
 
-// Forward: x += end.scale * out (n,T,C) on the rows of `end`; then ln (n',T,C) = xhat * w + b, xhat (n',T,C), rstd (n',T) on
-// the rows of `begin`. No out: nothing is added. xhat is rounded to N first, so that layernorm_again gives the same ln.
+// Forward: x += end.scale * out (n,T,C) on the rows of `end`; then ln (n',T,C) = xhat * w + b, xhat
+// (n',T,C), rstd (n',T) on the rows of `begin`. Without out, nothing is added. xhat is rounded to N
+// first, so that layernorm_again gives the same ln.
 template <class N, int W>
 static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat, float *rstd, const void *out,
                                                          Rows end, Rows begin, int tied, const void *w, const void *b,
@@ -591,7 +613,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     const long ended = out ? row_place(end.place, row) : -1, begun = row_place(begin.place, row);
     if (ended < 0 && begun < 0) return;
     const float scale = ended < 0 ? 0 : *end.scale;
-    float *z = room + warp * C, sum = 0, squares = 0;    // each lane only meets its own numbers of z
+    float *z = room + warp * C, sum = 0, squares = 0;    // each lane accesses only its own elements of z
     for (size_t c = lane * W; c < C; c += WARP * W) {
         Floats<W> v = load<float, W>(x, token * C + c), seen = v;
         if (ended >= 0) {
@@ -627,7 +649,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     }
 }
 
-// Warps of a block that leave it shared memory enough, C floats `lines` times for each.
+// Warps per block that fit in shared memory, each using `lines` rows of C floats.
 static inline unsigned warps_for(size_t C, size_t lines) { return C * lines * 4 * sizeof(float) <= 96 << 10 ? 4 : 1; }
 
 static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *xhat, float *rstd, const void *out, Rows end,
@@ -637,7 +659,8 @@ static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *x
               xhat, rstd, out, end, begin, tied, w, b, B * T, T, C);
 }
 
-// y (n,T,C) again, from what was kept: the backward pass needs it as the input of a matrix product. A block does a token.
+// Recomputes y (n,T,C) from xhat: the backward pass needs it as the input of a matmul. A block
+// processes one token.
 template <class N, int W>
 static __global__ void layernorm_again_kernel(void *y, const void *xhat, const void *w, const void *b, size_t C) {
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
@@ -652,9 +675,10 @@ static void layernorm_again(const Gpu *g, void *y, const void *xhat, const void 
     LAUNCH_AS(layernorm_again_kernel, g, C % WIDE == 0, (unsigned)nT, threads_for(C), 0, y, xhat, w, b, C);
 }
 
-// Backward: dx += dz = rstd * (v - mean(v) - xhat * mean(v * xhat)), v = dy * w (n,T,C), on the rows of `begin`, or = dz with
-// `fresh`; then dout (n',T,C) = end.scale * dx on the rows of `end`, the branch that comes before (tied: scale * dx as it was,
-// + dz). A block's sums over its tokens of dy * xhat and dy: sums (blocks,2C). Without dout nothing is handed on.
+// Backward: dx += dz = rstd * (v - mean(v) - xhat * mean(v * xhat)), v = dy * w (n,T,C), on the
+// rows of `begin`, or = dz with `fresh`; then dout (n',T,C) = end.scale * dx on the rows of `end`,
+// the preceding branch (tied: scale * the previous dx, + dz). sums (blocks,2C): each block's sums
+// of dy * xhat and dy over its tokens. Without dout nothing is passed on.
 template <class N, int W>
 static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *__restrict__ dy,
                                                           const void *__restrict__ xhat, const float *__restrict__ rstd,
@@ -662,7 +686,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
                                                           const void *__restrict__ w, size_t BT, size_t T, size_t C) {
     SHARED(float, room);                                 // (warps, 2C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    float *dw = room + warp * 2 * C, *db = dw + C;       // each lane only meets its own numbers until the end
+    float *dw = room + warp * 2 * C, *db = dw + C;       // each lane accesses only its own elements until the end
     Floats<W> zero;
     for (int k = 0; k < W; k++) zero.x[k] = 0;
     for (size_t c = lane * W; c < C; c += WARP * W) store<float, W>(dw, c, zero), store<float, W>(db, c, zero);
@@ -722,31 +746,33 @@ static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, flo
     sum_parts(g, dw, db, g->partial, C, blocks, add);
 }
 
-// ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; keeps lse (n,NH,T), the log-sum-exp, for the backward pass ----
-// Softmax in blocks that stay on the chip, after Dao 2023 (FlashAttention-2). Forward and dQ: a block of threads owns lines
-// of queries and walks over the keys before them. dK and dV: it owns keys and walks over the queries after them. So every
-// result has one owner, and nothing is added from two sides; S and P = exp(S - lse) are made anew in both backward kernels,
-// 7 products where 5 would do with atomics.
+// ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; saves lse (n,NH,T), the log-sum-exp ----
 //
-// In bf16 on tensor cores: a warp owns 16 M lines. Tiles of 8 N lines of the other side come to shared memory one tile
-// ahead of their use, and serve all warps. Scores leave mma in the layout in which the next product takes them as its first
-// operand (PTX ISA, figures of mma.m16n8k16), so they never leave the warp's registers.
-// Heads are filled up with zeros to W = 64 or 128 numbers. Wider heads, heads of no multiple of 8 (a piece of 16 bytes) and
-// fp32 run on the plain kernels further down.
+// Softmax in tiles that stay on the chip, after Dao 2023 (FlashAttention-2). Forward and dQ: a
+// thread block owns rows of queries and iterates over the keys before them. dK and dV: it owns keys
+// and iterates over the queries after them. So every result has one owner, and nothing is
+// accumulated from two sides; both backward kernels recompute S and P = exp(S - lse): 7 matmuls,
+// where atomics would need 5.
 //
-// Causality also keeps lines past T, which are read as zeros, from those before T: as keys they are too late, and as
-// queries nobody stores them.
+// In bf16 on tensor cores: a warp owns 16 M rows. Tiles of 8 N rows of the other side are loaded to
+// shared memory one tile ahead, and serve all warps. Scores leave mma in the layout in which the
+// next matmul takes them as its first operand (PTX ISA, figures of mma.m16n8k16), so they never
+// leave the warp's registers. Heads are zero-padded to W = 64 or 128 elements. Wider heads, heads
+// that are not a multiple of 8 elements (16 bytes), and fp32 use the plain kernels below.
+//
+// Causality also separates rows past T, which are read as zeros, from those before T: as keys they
+// are too late, and as queries they are not stored.
 
 enum { ATTENTION_WARPS = 4, ATTENTION_THREADS = 32 * ATTENTION_WARPS, ATTENTION_WIDEST = 256 };
 
-// Says at start what attention_forward could not do later.
+// Rejects unsupported head sizes when the model is opened.
 static void attention_check(size_t C, size_t NH) {
     if (C / NH > ATTENTION_WIDEST)
         die("heads of %zu channels: the GPU takes at most %d\n  hint: more heads (--heads)", C / NH, ATTENTION_WIDEST);
 }
 
-// The block's head, h of NH of one row, and which of the head's own blocks it is. The blocks of a head run about together,
-// so that K and V come from L2.
+// The block's head, h of NH of one row, and its index among the head's blocks. The blocks of a head
+// run at about the same time, so that K and V come from L2.
 typedef struct { int row, h, block; } AttentionPlace;
 
 static __device__ AttentionPlace attention_place(int block, int blocks, int NH) {
@@ -754,11 +780,11 @@ static __device__ AttentionPlace attention_place(int block, int blocks, int NH) 
     return AttentionPlace{head / NH, head % NH, block % blocks};
 }
 
-// Where the head's numbers begin in a matrix (n,T,numbers) and in (n,NH,T).
+// The start of the head in a matrix (n,T,numbers) and in (n,NH,T).
 static __device__ size_t head_start(AttentionPlace p, size_t numbers, int T, int HS) { return p.row * T * numbers + p.h * HS; }
 static __device__ size_t head_tokens(AttentionPlace p, int NH, int T) { return ((size_t)p.row * NH + p.h) * T; }
 
-// Lines of a head, HS numbers each, ld numbers apart; reads past T or HS give 0.
+// Rows of a head, HS elements each, ld elements apart; reads past T or HS give 0.
 template <class N> struct HeadLines { N *at; int ld, T, HS; };
 
 template <class N> static __device__ N *head_line(HeadLines<N> x, int i) { return x.at + (ptrdiff_t)i * x.ld; }
@@ -772,12 +798,13 @@ template <class N> static __device__ HeadLines<N> head_of_y(N *y, AttentionPlace
     return HeadLines<N>{y + head_start(p, C, T, HS), C, T, HS};
 }
 
-// ---- Dropout of attention's probabilities ----
-// One bit for each query and key, made before the kernels that need them: drawing in those would waste most of each Philox
-// call, whose eight keys different lanes have.
+// ---- Dropout of attention probabilities ----
+//
+// One bit per query and key, generated before the kernels that need them: drawing inside those
+// would waste most of each Philox call, whose eight keys belong to different lanes.
 
-// words (n,NH,T,line): bit j % 32 of word j / 32 says whether a query keeps key j; none after the query. words NULL: all are
-// kept. The factor of those kept follows from *noise.
+// words (n,NH,T,line): bit j % 32 of word j / 32 tells whether a query keeps key j; bits after the
+// query are unset. words NULL: all are kept. The factor of kept ones follows from *noise.
 typedef struct { const uint32_t *words; const NoisePlace *noise; int line; } KeptKeys;
 
 static inline size_t kept_keys_line(size_t T) { return strips(T, 32); }
@@ -800,7 +827,7 @@ static __global__ void attention_keep_kernel(uint32_t *words, const NoisePlace *
 
 static __device__ float kept_scale(KeptKeys keep) { return keep.words ? (float)noise_scale(keep.noise->rate) : 1; }
 
-// The word of query i of a head, whose tokens begin at `head`, that has key j; 0 past T.
+// The word with key j of query i of a head, whose tokens begin at `head`; 0 past T.
 static __device__ uint32_t kept_word(KeptKeys keep, size_t head, int i, int j, int T) {
     return i < T && j < T ? keep.words[(head + (size_t)i) * (size_t)keep.line + (size_t)(j / 32)] : 0;
 }
@@ -811,14 +838,14 @@ static __device__ float kept_factor(KeptKeys keep, size_t head, int i, int j, in
 
 // ---- Attention in bf16: tiles in shared memory ----
 
-// A tile's lines have W numbers in pieces of 16 bytes. Piece p of line i lies at place p ^ (i & 7): eight lines at one piece,
-// which ldmatrix reads together, are in different banks, all 32 of them.
+// A tile's rows have W elements in pieces of 16 bytes. Piece p of row i is at position p ^ (i & 7):
+// the same piece of eight rows, which ldmatrix reads together, covers all 32 banks.
 template <int W> static __device__ bf16 *tile_piece(bf16 *tile, int line, int piece) {
     return tile + line * W + ((piece ^ (line & 7)) << 3);
 }
 
-// What one thread copies of a head's tiles, one after the other: one piece of every STEP-th line. `left`: lines from its first
-// one to T; none of a piece past HS.
+// The pieces that one thread copies of a head's tiles: one piece of every STEP-th row. `left`: rows
+// from its first one to T; none for a piece past HS.
 template <int W> struct TileSource {
     enum { PIECES = W / 8, STEP = ATTENTION_THREADS / PIECES };
     const bf16 *from;
@@ -830,7 +857,7 @@ template <int W> static __device__ TileSource<W> tile_source(HeadLines<const bf1
     return TileSource<W>{head_line(x, line) + piece * 8, TileSource<W>::STEP * x.ld, piece * 8 < x.HS ? x.T - line : 0};
 }
 
-// Copies the next LINES lines in the background; of what lies `further` numbers on in each line (v after k).
+// Copies the next LINES rows asynchronously, `further` elements on in each row (v after k).
 template <int LINES, int W> static __device__ void tile_load(bf16 *tile, const TileSource<W> *x, int further) {
     constexpr int PIECES = TileSource<W>::PIECES, STEP = TileSource<W>::STEP, TIMES = LINES / STEP;
     static_assert(LINES % STEP == 0 && STEP % 8 == 0, "a thread's pieces have the same place in each line");
@@ -843,15 +870,16 @@ template <int LINES, int W> static __device__ void tile_advance(TileSource<W> *x
     x->from += (ptrdiff_t)(LINES / TileSource<W>::STEP) * x->step, x->left -= LINES;
 }
 
-// The lines that a block owns: one tile.
+// The rows that a block owns: one tile.
 template <int LINES, int W> static __device__ void tile_load_own(bf16 *tile, HeadLines<const bf16> x, int first) {
     const TileSource<W> source = tile_source<W>(x, first);
     tile_load<LINES>(tile, &source, 0);
 }
 
-// Where this lane's line of a 16 by 16 corner of a tile is, for ldmatrix_x4: as the first operand of mma, or transposed as
-// two second operands, ... `line` is a multiple of 8 and `piece` is even, both constants: the sum is in an order in which
-// all but a few terms are constants or the same for every tile.
+// The address of this lane's row of a 16 by 16 corner of a tile, for ldmatrix_x4: as the first
+// operand of mma, or transposed as two second operands, ... `line` is a multiple of 8 and `piece`
+// is even, both constants: the sum is ordered so that all but a few terms are constants or the same
+// for every tile.
 template <int W> static __device__ bf16 *tile_lane(bf16 *tile, int line, int piece) {
     const int lane = (int)threadIdx.x % 32;
     return (bf16 *)((char *)tile + (lane % 16 * 2 * W + ((lane / 16 ^ lane % 8 ^ piece) << 4)) + line * 2 * W);
@@ -864,8 +892,9 @@ template <int W> static __device__ bf16 *tile_lane_second(bf16 *tile, int line, 
                     line * 2 * W);
 }
 
-// Step k of the 16 M lines that a warp owns, as first operands; all steps where they are KEPT in registers. `line`: of the
-// two tiles of such lines the second is LINES lines after the first, a constant in the address and not a pointer more.
+// Step k of the 16 M rows that a warp owns, as first operands; all steps if they are KEPT in
+// registers. `line`: the second of the two tiles of such rows is LINES rows after the first, a
+// constant in the address instead of another pointer.
 template <int W, int M> static __device__ void own_read(uint32_t a[M][4], bf16 *tile, int line, int k) {
     UNROLL for (int m = 0; m < M; m++) ldmatrix_x4(a[m], tile_lane<W>(tile, line + 16 * m, 2 * k));
 }
@@ -878,7 +907,7 @@ template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M
     }
 }
 
-// s (16M,8N) += own (16M,W) tile (8N,W)^T
+// s (16M,8N) += own (16M,W) tile (8N,W)^T.
 template <int W, int M, int N, bool KEPT>
 static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, bf16 *own_tile, int line, bf16 *tile) {
     UNROLL for (int k = 0; k < W / 16; k++) {
@@ -913,8 +942,8 @@ static __device__ void tile_product(float out[M][W / 8][4], const float p[M][N][
     }
 }
 
-// x's 16 M lines from `first` on = out (16M,W), by way of the warp's own tile, so that whole pieces are written. What the
-// tile held has been read: a barrier came since.
+// Stores out (16M,W) to 16 M rows of x from `first` on, through the warp's own tile, so that whole
+// pieces are written. The tile's contents are no longer needed: there has been a barrier since.
 template <int W, int M>
 static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M][W / 8][4], bf16 *tile) {
     const int lane = (int)threadIdx.x % 32;
@@ -933,10 +962,12 @@ static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M
 }
 
 // ---- Attention in bf16: scores in registers ----
-// Lane l of a warp has of each 16 by 8 scores s[m][n] lines l / 4 and l / 4 + 8, of each columns l % 4 * 2 and one more.
+//
+// For each 16 by 8 tile of scores s[m][n], lane l of a warp holds rows l / 4 and l / 4 + 8, and of
+// each columns l % 4 * 2 and the next.
 
-// Scores of which the key is later than the query become -inf. Lines are queries and columns keys, or the other way
-// round; line0 and column0 are those of s[0][0][0] in lane 0.
+// Scores whose key is later than the query become -inf. Rows are queries and columns keys, or vice
+// versa; line0 and column0 are those of s[0][0][0] in lane 0.
 template <bool LINES_ARE_KEYS, int M, int N> static __device__ void causal(float s[M][N][4], int line0, int column0) {
     const int lane = (int)threadIdx.x % 32, ahead = line0 + lane / 4 - column0 - lane % 4 * 2;
     if (LINES_ARE_KEYS ? column0 >= line0 + 16 * M - 1 : line0 >= column0 + 8 * N - 1) return;
@@ -948,7 +979,8 @@ template <bool LINES_ARE_KEYS, int M, int N> static __device__ void causal(float
             }
 }
 
-// s times the factors of dropout. Lines are queries; columns begin on a multiple of 32, which is a word of bits.
+// s times the factors of dropout. Rows are queries; columns begin at a multiple of 32, which is a
+// word of bits.
 template <int M, int N>
 static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, int line0, int column0, int T) {
     const float scale = kept_scale(keep);
@@ -962,7 +994,7 @@ static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, i
             }
 }
 
-// factor[m][n][e] = that of dropout of s[m][n][e], whose lines are keys.
+// factor[m][n][e] = dropout's factor for s[m][n][e], whose rows are keys.
 template <int M, int N>
 static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t head, int line0, int column0, int T) {
     const float scale = kept_scale(keep);
@@ -973,7 +1005,7 @@ static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t
                 factor[m][n][e] = kept_factor(keep, head, column + 8 * n + e % 2, line + 16 * m + e / 2 * 8, T, scale);
 }
 
-// The four lanes of a line.
+// Over the four lanes of a row.
 static __device__ float line_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
@@ -984,8 +1016,9 @@ static __device__ float line_sum(float x) {
     return x + __shfl_xor_sync(0xFFFFFFFF, x, 2);
 }
 
-// One tile of scores into the running softmax: s becomes 2^(scale2 (s - top)); `sum`, of this lane's columns, and what was
-// summed up of y are brought to the new top. A query's first tile has a key that it sees, so top is finite after it.
+// Adds one tile of scores to the running softmax: s becomes 2^(scale2 (s - top)); `sum`, over this
+// lane's columns, and the accumulated y are rescaled to the new top. A query's first tile has a key
+// that it sees, so top is finite after it.
 template <int W, int M, int N>
 static __device__ void softmax_tile(float s[M][N][4], float out[M][W / 8][4], float top[M][2], float sum[M][2], float scale2) {
     UNROLL for (int m = 0; m < M; m++)
@@ -1004,12 +1037,13 @@ static __device__ void softmax_tile(float s[M][N][4], float out[M][W / 8][4], fl
 }
 
 // ---- Attention in bf16: the three kernels ----
+//
 // scale = 1/sqrt(HS), scale2 = scale log2(e): exponentials are powers of 2.
 
 static __device__ int blocks_of(int T, int lines) { return (T + lines - 1) / lines; }
 
-// What a thread works on: `lane` of a warp that owns 16 M lines of the block's, which are a head's from `first` on, from the
-// line `own` of them. `late_first`: the block's lines are counted from the last.
+// What a thread works on: `lane` of a warp that owns 16 M of the block's rows, which are a head's
+// from `first` on, from its row `own` on. `late_first`: the blocks are counted from the last.
 struct AttentionOwn { AttentionPlace p; int first, own, lane; };
 
 template <int M> static __device__ AttentionOwn attention_own(int thread, int block, int T, int NH, bool late_first) {
@@ -1019,15 +1053,15 @@ template <int M> static __device__ AttentionOwn attention_own(int thread, int bl
     return AttentionOwn{p, (late_first ? blocks - 1 - p.block : p.block) * LINES, 16 * M * (thread / 32), thread % 32};
 }
 
-// DROPS: with dropout, of which the plain instances have nothing.
+// DROPS: with dropout, without which no code for it is compiled.
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, int T, int C, int NH, float scale) {
     BOUNDS(ATTENTION_THREADS);
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
-    SHARED(bf16, shared);                                // q (LINES,W); k and v (2,KEYS,W): this tile and the next
+    SHARED(bf16, shared);                                // q (LINES,W); k and v (2,KEYS,W): current and next tile
     bf16 *const k_tiles = shared + LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
-    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);   // the longest walks start first
+    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);   // the longest loops start first
     const AttentionPlace p = o.p;
     const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
@@ -1061,7 +1095,7 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
             tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
-        __syncthreads();                                 // the next tile is here, and nobody reads this one any more
+        __syncthreads();                                 // the next tile is here, and nobody reads this one any longer
     }
 
     const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
@@ -1075,7 +1109,8 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
     own_store<W, M>(head_of_y(y, to.p, T, C, C / NH), to.first + to.own, out, shared + to.own * W);
 }
 
-// dQ = scale ds K, ds = P (dP - inner), dP = dy V^T (Dao et al. 2022, algorithm 4), times the factor of dropout.
+// dQ = scale ds K, ds = P (dP - inner), dP = dy V^T (Dao et al. 2022, algorithm 4), times the
+// factor of dropout.
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner,
@@ -1089,7 +1124,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
-    bf16 *const q_tile = shared + o.own * W;             // the warp's lines; those of dy are LINES further
+    bf16 *const q_tile = shared + o.own * W;             // the warp's rows; those of dy are LINES further
     OwnLines<W, M, KEPT> q, g;                           // g: dy
     float dq[M][W / 8][4] = {}, lse2[M][2], minus_inner[M][2];
 
@@ -1123,7 +1158,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
             causal<false, M, N>(s, i_own, j0);
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = DROPS ? 0 : minus_inner[m][e / 2];  // where dP begins
+                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = DROPS ? 0 : minus_inner[m][e / 2];  // initial value of dP
             tile_scores<W, M, N, KEPT>(ds, &g, q_tile, LINES, v_tiles + at * KEYS * W);
             if (DROPS) {
                 tile_keep<M, N>(ds, keep, head_tokens(p, NH, T), i_own, j0, T);
@@ -1147,8 +1182,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     own_store<W, M>(head_of_qkv(dqkv, to.p, 0, T, C, C / NH), to.first + to.own, dq, shared + to.own * W);
 }
 
-// lse log2(e) and -inner of the next QUERIES queries, each of them by one of the first 2 QUERIES threads. Past T 0 will do, for
-// dy is 0 there: P dy and ds are.
+// lse log2(e) and -inner of the next QUERIES queries, one for each of the first 2 QUERIES threads.
+// Past T, 0 is fine: dy is 0 there, so P dy and ds are.
 template <int QUERIES> struct QueryNumbers { const float *from; float factor; int left; };
 
 template <int QUERIES>
@@ -1168,8 +1203,8 @@ template <int QUERIES> static __device__ void query_write(float *numbers, float 
     if ((int)threadIdx.x < 2 * QUERIES) numbers[threadIdx.x] = number;
 }
 
-// dV = P^T dy, dK = scale ds^T Q. Lines are keys here, so that P^T and ds^T are what the warp has. With dropout dV is of what it
-// has left of P.
+// dV = P^T dy, dK = scale ds^T Q. Rows are keys here, so that the warp has P^T and ds^T. With
+// dropout, dV uses P after dropout.
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner,
@@ -1188,7 +1223,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     TileSource<W> g = tile_source<W>(head_of_y(dy, p, T, C, HS), i0);
     const float scale2 = scale * 1.44269504f;
     QueryNumbers<QUERIES> source = query_numbers<QUERIES>(lse, inner, head_tokens(p, NH, T), i0, T);
-    bf16 *const k_tile = shared + o.own * W;             // the warp's lines; those of v are LINES further
+    bf16 *const k_tile = shared + o.own * W;             // the warp's rows; those of v are LINES further
     OwnLines<W, M, KEPT> k, v;
     float dk[M][W / 8][4] = {}, dv[M][W / 8][4] = {};
 
@@ -1235,7 +1270,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                 tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
-                        UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[8 * n + e % 2];  // where dP begins
+                        UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[8 * n + e % 2];  // initial value of dP
                 tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
             }
             UNROLL for (int m = 0; m < M; m++)
@@ -1256,7 +1291,8 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     own_store<W, M>(head_of_qkv(dqkv, to.p, 2, T, C, C / NH), to.first + to.own, dv, shared + (LINES + to.own) * W);
 }
 
-// inner (n,NH,T) = <dy, y> of each head of each token, by `lanes` threads, a power of 2; each takes SIZE numbers at once.
+// inner (n,NH,T) = <dy, y> for each head of each token, by `lanes` threads, a power of 2, each
+// reading SIZE elements at a time.
 template <class N, int SIZE>
 static __global__ void attention_inner_kernel(float *inner, const N *dy, const N *y, unsigned heads, unsigned T,
                                               unsigned C, unsigned NH, unsigned lanes) {
@@ -1276,11 +1312,13 @@ static __global__ void attention_inner_kernel(float *inner, const N *dy, const N
     if (valid && lane == 0) inner[((size_t)row * NH + at % NH) * T + token % T] = sum;
 }
 
-// ---- Attention by plain sums in fp32: any storage, heads of up to 256 ----
-// The same walks with 256 threads, 16 by 16, on tiles of 4096 / W lines: thread (y, x) has lines y + 16 r and columns
-// x + 16 c of the scores, and of the results columns 4 x + 64 c and three more. A line is in the hands of half a warp.
+// ---- Attention with plain sums in fp32: any storage, heads of up to 256 ----
+//
+// The same loops with 256 threads, 16 by 16, on tiles of 4096 / W rows: thread (y, x) has rows y +
+// 16 r and columns x + 16 c of the scores, and columns 4 x + 64 c and three more of the results. A
+// row belongs to half a warp.
 
-enum { PLAIN_THREADS = 256, PLAIN_TILE = 4096, PLAIN_PAD = 4 };        // padded lines: pieces of 8 lines in all banks
+enum { PLAIN_THREADS = 256, PLAIN_TILE = 4096, PLAIN_PAD = 4 };        // padded rows: pieces of 8 rows cover all banks
 
 template <int W> struct Plain {
     enum { LINES = PLAIN_TILE / W, R = LINES / 16, LD = W + PLAIN_PAD, P_LD = LINES + PLAIN_PAD,
@@ -1295,7 +1333,7 @@ template <class N, int W> static __device__ void plain_load(float *tile, HeadLin
     }
 }
 
-// s = a b^T, over the HS numbers of the lines.
+// s = a b^T, over the HS elements of the rows.
 template <int W, int R> static __device__ void plain_scores(float s[R][R], const float *a, const float *b, int HS) {
     constexpr int LD = Plain<W>::LD;
     a += (int)threadIdx.x / 16 * LD, b += (int)threadIdx.x % 16 * LD;
@@ -1311,7 +1349,7 @@ template <int W, int R> static __device__ void plain_scores(float s[R][R], const
     }
 }
 
-// The scores to where the other threads of their line read them.
+// Stores the scores where the other threads of their row read them.
 template <int W, int R> static __device__ void plain_share(float *p, const float s[R][R]) {
     __syncwarp();
     UNROLL for (int r = 0; r < R; r++)
@@ -1320,7 +1358,7 @@ template <int W, int R> static __device__ void plain_share(float *p, const float
     __syncwarp();
 }
 
-// out (LINES,W) += p (LINES,LINES) tile (LINES,W)
+// out (LINES,W) += p (LINES,LINES) tile (LINES,W).
 template <int W, int R>
 static __device__ void plain_product(float out[R][W / 64][4], const float *p, const float *tile) {
     constexpr int LD = Plain<W>::LD, P_LD = Plain<W>::P_LD;
@@ -1349,7 +1387,7 @@ static __device__ void plain_store(HeadLines<N> x, int first, const float out[R]
     }
 }
 
-// softmax_tile on plain scores; a line is 16 threads.
+// softmax_tile on plain scores; a row is 16 threads.
 template <int W, int R>
 static __device__ void plain_softmax(float s[R][R], float out[R][W / 64][4], float top[R], float sum[R]) {
     UNROLL for (int r = 0; r < R; r++) {
@@ -1380,7 +1418,7 @@ attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, in
     UNROLL for (int r = 0; r < R; r++) top[r] = -INFINITY;
     plain_load<N, W>(q, head_of_qkv(qkv, p, 0, T, C, HS), i0);
     for (int j0 = 0; j0 <= i0; j0 += LINES) {
-        __syncthreads();                                 // all are done with the tiles before
+        __syncthreads();                                 // all are done with the previous tiles
         plain_load<N, W>(k, head_of_qkv(qkv, p, 1, T, C, HS), j0);
         plain_load<N, W>(v, head_of_qkv(qkv, p, 2, T, C, HS), j0);
         __syncthreads();
@@ -1405,13 +1443,13 @@ attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, in
     plain_store<N, W, R>(head_of_y(y, p, T, C, HS), i0, out, share);
 }
 
-// Both of the backward kernels: of four tiles the block owns the first two; the others become lines `first` on of a and b, and
-// s and ds are the products of own and other lines.
+// Both backward kernels: of four tiles the block owns the first two; the others are loaded with
+// rows `first` on of a and b, and s and ds are the products of own and other rows.
 template <class N, int W, int R>
 static __device__ void plain_scores_twice(float s[R][R], float ds[R][R], float *tiles, HeadLines<const N> a,
                                           HeadLines<const N> b, int first) {
     float *const others = tiles + 2 * Plain<W>::TILE;
-    __syncthreads();                                     // all are done with the lines before
+    __syncthreads();                                     // all are done with the previous rows
     plain_load<N, W>(others, a, first);
     plain_load<N, W>(others + Plain<W>::TILE, b, first);
     __syncthreads();
@@ -1425,7 +1463,7 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
                                  int C, int NH, float scale) {
     BOUNDS(PLAIN_THREADS);
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
-    SHARED(float, q);                                    // q, dy, k and v, then the shares
+    SHARED(float, q);                                    // q, dy, k and v, then the shared scores
     float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE, *const shares = k + 2 * Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
@@ -1461,7 +1499,7 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
                               int C, int NH, float scale) {
     BOUNDS(PLAIN_THREADS);
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
-    SHARED(float, k);                                    // k, v, q and dy, then the shares
+    SHARED(float, k);                                    // k, v, q and dy, then the shared scores
     float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE, *const g = q + Plain<W>::TILE;
     float *const shares = g + Plain<W>::TILE;
     const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
@@ -1498,7 +1536,7 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
 
 // ---- Attention: which kernel for which heads ----
 
-// The shapes of one pass: kernels are launched for n NH heads, blocks of `lines` lines each.
+// The shapes of one pass: kernels are launched for n NH heads, in blocks of `lines` rows each.
 typedef struct { size_t n, T, C, NH; cudaStream_t stream; KeptKeys keep; } AttentionShape;
 
 static unsigned attention_grid(const AttentionShape *a, size_t lines) {
@@ -1586,7 +1624,7 @@ static void attention_inner(float *inner, const void *dy, const void *y, const A
                (unsigned)heads, (unsigned)a->T, (unsigned)a->C, (unsigned)a->NH, (unsigned)lanes);
 }
 
-// The tensor cores' kernels for heads that they can do; false: there are none.
+// The tensor-core kernels for the heads that they support; false: there are none.
 template <bool DROPS> static bool attention_forward_fast(void *y, float *lse, const void *qkv, const AttentionShape *a) {
     const size_t HS = a->C / a->NH;
     if (HS % 8 || HS > 128) return false;
@@ -1610,7 +1648,8 @@ static bool attention_backward_fast(void *dqkv, const void *dy, const void *qkv,
     return true;
 }
 
-// All pointers are 16-byte aligned; with in_bf16 qkv, y, dy and dqkv are bf16, else fp32. keep NULL: no dropout.
+// All pointers are 16-byte aligned; with in_bf16, qkv, y, dy and dqkv are bf16, else fp32. keep
+// NULL: no dropout.
 static void attention_forward(void *y, float *lse, const void *qkv, const KeptKeys *keep, size_t n, size_t T, size_t C,
                               size_t NH, int in_bf16, cudaStream_t stream) {
     const KeptKeys all = {NULL, NULL, 0};
@@ -1622,7 +1661,8 @@ static void attention_forward(void *y, float *lse, const void *qkv, const KeptKe
     else attention_forward_plainly<float>(y, lse, qkv, &a);
 }
 
-// dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's. inner (n,NH,T) is room for <dy, y>.
+// dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's. inner (n,NH,T) is workspace for
+// <dy, y>.
 static void attention_backward(void *dqkv, float *inner, const void *dy, const void *qkv, const void *y, const float *lse,
                                const KeptKeys *keep, size_t n, size_t T, size_t C, size_t NH, int in_bf16,
                                cudaStream_t stream) {
@@ -1638,13 +1678,15 @@ static void attention_backward(void *dqkv, float *inner, const void *dy, const v
     else attention_backward_plainly<float>(dqkv, dy, qkv, lse, inner, &a);
 }
 
-// ---- Attention of tokens that go on with a sequence: one query at a time, over keys and values that are kept ----
-// The cache of a layer is (sequences,2,T,C): the keys of a sequence, then its values. Line i of qkv and y is that of the row
-// whose place is i; `seq` and `at` (B) say which sequence a row goes on with, and where.
+// ---- Attention over cached keys and values: one query at a time ----
+//
+// The cache of a layer is (sequences,2,T,C): the keys of a sequence, then its values. Packed row i
+// of qkv and y is that of the row with place i; `seq` and `at` (B) give the sequence that a row
+// continues, and the position.
 
 typedef struct { void *at; size_t T; } Cache;
 
-// k and v of qkv (n,T,3C) to the cache. A block does a token of a row.
+// Stores k and v of qkv (n,T,3C) in the cache. A block processes one token of a row.
 template <class N, int W>
 static __global__ void cache_append_kernel(void *cache, const void *qkv, const int *place, const int *seq, const int *at,
                                            size_t T, size_t T_cache, size_t C) {
@@ -1658,16 +1700,16 @@ static __global__ void cache_append_kernel(void *cache, const void *qkv, const i
     }
 }
 
-enum { QUERY_THREADS = 128 };                            // of a block, which takes as many keys at a time
+enum { QUERY_THREADS = 128 };                            // per block, which processes as many keys at a time
 
-// y (n,T,C) of the queries of qkv: a block does one head of one token, each thread a key; then the threads share out the
-// channels, `parts` of them the keys of a channel.
+// y (n,T,C) for the queries of qkv: a block processes one head of one token, each thread one key;
+// then the threads divide the channels, `parts` of them the keys of a channel.
 template <class N>
 static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache, const int *place, const int *seq,
                                               const int *at, int T, int T_cache, int C, int NH, float scale) {
     SHARED(float, q);                                    // (HS)
     const int HS = C / NH, h = (int)blockIdx.x % NH, t = (int)blockIdx.x / NH % T, row = (int)blockIdx.x / NH / T;
-    const int width = (HS + WARP - 1) / WARP * WARP;     // threads of a part
+    const int width = (HS + WARP - 1) / WARP * WARP;     // threads per part
     const int parts = width < QUERY_THREADS ? QUERY_THREADS / width : 1;
     const int part = (int)threadIdx.x / width, first = (int)threadIdx.x % width;
     float *const p = q + width, *const room = p + QUERY_THREADS, *const joined = room + WARP;    // (QUERY_THREADS) (WARP)
@@ -1677,7 +1719,7 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
     const size_t from = ((size_t)line * T + t) * 3 * C + h * HS;
     const N *const keys = cache + ((size_t)seq[row] * 2 * T_cache) * C + h * HS, *const values = keys + (size_t)T_cache * C;
     const int seen = at[row] + t + 1;
-    float top = -INFINITY, sum = 0, out[2] = {0, 0};     // of channels `first` and first + QUERY_THREADS
+    float top = -INFINITY, sum = 0, out[2] = {0, 0};     // for channels `first` and first + QUERY_THREADS
     for (int d = (int)threadIdx.x; d < HS; d += QUERY_THREADS) q[d] = scale * to_float(qkv[from + d]);
     __syncthreads();
     for (int j0 = 0; j0 < seen; j0 += QUERY_THREADS) {
@@ -1689,7 +1731,7 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
         }
         const float high = fmaxf(top, block_max(s, room)), shrink = expf(top - high);
         p[threadIdx.x] = expf(s - high);
-        sum = sum * shrink + block_sum(p[threadIdx.x], room);        // lets all see p
+        sum = sum * shrink + block_sum(p[threadIdx.x], room);        // makes p visible to all
         for (int e = 0; e < 2; e++) {
             const int d = first + e * QUERY_THREADS;
             out[e] *= shrink;
@@ -1709,7 +1751,7 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
     }
 }
 
-// Without y, keys and values join the cache only. B is how many rows the call has, on `place` or not.
+// Without y, keys and values are only cached. B: the number of rows of the call, in `place` or not.
 static void attention_cached(const Gpu *g, void *y, const void *qkv, Cache cache, const int *place, const int *seq,
                              const int *at, size_t B, size_t T, size_t C, size_t NH) {
     const size_t HS = C / NH, blocks = B * T * NH;
@@ -1728,28 +1770,30 @@ static void attention_cached(const Gpu *g, void *y, const void *qkv, Cache cache
 }
 
 // ---- Classifier and loss: x (BT,C) against wte (Vp,C), a chunk of rows at a time ----
-// Neither logits nor probabilities of the whole batch exist. With weight 0 only the losses are made; else the chunk of
-// logits turns into its gradient in place and goes on into dx and dwte at once.
+//
+// Logits and probabilities of the whole batch never exist. With weight 0 only the losses are
+// computed; otherwise a chunk of logits becomes its gradient in place and is immediately propagated
+// to dx and dwte.
 
 #ifndef LOGITS_BYTES
-#define LOGITS_BYTES (512 << 20)                         // of a chunk: dwte is read and written again for each
+#define LOGITS_BYTES (512 << 20)                         // per chunk: each one reads and writes dwte again
 #endif
-enum { CHUNK_UNIT = 128, V_UNIT = 128 };                 // chunks begin on whole lines of memory and fill tiles
+enum { CHUNK_UNIT = 128, V_UNIT = 128 };                 // chunks begin at whole memory lines and fill tiles
 
 static inline size_t padded_vocabulary(size_t V) { return round_up(V, V_UNIT); }
 
-// Rows of a chunk; chunks are nearly equal.
+// Rows per chunk; chunks are nearly equal.
 static size_t classifier_chunk(size_t BT, size_t V, size_t number) {
     const size_t most = at_most(LOGITS_BYTES, SIZE_MAX) / (padded_vocabulary(V) * number);
     return round_up(strips(BT, strips(BT, most > CHUNK_UNIT ? most : (size_t)CHUNK_UNIT)), CHUNK_UNIT);
 }
 
-// e^x of x <= 0, as exactly as the storage N asks.
+// e^x of x <= 0, as accurately as the storage N requires.
 template <class N> static __device__ inline float exp_stored(float x);
 template <> __device__ inline float exp_stored<float>(float x) { return expf(x); }
 template <> __device__ inline float exp_stored<bf16>(float x) { return exp2_fast(x * 1.44269504f); }
 
-// The largest logit of a thread so far and the sum of e^(logit - top); `count` of z's W numbers join them.
+// A thread's maximum logit so far and its sum of e^(logit - top); adds `count` of z's W elements.
 template <class N, int W>
 static __device__ inline void softmax_join(float *top, float *sum, Floats<W> z, unsigned count) {
     float high = *top;
@@ -1760,9 +1804,10 @@ static __device__ inline void softmax_join(float *top, float *sum, Floats<W> z, 
 
 enum { SOFTMAX_THREADS = 512 };
 
-// A block does one row: its loss = -log softmax(logits)[target], 0 for a negative target; with grad != 0 logits (Vp) become
-// grad * (softmax - onehot), 0 from V on. The few numbers after the last whole W are looked at one by one. SMOOTHS: the
-// target's one becomes 1-s and s/V everywhere, and *uniform the mean of -log softmax, which then has the weight s.
+// A block processes one row: its loss = -log softmax(logits)[target], 0 for a negative target; with
+// grad != 0, logits (Vp) become grad * (softmax - onehot), 0 from V on. The few elements after the
+// last multiple of W are processed one by one. SMOOTHS: the target's 1 becomes 1-s, plus s/V
+// everywhere, and *uniform the mean of -log softmax, which then has weight s.
 template <class N, bool SMOOTHS>
 static __global__ void __launch_bounds__(SOFTMAX_THREADS)
 softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targets, float grad, float smoothing, unsigned V,
@@ -1778,7 +1823,7 @@ softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targ
     for (unsigned v = first; v < whole; v += step) softmax_join<N, W>(&top, &sum, load<N, W>(row, v), W);
     if (first == 0 && whole < V) softmax_join<N, W>(&top, &sum, load<N, W>(row, whole), V - whole);
     const float highest = block_max(top, shared);
-    sum = block_sum(sum == 0 ? 0 : sum * exp_stored<N>(top - highest), shared + WARP);   // sum 0: no number was this thread's
+    sum = block_sum(sum == 0 ? 0 : sum * exp_stored<N>(top - highest), shared + WARP);   // sum 0: this thread had no elements
     if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logf(sum) - (at_target - highest);
     if (SMOOTHS) {
         float all = 0;
@@ -1803,8 +1848,8 @@ softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targ
     }
 }
 
-// What is asked of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one token's loss, 0: no
-// gradients; uniform (BT): as softmax_loss_kernel says, where smoothing is not 0.
+// Arguments of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one
+// token's loss, 0: no gradients; uniform (BT): as in softmax_loss_kernel, if smoothing is not 0.
 typedef struct { float *losses, *uniform; const int *targets; float grad, smoothing; } Scoring;
 
 // n rows of logits from row t0 of the batch on.
@@ -1819,7 +1864,8 @@ template <class N> static void softmax_loss(const Gpu *g, const Scoring *y, void
                y->targets + t0, y->grad, 0.f, (unsigned)V, (unsigned)Vp);
 }
 
-// And with grad dx (BT,C) = and dwte (Vp,C) =, or += with `add`. logits (chunk,Vp) is room.
+// Computes them and, with grad, dx (BT,C) = and dwte (Vp,C) =, or += with `add`. logits (chunk,Vp)
+// is workspace.
 static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add, void *logits, const void *x, const void *wte,
                        size_t BT, size_t C, size_t V) {
     const size_t number = size_of_number(g), chunk = classifier_chunk(BT, V, number), Vp = padded_vocabulary(V);
@@ -1835,7 +1881,8 @@ static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add,
     }
 }
 
-// logits (rows,V) = x wte^T of single tokens, for sampling: x (rows,C) are lines `ld` apart, wte (V,C). A warp does a number.
+// logits (rows,V) = x wte^T of single tokens, for sampling: x (rows,C) has rows `ld` apart, wte
+// (V,C). A warp computes one element.
 template <class N, int W>
 static __global__ void logits_kernel(float *logits, const void *x, size_t ld, const void *wte, size_t V, size_t C) {
     const size_t v = thread_index() / WARP, lane = threadIdx.x % WARP, from = blockIdx.y * ld;
@@ -1849,13 +1896,14 @@ static __global__ void logits_kernel(float *logits, const void *x, size_t ld, co
     if (lane == 0) logits[blockIdx.y * V + v] = sum;
 }
 
-// ---- Ranks: sums over the processes of a run, by NCCL, on a stream of their own ----
-// All ranks make the same calls in the same order. What a call reads must be there when ranks_begin is called on the main
-// stream; after ranks_end that stream waits for what the calls write.
+// ---- Ranks: reductions over the processes of a run, by NCCL, on a separate stream ----
+//
+// All ranks make the same calls in the same order. What a call reads must be complete on the main
+// stream when ranks_begin is called; after ranks_end, that stream waits for what the calls write.
 
 typedef struct {
     int rank, world;
-    int shares;                                          // world, where each rank keeps of the optimizer its share only; else 1
+    int shares;                                          // world, if each rank keeps only its share of the optimizer state; else 1
     cudaStream_t stream;
     cudaEvent_t event;
 #ifndef NO_NCCL
@@ -1895,14 +1943,15 @@ static void ranks_start(Ranks *r, const Comm *comm) {
 static void ranks_stop(Ranks *r) { NCCL_CHECK(ncclCommDestroy(r->nccl)); }
 static void ranks_abort(const Ranks *r) { ncclCommAbort(r->nccl); }
 
-// What went wrong on the way since ranks_start, or NULL.
+// Any error since ranks_start, or NULL.
 static const char *ranks_error(const Ranks *r) {
     ncclResult_t error;
     NCCL_CHECK(ncclCommGetAsyncError(r->nccl, &error));
     return error == ncclSuccess || error == ncclInProgress ? NULL : ncclGetErrorString(error);
 }
 
-// x (n), of bf16 or float, becomes the sum of all ranks' x; with shares, only this rank's share of it does.
+// x (n), of bf16 or float, becomes the sum over all ranks; with shares, only this rank's share of
+// it does.
 static void ranks_sum(const Ranks *r, void *x, size_t n, int half) {
     const ncclDataType_t type = half ? ncclBfloat16 : ncclFloat32;
     const size_t share = n / (size_t)r->shares, bytes = share * (half ? sizeof(bf16) : sizeof(float));
@@ -1914,14 +1963,14 @@ static void ranks_sum_double(const Ranks *r, double *x) {
     NCCL_CHECK(ncclAllReduce(x, x, 1, ncclFloat64, ncclSum, r->nccl, r->stream));
 }
 
-// x (n), of bf16 or float, of which each rank has its share, becomes whole on all.
+// Gathers x (n), of bf16 or float, from the ranks' shares.
 static void ranks_gather(const Ranks *r, void *x, size_t n, int half) {
     const size_t share = n / (size_t)r->world, bytes = share * (half ? sizeof(bf16) : sizeof(float));
     NCCL_CHECK(ncclAllGather((char *)x + (size_t)r->rank * bytes, x, share, half ? ncclBfloat16 : ncclFloat32, r->nccl,
                              r->stream));
 }
 
-// to (n) = rank `root`'s from (n)
+// to (n) = rank `root`'s from (n).
 static void ranks_send(const Ranks *r, float *to, const float *from, size_t n, int root) {
     NCCL_CHECK(ncclBroadcast(r->rank == root ? from : to, to, n, ncclFloat32, root, r->nccl, r->stream));
 }
@@ -1945,7 +1994,8 @@ static void ranks_close(Ranks *r) {
     CUDA_CHECK(cudaStreamDestroy(r->stream));
 }
 
-// Waits for the main stream while watching for a rank that has gone: then the work before it never ends, or has no result.
+// Waits for the main stream while watching for a rank that has died: then the preceding work never
+// ends, or has no result.
 static void ranks_wait(const Ranks *r, const Gpu *g) {
     const char *wrong = NULL;
     for (cudaError_t e = cudaErrorNotReady; r->world > 1 && e == cudaErrorNotReady && !wrong;) {
@@ -1954,8 +2004,8 @@ static void ranks_wait(const Ranks *r, const Gpu *g) {
         wrong = ranks_error(r);
     }
     if (wrong) {
-        sleep(2);                                        // if a rank has ended, comm.h's watch knows which, and ends this one
-        ranks_abort(r);                                  // a kernel that waits for ever would hold up the exit
+        sleep(2);                                        // if a rank has died, comm.h's thread knows which, and ends this process
+        ranks_abort(r);                                  // a kernel that waits forever would block the exit
         die("rank %d of %d: NCCL: %s\n  hint: NCCL_DEBUG=WARN tells more", r->rank, r->world, wrong);
     }
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
@@ -1971,36 +2021,40 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
     if (i < n) to[i] = to_float(from[i]);
 }
 
-// ---- Graphs: what a branch launches, recorded and then launched at once (--graphs 1) ----
-// What a branch launches is a function of this key: the sizes and addresses that its kernels are given. All else that changes
-// from step to step, rows, scales and numbers, they read from memory that stays where it is. A key that comes for the second
-// time is recorded, when all products have their algorithms; of each branch and direction those of late are kept.
+// ---- Graphs: a branch's launches, recorded and then launched at once (--graphs 1) ----
+//
+// A branch's launches are a function of this key: the sizes and addresses passed to its kernels.
+// Everything else that changes from step to step (rows, scales, values) is read from memory that
+// does not move. A key is recorded when it occurs for the second time, when all matmuls have their
+// algorithms; the most recently used graphs of each branch and direction are kept.
 
 typedef struct {
-    const void *kept;                                    // where the branch keeps what backward needs
-    int B, T, n, add, tied, noise, before, before_n;            // rows it runs; of the branch that has run before it, or -1
+    const void *kept;                                    // where the branch saves what backward needs
+    int B, T, n, add, tied, noise, before, before_n;            // rows it runs; of the branch that ran before it, or -1
 } GraphKey;
 typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;   // used: the number of its last call; 0: free
 #ifndef GRAPHS
-#define GRAPHS 32                                        // of a branch and direction
+#define GRAPHS 32                                        // per branch and direction
 #endif
 
 // ---- The model: its memory ----
 
 enum { UPDATE_CHUNK = 1 << 14 };
-// A piece of one tensor (param | layer << 8), n numbers from `element` on: its places among all parameters, in p, in the
-// gradients, and in m and v; branch: index into UpdateArgs.t.
+// A piece of one tensor (param | layer << 8), n elements from `element` on: its offsets among all
+// parameters, in p, in the gradients, and in m and v; branch: index in UpdateArgs.t.
 typedef struct { size_t at, master, grad, moment, n, element, branch; uint32_t tensor; int decay; } UpdateChunk;
 typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;   // of one branch in one update; t as in UpdateArgs
 
-// What forward keeps for backward; rstd and lse are float, all else N. What a model recomputes is not kept but lies in room
-// that all branches share: ln and gelu, or (RECOMPUTE_BRANCH) all but xhat and rstd.
+// What forward saves for backward; rstd and lse are float, everything else N. What a model
+// recomputes is not saved but is in workspace that all branches share: ln and gelu, or
+// (RECOMPUTE_BRANCH) all but xhat and rstd.
 typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; } AttentionKept;
                                                          // (n,T,C) (n,T) (n,T,C) (n,T,3C) (n,NH,T) (n,T,C)
 typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;    // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
 
-// Numbers that go to the device with each call, in one copy, and where they are there. `place` and `scale` are by branch.
-// row is the other way round than place, the packed rows of a branch; noise by place and layer.
+// Values that go to the device with each call, in one copy, and their addresses there. `place` and
+// `scale` are by branch. row is the inverse of place, the packed rows of a branch; noise is by
+// place and layer.
 typedef struct { int *place; float *scale; int *row, *seq, *at, *tokens, *targets, *order, *first; NoisePlace *noise; } Inputs;
              // (2L,rows) (2L) (2L,rows) (rows) (rows) (BT) (BT) (BT) (BT + 1) (NOISE_PLACES,L)
 
@@ -2008,37 +2062,34 @@ struct Model {
     GptConfig config;
     EngineArgs args;
     Gpu gpu;
-    Ranks ranks;                                         // those of this run
+    Ranks ranks;                                         // of this run
     size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
-    size_t span[BRANCHES + 1], span_size[BRANCHES + 1];  // where a branch's parameters are in a layer, and in all; the last
-                                                         // are those of no branch
-    size_t n_frozen;                                     // the first numbers, which have no gradients and no moments
-    size_t n_moments, n_master;                          // numbers of m and v, and of fp32 parameters, that are here: all
-                                                         // there are, or this rank's share
+    size_t span[BRANCHES + 1], span_size[BRANCHES + 1];  // where a branch's parameters are in a layer, and in total; the last are those outside the branches
+    size_t n_frozen;                                     // the first elements, which have no gradients and no moments
+    size_t n_moments, n_master;                          // elements of m and v, and of fp32 parameters, on this rank: all, or its share
     float *slot[4];                                      // parameters (n_master), gradients (n_params - n_frozen), m, v
                                                          // (n_moments)
-    bf16 *copy;                                          // (n_params) the parameters, rounded; NULL where N is float
-    bf16 *wire;                                          // gradients on their way between ranks; NULL: as they are
+    bf16 *copy;                                          // (n_params) the rounded parameters; NULL if N is float
+    bf16 *wire;                                          // gradients being reduced over the ranks; NULL: in place
     UpdateChunk *chunk;                                  // (n_chunks) on the device
     int n_chunks;
-    double *norms;                                       // (n_chunks + 1) squared norms, of chunks and last of all
+    double *norms;                                       // (n_chunks + 1) squared norms: of chunks and, last, of everything
     BranchUpdate *update, *host_update;                  // (2L+1)
     double *host_norm;
-    unsigned char *spent;                                // (2L+1) by branch, as UpdateArgs.t: gradients that an update has
-                                                         // used up; they are zeros, whatever the memory still says
+    unsigned char *spent;                                // (2L+1) by branch, as UpdateArgs.t: gradients already applied by an update, which count as zeros whatever the memory contains
 
-    char *activations;                                   // all that follows, up to the inputs
-    char *kept, *kept_end;                               // what forward keeps for backward, one branch after the other
-    size_t activation_bytes, kept_room, kept_peak;       // bytes set aside; the most that was used of what is kept
+    char *activations;                                   // everything below, up to the inputs
+    char *kept, *kept_end;                               // what forward saves for backward, one branch after the other
+    size_t activation_bytes, kept_room, kept_peak;       // bytes allocated; the most that was used for saving
     AttentionKept *attention;                            // (L) into `kept`
     MlpKept *mlp;                                        // (L)
 
     float *x, *dx;                                       // (B,T,C) the residual stream
     void *lnf, *lnf_xhat;                                // (B,T,C) (B,T,C)
-    float *lnf_rstd, *losses, *uniform;                  // (B,T) (B,T) (B,T) the last as softmax_loss_kernel gives it
-    uint32_t *keep;                                      // (B,NH,T,T/32) bits of attention's dropout; NULL: for none
-    void *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): one branch at a time
-    void *redo;                                          // (B,T,4C) qkv and y, or h, where they are made again
+    float *lnf_rstd, *losses, *uniform;                  // (B,T) (B,T) (B,T) the last one from softmax_loss_kernel
+    uint32_t *keep;                                      // (B,NH,T,T/32) bits of attention's dropout; NULL: none
+    void *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
+    void *redo;                                          // (B,T,4C) qkv and y, or h, if they are recomputed
     float *lse;                                          // (B,NH,T) likewise
     void *dwide, *dy, *dout;                             // (B,T,4C) (B,T,C) (B,T,C)
     float *inner;                                        // (B,NH,T)
@@ -2046,15 +2097,15 @@ struct Model {
     float *token_logits;                                 // (V)
 
     Inputs host, device;
-    size_t rows;                                         // most of a call
+    size_t rows;                                         // the most in a call
     Cache cache;                                         // (L,sequences,2,T,C)
-    int decoding, begins;                                // a decode is under way; all its rows begin a sequence
-    int *group;                                          // (V) of each token, -1 where it is not in the batch
+    int decoding, begins;                                // a decode is in progress; all its rows begin a sequence
+    int *group;                                          // (V) of each token, -1 if it is not in the batch
     float *host_losses, *host_uniform;                   // (B,T) (B,T)
-    float *shown;                                        // (B,T,C) what a Watch sees; NULL: nothing has been looked at
+    float *shown;                                        // (B,T,C) passed to a Watch; NULL: not used yet
     double part[N_PARTS];                                // of the last run
-    const void *ended;                                   // what the last branch leaves to be added to x, or NULL, and
-    Rows end;                                            // to which rows
+    const void *ended;                                   // the last branch's output, still to be added to x, or NULL, and
+    Rows end;                                            // its rows
     int last_B, last_T;                                  // of the last forward
     Graph *graph, *recorded;                             // (2L,2,GRAPHS) or NULL; the one being recorded
     uint64_t graph_calls;
@@ -2068,7 +2119,7 @@ static void memory_error(const char *what, size_t bytes) {
         what, (double)bytes / 1048576, (double)left / 1048576, (double)all / 1048576);
 }
 
-// Bytes on the device; their contents are undefined.
+// Allocates bytes on the device; their contents are undefined.
 static void *room_new(const char *what, size_t bytes) {
     void *p = NULL;
     if (cudaMalloc(&p, bytes + !bytes) != cudaSuccess) memory_error(what, bytes);
@@ -2081,7 +2132,7 @@ static float *zeros_new(const Gpu *g, const char *what, size_t n) {
     return p;
 }
 
-// Memory of the host that the device can copy from while the host goes on.
+// Pinned host memory, which the device can copy from asynchronously.
 static void *host_new(size_t bytes) {
     void *p = NULL;
     CUDA_CHECK(cudaMallocHost(&p, bytes + !bytes));
@@ -2089,7 +2140,7 @@ static void *host_new(size_t bytes) {
     return p;
 }
 
-// Layer l's parameters as forward and backward read them: numbers of N.
+// Layer l's parameters as forward and backward read them: elements of N.
 typedef struct {
 #define X(id, name, branch, dims, rows, cols, init) const void *id;
     GPT_PARAMS(X)
@@ -2126,19 +2177,21 @@ static Params gradients_at(const Model *m, int l) {
     return dw;
 }
 
-// Numbers of one layer's part of a parameter: wte has Vp rows, the last of them always zeros.
+// Elements of one layer of a parameter: wte has Vp rows, the last of which are always zeros.
 static size_t param_numbers(const GptConfig *c, int p) {
     return p == P_wte ? padded_vocabulary((size_t)c->V) * (size_t)c->C : gpt_param_size(c, p);
 }
 
-// And what is set aside for them, a place in every array of parameters. Sums over ranks run over the gaps: there are none then.
+// The space allocated for them in every array of parameters. Reductions over ranks include the
+// gaps: there are none then.
 static size_t param_room(const Model *m, int p) {
     const size_t bytes = arena_room(param_numbers(&m->config, p) * sizeof(bf16)) - (m->ranks.world > 1 ? ARENA_GAP : 0);
     return bytes / sizeof(bf16);
 }
 
-// To be called before a backward pass through a branch: whether it must add to the branch's gradients, which it writes once
-// each; if not, they are spent, and it must set them. With `now` they become zeros here, and it is to be added to them.
+// Call before a backward pass through a branch: returns whether it must accumulate into the
+// branch's gradients, which it writes once each; if not, they are spent, and it must overwrite
+// them. With `now` they become zeros here, and must be accumulated into.
 static int gradient_add(Model *m, int l, int branch, int now) {
     const size_t index = gpt_branch_index(&m->config, l, branch);
     if (!m->spent[index]) return 1;
@@ -2149,7 +2202,7 @@ static int gradient_add(Model *m, int l, int branch, int now) {
     return now;
 }
 
-// The parameters of a branch are next to each other, and divide evenly among the ranks.
+// The parameters of a branch are contiguous, and divide evenly among the ranks.
 static void params_layout(Model *m) {
     const GptConfig *c = &m->config;
     const size_t unit = (size_t)m->ranks.shares * (ALIGN / sizeof(bf16));
@@ -2164,11 +2217,11 @@ static void params_layout(Model *m) {
     }
     m->n_frozen = m->layer_size * (size_t)m->args.frozen;
     m->n_moments = (m->n_params - m->n_frozen) / (size_t)m->ranks.shares;
-    m->n_master = m->gpu.half ? m->n_params / (size_t)m->ranks.shares : m->n_params;   // of float, all ranks read all
+    m->n_master = m->gpu.half ? m->n_params / (size_t)m->ranks.shares : m->n_params;   // in float, all ranks read all
 }
 
-// An array of all parameters but the first `absent`, of numbers of so many bytes, is an arena: nobody touches what lies
-// between two tensors.
+// An array of all parameters but the first `absent`, with elements of that many bytes, is an arena:
+// the gaps between tensors must not be accessed.
 static void params_seal(const Model *m, void *array, size_t number, size_t absent) {
     for (int p = 0; p < N_PARAMS && m->ranks.world == 1; p++)
         for (int l = 0; l < gpt_param_layers(&m->config, p); l++) {
@@ -2178,22 +2231,22 @@ static void params_seal(const Model *m, void *array, size_t number, size_t absen
         }
 }
 
-// Whether each rank has but a share of this slot, placed as m and v are.
+// Whether each rank has only a share of this slot, with the layout of m and v.
 static int is_shared(const Model *m, Slot slot) {
     return m->ranks.shares > 1 && slot != SLOT_GRAD && (slot != SLOT_PARAM || m->gpu.half);
 }
 
-typedef struct { size_t at, n; } Piece;                   // of all parameters
+typedef struct { size_t at, n; } Piece;                   // among all parameters
 
-// Those of branch i, as UpdateArgs.t counts.
+// The parameters of branch i, indexed as UpdateArgs.t.
 static Piece span_of(const Model *m, size_t i) {
     const size_t last = (size_t)BRANCHES * (size_t)m->config.L, branch = i == last ? (size_t)NO_BRANCH : i % BRANCHES;
     const Piece s = {m->span[branch] + (i == last ? 0 : i / BRANCHES * m->layer_size), m->span_size[branch]};
     return s;
 }
 
-// What of n numbers at `at`, which lie in branch i, is in a rank's share; *place: where the first of them are in an array of
-// such shares of all parameters. (In m and v those of frozen layers are missing.)
+// The part of n elements at `at`, within branch i, that a rank owns; *place: their offset in an
+// array of such shares of all parameters. (In m and v, frozen layers are omitted.)
 static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *place) {
     const Piece s = span_of(m, i);
     const size_t share = s.n / (size_t)m->ranks.shares, from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
@@ -2205,7 +2258,8 @@ static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, s
 
 static size_t absent_of(const Model *m, Slot slot) { return slot == SLOT_PARAM ? 0 : m->n_frozen / (size_t)m->ranks.shares; }
 
-// Every trained tensor in pieces of UPDATE_CHUNK numbers, the unit of work of norm and update.
+// Divides every trained tensor into pieces of UPDATE_CHUNK elements, the unit of work for norm and
+// update.
 static void params_chunks(Model *m) {
     GptPiece *piece;
     const int n = gpt_trained_pieces(&piece, &m->config, m->args.frozen, UPDATE_CHUNK);
@@ -2221,26 +2275,26 @@ static void params_chunks(Model *m) {
         if (part.n) all[m->n_chunks++] = chunk;
     }
     free(piece);
-    const size_t bytes = (size_t)m->n_chunks * sizeof *all;  // 0 for a rank without a share of so small a model
+    const size_t bytes = (size_t)m->n_chunks * sizeof *all;  // 0 for a rank without a share of such a small model
     m->chunk = (UpdateChunk *)room_new("the table of parameters", bytes);
     CUDA_CHECK(cudaMemcpy(m->chunk, all, bytes, cudaMemcpyHostToDevice));
     free(all);
     m->norms = (double *)room_new("the gradient norms", ((size_t)m->n_chunks + 1) * sizeof *m->norms);
 }
 
-// Bytes that a kept branch of one row needs.
+// Bytes that one row of a kept branch saves.
 static size_t kept_per_row(const Model *m, int branch) {
     const size_t N = size_of_number(&m->gpu), C = (size_t)m->config.C, NH = (size_t)m->config.NH;
     const int recompute = m->args.recompute;
-    size_t bytes = N * C + sizeof(float);                // of one token: xhat and rstd, then what is not made again
+    size_t bytes = N * C + sizeof(float);                // per token: xhat and rstd, then what is not recomputed
     if (recompute != RECOMPUTE_BRANCH) bytes += branch == ATTN ? N * 4 * C + NH * sizeof(float) : N * 4 * C;
     if (recompute == RECOMPUTE_NONE) bytes += branch == ATTN ? N * C : N * 5 * C;
     return (size_t)m->args.T * bytes;
 }
 
-// The most that a plan within the bound keeps; evaluation needs one layer at a time.
+// The most that a plan within the bound saves; evaluation needs one layer at a time.
 static size_t kept_bound(const Model *m, const MemoryBound *b) {
-    enum { ARRAYS = 6 };                                 // of a branch; each is rounded up to ALIGN
+    enum { ARRAYS = 6 };                                 // per branch; each is rounded up to ALIGN
     const size_t size[BRANCHES] = {kept_per_row(m, ATTN), kept_per_row(m, MLP)};
     const size_t gaps = (size_t)m->config.L * BRANCHES * ARRAYS * (ALIGN + ARENA_GAP);
     return round_up(memory_bound_most(b, size, m->args.B), ALIGN) + gaps;
@@ -2249,7 +2303,7 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
 typedef struct { void **at; size_t bytes; } Room;
 enum { N_ROOMS = 23, N_TRAINING_ROOMS = 7 };
 
-// All arrays of activations but those kept; the last are for training.
+// All activation arrays except the saved ones; the last ones are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const GptConfig *c = &m->config;
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V, N = size_of_number(&m->gpu);
@@ -2288,7 +2342,7 @@ static void rooms_new(Model *m) {
         *rooms[i].at = arena_cut(&at, rooms[i].at == (void **)&m->kept ? m->kept_room : rooms[i].bytes, m->gpu.stream);
 }
 
-// The inputs in one array, on the host or on the device; returns how many numbers that is.
+// Lays out the inputs in one array, on the host or the device; returns the number of elements.
 static size_t inputs_layout(const Model *m, Inputs *in, int *at) {
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, branches = (size_t)BRANCHES * m->config.L;
     in->place = at;
@@ -2316,7 +2370,8 @@ static void inputs_new(Model *m) {
     for (int v = 0; v < m->config.V; v++) m->group[v] = -1;
 }
 
-// The device of this process: of those it sees, that of its number on this machine. A launcher may show each its own only.
+// The device of this process: among those visible, the one with its local rank. A launcher may make
+// only one visible.
 static int gpu_of(const Comm *comm, int count) {
     const int local = comm ? comm->local_rank : 0;
     if (local < count) return local;
@@ -2368,7 +2423,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->args = *args;
     m->rows = (size_t)(args->cache > args->B ? args->cache : args->B);
     m->cache.T = (size_t)args->T;
-    if (!train) m->args.recompute = RECOMPUTE_GELU;      // nothing is kept; there is no room to make it in again
+    if (!train) m->args.recompute = RECOMPUTE_GELU;      // nothing is saved; there is no workspace for recomputation
     if (args->rounding == ROUNDING_STOCHASTIC && args->dtype != DTYPE_BF16)
         die("--rounding stochastic rounds weights to bf16, and this --dtype does not\n  hint: --dtype bf16");
     gpu_open(&m->gpu, args->dtype, args->comm);
@@ -2418,7 +2473,7 @@ static void model_close(Model *m) {
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) free(host[i]);
 }
 
-// Parameters with their rounded copy. The activations include the workspace of the products.
+// Parameters include the rounded copy, activations the matmuls' workspace.
 static void model_memory(const Model *m, EngineMemory *bytes) {
     const size_t trained = m->n_params - m->n_frozen, train = m->args.bound.rows > 0;
     const MemoryBound all = memory_bound_full(m->config.L, m->args.frozen, m->args.B, (int)train);
@@ -2431,7 +2486,7 @@ static void model_memory(const Model *m, EngineMemory *bytes) {
     bytes->activations_used = WORKSPACE + rooms_bytes(&copy, m->kept_peak);
 }
 
-// Room for what a branch keeps, in an arena that each forward pass cuts anew.
+// Allocates what a branch saves, in an arena that each forward pass divides anew.
 static void *keep(Model *m, size_t bytes) {
     const size_t used = (size_t)(m->kept_end - m->kept) + arena_room(bytes);
     CHECK(used <= m->kept_room, "the plan keeps more branches than the model was opened for");
@@ -2451,13 +2506,14 @@ static int branch_before(const DropPlan *plan, int i) {
     return i;
 }
 
-// 0: branch i has been launched as a graph. 1: it must be, one kernel after the other, and then graph_end called.
+// Returns 0 if branch i was launched as a graph; 1 if it must be launched kernel by kernel,
+// followed by graph_end.
 static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add, const void *kept) {
     const DropPlan *plan = pass->plan;
     const int before = branch_before(plan, i);
     GraphKey key;
-    if (!m->graph || m->decoding || pass->watch) return 1;         // a look may come between
-    memset(&key, 0, sizeof key);                         // the gaps as well
+    if (!m->graph || m->decoding || pass->watch) return 1;         // a watch may come between
+    memset(&key, 0, sizeof key);                         // including padding
     key.kept = kept, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
     key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise, NOISE_ATTN_OUT);
     key.before = before, key.before_n = before < 0 ? 0 : plan->branch[before].n;
@@ -2492,7 +2548,7 @@ static void graph_end(Model *m) {
 
 // ---- The two branches, on the rows that keep them ----
 
-// The rows of branch i; one that all rows run needs no index.
+// The rows of branch i; a branch that all rows run needs no index.
 static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
     const BranchPlan *b = &plan->branch[i];
     const Rows r = {b->n == m->last_B ? NULL : m->device.place + (size_t)i * m->rows, m->device.scale + i};
@@ -2507,25 +2563,26 @@ static void linear_forward(Model *m, int l, int param, Result y, const void *x, 
     matmul_forward(&m->gpu, y, x, weight_at(m, param, l), nT, C, OC);
 }
 
-// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's epilogue, and the gradients
-// of w and of its bias, which is the next parameter of the table. Both are set, or with `add` added to.
+// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's
+// epilogue, and the gradients of w and of its bias, which is the next parameter in the table. Both
+// are overwritten or, with `add`, accumulated.
 static void linear_backward(Model *m, int l, int param, Result dx, const void *dy, const void *x, int add, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
     matmul_backward(&m->gpu, dx, gradient_at(m, param, l), gradient_at(m, param + 1, l), add, dy, x, weight_at(m, param, l),
                     nT, C, OC);
 }
 
-// Adds to x what the branch before has left, and normalises the rows of branch i.
+// Adds the previous branch's output to x, and normalizes the rows of branch i.
 static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied, const void *w, const void *b) {
     residual_layernorm_forward(&m->gpu, m->x, ln, xhat, rstd, m->ended, m->end, rows, tied, w, b, (size_t)m->last_B,
                                (size_t)m->last_T, (size_t)m->config.C);
     m->ended = NULL;
 }
 
-// What out (n,T,C) holds is to be added to these rows.
+// out (n,T,C) remains to be added to these rows.
 static void end_branch(Model *m, const void *out, Rows rows) { m->ended = out, m->end = rows; }
 
-// Where a branch of nT tokens keeps what it has to.
+// Where a branch of nT tokens saves what backward needs.
 static AttentionKept attention_keep(Model *m, size_t nT) {
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, N = size_of_number(&m->gpu);
     AttentionKept k;
@@ -2549,10 +2606,10 @@ static MlpKept mlp_keep(Model *m, size_t nT) {
     return k;
 }
 
-// Where noise is on the device.
+// The address of a noise on the device.
 static const NoisePlace *noise_at(const Model *m, int place, int l) { return m->device.noise + place * m->config.L + l; }
 
-// The bits of layer l's dropout of attention, made anew; NULL: it has none.
+// Generates the bits of layer l's attention dropout; NULL: there is none.
 static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, KeptKeys *keep) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t T = (size_t)m->last_T, NH = (size_t)m->config.NH, line = kept_keys_line(T), n = (size_t)b->n * NH * T * line;
@@ -2565,7 +2622,7 @@ static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, Ke
     return keep;
 }
 
-// Dropout of the end of branch i, packed in x (n,T,C), or of its gradient.
+// Dropout at the end of branch i, packed in x (n,T,C), or of its gradient.
 static void end_dropout(Model *m, const Pass *pass, int i, void *x) {
     const int place = NOISE_ATTN_OUT + i % BRANCHES;
     if (noise_rate(pass->noise, place))
@@ -2573,7 +2630,7 @@ static void end_dropout(Model *m, const Pass *pass, int i, void *x) {
                     tokens_of(m, &pass->plan->branch[i]), (size_t)m->last_T, (size_t)m->config.C);
 }
 
-// y = attention of ln, before the last product
+// y = attention of ln, before the last matmul.
 static void attention_inside(Model *m, const Pass *pass, int l, const AttentionKept *k, size_t nT) {
     const Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
@@ -2583,7 +2640,8 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionK
         attention_forward(k->y, k->lse, k->qkv, attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH, g->half, g->stream);
 }
 
-// What is left of it in decode: keys and values join the cache, and where not all rows begin a sequence, the attention.
+// Its remainder in decode: caches keys and values and, unless all rows begin a sequence, computes
+// the attention.
 static void attention_continue(Model *m, int l, const AttentionKept *k, Rows rows) {
     const size_t C = (size_t)m->config.C, layer = 2 * (size_t)m->args.cache * m->cache.T * C * size_of_number(&m->gpu);
     const Cache cache = {(char *)m->cache.at + (size_t)l * layer, m->cache.T};
@@ -2592,15 +2650,15 @@ static void attention_continue(Model *m, int l, const AttentionKept *k, Rows row
                          (size_t)m->last_B, (size_t)m->last_T, C, (size_t)m->config.NH);
 }
 
-// gelu = GELU(h), h from ln, before the last product
+// gelu = GELU(h), h from ln, before the last matmul.
 static void mlp_inside(Model *m, int l, const MlpKept *k, size_t nT) {
     Result h = fresh(k->h, 4 * (size_t)m->config.C, weight_at(m, P_fcb, l));
     h.gelu = k->gelu;
     linear_forward(m, l, P_fcw, h, k->ln, nT);
 }
 
-// dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before i that runs: its scale
-// times dx on its rows.
+// dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before
+// i that runs: its scale times dx on its rows.
 static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db, int add, const void *xhat,
                                   const float *rstd, const void *w) {
     const int last = i == BRANCHES * plan->layers, tied = plan->tied && !last && i % BRANCHES == MLP;
@@ -2611,7 +2669,7 @@ static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *
                                 (size_t)m->last_T, (size_t)m->config.C);
 }
 
-// out: attn(LN(x[rows]))
+// out: attn(LN(x[rows])).
 static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     const int i = BRANCHES * l + ATTN;
     const size_t nT = tokens_of(m, &pass->plan->branch[i]);
@@ -2623,7 +2681,8 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     linear_forward(m, l, P_attprojw, fresh(m->out, (size_t)m->config.C, w.attprojb), k->y, nT);
 }
 
-// From dout (n,T,C), which carries the scale, to dy (n,T,C), the gradient of the LayerNorm's output.
+// From dout (n,T,C), which carries the scale, to dy (n,T,C), the gradient of the LayerNorm's
+// output.
 static void attention_branch_backward(Model *m, const Pass *pass, int l, int add) {
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     const size_t nT = tokens_of(m, &pass->plan->branch[BRANCHES * l + ATTN]);
@@ -2640,7 +2699,8 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l, int add
     linear_backward(m, l, P_qkvw, fresh(dln, C, NULL), dqkv, k->ln, add, nT);
 }
 
-// out: mlp(LN(x[rows])); tied: of x[rows] + the attention's out, which joins the stream when it is read
+// out: mlp(LN(x[rows])); tied: of x[rows] + the attention's out, which joins the stream when it is
+// read.
 static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
     const int i = BRANCHES * l + MLP;
     const size_t nT = tokens_of(m, &pass->plan->branch[i]);
@@ -2665,16 +2725,17 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l, int add) {
     linear_backward(m, l, P_fcw, fresh(dln, C, NULL), dh.at, k->ln, add, nT);
 }
 
-// ---- Who looks on ----
+// ---- Watches ----
 
-// x[rows] += scale * out (n,T,C): the end of a branch that is still to be added, alone.
+// x[rows] += scale * out (n,T,C): adds a branch's pending output on its own.
 template <class N> static __global__ void residual_kernel(float *x, const N *out, Rows end, size_t BT, unsigned T, unsigned C) {
     const size_t i = thread_index(), token = i / C;
     const long place = token < BT ? row_place(end.place, token / T) : -1;
     if (place >= 0) x[i] += *end.scale * to_float(out[((size_t)place * T + token % T) * C + i % C]);
 }
 
-// Waits for n numbers, in fp32 or in N, and hands them on. They come by way of memory that only lookers pay for.
+// Waits for n elements, in fp32 or N, and passes them on, through memory that is allocated only if
+// a watch is used.
 static void show(Model *m, const Watch *w, int point, const void *from, int is_float, size_t n) {
     const size_t number = is_float ? sizeof(float) : size_of_number(&m->gpu);
     if (!m->shown) m->shown = (float *)xcalloc((size_t)m->args.B * (size_t)m->args.T * (size_t)m->config.C, sizeof(float));
@@ -2685,7 +2746,8 @@ static void show(Model *m, const Watch *w, int point, const void *from, int is_f
     else w->see(w->self, point, m->shown);
 }
 
-// Shows the stream to who wants it: then what the last branch has left is added first, and not as the next one begins.
+// Passes the stream to the watch that requested it: the last branch's output is then added first,
+// and not as the next one begins.
 static void look(Model *m, const Pass *pass, int point) {
     const size_t B = (size_t)m->last_B, T = (size_t)m->last_T, C = (size_t)m->config.C, n = B * T * C;
     if (!pass->watch || !pass->watch->want[point]) return;
@@ -2700,7 +2762,10 @@ static void look(Model *m, const Pass *pass, int point) {
 }
 
 // ---- A block with drop path ----
-//     x <- x + s_a attn(LN(x));   x <- x + s_m mlp(LN(x));     tied: x <- x + s (a + mlp(LN(x + a))), a = attn(LN(x))
+//
+//     x <- x + s_a attn(LN(x))
+//     x <- x + s_m mlp(LN(x))                          tied: x <- x + s (a + mlp(LN(x + a))),
+//                                                            a = attn(LN(x))
 
 
 // A branch on the rows that keep it: launched as a graph, or kernel by kernel.
@@ -2753,7 +2818,8 @@ static void block_backward(Model *m, const Pass *pass, int l) {
 
 // ---- Forward and backward of the whole model ----
 
-// The places of the batch by their token, in the order in which tokens first appear; returns how many tokens that is.
+// Groups the batch's positions by token, in the order in which tokens first appear; returns the
+// number of groups.
 static int group_tokens(Model *m, const int *tokens, size_t BT) {
     int groups = 0, *first = m->host.first, *order = m->host.order;
     for (size_t i = 0; i <= BT; i++) first[i] = 0;
@@ -2763,14 +2829,15 @@ static int group_tokens(Model *m, const int *tokens, size_t BT) {
         first[*group + 1]++;
     }
     for (int g = 0; g < groups; g++) first[g + 1] += first[g];
-    for (size_t i = 0; i < BT; i++) order[first[m->group[tokens[i]]]++] = (int)i;      // moves first[g] to where g + 1 begins
+    for (size_t i = 0; i < BT; i++) order[first[m->group[tokens[i]]]++] = (int)i;      // moves first[g] to the start of group g + 1
     for (int g = groups; g > 0; g--) first[g] = first[g - 1];
     first[0] = 0;
     for (size_t i = 0; i < BT; i++) m->group[tokens[i]] = -1;
     return groups;
 }
 
-// Everything that a call reads from the host goes to the device at once. Returns the groups of equal tokens.
+// Sends everything that a call reads from the host to the device at once. Returns the number of
+// groups of equal tokens.
 static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T, B = m->rows;
     const DropPlan *plan = pass->plan;
@@ -2793,8 +2860,8 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
     return groups;
 }
 
-// The losses; in training also dy = the gradient of the mean loss times weight, by the output of the last LayerNorm.
-// They come to the host with the end of the call.
+// The losses; in training also dy, the gradient of the mean loss times weight with respect to the
+// last LayerNorm's output. They reach the host at the end of the call.
 static void model_loss(Model *m, const Batch *batch, const Pass *pass) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T;
     float *dwte = pass->weight != 0 ? gradients_at(m, 0).wte : NULL;
@@ -2828,7 +2895,7 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     if (noise_rate(pass->noise, NOISE_EMBD)) dropout_stream(&m->gpu, m->x, noise_at(m, NOISE_EMBD, 0), B * T, T, C);
     look(m, pass, WATCH_EMBEDDINGS);
     for (int l = 0; l < m->config.L; l++) {
-        if (pass->weight == 0 || l <= m->args.frozen) keep_nothing(m);   // what is not trained needs one layer at a time
+        if (pass->weight == 0 || l <= m->args.frozen) keep_nothing(m);   // frozen layers need only one layer at a time
         block_forward(m, pass, l);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
@@ -2838,7 +2905,8 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     return by;
 }
 
-// Sums the gradients of branch i over the ranks, beside what follows on the main stream.
+// Reduces the gradients of branch i over the ranks, concurrently with what follows on the main
+// stream.
 static void reduce_branch(Model *m, int i) {
     const int last = i == BRANCHES * m->config.L;
     const Ranks *r = &m->ranks;
@@ -2846,7 +2914,7 @@ static void reduce_branch(Model *m, int i) {
     const size_t at = s.at - m->n_frozen, share = s.n / (size_t)r->shares;
     const size_t mine = at + (r->shares > 1 ? (size_t)r->rank * share : 0);
     float *grad = m->slot[SLOT_GRAD];
-    gradient_add(m, last ? 0 : i / BRANCHES, last ? NO_BRANCH : i % BRANCHES, 1);  // zeros, if this rank alone has dropped it
+    gradient_add(m, last ? 0 : i / BRANCHES, last ? NO_BRANCH : i % BRANCHES, 1);  // zeros, if only this rank has dropped it
     ranks_begin(r, &m->gpu);
     if (m->wire) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, r->stream, m->wire + at, grad + at, s.n);
     ranks_sum(r, m->wire ? (void *)(m->wire + at) : grad + at, s.n, m->wire != NULL);
@@ -2935,7 +3003,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
 
 // ---- AdamW (Loshchilov and Hutter 2019, algorithm 2), with the gradients clipped to a norm ----
 
-// The sum of one number of each thread, to the first; shared (blockDim.x).
+// The sum of one value per thread, returned to the first thread; shared (blockDim.x).
 static __device__ inline double block_sum_double(double x, double *shared) {
     shared[threadIdx.x] = x;
     __syncthreads();
@@ -2946,7 +3014,7 @@ static __device__ inline double block_sum_double(double x, double *shared) {
     return shared[0];
 }
 
-// norms[i] = the squared norm of chunk i's gradient, 0 for branches that have none.
+// norms[i] = the squared norm of chunk i's gradient, 0 for branches without one.
 template <int W>
 static __global__ void chunk_norms_kernel(double *norms, const float *grad, const UpdateChunk *chunk,
                                           const BranchUpdate *branch) {
@@ -2966,7 +3034,7 @@ static __global__ void chunk_norms_kernel(double *norms, const float *grad, cons
     if (threadIdx.x == 0) norms[blockIdx.x] = sum;
 }
 
-// to = the sum of norms (n), or its root. One block.
+// to = the sum of norms (n), or its square root. One block.
 static __global__ void total_norm_kernel(double *to, const double *norms, int n, int root) {
     SHARED(double, shared);
     double sum = 0;
@@ -2979,8 +3047,9 @@ typedef struct { float b1, b2, eps, keep; double grad_clip, norm_limit; } AdamAr
 
 typedef struct { int at_random; uint64_t seed; } Rounding;
 
-// One of the two numbers of bf16 around x, the nearer with the greater chance, so that their mean is x; x where bf16 has it.
-// By 16 random bits: they are added where those lie that bf16 does not keep (Gupta et al. 2015, stochastic rounding).
+// One of the two bf16 values around x, chosen at random such that their mean is x; x itself if it
+// is exact in bf16. Adds 16 random bits below the bits that bf16 keeps (Gupta et al. 2015,
+// stochastic rounding).
 static __host__ __device__ inline float round_at_random(float x, uint32_t bits) {
     uint32_t word;
     if (!isfinite(x)) return x;
@@ -2990,7 +3059,8 @@ static __host__ __device__ inline float round_at_random(float x, uint32_t bits) 
     return x;
 }
 
-// Numbers j ... of chunk k, whose AdamW step is t, to the copy. Random bits are a function of (seed, t, tensor, element).
+// Copies elements j ... of chunk k, whose AdamW step is t, rounded. Random bits are a function of
+// (seed, t, tensor, element).
 template <int W>
 static __device__ inline void store_rounded(bf16 *copy, const UpdateChunk &k, size_t j, Floats<W> p, int64_t t, Rounding r) {
     if (r.at_random) {
@@ -3001,7 +3071,7 @@ static __device__ inline void store_rounded(bf16 *copy, const UpdateChunk &k, si
     store<bf16, W>(copy, k.at + j, p);
 }
 
-// The copy again from p, as the update number t of each branch left it.
+// Rewrites the copy from p, as update number t of each branch left it.
 template <int W>
 static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const UpdateChunk *chunk, const BranchUpdate *branch,
                                            Rounding r) {
@@ -3012,8 +3082,8 @@ static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const Upd
         store_rounded<W>(copy, k, j, load<float, W>(p, k.master + j), t, r);
 }
 
-// A block does one chunk: p, m, v and the rounded copy of p from g; nothing if the norm is not finite,
-// too large for the moments or above the limit (update_is_taken).
+// A block processes one chunk: updates p, m, v and the rounded copy of p from g; does nothing if
+// the norm is not finite, too large for the moments or above the limit (update_is_taken).
 template <int W>
 static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
                                     const BranchUpdate *branch, const double *norm, AdamArgs a, Rounding r) {
@@ -3038,7 +3108,8 @@ static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, flo
     }
 }
 
-// The norm of the gradient, which is on all ranks or each has its share of it, to norms[n_chunks].
+// The norm of the gradient, which is complete on all ranks or divided among them, to
+// norms[n_chunks].
 static void gradient_norm(Model *m) {
     const cudaStream_t stream = m->gpu.stream;
     double *total = m->norms + m->n_chunks;
@@ -3053,8 +3124,8 @@ static void gradient_norm(Model *m) {
     LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, total, 1, 1);
 }
 
-// After an update of shares: what forward reads of all parameters to all ranks, but those that no rank has touched (t (2L+1)
-// is 0).
+// After an update of shares, gathers the parameters that forward reads on all ranks, except those
+// that no rank has updated (t (2L+1) is 0).
 static void gather_parameters(Model *m, const int64_t *t) {
     ranks_begin(&m->ranks, &m->gpu);
     for (size_t i = 0; i <= (size_t)BRANCHES * (size_t)m->config.L; i++) {
@@ -3096,7 +3167,7 @@ static double model_update(Model *m, const UpdateArgs *a) {
     return *m->host_norm;
 }
 
-// A write has rounded to the nearest.
+// Written weights were rounded to nearest.
 static void model_resumed(Model *m, const int64_t *t) {
     const size_t branches = (size_t)BRANCHES * (size_t)m->config.L + 1;
     if (m->args.rounding == ROUNDING_NEAREST || !m->slot[SLOT_GRAD]) return;
@@ -3121,7 +3192,7 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
     return m->slot[slot] + (param_offset(m, param, layer) - (slot == SLOT_PARAM ? 0 : m->n_frozen));
 }
 
-// A tensor of which each rank has a part: all ranks get it whole.
+// Gathers a tensor whose parts are divided among the ranks on all of them.
 static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
     const size_t branch = gpt_branch_index(&m->config, layer, gpt_param[param].branch);
@@ -3139,7 +3210,7 @@ static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
     CUDA_CHECK(cudaFree(whole));
 }
 
-// The rounded copy of one tensor, from the host's numbers.
+// The rounded copy of one tensor, from the host's values.
 static void write_copy(Model *m, int param, int layer, const real *host) {
     const size_t n = gpt_param_size(&m->config, param);
     bf16 *rounded = (bf16 *)xcalloc(n, sizeof *rounded);
@@ -3150,7 +3221,7 @@ static void write_copy(Model *m, int param, int layer, const real *host) {
     free(rounded);
 }
 
-// This rank's part of it, which may be nothing.
+// This rank's part of it, which may be empty.
 static void write_shared(Model *m, Slot slot, int param, int layer, const real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
     size_t place;
@@ -3167,7 +3238,7 @@ static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
         read_shared(m, slot, param, layer, host);
         return;
     }
-    if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);         // sums of gradients may be under way
+    if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);         // reductions of gradients may be in flight
     CUDA_CHECK(cudaMemcpyAsync(host, param_at(m, slot, param, layer), n * sizeof(real), cudaMemcpyDeviceToHost,
                                m->gpu.stream));
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
@@ -3184,7 +3255,7 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
     if (slot == SLOT_PARAM && m->copy) write_copy(m, param, layer, host);
 }
 
-// Numbers in (-1, 1), for a measurement: of zeros a GPU makes products faster, since they cost no power.
+// Values in (-1, 1), for a measurement: matmuls of zeros are faster, since they use less power.
 template <class N, int W> static __global__ void fill_kernel(void *to, size_t n) {
     const size_t i = thread_index() * W;
     if (i >= n) return;
@@ -3193,7 +3264,8 @@ template <class N, int W> static __global__ void fill_kernel(void *to, size_t n)
     store<N, W>(to, i, v);
 }
 
-// Products of squares, larger until one takes a while; then the best of many. (8192: more than a device runs at once.)
+// Square matmuls, growing until one takes a while; then the best of many. (8192: more than a device
+// runs at once.)
 static double model_peak(Model *m, double seconds) {
     enum { LEAST = 128, MOST = 8192 };
     Gpu *g = &m->gpu;
@@ -3203,7 +3275,7 @@ static double model_peak(Model *m, double seconds) {
         const size_t bytes = n * n * size_of_number(g);
         char *room = (char *)room_new("the measurement of the peak", 3 * bytes);
         LAUNCH_AS(fill_kernel, g, 1, blocks_for(2 * n * n / WIDE), BLOCK, 0, room, 2 * n * n);
-        multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n, n);   // its algorithm
+        multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n, n);   // chooses its algorithm
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         do {
             const double from = clock_seconds();
@@ -3223,7 +3295,7 @@ static double model_peak(Model *m, double seconds) {
 #define CUDA_ENGINE engine_cuda
 #endif
 
-// Its name is the device's, which must be asked for first.
+// Its name is the device's, which must be queried first.
 const Engine *CUDA_ENGINE(void) {
     static char name[300] = "GPU";
     static const Engine engine = {
