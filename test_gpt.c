@@ -35,6 +35,7 @@
 #include "dev/test/test_kernels.h"
 #include "dev/test/test_layers.h"
 #include "dev/test/test_long.h"
+#include "dev/test/test_lora.h"
 #include "dev/test/test_manifest.h"
 #include "dev/test/test_nccl.h"
 #include "dev/test/test_noise.h"
@@ -79,7 +80,7 @@ static const Test tests[] = {
     SCHEDULE_TESTS(X) NOISE_TESTS(X) STATS_TESTS(X) DROP_PATH_TESTS(X) FAT_TESTS(X) EMU_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, N_ENGINES},
-    ENGINE_TESTS(X) NOISE_ENGINE_TESTS(X) GROWTH_ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
+    ENGINE_TESTS(X) NOISE_ENGINE_TESTS(X) LORA_ENGINE_TESTS(X) GROWTH_ENGINE_TESTS(X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
     LAYERS_ENGINE_TESTS(X)
     REPLACE_ENGINE_TESTS(X)
 #undef X
@@ -92,7 +93,7 @@ static const Test tests[] = {
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(X) INTEROP_TESTS(X) COMPARE_TESTS(X) STUDY_TESTS(X)
     MANIFEST_TESTS(X) FUZZ_TESTS(X) LONG_TESTS(X) TORTURE_TESTS(X) CHOICES_TESTS(X)
-    GPU_MODEL_TESTS(X) GROWTH_TESTS(X)
+    GPU_MODEL_TESTS(X) GROWTH_TESTS(X) LORA_TESTS(X)
     LAYERS_TESTS(X)
     DENSE_TESTS(X)
     REPLACE_TESTS(X)

@@ -14,6 +14,7 @@
 // of threads.
 
 #include "dev/check.h"
+#include "dev/model/adapter.h"
 #include "dev/model/attention_tiles.h"
 #include "dev/model/engines.h"
 #include "dev/model/matmul.h"
@@ -121,11 +122,11 @@ static void layernorm_again(real *y, const real *xhat, const real *w, const real
         for (size_t c = 0; c < C; c++) y[t * C + c] = xhat[t * C + c] * w[c] + b[c];
 }
 
-// dx[rows] += dz = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * w (n,T,C); dw, db (C) +=.
-// `also` (n,T,C), if given, += dz: the gradient of `more`.
+// dx[rows] += dz = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * w (n,T,C);  dw, db (C) +=, where given.
+// `also` (n,T,C), where given, += dz: the gradient of `more`.
 static void layernorm_backward(real *dx, real *also, real *dw, real *db, const real *dy, const real *xhat, const real *rstd,
                                const int *rows, const real *w, size_t nT, size_t T, size_t C) {
-    column_sums(db, dw, dy, xhat, nT, C);
+    if (dw) column_sums(db, dw, dy, xhat, nT, C);
 #pragma omp parallel for
     for (size_t t = 0; t < nT; t++) {
         const real *g = dy + t * C, *z = xhat + t * C;
@@ -450,7 +451,7 @@ static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *lo
         }
         if (y->grad == 0) continue;
         multiply(fresh(dx + t0 * C, C, NULL), room, lines(logits, V), lines(wte, C), n, C, V, NULL);
-        multiply(scaled(dwte, C, 1, add || t0), room, turned(logits, V), lines(x + t0 * C, C), V, C, n, NULL);
+        if (dwte) multiply(scaled(dwte, C, 1, add || t0), room, turned(logits, V), lines(x + t0 * C, C), V, C, n, NULL);
     }
 }
 
@@ -465,8 +466,8 @@ typedef struct { real *xhat, *rstd, *h; } MlpKept;                 // (n,T,C) (n
 struct Model {
     GptConfig config;
     EngineArgs args;
-    size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
-    size_t n_frozen;                                     // the first elements, which are only in the parameters' slot
+    size_t offset[N_PARAMS], stride[N_PARAMS], n_params; // param p of layer l is at offset[p] + l * stride[p]
+    size_t n_frozen;                                     // the first numbers, which are in no slot but the parameters
     real *slot[4];                                       // parameters (n_params); gradients, m, v (n_params - n_frozen)
     UpdateChunk *chunk;
     int n_chunks;
@@ -485,6 +486,7 @@ struct Model {
     real *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
     real *dwide, *dy, *dout;                             // (B,T,4C) (B,T,C) (B,T,C)
     real *logits;                                        // (chunk,V)
+    real *lora_u, *lora_v, *lora_x;                      // (B,T,r) (B,T,r) (B,T,4C) of adapters; x with dropout
     PackRoom pack;
     AttentionRooms rooms;
     int last_B, last_T;                                  // of the last forward
@@ -495,12 +497,17 @@ struct Model {
     const int *seq, *at;                                 // of the current decode; NULL: none
 };
 
-// The offset of one layer's part of a parameter.
-static size_t param_offset(const Model *m, int param, int l) {
-    return m->offset[param] + (gpt_param[param].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
+// Whether it exists and trains, in layers that are not frozen.
+static int is_trained(const Model *m, int param) {
+    return gpt_param_layers(&m->config, param) > 0 && gpt_group_trains(&m->config, gpt_param[param].group);
 }
 
-// Its address in a slot; NULL if the layer is frozen and the slot is not the parameters.
+// The offset of one layer's part of a parameter.
+static size_t param_offset(const Model *m, int param, int l) {
+    return m->offset[param] + (size_t)l * m->stride[param];
+}
+
+// And in a slot; NULL where it is frozen and the slot is not the parameters.
 static real *tensor_at(const Model *m, Slot slot, int param, int l) {
     const size_t at = param_offset(m, param, l), absent = slot == SLOT_PARAM ? 0 : m->n_frozen;
     return at < absent ? NULL : m->slot[slot] + (at - absent);
@@ -508,34 +515,41 @@ static real *tensor_at(const Model *m, Slot slot, int param, int l) {
 
 static Params params_at(const Model *m, Slot slot, int l) {
     Params w;
-#define X(id, name, branch, dims, rows, cols, init) w.id = tensor_at(m, slot, P_##id, l);
+#define X(id, name, branch, dims, rows, cols, init, group) w.id = tensor_at(m, slot, P_##id, l);
     GPT_PARAMS(X)
 #undef X
     return w;
 }
 
-// Call before adding to the gradient of a branch. If the gradient is spent, it becomes zeros: all
-// of it or, with `but_products`, all but the weights of matmuls. In the latter case 0 is returned,
-// and the matmuls must overwrite theirs, which saves writing and reading zeros; otherwise 1: they
-// must accumulate.
+// To be called before something is added to the gradient of a branch. If the gradient is spent, it becomes zeros: all of
+// it, or with `but_products` all but the weights of matrix products. Then 0 is returned, and the products must set theirs,
+// which saves writing zeros and reading them again; else 1, and they must add.
 static int gradient_add(Model *m, int l, int branch, int but_products) {
     const size_t index = gpt_branch_index(&m->config, l, branch);
     if (!m->spent[index]) return 1;
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch == branch && !(but_products && gpt_param[p].dims == 2 && p != P_wpe))
+        if (gpt_param[p].branch == branch && is_trained(m, p) && !(but_products && gpt_param[p].dims == 2 && p != P_wpe))
             memset(tensor_at(m, SLOT_GRAD, p, l), 0, gpt_param_size(&m->config, p) * sizeof(real));
     return 0;
 }
 
+// What adapters leave frozen comes first, then what trains: by layers, of each branch together, then what no branch owns.
 static void params_layout(Model *m) {
     const GptConfig *c = &m->config;
-    for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch != NO_BRANCH) m->offset[p] = m->layer_size, m->layer_size += gpt_param_size(c, p);
-    m->n_params = m->layer_size * (size_t)c->L;
-    m->n_frozen = m->layer_size * (size_t)m->args.frozen;
-    for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch == NO_BRANCH) m->offset[p] = m->n_params, m->n_params += gpt_param_size(c, p);
+    for (int trains = 0; trains < 2; trains++) {
+        const size_t first = m->n_params;
+        size_t layer = 0;
+        for (int branch = 0; branch <= NO_BRANCH; branch++) {
+            if (branch == NO_BRANCH) layer = m->n_params - first, m->n_params = first + layer * (size_t)c->L;
+            for (int p = 0; p < N_PARAMS; p++)
+                if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && is_trained(m, p) == trains)
+                    m->offset[p] = m->n_params, m->n_params += gpt_param_size(c, p);
+        }
+        for (int p = 0; p < N_PARAMS; p++)
+            if (gpt_param[p].branch != NO_BRANCH && is_trained(m, p) == trains) m->stride[p] = layer;
+        m->n_frozen = trains ? first + layer * (size_t)m->args.frozen : 0;
+    }
 }
 
 // Divides every trained tensor into pieces of UPDATE_CHUNK elements, the unit of work for norm and
@@ -565,13 +579,14 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { real **at; size_t n; } Room;
-enum { N_ROOMS = 21, N_TRAINING_ROOMS = 4 };
+enum { N_ROOMS = 24, N_TRAINING_ROOMS = 5 };
 
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C, V = (size_t)m->config.V;
-    const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;  // packed panels have K_BLOCK words only if these are pairs
-    const size_t most = BT > 4 * C ? BT > V ? BT : V : 4 * C > V ? 4 * C : V, K = at_most(most + 1, wide * K_BLOCK);
+    const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;  // words of the packed blocks are K_BLOCK only if they are pairs
+    const size_t r = (size_t)m->config.lora, wide4 = 4 * C > r ? 4 * C : r;
+    const size_t most = BT > wide4 ? BT > V ? BT : V : wide4 > V ? wide4 : V, K = at_most(most + 1, wide * K_BLOCK);
     const size_t cached = (size_t)m->args.cache;
     const Room all[N_ROOMS] = {
         {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT}, {&m->losses, BT}, {&m->uniform, BT}, {&m->ln, BT * C},
@@ -581,7 +596,9 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
         {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T, C / (size_t)m->config.NH)},
         {&m->packed.at, cached ? packed_total(&m->packed, &m->config, &m->pack) : 0},
         {&m->few, cached ? FEW_ROWS * 4 * (C + TILE_COLS) : 0},
+        {&m->lora_u, BT * r}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C : 0},
         {&m->kept, 0},                                   // has its own size
+        {&m->lora_v, BT * r},
         {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dout, BT * C}, {&m->dwide, BT * 4 * C},
     };
     memcpy(rooms, all, sizeof all);
@@ -687,23 +704,51 @@ static Matrix branch_end_gradient(const Model *m, const Pass *pass, int l, int b
 
 static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
 
-// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU, scale, accumulate); w is parameter
-// `param` of layer l. For a few tokens of a decode it uses the packed copy.
-static void linear_forward(Model *m, int l, int param, Result y, const real *x, size_t nT) {
+// The adapter of the product with weight `param` of layer l.
+static Adapter adapter_at(const Model *m, int l, int param) {
+    const int A = gpt_adapter_of(&m->config, param);
+    if (A < 0) return (Adapter){0};
+    return (Adapter){tensor_at(m, SLOT_PARAM, A, l), tensor_at(m, SLOT_PARAM, A + 1, l), tensor_at(m, SLOT_GRAD, A, l),
+                     tensor_at(m, SLOT_GRAD, A + 1, l), m->lora_u, m->lora_v, (size_t)gpt_param_rows(&m->config, param),
+                     (size_t)gpt_param_cols(&m->config, param), (size_t)m->config.lora, (real)m->args.lora_scale};
+}
+
+// x (nT,C), or what dropout leaves of it for the adapter of that product: in place, or in a room of its own.
+static const real *adapter_dropout(Model *m, const Pass *pass, int l, int param, real *to, const real *x, size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param);
+    const NoisePlace noise = noise_place(pass->noise, NOISE_LORA + gpt_product_of(param), l);
+    if (!noise.rate) return x;
+    CHECK(m->lora_x, "this model was opened without dropout of adapters");
+    if (to != x) memcpy(to, x, nT * C * sizeof(real));
+    dropout(to, &noise, pass->plan->branch[BRANCHES * l + gpt_param[param].branch].rows, nT, (size_t)m->last_T, C);
+    return to;
+}
+
+// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU, scale, accumulate); w is parameter `param` of layer l, and may
+// have an adapter. Few tokens of a decode take its packed copy.
+static void linear_forward(Model *m, const Pass *pass, int l, int param, Result y, const real *x, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
     const PackRoom room = {m->few, NULL, m->pack.bf16};
+    const Adapter a = adapter_at(m, l, param);
+    if (a.A) y = adapter_forward(&a, y, &m->pack, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
     if (m->at && nT <= FEW_ROWS)
         multiply_few(y, &room, lines(x, C), packed_at(&m->packed, param, l), nT, OC, C);
     else matmul_forward(y, &m->pack, x, tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
 }
 
-// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's
-// epilogue, and the gradients of w and of its bias, which is the next parameter in the table. dw is
-// overwritten or, with `add`, accumulated.
-static void linear_backward(Model *m, int l, int param, Result dx, Matrix dy, const real *x, int add, size_t nT) {
+// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's epilogue, and the gradients
+// of w and of its bias, which is the next parameter of the table, and of the adapter. dw is set, or with `add` added to.
+static void linear_backward(Model *m, const Pass *pass, int l, int param, Result dx, Matrix dy, const real *x, int add,
+                            size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+    const Adapter a = adapter_at(m, l, param);
+    if (a.A) {
+        dx = adapter_backward_input(&a, dx, &m->pack, dy, nT);
+        adapter_dropout(m, pass, l, param, dx.at, dx.at, nT);
+    }
     matmul_backward(dx, tensor_at(m, SLOT_GRAD, param, l), add, tensor_at(m, SLOT_GRAD, param + 1, l), &m->pack, dy, x,
                     tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
+    if (a.A) adapter_backward(&a, add, dx.scale, &m->pack, dy, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
 }
 
 // y = attention of qkv; in decode, attention that continues sequences, or the ordinary one if all
@@ -730,9 +775,9 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     k->xhat = keep(m, nT * C), k->rstd = keep(m, nT);
     k->qkv = keep(m, nT * 3 * C), k->lse = keep(m, nT * NH), k->y = keep(m, nT * C);
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, rows_of(m, b), w.ln1w, w.ln1b, nT, T, C);
-    linear_forward(m, l, P_qkvw, fresh(k->qkv, 3 * C, w.qkvb), m->ln, nT);
+    linear_forward(m, pass, l, P_qkvw, fresh(k->qkv, 3 * C, w.qkvb), m->ln, nT);
     attention_inside(m, pass, l, k, nT);
-    linear_forward(m, l, P_attprojw, branch_end(m, pass, l, ATTN, w.attprojb), k->y, nT);
+    linear_forward(m, pass, l, P_attprojw, branch_end(m, pass, l, ATTN, w.attprojb), k->y, nT);
 }
 
 // dx[rows] += the gradient through the branch, from that of its end.
@@ -746,10 +791,10 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l) {
     Result dy = {.at = m->dy, .ld = C};
     const Matrix dout = branch_end_gradient(m, pass, l, ATTN, m->dout, &dy.scale);
     real *dqkv = m->dwide, *dln = m->dy;
-    linear_backward(m, l, P_attprojw, dy, dout, k->y, add, nT);
+    linear_backward(m, pass, l, P_attprojw, dy, dout, k->y, add, nT);
     attention_backward(dqkv, &m->rooms, m->dy, k->qkv, k->y, k->lse, &noise, b->rows, nT / T, T, C, NH);
     layernorm_again(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
-    linear_backward(m, l, P_qkvw, fresh(dln, C, NULL), lines(dqkv, 3 * C), m->ln, add, nT);
+    linear_backward(m, pass, l, P_qkvw, fresh(dln, C, NULL), lines(dqkv, 3 * C), m->ln, add, nT);
     layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w, nT, T, C);
 }
 
@@ -766,8 +811,8 @@ static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
     const real *attn = pass->plan->tied ? m->out : NULL;
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, attn, rows_of(m, b), w.ln2w, w.ln2b, nT, T, C);
     if (attn) residual_forward(m->x, attn, b, T, C);
-    linear_forward(m, l, P_fcw, h, m->ln, nT);
-    linear_forward(m, l, P_fcprojw, branch_end(m, pass, l, MLP, w.fcprojb), m->gelu, nT);
+    linear_forward(m, pass, l, P_fcw, h, m->ln, nT);
+    linear_forward(m, pass, l, P_fcprojw, branch_end(m, pass, l, MLP, w.fcprojb), m->gelu, nT);
 }
 
 // dx[rows] += the gradient through the branch, from that of its end in m->dy; tied: also m->dout
@@ -781,9 +826,9 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
     Result dh = {.at = m->dwide, .ld = 4 * C, .h = k->h, .gelu = m->gelu};
     const Matrix dout = branch_end_gradient(m, pass, l, MLP, m->dy, &dh.scale);
     real *dln = m->dy, *dattn = pass->plan->tied ? m->dout : NULL;
-    linear_backward(m, l, P_fcprojw, dh, dout, m->gelu, add, nT);
+    linear_backward(m, pass, l, P_fcprojw, dh, dout, m->gelu, add, nT);
     layernorm_again(m->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
-    linear_backward(m, l, P_fcw, fresh(dln, C, NULL), lines(dh.at, 4 * C), m->ln, add, nT);
+    linear_backward(m, pass, l, P_fcw, fresh(dln, C, NULL), lines(dh.at, 4 * C), m->ln, add, nT);
     layernorm_backward(m->dx, dattn, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w, nT, T, C);
 }
 
@@ -892,8 +937,9 @@ static void reduce_gradients(Model *m, const unsigned char *reduce) {
         if (!reduce[i]) continue;
         gradient_add(m, l, branch, 0);                   // zeros, if only this rank has dropped it
         for (int p = N_PARAMS - 1; p >= 0; p--)
-            if (gpt_param[p].branch == branch) n += gpt_param_size(c, p), first = tensor_at(m, SLOT_GRAD, p, l);
-        comm_sum_reals(m->args.comm, first, n);
+            if (gpt_param[p].branch == branch && is_trained(m, p))
+                n += gpt_param_size(c, p), first = tensor_at(m, SLOT_GRAD, p, l);
+        if (n) comm_sum_reals(m->args.comm, first, n);
     }
 }
 
@@ -907,7 +953,7 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass) {
         const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
         dropout(m->dx, &noise, NULL, B * T, T, C);
         if (pass->watch && pass->watch->see_gradient) pass->watch->see_gradient(pass->watch->self, m->dx);
-        embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
+        if (dw.wte) embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
     }
     if (pass->reduce) reduce_gradients(m, pass->reduce);
 }
@@ -1023,7 +1069,7 @@ static real *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(m->slot[slot], "this model was opened to evaluate");
     CHECK(param >= 0 && param < N_PARAMS && layer >= 0 && layer < gpt_param_layers(&m->config, param),
           "no parameter %d in layer %d", param, layer);
-    CHECK(slot == SLOT_PARAM || gpt_param_trains(param, layer, m->args.frozen), "parameter %d of layer %d is frozen", param,
+    CHECK(slot == SLOT_PARAM || gpt_param_trains(&m->config, param, layer, m->args.frozen), "parameter %d of layer %d is frozen", param,
           layer);
     if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 0);
     return tensor_at(m, slot, param, layer);

@@ -175,19 +175,19 @@ static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
 // Rows of elements, ld apart; a matmul reads the matrix or, with `turned`, its transpose. All N.
 typedef struct { const void *at; size_t ld; int turned; } Matrix;
 
-// The output of a matmul: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is float,
-// else N. With `gelu` (M,N), also gelu = GELU(y); with `h` (M,N) too, gelu = GELU(h) instead, and y
-// is multiplied by GELU'(h). With `b_sum` (N), for float y, also b_sum = the columns of b.
-typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; float *b_sum; } Result;
+// Where a product goes: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is float, else N.
+// With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h), and y is multiplied by GELU'(h). With `b_sum`
+// (N), where y is float, also b_sum = the columns of b. `alpha` times a b; one that is not 1 is of a product alone.
+typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; float *b_sum, alpha; } Result;
 
 static inline Matrix lines(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
 static inline Matrix turned(const void *at, size_t ld) { const Matrix m = {at, ld, 1}; return m; }
 static inline Result fresh(void *at, size_t ld, const void *bias) {
-    const Result y = {at, ld, 0, 0, bias, NULL, NULL, NULL};
+    const Result y = {at, ld, 0, 0, bias, NULL, NULL, NULL, 1};
     return y;
 }
 static inline Result summed(float *at, size_t ld, int add) {
-    const Result y = {at, ld, 1, add, NULL, NULL, NULL, NULL};
+    const Result y = {at, ld, 1, add, NULL, NULL, NULL, NULL, 1};
     return y;
 }
 
@@ -239,9 +239,9 @@ static void product_describe(const Gpu *g, Product *p, const Result *y) {
     p->y = product_layout(k->sums ? CUDA_R_32F : number, k->N, k->M, k->ldy);
 }
 
-static cublasStatus_t product_run(const Gpu *g, const Product *p, const cublasLtMatmulAlgo_t *algorithm, void *y,
+static cublasStatus_t product_run(const Gpu *g, const Product *p, const cublasLtMatmulAlgo_t *algorithm, float alpha, void *y,
                                   const Matrix *a, const Matrix *b) {
-    const float alpha = 1, beta = p->key.add ? 1 : 0;
+    const float beta = p->key.add ? 1 : 0;
     return cublasLtMatmul(g->blas, p->what, &alpha, b->at, p->b, a->at, p->a, &beta, y, p->y, y, p->y, algorithm,
                           g->workspace, WORKSPACE, g->stream);
 }
@@ -259,7 +259,7 @@ static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulA
     float best = -1, ms = 0;
     for (int i = 0; i < ALGORITHM_RUNS; i++) {
         CUDA_CHECK(cudaEventRecord(from, g->stream));
-        if (product_run(g, p, algorithm, y, a, b) != CUBLAS_STATUS_SUCCESS) return -1;
+        if (product_run(g, p, algorithm, 1, y, a, b) != CUBLAS_STATUS_SUCCESS) return -1;
         CUDA_CHECK(cudaEventRecord(to, g->stream));
         CUDA_CHECK(cudaEventSynchronize(to));
         CUDA_CHECK(cudaEventElapsedTime(&ms, from, to));
@@ -290,7 +290,7 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
     for (int i = 0; i < n; i++) {
         void *y = first < 0 ? room : room + bytes;
         CUDA_CHECK(cudaMemsetAsync(y, 0, bytes, g->stream));
-        if (product_run(g, p, &found[i].algo, y, a, b) != CUBLAS_STATUS_SUCCESS) continue;
+        if (product_run(g, p, &found[i].algo, 1, y, a, b) != CUBLAS_STATUS_SUCCESS) continue;
         if (first < 0) first = best = i;
         if (first == i && sum_bytes)
             CUDA_CHECK(cudaMemcpyAsync(first_sum, b_sum, sum_bytes, cudaMemcpyDeviceToDevice, g->stream));
@@ -353,6 +353,7 @@ static int product_epilogue(const Result *y) {
 static int product_fuses(const Gpu *g, const Result *y) {
     if (y->b_sum && !g->sums_inside) return 0;
     if (!y->gelu && !y->h) return 1;
+    if (y->add) return 0;                                // of adapters: GELU is of the whole sum
     return g->half && y->ld % 8 == 0;                    // by cublasLt.h, EPILOGUE_AUX_LD
 }
 
@@ -448,7 +449,7 @@ static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, s
     Product *p = product_find(g, &y, &a, &b, M, N, K);
     const int gelu_inside = p->fused && y.gelu && !y.h;
     product_pointers(p, &y);
-    CUBLAS_CHECK(product_run(g, p, &p->algorithm, gelu_inside ? y.gelu : y.at, &a, &b));
+    CUBLAS_CHECK(product_run(g, p, &p->algorithm, y.alpha, gelu_inside ? y.gelu : y.at, &a, &b));
     if (!p->fused && (y.bias || y.gelu || y.h)) {
         const int wide = N % WIDE == 0;
         LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y.at, y.bias, y.gelu, y.h,
@@ -462,14 +463,14 @@ static void matmul_forward(Gpu *g, Result y, const void *x, const void *w, size_
     multiply(g, y, lines(x, C), lines(w, OC), BT, OC, C);
 }
 
-// Backward of y = x w + bias, from dy (BT,OC): dx (BT,C) = dy w^T; dw (C,OC) = x^T dy and dbias
-// (OC) = the columns of dy, or += with `add`. dx is complete before x is read, since dx's epilogue
-// may recompute x.
+// Of y = x w + bias, from dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) = x^T dy and dbias (OC) = the columns of dy, or += with
+// `add`; NULL: w stays as it is. dx is finished before x is read, since a recomputed x may come with it.
 static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add, const void *dy, const void *x,
                             const void *w, size_t BT, size_t C, size_t OC) {
     Result y = summed(dw, OC, add);                      // b_sum is always overwritten
     y.b_sum = g->sum;
     multiply(g, dx, lines(dy, OC), turned(w, OC), BT, C, OC);
+    if (!dw) return;
     multiply(g, y, turned(x, C), lines(dy, OC), C, OC, BT);
     sum_parts(g, dbias, NULL, g->sum, OC, 1, add);
 }
@@ -736,14 +737,14 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
     }
 }
 
-// dw, db (C) =, or += with `add`.
+// dw, db (C) =, or += with `add`; NULL: nobody wants them.
 static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, float *dw, float *db, int add, const void *dy,
                                         const void *xhat, const float *rstd, Rows begin, Rows end, int fresh, int tied,
                                         const void *w, size_t B, size_t T, size_t C) {
     const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps), NORM_BLOCKS);
     LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * 2 * C * sizeof(float), dx,
               dout, g->partial, dy, xhat, rstd, begin, end, fresh, tied, w, B * T, T, C);
-    sum_parts(g, dw, db, g->partial, C, blocks, add);
+    if (dw) sum_parts(g, dw, db, g->partial, C, blocks, add);
 }
 
 // ---- Attention: qkv (n,T,3C) -> y (n,T,C), causal; saves lse (n,NH,T), the log-sum-exp ----
@@ -1877,7 +1878,7 @@ static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add,
         else softmax_loss<float>(g, y, logits, t0, n, V);
         if (y->grad == 0) continue;
         multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), lines(logits, Vp), lines(wte, C), n, C, Vp);
-        multiply(g, summed(dwte, C, add || t0), turned(logits, Vp), lines(from, C), Vp, C, n);
+        if (dwte) multiply(g, summed(dwte, C, add || t0), turned(logits, Vp), lines(from, C), Vp, C, n);
     }
 }
 
@@ -2062,11 +2063,15 @@ struct Model {
     GptConfig config;
     EngineArgs args;
     Gpu gpu;
-    Ranks ranks;                                         // of this run
-    size_t offset[N_PARAMS], layer_size, n_params;       // param p of layer l is at offset[p] + l * layer_size
-    size_t span[BRANCHES + 1], span_size[BRANCHES + 1];  // where a branch's parameters are in a layer, and in total; the last are those outside the branches
-    size_t n_frozen;                                     // the first elements, which have no gradients and no moments
-    size_t n_moments, n_master;                          // elements of m and v, and of fp32 parameters, on this rank: all, or its share
+    Ranks ranks;                                         // those of this run
+    size_t offset[N_PARAMS], n_params;                   // param p of layer l is at offset[p] + l * its group's layer_size
+    size_t layer_size[2], n_base;                        // [1]: of what trains; [0]: of what adapters leave as it is, which
+                                                         // are the first n_base numbers
+    size_t span[2][BRANCHES + 1], span_size[2][BRANCHES + 1];    // where a branch's parameters are in layer 0, and how many;
+                                                         // the last are those of no branch
+    size_t n_frozen;                                     // the first numbers, which have no gradients and no moments
+    size_t n_moments, n_master;                          // numbers of m and v, and of fp32 parameters, that are here: all
+                                                         // there are, or this rank's share
     float *slot[4];                                      // parameters (n_master), gradients (n_params - n_frozen), m, v
                                                          // (n_moments)
     bf16 *copy;                                          // (n_params) the rounded parameters; NULL if N is float
@@ -2093,6 +2098,7 @@ struct Model {
     float *lse;                                          // (B,NH,T) likewise
     void *dwide, *dy, *dout;                             // (B,T,4C) (B,T,C) (B,T,C)
     float *inner;                                        // (B,NH,T)
+    void *lora_u, *lora_v, *lora_x;                      // (B,T,r) (B,T,r) (B,T,4C) of adapters; x with dropout
     void *logits;                                        // (chunk,Vp)
     float *token_logits;                                 // (V)
 
@@ -2142,13 +2148,18 @@ static void *host_new(size_t bytes) {
 
 // Layer l's parameters as forward and backward read them: elements of N.
 typedef struct {
-#define X(id, name, branch, dims, rows, cols, init) const void *id;
+#define X(id, name, branch, dims, rows, cols, init, group) const void *id;
     GPT_PARAMS(X)
 #undef X
 } Operands;
 
+// Whether it exists and trains, in layers that are not frozen.
+static int is_trained(const Model *m, int param) {
+    return gpt_param_layers(&m->config, param) > 0 && gpt_group_trains(&m->config, gpt_param[param].group);
+}
+
 static size_t param_offset(const Model *m, int p, int l) {
-    return m->offset[p] + (gpt_param[p].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size);
+    return m->offset[p] + (gpt_param[p].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size[is_trained(m, p)]);
 }
 
 static const void *weight_at(const Model *m, int param, int l) {
@@ -2158,7 +2169,7 @@ static const void *weight_at(const Model *m, int param, int l) {
 
 static Operands weights_at(const Model *m, int l) {
     Operands w;
-#define X(id, name, branch, dims, rows, cols, init) w.id = weight_at(m, P_##id, l);
+#define X(id, name, branch, dims, rows, cols, init, group) w.id = weight_at(m, P_##id, l);
     GPT_PARAMS(X)
 #undef X
     return w;
@@ -2171,7 +2182,7 @@ static float *gradient_at(const Model *m, int param, int l) {
 
 static Params gradients_at(const Model *m, int l) {
     Params dw;
-#define X(id, name, branch, dims, rows, cols, init) dw.id = gradient_at(m, P_##id, l);
+#define X(id, name, branch, dims, rows, cols, init, group) dw.id = gradient_at(m, P_##id, l);
     GPT_PARAMS(X)
 #undef X
     return dw;
@@ -2197,7 +2208,7 @@ static int gradient_add(Model *m, int l, int branch, int now) {
     if (!m->spent[index]) return 1;
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS && now; p++)
-        if (gpt_param[p].branch == branch)
+        if (gpt_param[p].branch == branch && is_trained(m, p))
             CUDA_CHECK(cudaMemsetAsync(gradient_at(m, p, l), 0, param_numbers(&m->config, p) * sizeof(float), m->gpu.stream));
     return now;
 }
@@ -2206,16 +2217,23 @@ static int gradient_add(Model *m, int l, int branch, int now) {
 static void params_layout(Model *m) {
     const GptConfig *c = &m->config;
     const size_t unit = (size_t)m->ranks.shares * (ALIGN / sizeof(bf16));
-    for (int branch = 0; branch <= NO_BRANCH; branch++) {
-        size_t *end = branch == NO_BRANCH ? &m->n_params : &m->layer_size;
-        if (branch == NO_BRANCH) m->n_params = m->layer_size * (size_t)c->L;
-        m->span[branch] = *end;
-        for (int p = 0; p < N_PARAMS; p++)
-            if (gpt_param[p].branch == branch) m->offset[p] = *end, *end += param_room(m, p);
-        *end = m->span[branch] + round_up(*end - m->span[branch], unit);
-        m->span_size[branch] = *end - m->span[branch];
+    for (int trains = 0; trains < 2; trains++) {
+        const size_t first = m->n_params;
+        m->n_base = first;
+        for (int branch = 0; branch <= NO_BRANCH; branch++) {
+            if (branch == NO_BRANCH) {
+                m->layer_size[trains] = m->n_params - first;
+                m->n_params = first + m->layer_size[trains] * (size_t)c->L;
+            }
+            m->span[trains][branch] = m->n_params;
+            for (int p = 0; p < N_PARAMS; p++)
+                if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && is_trained(m, p) == trains)
+                    m->offset[p] = m->n_params, m->n_params += param_room(m, p);
+            m->span_size[trains][branch] = round_up(m->n_params - m->span[trains][branch], unit);
+            m->n_params = m->span[trains][branch] + m->span_size[trains][branch];
+        }
     }
-    m->n_frozen = m->layer_size * (size_t)m->args.frozen;
+    m->n_frozen = m->n_base + m->layer_size[1] * (size_t)m->args.frozen;
     m->n_moments = (m->n_params - m->n_frozen) / (size_t)m->ranks.shares;
     m->n_master = m->gpu.half ? m->n_params / (size_t)m->ranks.shares : m->n_params;   // in float, all ranks read all
 }
@@ -2238,17 +2256,18 @@ static int is_shared(const Model *m, Slot slot) {
 
 typedef struct { size_t at, n; } Piece;                   // among all parameters
 
-// The parameters of branch i, indexed as UpdateArgs.t.
-static Piece span_of(const Model *m, size_t i) {
+// Those of branch i, as UpdateArgs.t counts, that train; or that adapters leave as they are.
+static Piece span_of(const Model *m, size_t i, int trains) {
     const size_t last = (size_t)BRANCHES * (size_t)m->config.L, branch = i == last ? (size_t)NO_BRANCH : i % BRANCHES;
-    const Piece s = {m->span[branch] + (i == last ? 0 : i / BRANCHES * m->layer_size), m->span_size[branch]};
+    const Piece s = {m->span[trains][branch] + (i == last ? 0 : i / BRANCHES * m->layer_size[trains]),
+                     m->span_size[trains][branch]};
     return s;
 }
 
 // The part of n elements at `at`, within branch i, that a rank owns; *place: their offset in an
 // array of such shares of all parameters. (In m and v, frozen layers are omitted.)
 static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *place) {
-    const Piece s = span_of(m, i);
+    const Piece s = span_of(m, i, at >= m->n_base);
     const size_t share = s.n / (size_t)m->ranks.shares, from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
     const size_t first = at > from ? at : from, end = at_most(at + n, from + share);
     const Piece part = {first, end > first ? end - first : 0};
@@ -2301,13 +2320,14 @@ static size_t kept_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { void **at; size_t bytes; } Room;
-enum { N_ROOMS = 23, N_TRAINING_ROOMS = 7 };
+enum { N_ROOMS = 26, N_TRAINING_ROOMS = 8 };
 
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const GptConfig *c = &m->config;
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V, N = size_of_number(&m->gpu);
     const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, again = m->args.recompute == RECOMPUTE_BRANCH;
+    const size_t r = (size_t)c->lora;
     const Room all[N_ROOMS] = {
         {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N}, {(void **)&m->lnf_rstd, BT * one},
         {(void **)&m->losses, BT * one}, {(void **)&m->uniform, BT * one},
@@ -2317,7 +2337,9 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
         {(void **)&m->token_logits, (m->args.cache ? m->rows : 1) * V * one},
         {&m->cache.at, (size_t)m->args.cache * (size_t)c->L * 2 * (size_t)m->args.T * C * N},
         {(void **)&m->gpu.partial, PARTIAL * C * one}, {(void **)&m->gpu.sum, 4 * C * one},
+        {&m->lora_u, BT * r * N}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C * N : 0},
         {(void **)&m->kept, 0},                          // has its own size
+        {&m->lora_v, BT * r * N},
         {(void **)&m->dx, BT * C * one}, {&m->dy, BT * C * N}, {&m->dout, BT * C * N}, {&m->dwide, BT * 4 * C * N},
         {(void **)&m->inner, heads}, {&m->redo, again * (BT * 4 * C * N + ALIGN)}, {(void **)&m->lse, again * heads},
     };
@@ -2515,7 +2537,8 @@ static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
     if (!m->graph || m->decoding || pass->watch) return 1;         // a watch may come between
     memset(&key, 0, sizeof key);                         // including padding
     key.kept = kept, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
-    key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise, NOISE_ATTN_OUT);
+    key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise, NOISE_ATTN_OUT) +
+                4 * !!noise_rate(pass->noise, NOISE_LORA);
     key.before = before, key.before_n = before < 0 ? 0 : plan->branch[before].n;
     Graph *all = m->graph + (size_t)(2 * i + backward) * GRAPHS, *g = all;         // the same key, or the oldest
     for (int k = 0; k < GRAPHS && memcmp(&g->key, &key, sizeof key); k++)
@@ -2557,19 +2580,77 @@ static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
 
 static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
 
-// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU); w is parameter `param` of layer l.
-static void linear_forward(Model *m, int l, int param, Result y, const void *x, size_t nT) {
+// Where noise is on the device.
+static const NoisePlace *noise_at(const Model *m, int place, int l) { return m->device.noise + place * m->config.L + l; }
+
+// x (nT,C), or what dropout leaves of it for the adapter of that product: in place, or in a room of its own.
+static const void *adapter_dropout(Model *m, const Pass *pass, int l, int param, void *to, const void *x, size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param);
+    const int place = NOISE_LORA + gpt_product_of(param), i = BRANCHES * l + gpt_param[param].branch;
+    if (!noise_rate(pass->noise, place)) return x;
+    CHECK(m->lora_x, "this model was opened without dropout of adapters");
+    if (to != x)
+        CUDA_CHECK(cudaMemcpyAsync(to, x, nT * C * size_of_number(&m->gpu), cudaMemcpyDeviceToDevice, m->gpu.stream));
+    dropout_end(&m->gpu, to, noise_at(m, place, l), m->device.row + (size_t)i * m->rows, nT, (size_t)m->last_T, C);
+    return to;
+}
+
+// y = s D(x) A^T B^T of the adapter A, B of a product, s = alpha / r; what the product with w is then to do with y.
+static Result adapter_forward(Model *m, int l, int A, Result y, const void *x, size_t nT) {
+    const size_t r = (size_t)m->config.lora, C = (size_t)gpt_param_cols(&m->config, A);
+    const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
+    Result only = fresh(y.at, y.ld, NULL);
+    only.alpha = (float)m->args.lora_scale;
+    multiply(&m->gpu, fresh(m->lora_u, r, NULL), lines(x, C), turned(weight_at(m, A, l), C), nT, r, C);
+    multiply(&m->gpu, only, lines(m->lora_u, r), turned(weight_at(m, A + 1, l), r), nT, OC, r);
+    y.add = 1;
+    return y;
+}
+
+// v = s dy B and dx = v A: the gradient of D(x), to which dropout and the product with w are still to come.
+static Result adapter_backward_input(Model *m, int l, int A, Result dx, const void *dy, size_t nT) {
+    const size_t r = (size_t)m->config.lora, C = (size_t)gpt_param_cols(&m->config, A);
+    const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
+    Result v = fresh(m->lora_v, r, NULL);
+    v.alpha = (float)m->args.lora_scale;
+    multiply(&m->gpu, v, lines(dy, OC), lines(weight_at(m, A + 1, l), r), nT, r, OC);
+    multiply(&m->gpu, fresh(dx.at, dx.ld, NULL), lines(m->lora_v, r), lines(weight_at(m, A, l), C), nT, C, r);
+    dx.add = 1;
+    return dx;
+}
+
+// dA = v^T D(x) and dB = s dy^T u, u = D(x) A^T made again; or += with `add`.
+static void adapter_backward(Model *m, int l, int A, int add, const void *dy, const void *x, size_t nT) {
+    const size_t r = (size_t)m->config.lora, C = (size_t)gpt_param_cols(&m->config, A);
+    const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
+    Result dB = summed(gradient_at(m, A + 1, l), r, add);
+    dB.alpha = (float)m->args.lora_scale;
+    multiply(&m->gpu, fresh(m->lora_u, r, NULL), lines(x, C), turned(weight_at(m, A, l), C), nT, r, C);
+    multiply(&m->gpu, dB, turned(dy, OC), lines(m->lora_u, r), OC, r, nT);
+    multiply(&m->gpu, summed(gradient_at(m, A, l), C, add), turned(m->lora_v, r), lines(x, C), r, C, nT);
+}
+
+// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU); w is parameter `param` of layer l, and may have an adapter.
+static void linear_forward(Model *m, const Pass *pass, int l, int param, Result y, const void *x, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+    const int A = gpt_adapter_of(&m->config, param);
+    if (A >= 0) y = adapter_forward(m, l, A, y, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
     matmul_forward(&m->gpu, y, x, weight_at(m, param, l), nT, C, OC);
 }
 
-// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's
-// epilogue, and the gradients of w and of its bias, which is the next parameter in the table. Both
-// are overwritten or, with `add`, accumulated.
-static void linear_backward(Model *m, int l, int param, Result dx, const void *dy, const void *x, int add, size_t nT) {
+// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's epilogue, and the gradients
+// of w and of its bias, which is the next parameter of the table, and of the adapter. They are set, or with `add` added to.
+static void linear_backward(Model *m, const Pass *pass, int l, int param, Result dx, const void *dy, const void *x, int add,
+                            size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+    const int A = gpt_adapter_of(&m->config, param);
+    if (A >= 0) {
+        dx = adapter_backward_input(m, l, A, dx, dy, nT);
+        adapter_dropout(m, pass, l, param, dx.at, dx.at, nT);
+    }
     matmul_backward(&m->gpu, dx, gradient_at(m, param, l), gradient_at(m, param + 1, l), add, dy, x, weight_at(m, param, l),
                     nT, C, OC);
+    if (A >= 0) adapter_backward(m, l, A, add, dy, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
 }
 
 // Adds the previous branch's output to x, and normalizes the rows of branch i.
@@ -2606,10 +2687,7 @@ static MlpKept mlp_keep(Model *m, size_t nT) {
     return k;
 }
 
-// The address of a noise on the device.
-static const NoisePlace *noise_at(const Model *m, int place, int l) { return m->device.noise + place * m->config.L + l; }
-
-// Generates the bits of layer l's attention dropout; NULL: there is none.
+// The bits of layer l's dropout of attention, made anew; NULL: it has none.
 static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, KeptKeys *keep) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t T = (size_t)m->last_T, NH = (size_t)m->config.NH, line = kept_keys_line(T), n = (size_t)b->n * NH * T * line;
@@ -2635,7 +2713,7 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionK
     const Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     KeptKeys keep;
-    linear_forward(m, l, P_qkvw, fresh(k->qkv, 3 * C, weight_at(m, P_qkvb, l)), k->ln, nT);
+    linear_forward(m, pass, l, P_qkvw, fresh(k->qkv, 3 * C, weight_at(m, P_qkvb, l)), k->ln, nT);
     if (!m->decoding || m->begins)
         attention_forward(k->y, k->lse, k->qkv, attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH, g->half, g->stream);
 }
@@ -2650,11 +2728,11 @@ static void attention_continue(Model *m, int l, const AttentionKept *k, Rows row
                          (size_t)m->last_B, (size_t)m->last_T, C, (size_t)m->config.NH);
 }
 
-// gelu = GELU(h), h from ln, before the last matmul.
-static void mlp_inside(Model *m, int l, const MlpKept *k, size_t nT) {
+// gelu = GELU(h), h from ln, before the last product
+static void mlp_inside(Model *m, const Pass *pass, int l, const MlpKept *k, size_t nT) {
     Result h = fresh(k->h, 4 * (size_t)m->config.C, weight_at(m, P_fcb, l));
     h.gelu = k->gelu;
-    linear_forward(m, l, P_fcw, h, k->ln, nT);
+    linear_forward(m, pass, l, P_fcw, h, k->ln, nT);
 }
 
 // dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before
@@ -2678,7 +2756,7 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), 0, w.ln1w, w.ln1b);
     attention_inside(m, pass, l, k, nT);
     attention_continue(m, l, k, rows_of(m, pass->plan, i));
-    linear_forward(m, l, P_attprojw, fresh(m->out, (size_t)m->config.C, w.attprojb), k->y, nT);
+    linear_forward(m, pass, l, P_attprojw, fresh(m->out, (size_t)m->config.C, w.attprojb), k->y, nT);
 }
 
 // From dout (n,T,C), which carries the scale, to dy (n,T,C), the gradient of the LayerNorm's
@@ -2693,10 +2771,10 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l, int add
     void *dqkv = m->dwide, *dln = m->dy;
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     if (k->qkv == m->redo) attention_inside(m, pass, l, k, nT);
-    linear_backward(m, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
+    linear_backward(m, pass, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
     attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH,
                        g->half, g->stream);
-    linear_backward(m, l, P_qkvw, fresh(dln, C, NULL), dqkv, k->ln, add, nT);
+    linear_backward(m, pass, l, P_qkvw, fresh(dln, C, NULL), dqkv, k->ln, add, nT);
 }
 
 // out: mlp(LN(x[rows])); tied: of x[rows] + the attention's out, which joins the stream when it is
@@ -2707,8 +2785,8 @@ static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
     const Operands w = weights_at(m, l);
     const MlpKept *k = &m->mlp[l];
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), pass->plan->tied, w.ln2w, w.ln2b);
-    mlp_inside(m, l, k, nT);
-    linear_forward(m, l, P_fcprojw, fresh(m->out, (size_t)m->config.C, w.fcprojb), k->gelu, nT);
+    mlp_inside(m, pass, l, k, nT);
+    linear_forward(m, pass, l, P_fcprojw, fresh(m->out, (size_t)m->config.C, w.fcprojb), k->gelu, nT);
 }
 
 static void mlp_branch_backward(Model *m, const Pass *pass, int l, int add) {
@@ -2718,11 +2796,11 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l, int add) {
     Result dh = fresh(m->dwide, 4 * C, NULL);
     void *dln = m->dy;
     if (k->ln == m->ln) layernorm_again(&m->gpu, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
-    if (k->h == m->redo) mlp_inside(m, l, k, nT);
+    if (k->h == m->redo) mlp_inside(m, pass, l, k, nT);
     dh.h = k->h;
     dh.gelu = m->args.recompute == RECOMPUTE_GELU ? k->gelu : NULL;
-    linear_backward(m, l, P_fcprojw, dh, m->dout, k->gelu, add, nT);
-    linear_backward(m, l, P_fcw, fresh(dln, C, NULL), dh.at, k->ln, add, nT);
+    linear_backward(m, pass, l, P_fcprojw, dh, m->dout, k->gelu, add, nT);
+    linear_backward(m, pass, l, P_fcw, fresh(dln, C, NULL), dh.at, k->ln, add, nT);
 }
 
 // ---- Watches ----
@@ -2910,11 +2988,12 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
 static void reduce_branch(Model *m, int i) {
     const int last = i == BRANCHES * m->config.L;
     const Ranks *r = &m->ranks;
-    const Piece s = span_of(m, (size_t)i);
+    const Piece s = span_of(m, (size_t)i, 1);
     const size_t at = s.at - m->n_frozen, share = s.n / (size_t)r->shares;
     const size_t mine = at + (r->shares > 1 ? (size_t)r->rank * share : 0);
     float *grad = m->slot[SLOT_GRAD];
-    gradient_add(m, last ? 0 : i / BRANCHES, last ? NO_BRANCH : i % BRANCHES, 1);  // zeros, if only this rank has dropped it
+    if (!s.n) return;
+    gradient_add(m, last ? 0 : i / BRANCHES, last ? NO_BRANCH : i % BRANCHES, 1);  // zeros, if this rank alone has dropped it
     ranks_begin(r, &m->gpu);
     if (m->wire) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, r->stream, m->wire + at, grad + at, s.n);
     ranks_sum(r, m->wire ? (void *)(m->wire + at) : grad + at, s.n, m->wire != NULL);
@@ -2937,7 +3016,7 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass, Grouped
                        (size_t)m->config.C);
     if (pass->watch && pass->watch->see_gradient)
         show(m, pass->watch, -1, m->dx, 1, (size_t)batch->rows * (size_t)batch->T * (size_t)m->config.C);
-    if (!m->args.frozen)
+    if (dw.wte && !m->args.frozen)
         embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)batch->rows, (size_t)batch->T,
                            (size_t)m->config.T, (size_t)m->config.C);
     if (reduce) reduce_branch(m, BRANCHES * m->config.L);
@@ -3129,8 +3208,8 @@ static void gradient_norm(Model *m) {
 static void gather_parameters(Model *m, const int64_t *t) {
     ranks_begin(&m->ranks, &m->gpu);
     for (size_t i = 0; i <= (size_t)BRANCHES * (size_t)m->config.L; i++) {
-        const Piece s = span_of(m, i);
-        if (t[i] <= 0) continue;
+        const Piece s = span_of(m, i, 1);
+        if (t[i] <= 0 || !s.n) continue;
         ranks_gather(&m->ranks, m->copy ? (void *)(m->copy + s.at) : m->slot[SLOT_PARAM] + s.at, s.n, m->copy != NULL);
     }
     ranks_end(&m->ranks, &m->gpu);
@@ -3186,7 +3265,7 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(m->slot[slot], "this model was opened to evaluate");
     CHECK(param >= 0 && param < N_PARAMS && layer >= 0 && layer < gpt_param_layers(&m->config, param),
           "no parameter %d in layer %d", param, layer);
-    CHECK(slot == SLOT_PARAM || gpt_param_trains(param, layer, m->args.frozen), "parameter %d of layer %d is frozen", param,
+    CHECK(slot == SLOT_PARAM || gpt_param_trains(&m->config, param, layer, m->args.frozen), "parameter %d of layer %d is frozen", param,
           layer);
     if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 1);
     return m->slot[slot] + (param_offset(m, param, layer) - (slot == SLOT_PARAM ? 0 : m->n_frozen));

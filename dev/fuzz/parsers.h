@@ -200,6 +200,24 @@ static int fuzz_config(const unsigned char *p, size_t n) {
     return 1;
 }
 
+static int fuzz_adapter(const unsigned char *p, size_t n) {
+    LoraConfig c, again;
+    Text t = {NULL, 0, 0};
+    char *error = lora_parse(&c, p, n);
+    FUZZ_REQUIRE(!error || *error);
+    free(error);
+    if (error) return 0;
+    FUZZ_REQUIRE(c.rank >= 1 && c.rank <= 1024 && c.targets && c.targets < 16);
+    FUZZ_REQUIRE(isfinite(c.alpha) && c.dropout >= 0 && c.dropout < 1);
+    lora_write(&t, &c);
+    error = lora_parse(&again, t.s, t.n);
+    FUZZ_REQUIRE(!error && again.rank == c.rank && again.targets == c.targets);
+    FUZZ_REQUIRE(again.norms == c.norms && again.alpha == c.alpha && again.dropout == c.dropout);
+    FUZZ_REQUIRE(!strcmp(again.base, c.base));
+    free(c.base), free(again.base), text_free(&t);
+    return 1;
+}
+
 // The options that a checkpoint names, parsed as by the tools.
 static void fuzz_trainer_options(const char *text) {
     TrainOptions t;
@@ -538,7 +556,7 @@ static int fuzz_launch(const unsigned char *p, size_t n) {
 
 #define FUZZ_PARSERS(X)                                                                            \
     X(json) X(shards) X(choices) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) \
-    X(manifest) X(options)                                                                         \
+    X(manifest) X(options) X(adapter)                                                              \
     X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch)
 
 static const FuzzParser fuzz_parsers[] = {

@@ -161,6 +161,17 @@ static void seeds_models(const char *corpus) {
               "\"attn_pdrop\": 0.1, \"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", "
               "\"n_ctx\": 1024, \"n_embd\": 768, \"n_head\": 12, \"n_inner\": null, \"n_layer\": "
               "12, \"n_positions\": 1024, \"task\": {}, \"vocab_size\": 50257}");
+    const LoraConfig lora = {16, 15, 1, 32, 0.1, (char *)(uintptr_t)"runs/base/step_00001000"};
+    lora_write(&t, &lora);
+    seed_take(corpus, "adapter", "ours", &t);
+    seed_text(corpus, "adapter", "peft",
+              "{\"alora_invocation_tokens\": null, \"alpha_pattern\": {}, "
+              "\"base_model_name_or_path\": \"gpt2\", \"bias\": \"none\", \"exclude_modules\": "
+              "null, \"fan_in_fan_out\": true, \"init_lora_weights\": true, "
+              "\"layers_to_transform\": null, \"lora_alpha\": 16, \"lora_dropout\": 0.0, "
+              "\"modules_to_save\": [\"ln_f\", \"ln_1\", \"ln_2\"], \"peft_type\": \"LORA\", "
+              "\"r\": 8, \"rank_pattern\": {}, \"target_modules\": [\"c_proj\", "
+              "\"transformer.h.0.mlp.c_fc\"], \"use_dora\": false}");
     memset(&sums, 0, sizeof sums);
     for (int i = 0; i < CHECKPOINT_FILES; i++) sha256_hex(sums.file[i].hex, &i, 1);
     checkpoint_trainer_json(&t, &s, &sums);

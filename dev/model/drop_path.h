@@ -125,11 +125,11 @@ static inline double drop_path_eval_scale(const DropPath *d, int l, int b) {
 // tokens.
 static inline double drop_path_expected_compute(const DropPath *d, const GptConfig *c, int T,
                                                 int64_t t) {
-    double kept = 3 * gpt_head_flops(c, T);
+    double kept = gpt_head_step_flops(c, T);
     for (int l = 1; l <= c->L; l++)
         for (int b = 0; b < BRANCHES; b++)
-            kept += gpt_layer_passes(l - 1, d->frozen) * (1 - drop_path_rate(d, l, b, t)) *
-                gpt_branch_flops(c, b, T);
+            kept += (1 - drop_path_rate(d, l, b, t)) *
+                    gpt_branch_step_flops(c, b, T, l - 1, d->frozen);
     return kept / (3 * gpt_row_flops(c, T));
 }
 

@@ -59,6 +59,8 @@ typedef struct {
     MemoryBound bound;    // all zero: this model only evaluates (and has no gradients)
     int attention_noise;  // 1: passes may use dropout on attention probabilities, for which a GPU
                           // allocates mask bits
+    double lora_scale;    // alpha / rank of a config with adapters
+    int lora_noise;       // 1: passes may use dropout on what adapters read
     int frozen;           // the first `frozen` layers, and wpe, do not change: no gradients, no
                           // moments, no backward pass (gpt_param_trains)
     int recompute;        // RECOMPUTE_*
@@ -250,6 +252,8 @@ static inline Model *engine_open(const Engine *e, const GptConfig *config, const
     for (size_t i = 0; i < sizeof wish / sizeof wish[0]; i++)
         if (wish[i].asked && !(e->can & wish[i].needs))
             die("%s is for GPUs\n  hint: %s", wish[i].what, wish[i].hint);
+    CHECK(!config->lora || (isfinite(a->lora_scale) && !a->frozen),
+          "adapters need a scale, and no frozen layers");
     CHECK(a->B > 0 && a->T > 0 && a->T <= config->T, "a batch of %d rows of %d tokens", a->B, a->T);
     return e->open(config, a);
 }
@@ -270,37 +274,51 @@ static inline double engine_forward_backward(const Engine *e, Model *m, int T, c
     return e->run(m, &batch, &pass);
 }
 
-// GPT-2's initial weights of the first c->L layers of a model that has `depth` layers in the end. Each
-// is a function of (seed, parameter, layer, position), so all engines get the same.
-static inline void engine_init_layers(const Engine *e, Model *m, const GptConfig *c, int depth,
-                                      uint64_t seed) {
-    for (int p = 0; p < N_PARAMS; p++) {
-        const size_t n = gpt_param_size(c, p);
-        const int init = gpt_param[p].init;
-        const double sigma = init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * depth) : 0.02;
-        real *host = (real *)xcalloc(n + 1, sizeof *host);
-        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+// Initial weights of one parameter in the first c->L layers of a model that has `depth` layers in
+// the end. Each is a function of (seed, parameter, layer, position), so all engines get the same.
+static inline void engine_init_param(const Engine *e, Model *m, const GptConfig *c, int p, int depth,
+                                     uint64_t seed) {
+    const size_t n = gpt_param_size(c, p);
+    const int init = gpt_param[p].init;
+    const double sigma = init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * depth) : 0.02;
+    const double bound = 1 / sqrt((double)gpt_param_cols(c, p));
+    real *host = (real *)xcalloc(n + 1, sizeof *host);
+    for (int l = 0; l < gpt_param_layers(c, p); l++) {
 #ifdef _OPENMP
 #pragma omp parallel for
 #endif
-            for (size_t i = 0; i < n; i += 2) {
-                const double constant = init == INIT_ONE ? 1 : 0;
-                double z[2] = {constant, constant};
-                if (init == INIT_NORMAL || init == INIT_RESIDUAL) {
-                    Philox w = rng_words(seed, STREAM_INIT, (uint64_t)i, (uint32_t)p, (uint32_t)l);
-                    normal_pair(z, w.v[0], w.v[1]);
-                    z[0] *= sigma, z[1] *= sigma;
-                }
-                host[i] = (real)z[0], host[i + 1] = (real)z[1];
+        for (size_t i = 0; i < n; i += 2) {
+            const double constant = init == INIT_ONE ? 1 : 0;
+            double z[2] = {constant, constant};
+            if (init == INIT_NORMAL || init == INIT_RESIDUAL || init == INIT_ADAPTER) {
+                Philox w = rng_words(seed, STREAM_INIT, (uint64_t)i, (uint32_t)p, (uint32_t)l);
+                normal_pair(z, w.v[0], w.v[1]);
+                z[0] *= sigma, z[1] *= sigma;
+                for (int k = 0; init == INIT_ADAPTER && k < 2; k++)
+                    z[k] = bound * (2 * uniform01(w.v[k]) - 1);
             }
-            e->write(m, SLOT_PARAM, p, l, host);
+            host[i] = (real)z[0], host[i + 1] = (real)z[1];
         }
-        free(host);
+        e->write(m, SLOT_PARAM, p, l, host);
     }
+    free(host);
+}
+
+// GPT-2's initial weights.
+static inline void engine_init_layers(const Engine *e, Model *m, const GptConfig *c, int depth,
+                                      uint64_t seed) {
+    for (int p = 0; p < N_PARAMS; p++) engine_init_param(e, m, c, p, depth, seed);
 }
 
 static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c, uint64_t seed) {
     engine_init_layers(e, m, c, c->L, seed);
+}
+
+// New adapters: B is zero, so that they change nothing yet.
+static inline void engine_init_adapters(const Engine *e, Model *m, const GptConfig *c,
+                                        uint64_t seed) {
+    for (int p = 0; p < N_PARAMS; p++)
+        if (gpt_param[p].group == GROUP_ADAPTER) engine_init_param(e, m, c, p, c->L, seed);
 }
 
 #endif

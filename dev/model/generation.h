@@ -116,7 +116,8 @@ typedef struct {
 } PackedWeights;
 
 static inline int is_packed(int param) {
-    return gpt_param[param].branch != NO_BRANCH && gpt_param[param].dims == 2;
+    return gpt_param[param].branch != NO_BRANCH && gpt_param[param].dims == 2 &&
+           gpt_param[param].group != GROUP_ADAPTER;
 }
 
 static inline void packed_layout(PackedWeights *w, const GptConfig *c, const PackRoom *room) {

@@ -9,7 +9,14 @@
 #include "../check.h"
 #include <math.h>
 
-typedef struct { int V, T, L, NH, C; } GptConfig;        // T: the longest row, GPT-2's n_positions
+// {V, T, L, NH, C} alone is a model without adapters.
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+typedef struct {
+    int V, T, L, NH, C;                                  // T: the longest row, GPT-2's n_positions
+    int lora;                                            // rank of the adapters (lora.h); 0: there are none
+    unsigned lora_targets;                               // bit t: the t-th product of a layer has one
+    int lora_norms;                                      // 1: the LayerNorms train beside the adapters
+} GptConfig;
 
 enum { ATTN, MLP, BRANCHES, NO_BRANCH = BRANCHES };      // branch b of layer l is number 2*l + b
 
@@ -41,62 +48,77 @@ static inline const char *gpt_config_error(const GptConfig *c) {
     if (c->T < 1 || c->T > (1 << 20)) return "the sequence length must be 1 to 1048576";
     if (c->L < 1 || c->L > 1024) return "there must be 1 to 1024 layers";
     if (c->C < 1 || c->C > (1 << 16)) return "there must be 1 to 65536 channels";
+    if (c->lora < 0 || c->lora > 1024) return "the rank of adapters must be 0 to 1024";
     if (c->NH < 1 || c->C % c->NH) return "the channels must be a multiple of the heads";
     return NULL;
 }
 
 // ---- Parameters ----
 
-enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_RESIDUAL };  // 0, 1, N(0, 0.02), N(0, 0.02/sqrt(2L)): GPT-2's
+// 0, 1, N(0, 0.02), N(0, 0.02/sqrt(2L)): GPT-2's. And uniform in +-1/sqrt(cols): peft's of A (Kaiming's with a = sqrt 5).
+enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_RESIDUAL, INIT_ADAPTER };
 
-// Matrices (dims 2) are (in, out), as in Hugging Face's GPT-2, and alone have weight decay; vectors have dims 1.
-//     id        checkpoint name            branch     dims rows   cols   init
-#define GPT_PARAMS(X)                                                               \
-    X(wte,      "wte.weight",               NO_BRANCH, 2,   c->V,  c->C,  INIT_NORMAL)   \
-    X(wpe,      "wpe.weight",               NO_BRANCH, 2,   c->T,  c->C,  INIT_NORMAL)   \
-    X(ln1w,     "h.%d.ln_1.weight",         ATTN,      1,   1,     c->C,  INIT_ONE)      \
-    X(ln1b,     "h.%d.ln_1.bias",           ATTN,      1,   1,     c->C,  INIT_ZERO)     \
-    X(qkvw,     "h.%d.attn.c_attn.weight",  ATTN,      2,   c->C,  3*c->C, INIT_NORMAL)  \
-    X(qkvb,     "h.%d.attn.c_attn.bias",    ATTN,      1,   1,     3*c->C, INIT_ZERO)    \
-    X(attprojw, "h.%d.attn.c_proj.weight",  ATTN,      2,   c->C,  c->C,  INIT_RESIDUAL) \
-    X(attprojb, "h.%d.attn.c_proj.bias",    ATTN,      1,   1,     c->C,  INIT_ZERO)     \
-    X(ln2w,     "h.%d.ln_2.weight",         MLP,       1,   1,     c->C,  INIT_ONE)      \
-    X(ln2b,     "h.%d.ln_2.bias",           MLP,       1,   1,     c->C,  INIT_ZERO)     \
-    X(fcw,      "h.%d.mlp.c_fc.weight",     MLP,       2,   c->C,  4*c->C, INIT_NORMAL)  \
-    X(fcb,      "h.%d.mlp.c_fc.bias",       MLP,       1,   1,     4*c->C, INIT_ZERO)    \
-    X(fcprojw,  "h.%d.mlp.c_proj.weight",   MLP,       2,   4*c->C, c->C, INIT_RESIDUAL) \
-    X(fcprojb,  "h.%d.mlp.c_proj.bias",     MLP,       1,   1,     c->C,  INIT_ZERO)     \
-    X(lnfw,     "ln_f.weight",              NO_BRANCH, 1,   1,     c->C,  INIT_ONE)      \
-    X(lnfb,     "ln_f.bias",                NO_BRANCH, 1,   1,     c->C,  INIT_ZERO)
+// Who trains a parameter: with adapters only GROUP_ADAPTER, with lora_norms GROUP_NORM too; without them there is no
+// GROUP_ADAPTER, and everything trains.
+enum { GROUP_BASE, GROUP_NORM, GROUP_ADAPTER };
 
-#define X(id, name, branch, dims, rows, cols, init) P_##id,
+// Matrices (dims 2) are (in, out), as in Hugging Face's GPT-2, and alone have weight decay; vectors have dims 1. Adapters are
+// A (r, in) and B (out, r), as in peft's files.
+//     id        checkpoint name            branch     dims rows   cols   init            group
+#define GPT_PARAMS(X)                                                                                            \
+    X(wte,      "wte.weight",                      NO_BRANCH, 2,  c->V,   c->C,   INIT_NORMAL,   GROUP_BASE)     \
+    X(wpe,      "wpe.weight",                      NO_BRANCH, 2,  c->T,   c->C,   INIT_NORMAL,   GROUP_BASE)     \
+    X(ln1w,     "h.%d.ln_1.weight",                ATTN,      1,  1,      c->C,   INIT_ONE,      GROUP_NORM)     \
+    X(ln1b,     "h.%d.ln_1.bias",                  ATTN,      1,  1,      c->C,   INIT_ZERO,     GROUP_NORM)     \
+    X(qkvw,     "h.%d.attn.c_attn.weight",         ATTN,      2,  c->C,   3*c->C, INIT_NORMAL,   GROUP_BASE)     \
+    X(qkvb,     "h.%d.attn.c_attn.bias",           ATTN,      1,  1,      3*c->C, INIT_ZERO,     GROUP_BASE)     \
+    X(attprojw, "h.%d.attn.c_proj.weight",         ATTN,      2,  c->C,   c->C,   INIT_RESIDUAL, GROUP_BASE)     \
+    X(attprojb, "h.%d.attn.c_proj.bias",           ATTN,      1,  1,      c->C,   INIT_ZERO,     GROUP_BASE)     \
+    X(ln2w,     "h.%d.ln_2.weight",                MLP,       1,  1,      c->C,   INIT_ONE,      GROUP_NORM)     \
+    X(ln2b,     "h.%d.ln_2.bias",                  MLP,       1,  1,      c->C,   INIT_ZERO,     GROUP_NORM)     \
+    X(fcw,      "h.%d.mlp.c_fc.weight",            MLP,       2,  c->C,   4*c->C, INIT_NORMAL,   GROUP_BASE)     \
+    X(fcb,      "h.%d.mlp.c_fc.bias",              MLP,       1,  1,      4*c->C, INIT_ZERO,     GROUP_BASE)     \
+    X(fcprojw,  "h.%d.mlp.c_proj.weight",          MLP,       2,  4*c->C, c->C,   INIT_RESIDUAL, GROUP_BASE)     \
+    X(fcprojb,  "h.%d.mlp.c_proj.bias",            MLP,       1,  1,      c->C,   INIT_ZERO,     GROUP_BASE)     \
+    X(lnfw,     "ln_f.weight",                     NO_BRANCH, 1,  1,      c->C,   INIT_ONE,      GROUP_NORM)     \
+    X(lnfb,     "ln_f.bias",                       NO_BRANCH, 1,  1,      c->C,   INIT_ZERO,     GROUP_NORM)     \
+    X(qkvA,     "h.%d.attn.c_attn.lora_A.weight",  ATTN,      2,  c->lora,c->C,   INIT_ADAPTER,  GROUP_ADAPTER)  \
+    X(qkvB,     "h.%d.attn.c_attn.lora_B.weight",  ATTN,      2,  3*c->C, c->lora,INIT_ZERO,     GROUP_ADAPTER)  \
+    X(attprojA, "h.%d.attn.c_proj.lora_A.weight",  ATTN,      2,  c->lora,c->C,   INIT_ADAPTER,  GROUP_ADAPTER)  \
+    X(attprojB, "h.%d.attn.c_proj.lora_B.weight",  ATTN,      2,  c->C,   c->lora,INIT_ZERO,     GROUP_ADAPTER)  \
+    X(fcA,      "h.%d.mlp.c_fc.lora_A.weight",     MLP,       2,  c->lora,c->C,   INIT_ADAPTER,  GROUP_ADAPTER)  \
+    X(fcB,      "h.%d.mlp.c_fc.lora_B.weight",     MLP,       2,  4*c->C, c->lora,INIT_ZERO,     GROUP_ADAPTER)  \
+    X(fcprojA,  "h.%d.mlp.c_proj.lora_A.weight",   MLP,       2,  c->lora,4*c->C, INIT_ADAPTER,  GROUP_ADAPTER)  \
+    X(fcprojB,  "h.%d.mlp.c_proj.lora_B.weight",   MLP,       2,  c->C,   c->lora,INIT_ZERO,     GROUP_ADAPTER)
+
+#define X(id, name, branch, dims, rows, cols, init, group) P_##id,
 enum { GPT_PARAMS(X) N_PARAMS };
 #undef X
 
 // One pointer per parameter: the weights, or the gradients, that one layer sees.
 typedef struct {
-#define X(id, name, branch, dims, rows, cols, init) real *id;
+#define X(id, name, branch, dims, rows, cols, init, group) real *id;
     GPT_PARAMS(X)
 #undef X
 } Params;
 
-typedef struct { const char *id, *name; int branch, dims, init; } ParamSpec;
+typedef struct { const char *id, *name; int branch, dims, init, group; } ParamSpec;
 
 static const ParamSpec gpt_param[N_PARAMS] = {
-#define X(id, name, branch, dims, rows, cols, init) {#id, name, branch, dims, init},
+#define X(id, name, branch, dims, rows, cols, init, group) {#id, name, branch, dims, init, group},
     GPT_PARAMS(X)
 #undef X
 };
 
 static inline int gpt_param_rows(const GptConfig *c, int param) {
-#define X(id, name, branch, dims, rows, cols, init) (rows),
+#define X(id, name, branch, dims, rows, cols, init, group) (rows),
     const int all[N_PARAMS] = {GPT_PARAMS(X)};
 #undef X
     return all[param];
 }
 
 static inline int gpt_param_cols(const GptConfig *c, int param) {
-#define X(id, name, branch, dims, rows, cols, init) (cols),
+#define X(id, name, branch, dims, rows, cols, init, group) (cols),
     const int all[N_PARAMS] = {GPT_PARAMS(X)};
 #undef X
     return all[param];
@@ -115,8 +137,34 @@ static inline int gpt_param_shape(const GptConfig *c, int param, int64_t shape[2
     return matrix ? 2 : 1;
 }
 
-// In how many layers it exists: L, or 1 (then its layer is 0).
+// ---- Adapters (LoRA, Hu et al. 2021): products 0 .. 3 of a layer, qkv, attproj, fc, fcproj, may have one ----
+
+enum { LORA_TARGETS = 4 };
+
+// The weight of product t, and its A, after which comes its B.
+static inline int gpt_product(int t) {
+    static const int weight[LORA_TARGETS] = {P_qkvw, P_attprojw, P_fcw, P_fcprojw};
+    return weight[t];
+}
+
+// The number of the product with that weight, or -1.
+static inline int gpt_product_of(int param) {
+    for (int t = 0; t < LORA_TARGETS; t++)
+        if (gpt_product(t) == param) return t;
+    return -1;
+}
+
+static inline int gpt_adapter(int t) { return P_qkvA + 2 * t; }
+
+// The A of the weight `param`, or -1: it has no adapter.
+static inline int gpt_adapter_of(const GptConfig *c, int param) {
+    const int t = gpt_product_of(param);
+    return t >= 0 && c->lora && c->lora_targets >> t & 1 ? gpt_adapter(t) : -1;
+}
+
+// In how many layers it exists: L, or 1 (then its layer is 0), or none.
 static inline int gpt_param_layers(const GptConfig *c, int param) {
+    if (gpt_param[param].group == GROUP_ADAPTER && !(c->lora && c->lora_targets >> (param - P_qkvA) / 2 & 1)) return 0;
     return gpt_param[param].branch == NO_BRANCH ? 1 : c->L;
 }
 
@@ -132,9 +180,15 @@ static inline int gpt_param_ends_branch(int param) {
     return param == P_attprojw || param == P_attprojb || param == P_fcprojw || param == P_fcprojb;
 }
 
+// Whether training changes the group's parameters, in layers that are not frozen.
+static inline int gpt_group_trains(const GptConfig *c, int group) {
+    return !c->lora || group == GROUP_ADAPTER || (group == GROUP_NORM && c->lora_norms);
+}
+
 // Whether training changes it where the first `frozen` layers stay as they are. Backward ends above them, so that wpe, which
-// only lies below, stays too; wte is trained as the head. 0: all is trained.
-static inline int gpt_param_trains(int param, int layer, int frozen) {
+// only lies below, stays too; wte is trained as the head. 0: all layers train, with adapters those alone.
+static inline int gpt_param_trains(const GptConfig *c, int param, int layer, int frozen) {
+    if (!gpt_group_trains(c, gpt_param[param].group)) return 0;
     return gpt_param[param].branch == NO_BRANCH ? param != P_wpe || !frozen : layer >= frozen;
 }
 
@@ -152,7 +206,7 @@ static inline int gpt_trained_pieces(GptPiece **pieces, const GptConfig *c, int 
     *pieces = NULL;
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
-            if (!gpt_param_trains(p, l, frozen)) continue;
+            if (!gpt_param_trains(c, p, l, frozen)) continue;
             for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += most) {
                 const GptPiece piece = {p, l, at, size - at < most ? size - at : most};
                 if (count == room) {
@@ -168,7 +222,8 @@ static inline int gpt_trained_pieces(GptPiece **pieces, const GptConfig *c, int 
 static inline size_t gpt_params_trained(const GptConfig *c, int frozen) {
     size_t n = 0;
     for (int p = 0; p < N_PARAMS; p++)
-        for (int l = 0; l < gpt_param_layers(c, p); l++) n += gpt_param_trains(p, l, frozen) ? gpt_param_size(c, p) : 0;
+        for (int l = 0; l < gpt_param_layers(c, p); l++)
+            n += gpt_param_trains(c, p, l, frozen) ? gpt_param_size(c, p) : 0;
     return n;
 }
 
@@ -180,8 +235,7 @@ static inline size_t gpt_params_count(const GptConfig *c) {
 
 // ---- Cost ----
 // Floating point operations of matrix products only (a multiply-add is 2), of a forward pass over one row of T
-// tokens; a training step does 3 times as many (backward: d_input and d_weight), but of a frozen layer only
-// these. Causal attention is counted as what is needed, T(T+1)/2 pairs; a kernel's recomputation, LayerNorm, GELU and the optimizer are not counted.
+// tokens; a training step does 3 times as many (backward: d_input and d_weight) where all is trained. Causal attention is counted as what is needed, T(T+1)/2 pairs; a kernel's recomputation, LayerNorm, GELU and the optimizer are not counted.
 
 static inline double gpt_branch_flops(const GptConfig *c, int branch, int T) {
     double t = T, C = c->C;
@@ -191,8 +245,27 @@ static inline double gpt_branch_flops(const GptConfig *c, int branch, int T) {
 
 static inline double gpt_head_flops(const GptConfig *c, int T) { return 2.0 * T * c->C * c->V; }
 
-// How often a training step does the forward pass' work of layer l = 0, 1, ...
-static inline int gpt_layer_passes(int l, int frozen) { return l < frozen ? 1 : 3; }
+static inline double gpt_adapter_flops(const GptConfig *c, int branch, int T) {
+    double numbers = 0;
+    for (int p = P_qkvA; p < N_PARAMS; p++)
+        if (gpt_param[p].branch == branch && gpt_param_layers(c, p)) numbers += (double)gpt_param_size(c, p);
+    return 2 * T * numbers;
+}
+
+// What a training step does for a kept branch of layer l = 0, 1, ...: three times the forward pass' work, of a frozen layer
+// once. A weight that has an adapter, or stands beside one, has no gradient of its own, which leaves its product twice;
+// adapters make x A^T once more in the backward pass.
+static inline double gpt_branch_step_flops(const GptConfig *c, int branch, int T, int l, int frozen) {
+    const double C = c->C, products = 2.0 * T * (branch == MLP ? 8 : 4) * C * C, forward = gpt_branch_flops(c, branch, T);
+    double again = 0;
+    if (l < frozen) return forward;
+    if (!c->lora) return 3 * forward;
+    for (int p = P_qkvA; p < N_PARAMS; p += 2)           // of A's alone
+        if (gpt_param[p].branch == branch && gpt_param_layers(c, p)) again += 2.0 * T * (double)gpt_param_size(c, p);
+    return 3 * forward - products + 3 * gpt_adapter_flops(c, branch, T) + again;
+}
+
+static inline double gpt_head_step_flops(const GptConfig *c, int T) { return (c->lora ? 2 : 3) * gpt_head_flops(c, T); }
 
 static inline double gpt_row_flops(const GptConfig *c, int T) {
     return c->L * (gpt_branch_flops(c, ATTN, T) + gpt_branch_flops(c, MLP, T)) + gpt_head_flops(c, T);

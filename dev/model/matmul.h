@@ -530,12 +530,13 @@ static inline void multiply_few(Result y, const PackRoom *room, Matrix a, const 
 }
 
 // Backward of y = x w + bias, from scale * dy (BT,OC): dx (BT,C) = dy w^T; dw (C,OC) = x^T dy, or
-// += with `add`; dbias (OC) += the columns of dy. dx carries the scale; it is complete before x is
-// read, since dx's epilogue may recompute x.
+// += with `add`; dbias (OC) += the columns of dy; both NULL: w does not change. dx carries the
+// scale; it is complete before x is read, since dx's epilogue may recompute x.
 static inline void matmul_backward(Result dx, real *dw, int add, real *dbias, const PackRoom *room,
                                    Matrix dy, const real *x, const real *w, size_t BT, size_t C,
                                    size_t OC) {
     multiply(dx, room, dy, turned(w, OC), BT, C, OC, NULL);
+    if (!dw) return;
     multiply(scaled(dw, OC, dx.scale, add), room, turned(x, C), dy, C, OC, BT, dbias);
 }
 

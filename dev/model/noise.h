@@ -8,8 +8,9 @@
 //     NOISE_ATTN           attention's probabilities, by head        a query            T keys
 //     NOISE_ATTN_OUT       what the attention branch adds            a token            C channels
 //     NOISE_MLP_OUT        what the MLP branch adds                  a token            C channels
+//     NOISE_LORA + t       what the adapter of product t reads       a token            its inputs
 //
-// These are the places of GPT-2 (and of transformers' GPT2Model); the last two before drop path's scale. Dropout is inverted:
+// The first four are the places of GPT-2 (and of transformers' GPT2Model), the two OUT before drop path's scale. Dropout is inverted:
 // what is kept is multiplied by 1/(1-p), and evaluation is plain.
 //
 // Element i of a line is kept iff half i%8 (of 16 bits, the lower first) of the words Philox(counter {i/8, line, head, row},
@@ -20,7 +21,7 @@
 
 #include "rng.h"
 
-enum { NOISE_EMBD, NOISE_ATTN, NOISE_ATTN_OUT, NOISE_MLP_OUT, NOISE_PLACES };
+enum { NOISE_EMBD, NOISE_ATTN, NOISE_ATTN_OUT, NOISE_MLP_OUT, NOISE_LORA, NOISE_PLACES = NOISE_LORA + 4 };
 enum { NOISE_ONE = 1 << 16, NOISE_EACH = 8, NOISE_CALLS = 32 };   // a rate of 1; elements of a Philox call; calls at once
 
 // The noise of one pass. Rates are in 2^-16.
@@ -28,14 +29,14 @@ typedef struct {
     uint64_t seed;
     int64_t step;
     uint32_t first_row;                                  // the number in the step of the batch's row 0
-    uint32_t embd, attn, resid;                          // rates; resid: of both branches
+    uint32_t embd, attn, resid, lora;                    // rates; resid: of both branches; lora: of adapters' inputs
 } Noise;
 
 // Noise at one place of one layer: a rate, the key of its draws, and Noise.first_row. rate 0: none.
 typedef struct { uint32_t rate, key[2], first_row; } NoisePlace;
 
 static inline uint32_t noise_rate(const Noise *z, int place) {
-    return !z ? 0 : place == NOISE_EMBD ? z->embd : place == NOISE_ATTN ? z->attn : z->resid;
+    return !z ? 0 : place == NOISE_EMBD ? z->embd : place == NOISE_ATTN ? z->attn : place < NOISE_LORA ? z->resid : z->lora;
 }
 
 // z NULL: no noise. Layers count from 0; the embedding is of layer 0.

@@ -10,6 +10,9 @@
 //                                              (or vocab.json), and tokenizer.json and tokenizer_config.json for transformers
 //     OUT/latest -> step_00001000
 //
+// A run with --lora has adapter_model.safetensors and adapter_config.json in place of the first two, which peft opens on the
+// base; trainer.json then says which base, and its SHA-256.
+//
 // A checkpoint is written under a temporary name, synced and renamed; `latest` moves last: see checkpoint_try_save.
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
@@ -38,6 +41,8 @@ typedef struct {
     const char *options;                                 // the run's options, as config.txt
     const char *tokenizer_sha256;                        // of the shards' manifest; NULL or "" where there is none
     const TokenizerFiles *tokenizer;                     // NULL: none
+    const LoraConfig *lora;                              // of an adapter; NULL: all weights are written
+    const char *base_sha256;                             // and of its base
 } CheckpointState;
 
 // The first CHECKPOINT_FILES are in every checkpoint.
@@ -45,22 +50,33 @@ enum { CHECKPOINT_FILES = 3, CHECKPOINT_ALL = CHECKPOINT_FILES + TOKENIZER_FILES
 static const char *const checkpoint_file[CHECKPOINT_ALL + 1] = {"model.safetensors", "config.json", "optimizer.safetensors",
                                                                 TOKENIZER_FILE_NAMES, "trainer.json"};
 
+// Where a checkpoint is an adapter, its first files are others.
+static inline const char *checkpoint_file_of(int adapter, int i) {
+    static const char *const first[] = {LORA_MODEL, LORA_CONFIG};
+    return adapter && i < 2 ? first[i] : checkpoint_file[i];
+}
+
+// Whether a trainer.json is an adapter's.
+static inline int checkpoint_is_adapter(const Json *trainer) {
+    return json_get(trainer, json_get(trainer, 0, "files"), LORA_MODEL) >= 0;
+}
+
 // ---- Writing ----
 
 typedef struct { FileSum file[CHECKPOINT_ALL]; } CheckpointSums;         // hex is "" where there is no such file
 
-// Whether a slot has the tensor: moments are of what is trained.
-static inline int checkpoint_has(Slot slot, int param, int layer, int frozen) {
-    return slot == SLOT_PARAM || gpt_param_trains(param, layer, frozen);
+// Whether a slot has the tensor in a file: moments are of what is trained, and beside adapters weights too.
+static inline int checkpoint_has(const GptConfig *c, Slot slot, int param, int layer, int frozen) {
+    return (slot == SLOT_PARAM && !c->lora) || gpt_param_trains(c, param, layer, frozen);
 }
 
 // One slot's tensors, "<prefix><name>", in the order of the table.
 static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, Slot slot, int frozen) {
     static const char *const prefixes[] = {"transformer.", NULL, "m.", "v."};
-    const char *prefix = prefixes[slot];
+    const char *prefix = slot == SLOT_PARAM && c->lora ? LORA_PREFIX : prefixes[slot];
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
-            if (!checkpoint_has(slot, p, l, frozen)) continue;
+            if (!checkpoint_has(c, slot, p, l, frozen)) continue;
             int64_t shape[2];
             const int dims = gpt_param_shape(c, p, shape);
             char *name = gpt_param_name(p, l), *full = xprintf("%s%s", prefix, name);
@@ -79,7 +95,7 @@ static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, M
         const size_t n = gpt_param_size(c, p);
         real *host = (real *)xcalloc(n, sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
-            if (!checkpoint_has(slot, p, l, frozen)) continue;
+            if (!checkpoint_has(c, slot, p, l, frozen)) continue;
             e->read(m, slot, p, l, host);
             if (bad && !*bad && !numbers_finite(host, n)) {
                 char *name = gpt_param_name(p, l);
@@ -187,20 +203,26 @@ static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, co
     json_write_string(t, s->options);
     text_printf(t, ",\n  \"bad_steps\": %d", s->bad_steps);
     if (s->frozen) text_printf(t, ",\n  \"frozen\": %d", s->frozen);     // else it is not there, as in older ones
+    if (s->lora) {
+        text_printf(t, ",\n  \"base\": ");
+        json_write_string(t, s->lora->base);
+        text_printf(t, ",\n  \"base_sha256\": \"%s\"", s->base_sha256);
+    }
     checkpoint_write_spikes(t, "losses", &s->losses);
     checkpoint_write_spikes(t, "grad_norms", &s->norms);
     text_printf(t, ",\n  \"files\": {");
     for (int i = 0; i < CHECKPOINT_ALL; i++)
         if (*sums->file[i].hex)
-            text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file[i], sums->file[i].hex);
+            text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file_of(s->lora != NULL, i), sums->file[i].hex);
     text_printf(t, "\n  },\n  \"sizes\": {");
     for (int i = 0; i < CHECKPOINT_ALL; i++)
         if (*sums->file[i].hex)
-            text_printf(t, "%s\"%s\": %llu", i ? ", " : "", checkpoint_file[i], (unsigned long long)sums->file[i].size);
+            text_printf(t, "%s\"%s\": %llu", i ? ", " : "", checkpoint_file_of(s->lora != NULL, i),
+                        (unsigned long long)sums->file[i].size);
     text_printf(t, "},\n  \"marks\": {");              // of file_sum_differs
     for (int i = 0; i < CHECKPOINT_ALL; i++)
         if (*sums->file[i].hex)
-            text_printf(t, "%s\"%s\": \"%s\"", i ? ", " : "", checkpoint_file[i],
+            text_printf(t, "%s\"%s\": \"%s\"", i ? ", " : "", checkpoint_file_of(s->lora != NULL, i),
                         sums->file[i].marks.n ? sums->file[i].marks.s : "");
     text_printf(t, "},\n");
     sha256_hex(hex, t->s, t->n);
@@ -214,8 +236,12 @@ static inline void checkpoint_remove(const char *dir) {
         if (disk_unlink(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
         return;
     }
+    char *adapter = xprintf("%s/" LORA_MODEL, dir), *link = xprintf("%s/base", dir), to[2];
+    const int of_adapter = path_exists(adapter);
+    if (of_adapter && readlink(link, to, sizeof to) > 0) disk_unlink(link);      // lora.h
+    free(adapter), free(link);
     for (int i = CHECKPOINT_ALL; i >= 0; i--) {
-        char *path = xprintf("%s/%s", dir, checkpoint_file[i]);
+        char *path = xprintf("%s/%s", dir, checkpoint_file_of(of_adapter, i));
         if (disk_unlink(path) && errno != ENOENT) warn("cannot remove %s: %s", path, strerror(errno));
         free(path);
     }
@@ -274,12 +300,13 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
     CheckpointSums sums;
     Text config = {NULL, 0, 0}, trainer = {NULL, 0, 0};
     memset(&sums, 0, sizeof sums);
-    for (int i = 0; i <= CHECKPOINT_ALL; i++) path[i] = xprintf("%s/%s", temporary, checkpoint_file[i]);
+    for (int i = 0; i <= CHECKPOINT_ALL; i++) path[i] = xprintf("%s/%s", temporary, checkpoint_file_of(s->lora != NULL, i));
     if (path_exists(temporary)) checkpoint_remove(temporary);
     error = directory_try_make(temporary);
     checkpoint_write_model(path[0], &sums.file[0], e, m, c, bad, &error);
     if (*bad && !error) error = xprintf("%s is not finite", *bad);
-    checkpoint_config_json(&config, c, s, sizeof(real) == 4 ? "float32" : "float64");
+    if (s->lora) lora_write(&config, s->lora);
+    else checkpoint_config_json(&config, c, s, sizeof(real) == 4 ? "float32" : "float64");
     file_sum(&sums.file[1], config.s, config.n);
     checkpoint_write_text(path[1], &config, &error);
     checkpoint_write_optimizer(path[2], &sums.file[2], e, m, c, s, bad, &error);
@@ -373,14 +400,22 @@ static inline CheckpointList checkpoint_list(const char *out) {
 
 static inline char *checkpoint_path(const char *out, int64_t step) { return xprintf("%s/step_%08lld", out, (long long)step); }
 
+// Whether a directory has weights, or an adapter.
+static inline int checkpoint_has_config(const char *dir) {
+    char *config = xprintf("%s/config.json", dir);
+    const int has = path_exists(config) || lora_is_adapter(dir);
+    free(config);
+    return has;
+}
+
 // The weights that a user means by `path`: itself; or, when it is a run's directory, or RUN/latest where
 // there is none, the checkpoint that its link `latest` leads to, else its newest. From malloc.
 static inline char *checkpoint_find(const char *path) {
-    char *config = xprintf("%s/config.json", path), *run = xstrdup(path), *slash = strrchr(run, '/'), *dir = NULL;
+    char *run = xstrdup(path), *slash = strrchr(run, '/'), *dir = NULL;
     if (!path_is_directory(path) && slash && !strcmp(slash, "/latest")) *slash = 0;
-    char *latest = xprintf("%s/latest/config.json", run);
-    if (!path_exists(config) && path_exists(latest)) dir = xprintf("%s/latest", run);
-    else if (!path_exists(config)) {
+    char *latest = xprintf("%s/latest", run);
+    if (!checkpoint_has_config(path) && checkpoint_has_config(latest)) dir = xstrdup(latest);
+    else if (!checkpoint_has_config(path)) {
         CheckpointList list = checkpoint_list(run);
         for (int i = 0; i < list.n && !dir; i++) {       // a removal that was cut short leaves none of a trainer.json
             char *step = checkpoint_path(run, list.step[i]), *trainer = xprintf("%s/trainer.json", step);
@@ -389,7 +424,7 @@ static inline char *checkpoint_find(const char *path) {
         }
         free(list.step);
     }
-    free(config), free(latest), free(run);
+    free(latest), free(run);
     return dir ? dir : xstrdup(path);
 }
 
@@ -493,17 +528,19 @@ static inline int checkpoint_has_file(const Json *trainer, int i) {
 // What trainer.json says of the other files: "sizes" and "marks" are not in older ones. Returns NULL, or what is wrong.
 static inline const char *checkpoint_check_files(const Json *doc) {
     const int files = json_get(doc, 0, "files"), sizes = json_get(doc, 0, "sizes"), marks = json_get(doc, 0, "marks");
+    const int adapter = checkpoint_is_adapter(doc);
     if (json_duplicate(doc, files) >= 0 || json_duplicate(doc, sizes) >= 0 || json_duplicate(doc, marks) >= 0)
         return "a file is there twice in \"files\", \"sizes\" or \"marks\"";
     for (int i = 0; i < CHECKPOINT_ALL; i++) {
         int64_t size = -1;
+        const char *file = checkpoint_file_of(adapter, i);
         if (!checkpoint_has_file(doc, i)) continue;
-        if (!checkpoint_is_hex(doc, json_get(doc, files, checkpoint_file[i]), SHA256_HEX - 1))
+        if (!checkpoint_is_hex(doc, json_get(doc, files, file), SHA256_HEX - 1))
             return "\"files\" must have the SHA-256 of each file";
         if (sizes < 0) continue;
-        if (!json_int64(doc, json_get(doc, sizes, checkpoint_file[i]), &size) || size < 0 || size > CHECKPOINT_MOST)
+        if (!json_int64(doc, json_get(doc, sizes, file), &size) || size < 0 || size > CHECKPOINT_MOST)
             return "\"sizes\" must have the bytes of each file";
-        if (marks >= 0 && !checkpoint_is_hex(doc, json_get(doc, marks, checkpoint_file[i]), (size_t)size / FILE_SUM_BLOCK * 8))
+        if (marks >= 0 && !checkpoint_is_hex(doc, json_get(doc, marks, file), (size_t)size / FILE_SUM_BLOCK * 8))
             return "\"marks\" must have 8 digits for each MiB of each file";
     }
     return NULL;
@@ -578,18 +615,19 @@ static inline const char *checkpoint_sum(FileSum *sum, const char *path, int64_t
 
 // Checks file i of a checkpoint against trainer.json. Returns NULL or, from malloc, what is wrong and where.
 static inline char *checkpoint_verify_file(const Json *trainer, const char *dir, int i) {
-    char *path = xprintf("%s/%s", dir, checkpoint_file[i]), *wrong = NULL;
+    const char *name = checkpoint_file_of(checkpoint_is_adapter(trainer), i);
+    char *path = xprintf("%s/%s", dir, name), *wrong = NULL;
     FileSum sum;
     int64_t size = -1;                                   // what an older trainer.json does not tell is not compared
-    json_int64(trainer, json_get(trainer, json_get(trainer, 0, "sizes"), checkpoint_file[i]), &size);
+    json_int64(trainer, json_get(trainer, json_get(trainer, 0, "sizes"), name), &size);
     const char *error = checkpoint_sum(&sum, path, size < 0 ? INT64_MAX : size);
     if (error) wrong = xprintf("%s: %s", path, error);
     else {
         if (size >= 0 && size != (int64_t)sum.size)
             wrong = xprintf("%s: it has %s%llu bytes, but %lld were written", path, (int64_t)sum.size > size ? "at least " : "",
                             (unsigned long long)sum.size, (long long)size);
-        else if (!json_equals(trainer, json_get(trainer, json_get(trainer, 0, "files"), checkpoint_file[i]), sum.hex)) {
-            const int node = json_get(trainer, json_get(trainer, 0, "marks"), checkpoint_file[i]);
+        else if (!json_equals(trainer, json_get(trainer, json_get(trainer, 0, "files"), name), sum.hex)) {
+            const int node = json_get(trainer, json_get(trainer, 0, "marks"), name);
             char *marks = json_type(trainer, node) == JSON_STRING ? json_string(trainer, node, NULL) : NULL;
             const uint64_t from = marks ? file_sum_differs(&sum, marks) : 0;
             const uint64_t to = marks && from + FILE_SUM_BLOCK < sum.size ? from + FILE_SUM_BLOCK : sum.size;
@@ -647,8 +685,8 @@ static inline char *checkpoint_latest(const char *out) {
     char *found = NULL;
     for (int i = 0; i < list.n && !found; i++) {
         char *path = checkpoint_path(out, list.step[i]);
-        for (int k = 0; k <= CHECKPOINT_ALL; k++) {
-            char *file = xprintf("%s/%s", path, checkpoint_file[k]);
+        for (int k = 0; k < 2 * (CHECKPOINT_ALL + 1); k++) {
+            char *file = xprintf("%s/%s", path, checkpoint_file_of(k % 2, k / 2));
             checkpoint_must_open(file);
             free(file);
         }
@@ -757,6 +795,7 @@ static inline char *checkpoint_read_scale(const Json *doc, int L, double *eval_s
 }
 
 static inline char *checkpoint_read_sizes(const Json *doc, GptConfig *c) {
+    memset(c, 0, sizeof *c);
     const char *key[5] = {"vocab_size", "n_positions", "n_layer", "n_head", "n_embd"};
     int *size[5] = {&c->V, &c->T, &c->L, &c->NH, &c->C};
     for (int i = 0; i < 5; i++) {
@@ -793,15 +832,26 @@ static inline char *checkpoint_parse_config(GptConfig *c, double **eval_scale, i
 
 // The sizes of the model in a checkpoint directory, ours or Hugging Face's, or in a file of llm.c, and how its branches count
 // in evaluation: *eval_scale (2L) from malloc, *tied. Dies with the reason when there is none, or when the weights are not
-// of these sizes.
+// of these sizes. Of an adapter they are the base's.
 static inline void checkpoint_read_config(const char *dir, GptConfig *c, double **eval_scale, int *tied) {
+    Weights w;
+    memset(c, 0, sizeof *c);
+    if (lora_is_adapter(dir)) {
+        LoraConfig lora;
+        lora_open(&lora, dir);
+        checkpoint_read_config(lora.base, c, eval_scale, tied);
+        free(lora.base);
+        weights_open(&w, dir);
+        weights_check(&w, c);
+        weights_close(&w);
+        return;
+    }
     if (path_exists(dir) && !path_is_directory(dir)) {
         checkpoint_read_llmc(dir, c, eval_scale, tied);
         return;
     }
     char *path = xprintf("%s/config.json", dir);
     FileMap map;
-    Weights w;
     const char *error = file_map(&map, path);
     if (error)
         die("cannot read %s: %s\n  hint: a checkpoint is a directory with config.json and model.safetensors", path, error);
@@ -830,7 +880,7 @@ static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConf
     for (int p = 0; p < N_PARAMS; p++) {
         real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
-            if (!checkpoint_has(slot, p, l, frozen)) continue;
+            if (!checkpoint_has(c, slot, p, l, frozen)) continue;
             weights_read(w, c, prefix, p, l, host);
             checkpoint_check_finite(w, prefix, p, l, host, gpt_param_size(c, p));
             e->write(m, slot, p, l, host);
@@ -851,13 +901,14 @@ static inline char *checkpoint_check_weights(const char *dir) {
         if (!error) error = checkpoint_parse_trainer(&doc, map.data, map.size);
         if (error) die("this checkpoint is damaged: %s: %s", path, error);
         for (int i = 0; i < CHECKPOINT_ALL; i++) {
-            char *file = xprintf("%s/%s", dir, checkpoint_file[i]);
+            char *file = xprintf("%s/%s", dir, checkpoint_file_of(checkpoint_is_adapter(&doc), i));
             const int left_out = i >= CHECKPOINT_FILES && !path_exists(file);      // the weights were copied alone
             const int needed = strcmp(checkpoint_file[i], "optimizer.safetensors") && checkpoint_has_file(&doc, i) && !left_out;
             const char *wrong = needed ? checkpoint_verify_file(&doc, dir, i) : NULL;
             if (wrong) die("this checkpoint is damaged: %s", wrong);
             free(file);
         }
+        if (checkpoint_is_adapter(&doc)) lora_check_base(&doc, dir);
         options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
         json_free(&doc);
         file_unmap(&map);
@@ -866,11 +917,21 @@ static inline char *checkpoint_check_weights(const char *dir) {
     return options;
 }
 
-// The weights of a checkpoint, in any form of weights.h, into a model of the sizes that checkpoint_read_config gave.
+// The weights of a checkpoint, in any form of weights.h, into a model of the sizes that checkpoint_read_config gave. Into a
+// model that has adapters go those that the checkpoint has, too; others are left as they are.
 static inline void checkpoint_load_weights(const char *from, const Engine *e, Model *m, const GptConfig *c) {
     Weights w;
     weights_open(&w, from);
-    checkpoint_load_slot(e, m, c, SLOT_PARAM, 0, &w, w.prefix);
+    for (int p = 0; p < N_PARAMS; p++) {
+        real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
+        for (int l = 0; l < gpt_param_layers(c, p); l++) {
+            if (gpt_param[p].group == GROUP_ADAPTER && !weights_adapter_tensor(&w, c, p, l)) continue;
+            weights_read(&w, c, w.prefix, p, l, host);
+            checkpoint_check_finite(&w, w.prefix, p, l, host, gpt_param_size(c, p));
+            e->write(m, SLOT_PARAM, p, l, host);
+        }
+        free(host);
+    }
     weights_close(&w);
 }
 
@@ -902,6 +963,7 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
     if (then > c->L) die("%s/trainer.json: %d frozen layers of a model of %d", dir, then, c->L);
     s->frozen = frozen;
 
+    if (lora_is_adapter(dir)) free(checkpoint_check_weights(dir));       // its base
     checkpoint_load_weights(dir, e, m, c);
     path = xprintf("%s/optimizer.safetensors", dir);
     weights_open_file(&w, path, "--init-from takes the weights alone and starts at step 0");

@@ -25,7 +25,8 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
 // The fraction of the full model's FLOPs that the run is expected to execute.
 static inline double trainer_expected_compute(const Trainer *tr) {
     const GptConfig whole = trainer_whole(tr);
-    if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen && !tr->growth.n) return 1;
+    if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen && !tr->growth.n && !tr->lora.rank)
+        return 1;
     return growth_run_compute(&tr->growth, &tr->drop, &whole, tr->T, tr->steps);
 }
 
@@ -59,6 +60,16 @@ static inline void trainer_warn_of_many(const Trainer *tr, int drops_much) {
         warn("dropout, though no token is seen twice: that usually raises the loss (arXiv "
              "2505.24788); compare with --dropout 0");
     text_free(&names);
+}
+
+static inline void trainer_print_lora(const Trainer *tr) {
+    const LoraConfig *c = &tr->lora;
+    char count[32];
+    metrics_grouped(count, (double)gpt_params_trained(&tr->config, 0));
+    printf("trains:  %s parameters: adapters of rank %d, alpha %g, of ", count, c->rank, c->alpha);
+    for (int t = 0, n = 0; t < LORA_TARGETS; t++)
+        if (c->targets >> t & 1) printf("%s%s", n++ ? "," : "", lora_names[t]);
+    printf("%s; base %s\n", c->norms ? ", and the norms" : "", c->base);
 }
 
 static inline void trainer_print_start(const Trainer *tr) {
@@ -104,6 +115,7 @@ static inline void trainer_print_start(const Trainer *tr) {
                    (long long)tr->growth.phase[i].from, i + 1 < tr->growth.n ? "," : "");
         printf("; expected to execute %.1f%% of the FLOPs\n", 100 * trainer_expected_compute(tr));
     }
+    if (tr->lora.rank) trainer_print_lora(tr);
     if (o->drop_path > 0 || tr->replay.n) {
         printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of "
                "the FLOPs\n", o->drop_path, c->L, o->drop_path * drop_path_depth(&tr->drop, 1),
@@ -111,7 +123,10 @@ static inline void trainer_print_start(const Trainer *tr) {
     }
     const double share = trainer_expected_share(tr);
     const char *size = drop_path_excess(share, parameters, c->L, &usual);
-    if (size)
+    if (tr->lora.rank && o->drop_path > 0.1 + 1e-9)
+        warn("--drop-path %g with --lora: adapters are small, and a milder schedule is usual; "
+             "0.05, say", o->drop_path);
+    else if (size)
         warn("--drop-path %g drops %.0f%% of the branches' work on average over layers and steps, which "
              "is high: no harm is reported for %.2g%% of a %s model\n  hint: that rests on few runs "
              "(dev/DROP_PATH.md); compare with a run without it", o->drop_path, 100 * share,
@@ -167,19 +182,22 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     if (epochs >= 100)
         warn("%.0f epochs: the model will memorize the data; more than --epochs 4 is unusual",
              epochs);
-    const char *const saver[] = {"drop path", "--train-last", "--grow"};
-    const int frozen = tr->drop.frozen, grows = tr->growth.n, drops = tr->options->drop_path > 0 || tr->replay.n;
-    const int used[] = {drops || (!frozen && !grows), frozen, grows};
+    const char *const saver[] = {"drop path", "--train-last", "--lora", "--grow"};
+    const int frozen = tr->drop.frozen, grows = tr->growth.n, adapts = tr->lora.rank;
+    const int drops = tr->options->drop_path > 0 || tr->replay.n;
+    const int used[] = {drops || (!frozen && !grows && !adapts), frozen, adapts, grows};
     Text savers = {NULL, 0, 0};
     int n = 0;
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 4; i++)
         if (used[i]) text_printf(&savers, "%s%s", n++ ? " and " : "", saver[i]);
     printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full, savers.s);
     if (*tr->options->device) gpu_model_print(&tr->drop, tr->M, tr->steps);
     else trainer_print_time(least, most, time, &savers, n, saved);
     text_free(&savers);
-    printf("disk:    %.0f MiB a checkpoint\n", (double)sizeof(real) / mib *
-           (double)(gpt_params_count(&whole) + 2 * gpt_params_trained(&whole, tr->drop.frozen)));
+    const size_t trained = gpt_params_trained(&whole, tr->drop.frozen);
+    const size_t weights = adapts ? trained : gpt_params_count(&whole);
+    printf("disk:    %.*f MiB a checkpoint\n", adapts ? 1 : 0,
+           (double)sizeof(real) / mib * (double)(weights + 2 * trained));
     printf("dry run: nothing has been trained or written\n");
 }
 

@@ -129,6 +129,15 @@ static inline double gpu_branch_products(const GpuSpec *g, const GpuRun *r, int 
     return gpu_product(g, BT, 3 * C, C) + gpu_product(g, BT, C, C);
 }
 
+// Those of its adapters: forward; backward takes three times as long.
+static inline double gpu_adapter_products(const GpuSpec *g, const GpuRun *r, int branch) {
+    double t = 0;
+    for (int p = P_qkvA; p < N_PARAMS; p++)
+        if (gpt_param[p].branch == branch && gpt_param_layers(&r->c, p))
+            t += gpu_product(g, (double)r->B * r->T, gpt_param_rows(&r->c, p), gpt_param_cols(&r->c, p));
+    return t;
+}
+
 // Causal attention, forward.
 static inline double gpu_attention_flops(const GpuRun *r) {
     return (double)r->B * 2 * 2 * r->c.C * ((double)r->T * (r->T + 1) / 2);
@@ -137,7 +146,7 @@ static inline double gpu_attention_flops(const GpuRun *r) {
 static inline GpuTime gpu_branch_forward(const GpuSpec *g, const GpuRun *r, int branch) {
     const double elements = (double)r->B * r->T * r->c.C;
     GpuTime t = {{0}};
-    t.part[GPU_PART_products] = gpu_branch_products(g, r, branch);
+    t.part[GPU_PART_products] = gpu_branch_products(g, r, branch) + gpu_adapter_products(g, r, branch);
     t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES);
     if (branch == ATTN)
         t.part[GPU_PART_attention] = gpu_attention_flops(r) / (GPU_ATTENTION * g->mma);
@@ -159,10 +168,12 @@ static inline double gpu_branch_again(const GpuSpec *g, const GpuRun *r, int bra
 static inline GpuTime gpu_branch_backward(const GpuSpec *g, const GpuRun *r, int branch) {
     const double elements = (double)r->B * r->T * r->c.C;
     GpuTime t = {{0}};
-    t.part[GPU_PART_products] = 2 * gpu_branch_products(g, r, branch);
+    t.part[GPU_PART_products] = (r->c.lora ? 1 : 2) * gpu_branch_products(g, r, branch) +
+                                3 * gpu_adapter_products(g, r, branch);
     t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES) + 3 * GPU_SUM_PARTS;
     t.part[GPU_PART_again] = gpu_branch_again(g, r, branch);
-    t.part[GPU_PART_biases] = gpu_stream(g, (branch == MLP ? 5 : 4) * elements, GPU_BIAS_BYTES);
+    if (!r->c.lora)
+        t.part[GPU_PART_biases] = gpu_stream(g, (branch == MLP ? 5 : 4) * elements, GPU_BIAS_BYTES);
     if (branch == ATTN)
         t.part[GPU_PART_attention] = 2.5 * gpu_attention_flops(r) / (GPU_ATTENTION_BACK * g->mma) +
                                      gpu_stream(g, elements, GPU_INNER_BYTES);
@@ -174,7 +185,7 @@ static inline GpuTime gpu_ends(const GpuSpec *g, const GpuRun *r) {
     const double BT = (double)r->B * r->T, C = r->c.C, Vp = (r->c.V + 127) / 128 * 128;
     GpuTime t = {{0}};
     t.part[GPU_PART_head] = gpu_product(g, BT, Vp, C) + gpu_product(g, BT, C, Vp) +
-                            gpu_product(g, C, Vp, BT);
+                            (r->c.lora ? 0 : gpu_product(g, C, Vp, BT));
     t.part[GPU_PART_loss] = gpu_stream(g, BT * Vp, GPU_LOSS_BYTES);
     t.part[GPU_PART_norms] = 2 * gpu_stream(g, BT * C, GPU_NORM_BYTES);
     t.part[GPU_PART_embedding] = (r->frozen ? 1 : 2) * gpu_stream(g, BT * C, GPU_EMBEDDING_BYTES);
@@ -184,7 +195,8 @@ static inline GpuTime gpu_ends(const GpuSpec *g, const GpuRun *r) {
 static inline double gpu_branch_params(const GptConfig *c, int branch) {
     double n = 0;
     for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch == branch) n += (double)gpt_param_size(c, p);
+        if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && gpt_param_trains(c, p, 0, 0))
+            n += (double)gpt_param_size(c, p);
     return n;
 }
 
@@ -215,7 +227,7 @@ static inline void gpu_communicate(const GpuSpec *g, const GpuRun *r,
         if (r->zero) gathered += gpu_ring(g, r->ranks, 2 * size, 1);
     }
     for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch == NO_BRANCH && gpt_param_trains(p, 0, r->frozen))
+        if (gpt_param[p].branch == NO_BRANCH && gpt_param_trains(&r->c, p, 0, r->frozen))
             rest += (double)gpt_param_size(&r->c, p);
     const double last = gpu_ring(g, r->ranks, wire * rest, passes);
     if (r->zero) gathered += gpu_ring(g, r->ranks, 2 * rest, 1);
@@ -226,10 +238,10 @@ static inline void gpu_communicate(const GpuSpec *g, const GpuRun *r,
 
 // The FLOPs of one GPU's step, as counted in metrics.jsonl.
 static inline double gpu_step_flops(const GpuRun *r) {
-    double flops = 3 * gpt_head_flops(&r->c, r->T);
+    double flops = gpt_head_step_flops(&r->c, r->T);
     for (int i = 0; i < BRANCHES * r->c.L; i++)
-        flops += gpt_layer_passes(i / BRANCHES, r->frozen) * gpu_kept(r, i) *
-                 gpt_branch_flops(&r->c, i % BRANCHES, r->T);
+        flops += gpu_kept(r, i) *
+                 gpt_branch_step_flops(&r->c, i % BRANCHES, r->T, i / BRANCHES, r->frozen);
     return flops * r->B * r->micros;
 }
 

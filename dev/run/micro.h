@@ -46,9 +46,10 @@ static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
     Pass pass = pass_of(&tr->plan, 1.0 / tr->M);
     Noise noise = {(uint64_t)o->seed, t, (uint32_t)m * (uint32_t)tr->B,
                    noise_rate_of(on * o->dropout_embd),
-                   noise_rate_of(on * o->dropout_attn), noise_rate_of(on * o->dropout_resid)};
+                   noise_rate_of(on * o->dropout_attn), noise_rate_of(on * o->dropout_resid),
+                   o->lora ? noise_rate_of(o->lora_dropout) : 0};
     tr->noise = noise;
-    if (noise.embd || noise.attn || noise.resid) pass.noise = &tr->noise;
+    if (noise.embd || noise.attn || noise.resid || noise.lora) pass.noise = &tr->noise;
     if (tr->objective.smoothing != 0) pass.objective = &tr->objective;
     if (tr->world > 1 && m + tr->world >= tr->M) pass.reduce = tr->reduce;
     return pass;
@@ -90,10 +91,10 @@ static inline void trainer_account(Trainer *tr, Metrics *r) {
     const GptConfig *c = &tr->config, whole = trainer_whole(tr);
     if (tr->growth.n) r->layers = c->L;
     const double rows = (double)tr->B * tr->M;
-    double flops = 3 * rows * gpt_head_flops(c, tr->T), kept[BRANCHES] = {0, 0};
+    double flops = rows * gpt_head_step_flops(c, tr->T), kept[BRANCHES] = {0, 0};
     for (int i = 0; i < BRANCHES * c->L; i++) {
-        flops += gpt_layer_passes(i / BRANCHES, tr->drop.frozen) * tr->kept[i] * gpt_branch_flops(c,
-            i % BRANCHES, tr->T);
+        flops += tr->kept[i] * gpt_branch_step_flops(c, i % BRANCHES, tr->T, i / BRANCHES,
+                                                     tr->drop.frozen);
         kept[i % BRANCHES] += tr->kept[i];
     }
     r->flops = flops;

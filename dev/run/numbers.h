@@ -62,9 +62,12 @@ typedef struct { double norm[2], bad[2]; } TensorNumbers;
 static inline int numbers_places(TensorPlace **places, const GptConfig *c) {
     int n = 0;
     *places = (TensorPlace *)xcalloc((size_t)N_PARAMS * (size_t)c->L, sizeof **places);
-    for (int p = N_PARAMS - 1; p > P_fcprojb; p--) (*places)[n].param = p, (*places)[n++].layer = 0;
-    for (int l = c->L - 1; l >= 0; l--)
+    for (int p = P_lnfb; p > P_fcprojb; p--) (*places)[n].param = p, (*places)[n++].layer = 0;
+    for (int l = c->L - 1; l >= 0; l--) {
+        for (int p = N_PARAMS - 1; p > P_lnfb; p--)
+            if (gpt_param_layers(c, p)) (*places)[n].param = p, (*places)[n++].layer = l;
         for (int p = P_fcprojb; p >= P_ln1w; p--) (*places)[n].param = p, (*places)[n++].layer = l;
+    }
     for (int p = P_ln1w - 1; p >= 0; p--) (*places)[n].param = p, (*places)[n++].layer = 0;
     return n;
 }
@@ -98,7 +101,7 @@ static inline TensorNumbers *numbers_of_tensors(const Engine *e, Model *m, const
         const size_t size = gpt_param_size(c, places[i].param);
         real *host = (real *)xcalloc(size, sizeof *host);
         for (int which = 0; which < 2; which++) {
-            if (which && !gpt_param_trains(places[i].param, places[i].layer, frozen)) continue;
+            if (which && !gpt_param_trains(c, places[i].param, places[i].layer, frozen)) continue;
             e->read(m, which ? SLOT_GRAD : SLOT_PARAM, places[i].param, places[i].layer, host);
             numbers_of_slot(&mine[i], which, host, size);
         }

@@ -166,6 +166,13 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(rounding, "rounding", CHOICE, "nearest", "nearest|stochastic",                                            \
            "GPU, --dtype bf16: how the fp32 weights become the bf16 that forward and backward read; stochastic: up or " \
            "down at random, so that the mean is right")                                                              \
+  HEADING("Adapters (LoRA): all weights stay as --init-from gave them; checkpoints are peft's") \
+    OPTION(lora, "lora", INTEGER, "0", "[0,1024]",                                                                   \
+           "rank of the adapters; 0: none. With them --drop-path is 0.05 unless given")                              \
+    OPTION(lora_alpha, "lora-alpha", NUMBER, "0", "[0,inf)", "adapters count alpha / rank times; 0: twice the rank") \
+    OPTION(lora_dropout, "lora-dropout", NUMBER, "0", "[0,1)", "dropout of what adapters read")                      \
+    OPTION(lora_targets, "lora-targets", TEXT, "qkv,attproj,fc,fcproj", "LIST", "the products that have one")        \
+    OPTION(lora_norms, "lora-norms", FLAG, "0", "0|1", "train ln_1, ln_2 and ln_f as well")                          \
   HEADING("Dropout, label smoothing: of several regularisers, each weaker")                                          \
     OPTION(dropout, "dropout", NUMBER, "0", "[0,1)",                                                                 \
            "rate of dropout at GPT-2's places: sets the next three. GPT-2 had 0.1; for text that is seen once 0 is better")\
@@ -804,13 +811,18 @@ static inline void options_apply_rates(Options *o, const TrainOptions *t) {
     free(all);
 }
 
-// Sets what --drop-recipe, --drop-rates and --dropout stand for, except the options that were given at least as directly. Call it after
+// Sets what --drop-recipe, --drop-rates, --lora and --dropout stand for, except the options that
+// were given at least as directly. Call it after
 // parsing.
 static inline void options_apply_recipe(Options *o, const TrainOptions *t) {
     const char *config = drop_recipe_configs[t->drop_recipe];
     char *error = options_config(o, config, strlen(config), options_from(o, &t->drop_recipe) - 1, "recipe");
     CHECK(!error, "%s", error);
     options_apply_rates(o, t);
+    if (t->lora && options_from(o, &t->drop_path) == FROM_DEFAULT && !*t->drop_replay) {
+        error = options_set(o, "drop-path", "0.05", FROM_DEFAULT);
+        CHECK(!error, "%s", error);
+    }
     const int dropout = options_from(o, &t->dropout);
     if (dropout == FROM_DEFAULT) return;
     char *all = xprintf("dropout-embd=%.17g\ndropout-attn=%.17g\ndropout-resid=%.17g", t->dropout, t->dropout, t->dropout);

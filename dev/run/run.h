@@ -30,6 +30,8 @@ typedef struct {
     const Engine *engine;
     Model *model;
     GptConfig config;                                    // of the layers there are
+    LoraConfig lora;                                     // rank 0: no adapters
+    char base_sha256[SHA256_HEX];                        // of the adapters' base, on rank 0
     int depth;                                           // layers in the end
     Growth growth;
     DropPath drop;
@@ -156,8 +158,56 @@ static inline void trainer_take_tokenizer(Trainer *tr) {
     free(beside), free(wrong);
 }
 
+// Dies where options of adapters do not go together.
+static inline void trainer_check_lora(const TrainOptions *o) {
+    unsigned targets;
+    if (!o->lora) {
+        if (o->lora_alpha > 0 || o->lora_dropout > 0 || o->lora_norms)
+            die("--lora-alpha, --lora-dropout and --lora-norms need --lora\n  hint: --lora 16 trains adapters of rank 16");
+        return;
+    }
+    char *error = lora_parse_targets(&targets, o->lora_targets);
+    if (error) die("--lora-targets: %s", error);
+    if (o->train_last) die("--lora and --train-last exclude each other\n  hint: with --lora all weights stay as they are");
+    if (o->drop_scale == SCALE_SURVIVAL && o->drop_path > 0)
+        die("--lora with --drop-scale survival: an adapter's files cannot hold its factors\n  hint: --drop-scale inverted");
+    if (!*o->init_from && !*o->resume)
+        die("--lora without --init-from: there is nothing to adapt\n  hint: --init-from names a checkpoint's directory");
+}
+
+// What adapters the run has, and of which base, from --lora and where it starts. An adapter that it goes on from must have the
+// same.
+static inline void trainer_lora(Trainer *tr, const char *from, int resume) {
+    const TrainOptions *o = tr->options;
+    LoraConfig *mine = &tr->lora, then;
+    const char *how = resume ? "--resume" : "--init-from";
+    memset(&then, 0, sizeof then);
+    if (lora_is_adapter(from)) lora_open(&then, from);
+    if (resume && then.rank != (int)o->lora)
+        die("--resume %s was trained with --lora %d, this run has %lld\n  hint: --init-from starts a new run from it", from,
+            then.rank, (long long)o->lora);
+    if (o->lora) {
+        mine->rank = (int)o->lora, mine->norms = o->lora_norms, mine->dropout = o->lora_dropout;
+        mine->alpha = o->lora_alpha > 0 ? o->lora_alpha : 2 * (double)o->lora;
+        char *wrong = lora_parse_targets(&mine->targets, o->lora_targets);
+        CHECK(!wrong, "%s", wrong);
+        const int same = then.rank == mine->rank && then.alpha == mine->alpha && then.norms == mine->norms;
+        if (then.rank && (!same || (resume ? then.targets != mine->targets : then.targets & ~mine->targets)))
+            die("%s %s has other adapters: rank %d, alpha %g, norms %d, targets 0x%x; this run: %d, %g, %d, 0x%x\n"
+                "  hint: the same --lora options; or export it, and adapt that", how, from, then.rank, then.alpha, then.norms,
+                then.targets, mine->rank, mine->alpha, mine->norms, mine->targets);
+        char *base = realpath(then.rank ? then.base : from, NULL);
+        if (!base) die("cannot find %s: %s", then.rank ? then.base : from, strerror(errno));
+        mine->base = xstrdup(base);
+        free(base);
+        tr->config.lora = mine->rank, tr->config.lora_targets = mine->targets, tr->config.lora_norms = mine->norms;
+        tr->state.lora = mine, tr->state.base_sha256 = tr->base_sha256;
+    }
+    free(then.base);
+}
+
 // Sizes: of the checkpoint that the run starts from, else of the preset, changed by single options.
-static inline void trainer_config(Trainer *tr, const char *from) {
+static inline void trainer_config(Trainer *tr, const char *from, int resume) {
     const TrainOptions *o = tr->options;
     GptConfig *c = &tr->config;
     if (from) {
@@ -171,9 +221,12 @@ static inline void trainer_config(Trainer *tr, const char *from) {
         for (int i = 0; i < 4; i++)
             if (given[i] && given[i] != have[i])
                 die("--%s %lld: %s has %lld", name[i], (long long)given[i], from, (long long)have[i]);
+        trainer_lora(tr, from, resume);
         tr->T = o->seq_len ? (int)o->seq_len : c->T;
         if (tr->T > c->T) die("--seq-len %d: %s has %d positions\n  hint: --seq-len %d is the most", tr->T, from, c->T, c->T);
     } else {
+        if (o->lora)
+            die("--lora without --init-from: there is nothing to adapt\n  hint: --init-from names a checkpoint's directory");
         *c = gpt_presets[o->preset].config;
         if (tr->manifest[MANIFEST_TRAIN].V) c->V = tr->manifest[MANIFEST_TRAIN].V;
         if (tr->has_tokenizer) c->V = tr->tokenizer.V;
@@ -340,6 +393,7 @@ static inline void trainer_growth(Trainer *tr, const char *from, int resume) {
     if (error) die("%s", error);
     g->init = o->grow_init, g->at = o->grow_at, g->warmup = span_steps(o->grow_warmup, tr->steps);
     if (!g->n) return;
+    if (o->lora) die("--grow and --lora exclude each other: new layers would be adapters of nothing");
     if (o->train_last) die("--grow and --train-last exclude each other: new layers would be trained on frozen ones");
     if (*o->device) die("--device predicts a step of one depth\n  hint: leave out --grow, and give --layers of the phase");
     const int64_t last = resume && tr->state.step > 0 ? tr->state.step - 1 : 0;
@@ -489,9 +543,13 @@ static inline void trainer_load_weights(Trainer *tr, const char *from) {
     double *scale;
     int tied, factors = 0;
     free(checkpoint_check_weights(from));
+    if (c->lora) engine_init_adapters(tr->engine, tr->model, c, (uint64_t)tr->options->seed);
     checkpoint_load_weights(from, tr->engine, tr->model, c);
     checkpoint_read_config(from, &same, &scale, &tied);
     for (int i = 0; i < BRANCHES * c->L; i++) factors |= scale[i] != 1;
+    if (factors && c->lora)
+        die("%s was trained with --drop-scale survival: its weights alone are no base of adapters\n"
+            "  hint: build/export folds the factors into them", from);
     const int keeps = tr->drop.scale == SCALE_SURVIVAL && tr->drop.p_max > 0;
     for (int p = 0; factors && !tied && !keeps && p < N_PARAMS; p++) {
         real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
@@ -534,7 +592,8 @@ static inline void trainer_open_model(Trainer *tr) {
     tr->plan = drop_plan_new(tr->config.L, tr->B);
     args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(tr->engine, o);
     args.bound = trainer_memory_bound(tr), args.recompute = o->recompute, args.frozen = tr->state.frozen = tr->drop.frozen;
-    args.attention_noise = o->dropout_attn > 0;
+    args.attention_noise = o->dropout_attn > 0, args.lora_noise = tr->lora.dropout > 0;
+    if (tr->lora.rank) args.lora_scale = tr->lora.alpha / tr->lora.rank;
     args.comm = tr->comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
     args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed, args.dry = o->dry_run;
     tr->kept = (int *)xcalloc(branches, sizeof(int));
@@ -582,17 +641,19 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
     if (!*o->out) die("--out is empty\n  hint: the directory of this run's checkpoints and metrics.jsonl");
     trainer_check_numbers(o);
+    trainer_check_lora(o);
     int resume;
     trainer_agree(tr);
     char *from = trainer_start_together(tr, &resume);
     trainer_open_tokenizer(tr, from);
-    trainer_config(tr, from);
+    trainer_config(tr, from, resume);
     shards_open(&tr->train, o->train, tr->T, tr->config.V);
     tr->has_val = *o->val != 0;
     if (tr->has_val) shards_open(&tr->val, o->val, tr->T, tr->config.V);
     manifest_check_shards(&tr->manifest[MANIFEST_TRAIN], &tr->train);
     if (tr->has_val) manifest_check_shards(&tr->manifest[MANIFEST_VAL], &tr->val);
     if (resume) trainer_find_position(tr, from);
+    if (tr->lora.rank && tr->rank == 0 && !o->dry_run) lora_base_sha256(tr->base_sha256, tr->lora.base);
     trainer_sizes(tr);
     trainer_growth(tr, from, resume);
     trainer_describe_data(tr);
@@ -644,6 +705,7 @@ static inline void trainer_close(Trainer *tr) {
     text_free(&tr->plan_text);
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->micro);
     free(tr->data_line), free(tr->run_text), free(tr->whole), free(tr->report), free(tr->tokenizer_path);
+    free(tr->lora.base);
     tokenizer_files_free(&tr->tokenizer_files);
     metrics_file_close(&tr->metrics);
     lock_release(&tr->lock);

@@ -20,7 +20,8 @@
 // tiles of 64 tokens, panels of 768 terms (the vocabulary), chunks of 2^14 weights.
 static const GptConfig selfcheck_config = {803, 67, 2, 2, 72};
 enum { SELFCHECK_B = 2, SELFCHECK_T = 67, SELFCHECK_L = 2, SELFCHECK_MICRO = 3,
-       SELFCHECK_PLACES = 4 + 12 * SELFCHECK_L };
+       SELFCHECK_PLACES = 4 + 12 * SELFCHECK_L,
+       SELFCHECK_WORDS = 16 };                           // streams beside those of the parameters
 
 // Losses of the three micro-batches and at the end, and the norms of both updates; for every
 // tensor, layer by layer in the order of GPT_PARAMS, norm and signed sum of the first step's
@@ -105,7 +106,7 @@ static inline SelfcheckTensor selfcheck_tensor(const real *x, const real *minus,
     for (size_t i = 0; i < n; i++) {
         const double d = (double)x[i] - (minus ? (double)minus[i] : 0);
         t.norm += d * d;
-        t.sum += rng_words(7, STREAM_TEST, N_PARAMS, 0, (uint32_t)i).v[0] & 1 ? d : -d;
+        t.sum += rng_words(7, STREAM_TEST, SELFCHECK_WORDS, 0, (uint32_t)i).v[0] & 1 ? d : -d;
     }
     t.norm = sqrt(t.norm);
     return t;
@@ -161,7 +162,7 @@ static inline void selfcheck_run(Selfcheck *s, const Engine *e, EngineArgs args)
         }
     for (int micro = 0; micro <= SELFCHECK_MICRO; micro++) {
         for (int i = 0; i < BT; i++) {
-            const Philox word = rng_words(7, STREAM_TEST, N_PARAMS + 1, (uint32_t)micro,
+            const Philox word = rng_words(7, STREAM_TEST, SELFCHECK_WORDS + 1, (uint32_t)micro,
                                           (uint32_t)i);
             tokens[i] = (int)(word.v[0] % (uint32_t)c->V),
                 targets[i] = (int)(word.v[1] % (uint32_t)c->V);

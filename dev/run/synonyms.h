@@ -30,6 +30,10 @@ static const Synonym synonyms[] = {
     {"train-last", ", the number of trained layers, not of frozen ones",
      "freeze-layers frozen-layers num-frozen-layers unfreeze-last trainable-layers"},
 
+    {"lora", "", "lora-r lora-rank lora-dim adapter-rank"},
+    {"lora-targets", ", some of qkv,attproj,fc,fcproj", "target-modules lora-target-modules lora-modules"},
+    {"lora-norms", "", "train-norms modules-to-save"},
+
     // Model
     {"layers", "", "n-layer n-layers num-layers num-hidden-layers n-blocks depth"},
     {"heads", "", "n-head n-heads num-heads num-attention-heads"},

@@ -5,6 +5,8 @@
 //                                         {"weight_map": {"wte.weight": "model-1.safetensors",
 //                                             ...}}
 //     FILE                                an llm.c model
+//     DIR/adapter_model.safetensors       an adapter (lora.h): the weights of its base, with the
+//                                         adapter merged into them unless the reader has adapters
 //
 // Tensor names may have the prefix "transformer."; dtypes are F64, F32, F16 or BF16.
 #ifndef WEIGHTS_H
@@ -14,6 +16,7 @@
 #include "../files/llmc.h"
 #include "../files/safetensors.h"
 #include "../model/gpt.h"
+#include "lora.h"
 
 // ---- Which file contains which tensor ----
 
@@ -120,15 +123,20 @@ typedef struct {
     WeightsIndex index;                                  // empty if one file holds everything
     LlmcModel llmc;                                      // data NULL: safetensors
     const char *prefix;                                  // "transformer." or ""
+    LoraConfig lora;                                     // rank 0: no adapter
+    WeightsFile adapter;
 } Weights;
 
-static inline void weights_add_file(Weights *w, char *path, const char *hint) {
-    WeightsFile *f = &w->file[w->files++];
+static inline void weights_map_file(WeightsFile *f, char *path, const char *hint) {
     f->path = path;
     const char *error = file_map(&f->map, path);
     if (error) die("cannot read %s: %s\n  hint: %s", path, error, hint);
     if ((error = safetensors_parse(&f->tensors, f->map.data, f->map.size)))
         die("%s: %s", path, error);
+}
+
+static inline void weights_add_file(Weights *w, char *path, const char *hint) {
+    weights_map_file(&w->file[w->files++], path, hint);
 }
 
 // Opens one safetensors file.
@@ -177,9 +185,8 @@ static inline const SafetensorsEntry *weights_find(const Weights *w, const char 
     return t;
 }
 
-// Opens a checkpoint's weights: a directory, or an llm.c file. Dies with the reason. Close with
-// weights_close.
-static inline void weights_open(Weights *w, const char *path) {
+// Opens the weights of a directory that is no adapter, or of an llm.c file.
+static inline void weights_open_base(Weights *w, const char *path) {
     char *one = xprintf("%s/model.safetensors", path), *index = xprintf("%s.index.json", one);
     char *pickle = xprintf("%s/pytorch_model.bin", path);
     memset(w, 0, sizeof *w);
@@ -200,7 +207,26 @@ static inline void weights_open(Weights *w, const char *path) {
     free(one), free(index), free(pickle);
 }
 
+// Opens the weights of a checkpoint: a directory, or a file of llm.c. Dies with the reason. End with weights_close.
+static inline void weights_open(Weights *w, const char *path) {
+    LoraConfig lora;
+    if (!lora_is_adapter(path)) {
+        weights_open_base(w, path);
+        return;
+    }
+    lora_open(&lora, path);
+    weights_open_base(w, lora.base);
+    w->lora = lora;
+    weights_map_file(&w->adapter, xprintf("%s/" LORA_MODEL, path),
+                     "an adapter is a directory with adapter_config.json and adapter_model.safetensors");
+}
+
 static inline void weights_close(Weights *w) {
+    if (w->lora.rank) {
+        safetensors_free(&w->adapter.tensors);
+        file_unmap(&w->adapter.map);
+        free(w->adapter.path), free(w->lora.base);
+    }
     for (int i = 0; i < w->files; i++) {
         safetensors_free(&w->file[i].tensors);
         file_unmap(&w->file[i].map);
@@ -253,27 +279,109 @@ static inline void weights_check_head(const Weights *w, const GptConfig *c) {
             "from the file", w->path, wte->name);
 }
 
+// The sizes of the adapter's tensors, where the base has those of c.
+static inline GptConfig weights_adapter_config(const Weights *w, const GptConfig *c) {
+    GptConfig a = *c;
+    a.lora = w->lora.rank, a.lora_targets = w->lora.targets, a.lora_norms = w->lora.norms;
+    return a;
+}
+
+// The adapter's tensor, named as peft names it, of AutoModelForCausalLM or of GPT2Model. NULL: it has none.
+static inline const SafetensorsEntry *weights_adapter_tensor(const Weights *w, const GptConfig *c, int param, int layer) {
+    const GptConfig a = weights_adapter_config(w, c);
+    int64_t shape[2];
+    if (!w->lora.rank || gpt_param[param].group == GROUP_BASE || layer >= gpt_param_layers(&a, param) ||
+        !gpt_param_trains(&a, param, layer, 0))
+        return NULL;
+    const int dims = gpt_param_shape(&a, param, shape);
+    char *name = gpt_param_name(param, layer), *full = xprintf(LORA_PREFIX "%s", name);
+    char *bare = xprintf("base_model.model.%s", name);
+    const SafetensorsEntry *t = safetensors_find(&w->adapter.tensors, full);
+    if (!t) t = safetensors_find(&w->adapter.tensors, bare);
+    if (!t) die("%s has no tensor %s\n  hint: adapter_config.json says that it has; is the base the one it was trained on?",
+                w->adapter.path, full);
+    if (t->ndim != dims || memcmp(t->shape, shape, (size_t)dims * sizeof *shape))
+        die("%s: %s has another shape than r and the base say", w->adapter.path, t->name);
+    free(name), free(full), free(bare);
+    return t;
+}
+
+// Dies unless the adapter has what its configuration says, and nothing else, all of it finite.
+static inline void weights_check_adapter(const Weights *w, const GptConfig *c) {
+    const GptConfig a = weights_adapter_config(w, c);
+    int known = 0;
+    for (int p = 0; p < N_PARAMS; p++)
+        for (int l = 0; l < gpt_param_layers(&a, p); l++) {
+            const SafetensorsEntry *t = weights_adapter_tensor(w, c, p, l);
+            known += t != NULL;
+            for (size_t i = 0; t && t->dtype <= SAFETENSORS_BF16 && i < t->count; i++)
+                if (!isfinite((real)safetensors_real(t, i)))
+                    die("%s: %s has a number that is not finite", w->adapter.path, t->name);
+        }
+    if (known != w->adapter.tensors.n)
+        die("%s has %d tensors, but only %d are of the targets in adapter_config.json\n"
+            "  hint: let peft merge it: merge_and_unload(), then save_pretrained()", w->adapter.path, w->adapter.tensors.n,
+            known);
+}
+
 // Dies unless a model of sizes c has all its parameters, before memory is allocated for sizes that
 // only config.json claims.
 static inline void weights_check(const Weights *w, const GptConfig *c) {
+    if (w->lora.rank) weights_check_adapter(w, c);
     if (w->llmc.data) return;                            // its parser has checked the size
     weights_check_head(w, c);
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) weights_tensor(w, c, w->prefix, p, l);
 }
 
+// Numbers of the adapter's tensor, which exists.
+static inline void weights_read_adapter(const Weights *w, const GptConfig *c, int param, int layer, real *host) {
+    const SafetensorsEntry *t = weights_adapter_tensor(w, c, param, layer);
+    const char *error = safetensors_to_real(t, host);
+    if (error) die("%s: %s: %s", w->adapter.path, t->name, error);
+}
+
+// host (in,out) += alpha / r A^T B^T of the adapter of that weight, summed in double.
+static inline void weights_merge(const Weights *w, const GptConfig *c, int param, int layer, real *host) {
+    const GptConfig a = weights_adapter_config(w, c);
+    const int A = gpt_adapter_of(&a, param), R = a.lora;
+    if (A < 0) return;
+    const size_t in = (size_t)gpt_param_rows(c, param), out = (size_t)gpt_param_cols(c, param);
+    real *down = (real *)xcalloc(gpt_param_size(&a, A), sizeof *down), *up = (real *)xcalloc(gpt_param_size(&a, A + 1), sizeof *up);
+    weights_read_adapter(w, c, A, layer, down), weights_read_adapter(w, c, A + 1, layer, up);
+#ifdef _OPENMP
+#pragma omp parallel for
+#endif
+    for (size_t i = 0; i < in; i++)
+        for (size_t j = 0; j < out; j++) {
+            double sum = 0;
+            for (int k = 0; k < R; k++) sum += (double)down[(size_t)k * in + i] * (double)up[j * (size_t)R + (size_t)k];
+            host[i * out + j] = (real)((double)host[i * out + j] + w->lora.alpha / R * sum);
+        }
+    free(down), free(up);
+}
+
 // Reads one layer of a parameter of a model of sizes c, gpt_param_size() elements, from the tensor
-// "<prefix><its name>". Dies if it is missing or has the wrong shape.
+// "<prefix><its name>". With w->prefix, of an adapter: its own tensor if it has one, else the base's
+// with the adapter merged into it, unless c has adapters. Dies if it is missing or has the wrong
+// shape.
 static inline void weights_read(const Weights *w, const GptConfig *c, const char *prefix, int param,
                                 int layer, real *host) {
+    if (prefix == w->prefix && weights_adapter_tensor(w, c, param, layer)) {
+        weights_read_adapter(w, c, param, layer, host);
+        return;
+    }
     if (w->llmc.data) {
-        CHECK(!memcmp(c, &w->llmc.config, sizeof *c), "%s has other sizes", w->path);
+        const GptConfig *have = &w->llmc.config;
+        CHECK(c->V == have->V && c->T == have->T && c->L == have->L && c->C == have->C, "%s has other sizes", w->path);
         llmc_model_read(&w->llmc, param, layer, host);
+        if (prefix == w->prefix && w->lora.rank && !c->lora) weights_merge(w, c, param, layer, host);
         return;
     }
     const SafetensorsEntry *t = weights_tensor(w, c, prefix, param, layer);
     const char *error = safetensors_to_real(t, host);
     if (error) die("%s: %s: %s", w->path, t->name, error);
+    if (prefix == w->prefix && w->lora.rank && !c->lora) weights_merge(w, c, param, layer, host);
 }
 
 #endif

@@ -63,14 +63,17 @@ static real *slot_new(const GptConfig *c) {
     return (real *)xcalloc(gpt_params_count(c), sizeof(real));
 }
 
+// Zeros stand for what adapters leave frozen, which is in no slot but the parameters.
 static real *slot_read(const GptConfig *c, Model *m, Slot slot) {
     real *all = slot_new(c);
-    EACH_TENSOR(c) test_engine->read(m, slot, p, l, all + slot_at(c, p, l));
+    EACH_TENSOR(c)
+        if (slot == SLOT_PARAM || gpt_param_trains(c, p, l, 0)) test_engine->read(m, slot, p, l, all + slot_at(c, p, l));
     return all;
 }
 
 static void slot_write(const GptConfig *c, Model *m, Slot slot, const real *all) {
-    EACH_TENSOR(c) test_engine->write(m, slot, p, l, all + slot_at(c, p, l));
+    EACH_TENSOR(c)
+        if (slot == SLOT_PARAM || gpt_param_trains(c, p, l, 0)) test_engine->write(m, slot, p, l, all + slot_at(c, p, l));
 }
 
 static int slot_same_bits(const GptConfig *c, const real *a, const real *b) {
@@ -163,8 +166,8 @@ typedef struct {
 static void rig_weights(real *all, const GptConfig *c) {
     EACH_TENSOR(c) {
         real *w = all + slot_at(c, p, l);
-        double deviation = gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims ==
-            1 ? 0.3 : 1 / sqrt(gpt_param_rows(c, p));
+        double deviation = gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims == 1 ? 0.3 : 1 / sqrt(gpt_param_rows(c, p));
+        if (gpt_param[p].group == GROUP_ADAPTER) deviation = 1 / sqrt(gpt_param_cols(c, p));
         for (size_t i = 0; i < gpt_param_size(c, p); i++) {
             double z[2];
             Philox word = rng_words(5, STREAM_TEST, (uint64_t)p, (uint32_t)l, (uint32_t)i);
@@ -189,10 +192,11 @@ static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
     return r;
 }
 
+#define REF_LORA_SCALE 2                                 // alpha / r of every test model that has adapters
+
 static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
-    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype,
-                       .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
-                       .attention_noise = 1};
+    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
+                       .attention_noise = 1, .lora_scale = REF_LORA_SCALE, .lora_noise = 1};
     Rig r = rig_new(c, &args, B);
     for (int i = 0; i < B * T; i++) {
         Philox word = rng_words(6, STREAM_TEST, 0, 0, (uint32_t)i);
@@ -457,6 +461,18 @@ static double ref_factor(const RefRow *r, int place, int layer, int head, int li
     return noise_half(w, element % NOISE_EACH) >= z.rate ? noise_scale(z.rate) : 0;
 }
 
+// y (out) += what the adapter of product t, where there is one, makes of x (in), token `line` of its row.
+static void ref_adapter(double *y, const double *x, const double *w, const GptConfig *c, const RefRow *r, int l, int t, int line) {
+    const int A = gpt_adapter_of(c, gpt_product(t)), in = gpt_param_cols(c, gpt_adapter(t)), out = gpt_param_rows(c, gpt_adapter(t) + 1);
+    if (A < 0) return;
+    const double *a = w + slot_at(c, A, l), *b = w + slot_at(c, A + 1, l);
+    for (int k = 0; k < c->lora; k++) {
+        double u = 0;
+        for (int i = 0; i < in; i++) u += a[k * in + i] * x[i] * ref_factor(r, NOISE_LORA + t, l, 0, line, i);
+        for (int j = 0; j < out; j++) y[j] += REF_LORA_SCALE * u * b[j * c->lora + k];
+    }
+}
+
 // One query, head by head: y (C) from its q (C) and qkv (t+1,3C) up to its own position t.
 static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, const RefRow *r,
                        int l, double *score) {
@@ -488,10 +504,12 @@ static void ref_attention(double *out, const double *x, const double *w, const G
     for (int t = 0; t < T; t++) {
         ref_layernorm(y, x + t * C, W(ln1w, l), W(ln1b, l), C);
         ref_linear(qkv + t * 3 * C, y, W(qkvw, l), W(qkvb, l), C, 3 * C);
+        ref_adapter(qkv + t * 3 * C, y, w, c, r, l, 0, t);
     }
     for (int t = 0; t < T; t++) {
         ref_attend(y, qkv, t, c, r, l, score);
         ref_linear(out + t * C, y, W(attprojw, l), W(attprojb, l), C, C);
+        ref_adapter(out + t * C, y, w, c, r, l, 1, t);
         for (int i = 0; i < C; i++) out[t * C + i] *= ref_factor(r, NOISE_ATTN_OUT, l, 0, t, i);
     }
     free(qkv);
@@ -507,9 +525,10 @@ static void ref_mlp(double *out, const double *x, const double *w, const GptConf
     for (int t = 0; t < T; t++) {
         ref_layernorm(y, x + t * C, W(ln2w, l), W(ln2b, l), C);
         ref_linear(h, y, W(fcw, l), W(fcb, l), C, 4 * C);
-        for (int i = 0; i < 4 * C; i++)
-            h[i] *= 0.5 * (1 + tanh(sqrt(2 / M_PI) * (h[i] + 0.044715 * pow(h[i], 3))));
+        ref_adapter(h, y, w, c, r, l, 2, t);
+        for (int i = 0; i < 4 * C; i++) h[i] *= 0.5 * (1 + tanh(sqrt(2 / M_PI) * (h[i] + 0.044715 * pow(h[i], 3))));
         ref_linear(out + t * C, h, W(fcprojw, l), W(fcprojb, l), 4 * C, C);
+        ref_adapter(out + t * C, h, w, c, r, l, 3, t);
         for (int i = 0; i < C; i++) out[t * C + i] *= ref_factor(r, NOISE_MLP_OUT, l, 0, t, i);
     }
     free(y);
@@ -727,6 +746,7 @@ static void expect_differences(GptConfig c, int B, int T, size_t most, const Noi
         EACH_TENSOR(&c) {
             size_t at = slot_at(&c, p, l), n = gpt_param_size(&c, p);
             double size = rms(gradient + at, n);
+            if (!gpt_param_trains(&c, p, l, 0)) continue;
             for (size_t i = 0; i < (n < most ? n : most); i++) {
                 size_t j = at + (n <= most ? i : rng_words(9, STREAM_TEST, (uint64_t)k,
                                                            (uint32_t)at, (uint32_t)i).v[0] % n);
@@ -1675,7 +1695,7 @@ static void frozen_expect(const Rig *all, const Rig *part, int frozen, Slot slot
     const GptConfig *c = &all->c;
     real *want = slot_read(c, all->model, slot);
     EACH_TENSOR(c) {
-        const int trains = gpt_param_trains(p, l, frozen);
+        const int trains = gpt_param_trains(c, p, l, frozen);
         size_t n, at = frozen_part(c, p, l, &n);
         if (!trains && slot != SLOT_PARAM) continue;
         real *got = (real *)xcalloc(gpt_param_size(c, p), sizeof *got);

@@ -50,7 +50,7 @@ static inline void tools_test_fold(const char *dir, int first, int end, float fa
     const char *error = safetensors_parse(&t, file.s, file.n);
     EXPECT(!error, "%s: %s", path, error);
     for (int p = 0; p < N_PARAMS; p++)
-        for (int l = first; l < end && strstr(gpt_param[p].name, "c_proj"); l++) {
+        for (int l = first; l < end && gpt_param_ends_branch(p); l++) {
             char *name = gpt_param_name(p, l), *full = xprintf("transformer.%s", name);
             const SafetensorsEntry *e = safetensors_find(&t, full);
             real *w = (real *)xcalloc(e->count, sizeof *w);

@@ -210,16 +210,12 @@ static void test_trainer_train_last(void) {
     weights_open(&w[0], first), weights_open(&w[1], last);
     path = xprintf("%s/optimizer.safetensors", last);
     weights_open_file(&moments, path, "");
-    for (int p = 0, l = 0; p < N_PARAMS; l + 1 < gpt_param_layers(&c, p) ? l++ : (l = 0, p++)) {
-        real *a = (real *)xcalloc(gpt_param_size(&c, p), sizeof *a),
-            *b = (real *)xcalloc(gpt_param_size(&c, p), sizeof *b);
+    for (int p = 0; p < N_PARAMS; p++) for (int l = 0; l < gpt_param_layers(&c, p); l++) {
+        real *a = (real *)xcalloc(gpt_param_size(&c, p), sizeof *a), *b = (real *)xcalloc(gpt_param_size(&c, p), sizeof *b);
         char *name = gpt_param_name(p, l), *m = xprintf("m.%s", name);
-        weights_read(&w[0], &c, w[0].prefix, p, l, a), weights_read(&w[1], &c, w[1].prefix, p, l,
-                                                                    b);
-        const int trains = gpt_param_trains(p, l, c.L - 1),
-            same = !memcmp(a, b, gpt_param_size(&c, p) * sizeof *a);
-        EXPECT(same == !trains && !!weights_find(&moments, m) == trains, "%s: %s", name,
-               same ? "the same" : "another");
+        weights_read(&w[0], &c, w[0].prefix, p, l, a), weights_read(&w[1], &c, w[1].prefix, p, l, b);
+        const int trains = gpt_param_trains(&c, p, l, c.L - 1), same = !memcmp(a, b, gpt_param_size(&c, p) * sizeof *a);
+        EXPECT(same == !trains && !!weights_find(&moments, m) == trains, "%s: %s", name, same ? "the same" : "another");
         free(a), free(b), free(name), free(m);
     }
     weights_close(&w[0]), weights_close(&w[1]), weights_close(&moments), free(path);

@@ -115,8 +115,8 @@ static void read_sizes(Compare *c) {
     tr.world = tr.has_val = 1;
     char *from = *c->train.init_from ? checkpoint_find(c->train.init_from) : NULL;
     trainer_open_tokenizer(&tr, from);
-    trainer_config(&tr, from);
-    free(from);
+    trainer_config(&tr, from, 0);
+    free(from), free(tr.lora.base);
     shards_open(&tr.train, c->train.train, tr.T, tr.config.V);
     shards_open(&tr.val, c->train.val, tr.T, tr.config.V);
     trainer_sizes(&tr);

@@ -206,10 +206,10 @@ static void json_val(Text *t, const Result *r, int L) {
 
 // The checkpoint may know the sum of its tokenizer, and the file that of the one that made it.
 static void check_choices_tokenizer(const Evaluate *e) {
-    char *path = xprintf("%s/config.json", e->m->dir);
+    char *path = xprintf("%s/config.json", e->m->base);
     FileMap map;
     Json doc;
-    if (*e->choices.tokenizer_sha256 && path_is_directory(e->m->dir) && !file_map(&map, path)) {
+    if (*e->choices.tokenizer_sha256 && path_is_directory(e->m->base) && !file_map(&map, path)) {
         const char *error = json_parse(&doc, map.data, map.size);
         if (error) die("%s: %s", path, error);
         const int sum = json_get(&doc, 0, "tokenizer_sha256");

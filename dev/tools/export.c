@@ -1,10 +1,13 @@
 // export.c: a checkpoint's weights in a form that other programs open.
 //
-//     build/export runs/gpt/latest --out runs/gpt-hf                      a directory for
-//     transformers: weights, configuration,
-//                                                                         tokenizer
-//     build/export runs/gpt/latest --out gpt_bf16.bin --format llmc --dtype bf16      a file for
-//     llm.c
+//     build/export runs/gpt/latest --out runs/gpt-hf
+//         a directory for transformers: weights, configuration, tokenizer
+//     build/export runs/gpt/latest --out gpt_bf16.bin --format llmc --dtype bf16
+//         a file for llm.c
+//     build/export runs/healed/latest --out runs/healed-hf
+//         a run with --lora: its adapters merged into the base
+//     build/export runs/healed/latest --out adapter --adapter 1
+//         or as they are, for peft
 //
 // The factors of survival scaling are folded into the last projections of their branches, since
 // s * (x W + b) = x (s W) + s b. What is written is there whole or not at all.
@@ -23,6 +26,8 @@
            "a directory for transformers, or a model file of llm.c (version 3 in f32, 5 in bf16)") \
     OPTION(dtype, "dtype", CHOICE, "f32", "f32|f16|bf16",                                          \
            "numbers of the weights, rounded to nearest; a weight too large for them is an error")  \
+    OPTION(adapter, "adapter", FLAG, "0", "0|1",                                                   \
+           "of a run with --lora: copy the adapter for peft, instead of merging it into its base") \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
            "a tokenizer.json, or one of our tokenizer files, from which one is made; if not "      \
            "given: beside the checkpoint's files, else the one that the run was trained with")
@@ -60,6 +65,20 @@ static char *export_llmc(const Export *x, const char *temporary) {
     return error;
 }
 
+// The adapter as it is, without what only a run needs.
+static void export_adapter(const Export *x, const char *temporary) {
+    static const char *const names[] = {LORA_MODEL, LORA_CONFIG};
+    directory_make(temporary);
+    for (int i = 0; i < 2; i++) {
+        char *path = xprintf("%s/%s", x->m.dir, names[i]);
+        Text t = write_read(path);
+        write_text(temporary, names[i], &t);
+        text_free(&t), free(path);
+    }
+    write_tokenizer_files(&x->out, temporary);
+    directory_sync(temporary);
+}
+
 // Everything that can be refused before anything is written.
 static void export_open(Export *x, const ExportOptions *o, const char *path) {
     memset(x, 0, sizeof *x);
@@ -70,6 +89,10 @@ static void export_open(Export *x, const ExportOptions *o, const char *path) {
     if (o->format == FORMAT_LLMC && write_dtypes[o->dtype].dtype == SAFETENSORS_F16)
         die("--dtype f16: llm.c has no such model files\n  hint: --dtype bf16 or f32");
     load_config(&x->m, path);
+    if (o->adapter && !lora_is_adapter(x->m.dir))
+        die("--adapter 1: %s has no adapter\n  hint: --adapter 0 writes its weights", x->m.dir);
+    if (o->adapter && (o->format == FORMAT_LLMC || o->dtype != 0))
+        die("--adapter 1 copies the adapter as it is\n  hint: leave out --format and --dtype");
     for (int i = 0; i < BRANCHES * x->m.config.L; i++) x->folded |= x->m.scale[i] != 1;
     if (x->m.tied && x->folded)
         die("%s was trained with --drop-scale survival and --drop-branches tied, which cannot be "
@@ -81,12 +104,13 @@ static void export_open(Export *x, const ExportOptions *o, const char *path) {
     const ModelOut out = {.config = x->m.config,
                           .to = &write_dtypes[o->dtype],
                           .from = x->m.dir,
+                          .base = strcmp(x->m.base, x->m.dir) ? x->m.base : NULL,
                           .run = x->m.run,
                           .given = o->tokenizer,
                           .llmc = o->format == FORMAT_LLMC,
                           .self = x,
                           .tensor = export_tensor,
-                          .eot = write_eot(x->m.dir, x->m.config.V)};
+                          .eot = write_eot(x->m.base, x->m.config.V)};
     x->out = out;
     if (o->format == FORMAT_HUGGINGFACE) write_tokenizer(&x->out);
     weights_open(&x->weights, x->m.dir);
@@ -107,19 +131,23 @@ int main(int argc, char **argv) {
     char *temporary = write_temporary(o.out, &parent);
     directory_make(parent);
     write_clean(temporary);
-    char *error =
-        o.format == FORMAT_LLMC ? export_llmc(&x, temporary) : write_huggingface(&x.out, temporary);
+    char *error = NULL;
+    if (o.adapter) export_adapter(&x, temporary);
+    else if (o.format == FORMAT_LLMC) error = export_llmc(&x, temporary);
+    else error = write_huggingface(&x.out, temporary);
     if (error) {
         write_clean(temporary);
         die("%s", error);
     }
     write_commit(temporary, o.out, parent);
-    printf("wrote %s: %s weights of %s%s%s\n", o.out, x.out.to->name, x.m.dir,
+    printf("wrote %s: %s %s of %s%s%s%s\n", o.out, x.out.to->name,
+           o.adapter ? "adapter" : "weights", x.m.dir,
+           x.weights.lora.rank && !o.adapter ? ", its adapters merged in" : "",
            x.folded ? ", survival scaling folded in" : "",
            x.out.tokenizer.n ? ", with its tokenizer" : "");
     weights_close(&x.weights);
     write_free(&x.out);
-    free(temporary), free(parent), free(x.m.dir), free(x.m.scale), free(x.m.run);
+    free(temporary), free(parent), free(x.m.dir), free(x.m.base), free(x.m.scale), free(x.m.run);
     options_free(&options);
     return 0;
 }

@@ -1,5 +1,5 @@
-// load.h: a trained model for the tools that only run it: a checkpoint directory, ours or a Hugging Face GPT-2, and its
-// tokenizer.
+// load.h: a trained model for the tools that only run it: a checkpoint directory, ours or a Hugging Face GPT-2, or an
+// adapter of one, and its tokenizer.
 #ifndef LOAD_H
 #define LOAD_H
 
@@ -10,7 +10,9 @@
 #include "../run/options.h"
 
 typedef struct {
-    char *dir;                                           // where config.json and model.safetensors are
+    char *dir;                                           // the checkpoint
+    char *base;                                          // where config.json is: dir, or the base of an adapter, which is
+                                                         // merged into the weights as they are read
     GptConfig config;
     double *scale;                                       // (2L) factors of the branches in evaluation
     int tied;                                            // how they apply: DropPlan.tied
@@ -27,6 +29,13 @@ static inline void load_config(Loaded *m, const char *path) {
     memset(m, 0, sizeof *m);
     m->dir = checkpoint_find(path);
     m->run = checkpoint_check_weights(m->dir);
+    m->base = xstrdup(m->dir);
+    if (lora_is_adapter(m->dir)) {
+        LoraConfig lora;
+        lora_open(&lora, m->dir);
+        free(m->base);
+        m->base = lora.base;
+    }
     checkpoint_read_config(m->dir, &m->config, &m->scale, &m->tied);
 }
 
@@ -65,6 +74,11 @@ static inline char *load_run_tokenizer(const char *run) {
 // (NULL: none), else the run's. Finding none is no error; one with more tokens than the model is.
 static inline void load_tokenizer(Loaded *m, const char *given, const char *shards) {
     char *inside = xprintf("%s/", m->dir), *path = *given ? xstrdup(given) : tokenizer_find(inside);
+    if (!path && strcmp(m->base, m->dir)) {
+        free(inside);
+        inside = xprintf("%s/", m->base);
+        path = tokenizer_find(inside);
+    }
     if (!path && shards) path = tokenizer_find(shards);
     if (!path && m->run) path = load_run_tokenizer(m->run);
     free(inside);
@@ -81,7 +95,7 @@ static inline void load_close(Loaded *m) {
     if (m->has_tokenizer) tokenizer_free(&m->tokenizer);
     m->engine->close(m->model);
     drop_plan_free(&m->plan);
-    free(m->dir);
+    free(m->dir), free(m->base);
     free(m->scale);
     free(m->run);
 }

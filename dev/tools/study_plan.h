@@ -349,7 +349,7 @@ static inline void study_read_sizes(Study *s, StudyArm *a) {
     tr.options = &a->train;
     tr.world = tr.has_val = 1;
     trainer_open_tokenizer(&tr, NULL);
-    trainer_config(&tr, NULL);
+    trainer_config(&tr, NULL, 0);
     shards_open(&tr.train, a->train.train, tr.T, tr.config.V);
     shards_open(&tr.val, a->train.val, tr.T, tr.config.V);
     trainer_sizes(&tr);

@@ -20,6 +20,7 @@ typedef struct {
     GptConfig config;                                    // of the model to be written
     const WriteDtype *to;
     const char *from, *run; // the checkpoint's directory; its run's options, or NULL
+    const char *base;       // where its config.json is: an adapter's base, else NULL or `from`
     const char *given;                                   // --tokenizer, or ""
     int llmc;                                            // the layout of llm.c's files
     void *self;
@@ -112,6 +113,7 @@ static inline Text write_read(const char *path) {
     Text t = {NULL, 0, 0};
     const char *error = file_map(&map, path);
     if (error) die("cannot read %s: %s", path, error);
+    if (map.size > SIZE_MAX / 2) die("%s is too large", path);
     text_append(&t, map.data ? (const void *)map.data : "", map.size);
     file_unmap(&map);
     return t;
@@ -172,6 +174,12 @@ static inline int write_is_json(const char *path) {
 static inline char *write_find_tokenizer(const ModelOut *x) {
     if (*x->given) return xstrdup(x->given);
     char *json = xprintf("%s/tokenizer.json", x->from), *inside = xprintf("%s/", x->from);
+    char *here = tokenizer_find(inside);
+    if (!path_exists(json) && !here && x->base) {        // an adapter without: its base's
+        free(json), free(inside);
+        json = xprintf("%s/tokenizer.json", x->base), inside = xprintf("%s/", x->base);
+    }
+    free(here);
     char *ours = path_exists(json) ? NULL : tokenizer_find(inside);
     if (!path_exists(json) && !ours && x->run) ours = load_run_tokenizer(x->run);
     if (ours) {
@@ -236,7 +244,9 @@ static const char *const write_files[] = {"model.safetensors",
                                           "tokenizer_config.json",
                                           "tokenizer.bin",
                                           "vocab.json",
-                                          "prune.json"};
+                                          "prune.json",
+                                          LORA_MODEL,
+                                          LORA_CONFIG};
 enum { N_WRITE_FILES = sizeof write_files / sizeof write_files[0] };
 
 // Removes what a tool has left behind under its temporary name: files of these names only.
@@ -257,6 +267,12 @@ static inline void write_text(const char *dir, const char *name, const Text *t) 
     file_write(f, path, t->s, t->n);
     file_sync_close(f, path);
     free(path);
+}
+
+static inline void write_tokenizer_files(const ModelOut *x, const char *dir) {
+    if (x->tokenizer.n) write_text(dir, "tokenizer.json", &x->tokenizer);
+    if (x->tokenizer.n) write_text(dir, "tokenizer_config.json", &x->tokenizer_config);
+    if (x->ours.n) write_text(dir, x->ours_name, &x->ours);
 }
 
 // Writes the directory `temporary`. NULL, or from malloc what is wrong; then the caller removes it
@@ -281,9 +297,7 @@ static inline char *write_huggingface(ModelOut *x, const char *temporary) {
                         x->eot);
         text_printf(&generation, "  \"_from_model_config\": true\n}\n");
         write_text(temporary, "generation_config.json", &generation);
-        if (x->tokenizer.n) write_text(temporary, "tokenizer.json", &x->tokenizer);
-        if (x->tokenizer.n) write_text(temporary, "tokenizer_config.json", &x->tokenizer_config);
-        if (x->ours.n) write_text(temporary, x->ours_name, &x->ours);
+        write_tokenizer_files(x, temporary);
         directory_sync(temporary);
     }
     text_free(&config), text_free(&generation);

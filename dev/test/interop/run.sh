@@ -15,9 +15,9 @@ cd "$(dirname "$0")/../../.."
 BUILD=${BUILD:-build}
 given=${VENV:-}
 VENV=${VENV:-$BUILD/interop-venv}
-packages="torch numpy transformers safetensors"
+packages="torch numpy transformers safetensors peft"
 
-has() { "$VENV/bin/python" -c 'import numpy, safetensors, torch, transformers' 2>/dev/null; }
+has() { "$VENV/bin/python" -c 'import numpy, peft, safetensors, torch, transformers' 2>/dev/null; }
 
 if ! has; then
     if [ -n "$given" ]; then

@@ -1,7 +1,7 @@
 """Our checkpoints in transformers, and its checkpoints in our programs.
 
-Run:    make test-interop, or selected tests: dev/test/interop/run.sh Logits Training.test_rows
-Needs:  torch, numpy, transformers, safetensors, in the virtual environment that run.sh creates
+Run:    make test-interop              or, of the methods below, some: dev/test/interop/run.sh Logits Training.test_rows
+Needs:  torch, numpy, transformers, safetensors, peft, in the virtual environment that run.sh makes
 
 Weights are random and large, sizes are odd. The reference is transformers' GPT2LMHeadModel in double
 precision. Our fp32 may differ from it by fp32's rounding: transformers' own fp32 gives the scale
@@ -476,6 +476,7 @@ class Runs(Interop):
 
 
 if __name__ == "__main__":
+    from test_lora import Lora  # noqa: F401  pylint: disable=unused-import
     torch.set_num_threads(1)
     sys.modules["test_interop"] = sys.modules["__main__"]
     from test_analysis import Analysis  # noqa: F401  unittest finds them here
