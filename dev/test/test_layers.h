@@ -15,7 +15,7 @@
 #define LAYERS_TESTS(X)                                                                            \
     X(effects_known)                                                                               \
     X(effects_singular) X(effects_rows_and_steps) X(effects_of_a_run) X(layers_same_bits)          \
-        X(layers_tied) X(layers_refuses) X(layers_zero_stream) X(prune_is_the_plan)                \
+        X(layers_tied) X(layers_one) X(layers_refuses) X(layers_zero_stream) X(prune_is_the_plan)   \
             X(prune_selects) X(prune_survival) X(prune_opens) X(prune_refuses)
 
 // ---- A model on made-up shards ----
@@ -526,6 +526,19 @@ static void test_layers_tied(void) {
     tools_test_evaluate(&full, &reduced, run, "--keep-layers 0");
     EXPECT_CLOSE(layers_json(json, "layers.0.exit_loss"), reduced.loss, 1e-9, "early exit");
     free(out), free(run), free(json);
+}
+
+// One row has no standard error, and a model of one layer nothing to remove one by one: no NaN is
+// printed.
+static void test_layers_one(void) {
+    const char *dir = test_directory();
+    char *one = xprintf("%s/one", dir),
+         *val = xprintf("--val '%s/data/val_*.bin'", trainer_test_data());
+    EXPECT_RUN("--out %s --layers 1 --steps 2 --drop-path 0.5 --drop-sampling bernoulli", one);
+    char *out = TOOL_OUTPUT("layers %s %s --tokens 16 --metrics %s/metrics.jsonl", one, val, one);
+    EXPECT(!strstr(out, "nan") && !strstr(out, "removed") && strstr(out, "       -"), "%s", out);
+    EXPECT_TOOL_REFUSES("nothing would be left", "prune %s %s --n 1 --out %s/p", one, val, dir);
+    free(out), free(one), free(val);
 }
 
 static void test_layers_refuses(void) {

@@ -237,8 +237,10 @@ static void print_effects(const Layers *x) {
 // ---- The table ----
 
 static void print_cost(const LayersCost *c) {
-    if (isnan(c->cost)) printf(" %8s %7s", "-", "-");
-    else printf(" %+8.4f %7.4f", c->cost, c->error);
+    if (isnan(c->cost)) printf(" %8s", "-");
+    else printf(" %+8.4f", c->cost);
+    if (isnan(c->error)) printf(" %7s", "-");            // of one row there is none
+    else printf(" %7.4f", c->error);
 }
 
 static void print_number(const char *format, double x) {
@@ -274,6 +276,7 @@ static void print_table(const Layers *x) {
     if (x->m.tied)
         printf("branches: unknown, since the factors of survival scaling tie the branches of a "
                "layer together\n");
+    if (!x->removals) return;
     printf("\n%-7s  %-15s %8s   %-15s %10s %9s\n", "removed", "a row of layers", "angle",
            "one by one", "loss", "costs");
     for (int n = 1; n <= x->removals; n++) {
