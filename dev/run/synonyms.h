@@ -47,6 +47,12 @@ static const Synonym synonyms[] = {
     {"init-from", "", "model-name-or-path pretrained initial-checkpoint-dir finetune ckpt-path"},
     {"init-from", ", for weights alone; --resume continues a run", "load"},
 
+    // Looking into a model
+    {"calib", "", "calibration-data calib-data calibration-set calibration-dataset"},
+    {"calib-tokens", ", in tokens", "nsamples num-samples-calib calib-samples max-calib-samples"},
+    {"ridge", ", a multiple of the mean square of what the map reads", "alpha ridge-alpha l2-alpha"},
+    {"min-count", "", "min-per-class min-samples-per-class"},
+
     // Data and output
     {"train", "",
      "data data-path data-dir dataset train-file train-data train-data-path input-bin"},

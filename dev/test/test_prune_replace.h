@@ -95,9 +95,8 @@ static void test_prune_replace_is_deletion(void) {
     deleted = replace_test_prune(dir, "d", copy, "--drop 2,3");
     replaced = replace_test_prune(dir, "r", copy, "--drop 2,3 --method replace %s", calib);
     EXPECT_SAME(deleted, replaced, "model.safetensors");
-    EXPECT(replace_test_report(replaced, "loss_after") ==
-               replace_test_report(replaced, "loss_before"),
-           "layers of zeros matter");
+    EXPECT_CLOSE(replace_test_report(replaced, "loss_after"),
+                 replace_test_report(replaced, "loss_before"), 1e-9, "layers of zeros matter");
     free(deleted), free(replaced), free(command), free(calib);
 }
 

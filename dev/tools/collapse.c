@@ -36,8 +36,8 @@
            "CPU threads; 0: as many as the machine offers")                                        \
   HEADING("Several checkpoints")                                                                   \
     OPTION(every, "every", INTEGER, "0", "[0,1e15]",                                               \
-           "of the run's folder that is named, all checkpoints whose step is a multiple of this,"    \
-           " and the last one; 0: the one checkpoint")                                                     \
+           "of the run's folder that is named, all checkpoints whose step is a multiple of this"   \
+           ", and the last one; 0: the one checkpoint")                                            \
   HEADING("Output")                                                                                \
     OPTION(csv, "csv", TEXT, "", "FILE",                                                           \
            "a line for each checkpoint; scripts/plot_collapse.py draws it")                        \

@@ -97,11 +97,12 @@ typedef struct {
     size_t K, C;
     size_t *class;                                       // (K) which they are, ascending
     double *x, *norm, *variance; // (K,C) means less their mean; (K) norms; (K)
+    double center;                                       // the norm of their mean
 } CollapseMeans;
 
 // The classes with at least min_count features.
 static inline CollapseMeans collapse_means(const CollapseClasses *c, int64_t min_count) {
-    CollapseMeans m = {0, c->C, NULL, NULL, NULL, NULL};
+    CollapseMeans m = {0, c->C, NULL, NULL, NULL, NULL, 0};
     const size_t C = c->C;
     for (size_t v = 0; v < c->V; v++) m.K += c->count[v] >= min_count;
     m.class = (size_t *)xcalloc(m.K, sizeof *m.class);
@@ -120,6 +121,7 @@ static inline CollapseMeans collapse_means(const CollapseClasses *c, int64_t min
         for (size_t j = 0; j < C; j++) x[j] = c->mean[m.class[k] * C + j] - center[j] / (double)m.K;
         m.norm[k] = sqrt(dense_dot(x, x, C));
     }
+    m.center = m.K ? sqrt(dense_dot(center, center, C)) / (double)m.K : 0;
     free(center);
     return m;
 }
@@ -166,24 +168,24 @@ static inline double collapse_pair(const CollapseMeans *m, CollapsePairs *sum, s
     return turn > 0 ? -0.5 * log(turn) : NAN;
 }
 
-// Tile (a, b) of the pairs, b <= a; room: COLLAPSE_TILE^2 numbers.
+// Tile (a, b) of the pairs, b <= a; buffer: COLLAPSE_TILE^2 numbers.
 static inline CollapsePairs collapse_tile(const CollapseMeans *m, size_t a, size_t b,
-                                          double frobenius, double *room) {
+                                          double frobenius, double *buffer) {
     const size_t i0 = a * COLLAPSE_TILE, j0 = b * COLLAPSE_TILE;
     const size_t rows = at_most(m->K - i0, COLLAPSE_TILE), cols = at_most(m->K - j0, COLLAPSE_TILE);
     CollapsePairs sum = {0, 0, 0, 0, 0, 0, 0};
-    dense_product(room, cols, dense_of(m->x + i0 * m->C, m->C),
+    dense_product(buffer, cols, dense_of(m->x + i0 * m->C, m->C),
                   dense_turned(dense_of(m->x + j0 * m->C, m->C)), rows, cols, m->C, DENSE_SET);
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols && j0 + j < i0 + i; j++) {
-            double *s = room + i * cols + j;
+            double *s = buffer + i * cols + j;
             *s = collapse_pair(m, &sum, i0 + i, j0 + j, *s, frobenius);
             if (!isnan(*s)) sum.n++, sum.mean += *s;
         }
     if (sum.n > 0) sum.mean /= sum.n;
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols && j0 + j < i0 + i; j++) {
-            const double from = room[i * cols + j] - sum.mean;
+            const double from = buffer[i * cols + j] - sum.mean;
             if (!isnan(from)) sum.square += from * from;
         }
     return sum;
@@ -209,19 +211,19 @@ static inline CollapsePairs collapse_pairs(const CollapseMeans *m, double froben
 #pragma omp parallel
 #endif
     {
-        double *room = (double *)xcalloc((size_t)COLLAPSE_TILE * COLLAPSE_TILE, sizeof *room);
+        double *buffer = (double *)xcalloc((size_t)COLLAPSE_TILE * COLLAPSE_TILE, sizeof *buffer);
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic)
 #endif
         for (size_t i = 0; i < tiles; i++) {
             size_t a = 0; // tile i is (a, b): rows of 1, 2, 3, ... tiles
             while ((a + 1) * (a + 2) / 2 <= i) a++;
-            tile[i] = collapse_tile(m, a, i - a * (a + 1) / 2, frobenius, room);
+            tile[i] = collapse_tile(m, a, i - a * (a + 1) / 2, frobenius, buffer);
             if (progress && team_member() == 0)
                 progress_add(progress,
                              2.0 * COLLAPSE_TILE * COLLAPSE_TILE * (double)m->C * team_size());
         }
-        free(room);
+        free(buffer);
     }
     for (size_t i = 0; i < tiles; i++) collapse_merge(&sum, &tile[i]);
     free(tile);
@@ -302,7 +304,7 @@ static inline const char *collapse_measure(CollapseNumbers *r, const CollapseCla
     const double frobenius = K > 1 ? collapse_frobenius(m.x, m.x, K, m.C) : 0;
     if (K < 2) error = "fewer than two next tokens were seen often enough to have a mean";
     else if (!isfinite(frobenius)) error = "its features are not finite";
-    else if (!(frobenius > 0))
+    else if (!(frobenius > 1e-24 * (double)K * m.center * m.center))     // rounding, or nothing
         error = "the means of all classes are the same: the model does not look at its input";
     if (!error) {
         const double ideal = 1 / ((double)K * sqrt((double)(K - 1))) - 1 / sqrt((double)(K - 1));

@@ -99,19 +99,19 @@ static inline void dense_tile_edge(double *y, size_t ld, const double *a, const 
         memcpy(y + i * ld, whole + i * DENSE_COLS, cols * sizeof *y);
 }
 
-// Block (m0, n0) of the product, by one thread. room: DENSE_K (DENSE_M + DENSE_N) numbers.
+// Block (m0, n0) of the product, by one thread. buffer: DENSE_K (DENSE_M + DENSE_N) numbers.
 static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix b, size_t M,
-                               size_t N, size_t K, size_t m0, size_t n0, int how, double *room) {
+                               size_t N, size_t K, size_t m0, size_t n0, int how, double *buffer) {
     const size_t rows = at_most(M - m0, DENSE_M), cols = at_most(N - n0, DENSE_N);
     const double sign = (how & 3) == DENSE_SUBTRACT ? -1 : 1;
-    double *packed_b = room + (size_t)DENSE_K * DENSE_M;
+    double *packed_b = buffer + (size_t)DENSE_K * DENSE_M;
     const DenseMatrix across = dense_turned(b);          // its lines are the columns of b
     if ((how & 3) == DENSE_SET)
         for (size_t i = 0; i < rows; i++) memset(y + (m0 + i) * ld + n0, 0, cols * sizeof *y);
     for (size_t k0 = 0; k0 < K; k0 += DENSE_K) {
         const size_t k = at_most(K - k0, DENSE_K);
         for (size_t i = 0; i < rows; i += TILE_ROWS)
-            dense_pack(room + i * k, a, m0 + i, at_most(rows - i, TILE_ROWS), TILE_ROWS, k0, k,
+            dense_pack(buffer + i * k, a, m0 + i, at_most(rows - i, TILE_ROWS), TILE_ROWS, k0, k,
                        sign);
         for (size_t j = 0; j < cols; j += DENSE_COLS) {
             const size_t most = at_most(cols - j, DENSE_COLS);
@@ -121,8 +121,8 @@ static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix 
                 double *to = y + (m0 + i) * ld + n0 + j;
                 if (how & DENSE_LOWER && n0 + j > m0 + i + here - 1) continue;
                 if (here == TILE_ROWS && most == DENSE_COLS)
-                    dense_tile(to, ld, room + i * k, packed_b, k);
-                else dense_tile_edge(to, ld, room + i * k, packed_b, k, here, most);
+                    dense_tile(to, ld, buffer + i * k, packed_b, k);
+                else dense_tile_edge(to, ld, buffer + i * k, packed_b, k, here, most);
             }
         }
     }
@@ -137,16 +137,16 @@ static inline void dense_product(double *y, size_t ld, DenseMatrix a, DenseMatri
 #pragma omp parallel if (blocks > 1)
 #endif
     {
-        double *room = (double *)xcalloc((size_t)DENSE_K * (DENSE_M + DENSE_N), sizeof *room);
+        double *buffer = (double *)xcalloc((size_t)DENSE_K * (DENSE_M + DENSE_N), sizeof *buffer);
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic)
 #endif
         for (size_t i = 0; i < blocks; i++) {
             const size_t m0 = i / across * DENSE_M, n0 = i % across * DENSE_N;
             if (how & DENSE_LOWER && n0 > m0 + DENSE_M - 1) continue;
-            dense_block(y, ld, a, b, M, N, K, m0, n0, how, room);
+            dense_block(y, ld, a, b, M, N, K, m0, n0, how, buffer);
         }
-        free(room);
+        free(buffer);
     }
 }
 

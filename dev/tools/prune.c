@@ -1,10 +1,11 @@
 // prune.c: removes layers of a checkpoint for good and writes what is left as a plain GPT-2, which
 // transformers, generate, evaluate and --init-from open.
 //
-//     build/prune runs/gpt/latest --out runs/gpt-9 --n 3 --val 'data/text/val_*.bin'           the
-//     three that cost least build/prune runs/gpt/latest --out runs/gpt-9 --drop 7-9 these
-//     build/train_gpt --init-from runs/gpt-9 --train ... --out runs/healed                     and
-//     trains what is left
+//     the three that cost least; these; three, by a linear map; and training what is left
+//     build/prune runs/gpt/latest --out runs/gpt-9 --n 3 --val 'data/text/val_*.bin'
+//     build/prune runs/gpt/latest --out runs/gpt-9 --drop 7-9
+//     build/prune runs/gpt/latest --out runs/gpt-9 --n 3 --select replace --method replace ...
+//     build/train_gpt --init-from runs/gpt-9 --train ... --out runs/healed
 //
 // A layer that is removed whole is not in the new model. A branch that is removed alone stays as a
 // projection of zeros, since the format has no layer without attention or MLP: that changes what

@@ -2,8 +2,8 @@
 //
 // Shopkhoev et al. 2025, "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
 // Linearization" (arXiv 2505.02819). Layers first .. end-1 go. Of the layer
-// before them, with Z the stream after its attention, X the stream after its MLP, M = X - Z what its MLP
-// adds, and Y the stream after layer end-1, the map T (C,C) and, if affine, c (C) make
+// before them, with Z the stream after its attention, X the stream after its MLP, M = X - Z what
+// its MLP adds, and Y the stream after layer end-1, the map T (C,C) and, if affine, c (C) make
 //
 //     Z + M T + c   as close to   Y   as they can,
 //
@@ -151,7 +151,7 @@ static inline ReplaceMap replace_solve(const ReplaceBlock *b, size_t C, ReplaceH
     const double unit = dense_trace(gram, C) / (double)C,
                  whole = dense_trace(b->gram, C) / (double)C;
     map.ridge = how.ridge;
-    if (!(unit > 1e-24 * whole) || b->n == 0) { // M is constant, or 0: there is nothing to map
+    if (!(unit > 1e-12 * whole) || b->n == 0) { // M is constant, or 0: there is nothing to map
         map.word = b->n == 0 ? "no tokens were seen" : "what the MLP before adds never changes";
         map.ridge = INFINITY;
     }
@@ -208,14 +208,14 @@ static inline int replace_fold(const ReplaceMap *map, size_t C, double scale, re
 
 // What is kept of a token for replace_cosine, one after the other: M, Z and Y of a block, (n,C)
 // each.
-typedef struct { real *m, *z, *y; size_t n, room; } ReplaceKept;
+typedef struct { real *m, *z, *y; size_t n, capacity; } ReplaceKept;
 
 typedef struct {
     int n, C;
     ReplaceBlock *block;                                 // (n)
     ReplaceKept *kept;                                   // (n), or NULL
-    size_t tokens, room;                                 // of the call under way; the most of any
-    real *z, *d, **x, **m; // (room,C); x and m by layer, where one goes on
+    size_t tokens, capacity;                             // of the call under way; the most of any
+    real *z, *d, **x, **m; // (capacity,C); x and m by layer, where one goes on
     unsigned char *want;                                 // (2L+2)
     int L;
 } ReplaceWatch;
@@ -235,7 +235,7 @@ static inline int replace_goes_on(const ReplaceWatch *w, int layer, int below) {
 
 static inline void replace_keep(ReplaceKept *k, const real *m, const real *x, const real *y,
                                 size_t n, size_t C) {
-    n = at_most(k->room - k->n, n);
+    n = at_most(k->capacity - k->n, n);
     memcpy(k->m + k->n * C, m, n * C * sizeof *m);
     memcpy(k->y + k->n * C, y, n * C * sizeof *y);
     for (size_t i = 0; i < n * C; i++) k->z[k->n * C + i] = x[i] - m[i];
@@ -265,19 +265,19 @@ static inline void replace_see(void *self, int point, const real *x) {
         }
     if (!replace_begins(w, layer)) return;
     if (!w->x[layer]) {
-        w->x[layer] = (real *)xcalloc(w->room * C, sizeof(real));
-        w->m[layer] = (real *)xcalloc(w->room * C, sizeof(real));
+        w->x[layer] = (real *)xcalloc(w->capacity * C, sizeof(real));
+        w->m[layer] = (real *)xcalloc(w->capacity * C, sizeof(real));
     }
     memcpy(w->x[layer], x, n * sizeof *x);
     for (size_t k = 0; k < n; k++) w->m[layer][k] = x[k] - w->z[k];
 }
 
-// Looks at n blocks, in passes of at most `room` tokens; kept: (n) with room, or NULL.
+// Looks at n blocks, in passes of at most `capacity` tokens; kept: (n) with capacities, or NULL.
 static inline ReplaceWatch replace_watch_new(ReplaceBlock *block, int n, const GptConfig *c,
-                                             size_t room, ReplaceKept *kept) {
-    ReplaceWatch w = {n, c->C, block, kept, 0, room, NULL, NULL, NULL, NULL, NULL, c->L};
-    w.z = (real *)xcalloc(room * (size_t)c->C, sizeof(real));
-    w.d = (real *)xcalloc(room * (size_t)c->C, sizeof(real));
+                                             size_t capacity, ReplaceKept *kept) {
+    ReplaceWatch w = {n, c->C, block, kept, 0, capacity, NULL, NULL, NULL, NULL, NULL, c->L};
+    w.z = (real *)xcalloc(capacity * (size_t)c->C, sizeof(real));
+    w.d = (real *)xcalloc(capacity * (size_t)c->C, sizeof(real));
     w.x = (real **)xcalloc((size_t)c->L, sizeof *w.x);
     w.m = (real **)xcalloc((size_t)c->L, sizeof *w.m);
     w.want = (unsigned char *)xcalloc((size_t)watch_features(c->L) + 1, 1);
@@ -303,7 +303,7 @@ static inline void replace_pass(ReplaceWatch *w, const Engine *e, Model *model,
     Pass pass = pass_of(plan, 0);
     pass.watch = &watch;
     w->tokens = (size_t)plan->batch * (size_t)T;
-    CHECK(w->tokens <= w->room, "%zu tokens; room for %zu", w->tokens, w->room);
+    CHECK(w->tokens <= w->capacity, "%zu tokens; capacity for %zu", w->tokens, w->capacity);
     e->run(model, &batch, &pass);
 }
 

@@ -277,10 +277,10 @@ static inline void replace_fit(ReplaceFit *f) {
         }
         kept = (ReplaceKept *)xcalloc((size_t)f->n, sizeof *kept);
         for (int i = 0; i < f->n; i++) {
-            kept[i].room = (size_t)f->rows * T;
-            kept[i].m = (real *)xcalloc(kept[i].room * C, sizeof(real));
-            kept[i].z = (real *)xcalloc(kept[i].room * C, sizeof(real));
-            kept[i].y = (real *)xcalloc(kept[i].room * C, sizeof(real));
+            kept[i].capacity = (size_t)f->rows * T;
+            kept[i].m = (real *)xcalloc(kept[i].capacity * C, sizeof(real));
+            kept[i].z = (real *)xcalloc(kept[i].capacity * C, sizeof(real));
+            kept[i].y = (real *)xcalloc(kept[i].capacity * C, sizeof(real));
         }
     }
     if (f->n && f->block[0].n == 0) replace_fit_pass(f, kept);   // not after a scan
