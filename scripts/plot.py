@@ -461,23 +461,26 @@ def read_study(path):
 
 
 def draw_differences(ax, study, others):
-    """Each arm minus the baseline: seeds as marks, the t-interval as a thick line, the bootstrap's as a thin one below."""
+    """Each arm minus the baseline: a mark for each seed, a thick line for the t-interval, a thin one
+    for the bootstrap's."""
     for row, arm in enumerate(reversed(others)):
         color = COLORS[1 + (len(others) - 1 - row) % (len(COLORS) - 1)]
         if arm["difference"] is None:
             continue
-        ax.plot(arm["differences"], [row + 0.18] * len(arm["differences"]), "o", color=color, markersize=3,
-                markerfacecolor="white")
-        for low, high, at, width in (("t_low", "t_high", 0, 2.2), ("bootstrap_low", "bootstrap_high", -0.15, 0.8)):
-            if arm[low] is not None:
-                ax.plot([arm[low], arm[high]], [row + at] * 2, "-", color=color, linewidth=width)
+        ax.plot(arm["differences"], [row + 0.18] * len(arm["differences"]), "o", color=color,
+                markersize=3, markerfacecolor="white")
+        for kind, at, width in (("t", 0, 2.2), ("bootstrap", -0.15, 0.8)):
+            ends = [arm[f"{kind}_low"], arm[f"{kind}_high"]]
+            if None not in ends:
+                ax.plot(ends, [row + at] * 2, "-", color=color, linewidth=width)
         ax.plot([arm["difference"]], [row], "D", color=color, markersize=5)
     ax.axvline(0, color="black", linewidth=0.8)
     if study["margin"] is not None:
         ax.axvspan(-study["margin"], study["margin"], color="black", alpha=0.08, linewidth=0)
     ax.set_yticks(range(len(others)), [arm["name"] for arm in reversed(others)])
     ax.set_ylim(-0.6, len(others) - 0.4)
-    ax.set_xlabel(f"{study['endpoint']} minus {study['baseline']}'s, by seed (95%: thick t, thin bootstrap; grey: margin)")
+    ax.set_xlabel(f"{study['endpoint']} minus {study['baseline']}'s, by seed\n"
+                  "95% intervals: thick by t, thin by bootstrap; grey: equivalent")
 
 
 def draw_tuning(ax, study):
@@ -489,9 +492,9 @@ def draw_tuning(ax, study):
             at[first] = min(mean, at.get(first, mean))
         try:
             xs = sorted(at, key=lambda x: float(x.rstrip("%")))
-            ax.plot([float(x.rstrip("%")) for x in xs], [at[x] for x in xs], color=COLORS[i % len(COLORS)],
-                    linestyle=LINES[i % len(LINES)], marker=MARKS[i % len(MARKS)], markerfacecolor="white",
-                    label=arm["name"])
+            ax.plot([float(x.rstrip("%")) for x in xs], [at[x] for x in xs],
+                    color=COLORS[i % len(COLORS)], linestyle=LINES[i % len(LINES)],
+                    marker=MARKS[i % len(MARKS)], markerfacecolor="white", label=arm["name"])
         except ValueError:                              # words of a choice have no order
             continue
     names = {place.split("=")[0] for arm in study["arms"] for place, _ in arm["tuning"]}
@@ -505,12 +508,15 @@ def draw_tuning(ax, study):
 
 def draw_budgets(ax, study):
     """Loss against FLOPs: the baseline's own budgets as a line, the other arms as marks."""
-    points = [(f, v) for f, v in zip(study["budget_flops"], study["budget_losses"]) if f is not None and v is not None]
-    ax.plot([f for f, _ in points], [v for _, v in points], color="black", marker="o", markerfacecolor="white",
-            label=study["baseline"])
-    others = [arm for arm in study["arms"] if arm["name"] != study["baseline"] and arm["mean"] is not None]
+    points = [point for point in zip(study["budget_flops"], study["budget_losses"])
+              if None not in point]
+    ax.plot([f for f, _ in points], [v for _, v in points], color="black", marker="o",
+            markerfacecolor="white", label=study["baseline"])
+    others = [arm for arm in study["arms"]
+              if arm["name"] != study["baseline"] and arm["mean"] is not None]
     for i, arm in enumerate(others):
-        ax.plot([arm["flops"]], [arm["mean"]], linestyle="", color=COLORS[1 + i % (len(COLORS) - 1)],
+        ax.plot([arm["flops"]], [arm["mean"]], linestyle="",
+                color=COLORS[1 + i % (len(COLORS) - 1)],
                 marker=MARKS[(1 + i) % len(MARKS)], label=arm["name"])
     ax.set_xscale("log")
     ax.set_xlabel(X_LABELS["flops"])
@@ -520,7 +526,8 @@ def draw_budgets(ax, study):
 
 def draw_study(study, plt):
     others = [arm for arm in study["arms"] if arm["name"] != study["baseline"]]
-    figure, axes = plt.subplots(1, 3, figsize=(15, max(4, 1.5 + 0.4 * len(others))), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, max(4, 1.5 + 0.4 * len(others))),
+                                layout="constrained")
     draw_differences(axes[0], study, others)
     draw_tuning(axes[1], study)
     draw_budgets(axes[2], study)

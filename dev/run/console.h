@@ -35,8 +35,12 @@ static inline double trainer_expected_share(const Trainer *tr) {
     const int64_t every = tr->steps / 100000 + 1;
     double sum = 0, n = 0;
     if (tr->options->drop_path == 0) return 0;
-    for (int64_t t = every / 2; t < tr->steps; t += every, n++)
-        sum += drop_path_expected_share(&tr->drop, &tr->config, tr->T, t);
+    for (int64_t t = every / 2; t < tr->steps; t += every, n++) {
+        DropPath d = tr->drop;
+        GptConfig c = tr->config;
+        d.layers = c.L = growth_layers(&tr->growth, tr->depth, t);
+        sum += drop_path_expected_share(&d, &c, tr->T, t);
+    }
     return sum / n;
 }
 

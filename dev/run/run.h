@@ -657,7 +657,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     trainer_sizes(tr);
     trainer_growth(tr, from, resume);
     trainer_describe_data(tr);
-    tr->drop = trainer_drop_path(o, tr->config.L, tr->steps);
+    tr->drop = trainer_drop_path(o, tr->depth, tr->steps);
+    tr->drop.layers = tr->config.L;
     tr->dropout = trainer_dropout_ramp(o, tr->steps);
     tr->objective.smoothing = o->label_smoothing;
     tr->schedule = trainer_schedule(o, tr->steps);

@@ -1,5 +1,5 @@
-// test_study.h: build/study as a user runs it, on models of a few thousand numbers: keys, refusals, queues that are killed and that
-// share a directory, equal budgets, verification.
+// test_study.h: build/study as a user runs it, on models of a few thousand numbers: keys, refusals,
+// queues that are killed and that share a directory, equal budgets, verification.
 #ifndef TEST_STUDY_H
 #define TEST_STUDY_H
 
@@ -9,23 +9,34 @@
 
 // ---- Plans ----
 
-#define STUDY_TEST_ALL "layers = 2\nheads = 2\nchannels = 16\nseq-len = 16\nbatch = 4\neval-every = 0\neval-tokens = 500\nselfcheck = 0\n"
+#define STUDY_TEST_ALL                                                                             \
+    "layers = 2\nheads = 2\nchannels = 16\nseq-len = 16\nbatch = 4\neval-every = 0\n"                \
+    "eval-tokens = 500\nselfcheck = 0\n"
 
-// Writes DIR/NAME.txt, a plan with that [study] and what follows [all]; returns its path, from malloc.
-static inline char *study_test_plan(const char *dir, const char *name, const char *study, const char *rest) {
+// Writes DIR/NAME.txt, a plan with that [study] and what follows [all]; returns its path, from
+// malloc.
+static inline char *study_test_plan(const char *dir, const char *name, const char *study,
+                                    const char *rest) {
     const char *data = trainer_test_data();
     char *path = xprintf("%s/%s.txt", dir, name);
-    char *text = xprintf("[study]\nout = %s/%s\n%s[all]\ntrain = %s/data/train_*.bin\nval = %s/data/val_*.bin\n" STUDY_TEST_ALL "%s", dir, name,
-                         study, data, data, rest);
+    char *text = xprintf(
+        "[study]\nout = %s/%s\n%s[all]\ntrain = %s/data/train_*.bin\nval = "
+        "%s/data/val_*.bin\n" STUDY_TEST_ALL
+        "%s",
+        dir, name, study, data, data, rest);
     file_write_whole(path, text, strlen(text));
     free(text);
     return path;
 }
 
-#define STUDY_TEST_ARMS "[grid]\nlr = 1e-3 3e-3\n[arm none]\n[arm shallow]\nlayers = 1\n[arm drop]\ndrop-path = 0.5\n" \
-    "drop-depth = uniform\ndrop-ramp-up = 0\n"
+#define STUDY_TEST_ARMS                                                                            \
+    "[grid]\nlr = 1e-3 3e-3\n[arm none]\n[arm shallow]\nlayers = 1\n[arm drop]\n"                 \
+    "drop-path = 0.5\ndrop-depth = uniform\ndrop-ramp-up = 0\n[arm grow]\ngrow = 1:0,all:50%\n"
 
-#define EXPECT_STUDY(...) do { if (!tool_expect(0, "", tool_run("study " __VA_ARGS__), __FILE__, __LINE__)) return; } while (0)
+#define EXPECT_STUDY(...)                                                                          \
+    do {                                                                                           \
+        if (!tool_expect(0, "", tool_run("study " __VA_ARGS__), __FILE__, __LINE__)) return;       \
+    } while (0)
 
 static inline int study_test_count(const char *dir) {
     int n = 0;
@@ -49,7 +60,9 @@ static inline void study_test_same(const StudyResults *a, const StudyResults *b,
     for (int i = 0; i < a->n; i++) {
         const StudyResult *x = &a->result[i], *y = study_result(b, x->key);
         EXPECT(y, "%s (%s) is in one alone", x->key, x->options);
-        if (y) EXPECT(x->val_loss == y->val_loss && !strcmp(x->bits, y->bits) && x->flops == y->flops, "%s differs: %.17g, %.17g", x->options, x->val_loss, y->val_loss);
+        if (y)
+            EXPECT(x->val_loss == y->val_loss && !strcmp(x->bits, y->bits) && x->flops == y->flops,
+                   "%s differs: %.17g, %.17g", x->options, x->val_loss, y->val_loss);
     }
 }
 
@@ -57,8 +70,11 @@ static inline void study_test_same(const StudyResults *a, const StudyResults *b,
 
 static void test_study_answers(void) {
     const char *dir = test_directory();
-    char *plan = study_test_plan(dir, "s", "seeds = 2\ntune-seeds = 1\nextend = 1\ncurve = 0.5\nkeep-runs = 1\n", "steps = 60\n" STUDY_TEST_ARMS);
-    char *json = xprintf("%s/s/report.json", dir), *md = xprintf("%s/s/report.md", dir), *out = xprintf("%s/s", dir), *folder = xprintf("%s/s/claims", dir);
+    char *plan = study_test_plan(
+        dir, "s", "seeds = 2\ntune-seeds = 1\nextend = 1\ncurve = 0.5\nkeep-runs = 1\n",
+        "steps = 60\n" STUDY_TEST_ARMS);
+    char *json = xprintf("%s/s/report.json", dir), *md = xprintf("%s/s/report.md", dir),
+         *out = xprintf("%s/s", dir), *folder = xprintf("%s/s/claims", dir);
     EXPECT_STUDY("%s --picture 0 --jobs 2", plan);
     Text text = test_read_file(json), words = test_read_file(md);
     Json doc;
@@ -71,11 +87,16 @@ static void test_study_answers(void) {
     EXPECT(missing == 0, "%g runs are missing", missing);
     EXPECT(study_test_count(folder) == 0, "claims are left");
 
-    const GptConfig c = {257, 16, 2, 2, 16};             // the FLOPs by hand, and the arms' steps at equal ones
-    const double row = 3 * gpt_row_flops(&c, 16), layer = 3 * (gpt_branch_flops(&c, ATTN, 16) + gpt_branch_flops(&c, MLP, 16));
-    const double none = 60 * 4 * row, shallow = 4 * (row - layer), drop = 4 * (row - 0.5 * 2 * layer);
+    // the FLOPs by hand, and the arms' steps at equal ones
+    const GptConfig c = {257, 16, 2, 2, 16};
+    const double row = 3 * gpt_row_flops(&c, 16),
+                 layer = 3 * (gpt_branch_flops(&c, ATTN, 16) + gpt_branch_flops(&c, MLP, 16));
+    const double none = 60 * 4 * row, shallow = 4 * (row - layer),
+                 drop = 4 * (row - 0.5 * 2 * layer);
+    const double grow = 4 * (row - 0.5 * layer);         // one layer for half of the steps
     const int arms = json_get(&doc, 0, "arms");
-    const double want[3] = {60, nearbyint(none / shallow), nearbyint(none / drop)};
+    const double want[4] = {60, nearbyint(none / shallow), nearbyint(none / drop),
+                            nearbyint(none / grow)};
     int arm = 0;
     for (int k = json_first(&doc, arms); k >= 0; k = json_next(&doc, k), arm++) {
         double steps = NAN, n = NAN, mean = NAN, difference = NAN;
@@ -84,11 +105,13 @@ static void test_study_answers(void) {
         json_number(&doc, json_get(&doc, k, "mean"), &mean);
         EXPECT_CLOSE(steps, want[arm], 0, "steps at equal FLOPs");
         EXPECT(n == 2 && isfinite(mean), "arm %d: %g seeds, %g", arm, n, mean);
-        EXPECT(json_number(&doc, json_get(&doc, k, "difference"), &difference) == (arm > 0), "arm %d: difference %g", arm, difference);
+        EXPECT(json_number(&doc, json_get(&doc, k, "difference"), &difference) == (arm > 0),
+               "arm %d: difference %g", arm, difference);
     }
     for (int i = 0; i < all.n; i++) {                    // a result is what its run has recorded
         const StudyResult *r = &all.result[i];
-        char *run = xprintf("%s/runs/%s/metrics.jsonl", out, r->key), *weights = xprintf("%s/runs/%s", out, r->key), bits[SHA256_HEX];
+        char *run = xprintf("%s/runs/%s/metrics.jsonl", out, r->key),
+             *weights = xprintf("%s/runs/%s", out, r->key), bits[SHA256_HEX];
         MetricsLog log = metrics_read(run);
         double flops = 0;
         for (int64_t s = 0; s < log.n; s++) flops += log.record[s].flops;
@@ -107,7 +130,8 @@ static void test_study_answers(void) {
 // A result with one bit changed is found by verify.
 static void test_study_verify_fails(void) {
     const char *dir = test_directory();
-    char *plan = study_test_plan(dir, "s", "seeds = 2\n", "steps = 4\n[arm none]\n[arm drop]\ndrop-path = 0.2\n");
+    char *plan = study_test_plan(dir, "s", "seeds = 2\n",
+                                 "steps = 4\n[arm none]\n[arm drop]\ndrop-path = 0.2\n");
     EXPECT_STUDY("run %s", plan);
     ToolRun r = shell_runf("sed -i 's/\"bits\": \"./\"bits\": \"x/' %s/s/results/*.json", dir);
     tool_free(&r);
@@ -119,36 +143,47 @@ static void test_study_verify_fails(void) {
 
 // ---- Keys ----
 
-// The same run said in other words is the same run: of another study, other names, spans in steps, drop options without drops.
+// The same run said in other words is the same run: of another study, other names, spans in steps,
+// drop options without drops.
 static void test_study_shares_baselines(void) {
     const char *dir = test_directory();
     char *share = xprintf("seeds = 2\nresults = %s/all\n", dir), *all = xprintf("%s/all", dir);
-    char *a = study_test_plan(dir, "a", share, "steps = 50\nwarmup = 10%\n[arm none]\n[arm drop]\ndrop-path = 0.2\n");
-    char *b = study_test_plan(dir, "b", share, "steps = 5e1\nwarmup = 5\ntotal-batch = 64\nlog-every = 7\n[arm other]\ndrop-path = 0.3\n[arm base]\n"
-                              "drop-unit = row\n");
+    char *a = study_test_plan(
+        dir, "a", share, "steps = 50\nwarmup = 10%\n[arm none]\n[arm drop]\ndrop-path = 0.2\n");
+    char *b = study_test_plan(
+        dir, "b", share,
+        "steps = 5e1\nwarmup = 5\ntotal-batch = 64\nlog-every = 7\n[arm other]\ndrop-path = 0.3\n"
+        "[arm base]\n"
+        "drop-unit = row\n");
     char *b2 = xprintf("sed -i 's/^results/baseline = base\\nresults/' %s", b);
     EXPECT(system(b2) == 0, "%s failed", b2);
     EXPECT_STUDY("run %s", a);
     EXPECT(study_test_count(all) == 4, "%d results", study_test_count(all));
     EXPECT_STUDY("run %s", b);
-    EXPECT(study_test_count(all) == 6, "%d results, want 6: the baseline is shared", study_test_count(all));
+    EXPECT(study_test_count(all) == 6, "%d results, want 6: the baseline is shared",
+           study_test_count(all));
     free(share), free(all), free(a), free(b), free(b2);
 }
 
 // ---- Queues ----
 
-// Killed in the middle, then two queues at once in one directory: the results are the undisturbed study's, no run is done twice
-// after its end, no claim is left.
+// Killed in the middle, then two queues at once in one directory: the results are the undisturbed
+// study's, no run is done twice after its end, no claim is left.
 static void test_study_killed_and_shared(void) {
     const char *dir = test_directory(), *rest = "steps = 300\n" STUDY_TEST_ARMS;
-    char *whole = study_test_plan(dir, "whole", "seeds = 2\n", rest), *shared = study_test_plan(dir, "shared", "seeds = 2\n", rest);
-    char *a = xprintf("%s/whole", dir), *b = xprintf("%s/shared", dir), *claims = xprintf("%s/shared/claims", dir);
+    char *whole = study_test_plan(dir, "whole", "seeds = 2\n", rest),
+         *shared = study_test_plan(dir, "shared", "seeds = 2\n", rest);
+    char *a = xprintf("%s/whole", dir), *b = xprintf("%s/shared", dir),
+         *claims = xprintf("%s/shared/claims", dir);
     EXPECT_STUDY("run %s --jobs 2", whole);
-    ToolRun r = shell_runf("%s/study run %s & pid=$!\n"
-                           "while kill -0 $pid 2>/dev/null && [ $(ls %s/results 2>/dev/null | wc -l) -lt 3 ]; do sleep 0.01; done\n"
-                           "kill -9 $pid; wait $pid 2>/dev/null\n"
-                           "%s/study run %s & one=$!; %s/study run %s & two=$!\n"
-                           "wait $one && wait $two", test_build(), shared, b, test_build(), shared, test_build(), shared);
+    ToolRun r = shell_runf(
+        "%s/study run %s & pid=$!\n"
+        "while kill -0 $pid 2>/dev/null && [ $(ls %s/results 2>/dev/null | wc -l) -lt 3 ]; do "
+        "sleep 0.01; done\n"
+        "kill -9 $pid; wait $pid 2>/dev/null\n"
+        "%s/study run %s & one=$!; %s/study run %s & two=$!\n"
+        "wait $one && wait $two",
+        test_build(), shared, b, test_build(), shared, test_build(), shared);
     EXPECT(r.code == 0, "code %d: %s", r.code, r.err.s);
     tool_free(&r);
     StudyResults x = study_test_results(a), y = study_test_results(b);
@@ -159,18 +194,22 @@ static void test_study_killed_and_shared(void) {
     free(whole), free(shared), free(a), free(b), free(claims);
 }
 
-// A claim whose owner is on another machine is respected until it has been still for `stale` seconds; one whose owner is a dead
-// process of this machine is taken over at once.
+// A claim whose owner is on another machine is respected until it has been still for `stale`
+// seconds; one whose owner is a dead process of this machine is taken over at once.
 static void test_study_takes_over(void) {
     const char *dir = test_directory();
-    char *plan = study_test_plan(dir, "s", "seeds = 2\nstale = 2\n", "steps = 4\n[arm none]\n[arm drop]\ndrop-path = 0.2\n");
+    char *plan = study_test_plan(dir, "s", "seeds = 2\nstale = 2\n",
+                                 "steps = 4\n[arm none]\n[arm drop]\ndrop-path = 0.2\n");
     EXPECT_STUDY("run %s", plan);
     StudyResults all = study_test_results(xprintf("%s/s", dir));
     for (int i = 0; i < 2; i++) {
-        char *claim = xprintf("%s/s/claims/%s", dir, all.result[i].key), *owner = xprintf("%s/owner", claim), *result = xprintf("%s/s/results/%s.json", dir, all.result[i].key);
+        char *claim = xprintf("%s/s/claims/%s", dir, all.result[i].key),
+             *owner = xprintf("%s/owner", claim),
+             *result = xprintf("%s/s/results/%s.json", dir, all.result[i].key);
         char host[64] = "", *text;
         gethostname(host, sizeof host - 1);
-        text = i ? xstrdup("process 1 on another-machine\n") : xprintf("process 999999999 on %s\n", host);
+        text = i ? xstrdup("process 1 on another-machine\n")
+                 : xprintf("process 999999999 on %s\n", host);
         unlink(result);
         directory_make(claim);
         file_write_whole(owner, text, strlen(text));
@@ -186,8 +225,11 @@ static void test_study_takes_over(void) {
 
 // --for: what is under way is saved, and goes on to the same bits.
 static void test_study_stops_in_time(void) {
-    const char *dir = test_directory(), *rest = "steps = 1500\n[arm none]\n[arm shallow]\nlayers = 1\n";
-    char *plan = study_test_plan(dir, "s", "seeds = 2\n", rest), *whole = study_test_plan(dir, "w", "seeds = 2\n", rest), *claims = xprintf("%s/s/claims", dir);
+    const char *dir = test_directory(),
+               *rest = "steps = 1500\n[arm none]\n[arm shallow]\nlayers = 1\n";
+    char *plan = study_test_plan(dir, "s", "seeds = 2\n", rest),
+         *whole = study_test_plan(dir, "w", "seeds = 2\n", rest),
+         *claims = xprintf("%s/s/claims", dir);
     ToolRun r = tool_run("study run %s --for 1s", plan);
     EXPECT(r.code == 0 && strstr(r.out.s, "stopped"), "code %d: %s%s", r.code, r.out.s, r.err.s);
     tool_free(&r);
@@ -203,18 +245,23 @@ static void test_study_stops_in_time(void) {
 
 // ---- Tuning ----
 
-// A place that diverges is a result, never chosen; the grid grows towards the better end, and says where it stopped.
+// A place that diverges is a result, never chosen; the grid grows towards the better end, and says
+// where it stopped.
 static void test_study_tunes(void) {
     const char *dir = test_directory();
-    char *plan = study_test_plan(dir, "s", "seeds = 2\nextend = 2\n", "steps = 20\nwarmup = 0\ngrad-clip = 0\nmax-bad-steps = 1\n[grid]\nlr = 1e-6 2e-6 1e30\n[arm none]\n"
-                                 "[arm drop]\ndrop-path = 0.2\n[grid drop]\nlr = 1e-6 2e-6\n");
+    char *plan = study_test_plan(
+        dir, "s", "seeds = 2\nextend = 2\n",
+        "steps = 20\nwarmup = 0\ngrad-clip = 0\nmax-bad-steps = 1\n[grid]\nlr = 1e-6 2e-6 1e30\n"
+        "[arm none]\n"
+        "[arm drop]\ndrop-path = 0.2\n[grid drop]\nlr = 1e-6 2e-6\n");
     char *md = xprintf("%s/s/report.md", dir);
     EXPECT_STUDY("%s --picture 0", plan);
     Text t = test_read_file(md);
     EXPECT(strstr(t.s, "lr=1e30 diverged"), "no diverged place: %s", t.s);
     EXPECT(strstr(t.s, "**lr=2e-6"), "the best place: %s", t.s);
     EXPECT(strstr(t.s, "**lr=8e-06"), "the grid did not grow twice: %s", t.s);
-    EXPECT(strstr(t.s, "lr=8e-06, an end of its grid"), "it does not say that the best is at an end: %s", t.s);
+    EXPECT(strstr(t.s, "lr=8e-06, an end of its grid"),
+           "it does not say that the best is at an end: %s", t.s);
     text_free(&t);
     free(plan), free(md);
 }
@@ -223,8 +270,9 @@ static void test_study_tunes(void) {
 
 static void test_study_equal_seconds(void) {
     const char *dir = test_directory();
-    char *plan = study_test_plan(dir, "s", "seeds = 2\nequal = seconds\nturns = 3\nturn-steps = 10\nturn-error = 100%\n",
-                                 "steps = 20\n[arm none]\n[arm shallow]\nlayers = 1\n");
+    char *plan = study_test_plan(
+        dir, "s", "seeds = 2\nequal = seconds\nturns = 3\nturn-steps = 10\nturn-error = 100%\n",
+        "steps = 20\n[arm none]\n[arm shallow]\nlayers = 1\n");
     ToolRun r = tool_run("study plan %s", plan);
     EXPECT(r.code == 1 && strstr(r.err.s, "not timed yet"), "code %d: %s", r.code, r.err.s);
     tool_free(&r);
@@ -236,7 +284,8 @@ static void test_study_equal_seconds(void) {
     EXPECT_STUDY("run %s", plan);
     StudyResults all = study_test_results(out);
     int found = 0;
-    for (int i = 0; i < all.n; i++) found += strstr(all.result[i].options, "layers=1 ") && all.result[i].steps == 32;
+    for (int i = 0; i < all.n; i++)
+        found += strstr(all.result[i].options, "layers=1 ") && all.result[i].steps == 32;
     EXPECT(found == 2, "%d runs of 32 steps", found);
     study_results_free(&all);
     free(plan), free(times), free(out), free(line);
@@ -245,8 +294,10 @@ static void test_study_equal_seconds(void) {
 // ---- What is refused, before anything is written ----
 
 static void test_study_refuses(void) {
-    static const struct { const char *study, *rest, *part; } bad[] = {
-        {"", "steps = 4\n[arm none]\n[arm a]\nlerning-rate = 1\n", "[arm a]: unknown option --lerning-rate"},
+    static const struct { const char *study, *rest, *part;
+    } bad[] = {
+        {"", "steps = 4\n[arm none]\n[arm a]\nlerning-rate = 1\n",
+         "[arm a]: unknown option --lerning-rate"},
         {"", "steps = 4\n[arm none]\n[arm a]\nlr = fast\n", "[arm a]: --lr: 'fast' is not"},
         {"", "steps = 4\n[arm none]\n[arm a]\nchannels = 15\n", "[arm a] cannot run: "},
         {"", "steps = 4\n[arm none]\n[arm a]\nseq-len = 100000\n", "[arm a] cannot run: "},
@@ -255,7 +306,8 @@ static void test_study_refuses(void) {
         {"", "steps = 4\n[arm none]\n", "two arms or more"},
         {"", "steps = 4\n[arm none]\n[arm none]\n", "is there twice"},
         {"", "steps = 4\n[arm none]\n[arm a b]\n", "is none of [study]"},
-        {"", "steps = 4\n[arm none]\n[arm a]\n[grid b]\nlr = 1\n", "[grid b]: there is no such arm"},
+        {"", "steps = 4\n[arm none]\n[arm a]\n[grid b]\nlr = 1\n",
+         "[grid b]: there is no such arm"},
         {"", "steps = 4\n[arm none]\n[arm a]\n[grid]\nlr = 1e-3 1e-3\n", "is there twice"},
         {"", "steps = 4\n[arm none]\n[arm a]\n[grid]\nlr = 1e-3 x\n", "'x' is not"},
         {"", "steps = 4\n[arm none]\n[arm a]\n[grid]\nlayers = 1 2\n", "a grid cannot be of it"},
@@ -285,33 +337,49 @@ static void test_study_refuses(void) {
 // Data that change under a study are refused, and bring no result.
 static void test_study_refuses_other_data(void) {
     const char *dir = test_directory(), *data = trainer_test_data();
-    char *copy = xprintf("cp -r %s/data %s/data", data, dir), *text = xprintf("[study]\nout = %s/s\nseeds = 2\n[all]\ntrain = %s/data/train_*.bin\nval = %s/data/val_*.bin\n"
-        STUDY_TEST_ALL "steps = 4\n[arm none]\n[arm a]\nlayers = 1\n", dir, dir, dir), *plan = xprintf("%s/s.txt", dir);
+    char *
+        copy = xprintf("cp -r %s/data %s/data", data, dir),
+       *text = xprintf(
+           "[study]\nout = %s/s\nseeds = 2\n[all]\ntrain = %s/data/train_*.bin\nval = "
+           "%s/data/val_*.bin\n" STUDY_TEST_ALL
+           "steps = 4\n[arm none]\n[arm a]\nlayers = 1\n",
+           dir, dir, dir),
+       *plan = xprintf("%s/s.txt", dir);
     EXPECT(system(copy) == 0, "%s failed", copy);
     file_write_whole(plan, text, strlen(text));
     EXPECT_STUDY("run %s", plan);
-    char *change = xprintf("printf x | dd of=%s/data/val_000000.bin bs=1 seek=2000 conv=notrunc 2>/dev/null", dir);
+    char *change = xprintf(
+        "printf x | dd of=%s/data/val_000000.bin bs=1 seek=2000 conv=notrunc 2>/dev/null", dir);
     EXPECT(system(change) == 0, "%s failed", change);
-    tool_expect(1, "the data have changed since this study began", tool_run("study run %s", plan), __FILE__, __LINE__);
-    tool_expect(1, "the data have changed since this study began", tool_run("study report %s", plan), __FILE__, __LINE__);
+    tool_expect(1, "the data have changed since this study began", tool_run("study run %s", plan),
+                __FILE__, __LINE__);
+    tool_expect(1, "the data have changed since this study began",
+                tool_run("study report %s", plan), __FILE__, __LINE__);
     free(copy), free(text), free(plan), free(change);
 }
 
 // ---- fit ----
 
-// Three plans of one study at three budgets, with results that follow a law: fit reads the shift of 1.5 out of them.
+// Three plans of one study at three budgets, with results that follow a law: fit reads the shift of
+// 1.5 out of them.
 static void test_study_fit(void) {
     const char *dir = test_directory();
     Text plans = {NULL, 0, 0};
     for (int k = 0; k < 3; k++) {
-        char *name = xprintf("p%d", k), *steps = xprintf("steps = %d\n[arm none]\n[arm drop]\ndrop-path = 0.2\n", 4 << k);
-        char *plan = study_test_plan(dir, name, "seeds = 3\n", steps), *out = xprintf("%s/%s", dir, name);
+        char *name = xprintf("p%d", k),
+             *steps = xprintf("steps = %d\n[arm none]\n[arm drop]\ndrop-path = 0.2\n", 4 << k);
+        char *plan = study_test_plan(dir, name, "seeds = 3\n", steps),
+             *out = xprintf("%s/%s", dir, name);
         EXPECT_STUDY("run %s", plan);
         StudyResults all = study_test_results(out);
-        for (int i = 0; i < all.n; i++) {                // the loss of each result becomes the law's
+        // the loss of each result becomes the law's
+        for (int i = 0; i < all.n; i++) {
             const int drop = strstr(all.result[i].options, "drop-path") != NULL;
-            const double loss = 1.5 + pow((drop ? 1.5 : 1) * all.result[i].flops / 1e7, -0.4) + 1e-4 * (i % 3 - 1);
-            char *edit = xprintf("sed -i 's/\"val_loss\": [0-9.]*/\"val_loss\": %.9f/' %s/results/%s.json", loss, out, all.result[i].key);
+            const double loss =
+                1.5 + pow((drop ? 1.5 : 1) * all.result[i].flops / 1e7, -0.4) + 1e-4 * (i % 3 - 1);
+            char *edit =
+                xprintf("sed -i 's/\"val_loss\": [0-9.]*/\"val_loss\": %.9f/' %s/results/%s.json",
+                        loss, out, all.result[i].key);
             EXPECT(system(edit) == 0, "%s failed", edit);
             free(edit);
         }
@@ -322,17 +390,23 @@ static void test_study_fit(void) {
     ToolRun r = tool_run("study fit --arm drop --draws 200%s", plans.s);
     double s = NAN, low = NAN, high = NAN;
     const char *line = strstr(r.out.s, "s of drop: ");
-    EXPECT(line && sscanf(line, "s of drop: %lf, 95%% interval %lf .. %lf", &s, &low, &high) == 3, "code %d: %s%s", r.code, r.out.s, r.err.s);
+    EXPECT(line && sscanf(line, "s of drop: %lf, 95%% interval %lf .. %lf", &s, &low, &high) == 3,
+           "code %d: %s%s", r.code, r.out.s, r.err.s);
     EXPECT_CLOSE(s, 1.5, 0.02, "s");
     EXPECT(low > 1.4 && high < 1.6 && strstr(r.out.s, "worth more"), "%s", r.out.s);
     tool_free(&r);
-    tool_expect(1, "3 numbers" + 2, tool_run("study fit --arm drop %.*s", (int)strcspn(plans.s + 1, " ") + 1, plans.s), __FILE__, __LINE__);
-    tool_expect(1, "is the baseline itself", tool_run("study fit --arm none%s", plans.s), __FILE__, __LINE__);
+    tool_expect(1, "3 numbers" + 2,
+                tool_run("study fit --arm drop %.*s", (int)strcspn(plans.s + 1, " ") + 1, plans.s),
+                __FILE__, __LINE__);
+    tool_expect(1, "is the baseline itself", tool_run("study fit --arm none%s", plans.s), __FILE__,
+                __LINE__);
     text_free(&plans);
 }
 
-#define STUDY_TESTS(X)                                                                                            \
-    X(study_answers) X(study_verify_fails) X(study_shares_baselines) X(study_killed_and_shared) X(study_takes_over) \
-    X(study_stops_in_time) X(study_tunes) X(study_equal_seconds) X(study_refuses) X(study_refuses_other_data) X(study_fit)
+#define STUDY_TESTS(X)                                                                             \
+    X(study_answers)                                                                               \
+    X(study_verify_fails) X(study_shares_baselines) X(study_killed_and_shared) X(study_takes_over) \
+        X(study_stops_in_time) X(study_tunes) X(study_equal_seconds) X(study_refuses)              \
+            X(study_refuses_other_data) X(study_fit)
 
 #endif

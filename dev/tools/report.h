@@ -1,4 +1,5 @@
-// report.h: what the reports of compare and study are made of: tables, words of a command, numbers in JSON, pictures.
+// report.h: what the reports of compare and study are made of: tables, words of a command, numbers
+// in JSON, pictures.
 #ifndef REPORT_H
 #define REPORT_H
 
@@ -10,14 +11,17 @@
 
 // ---- Tables: plain text that is Markdown too ----
 
-typedef struct { int rows, columns; char **cell; } Table;              // (rows, columns) from malloc; row 0 is the heading
+// (rows, columns) from malloc; row 0 is the heading
+typedef struct { int rows, columns; char **cell; } Table;
 
 static inline Table table_new(int rows, int columns) {
     Table t = {rows, columns, (char **)xcalloc((size_t)(rows * columns), sizeof(char *))};
     return t;
 }
 
-static inline char **table_cell(const Table *t, int row, int column) { return &t->cell[row * t->columns + column]; }
+static inline char **table_cell(const Table *t, int row, int column) {
+    return &t->cell[row * t->columns + column];
+}
 
 // Characters of a text in UTF-8.
 static inline int table_width(const char *s) {
@@ -60,7 +64,8 @@ static inline void table_free(Table *t) {
 // Appends a word as a shell reads it.
 static inline void shell_word(Text *out, const char *word) {
     int plain = *word != 0;
-    for (const char *s = word; *s; s++) plain &= isalnum((unsigned char)*s) || strchr("-_./=,:%+@", *s) != NULL;
+    for (const char *s = word; *s; s++)
+        plain &= isalnum((unsigned char)*s) || strchr("-_./=,:%+@", *s) != NULL;
     if (!plain) text_append(out, "'", 1);
     for (const char *s = word; *s; s++) {
         if (*s == '\'') text_printf(out, "'\\''");
@@ -81,7 +86,8 @@ static inline void json_numbers(Text *out, int n, const char *const *name, const
 
 #define PICTURE_SECONDS 120
 
-// Where plot.py is, from the program's name: in scripts/ of one of the folders above build/double/san. From malloc, or NULL.
+// Where plot.py is, from the program's name: in scripts/ of one of the folders above
+// build/double/san. From malloc, or NULL.
 static inline char *picture_plot(const char *program) {
     static const char *const above[] = {"..", "../..", "../../..", "../../../.."};
     const char *slash = strrchr(program, '/');
@@ -93,7 +99,8 @@ static inline char *picture_plot(const char *program) {
     return NULL;
 }
 
-// Runs that command, silently; returns whether it has succeeded. One that hangs is ended after a while.
+// Runs that command, silently; returns whether it has succeeded. One that hangs is ended after a
+// while.
 static inline int picture_draw(char **arguments) {
     int status;
     const pid_t pid = fork();

@@ -1,9 +1,11 @@
-// study_queue.h: the runs of a study, worked off by any number of processes on any number of machines that see its directory.
+// study_queue.h: the runs of a study, worked off by any number of processes on any number of
+// machines that see its directory.
 //
-//     RESULTS/KEY.json         one line: what a finished run came to. Nothing else is needed for the report
-//     OUT/claims/KEY/          a run that somebody does: made by mkdir, which one of several wins; `owner` is touched as a
-//                              sign of life. Whoever finds it stale renames it, which again one of several wins
-//     OUT/runs/KEY/            the run under way, resumed from its last checkpoint by whoever takes it over
+//     RESULTS/KEY.json    one line: the result of a finished run; the report needs nothing else
+//     OUT/claims/KEY/     a run that a process does: made by mkdir, which one of several wins;
+//                         `owner` is touched as a sign of life. A process that finds it stale
+//                         renames it, which again one of several wins
+//     OUT/runs/KEY/       the run under way; whoever takes it over resumes its last checkpoint
 //
 // What is to be done follows from the plan and the results alone: no process tells another.
 #ifndef STUDY_QUEUE_H
@@ -31,7 +33,9 @@ typedef struct {
 
 typedef struct { StudyResult *result; int n; } StudyResults;
 
-static inline void study_result_free(StudyResult *r) { free(r->curve), free(r->options), free(r->commit), free(r->machine); }
+static inline void study_result_free(StudyResult *r) {
+    free(r->curve), free(r->options), free(r->commit), free(r->machine);
+}
 
 static inline void study_results_free(StudyResults *all) {
     for (int i = 0; i < all->n; i++) study_result_free(&all->result[i]);
@@ -62,26 +66,36 @@ static inline const char *study_result_parse(StudyResult *r, const char *line, s
     study_json_text(&doc, "key", r->key, sizeof r->key);
     study_json_text(&doc, "bits", r->bits, sizeof r->bits);
     r->status = strcmp(status, "ok") ? RESULT_DIVERGED : RESULT_OK;
-    const struct { const char *name; double *to; } number[] = {{"steps", &r->steps}, {"tokens", &r->tokens}, {"flops", &r->flops},
-        {"val_loss", &r->val_loss}, {"val_bpb", &r->val_bpb}, {"seconds", &r->seconds}};
+    const struct {
+        const char *name;
+        double *to;
+    } number[] = {{"steps", &r->steps},       {"tokens", &r->tokens},   {"flops", &r->flops},
+                  {"val_loss", &r->val_loss}, {"val_bpb", &r->val_bpb}, {"seconds", &r->seconds}};
     for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
         *number[i].to = NAN;
         json_number(&doc, json_get(&doc, 0, number[i].name), number[i].to);
     }
     const int curve = json_get(&doc, 0, "curve");
     r->curve = (double *)xcalloc(2 * (size_t)json_count(&doc, curve) + 1, sizeof(double));
-    for (int k = json_type(&doc, curve) == JSON_ARRAY ? json_first(&doc, curve) : -1; k >= 0; k = json_next(&doc, k)) {
+    for (int k = json_type(&doc, curve) == JSON_ARRAY ? json_first(&doc, curve) : -1; k >= 0;
+         k = json_next(&doc, k)) {
         const int x = json_first(&doc, k);
         double *to = r->curve + 2 * r->points;
-        if (json_count(&doc, k) == 2 && json_number(&doc, x, to) && json_number(&doc, json_next(&doc, x), to + 1)) r->points++;
+        if (json_count(&doc, k) == 2 && json_number(&doc, x, to) &&
+            json_number(&doc, json_next(&doc, x), to + 1))
+            r->points++;
     }
     r->options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
     r->commit = json_string(&doc, json_get(&doc, 0, "commit"), NULL);
     r->machine = json_string(&doc, json_get(&doc, 0, "machine"), NULL);
-    const char *error = strcmp(format, "droppath.c run 1") ? "its format is not \"droppath.c run 1\""
-                      : strlen(r->key) != STUDY_KEY - 1 ? "it has no key"
-                      : strcmp(status, "ok") && strcmp(status, "diverged") ? "its status is neither ok nor diverged"
-                      : r->status == RESULT_OK && !(isfinite(r->val_loss) && r->flops > 0) ? "it has no loss or no FLOPs" : NULL;
+    const char *error = strcmp(format, "droppath.c run 1")
+                            ? "its format is not \"droppath.c run 1\""
+                        : strlen(r->key) != STUDY_KEY - 1 ? "it has no key"
+                        : strcmp(status, "ok") && strcmp(status, "diverged")
+                            ? "its status is neither ok nor diverged"
+                        : r->status == RESULT_OK && !(isfinite(r->val_loss) && r->flops > 0)
+                            ? "it has no loss or no FLOPs"
+                            : NULL;
     if (error) study_result_free(r);
     json_free(&doc);
     return error;
@@ -93,12 +107,14 @@ static inline void study_results_file(StudyResults *all, const char *path) {
     const char *wrong = file_map(&map, path), *at = (const char *)map.data;
     if (wrong) die("cannot read %s: %s", path, wrong);
     for (const char *end = map.size ? at + map.size : at; at < end;) {
-        const char *feed = (const char *)memchr(at, '\n', (size_t)(end - at)), *stop = feed ? feed : end;
+        const char *feed = (const char *)memchr(at, '\n', (size_t)(end - at)),
+                   *stop = feed ? feed : end;
         StudyResult r;
         const char *error = at == stop ? NULL : study_result_parse(&r, at, (size_t)(stop - at));
         if (error) die("%s: %s\n  hint: remove that line, and the run is done again", path, error);
         if (at < stop) {
-            all->result = (StudyResult *)xrealloc(all->result, (size_t)(all->n + 1), sizeof *all->result);
+            all->result =
+                (StudyResult *)xrealloc(all->result, (size_t)(all->n + 1), sizeof *all->result);
             all->result[all->n++] = r;
         }
         at = stop + (feed != NULL);
@@ -131,12 +147,16 @@ typedef struct { int done, worse, diverged, place[STUDY_GRIDS], edge; double los
 typedef struct { StudyRun *run; int n; StudyTuned *tuned; } StudyState;          // tuned (arms)
 
 static inline double study_endpoint(const Study *s, const StudyResult *r) {
-    return r->status != RESULT_OK ? INFINITY : s->own.endpoint == ENDPOINT_BPB ? r->val_bpb : r->val_loss;
+    return r->status != RESULT_OK            ? INFINITY
+           : s->own.endpoint == ENDPOINT_BPB ? r->val_bpb
+                                             : r->val_loss;
 }
 
 static inline void study_state_add(StudyState *st, const StudyRun *r) {
     for (int i = 0; i < st->n; i++)
-        if (!strcmp(st->run[i].key, r->key) && st->run[i].arm == r->arm && st->run[i].kind == r->kind) return;
+        if (!strcmp(st->run[i].key, r->key) && st->run[i].arm == r->arm &&
+            st->run[i].kind == r->kind)
+            return;
     st->run = (StudyRun *)xrealloc(st->run, (size_t)(st->n + 1), sizeof *st->run);
     st->run[st->n++] = *r;
 }
@@ -168,11 +188,14 @@ static inline int study_grid_extend(StudyGrid *g, int place, int most) {
     OptionValue ignored;
     const int top = place == g->n - 1, bottom = place == 0;
     if (!study_grid_is_numeric(g) || !(top || bottom)) return 0;
-    if ((top && !bottom ? g->high : g->low) >= most && (!(top && bottom) || g->high >= most)) return 0;
+    if ((top && !bottom ? g->high : g->low) >= most && (!(top && bottom) || g->high >= most))
+        return 0;
     const int up = top && (!bottom || g->high <= g->low);
     if ((up ? g->high : g->low) >= most) return 0;
     const double x = strtod(g->value[place], NULL);
-    const double near = g->n > 1 ? strtod(g->value[up ? place - 1 : place + 1], NULL) : up ? x / 2 : 2 * x;
+    const double near = g->n > 1 ? strtod(g->value[up ? place - 1 : place + 1], NULL)
+                        : up     ? x / 2
+                                 : 2 * x;
     if (x <= 0 || near <= 0) return 0;
     char text[32];
     snprintf(text, sizeof text, g->spec->type == OPTION_INTEGER ? "%.0f" : "%.3g", x * x / near);
@@ -181,7 +204,8 @@ static inline int study_grid_extend(StudyGrid *g, int place, int most) {
     return 1;
 }
 
-// The arm's tuning as far as it is known: adds its runs, extends its grids while the best place is at an end.
+// The arm's tuning as far as it is known: adds its runs, extends its grids while the best place is
+// at an end.
 static inline void study_tune(Study *s, StudyState *st, const StudyResults *all, int arm) {
     StudyArm *a = &s->arm[arm];
     StudyTuned *t = &st->tuned[arm];
@@ -193,7 +217,8 @@ static inline void study_tune(Study *s, StudyState *st, const StudyResults *all,
         do {
             double sum = 0;
             for (int k = 0; a->grids && k < s->own.tune_seeds; k++) {
-                const StudyRun r = study_run(s, arm, RUN_TUNE, place, s->own.first_tune_seed + k, 1);
+                const StudyRun r =
+                    study_run(s, arm, RUN_TUNE, place, s->own.first_tune_seed + k, 1);
                 const StudyResult *result = study_result(all, r.key);
                 study_state_add(st, &r);
                 complete &= result != NULL;
@@ -214,7 +239,8 @@ static inline void study_tune(Study *s, StudyState *st, const StudyResults *all,
     }
 }
 
-// Orders tuning before final runs, and those by seed, so that a study that is interrupted has every arm as often.
+// Orders tuning before final runs, and those by seed, so that a study that is interrupted has every
+// arm as often.
 static inline int study_run_order(const void *a, const void *b) {
     const StudyRun *x = (const StudyRun *)a, *y = (const StudyRun *)b;
     if ((x->kind == RUN_TUNE) != (y->kind == RUN_TUNE)) return x->kind == RUN_TUNE ? -1 : 1;
@@ -233,7 +259,8 @@ static inline void study_state(Study *s, StudyState *st, const StudyResults *all
     for (int arm = 0; arm < s->n_arms; arm++) {
         StudyTuned *t = &st->tuned[arm];
         const int grids = s->arm[arm].grids && s->arm[s->base].grids;
-        if (!t->done || t->diverged || (most > 0 && arm != s->base && grids && !base->done)) continue;
+        if (!t->done || t->diverged || (most > 0 && arm != s->base && grids && !base->done))
+            continue;
         t->worse = most > 0 && arm != s->base && grids && t->loss > base->loss * (1 + most);
         for (int k = 0; !t->worse && k < s->own.seeds; k++) {
             StudyRun r = study_run(s, arm, RUN_FINAL, t->place, s->own.first_seed + k, 1);
@@ -249,7 +276,9 @@ static inline void study_state(Study *s, StudyState *st, const StudyResults *all
 
 // ---- Claims ----
 
-static inline char *study_claim_path(const Study *s, const char *key) { return xprintf("%s/claims/%s", s->out, key); }
+static inline char *study_claim_path(const Study *s, const char *key) {
+    return xprintf("%s/claims/%s", s->out, key);
+}
 
 // The file system's time now, which is that of the claims whatever the clocks of machines say.
 static inline double study_disk_now(const Study *s) {
@@ -286,7 +315,8 @@ static inline int study_owner_is_gone(const char *owner) {
     long process;
     char on[64], host[64] = "";
     gethostname(host, sizeof host - 1);
-    return sscanf(owner, "process %ld on %63s", &process, on) == 2 && !strcmp(on, host) && kill((pid_t)process, 0) && errno == ESRCH;
+    return sscanf(owner, "process %ld on %63s", &process, on) == 2 && !strcmp(on, host) &&
+           kill((pid_t)process, 0) && errno == ESRCH;
 }
 
 static inline void study_unclaim_at(const char *claim) {
@@ -331,7 +361,8 @@ static inline int study_claim(const Study *s, const char *key) {
     if (!ours && study_unclaim_stale(s, claim)) ours = mkdir(claim, 0777) == 0;
     if (ours) {
         gethostname(host, sizeof host - 1);
-        char *path = xprintf("%s/owner", claim), *text = xprintf("process %ld on %s\n", (long)getpid(), host);
+        char *path = xprintf("%s/owner", claim),
+             *text = xprintf("process %ld on %s\n", (long)getpid(), host);
         file_write_whole(path, text, strlen(text));
         free(path), free(text);
     }
@@ -380,9 +411,11 @@ static inline pid_t study_start(char *const *arguments, const char *log) {
     if (pid < 0) die("cannot start a process: %s", strerror(errno));
     if (pid) return pid;
 #ifdef __linux__
-    prctl(PR_SET_PDEATHSIG, SIGTERM);                    // it saves, and whoever takes the run over goes on from there
+    // it saves, and whoever takes the run over goes on from there
+    prctl(PR_SET_PDEATHSIG, SIGTERM);
 #endif
-    setpgid(0, 0);                                       // Ctrl-C is for the queue, which hands it on
+    // Ctrl-C is for the queue, which hands it on
+    setpgid(0, 0);
     const int out = open(log, O_WRONLY | O_CREAT | O_TRUNC, 0666), in = open("/dev/null", O_RDONLY);
     dup2(in, 0), dup2(out, 1), dup2(out, 2);
     execvp(arguments[0], arguments);
@@ -391,13 +424,20 @@ static inline pid_t study_start(char *const *arguments, const char *log) {
 }
 
 // Starts a claimed run, or goes on with it.
-static inline pid_t study_run_start(const Study *s, const char *trainer, const StudyRun *r, const char *runs) {
-    char *config = xprintf("%s/claims/%s/config.txt", s->out, r->key), *log = xprintf("%s/claims/%s/log.txt", s->out, r->key);
+static inline pid_t study_run_start(const Study *s, const char *trainer, const StudyRun *r,
+                                    const char *runs) {
+    char *config = xprintf("%s/claims/%s/config.txt", s->out, r->key),
+         *log = xprintf("%s/claims/%s/log.txt", s->out, r->key);
     char *out = xprintf("%s/%s/%s", s->out, runs, r->key);
     Text text = study_config(&s->arm[r->arm], &r->o);
     file_write_whole(config, text.s, text.n);
-    char *const arguments[] = {(char *)(uintptr_t)trainer, (char *)(uintptr_t)"--config", config, (char *)(uintptr_t)"--out", out,
-                               (char *)(uintptr_t)"--resume", NULL};
+    char *const arguments[] = {(char *)(uintptr_t)trainer,
+                               (char *)(uintptr_t) "--config",
+                               config,
+                               (char *)(uintptr_t) "--out",
+                               out,
+                               (char *)(uintptr_t) "--resume",
+                               NULL};
     const pid_t pid = study_start(arguments, log);
     text_free(&text);
     free(config), free(log), free(out);
@@ -409,7 +449,9 @@ static inline char *study_machine(void) {
     FILE *f = fopen("/proc/cpuinfo", "r");
     char line[256], *name = NULL;
     while (f && !name && fgets(line, sizeof line, f))
-        if (!strncmp(line, "model name", 10) && strchr(line, ':')) name = xprintf("%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"), strchr(line, ':') + 2);
+        if (!strncmp(line, "model name", 10) && strchr(line, ':'))
+            name =
+                xprintf("%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"), strchr(line, ':') + 2);
     if (f) fclose(f);
     return name ? name : xstrdup("unknown");
 }
@@ -425,9 +467,12 @@ static inline void study_bits(const char *out, char bits[SHA256_HEX]) {
     free(path);
 }
 
-// The result of a run that has ended, from its metrics.jsonl; empty where it did not come to its end.
-static inline Text study_result_text(const Study *s, const StudyRun *r, const char *out, int diverged) {
-    char *path = xprintf("%s/metrics.jsonl", out), bits[SHA256_HEX] = "", *machine = study_machine();
+// The result of a run that has ended, from its metrics.jsonl; empty where it did not come to its
+// end.
+static inline Text study_result_text(const Study *s, const StudyRun *r, const char *out,
+                                     int diverged) {
+    char *path = xprintf("%s/metrics.jsonl", out), bits[SHA256_HEX] = "",
+         *machine = study_machine();
     MetricsLog log = {NULL, 0};
     Text text = {NULL, 0, 0}, canonical = {NULL, 0, 0}, curve = {NULL, 0, 0};
     double flops = 0, ms = 0;
@@ -441,22 +486,34 @@ static inline Text study_result_text(const Study *s, const StudyRun *r, const ch
         text_printf(&curve, "%s[%.6g, %.6g]", curve.n ? ", " : "", flops, m->val_loss);
     }
     const Metrics *last = log.n ? &log.record[log.n - 1] : NULL;
-    const int ended = last && last->step == (double)r->o.steps, whole = ended && isfinite(last->val_loss);
+    const int ended = last && last->step == (double)r->o.steps,
+              whole = ended && isfinite(last->val_loss);
     if (ended || diverged) {
         if (whole) study_bits(out, bits);
         study_canonical(s, &s->arm[r->arm], &r->o, &canonical);
-        text_printf(&text, "{\"format\": \"droppath.c run 1\", \"key\": \"%s\", \"status\": \"%s\", \"seed\": %lld, \"steps\": %lld",
-                    r->key, whole ? "ok" : "diverged", (long long)r->seed, (long long)r->o.steps);
-        const struct { const char *name; double value; } number[] = {{"tokens", last ? last->tokens : NAN}, {"flops", flops},
-            {"val_loss", whole ? last->val_loss : NAN}, {"val_bpb", whole ? last->val_bpb : NAN}, {"seconds", ms / 1000}};
+        text_printf(
+            &text,
+            "{\"format\": \"droppath.c run 1\", \"key\": \"%s\", \"status\": \"%s\", \"seed\": "
+            "%lld, \"steps\": %lld",
+            r->key, whole ? "ok" : "diverged", (long long)r->seed, (long long)r->o.steps);
+        const struct {
+            const char *name;
+            double value;
+        } number[] = {{"tokens", last ? last->tokens : NAN},
+                      {"flops", flops},
+                      {"val_loss", whole ? last->val_loss : NAN},
+                      {"val_bpb", whole ? last->val_bpb : NAN},
+                      {"seconds", ms / 1000}};
         for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
             text_printf(&text, ", \"%s\": ", number[i].name);
             json_write_number(&text, number[i].value);
         }
         text_printf(&text, ", \"bits\": \"%s\", \"options\": ", bits);
         json_write_string(&text, canonical.s);
-        text_printf(&text, ", \"data\": \"%s\", \"engine\": \"%s\", \"version\": \"" PROGRAM_VERSION "\", \"commit\": \""
-                    PROGRAM_COMMIT "\", \"compiler\": ", s->data_sha256, s->engine);
+        text_printf(&text,
+                    ", \"data\": \"%s\", \"engine\": \"%s\", \"version\": \"" PROGRAM_VERSION
+                    "\", \"commit\": \"" PROGRAM_COMMIT "\", \"compiler\": ",
+                    s->data_sha256, s->engine);
         json_write_string(&text, PROGRAM_COMPILER);
         text_printf(&text, ", \"machine\": ");
         json_write_string(&text, machine);
@@ -483,7 +540,9 @@ static inline int study_log_has(const Study *s, const char *key, const char *wor
     char *path = xprintf("%s/claims/%s/log.txt", s->out, key), *text = NULL;
     FileMap map;
     if (file_map(&map, path)) map.size = 0;
-    else text = xprintf("%.*s", (int)map.size, map.size ? (const char *)map.data : ""), file_unmap(&map);
+    else
+        text = xprintf("%.*s", (int)map.size, map.size ? (const char *)map.data : ""),
+        file_unmap(&map);
     const int has = text && strstr(text, words);
     free(path), free(text);
     return has;
@@ -495,7 +554,8 @@ static inline void study_show_log(const Study *s, const char *key) {
     FileMap map;
     if (!file_map(&map, path)) {
         size_t from = map.size > 2000 ? map.size - 2000 : 0;
-        fprintf(stderr, "%.*s", (int)(map.size - from), map.size ? (const char *)map.data + from : "");
+        fprintf(stderr, "%.*s", (int)(map.size - from),
+                map.size ? (const char *)map.data + from : "");
         file_unmap(&map);
     }
     free(path);
@@ -504,21 +564,30 @@ static inline void study_show_log(const Study *s, const char *key) {
 // ---- Everything that can be refused, before anything is written ----
 
 // Has the trainer look at an arm: --dry-run of it must end well.
-static inline void study_try_arm(const Study *s, const char *trainer, const StudyRun *r, const char *dir) {
-    char *config = xprintf("%s/config.txt", dir), *log = xprintf("%s/log.txt", dir), *out = xprintf("%s/out", dir);
+static inline void study_try_arm(const Study *s, const char *trainer, const StudyRun *r,
+                                 const char *dir) {
+    char *config = xprintf("%s/config.txt", dir), *log = xprintf("%s/log.txt", dir),
+         *out = xprintf("%s/out", dir);
     Text text = study_config(&s->arm[r->arm], &r->o);
     int status;
     file_write_whole(config, text.s, text.n);
-    char *const arguments[] = {(char *)(uintptr_t)trainer, (char *)(uintptr_t)"--config", config, (char *)(uintptr_t)"--out", out,
-                               (char *)(uintptr_t)"--dry-run", NULL};
+    char *const arguments[] = {(char *)(uintptr_t)trainer,
+                               (char *)(uintptr_t) "--config",
+                               config,
+                               (char *)(uintptr_t) "--out",
+                               out,
+                               (char *)(uintptr_t) "--dry-run",
+                               NULL};
     const pid_t pid = study_start(arguments, log);
     while (waitpid(pid, &status, 0) < 0)
         if (errno != EINTR) die("waitpid: %s", strerror(errno));
     FileMap map;
     if (status && !file_map(&map, log)) {
-        char *said = xprintf("%.*s", (int)map.size, map.size ? (const char *)map.data : ""), *error = strstr(said, "error: ");
+        char *said = xprintf("%.*s", (int)map.size, map.size ? (const char *)map.data : ""),
+             *error = strstr(said, "error: ");
         unlink(config), unlink(log), rmdir(dir);
-        study_refuse(s, 0, "[arm %s] cannot run: %s", s->arm[r->arm].name, error ? error + 7 : said);
+        study_refuse(s, 0, "[arm %s] cannot run: %s", s->arm[r->arm].name,
+                     error ? error + 7 : said);
     }
     unlink(config), unlink(log);
     text_free(&text), free(config), free(log), free(out);
@@ -543,21 +612,27 @@ static inline void study_try_arms(const Study *s, const char *trainer) {
 
 // The data of the results that are there must be those of today.
 static inline void study_check_data(const Study *s) {
-    char *path = xprintf("%s/data.txt", s->out), *now = xprintf("train %s\nval %s\n", s->train_sha256, s->val_sha256);
+    char *path = xprintf("%s/data.txt", s->out),
+         *now = xprintf("train %s\nval %s\n", s->train_sha256, s->val_sha256);
     FileMap map;
     if (path_exists(path)) {
         const char *error = file_map(&map, path);
         if (error) die("cannot read %s: %s", path, error);
         if (map.size != strlen(now) || memcmp(map.data, now, map.size))
-            study_refuse(s, 0, "the data have changed since this study began: %s has their SHA-256\n  hint: bring the shards back, "
-                         "or give the study another out", path);
+            study_refuse(
+                s, 0,
+                "the data have changed since this study began: %s has their SHA-256\n  hint: "
+                "bring the shards back, "
+                "or give the study another out",
+                path);
         file_unmap(&map);
     }
     free(path), free(now);
 }
 
 static inline void study_write_data(const Study *s) {
-    char *path = xprintf("%s/data.txt", s->out), *now = xprintf("train %s\nval %s\n", s->train_sha256, s->val_sha256);
+    char *path = xprintf("%s/data.txt", s->out),
+         *now = xprintf("train %s\nval %s\n", s->train_sha256, s->val_sha256);
     if (!path_exists(path)) file_write_whole(path, now, strlen(now));
     free(path), free(now);
 }
@@ -575,7 +650,8 @@ static inline void study_prepare(Study *s, const char *trainer) {
 
 // Seconds of a step, the median of a short run of these options.
 static inline double study_time_steps(const Study *s, const char *trainer, StudyRun *r) {
-    char *dir = xprintf("%s/calibrate", s->out), *metrics = xprintf("%s/metrics.jsonl", dir), *claim = xprintf("%s/claims/calibrate", s->out);
+    char *dir = xprintf("%s/calibrate", s->out), *metrics = xprintf("%s/metrics.jsonl", dir),
+         *claim = xprintf("%s/claims/calibrate", s->out);
     int status;
     study_remove(dir);
     mkdir(claim, 0777);
@@ -591,7 +667,8 @@ static inline double study_time_steps(const Study *s, const char *trainer, Study
     MetricsLog log = metrics_read(metrics);
     double *ms = (double *)xcalloc((size_t)log.n + 1, sizeof *ms);
     for (int64_t i = 0; i < log.n; i++) ms[i] = log.record[i].ms;
-    const int64_t warm = log.n / 5;                      // the first steps touch memory for the first time
+    // the first steps touch memory for the first time
+    const int64_t warm = log.n / 5;
     qsort(ms + warm, (size_t)(log.n - warm), sizeof *ms, stats_compare);
     const double median = stats_quantile(ms + warm, (int)(log.n - warm), 0.5) / 1000;
     metrics_log_free(&log);
@@ -601,7 +678,8 @@ static inline double study_time_steps(const Study *s, const char *trainer, Study
     return median;
 }
 
-// Times every arm at full depth and, where it drops, at its top rates, in turns; refuses where the turns disagree.
+// Times every arm at full depth and, where it drops, at its top rates, in turns; refuses where the
+// turns disagree.
 static inline void study_calibrate(Study *s, const char *trainer) {
     const int n = (int)s->own.turns, place[STUDY_GRIDS] = {0};
     double *time = (double *)xcalloc((size_t)(2 * s->n_arms * n), sizeof *time);
@@ -621,10 +699,12 @@ static inline void study_calibrate(Study *s, const char *trainer) {
                 const Budget b = {&r.o, &a->config, a->T};
                 a->drop_compute = budget_cost(&b, 1000) / 1000;
             }
-            fprintf(stderr, "timing: turn %d of %d, %s%s\n", turn + 1, n, a->name, i % 2 ? ", dropping" : "");
+            fprintf(stderr, "timing: turn %d of %d, %s%s\n", turn + 1, n, a->name,
+                    i % 2 ? ", dropping" : "");
             time[i * n + turn] = study_time_steps(s, trainer, &r);
         }
-    double *base = (double *)xcalloc((size_t)n, sizeof *base), *t = (double *)xcalloc((size_t)n, sizeof *t);
+    double *base = (double *)xcalloc((size_t)n, sizeof *base),
+           *t = (double *)xcalloc((size_t)n, sizeof *t);
     memcpy(base, &time[2 * s->base * n], (size_t)n * sizeof *base);
     for (int i = 0; i < 2 * s->n_arms; i++) {            // in the baseline's step of the same turn
         StudyArm *a = &s->arm[i / 2];
@@ -635,8 +715,11 @@ static inline void study_calibrate(Study *s, const char *trainer) {
         for (int turn = 0; turn < n; turn++) t[turn] = log(time[i * n + turn] / base[turn]);
         const double error = stats_sd(t, n) / sqrt(n);
         if (error > study_share(s, s->own.turn_error, "turn-error"))
-            study_refuse(s, 0, "equal = seconds: the turns of [arm %s] disagree by %.1f%% of its time\n  hint: a quiet machine, or more turns",
-                         a->name, 100 * error);
+            study_refuse(
+                s, 0,
+                "equal = seconds: the turns of [arm %s] disagree by %.1f%% of its time\n  hint: a "
+                "quiet machine, or more turns",
+                a->name, 100 * error);
         *(i % 2 ? &a->drop_seconds : &a->step_seconds) = exp(stats_mean(t, n));
     }
     free(time), free(base), free(t);
@@ -648,12 +731,15 @@ static inline void study_times(Study *s, const char *trainer, int measure) {
     char *path = xprintf("%s/times.txt", s->out);
     Text text = {NULL, 0, 0};
     if (!path_exists(path) && !measure)
-        study_refuse(s, 0, "equal = seconds: the arms are not timed yet, so their steps are not known\n  hint: study run times them first");
+        study_refuse(
+            s, 0,
+            "equal = seconds: the arms are not timed yet, so their steps are not known\n  hint: "
+            "study run times them first");
     if (!path_exists(path)) {
         study_calibrate(s, trainer);
         for (int arm = 0; arm < s->n_arms; arm++)
-            text_printf(&text, "%s %.17g %.17g %.17g\n", s->arm[arm].name, s->arm[arm].step_seconds, s->arm[arm].drop_seconds,
-                        s->arm[arm].drop_compute);
+            text_printf(&text, "%s %.17g %.17g %.17g\n", s->arm[arm].name, s->arm[arm].step_seconds,
+                        s->arm[arm].drop_seconds, s->arm[arm].drop_compute);
         file_write_whole(path, text.s, text.n);
         text_free(&text);
     }
@@ -666,17 +752,21 @@ static inline void study_times(Study *s, const char *trainer, int measure) {
     }
     if (f) fclose(f);
     for (int arm = 0; arm < s->n_arms; arm++)
-        if (!(s->arm[arm].step_seconds > 0)) study_refuse(s, 0, "%s does not have [arm %s]: remove it, and all are timed again", path, s->arm[arm].name);
+        if (!(s->arm[arm].step_seconds > 0))
+            study_refuse(s, 0, "%s does not have [arm %s]: remove it, and all are timed again",
+                         path, s->arm[arm].name);
     free(path);
 }
 
 // ---- The queue ----
 
-enum { STUDY_TOUCH = 5, STUDY_POLL_MS = 20 };            // seconds between signs of life; a look for ended runs
+// seconds between signs of life; a look for ended runs
+enum { STUDY_TOUCH = 5, STUDY_POLL_MS = 20 };
 
 typedef struct {
     Study *s;
-    const char *trainer, *runs;                          // runs: the folder of OUT where they are done
+    // runs: the folder of OUT where they are done
+    const char *trainer, *runs;
     int jobs, busy, done;                                // done: by this process
     double until;                                        // clock_seconds
     StudyJob *job;                                       // (jobs)
@@ -691,7 +781,8 @@ static inline int study_is_missing(const StudyQueue *q, const StudyRun *r) {
     return study_result(&q->all, r->key) == NULL;
 }
 
-static inline void study_progress(const StudyQueue *q, const StudyRun *r, const StudyResult *result) {
+static inline void study_progress(const StudyQueue *q, const StudyRun *r,
+                                  const StudyResult *result) {
     int left = 0, total = q->state.n;
     double flops = 0, did = 0;
     char time[32] = "?";
@@ -704,19 +795,22 @@ static inline void study_progress(const StudyQueue *q, const StudyRun *r, const 
     if (q->spent > 0) metrics_duration(time, flops * (clock_seconds() - q->began) / q->spent);
     char *place = study_place_text(&q->s->arm[r->arm], r->place);
     if (result->status == RESULT_OK)
-        fprintf(stderr, "%d/%d %s %s%sseed %lld: val loss %.4f; %s left\n", total - left, total, q->s->arm[r->arm].name, place,
-                *place ? " " : "", (long long)r->seed, result->val_loss, left ? time : "nothing");
+        fprintf(stderr, "%d/%d %s %s%sseed %lld: val loss %.4f; %s left\n", total - left, total,
+                q->s->arm[r->arm].name, place, *place ? " " : "", (long long)r->seed,
+                result->val_loss, left ? time : "nothing");
     else
-        fprintf(stderr, "%d/%d %s %s%sseed %lld: diverged; %s left\n", total - left, total, q->s->arm[r->arm].name, place,
-                *place ? " " : "", (long long)r->seed, left ? time : "nothing");
+        fprintf(stderr, "%d/%d %s %s%sseed %lld: diverged; %s left\n", total - left, total,
+                q->s->arm[r->arm].name, place, *place ? " " : "", (long long)r->seed,
+                left ? time : "nothing");
     free(place);
 }
 
-// A run has ended: its result is written, or the queue ends with its error. Exit code 3 of the trainer says that the run's own
-// numbers are to blame: it has diverged, which is a result.
+// A run has ended: its result is written, or the queue ends with its error. Exit code 3 of the
+// trainer says that the run's own numbers are to blame: it has diverged, which is a result.
 static inline void study_reap(StudyQueue *q, StudyJob *j, int status) {
     const Study *s = q->s;
-    char *out = xprintf("%s/%s/%s", s->out, q->runs, j->run.key), *path = xprintf("%s/%s.json", s->results, j->run.key);
+    char *out = xprintf("%s/%s/%s", s->out, q->runs, j->run.key),
+         *path = xprintf("%s/%s.json", s->results, j->run.key);
     const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     j->pid = 0;
     q->busy--;
@@ -725,7 +819,8 @@ static inline void study_reap(StudyQueue *q, StudyJob *j, int status) {
     if (text.n) {
         StudyResult *r;
         file_replace(path, text.s, text.n);
-        q->all.result = (StudyResult *)xrealloc(q->all.result, (size_t)(q->all.n + 1), sizeof *q->all.result);
+        q->all.result =
+            (StudyResult *)xrealloc(q->all.result, (size_t)(q->all.n + 1), sizeof *q->all.result);
         r = &q->all.result[q->all.n];
         const char *error = study_result_parse(r, text.s, text.n - 1);
         CHECK(!error, "%s", error);
@@ -738,21 +833,25 @@ static inline void study_reap(StudyQueue *q, StudyJob *j, int status) {
     } else if (!signals_stop && code && clock_seconds() < q->until) {
         study_show_log(s, j->run.key);
         study_unclaim(s, j->run.key);
-        study_refuse(s, 0, "the run %s of [arm %s] ended with exit code %d", j->run.key, s->arm[j->run.arm].name, code);
+        study_refuse(s, 0, "the run %s of [arm %s] ended with exit code %d", j->run.key,
+                     s->arm[j->run.arm].name, code);
     }
     study_unclaim(s, j->run.key);
     text_free(&text);
     free(out), free(path);
 }
 
-// Starts what is missing while there is room; returns how many runs are missing, those of other processes included.
+// Starts what is missing while there is room; returns how many runs are missing, those of other
+// processes included.
 static inline int study_fill(StudyQueue *q) {
     int missing = 0;
     for (int i = 0; i < q->state.n; i++) {
         const StudyRun *r = &q->state.run[i];
         if (!study_is_missing(q, r)) continue;
         missing++;
-        if (q->busy == q->jobs || signals_stop || clock_seconds() >= q->until || !study_claim(q->s, r->key)) continue;
+        if (q->busy == q->jobs || signals_stop || clock_seconds() >= q->until ||
+            !study_claim(q->s, r->key))
+            continue;
         char *path = xprintf("%s/%s.json", q->s->results, r->key);
         const int known = path_exists(path);             // another process has just finished it
         free(path);
@@ -775,14 +874,16 @@ static inline void study_stop_runs(StudyQueue *q) {
         if (q->job[k].pid) kill(q->job[k].pid, SIGTERM);
 }
 
-// Waits until a run of this process has ended, the time is over, or for a second where other processes do what is left.
+// Waits until a run of this process has ended, the time is over, or for a second where other
+// processes do what is left.
 static inline void study_wait(StudyQueue *q) {
     double touched = clock_seconds(), came = touched;
     static int told;
     for (;;) {
         int status, ended = 0;
         for (int k = 0; k < q->jobs; k++)
-            if (q->job[k].pid && waitpid(q->job[k].pid, &status, WNOHANG) == q->job[k].pid) study_reap(q, &q->job[k], status), ended = 1;
+            if (q->job[k].pid && waitpid(q->job[k].pid, &status, WNOHANG) == q->job[k].pid)
+                study_reap(q, &q->job[k], status), ended = 1;
         const double now = clock_seconds();
         if (ended || (!q->busy && now - came > 1)) return;
         if ((signals_stop || now >= q->until) && !told++) study_stop_runs(q);
@@ -805,7 +906,8 @@ static inline void study_sweep(const StudyQueue *q) {
         double touched;
         if (*e->d_name != '.') {
             study_owner(claim, owner, &touched);
-            if (study_owner_is_gone(owner) && (study_result(&q->all, e->d_name) || strstr(e->d_name, ".stale.")))
+            if (study_owner_is_gone(owner) &&
+                (study_result(&q->all, e->d_name) || strstr(e->d_name, ".stale.")))
                 study_unclaim_at(claim);
         }
         free(claim);

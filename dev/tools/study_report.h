@@ -1,4 +1,5 @@
-// study_report.h: what a study has shown: tables, words, report.md, report.json; and the law of study fit.
+// study_report.h: what a study has shown: tables, words, report.md, report.json; and the law of
+// study fit.
 #ifndef STUDY_REPORT_H
 #define STUDY_REPORT_H
 
@@ -11,13 +12,17 @@ enum { STUDY_DRAWS = 10000 };                            // of a bootstrap
 
 // An arm against the baseline, over the n seeds that both have ended.
 typedef struct {
-    int n, diverged;                                     // diverged: final seeds that gave no number
-    double *loss, *base, *difference, *curve;            // (n), (n), (n), (n, curve) of the baseline
+    // diverged: final seeds that gave no number
+    int n, diverged;
+    // (n), (n), (n), (n, curve) of the baseline
+    double *loss, *base, *difference, *curve;
     double mean, sd, flops, seconds, steps, tokens;
     StatsDifference d;
     StatsInterval bootstrap, ratio_t, ratio_bootstrap;
-    double p, holm, equivalence_p, not_inferior_p, ratio, smallest;   // smallest: effect seen with STUDY_POWER
-    int extrapolated;                                    // the ratio is beyond the baseline's budgets
+    // smallest: effect seen with STUDY_POWER
+    double p, holm, equivalence_p, not_inferior_p, ratio, smallest;
+    // the ratio is beyond the baseline's budgets
+    int extrapolated;
 } StudyArmReport;
 
 typedef struct {
@@ -25,15 +30,18 @@ typedef struct {
     StudyResults all;
     StudyState state;
     StudyArmReport *arm;                                 // (arms)
-    double *budget_flops;                                // (1 + curve) of the baseline, ascending, with their multiples
+    // (1 + curve) of the baseline, ascending, with their multiples
+    double *budget_flops;
     double budget[1 + STUDY_CURVE];
     int budgets, missing;
-    double margin;                                       // in the endpoint's unit; NaN before the baseline is done
+    // in the endpoint's unit; NaN before the baseline is done
+    double margin;
 } StudyReport;
 
 // ---- Numbers ----
 
-static inline const StudyResult *study_find(const StudyReport *r, int arm, int kind, int64_t seed, double budget) {
+static inline const StudyResult *study_find(const StudyReport *r, int arm, int kind, int64_t seed,
+                                            double budget) {
     for (int i = 0; i < r->state.n; i++) {
         const StudyRun *run = &r->state.run[i];
         if (run->arm == arm && run->kind == kind && run->seed == seed && run->budget == budget)
@@ -49,9 +57,11 @@ static inline const StudyResult *study_at_budget(const StudyReport *r, int64_t s
 
 static inline int study_budget_order(const void *a, const void *b) { return stats_compare(a, b); }
 
-// The log of the FLOPs with which the baseline gets that loss, by straight lines between its budgets (n >= 2): log F ascends
-// in x. NaN where its loss does not fall there. *beyond: it is none of them.
-static inline double study_flops_for(const double *x, const double *loss, int n, double target, int *beyond) {
+// The log of the FLOPs with which the baseline gets that loss, by straight lines between its
+// budgets (n >= 2): log F ascends in x. NaN where its loss does not fall there. *beyond: it is none
+// of them.
+static inline double study_flops_for(const double *x, const double *loss, int n, double target,
+                                     int *beyond) {
     int k = 0;
     while (k + 2 < n && loss[k + 1] > target) k++;
     const double slope = (loss[k + 1] - loss[k]) / (x[k + 1] - x[k]);
@@ -72,10 +82,11 @@ static inline double study_ratio_of(const int *index, int n, const void *data) {
     return study_flops_for(q->x, curve, q->budgets, loss, NULL) - log(q->a->flops);
 }
 
-// The ratio with two intervals: of Student's t over the seeds, each seed's difference read on the mean curve; and by bootstrap,
-// which draws the curve again too.
+// The ratio with two intervals: of Student's t over the seeds, each seed's difference read on the
+// mean curve; and by bootstrap, which draws the curve again too.
 static inline void study_ratio(StudyReport *r, StudyArmReport *a, int arm) {
-    double x[1 + STUDY_CURVE], curve[1 + STUDY_CURVE] = {0}, *each = (double *)xcalloc((size_t)a->n + 1, sizeof(double));
+    double x[1 + STUDY_CURVE],
+        curve[1 + STUDY_CURVE] = {0}, *each = (double *)xcalloc((size_t)a->n + 1, sizeof(double));
     int *index = (int *)xcalloc((size_t)a->n + 1, sizeof *index);
     StudyRatio q = {a, x, r->budgets, 0};
     for (int k = 0; k < r->budgets; k++) {
@@ -87,12 +98,16 @@ static inline void study_ratio(StudyReport *r, StudyArmReport *a, int arm) {
     a->ratio = exp(study_ratio_of(index, a->n, &q));
     study_flops_for(x, curve, r->budgets, a->mean, &a->extrapolated);
     for (int i = 0; i < a->n; i++)
-        each[i] = study_flops_for(x, curve, r->budgets, curve[q.base] + a->difference[i], NULL) - log(a->flops);
+        each[i] = study_flops_for(x, curve, r->budgets, curve[q.base] + a->difference[i], NULL) -
+                  log(a->flops);
     if (a->n > 1) {
-        const double half = stats_sd(each, a->n) / sqrt(a->n) * stats_t(STUDY_LEVEL, a->n - 1), mean = stats_mean(each, a->n);
+        const double half = stats_sd(each, a->n) / sqrt(a->n) * stats_t(STUDY_LEVEL, a->n - 1),
+                     mean = stats_mean(each, a->n);
         a->ratio_t.low = exp(mean - half), a->ratio_t.high = exp(mean + half);
-        a->ratio_bootstrap = stats_bootstrap(study_ratio_of, &q, a->n, STUDY_LEVEL, STUDY_DRAWS / 5, (uint64_t)arm + 1);
-        a->ratio_bootstrap.low = exp(a->ratio_bootstrap.low), a->ratio_bootstrap.high = exp(a->ratio_bootstrap.high);
+        a->ratio_bootstrap = stats_bootstrap(study_ratio_of, &q, a->n, STUDY_LEVEL, STUDY_DRAWS / 5,
+                                             (uint64_t)arm + 1);
+        a->ratio_bootstrap.low = exp(a->ratio_bootstrap.low),
+        a->ratio_bootstrap.high = exp(a->ratio_bootstrap.high);
     }
     free(each), free(index);
 }
@@ -103,12 +118,14 @@ static inline void study_collect(StudyReport *r, int arm) {
     StudyArmReport *a = &r->arm[arm];
     const size_t seeds = (size_t)s->own.seeds;
     int curve = r->budgets > 1;
-    a->loss = (double *)xcalloc(seeds, sizeof(double)), a->base = (double *)xcalloc(seeds, sizeof(double));
+    a->loss = (double *)xcalloc(seeds, sizeof(double)),
+    a->base = (double *)xcalloc(seeds, sizeof(double));
     a->difference = (double *)xcalloc(seeds, sizeof(double));
     a->curve = (double *)xcalloc(seeds * (size_t)r->budgets, sizeof(double));
     for (int k = 0; k < s->own.seeds; k++) {
         const int64_t seed = s->own.first_seed + k;
-        const StudyResult *mine = study_find(r, arm, RUN_FINAL, seed, 1), *base = study_find(r, s->base, RUN_FINAL, seed, 1);
+        const StudyResult *mine = study_find(r, arm, RUN_FINAL, seed, 1),
+                          *base = study_find(r, s->base, RUN_FINAL, seed, 1);
         if (!mine || !base) continue;
         if (mine->status != RESULT_OK || base->status != RESULT_OK) {
             a->diverged++;
@@ -116,12 +133,14 @@ static inline void study_collect(StudyReport *r, int arm) {
         }
         for (int b = 0; b < r->budgets; b++) {
             const StudyResult *at = study_at_budget(r, seed, b);
-            if (at && at->status == RESULT_OK) a->curve[a->n * r->budgets + b] = study_endpoint(s, at);
+            if (at && at->status == RESULT_OK)
+                a->curve[a->n * r->budgets + b] = study_endpoint(s, at);
             else curve = 0;
         }
         a->loss[a->n] = study_endpoint(s, mine), a->base[a->n] = study_endpoint(s, base);
         a->difference[a->n] = a->loss[a->n] - a->base[a->n];
-        a->flops += mine->flops, a->seconds += mine->seconds, a->steps = mine->steps, a->tokens = mine->tokens;
+        a->flops += mine->flops, a->seconds += mine->seconds, a->steps = mine->steps,
+                                                              a->tokens = mine->tokens;
         a->n++;
     }
     a->mean = a->n ? stats_mean(a->loss, a->n) : NAN;
@@ -134,11 +153,14 @@ static inline void study_collect(StudyReport *r, int arm) {
     if (arm == s->base || !a->n) return;
     a->d = stats_paired(a->loss, a->base, a->n);
     a->p = stats_p(a->d.mean, a->d.error, a->n - 1);
-    a->bootstrap = stats_bootstrap(stats_mean_of, a->difference, a->n, STUDY_LEVEL, STUDY_DRAWS, (uint64_t)arm + 1);
+    a->bootstrap = stats_bootstrap(stats_mean_of, a->difference, a->n, STUDY_LEVEL, STUDY_DRAWS,
+                                   (uint64_t)arm + 1);
     const double margin = s->own.margin.value / 100 * stats_mean(a->base, a->n);
     a->equivalence_p = stats_equivalence_p(a->d.mean, a->d.error, a->n - 1, margin);
     a->not_inferior_p = stats_not_inferior_p(a->d.mean, a->d.error, a->n - 1, margin);
-    if (a->n > 1) a->smallest = stats_smallest_effect(a->n, STUDY_ALPHA, STUDY_POWER) * stats_sd(a->difference, a->n);
+    if (a->n > 1)
+        a->smallest =
+            stats_smallest_effect(a->n, STUDY_ALPHA, STUDY_POWER) * stats_sd(a->difference, a->n);
     if (curve && a->n) study_ratio(r, a, arm);
 }
 
@@ -147,7 +169,8 @@ static inline void study_report_open(StudyReport *r, Study *s) {
     r->s = s;
     study_results_read(&r->all, s->results);
     study_state(s, &r->state, &r->all);
-    for (int i = 0; i < r->state.n; i++) r->missing += study_result(&r->all, r->state.run[i].key) == NULL;
+    for (int i = 0; i < r->state.n; i++)
+        r->missing += study_result(&r->all, r->state.run[i].key) == NULL;
     r->budget[r->budgets++] = 1;
     for (int k = 0; k < s->n_curve; k++) r->budget[r->budgets++] = s->curve[k];
     qsort(r->budget, (size_t)r->budgets, sizeof r->budget[0], study_budget_order);
@@ -158,7 +181,8 @@ static inline void study_report_open(StudyReport *r, Study *s) {
     }
     r->arm = (StudyArmReport *)xcalloc((size_t)s->n_arms, sizeof *r->arm);
     for (int arm = 0; arm < s->n_arms; arm++) study_collect(r, arm);
-    double *p = (double *)xcalloc((size_t)s->n_arms, sizeof *p), *holm = (double *)xcalloc((size_t)s->n_arms, sizeof *p);
+    double *p = (double *)xcalloc((size_t)s->n_arms, sizeof *p),
+           *holm = (double *)xcalloc((size_t)s->n_arms, sizeof *p);
     for (int arm = 0; arm < s->n_arms; arm++) p[arm] = r->arm[arm].p;
     stats_holm(holm, p, s->n_arms);
     for (int arm = 0; arm < s->n_arms; arm++) r->arm[arm].holm = holm[arm];
@@ -178,16 +202,21 @@ static inline void study_report_close(StudyReport *r) {
 
 // ---- Tables ----
 
-static inline const char *study_unit(const Study *s) { return s->own.endpoint == ENDPOINT_BPB ? "bits per byte" : "nats per token"; }
+static inline const char *study_unit(const Study *s) {
+    return s->own.endpoint == ENDPOINT_BPB ? "bits per byte" : "nats per token";
+}
 
-static inline void study_set(Table *t, int row, int column, char *text) { *table_cell(t, row, column) = text; }
+static inline void study_set(Table *t, int row, int column, char *text) {
+    *table_cell(t, row, column) = text;
+}
 
 static inline char *study_interval(double low, double high) {
     return isnan(low) ? xstrdup("n/a") : xprintf("%+.4f .. %+.4f", low, high);
 }
 
 static inline void study_table_arms(const StudyReport *r, Text *out) {
-    static const char *const head[] = {"arm", "layers x channels", "parameters", "steps", "tokens", "FLOPs", "tuned to"};
+    static const char *const head[] = {
+        "arm", "layers x channels", "parameters", "steps", "tokens", "FLOPs", "tuned to"};
     Study *s = r->s;
     Table t = table_new(1 + s->n_arms, 7);
     for (int k = 0; k < 7; k++) study_set(&t, 0, k, xstrdup(head[k]));
@@ -205,8 +234,14 @@ static inline void study_table_arms(const StudyReport *r, Text *out) {
         metrics_grouped(count, (double)run.o.steps * (double)a->step_tokens);
         study_set(&t, 1 + arm, 4, xstrdup(count));
         study_set(&t, 1 + arm, 5, xprintf("%.4g", run.flops));
-        study_set(&t, 1 + arm, 6, xprintf("%s%s", !known ? tuned->diverged ? "all diverged" : "not yet" : *place ? place : "as given",
-                                          tuned->worse ? ", left out" : tuned->edge ? ", an end of its grid" : ""));
+        study_set(&t, 1 + arm, 6,
+                  xprintf("%s%s",
+                          !known   ? tuned->diverged ? "all diverged" : "not yet"
+                          : *place ? place
+                                   : "as given",
+                          tuned->worse  ? ", left out"
+                          : tuned->edge ? ", an end of its grid"
+                                        : ""));
         free(place);
     }
     table_print(out, &t);
@@ -214,16 +249,22 @@ static inline void study_table_arms(const StudyReport *r, Text *out) {
 }
 
 static inline void study_table_results(const StudyReport *r, Text *out) {
-    static const char *const head[] = {"arm", "seeds", "mean (sd)", "minus baseline", "95% by t", "95% by bootstrap", "p", "p, Holm",
-                                       "p, equivalent", "FLOP ratio (95% by t)"};
+    static const char *const head[] = {
+        "arm", "seeds",   "mean (sd)",     "minus baseline",       "95% by t", "95% by bootstrap",
+        "p",   "p, Holm", "p, equivalent", "FLOP ratio (95% by t)"};
     const Study *s = r->s;
     Table t = table_new(1 + s->n_arms, 10);
     for (int k = 0; k < 10; k++) study_set(&t, 0, k, xstrdup(head[k]));
     for (int arm = 0; arm < s->n_arms; arm++) {
         const StudyArmReport *a = &r->arm[arm];
         study_set(&t, 1 + arm, 0, xstrdup(s->arm[arm].name));
-        study_set(&t, 1 + arm, 1, a->diverged ? xprintf("%d, %d diverged", a->n, a->diverged) : xprintf("%d", a->n));
-        study_set(&t, 1 + arm, 2, a->n ? a->n > 1 ? xprintf("%.4f (%.4f)", a->mean, a->sd) : xprintf("%.4f", a->mean) : xstrdup("n/a"));
+        study_set(&t, 1 + arm, 1,
+                  a->diverged ? xprintf("%d, %d diverged", a->n, a->diverged)
+                              : xprintf("%d", a->n));
+        study_set(&t, 1 + arm, 2,
+                  a->n
+                      ? a->n > 1 ? xprintf("%.4f (%.4f)", a->mean, a->sd) : xprintf("%.4f", a->mean)
+                      : xstrdup("n/a"));
         if (arm == s->base || !a->n) continue;
         study_set(&t, 1 + arm, 3, xprintf("%+.4f", a->d.mean));
         study_set(&t, 1 + arm, 4, study_interval(a->d.low, a->d.high));
@@ -232,13 +273,16 @@ static inline void study_table_results(const StudyReport *r, Text *out) {
         study_set(&t, 1 + arm, 7, isnan(a->p) ? xstrdup("n/a") : xprintf("%.4f", a->holm));
         study_set(&t, 1 + arm, 8, isnan(a->p) ? xstrdup("n/a") : xprintf("%.4f", a->equivalence_p));
         if (!isnan(a->ratio))
-            study_set(&t, 1 + arm, 9, xprintf("%.2f (%.2f .. %.2f)%s", a->ratio, a->ratio_t.low, a->ratio_t.high, a->extrapolated ? "*" : ""));
+            study_set(&t, 1 + arm, 9,
+                      xprintf("%.2f (%.2f .. %.2f)%s", a->ratio, a->ratio_t.low, a->ratio_t.high,
+                              a->extrapolated ? "*" : ""));
     }
     table_print(out, &t);
     table_free(&t);
 }
 
-// The mean of a place of the grids over the tuning seeds: NaN where runs are missing, infinity where one diverged.
+// The mean of a place of the grids over the tuning seeds: NaN where runs are missing, infinity
+// where one diverged.
 static inline double study_tuning_mean(const StudyReport *r, int arm, const int *place) {
     const Study *s = r->s;
     double sum = 0;
@@ -260,7 +304,8 @@ static inline void study_list_tuning(const StudyReport *r, Text *out) {
         do {
             const double mean = study_tuning_mean(r, arm, place);
             char *text = study_place_text(a, place);
-            const int best = r->state.tuned[arm].done && !memcmp(place, r->state.tuned[arm].place, sizeof place);
+            const int best =
+                r->state.tuned[arm].done && !memcmp(place, r->state.tuned[arm].place, sizeof place);
             text_printf(out, "%s%s%s ", n++ ? ", " : "", best ? "**" : "", text);
             if (isnan(mean)) text_printf(out, "?");
             else if (isinf(mean)) text_printf(out, "diverged");
@@ -276,11 +321,17 @@ static inline void study_list_tuning(const StudyReport *r, Text *out) {
 
 static inline void study_say_ratio(const StudyArmReport *a, int apart, Text *out) {
     if (isnan(a->ratio)) return;
-    text_printf(out, " The baseline needs %.2f times its FLOPs for the same loss (95%% interval %.2f .. %.2f by t, %.2f .. %.2f by "
-                "bootstrap%s): ", a->ratio, a->ratio_t.low, a->ratio_t.high, a->ratio_bootstrap.low, a->ratio_bootstrap.high,
-                a->extrapolated ? "; beyond the baseline's budgets, so extrapolated" : "");
-    if (apart && a->ratio_t.low > 1 && a->ratio_bootstrap.low > 1) text_printf(out, "that it pays is shown.");
-    else if (apart && a->ratio_t.high < 1 && a->ratio_bootstrap.high < 1) text_printf(out, "that it costs more than it saves is shown.");
+    text_printf(
+        out,
+        " The baseline needs %.2f times its FLOPs for the same loss (95%% interval %.2f .. %.2f "
+        "by t, %.2f .. %.2f by "
+        "bootstrap%s): ",
+        a->ratio, a->ratio_t.low, a->ratio_t.high, a->ratio_bootstrap.low, a->ratio_bootstrap.high,
+        a->extrapolated ? "; beyond the baseline's budgets, so extrapolated" : "");
+    if (apart && a->ratio_t.low > 1 && a->ratio_bootstrap.low > 1)
+        text_printf(out, "that it pays is shown.");
+    else if (apart && a->ratio_t.high < 1 && a->ratio_bootstrap.high < 1)
+        text_printf(out, "that it costs more than it saves is shown.");
     else text_printf(out, "that it pays is not shown.");
 }
 
@@ -290,25 +341,43 @@ static inline void study_say(const StudyReport *r, int arm, Text *out) {
     const StudyTuned *t = &r->state.tuned[arm];
     text_printf(out, "- **%s**: ", s->arm[arm].name);
     if (t->diverged) text_printf(out, "every place of its grid diverged.\n");
-    else if (t->worse) text_printf(out, "left out: tuned, it lay more than %g%% above the baseline.\n", s->own.drop_worse.value);
-    else if (a->n < 2) text_printf(out, "%d seed%s ended: nothing can be said yet.\n", a->n, a->n == 1 ? "" : "s");
+    else if (t->worse)
+        text_printf(out, "left out: tuned, it lay more than %g%% above the baseline.\n",
+                    s->own.drop_worse.value);
+    else if (a->n < 2)
+        text_printf(out, "%d seed%s ended: nothing can be said yet.\n", a->n, a->n == 1 ? "" : "s");
     if (t->diverged || t->worse || a->n < 2) return;
-    const int t_apart = a->d.low > 0 || a->d.high < 0, b_apart = a->bootstrap.low > 0 || a->bootstrap.high < 0;
+    const int t_apart =
+        a->d.low > 0 || a->d.high<0, b_apart = a->bootstrap.low> 0 || a->bootstrap.high < 0;
     const int apart = a->holm <= STUDY_ALPHA && t_apart && b_apart;
     const double d = a->d.mean;
     if (apart)
-        text_printf(out, "shown to end %s than the baseline, by %.4f (95%% interval %+.4f .. %+.4f, Holm's p %.4f).",
-                    d < 0 ? "lower" : "higher", fabs(d), a->d.low, a->d.high, a->holm);
+        text_printf(
+            out,
+            "shown to end %s than the baseline, by %.4f (95%% interval %+.4f .. %+.4f, Holm's p "
+            "%.4f).",
+            d < 0 ? "lower" : "higher", fabs(d), a->d.low, a->d.high, a->holm);
     else
-        text_printf(out, "a difference from the baseline is not shown: %+.4f (95%% interval %+.4f .. %+.4f, Holm's p %.4f). %d seeds of "
-                    "this spread see %.4f with a power of %.0f%%.", d, a->d.low, a->d.high, a->holm, a->n, a->smallest, 100 * STUDY_POWER);
-    if (a->equivalence_p <= STUDY_ALPHA) text_printf(out, " Equivalent within %g%% of the loss (%.4f): shown.", s->own.margin.value, r->margin);
+        text_printf(
+            out,
+            "a difference from the baseline is not shown: %+.4f (95%% interval %+.4f .. %+.4f, "
+            "Holm's p %.4f). %d seeds of "
+            "this spread see %.4f with a power of %.0f%%.",
+            d, a->d.low, a->d.high, a->holm, a->n, a->smallest, 100 * STUDY_POWER);
+    if (a->equivalence_p <= STUDY_ALPHA)
+        text_printf(out, " Equivalent within %g%% of the loss (%.4f): shown.", s->own.margin.value,
+                    r->margin);
     else if (a->not_inferior_p <= STUDY_ALPHA)
-        text_printf(out, " Not worse by %g%% of the loss (%.4f) or more: shown.", s->own.margin.value, r->margin);
-    else text_printf(out, " Equivalence within %g%% of the loss (%.4f): not shown.", s->own.margin.value, r->margin);
+        text_printf(out, " Not worse by %g%% of the loss (%.4f) or more: shown.",
+                    s->own.margin.value, r->margin);
+    else
+        text_printf(out, " Equivalence within %g%% of the loss (%.4f): not shown.",
+                    s->own.margin.value, r->margin);
     study_say_ratio(a, apart, out);
-    if (t->edge) text_printf(out, " Its best place is at an end of its grid: further out it may be better.");
-    if (a->diverged) text_printf(out, " %d of its pairs diverged and are in no number here.", a->diverged);
+    if (t->edge)
+        text_printf(out, " Its best place is at an end of its grid: further out it may be better.");
+    if (a->diverged)
+        text_printf(out, " %d of its pairs diverged and are in no number here.", a->diverged);
     text_printf(out, "\n");
 }
 
@@ -338,22 +407,33 @@ static inline void study_markdown(const StudyReport *r, Text *out) {
     const StudyOptions *o = &s->own;
     text_printf(out, "# %s\n\n", s->path);
     if (*o->note) text_printf(out, "%s\n\n", o->note);
-    text_printf(out, "Arms of equal %s, each schedule cooled at its own end. Endpoint: %s at the last step, in %s. Seeds %lld to "
-                "%lld, paired; tuning on seeds %lld to %lld, which are not among them. Data: SHA-256 %.16s. %d of %d runs have ended. ",
-                equal[o->equal], o->endpoint == ENDPOINT_BPB ? "val_bpb" : "val_loss", study_unit(s), (long long)o->first_seed,
-                (long long)(o->first_seed + o->seeds - 1), (long long)o->first_tune_seed,
-                (long long)(o->first_tune_seed + o->tune_seeds - 1), s->data_sha256, r->state.n - r->missing, r->state.n);
+    text_printf(
+        out,
+        "Arms of equal %s, each schedule cooled at its own end. Endpoint: %s at the last step, in "
+        "%s. Seeds %lld to "
+        "%lld, paired; tuning on seeds %lld to %lld, which are not among them. Data: SHA-256 "
+        "%.16s. %d of %d runs have ended. ",
+        equal[o->equal], o->endpoint == ENDPOINT_BPB ? "val_bpb" : "val_loss", study_unit(s),
+        (long long)o->first_seed, (long long)(o->first_seed + o->seeds - 1),
+        (long long)o->first_tune_seed, (long long)(o->first_tune_seed + o->tune_seeds - 1),
+        s->data_sha256, r->state.n - r->missing, r->state.n);
     study_say_origin(r, out);
     text_printf(out, "\n");
     study_table_arms(r, out);
     text_printf(out, "\n");
     study_table_results(r, out);
-    text_printf(out, "\nFLOP ratio: what the baseline needs for the arm's loss / what the arm was given%s. p of Holm: over %d comparisons.\n",
-                s->n_curve ? ", read on the baseline's own budgets; * is beyond them" : "; needs `curve` in the plan", s->n_arms - 1);
+    text_printf(
+        out,
+        "\nFLOP ratio: what the baseline needs for the arm's loss / what the arm was given%s. p "
+        "of Holm: over %d comparisons.\n",
+        s->n_curve ? ", read on the baseline's own budgets; * is beyond them"
+                   : "; needs `curve` in the plan",
+        s->n_arms - 1);
     text_printf(out, "\n## What is shown, and what is not\n\n");
     for (int arm = 0; arm < s->n_arms; arm++)
         if (arm != s->base) study_say(r, arm, out);
-    text_printf(out, "\n## Tuning\n\nMeans over %lld seed%s; the best in bold.\n\n", (long long)o->tune_seeds, o->tune_seeds == 1 ? "" : "s");
+    text_printf(out, "\n## Tuning\n\nMeans over %lld seed%s; the best in bold.\n\n",
+                (long long)o->tune_seeds, o->tune_seeds == 1 ? "" : "s");
     study_list_tuning(r, out);
 }
 
@@ -369,16 +449,57 @@ static inline void study_json_array(Text *out, const char *name, const double *x
 }
 
 static inline void study_json_arm(const StudyReport *r, int arm, Text *out) {
-    static const char *const names[] = {"n", "diverged", "mean", "sd", "flops", "seconds", "steps", "tokens", "difference", "t_low",
-        "t_high", "bootstrap_low", "bootstrap_high", "p", "p_holm", "p_equivalent", "p_not_inferior", "smallest_effect", "flop_ratio",
-        "flop_ratio_t_low", "flop_ratio_t_high", "flop_ratio_bootstrap_low", "flop_ratio_bootstrap_high"};
+    static const char *const names[] = {"n",
+                                        "diverged",
+                                        "mean",
+                                        "sd",
+                                        "flops",
+                                        "seconds",
+                                        "steps",
+                                        "tokens",
+                                        "difference",
+                                        "t_low",
+                                        "t_high",
+                                        "bootstrap_low",
+                                        "bootstrap_high",
+                                        "p",
+                                        "p_holm",
+                                        "p_equivalent",
+                                        "p_not_inferior",
+                                        "smallest_effect",
+                                        "flop_ratio",
+                                        "flop_ratio_t_low",
+                                        "flop_ratio_t_high",
+                                        "flop_ratio_bootstrap_low",
+                                        "flop_ratio_bootstrap_high"};
     const StudyArmReport *a = &r->arm[arm];
     const StudyTuned *t = &r->state.tuned[arm];
-    const double value[] = {a->n, a->diverged, a->mean, a->sd, a->flops, a->seconds, a->steps, a->tokens, a->d.mean, a->d.low,
-        a->d.high, a->bootstrap.low, a->bootstrap.high, a->p, a->holm, a->equivalence_p, a->not_inferior_p, a->smallest, a->ratio,
-        a->ratio_t.low, a->ratio_t.high, a->ratio_bootstrap.low, a->ratio_bootstrap.high};
+    const double value[] = {a->n,
+                            a->diverged,
+                            a->mean,
+                            a->sd,
+                            a->flops,
+                            a->seconds,
+                            a->steps,
+                            a->tokens,
+                            a->d.mean,
+                            a->d.low,
+                            a->d.high,
+                            a->bootstrap.low,
+                            a->bootstrap.high,
+                            a->p,
+                            a->holm,
+                            a->equivalence_p,
+                            a->not_inferior_p,
+                            a->smallest,
+                            a->ratio,
+                            a->ratio_t.low,
+                            a->ratio_t.high,
+                            a->ratio_bootstrap.low,
+                            a->ratio_bootstrap.high};
     char *place = study_place_text(&r->s->arm[arm], t->place);
-    text_printf(out, "    {\"name\": \"%s\", \"tuned\": \"%s\", \"at_an_end\": %s, ", r->s->arm[arm].name, t->done && !t->diverged ? place : "",
+    text_printf(out, "    {\"name\": \"%s\", \"tuned\": \"%s\", \"at_an_end\": %s, ",
+                r->s->arm[arm].name, t->done && !t->diverged ? place : "",
                 t->edge ? "true" : "false");
     json_numbers(out, sizeof value / sizeof value[0], names, value);
     study_json_array(out, "losses", a->loss, a->n);
@@ -400,11 +521,16 @@ static inline void study_json(const StudyReport *r, Text *out) {
     const Study *s = r->s;
     text_printf(out, "{\n  \"format\": \"droppath.c study 1\",\n  \"plan\": ");
     json_write_string(out, s->path);
-    text_printf(out, ",\n  \"equal\": \"%s\",\n  \"endpoint\": \"%s\",\n  \"baseline\": \"%s\",\n  \"margin\": ",
-                s->own.equal == EQUAL_STEPS ? "steps" : s->own.equal == EQUAL_FLOPS ? "flops" : "seconds",
-                s->own.endpoint == ENDPOINT_BPB ? "val_bpb" : "val_loss", s->arm[s->base].name);
+    text_printf(
+        out,
+        ",\n  \"equal\": \"%s\",\n  \"endpoint\": \"%s\",\n  \"baseline\": \"%s\",\n  \"margin\": ",
+        s->own.equal == EQUAL_STEPS   ? "steps"
+        : s->own.equal == EQUAL_FLOPS ? "flops"
+                                      : "seconds",
+        s->own.endpoint == ENDPOINT_BPB ? "val_bpb" : "val_loss", s->arm[s->base].name);
     json_write_number(out, r->margin);
-    text_printf(out, ",\n  \"data_sha256\": \"%s\",\n  \"runs\": %d,\n  \"missing\": %d", s->data_sha256, r->state.n, r->missing);
+    text_printf(out, ",\n  \"data_sha256\": \"%s\",\n  \"runs\": %d,\n  \"missing\": %d",
+                s->data_sha256, r->state.n, r->missing);
     double loss[1 + STUDY_CURVE];
     for (int b = 0; b < r->budgets; b++) {
         int n = 0;
@@ -425,11 +551,13 @@ static inline void study_json(const StudyReport *r, Text *out) {
     text_printf(out, "  ]\n}\n");
 }
 
-// Writes OUT/report.md and report.json, draws report.svg and .png where it can, and prints the report.
+// Writes OUT/report.md and report.json, draws report.svg and .png where it can, and prints the
+// report.
 static inline void study_report(Study *s, const char *program, int picture) {
     StudyReport r;
     Text md = {NULL, 0, 0}, js = {NULL, 0, 0};
-    char *md_path = xprintf("%s/report.md", s->out), *js_path = xprintf("%s/report.json", s->out), *out = xprintf("%s/report", s->out);
+    char *md_path = xprintf("%s/report.md", s->out), *js_path = xprintf("%s/report.json", s->out),
+         *out = xprintf("%s/report", s->out);
     study_report_open(&r, s);
     study_markdown(&r, &md);
     study_json(&r, &js);
@@ -439,7 +567,13 @@ static inline void study_report(Study *s, const char *program, int picture) {
     printf("%s\nwritten: %s, %s\n", md.s, md_path, js_path);
     fflush(stdout);
     char *plot = picture ? picture_plot(program) : NULL;
-    char *arguments[] = {(char *)(uintptr_t)"python3", plot, (char *)(uintptr_t)"--study", (char *)(uintptr_t)"--out", out, js_path, NULL};
+    char *arguments[] = {(char *)(uintptr_t) "python3",
+                         plot,
+                         (char *)(uintptr_t) "--study",
+                         (char *)(uintptr_t) "--out",
+                         out,
+                         js_path,
+                         NULL};
     if (plot && picture_draw(arguments)) printf("drawn:   %s.png, %s.svg\n", out, out);
     study_report_close(&r);
     text_free(&md), text_free(&js);
@@ -448,7 +582,8 @@ static inline void study_report(Study *s, const char *program, int picture) {
 
 // ---- study fit ----
 
-// L = E + A (s F)^-b over the budgets of one or several studies: the cells are (budget, seed) where both arms have ended.
+// L = E + A (s F)^-b over the budgets of one or several studies: the cells are (budget, seed) where
+// both arms have ended.
 static inline void study_fit(Study *const *study, int n, const char *name, int draws) {
     double *x[4] = {NULL, NULL, NULL, NULL};
     int cells = 0;
@@ -456,14 +591,17 @@ static inline void study_fit(Study *const *study, int n, const char *name, int d
         StudyReport r;
         const StudyArm *arm = study_find_arm(study[k], name);
         if (!arm) study_refuse(study[k], 0, "there is no [arm %s]", name);
-        if (arm == &study[k]->arm[study[k]->base]) study_refuse(study[k], 0, "[arm %s] is the baseline itself", name);
+        if (arm == &study[k]->arm[study[k]->base])
+            study_refuse(study[k], 0, "[arm %s] is the baseline itself", name);
         study_report_open(&r, study[k]);
         const StudyArmReport *a = &r.arm[arm - study[k]->arm], *base = &r.arm[study[k]->base];
-        for (int i = 0; i < 4; i++) x[i] = (double *)xrealloc(x[i], (size_t)(cells + a->n + 1), sizeof(double));
+        for (int i = 0; i < 4; i++)
+            x[i] = (double *)xrealloc(x[i], (size_t)(cells + a->n + 1), sizeof(double));
         for (int i = 0; i < a->n; i++, cells++)
-            x[0][cells] = base->flops, x[1][cells] = a->base[i], x[2][cells] = a->loss[i], x[3][cells] = a->flops;
-        printf("%s: %d seeds at %.4g FLOPs: %s %.4f, %s %.4f\n", study[k]->path, a->n, base->flops, study[k]->arm[study[k]->base].name,
-               base->mean, name, a->mean);
+            x[0][cells] = base->flops, x[1][cells] = a->base[i], x[2][cells] = a->loss[i],
+            x[3][cells] = a->flops;
+        printf("%s: %d seeds at %.4g FLOPs: %s %.4f, %s %.4f\n", study[k]->path, a->n, base->flops,
+               study[k]->arm[study[k]->base].name, base->mean, name, a->mean);
         study_report_close(&r);
     }
     int budgets = 0;
@@ -473,16 +611,21 @@ static inline void study_fit(Study *const *study, int n, const char *name, int d
         budgets += k == i;
     }
     if (budgets < 3)
-        die("a law has three numbers for the baseline alone, and these plans have %d budget%s\n  hint: plans that differ in steps or "
-            "size, with the same arm", budgets, budgets == 1 ? "" : "s");
+        die("a law has three numbers for the baseline alone, and these plans have %d budget%s\n"
+            "  hint: plans that differ in steps or size, with the same arm", budgets,
+            budgets == 1 ? "" : "s");
     const StatsCells c = {x[0], x[1], x[2], x[3], cells};
     const StatsLaw law = stats_law(&c);
     const StatsInterval s = stats_law_interval(&c, &law, STUDY_LEVEL, draws, 1);
     if (isnan(law.s)) die("the losses do not fall with FLOPs: no law fits them");
-    printf("L = E + A (s F)^-b: E %.4f, A %.4g, b %.4f; residuals %.4f\n", law.E, law.A, law.b, law.rms);
-    printf("s of %s: %.3f, 95%% interval %.3f .. %.3f (%d draws): %s\n", name, law.s, s.low, s.high, draws,
-           isnan(s.low) ? "the data do not tell a law" : s.low > 1 ? "its compute is worth more"
-           : s.high < 1 ? "its compute is worth less" : "no shift");
+    printf("L = E + A (s F)^-b: E %.4f, A %.4g, b %.4f; residuals %.4f\n", law.E, law.A, law.b,
+           law.rms);
+    printf("s of %s: %.3f, 95%% interval %.3f .. %.3f (%d draws): %s\n", name, law.s, s.low, s.high,
+           draws,
+           isnan(s.low) ? "the data do not tell a law"
+           : s.low > 1  ? "its compute is worth more"
+           : s.high < 1 ? "its compute is worth less"
+                        : "no shift");
     for (int i = 0; i < 4; i++) free(x[i]);
 }
 
