@@ -1,10 +1,11 @@
 // attention_tiles.h: the small matmuls inside attention on the CPU, over the rows of one head.
 //
-// Copies of a head's rows, padded to W = HS rounded up to whole vectors, have no edges, and none of the
-// strides that let few sets of a cache serve all of them. Scores are kept transposed, as (keys, queries), so
-// that one vector of maxima and one of sums serve LANES queries. One operand of every product is then read
-// element by element, along rows or columns, and the other by vectors along its rows: only q (and dy in the
-// backward pass) is transposed, once a block.
+// Each tile of a head's rows is copied and padded to W, HS rounded up to whole vectors. The copies
+// need no code for edges, and avoid the strides that map all rows to a few sets of a cache. Scores
+// are stored transposed, as (keys, queries), so that one vector of maxima and one of sums serve
+// LANES queries. Every matmul then reads one operand element by element, along its rows or columns,
+// and the other in vectors along its rows: only q (and dy in the backward pass) is transposed, once
+// per tile of queries.
 #ifndef ATTENTION_TILES_H
 #define ATTENTION_TILES_H
 
@@ -13,24 +14,28 @@
 #include "vector.h"
 
 enum {
-    QUERIES = 512 / sizeof(real),                                  // of a block, against KEYS (its workspace: 880 KB)
-    STRIP_ROWS = TILE_ROWS < 8 ? 4 : 8, STRIP_VECTORS = 2,         // of a tile: they divide the blocks and most heads
+    // of a tile, with KEYS (workspace: 880 KB)
+    QUERIES = 512 / sizeof(real),
+    // of a strip: they divide tiles and most heads
+    STRIP_ROWS = TILE_ROWS < 8 ? 4 : 8, STRIP_VECTORS = 2,
     PAD = (int)LANES > (int)STRIP_ROWS ? (int)LANES : (int)STRIP_ROWS
 };
 
-// to (n,W) = scale * from (n,HS), rows ld apart, padded with zero columns up to W and zero rows up to a
-// multiple of PAD.
-static inline void load_rows(real *to, const real *from, size_t ld, real scale, size_t n, size_t HS, size_t W) {
+// to (n,W) = scale * from (n,HS), rows ld apart, padded with zero columns up to W and with zero
+// rows up to a multiple of PAD.
+static inline void load_rows(real *to, const real *from, size_t ld, real scale, size_t n, size_t HS,
+                             size_t W) {
     for (size_t i = 0; i < n; i++) {
         size_t d = 0;
-        for (; d + LANES <= HS; d += LANES) *(Vector *)(to + i * W + d) = scale * *(const Vector *)(from + i * ld + d);
+        for (; d + LANES <= HS; d += LANES)
+            *(Vector *)(to + i * W + d) = scale * *(const Vector *)(from + i * ld + d);
         for (; d < HS; d++) to[i * W + d] = scale * from[i * ld + d];
         for (; d < W; d++) to[i * W + d] = 0;
     }
     memset(to + n * W, 0, (round_up(n, PAD) - n) * W * sizeof(real));
 }
 
-// to (W,QUERIES) = the transpose of from (n,W), in squares of LANES.
+// to (W,QUERIES) = the transpose of from (n,W), in squares of LANES x LANES.
 static inline void load_transposed(real *to, const real *from, size_t n, size_t W) {
     for (size_t i = 0; i < n; i += LANES)
         for (size_t d = 0; d < W; d += LANES) {
@@ -43,11 +48,12 @@ static inline void load_transposed(real *to, const real *from, size_t n, size_t 
         }
 }
 
-// y (M,N), rows ldy apart, = keep (M) * y + a (M,K) b (K,N), with a[i*a_row + k*a_k] and b[k*ldb + j].
-// M <= STRIP_ROWS and N <= vectors * LANES bound what is written; a and b are read up to these. keep NULL:
-// y is not read.
-static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *keep, const real *a, size_t a_row, size_t a_k,
-                                            const real *b, size_t ldb, size_t M, size_t N, size_t K, size_t vectors) {
+// y (M,N), rows ldy apart, = keep (M) * y + a (M,K) b (K,N), with a[i*a_row + k*a_k] and b[k*ldb +
+// j]. M <= STRIP_ROWS and N <= vectors * LANES limit what is written; a and b are read up to the
+// full tile. If keep is NULL, y is not read.
+static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *keep, const real *a,
+                                            size_t a_row, size_t a_k, const real *b, size_t ldb,
+                                            size_t M, size_t N, size_t K, size_t vectors) {
     Vector sum[STRIP_ROWS][STRIP_VECTORS] = {0};
     for (size_t k = 0; k < K; k++, a += a_k, b += ldb) {
         Vector bk[STRIP_VECTORS];
@@ -69,26 +75,31 @@ static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *kee
     real edge[STRIP_ROWS][STRIP_VECTORS * LANES];
     memcpy(edge, sum, sizeof edge);
     for (size_t i = 0; i < M; i++)
-        for (size_t j = 0; j < N; j++) y[i * ldy + j] = (keep ? keep[i] * y[i * ldy + j] : 0) + edge[i][j];
+        for (size_t j = 0; j < N; j++)
+            y[i * ldy + j] = (keep ? keep[i] * y[i * ldy + j] : 0) + edge[i][j];
 }
 
 // The same for any N.
-static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *keep, const real *a, size_t a_row,
-                                               size_t a_k, const real *b, size_t ldb, size_t M, size_t N, size_t K) {
+static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *keep, const real *a,
+                                               size_t a_row, size_t a_k, const real *b, size_t ldb,
+                                               size_t M, size_t N, size_t K) {
     size_t j = 0;
     for (; j + LANES < N; j += STRIP_VECTORS * LANES)
-        strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M, at_most(N - j, STRIP_VECTORS * LANES), K, STRIP_VECTORS);
+        strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M,
+                   at_most(N - j, STRIP_VECTORS * LANES), K, STRIP_VECTORS);
     if (j < N) strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M, N - j, K, 1);
 }
 
 // The rows of a are contiguous: a[i*lda + k].
-static inline void strip_by_rows(real *y, size_t ldy, const real *keep, const real *a, size_t lda, const real *b, size_t ldb,
+static inline void strip_by_rows(real *y, size_t ldy, const real *keep, const real *a, size_t lda,
+                                 const real *b, size_t ldb,
                            size_t M, size_t N, size_t K) {
     strip_columns(y, ldy, keep, a, lda, 1, b, ldb, M, N, K);
 }
 
 // The columns of a are contiguous: a[i + k*lda].
-static inline void strip_by_columns(real *y, size_t ldy, const real *keep, const real *a, size_t lda, const real *b, size_t ldb,
+static inline void strip_by_columns(real *y, size_t ldy, const real *keep, const real *a,
+                                    size_t lda, const real *b, size_t ldb,
                              size_t M, size_t N, size_t K) {
     strip_columns(y, ldy, keep, a, 1, lda, b, ldb, M, N, K);
 }

@@ -1,72 +1,83 @@
-// noise.h: dropout (Srivastava et al. 2014) whose every decision is a function of its place: of the seed, the step, the row of
-// the step, the layer, where in the layer, the head, the line and the element. So a step has the same noise however its rows
-// are cut into micro-batches, shared among ranks, packed by drop path or computed by threads, and a pass that is made again
-// (recomputation, a replay, another engine) draws the same.
+// noise.h: dropout (Srivastava et al. 2014) in which each decision is a function of its place:
+// seed, step, row of the step, layer, place in the layer, head, position and element. So a step
+// draws the same noise however its rows are split into micro-batches, distributed over ranks,
+// packed by drop path or computed by threads, and a repeated pass (recomputation, a replay, another
+// engine) draws it again.
 //
-//     place                what is dropped                           a line             its elements
-//     NOISE_EMBD           the sum of the embeddings                 a token            C channels
-//     NOISE_ATTN           attention's probabilities, by head        a query            T keys
-//     NOISE_ATTN_OUT       what the attention branch adds            a token            C channels
-//     NOISE_MLP_OUT        what the MLP branch adds                  a token            C channels
-//     NOISE_LORA + t       what the adapter of product t reads       a token            its inputs
+//     place             what is dropped                        a position      its elements
+//     NOISE_EMBD        the sum of the embeddings              a token         C channels
+//     NOISE_ATTN        attention's probabilities, by head     a query         T keys
+//     NOISE_ATTN_OUT    the attention branch's output          a token         C channels
+//     NOISE_MLP_OUT     the MLP branch's output                a token         C channels
+//     NOISE_LORA + t    the input of the adapter of matmul t   a token         its inputs
 //
-// The first four are the places of GPT-2 (and of transformers' GPT2Model), the two OUT before drop path's scale. Dropout is inverted:
-// what is kept is multiplied by 1/(1-p), and evaluation is plain.
+// The first four are GPT-2's places (and transformers' GPT2Model's); the two outputs are dropped
+// before drop path's scale. Dropout is inverted: kept elements are multiplied by 1/(1-p), and
+// evaluation uses none.
 //
-// Element i of a line is kept iff half i%8 (of 16 bits, the lower first) of the words Philox(counter {i/8, line, head, row},
-// key) is at least the rate times 2^16; the key is two words of (seed, STREAM_NOISE, step, place, layer). Rates are multiples
-// of 2^-16, so that what is drawn against is also what scales.
+// Element i of a position is kept iff half i%8 (16 bits, the lower half first) of the words
+// Philox(counter {i/8, position, head, row}, key) is at least the rate times 2^16; the key is two
+// words of (seed, STREAM_NOISE, step, place, layer). Rates are multiples of 2^-16, so the threshold
+// and the scale agree exactly.
 #ifndef NOISE_H
 #define NOISE_H
 
 #include "rng.h"
 
-enum { NOISE_EMBD, NOISE_ATTN, NOISE_ATTN_OUT, NOISE_MLP_OUT, NOISE_LORA, NOISE_PLACES = NOISE_LORA + 4 };
-enum { NOISE_ONE = 1 << 16, NOISE_EACH = 8, NOISE_CALLS = 32 };   // a rate of 1; elements of a Philox call; calls at once
+enum {
+    NOISE_EMBD, NOISE_ATTN, NOISE_ATTN_OUT, NOISE_MLP_OUT, NOISE_LORA, NOISE_PLACES = NOISE_LORA + 4
+};
+// a rate of 1; elements of a Philox call; calls at once
+enum { NOISE_ONE = 1 << 16, NOISE_EACH = 8, NOISE_CALLS = 32 };
 
 // The noise of one pass. Rates are in 2^-16.
 typedef struct {
     uint64_t seed;
     int64_t step;
-    uint32_t first_row;                                  // the number in the step of the batch's row 0
-    uint32_t embd, attn, resid, lora;                    // rates; resid: of both branches; lora: of adapters' inputs
+    uint32_t first_row;                // the number in the step of the batch's row 0
+    uint32_t embd, attn, resid, lora;  // rates; resid: of both branches; lora: of adapters' inputs
 } Noise;
 
-// Noise at one place of one layer: a rate, the key of its draws, and Noise.first_row. rate 0: none.
+// Noise at one place in one layer: a rate, the key of its draws, and Noise.first_row. rate 0: none.
 typedef struct { uint32_t rate, key[2], first_row; } NoisePlace;
 
 static inline uint32_t noise_rate(const Noise *z, int place) {
     return !z ? 0 : place == NOISE_EMBD ? z->embd : place == NOISE_ATTN ? z->attn : place < NOISE_LORA ? z->resid : z->lora;
 }
 
-// z NULL: no noise. Layers count from 0; the embedding is of layer 0.
+// z NULL: no noise. Layers count from 0; the embedding belongs to layer 0.
 static inline NoisePlace noise_place(const Noise *z, int place, int layer) {
     NoisePlace p = {noise_rate(z, place), {0, 0}, 0};
     if (!p.rate) return p;
     p.first_row = z->first_row;
-    const Philox w = rng_words(z->seed, STREAM_NOISE, (uint64_t)z->step, (uint32_t)place, (uint32_t)layer);
+    const Philox w = rng_words(z->seed, STREAM_NOISE, (uint64_t)z->step, (uint32_t)place,
+                               (uint32_t)layer);
     p.key[0] = w.v[0], p.key[1] = w.v[1];
     return p;
 }
 
-// What a kept element is multiplied by.
+// The factor of a kept element.
 RNG_FN double noise_scale(uint32_t rate) { return (double)NOISE_ONE / (double)(NOISE_ONE - rate); }
 
-// The words of elements 8*i .. 8*i + 7 of a line; element 8*i + e is kept iff noise_half(words, e) >= rate.
-RNG_FN Philox noise_words(const uint32_t key[2], uint32_t row, uint32_t head, uint32_t line, uint32_t i) {
-    const uint32_t counter[4] = {i, line, head, row};
+// The words of elements 8*i .. 8*i + 7 of a position; element 8*i + e is kept iff noise_half(words,
+// e) >= rate.
+RNG_FN Philox noise_words(const uint32_t key[2], uint32_t row, uint32_t head, uint32_t position,
+                          uint32_t i) {
+    const uint32_t counter[4] = {i, position, head, row};
     return philox4x32_10(counter, key);
 }
 
 RNG_FN uint32_t noise_half(Philox w, int e) { return w.v[e / 2] >> 16 * (e % 2) & 0xffff; }
 
-// keep (n) = the factors, 0 or 1/(1-p), of elements first .. first + n of a line; first is a multiple of
-// NOISE_EACH, n at most NOISE_CALLS * NOISE_EACH; an odd n writes one element more.
-static inline void noise_factors(real *keep, const NoisePlace *z, uint32_t row, uint32_t line, size_t first, size_t n) {
+// keep (n) = the factors, 0 or 1/(1-p), of elements first .. first + n of a position. first is a
+// multiple of NOISE_EACH, n at most NOISE_CALLS * NOISE_EACH; an odd n writes one extra element.
+static inline void noise_factors(real *keep, const NoisePlace *z, uint32_t row, uint32_t position,
+                                 size_t first, size_t n) {
     const real scale = (real)noise_scale(z->rate);
     uint32_t words[NOISE_CALLS * 4];
     for (uint32_t i = 0; i < NOISE_CALLS; i++) {         // compilers see that calls fill vectors
-        const Philox w = noise_words(z->key, z->first_row + row, 0, line, (uint32_t)(first / NOISE_EACH) + i);
+        const Philox w = noise_words(z->key, z->first_row + row, 0, position,
+                                     (uint32_t)(first / NOISE_EACH) + i);
         for (int j = 0; j < 4; j++) words[4 * i + (uint32_t)j] = w.v[j];
     }
     for (size_t i = 0; i < n; i += 2) {                  // noise_half
@@ -75,7 +86,7 @@ static inline void noise_factors(real *keep, const NoisePlace *z, uint32_t row, 
     }
 }
 
-// The rate of probability p in [0, 1) in 2^-16: the nearest, but never 1.
+// The rate of probability p in [0, 1) in units of 2^-16: the nearest, but never 1.
 static inline uint32_t noise_rate_of(double p) {
     const double rate = floor(p * NOISE_ONE + 0.5);
     return rate >= NOISE_ONE ? NOISE_ONE - 1 : (uint32_t)rate;
