@@ -54,7 +54,7 @@ static inline void load_transposed(real *to, const real *from, size_t n, size_t 
 static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *keep, const real *a,
                                             size_t a_row, size_t a_k, const real *b, size_t ldb,
                                             size_t M, size_t N, size_t K, size_t vectors) {
-    Vector sum[STRIP_ROWS][STRIP_VECTORS] = {0};
+    Vector sum[STRIP_ROWS][STRIP_VECTORS] = {{{0}}};
     for (size_t k = 0; k < K; k++, a += a_k, b += ldb) {
         Vector bk[STRIP_VECTORS];
         for (size_t j = 0; j < vectors; j++) bk[j] = *(const Vector *)(b + j * LANES);
