@@ -15,7 +15,7 @@
 #endif
 
 #define LORA_ENGINE_TESTS(X) \
-    X(lora_reference_losses) X(lora_reference_gradients) LORA_DOUBLE_TESTS(X) X(lora_merged_gradients) X(lora_starts_as_the_base) \
+    X(lora_golden) X(lora_reference_losses) X(lora_reference_gradients) LORA_DOUBLE_TESTS(X) X(lora_merged_gradients) X(lora_starts_as_the_base) \
     X(lora_init) X(lora_base_stays) X(lora_threads) X(lora_micro_batches) X(lora_bf16_is_near) X(lora_decode) X(lora_memory)
 
 #define LORA_TESTS(X) \
@@ -41,6 +41,45 @@ static GptConfig lora_config(GptConfig c, int k) {
 }
 
 static void lora_noise(Rig *r, int k) { r->noise = lora_cases[k].noise.seed ? &lora_cases[k].noise : NULL; }
+
+// Losses and gradients of PyTorch in float64, which dev/golden/make_lora.py made.
+static void test_lora_golden(void) {
+    static const char *const cases[] = {"full/", "row/", "tied/"}, *const path = "dev/golden/lora.safetensors";
+    Golden g = golden_open(), more = g;                  // the base's weights are those of the other file
+    const char *error = file_map(&more.map, path);
+    if (!error) error = safetensors_parse(&more.file, more.map.data, more.map.size);
+    if (error) die("%s: %s", path, error);
+    for (int i = 0; i < 3; i++) {
+        const SafetensorsEntry *e = golden_need(&more, cases[i], "noise");
+        const Noise noise = {(uint64_t)safetensors_integer(e, 0), safetensors_integer(e, 1), (uint32_t)safetensors_integer(e, 2), 0, 0,
+                             0, (uint32_t)safetensors_integer(e, 3)};
+        GptConfig c = g.rig.c;
+        c.lora = 3, c.lora_targets = 15, c.lora_norms = (int)golden_number(&more, cases[i], "norms", 0);
+        more.rig = rig_open(c, g.rig.B, g.rig.T);
+        Rig *r = &more.rig;
+        memcpy(r->tokens, g.rig.tokens, (size_t)(r->B * r->T) * sizeof(int));
+        memcpy(r->targets, g.rig.targets, (size_t)(r->B * r->T) * sizeof(int));
+        real *base = slot_read(&g.rig.c, g.rig.model, SLOT_PARAM), *added = golden_slot(&more, "param/");
+        EACH_TENSOR(&c) {
+            const int adapter = gpt_param[p].group == GROUP_ADAPTER;
+            test_engine->write(r->model, SLOT_PARAM, p, l, adapter ? added + slot_at(&c, p, l) : base + slot_at(&g.rig.c, p, l));
+        }
+        golden_plan(&more, cases[i], 0);
+        golden_ints(&r->plan.tied, &more, cases[i], "tied", 0, 1);
+        r->noise = noise.lora ? &noise : NULL;
+        char *prefix = xprintf("%sgrad/", cases[i]);
+        double loss, tolerance = 16 * rounding(4 * c.C);
+        real *got = rig_gradient(r, &loss), *want = golden_slot(&more, prefix);
+        EXPECT_CLOSE(loss, golden_number(&more, cases[i], "loss", 0), tolerance, cases[i]);
+        EACH_TENSOR(&c)
+            if (gpt_param_trains(&c, p, l, 0)) expect_tensor(&c, p, l, got, want, tolerance, cases[i]);
+        free(base), free(added), free(got), free(want), free(prefix);
+        rig_close(r);
+    }
+    safetensors_free(&more.file);
+    file_unmap(&more.map);
+    golden_close(&g);
+}
 
 static void test_lora_reference_losses(void) {
     for (int k = 0; k < LORA_CASES; k++)
