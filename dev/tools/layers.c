@@ -228,10 +228,9 @@ static void print_effects(const Layers *x) {
         printf("not identified: the masks do not tell %d of %d units apart (condition %.1e)\n",
                dropped - known, dropped, e->condition);
     if (known < dropped || !e->level || !e->recorded)
-        printf(
-            "  hint: next time record %s%s%s, in micro-batches: --total-batch of several --batch\n",
-            e->recorded ? "" : "--record-micro 1", e->recorded || e->level ? "" : " and ",
-            e->level && known == dropped ? "" : "--drop-sampling bernoulli");
+        printf("  hint: next time train with %s%s%s\n", e->recorded ? "" : "--record-micro 1",
+               e->recorded || (e->level && known == dropped) ? "" : " and ",
+               e->level && known == dropped ? "" : "--drop-sampling bernoulli");
 }
 
 // ---- The table ----
