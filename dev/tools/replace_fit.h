@@ -32,10 +32,10 @@ typedef struct {
     int n;
     ReplaceBlock *block;                                 // (n)
     ReplaceMap *map;                                     // (n)
-    double (
-        *loss)[REPLACE_RIDGES + 1]; // (n) by ridge, and last of the layers left out; NaN: not tried
-    double (*angle)[2];             // (n) 1 - cos before and after, of the cosine method
-    real **weight, **bias;          // (n) of the projections that take a map, as they were
+    // (n) the loss by ridge, and last that of the layers left out; NaN: not tried
+    double (*loss)[REPLACE_RIDGES + 1];
+    double (*angle)[2];    // (n) 1 - cos before and after, of the cosine method
+    real **weight, **bias; // (n) of the projections that take a map, without it; NULL: not read
 } ReplaceFit;
 
 // Sets up a fit, without blocks yet, of a model of which all layers run. End with replace_fit_free.
@@ -58,10 +58,6 @@ static inline void replace_fit_add(ReplaceFit *f, int first, int end) {
     const int i = f->n++;
     f->block[i] = replace_block_new(first, end, m->config.C);
     f->map[i] = replace_map_new(C);
-    f->weight[i] = (real *)xcalloc(4 * C * C, sizeof(real));
-    f->bias[i] = (real *)xcalloc(C, sizeof(real));
-    m->engine->read(m->model, SLOT_PARAM, P_fcprojw, first - 1, f->weight[i]);
-    m->engine->read(m->model, SLOT_PARAM, P_fcprojb, first - 1, f->bias[i]);
     for (int k = 0; k <= REPLACE_RIDGES; k++) f->loss[i][k] = NAN;
 }
 
@@ -131,14 +127,26 @@ static inline void replace_fit_pass(ReplaceFit *f, ReplaceKept *kept) {
 
 // ---- The loss with maps in place ----
 
+// The projection that takes the map of block i, as it is while no map is in place.
+static inline void replace_fit_read(ReplaceFit *f, int i) {
+    const LayersModel *m = f->model;
+    const size_t C = (size_t)m->config.C;
+    if (f->weight[i]) return;
+    f->weight[i] = (real *)xcalloc(4 * C * C, sizeof(real));
+    f->bias[i] = (real *)xcalloc(C, sizeof(real));
+    m->engine->read(m->model, SLOT_PARAM, P_fcprojw, f->block[i].first - 1, f->weight[i]);
+    m->engine->read(m->model, SLOT_PARAM, P_fcprojb, f->block[i].first - 1, f->bias[i]);
+}
+
 // Puts the map of block i into the model that runs, or takes it out. Returns 0 if a weight would
 // not be finite.
-static inline int replace_fit_place(const ReplaceFit *f, int i, const ReplaceMap *map) {
+static inline int replace_fit_place(ReplaceFit *f, int i, const ReplaceMap *map) {
     const LayersModel *m = f->model;
     const size_t C = (size_t)m->config.C;
     const int into = f->block[i].first - 1;
     const double factor = m->scale[BRANCHES * into + MLP]; // the plan's: c must come out whole
     real *w = (real *)xcalloc(4 * C * C, sizeof *w), *b = (real *)xcalloc(C, sizeof *b);
+    replace_fit_read(f, i);
     memcpy(w, f->weight[i], 4 * C * C * sizeof *w);
     memcpy(b, f->bias[i], C * sizeof *b);
     int finite = 1;
@@ -248,6 +256,8 @@ static inline int replace_fit_scan(ReplaceFit *f, int n, double *loss) {
             replace_map_free(&map);
         }
         replace_fit_place(f, i, NULL);
+        free(f->weight[i]), free(f->bias[i]);            // not of all rows at once
+        f->weight[i] = f->bias[i] = NULL;
         for (int l = 0; l < n; l++) layers_keep(f->kept, f->block[i].first + l, 1);
         if (*here < loss[f->block[best].first]) best = i;
         progress_add(&progress, 1);
@@ -256,7 +266,6 @@ static inline int replace_fit_scan(ReplaceFit *f, int n, double *loss) {
     for (int i = 0; i < f->n; i++)
         if (i != best) replace_fit_remove(f, i);
     f->block[0] = f->block[best], f->map[0] = f->map[best];
-    f->weight[0] = f->weight[best], f->bias[0] = f->bias[best];
     f->n = 1;
     return f->block[0].first;
 }
