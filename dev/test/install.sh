@@ -16,8 +16,8 @@ for program in "$bin"/*; do
     [ -s "$root/help" ] || fail "$program --help prints nothing"
     n=$((n + 1))
 done
-for program in train_gpt droppath-compare droppath-generate droppath-evaluate droppath-export \
-               droppath-layers droppath-prune droppath-collapse droppath-data-bytes; do
+for program in train_gpt droppath-compare droppath-study droppath-generate droppath-evaluate \
+               droppath-export droppath-layers droppath-prune droppath-collapse droppath-data-bytes; do
     [ -x "$bin/$program" ] || fail "$program is not there"
 done
 [ -s "$root/opt/a b/share/doc/droppath/LICENSE" ] || fail "LICENSE is not there"

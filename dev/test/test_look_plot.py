@@ -189,6 +189,41 @@ class Drawing(unittest.TestCase):
         self.assertLess(os.path.getsize(out + ".svg"), 200000)
 
 
+def study_report(**changes):
+    """A report.json of build/study with two arms, of which one has no final runs yet."""
+    arm = {"name": "none", "tuned": "lr=0.01", "mean": 1.5, "flops": 4e12, "difference": None,
+           "differences": [], "t_low": None, "t_high": None, "bootstrap_low": None,
+           "bootstrap_high": None, "tuning": [["lr=0.01", 1.5], ["lr=0.02", 1.6]]}
+    drop = dict(arm, name="drop", mean=1.47, difference=-0.03, differences=[-0.02, -0.04],
+                t_low=-0.05, t_high=-0.01, bootstrap_low=-0.04, bootstrap_high=-0.02,
+                tuning=[["lr=0.01", 1.48], ["lr=0.02", 1.47]])
+    late = dict(arm, name="late", mean=None, flops=None, tuning=[])
+    report = {"format": "droppath.c study 1", "endpoint": "val_loss", "baseline": "none",
+              "margin": 0.0075, "budget_flops": [2e12, 4e12], "budget_losses": [1.6, 1.5],
+              "arms": [arm, drop, late]}
+    path = os.path.join(tempfile.mkdtemp(dir=real_runs.folder()), "report.json")
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(dict(report, **changes), file)
+    return path
+
+
+class Studies(unittest.TestCase):
+    @needs_matplotlib
+    def test_a_report(self):
+        path = study_report()
+        out = os.path.join(os.path.dirname(path), "study.svg")
+        real_runs.run(PLOT, "--study", "--out", out, path)
+        text = svg_text(out)
+        for words in ("drop", "late", "none", "val_loss minus none's, by seed", "tuned: --lr"):
+            self.assertIn(words, text)
+
+    def test_refusals(self):
+        said = real_runs.run(PLOT, "--study", study_report(format="another"), expect=1)
+        self.assertIn("not a report.json of build/study", said)
+        said = real_runs.run(PLOT, "--study", base() + "/metrics.jsonl", expect=1)
+        self.assertIn("cannot read", said)
+
+
 class Refusals(unittest.TestCase):
     @needs_matplotlib
     def test_messages(self):

@@ -93,20 +93,24 @@ static void test_stats_scipy(void) {
         EXPECT_CLOSE(d.low, golden_samples[k].low, 1e-9, "low end");
         EXPECT_CLOSE(d.high, golden_samples[k].high, 1e-9, "high end");
         EXPECT_CLOSE(stats_p(d.mean, d.error, n - 1), golden_samples[k].p, 1e-10, "p");
-        EXPECT_CLOSE(stats_equivalence_p(d.mean, d.error, n - 1, GOLDEN_MARGIN), golden_samples[k].equivalent, 1e-10, "p, equivalent");
-        EXPECT_CLOSE(stats_not_inferior_p(d.mean, d.error, n - 1, GOLDEN_MARGIN), golden_samples[k].not_inferior, 1e-10, "p, not inferior");
+        EXPECT_CLOSE(stats_equivalence_p(d.mean, d.error, n - 1, GOLDEN_MARGIN),
+                     golden_samples[k].equivalent, 1e-10, "p, equivalent");
+        EXPECT_CLOSE(stats_not_inferior_p(d.mean, d.error, n - 1, GOLDEN_MARGIN),
+                     golden_samples[k].not_inferior, 1e-10, "p, not inferior");
         EXPECT_CLOSE(b.low, golden_samples[k].bca_low, 0.03 * wide, "bootstrap's low end");
         EXPECT_CLOSE(b.high, golden_samples[k].bca_high, 0.03 * wide, "bootstrap's high end");
         EXPECT(b.low == again.low && b.high == again.high, "the same seed gave another interval");
     }
     for (size_t k = 0; k < sizeof golden_power / sizeof golden_power[0]; k++)
-        EXPECT_CLOSE(stats_power(golden_power[k].effect, golden_power[k].n, golden_power[k].alpha), golden_power[k].power, 1e-6, "power");
+        EXPECT_CLOSE(stats_power(golden_power[k].effect, golden_power[k].n, golden_power[k].alpha),
+                     golden_power[k].power, 1e-6, "power");
     for (size_t k = 0; k < sizeof golden_smallest / sizeof golden_smallest[0]; k++)
-        EXPECT_CLOSE(stats_smallest_effect(golden_smallest[k].n, golden_smallest[k].alpha, 0.8), golden_smallest[k].effect, 1e-6,
-                     "smallest effect");
+        EXPECT_CLOSE(stats_smallest_effect(golden_smallest[k].n, golden_smallest[k].alpha, 0.8),
+                     golden_smallest[k].effect, 1e-6, "smallest effect");
 }
 
-// By hand: 4 p-values; the smallest times 4, the next times 3, ..., never less than the one before. NaN does not count.
+// By hand: 4 p-values; the smallest times 4, the next times 3, ..., never less than the one before.
+// NaN does not count.
 static void test_stats_holm(void) {
     const double p[5] = {0.03, 0.01, NAN, 0.02, 0.9};
     double adjusted[5];
@@ -123,22 +127,27 @@ static void test_stats_holm(void) {
 
 static void test_stats_edges(void) {
     const double same[3] = {0.1, 0.1, 0.1};
-    const StatsInterval one = stats_bootstrap(stats_mean_of, same, 1, 0.95, 100, 1), all = stats_bootstrap(stats_mean_of, same, 3, 0.95, 100, 1);
+    const StatsInterval one = stats_bootstrap(stats_mean_of, same, 1, 0.95, 100, 1),
+                        all = stats_bootstrap(stats_mean_of, same, 3, 0.95, 100, 1);
     EXPECT(isnan(one.low) && isnan(one.high), "one value has an interval");
     EXPECT_CLOSE(all.low, 0.1, 1e-15, "equal values");
     EXPECT_CLOSE(all.high, 0.1, 1e-15, "equal values");
     EXPECT(isnan(stats_p(1, NAN, 0)), "one seed has a p-value");
     EXPECT(stats_p(0, 0, 2) == 1 && stats_p(0.1, 0, 2) == 0, "p of equal differences");
-    EXPECT(stats_equivalence_p(0, 0, 2, 0.1) == 0 && stats_equivalence_p(0.2, 0, 2, 0.1) == 1, "equivalence of equal differences");
+    EXPECT(stats_equivalence_p(0, 0, 2, 0.1) == 0 && stats_equivalence_p(0.2, 0, 2, 0.1) == 1,
+           "equivalence of equal differences");
     EXPECT_CLOSE(stats_power(0, 6, 0.05), 0.05, 1e-8, "power without an effect");
 }
 
 // ---- The law of scaling, on losses that follow one ----
 
-// Normal noise of sd `noise`, of which half of the variance is a seed's own, on E + A (s F)^-b at five budgets, five seeds.
-static void stats_test_losses(double *F, double *none, double *arm, double s, double noise, uint32_t draw) {
+// Normal noise of sd `noise`, of which half of the variance is a seed's own, on E + A (s F)^-b at
+// five budgets, five seeds.
+static void stats_test_losses(double *F, double *none, double *arm, double s, double noise,
+                              uint32_t draw) {
     for (int i = 0; i < 25; i++) {
-        const Philox w = rng_words(9, STATS_STREAM, draw, (uint32_t)i, 1), v = rng_words(9, STATS_STREAM, draw, (uint32_t)(i / 5), 2);
+        const Philox w = rng_words(9, STATS_STREAM, draw, (uint32_t)i, 1),
+                     v = rng_words(9, STATS_STREAM, draw, (uint32_t)(i / 5), 2);
         double z[2], seed[2];
         normal_pair(z, w.v[0], w.v[1]);
         normal_pair(seed, v.v[0], v.v[1]);
@@ -181,8 +190,8 @@ static void test_stats_law_covers(void) {
     }
 }
 
-#define STATS_TESTS(X)                                                                                              \
-    X(stats_moments) X(stats_t_table) X(stats_t_density) X(stats_paired) X(stats_scipy) X(stats_holm) X(stats_edges) \
-    X(stats_law_is_found) X(stats_law_covers)
+#define STATS_TESTS(X)                                                                             \
+    X(stats_moments) X(stats_t_table) X(stats_t_density) X(stats_paired) X(stats_scipy)            \
+    X(stats_holm) X(stats_edges) X(stats_law_is_found) X(stats_law_covers)
 
 #endif

@@ -10,7 +10,7 @@
 // ---- Plans ----
 
 #define STUDY_TEST_ALL                                                                             \
-    "layers = 2\nheads = 2\nchannels = 16\nseq-len = 16\nbatch = 4\neval-every = 0\n"                \
+    "layers = 2\nheads = 2\nchannels = 16\nseq-len = 16\nbatch = 4\neval-every = 0\n"              \
     "eval-tokens = 500\nselfcheck = 0\n"
 
 // Writes DIR/NAME.txt, a plan with that [study] and what follows [all]; returns its path, from
@@ -226,7 +226,7 @@ static void test_study_takes_over(void) {
 // --for: what is under way is saved, and goes on to the same bits.
 static void test_study_stops_in_time(void) {
     const char *dir = test_directory(),
-               *rest = "steps = 1500\n[arm none]\n[arm shallow]\nlayers = 1\n";
+               *rest = "steps = 600\n[arm none]\n[arm shallow]\nlayers = 1\n";
     char *plan = study_test_plan(dir, "s", "seeds = 2\n", rest),
          *whole = study_test_plan(dir, "w", "seeds = 2\n", rest),
          *claims = xprintf("%s/s/claims", dir);
@@ -301,6 +301,8 @@ static void test_study_refuses(void) {
         {"", "steps = 4\n[arm none]\n[arm a]\nlr = fast\n", "[arm a]: --lr: 'fast' is not"},
         {"", "steps = 4\n[arm none]\n[arm a]\nchannels = 15\n", "[arm a] cannot run: "},
         {"", "steps = 4\n[arm none]\n[arm a]\nseq-len = 100000\n", "[arm a] cannot run: "},
+        {"", "steps = 4\n[arm none]\n[arm a]\nlayers = 1024\nchannels = 16384\nheads = 64\n",
+         "[arm a] cannot run: it needs "},
         {"", "steps = 4\n[arm none]\n[arm a]\nsteps = 5\n", "belongs in [all]"},
         {"", "steps = 4\n[arm none]\n[arm a]\nseed = 5\n", "a plan cannot set it"},
         {"", "steps = 4\n[arm none]\n", "two arms or more"},

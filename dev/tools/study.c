@@ -30,16 +30,8 @@
 
 OPTION_TABLE(STUDY_COMMAND_OPTIONS, StudyCommand, study_command)
 
-enum {
-    COMMAND_ALL,
-    COMMAND_PLAN,
-    COMMAND_RUN,
-    COMMAND_REPORT,
-    COMMAND_VERIFY,
-    COMMAND_FIT,
-    COMMAND_SYNTAX,
-    COMMANDS
-};
+enum { COMMAND_ALL, COMMAND_PLAN, COMMAND_RUN, COMMAND_REPORT, COMMAND_VERIFY, COMMAND_FIT,
+       COMMAND_SYNTAX, COMMANDS };
 static const char *const command_name[COMMANDS] = {"",       "plan", "run",   "report",
                                                    "verify", "fit",  "syntax"};
 

@@ -404,6 +404,9 @@ static inline Text study_config(const StudyArm *a, const TrainOptions *run) {
     return text;
 }
 
+// A word of a command; exec takes texts that could be written to, and writes to none.
+static inline char *study_word(const char *word) { return (char *)(uintptr_t)word; }
+
 // Starts `program --config FILE ...`, its output in the file log; ends with this process.
 static inline pid_t study_start(char *const *arguments, const char *log) {
     fflush(NULL);
@@ -431,13 +434,8 @@ static inline pid_t study_run_start(const Study *s, const char *trainer, const S
     char *out = xprintf("%s/%s/%s", s->out, runs, r->key);
     Text text = study_config(&s->arm[r->arm], &r->o);
     file_write_whole(config, text.s, text.n);
-    char *const arguments[] = {(char *)(uintptr_t)trainer,
-                               (char *)(uintptr_t) "--config",
-                               config,
-                               (char *)(uintptr_t) "--out",
-                               out,
-                               (char *)(uintptr_t) "--resume",
-                               NULL};
+    char *const arguments[] = {study_word(trainer), study_word("--config"), config,
+                               study_word("--out"), out, study_word("--resume"), NULL};
     const pid_t pid = study_start(arguments, log);
     text_free(&text);
     free(config), free(log), free(out);
@@ -563,6 +561,26 @@ static inline void study_show_log(const Study *s, const char *key) {
 
 // ---- Everything that can be refused, before anything is written ----
 
+// The MiB that a dry run says it needs, of its line "memory:  parameters 1 MiB, gradients ...".
+static inline double study_memory(const char *said) {
+    const char *line = strstr(said, "memory:  parameters ");
+    double p = 0, g = 0, m = 0, a = 0;
+    if (line)
+        sscanf(line, "memory:  parameters %lf MiB, gradients %lf MiB, moments %lf MiB, "
+               "activations %lf", &p, &g, &m, &a);
+    return p + g + m + a;
+}
+
+// Of this machine, in MiB; infinity where runs are on a GPU, whose engine says it by itself.
+static inline double study_machine_memory(void) {
+#ifdef CUDA_BUILD
+    return INFINITY;
+#else
+    const double pages = (double)sysconf(_SC_PHYS_PAGES), size = (double)sysconf(_SC_PAGESIZE);
+    return pages > 0 && size > 0 ? pages * size / 1048576 : INFINITY;
+#endif
+}
+
 // Has the trainer look at an arm: --dry-run of it must end well.
 static inline void study_try_arm(const Study *s, const char *trainer, const StudyRun *r,
                                  const char *dir) {
@@ -571,26 +589,28 @@ static inline void study_try_arm(const Study *s, const char *trainer, const Stud
     Text text = study_config(&s->arm[r->arm], &r->o);
     int status;
     file_write_whole(config, text.s, text.n);
-    char *const arguments[] = {(char *)(uintptr_t)trainer,
-                               (char *)(uintptr_t) "--config",
-                               config,
-                               (char *)(uintptr_t) "--out",
-                               out,
-                               (char *)(uintptr_t) "--dry-run",
-                               NULL};
+    char *const arguments[] = {study_word(trainer), study_word("--config"), config,
+                               study_word("--out"), out, study_word("--dry-run"), NULL};
     const pid_t pid = study_start(arguments, log);
     while (waitpid(pid, &status, 0) < 0)
         if (errno != EINTR) die("waitpid: %s", strerror(errno));
     FileMap map;
-    if (status && !file_map(&map, log)) {
-        char *said = xprintf("%.*s", (int)map.size, map.size ? (const char *)map.data : ""),
-             *error = strstr(said, "error: ");
-        unlink(config), unlink(log), rmdir(dir);
+    const int read = !file_map(&map, log);
+    char *said = xprintf("%.*s", read ? (int)map.size : 0,
+                         read && map.size ? (const char *)map.data : "");
+    char *error = strstr(said, "error: ");
+    unlink(config), unlink(log);
+    if (status) rmdir(dir);
+    if (status)
         study_refuse(s, 0, "[arm %s] cannot run: %s", s->arm[r->arm].name,
                      error ? error + 7 : said);
-    }
-    unlink(config), unlink(log);
-    text_free(&text), free(config), free(log), free(out);
+    const double needs = study_memory(said), has = study_machine_memory();
+    if (needs > has) rmdir(dir);
+    if (needs > has)
+        study_refuse(s, 0, "[arm %s] cannot run: it needs %.0f MiB, this machine has %.0f",
+                     s->arm[r->arm].name, needs, has);
+    if (read) file_unmap(&map);
+    text_free(&text), free(config), free(log), free(out), free(said);
 }
 
 static inline void study_try_arms(const Study *s, const char *trainer) {
@@ -784,14 +804,13 @@ static inline int study_is_missing(const StudyQueue *q, const StudyRun *r) {
 static inline void study_progress(const StudyQueue *q, const StudyRun *r,
                                   const StudyResult *result) {
     int left = 0, total = q->state.n;
-    double flops = 0, did = 0;
+    double flops = 0;
     char time[32] = "?";
     for (int i = 0; i < q->state.n; i++) {
         const StudyResult *have = study_result(&q->all, q->state.run[i].key);
         left += have == NULL;
         flops += have ? 0 : q->state.run[i].flops;
     }
-    for (int i = 0; i < q->all.n; i++) did += q->all.result[i].flops;
     if (q->spent > 0) metrics_duration(time, flops * (clock_seconds() - q->began) / q->spent);
     char *place = study_place_text(&q->s->arm[r->arm], r->place);
     if (result->status == RESULT_OK)

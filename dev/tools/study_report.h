@@ -449,59 +449,27 @@ static inline void study_json_array(Text *out, const char *name, const double *x
 }
 
 static inline void study_json_arm(const StudyReport *r, int arm, Text *out) {
-    static const char *const names[] = {"n",
-                                        "diverged",
-                                        "mean",
-                                        "sd",
-                                        "flops",
-                                        "seconds",
-                                        "steps",
-                                        "tokens",
-                                        "difference",
-                                        "t_low",
-                                        "t_high",
-                                        "bootstrap_low",
-                                        "bootstrap_high",
-                                        "p",
-                                        "p_holm",
-                                        "p_equivalent",
-                                        "p_not_inferior",
-                                        "smallest_effect",
-                                        "flop_ratio",
-                                        "flop_ratio_t_low",
-                                        "flop_ratio_t_high",
-                                        "flop_ratio_bootstrap_low",
-                                        "flop_ratio_bootstrap_high"};
     const StudyArmReport *a = &r->arm[arm];
     const StudyTuned *t = &r->state.tuned[arm];
-    const double value[] = {a->n,
-                            a->diverged,
-                            a->mean,
-                            a->sd,
-                            a->flops,
-                            a->seconds,
-                            a->steps,
-                            a->tokens,
-                            a->d.mean,
-                            a->d.low,
-                            a->d.high,
-                            a->bootstrap.low,
-                            a->bootstrap.high,
-                            a->p,
-                            a->holm,
-                            a->equivalence_p,
-                            a->not_inferior_p,
-                            a->smallest,
-                            a->ratio,
-                            a->ratio_t.low,
-                            a->ratio_t.high,
-                            a->ratio_bootstrap.low,
-                            a->ratio_bootstrap.high};
+    const struct { const char *name; double value; } number[] = {
+        {"n", a->n}, {"diverged", a->diverged}, {"mean", a->mean}, {"sd", a->sd},
+        {"flops", a->flops}, {"seconds", a->seconds}, {"steps", a->steps}, {"tokens", a->tokens},
+        {"difference", a->d.mean}, {"t_low", a->d.low}, {"t_high", a->d.high},
+        {"bootstrap_low", a->bootstrap.low}, {"bootstrap_high", a->bootstrap.high},
+        {"p", a->p}, {"p_holm", a->holm}, {"p_equivalent", a->equivalence_p},
+        {"p_not_inferior", a->not_inferior_p}, {"smallest_effect", a->smallest},
+        {"flop_ratio", a->ratio},
+        {"flop_ratio_t_low", a->ratio_t.low}, {"flop_ratio_t_high", a->ratio_t.high},
+        {"flop_ratio_bootstrap_low", a->ratio_bootstrap.low},
+        {"flop_ratio_bootstrap_high", a->ratio_bootstrap.high}};
     char *place = study_place_text(&r->s->arm[arm], t->place);
     text_printf(out, "    {\"name\": \"%s\", \"tuned\": \"%s\", \"at_an_end\": %s, ",
                 r->s->arm[arm].name, t->done && !t->diverged ? place : "",
                 t->edge ? "true" : "false");
-    json_numbers(out, sizeof value / sizeof value[0], names, value);
+    for (size_t i = 0; i < sizeof number / sizeof number[0]; i++) {
+        if (i) text_printf(out, ", ");
+        json_numbers(out, 1, &number[i].name, &number[i].value);
+    }
     study_json_array(out, "losses", a->loss, a->n);
     study_json_array(out, "differences", a->difference, arm == r->s->base ? 0 : a->n);
     text_printf(out, ", \"tuning\": [");
@@ -567,13 +535,8 @@ static inline void study_report(Study *s, const char *program, int picture) {
     printf("%s\nwritten: %s, %s\n", md.s, md_path, js_path);
     fflush(stdout);
     char *plot = picture ? picture_plot(program) : NULL;
-    char *arguments[] = {(char *)(uintptr_t) "python3",
-                         plot,
-                         (char *)(uintptr_t) "--study",
-                         (char *)(uintptr_t) "--out",
-                         out,
-                         js_path,
-                         NULL};
+    char *arguments[] = {study_word("python3"), plot, study_word("--study"), study_word("--out"),
+                         out, js_path, NULL};
     if (plot && picture_draw(arguments)) printf("drawn:   %s.png, %s.svg\n", out, out);
     study_report_close(&r);
     text_free(&md), text_free(&js);
