@@ -1,5 +1,6 @@
-// main.c: the trainer on this build's engine. train_gpt.c includes it, so that `cc -O3 -fopenmp train_gpt.c -lm` is the trainer;
-// the Makefile, which has each engine in an object of its own already, compiles it alone.
+// main.c: the trainer on this build's engine. train_gpt.c includes it, so that `cc -O3 -fopenmp
+// train_gpt.c -lm` builds the trainer; the Makefile, which has each engine in an object of its own
+// already, compiles it alone.
 
 #include "model/engines.h"
 #include "run/trainer.h"

@@ -167,7 +167,7 @@ static void test_prune_blocks(void) {
                         "prune %s --out %s/x --n 2 --blocks 2 %s", replace_test_run(), dir, val);
     char *four = xprintf("%s/four", dir);
     EXPECT_RUN("--out %s --layers 5 --steps 1", four);
-    EXPECT_TOOL_REFUSES("no room for 2 rows of 2 layers",
+    EXPECT_TOOL_REFUSES("no place for 2 blocks of 2 layers",
                         "prune %s --out %s/x --n 4 --select angular --blocks 2 --method replace %s",
                         four, dir, val);
     free(out), free(val), free(four);
@@ -227,7 +227,7 @@ static void test_prune_replace_refuses(void) {
                         "%s %s --drop 2 --method replace-cosine --ridge-to zero", start, val);
     EXPECT_TOOL_REFUSES("--calib is for --method replace", "%s %s --drop 2 --calib x", start, val);
     const char *bare = tools_test_copy("plain", 1);
-    EXPECT_TOOL_REFUSES("--calib is missing: what ",
+    EXPECT_TOOL_REFUSES("--calib is missing: the training data of ",
                         "prune %s --out %s/p %s --drop 1 --method replace", bare, dir, val);
     EXPECT(!path_exists(xprintf("%s/p", dir)), "something was written");
     free(start), free(val);

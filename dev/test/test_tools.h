@@ -329,7 +329,7 @@ static void test_evaluate_refuses(void) {
     static const char *const lists[] = {"''", "0,,1", "0,", ",0", "-1", "0-1", "' 1'", "+1", "1.0",
                                         "all"};
     for (size_t i = 0; i < sizeof lists / sizeof lists[0]; i++)
-        EXPECT_TOOL_REFUSES("layers are whole numbers with commas",
+        EXPECT_TOOL_REFUSES("layers are integers separated by commas",
                             "evaluate %s %s --keep-layers %s", run, val, lists[i]);
     EXPECT_TOOL_REFUSES("exclude each other", "evaluate %s %s --keep-layers 0 --depth 1", run, val);
     EXPECT_TOOL_REFUSES("--depth: '0'", "evaluate %s %s --depth 0", run, val);

@@ -1,12 +1,12 @@
-// collapse.c: neural collapse of a checkpoint's features, or of all the checkpoints of a run:
-// collapse.h.
+// collapse.c: neural collapse of a checkpoint's features, or of all checkpoints of a run
+// (collapse.h).
 //
 //     build/collapse runs/gpt/latest --train 'data/text/train_*.bin' --val 'data/text/val_*.bin'
 //     build/collapse runs/gpt --every 500 --train 'data/text/train_*.bin' --csv collapse.csv
 //
-// Class means and variances are those of the training shards, the agreement of head and nearest
-// mean is that of the validation shards. A class is a next token: beside every number stand how
-// many classes it is of, and the share of the tokens that are of these.
+// Class means and variances come from the training shards, the agreement of head and nearest mean
+// from the validation shards. A class is a next token: each value is reported with the number of
+// classes it covers and the share of tokens that belong to them.
 
 #include "../check.h"
 #include "../files/files.h"
@@ -22,26 +22,26 @@
     OPTION(train, "train", TEXT, "", "GLOB",                                                       \
            "token shards for the class means; quote a pattern: 'data/train_*.bin'")                \
     OPTION(val, "val", TEXT, "", "GLOB",                                                           \
-           "token shards for the agreement (NC4); if not given, it is left out")                   \
+           "token shards for the agreement (NC4); default: none")                   \
     OPTION(tokens, "tokens", INTEGER, "2e6", "[0,1e15]",                                           \
-           "tokens of --train, in whole rows at equal distances; 0: all")                          \
+           "tokens of --train, in whole rows, evenly spaced; 0: all")                          \
     OPTION(val_tokens, "val-tokens", INTEGER, "20000", "[0,1e15]",                                 \
-           "tokens of --val, likewise; each costs two products with the whole vocabulary")         \
+           "tokens of --val, likewise; each costs two matmuls with the vocabulary")         \
     OPTION(min_count, "min-count", INTEGER, "2", "[1,1e15]",                                       \
-           "how often a next token must be seen to count as a class; once has no variance")        \
+           "least occurrences of a next token to count as a class; 1 has no variance")        \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
-           "tokens of a row; 0: as many as the model has positions")                               \
-    OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows at a time")                            \
+           "tokens per row; 0: as many as the model has positions")                               \
+    OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows per batch")                            \
     OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
-           "CPU threads; 0: as many as the machine offers")                                        \
+           "CPU threads; 0: all that the machine offers")                                        \
   HEADING("Several checkpoints")                                                                   \
     OPTION(every, "every", INTEGER, "0", "[0,1e15]",                                               \
-           "of the run's folder that is named, all checkpoints whose step is a multiple of this"   \
-           ", and the last one; 0: the one checkpoint")                                            \
+           "given a run's folder: all checkpoints whose step is a multiple of this"   \
+           ", and the last one; 0: one checkpoint")                                            \
   HEADING("Output")                                                                                \
     OPTION(csv, "csv", TEXT, "", "FILE",                                                           \
-           "a line for each checkpoint; scripts/plot_collapse.py draws it")                        \
-    OPTION(json, "json", TEXT, "", "FILE", "write the numbers to this file too")
+           "one line per checkpoint; scripts/plot_collapse.py draws it")                        \
+    OPTION(json, "json", TEXT, "", "FILE", "write the results to this file too")
 
 OPTION_TABLE(COLLAPSE_OPTIONS, CollapseOptions, collapse_options)
 
@@ -55,7 +55,7 @@ typedef struct {
     real *head;                                          // (V,C) the token embedding
     double *half;                                        // (V), in the pass over val
     CollapseAgreement agreement;
-    const int *targets;                                  // of the batch under way
+    const int *targets;                                  // of the current batch
     size_t n;
 } Collapse;
 
@@ -71,8 +71,8 @@ static void see_val(void *self, int point, const real *h) {
     collapse_agree(&c->agreement, &c->classes, c->half, c->head, h, c->targets, c->n);
 }
 
-// Shows the features of at least so many tokens (0: all), of windows at equal distances; returns
-// how many.
+// Passes on the features of at least `tokens` tokens (0: all), from evenly spaced windows; returns
+// their number.
 static int64_t look(Collapse *c, const char *what, const Shards *s, int64_t tokens,
                     void (*see)(void *, int, const real *)) {
     const int64_t rows = shards_rows(s, tokens);
@@ -104,8 +104,8 @@ static int64_t look(Collapse *c, const char *what, const Shards *s, int64_t toke
 
 typedef struct {
     char *dir;
-    int64_t step;                                        // -1: its name does not tell
-    const char *error; // why it has no numbers but classes and coverage
+    int64_t step;                                        // -1: not in its name
+    const char *error; // why it has only classes and coverage
     CollapseNumbers r;
 } Point;
 
@@ -123,7 +123,7 @@ static void numbers_missing(CollapseNumbers *r) {
     r->equal_pairs = r->pointless = 0;
 }
 
-// Measures one checkpoint; *tokens (2) get the tokens read of train and of val.
+// Measures one checkpoint; *tokens (2) are set to the tokens read of train and of val.
 static void measure(Point *p, const CollapseOptions *o, const char *path, int64_t tokens[2]) {
     Collapse c;
     Shards shards;
@@ -183,7 +183,7 @@ static double number_of(const CollapseNumbers *r, const Number *n) {
     return value;
 }
 
-// 12 places, and more digits where the number is small.
+// Twelve columns; very small and very large numbers in scientific notation.
 static void print_number(double x) {
     if (isnan(x)) printf(" %12s", "-");
     else if (x == floor(x) && fabs(x) < 1e9) printf(" %12.0f", x);
@@ -283,7 +283,7 @@ static void write_json(const CollapseOptions *o, const Point *p, int n, const in
 
 // ---- The program ----
 
-// The paths that are asked for, from malloc, the earliest first.
+// The requested paths, from malloc, earliest first.
 static char **find_paths(const CollapseOptions *o, const char *path, int *n) {
     char **all = xcalloc(1, sizeof *all);
     *n = 1;
@@ -297,7 +297,7 @@ static char **find_paths(const CollapseOptions *o, const char *path, int *n) {
             "trained with --keep 0", path);
     all = xrealloc(all, (size_t)list.n, sizeof *all);
     *n = 0;
-    for (int i = list.n - 1; i >= 0; i--)                // newest first: from its end
+    for (int i = list.n - 1; i >= 0; i--)                // newest first, so backwards
         if (i == 0 || list.step[i] % o->every == 0)
             all[(*n)++] = checkpoint_path(path, list.step[i]);
     free(list.step);

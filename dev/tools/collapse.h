@@ -1,24 +1,24 @@
-// collapse.h: neural collapse of a language model's features: how far the features of tokens with
-// the same next token have come together, and how far their means form a regular simplex that the
+// collapse.h: neural collapse of a language model's features: how closely the features of tokens
+// with the same next token cluster, and how closely their means form a regular simplex that the
 // head mirrors.
 //
-// A class is a next token; features are what the head reads, after ln_f. The formulas are those of
-// Wu and Papyan 2024, "Linguistic Collapse: Neural Collapse in (Large) Language Models" (arXiv
-// 2405.17767), and of its authors' package, github.com/rhubarbwu/neural-collapse (c05a0b8): an
-// average over pairs is over i < j, and the global mean weighs every class alike. Everything is in
-// double precision. With K classes and C channels pairs cost K^2 C operations, and memory is
-// (V + K) C numbers and a tile a thread.
+// A class is a next token; features are the head's input, after ln_f. The formulas are those of Wu
+// and Papyan 2024, "Linguistic Collapse: Neural Collapse in (Large) Language Models" (arXiv
+// 2405.17767), and of its authors' package, github.com/rhubarbwu/neural-collapse (c05a0b8):
+// averages over pairs run over i < j, and the global mean gives each class the same weight. All
+// arithmetic is in double precision. With K classes and C channels, the pairs cost K^2 C
+// operations; memory is (V + K) C elements and one tile per thread.
 #ifndef COLLAPSE_H
 #define COLLAPSE_H
 
 #include "dense.h"
 #include "progress.h"
 
-// ---- Means and variances of classes, in one pass ----
+// ---- Class means and variances, in one pass ----
 
 typedef struct {
     size_t V, C;
-    int64_t tokens, *count;                              // (V) how many of each class
+    int64_t tokens, *count;                              // (V) features per class
     double *mean, *square; // (V,C); (V) sums of squared distances from the mean
 } CollapseClasses;
 
@@ -35,8 +35,8 @@ static inline void collapse_classes_free(CollapseClasses *c) {
     memset(c, 0, sizeof *c);
 }
 
-// Takes one feature h (C) into its class, by Welford's update, which loses nothing where the spread
-// is small beside the mean.
+// Adds one feature h (C) to its class by Welford's update, which stays accurate where the spread is
+// small relative to the mean.
 static inline void collapse_take(CollapseClasses *c, const real *h, size_t class) {
     double *mean = c->mean + class * c->C, sum = 0;
     const double part = 1 / (double)++c->count[class];
@@ -48,7 +48,7 @@ static inline void collapse_take(CollapseClasses *c, const real *h, size_t class
     c->square[class] += sum;
 }
 
-// Takes features h (n,C) of the classes label (n), each in [0, V). A class belongs to one thread.
+// Adds features h (n,C) of the classes label (n), each in [0, V). Each class belongs to one thread.
 static inline void collapse_add(CollapseClasses *c, const real *h, const int *label, size_t n) {
 #ifdef _OPENMP
 #pragma omp parallel
@@ -61,7 +61,7 @@ static inline void collapse_add(CollapseClasses *c, const real *h, const int *la
     c->tokens += (int64_t)n;
 }
 
-// ---- What is measured ----
+// ---- The measures ----
 
 //    field           label                              meaning
 #define COLLAPSE_NUMBERS(X)                                                                        \
@@ -91,12 +91,12 @@ typedef struct {
 #undef X
 } CollapseNumbers;
 
-// ---- Means that can be compared ----
+// ---- Centred means of classes with enough features ----
 
 typedef struct {
     size_t K, C;
-    size_t *class;                                       // (K) which they are, ascending
-    double *x, *norm, *variance; // (K,C) means less their mean; (K) norms; (K)
+    size_t *class;                                       // (K) class of each mean, ascending
+    double *x, *norm, *variance; // (K,C) means minus their mean; (K) norms; (K)
     double center;                                       // the norm of their mean
 } CollapseMeans;
 
@@ -135,12 +135,11 @@ static inline void collapse_means_free(CollapseMeans *m) {
 
 enum { COLLAPSE_TILE = 512 };
 
-// Sums over the pairs of a tile; of the log kernel the number, the mean and the sum of squares
-// about it.
+// Sums over the pairs of a tile; for the log kernel: count, mean and sum of squared deviations.
 typedef struct { double cdnv, cdnv2, etf, n, mean, square, equal; } CollapsePairs;
 
-// |a x - b y|^2 term by term: where it is small beside a x and b y, their product would say
-// nothing.
+// |a x - b y|^2 term by term: where it is small relative to a x and b y, the expansion with their
+// dot product would cancel.
 static inline double collapse_distance(const double *x, const double *y, double a, double b,
                                        size_t C) {
     double sum = 0;
@@ -151,8 +150,8 @@ static inline double collapse_distance(const double *x, const double *y, double 
     return sum;
 }
 
-// s: the product of the means at i and j. Returns the log kernel, or NaN where a direction is
-// missing or both are the same.
+// s: the dot product of means i and j. Returns the log kernel, or NaN where a direction is missing
+// or both are the same.
 static inline double collapse_pair(const CollapseMeans *m, CollapsePairs *sum, size_t i, size_t j,
                                    double s, double frobenius) {
     const double K = (double)m->K, a = m->norm[i], b = m->norm[j];
@@ -168,7 +167,7 @@ static inline double collapse_pair(const CollapseMeans *m, CollapsePairs *sum, s
     return turn > 0 ? -0.5 * log(turn) : NAN;
 }
 
-// Tile (a, b) of the pairs, b <= a; buffer: COLLAPSE_TILE^2 numbers.
+// Tile (a, b) of the pairs, b <= a; buffer: COLLAPSE_TILE^2 elements.
 static inline CollapsePairs collapse_tile(const CollapseMeans *m, size_t a, size_t b,
                                           double frobenius, double *buffer) {
     const size_t i0 = a * COLLAPSE_TILE, j0 = b * COLLAPSE_TILE;
@@ -191,7 +190,7 @@ static inline CollapsePairs collapse_tile(const CollapseMeans *m, size_t a, size
     return sum;
 }
 
-// Adds b to a; the variance as in Chan, Golub and LeVeque 1983.
+// Merges b into a; the variance as in Chan, Golub and LeVeque 1983.
 static inline void collapse_merge(CollapsePairs *a, const CollapsePairs *b) {
     const double n = a->n + b->n, apart = b->mean - a->mean;
     a->cdnv += b->cdnv, a->cdnv2 += b->cdnv2, a->etf += b->etf, a->equal += b->equal;
@@ -201,7 +200,7 @@ static inline void collapse_merge(CollapsePairs *a, const CollapsePairs *b) {
     a->n = n;
 }
 
-// All pairs. frobenius: the norm of the K x K products of means. Tiles are added in their order.
+// All pairs. frobenius: the norm of the K x K Gram matrix of the means. Tiles are added in order.
 static inline CollapsePairs collapse_pairs(const CollapseMeans *m, double frobenius,
                                            Progress *progress) {
     const size_t across = strips(m->K, COLLAPSE_TILE), tiles = across * (across + 1) / 2;
@@ -230,9 +229,9 @@ static inline CollapsePairs collapse_pairs(const CollapseMeans *m, double froben
     return sum;
 }
 
-// ---- The numbers ----
+// ---- Computation ----
 
-// The Frobenius norm of the K x K products of lines of x and y (K,C), from their Gram matrices.
+// The Frobenius norm of the K x K dot products of rows of x and y (K,C), from their Gram matrices.
 static inline double collapse_frobenius(const double *x, const double *y, size_t K, size_t C) {
     double *of_x = (double *)xcalloc(C * C, sizeof *of_x), *of_y = of_x;
     dense_gram(of_x, dense_of(x, C), C, K);
@@ -245,12 +244,12 @@ static inline double collapse_frobenius(const double *x, const double *y, size_t
     const double square = dense_dot(of_x, of_y, C * C);
     if (y != x) free(of_y);
     free(of_x);
-    return square < 0 ? 0 : sqrt(square);                // by rounding; NaN stays
+    return square < 0 ? 0 : sqrt(square);                // negative by rounding; NaN stays
 }
 
 typedef struct { double mean, deviation; } CollapseSpread;
 
-// Of x (n): the mean and the standard deviation over n - 1; NaN of too few.
+// The mean and the standard deviation (with n - 1) of x (n); NaN if there are too few.
 static inline CollapseSpread collapse_spread(const double *x, size_t n) {
     CollapseSpread s = {0, 0};
     for (size_t i = 0; i < n; i++) s.mean += x[i] / (double)n;
@@ -260,7 +259,7 @@ static inline CollapseSpread collapse_spread(const double *x, size_t n) {
     return s;
 }
 
-// NC3. head (V,C): the head's line of each class.
+// NC3. head (V,C): one row per class.
 static inline void collapse_duality(CollapseNumbers *r, const CollapseMeans *m, const real *head) {
     const size_t K = m->K, C = m->C;
     double *w = (double *)xcalloc(K * C, sizeof *w), *cosine = (double *)xcalloc(K, sizeof *cosine);
@@ -287,8 +286,8 @@ static inline void collapse_duality(CollapseNumbers *r, const CollapseMeans *m, 
     free(w), free(cosine), free(sums);
 }
 
-// NC1 to NC3 of the classes with at least min_count features, and head (V,C). NULL, or why there
-// are no such numbers.
+// NC1 to NC3 of the classes with at least min_count features, and head (V,C). Returns NULL, or why
+// they are undefined.
 static inline const char *collapse_measure(CollapseNumbers *r, const CollapseClasses *c,
                                            int64_t min_count, const real *head,
                                            Progress *progress) {
@@ -332,14 +331,14 @@ static inline const char *collapse_measure(CollapseNumbers *r, const CollapseCla
     return error;
 }
 
-// ---- NC4: what the head says, and what the nearest class mean says ----
+// ---- NC4: agreement of the head and the nearest class mean ----
 
 typedef struct { int64_t n, agree, head, mean, covered; } CollapseAgreement;
 
 enum { COLLAPSE_COLUMNS = 4096 };
 
-// For each line of x (n,C): the line of y (V,C) with the largest product less `less` (V; NULL: 0),
-// the first of equal ones, among those with count > 0 (NULL: all).
+// For each row of x (n,C): the row of y (V,C) with the largest dot product minus `less` (V; NULL:
+// 0), the first if equal, among those with count > 0 (NULL: all).
 static inline void collapse_nearest(int *best, DenseMatrix x, DenseMatrix y, const double *less,
                                     const int64_t *count, size_t n, size_t V, size_t C) {
     double *product = (double *)xcalloc(n * at_most(V, COLLAPSE_COLUMNS), sizeof *product);

@@ -1,25 +1,25 @@
-// dense.h: dense linear algebra in double precision for the tools: products, Gram matrices,
-// Cholesky factors, and the condition of a symmetric matrix.
+// dense.h: dense linear algebra in double precision for the tools: matmuls, Gram matrices, Cholesky
+// factors, and the condition number of a symmetric matrix.
 //
-// Matrices are row-major; `ld` is the distance between the starts of two lines. Each sum is taken
-// in the order of its terms, starting from what is added to: the same bits for any number of
-// threads, and for rows that arrive in one call or in several.
+// Matrices are row-major; `ld` is the distance between the starts of two rows. Each sum is computed
+// in the order of its terms, starting from the previous value: the same bits for any number of
+// threads, and whether rows arrive in one call or in several.
 #ifndef DENSE_H
 #define DENSE_H
 
 #include "../check.h"
 #include "../model/matmul.h"                             // the shape of a tile, at_most, strips
 
-// ---- Products: y (M,N) = a (M,K) b (K,N) ----
+// ---- Matmuls: y (M,N) = a (M,K) b (K,N) ----
 //
-// As in model/matmul.h: both operands are packed into strips, and a tile of y stays in registers.
+// As in model/matmul.h, both operands are packed into strips, and a tile of y stays in registers.
 
 typedef double DenseVector __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
 enum { DENSE_LANES = VECTOR_BYTES / 8, DENSE_COLS = TILE_VECTORS * DENSE_LANES };
-enum { DENSE_K = 256, DENSE_M = 16 * TILE_ROWS, DENSE_N = 24 * DENSE_COLS };   // a block
+enum { DENSE_K = 256, DENSE_M = 16 * TILE_ROWS, DENSE_N = 24 * DENSE_COLS };   // a panel
 
-// Numbers of type double, or with `single` of type real. A product sees the matrix or, `turned`,
-// its transpose.
+// Elements of type double, or with `single` of type real. A matmul uses the matrix or, with
+// `turned`, its transpose.
 typedef struct { const void *at; size_t ld; int turned, single; } DenseMatrix;
 
 static inline DenseMatrix dense_of(const double *at, size_t ld) {
@@ -35,12 +35,12 @@ static inline DenseMatrix dense_turned(DenseMatrix m) {
     return m;
 }
 
-// y = a b, y += a b or y -= a b. DENSE_LOWER is added to one of these where only places on and
-// below the diagonal are asked for; of those above, a product writes some.
+// y = a b, y += a b or y -= a b. DENSE_LOWER is added to one of these when only elements on and
+// below the diagonal are needed; some of those above are written too.
 enum { DENSE_SET, DENSE_ADD, DENSE_SUBTRACT, DENSE_LOWER = 4 };
 
-// out (K, width): lines k0.. of K numbers each, `width` of them side by side, those past `lines` 0,
-// times sign. Line i, number k is m(i0 + i, k0 + k), or turned m(k0 + k, i0 + i).
+// out (K, width): rows k0.. of K elements each, `width` of them side by side, those past `lines` 0,
+// times sign. Element k of row i is m(i0 + i, k0 + k), or transposed m(k0 + k, i0 + i).
 static inline void dense_pack(double *out, DenseMatrix m, size_t i0, size_t lines, size_t width,
                               size_t k0, size_t K, double sign) {
     const double *d = (const double *)m.at;
@@ -88,7 +88,7 @@ static inline void dense_tile(double *restrict y, size_t ld, const double *restr
             *(DenseVector *)(y + i * ld + j * DENSE_LANES) = sum[i][j];
 }
 
-// The same for a tile at the edge, of which (rows, cols) exist.
+// The same for a tile at the edge, of which only (rows, cols) exist.
 static inline void dense_tile_edge(double *y, size_t ld, const double *a, const double *b, size_t K,
                                    size_t rows, size_t cols) {
     double whole[TILE_ROWS * DENSE_COLS] = {0};
@@ -99,13 +99,13 @@ static inline void dense_tile_edge(double *y, size_t ld, const double *a, const 
         memcpy(y + i * ld, whole + i * DENSE_COLS, cols * sizeof *y);
 }
 
-// Block (m0, n0) of the product, by one thread. buffer: DENSE_K (DENSE_M + DENSE_N) numbers.
+// Panel (m0, n0) of the matmul, by one thread. buffer: DENSE_K (DENSE_M + DENSE_N) elements.
 static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix b, size_t M,
                                size_t N, size_t K, size_t m0, size_t n0, int how, double *buffer) {
     const size_t rows = at_most(M - m0, DENSE_M), cols = at_most(N - n0, DENSE_N);
     const double sign = (how & 3) == DENSE_SUBTRACT ? -1 : 1;
     double *packed_b = buffer + (size_t)DENSE_K * DENSE_M;
-    const DenseMatrix across = dense_turned(b);          // its lines are the columns of b
+    const DenseMatrix across = dense_turned(b);          // its rows are the columns of b
     if ((how & 3) == DENSE_SET)
         for (size_t i = 0; i < rows; i++) memset(y + (m0 + i) * ld + n0, 0, cols * sizeof *y);
     for (size_t k0 = 0; k0 < K; k0 += DENSE_K) {
@@ -129,7 +129,7 @@ static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix 
 }
 
 // y (M,N) = a (M,K) b (K,N), or as `how` says. y overlaps neither operand. In a parallel region the
-// thread that calls does all of it.
+// calling thread does all the work.
 static inline void dense_product(double *y, size_t ld, DenseMatrix a, DenseMatrix b, size_t M,
                                  size_t N, size_t K, int how) {
     const size_t down = strips(M, DENSE_M), across = strips(N, DENSE_N), blocks = down * across;
@@ -176,7 +176,7 @@ static inline double dense_trace(const double *a, size_t n) {
 
 enum { DENSE_PANEL = 96 };
 
-// The factor of the block a (n,n), in place. Returns the first line whose pivot is not above
+// Factors the diagonal block a (n,n) in place. Returns the first row whose pivot is not above
 // `least`, or n.
 static inline size_t dense_cholesky_block(double *a, size_t ld, size_t n, double least) {
     for (size_t j = 0; j < n; j++) {
@@ -193,10 +193,10 @@ static inline size_t dense_cholesky_block(double *a, size_t ld, size_t n, double
     return n;
 }
 
-// The factor of the symmetric a (n,n), of which only places on and below the diagonal are read, in
-// their place. Returns n; or, where a is not positive definite, the line at which that shows: a
-// pivot within rounding of zero (n eps times the largest number of the diagonal) or not finite.
-// Then a holds nothing of use.
+// Factors the symmetric a (n,n) in place; only elements on and below the diagonal are read and
+// written. Returns n; or, if a is not positive definite, the row at which that shows: a pivot
+// within rounding of zero (n eps times the largest diagonal element) or not finite. Then the
+// contents of a are undefined.
 static inline size_t dense_cholesky(double *a, size_t n) {
     double largest = 0;
     for (size_t i = 0; i < n; i++) largest = fmax(largest, fabs(a[i * n + i]));
@@ -209,7 +209,7 @@ static inline size_t dense_cholesky(double *a, size_t n) {
 #ifdef _OPENMP
 #pragma omp parallel for
 #endif
-        for (size_t i = after; i < n; i++) {             // L21 = A21 L11^-T, a line each
+        for (size_t i = after; i < n; i++) {             // L21 = A21 L11^-T, row by row
             double *line = a + i * n + at;
             for (size_t j = 0; j < width; j++) {
                 double sum = line[j];
@@ -225,8 +225,8 @@ static inline size_t dense_cholesky(double *a, size_t n) {
     return n;
 }
 
-// Lines [at, at + width) of L y = x (with `back` of L^T y = x), all other lines of y being known
-// and their part subtracted from x already. In place, column by column.
+// Solves rows [at, at + width) of L y = x (with `back`: L^T y = x); all other rows of y are known
+// and already subtracted from x. In place, column by column.
 static inline void dense_solve_panel(const double *l, size_t n, size_t at, size_t width, double *x,
                                      size_t cols, int back) {
     enum { TOGETHER = 64 };
@@ -249,7 +249,7 @@ static inline void dense_solve_panel(const double *l, size_t n, size_t at, size_
     }
 }
 
-// x (n, cols) = (L L^T)^-1 x, in place, for the factor l (n,n) of dense_cholesky.
+// x (n, cols) = (L L^T)^-1 x, in place, with dense_cholesky's factor l (n,n).
 static inline void dense_solve(const double *l, size_t n, double *x, size_t cols) {
     for (size_t at = 0; at < n; at += DENSE_PANEL) {
         const size_t width = at_most(n - at, DENSE_PANEL), after = at + width;
@@ -267,8 +267,8 @@ static inline void dense_solve(const double *l, size_t n, double *x, size_t cols
     }
 }
 
-// The largest sum of absolute values of a line of the symmetric a (n,n), which is its 1-norm; only
-// places on and below the diagonal are read.
+// The largest absolute row sum of the symmetric a (n,n), which is its 1-norm; only elements on and
+// below the diagonal are read.
 static inline double dense_norm1(const double *a, size_t n) {
     double *sum = (double *)xcalloc(n, sizeof *sum), most = 0;
     for (size_t i = 0; i < n; i++)
@@ -282,13 +282,14 @@ static inline double dense_norm1(const double *a, size_t n) {
     return most;
 }
 
-// An estimate, from below and rarely off by more than a factor of 3, of the condition of the matrix
-// with the factor l (n,n) and the 1-norm `norm`: norm times the 1-norm of the inverse, by Higham's
-// algorithm ("FORTRAN codes for estimating the one-norm", 1988, algorithm 4.1; LAPACK's xLACON).
+// An estimate, from below and rarely off by more than a factor of 3, of the condition number of the
+// matrix with the factor l (n,n) and the 1-norm `norm`: norm times the 1-norm of the inverse, by
+// Higham's algorithm ("FORTRAN codes for estimating the one-norm", 1988, algorithm 4.1; LAPACK's
+// xLACON).
 static inline double dense_condition(const double *l, size_t n, double norm) {
     double *x = (double *)xcalloc(n, sizeof *x), *sign = (double *)xcalloc(n, sizeof *sign),
            best = 0;
-    size_t at = n; // x is the unit vector `at`; n: it is 1/n throughout
+    size_t at = n; // x is unit vector `at`; n: 1/n in every element
     for (int turn = 0; turn < 5; turn++) {
         for (size_t i = 0; i < n; i++) x[i] = at == n ? 1 / (double)n : i == at;
         dense_solve(l, n, x, 1);
@@ -311,7 +312,7 @@ static inline double dense_condition(const double *l, size_t n, double norm) {
         if (at < n && fabs(x[largest]) <= x[at]) break;
         at = largest;
     }
-    double size = 0; // alternating and growing: a lower bound of its own
+    double size = 0; // alternating and growing: another lower bound
     for (size_t i = 0; i < n; i++)
         x[i] = (i % 2 ? -1 : 1) * (1 + (n > 1 ? (double)i / (double)(n - 1) : 0));
     dense_solve(l, n, x, 1);

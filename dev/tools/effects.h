@@ -1,19 +1,18 @@
-// effects.h: what dropping a branch does to the loss, estimated from a training run itself: each
-// micro-batch is an experiment in which drop path has left some branches out. Ordinary least
-// squares of the micro-batches' losses on what was dropped, after the trend of training has been
-// taken out of both.
+// effects.h: the effect of dropping a branch on the loss, estimated from a training run itself:
+// each micro-batch is an experiment in which drop path left some branches out. An ordinary least
+// squares regression of the micro-batches' losses on the dropped units, after detrending both.
 //
-//     y_m = trend(t) + sum_i z_mi e_i + noise         z_mi: the share of micro-batch m's rows that
-//     dropped unit i
+//     y_m = trend(t) + sum_i z_mi e_i + noise
+//     z_mi: the share of micro-batch m's rows that dropped unit i
 //
 // The trend is the mean over a centred window of 101 steps, shorter at the ends. It is subtracted
-// from y and from z alike, so that a linear trend and rates that change with the step bias nothing
+// from both y and z, so that a linear trend and rates that change with the step cause no bias
 // (Frisch and Waugh 1933; Lovell 1963).
 //
-// Effects are centred: e_i minus the mean of all. The level is what the design often cannot tell:
-// with batch units and systematic sampling the number of dropped units is constant where the rates
-// add up to a whole number, so that adding a constant to all effects changes no y_m. An effect is
-// identified if its contrast is orthogonal to every direction in which the design has no variance.
+// Effects are centred: e_i minus the mean of all. The design often cannot identify their level:
+// with batch units and systematic sampling the number of dropped units is constant if the rates add
+// up to an integer, so adding a constant to all effects changes no y_m. An effect is identified if
+// its contrast is orthogonal to every direction in which the design has no variance.
 #ifndef EFFECTS_H
 #define EFFECTS_H
 
@@ -22,18 +21,18 @@
 #include "../model/drop_path.h"
 
 enum { EFFECTS_WINDOW = 101 };
-#define EFFECTS_CONDITION 1e8 // of the normal equations, scaled to a unit diagonal
+#define EFFECTS_CONDITION 1e8 // of the normal equations with a unit diagonal
 
 typedef struct {
-    int units; // 2L branches, or L blocks where branches are dropped together
+    int units; // 2L branches, or L blocks if they are dropped whole
     int64_t observations, steps;
     double *effect, *error; // (units) centred, and standard errors; NaN: not identified
-    double *rate; // (units) the share of rows that dropped it
+    double *rate; // (units) the share of rows that dropped them
     double condition; // largest over smallest eigenvalue; infinite: singular
-    int level; // whether the mean of the effects is identified too
-    double mean, mean_error; // then, of all units that were ever dropped
+    int level; // whether the mean of the effects is identified
+    double mean, mean_error; // if so, over all units that were ever dropped
     double noise;                                        // standard deviation of the residuals
-    int recorded; // whether micro-batches' own losses were there: else means of steps
+    int recorded; // micro-batches' own losses; 0: means of steps
 } Effects;
 
 static inline void effects_free(Effects *e) { free(e->effect), free(e->error), free(e->rate); }
@@ -83,13 +82,13 @@ typedef struct {
 
 static inline void effects_data_free(EffectsData *d) { free(d->y), free(d->z), free(d->begin); }
 
-// Subtracts from each observation the mean over the steps around its own: as many before as after
-// it, at most 50, each step with its own mean first. y and z are changed in place; z becomes small
-// numbers around 0.
+// Subtracts from each observation the mean over the surrounding steps: as many before as after, at
+// most 50, each step's mean first. y and z are changed in place; z is then small and centred around
+// 0.
 static inline void effects_detrend(EffectsData *d) {
     const int k1 = d->k + 1;
     double *mean =
-        (double *)xcalloc((size_t)d->steps * (size_t)k1, sizeof *mean); // of each step: y, then z
+        (double *)xcalloc((size_t)d->steps * (size_t)k1, sizeof *mean); // per step: y, then z
     double *sum = (double *)xcalloc((size_t)k1, sizeof *sum);
     for (int64_t s = 0; s < d->steps; s++) {
         const int64_t from = d->begin[s], end = d->begin[s + 1];
@@ -100,7 +99,7 @@ static inline void effects_detrend(EffectsData *d) {
                 at[1 + j] += (double)d->z[i * d->k + j] / (double)(end - from);
         }
     }
-    int64_t low = 0, high = 0; // sum is over steps low .. high-1; both only rise
+    int64_t low = 0, high = 0; // sum covers steps low .. high-1; both only increase
     for (int64_t s = 0; s < d->steps; s++) {
         const int64_t near = s < d->steps - 1 - s ? s : d->steps - 1 - s;
         const int64_t half = near < EFFECTS_WINDOW / 2 ? near : EFFECTS_WINDOW / 2;
@@ -118,8 +117,8 @@ static inline void effects_detrend(EffectsData *d) {
     free(mean), free(sum);
 }
 
-// The centred effects of the units in `use` (n of them, numbers of units), from G = z'z (k,k), b =
-// z'y (k) and y'y. G comes scaled to a unit diagonal: e_i = x_i / d_i.
+// The centred effects of the n units in `use`, from G = z'z (k,k), b = z'y (k) and y'y. G is scaled
+// to a unit diagonal: e_i = x_i / d_i.
 static inline void effects_solve(Effects *e, const EffectsData *data, const int *use, int n,
                                  const double *G, const double *b, double yy, const double *d) {
     double *a = (double *)xcalloc((size_t)n * (size_t)n, sizeof *a),
@@ -130,7 +129,7 @@ static inline void effects_solve(Effects *e, const EffectsData *data, const int 
     effects_eigen(a, v, n);
     for (int j = 0; j < n; j++) most = fmax(most, a[j * n + j]), least = fmin(least, a[j * n + j]);
     e->condition = least > 0 ? most / least : INFINITY;
-    for (int j = 0; j < n; j++) {                        // the solution of least length
+    for (int j = 0; j < n; j++) {                        // the minimum-norm solution
         double along = 0;
         if (a[j * n + j] * EFFECTS_CONDITION < most) continue;
         for (int i = 0; i < n; i++) along += v[i * n + j] * b[i];
@@ -141,8 +140,8 @@ static inline void effects_solve(Effects *e, const EffectsData *data, const int 
     const double freedom = (double)(data->n - rank) - (double)data->steps / EFFECTS_WINDOW;
     const double noise = freedom > 0 && yy > fitted ? (yy - fitted) / freedom : 0;
     e->noise = sqrt(noise);
-    // contrast i: w = (1_i - 1/n) / d, of which w'x is estimable where w lies in the span of what
-    // has variance
+    // contrast i: w = (1_i - 1/n) / d; w'x is estimable if w lies in the span of the directions
+    // with variance
     for (int i = 0; i <= n; i++) {                       // n: the mean of all
         double value = 0, variance = 0, length = 0, lost = 0;
         for (int k = 0; k < n; k++) {
@@ -167,7 +166,7 @@ static inline void effects_solve(Effects *e, const EffectsData *data, const int 
     free(a), free(v), free(x);
 }
 
-// The effects from the observations, which are used up. Free with effects_free.
+// The effects from the observations, which are consumed. Free with effects_free.
 static inline Effects effects_estimate(EffectsData *d) {
     const int k = d->k;
     Effects e = {k, d->n, d->steps, NULL, NULL, NULL, INFINITY, 0, NAN, NAN, NAN, 0};
@@ -195,7 +194,7 @@ static inline Effects effects_estimate(EffectsData *d) {
     }
     double *G = (double *)xcalloc((size_t)n * (size_t)n + 1, sizeof *G);
     for (int p = 0; p < n; p++) {
-        b[p] = b[use[p]] / scale[p]; // use[p] >= p: nothing is overwritten before it is read
+        b[p] = b[use[p]] / scale[p]; // use[p] >= p: no element is overwritten before it is read
         for (int q = 0; q < n; q++) {
             const int row = use[p] > use[q] ? use[p] : use[q],
                       col = use[p] > use[q] ? use[q] : use[p];
@@ -209,7 +208,7 @@ static inline Effects effects_estimate(EffectsData *d) {
 
 // ---- From a run's files ----
 
-// What the run's config.txt says of its plans. NULL, or from malloc what is wrong.
+// A run's settings of its plans, from its config.txt. Returns NULL, or from malloc what is wrong.
 typedef struct { int layers, batch, branches, sampling, unit; int64_t total_batch; } EffectsRun;
 
 static inline char *effects_read_run(EffectsRun *r, const char *config, size_t size,
@@ -225,7 +224,7 @@ static inline char *effects_read_run(EffectsRun *r, const char *config, size_t s
     return error;
 }
 
-// Adds the micro-batches of one step. NULL, or what is wrong with its plan.
+// Adds the micro-batches of one step. Returns NULL, or what is wrong with its plan.
 static inline const char *effects_add_step(EffectsData *d, const EffectsRun *run, const Metrics *r,
                                            DropPlan *plan, const DropPath *policy) {
     const double loss = !isnan(r->nll) ? r->nll : r->loss;
@@ -238,7 +237,8 @@ static inline const char *effects_add_step(EffectsData *d, const EffectsRun *run
         const double y = apart ? r->micro[m] : loss;
         const char *error = drop_plan_read(plan, policy, 0, r->plan, m, run->batch);
         if (error) return error;
-        const int append = apart || m == 0; // without losses of their own, all are one observation
+        // without losses of their own, they form one observation
+        const int append = apart || m == 0;
         if (append && d->n + 1 > d->room) {
             d->room = 2 * d->room + 64;
             d->y = (double *)xrealloc(d->y, (size_t)d->room, sizeof *d->y);
@@ -251,14 +251,14 @@ static inline const char *effects_add_step(EffectsData *d, const EffectsRun *run
             d->z[(d->n - 1) * d->k + i] +=
                 (float)(1 - (double)b->n / run->batch) / (float)(apart ? 1 : micros);
         }
-        if (apart && !isfinite(y)) d->n--;               // a step whose numbers went wrong
+        if (apart && !isfinite(y)) d->n--;               // a step with a loss that is not finite
     }
     if (!apart && !isfinite(loss)) d->n = first;
     if (d->n > first) d->begin[++d->steps] = d->n;
     return NULL;
 }
 
-// The observations of the last `last` steps of the log that have a plan. NULL, or what is wrong,
+// The observations of the log's last `last` steps that have a plan. Returns NULL, or what is wrong,
 // with the record in *at.
 static inline const char *effects_read(EffectsData *d, const EffectsRun *run, const MetricsLog *log,
                                        int64_t last, int64_t *at) {

@@ -1,13 +1,14 @@
-// evaluate.c: loss, perplexity and bits per byte of a checkpoint on token shards, and its answers to multiple-choice questions;
-// beside them those of the same weights with fewer layers: --depth 0.5 or --keep-layers 0,2,3. A layer that is left out costs
-// nothing.
+// evaluate.c: a checkpoint's loss, perplexity and bits per byte on token shards, and its answers to
+// multiple-choice questions, optionally also with fewer layers: --depth 0.5 or --keep-layers 0,2,3.
+// Layers that are left out cost nothing.
 //
 //     build/evaluate runs/gpt/latest --val 'data/text/val_*.bin' --depth 0.5
-//     build/evaluate runs/gpt/latest --val 'data/text/val_*.bin' --stride 256       windows that slide over documents: score.h
-//     build/evaluate runs/gpt/latest --choices data/hellaswag/validation.bin        data/choices.py makes such files
+//     build/evaluate runs/gpt/latest --val 'data/text/val_*.bin' --stride 256
+//     build/evaluate runs/gpt/latest --choices data/hellaswag/validation.bin
 //
-// --depth X keeps round(X*L) layers, at least one, at equal distances from the first to the last. Fan et al. 2019
-// (LayerDrop) prune "every other" layer, which this is for X = 0.5, but that the last layer always stays.
+// --depth X keeps round(X*L) layers, at least one, evenly spaced from the first to the last. Fan et
+// al. 2019 (LayerDrop) prune "every other" layer, which X = 0.5 does, except that the last layer
+// always stays.
 
 #include "../check.h"
 #include "../files/choices.h"
@@ -19,43 +20,51 @@
 #include "score.h"
 
 //  OPTION(field, name, type, default, domain, help)
-#define EVALUATE_OPTIONS(HEADING, OPTION)                                                                            \
-  HEADING("Data: --val, --choices or both")                                                                          \
-    OPTION(val, "val", TEXT, "", "GLOB", "token shards to evaluate on; quote a pattern: 'data/val_*.bin'")           \
-    OPTION(choices, "choices", TEXT, "", "FILE",                                                                     \
-           "multiple-choice questions in llm.c's format (hellaswag_val.bin); data/choices.py makes them")            \
-    OPTION(eval_tokens, "eval-tokens", INTEGER, "0", "[0,1e15]",                                                     \
-           "tokens of --val to read, from the first on, rounded up to whole rows unless --stride is given; 0: all")  \
-    OPTION(stride, "stride", INTEGER, "0", "[0,1048576]",                                                            \
-           "of --val: windows of --seq-len tokens begin every so many tokens of each document, and count what those before" \
-           " them did not; 0: rows one after the other, whatever document they are in")                              \
-    OPTION(examples, "examples", INTEGER, "0", "[0,1e15]", "of --choices: the first so many; 0: all")                \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: as many as the model has positions")\
-    OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows at a time")                                              \
-    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                                                 \
-           "for bytes and characters; if not given: beside the checkpoint's files, beside the data, else the training run's") \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
-  HEADING("Reduced depth, beside the full one")                                                                      \
-    OPTION(keep_layers, "keep-layers", TEXT, "", "LIST", "run these layers only, counted from 0: 0,1,5; or none")    \
-    OPTION(depth, "depth", NUMBER, "1", "(0,1]",                                                                     \
-           "run this fraction of the layers, rounded, at equal distances from the first to the last")                \
-  HEADING("Output")                                                                                                  \
-    OPTION(json, "json", TEXT, "", "FILE", "write the numbers to this file too")                                     \
-    OPTION(scores, "scores", TEXT, "", "FILE",                                                                       \
-           "of --choices: write what each choice got, a line of JSON for each example")
+#define EVALUATE_OPTIONS(HEADING, OPTION)                                                          \
+  HEADING("Data: --val, --choices or both")                                                        \
+    OPTION(val, "val", TEXT, "", "GLOB",                                                           \
+           "token shards to evaluate on; quote a pattern: 'data/val_*.bin'")                       \
+    OPTION(choices, "choices", TEXT, "", "FILE",                                                   \
+           "multiple-choice questions in llm.c's format (hellaswag_val.bin); data/choices.py "     \
+               "makes them")                                                                       \
+    OPTION(eval_tokens, "eval-tokens", INTEGER, "0", "[0,1e15]",                                   \
+           "tokens of --val to read, from the first on, rounded up to whole rows unless --stride " \
+               "is given; 0: all")                                                                 \
+    OPTION(stride, "stride", INTEGER, "0", "[0,1048576]",                                          \
+           "of --val: start a window of --seq-len tokens every so many tokens of each document, "  \
+               "counting only targets not counted yet; 0: consecutive rows, across documents")     \
+    OPTION(examples, "examples", INTEGER, "0", "[0,1e15]",                                         \
+           "of --choices: how many, from the first on; 0: all")                                    \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
+           "tokens per row; 0: as many as the model has positions")                                \
+    OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows per batch")                            \
+    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
+           "for bytes and characters; default: next to the checkpoint or the data, or the "        \
+               "training run's")                                                                   \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
+           "CPU threads; 0: all that the machine offers")                                          \
+  HEADING("Reduced depth, in addition to full depth")                                              \
+    OPTION(keep_layers, "keep-layers", TEXT, "", "LIST",                                           \
+           "run only these layers, counted from 0: 0,1,5; or none")                                \
+    OPTION(depth, "depth", NUMBER, "1", "(0,1]",                                                   \
+           "run this fraction of the layers, rounded, evenly spaced from the first to the last")   \
+  HEADING("Output")                                                                                \
+    OPTION(json, "json", TEXT, "", "FILE", "write the results to this file too")                   \
+    OPTION(scores, "scores", TEXT, "", "FILE",                                                     \
+           "of --choices: write each choice's scores, one line of JSON per example")
 
 OPTION_TABLE(EVALUATE_OPTIONS, EvaluateOptions, evaluate_options)
 
-// ---- Which layers: kept (L), 1 for those that run ----
+// ---- Layer selection: kept (L), 1 for the layers that run ----
 
-// As --keep-layers lists them.
+// The layers that --keep-layers lists.
 static void keep_listed(unsigned char *kept, int L, const char *list) {
     if (!strcmp(list, "none")) return;
     for (const char *s = list;; s++) {
         char *end;
         const long l = strtol(s, &end, 10);
         if (*s < '0' || *s > '9' || (*end && *end != ','))
-            die("--keep-layers %s: layers are whole numbers with commas between them, such as 0,1,5", list);
+            die("--keep-layers %s: layers are integers separated by commas, such as 0,1,5", list);
         if (l >= L) die("--keep-layers %s: the model's layers are 0 to %d", list, L - 1);
         kept[l] = 1;
         if (!*end) return;
@@ -66,7 +75,8 @@ static void keep_listed(unsigned char *kept, int L, const char *list) {
 static void keep_spaced(unsigned char *kept, int L, double depth) {
     int n = (int)lround(depth * L);
     if (n < 1) n = 1;
-    for (int i = 0; i < n; i++) kept[n == 1 ? 0 : (i * (L - 1) + (n - 1) / 2) / (n - 1)] = 1;   // to the nearest
+    // rounded to the nearest
+    for (int i = 0; i < n; i++) kept[n == 1 ? 0 : (i * (L - 1) + (n - 1) / 2) / (n - 1)] = 1;
 }
 
 // "0,1,5", or "none"; with brackets "[0,1,5]" or "[]".
@@ -84,12 +94,12 @@ enum { FULL, REDUCED, DEPTHS };
 
 typedef struct {
     const char *name;
-    const unsigned char *kept;                           // (L)
-    double *scale;                                       // (2L) factors of the branches, 0 for those that do not run
-    double flops_fraction;                               // of the full model's, in rows of T tokens
-    ScoreDocuments val;                                  // document_loss NaN without --stride
+    const unsigned char *kept;  // (L)
+    double *scale;              // (2L) factors of the branches, 0 for those left out
+    double flops_fraction;      // relative to the full model, in rows of T tokens
+    ScoreDocuments val;         // document_loss is NaN without --stride
     ChoicesResult choices;
-    double *choice_loss;                                 // (rows of the questions)
+    double *choice_loss;        // (rows of the questions)
 } Result;
 
 typedef struct {
@@ -100,11 +110,12 @@ typedef struct {
     int64_t rows;                                        // windows, without --stride
     Choices choices;
     int *characters;                                     // (rows of the questions), or NULL
-    int64_t cut;                                         // of these rows, those that lost the first tokens of their context
+    int64_t cut;                                         // rows whose context lost its first tokens
     Result result[DEPTHS];
 } Evaluate;
 
-static void open_depth(Result *r, const char *name, const unsigned char *kept, const Loaded *m, int T) {
+static void open_depth(Result *r, const char *name, const unsigned char *kept, const Loaded *m,
+                       int T) {
     const GptConfig *c = &m->config;
     double flops = gpt_head_flops(c, T);
     r->name = name;
@@ -137,7 +148,8 @@ static void json_number_at(Text *t, const char *name, double value) {
 
 // ---- Token shards ----
 
-// The end-of-text token, which is where documents end: the tokenizer's, else the manifest's; -1 when neither tells.
+// The end-of-text token, which ends documents: the tokenizer's, otherwise the manifest's; -1 if
+// neither names it.
 static int find_eot(const Evaluate *e) {
     Manifest manifest;
     if (e->m->has_tokenizer) return e->m->tokenizer.eot;
@@ -147,11 +159,12 @@ static int find_eot(const Evaluate *e) {
     return eot;
 }
 
-// No score is made of losses that are not finite: an average or a comparison of them would look like one.
+// Losses that are not finite get no score: averages and comparisons of them would look like one.
 static void check_finite(const Evaluate *e, const Result *r, const char *what, double loss) {
     if (isfinite(loss)) return;
-    die("%s: the %s of %s is %g: its losses are not finite, so it has no score\n  hint: its weights are too large, or were"
-        " damaged by the run that made them", e->m->dir, what, r->name, loss);
+    die("%s: the %s of %s is %g: its losses are not finite, so it has no score\n  hint: its "
+        "weights are too large, or were damaged by the run that made them", e->m->dir, what,
+        r->name, loss);
 }
 
 static void evaluate_val(const Evaluate *e, Result *r) {
@@ -162,7 +175,8 @@ static void evaluate_val(const Evaluate *e, Result *r) {
         check_finite(e, r, "loss", r->val.loss);
         return;
     }
-    const Evaluation v = evaluate_shards(s.engine, s.model, &e->shards, e->rows, t, e->B, s.plan, r->scale, s.tied, NULL);
+    const Evaluation v = evaluate_shards(s.engine, s.model, &e->shards, e->rows, t, e->B, s.plan,
+                                         r->scale, s.tied, NULL);
     check_finite(e, r, "loss", v.loss);
     r->val.loss = v.loss;
     r->val.document_loss = NAN;
@@ -172,13 +186,16 @@ static void evaluate_val(const Evaluate *e, Result *r) {
 
 static void print_val(const Evaluate *e) {
     const Result *full = &e->result[FULL];
-    printf("%s on %lld tokens of %s in rows of %d", e->m->dir, (long long)full->val.tokens, e->o->val, e->T);
+    printf("%s on %lld tokens of %s in rows of %d", e->m->dir, (long long)full->val.tokens,
+           e->o->val, e->T);
     if (e->stride) {
         const long long n = full->val.documents;
-        printf(" every %d, %lld %s%s", e->stride, n, e->eot < 0 ? "shard" : "document", n == 1 ? "" : "s");
+        printf(" every %d, %lld %s%s", e->stride, n, e->eot < 0 ? "shard" : "document",
+               n == 1 ? "" : "s");
         if (e->eot < 0) printf(" (no end-of-text token is known)");
     }
-    printf("\n%-8s %10s %12s %14s%s %8s  %s\n", "", "loss", "perplexity", "bits per byte", e->stride ? "  by document" : "",
+    printf("\n%-8s %10s %12s %14s%s %8s  %s\n", "", "loss", "perplexity", "bits per byte",
+           e->stride ? "  by document" : "",
            "FLOPs", "layers");
     for (int i = 0; i < e->depths; i++) {
         const Result *r = &e->result[i];
@@ -190,7 +207,7 @@ static void print_val(const Evaluate *e) {
     }
 }
 
-// The names are those of metrics.jsonl.
+// The names match metrics.jsonl.
 static void json_val(Text *t, const Result *r, int L) {
     text_printf(t, ",\n  \"%s\": {\"layers\": ", r->name);
     write_layers(t, r->kept, L, 1);
@@ -204,7 +221,8 @@ static void json_val(Text *t, const Result *r, int L) {
 
 // ---- Multiple-choice questions ----
 
-// The checkpoint may know the sum of its tokenizer, and the file that of the one that made it.
+// The checkpoint may record its tokenizer's checksum, and the file that of the tokenizer that made
+// it.
 static void check_choices_tokenizer(const Evaluate *e) {
     char *path = xprintf("%s/config.json", e->m->base);
     FileMap map;
@@ -215,7 +233,8 @@ static void check_choices_tokenizer(const Evaluate *e) {
         const int sum = json_get(&doc, 0, "tokenizer_sha256");
         if (sum >= 0 && !json_equals(&doc, sum, e->choices.tokenizer_sha256))
             die("%s was made with another tokenizer than %s was trained with\n"
-                "  hint: give data/choices.py the --tokenizer that made the shards", e->o->choices, e->m->dir);
+                "  hint: give data/choices.py the --tokenizer that made the shards", e->o->choices,
+                e->m->dir);
         json_free(&doc);
         file_unmap(&map);
     }
@@ -232,8 +251,8 @@ static void open_choices(Evaluate *e) {
     for (int64_t i = 0; i < c->examples; i++)
         for (int64_t r = c->example[i].first; r < c->example[i].first + c->example[i].n; r++) {
             if (c->row[r].choice_n > e->T)
-                die("%s: example %lld has a choice of %d tokens, and rows have %d\n  hint: a model of more positions", c->path,
-                    (long long)i, c->row[r].choice_n, e->T);
+                die("%s: example %lld has a choice of %d tokens, and rows have %d\n  hint: use a "
+                    "model with more positions", c->path, (long long)i, c->row[r].choice_n, e->T);
             for (int k = 0; k < c->row[r].choice_n; k++)
                 known = known && choices_word(c, c->row[r].choice + k) < (uint32_t)t->V;
         }
@@ -246,15 +265,17 @@ static void evaluate_choices(Evaluate *e, Result *r) {
     const Scorer s = scorer(e, r);
     r->choice_loss = xcalloc((size_t)e->choices.rows, sizeof *r->choice_loss);
     e->cut = score_choices(&s, &e->choices, r->choice_loss);
-    for (int64_t i = 0; i < e->choices.rows; i++) check_finite(e, r, "loss of a choice", r->choice_loss[i]);
+    for (int64_t i = 0; i < e->choices.rows; i++)
+        check_finite(e, r, "loss of a choice", r->choice_loss[i]);
     r->choices = choices_result(&e->choices, r->choice_loss, e->characters);
 }
 
 static void print_choices(const Evaluate *e) {
-    printf("%s on %lld examples of %s, chance %.4f", e->m->dir, (long long)e->choices.examples, e->o->choices,
-           choices_chance(&e->choices));
+    printf("%s on %lld examples of %s, chance %.4f", e->m->dir, (long long)e->choices.examples,
+           e->o->choices, choices_chance(&e->choices));
     if (e->cut) printf("; %lld contexts cut to rows of %d", (long long)e->cut, e->T);
-    printf("\n%-8s %17s %17s %17s %10s %8s  %s\n", "", "acc", "per token", "per character", "loss", "FLOPs", "layers");
+    printf("\n%-8s %17s %17s %17s %10s %8s  %s\n", "", "acc", "per token", "per character", "loss",
+           "FLOPs", "layers");
     for (int i = 0; i < e->depths; i++) {
         const ChoicesResult *c = &e->result[i].choices;
         printf("%-8s", e->result[i].name);
@@ -269,10 +290,12 @@ static void print_choices(const Evaluate *e) {
 
 static void json_choices(Text *t, const Evaluate *e) {
     static const char *const name[CHOICES_NORMS] = {"acc", "acc_per_token", "acc_per_character"};
-    static const char *const error[CHOICES_NORMS] = {"acc_stderr", "acc_per_token_stderr", "acc_per_character_stderr"};
+    static const char *const error[CHOICES_NORMS] = {"acc_stderr", "acc_per_token_stderr",
+                                                     "acc_per_character_stderr"};
     text_printf(t, ",\n  \"choices\": {\"file\": ");
     json_write_string(t, e->o->choices);
-    text_printf(t, ", \"examples\": %lld, \"contexts_cut\": %lld", (long long)e->choices.examples, (long long)e->cut);
+    text_printf(t, ", \"examples\": %lld, \"contexts_cut\": %lld", (long long)e->choices.examples,
+                (long long)e->cut);
     json_number_at(t, "chance", choices_chance(&e->choices));
     for (int i = 0; i < e->depths; i++) {
         const Result *r = &e->result[i];
@@ -290,24 +313,27 @@ static void json_choices(Text *t, const Evaluate *e) {
     text_printf(t, "}");
 }
 
-// Of each example and depth a line: the right choice, and of each choice the sum of -log p, its tokens and its characters.
+// One line per example and depth: the right choice and, for each choice, the sum of -log p, its
+// tokens and its characters.
 static void write_scores(const Evaluate *e) {
     const Choices *c = &e->choices;
     Text t = {NULL, 0, 0};
     for (int64_t i = 0; i < c->examples; i++)
         for (int d = 0; d < e->depths; d++) {
             const ChoicesExample *x = &c->example[i];
-            text_printf(&t, "{\"example\": %lld, \"depth\": \"%s\", \"label\": %d, \"loss\": [", (long long)i,
-                        e->result[d].name, x->label);
+            text_printf(&t, "{\"example\": %lld, \"depth\": \"%s\", \"label\": %d, \"loss\": [",
+                        (long long)i, e->result[d].name, x->label);
             for (int k = 0; k < x->n; k++) {
                 if (k) text_printf(&t, ", ");
                 json_write_number(&t, e->result[d].choice_loss[x->first + k]);
             }
             text_printf(&t, "], \"tokens\": [");
-            for (int k = 0; k < x->n; k++) text_printf(&t, "%s%d", k ? ", " : "", c->row[x->first + k].choice_n);
+            for (int k = 0; k < x->n; k++)
+                text_printf(&t, "%s%d", k ? ", " : "", c->row[x->first + k].choice_n);
             text_printf(&t, "]");
             for (int k = 0; e->characters && k < x->n; k++)
-                text_printf(&t, "%s%d", k ? ", " : ", \"characters\": [", e->characters[x->first + k]);
+                text_printf(&t, "%s%d", k ? ", " : ", \"characters\": [",
+                            e->characters[x->first + k]);
             text_printf(&t, e->characters ? "]}\n" : "}\n");
         }
     file_write_whole(e->o->scores, t.s, t.n);
@@ -326,7 +352,8 @@ static void write_json(const Evaluate *e) {
         json_write_string(&t, e->o->val);
         text_printf(&t, ",\n  \"tokens\": %lld", (long long)e->result[FULL].val.tokens);
         if (e->stride)
-            text_printf(&t, ",\n  \"stride\": %d,\n  \"documents\": %lld", e->stride, (long long)e->result[FULL].val.documents);
+            text_printf(&t, ",\n  \"stride\": %d,\n  \"documents\": %lld", e->stride,
+                        (long long)e->result[FULL].val.documents);
         for (int i = 0; i < e->depths; i++) json_val(&t, &e->result[i], e->m->config.L);
     }
     if (*e->o->choices) json_choices(&t, e);
@@ -335,7 +362,7 @@ static void write_json(const Evaluate *e) {
     text_free(&t);
 }
 
-// Evaluates at full depth and, if kept is not NULL, with these layers (L) alone.
+// Evaluates at full depth and, if kept is not NULL, with only the layers in kept (L).
 static void evaluate(Loaded *m, const EvaluateOptions *o, const unsigned char *kept) {
     Evaluate e;
     memset(&e, 0, sizeof e);
@@ -345,10 +372,13 @@ static void evaluate(Loaded *m, const EvaluateOptions *o, const unsigned char *k
     e.B = (int)o->batch;
     e.depths = kept ? 2 : 1;
     if (e.T > m->config.T) die("--seq-len %d: %s has %d positions", e.T, m->dir, m->config.T);
-    if (e.stride > e.T) die("--stride %d: rows have %d tokens\n  hint: --stride %d leaves none out", e.stride, e.T, e.T);
+    if (e.stride > e.T)
+        die("--stride %d: rows have %d tokens\n  hint: --stride %d leaves none out", e.stride, e.T,
+            e.T);
     if (*o->choices) open_choices(&e);
     if (*o->val) {
-        shards_open(&e.shards, o->val, e.stride ? 1 : e.T, m->config.V);       // a document may be shorter than a row
+        // a document may be shorter than a row
+        shards_open(&e.shards, o->val, e.stride ? 1 : e.T, m->config.V);
         e.rows = e.stride ? 0 : shards_rows(&e.shards, o->eval_tokens);
         e.eot = e.stride ? find_eot(&e) : -1;
         if (e.rows && e.rows < e.B && !*o->choices) e.B = (int)e.rows;
@@ -382,9 +412,11 @@ int main(int argc, char **argv) {
     options_add(&options, evaluate_options(), &o);
     options.max_arguments = 1;
     options_parse(&options, argc, argv);
-    if (options.n_arguments < 1) die("the checkpoint is missing\n  hint: evaluate runs/gpt/latest --val GLOB");
+    if (options.n_arguments < 1)
+        die("the checkpoint is missing\n  hint: evaluate runs/gpt/latest --val GLOB");
     if (!*o.val && !*o.choices)
-        die("--val is missing\n  hint: --val 'data/val_*.bin', or --choices FILE; data/README.md tells how to make them");
+        die("--val is missing\n  hint: --val 'data/val_*.bin', or --choices FILE; data/README.md "
+            "tells how to make them");
     if (o.stride && !*o.val) die("--stride is for --val, which is missing");
     if ((*o.scores || o.examples) && !*o.choices)
         die("--%s is for --choices, which is missing", *o.scores ? "scores" : "examples");

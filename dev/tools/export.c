@@ -1,4 +1,4 @@
-// export.c: a checkpoint's weights in a form that other programs open.
+// export.c: a checkpoint's weights in formats of other programs.
 //
 //     build/export runs/gpt/latest --out runs/gpt-hf
 //         a directory for transformers: weights, configuration, tokenizer
@@ -7,10 +7,10 @@
 //     build/export runs/healed/latest --out runs/healed-hf
 //         a run with --lora: its adapters merged into the base
 //     build/export runs/healed/latest --out adapter --adapter 1
-//         or as they are, for peft
+//         or unchanged, for peft
 //
 // The factors of survival scaling are folded into the last projections of their branches, since
-// s * (x W + b) = x (s W) + s b. What is written is there whole or not at all.
+// s * (x W + b) = x (s W) + s b. The output is written completely or not at all.
 
 #include "../check.h"
 #include "../files/files.h"
@@ -21,16 +21,16 @@
 #define EXPORT_OPTIONS(HEADING, OPTION)                                                            \
     HEADING("Output")                                                                              \
     OPTION(out, "out", TEXT, "", "PATH",                                                           \
-           "the directory, or llm.c's file, to make; it must not exist yet")                       \
+           "the directory, or llm.c's file, to create; it must not exist yet")                     \
     OPTION(format, "format", CHOICE, "huggingface", "huggingface|llmc",                            \
            "a directory for transformers, or a model file of llm.c (version 3 in f32, 5 in bf16)") \
     OPTION(dtype, "dtype", CHOICE, "f32", "f32|f16|bf16",                                          \
-           "numbers of the weights, rounded to nearest; a weight too large for them is an error")  \
+           "number format of the weights, rounded to nearest; overflow is an error")  \
     OPTION(adapter, "adapter", FLAG, "0", "0|1",                                                   \
            "of a run with --lora: copy the adapter for peft, instead of merging it into its base") \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
-           "a tokenizer.json, or one of our tokenizer files, from which one is made; if not "      \
-           "given: beside the checkpoint's files, else the one that the run was trained with")
+           "a tokenizer.json, or one of our tokenizer files to make one from; default: next to "   \
+           "the checkpoint's files, otherwise the training run's")
 
 OPTION_TABLE(EXPORT_OPTIONS, ExportOptions, export_options)
 
@@ -44,7 +44,7 @@ typedef struct {
     ModelOut out;
 } Export;
 
-// What write.h asks for: the checkpoint's weights, with the factors of survival scaling.
+// For write.h: the checkpoint's weights, with the factors of survival scaling.
 static void export_tensor(void *self, int p, int l, real *host) {
     const Export *x = (const Export *)self;
     const size_t n = gpt_param_size(&x->m.config, p);
@@ -65,7 +65,7 @@ static char *export_llmc(const Export *x, const char *temporary) {
     return error;
 }
 
-// The adapter as it is, without what only a run needs.
+// The adapter unchanged, without what only a run needs.
 static void export_adapter(const Export *x, const char *temporary) {
     static const char *const names[] = {LORA_MODEL, LORA_CONFIG};
     directory_make(temporary);
@@ -79,13 +79,13 @@ static void export_adapter(const Export *x, const char *temporary) {
     directory_sync(temporary);
 }
 
-// Everything that can be refused before anything is written.
+// All checks that can fail before anything is written.
 static void export_open(Export *x, const ExportOptions *o, const char *path) {
     memset(x, 0, sizeof *x);
     x->o = o;
     if (!*o->out) die("--out is missing\n  hint: export %s --out runs/gpt-hf", path);
     if (path_exists(o->out))
-        die("--out %s exists already\n  hint: name another; nothing is overwritten", o->out);
+        die("--out %s exists already\n  hint: choose another; nothing is overwritten", o->out);
     if (o->format == FORMAT_LLMC && write_dtypes[o->dtype].dtype == SAFETENSORS_F16)
         die("--dtype f16: llm.c has no such model files\n  hint: --dtype bf16 or f32");
     load_config(&x->m, path);

@@ -1,9 +1,10 @@
-// generate.c: text from a checkpoint. Standard output is the text alone: each text is the prompt and what follows it, up
-// to --tokens or the end of the text; a line "---" stands between two texts. A text appears as it is made.
+// generate.c: text from a checkpoint. Standard output is the text alone: each text is the prompt
+// and its continuation, up to --tokens or the end of the text; a line "---" separates two texts.
+// Text is printed as it is generated.
 //
-//     build/generate runs/gpt/latest --prompt "Once upon a time" --tokens 100 --temperature 0.8 --top-p 0.95
+//     build/generate runs/gpt/latest --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
 //     build/generate runs/gpt/latest --prompts questions.txt --samples 3 --batch 8 > answers.txt
-//     build/generate path/of/a/hugging-face/gpt2 --tokenizer vocab.json            each line that you type is a prompt
+//     build/generate path/to/a/hugging-face/gpt2 --tokenizer vocab.json # prompts from a terminal
 
 #include "../check.h"
 #include "../model/engines.h"
@@ -12,32 +13,38 @@
 #include "load.h"
 
 //  OPTION(field, name, type, default, domain, help)
-#define GENERATE_OPTIONS(HEADING, OPTION)                                                                            \
-  HEADING("Text")                                                                                                    \
-    OPTION(prompt, "prompt", TEXT, "", "TEXT", "what the text begins with; empty: the start of a line")              \
-    OPTION(prompt_file, "prompt-file", TEXT, "", "FILE",                                                             \
-           "a file that the text begins with, less the end of its last line; -: standard input")                     \
-    OPTION(prompts, "prompts", TEXT, "", "FILE",                                                                     \
-           "a file of prompts, one a line, each for --samples texts; empty lines are left out; -: standard input")   \
-    OPTION(interactive, "interactive", FLAG, "0", "0|1",                                                             \
-           "each line of standard input is a prompt, until its end; so too without a prompt at a terminal")          \
-    OPTION(tokens, "tokens", INTEGER, "200", "[0,1e9]", "most tokens that follow the prompt")                        \
-    OPTION(samples, "samples", INTEGER, "1", "[1,1e9]", "how many texts for a prompt")                               \
-    OPTION(batch, "batch", INTEGER, "1", "[1,4096]",                                                                 \
-           "texts made at a time: more per second, each later; each text is the same but for rounding, on the CPU "  \
-           "to the bit")                                                                                             \
-    OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "names all randomness of the texts")                            \
-  HEADING("The choice of a token")                                                                                   \
-    OPTION(temperature, "temperature", NUMBER, "0.8", "[0,inf)", "divides the logits; 0: always the likeliest token")\
-    OPTION(top_k, "top-k", INTEGER, "0", "[0,16777216]", "only among the k likeliest tokens; 0: among all")          \
-    OPTION(top_p, "top-p", NUMBER, "1", "(0,1]", "only among the fewest tokens whose probabilities add up to this")  \
-  HEADING("Model")                                                                                                   \
-    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                                                 \
-           "if not given: beside the checkpoint's files, else the one that the run was trained with")                \
-    OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16|auto|tf32",                                                    \
-           "operands of matrix products; bf16 is half of what is read for each token, where the processor has it; "  \
-           "tf32 for GPUs; auto: the engine's own")                                                                  \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")
+#define GENERATE_OPTIONS(HEADING, OPTION)                                                         \
+  HEADING("Text")                                                                                 \
+    OPTION(prompt, "prompt", TEXT, "", "TEXT",                                                    \
+           "the start of the text; empty: the start of a line")                                   \
+    OPTION(prompt_file, "prompt-file", TEXT, "", "FILE",                                          \
+           "a file with the start of the text, without its last newline; -: standard input")      \
+    OPTION(prompts, "prompts", TEXT, "", "FILE",                                                  \
+           "a file of prompts, one per line; empty lines are skipped; -: standard input")         \
+    OPTION(interactive, "interactive", FLAG, "0", "0|1",                                          \
+           "each line of standard input is a prompt; the default at a terminal without a prompt") \
+    OPTION(tokens, "tokens", INTEGER, "200", "[0,1e9]",                                           \
+           "most tokens to generate after the prompt")                                            \
+    OPTION(samples, "samples", INTEGER, "1", "[1,1e9]", "texts per prompt")                       \
+    OPTION(batch, "batch", INTEGER, "1", "[1,4096]",                                              \
+           "texts generated together: higher throughput, higher latency; the same texts up to "   \
+               "rounding, on the CPU bit for bit")                                                \
+    OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "determines all randomness")                 \
+  HEADING("Sampling")                                                                             \
+    OPTION(temperature, "temperature", NUMBER, "0.8", "[0,inf)",                                  \
+           "divides the logits; 0: always the most likely token")                                 \
+    OPTION(top_k, "top-k", INTEGER, "0", "[0,16777216]",                                          \
+           "sample from the k most likely tokens; 0: from all")                                   \
+    OPTION(top_p, "top-p", NUMBER, "1", "(0,1]",                                                  \
+           "sample from the fewest tokens whose probabilities add up to this")                    \
+  HEADING("Model")                                                                                \
+    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                              \
+           "default: next to the checkpoint's files, otherwise the training run's")               \
+    OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16|auto|tf32",                                 \
+           "operands of matmuls; bf16 halves the memory traffic per token, where the processor "  \
+               "has it; tf32 for GPUs; auto: the engine's default")                               \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                          \
+           "CPU threads; 0: all that the machine offers")
 
 OPTION_TABLE(GENERATE_OPTIONS, GenerateOptions, generate_options)
 
@@ -50,12 +57,14 @@ static Text read_all(const char *path) {
     for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) text_append(&all, part, n);
     if (ferror(f)) die("cannot read %s: %s", path, strerror(errno));
     if (f != stdin) fclose(f);
-    if (all.n >= 2 && !memcmp(all.s, "\x1F\x8B", 2)) die("%s is compressed\n  hint: zcat FILE | generate ... -", path);
-    if (all.n >= 3 && !memcmp(all.s, "\xEF\xBB\xBF", 3)) memmove(all.s, all.s + 3, all.n -= 3);   // a byte-order mark
+    if (all.n >= 2 && !memcmp(all.s, "\x1F\x8B", 2))
+        die("%s is compressed\n  hint: zcat FILE | generate ... -", path);
+    // a byte-order mark
+    if (all.n >= 3 && !memcmp(all.s, "\xEF\xBB\xBF", 3)) memmove(all.s, all.s + 3, all.n -= 3);
     return all;
 }
 
-// The length of a line without its end, "\n" or "\r\n".
+// The length of a line without its newline, "\n" or "\r\n".
 static size_t line_length(const char *s, size_t n) {
     if (n && s[n - 1] == '\n') n--;
     return n && s[n - 1] == '\r' ? n - 1 : n;
@@ -71,7 +80,8 @@ static void many_prompts(Sampler *s, const GenerateOptions *o, Text all) {
     int64_t n = 0, capacity = 0;
     for (size_t at = 0; at < all.n;) {
         const char *end = (const char *)memchr(all.s + at, '\n', all.n - at);
-        const size_t size = end ? (size_t)(end - all.s) + 1 - at : all.n - at, length = line_length(all.s + at, size);
+        const size_t size = end ? (size_t)(end - all.s) + 1 - at : all.n - at,
+            length = line_length(all.s + at, size);
         if (length) {
             if (n == capacity)
                 line = (Text *)xrealloc(line, (size_t)(capacity = 2 * capacity + 16), sizeof *line);
@@ -84,7 +94,8 @@ static void many_prompts(Sampler *s, const GenerateOptions *o, Text all) {
     free(line);
 }
 
-// Every line of standard input, as it comes. The mark goes to standard error, so that output can be kept.
+// Each line of standard input, as it arrives. The prompt mark goes to standard error, so output can
+// be redirected.
 static void prompt_line(Sampler *s, const GenerateOptions *o) {
     const int terminal = isatty(STDIN_FILENO);
     char *line = NULL;
@@ -93,7 +104,8 @@ static void prompt_line(Sampler *s, const GenerateOptions *o) {
     for (ssize_t n;; s->round++) {
         if (terminal) fputs("> ", stderr);
         if ((n = getline(&line, &capacity, stdin)) < 0) break;
-        if (!s->round && n >= 3 && !memcmp(line, "\xEF\xBB\xBF", 3)) memmove(line, line + 3, (size_t)(n -= 3) + 1);
+        if (!s->round && n >= 3 && !memcmp(line, "\xEF\xBB\xBF", 3))
+            memmove(line, line + 3, (size_t)(n -= 3) + 1);
         const Text prompt = {line, line_length(line, (size_t)n), capacity};
         one_prompt(s, o, prompt);
     }
@@ -101,11 +113,12 @@ static void prompt_line(Sampler *s, const GenerateOptions *o) {
     free(line);
 }
 
-// Where the prompts come from; dies when that was said twice.
+// Selects the source of prompts; dies if several are given.
 static void generate(Sampler *s, Options *options, const GenerateOptions *o) {
     const int named = options_from(options, &o->prompt) != FROM_DEFAULT;
     if (named + (*o->prompt_file != 0) + (*o->prompts != 0) + o->interactive > 1)
-        die("two sources of prompts\n  hint: one of --prompt, --prompt-file, --prompts, --interactive");
+        die("two sources of prompts\n  hint: one of --prompt, --prompt-file, --prompts, "
+            "--interactive");
     if (*o->prompt_file || *o->prompts) {
         Text all = read_all(*o->prompts ? o->prompts : o->prompt_file), prompt = all;
         prompt.n = line_length(all.s, all.n);
@@ -138,21 +151,26 @@ int main(int argc, char **argv) {
     load_config(&m, options.arguments[0]);
     load_tokenizer(&m, o.tokenizer, NULL);
     if (!m.has_tokenizer)
-        die("found no tokenizer for %s\n  hint: --tokenizer FILE, a tokenizer.bin or GPT-2's vocab.json", m.dir);
+        die("found no tokenizer for %s\n  hint: --tokenizer FILE, a tokenizer.bin or GPT-2's "
+            "vocab.json", m.dir);
     const Engine *engine = engine_default();
-    const int T = m.config.T, batch = (int)o.batch;      // room for the prompt of a text, or a token of each
-    const EngineArgs args = {.B = (batch + T - 1) / T, .T = T, .threads = (int)o.threads, .cache = batch,
+    // for a text's prompt, or one token of each text
+    const int T = m.config.T, batch = (int)o.batch;
+    const EngineArgs args = {.B = (batch + T - 1) / T, .T = T, .threads = (int)o.threads,
+                             .cache = batch,
                              .dtype = o.dtype == DTYPE_AUTO ? engine->dtype : o.dtype};
     load_model_as(&m, engine, &args);
 
-    Sampler s = {.engine = engine, .model = m.model, .cached = 1, .layers = m.config.L, .V = m.config.V, .T = T,
+    Sampler s = {.engine = engine, .model = m.model, .cached = 1, .layers = m.config.L,
+                 .V = m.config.V, .T = T,
                  .batch = batch, .scale = m.scale, .tied = m.tied, .tokenizer = &m.tokenizer,
                  .args = {o.temperature, (int)o.top_k, o.top_p, (uint64_t)o.seed}};
     generate(&s, &options, &o);
     fprintf(stderr, "%s: ", m.dir);
     report("prompt", s.prompt_tokens, s.prompt_seconds);
     report("; text", s.made, 0);
-    if (s.decoded && s.seconds > 0) fprintf(stderr, " at %.1f per second", (double)s.decoded / s.seconds);
+    if (s.decoded && s.seconds > 0)
+        fprintf(stderr, " at %.1f per second", (double)s.decoded / s.seconds);
     fputc('\n', stderr);
     load_close(&m);
     options_free(&options);

@@ -17,37 +17,37 @@
 #include "load.h"
 
 //  OPTION(field, name, type, default, domain, help)
-#define LAYERS_OPTIONS(HEADING, OPTION)                                                            \
-    HEADING("Data")                                                                                \
-    OPTION(val, "val", TEXT, "", "GLOB",                                                           \
-           "token shards to compute losses on; quote a pattern: 'data/val_*.bin'")                 \
-    OPTION(tokens, "tokens", INTEGER, "65536", "[0,1e15]",                                         \
-           "tokens of --val to read, from the first on, rounded up to whole rows; 0: all")         \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
-           "tokens of a row; 0: as many as the model has positions")                               \
-    OPTION(batch, "batch", INTEGER, "4", "[1,65536]",                                              \
-           "rows at a time; their residual stream after every layer is kept in memory")            \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
-           "CPU threads; 0: as many as the machine offers")                                        \
-    HEADING("Scores")                                                                              \
-    OPTION(skip_first, "skip-first", INTEGER, "1", "[0,1048576]",                                  \
-           "leave out the first so many positions of each row in cosines, angles and sizes")       \
-    OPTION(branches, "branches", FLAG, "1", "0|1",                                                 \
-           "also compute the loss without each branch: 2L evaluations")                            \
-    OPTION(exits, "exits", FLAG, "1", "0|1",                                                       \
-           "also compute the loss of the first 1, 2, ... layers alone")                            \
-    OPTION(greedy, "greedy", SPAN, "50%", "",                                                      \
-           "remove this many layers, or this percentage of them, one after the other, each time "  \
-           "the one that costs least")                                                             \
-    HEADING("From the training run")                                                               \
-    OPTION(metrics, "metrics", TEXT, "", "FILE",                                                   \
-           "estimate what dropping costs from this metrics.jsonl of a run with drop path; its "    \
-           "config.txt is read too")                                                               \
-    OPTION(metrics_last, "metrics-last", SPAN, "50%", "",                                          \
-           "take this many steps, or this percentage, of the run's last")                          \
-    HEADING("Output")                                                                              \
-    OPTION(json, "json", TEXT, "", "FILE",                                                         \
-           "write the numbers to this file too; scripts/plot_layers.py draws it")
+#define LAYERS_OPTIONS(HEADING, OPTION)                                                           \
+    HEADING("Data")                                                                               \
+    OPTION(val, "val", TEXT, "", "GLOB",                                                          \
+           "token shards to compute losses on; quote a pattern: 'data/val_*.bin'")                \
+    OPTION(tokens, "tokens", INTEGER, "65536", "[0,1e15]",                                        \
+           "tokens of --val to read, from the first on, rounded up to whole rows; 0: all")        \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                       \
+           "tokens per row; 0: as many as the model has positions")                               \
+    OPTION(batch, "batch", INTEGER, "4", "[1,65536]",                                             \
+           "rows per batch; their residual stream after every layer stays in memory")             \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                          \
+           "CPU threads; 0: all that the machine offers")                                         \
+    HEADING("Scores")                                                                             \
+    OPTION(skip_first, "skip-first", INTEGER, "1", "[0,1048576]",                                 \
+           "leave the first positions of each row out of cosines, angles and sizes")              \
+    OPTION(branches, "branches", FLAG, "1", "0|1",                                                \
+           "also compute the loss without each branch: 2L evaluations")                           \
+    OPTION(exits, "exits", FLAG, "1", "0|1",                                                      \
+           "also compute the loss of only the first 1, 2, ... layers")                            \
+    OPTION(greedy, "greedy", SPAN, "50%", "",                                                     \
+           "remove this many layers, or this percentage of them, one after the other, each time " \
+           "the one that costs least")                                                            \
+    HEADING("From the training run")                                                              \
+    OPTION(metrics, "metrics", TEXT, "", "FILE",                                                  \
+           "estimate the cost of dropping from this metrics.jsonl of a run with drop path; its "  \
+           "config.txt is read too")                                                              \
+    OPTION(metrics_last, "metrics-last", SPAN, "50%", "",                                         \
+           "use this many of the run's last steps, or this percentage")                           \
+    HEADING("Output")                                                                             \
+    OPTION(json, "json", TEXT, "", "FILE",                                                        \
+           "write the results to this file too; scripts/plot_layers.py draws it")
 
 OPTION_TABLE(LAYERS_OPTIONS, LayersOptions, layers_options)
 
@@ -164,7 +164,7 @@ static EffectsRun find_run(const Layers *x) {
     } else if (x->m.run) {
         error = effects_read_run(&run, x->m.run, strlen(x->m.run), "trainer.json", x->m.config.L);
     } else {
-        die("%s has no config.txt beside it, which says how branches were dropped\n  hint: give "
+        die("%s has no config.txt next to it, which says how branches were dropped\n  hint: give "
             "the file in the run's folder",
             x->o->metrics);
     }

@@ -1,4 +1,4 @@
-// layers.h: which layers a model can do without: scores from one look at the residual stream, and
+// layers.h: which layers a model can spare: scores from one pass over the residual stream, and
 // exact losses of the model without a layer or a branch (through engine.h). build/layers prints
 // them, build/prune acts on them.
 //
@@ -7,14 +7,14 @@
 //                                                              Ineffectiveness of the Deeper Layers
 //     relative size      E |f(x)| / |x| of a branch f
 //     ablation           the loss without a layer or branch minus that with it: a plan, exact
-//     greedy removal     the layer whose removal costs least, then the next, scored again each time
-//     early exit         the loss of the first layers alone: ln_f and the head read their stream
+//     greedy removal     the layer whose removal costs least, then the next, rescored each time
+//     early exit         the loss of the first layers alone: ln_f and the head read their output
 //
-// x_l is what layer l reads, l = 0..L-1, and x_L what ln_f reads. E is the mean over all positions
-// of all windows but the first `skip` of each: the first position sees itself alone, and GPTs use
-// it as a sink of attention, with a norm far above the others'. Every sum is of a window at a time,
-// and windows are added in their order: neither the batch nor the number of threads changes a bit
-// (as far as CAN_ANY_BATCH says).
+// x_l is the input of layer l, l = 0..L-1, and x_L that of ln_f. E is the mean over all positions
+// of all windows except the first `skip` of each: the first position attends only to itself, and
+// GPTs use it as an attention sink with a far larger norm. Every sum is first computed per window,
+// and windows are added in order: neither the batch size nor the number of threads changes a bit
+// (as far as CAN_ANY_BATCH promises).
 #ifndef LAYER_SCORES_H
 #define LAYER_SCORES_H
 
@@ -25,7 +25,7 @@
 
 // ---- Losses under plans ----
 
-// A model on its data. `scale` (2L) are the branches' factors of evaluation; tied: DropPlan.tied.
+// A model with its data. `scale` (2L): the branches' factors in evaluation; tied: DropPlan.tied.
 typedef struct {
     const Engine *engine;
     Model *model;
@@ -34,15 +34,15 @@ typedef struct {
     const double *scale;
     int tied, B, skip;
     const Shards *shards;                                // windows of T tokens
-    int64_t rows;                                        // how many of them
-    Progress *progress;                                  // in layers_work; NULL: silent
+    int64_t rows;                                        // the number of windows
+    Progress *progress;                                  // in units of layers_work; NULL: silent
 } LayersModel;
 
-// Each loss is computed once: what is asked for again is found by the branches that ran.
+// Each loss is computed once and looked up by the branches that ran.
 typedef struct {
     unsigned char *kept;
     double mean, *window;
-} LayersLoss; // kept (2L); of each window the mean (rows)
+} LayersLoss; // kept (2L); the windows' means (rows)
 typedef struct { LayersLoss **loss; int n; } LayersLosses;
 
 static inline void layers_losses_free(LayersLosses *all) {
@@ -69,8 +69,8 @@ static inline double layers_work(const LayersModel *m, const unsigned char *kept
     return flops * (double)m->rows;
 }
 
-// Runs all windows with these branches (2L); watch: NULL, or who looks on. `batch` is told of each
-// batch before it runs: the number of its first window, and how many there are.
+// Runs all windows with these branches (2L); watch: NULL, or an observer. `batch` is called before
+// each batch with the number of its first window and of its windows.
 static inline const LayersLoss *layers_run(const LayersModel *m, LayersLosses *all,
                                            const unsigned char *kept, const Watch *watch,
                                            void (*batch)(void *self, int64_t first, int n)) {
@@ -116,7 +116,7 @@ static inline const LayersLoss *layers_run(const LayersModel *m, LayersLosses *a
     return r;
 }
 
-// The loss with these branches (2L) alone.
+// The loss with only these branches (2L).
 static inline const LayersLoss *layers_loss(const LayersModel *m, LayersLosses *all,
                                             const unsigned char *kept) {
     const LayersLoss *r = layers_loss_find(all, kept, m->config.L);
@@ -132,8 +132,8 @@ typedef struct {
     double loss, cost, error;
 } LayersCost; // loss without; minus that of `from`; its standard error
 
-// The loss without what `without` lacks, compared window by window with that of `from`. The
-// standard error takes the windows for independent; it is NaN for one window.
+// The loss of `without`, compared with that of `from` window by window. The standard error treats
+// the windows as independent; it is NaN for one window.
 static inline LayersCost layers_cost(const LayersModel *m, const LayersLoss *without,
                                      const LayersLoss *from) {
     LayersCost c = {without->mean, without->mean - from->mean, NAN};
@@ -149,8 +149,8 @@ static inline LayersCost layers_cost(const LayersModel *m, const LayersLoss *wit
 typedef struct {
     double *influence;                                   // (L) Block Influence of layers
     double *angle; // (L,L) [l*L + n-1]: from x_l to x_l+n; NaN where l + n > L
-    double *branch_influence, *size; // (2L) of branches; NaN where there is no stream between them
-    int64_t positions, zero; // that count; left out since a vector there is zero
+    double *branch_influence, *size; // (2L) of branches; NaN where no stream exists between them
+    int64_t positions, zero; // counted; left out because a vector there is zero
     double loss;
 } LayersStream;
 
@@ -158,8 +158,7 @@ static inline void layers_stream_free(LayersStream *s) {
     free(s->influence), free(s->angle), free(s->branch_influence), free(s->size);
 }
 
-// What is kept of a batch: the stream between layers, and of each branch three sums for each
-// position.
+// What is kept of a batch: the stream between layers, and for each branch three sums per position.
 typedef struct {
     const LayersModel *m;
     int rows;
@@ -168,11 +167,11 @@ typedef struct {
     double *norm, *dot, *moved; // (2L+1,B,T): |x_p|^2, <x_p,x_p-1>, |x_p - x_p-1|^2 of point p
     double *sum;                                         // of all windows so far: see layers_sums
     int64_t positions, zero;
-    int between; // whether there is a stream between a layer's branches
+    int between; // whether a stream exists between a layer's branches
 } LayersLook;
 
-// Places of the sums: for pairs of streams cosines and angles (L,L), for branches 1 - cos and sizes
-// (2L).
+// Layout of the sums: cosines and angles (L,L) for pairs of streams, 1 - cos and sizes (2L) for
+// branches.
 static inline size_t layers_sums(int L) {
     return (size_t)2 * (size_t)L * (size_t)L + (size_t)(2 * BRANCHES * L);
 }
@@ -183,7 +182,7 @@ static inline double layers_dot(const real *x, const real *y, size_t C) {
     return sum;
 }
 
-// The cosine of two vectors that are not zero; 1 for equal ones, exactly.
+// The cosine of two nonzero vectors; exactly 1 for equal ones.
 static inline double layers_cos(double xy, double xx, double yy) {
     const double c = xy / sqrt(xx * yy);
     return c > 1 ? 1 : c < -1 ? -1 : c;
@@ -191,8 +190,8 @@ static inline double layers_cos(double xy, double xx, double yy) {
 
 static inline double layers_angle(double cosine) { return acos(cosine) / 3.14159265358979323846; }
 
-// Adds one window's sums to sum; returns how many positions counted, and in *zero how many a zero
-// vector has left out.
+// Adds one window's sums to sum; returns how many positions counted, and in *zero how many were
+// left out for a zero vector.
 static inline int layers_window(const LayersLook *k, int row, double *sum, int *zero) {
     const LayersModel *m = k->m;
     const int L = m->config.L, T = m->shards->T, step = k->between ? 1 : BRANCHES;
@@ -227,7 +226,7 @@ static inline int layers_window(const LayersLook *k, int row, double *sum, int *
     return counted;
 }
 
-// All windows of the batch, each for itself, then added in their order.
+// Sums each window of the batch, then adds them in order.
 static inline void layers_batch_end(LayersLook *k) {
     const size_t n = layers_sums(k->m->config.L);
     double *sums = (double *)xcalloc((size_t)k->rows * n, sizeof *sums);
@@ -302,8 +301,8 @@ static inline void layers_stream_means(const LayersLook *k, LayersStream *s) {
     s->positions = k->positions, s->zero = k->zero;
 }
 
-// All scores of the stream and the loss of the whole model, in one pass over the data. Dies where
-// no position counts. Free with layers_stream_free.
+// All scores of the stream and the loss of the full model, in one pass over the data. Dies if no
+// position counts. Free with layers_stream_free.
 static inline LayersStream layers_stream(const LayersModel *m, LayersLosses *all) {
     const size_t L = (size_t)m->config.L, BT = (size_t)m->B * (size_t)m->shards->T,
                  C = (size_t)m->config.C;
@@ -339,9 +338,9 @@ static inline LayersStream layers_stream(const LayersModel *m, LayersLosses *all
     return s;
 }
 
-// ---- Which to remove ----
+// ---- Selection ----
 
-// The first of the n layers in a row from whose input to whose output the stream moves least.
+// The first of the n consecutive layers across which the stream changes least.
 static inline int layers_angular_start(const LayersStream *s, int L, int n) {
     int best = 0;
     for (int l = 1; l + n <= L; l++)
@@ -349,7 +348,7 @@ static inline int layers_angular_start(const LayersStream *s, int L, int n) {
     return best;
 }
 
-// The n lowest of score (L), of equal ones the first, as removed (L).
+// Sets removed (L) for the n lowest of score (L), the first ones if equal.
 static inline void layers_lowest(unsigned char *removed, const double *score, int L, int n) {
     memset(removed, 0, (size_t)L);
     for (int k = 0; k < n; k++) {
@@ -360,8 +359,8 @@ static inline void layers_lowest(unsigned char *removed, const double *score, in
     }
 }
 
-// Removes n layers one after the other, each time the one without which the loss is lowest, of
-// equal ones the first. order (n), loss (n): after each removal.
+// Removes n layers one after the other, each time the one without which the loss is lowest, the
+// first if equal. order (n), loss (n): after each removal.
 static inline void layers_greedy(const LayersModel *m, LayersLosses *all, int n, int *order,
                                  double *loss) {
     const int L = m->config.L;
@@ -382,8 +381,8 @@ static inline void layers_greedy(const LayersModel *m, LayersLosses *all, int n,
     free(kept);
 }
 
-// The work of layers_greedy, in units of layers_work: candidates of each step beside those of the
-// first, which are the ablations.
+// The work of layers_greedy, in units of layers_work: the candidates of each step except the first,
+// whose candidates are the ablations.
 static inline double layers_greedy_work(const LayersModel *m, int n, int with_first) {
     const int L = m->config.L, T = m->shards->T;
     const double layer =

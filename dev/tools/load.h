@@ -1,5 +1,5 @@
-// load.h: a trained model for the tools that only run it: a checkpoint directory, ours or a Hugging Face GPT-2, or an
-// adapter of one, and its tokenizer.
+// load.h: a trained model for the tools that only run it: a checkpoint directory, ours or a Hugging
+// Face GPT-2, or an adapter of one, and its tokenizer.
 #ifndef LOAD_H
 #define LOAD_H
 
@@ -11,20 +11,22 @@
 
 typedef struct {
     char *dir;                                           // the checkpoint
-    char *base;                                          // where config.json is: dir, or the base of an adapter, which is
-                                                         // merged into the weights as they are read
+    // where config.json is: dir, or the base of an adapter, which is merged into the weights on
+    // loading
+    char *base;
     GptConfig config;
-    double *scale;                                       // (2L) factors of the branches in evaluation
-    int tied;                                            // how they apply: DropPlan.tied
-    char *run;                                           // the options of the run that made it, as config.txt, or NULL
+    double *scale;      // (2L) the branches' factors in evaluation
+    int tied;           // how they apply: DropPlan.tied
+    char *run;          // options of the run that made it, as in config.txt, or NULL
     const Engine *engine;
     Model *model;
-    DropPlan plan;                                       // room for the rows it was opened for
+    DropPlan plan;      // capacity: the rows it was opened for
     Tokenizer tokenizer;
     int has_tokenizer;
 } Loaded;
 
-// Reads the sizes of the checkpoint at `path`; the weights wait for load_model. Dies when it is missing or damaged.
+// Reads the sizes of the checkpoint at `path`; load_model reads the weights. Dies if it is missing
+// or damaged.
 static inline void load_config(Loaded *m, const char *path) {
     memset(m, 0, sizeof *m);
     m->dir = checkpoint_find(path);
@@ -39,7 +41,7 @@ static inline void load_config(Loaded *m, const char *path) {
     checkpoint_read_config(m->dir, &m->config, &m->scale, &m->tied);
 }
 
-// Opens it on an engine as args say.
+// Opens it on an engine with the given args.
 static inline void load_model_as(Loaded *m, const Engine *engine, const EngineArgs *args) {
     m->engine = engine;
     m->model = engine_open(engine, &m->config, args);
@@ -47,20 +49,22 @@ static inline void load_model_as(Loaded *m, const Engine *engine, const EngineAr
     checkpoint_load_weights(m->dir, engine, m->model, &m->config);
 }
 
-// To run B rows of T tokens at once, T at most config.T.
+// For B rows of T tokens per pass, T at most config.T.
 static inline void load_model(Loaded *m, const Engine *engine, int B, int T, int threads) {
     const EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = DTYPE_FP32};
     load_model_as(m, engine, &args);
 }
 
-// The tokenizer of the run: what its --tokenizer named, or what is beside its --train. A path from malloc, or NULL.
+// The run's tokenizer: its --tokenizer, or the one next to its --train. A path from malloc, or
+// NULL.
 static inline char *load_run_tokenizer(const char *run) {
     TrainOptions t;
     Options o;
     options_init(&o, "");
     options_add(&o, train_options(), &t);
     char *error = options_config(&o, run, strlen(run), FROM_CONFIG, "trainer.json");
-    free(error);                                         // an option of another version; --train comes first
+    // an option of another version; --train comes first
+    free(error);
     char *path = *t.tokenizer ? xstrdup(t.tokenizer) : tokenizer_find(t.train);
     if (path && !path_exists(path)) {
         free(path);
@@ -70,8 +74,9 @@ static inline char *load_run_tokenizer(const char *run) {
     return path;
 }
 
-// Takes the tokenizer from the file `given`; if that is "", from beside the checkpoint's files, else from beside `shards`
-// (NULL: none), else the run's. Finding none is no error; one with more tokens than the model is.
+// Loads the tokenizer from the file `given`; if that is "", from next to the checkpoint's files,
+// otherwise next to `shards` (NULL: none), otherwise the run's. Finding none is not an error; one
+// with more tokens than the model is.
 static inline void load_tokenizer(Loaded *m, const char *given, const char *shards) {
     char *inside = xprintf("%s/", m->dir), *path = *given ? xstrdup(given) : tokenizer_find(inside);
     if (!path && strcmp(m->base, m->dir)) {
@@ -85,8 +90,8 @@ static inline void load_tokenizer(Loaded *m, const char *given, const char *shar
     if (!path) return;
     tokenizer_load(&m->tokenizer, path);
     if (m->tokenizer.V > m->config.V)
-        die("%s has %d tokens, the model only %d\n  hint: --tokenizer FILE names another", path, m->tokenizer.V,
-            m->config.V);
+        die("%s has %d tokens, the model only %d\n  hint: --tokenizer FILE names another", path,
+            m->tokenizer.V, m->config.V);
     m->has_tokenizer = 1;
     free(path);
 }

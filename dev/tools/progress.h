@@ -6,9 +6,9 @@
 #include "../run/metrics.h"
 
 typedef struct {
-    const char *what;                                    // what is under way, for the line
+    const char *what;                                    // what is being computed, for the line
     double done, total;                                  // work, in any unit
-    double began, told;                                  // seconds, as clock_seconds counts
+    double began, told;                                  // in seconds, as from clock_seconds
     int terminal, open; // open: a line without its newline stands on the terminal
 } Progress;
 
@@ -25,8 +25,8 @@ static inline void progress_clear(Progress *p) {
     p->open = 0;
 }
 
-// Adds work that has been done. Tells at most once a second on a terminal, where the line is
-// written over, and once in 20 seconds in a file, so that short computations say nothing.
+// Adds finished work. Reports at most once a second on a terminal, where the line is overwritten,
+// and once in 20 seconds in a file, so that short computations print nothing.
 static inline void progress_add(Progress *p, double work) {
     char left[32];
     const double now = clock_seconds();

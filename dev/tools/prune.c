@@ -1,16 +1,16 @@
-// prune.c: removes layers of a checkpoint for good and writes what is left as a plain GPT-2, which
-// transformers, generate, evaluate and --init-from open.
+// prune.c: permanently removes layers from a checkpoint and writes the rest as a plain GPT-2 for
+// transformers, generate, evaluate and --init-from.
 //
-//     the three that cost least; these; three, by a linear map; and training what is left
+//     # the three that cost least; the given ones; three, by a linear map; and training the rest
 //     build/prune runs/gpt/latest --out runs/gpt-9 --n 3 --val 'data/text/val_*.bin'
 //     build/prune runs/gpt/latest --out runs/gpt-9 --drop 7-9
 //     build/prune runs/gpt/latest --out runs/gpt-9 --n 3 --select replace --method replace ...
 //     build/train_gpt --init-from runs/gpt-9 --train ... --out runs/healed
 //
-// A layer that is removed whole is not in the new model. A branch that is removed alone stays as a
-// projection of zeros, since the format has no layer without attention or MLP: that changes what
-// the model computes, but saves nothing. prune.json says what was removed, why, and what it cost.
-// The directory is written whole or not at all.
+// A layer that is removed whole is absent from the new model. A branch that is removed alone
+// becomes a projection of zeros, since the format has no layer without attention or MLP: that
+// changes the model's function, but saves nothing. prune.json records what was removed, why, and at
+// what cost. The directory is written completely or not at all.
 
 #include "../check.h"
 #include "../files/files.h"
@@ -24,55 +24,55 @@
 
 //  OPTION(field, name, type, default, domain, help)
 #define PRUNE_OPTIONS(HEADING, OPTION)                                                             \
-    HEADING("Which layers: one of these four")                                                     \
+    HEADING("Layers to remove: one of these four")                                                 \
     OPTION(drop, "drop", TEXT, "", "LIST",                                                         \
            "remove these, counted from 0: 3,5-7; single branches as 3.attn,4.mlp")                 \
     OPTION(keep, "keep", TEXT, "", "LIST", "remove all but these")                                 \
-    OPTION(n, "n", INTEGER, "0", "[0,1024]", "remove so many layers, which --select chooses")      \
+    OPTION(n, "n", INTEGER, "0", "[0,1024]", "remove this many layers, chosen by --select")        \
     OPTION(fraction, "fraction", NUMBER, "0", "[0,1)",                                             \
            "remove this fraction of the layers, rounded")                                          \
     OPTION(select, "select", CHOICE, "greedy", "angular|bi|ablation|greedy|random|replace",        \
-           "which: those in a row that turn the stream least; of lowest Block Influence; whose "   \
-           "removal alone costs least; one after the other, each time the one that costs least; "  \
-           "any; with --method replace, those in a row whose map leaves the lowest loss. "         \
-           "build/layers prints these scores")                                                     \
+           "angular: the consecutive layers that change the stream least; bi: the lowest Block "   \
+           "Influence; ablation: the smallest cost of removing each alone; greedy: one after the " \
+           "other, each time the one that costs least; replace: for --method replace, the "        \
+           "consecutive layers whose map gives the lowest loss. build/layers prints these scores") \
     OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "of --select random")                         \
-    HEADING("How")                                                                                 \
+    HEADING("Method")                                                                              \
     OPTION(method, "method", CHOICE, "delete", "delete|replace|replace-cosine",                    \
-           "delete: nothing takes the place of what is removed; replace: a linear map, folded into"\
-           " the MLP before it (ReplaceMe), by least squares; replace-cosine: one that turns the " \
-           "the stream the same way, by Adam")                                                     \
+           "delete: without replacement; replace: by a linear map, folded into the preceding MLP " \
+           "(ReplaceMe), fitted by least squares; replace-cosine: by one that keeps the stream's " \
+           "direction, fitted by Adam")                                                            \
     OPTION(blocks, "blocks", INTEGER, "1", "[1,512]",                                              \
-           "of --select angular: so many rows of layers, all of the same length")                  \
-    HEADING("Of --method replace and replace-cosine")                                              \
+           "for --select angular: this many blocks of consecutive layers, equally long")           \
+    HEADING("For --method replace and replace-cosine")                                             \
     OPTION(calib, "calib", TEXT, "", "GLOB",                                                       \
-           "token shards to fit the map on; if not given, those that the run was trained on")      \
+           "token shards to fit the map on; default: those that the run was trained on")           \
     OPTION(calib_tokens, "calib-tokens", INTEGER, "262144", "[1,1e15]",                            \
-           "tokens of these, in whole rows at equal distances")                                    \
+           "tokens of these, in whole rows, evenly spaced")                                        \
     OPTION(ridge, "ridge", TEXT, "auto", "auto|inf|NUMBER",                                        \
-           "of replace: how strongly the map is held back, as a multiple of the mean square of "   \
-           "what it reads; auto: of 0, 0.1, 1, 10 and inf the best on --val, or none")             \
+           "for replace: the regularization, relative to the mean square of the map's input; "     \
+           "auto: the best of 0, 0.1, 1, 10 and inf on --val, or none")                            \
     OPTION(ridge_to, "ridge-to", CHOICE, "identity", "identity|zero",                              \
-           "towards what: the identity is leaving the layers out")                                 \
+           "its target; the identity is plain deletion")                                           \
     OPTION(affine, "affine", FLAG, "1", "0|1",                                                     \
-           "the map has a constant part, which goes into the bias")                                \
-    HEADING("Data: for all choices but --drop, --keep and random, and for the losses before and "  \
-            "after")                                                                               \
+           "the map has a constant term, folded into the bias")                                    \
+    HEADING("Data: for all selections but --drop, --keep and random, and for the losses before "   \
+            "and after")                                                                           \
     OPTION(val, "val", TEXT, "", "GLOB", "token shards; quote a pattern: 'data/val_*.bin'")        \
     OPTION(tokens, "tokens", INTEGER, "65536", "[0,1e15]",                                         \
            "tokens of --val to read, from the first on, rounded up to whole rows; 0: all")         \
     OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
-           "tokens of a row; 0: as many as the model has positions")                               \
-    OPTION(batch, "batch", INTEGER, "4", "[1,65536]", "rows at a time")                            \
+           "tokens per row; 0: as many as the model has positions")                                \
+    OPTION(batch, "batch", INTEGER, "4", "[1,65536]", "rows per batch")                            \
     OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
-           "CPU threads; 0: as many as the machine offers")                                        \
+           "CPU threads; 0: all that the machine offers")                                          \
     OPTION(skip_first, "skip-first", INTEGER, "1", "[0,1048576]",                                  \
-           "leave out the first so many positions of each row in cosines and angles")              \
+           "leave the first positions of each row out of cosines and angles")                      \
     HEADING("Output")                                                                              \
-    OPTION(out, "out", TEXT, "", "DIR", "the directory to make; it must not exist yet")            \
+    OPTION(out, "out", TEXT, "", "DIR", "the directory to create; it must not exist yet")          \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
-           "a tokenizer.json, or one of our tokenizer files, from which one is made; if not "      \
-           "given: beside the checkpoint's files, else the one that the run was trained with")
+           "a tokenizer.json, or one of our tokenizer files to make one from; default: next to "   \
+           "the checkpoint's files, otherwise the training run's")
 
 OPTION_TABLE(PRUNE_OPTIONS, PruneOptions, prune_options)
 
@@ -89,37 +89,38 @@ static const char *const select_name[] = {"angular", "bi", "ablation", "greedy",
                                           "replace", "list"};
 static const char *const branch_name[BRANCHES] = {"attn", "mlp"};
 
-// What a method makes of layer l's last projection, y = x W + b: y T + shift, where T is (C,C) and
-// shift (C). NULL: as it was.
+// A method's change to layer l's last projection, y = x W + b: y T + shift, where T is (C,C) and
+// shift (C). NULL: unchanged.
 typedef struct { double *T, *shift; } PruneMap;
 
 typedef struct {
     const PruneOptions *o;
     Loaded m;
     Weights weights;
-    int select, n;                                       // SELECT_*, and how many layers it chooses
-    unsigned char *removed;                              // (2L) branches
-    int *from;                                           // (layers that stay) their numbers before
-    PruneMap *map;                                       // (L) by the number before
+    int select, n;           // SELECT_*, and the number of layers it chooses
+    unsigned char *removed;  // (2L) branches
+    int *from;               // (remaining layers) original numbers
+    PruneMap *map;           // (L) by original number
     Shards shards;
-    LayersModel model;                                   // on --val; rows 0: there is none
+    LayersModel model;       // on --val; rows 0: none
     LayersLosses losses;
-    Text why;                                            // JSON of the choice
-    double distance;                                     // angular, the largest over a chosen row
-    double before, after;                                // losses; NaN without --val
-    ReplaceFit fit;                                      // n 0: nothing is replaced
-    char *calib;                                         // the shards that it was fitted on
+    Text why;                // JSON that explains the choice
+    double distance;         // angular, the largest over a chosen block
+    double before, after;    // losses; NaN without --val
+    ReplaceFit fit;          // n 0: no replacement
+    char *calib;             // the shards it was fitted on
     Shards calib_shards;
     ModelOut out;
 } Prune;
 
-// ---- Methods: a row each. To add one, write what fills p->map, and its name in --method's domain
-// at the same place ----
+// ---- Methods, one row each ----
+// To add one, write a function that sets p->map, and add its name to --method's domain in the same
+// place.
 
 typedef struct {
     const char *name;
     int needs_data;                                      // whether it needs --val
-    void (*fit)(Prune *p); // after the layers are chosen, before anything is written; or NULL
+    void (*fit)(Prune *p); // after the layers are chosen, before writing; or NULL
 } PruneMethod;
 
 static void fit_replace(Prune *p);
@@ -133,7 +134,7 @@ enum { METHOD_DELETE, METHOD_REPLACE, METHOD_COSINE };
 
 // ---- Lists of layers ----
 
-// Reads a layer's number below L; NULL if there is none.
+// Reads a layer number below L; NULL if there is none.
 static const char *parse_layer(const char *s, int L, int *layer) {
     char *end;
     if (*s < '0' || *s > '9') return NULL;
@@ -143,7 +144,7 @@ static const char *parse_layer(const char *s, int L, int *layer) {
     return end;
 }
 
-// Sets chosen (2L) for "0,3-5,7.attn". NULL, or what is wrong.
+// Sets chosen (2L) for "0,3-5,7.attn". Returns NULL, or what is wrong.
 static const char *parse_list(unsigned char *chosen, int L, const char *list) {
     static const char *const wrong =
         "layers are whole numbers from 0 on, with commas between them, as 3,5-7; branches 3.attn, "
@@ -167,9 +168,9 @@ static const char *parse_list(unsigned char *chosen, int L, const char *list) {
     }
 }
 
-// ---- Maps in the place of layers ----
+// ---- Maps that replace layers ----
 
-// Once: how maps are fitted, and the shards that they are fitted on.
+// Once: the settings of the fit, and its shards.
 static void open_fit(Prune *p) {
     const PruneOptions *o = p->o;
     ReplaceFit *f = &p->fit;
@@ -177,11 +178,11 @@ static void open_fit(Prune *p) {
     f->model = &p->model;
     f->zero = o->ridge_to, f->affine = o->affine, f->cosine = o->method == METHOD_COSINE;
     f->seed = (uint64_t)o->seed;
-    replace_ridge_read(&f->ridge, o->ridge);             // check_options has seen it
+    replace_ridge_read(&f->ridge, o->ridge);             // checked by check_options
     replace_fit_begin(f);
     p->calib = *o->calib ? xstrdup(o->calib) : replace_run_train(p->m.run);
     if (!p->calib)
-        die("--calib is missing: what %s was trained on is not known\n"
+        die("--calib is missing: the training data of %s is unknown\n"
             "  hint: --calib 'data/train_*.bin'", p->m.dir);
     shards_open(&p->calib_shards, p->calib, p->shards.T, p->m.config.V);
     f->calib = &p->calib_shards;
@@ -223,8 +224,8 @@ static void remove_layer(Prune *p, int l, const char *name, double value) {
     text_printf(&p->why, "}");
 }
 
-// --blocks rows of layers, one after the other those that turn the stream least of what is left. A
-// map needs a layer before its row.
+// Chooses --blocks blocks of consecutive layers, one after the other: of the remaining ones, the
+// one that changes the stream least. A map needs a layer before its block.
 static void choose_rows(Prune *p, const LayersStream *s) {
     const int L = p->m.config.L, rows = (int)p->o->blocks, n = p->n / rows;
     const int least = p->o->method != METHOD_DELETE;
@@ -238,7 +239,7 @@ static void choose_rows(Prune *p, const LayersStream *s) {
                 best = l;
         }
         if (best < 0)
-            die("there is no room for %d row%s of %d layers%s\n  hint: fewer --blocks, or a "
+            die("there is no place for %d block%s of %d layers%s\n  hint: fewer --blocks, or a "
                 "smaller --n",
                 rows, rows > 1 ? "s" : "", n, least ? ", the first layer left out" : "");
         for (int l = best; l < best + n; l++) remove_layer(p, l, NULL, 0);
@@ -319,7 +320,7 @@ static void choose(Prune *p) {
     p->model.progress = &progress;
     if (p->select == SELECT_GREEDY) progress.total = layers_greedy_work(&p->model, p->n, 1);
     else if (p->select == SELECT_ABLATION) progress.total = layers_greedy_work(&p->model, 1, 1);
-    else if (p->model.rows && p->select != SELECT_REPLACE)       // which tells of itself
+    else if (p->model.rows && p->select != SELECT_REPLACE)       // which reports itself
         progress.total = gpt_row_flops(&p->m.config, p->shards.T) * (double)p->model.rows;
     if (p->select == SELECT_LIST) choose_from_list(p);
     else if (p->select == SELECT_RANDOM) choose_at_random(p);
@@ -332,13 +333,13 @@ static void choose(Prune *p) {
     for (int l = 0; l < p->m.config.L; l++)
         if (!p->removed[BRANCHES * l + ATTN] || !p->removed[BRANCHES * l + MLP])
             p->from[left++] = l;
-    if (!left) die("nothing would be left of %s\n  hint: a model has one layer at least", p->m.dir);
+    if (!left) die("nothing would be left of %s\n  hint: a model has at least one layer", p->m.dir);
     p->out.config.L = left;
 }
 
 // ---- Writing ----
 
-// host (rows,C) times T (C,C), in double.
+// host (rows,C) times T (C,C), in double precision.
 static void multiply_map(real *host, const double *T, size_t rows, size_t C) {
 #ifdef _OPENMP
 #pragma omp parallel for
@@ -352,7 +353,7 @@ static void multiply_map(real *host, const double *T, size_t rows, size_t C) {
     }
 }
 
-// What write.h asks for: a parameter of layer `l` of the new model.
+// For write.h: a parameter of layer `l` of the new model.
 static void prune_tensor(void *self, int param, int l, real *host) {
     const Prune *p = (const Prune *)self;
     const GptConfig *c = &p->m.config;
@@ -370,7 +371,7 @@ static void prune_tensor(void *self, int param, int l, real *host) {
         host[k] = (real)((double)host[k] + p->map[old].shift[k]);
 }
 
-// The loss of the directory that was written, on the same data.
+// The loss of the written directory, on the same data.
 static double loss_of(const Prune *p, const char *dir) {
     Loaded m;
     LayersLosses losses = {NULL, 0};
@@ -465,7 +466,7 @@ static void write_all(Prune *p) {
 
 // ---- The program ----
 
-// Which of the four ways was given; how many layers, where --select chooses.
+// Which of the four selections was given, and the number of layers, if --select chooses.
 static void check_options(Prune *p, Options *options, const char *path) {
     const PruneOptions *o = p->o;
     const struct {
@@ -476,7 +477,7 @@ static void check_options(Prune *p, Options *options, const char *path) {
     if (!*o->out)
         die("--out is missing\n  hint: prune %s --out runs/pruned --n 1 --val GLOB", path);
     if (path_exists(o->out))
-        die("--out %s exists already\n  hint: name another; nothing is overwritten", o->out);
+        die("--out %s exists already\n  hint: choose another; nothing is overwritten", o->out);
     for (int i = 0; i < 4; i++) {
         if (options_from(options, ways[i].field) == FROM_DEFAULT) continue;
         if (given) die("--%s and --%s exclude each other", given, ways[i].name);
@@ -527,7 +528,7 @@ static void check_number(Prune *p) {
     p->n = p->o->fraction > 0 ? (int)lround(p->o->fraction * L) : (int)p->o->n;
     if (p->n < 1) die("no layer would be removed of %d\n  hint: --n 1, or a larger --fraction", L);
     if (p->n >= L)
-        die("nothing would be left: the model has %d layers\n  hint: --n %d at most", L, L - 1);
+        die("nothing would be left: the model has %d layers\n  hint: at most --n %d", L, L - 1);
 }
 
 static void open_data(Prune *p) {

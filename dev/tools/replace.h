@@ -1,18 +1,20 @@
-// replace.h: ReplaceMe: layers that are left out, replaced by one linear map in the layer before.
+// replace.h: ReplaceMe: removed layers replaced by one linear map in the layer before them.
 //
 // Shopkhoev et al. 2025, "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block
-// Linearization" (arXiv 2505.02819). Layers first .. end-1 go. Of the layer
-// before them, with Z the stream after its attention, X the stream after its MLP, M = X - Z what
-// its MLP adds, and Y the stream after layer end-1, the map T (C,C) and, if affine, c (C) make
+// Linearization" (arXiv 2505.02819). Layers first .. end-1 are removed. In the layer before them,
+// let Z be the stream after its attention, X the stream after its MLP, M = X - Z the MLP's
+// contribution, and Y the stream after layer end-1. The map T (C,C) and, if affine, c (C) bring
 //
-//     Z + M T + c   as close to   Y   as they can,
+//     Z + M T + c   as close as possible to   Y
 //
 // and are folded into the MLP's last projection: weight (4C,C) := weight T, bias := bias T + c.
 // With a2 = Y - Z, and D = a2 - M = Y - X, least squares with a ridge a towards the identity is
 //
 //     T = I + (G + a I)^-1 R,   G = M^T M,   R = M^T D        (towards zero: R + G for R, and no I)
 //
-// so that a = 0 is the paper's, and a = infinity is leaving the layers out and nothing more. With
+// so that a = 0 is the paper's method, and a = infinity is plain deletion. With c, G and R are
+// those of centred M and D. All sums are in double precision, and take 2 C^2 elements per block,
+// whatever the number of tokens.
 // c, G and R are those of centred M and D. All sums are in double precision, and take 2 C^2 numbers
 // a block whatever the number of tokens.
 #ifndef REPLACE_H
@@ -22,11 +24,11 @@
 #include "../model/engine.h"
 #include "dense.h"
 
-// ---- What a block of layers that goes has been seen to do ----
+// ---- What calibration has observed of a block of removed layers ----
 
 typedef struct {
-    int first, end;                                      // the layers that go; first >= 1
-    int64_t n;                                           // tokens seen
+    int first, end;                                      // the removed layers; first >= 1
+    int64_t n;                                           // tokens observed
     double *gram, *cross; // (C,C) sums of M^T M (lower half) and M^T D
     double *m, *d, square;                               // (C) sums of M and D; the sum of |D|^2
 } ReplaceBlock;
@@ -64,19 +66,20 @@ static inline void replace_add(ReplaceBlock *b, const real *m, const real *d, si
 // ---- The map ----
 
 typedef struct {
-    double ridge; // a as a multiple of tr(G)/C; INFINITY: T = I
-    int zero, affine;                                    // the ridge pulls towards 0, not I; with c
+    double ridge;       // a relative to tr(G)/C; INFINITY: T = I
+    int zero, affine;   // zero: the ridge pulls towards 0 instead of I; affine: with c
 } ReplaceHow;
 
 typedef struct {
     double *t, *c;                                       // (C,C), (C)
-    double ridge, condition; // as it was taken; of G + a I, in the 1-norm
-    double left;             // |D - M (T - I) - c|^2 / |D|^2: what the map
-                             // does not explain; 1: no better than deletion
-    const char *word;                                    // what was not as asked, or NULL
+    double ridge, condition; // the ridge used; that of G + a I, in the 1-norm
+    // the share that the map does not explain, |D - M (T - I) - c|^2 / |D|^2; 1: no better than
+    // deletion
+    double left;
+    const char *word;                                    // what differs from the request, or NULL
 } ReplaceMap;
 
-// No more than this is a matrix' condition where its inverse is taken: beyond, the ridge is raised.
+// The largest condition number with which a matrix is inverted; above it, the ridge is raised.
 #define REPLACE_CONDITION 1e12
 
 static inline ReplaceMap replace_map_new(size_t C) {
@@ -92,7 +95,7 @@ static inline void replace_map_free(ReplaceMap *map) {
     memset(map, 0, sizeof *map);
 }
 
-// G and R, whole, and with `affine` of centred M and D.
+// G and R as full matrices, with `affine` those of centred M and D.
 static inline void replace_moments(const ReplaceBlock *b, size_t C, int affine, double *gram,
                                    double *cross) {
     const double n = b->n ? (double)b->n : 1;
@@ -106,9 +109,9 @@ static inline void replace_moments(const ReplaceBlock *b, size_t C, int affine, 
         }
 }
 
-// The factor of gram + a I in `l`, with a = *ridge times `unit`, and its condition. Raises *ridge
-// until there is one: a Gram matrix of few tokens, or of channels that follow from each other, has
-// none at 0. Returns whether it was raised.
+// Factors gram + a I into `l`, with a = *ridge times `unit`, and computes its condition number.
+// Raises *ridge until a factor exists: the Gram matrix of few tokens, or of linearly dependent
+// channels, has none at 0. Returns whether it was raised.
 static inline int replace_factor(double *l, const double *gram, size_t C, double unit,
                                  double *ridge, double *condition) {
     for (int raised = 0;; raised = 1) {
@@ -142,16 +145,16 @@ static inline double replace_left(const ReplaceBlock *b, const ReplaceMap *map, 
     return b->square > 0 ? fmax(sum, 0) / b->square : 0;
 }
 
-// The map of a block, from what was seen of it. Says in map->word what was not as asked. A stream
-// that is not finite is the caller's to refuse: `replace_is_finite`.
+// The map of a block, from its observations. Sets map->word if the result differs from the request.
+// The caller refuses streams that are not finite: `replace_is_finite`.
 static inline ReplaceMap replace_solve(const ReplaceBlock *b, size_t C, ReplaceHow how) {
     ReplaceMap map = replace_map_new(C);
     double *gram = (double *)xcalloc(C * C, sizeof *gram), *l = (double *)xcalloc(C * C, sizeof *l);
-    replace_moments(b, C, how.affine, gram, map.t);      // map.t: R for now
+    replace_moments(b, C, how.affine, gram, map.t);      // map.t holds R for now
     const double unit = dense_trace(gram, C) / (double)C,
                  whole = dense_trace(b->gram, C) / (double)C;
     map.ridge = how.ridge;
-    if (!(unit > 1e-12 * whole) || b->n == 0) { // M is constant, or 0: there is nothing to map
+    if (!(unit > 1e-12 * whole) || b->n == 0) { // M is constant or 0: nothing to map
         map.word = b->n == 0 ? "no tokens were seen" : "what the MLP before adds never changes";
         map.ridge = INFINITY;
     }
@@ -183,9 +186,8 @@ static inline int replace_is_finite(const ReplaceBlock *b, size_t C) {
     return isfinite(sum);
 }
 
-// weight (4C,C) and bias (C) of the MLP's last projection become those that map what it added,
-// times `scale`: the factor of that branch, which is 1 afterwards. Returns 0 if a number is not
-// finite then.
+// Folds the map into weight (4C,C) and bias (C) of the MLP's last projection, together with
+// `scale`, the branch's factor, which is 1 afterwards. Returns 0 if the result is not finite.
 static inline int replace_fold(const ReplaceMap *map, size_t C, double scale, real *weight,
                                real *bias) {
     double *w = (double *)xcalloc(4 * C * C, sizeof *w), *b = (double *)xcalloc(C, sizeof *b);
@@ -206,16 +208,15 @@ static inline int replace_fold(const ReplaceMap *map, size_t C, double scale, re
 
 // ---- Calibration: all blocks in one pass ----
 
-// What is kept of a token for replace_cosine, one after the other: M, Z and Y of a block, (n,C)
-// each.
+// Streams saved per token for replace_cosine, consecutively: a block's M, Z and Y, (n,C) each.
 typedef struct { real *m, *z, *y; size_t n, capacity; } ReplaceKept;
 
 typedef struct {
     int n, C;
     ReplaceBlock *block;                                 // (n)
     ReplaceKept *kept;                                   // (n), or NULL
-    size_t tokens, capacity;                             // of the call under way; the most of any
-    real *z, *d, **x, **m; // (capacity,C); x and m by layer, where one goes on
+    size_t tokens, capacity;                             // of the current pass; the largest of any
+    real *z, *d, **x, **m; // (capacity,C); x and m by layer, for open blocks
     unsigned char *want;                                 // (2L+2)
     int L;
 } ReplaceWatch;
@@ -226,7 +227,7 @@ static inline int replace_begins(const ReplaceWatch *w, int layer) {
     return 0;
 }
 
-// Whether a block that begins after `layer` has not ended below layer `below`.
+// Whether a block that begins after `layer` is still open below layer `below`.
 static inline int replace_goes_on(const ReplaceWatch *w, int layer, int below) {
     for (int i = 0; i < w->n; i++)
         if (w->block[i].first - 1 == layer && w->block[i].end - 1 > below) return 1;
@@ -258,7 +259,7 @@ static inline void replace_see(void *self, int point, const real *x) {
         replace_add(b, m, w->d, w->tokens, C);
         if (w->kept) replace_keep(&w->kept[i], m, before, x, w->tokens, C);
     }
-    for (int l = 0; l < layer; l++) // memory for the layers that are open, not for all
+    for (int l = 0; l < layer; l++) // memory only for open layers, not for all
         if (w->x[l] && !replace_goes_on(w, l, layer)) {
             free(w->x[l]), free(w->m[l]);
             w->x[l] = w->m[l] = NULL;
@@ -272,7 +273,7 @@ static inline void replace_see(void *self, int point, const real *x) {
     for (size_t k = 0; k < n; k++) w->m[layer][k] = x[k] - w->z[k];
 }
 
-// Looks at n blocks, in passes of at most `capacity` tokens; kept: (n) with capacities, or NULL.
+// Observes n blocks, in passes of at most `capacity` tokens; kept: (n) with capacities, or NULL.
 static inline ReplaceWatch replace_watch_new(ReplaceBlock *block, int n, const GptConfig *c,
                                              size_t capacity, ReplaceKept *kept) {
     ReplaceWatch w = {n, c->C, block, kept, 0, capacity, NULL, NULL, NULL, NULL, NULL, c->L};
@@ -309,13 +310,13 @@ static inline void replace_pass(ReplaceWatch *w, const Engine *e, Model *model,
 
 // ---- The cosine method ----
 //
-// T and c that lower the mean of 1 - cos(Z + M T + c, Y) over the tokens, by Adam: the paper's
-// other objective, there with `accurate`, by which Z counts. Starts from T = I, c = 0.
+// T and c that minimize the mean of 1 - cos(Z + M T + c, Y) over the tokens, by Adam: the paper's
+// other objective, in its `accurate` variant, which includes Z. Starts from T = I, c = 0.
 
 typedef struct { int epochs, rows, affine; double lr; uint64_t seed; } ReplaceCosine;
 
-// x (n,C) becomes the gradient of the mean of 1 - cos(x, y) by x; returns the sum of 1 - cos. A
-// token whose x or y is 0 has no angle, and counts as 1 without a gradient.
+// Replaces x (n,C) with the gradient of the mean of 1 - cos(x, y) with respect to x; returns the
+// sum of 1 - cos. A token whose x or y is 0 has no angle: it counts as 1, with no gradient.
 static inline double replace_cosine_gradient(double *x, const real *y, size_t n, size_t C) {
     double *each = (double *)xcalloc(n, sizeof *each), sum = 0;
 #ifdef _OPENMP
@@ -339,7 +340,7 @@ static inline double replace_cosine_gradient(double *x, const real *y, size_t n,
     return sum;
 }
 
-// One step of Adam (Kingma and Ba 2015) on n numbers; `moments` (2,n).
+// One step of Adam (Kingma and Ba 2015) on n elements; `moments` (2,n).
 static inline void replace_adam(double *x, const double *gradient, double *moments, size_t n,
                                 double lr, int step) {
     const double one = 1 - pow(0.9, step), two = 1 - pow(0.999, step);
@@ -354,7 +355,7 @@ static inline void replace_adam(double *x, const double *gradient, double *momen
     }
 }
 
-// x (n,C) = Z + M T + c of kept tokens that were gathered.
+// x (n,C) = Z + M T + c of saved tokens, gathered.
 static inline void replace_forward(double *x, const ReplaceMap *map, const real *m, const real *z,
                                    size_t n, size_t C) {
     for (size_t t = 0; t < n; t++)
@@ -362,8 +363,8 @@ static inline void replace_forward(double *x, const ReplaceMap *map, const real 
     dense_product(x, C, dense_of_real(m, C), dense_of(map->t, C), n, C, C, DENSE_ADD);
 }
 
-// The mean of 1 - cos over the kept tokens before and after goes to loss (2). `tell`, if not NULL,
-// is called with the part that is done.
+// The mean of 1 - cos over the saved tokens before and after is stored in loss (2). `tell`, if not
+// NULL, is called with the finished fraction.
 static inline ReplaceMap replace_cosine(const ReplaceKept *k, size_t C, const ReplaceCosine *how,
                                         double loss[2], void (*tell)(void *, double), void *self) {
     ReplaceMap map = replace_map_new(C);
@@ -377,7 +378,8 @@ static inline ReplaceMap replace_cosine(const ReplaceKept *k, size_t C, const Re
     real *m = gathered, *z = m + rows * C, *y = z + rows * C;
     int step = 0;
     loss[0] = loss[1] = 0;
-    for (int epoch = 0; epoch < how->epochs + 2; epoch++) {      // first and last only measure
+    // the first and the last only measure
+    for (int epoch = 0; epoch < how->epochs + 2; epoch++) {
         const int learns = 0 < epoch && epoch <= how->epochs;
         for (size_t s = 0; s < steps; s++) {
             const size_t from = s * rows, n = at_most(k->n - from, rows);

@@ -1,10 +1,10 @@
-// replace_fit.h: for build/prune, what takes the place of layers that go: maps by ReplaceMe
-// (replace.h), fitted on calibration shards and chosen by the loss on --val.
+// replace_fit.h: for build/prune, replacements of removed layers: maps by ReplaceMe (replace.h),
+// fitted on calibration shards and chosen by the loss on --val.
 //
-// Each row of neighbouring layers that go is a block with a map of its own. All are fitted in one
-// pass over the whole model. Of several ridges, block by block from below, that one stays with
-// which the model's loss on --val is lowest, and none of them where leaving the layers out is
-// better: so the result is never worse there than deletion.
+// Each block of consecutive removed layers gets its own map. All are fitted in one pass
+// over the full model. Of several ridges, block by block from below, the one with the lowest loss
+// on --val is chosen, or none where plain deletion is better: so there the result is never worse
+// than deletion.
 #ifndef REPLACE_FIT_H
 #define REPLACE_FIT_H
 
@@ -15,20 +15,20 @@
 static const double replace_ridges[] = {0, 0.1, 1, 10, INFINITY};
 enum { REPLACE_RIDGES = sizeof replace_ridges / sizeof *replace_ridges };
 
-// Adam and its data, as the paper has them; so many bytes of kept streams at most.
+// Adam and its data, as in the paper; the most bytes of saved streams.
 enum { REPLACE_EPOCHS = 10, REPLACE_ROWS = 1024 };
 #define REPLACE_LR 1e-4
 #define REPLACE_KEPT_BYTES ((size_t)3 << 29)
 
 typedef struct {
     const LayersModel *model;                            // with --val
-    Shards *calib;                                       // windows of as many tokens
-    int64_t rows;                                        // how many of them
+    Shards *calib;                                       // windows of T tokens
+    int64_t rows;                                        // number of windows
     double ridge;                                        // NAN: the best of replace_ridges
     int zero, affine, cosine;
     uint64_t seed;
-    double deleted;                                      // the loss with the layers left out
-    unsigned char *kept;                                 // (2L) branches that stay
+    double deleted;                                      // the loss with the layers removed
+    unsigned char *kept;                                 // (2L) the remaining branches
     int n;
     ReplaceBlock *block;                                 // (n)
     ReplaceMap *map;                                     // (n)
@@ -38,7 +38,7 @@ typedef struct {
     real **weight, **bias; // (n) of the projections that take a map, without it; NULL: not read
 } ReplaceFit;
 
-// Sets up a fit, without blocks yet, of a model of which all layers run. End with replace_fit_free.
+// Sets up a fit, without blocks yet, for a model with all layers. End with replace_fit_free.
 static inline void replace_fit_begin(ReplaceFit *f) {
     const size_t L = (size_t)f->model->config.L;
     f->kept = (unsigned char *)xcalloc(BRANCHES * L, 1);
@@ -51,7 +51,7 @@ static inline void replace_fit_begin(ReplaceFit *f) {
     memset(f->kept, 1, BRANCHES * L);
 }
 
-// Adds the block of layers [first, end), which go.
+// Adds the block of removed layers [first, end).
 static inline void replace_fit_add(ReplaceFit *f, int first, int end) {
     const LayersModel *m = f->model;
     const size_t C = (size_t)m->config.C;
@@ -67,7 +67,7 @@ static inline void replace_fit_remove(ReplaceFit *f, int i) {
     f->weight[i] = f->bias[i] = NULL;
 }
 
-// Finds the blocks of the layers that go, kept (2L).
+// Finds the blocks of removed layers, kept (2L).
 static inline void replace_fit_blocks(ReplaceFit *f, const unsigned char *kept) {
     const int L = f->model->config.L;
     memcpy(f->kept, kept, (size_t)(BRANCHES * L));
@@ -95,7 +95,7 @@ static inline void replace_fit_free(ReplaceFit *f) {
 
 // ---- Calibration ----
 
-// Shows the blocks the calibration windows, at equal distances over the shards; kept: (n) or NULL.
+// Passes the calibration windows, evenly spaced over the shards, to the blocks; kept: (n) or NULL.
 static inline void replace_fit_pass(ReplaceFit *f, ReplaceKept *kept) {
     const LayersModel *m = f->model;
     const int T = f->calib->T;
@@ -111,7 +111,7 @@ static inline void replace_fit_pass(ReplaceFit *f, ReplaceKept *kept) {
                 (int64_t)((double)(first + b) / (double)f->rows * (double)f->calib->windows);
             shards_read_window(f->calib, at, tokens + b * T, targets + b * T);
         }
-        drop_plan_keep_all(m->plan, m->scale, 0, n);     // tied is the same at factors of 1
+        drop_plan_keep_all(m->plan, m->scale, 0, n);     // tied makes no difference at factors of 1
         replace_pass(&w, m->engine, m->model, m->plan, T, tokens);
         progress_add(&progress, n);
     }
@@ -144,7 +144,8 @@ static inline int replace_fit_place(ReplaceFit *f, int i, const ReplaceMap *map)
     const LayersModel *m = f->model;
     const size_t C = (size_t)m->config.C;
     const int into = f->block[i].first - 1;
-    const double factor = m->scale[BRANCHES * into + MLP]; // the plan's: c must come out whole
+    // the plan's factor: c must be exact after it
+    const double factor = m->scale[BRANCHES * into + MLP];
     real *w = (real *)xcalloc(4 * C * C, sizeof *w), *b = (real *)xcalloc(C, sizeof *b);
     replace_fit_read(f, i);
     memcpy(w, f->weight[i], 4 * C * C * sizeof *w);
@@ -165,7 +166,7 @@ static inline int replace_fit_place(ReplaceFit *f, int i, const ReplaceMap *map)
     return finite;
 }
 
-// The loss on --val without the layers that go, with the maps that are in place.
+// The loss on --val without the removed layers, with the installed maps.
 static inline double replace_fit_loss(const ReplaceFit *f) {
     LayersLosses all = {NULL, 0};
     const double loss = layers_run(f->model, &all, f->kept, NULL, NULL)->mean;
@@ -173,7 +174,7 @@ static inline double replace_fit_loss(const ReplaceFit *f) {
     return loss;
 }
 
-// Tries `map` for block i in the place of what it has; *best is the loss so far. Keeps it if it is
+// Tries `map` for block i instead of the current one; *best is the loss so far. Keeps it if it is
 // better, or with `always`; frees the other. Returns its loss.
 static inline double replace_fit_try(ReplaceFit *f, int i, ReplaceMap map, double *best,
                                      int always) {
@@ -205,7 +206,7 @@ static inline void replace_fit_ridges(ReplaceFit *f) {
             f->loss[i][0] = replace_fit_try(f, i, replace_solve(&f->block[i], C, how), &best, 1);
             continue;
         }
-        f->loss[i][REPLACE_RIDGES] = best; // of this block nothing but the layers left out
+        f->loss[i][REPLACE_RIDGES] = best; // this block is plainly deleted
         for (int k = 0; k < REPLACE_RIDGES; k++) {
             how.ridge = replace_ridges[k];
             f->loss[i][k] = replace_fit_try(f, i, replace_solve(&f->block[i], C, how), &best, 0);
@@ -233,10 +234,10 @@ static inline void replace_fit_cosines(ReplaceFit *f, const ReplaceKept *kept) {
     }
 }
 
-// Of all rows of n layers after the first layer, in one pass: the loss on --val with a map in the
-// place of the row that begins at l goes to loss (L), NaN where none does. Its ridge is f->ridge,
-// or the better one of 0 and 1. Keeps the row with the lowest loss as the only block; returns its
-// first layer.
+// All blocks of n layers after the first layer, in one pass: the loss on --val with a map instead
+// of the block that begins at l is stored in loss (L), NaN where there is none. Its ridge is
+// f->ridge, or the better of 0 and 1. Keeps the block with the lowest loss as the only one; returns
+// its first layer.
 static inline int replace_fit_scan(ReplaceFit *f, int n, double *loss) {
     const int L = f->model->config.L;
     const size_t C = (size_t)f->model->config.C;
@@ -244,7 +245,7 @@ static inline int replace_fit_scan(ReplaceFit *f, int n, double *loss) {
     for (int l = 0; l < L; l++) loss[l] = NAN;
     for (int l = 1; l + n <= L; l++) replace_fit_add(f, l, l + n);
     replace_fit_pass(f, NULL);
-    Progress progress = progress_begin("all rows of layers", f->n);
+    Progress progress = progress_begin("all blocks of layers", f->n);
     for (int i = 0; i < f->n; i++) {
         double *here = &loss[f->block[i].first];
         for (int l = 0; l < n; l++) layers_keep(f->kept, f->block[i].first + l, 0);
@@ -270,7 +271,7 @@ static inline int replace_fit_scan(ReplaceFit *f, int n, double *loss) {
     return f->block[0].first;
 }
 
-// Fits a map for each block, and leaves them in place in the model that runs. f->deleted is known.
+// Fits a map for each block and leaves them installed in the running model. f->deleted is known.
 static inline void replace_fit(ReplaceFit *f) {
     const size_t C = (size_t)f->model->config.C, T = (size_t)f->calib->T,
                  each = 3 * C * sizeof(real);
@@ -299,10 +300,10 @@ static inline void replace_fit(ReplaceFit *f) {
     free(kept);
 }
 
-// ---- In words and in JSON ----
+// ---- Reports as text and JSON ----
 
-// What block i came to: "layers 3-5 by a map in layer 2: ridge 0.1, condition 1.2e+04, 71% of what
-// they add explained".
+// The result for block i: "layers 3-5 by a map in layer 2: ridge 0.1, condition 1.2e+04, 71% of
+// what they add explained".
 static inline void replace_fit_text(Text *t, const ReplaceFit *f, int i) {
     const ReplaceBlock *b = &f->block[i];
     const ReplaceMap *map = &f->map[i];
@@ -373,7 +374,7 @@ static inline void replace_fit_json(Text *t, const ReplaceFit *f, const char *gl
 
 // ---- Options as text ----
 
-// "auto" (NAN), "inf", or a number that is not negative. Returns 0 if it is none.
+// "auto" (NAN), "inf", or a nonnegative number. Returns 0 if it is none of these.
 static inline int replace_ridge_read(double *ridge, const char *text) {
     char *end;
     *ridge = NAN;
@@ -383,7 +384,7 @@ static inline int replace_ridge_read(double *ridge, const char *text) {
     return *text >= '0' && *text <= '9' && !*end && isfinite(*ridge) && !strpbrk(text, "xX");
 }
 
-// The shards that a run was trained on, from malloc; NULL where that is not known.
+// The shards that a run was trained on, from malloc; NULL if unknown.
 static inline char *replace_run_train(const char *run) {
     TrainOptions t;
     Options o;

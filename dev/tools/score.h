@@ -1,5 +1,5 @@
-// score.h: losses of rows of unequal length of which the last targets count (through engine.h): choices given their context,
-// and windows that slide over documents.
+// score.h: losses of rows of unequal lengths, of which the last few targets count (through
+// engine.h): choices given their context, and sliding windows over documents.
 #ifndef SCORE_H
 #define SCORE_H
 
@@ -11,19 +11,25 @@
 // ---- Rows ----
 
 typedef struct {
-    int64_t at;                                          // place and file: for whoever reads the row
-    int file, inputs, counted;                           // tokens that go in; the last so many of their targets count
-    double loss;                                         // out: the sum over these, in nats
+    int64_t at;                 // where the row's tokens are, for ScoreRead
+    int file, inputs, counted;  // input tokens; the last `counted` targets count
+    double loss;                // out: the sum over the counted targets, in nats
 } ScoreRow;
 
-// tokens (inputs + 1): what goes in, and last the last one's target.
+// tokens (inputs + 1): the inputs, then the last one's target.
 typedef void (*ScoreRead)(const void *source, const ScoreRow *row, int *tokens);
 
-// The plan of an evaluation: each branch times its factor (2L), 0 to leave it out.
-typedef struct { const Engine *engine; Model *model; DropPlan *plan; const double *scale; int B, T, tied; } Scorer;
+// For the plan of an evaluation: each branch's factor (2L), 0 to leave it out.
+typedef struct {
+    const Engine *engine;
+    Model *model;
+    DropPlan *plan;
+    const double *scale;
+    int B, T, tied;
+} Scorer;
 
-// Rows go in padded to a multiple of this: few lengths, and each a function of the row alone, so that a row's loss does not
-// depend on the rows around it (as far as CAN_ANY_BATCH says).
+// Rows are padded to a multiple of this: there are few lengths, each a function of the row alone,
+// so a row's loss does not depend on the rows around it (as far as CAN_ANY_BATCH promises).
 enum { SCORE_MULTIPLE = 16 };
 
 static inline int score_padded(int inputs, int T) {
@@ -33,23 +39,25 @@ static inline int score_padded(int inputs, int T) {
 
 typedef struct { int64_t index; int padded; } ScoreOrder;
 
-// The longest first: what does not fit into memory shows at once.
+// Longest first: running out of memory shows at once.
 static inline int score_compare(const void *a, const void *b) {
     const ScoreOrder *x = (const ScoreOrder *)a, *y = (const ScoreOrder *)b;
     if (x->padded != y->padded) return y->padded - x->padded;
     return (x->index > y->index) - (x->index < y->index);
 }
 
-// Fills in the losses of rows (n), each of at most T inputs; at most B of one padded length at a time.
-static inline void score_rows(const Scorer *s, ScoreRow *row, int64_t n, ScoreRead read, const void *source) {
+// Sets the losses of rows (n), each of at most T inputs; at most B of one padded length per batch.
+static inline void score_rows(const Scorer *s, ScoreRow *row, int64_t n, ScoreRead read,
+                              const void *source) {
     const size_t BT = (size_t)s->B * (size_t)s->T;
     ScoreOrder *order = (ScoreOrder *)xcalloc((size_t)n, sizeof *order);
-    int *tokens = (int *)xcalloc(BT, sizeof *tokens), *targets = (int *)xcalloc(BT, sizeof *targets);
+    int *tokens = (int *)xcalloc(BT, sizeof *tokens),
+        *targets = (int *)xcalloc(BT, sizeof *targets);
     int *line = (int *)xcalloc((size_t)s->T + 1, sizeof *line);
     real *losses = (real *)xcalloc(BT, sizeof *losses);
     for (int64_t i = 0; i < n; i++) {
-        CHECK(1 <= row[i].counted && row[i].counted <= row[i].inputs && row[i].inputs <= s->T, "row %lld: %d of %d targets",
-              (long long)i, row[i].counted, row[i].inputs);
+        CHECK(1 <= row[i].counted && row[i].counted <= row[i].inputs && row[i].inputs <= s->T,
+              "row %lld: %d of %d targets", (long long)i, row[i].counted, row[i].inputs);
         order[i].index = i;
         order[i].padded = score_padded(row[i].inputs, s->T);
     }
@@ -61,7 +69,7 @@ static inline void score_rows(const Scorer *s, ScoreRow *row, int64_t n, ScoreRe
             int *in = tokens + (end - first) * T, *out = targets + (end - first) * T;
             read(source, r, line);
             for (int t = 0; t < T; t++) {
-                in[t] = t < r->inputs ? line[t] : 0;     // what follows a token cannot change it
+                in[t] = t < r->inputs ? line[t] : 0;     // padding cannot change what precedes it
                 out[t] = t < r->inputs && t >= r->inputs - r->counted ? line[t + 1] : -1;
             }
         }
@@ -82,13 +90,14 @@ static inline void score_rows(const Scorer *s, ScoreRow *row, int64_t n, ScoreRe
 static inline void score_read_choice(const void *source, const ScoreRow *row, int *tokens) {
     const Choices *c = (const Choices *)source;
     const ChoicesRow *r = &c->row[row->at];
-    const int cut = r->context_n + r->choice_n - row->inputs - 1;        // of the context's first tokens
+    // dropped from the start of the context
+    const int cut = r->context_n + r->choice_n - row->inputs - 1;
     for (int i = 0; i <= row->inputs; i++) tokens[i] = choices_token(c, r, cut + i);
 }
 
-// loss (rows): of each choice, the sum over its tokens of -log p given the context and the tokens before. Contexts that are too
-// long for T lose their first tokens, as in EleutherAI's harness; returns how many rows have lost some. Choices of more than T
-// tokens are the caller's to refuse.
+// loss (rows): for each choice, the sum over its tokens of -log p given the context and the
+// preceding tokens. Contexts that are too long for T lose their first tokens, as in EleutherAI's
+// harness; returns how many rows were cut. The caller refuses choices of more than T tokens.
 static inline int64_t score_choices(const Scorer *s, const Choices *c, double *loss) {
     ScoreRow *row = (ScoreRow *)xcalloc((size_t)c->rows, sizeof *row);
     int64_t cut = 0;
@@ -105,41 +114,45 @@ static inline int64_t score_choices(const Scorer *s, const Choices *c, double *l
     return cut;
 }
 
-// ---- Windows that slide over documents ----
+// ---- Sliding windows over documents ----
 //
-// "Perplexity of fixed-length models" in the documentation of Hugging Face's transformers: windows of T tokens begin at 0, S,
-// 2S, ... of a document, until one reaches its end, and of each those targets count that no window before it has counted. So
-// after the first T targets, which have what there is, each is predicted from at least T - S + 1 tokens.
+// As in "Perplexity of fixed-length models" in the documentation of Hugging Face's transformers:
+// windows of T tokens begin at 0, S, 2S, ... of a document until one reaches its end, and each
+// counts the targets that no earlier window counted. So after a document's first T targets, which
+// have all the context there is, each target is predicted from at least T - S + 1 tokens.
 //
-// A document goes from one end-of-text token to the next, both included: the first one is what its first token is predicted
-// from, the second one is its last target. So every token of a shard but its first is a target exactly once.
+// A document runs from one end-of-text token to the next, inclusive: the first predicts its first
+// token, the second is its last target. So every token of a shard except its first is a target
+// exactly once.
 
 typedef struct {
     double loss;                                         // nats per token: the mean over all tokens
-    double document_loss;                                // the mean over the documents, each with its own mean
+    double document_loss;                                // the mean of the documents' own means
     double bits_per_byte;                                // NaN without a tokenizer
     int64_t tokens, bytes, documents;
 } ScoreDocuments;
 
 static inline void score_read_window(const void *source, const ScoreRow *row, int *tokens) {
     const Shards *s = (const Shards *)source;
-    shards_read_tokens(s, &s->file[row->file], row->at, row->inputs + 1, tokens, tokens + 1);   // tokens overlap with targets
+    // tokens overlap with targets
+    shards_read_tokens(s, &s->file[row->file], row->at, row->inputs + 1, tokens, tokens + 1);
 }
 
-enum { SCORE_WINDOWS = 1 << 12 };                        // scored at a time, those of one length together
+enum { SCORE_WINDOWS = 1 << 12 };                        // scored together, grouped by length
 
 typedef struct {
     const Scorer *scorer;
     const Shards *shards;
     ScoreRow row[SCORE_WINDOWS];
-    unsigned char last[SCORE_WINDOWS];                   // whether it ends its document
+    unsigned char last[SCORE_WINDOWS];        // whether the window ends its document
     int n;
-    double sum, document_sum, documents_sum;             // losses: of all, of the open document; of means of documents
+    double sum, document_sum, documents_sum;  // sums of losses: all, the open document's; and of
+                                              // documents' means
     int64_t document_tokens;
     ScoreDocuments result;
 } ScoreWindows;
 
-// Scores the windows that wait and adds them up in their order.
+// Scores the pending windows and adds them up in order.
 static inline void score_windows_flush(ScoreWindows *w) {
     score_rows(w->scorer, w->row, w->n, score_read_window, w->shards);
     for (int i = 0; i < w->n; i++) {
@@ -153,7 +166,7 @@ static inline void score_windows_flush(ScoreWindows *w) {
     w->n = 0;
 }
 
-// The windows over n targets that follow token `at` of a file.
+// The windows over the n targets that follow token `at` of a file.
 static inline void score_document(ScoreWindows *w, int file, int64_t at, int64_t n, int stride) {
     const int T = w->scorer->T;
     int64_t counted = 0;
@@ -169,10 +182,10 @@ static inline void score_document(ScoreWindows *w, int file, int64_t at, int64_t
     w->result.documents++;
 }
 
-// Over the first so many tokens (0: all), as if the shards ended there. eot: the end-of-text token, or -1: each shard is one
-// document. The stride is in [1, T].
-static inline ScoreDocuments score_documents(const Scorer *s, const Shards *shards, int eot, int stride, int64_t tokens,
-                                             const Tokenizer *t) {
+// Over the first `tokens` tokens (0: all), as if the shards ended there. eot: the end-of-text
+// token, or -1: each shard is one document. The stride is in [1, T].
+static inline ScoreDocuments score_documents(const Scorer *s, const Shards *shards, int eot,
+                                             int stride, int64_t tokens, const Tokenizer *t) {
     CHECK(1 <= stride && stride <= s->T, "stride %d, T %d", stride, s->T);
     ScoreWindows *w = (ScoreWindows *)xcalloc(1, sizeof *w);
     w->scorer = s;
@@ -181,8 +194,10 @@ static inline ScoreDocuments score_documents(const Scorer *s, const Shards *shar
     int piece[PIECE];
     for (int f = 0; f < shards->n; f++) {
         const int64_t count = shards->file[f].shard.count;
-        for (int64_t at = 0, i = 1, from = 0, end = 0; i < count && (!tokens || w->result.tokens < tokens); i++) {
-            if (i >= end) {                              // the next piece, with the token before it
+        for (int64_t at = 0, i = 1, from = 0, end = 0;
+             i < count && (!tokens || w->result.tokens < tokens); i++) {
+            // the next piece, preceded by its previous token
+            if (i >= end) {
                 from = i - 1, end = count - from < PIECE ? count : from + PIECE;
                 shards_read_tokens(shards, &shards->file[f], from, end - from, piece, piece + 1);
             }

@@ -1,6 +1,5 @@
 // write.h: writes a model as a directory that transformers opens: weights, configuration,
-// tokenizer. Shared by the tools that make one, export and prune; what the weights are, they say by
-// a function.
+// tokenizer. Shared by export and prune, which provide the weights through a function.
 #ifndef WRITE_H
 #define WRITE_H
 
@@ -17,17 +16,17 @@ static const WriteDtype write_dtypes[3] = {{"f32", "float32", SAFETENSORS_F32},
                                            {"bf16", "bfloat16", SAFETENSORS_BF16}};
 
 typedef struct {
-    GptConfig config;                                    // of the model to be written
+    GptConfig config;                                    // of the model to write
     const WriteDtype *to;
     const char *from, *run; // the checkpoint's directory; its run's options, or NULL
-    const char *base;       // where its config.json is: an adapter's base, else NULL or `from`
+    const char *base;       // where its config.json is: an adapter's base, otherwise NULL or `from`
     const char *given;                                   // --tokenizer, or ""
     int llmc;                                            // the layout of llm.c's files
     void *self;
     void (*tensor)(void *self, int param, int layer,
-                   real *host); // one layer's part of a parameter, with all factors
-    Text tokenizer, tokenizer_config; // the two files; empty: there is no tokenizer
-    Text ours; // the tokenizer file that our tools read, if it came from one
+                   real *host); // one layer's part of a parameter, with all factors applied
+    Text tokenizer, tokenizer_config; // the two files; empty: no tokenizer
+    Text ours; // the tokenizer file for our tools, if it came from one
     const char *ours_name;
     int eot;                                             // the end-of-text token, or -1
 } ModelOut;
@@ -38,9 +37,9 @@ static inline void write_free(ModelOut *x) {
 
 // ---- Weights ----
 
-// One layer's part of a parameter as it is to be stored, from malloc; *bytes long. The file of
-// llm.c has the transpose, and rows of zeros after the last token's. NULL after writing into
-// *error, from malloc, what is wrong.
+// One layer's part of a parameter as it is stored, from malloc; *bytes long. llm.c's file has the
+// transpose, and rows of zeros after the last token's. NULL after setting *error, from malloc, to
+// what is wrong.
 static inline void *write_tensor(const ModelOut *x, int p, int l, size_t *bytes, char **error) {
     const GptConfig *c = &x->config;
     const size_t n = gpt_param_size(c, p), width = safetensors_dtype[x->to->dtype].size;
@@ -69,7 +68,7 @@ static inline void *write_tensor(const ModelOut *x, int p, int l, size_t *bytes,
     return out;
 }
 
-// Writes all tensors to the open file of either format. NULL, or from malloc what is wrong.
+// Writes all tensors to the open file of either format. Returns NULL, or from malloc what is wrong.
 static inline char *write_tensors(const ModelOut *x, SafetensorsWriter *w, FILE *f,
                                   const char *path) {
     char *error = NULL;
@@ -119,7 +118,7 @@ static inline Text write_read(const char *path) {
     return t;
 }
 
-// Takes a tokenizer.json as it is, after checking that its tokens are the model's. Finds the name
+// Uses a tokenizer.json unchanged, after checking that its tokens are the model's. Finds the name
 // of end-of-text, from malloc, or NULL.
 static inline char *write_take_json(ModelOut *x, const char *path) {
     char *eot;
@@ -133,8 +132,7 @@ static inline char *write_take_json(ModelOut *x, const char *path) {
     return eot;
 }
 
-// Makes a tokenizer.json from one of our tokenizer files, and keeps that file too, for our own
-// tools.
+// Makes a tokenizer.json from one of our tokenizer files, and keeps that file too, for our tools.
 static inline char *write_make_json(ModelOut *x, const char *path) {
     Tokenizer t;
     tokenizer_load(&t, path);
@@ -154,8 +152,8 @@ static inline char *write_make_json(ModelOut *x, const char *path) {
     return eot;
 }
 
-// Whether the file is a tokenizer.json, which has a "model", and no vocab.json, which has none that
-// is an object.
+// Whether the file is a tokenizer.json, which has an object "model", rather than a vocab.json,
+// which has not.
 static inline int write_is_json(const char *path) {
     FileMap map;
     Json doc;
@@ -169,8 +167,8 @@ static inline int write_is_json(const char *path) {
     return is;
 }
 
-// The tokenizer of the checkpoint: a tokenizer.json wherever there is one, since it says more than
-// our files. From malloc, or NULL.
+// The checkpoint's tokenizer: a tokenizer.json if there is one, since it holds more than our files.
+// From malloc, or NULL.
 static inline char *write_find_tokenizer(const ModelOut *x) {
     if (*x->given) return xstrdup(x->given);
     char *json = xprintf("%s/tokenizer.json", x->from), *inside = xprintf("%s/", x->from);
@@ -196,7 +194,7 @@ static inline char *write_find_tokenizer(const ModelOut *x) {
     return ours;
 }
 
-// The file that our own tools read, where it stands beside the tokenizer.json.
+// Keeps the file for our tools if it is next to the tokenizer.json.
 static inline void write_keep_ours(ModelOut *x, const char *json) {
     char *beside = xprintf("%.*s/", (int)(strrchr(json, '/') - json), json),
          *path = tokenizer_find(beside);
@@ -249,7 +247,7 @@ static const char *const write_files[] = {"model.safetensors",
                                           LORA_CONFIG};
 enum { N_WRITE_FILES = sizeof write_files / sizeof write_files[0] };
 
-// Removes what a tool has left behind under its temporary name: files of these names only.
+// Removes what a tool left under its temporary name: only files of these names.
 static inline void write_clean(const char *temporary) {
     for (int i = 0; path_is_directory(temporary) && i < N_WRITE_FILES; i++) {
         char *path = xprintf("%s/%s", temporary, write_files[i]);
@@ -275,8 +273,8 @@ static inline void write_tokenizer_files(const ModelOut *x, const char *dir) {
     if (x->ours.n) write_text(dir, x->ours_name, &x->ours);
 }
 
-// Writes the directory `temporary`. NULL, or from malloc what is wrong; then the caller removes it
-// with write_clean.
+// Writes the directory `temporary`. Returns NULL, or from malloc what is wrong; then the caller
+// removes it with write_clean.
 static inline char *write_huggingface(ModelOut *x, const char *temporary) {
     const GptConfig *c = &x->config;
     CheckpointState s;
@@ -285,7 +283,8 @@ static inline char *write_huggingface(ModelOut *x, const char *temporary) {
     memset(&s, 0, sizeof s);
     s.eot = x->eot;
     s.eval_scale = (double *)xcalloc((size_t)(BRANCHES * c->L), sizeof *s.eval_scale);
-    for (int i = 0; i < BRANCHES * c->L; i++) s.eval_scale[i] = 1;       // they are in the weights
+    // already applied to the weights
+    for (int i = 0; i < BRANCHES * c->L; i++) s.eval_scale[i] = 1;
     directory_make(temporary);
     char *error = write_safetensors(x, weights);
     if (!error) {
@@ -305,7 +304,7 @@ static inline char *write_huggingface(ModelOut *x, const char *temporary) {
     return error;
 }
 
-// "a/b" -> "a/.b.tmp": on the same disk, so that a rename moves it into place. Makes a, or takes
+// "a/b" -> "a/.b.tmp": on the same disk, so that a rename moves it into place. Creates a, or uses
 // ".". From malloc.
 static inline char *write_temporary(const char *out, char **parent) {
     char *name = xstrdup(out);
@@ -317,11 +316,11 @@ static inline char *write_temporary(const char *out, char **parent) {
     return temporary;
 }
 
-// Moves what is whole under its temporary name to `out`.
+// Moves the complete directory from its temporary name to `out`.
 static inline void write_commit(const char *temporary, const char *out, const char *parent) {
     if (path_exists(out)) {
         write_clean(temporary);
-        die("%s has come into being meanwhile\n  hint: --out another; nothing is overwritten", out);
+        die("%s was created meanwhile\n  hint: choose another --out; nothing is overwritten", out);
     }
     file_rename(temporary, out);
     directory_sync(parent);
