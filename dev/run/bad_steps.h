@@ -207,7 +207,8 @@ static inline char *trainer_last_good(const Trainer *tr) {
         char *path = i < list.n ? checkpoint_path(tr->options->out, list.step[i]) : tr->whole
             ? xstrdup(tr->whole) : NULL;
         char *wrong = path ? checkpoint_verify(path) : NULL;
-        if (path && !wrong && trainer_file_finite(path, checkpoint_file_of(lora_is_adapter(path), 0)) &&
+        if (path && !wrong &&
+            trainer_file_finite(path, checkpoint_file_of(lora_is_adapter(path), 0)) &&
             trainer_file_finite(path, "optimizer.safetensors"))
             good = path;
         else free(path);

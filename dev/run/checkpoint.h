@@ -1,19 +1,24 @@
-// checkpoint.h: a run's state as a directory, whole or absent, and weights that others can open.
+// checkpoint.h: a run's state as a directory, complete or absent, with weights that other programs
+// can open.
 //
 //     OUT/step_00001000/model.safetensors      weights, Hugging Face's names and layouts
 //                       config.json            GPT-2's configuration, as transformers reads it
-//                       optimizer.safetensors  AdamW's moments "m.NAME", "v.NAME", and the step counts "adamw_steps"
-//                       trainer.json           step, tokens, samples consumed, options, and the SHA-256 of the
-//                                              other files and of itself
-//                                              ("sizes" and "marks" tell where a file is damaged)
-//                       tokenizer.bin          the run's tokenizer, if it has one, so that the directory can be moved: ours
-//                                              (or vocab.json), and tokenizer.json and tokenizer_config.json for transformers
+//                       optimizer.safetensors  AdamW's moments "m.NAME", "v.NAME", and its step
+//                                              counts "adamw_steps"
+//                       trainer.json           step, tokens, samples consumed, options, and the
+//                                              SHA-256 of the other files and of itself ("sizes"
+//                                              and "marks" locate damage in a file)
+//                       tokenizer.bin          the run's tokenizer, if any, so that the directory
+//                                              is self-contained: ours (or vocab.json), and
+//                                              tokenizer.json and tokenizer_config.json for
+//                                              transformers
 //     OUT/latest -> step_00001000
 //
-// A run with --lora has adapter_model.safetensors and adapter_config.json in place of the first two, which peft opens on the
-// base; trainer.json then says which base, and its SHA-256.
+// A run with --lora has adapter_model.safetensors and adapter_config.json instead of the first two,
+// which peft opens on the base; trainer.json then names the base and its SHA-256.
 //
-// A checkpoint is written under a temporary name, synced and renamed; `latest` moves last: see checkpoint_try_save.
+// A checkpoint is written under a temporary name, synced and renamed; `latest` changes last: see
+// checkpoint_try_save.
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
@@ -28,50 +33,55 @@
 #include <dirent.h>
 
 typedef struct {
-    int64_t step, tokens;                                // optimizer steps done, tokens trained on
-    int64_t consumed;                                    // samples read; -1: an older checkpoint, unknown
-    int seq_len;                                         // tokens of a sample
-    int64_t *adamw_steps;                                // (2L+1) as UpdateArgs.t counts them
-    int bad_steps;                                       // the last steps that were not finite, in a row
-    Spikes losses, norms;                                // of the last steps: what spikes are judged by
-    double *eval_scale;                                  // (2L) factors of the branches in evaluation; see drop_path.h
-    int tied;                                            // how those factors apply: DropPlan.tied
-    int frozen;                                          // layers that are not trained: EngineArgs.frozen
-    int eot;                                             // the end-of-text token, or -1
-    const char *options;                                 // the run's options, as config.txt
-    const char *tokenizer_sha256;                        // of the shards' manifest; NULL or "" where there is none
-    const TokenizerFiles *tokenizer;                     // NULL: none
-    const LoraConfig *lora;                              // of an adapter; NULL: all weights are written
-    const char *base_sha256;                             // and of its base
+    int64_t step, tokens;             // optimizer steps completed, tokens trained on
+    int64_t consumed;                 // samples read; -1: an older checkpoint, unknown
+    int seq_len;                      // tokens per sample
+    int64_t *adamw_steps;             // (2L+1) as in UpdateArgs.t
+    int bad_steps;                    // number of consecutive bad steps up to now
+    Spikes losses, norms;             // of recent steps: the reference for spikes
+    double *eval_scale;               // (2L) the branches' factors in evaluation; see drop_path.h
+    int tied;                         // how those factors apply: DropPlan.tied
+    int frozen;                       // layers that are not trained: EngineArgs.frozen
+    int eot;                          // the end-of-text token, or -1
+    const char *options;              // the run's options, as config.txt
+    const char *tokenizer_sha256;     // of the shards' manifest; NULL or "": none
+    const TokenizerFiles *tokenizer;  // NULL: none
+    const LoraConfig *lora;           // the adapter's; NULL: all weights are written
+    const char *base_sha256;          // its base's
 } CheckpointState;
 
 // The first CHECKPOINT_FILES are in every checkpoint.
 enum { CHECKPOINT_FILES = 3, CHECKPOINT_ALL = CHECKPOINT_FILES + TOKENIZER_FILES };
-static const char *const checkpoint_file[CHECKPOINT_ALL + 1] = {"model.safetensors", "config.json", "optimizer.safetensors",
-                                                                TOKENIZER_FILE_NAMES, "trainer.json"};
+static const char *const checkpoint_file[CHECKPOINT_ALL + 1] = {"model.safetensors", "config.json",
+                                                                "optimizer.safetensors",
+                                                                TOKENIZER_FILE_NAMES,
+                                                                "trainer.json"};
 
-// Where a checkpoint is an adapter, its first files are others.
+// If the checkpoint is an adapter, its first files differ.
 static inline const char *checkpoint_file_of(int adapter, int i) {
     static const char *const first[] = {LORA_MODEL, LORA_CONFIG};
     return adapter && i < 2 ? first[i] : checkpoint_file[i];
 }
 
-// Whether a trainer.json is an adapter's.
+// Whether a trainer.json belongs to an adapter.
 static inline int checkpoint_is_adapter(const Json *trainer) {
     return json_get(trainer, json_get(trainer, 0, "files"), LORA_MODEL) >= 0;
 }
 
 // ---- Writing ----
 
-typedef struct { FileSum file[CHECKPOINT_ALL]; } CheckpointSums;         // hex is "" where there is no such file
+// hex is "" if there is no such file
+typedef struct { FileSum file[CHECKPOINT_ALL]; } CheckpointSums;
 
-// Whether a slot has the tensor in a file: moments are of what is trained, and beside adapters weights too.
+// Whether a slot's tensor is in a file: moments only of trained parameters, and with adapters
+// weights likewise.
 static inline int checkpoint_has(const GptConfig *c, Slot slot, int param, int layer, int frozen) {
     return (slot == SLOT_PARAM && !c->lora) || gpt_param_trains(c, param, layer, frozen);
 }
 
-// One slot's tensors, "<prefix><name>", in the order of the table.
-static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, Slot slot, int frozen) {
+// One slot's tensors, "<prefix><name>", in the table's order.
+static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, Slot slot,
+                                      int frozen) {
     static const char *const prefixes[] = {"transformer.", NULL, "m.", "v."};
     const char *prefix = slot == SLOT_PARAM && c->lora ? LORA_PREFIX : prefixes[slot];
     for (int p = 0; p < N_PARAMS; p++)
@@ -86,11 +96,11 @@ static inline void checkpoint_declare(SafetensorsWriter *w, const GptConfig *c, 
         }
 }
 
-// Reads one slot's tensors from the engine, in the order of the table, and appends them to w (NULL: nowhere). *bad, unless
-// bad is NULL, becomes the name of the first that is not finite, from malloc, with "m." or "v." before that of a moment: so one
-// reading serves to judge and to write.
-static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, Model *m, const GptConfig *c, Slot slot,
-                                        int frozen, char **bad) {
+// Reads one slot's tensors from the engine, in the table's order, and appends them to w (NULL:
+// nowhere). Unless bad is NULL, *bad is set to the name of the first tensor that is not finite,
+// from malloc, prefixed with "m." or "v." for a moment: so one pass both checks and writes.
+static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, Model *m,
+                                        const GptConfig *c, Slot slot, int frozen, char **bad) {
     for (int p = 0; p < N_PARAMS; p++) {
         const size_t n = gpt_param_size(c, p);
         real *host = (real *)xcalloc(n, sizeof *host);
@@ -108,9 +118,10 @@ static inline void checkpoint_read_slot(SafetensorsWriter *w, const Engine *e, M
     }
 }
 
-// In what follows *error is NULL, or the first failure, from malloc, after which nothing more is written. Numbers are read
-// from the engine all the same: with EngineArgs.zero all ranks take part in that.
-static inline FILE *checkpoint_begin(SafetensorsWriter *w, const char *path, FileSum *sum, char **error) {
+// Below, *error is NULL, or the first failure, from malloc, after which nothing more is written.
+// Tensors are still read from the engine: with EngineArgs.zero all ranks take part in that.
+static inline FILE *checkpoint_begin(SafetensorsWriter *w, const char *path, FileSum *sum,
+                                     char **error) {
     FILE *f = NULL;
     safetensors_writer_init(w);
     file_sum_init(sum);
@@ -126,8 +137,8 @@ static inline void checkpoint_end(SafetensorsWriter *w, const char *path, FILE *
     if (f) files_keep(error, file_try_sync_close(f, path));
 }
 
-static inline void checkpoint_write_model(const char *path, FileSum *sum, const Engine *e, Model *m, const GptConfig *c,
-                                          char **bad, char **error) {
+static inline void checkpoint_write_model(const char *path, FileSum *sum, const Engine *e, Model *m,
+                                          const GptConfig *c, char **bad, char **error) {
     SafetensorsWriter w;
     FILE *f = checkpoint_begin(&w, path, sum, error);
     checkpoint_declare(&w, c, SLOT_PARAM, 0);
@@ -136,7 +147,8 @@ static inline void checkpoint_write_model(const char *path, FileSum *sum, const 
     checkpoint_end(&w, path, f, error);
 }
 
-static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, const Engine *e, Model *m, const GptConfig *c,
+static inline void checkpoint_write_optimizer(const char *path, FileSum *sum, const Engine *e,
+                                              Model *m, const GptConfig *c,
                                               const CheckpointState *s, char **bad, char **error) {
     SafetensorsWriter w;
     FILE *f = checkpoint_begin(&w, path, sum, error);
@@ -158,33 +170,38 @@ static inline void checkpoint_write_text(const char *path, const Text *t, char *
     files_keep(error, file_try_sync_close(f, path));
 }
 
-// GPT-2's configuration in transformers' words; the factors of survival scaling, where not 1, in ours.
-// dtype: "float32", what the weights are stored in. With tokenizer_class, AutoTokenizer refuses a directory without a
-// tokenizer.json; else it would make a tokenizer of one token, without an error.
-static inline void checkpoint_config_json(Text *t, const GptConfig *c, const CheckpointState *s, const char *dtype) {
+// GPT-2's configuration in transformers' terms; the factors of survival scaling that are not 1, in
+// ours. dtype: "float32", the stored type. With tokenizer_class, AutoTokenizer refuses a directory
+// without a tokenizer.json; otherwise it would silently make a tokenizer with one token.
+static inline void checkpoint_config_json(Text *t, const GptConfig *c, const CheckpointState *s,
+                                          const char *dtype) {
     int scaled = 0;
     for (int i = 0; i < BRANCHES * c->L; i++) scaled |= s->eval_scale[i] != 1;
     text_printf(t, "{\n  \"architectures\": [\"GPT2LMHeadModel\"],\n  \"model_type\": \"gpt2\",\n"
                 "  \"tokenizer_class\": \"PreTrainedTokenizerFast\",\n"
-                "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": %d,\n  \"n_head\": %d,\n"
-                "  \"activation_function\": \"gelu_new\",\n  \"layer_norm_epsilon\": 1e-05,\n  \"initializer_range\": 0.02,\n"
-                "  \"resid_pdrop\": 0.0,\n  \"embd_pdrop\": 0.0,\n  \"attn_pdrop\": 0.0,\n  \"tie_word_embeddings\": true,\n",
-                c->V, c->T, c->C, c->L, c->NH);
+                "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": "
+                "%d,\n  \"n_head\": %d,\n"
+                "  \"activation_function\": \"gelu_new\",\n  \"layer_norm_epsilon\": 1e-05,\n  "
+                "\"initializer_range\": 0.02,\n"
+                "  \"resid_pdrop\": 0.0,\n  \"embd_pdrop\": 0.0,\n  \"attn_pdrop\": 0.0,\n  "
+                "\"tie_word_embeddings\": true,\n", c->V, c->T, c->C, c->L, c->NH);
     char eot[16] = "null";
     if (s->eot >= 0) snprintf(eot, sizeof eot, "%d", s->eot);
-    text_printf(t, "  \"bos_token_id\": %s,\n  \"eos_token_id\": %s,\n  \"torch_dtype\": \"%s\"", eot, eot,
-                dtype);
+    text_printf(t, "  \"bos_token_id\": %s,\n  \"eos_token_id\": %s,\n  \"torch_dtype\": \"%s\"",
+                eot, eot, dtype);
     if (s->tokenizer_sha256 && *s->tokenizer_sha256)
         text_printf(t, ",\n  \"tokenizer_sha256\": \"%s\"", s->tokenizer_sha256);
     for (int i = 0; scaled && i < BRANCHES * c->L; i++) {
         text_printf(t, i ? ", " : ",\n  \"drop_path_eval_scale\": [");
         json_write_number(t, s->eval_scale[i]);
     }
-    text_printf(t, scaled ? "],\n  \"drop_path_tied\": %s\n}\n" : "\n}\n", s->tied ? "true" : "false");
+    text_printf(t, scaled ? "],\n  \"drop_path_tied\": %s\n}\n" : "\n}\n",
+                s->tied ? "true" : "false");
 }
 
 #define CHECKPOINT_FORMAT "droppath.c checkpoint 1"
-#define CHECKPOINT_SELF "  \"sha256\": \""               // trainer.json's own sum: of every byte before this line
+#define CHECKPOINT_SELF "  \"sha256\": \""               // trainer.json's own sum: of all bytes
+                                                         // before this line
 
 static inline void checkpoint_write_spikes(Text *t, const char *name, const Spikes *s) {
     text_printf(t, ",\n  \"%s\": [", name);
@@ -195,14 +212,17 @@ static inline void checkpoint_write_spikes(Text *t, const char *name, const Spik
     text_append(t, "]", 1);
 }
 
-static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, const CheckpointSums *sums) {
+static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s,
+                                           const CheckpointSums *sums) {
     char hex[SHA256_HEX];
-    text_printf(t, "{\n  \"format\": \"" CHECKPOINT_FORMAT "\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n"
+    text_printf(t, "{\n  \"format\": \"" CHECKPOINT_FORMAT
+                "\",\n  \"step\": %lld,\n  \"tokens\": %lld,\n"
                 "  \"consumed\": %lld,\n  \"seq_len\": %d,\n  \"options\": ",
                 (long long)s->step, (long long)s->tokens, (long long)s->consumed, s->seq_len);
     json_write_string(t, s->options);
     text_printf(t, ",\n  \"bad_steps\": %d", s->bad_steps);
-    if (s->frozen) text_printf(t, ",\n  \"frozen\": %d", s->frozen);     // else it is not there, as in older ones
+    // absent otherwise, as in older ones
+    if (s->frozen) text_printf(t, ",\n  \"frozen\": %d", s->frozen);
     if (s->lora) {
         text_printf(t, ",\n  \"base\": ");
         json_write_string(t, s->lora->base);
@@ -213,26 +233,29 @@ static inline void checkpoint_trainer_json(Text *t, const CheckpointState *s, co
     text_printf(t, ",\n  \"files\": {");
     for (int i = 0; i < CHECKPOINT_ALL; i++)
         if (*sums->file[i].hex)
-            text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "", checkpoint_file_of(s->lora != NULL, i), sums->file[i].hex);
+            text_printf(t, "%s\n    \"%s\": \"%s\"", i ? "," : "",
+                        checkpoint_file_of(s->lora != NULL, i), sums->file[i].hex);
     text_printf(t, "\n  },\n  \"sizes\": {");
     for (int i = 0; i < CHECKPOINT_ALL; i++)
         if (*sums->file[i].hex)
             text_printf(t, "%s\"%s\": %llu", i ? ", " : "", checkpoint_file_of(s->lora != NULL, i),
                         (unsigned long long)sums->file[i].size);
-    text_printf(t, "},\n  \"marks\": {");              // of file_sum_differs
+    text_printf(t, "},\n  \"marks\": {");              // for file_sum_differs
     for (int i = 0; i < CHECKPOINT_ALL; i++)
         if (*sums->file[i].hex)
-            text_printf(t, "%s\"%s\": \"%s\"", i ? ", " : "", checkpoint_file_of(s->lora != NULL, i),
+            text_printf(t, "%s\"%s\": \"%s\"", i ? ", " : "",
+                        checkpoint_file_of(s->lora != NULL, i),
                         sums->file[i].marks.n ? sums->file[i].marks.s : "");
     text_printf(t, "},\n");
     sha256_hex(hex, t->s, t->n);
     text_printf(t, CHECKPOINT_SELF "%s\"\n}\n", hex);
 }
 
-// Removes the files of a checkpoint and then its directory; anything else in it stays, and so does it. trainer.json goes
-// first: from then on it is no checkpoint any more.
+// Removes a checkpoint's files and then its directory, which stays if it contains anything else.
+// trainer.json goes first: without it, the directory is not a checkpoint.
 static inline void checkpoint_remove(const char *dir) {
-    if (!path_is_own_directory(dir)) {                   // a link, say, to another run's: what it leads to is not ours
+    // e.g. a link to another run's: its target is not ours
+    if (!path_is_own_directory(dir)) {
         if (disk_unlink(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
         return;
     }
@@ -242,65 +265,77 @@ static inline void checkpoint_remove(const char *dir) {
     free(adapter), free(link);
     for (int i = CHECKPOINT_ALL; i >= 0; i--) {
         char *path = xprintf("%s/%s", dir, checkpoint_file_of(of_adapter, i));
-        if (disk_unlink(path) && errno != ENOENT) warn("cannot remove %s: %s", path, strerror(errno));
+        if (disk_unlink(path) && errno != ENOENT)
+            warn("cannot remove %s: %s", path, strerror(errno));
         free(path);
     }
     if (disk_rmdir(dir) && errno != ENOENT) warn("cannot remove %s: %s", dir, strerror(errno));
 }
 
-// The reads of checkpoint_try_save in the same order, with nothing written: what the other ranks do meanwhile, if each has a
-// share of what is read. *bad as there.
-static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c, int frozen, char **bad) {
+// Performs the same reads as checkpoint_try_save in the same order, without writing: for the other
+// ranks, if each has a share of the tensors. *bad likewise.
+static inline void checkpoint_attend(const Engine *e, Model *m, const GptConfig *c, int frozen,
+                                     char **bad) {
     checkpoint_read_slot(NULL, e, m, c, SLOT_PARAM, 0, bad);
     checkpoint_read_slot(NULL, e, m, c, SLOT_M, frozen, bad);
     checkpoint_read_slot(NULL, e, m, c, SLOT_V, frozen, bad);
 }
 
-// Makes OUT/latest point to the checkpoint of that name.
+// Makes OUT/latest point to the checkpoint with that name.
 static inline char *checkpoint_point(const char *out, const char *name) {
     char *link = xprintf("%s/.latest.tmp", out), *latest = xprintf("%s/latest", out), *error = NULL;
     if (path_exists(link)) disk_unlink(link);
-    if (disk_symlink(name, link)) error = xprintf("cannot make the link %s: %s", link, strerror(errno));
+    if (disk_symlink(name, link))
+        error = xprintf("cannot make the link %s: %s", link, strerror(errno));
     if (!error) error = file_try_rename(link, latest);
     free(link), free(latest);
     return error;
 }
 
-// `latest` is a convenience: without it programs take the newest checkpoint (load.h). One that would lead to an older one goes.
+// `latest` is a convenience: without it programs use the newest checkpoint (load.h). If it cannot
+// be updated, a link to an older one is removed.
 static inline void checkpoint_point_or_warn(const char *out, const char *name) {
     static int warned;
     char *error = checkpoint_point(out, name), *latest = xprintf("%s/latest", out), target[64];
     if (error && !warned++)
-        warn("%s\n  hint: checkpoints are saved all the same; programs that are given %s take the newest", error, out);
+        warn("%s\n  hint: checkpoints are saved all the same; programs that are given %s take the "
+             "newest", error, out);
     if (error && readlink(latest, target, sizeof target) >= 0) disk_unlink(latest);
     free(error), free(latest);
 }
 
-// Writes OUT/step_NNNNNNNN; an older one of that step gives way. Returns NULL, or why it could not, from malloc: then what was
-// there is there still, or OUT/step_NNNNNNNN is whole but may not outlive a loss of power.
-// Weights or moments that are not finite are not saved: *bad, NULL before, is then the name of the first such tensor, from
-// malloc, whatever else went wrong.
+// Writes OUT/step_NNNNNNNN, replacing an older one of that step. Returns NULL, or why it failed,
+// from malloc: then everything that existed still exists, or OUT/step_NNNNNNNN is complete but may
+// not survive a power failure. Weights or moments that are not finite are not saved: *bad, NULL
+// before, is then set to the name of the first such tensor, from malloc, regardless of other
+// failures.
 //
-// Why a crash between any two calls loses nothing, and what it leaves:
-//   1. The files are written to .step_N.tmp, synced each, and then the directory's names are synced. Until here no name that
-//      others read has changed. A crash leaves .step_N.tmp, which nobody reads and checkpoint_recover removes.
-//   2. If there is a step_N, it is renamed to .step_N.old. A crash leaves it whole under that name; checkpoint_recover, which
-//      comes before any look for checkpoints, renames it back.
-//   3. .step_N.tmp is renamed to step_N: there are all files or none, since a rename is atomic, and all bytes are on the disk
-//      already. The sync of OUT makes the rename durable. A crash leaves step_N, or, with the power gone before the sync, what
-//      step 1 or 2 leaves. trainer.json has the sums of all files, so that a disk that lied about a sync is found out.
-//   4. `latest` is replaced by a rename, too: the old link or the new one. --resume does not read it, and mends it; where it
-//      cannot be made, the checkpoint counts all the same.
-//   5. .step_N.old is removed, and by the caller the oldest checkpoints: after step 3 is on the disk. A crash leaves a
-//      directory without trainer.json, which is no checkpoint; it is older than a whole one, and removed with the oldest.
-static inline char *checkpoint_try_save(const char *out, const Engine *e, Model *m, const GptConfig *c,
-                                        const CheckpointState *s, char **bad) {
-    char *name = xprintf("step_%08lld", (long long)s->step), *final = xprintf("%s/%s", out, name), *error = NULL;
-    char *temporary = xprintf("%s/.%s.tmp", out, name), *old = xprintf("%s/.%s.old", out, name), *path[CHECKPOINT_ALL + 1];
+// Why a crash between any two calls loses nothing, and what it leaves behind:
+//   1. The files are written to .step_N.tmp, each is synced, and then the directory itself. Up to
+//      here no name that others read has changed. A crash leaves .step_N.tmp, which nobody reads
+//      and checkpoint_recover removes.
+//   2. If there is a step_N, it is renamed to .step_N.old. A crash leaves it complete under that
+//      name; checkpoint_recover, which runs before any search for checkpoints, renames it back.
+//   3. .step_N.tmp is renamed to step_N: either all files are there or none, since a rename is
+//      atomic and all bytes are already on disk. Syncing OUT makes the rename durable. A crash
+//      leaves step_N or, if the power fails before the sync, the state after step 1 or 2.
+//      trainer.json holds the sums of all files, which reveals disks that falsely reported a sync.
+//   4. `latest` is also replaced by a rename: it is the old link or the new one. --resume does not
+//      read it, and repairs it; if it cannot be created, the checkpoint is still valid.
+//   5. .step_N.old is removed and, by the caller, the oldest checkpoints: only after step 3 is on
+//      disk. A crash leaves a directory without trainer.json, which is not a checkpoint; it is
+//      older than a complete one, and removed with the oldest.
+static inline char *checkpoint_try_save(const char *out, const Engine *e, Model *m,
+                                        const GptConfig *c, const CheckpointState *s, char **bad) {
+    char *name = xprintf("step_%08lld", (long long)s->step), *final = xprintf("%s/%s", out, name),
+        *error = NULL;
+    char *temporary = xprintf("%s/.%s.tmp", out, name), *old = xprintf("%s/.%s.old", out, name),
+        *path[CHECKPOINT_ALL + 1];
     CheckpointSums sums;
     Text config = {NULL, 0, 0}, trainer = {NULL, 0, 0};
     memset(&sums, 0, sizeof sums);
-    for (int i = 0; i <= CHECKPOINT_ALL; i++) path[i] = xprintf("%s/%s", temporary, checkpoint_file_of(s->lora != NULL, i));
+    for (int i = 0; i <= CHECKPOINT_ALL; i++)
+        path[i] = xprintf("%s/%s", temporary, checkpoint_file_of(s->lora != NULL, i));
     if (path_exists(temporary)) checkpoint_remove(temporary);
     error = directory_try_make(temporary);
     checkpoint_write_model(path[0], &sums.file[0], e, m, c, bad, &error);
@@ -329,7 +364,7 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
     }
     if (!error) error = file_try_rename(temporary, final);
     if (error && moved) files_keep(&error, file_try_rename(old, final));
-    if (error) {                                         // the room it takes may be what is missing
+    if (error) {                                         // the disk may be full because of it
         if (path_exists(temporary)) checkpoint_remove(temporary);
     } else {
         error = directory_try_sync(out);
@@ -345,12 +380,13 @@ static inline char *checkpoint_try_save(const char *out, const Engine *e, Model 
     return error;
 }
 
-static inline void checkpoint_save(const char *out, const Engine *e, Model *m, const GptConfig *c, const CheckpointState *s) {
+static inline void checkpoint_save(const char *out, const Engine *e, Model *m, const GptConfig *c,
+                                   const CheckpointState *s) {
     char *bad = NULL;
     files_die(checkpoint_try_save(out, e, m, c, s, &bad));
 }
 
-// ---- Finding ----
+// ---- Search ----
 
 typedef struct { int64_t *step; int n; } CheckpointList;
 
@@ -359,7 +395,7 @@ static inline int checkpoint_newer(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-// The step for which a directory is named, -1: for none. Only the name that checkpoint_path gives counts.
+// The step in a directory's name, or -1. Only the names that checkpoint_path gives are accepted.
 static inline int64_t checkpoint_named(const char *name) {
     char exact[40];
     if (strncmp(name, "step_", 5)) return -1;
@@ -368,13 +404,15 @@ static inline int64_t checkpoint_named(const char *name) {
     return step < 0 || strcmp(name, exact) ? -1 : (int64_t)step;
 }
 
-// The steps of all OUT/step_*, newest first, from malloc; none when OUT does not exist. Returns NULL, or, from malloc, why
-// they cannot be known: then the list is empty.
+// The steps of all OUT/step_*, newest first, from malloc; none if OUT does not exist. Returns NULL
+// or, from malloc, why OUT cannot be read: then the list is empty.
 static inline char *checkpoint_try_list(CheckpointList *found, const char *out) {
     CheckpointList list = {NULL, 0};
     *found = list;
     DIR *d = opendir(out);
-    if (!d) return errno == ENOENT || errno == ENOTDIR ? NULL : xprintf("cannot list %s: %s", out, strerror(errno));
+    if (!d)
+        return errno == ENOENT || errno == ENOTDIR ? NULL : xprintf("cannot list %s: %s", out,
+                                                                    strerror(errno));
     for (struct dirent *entry; errno = 0, (entry = readdir(d)) != NULL;) {
         const int64_t step = checkpoint_named(entry->d_name);
         if (step < 0) continue;
@@ -398,7 +436,9 @@ static inline CheckpointList checkpoint_list(const char *out) {
     return list;
 }
 
-static inline char *checkpoint_path(const char *out, int64_t step) { return xprintf("%s/step_%08lld", out, (long long)step); }
+static inline char *checkpoint_path(const char *out, int64_t step) {
+    return xprintf("%s/step_%08lld", out, (long long)step);
+}
 
 // Whether a directory has weights, or an adapter.
 static inline int checkpoint_has_config(const char *dir) {
@@ -408,8 +448,8 @@ static inline int checkpoint_has_config(const char *dir) {
     return has;
 }
 
-// The weights that a user means by `path`: itself; or, when it is a run's directory, or RUN/latest where
-// there is none, the checkpoint that its link `latest` leads to, else its newest. From malloc.
+// The weights that a user means by `path`: path itself; or, for a run's directory, or RUN/latest if
+// there is none, the target of its link `latest`, otherwise its newest checkpoint. From malloc.
 static inline char *checkpoint_find(const char *path) {
     char *run = xstrdup(path), *slash = strrchr(run, '/'), *dir = NULL;
     if (!path_is_directory(path) && slash && !strcmp(slash, "/latest")) *slash = 0;
@@ -417,8 +457,10 @@ static inline char *checkpoint_find(const char *path) {
     if (!checkpoint_has_config(path) && checkpoint_has_config(latest)) dir = xstrdup(latest);
     else if (!checkpoint_has_config(path)) {
         CheckpointList list = checkpoint_list(run);
-        for (int i = 0; i < list.n && !dir; i++) {       // a removal that was cut short leaves none of a trainer.json
-            char *step = checkpoint_path(run, list.step[i]), *trainer = xprintf("%s/trainer.json", step);
+        // an interrupted removal leaves one without trainer.json
+        for (int i = 0; i < list.n && !dir; i++) {
+            char *step = checkpoint_path(run, list.step[i]),
+                *trainer = xprintf("%s/trainer.json", step);
             if (path_exists(trainer)) dir = xstrdup(step);
             free(step), free(trainer);
         }
@@ -428,8 +470,9 @@ static inline char *checkpoint_find(const char *path) {
     return dir ? dir : xstrdup(path);
 }
 
-// Removes all but the newest `keep` checkpoints of OUT; 0 keeps all. Those after step `written`, which was written last and
-// whole, count for nothing and stay: if they were sound, the run would have gone on from them.
+// Removes all but the newest `keep` checkpoints of OUT; 0 keeps all. Those after step `written`,
+// the last complete one, are not counted and stay: had they been sound, the run would have resumed
+// from them.
 static inline void checkpoint_prune(const char *out, int64_t keep, int64_t written) {
     CheckpointList list;
     char *error = checkpoint_try_list(&list, out);
@@ -445,7 +488,8 @@ static inline void checkpoint_prune(const char *out, int64_t keep, int64_t writt
     free(list.step);
 }
 
-// Puts right what a crash in checkpoint_try_save has left in OUT, as is said there. For the one process that writes to OUT.
+// Repairs what a crash in checkpoint_try_save left in OUT, as described there. Only for the process
+// that writes to OUT.
 static inline void checkpoint_recover(const char *out) {
     char *link = xprintf("%s/.latest.tmp", out);
     DIR *d = opendir(out);
@@ -455,7 +499,8 @@ static inline void checkpoint_recover(const char *out) {
     if (!d) return;
     for (struct dirent *entry; errno = 0, (entry = readdir(d)) != NULL;) {
         const char *end = strrchr(entry->d_name, '.');
-        if (strncmp(entry->d_name, ".step_", 6) || (strcmp(end, ".tmp") && strcmp(end, ".old"))) continue;
+        if (strncmp(entry->d_name, ".step_", 6) || (strcmp(end, ".tmp") && strcmp(end, ".old")))
+            continue;
         char *path = xprintf("%s/%s", out, entry->d_name);
         char *final = xprintf("%s/%.*s", out, (int)(end - entry->d_name - 1), entry->d_name + 1);
         if (!strcmp(end, ".tmp") || path_exists(final)) checkpoint_remove(path);
@@ -466,38 +511,44 @@ static inline void checkpoint_recover(const char *out) {
     closedir(d);
 }
 
-// ---- Checking ----
+// ---- Verification ----
 
-// Parses trainer.json against its own sum. Returns NULL or what is wrong; doc is to be freed only after NULL.
+// Parses trainer.json and checks its own sum. Returns NULL or what is wrong; free doc only after
+// NULL.
 static inline const char *checkpoint_parse_trainer(Json *doc, const void *mem, size_t size) {
     const char *text = (const char *)mem;
     const size_t name = strlen(CHECKPOINT_SELF), tail = name + SHA256_HEX - 1 + strlen("\"\n}\n");
     char hex[SHA256_HEX];
-    if (size < tail || memcmp(text + size - tail, CHECKPOINT_SELF, name)) return "it is cut short or not ours";
+    if (size < tail || memcmp(text + size - tail, CHECKPOINT_SELF, name))
+        return "it is cut short or not ours";
     sha256_hex(hex, text, size - tail);
-    if (memcmp(hex, text + size - tail + name, SHA256_HEX - 1)) return "its contents do not match its SHA-256";
+    if (memcmp(hex, text + size - tail + name, SHA256_HEX - 1))
+        return "its contents do not match its SHA-256";
     if (json_parse(doc, text, size)) return "it is not JSON";
     return NULL;
 }
 
-#define CHECKPOINT_MOST ((int64_t)1 << 60)               // steps, tokens, bytes: what a run adds to them cannot overflow
+#define CHECKPOINT_MOST ((int64_t)1 << 60)               // steps, tokens, bytes: additions by a run
+                                                         // cannot overflow
 
-// What spikes are judged by; older checkpoints have none of it. Returns NULL, or what is wrong.
+// The reference for spikes, which older checkpoints lack. Returns NULL, or what is wrong.
 static inline const char *checkpoint_parse_spikes(const Json *doc, const char *key, Spikes *s) {
     const int list = json_get(doc, 0, key);
     s->n = 0;
     if (list < 0) return NULL;
     if (json_type(doc, list) != JSON_ARRAY || json_count(doc, list) > SPIKES_WINDOW)
         return "\"losses\" and \"grad_norms\" must be lists of at most 128 numbers";
-    for (int i = 0, node = json_first(doc, list); i < json_count(doc, list); i++, node = json_next(doc, node)) {
+    for (int i = 0, node = json_first(doc, list); i < json_count(doc, list);
+         i++, node = json_next(doc, node)) {
         double x;
-        if (!json_number(doc, node, &x)) return "\"losses\" or \"grad_norms\" has what is no finite number";
+        if (!json_number(doc, node, &x))
+            return "\"losses\" or \"grad_norms\" has what is no finite number";
         spikes_add(s, x);
     }
     return NULL;
 }
 
-// The position in the data; older checkpoints have none of it. Returns NULL, or what is wrong.
+// The position in the data, which older checkpoints lack. Returns NULL, or what is wrong.
 static inline const char *checkpoint_parse_position(const Json *doc, CheckpointState *s) {
     const int consumed = json_get(doc, 0, "consumed"), seq_len = json_get(doc, 0, "seq_len");
     int64_t length = 0;
@@ -512,7 +563,7 @@ static inline const char *checkpoint_parse_position(const Json *doc, CheckpointS
     return NULL;
 }
 
-// Whether a node is a string of n digits of a hexadecimal number, written small.
+// Whether a node is a string of n lowercase hexadecimal digits.
 static inline int checkpoint_is_hex(const Json *doc, int node, size_t n) {
     char *s = json_string(doc, node, NULL);
     const int is = s && strlen(s) == n && strspn(s, "0123456789abcdef") == n;
@@ -520,16 +571,21 @@ static inline int checkpoint_is_hex(const Json *doc, int node, size_t n) {
     return is;
 }
 
-// Whether a checkpoint has file i: each has the first ones, of a tokenizer's those that trainer.json names.
+// Whether a checkpoint has file i: the first ones always, tokenizer files if trainer.json lists
+// them.
 static inline int checkpoint_has_file(const Json *trainer, int i) {
-    return i < CHECKPOINT_FILES || json_get(trainer, json_get(trainer, 0, "files"), checkpoint_file[i]) >= 0;
+    return i < CHECKPOINT_FILES || json_get(trainer, json_get(trainer, 0, "files"),
+                                            checkpoint_file[i]) >= 0;
 }
 
-// What trainer.json says of the other files: "sizes" and "marks" are not in older ones. Returns NULL, or what is wrong.
+// Checks what trainer.json says about the other files; older ones lack "sizes" and "marks". Returns
+// NULL, or what is wrong.
 static inline const char *checkpoint_check_files(const Json *doc) {
-    const int files = json_get(doc, 0, "files"), sizes = json_get(doc, 0, "sizes"), marks = json_get(doc, 0, "marks");
+    const int files = json_get(doc, 0, "files"), sizes = json_get(doc, 0, "sizes"),
+        marks = json_get(doc, 0, "marks");
     const int adapter = checkpoint_is_adapter(doc);
-    if (json_duplicate(doc, files) >= 0 || json_duplicate(doc, sizes) >= 0 || json_duplicate(doc, marks) >= 0)
+    if (json_duplicate(doc, files) >= 0 || json_duplicate(doc, sizes) >= 0 ||
+        json_duplicate(doc, marks) >= 0)
         return "a file is there twice in \"files\", \"sizes\" or \"marks\"";
     for (int i = 0; i < CHECKPOINT_ALL; i++) {
         int64_t size = -1;
@@ -538,15 +594,18 @@ static inline const char *checkpoint_check_files(const Json *doc) {
         if (!checkpoint_is_hex(doc, json_get(doc, files, file), SHA256_HEX - 1))
             return "\"files\" must have the SHA-256 of each file";
         if (sizes < 0) continue;
-        if (!json_int64(doc, json_get(doc, sizes, file), &size) || size < 0 || size > CHECKPOINT_MOST)
+        if (!json_int64(doc, json_get(doc, sizes, file), &size) || size < 0 ||
+            size > CHECKPOINT_MOST)
             return "\"sizes\" must have the bytes of each file";
-        if (marks >= 0 && !checkpoint_is_hex(doc, json_get(doc, marks, file), (size_t)size / FILE_SUM_BLOCK * 8))
+        if (marks >= 0 && !checkpoint_is_hex(doc, json_get(doc, marks, file),
+                                             (size_t)size / FILE_SUM_BLOCK * 8))
             return "\"marks\" must have 8 digits for each MiB of each file";
     }
     return NULL;
 }
 
-// Reads a parsed trainer.json: all of s but adamw_steps and eval_scale; options from malloc, unless it returns what is wrong.
+// Reads a parsed trainer.json into all of s but adamw_steps and eval_scale. Returns NULL, with
+// options from malloc, or what is wrong.
 static inline const char *checkpoint_read_state(CheckpointState *s, const Json *doc) {
     const int bad_steps = json_get(doc, 0, "bad_steps"), some = json_get(doc, 0, "frozen");
     int64_t bad = 0, frozen = 0;
@@ -554,12 +613,15 @@ static inline const char *checkpoint_read_state(CheckpointState *s, const Json *
     json_int64(doc, json_get(doc, 0, "step"), &s->step);
     json_int64(doc, json_get(doc, 0, "tokens"), &s->tokens);
     if (json_duplicate(doc, 0) >= 0) return "a name is there twice";
-    if (!json_equals(doc, json_get(doc, 0, "format"), CHECKPOINT_FORMAT)) return "\"format\" is not " CHECKPOINT_FORMAT;
+    if (!json_equals(doc, json_get(doc, 0, "format"), CHECKPOINT_FORMAT))
+        return "\"format\" is not " CHECKPOINT_FORMAT;
     if (s->step < 0 || s->step > CHECKPOINT_MOST) return "\"step\" is missing or out of range";
-    if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST) return "\"tokens\" is missing or out of range";
+    if (s->tokens < 0 || s->tokens > CHECKPOINT_MOST)
+        return "\"tokens\" is missing or out of range";
     if (bad_steps >= 0 && (!json_int64(doc, bad_steps, &bad) || bad < 0 || bad > 1000000000))
         return "\"bad_steps\" is out of range";
-    if (some >= 0 && (!json_int64(doc, some, &frozen) || frozen < 0 || frozen > 1024)) return "\"frozen\" is out of range";
+    if (some >= 0 && (!json_int64(doc, some, &frozen) || frozen < 0 || frozen > 1024))
+        return "\"frozen\" is out of range";
     s->bad_steps = (int)bad, s->frozen = (int)frozen;
     const char *error = checkpoint_parse_position(doc, s);
     if (!error) error = checkpoint_parse_spikes(doc, "losses", &s->losses);
@@ -570,7 +632,7 @@ static inline const char *checkpoint_read_state(CheckpointState *s, const Json *
     return s->options ? NULL : "\"options\" is missing";
 }
 
-// The same of a trainer.json of `size` bytes at mem.
+// The same for a trainer.json of `size` bytes at mem.
 static inline const char *checkpoint_parse_state(CheckpointState *s, const void *mem, size_t size) {
     Json doc;
     const char *error = checkpoint_parse_trainer(&doc, mem, size);
@@ -580,16 +642,16 @@ static inline const char *checkpoint_parse_state(CheckpointState *s, const void 
     return error;
 }
 
-// What is there and cannot be read now (a disk's error, a server that does not answer, no memory) is not known to be damaged:
-// it is no reason to continue from an older checkpoint.
+// A file that exists but cannot be read now (a disk error, a server that does not respond, no
+// memory) is not known to be damaged: that is no reason to continue from an older checkpoint.
 static inline void checkpoint_unreadable(const char *path, const char *error) {
-    die("cannot read %s: %s\n  hint: try again when it can be read; if it never can, rename its directory, and an older "
-        "checkpoint is taken", path, error);
+    die("cannot read %s: %s\n  hint: try again when it can be read; if it never can, rename its "
+        "directory, and an older checkpoint is taken", path, error);
 }
 
-// The sum of a regular file, of which at most one byte more than `most` is read. It is read, not mapped: then what the disk
-// cannot give is an error, and not the end of the program. Returns NULL, or what is wrong; only after NULL sum->marks is to be
-// freed.
+// The sum of a regular file, of which at most one byte more than `most` is read. It is read, not
+// mapped, so an I/O error is reported instead of ending the program. Returns NULL, or what is
+// wrong; free sum->marks only after NULL.
 static inline const char *checkpoint_sum(FileSum *sum, const char *path, int64_t most) {
     struct stat st;
     const int fd = file_open_read(path);
@@ -613,26 +675,33 @@ static inline const char *checkpoint_sum(FileSum *sum, const char *path, int64_t
     return error;
 }
 
-// Checks file i of a checkpoint against trainer.json. Returns NULL or, from malloc, what is wrong and where.
+// Checks file i of a checkpoint against trainer.json. Returns NULL or, from malloc, what is wrong
+// and where.
 static inline char *checkpoint_verify_file(const Json *trainer, const char *dir, int i) {
     const char *name = checkpoint_file_of(checkpoint_is_adapter(trainer), i);
     char *path = xprintf("%s/%s", dir, name), *wrong = NULL;
     FileSum sum;
-    int64_t size = -1;                                   // what an older trainer.json does not tell is not compared
+    // values that an older trainer.json lacks are not compared
+    int64_t size = -1;
     json_int64(trainer, json_get(trainer, json_get(trainer, 0, "sizes"), name), &size);
     const char *error = checkpoint_sum(&sum, path, size < 0 ? INT64_MAX : size);
     if (error) wrong = xprintf("%s: %s", path, error);
     else {
         if (size >= 0 && size != (int64_t)sum.size)
-            wrong = xprintf("%s: it has %s%llu bytes, but %lld were written", path, (int64_t)sum.size > size ? "at least " : "",
+            wrong = xprintf("%s: it has %s%llu bytes, but %lld were written", path,
+                            (int64_t)sum.size > size ? "at least " : "",
                             (unsigned long long)sum.size, (long long)size);
-        else if (!json_equals(trainer, json_get(trainer, json_get(trainer, 0, "files"), name), sum.hex)) {
+        else if (!json_equals(trainer, json_get(trainer, json_get(trainer, 0, "files"), name),
+                              sum.hex)) {
             const int node = json_get(trainer, json_get(trainer, 0, "marks"), name);
-            char *marks = json_type(trainer, node) == JSON_STRING ? json_string(trainer, node, NULL) : NULL;
+            char *marks = json_type(trainer, node) == JSON_STRING ? json_string(trainer, node, NULL)
+                : NULL;
             const uint64_t from = marks ? file_sum_differs(&sum, marks) : 0;
-            const uint64_t to = marks && from + FILE_SUM_BLOCK < sum.size ? from + FILE_SUM_BLOCK : sum.size;
-            wrong = xprintf("%s: its contents do not match the SHA-256 in trainer.json; the first difference is in bytes %llu "
-                            "to %llu", path, (unsigned long long)from, (unsigned long long)to);
+            const uint64_t to = marks && from + FILE_SUM_BLOCK < sum.size ? from + FILE_SUM_BLOCK
+                : sum.size;
+            wrong = xprintf("%s: its contents do not match the SHA-256 in trainer.json; the first "
+                            "difference is in bytes %llu to %llu", path, (unsigned long long)from,
+                            (unsigned long long)to);
             free(marks);
         }
         text_free(&sum.marks);
@@ -641,8 +710,8 @@ static inline char *checkpoint_verify_file(const Json *trainer, const char *dir,
     return wrong;
 }
 
-// Checks every file of a checkpoint of ours against its sum; and, where its directory is named for a step, that it is of that
-// one. Returns NULL or, from malloc, what is wrong.
+// Checks every file of one of our checkpoints against its sum and, if its directory is named for a
+// step, that the step matches. Returns NULL or, from malloc, what is wrong.
 static inline char *checkpoint_verify(const char *dir) {
     char *path = xprintf("%s/trainer.json", dir), *wrong = NULL;
     const char *slash = strrchr(dir, '/'), *name = slash ? slash + 1 : dir;
@@ -650,7 +719,8 @@ static inline char *checkpoint_verify(const char *dir) {
     FileMap map;
     Json doc;
     const char *error = file_map(&map, path);
-    if (error && path_must_exist_or_not(path) && strcmp(error, "not a regular file")) checkpoint_unreadable(path, error);
+    if (error && path_must_exist_or_not(path) && strcmp(error, "not a regular file"))
+        checkpoint_unreadable(path, error);
     if (error) wrong = xprintf("%s: %s", path, error);
     else if ((error = checkpoint_parse_trainer(&doc, map.data, map.size)))
         wrong = xprintf("%s: %s (%zu bytes)", path, error, map.size);
@@ -668,17 +738,19 @@ static inline char *checkpoint_verify(const char *dir) {
     return wrong;
 }
 
-// What is there and cannot be opened (no permission, too many open files, a server that does not answer) is not damaged: it is
-// no reason to go back to an older checkpoint, or to the beginning.
+// A file that exists but cannot be opened (no permission, too many open files, a server that does
+// not respond) is not damaged: that is no reason to go back to an older checkpoint, or to the
+// beginning.
 static inline void checkpoint_must_open(const char *path) {
     const int fd = file_open_read(path);
     if (fd < 0 && errno != ENOENT && errno != ENOTDIR)
-        die("cannot open %s: %s\n  hint: the run goes on from there as soon as it can be read", path, strerror(errno));
+        die("cannot open %s: %s\n  hint: the run goes on from there as soon as it can be read",
+            path, strerror(errno));
     if (fd >= 0) close(fd);
 }
 
-// The newest checkpoint of OUT that is whole, from malloc, or NULL when there is none at all. Damaged ones are named;
-// dies when all are damaged, or one cannot be looked at.
+// The newest intact checkpoint of OUT, from malloc, or NULL if there are none at all. Reports
+// damaged ones; dies if all are damaged, or one cannot be examined.
 static inline char *checkpoint_latest(const char *out) {
     checkpoint_must_open(out);
     CheckpointList list = checkpoint_list(out);
@@ -698,74 +770,86 @@ static inline char *checkpoint_latest(const char *out) {
             free(path);
         }
     }
-    if (list.n && !found) die("all %d checkpoints of %s are damaged\n  hint: start again with another --out", list.n, out);
+    if (list.n && !found)
+        die("all %d checkpoints of %s are damaged\n  hint: start again with another --out", list.n,
+            out);
     free(list.step);
     return found;
 }
 
-// Before a run goes on from OUT/name, the newest whole checkpoint: those after it, all damaged, get another name, and `latest`
-// points to it.
+// Before a run continues from OUT/name, the newest intact checkpoint: renames the later ones, all
+// damaged, and makes `latest` point to it.
 static inline void checkpoint_settle(const char *out, const char *name) {
     CheckpointList list = checkpoint_list(out);
     char *latest = xprintf("%s/latest", out), target[64] = "";
     const int64_t step = strtoll(name + 5, NULL, 10);
     for (int i = 0; i < list.n; i++) {
         if (list.step[i] <= step) continue;
-        char *path = checkpoint_path(out, list.step[i]), *aside = xprintf("%s.damaged", path), *error = NULL;
+        char *path = checkpoint_path(out, list.step[i]), *aside = xprintf("%s.damaged", path),
+            *error = NULL;
         if (path_exists(aside)) error = xprintf("%s is there already", aside);
         else error = file_try_rename(path, aside);
         warn("%s %s%s", path, error ? "stays: " : "is now ", error ? error : aside);
         free(path), free(aside), free(error);
     }
-    if (readlink(latest, target, sizeof target - 1) < 0 || strcmp(target, name)) checkpoint_point_or_warn(out, name);
+    if (readlink(latest, target, sizeof target - 1) < 0 || strcmp(target, name))
+        checkpoint_point_or_warn(out, name);
     free(list.step);
     free(latest);
 }
 
 // ---- Reading ----
 
-// Names the architecture of a config.json where that is not GPT-2: its model_type or, without one, the
+// Names the architecture of a config.json if it is not GPT-2: its model_type or, without one, the
 // class that loads it. Returns NULL or, from malloc, what is wrong.
 static inline char *checkpoint_check_architecture(const Json *doc) {
-    static const char hint[] = "\n  hint: only GPT-2 is computed here: learned positions, LayerNorm, tanh-GELU";
-    const int type = json_get(doc, 0, "model_type"), class_name = json_first(doc, json_get(doc, 0, "architectures"));
+    static const char hint[] = "\n  hint: only GPT-2 is computed here: learned positions, "
+        "LayerNorm, tanh-GELU";
+    const int type = json_get(doc, 0, "model_type"),
+        class_name = json_first(doc, json_get(doc, 0, "architectures"));
     const int node = type >= 0 ? type : class_name;
     char *name = json_string(doc, node, NULL), *error = NULL;
     if (type >= 0 && (!name || strcmp(name, "gpt2")))
         error = xprintf("a model of another architecture: its \"model_type\" is %.80s, not gpt2%s",
                         name ? name : "no text", hint);
     if (type < 0 && name && strncmp(name, "GPT2", 4))
-        error = xprintf("a model of another architecture: %.80s, not GPT2LMHeadModel%s", name, hint);
+        error = xprintf("a model of another architecture: %.80s, not GPT2LMHeadModel%s", name,
+                        hint);
     free(name);
     return error;
 }
 
-// config.json must describe a model that this program computes; a setting that is absent has GPT-2's value. Returns NULL or,
-// from malloc, what is wrong.
+// Checks that config.json describes a model that this program computes; absent settings have
+// GPT-2's values. Returns NULL or, from malloc, what is wrong.
 static inline char *checkpoint_check_config(const Json *doc) {
     static const struct { const char *key; int type; const char *value; } fixed[] = {
         {"scale_attn_weights", JSON_TRUE, "true"},
-        {"scale_attn_by_inverse_layer_idx", JSON_FALSE, "false"}, {"tie_word_embeddings", JSON_TRUE, "true"}};
+        {"scale_attn_by_inverse_layer_idx", JSON_FALSE, "false"},
+        {"tie_word_embeddings", JSON_TRUE, "true"}};
     for (size_t i = 0; i < sizeof fixed / sizeof fixed[0]; i++) {
         const int node = json_get(doc, 0, fixed[i].key);
         if (node >= 0 && json_type(doc, node) != fixed[i].type)
-            return xprintf("\"%s\" must be %s: this is another kind of model", fixed[i].key, fixed[i].value);
+            return xprintf("\"%s\" must be %s: this is another kind of model", fixed[i].key,
+                           fixed[i].value);
     }
     int gelu = json_get(doc, 0, "activation_function");
-    if (gelu >= 0 && !json_equals(doc, gelu, "gelu_new") && !json_equals(doc, gelu, "gelu_pytorch_tanh"))
+    if (gelu >= 0 && !json_equals(doc, gelu, "gelu_new") &&
+        !json_equals(doc, gelu, "gelu_pytorch_tanh"))
         return xstrdup("\"activation_function\" must be gelu_new, GPT-2's tanh-GELU");
     double eps = 1e-5;
     json_number(doc, json_get(doc, 0, "layer_norm_epsilon"), &eps);
     if (eps != 1e-5) return xstrdup("\"layer_norm_epsilon\" must be 1e-5");
     int64_t inner = 0, channels = 0;
-    if (json_int64(doc, json_get(doc, 0, "n_inner"), &inner) && json_int64(doc, json_get(doc, 0, "n_embd"), &channels) &&
+    if (json_int64(doc, json_get(doc, 0, "n_inner"), &inner) &&
+        json_int64(doc, json_get(doc, 0, "n_embd"), &channels) &&
         inner != 4 * channels)
         return xstrdup("\"n_inner\" must be null or 4 times n_embd: this is another kind of model");
     return NULL;
 }
 
-// The sizes of a model of llm.c, which has no factors.
-static inline void checkpoint_read_llmc(const char *path, GptConfig *c, double **eval_scale, int *tied) {
+// The sizes of an llm.c model, which has no factors.
+static inline void checkpoint_read_llmc(const char *path, GptConfig *c, double **eval_scale,
+                                        int *tied) {
     Weights w;
     weights_open(&w, path);
     *c = w.llmc.config;
@@ -775,7 +859,7 @@ static inline void checkpoint_read_llmc(const char *path, GptConfig *c, double *
     *tied = 0;
 }
 
-// The factors of the branches in evaluation (2L). Returns NULL or, from malloc, what is wrong.
+// The branches' factors in evaluation (2L). Returns NULL or, from malloc, what is wrong.
 static inline char *checkpoint_read_scale(const Json *doc, int L, double *eval_scale, int *tied) {
     const int scale = json_get(doc, 0, "drop_path_eval_scale");
     if (scale >= 0 && json_count(doc, scale) != BRANCHES * L)
@@ -790,7 +874,8 @@ static inline char *checkpoint_read_scale(const Json *doc, int L, double *eval_s
     *tied = json_type(doc, json_get(doc, 0, "drop_path_tied")) == JSON_TRUE;
     for (int l = 0; *tied && l < L; l++)
         if (eval_scale[BRANCHES * l + ATTN] != eval_scale[BRANCHES * l + MLP])
-            return xstrdup("\"drop_path_eval_scale\" of a tied model must be equal in both branches of a layer");
+            return xstrdup("\"drop_path_eval_scale\" of a tied model must be equal in both "
+                           "branches of a layer");
     return NULL;
 }
 
@@ -800,7 +885,8 @@ static inline char *checkpoint_read_sizes(const Json *doc, GptConfig *c) {
     int *size[5] = {&c->V, &c->T, &c->L, &c->NH, &c->C};
     for (int i = 0; i < 5; i++) {
         int64_t v;
-        if (!json_int64(doc, json_get(doc, 0, key[i]), &v)) return xprintf("\"%s\" is missing or no integer", key[i]);
+        if (!json_int64(doc, json_get(doc, 0, key[i]), &v))
+            return xprintf("\"%s\" is missing or no integer", key[i]);
         if (v < 1 || v > 1 << 24) return xprintf("\"%s\" is %lld", key[i], (long long)v);
         *size[i] = (int)v;
     }
@@ -808,14 +894,17 @@ static inline char *checkpoint_read_sizes(const Json *doc, GptConfig *c) {
     return error ? xstrdup(error) : NULL;
 }
 
-// Reads a config.json of `size` bytes at mem: sizes, and how the branches count in evaluation: *eval_scale (2L) from malloc,
-// *tied. Returns NULL or, from malloc, what is wrong; nothing else is to be freed then.
-static inline char *checkpoint_parse_config(GptConfig *c, double **eval_scale, int *tied, const void *mem, size_t size) {
+// Reads a config.json of `size` bytes at mem: sizes, and the branches' factors in evaluation:
+// *eval_scale (2L) from malloc, *tied. Returns NULL or, from malloc, what is wrong; then there is
+// nothing else to free.
+static inline char *checkpoint_parse_config(GptConfig *c, double **eval_scale, int *tied,
+                                            const void *mem, size_t size) {
     Json doc;
     const char *wrong = json_parse(&doc, mem, size);
     *eval_scale = NULL;
     if (wrong) return xstrdup(wrong);
-    char *error = checkpoint_check_architecture(&doc);  // before sizes, which others name otherwise
+    // before the sizes, which other architectures name differently
+    char *error = checkpoint_check_architecture(&doc);
     if (!error) error = checkpoint_read_sizes(&doc, c);
     if (!error) error = checkpoint_check_config(&doc);
     if (!error) {
@@ -830,10 +919,11 @@ static inline char *checkpoint_parse_config(GptConfig *c, double **eval_scale, i
     return error;
 }
 
-// The sizes of the model in a checkpoint directory, ours or Hugging Face's, or in a file of llm.c, and how its branches count
-// in evaluation: *eval_scale (2L) from malloc, *tied. Dies with the reason when there is none, or when the weights are not
-// of these sizes. Of an adapter they are the base's.
-static inline void checkpoint_read_config(const char *dir, GptConfig *c, double **eval_scale, int *tied) {
+// The sizes of the model in a checkpoint directory, ours or Hugging Face's, or in an llm.c file,
+// and its branches' factors in evaluation: *eval_scale (2L) from malloc, *tied. Dies if there is
+// none, or if the weights do not have these sizes. For an adapter they are its base's.
+static inline void checkpoint_read_config(const char *dir, GptConfig *c, double **eval_scale,
+                                          int *tied) {
     Weights w;
     memset(c, 0, sizeof *c);
     if (lora_is_adapter(dir)) {
@@ -854,8 +944,10 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     FileMap map;
     const char *error = file_map(&map, path);
     if (error)
-        die("cannot read %s: %s\n  hint: a checkpoint is a directory with config.json and model.safetensors", path, error);
-    if ((error = checkpoint_parse_config(c, eval_scale, tied, map.data, map.size))) die("%s: %s", path, error);
+        die("cannot read %s: %s\n  hint: a checkpoint is a directory with config.json and "
+            "model.safetensors", path, error);
+    if ((error = checkpoint_parse_config(c, eval_scale, tied, map.data, map.size)))
+        die("%s: %s", path, error);
     file_unmap(&map);
     free(path);
     weights_open(&w, dir);
@@ -863,20 +955,22 @@ static inline void checkpoint_read_config(const char *dir, GptConfig *c, double 
     weights_close(&w);
 }
 
-// Dies if one of the n numbers is not finite: a model of such computes nothing, and no average of what it gives may look as
-// if it did.
-static inline void checkpoint_check_finite(const Weights *w, const char *prefix, int param, int layer, const real *x, size_t n) {
+// Dies if one of the n elements is not finite: such a model computes nothing useful, and no average
+// of its outputs may look as if it did.
+static inline void checkpoint_check_finite(const Weights *w, const char *prefix, int param,
+                                           int layer, const real *x, size_t n) {
     if (numbers_finite(x, n)) return;
     size_t i = 0;
     while (isfinite(x[i])) i++;
-    die("%s: %s%s has a number that is not finite, %g at place %zu\n  hint: take an older checkpoint", w->path, prefix,
-        gpt_param_name(param, layer), numbers_unsigned((double)x[i]), i);
+    die("%s: %s%s has a number that is not finite, %g at place %zu\n  hint: take an older "
+        "checkpoint", w->path, prefix, gpt_param_name(param, layer), numbers_unsigned((double)x[i]),
+        i);
 }
 
-// One slot of the model, each tensor as "<prefix><name>"; dies when one is missing, misshapen or not finite. Where the first
-// `frozen` layers have no moments, the others.
-static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConfig *c, Slot slot, int frozen, const Weights *w,
-                                        const char *prefix) {
+// Loads one slot of the model, each tensor as "<prefix><name>"; dies if one is missing, has the
+// wrong shape, or is not finite. Frozen layers have no moments.
+static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConfig *c, Slot slot,
+                                        int frozen, const Weights *w, const char *prefix) {
     for (int p = 0; p < N_PARAMS; p++) {
         real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
@@ -889,9 +983,9 @@ static inline void checkpoint_load_slot(const Engine *e, Model *m, const GptConf
     }
 }
 
-// Dies if a checkpoint of ours has weights, a configuration or a tokenizer that do not match their sums: for callers that load
-// no more of it.
-// Returns the options of its run, from malloc; NULL if it is not ours.
+// Dies if the weights, configuration or tokenizer of one of our checkpoints do not match their
+// sums: for callers that load nothing else. Returns its run's options, from malloc; NULL if it is
+// not ours.
 static inline char *checkpoint_check_weights(const char *dir) {
     char *path = xprintf("%s/trainer.json", dir), *options = NULL;
     FileMap map;
@@ -902,8 +996,10 @@ static inline char *checkpoint_check_weights(const char *dir) {
         if (error) die("this checkpoint is damaged: %s: %s", path, error);
         for (int i = 0; i < CHECKPOINT_ALL; i++) {
             char *file = xprintf("%s/%s", dir, checkpoint_file_of(checkpoint_is_adapter(&doc), i));
-            const int left_out = i >= CHECKPOINT_FILES && !path_exists(file);      // the weights were copied alone
-            const int needed = strcmp(checkpoint_file[i], "optimizer.safetensors") && checkpoint_has_file(&doc, i) && !left_out;
+            // only the weights were copied
+            const int left_out = i >= CHECKPOINT_FILES && !path_exists(file);
+            const int needed = strcmp(checkpoint_file[i], "optimizer.safetensors") &&
+                checkpoint_has_file(&doc, i) && !left_out;
             const char *wrong = needed ? checkpoint_verify_file(&doc, dir, i) : NULL;
             if (wrong) die("this checkpoint is damaged: %s", wrong);
             free(file);
@@ -917,15 +1013,18 @@ static inline char *checkpoint_check_weights(const char *dir) {
     return options;
 }
 
-// The weights of a checkpoint, in any form of weights.h, into a model of the sizes that checkpoint_read_config gave. Into a
-// model that has adapters go those that the checkpoint has, too; others are left as they are.
-static inline void checkpoint_load_weights(const char *from, const Engine *e, Model *m, const GptConfig *c) {
+// Loads the weights of a checkpoint, in any format of weights.h, into a model of
+// checkpoint_read_config's sizes. A model with adapters gets the checkpoint's, if it has any;
+// otherwise they are left unchanged.
+static inline void checkpoint_load_weights(const char *from, const Engine *e, Model *m,
+                                           const GptConfig *c) {
     Weights w;
     weights_open(&w, from);
     for (int p = 0; p < N_PARAMS; p++) {
         real *host = (real *)xcalloc(gpt_param_size(c, p), sizeof *host);
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
-            if (gpt_param[p].group == GROUP_ADAPTER && !weights_adapter_tensor(&w, c, p, l)) continue;
+            if (gpt_param[p].group == GROUP_ADAPTER && !weights_adapter_tensor(&w, c, p, l))
+                continue;
             weights_read(&w, c, w.prefix, p, l, host);
             checkpoint_check_finite(&w, w.prefix, p, l, host, gpt_param_size(c, p));
             e->write(m, SLOT_PARAM, p, l, host);
@@ -935,8 +1034,8 @@ static inline void checkpoint_load_weights(const char *from, const Engine *e, Mo
     weights_close(&w);
 }
 
-// Reads the trainer.json of a checkpoint of ours: all of s but adamw_steps and eval_scale; s->options
-// from malloc. Dies when it is damaged.
+// Reads trainer.json of one of our checkpoints into all of s but adamw_steps and eval_scale;
+// s->options from malloc. Dies if it is damaged.
 static inline void checkpoint_read_trainer(const char *dir, CheckpointState *s) {
     char *path = xprintf("%s/trainer.json", dir);
     FileMap map;
@@ -949,15 +1048,18 @@ static inline void checkpoint_read_trainer(const char *dir, CheckpointState *s) 
     free(path);
 }
 
-// All of a checkpoint of ours into the model and s, whose adamw_steps (2L+1) is the caller's; s->options from malloc.
-// Dies when a file does not match its sum. s->frozen is what the model was opened with: layers that were trained and are not
-// any more lose their moments, and those that are trained from now on begin with none.
-static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, const GptConfig *c, CheckpointState *s) {
+// Loads one of our checkpoints into the model and s; the caller provides s->adamw_steps (2L+1);
+// s->options from malloc. Dies if a file does not match its sum. s->frozen is the model's: layers
+// that are no longer trained lose their moments, and newly trained ones start with none.
+static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, const GptConfig *c,
+                                   CheckpointState *s) {
     char *wrong = checkpoint_verify(dir), *path;
     const int frozen = s->frozen;
     const char *error;
     Weights w;
-    if (wrong) die("this checkpoint is damaged: %s\n  hint: --resume without a path takes the latest that is whole", wrong);
+    if (wrong)
+        die("this checkpoint is damaged: %s\n  hint: --resume without a path takes the latest that "
+            "is whole", wrong);
     checkpoint_read_trainer(dir, s);
     const int then = s->frozen, kept = then > frozen ? then : frozen;
     if (then > c->L) die("%s/trainer.json: %d frozen layers of a model of %d", dir, then, c->L);
@@ -970,11 +1072,14 @@ static inline void checkpoint_load(const char *dir, const Engine *e, Model *m, c
     checkpoint_load_slot(e, m, c, SLOT_M, kept, &w, "m.");
     checkpoint_load_slot(e, m, c, SLOT_V, kept, &w, "v.");
     const SafetensorsEntry *steps = weights_find(&w, "adamw_steps");
-    if (!steps || steps->count != (size_t)(BRANCHES * c->L + 1)) die("%s: adamw_steps is missing or has another size", path);
-    if ((error = safetensors_to_int64(steps, s->adamw_steps))) die("%s: adamw_steps: %s", path, error);
+    if (!steps || steps->count != (size_t)(BRANCHES * c->L + 1))
+        die("%s: adamw_steps is missing or has another size", path);
+    if ((error = safetensors_to_int64(steps, s->adamw_steps)))
+        die("%s: adamw_steps: %s", path, error);
     for (int i = 0; i <= BRANCHES * c->L; i++)
         if (s->adamw_steps[i] < 0 || s->adamw_steps[i] > s->step)
-            die("%s: adamw_steps has %lld, but the run did %lld steps", path, (long long)s->adamw_steps[i], (long long)s->step);
+            die("%s: adamw_steps has %lld, but the run did %lld steps", path,
+                (long long)s->adamw_steps[i], (long long)s->step);
     for (int i = BRANCHES * frozen; i < BRANCHES * then; i++) s->adamw_steps[i] = 0;
     weights_close(&w);
     free(path);

@@ -25,7 +25,8 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
 // The fraction of the full model's FLOPs that the run is expected to execute.
 static inline double trainer_expected_compute(const Trainer *tr) {
     const GptConfig whole = trainer_whole(tr);
-    if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen && !tr->growth.n && !tr->lora.rank)
+    if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen && !tr->growth.n &&
+        !tr->lora.rank)
         return 1;
     return growth_run_compute(&tr->growth, &tr->drop, &whole, tr->T, tr->steps);
 }
@@ -115,8 +116,9 @@ static inline void trainer_print_start(const Trainer *tr) {
     if (tr->growth.n) {
         printf("grows:  ");
         for (int i = 0; i < tr->growth.n; i++)
-            printf(" %d layer%s from step %lld%s", tr->growth.phase[i].layers, tr->growth.phase[i].layers == 1 ? "" : "s",
-                   (long long)tr->growth.phase[i].from, i + 1 < tr->growth.n ? "," : "");
+            printf(" %d layer%s from step %lld%s", tr->growth.phase[i].layers,
+                   tr->growth.phase[i].layers == 1 ? "" : "s", (long long)tr->growth.phase[i].from,
+                   i + 1 < tr->growth.n ? "," : "");
         printf("; expected to execute %.1f%% of the FLOPs\n", 100 * trainer_expected_compute(tr));
     }
     if (tr->lora.rank) trainer_print_lora(tr);
@@ -131,10 +133,10 @@ static inline void trainer_print_start(const Trainer *tr) {
         warn("--drop-path %g with --lora: adapters are small, and a milder schedule is usual; "
              "0.05, say", o->drop_path);
     else if (size)
-        warn("--drop-path %g drops %.0f%% of the branches' work on average over layers and steps, which "
-             "is high: no harm is reported for %.2g%% of a %s model\n  hint: that rests on few runs "
-             "(dev/DROP_PATH.md); compare with a run without it", o->drop_path, 100 * share,
-             100 * usual, size);
+        warn("--drop-path %g drops %.0f%% of the branches' work on average over layers and steps, "
+             "which is high: no harm is reported for %.2g%% of a %s model\n  hint: that rests on "
+             "few runs (dev/DROP_PATH.md); compare with a run without it", o->drop_path,
+             100 * share, 100 * usual, size);
     trainer_warn_of_many(tr, share > 0.8 * usual);
     printf("output:  %s\n", o->out);
     fflush(stdout);

@@ -134,7 +134,8 @@ static inline double gpu_adapter_products(const GpuSpec *g, const GpuRun *r, int
     double t = 0;
     for (int p = P_qkvA; p < N_PARAMS; p++)
         if (gpt_param[p].branch == branch && gpt_param_layers(&r->c, p))
-            t += gpu_product(g, (double)r->B * r->T, gpt_param_rows(&r->c, p), gpt_param_cols(&r->c, p));
+            t += gpu_product(g, (double)r->B * r->T, gpt_param_rows(&r->c, p),
+                             gpt_param_cols(&r->c, p));
     return t;
 }
 
@@ -146,7 +147,8 @@ static inline double gpu_attention_flops(const GpuRun *r) {
 static inline GpuTime gpu_branch_forward(const GpuSpec *g, const GpuRun *r, int branch) {
     const double elements = (double)r->B * r->T * r->c.C;
     GpuTime t = {{0}};
-    t.part[GPU_PART_products] = gpu_branch_products(g, r, branch) + gpu_adapter_products(g, r, branch);
+    t.part[GPU_PART_products] = gpu_branch_products(g, r, branch) + gpu_adapter_products(g, r,
+        branch);
     t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES);
     if (branch == ATTN)
         t.part[GPU_PART_attention] = gpu_attention_flops(r) / (GPU_ATTENTION * g->mma);

@@ -1,20 +1,24 @@
-// options.h: options from the command line and from config files, and the one table of the trainer's options.
+// options.h: options from the command line and config files, and the table of the trainer's
+// options.
 //
-// A table is an X-macro, each option written once: it expands to the fields of a struct and to the specs from which
-// parser, --help and dump are generated. Tables chain, so that a tool adds a few options of its own to the trainer's:
+// A table is an X-macro that states each option once: it expands to the fields of a struct and to
+// the specs that drive the parser, --help and the dump. Tables chain, so a tool can add options of
+// its own to the trainer's:
 //
 //     TrainOptions t;
 //     Options o;
 //     options_init(&o, "train_gpt [options]");
 //     options_add(&o, train_options(), &t);             // fills in the defaults
-//     options_parse(&o, argc, argv);                                   // or exits: --help, an error
+//     options_parse(&o, argc, argv); // or exits: --help, an error
 //     options_apply_recipe(&o, &t);
 //     ...
 //     options_free(&o);
 //
-// Command line: --name value or --name=value; '_' and '-' are the same; names are never abbreviated; the last of equal
-// names wins; a whole number may be written 1e6. Config files: lines `name = value`, '#' starts a comment, later lines win; a value with blanks at its
-// ends or with '#' stands in double quotes, where \" \\ \n \r \t are known. The command line wins over every config.
+// Command line: --name value or --name=value; '_' and '-' are the same; names are never
+// abbreviated; the last of equal names wins; an integer may be written 1e6. Config files: lines
+// `name = value`, '#' starts a comment, later lines win; a value with blanks at its ends or with
+// '#' is written in double quotes, with the escapes \" \\ \n \r \t. The command line overrides
+// every config.
 #ifndef OPTIONS_H
 #define OPTIONS_H
 
@@ -26,7 +30,7 @@
 #include <math.h>
 #include <stddef.h>
 
-// ---- What a table is made of ----
+// ---- Tables ----
 
 // A number of optimizer steps, or a percentage of the run.
 typedef struct { double value; int percent; } Span;
@@ -36,14 +40,15 @@ static inline int64_t span_steps(Span s, int64_t total) {
     return (int64_t)llround(s.percent ? s.value * (double)total / 100 : s.value);
 }
 
-// Type, its field, and what `domain` says. A domain is both checked and shown in --help.
+// Types, their fields, and the meaning of `domain`, which is both checked and shown in --help.
 //     INTEGER  int64_t   an interval: "[1,1024]", "[0,inf)"
 //     NUMBER   double    an interval: "[0,1)"
-//     TEXT     char *    what it names: "FILE"; in "PATH=latest", latest is what the option means without a value
+//     TEXT     char *    the kind of value: "FILE"; in "PATH=latest", latest is the value of the
+//                        bare option
 //     CHOICE   int       the words "a|b|c"; the field is the index of one
 //     SPAN     Span      ""
 //     FLAG     int       "0|1"; without a value it means 1
-// The rest are the parser's own and have no field.
+// The others belong to the parser and have no field.
 enum { OPTION_INTEGER, OPTION_NUMBER, OPTION_TEXT, OPTION_CHOICE, OPTION_SPAN, OPTION_FLAG,
        OPTION_HEADING, OPTION_CONFIG, OPTION_HELP, OPTION_VERSION };
 #define OPTION_FIELD_INTEGER int64_t
@@ -54,15 +59,17 @@ enum { OPTION_INTEGER, OPTION_NUMBER, OPTION_TEXT, OPTION_CHOICE, OPTION_SPAN, O
 #define OPTION_FIELD_FLAG    int
 
 typedef struct {
-    const char *name;                                    // with '-'; of a heading, its title
+    const char *name;                     // with '-'; of a heading, its title
     int type;
-    size_t offset;                                       // of the field in the struct of values
-    const char *initial, *domain, *help;                 // the default, as text; see above; one sentence with units
+    size_t offset;                        // of the field in the struct of values
+    const char *initial, *domain, *help;  // the default, as text; see above; one sentence with
+                                          // units
 } OptionSpec;
 
 typedef struct { const OptionSpec *specs; int n; } OptionTable;
 
-// Makes of a table, #define TABLE(HEADING, OPTION), the struct of its values and a function that returns its specs.
+// Generates from a table, #define TABLE(HEADING, OPTION), the struct of its values and a function
+// that returns its specs.
 #define OPTION_FIELD(field, name, type, initial, domain, help) OPTION_FIELD_##type field;
 #define OPTION_NO_FIELD(title)
 #define OPTION_SPEC(field, name, type, initial, domain, help) \
@@ -79,179 +86,244 @@ typedef struct { const OptionSpec *specs; int n; } OptionTable;
 
 // ---- The trainer's options ----
 
-// Published settings of drop path: each is a config, of the options that the paper's method fixes; p_max is the user's.
-// PLD's gamma is 100/steps, so that our exp ramp, which ends at gamma * t = ln 100, takes 4.6% of the run.
-#define DROP_RECIPES(X)                                                                                              \
-    X(huang2016,      "drop-unit=batch\ndrop-branches=tied\ndrop-depth=linear\ndrop-scale=survival\ndrop-ramp-up=0") \
-    X(pld2020,        "drop-unit=batch\ndrop-branches=tied\ndrop-depth=linear\ndrop-scale=inverted-each\n"           \
-                      "drop-ramp-shape=exp\ndrop-ramp-up=4.6%")                                                      \
-    X(layerdrop2019,  "drop-unit=batch\ndrop-branches=tied\ndrop-depth=uniform\ndrop-scale=none\ndrop-ramp-up=0")    \
-    X(layerskip2024,  "drop-unit=row\ndrop-branches=tied\ndrop-depth=exp\ndrop-scale=none\n"                         \
-                      "drop-ramp-shape=exp2\ndrop-ramp-up=100%")                                                     \
-    X(early2023,      "drop-unit=row\ndrop-depth=linear0\ndrop-scale=inverted\ndrop-ramp-up=0\n"                     \
-                      "drop-ramp-down=17%\ndrop-recover=83%")                                                        \
-    X(elhoushi2026,   "drop-unit=row\ndrop-branches=tied\ndrop-depth=linear0\ndrop-scale=inverted-each\n"            \
-                      "drop-ramp-shape=linear\ndrop-ramp-up=0\ndrop-ramp-down=100%")                                \
-    X(bu2026,         "grow=1:0,all:80%\ngrow-init=random\nlr-schedule=wsd\nwarmup=2%\nlr-decay=10%")
+// Published settings of drop path: each is a config of the options that the paper's method fixes;
+// p_max is the user's. PLD's gamma is 100/steps, so that our exp ramp, which ends at gamma * t = ln
+// 100, takes 4.6% of the run.
+#define DROP_RECIPES(X)                                                                     \
+    X(huang2016,                                                                            \
+      "drop-unit=batch\ndrop-branches=tied\ndrop-depth=linear\ndrop-scale=survival\n"       \
+      "drop-ramp-up=0")                                                                     \
+    X(pld2020,                                                                              \
+      "drop-unit=batch\ndrop-branches=tied\ndrop-depth=linear\ndrop-scale=inverted-each\n"  \
+      "drop-ramp-shape=exp\ndrop-ramp-up=4.6%")                                             \
+    X(layerdrop2019,                                                                        \
+      "drop-unit=batch\ndrop-branches=tied\ndrop-depth=uniform\ndrop-scale=none\n"          \
+      "drop-ramp-up=0")                                                                     \
+    X(layerskip2024,                                                                        \
+      "drop-unit=row\ndrop-branches=tied\ndrop-depth=exp\ndrop-scale=none\n"                \
+      "drop-ramp-shape=exp2\ndrop-ramp-up=100%")                                            \
+    X(early2023,                                                                            \
+      "drop-unit=row\ndrop-depth=linear0\ndrop-scale=inverted\ndrop-ramp-up=0\n"            \
+      "drop-ramp-down=17%\ndrop-recover=83%")                                               \
+    X(elhoushi2026,                                                                         \
+      "drop-unit=row\ndrop-branches=tied\ndrop-depth=linear0\ndrop-scale=inverted-each\n"   \
+      "drop-ramp-shape=linear\ndrop-ramp-up=0\ndrop-ramp-down=100%")                        \
+    X(bu2026,                                                                               \
+      "grow=1:0,all:80%\ngrow-init=random\nlr-schedule=wsd\nwarmup=2%\nlr-decay=10%")
 #define OPTION_RECIPE_NAME(name, config) "|" #name
 
-// The words of a choice stand in the order of the enum that names them: gpt_presets (gpt.h), SCHEDULE_* (schedule.h),
-// DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_*, RECOMPUTE_* and ROUNDING_* (engine.h), and
-// here.
+// The words of a choice are in the order of their enum: gpt_presets (gpt.h), SCHEDULE_*
+// (schedule.h), DEPTH_*, SHAPE_*, UNIT_*, BRANCHES_*, SAMPLING_*, SCALE_* (drop_path.h), DTYPE_*,
+// RECOMPUTE_* and ROUNDING_* (engine.h), and those below.
 enum { ADAM_DENSE, ADAM_SKIP };
 enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
 
 //  OPTION(field, name, type, default, domain, help)
-#define TRAIN_OPTIONS(HEADING, OPTION)                                                                               \
-  HEADING("Data")                                                                                                    \
-    OPTION(train, "train", TEXT, "", "GLOB", "token shards to train on; quote a pattern: 'data/train_*.bin'")        \
-    OPTION(val, "val", TEXT, "", "GLOB", "token shards to evaluate on")                                              \
-    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE", "the shards' tokenizer; if not given, the one beside --train")  \
-    OPTION(out, "out", TEXT, "runs/gpt", "DIR", "directory of this run's checkpoints, metrics.jsonl and config.txt") \
-  HEADING("Model")                                                                                                   \
-    OPTION(preset, "preset", CHOICE, "tiny", "tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",                       \
-           "the sizes that the next options change one by one")                                                      \
-    OPTION(layers, "layers", INTEGER, "0", "[0,1024]", "layers; 0: the preset's")                                    \
-    OPTION(heads, "heads", INTEGER, "0", "[0,65536]", "attention heads, a divisor of the channels; 0: the preset's") \
-    OPTION(channels, "channels", INTEGER, "0", "[0,65536]", "width of the residual stream; 0: the preset's")         \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens of a row; 0: the preset's")                      \
-    OPTION(vocab_size, "vocab-size", INTEGER, "0", "[0,16777216]",                                                   \
-           "tokens of the vocabulary; 0: the tokenizer's if there is one, else the preset's")                        \
-    OPTION(init_from, "init-from", TEXT, "", "PATH",                                                                 \
-           "start from these weights at step 0: a checkpoint's directory, ours or a Hugging Face GPT-2, a run's, "   \
-           "for its latest, or a model of llm.c")                                                                    \
-  HEADING("Run")                                                                                                     \
-    OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows of a micro-batch")                                       \
-    OPTION(total_batch, "total-batch", INTEGER, "0", "[0,1e12]", "tokens of an optimizer step; 0: one micro-batch")  \
-    OPTION(steps, "steps", INTEGER, "1000", "[1,1e12]", "optimizer steps of the run")                                \
-    OPTION(epochs, "epochs", NUMBER, "0", "[0,1e6]", "length of the run in passes over --train; 0: use --steps")     \
-    OPTION(resume, "resume", TEXT, "", "PATH=latest",                                                                \
-           "continue from this checkpoint; without PATH, from the latest of --out")                                  \
-    OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "names all randomness of the run")                              \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]", "CPU threads; 0: as many as the machine offers")            \
-    OPTION(dtype, "dtype", CHOICE, "auto", "fp32|bf16|auto|tf32",                                                    \
-           "what operands of matrix products are rounded to; sums and weights stay fp32. auto: fp32 on the CPU, bf16 on" \
-           " the GPU; tf32 is for GPUs")                                                                             \
-    OPTION(recompute, "recompute", CHOICE, "gelu", "gelu|none|branch",                                               \
-           "GPU: what the backward pass makes again instead of keeping it: the outputs of LayerNorm and GELU, nothing, or" \
-           " all of a branch but its input")                                                                         \
-    OPTION(graphs, "graphs", FLAG, "0", "0|1",                                                                       \
-           "GPU: launch each branch as a CUDA graph, for small models whose launches take longer than they compute; the " \
-           "same bits. Not yet measured on a GPU")                                                                  \
-    OPTION(max_bad_steps, "max-bad-steps", INTEGER, "10", "[1,1e9]",                                                 \
-           "stop after this many steps in a row whose loss or gradient is not finite; such steps change nothing")    \
-    OPTION(skip_loss_zscore, "skip-loss-zscore", NUMBER, "0", "[0,inf)",                                             \
-           "leave out a step whose loss lies this many standard deviations above that of the last 128; 0: never")    \
-    OPTION(skip_norm_zscore, "skip-norm-zscore", NUMBER, "0", "[0,inf)", "the same for its gradient's norm; 0: never") \
-    OPTION(selfcheck, "selfcheck", FLAG, "1", "0|1", "at start, compare a tiny training run with stored numbers")    \
-    OPTION(dry_run, "dry-run", FLAG, "0", "0|1",                                                                     \
-           "tell sizes, memory, FLOPs, the expected saving and time; train and write nothing")                       \
-    OPTION(device, "device", TEXT, "", "NAME",                                                                       \
-           "with --dry-run: predict a step on h100, a100 or rtx4090, or on several, as 8xh100; none need be here")   \
-  HEADING("Optimizer (AdamW)")                                                                                       \
-    OPTION(lr, "lr", NUMBER, "6e-4", "[0,inf)", "peak learning rate")                                                \
-    OPTION(lr_schedule, "lr-schedule", CHOICE, "cosine", "cosine|linear|wsd|constant",                               \
-           "what follows the warm-up; wsd: constant, then linear over --lr-decay")                                   \
-    OPTION(warmup, "warmup", SPAN, "2%", "", "linear warm-up of the learning rate")                                  \
-    OPTION(lr_final, "lr-final", NUMBER, "0.1", "[0,1]", "final learning rate as a fraction of --lr")                \
-    OPTION(lr_decay, "lr-decay", SPAN, "20%", "", "length of the final fall of --lr-schedule wsd")                   \
-    OPTION(weight_decay, "weight-decay", NUMBER, "0.1", "[0,inf)", "decoupled weight decay, of matrices only")       \
-    OPTION(beta1, "beta1", NUMBER, "0.9", "[0,1)", "decay of the first moment, per step")                            \
-    OPTION(beta2, "beta2", NUMBER, "0.95", "[0,1)", "decay of the second moment, per step")                          \
-    OPTION(eps, "eps", NUMBER, "1e-8", "(0,inf)", "added to the root of the second moment")                          \
-    OPTION(grad_clip, "grad-clip", NUMBER, "1", "[0,inf)",                                                           \
-           "largest norm of the whole gradient, to which 1e-6 is added as in PyTorch's clip_grad_norm_; 0: never clipped") \
-    OPTION(train_last, "train-last", INTEGER, "0", "[0,1024]",                                                       \
-           "train only the last so many layers, ln_f and wte; the rest stays as --init-from gave it; 0: all")        \
-    OPTION(rounding, "rounding", CHOICE, "nearest", "nearest|stochastic",                                            \
-           "GPU, --dtype bf16: how the fp32 weights become the bf16 that forward and backward read; stochastic: up or " \
-           "down at random, so that the mean is right")                                                              \
-  HEADING("Adapters (LoRA): all weights stay as --init-from gave them; checkpoints are peft's") \
-    OPTION(lora, "lora", INTEGER, "0", "[0,1024]",                                                                   \
-           "rank of the adapters; 0: none. With them --drop-path is 0.05 unless given")                              \
-    OPTION(lora_alpha, "lora-alpha", NUMBER, "0", "[0,inf)", "adapters count alpha / rank times; 0: twice the rank") \
-    OPTION(lora_dropout, "lora-dropout", NUMBER, "0", "[0,1)", "dropout of what adapters read")                      \
-    OPTION(lora_targets, "lora-targets", TEXT, "qkv,attproj,fc,fcproj", "LIST", "the products that have one")        \
-    OPTION(lora_norms, "lora-norms", FLAG, "0", "0|1", "train ln_1, ln_2 and ln_f as well")                          \
-  HEADING("Dropout, label smoothing: of several regularisers, each weaker")                                          \
-    OPTION(dropout, "dropout", NUMBER, "0", "[0,1)",                                                                 \
-           "rate of dropout at GPT-2's places: sets the next three. GPT-2 had 0.1; for text that is seen once 0 is better")\
-    OPTION(dropout_embd, "dropout-embd", NUMBER, "0", "[0,1)", "of the sum of the embeddings")                       \
-    OPTION(dropout_attn, "dropout-attn", NUMBER, "0", "[0,1)", "of attention's probabilities")                       \
-    OPTION(dropout_resid, "dropout-resid", NUMBER, "0", "[0,1)", "of what each branch adds")                         \
-    OPTION(dropout_start, "dropout-start", SPAN, "0", "", "steps before the ramp, without dropout")                  \
-    OPTION(dropout_ramp_up, "dropout-ramp-up", SPAN, "0", "", "steps in which the rates rise; with a start: late dropout")\
-    OPTION(dropout_ramp_down, "dropout-ramp-down", SPAN, "0", "",                                                    \
-           "steps in which they fall to 0, before --dropout-recover")                                                \
-    OPTION(dropout_recover, "dropout-recover", SPAN, "0", "", "last steps of the run, without; early dropout: 80%, say")\
-    OPTION(label_smoothing, "label-smoothing", NUMBER, "0", "[0,1)",                                                 \
-           "this share of a target's weight goes to all tokens alike; val_loss stays plain")                         \
-  HEADING("Depth that grows: layers that do not exist yet cost nothing")                                             \
-    OPTION(grow, "grow", TEXT, "", "LIST",                                                                           \
-           "phases LAYERS:STEP of ever more layers, as \"1:0,all:80%\"; STEP may be a percentage of the run")        \
-    OPTION(grow_init, "grow-init", CHOICE, "random", "random|copy|zero",                                             \
-           "what new layers begin as: their initial weights, copies of others, or with branches that end in 0")      \
-    OPTION(grow_at, "grow-at", CHOICE, "top", "top|spread", "where they go: on top, or between the others")          \
-    OPTION(grow_warmup, "grow-warmup", SPAN, "0", "", "steps in which what new layers add rises from 0 to its whole")\
-  HEADING("Evaluation, samples, checkpoints")                                                                        \
-    OPTION(eval_every, "eval-every", INTEGER, "250", "[0,1e12]", "steps between evaluations; 0: only at the end")    \
-    OPTION(eval_tokens, "eval-tokens", INTEGER, "131072", "[0,1e15]",                                                \
-           "tokens of --val that an evaluation reads, rounded up to whole rows; 0: all")                             \
-    OPTION(save_every, "save-every", INTEGER, "1000", "[0,1e12]", "steps between checkpoints; 0: only at the end")   \
-    OPTION(keep, "keep", INTEGER, "2", "[0,1e9]", "how many of the newest checkpoints stay; 0: all")                 \
-    OPTION(on_save_error, "on-save-error", CHOICE, "continue", "continue|stop",                                      \
-           "when a checkpoint cannot be written: go on to the next one, or end with code 1. The last one must succeed") \
-    OPTION(sample_every, "sample-every", INTEGER, "0", "[0,1e12]", "steps between samples of text; 0: never")        \
-    OPTION(sample_tokens, "sample-tokens", INTEGER, "200", "[1,1e9]", "tokens of a sample")                          \
-    OPTION(prompt, "prompt", TEXT, "", "TEXT", "what a sample continues")                                            \
-    OPTION(record_micro, "record-micro", FLAG, "0", "0|1",                                                           \
-           "the loss of each micro-batch into metrics.jsonl, for statistics of which layers matter")                 \
-    OPTION(log_every, "log-every", INTEGER, "10", "[1,1e12]", "steps between lines on the console")                  \
-  HEADING("Data parallel: processes share a step's micro-batches; on CPUs for tests and small clusters only")        \
-    OPTION(rendezvous, "rendezvous", TEXT, "", "PLACE",                                                              \
-           "where they meet: tcp://HOST:PORT of rank 0, or dir:/PATH that all see; if not given, MASTER_ADDR and "   \
-           "MASTER_PORT. mpirun, srun, torchrun and scripts/launch.sh tell each process its rank")                   \
-    OPTION(job_token, "job-token", TEXT, "", "TEXT",                                                                 \
-           "tells this job's processes from others; if not given, DROPPATH_JOB_TOKEN or the launcher's job number")  \
-    OPTION(zero, "zero", CHOICE, "0", "0|1",                                                                  \
-           "1: each GPU keeps its share of the optimizer's moments, and with --dtype bf16 of the fp32 weights (ZeRO-1)") \
-    OPTION(reduce_fp32, "reduce-fp32", FLAG, "0", "0|1", "sum gradients over the GPUs in fp32, not in --dtype")      \
-  HEADING("Drop path: rate = drop-path * depth(layer) * ramp(step)")                                                 \
-    OPTION(drop_path, "drop-path", NUMBER, "0", "[0,1)",                                                             \
-           "p_max, the largest rate at which a branch is dropped; 0: plain training. Warns of a run that drops " \
-           "more than about 5% of the branches' work on average (10% from 250M parameters on, 20% from 600M): "      \
-           "dev/DROP_PATH.md says what that rests on. Rates are rounded to multiples of 2^-32")                                                        \
-    OPTION(drop_recipe, "drop-recipe", CHOICE, "none", "none" DROP_RECIPES(OPTION_RECIPE_NAME),                      \
-           "sets the options below as published; single options override it. Huang et al. 2016, Deep Networks with " \
-           "Stochastic Depth; Zhang and He 2020, progressive layer dropping; Fan et al. 2019, LayerDrop; Elhoushi "  \
-           "et al. 2024, LayerSkip; Liu et al. 2023, Dropout Reduces Underfitting; Don't Drop Dropout, "  \
-           "ICML 2026; Bu et al. 2511.04981, depth expansion, which grows and drops nothing")   \
-    OPTION(drop_depth, "drop-depth", CHOICE, "linear", "linear|linear0|uniform|exp|alternate",                       \
-           "depth of layer l = 1..L: l/L, (l-1)/(L-1), 1, 2^((l-1)/(L-1)) - 1, or 1 for even l and "                 \
-           "0 for odd l")                                                                                            \
-    OPTION(drop_rates, "drop-rates", TEXT, "", "LIST",                                                               \
-           "the largest rate of each layer, as 0,0,0.1,0.2: instead of --drop-path and --drop-depth")                \
-    OPTION(drop_protect, "drop-protect", CHOICE, "none", "none|first|last|first,last",                               \
-           "layers that are never dropped")                                                                          \
-    OPTION(drop_start, "drop-start", SPAN, "0", "", "steps before the ramp, without drops")                          \
-    OPTION(drop_ramp_from, "drop-ramp-from", NUMBER, "0", "[0,1]", "where the ramp starts, as a fraction of the top")\
-    OPTION(drop_ramp_up, "drop-ramp-up", SPAN, "10%", "", "steps in which the ramp rises to 1")                      \
-    OPTION(drop_ramp_down, "drop-ramp-down", SPAN, "0", "", "steps in which it falls to 0, before --drop-recover")   \
-    OPTION(drop_recover, "drop-recover", SPAN, "0", "", "last steps of the run, at full depth")                      \
-    OPTION(drop_ramp_shape, "drop-ramp-shape", CHOICE, "linear", "linear|cosine|exp|exp2",                           \
-           "how the ramp rises and falls; exp: 1 - e^(-gamma t), to 0.99; exp2: 2^u - 1, u from 0 to 1")             \
-    OPTION(drop_unit, "drop-unit", CHOICE, "batch", "batch|row", "one draw per micro-batch, or one per row")         \
-    OPTION(drop_branches, "drop-branches", CHOICE, "separate", "separate|tied|attn|mlp",                             \
-           "attention and MLP drawn separately, as one block, or only one of them dropped")                          \
-    OPTION(drop_sampling, "drop-sampling", CHOICE, "systematic", "systematic|bernoulli",                             \
-           "equal rates; systematic draws nearly the same number of drops each time, bernoulli independently")       \
-    OPTION(drop_scale, "drop-scale", CHOICE, "inverted", "inverted|none|survival|inverted-each",                     \
-           "kept branches times 1/(1-p), never scaled, or times 1-p in evaluation. A tied block is scaled as "       \
-           "one; inverted-each scales each of its branches, which is biased, but what the papers of two recipes do") \
-    OPTION(drop_sync, "drop-sync", FLAG, "1", "0|1", "with --drop-unit batch, all ranks drop alike")                 \
-    OPTION(drop_adam, "drop-adam", CHOICE, "dense", "dense|skip",                                                    \
-           "a branch dropped in a whole step is updated with gradient 0, or left untouched")                         \
-    OPTION(drop_replay, "drop-replay", TEXT, "", "FILE", "take the plans of the steps from this metrics.jsonl")
+#define TRAIN_OPTIONS(HEADING, OPTION)                                                             \
+  HEADING("Data")                                                                                  \
+    OPTION(train, "train", TEXT, "", "GLOB",                                                       \
+           "token shards to train on; quote a pattern: 'data/train_*.bin'")                        \
+    OPTION(val, "val", TEXT, "", "GLOB", "token shards to evaluate on")                            \
+    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
+           "the shards' tokenizer; default: the one next to --train")                              \
+    OPTION(out, "out", TEXT, "runs/gpt", "DIR",                                                    \
+           "directory of this run's checkpoints, metrics.jsonl and config.txt")                    \
+  HEADING("Model")                                                                                 \
+    OPTION(preset, "preset", CHOICE, "tiny", "tiny|small|gpt2|gpt2-medium|gpt2-large|gpt2-xl",     \
+           "model sizes, which the next options override individually")                            \
+    OPTION(layers, "layers", INTEGER, "0", "[0,1024]", "layers; 0: the preset's")                  \
+    OPTION(heads, "heads", INTEGER, "0", "[0,65536]",                                              \
+           "attention heads, a divisor of the channels; 0: the preset's")                          \
+    OPTION(channels, "channels", INTEGER, "0", "[0,65536]",                                        \
+           "width of the residual stream; 0: the preset's")                                        \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]", "tokens per row; 0: the preset's")     \
+    OPTION(vocab_size, "vocab-size", INTEGER, "0", "[0,16777216]",                                 \
+           "vocabulary size; 0: the tokenizer's if there is one, otherwise the preset's")          \
+    OPTION(init_from, "init-from", TEXT, "", "PATH",                                               \
+           "start from these weights at step 0: a checkpoint directory, ours or a Hugging Face "   \
+               "GPT-2, a run's directory, for its latest, or a model file of llm.c")               \
+  HEADING("Run")                                                                                   \
+    OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows per micro-batch")                      \
+    OPTION(total_batch, "total-batch", INTEGER, "0", "[0,1e12]",                                   \
+           "tokens per optimizer step; 0: one micro-batch")                                        \
+    OPTION(steps, "steps", INTEGER, "1000", "[1,1e12]", "optimizer steps in the run")              \
+    OPTION(epochs, "epochs", NUMBER, "0", "[0,1e6]",                                               \
+           "length of the run in passes over --train; 0: use --steps")                             \
+    OPTION(resume, "resume", TEXT, "", "PATH=latest",                                              \
+           "continue from this checkpoint; without PATH, from the latest in --out")                \
+    OPTION(seed, "seed", INTEGER, "1337", "[0,inf)", "determines all randomness of the run")       \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
+           "CPU threads; 0: all that the machine offers")                                          \
+    OPTION(dtype, "dtype", CHOICE, "auto", "fp32|bf16|auto|tf32",                                  \
+           "number format to which matmul operands are rounded; sums and weights stay fp32. "      \
+               "auto: fp32 on the CPU, bf16 on the GPU; tf32 is for GPUs")                         \
+    OPTION(recompute, "recompute", CHOICE, "gelu", "gelu|none|branch",                             \
+           "GPU: what the backward pass recomputes instead of saving it: the outputs of "          \
+               "LayerNorm and GELU, nothing, or all of a branch but its input")                    \
+    OPTION(graphs, "graphs", FLAG, "0", "0|1",                                                     \
+           "GPU: launch each branch as a CUDA graph, for small models whose kernels are shorter "  \
+               "than their launches; the same bits. Not yet measured on a GPU")                    \
+    OPTION(max_bad_steps, "max-bad-steps", INTEGER, "10", "[1,1e9]",                               \
+           "stop after this many consecutive steps whose loss or gradient is not finite; such "    \
+               "steps change nothing")                                                             \
+    OPTION(skip_loss_zscore, "skip-loss-zscore", NUMBER, "0", "[0,inf)",                           \
+           "skip a step whose loss is this many standard deviations above the last 128; 0: never") \
+    OPTION(skip_norm_zscore, "skip-norm-zscore", NUMBER, "0", "[0,inf)",                           \
+           "the same for its gradient norm; 0: never")                                             \
+    OPTION(selfcheck, "selfcheck", FLAG, "1", "0|1",                                               \
+           "at start, compare a tiny training run with stored results")                            \
+    OPTION(dry_run, "dry-run", FLAG, "0", "0|1",                                                   \
+           "report sizes, memory, FLOPs, and the expected saving and time, without training or "   \
+               "writing files")                                                                    \
+    OPTION(device, "device", TEXT, "", "NAME",                                                     \
+           "with --dry-run: predict the time of a step on h100, a100 or rtx4090, or on several, "  \
+               "as 8xh100; none needs to be present")                                              \
+  HEADING("Optimizer (AdamW)")                                                                     \
+    OPTION(lr, "lr", NUMBER, "6e-4", "[0,inf)", "peak learning rate")                              \
+    OPTION(lr_schedule, "lr-schedule", CHOICE, "cosine", "cosine|linear|wsd|constant",             \
+           "shape after the warm-up; wsd: constant, then linear over --lr-decay")                  \
+    OPTION(warmup, "warmup", SPAN, "2%", "", "linear warm-up of the learning rate")                \
+    OPTION(lr_final, "lr-final", NUMBER, "0.1", "[0,1]",                                           \
+           "final learning rate as a fraction of --lr")                                            \
+    OPTION(lr_decay, "lr-decay", SPAN, "20%", "",                                                  \
+           "length of the final decay of --lr-schedule wsd")                                       \
+    OPTION(weight_decay, "weight-decay", NUMBER, "0.1", "[0,inf)",                                 \
+           "decoupled weight decay, for matrices only")                                            \
+    OPTION(beta1, "beta1", NUMBER, "0.9", "[0,1)", "decay of the first moment, per step")          \
+    OPTION(beta2, "beta2", NUMBER, "0.95", "[0,1)", "decay of the second moment, per step")        \
+    OPTION(eps, "eps", NUMBER, "1e-8", "(0,inf)", "added to the root of the second moment")        \
+    OPTION(grad_clip, "grad-clip", NUMBER, "1", "[0,inf)",                                         \
+           "largest norm of the whole gradient, with 1e-6 added as in PyTorch's clip_grad_norm_; " \
+               "0: no clipping")                                                                   \
+    OPTION(train_last, "train-last", INTEGER, "0", "[0,1024]",                                     \
+           "train only this many last layers, ln_f and wte; the rest stays as given by "           \
+               "--init-from; 0: all")                                                              \
+    OPTION(rounding, "rounding", CHOICE, "nearest", "nearest|stochastic",                          \
+           "GPU, --dtype bf16: how the fp32 weights are rounded to bf16 for forward and "          \
+               "backward; stochastic: up or down at random, so that the mean is exact")            \
+  HEADING("Adapters (LoRA): all other weights stay as given by --init-from; checkpoints are "      \
+          "peft's")                                                                                \
+    OPTION(lora, "lora", INTEGER, "0", "[0,1024]",                                                 \
+           "rank of the adapters; 0: none. With adapters, the default of --drop-path is 0.05")     \
+    OPTION(lora_alpha, "lora-alpha", NUMBER, "0", "[0,inf)",                                       \
+           "adapters are scaled by alpha / rank; 0: twice the rank")                               \
+    OPTION(lora_dropout, "lora-dropout", NUMBER, "0", "[0,1)", "dropout of the adapters' inputs")  \
+    OPTION(lora_targets, "lora-targets", TEXT, "qkv,attproj,fc,fcproj", "LIST",                    \
+           "the matmuls with adapters")                                                            \
+    OPTION(lora_norms, "lora-norms", FLAG, "0", "0|1", "train ln_1, ln_2 and ln_f as well")        \
+  HEADING("Dropout and label smoothing: combined regularizers should each be weaker")              \
+    OPTION(dropout, "dropout", NUMBER, "0", "[0,1)",                                               \
+           "rate of dropout at GPT-2's places: sets the next three. GPT-2 used 0.1; for text "     \
+               "that is seen once, 0 is better")                                                   \
+    OPTION(dropout_embd, "dropout-embd", NUMBER, "0", "[0,1)", "for the sum of the embeddings")    \
+    OPTION(dropout_attn, "dropout-attn", NUMBER, "0", "[0,1)", "for attention's probabilities")    \
+    OPTION(dropout_resid, "dropout-resid", NUMBER, "0", "[0,1)", "for each branch's output")       \
+    OPTION(dropout_start, "dropout-start", SPAN, "0", "",                                          \
+           "steps before the ramp, without dropout")                                               \
+    OPTION(dropout_ramp_up, "dropout-ramp-up", SPAN, "0", "",                                      \
+           "steps in which the rates rise; with a start: late dropout")                            \
+    OPTION(dropout_ramp_down, "dropout-ramp-down", SPAN, "0", "",                                  \
+           "steps in which they fall to 0, before --dropout-recover")                              \
+    OPTION(dropout_recover, "dropout-recover", SPAN, "0", "",                                      \
+           "final steps of the run, without dropout; early dropout: 80%, say")                     \
+    OPTION(label_smoothing, "label-smoothing", NUMBER, "0", "[0,1)",                               \
+           "this share of a target's weight is spread over all tokens; val_loss is unaffected")    \
+  HEADING("Growing depth: layers that do not exist yet cost nothing")                              \
+    OPTION(grow, "grow", TEXT, "", "LIST",                                                         \
+           "phases LAYERS:STEP with ever more layers, as \"1:0,all:80%\"; STEP may be a "          \
+               "percentage of the run")                                                            \
+    OPTION(grow_init, "grow-init", CHOICE, "random", "random|copy|zero",                           \
+           "how new layers start: with their initial weights, as copies of others, or with "       \
+               "branches that end in 0")                                                           \
+    OPTION(grow_at, "grow-at", CHOICE, "top", "top|spread",                                        \
+           "where new layers go: on top, or between the others")                                   \
+    OPTION(grow_warmup, "grow-warmup", SPAN, "0", "",                                              \
+           "steps in which the new layers' scale rises from 0 to 1")                               \
+  HEADING("Evaluation, samples, checkpoints")                                                      \
+    OPTION(eval_every, "eval-every", INTEGER, "250", "[0,1e12]",                                   \
+           "steps between evaluations; 0: only at the end")                                        \
+    OPTION(eval_tokens, "eval-tokens", INTEGER, "131072", "[0,1e15]",                              \
+           "tokens of --val per evaluation, rounded up to whole rows; 0: all")                     \
+    OPTION(save_every, "save-every", INTEGER, "1000", "[0,1e12]",                                  \
+           "steps between checkpoints; 0: only at the end")                                        \
+    OPTION(keep, "keep", INTEGER, "2", "[0,1e9]",                                                  \
+           "how many of the newest checkpoints to keep; 0: all")                                   \
+    OPTION(on_save_error, "on-save-error", CHOICE, "continue", "continue|stop",                    \
+           "if a checkpoint cannot be written: continue until the next one, or exit with code 1. " \
+               "The last one must succeed")                                                        \
+    OPTION(sample_every, "sample-every", INTEGER, "0", "[0,1e12]",                                 \
+           "steps between samples of text; 0: never")                                              \
+    OPTION(sample_tokens, "sample-tokens", INTEGER, "200", "[1,1e9]", "tokens per sample")         \
+    OPTION(prompt, "prompt", TEXT, "", "TEXT", "the start of each sample")                         \
+    OPTION(record_micro, "record-micro", FLAG, "0", "0|1",                                         \
+           "write each micro-batch's loss to metrics.jsonl, for statistics of which layers "       \
+               "matter")                                                                           \
+    OPTION(log_every, "log-every", INTEGER, "10", "[1,1e12]",                                      \
+           "steps between lines on the console")                                                   \
+  HEADING("Data parallel: processes share a step's micro-batches; on CPUs for tests and small "    \
+          "clusters only")                                                                         \
+    OPTION(rendezvous, "rendezvous", TEXT, "", "PLACE",                                            \
+           "where processes meet: tcp://HOST:PORT of rank 0, or dir:/PATH that all see; default: " \
+               "MASTER_ADDR and MASTER_PORT. mpirun, srun, torchrun and scripts/launch.sh give "   \
+               "each process its rank")                                                            \
+    OPTION(job_token, "job-token", TEXT, "", "TEXT",                                               \
+           "distinguishes this job's processes from others; default: DROPPATH_JOB_TOKEN or the "   \
+               "launcher's job number")                                                            \
+    OPTION(zero, "zero", CHOICE, "0", "0|1",                                                       \
+           "1: each GPU stores its share of the optimizer's moments, and with --dtype bf16 of "    \
+               "the fp32 weights (ZeRO-1)")                                                        \
+    OPTION(reduce_fp32, "reduce-fp32", FLAG, "0", "0|1",                                           \
+           "sum gradients over the GPUs in fp32 instead of --dtype")                               \
+  HEADING("Drop path: rate = drop-path * depth(layer) * ramp(step)")                               \
+    OPTION(drop_path, "drop-path", NUMBER, "0", "[0,1)",                                           \
+           "p_max, the largest rate at which a branch is dropped; 0: plain training. Warns if a "  \
+               "run drops more than about 5% of the branches' work on average (10% from 250M "     \
+               "parameters on, 20% from 600M): dev/DROP_PATH.md gives the evidence. Rates are "    \
+               "rounded to multiples of 2^-32")                                                    \
+    OPTION(drop_recipe, "drop-recipe", CHOICE, "none", "none" DROP_RECIPES(OPTION_RECIPE_NAME),    \
+           "sets the options below as published; single options override it. Huang et al. 2016, "  \
+               "Deep Networks with "                                                               \
+           "Stochastic Depth; Zhang and He 2020, progressive layer dropping; Fan et al. 2019, "    \
+               "LayerDrop; Elhoushi "                                                              \
+           "et al. 2024, LayerSkip; Liu et al. 2023, Dropout Reduces Underfitting; Don't Drop "    \
+               "Dropout, "                                                                         \
+           "ICML 2026; Bu et al. 2511.04981, depth expansion, which grows and drops nothing")      \
+    OPTION(drop_depth, "drop-depth", CHOICE, "linear", "linear|linear0|uniform|exp|alternate",     \
+           "depth of layer l = 1..L: l/L, (l-1)/(L-1), 1, 2^((l-1)/(L-1)) - 1, or 1 for even l "   \
+               "and "                                                                              \
+           "0 for odd l")                                                                          \
+    OPTION(drop_rates, "drop-rates", TEXT, "", "LIST",                                             \
+           "the largest rate of each layer, as 0,0,0.1,0.2: instead of --drop-path and "           \
+               "--drop-depth")                                                                     \
+    OPTION(drop_protect, "drop-protect", CHOICE, "none", "none|first|last|first,last",             \
+           "layers that are never dropped")                                                        \
+    OPTION(drop_start, "drop-start", SPAN, "0", "", "steps before the ramp, without drops")        \
+    OPTION(drop_ramp_from, "drop-ramp-from", NUMBER, "0", "[0,1]",                                 \
+           "where the ramp starts, as a fraction of the maximum")                                  \
+    OPTION(drop_ramp_up, "drop-ramp-up", SPAN, "10%", "", "steps in which the ramp rises to 1")    \
+    OPTION(drop_ramp_down, "drop-ramp-down", SPAN, "0", "",                                        \
+           "steps in which it falls to 0, before --drop-recover")                                  \
+    OPTION(drop_recover, "drop-recover", SPAN, "0", "", "final steps of the run, at full depth")   \
+    OPTION(drop_ramp_shape, "drop-ramp-shape", CHOICE, "linear", "linear|cosine|exp|exp2",         \
+           "how the ramp rises and falls; exp: 1 - e^(-gamma t), to 0.99; exp2: 2^u - 1, u from "  \
+               "0 to 1")                                                                           \
+    OPTION(drop_unit, "drop-unit", CHOICE, "batch", "batch|row",                                   \
+           "one draw per micro-batch, or one per row")                                             \
+    OPTION(drop_branches, "drop-branches", CHOICE, "separate", "separate|tied|attn|mlp",           \
+           "attention and MLP drawn separately, as one block, or only one of them dropped")        \
+    OPTION(drop_sampling, "drop-sampling", CHOICE, "systematic", "systematic|bernoulli",           \
+           "the same rates; systematic draws nearly the same number of drops each time, "          \
+               "bernoulli independently")                                                          \
+    OPTION(drop_scale, "drop-scale", CHOICE, "inverted", "inverted|none|survival|inverted-each",   \
+           "kept branches times 1/(1-p), never scaled, or times 1-p in evaluation. A tied block "  \
+               "is scaled as one; inverted-each scales each of its branches, which is biased, "    \
+               "but follows the papers of two recipes")                                            \
+    OPTION(drop_sync, "drop-sync", FLAG, "1", "0|1",                                               \
+           "with --drop-unit batch, all ranks drop the same branches")                             \
+    OPTION(drop_adam, "drop-adam", CHOICE, "dense", "dense|skip",                                  \
+           "a branch dropped in a whole step is updated with gradient 0, or not at all")           \
+    OPTION(drop_replay, "drop-replay", TEXT, "", "FILE",                                           \
+           "replay the plans of the steps from this metrics.jsonl")
 
 OPTION_TABLE(TRAIN_OPTIONS, TrainOptions, train_options)
 
@@ -264,36 +336,40 @@ static const char *const drop_recipe_configs[] = {
 
 // ---- The chain of tables ----
 
-// Who gave a value; a higher one wins. A recipe ranks just below what named it, so that a recipe on the command line
-// also wins over the single options of a config file, such as the config.txt of an earlier run.
+// The source of a value; a higher one wins. A recipe ranks just below its own source, so that a
+// recipe on the command line also overrides single options of a config file, such as the config.txt
+// of an earlier run.
 enum { FROM_DEFAULT, FROM_CONFIG_RECIPE, FROM_CONFIG, FROM_COMMAND_RECIPE, FROM_COMMAND };
 
 typedef struct {
     const OptionSpec *specs;
     int n;
-    void *values;                                        // the struct whose fields the specs describe
-    unsigned char *source;                               // (n) FROM_*
+    void *values;           // the struct whose fields the specs describe
+    unsigned char *source;  // (n) FROM_*
 } OptionSet;
 
 enum { OPTIONS_MAX_SETS = 4 };
 
 typedef struct {
-    const char *usage;                                   // "generate CHECKPOINT [options]"
-    const char *engine;                                  // what computes, for --version; NULL: nothing does
-    const char *notes;                                   // the last words of --help, or NULL
-    OptionSet set[OPTIONS_MAX_SETS];                     // the first is the parser's own
+    const char *usage;                // "generate CHECKPOINT [options]"
+    const char *engine;               // the engine, for --version; NULL: none
+    const char *notes;                // printed at the end of --help, or NULL
+    OptionSet set[OPTIONS_MAX_SETS];  // the first is the parser's own
     int n_sets;
-    int max_arguments, n_arguments;                      // positional arguments: allowed (options_init says 0), given
-    const char **arguments;                              // (n_arguments) they point into argv
+    int max_arguments, n_arguments;   // positional arguments: allowed (options_init says 0), given
+    const char **arguments;           // (n_arguments) they point into argv
 } Options;
 
 typedef struct { OptionSet *set; const OptionSpec *spec; } OptionRef;
 
-typedef union { int64_t integer; double number; const char *text; int choice; Span span; } OptionValue;
+typedef union { int64_t integer; double number; const char *text; int choice; Span span;
+                } OptionValue;
 
 static inline void *options_field(OptionRef r) { return (char *)r.set->values + r.spec->offset; }
 
-static inline unsigned char *options_source(OptionRef r) { return &r.set->source[r.spec - r.set->specs]; }
+static inline unsigned char *options_source(OptionRef r) {
+    return &r.set->source[r.spec - r.set->specs];
+}
 
 // ---- One value: text to field and back ----
 
@@ -304,7 +380,7 @@ static inline int options_inside(const char *interval, double x) {
     return (*interval == '(' ? x > low : x >= low) && (*s == ')' ? x < high : x <= high);
 }
 
-// Word i of "a|b|c" and its length, or NULL when there are fewer.
+// Word i of "a|b|c" and its length, or NULL if there are fewer.
 static inline const char *options_word(const char *words, int i, size_t *length) {
     for (; i > 0; i--) {
         words = strchr(words, '|');
@@ -315,20 +391,25 @@ static inline const char *options_word(const char *words, int i, size_t *length)
     return words;
 }
 
-// Whether a number is in an interval, and as the type that computes with it: there 1e-46 is 0 and 0.9999999999 is 1.
+// Whether a number is in an interval, and still is when rounded to the type that computes with it:
+// there 1e-46 is 0 and 0.9999999999 is 1.
 static inline int options_inside_as_real(const char *interval, double x) {
     const double rounded = (double)(real)x;
-    return options_inside(interval, x) && options_inside(interval, rounded) && (rounded != 0) == (x != 0);
+    return options_inside(interval, x) && options_inside(interval, rounded) && (rounded != 0) ==
+        (x != 0);
 }
 
-// Reads a value; returns whether the text is one of the spec's type and domain. A text value is borrowed.
+// Reads a value; returns whether the text matches the spec's type and domain. A text value is
+// borrowed.
 static inline int options_read(const OptionSpec *s, const char *text, OptionValue *v) {
-    const char *stop = text + strspn(text, "0123456789+-.eE");     // no nan, inf, hexadecimal numbers, blanks
+    // no nan, inf, hexadecimal numbers, blanks
+    const char *stop = text + strspn(text, "0123456789+-.eE");
     char *end;
     size_t length;
     switch (s->type) {
     case OPTION_INTEGER:
-        return whole_read(&v->integer, text) == WHOLE_OK && options_inside(s->domain, (double)v->integer);
+        return whole_read(&v->integer, text) == WHOLE_OK &&
+            options_inside(s->domain, (double)v->integer);
     case OPTION_NUMBER:
         v->number = strtod(text, &end);
         return end > text && end == stop && !*end && options_inside_as_real(s->domain, v->number);
@@ -367,43 +448,46 @@ static inline void options_store(OptionRef r, OptionValue v) {
     }
 }
 
-// Whether a value that was refused is within the spec's interval, but more than 64 bits hold.
+// Whether a refused value is within the spec's interval, but too large for 64 bits.
 static inline int options_too_large(const OptionSpec *s, const char *text) {
     int64_t ignored;
     return s->type == OPTION_INTEGER && whole_read(&ignored, text) == WHOLE_TOO_LARGE &&
            options_inside(s->domain, strtod(text, NULL));
 }
 
-// What values the spec takes, in words; from malloc.
+// A description of the spec's values; from malloc.
 static inline char *options_wanted(const OptionSpec *s) {
     switch (s->type) {
     case OPTION_INTEGER: return xprintf("a whole number in %s", s->domain);
     case OPTION_NUMBER:  return xprintf("a number in %s", s->domain);
-    case OPTION_SPAN:    return xprintf("a number of steps, or a percentage of the run up to 100%%");
+    case OPTION_SPAN:
+        return xprintf("a number of steps, or a percentage of the run up to 100%%");
     case OPTION_CHOICE:
     case OPTION_FLAG:    return xprintf("one of %s", s->domain);
     default:             return xstrdup(s->domain);
     }
 }
 
-// What the option means when it is given without a value, or NULL: it needs one.
+// The value of the bare option, or NULL if it needs one.
 static inline const char *options_bare(const OptionSpec *s) {
     if (s->type == OPTION_FLAG || s->type >= OPTION_HELP) return "1";
     const char *mark = s->type == OPTION_TEXT ? strchr(s->domain, '=') : NULL;
     return mark ? mark + 1 : NULL;
 }
 
-// A decimal that reads back as x, the one that was written if it had at most 15 digits.
+// A decimal that reads back as x: the original if it had at most 15 digits.
 static inline void options_print_number(Text *out, double x) {
     char s[32];
-    for (int digits = 15; digits <= 17; digits++) {      // 15 always give back a decimal that had no more
+    // 15 reproduce any decimal with no more digits
+    for (int digits = 15; digits <= 17; digits++) {
         snprintf(s, sizeof s, "%.*g", digits, x);
         if (strtod(s, NULL) == x) break;
     }
     text_printf(out, "%s", s);
 }
 
-static const char options_escape[] = "\"\\nrt", options_escaped[] = "\"\\\n\r\t";   // \n in quotes is a line feed
+// \n in quotes is a line feed
+static const char options_escape[] = "\"\\nrt", options_escaped[] = "\"\\\n\r\t";
 
 static inline void options_print_text(Text *out, const char *s) {
     if (*s && !strpbrk(s, " #\"\\\n\r\t")) {
@@ -419,7 +503,7 @@ static inline void options_print_text(Text *out, const char *s) {
     text_printf(out, "\"");
 }
 
-// Appends the value as a config file has it.
+// Appends the value as in a config file.
 static inline void options_print(Text *out, OptionRef r) {
     const void *field = options_field(r);
     size_t length;
@@ -437,7 +521,8 @@ static inline void options_print(Text *out, OptionRef r) {
     case OPTION_CHOICE:
     case OPTION_FLAG: {
         const char *word = options_word(r.spec->domain, *(const int *)field, &length);
-        CHECK(word, "--%s holds %d, which is none of %s", r.spec->name, *(const int *)field, r.spec->domain);
+        CHECK(word, "--%s holds %d, which is none of %s", r.spec->name, *(const int *)field,
+              r.spec->domain);
         text_append(out, word, length);
         break;
     }
@@ -448,13 +533,13 @@ static inline void options_print(Text *out, OptionRef r) {
 
 // ---- Names ----
 
-// Insertions, deletions and replacements that turn a into b (Levenshtein 1966); '_' is '-'.
+// The edit distance of a and b (Levenshtein 1966); '_' is '-'.
 static inline int options_distance(const char *a, const char *b) {
     enum { LONGEST = 64 };
-    int row[LONGEST + 1], n = (int)strlen(b);            // row[j]: from the part of a read so far to b[0..j)
+    int row[LONGEST + 1], n = (int)strlen(b);            // row[j]: from the prefix of a to b[0..j)
     CHECK(n <= LONGEST, "option name %s is too long", b);
     for (int j = 0; j <= n; j++) row[j] = j;
-    for (int i = 0; *a && i < LONGEST / 2; i++, a++) {   // nothing is near to a longer name
+    for (int i = 0; *a && i < LONGEST / 2; i++, a++) {   // nothing is close to a longer name
         int diagonal = row[0]++;
         for (int j = 1; j <= n; j++) {
             int replaced = diagonal + ((*a == '_' ? '-' : *a) != b[j - 1]);
@@ -495,7 +580,7 @@ static inline void options_named(Options *o, const char *name, OptionRef *found)
         }
 }
 
-// The row of an option of these tables that others call by that name, or NULL.
+// The synonym of that name, if these tables have its option, or NULL.
 static inline const Synonym *options_synonym(Options *o, const char *name) {
     OptionRef r;
     for (int i = 0; i < SYNONYMS; i++) {
@@ -506,21 +591,23 @@ static inline const Synonym *options_synonym(Options *o, const char *name) {
     return NULL;
 }
 
-// The name with the fewest letters to change.
+// The name with the smallest edit distance.
 static inline const char *options_nearest(const Options *o, const char *name) {
     const char *best = NULL;
     int least = INT_MAX;
     for (int k = 0; k < o->n_sets; k++)
         for (int i = 0; i < o->set[k].n; i++) {
             const OptionSpec *s = &o->set[k].specs[i];
-            const int distance = s->type == OPTION_HEADING ? INT_MAX : options_distance(name, s->name);
+            const int distance = s->type == OPTION_HEADING ? INT_MAX : options_distance(name,
+                s->name);
             if (distance < least) least = distance, best = s->name;
         }
     CHECK(best, "options_init was not called");
     return best;
 }
 
-// Finds an option by name. Returns NULL, or an error from malloc: what it is called here, or the nearest name.
+// Finds an option by name. Returns NULL, or an error from malloc: its name here, or the nearest
+// one.
 static inline char *options_find(Options *o, const char *name, OptionRef *found) {
     options_named(o, name, found);
     if (found->spec) return NULL;
@@ -532,7 +619,8 @@ static inline char *options_find(Options *o, const char *name, OptionRef *found)
 // ---- Building the chain ----
 
 static const OptionSpec options_own[] = {
-    OPTION_HEADING_SPEC("General: --name value or --name=value; N may be 1e6; STEPS is such as 100 or 10% of the run")
+    OPTION_HEADING_SPEC("General: --name value or --name=value; N may be 1e6; STEPS is such as 100 "
+                        "or 10% of the run")
     {"config", OPTION_CONFIG, 0, "", "FILE",
      "read options from FILE, lines of name = value; the command line wins, then the later file"},
     {"help", OPTION_HELP, 0, "", "", "print this and exit; so does -h"},
@@ -547,7 +635,8 @@ static inline void options_init(Options *o, const char *usage) {
     o->n_sets = 1;
 }
 
-// Chains a table; values is the struct that it describes, which gets its defaults and must outlive o.
+// Chains a table; values is the struct that it describes, which gets its defaults and must outlive
+// o.
 static inline void options_add(Options *o, OptionTable table, void *values) {
     CHECK(o->n_sets < OPTIONS_MAX_SETS, "more than %d tables of options", OPTIONS_MAX_SETS);
     OptionSet *set = &o->set[o->n_sets++];
@@ -560,7 +649,8 @@ static inline void options_add(Options *o, OptionTable table, void *values) {
         OptionValue v;
         if (r.spec->type == OPTION_HEADING) continue;
         CHECK(options_read(r.spec, r.spec->initial, &v), "bad default of --%s", r.spec->name);
-        if (r.spec->type == OPTION_TEXT) *(char **)options_field(r) = NULL;    // nothing to free yet
+        // nothing to free yet
+        if (r.spec->type == OPTION_TEXT) *(char **)options_field(r) = NULL;
         options_store(r, v);
     }
 }
@@ -578,12 +668,13 @@ static inline void options_free(Options *o) {
     memset(o, 0, sizeof *o);
 }
 
-// Who gave the option whose field this is, such as &t.steps: FROM_DEFAULT when nobody did.
+// The source of the option with this field, such as &t.steps: FROM_DEFAULT if it was not given.
 static inline int options_from(Options *o, const void *field) {
     for (int k = 0; k < o->n_sets; k++)
         for (int i = 0; i < o->set[k].n; i++) {
             OptionRef r = {&o->set[k], &o->set[k].specs[i]};
-            if (r.spec->type < OPTION_HEADING && options_field(r) == field) return *options_source(r);
+            if (r.spec->type < OPTION_HEADING && options_field(r) == field)
+                return *options_source(r);
         }
     CHECK(0, "not the field of an option");
     return 0;
@@ -591,22 +682,28 @@ static inline int options_from(Options *o, const void *field) {
 
 // ---- Reading ----
 
-// Sets one option, unless a higher source has. Returns NULL, or an error from malloc; then nothing has changed.
+// Sets one option, unless a higher source did. Returns NULL, or an error from malloc; then nothing
+// has changed.
 static inline char *options_set(Options *o, const char *name, const char *text, int source) {
     OptionRef r;
     OptionValue v;
     char *error = options_find(o, name, &r);
     if (error) return error;
-    if (r.spec->type > OPTION_HEADING) return xprintf("--%s is for the command line only", r.spec->name);
+    if (r.spec->type > OPTION_HEADING)
+        return xprintf("--%s is for the command line only", r.spec->name);
     if (!options_read(r.spec, text, &v)) {
         char *wanted = options_wanted(r.spec);
-        const int number = r.spec->type == OPTION_NUMBER && options_inside(r.spec->domain, v.number);
+        const int number = r.spec->type == OPTION_NUMBER &&
+            options_inside(r.spec->domain, v.number);
         if (number && !options_inside_as_real(r.spec->domain, v.number))
-            error = xprintf("--%s: '%.200s' is computed with in " REAL_NAME ", where it is %g; wanted is %s%s", r.spec->name,
-                            text, (double)(real)v.number, wanted, (real)v.number == 0 ? " that does not become 0" : "");
+            error = xprintf("--%s: '%.200s' is computed with in " REAL_NAME
+                            ", where it is %g; wanted is %s%s", r.spec->name, text,
+                            (double)(real)v.number, wanted,
+                            (real)v.number == 0 ? " that does not become 0" : "");
         else
             error = xprintf("--%s: '%.200s' is not %s%s", r.spec->name, text, wanted,
-                            options_too_large(r.spec, text) ? ", of at most 9223372036854775807" : "");
+                            options_too_large(r.spec, text) ? ", of at most 9223372036854775807"
+                            : "");
         free(wanted);
         return error;
     }
@@ -661,24 +758,30 @@ static inline char *options_config_line(Options *o, const char *s, const char *e
     text_append(&value, "", 0);
     const char *wrong = options_config_value(&value, options_skip_blanks(s + 1, end), end);
     char *name_text = xprintf("%.*s", (int)(name_end - name), name);
-    char *error = wrong ? xprintf("%s: %s", name_text, wrong) : options_set(o, name_text, value.s, source);
+    char *error = wrong ? xprintf("%s: %s", name_text, wrong) : options_set(o, name_text, value.s,
+        source);
     free(name_text);
     text_free(&value);
     return error;
 }
 
-enum { OPTIONS_MAX_CONFIG = 1 << 20 };                   // bytes; keeps every length in it an int
+enum { OPTIONS_MAX_CONFIG = 1 << 20 };                   // bytes; so every length in it fits an int
 
-// Applies a config held in memory. Returns NULL, or an error from malloc that names the file and the line; the lines
-// before it have been applied.
-static inline char *options_config(Options *o, const void *mem, size_t size, int source, const char *file) {
+// Applies a config held in memory. Returns NULL, or an error from malloc that names the file and
+// the line; the lines before it have been applied.
+static inline char *options_config(Options *o, const void *mem, size_t size, int source,
+                                   const char *file) {
     if (lfs_pointer_error(mem, size)) return xprintf("%s: %s", file, lfs_pointer_error(mem, size));
-    if (size > OPTIONS_MAX_CONFIG) return xprintf("%s: not a config file: it is larger than 1 MiB", file);
-    if (size && memchr(mem, 0, size)) return xprintf("%s: not a config file: it has zero bytes", file);
+    if (size > OPTIONS_MAX_CONFIG)
+        return xprintf("%s: not a config file: it is larger than 1 MiB", file);
+    if (size && memchr(mem, 0, size))
+        return xprintf("%s: not a config file: it has zero bytes", file);
     const char *s = (const char *)mem, *end = size ? s + size : s;
-    if (size >= 3 && !memcmp(s, "\xEF\xBB\xBF", 3)) s += 3;   // a byte-order mark, as some editors write
+    // a byte-order mark, as some editors write
+    if (size >= 3 && !memcmp(s, "\xEF\xBB\xBF", 3)) s += 3;
     for (int line = 1; s < end; line++) {
-        const char *feed = (const char *)memchr(s, '\n', (size_t)(end - s)), *stop = feed ? feed : end;
+        const char *feed = (const char *)memchr(s, '\n', (size_t)(end - s)),
+            *stop = feed ? feed : end;
         char *wrong = options_config_line(o, s, stop, source);
         if (wrong) {
             char *error = xprintf("%s:%d: %s", file, line, wrong);
@@ -715,16 +818,21 @@ static inline void NORETURN options_print_and_exit(const Options *o, int type) {
     exit(0);
 }
 
-// What is wrong with an argument that is no option, "-l" for one; from malloc.
+// The error for an argument that is not an option, such as "-l"; from malloc.
 static inline char *options_unexpected(Options *o, const char *argument) {
-    const Synonym *s = *argument == '-' && strlen(argument) <= 3 ? options_synonym(o, argument + 1) : NULL;
-    if (s) return xprintf("unexpected argument '%s'\n  hint: llm.c's %s is --%s%s here", argument, argument, s->ours, s->note);
-    return xprintf("unexpected argument '%s'\n  hint: options are --name value; quote patterns and texts with blanks",
-                   argument);
+    const Synonym *s = *argument == '-' && strlen(argument) <= 3 ? options_synonym(o, argument + 1)
+        : NULL;
+    if (s)
+        return xprintf("unexpected argument '%s'\n  hint: llm.c's %s is --%s%s here", argument,
+                       argument, s->ours, s->note);
+    return xprintf("unexpected argument '%s'\n  hint: options are --name value; quote patterns and "
+                   "texts with blanks", argument);
 }
 
-// Applies `--NAME`; value is what follows '=', or NULL; next the argument that follows, or NULL. Sets *took_next.
-static inline char *options_argument(Options *o, const char *name, const char *value, const char *next, int *took_next) {
+// Applies `--NAME`; value is the text after '=', or NULL; next the next argument, or NULL. Sets
+// *took_next.
+static inline char *options_argument(Options *o, const char *name, const char *value,
+                                     const char *next, int *took_next) {
     OptionRef r;
     OptionValue ignored;
     char *error = options_find(o, name, &r);
@@ -745,7 +853,8 @@ static inline char *options_argument(Options *o, const char *name, const char *v
     return options_set(o, r.spec->name, value, FROM_COMMAND);
 }
 
-// Reads the command line. Returns NULL, or an error from malloc. Prints and exits on --help and --version.
+// Reads the command line. Returns NULL, or an error from malloc. Prints and exits on --help and
+// --version.
 static inline char *options_arguments(Options *o, int argc, char **argv) {
     free((void *)o->arguments);
     o->arguments = (const char **)xcalloc((size_t)argc, sizeof o->arguments[0]);
@@ -753,7 +862,8 @@ static inline char *options_arguments(Options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "-h")) options_print_and_exit(o, OPTION_HELP);
         if (strncmp(argv[i], "--", 2)) {
-            const int letter = argv[i][0] == '-' && argv[i][1];          // "-" alone may be a file's name
+            // "-" alone may be a file's name
+            const int letter = argv[i][0] == '-' && argv[i][1];
             if (letter || o->n_arguments == o->max_arguments) return options_unexpected(o, argv[i]);
             o->arguments[o->n_arguments++] = argv[i];
             continue;
@@ -762,7 +872,8 @@ static inline char *options_arguments(Options *o, int argc, char **argv) {
         size_t length = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
         char *name = xprintf("%.*s", (int)length - 2, argv[i] + 2);
         int took_next = 0;
-        char *error = options_argument(o, name, equals ? equals + 1 : NULL, i + 1 < argc ? argv[i + 1] : NULL, &took_next);
+        char *error = options_argument(o, name, equals ? equals + 1 : NULL,
+                                       i + 1 < argc ? argv[i + 1] : NULL, &took_next);
         free(name);
         if (error) return error;
         i += took_next;
@@ -770,15 +881,16 @@ static inline char *options_arguments(Options *o, int argc, char **argv) {
     return NULL;
 }
 
-// Reads the command line or exits: with code 0 after --help or --version, with code 1 after an error.
+// Reads the command line or exits: with code 0 after --help or --version, with code 1 after an
+// error.
 static inline void options_parse(Options *o, int argc, char **argv) {
-    files_begin();                                       // so every program does before it opens a file
+    files_begin();                                       // each program must before it opens a file
     char *error = options_arguments(o, argc, argv);
     if (error) die("%s", error);
 }
 
-// Reads "0,0,0.1,0.2" into rate (most). Returns how many there are, or 0 if the text is no such list
-// of numbers in [0, 1).
+// Reads "0,0,0.1,0.2" into rate (most). Returns their number, or 0 if the text is not a list of
+// numbers in [0, 1).
 static inline int rates_read(double *rate, int most, const char *text) {
     for (int n = 0; n < most; text++) {
         char *end;
@@ -792,7 +904,7 @@ static inline int rates_read(double *rate, int most, const char *text) {
     return 0;
 }
 
-// The largest of --drop-rates; NaN if they are no list of rates.
+// The largest of --drop-rates; NaN if they are not a list of rates.
 static inline double rates_largest(const char *text) {
     double rate[1024], most = 0;
     const int n = rates_read(rate, 1024, text);
@@ -811,12 +923,12 @@ static inline void options_apply_rates(Options *o, const TrainOptions *t) {
     free(all);
 }
 
-// Sets what --drop-recipe, --drop-rates, --lora and --dropout stand for, except the options that
-// were given at least as directly. Call it after
-// parsing.
+// Sets the options that --drop-recipe, --drop-rates, --lora and --dropout imply, except those that
+// were given at least as directly. Call it after parsing.
 static inline void options_apply_recipe(Options *o, const TrainOptions *t) {
     const char *config = drop_recipe_configs[t->drop_recipe];
-    char *error = options_config(o, config, strlen(config), options_from(o, &t->drop_recipe) - 1, "recipe");
+    char *error = options_config(o, config, strlen(config), options_from(o, &t->drop_recipe) - 1,
+                                 "recipe");
     CHECK(!error, "%s", error);
     options_apply_rates(o, t);
     if (t->lora && options_from(o, &t->drop_path) == FROM_DEFAULT && !*t->drop_replay) {
@@ -825,7 +937,8 @@ static inline void options_apply_recipe(Options *o, const TrainOptions *t) {
     }
     const int dropout = options_from(o, &t->dropout);
     if (dropout == FROM_DEFAULT) return;
-    char *all = xprintf("dropout-embd=%.17g\ndropout-attn=%.17g\ndropout-resid=%.17g", t->dropout, t->dropout, t->dropout);
+    char *all = xprintf("dropout-embd=%.17g\ndropout-attn=%.17g\ndropout-resid=%.17g", t->dropout,
+                        t->dropout, t->dropout);
     error = options_config(o, all, strlen(all), dropout - 1, "--dropout");
     CHECK(!error, "%s", error);
     free(all);
@@ -835,7 +948,7 @@ static inline void options_apply_recipe(Options *o, const TrainOptions *t) {
 
 enum { OPTIONS_HELP_COLUMN = 28, OPTIONS_HELP_WIDTH = 100 };
 
-// Appends words that begin at a column, wrapped.
+// Appends words from a column on, wrapped.
 static inline void options_wrap(Text *out, const char *words, int column) {
     for (int at = column; *words; words += strspn(words, " ")) {
         int length = (int)strcspn(words, " ");
@@ -851,7 +964,7 @@ static inline void options_wrap(Text *out, const char *words, int column) {
     text_printf(out, "\n");
 }
 
-// Appends what --help prints.
+// Appends the text of --help.
 static inline void options_help(const Options *o, Text *out) {
     text_printf(out, "Usage: %s\n", o->usage);
     for (int k = 0; k < o->n_sets; k++) {
@@ -869,7 +982,8 @@ static inline void options_help(const Options *o, Text *out) {
             char *right = xprintf(*s->initial ? "%s (default %s%s%s)" : "%s", s->help, s->initial,
                                   interval ? ", in " : "", interval ? s->domain : "");
             text_printf(out, "%-*s", OPTIONS_HELP_COLUMN, left);
-            if (strlen(left) >= OPTIONS_HELP_COLUMN) text_printf(out, "\n%*s", OPTIONS_HELP_COLUMN, "");
+            if (strlen(left) >= OPTIONS_HELP_COLUMN)
+                text_printf(out, "\n%*s", OPTIONS_HELP_COLUMN, "");
             options_wrap(out, right, OPTIONS_HELP_COLUMN);
             free(left);
             free(right);

@@ -1,5 +1,5 @@
-// run.h: what a run is, and how it is opened from its options. Everything that can be refused is refused here, before
-// anything is written.
+// run.h: a run, and how it is opened from its options. All checks that can fail are made here,
+// before anything is written.
 #ifndef RUN_H
 #define RUN_H
 
@@ -24,53 +24,56 @@
 
 typedef struct {
     const TrainOptions *options;
-    const char *program;                                 // how it was called, to be called so again
-    const char *config_text;                             // the options as config.txt
-    char *data_line, *run_text;                          // what the train shards are; both together, for checkpoints
+    const char *program;                // how it was called, to be restarted likewise
+    const char *config_text;            // the options, as in config.txt
+    char *data_line, *run_text;         // describes the train shards; both together, for
+                                        // checkpoints
     const Engine *engine;
     Model *model;
-    GptConfig config;                                    // of the layers there are
-    LoraConfig lora;                                     // rank 0: no adapters
-    char base_sha256[SHA256_HEX];                        // of the adapters' base, on rank 0
-    int depth;                                           // layers in the end
+    GptConfig config;                   // of the current layers
+    LoraConfig lora;                    // rank 0: no adapters
+    char base_sha256[SHA256_HEX];       // of the adapters' base, on rank 0
+    int depth;                          // final number of layers
     Growth growth;
     DropPath drop;
-    Ramp dropout;                                        // when it is on
-    Noise noise;                                         // of the pass under way
-    Objective objective;                                 // of every training pass
+    Ramp dropout;                       // when it is on
+    Noise noise;                        // of the current pass
+    Objective objective;                // of every training pass
     Schedule schedule;
     Shards train, val;
     Tokenizer tokenizer;
-    char *tokenizer_path;                                // NULL: none
-    TokenizerFiles tokenizer_files;                      // for checkpoints, on rank 0
-    Manifest manifest[MANIFEST_SIDES];                   // of the train and val shards; V = 0 where there is none
+    char *tokenizer_path;               // NULL: none
+    TokenizerFiles tokenizer_files;     // for checkpoints, on rank 0
+    Manifest manifest[MANIFEST_SIDES];  // of the train and val shards; V = 0: none
     int has_val, has_tokenizer;
-    Comm *comm;                                          // NULL: alone
-    int rank, world;                                     // this process among equal ones; they share a step's micro-batches
-    int B, T, M;                                         // rows and tokens of a micro-batch, micro-batches of a step
+    Comm *comm;                         // NULL: a single process
+    int rank, world;                    // of this process; ranks share a step's micro-batches
+    int B, T, M;                        // rows and tokens per micro-batch, micro-batches per step
     int64_t steps, eval_rows;
     MetricsLog replay;
-    double peak_flops;                                   // per second, measured
+    double peak_flops;                  // per second, measured
 
     CheckpointState state;
-    char *whole;                                         // the newest checkpoint that this run knows: it is from there, or
-                                                         // has written it; NULL: none
-    char *report;                                        // of the last step that was not finite; NULL: none
-    int bad_micro;                                       // this rank's first micro-batch of the step whose loss is not finite,
-    int bad_forward;                                     // or -1; and what numbers_finite_branches says of it
+    // the newest checkpoint that this run resumed from or wrote; NULL: none
+    char *whole;
+    char *report;                       // of the last step that was not finite; NULL: none
+    // this rank's first micro-batch of the step whose loss is not finite, or -1; and the result of
+    // numbers_finite_branches for it
+    int bad_micro, bad_forward;
     DropPlan plan;
-    int *tokens, *targets;                               // (B,T)
-    real *losses;                                        // (B,T)
-    double *micro;                                       // (M) losses of the current step's micro-batches
-    int *kept;                                           // (2L) rows of the current step that ran each branch, on any rank
-    unsigned char *reduce;                               // (2L+1) whether any did: these gradients are to be summed
-    int64_t *adamw_steps;                                // (2L+1) what this update uses
+    int *tokens, *targets;              // (B,T)
+    real *losses;                       // (B,T)
+    double *micro;                      // (M) losses of the current step's micro-batches
+    int *kept;                          // (2L) rows of the current step that ran each branch, on
+                                        // any rank
+    unsigned char *reduce;              // (2L+1) whether any did: these gradients are summed
+    int64_t *adamw_steps;               // (2L+1) for the current update
     Text plan_text;
     MetricsFile metrics;
-    int metrics_wait;                                    // the last attempt to write to it has failed
-    int console_lost;                                    // and so has one to write to standard output
-    int directory, lock;                                 // the output directory and its lock, on rank 0; -1: not taken
-    int stop, save_now;                                  // what a signal has asked for, all ranks agreeing
+    int metrics_wait;                   // the last attempt to write to it failed
+    int console_lost;                   // and so did one to write to standard output
+    int directory, lock;                // the output directory and its lock, on rank 0; -1: none
+    int stop, save_now;                 // requested by a signal, agreed on by all ranks
 } Trainer;
 
 static inline int trainer_dtype(const Engine *engine, const TrainOptions *o) {
@@ -87,35 +90,37 @@ static inline double trainer_peak_bytes(void) {
 #endif
 }
 
-// The model as it will be when all phases of --grow have begun.
+// The model after all phases of --grow have begun.
 static inline GptConfig trainer_whole(const Trainer *tr) {
     GptConfig c = tr->config;
     c.L = tr->depth;
     return c;
 }
 
-// Whether something that is done every so many steps, and after the last, is due after this step.
+// Whether a task done every `every` steps, and after the last, is due after this step.
 static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
     return step == steps || (every > 0 && step % every == 0);
 }
 
-// ---- Before all else: does this machine compute what it should? ----
+// ---- First: does this machine compute correctly? ----
 
-// Each rank checks itself, on its own device; all learn if one is wrong, and end with code 4.
+// Each rank checks itself, on its own device; if one fails, all are told, and exit with code 4.
 static inline void trainer_selfcheck(const Engine *engine, const TrainOptions *o, Comm *comm) {
     Selfcheck got;
     EngineArgs args;
     if (!o->selfcheck) return;
     memset(&args, 0, sizeof args);
-    args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o), args.recompute = o->recompute, args.comm = comm;
+    args.threads = (int)o->threads, args.dtype = trainer_dtype(engine, o),
+        args.recompute = o->recompute, args.comm = comm;
     selfcheck_run(&got, engine, args);
     char *wrong = selfcheck_judge(&got, &selfcheck_numbers, args.dtype, NULL);
     double failed = wrong != NULL;
     if (wrong) {
         fflush(stdout);
-        fprintf(stderr, "error: the self-check of %s has failed on rank %d: %s\n  hint: this machine or this build computes "
-                "wrong numbers: make clean and build again, or try another machine; --selfcheck 0 trains all the same\n",
-                engine->name, comm ? comm->rank : 0, wrong);
+        fprintf(stderr, "error: the self-check of %s has failed on rank %d: %s\n  hint: this "
+                "machine or this build computes wrong numbers: make clean and build again, or try "
+                "another machine; --selfcheck 0 trains all the same\n", engine->name,
+                comm ? comm->rank : 0, wrong);
     }
     free(wrong);
     comm_sum(comm, &failed, 1);
@@ -124,10 +129,10 @@ static inline void trainer_selfcheck(const Engine *engine, const TrainOptions *o
     exit(4);
 }
 
-// ---- From options to a run: everything that can be refused is refused here, before anything is written ----
+// ---- From options to a run: everything is checked before anything is written ----
 
-// The tokenizer that is named, else that beside the shards, else that of the model `from` (NULL: a new one), which may have
-// been moved away from its shards.
+// The tokenizer given by option, otherwise the one next to the shards, otherwise that of the model
+// `from` (NULL: a new one), which may have been moved away from its shards.
 static inline void trainer_open_tokenizer(Trainer *tr, const char *from) {
     const TrainOptions *o = tr->options;
     char *path = *o->tokenizer ? xstrdup(o->tokenizer) : tokenizer_find(o->train);
@@ -139,44 +144,52 @@ static inline void trainer_open_tokenizer(Trainer *tr, const char *from) {
     manifest_check_pair(&tr->manifest[MANIFEST_TRAIN], &tr->manifest[MANIFEST_VAL]);
     if (!path) return;
     tokenizer_load(&tr->tokenizer, path);
-    for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_tokenizer(&tr->manifest[i], &tr->tokenizer, path);
+    for (int i = 0; i < MANIFEST_SIDES; i++)
+        manifest_check_tokenizer(&tr->manifest[i], &tr->tokenizer, path);
     tr->has_tokenizer = 1;
     tr->tokenizer_path = path;
 }
 
-// The tokenizer's files for the checkpoints, whatever becomes of those that they are from.
+// Loads the tokenizer's files for the checkpoints, in case the originals change.
 static inline void trainer_take_tokenizer(Trainer *tr) {
     const char *near = tr->tokenizer_path ? tr->tokenizer_path : tr->options->train;
     size_t n = tr->tokenizer_path ? strlen(near) : strcspn(near, ",");
     while (n > 0 && near[n - 1] != '/') n--;
     char *beside = xprintf("%.*s", (int)n, near);
-    char *wrong = tokenizer_files_take(&tr->tokenizer_files, tr->has_tokenizer ? &tr->tokenizer : NULL, tr->tokenizer_path,
-                                       beside, tr->config.V, tr->config.T, tr->state.eot);
+    char *wrong = tokenizer_files_take(&tr->tokenizer_files,
+                                       tr->has_tokenizer ? &tr->tokenizer : NULL,
+                                       tr->tokenizer_path, beside, tr->config.V,
+                                       tr->config.T, tr->state.eot);
     if (wrong && !tr->tokenizer_files.file[TOKENIZER_JSON].n)
         warn("checkpoints are without a tokenizer.json for transformers: %s", wrong);
     tr->state.tokenizer = &tr->tokenizer_files;
     free(beside), free(wrong);
 }
 
-// Dies where options of adapters do not go together.
+// Dies if options of adapters contradict each other.
 static inline void trainer_check_lora(const TrainOptions *o) {
     unsigned targets;
     if (!o->lora) {
         if (o->lora_alpha > 0 || o->lora_dropout > 0 || o->lora_norms)
-            die("--lora-alpha, --lora-dropout and --lora-norms need --lora\n  hint: --lora 16 trains adapters of rank 16");
+            die("--lora-alpha, --lora-dropout and --lora-norms need --lora\n  hint: --lora 16 "
+                "trains adapters of rank 16");
         return;
     }
     char *error = lora_parse_targets(&targets, o->lora_targets);
     if (error) die("--lora-targets: %s", error);
-    if (o->train_last) die("--lora and --train-last exclude each other\n  hint: with --lora all weights stay as they are");
+    if (o->train_last)
+        die("--lora and --train-last exclude each other\n  hint: with --lora all weights stay as "
+            "they are");
     if (o->drop_scale == SCALE_SURVIVAL && o->drop_path > 0)
-        die("--lora with --drop-scale survival: an adapter's files cannot hold its factors\n  hint: --drop-scale inverted");
+        die("--lora with --drop-scale survival: an adapter's files cannot hold its factors\n  "
+            "hint: --drop-scale inverted");
     if (!*o->init_from && !*o->resume)
-        die("--lora without --init-from: there is nothing to adapt\n  hint: --init-from names a checkpoint's directory");
+        die("--lora without --init-from: there is nothing to adapt\n  hint: --init-from names a "
+            "checkpoint's directory");
 }
 
-// What adapters the run has, and of which base, from --lora and where it starts. An adapter that it goes on from must have the
-// same.
+// The run's adapters and their base, from --lora and from where the run starts. An adapter that it
+// continues must match.
 static inline void trainer_lora(Trainer *tr, const char *from, int resume) {
     const TrainOptions *o = tr->options;
     LoraConfig *mine = &tr->lora, then;
@@ -184,29 +197,35 @@ static inline void trainer_lora(Trainer *tr, const char *from, int resume) {
     memset(&then, 0, sizeof then);
     if (lora_is_adapter(from)) lora_open(&then, from);
     if (resume && then.rank != (int)o->lora)
-        die("--resume %s was trained with --lora %d, this run has %lld\n  hint: --init-from starts a new run from it", from,
-            then.rank, (long long)o->lora);
+        die("--resume %s was trained with --lora %d, this run has %lld\n  hint: --init-from starts "
+            "a new run from it", from, then.rank, (long long)o->lora);
     if (o->lora) {
         mine->rank = (int)o->lora, mine->norms = o->lora_norms, mine->dropout = o->lora_dropout;
         mine->alpha = o->lora_alpha > 0 ? o->lora_alpha : 2 * (double)o->lora;
         char *wrong = lora_parse_targets(&mine->targets, o->lora_targets);
         CHECK(!wrong, "%s", wrong);
-        const int same = then.rank == mine->rank && then.alpha == mine->alpha && then.norms == mine->norms;
-        if (then.rank && (!same || (resume ? then.targets != mine->targets : then.targets & ~mine->targets)))
-            die("%s %s has other adapters: rank %d, alpha %g, norms %d, targets 0x%x; this run: %d, %g, %d, 0x%x\n"
-                "  hint: the same --lora options; or export it, and adapt that", how, from, then.rank, then.alpha, then.norms,
-                then.targets, mine->rank, mine->alpha, mine->norms, mine->targets);
+        const int same = then.rank == mine->rank && then.alpha == mine->alpha &&
+            then.norms == mine->norms;
+        if (then.rank &&
+            (!same || (resume ? then.targets != mine->targets : then.targets & ~mine->targets)))
+            die("%s %s has other adapters: rank %d, alpha %g, norms %d, targets 0x%x; this run: "
+                "%d, %g, %d, 0x%x\n"
+                "  hint: the same --lora options; or export it, and adapt that", how, from,
+                then.rank, then.alpha, then.norms, then.targets, mine->rank, mine->alpha,
+                mine->norms, mine->targets);
         char *base = realpath(then.rank ? then.base : from, NULL);
         if (!base) die("cannot find %s: %s", then.rank ? then.base : from, strerror(errno));
         mine->base = xstrdup(base);
         free(base);
-        tr->config.lora = mine->rank, tr->config.lora_targets = mine->targets, tr->config.lora_norms = mine->norms;
+        tr->config.lora = mine->rank, tr->config.lora_targets = mine->targets,
+            tr->config.lora_norms = mine->norms;
         tr->state.lora = mine, tr->state.base_sha256 = tr->base_sha256;
     }
     free(then.base);
 }
 
-// Sizes: of the checkpoint that the run starts from, else of the preset, changed by single options.
+// Sizes: of the checkpoint that the run starts from, otherwise of the preset, changed by single
+// options.
 static inline void trainer_config(Trainer *tr, const char *from, int resume) {
     const TrainOptions *o = tr->options;
     GptConfig *c = &tr->config;
@@ -215,18 +234,23 @@ static inline void trainer_config(Trainer *tr, const char *from, int resume) {
         int tied;
         checkpoint_read_config(from, c, &scale, &tied);
         free(scale);
-        const int64_t layers = *o->grow ? c->L : o->layers;            // which are those of a phase
-        const int64_t given[4] = {layers, o->heads, o->channels, o->vocab_size}, have[4] = {c->L, c->NH, c->C, c->V};
+        const int64_t layers = *o->grow ? c->L : o->layers;            // those of a phase
+        const int64_t given[4] = {layers, o->heads, o->channels, o->vocab_size},
+            have[4] = {c->L, c->NH, c->C, c->V};
         static const char *const name[4] = {"layers", "heads", "channels", "vocab-size"};
         for (int i = 0; i < 4; i++)
             if (given[i] && given[i] != have[i])
-                die("--%s %lld: %s has %lld", name[i], (long long)given[i], from, (long long)have[i]);
+                die("--%s %lld: %s has %lld", name[i], (long long)given[i], from,
+                    (long long)have[i]);
         trainer_lora(tr, from, resume);
         tr->T = o->seq_len ? (int)o->seq_len : c->T;
-        if (tr->T > c->T) die("--seq-len %d: %s has %d positions\n  hint: --seq-len %d is the most", tr->T, from, c->T, c->T);
+        if (tr->T > c->T)
+            die("--seq-len %d: %s has %d positions\n  hint: --seq-len %d is the most", tr->T, from,
+                c->T, c->T);
     } else {
         if (o->lora)
-            die("--lora without --init-from: there is nothing to adapt\n  hint: --init-from names a checkpoint's directory");
+            die("--lora without --init-from: there is nothing to adapt\n  hint: --init-from names "
+                "a checkpoint's directory");
         *c = gpt_presets[o->preset].config;
         if (tr->manifest[MANIFEST_TRAIN].V) c->V = tr->manifest[MANIFEST_TRAIN].V;
         if (tr->has_tokenizer) c->V = tr->tokenizer.V;
@@ -237,17 +261,19 @@ static inline void trainer_config(Trainer *tr, const char *from, int resume) {
         if (o->seq_len) c->T = (int)o->seq_len;
         tr->T = c->T;
     }
-    tr->depth = !*o->grow || !from ? c->L : o->layers ? (int)o->layers : gpt_presets[o->preset].config.L;
+    tr->depth = !*o->grow || !from ? c->L : o->layers ? (int)o->layers
+        : gpt_presets[o->preset].config.L;
     const char *error = gpt_config_error(c);
     if (error)
-        die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L, c->NH, c->C, c->T, c->V);
+        die("%s: --layers %d --heads %d --channels %d --seq-len %d --vocab-size %d", error, c->L,
+            c->NH, c->C, c->T, c->V);
     for (int i = 0; i < MANIFEST_SIDES; i++) manifest_check_model(&tr->manifest[i], c->V, from);
     if (tr->has_tokenizer && tr->tokenizer.V > c->V)
-        die("the tokenizer has %d tokens, the model only %d\n  hint: --vocab-size 0 takes the tokenizer's", tr->tokenizer.V,
-            c->V);
+        die("the tokenizer has %d tokens, the model only %d\n  hint: --vocab-size 0 takes the "
+            "tokenizer's", tr->tokenizer.V, c->V);
 }
 
-// A whole number among the options of a checkpoint's run; 0 where it is not there.
+// An integer among the options of a checkpoint's run; 0 if absent.
 static inline int64_t trainer_option_then(const char *options, const char *name) {
     char *line = xprintf("\n%s = ", name), *all = xprintf("\n%s", options), *at = strstr(all, line);
     const int64_t value = at ? strtoll(at + strlen(line), NULL, 10) : 0;
@@ -255,9 +281,10 @@ static inline int64_t trainer_option_then(const char *options, const char *name)
     return value;
 }
 
-// Where a resumed run stands in its data: after the samples that the checkpoint's run has consumed,
-// however many rows a step had. Older checkpoints count tokens only; their samples had --seq-len each.
-// With another --seq-len all windows are others: the run continues after as many tokens.
+// The position of a resumed run in its data: after the samples that the checkpoint's run consumed,
+// however many rows a step had. Older checkpoints only count tokens; their samples had --seq-len
+// each. With another --seq-len all windows change: the run continues after the same number of
+// tokens.
 static inline void trainer_find_position(Trainer *tr, const char *from) {
     CheckpointState *s = &tr->state, then;
     memset(&then, 0, sizeof then);
@@ -268,13 +295,14 @@ static inline void trainer_find_position(Trainer *tr, const char *from) {
     s->step = then.step;
     s->consumed = tokens / tr->T + (tokens % tr->T != 0);
     if (then.seq_len != tr->T && tr->rank == 0)
-        warn("--seq-len %d, but the checkpoint's run had rows of %d tokens: the samples are others from here on\n"
-             "  hint: the run continues after as many tokens; some text of this epoch comes twice, some not at all",
-             tr->T, then.seq_len);
+        warn("--seq-len %d, but the checkpoint's run had rows of %d tokens: the samples are others "
+             "from here on\n"
+             "  hint: the run continues after as many tokens; some text of this epoch comes twice, "
+             "some not at all", tr->T, then.seq_len);
     free((char *)(uintptr_t)then.options);
 }
 
-// The samples consumed when `step` steps are done.
+// The samples consumed after `step` steps.
 static inline double trainer_consumed(const Trainer *tr, int64_t step) {
     return (double)tr->state.consumed + (double)(step - tr->state.step) * tr->M * tr->B;
 }
@@ -283,22 +311,26 @@ static inline double trainer_epochs(const Trainer *tr) {
     return trainer_consumed(tr, tr->steps) / (double)tr->train.windows;
 }
 
-// Micro-batches of a step, steps of the run, rows of an evaluation. --epochs counts samples: a resumed
-// run divides those that are left into its own steps.
+// Micro-batches per step, steps of the run, rows per evaluation. --epochs counts samples: a resumed
+// run divides the remaining ones into its own steps.
 static inline void trainer_sizes(Trainer *tr) {
     const TrainOptions *o = tr->options;
     tr->B = (int)o->batch;
-    const int64_t micro = (int64_t)tr->B * tr->T, least = micro * tr->world, total = o->total_batch ? o->total_batch : least;
+    const int64_t micro = (int64_t)tr->B * tr->T, least = micro * tr->world,
+        total = o->total_batch ? o->total_batch : least;
     if (total % least || total / micro > 1 << 20)
-        die("--total-batch %lld tokens cannot be made of micro-batches of %d rows x %d tokens x %d processes\n"
+        die("--total-batch %lld tokens cannot be made of micro-batches of %d rows x %d tokens x %d "
+            "processes\n"
             "  hint: --total-batch %lld", (long long)total, tr->B, tr->T, tr->world,
             (long long)((total + least - 1) / least * least));
     tr->M = (int)(total / micro);
     tr->steps = o->steps;
     if (o->epochs > 0)
-        tr->steps = (int64_t)llround((o->epochs * (double)tr->train.windows - trainer_consumed(tr, 0)) /
+        tr->steps = (int64_t)llround((o->epochs * (double)tr->train.windows -
+                                      trainer_consumed(tr, 0)) /
                                      ((double)tr->B * tr->M));
-    if (tr->steps < 1) die("--epochs %g is less than one step of %lld tokens", o->epochs, (long long)total);
+    if (tr->steps < 1)
+        die("--epochs %g is less than one step of %lld tokens", o->epochs, (long long)total);
     if (tr->has_val) tr->eval_rows = shards_rows(&tr->val, o->eval_tokens);
 }
 
@@ -332,37 +364,43 @@ static inline DropPath trainer_drop_path(const TrainOptions *o, int layers, int6
     return d;
 }
 
-// When dropout is on.
+// The schedule of dropout.
 static inline Ramp trainer_dropout_ramp(const TrainOptions *o, int64_t steps) {
-    Ramp r = {SHAPE_LINEAR, steps, span_steps(o->dropout_start, steps), span_steps(o->dropout_ramp_up, steps),
+    Ramp r = {SHAPE_LINEAR, steps, span_steps(o->dropout_start, steps),
+              span_steps(o->dropout_ramp_up, steps),
               span_steps(o->dropout_ramp_down, steps), span_steps(o->dropout_recover, steps), 0};
     return r;
 }
 
 static inline Schedule trainer_schedule(const TrainOptions *o, int64_t steps) {
-    Schedule s = {o->lr_schedule, o->lr, o->lr_final, steps, span_steps(o->warmup, steps), span_steps(o->lr_decay, steps)};
+    Schedule s = {o->lr_schedule, o->lr, o->lr_final, steps, span_steps(o->warmup, steps),
+                  span_steps(o->lr_decay, steps)};
     return s;
 }
 
-// Dies where options that are sound one by one are none together in the type that computes with them: the largest factor of
-// the moments, which is that of the first step, and what weight decay leaves; or where the rates of drop path all round to 0.
+// Dies if options that are valid individually do not work together in the type used for computing:
+// the largest factor of the moments, which is the first step's, and the remainder after weight
+// decay; or if all rates of drop path round to 0.
 static inline void trainer_check_numbers(const TrainOptions *o) {
     if (!isfinite((real)(o->lr / (1 - o->beta1))))
-        die("--lr %g with --beta1 %g: their quotient lr / (1 - beta1) is infinite in " REAL_NAME, o->lr, o->beta1);
+        die("--lr %g with --beta1 %g: their quotient lr / (1 - beta1) is infinite in " REAL_NAME,
+            o->lr, o->beta1);
     if (!isfinite((real)(1 - o->lr * o->weight_decay)))
-        die("--lr %g with --weight-decay %g: their product is infinite in " REAL_NAME, o->lr, o->weight_decay);
+        die("--lr %g with --weight-decay %g: their product is infinite in " REAL_NAME, o->lr,
+            o->weight_decay);
     const double listed = *o->drop_rates ? rates_largest(o->drop_rates) : o->drop_path;
     if (isnan(listed))
-        die("--drop-rates %s: a rate in [0,1) for each layer, with commas between them, as 0,0,0.1,0.2",
-            o->drop_rates);
+        die("--drop-rates %s: a rate in [0,1) for each layer, with commas between them, as "
+            "0,0,0.1,0.2", o->drop_rates);
     if (listed != o->drop_path)
         die("--drop-rates %s has the largest rate %g, but --drop-path is %g\n"
             "  hint: leave out --drop-path", o->drop_rates, listed, o->drop_path);
     if (o->drop_path > 0 && o->drop_path * 4294967296.0 < 0.5)
-        die("--drop-path %g rounds to 0: rates are multiples of 2^-32\n  hint: 0 is plain training", o->drop_path);
+        die("--drop-path %g rounds to 0: rates are multiples of 2^-32\n  hint: 0 is plain training",
+            o->drop_path);
 }
 
-// Plans recorded in a metrics.jsonl, one per step; their text says whether their unit is the row.
+// Plans recorded in a metrics.jsonl, one per step; their text tells whether the unit is the row.
 static inline void trainer_open_replay(Trainer *tr) {
     const char *path = tr->options->drop_replay;
     DropPath drop = tr->drop;
@@ -380,12 +418,13 @@ static inline void trainer_open_replay(Trainer *tr) {
     }
     drop_plan_free(&plan);
     if (tr->replay.n < tr->steps)
-        die("%s has the plans of %lld steps, this run has %lld", path, (long long)tr->replay.n, (long long)tr->steps);
+        die("%s has the plans of %lld steps, this run has %lld", path, (long long)tr->replay.n,
+            (long long)tr->steps);
     tr->drop.unit = strchr(tr->replay.record[0].plan, '.') ? UNIT_ROW : UNIT_BATCH;
 }
 
-// The phases of --grow, and the depth of the one that this run starts or resumes in: a checkpoint has the layers of the step
-// before it.
+// The phases of --grow, and the depth in which this run starts or resumes: a checkpoint has the
+// layers of the step before it.
 static inline void trainer_growth(Trainer *tr, const char *from, int resume) {
     const TrainOptions *o = tr->options;
     Growth *g = &tr->growth;
@@ -393,25 +432,31 @@ static inline void trainer_growth(Trainer *tr, const char *from, int resume) {
     if (error) die("%s", error);
     g->init = o->grow_init, g->at = o->grow_at, g->warmup = span_steps(o->grow_warmup, tr->steps);
     if (!g->n) return;
-    if (o->lora) die("--grow and --lora exclude each other: new layers would be adapters of nothing");
-    if (o->train_last) die("--grow and --train-last exclude each other: new layers would be trained on frozen ones");
-    if (*o->device) die("--device predicts a step of one depth\n  hint: leave out --grow, and give --layers of the phase");
+    if (o->lora)
+        die("--grow and --lora exclude each other: new layers would be adapters of nothing");
+    if (o->train_last)
+        die("--grow and --train-last exclude each other: new layers would be trained on frozen "
+            "ones");
+    if (*o->device)
+        die("--device predicts a step of one depth\n  hint: leave out --grow, and give --layers of "
+            "the phase");
     const int64_t last = resume && tr->state.step > 0 ? tr->state.step - 1 : 0;
     const int layers = growth_layers(g, tr->depth, last);
     if (from && tr->config.L != layers)
-        die("%s has %d layers, but --grow has %d %s", from, tr->config.L, layers, resume ? "before its step" : "at step 0");
+        die("%s has %d layers, but --grow has %d %s", from, tr->config.L, layers,
+            resume ? "before its step" : "at step 0");
     tr->config.L = layers;
 }
 
 static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
     MemoryBound b;
     DropPath d = tr->drop;
-    if (tr->replay.n) d.p_max = 0;                       // recorded plans keep no promise
+    if (tr->replay.n) d.p_max = 0;                       // recorded plans may exceed it
     drop_path_bound(&d, tr->B, &b.attn_rows, &b.mlp_rows, &b.rows);
     return b;
 }
 
-// The output directory is this process' alone, until it ends.
+// Locks the output directory for this process, until it ends.
 static inline void trainer_lock(Trainer *tr) {
     if (tr->lock >= 0) return;
     files_die(lock_take(&tr->lock, tr->options->out));
@@ -419,24 +464,29 @@ static inline void trainer_lock(Trainer *tr) {
     if (tr->directory < 0) die("cannot open %s: %s", tr->options->out, strerror(errno));
 }
 
-// A new run wants a directory without one: its checkpoints would replace that one's, or be mixed with them.
+// A new run needs a directory without a run: its checkpoints would replace or be mixed with the old
+// ones.
 static inline void trainer_refuse_used(const char *out, const char *hint) {
     char *metrics = xprintf("%s/metrics.jsonl", out);
     CheckpointList list = checkpoint_list(out);
-    if (path_must_exist_or_not(metrics) || list.n) die("%s holds a run already\n  hint: %s", out, hint);
+    if (path_must_exist_or_not(metrics) || list.n)
+        die("%s holds a run already\n  hint: %s", out, hint);
     free(metrics), free(list.step);
 }
 
-// Where the run starts: a checkpoint of ours to resume (*resume = 1), weights to start from, or nothing (NULL).
+// Where the run starts: a checkpoint of ours to resume (*resume = 1), weights to start from, or
+// nothing (NULL).
 static inline char *trainer_start(Trainer *tr, int *resume) {
     const TrainOptions *o = tr->options;
     *resume = 0;
-    if (o->dry_run) {                                    // looks only
-        char *from = !*o->resume ? NULL : strcmp(o->resume, "latest") ? xstrdup(o->resume) : checkpoint_latest(o->out);
+    if (o->dry_run) {                                    // read-only
+        char *from = !*o->resume ? NULL : strcmp(o->resume, "latest") ? xstrdup(o->resume)
+            : checkpoint_latest(o->out);
         *resume = from != NULL;
         return from || !*o->init_from ? from : checkpoint_find(o->init_from);
     }
-    // What is decided from the directory is decided under its lock: another run may begin and end meanwhile.
+    // Decisions that depend on the directory are made under its lock: another run may begin and end
+    // meanwhile.
     lock_directory_make(o->out);
     trainer_lock(tr);
     if (!*o->resume) {
@@ -448,17 +498,18 @@ static inline char *trainer_start(Trainer *tr, int *resume) {
     if (from && !strcmp(o->resume, "latest")) checkpoint_settle(o->out, strrchr(from, '/') + 1);
     *resume = from != NULL;
     if (!from) {
-        char *latest = xprintf("%s/latest", o->out);     // is made with the first checkpoint
+        char *latest = xprintf("%s/latest", o->out);     // created with the first checkpoint
         if (path_exists(latest))
-            die("%s is there, but no checkpoint\n  hint: they were moved or removed: bring one back, or give another --out",
-                latest);
+            die("%s is there, but no checkpoint\n  hint: they were moved or removed: bring one "
+                "back, or give another --out", latest);
         free(latest);
         printf("resume: no checkpoint in %s yet, starting at step 0\n", o->out);
     }
     return from || !*o->init_from ? from : checkpoint_find(o->init_from);
 }
 
-// Rank 0 looks where to start, the others follow: by the time they looked, it might have written something.
+// Rank 0 decides where to start, and the others follow: it might have written something before they
+// look.
 static inline char *trainer_start_together(Trainer *tr, int *resume) {
     struct { int some, resume; char path[4096]; } found;
     char *from = NULL;
@@ -475,11 +526,14 @@ static inline char *trainer_start_together(Trainer *tr, int *resume) {
     return found.some ? xstrdup(found.path) : NULL;
 }
 
-// One line where resumed options differ from the checkpoint's: allowed, but not the same run any more.
+// One warning if resumed options differ from the checkpoint's: allowed, but no longer the same run.
 static inline void trainer_compare_options(const char *now, const char *then) {
-    static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens", "save-every", "keep",
-                                                 "log-every", "sample-every", "sample-tokens", "prompt", "val", "init-from",
-                                                 "zero", "graphs", "on-save-error", "max-bad-steps", "selfcheck"};
+    static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens",
+                                                 "save-every", "keep",
+                                                 "log-every", "sample-every", "sample-tokens",
+                                                 "prompt", "val", "init-from",
+                                                 "zero", "graphs", "on-save-error", "max-bad-steps",
+                                                 "selfcheck"};
     Text changed = {NULL, 0, 0};
     for (const char *line = now, *end; *line; line = end + 1) {
         end = strchr(line, '\n');
@@ -488,38 +542,44 @@ static inline void trainer_compare_options(const char *now, const char *then) {
         for (size_t i = 0; i < sizeof free_to_change / sizeof free_to_change[0]; i++)
             ignored |= name == strlen(free_to_change[i]) && !strncmp(line, free_to_change[i], name);
         char *whole = xprintf("\n%.*s\n", (int)n, line), *all = xprintf("\n%s", then);
-        if (!ignored && !strstr(all, whole)) text_printf(&changed, "%s--%.*s", changed.n ? ", " : "", (int)name, line);
+        if (!ignored && !strstr(all, whole))
+            text_printf(&changed, "%s--%.*s", changed.n ? ", " : "", (int)name, line);
         free(whole);
         free(all);
     }
-    if (changed.n) warn("resumed with other options than the checkpoint was made with: %s", changed.s);
+    if (changed.n)
+        warn("resumed with other options than the checkpoint was made with: %s", changed.s);
     text_free(&changed);
 }
 
-// What a checkpoint says of the shards, as a comment under its options.
+// A checkpoint's description of the shards, as a comment after its options.
 static inline void trainer_describe_data(Trainer *tr) {
     char hex[SHA256_HEX];
     shards_fingerprint(&tr->train, hex);
-    tr->data_line = xprintf("# train: %d shard%s, %lld tokens, %.16s\n", tr->train.n, tr->train.n == 1 ? "" : "s",
-                            (long long)tr->train.tokens, hex);
+    tr->data_line = xprintf("# train: %d shard%s, %lld tokens, %.16s\n", tr->train.n,
+                            tr->train.n == 1 ? "" : "s", (long long)tr->train.tokens, hex);
     tr->run_text = xprintf("%s%s", tr->config_text, tr->data_line);
 }
 
-// One line where the shards are others than the checkpoint's: sample i is another one then. Older checkpoints do not say.
+// One warning if the shards differ from the checkpoint's: then sample i is a different one. Older
+// checkpoints do not record them.
 static inline void trainer_compare_data(const Trainer *tr, const char *then) {
     const char *line = strstr(then, "\n# train: ");
     if (!line || !strcmp(line + 1, tr->data_line)) return;
     warn("the training shards have changed since the checkpoint: they were %.*s, now %.*s\n"
-         "  hint: samples come in another order from here on; with the shards of before it would be the same run",
-         (int)strcspn(line + 10, "\n"), line + 10, (int)strcspn(tr->data_line + 9, "\n"), tr->data_line + 9);
+         "  hint: samples come in another order from here on; with the shards of before it would "
+         "be the same run", (int)strcspn(line + 10, "\n"), line + 10,
+         (int)strcspn(tr->data_line + 9, "\n"), tr->data_line + 9);
 }
 
-// From an older checkpoint into a directory with later ones, two runs would be mixed: the next --resume would take a later one.
+// Resuming from an older checkpoint into a directory with later ones would mix two runs: the next
+// --resume would use a later one.
 static inline void trainer_refuse_later(const Trainer *tr) {
     CheckpointList list = checkpoint_list(tr->options->out);
     if (list.n && list.step[0] > tr->state.step)
-        die("%s has a checkpoint of step %lld, after the %lld to resume from\n  hint: give another --out, or move that "
-            "checkpoint away", tr->options->out, (long long)list.step[0], (long long)tr->state.step);
+        die("%s has a checkpoint of step %lld, after the %lld to resume from\n  hint: give another "
+            "--out, or move that checkpoint away", tr->options->out, (long long)list.step[0],
+            (long long)tr->state.step);
     free(list.step);
 }
 
@@ -530,13 +590,14 @@ static inline void trainer_agree(const Trainer *tr) {
     memcpy(first, mine, sizeof first);
     comm_broadcast(tr->comm, first, sizeof first);
     if (strcmp(first, mine))
-        die("rank %d has other options than rank 0\n  hint: start all ranks with the same command and the same files",
-            tr->rank);
+        die("rank %d has other options than rank 0\n  hint: start all ranks with the same command "
+            "and the same files", tr->rank);
 }
 
-// The weights to start from. What trained them with survival scaling scales its branches in evaluation (tied: both of a layer
-// as one). A run that does not scale so itself has these factors folded into the weights, as build/export has; tied ones no
-// weights can express.
+// The weights to start from. If they were trained with survival scaling, their branches are scaled
+// in evaluation (tied: both branches of a layer together). A run that does not use survival scaling
+// itself gets these factors folded into the weights, as in build/export; tied ones cannot be
+// expressed by weights.
 static inline void trainer_load_weights(Trainer *tr, const char *from) {
     const GptConfig *c = &tr->config;
     GptConfig same;
@@ -563,7 +624,8 @@ static inline void trainer_load_weights(Trainer *tr, const char *from) {
     }
     if (factors && !keeps && tr->rank == 0) {
         if (tied)
-            warn("%s was trained with --drop-scale survival and --drop-branches tied: this run goes on without its factors\n"
+            warn("%s was trained with --drop-scale survival and --drop-branches tied: this run "
+                 "goes on without its factors\n"
                  "  hint: give it these two options as well", from);
         else printf("%s: its survival scaling goes into the weights\n", from);
     }
@@ -572,17 +634,19 @@ static inline void trainer_load_weights(Trainer *tr, const char *from) {
 
 // Whether the next step is the first of a phase with more layers.
 static inline int trainer_growth_due(const Trainer *tr) {
-    return tr->state.step < tr->steps && growth_layers(&tr->growth, tr->depth, tr->state.step) != tr->config.L;
+    return tr->state.step < tr->steps && growth_layers(&tr->growth, tr->depth, tr->state.step) !=
+        tr->config.L;
 }
 
-// How branches count in evaluation, at the step where the run stands.
+// The branches' factors in evaluation at the current step.
 static inline void trainer_eval_scale(Trainer *tr) {
     for (int i = 0; i < BRANCHES * tr->config.L; i++)
         tr->state.eval_scale[i] = drop_path_eval_scale(&tr->drop, i / BRANCHES + 1, i % BRANCHES) *
-                                  (trainer_growth_due(tr) ? 1 : growth_scale(&tr->growth, i / BRANCHES, tr->state.step));
+                                  (trainer_growth_due(tr) ? 1 : growth_scale(&tr->growth,
+                                      i / BRANCHES, tr->state.step));
 }
 
-// The engine's model, and what else has the size of the layers there are.
+// The engine's model, and everything whose size depends on the current layers.
 static inline void trainer_open_model(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const size_t branches = (size_t)(BRANCHES * tr->config.L);
@@ -590,12 +654,15 @@ static inline void trainer_open_model(Trainer *tr) {
     memset(&args, 0, sizeof args);
     tr->drop.layers = tr->config.L;
     tr->plan = drop_plan_new(tr->config.L, tr->B);
-    args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads, args.dtype = trainer_dtype(tr->engine, o);
-    args.bound = trainer_memory_bound(tr), args.recompute = o->recompute, args.frozen = tr->state.frozen = tr->drop.frozen;
+    args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads,
+        args.dtype = trainer_dtype(tr->engine, o);
+    args.bound = trainer_memory_bound(tr), args.recompute = o->recompute,
+        args.frozen = tr->state.frozen = tr->drop.frozen;
     args.attention_noise = o->dropout_attn > 0, args.lora_noise = tr->lora.dropout > 0;
     if (tr->lora.rank) args.lora_scale = tr->lora.alpha / tr->lora.rank;
     args.comm = tr->comm, args.zero = o->zero, args.reduce_fp32 = o->reduce_fp32;
-    args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed, args.dry = o->dry_run;
+    args.graphs = o->graphs, args.rounding = o->rounding, args.seed = (uint64_t)o->seed,
+        args.dry = o->dry_run;
     tr->kept = (int *)xcalloc(branches, sizeof(int));
     tr->reduce = (unsigned char *)xcalloc(branches + 1, 1);
     tr->adamw_steps = (int64_t *)xcalloc(branches + 1, sizeof(int64_t));
@@ -608,7 +675,8 @@ static inline void trainer_open_model(Trainer *tr) {
 static inline void trainer_close_model(Trainer *tr) {
     tr->engine->close(tr->model);
     drop_plan_free(&tr->plan);
-    free(tr->kept), free(tr->reduce), free(tr->adamw_steps), free(tr->state.adamw_steps), free(tr->state.eval_scale);
+    free(tr->kept), free(tr->reduce), free(tr->adamw_steps), free(tr->state.adamw_steps),
+        free(tr->state.eval_scale);
 }
 
 static inline void trainer_grow(Trainer *tr) {
@@ -619,16 +687,18 @@ static inline void trainer_grow(Trainer *tr) {
     trainer_close_model(tr);
     tr->config.L = after;
     trainer_open_model(tr);
-    growth_give(&state, &tr->growth, tr->engine, tr->model, &tr->config, tr->depth, (uint64_t)tr->options->seed);
+    growth_give(&state, &tr->growth, tr->engine, tr->model, &tr->config, tr->depth,
+                (uint64_t)tr->options->seed);
     growth_counts(tr->state.adamw_steps, counts, &tr->growth, before, after);
     tr->engine->resumed(tr->model, tr->state.adamw_steps);
     free(counts);
     if (tr->rank == 0 && !tr->options->dry_run)
-        printf("grows:   from %d to %d layers at step %lld\n", before, after, (long long)tr->state.step);
+        printf("grows:   from %d to %d layers at step %lld\n", before, after,
+               (long long)tr->state.step);
 }
 
-static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOptions *o, const char *config_text,
-                                Comm *comm) {
+static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOptions *o,
+                                const char *config_text, Comm *comm) {
     memset(tr, 0, sizeof *tr);
     tr->options = o;
     tr->config_text = config_text;
@@ -638,8 +708,10 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->rank = comm ? comm->rank : 0;
     tr->world = comm ? comm->world : *o->device ? gpu_wish(o->device).ranks : 1;
     if (!*o->train)
-        die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to make token shards");
-    if (!*o->out) die("--out is empty\n  hint: the directory of this run's checkpoints and metrics.jsonl");
+        die("--train is missing\n  hint: --train 'data/train_*.bin'; data/README.md tells how to "
+            "make token shards");
+    if (!*o->out)
+        die("--out is empty\n  hint: the directory of this run's checkpoints and metrics.jsonl");
     trainer_check_numbers(o);
     trainer_check_lora(o);
     int resume;
@@ -653,7 +725,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     manifest_check_shards(&tr->manifest[MANIFEST_TRAIN], &tr->train);
     if (tr->has_val) manifest_check_shards(&tr->manifest[MANIFEST_VAL], &tr->val);
     if (resume) trainer_find_position(tr, from);
-    if (tr->lora.rank && tr->rank == 0 && !o->dry_run) lora_base_sha256(tr->base_sha256, tr->lora.base);
+    if (tr->lora.rank && tr->rank == 0 && !o->dry_run)
+        lora_base_sha256(tr->base_sha256, tr->lora.base);
     trainer_sizes(tr);
     trainer_growth(tr, from, resume);
     trainer_describe_data(tr);
@@ -663,8 +736,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->objective.smoothing = o->label_smoothing;
     tr->schedule = trainer_schedule(o, tr->steps);
     if (o->train_last > tr->config.L)
-        die("--train-last %lld: this model has %d layers\n  hint: --train-last 0 trains all", (long long)o->train_last,
-            tr->config.L);
+        die("--train-last %lld: this model has %d layers\n  hint: --train-last 0 trains all",
+            (long long)o->train_last, tr->config.L);
     if (o->train_last) tr->drop.frozen = tr->config.L - (int)o->train_last;
     if (*o->drop_replay) trainer_open_replay(tr);
     const size_t BT = (size_t)tr->B * (size_t)tr->T;
@@ -684,7 +757,9 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
         tr->state.consumed = consumed;                   // in rows of this run
         if (tr->rank == 0 && strcmp(o->resume, "latest")) trainer_refuse_later(tr);
-        if (tr->rank == 0) trainer_compare_options(config_text, tr->state.options), trainer_compare_data(tr, tr->state.options);
+        if (tr->rank == 0)
+            trainer_compare_options(config_text, tr->state.options),
+                trainer_compare_data(tr, tr->state.options);
         free((char *)(uintptr_t)tr->state.options);
     } else if (from) trainer_load_weights(tr, from);
     else engine_init_layers(engine, tr->model, &tr->config, tr->depth, (uint64_t)o->seed);
@@ -692,7 +767,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->state.seq_len = tr->T;
     if (resume) tr->whole = xstrdup(from);
     trainer_eval_scale(tr);
-    if (from && tr->rank == 0 && !o->dry_run) printf("%s: %s\n", resume ? "resumed" : "weights", from);
+    if (from && tr->rank == 0 && !o->dry_run)
+        printf("%s: %s\n", resume ? "resumed" : "weights", from);
     free(from);
 }
 
@@ -705,7 +781,8 @@ static inline void trainer_close(Trainer *tr) {
     metrics_log_free(&tr->replay);
     text_free(&tr->plan_text);
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->micro);
-    free(tr->data_line), free(tr->run_text), free(tr->whole), free(tr->report), free(tr->tokenizer_path);
+    free(tr->data_line), free(tr->run_text), free(tr->whole), free(tr->report),
+        free(tr->tokenizer_path);
     free(tr->lora.base);
     tokenizer_files_free(&tr->tokenizer_files);
     metrics_file_close(&tr->metrics);

@@ -31,7 +31,8 @@ static const Synonym synonyms[] = {
      "freeze-layers frozen-layers num-frozen-layers unfreeze-last trainable-layers"},
 
     {"lora", "", "lora-r lora-rank lora-dim adapter-rank"},
-    {"lora-targets", ", some of qkv,attproj,fc,fcproj", "target-modules lora-target-modules lora-modules"},
+    {"lora-targets", ", some of qkv,attproj,fc,fcproj",
+     "target-modules lora-target-modules lora-modules"},
     {"lora-norms", "", "train-norms modules-to-save"},
 
     // Model
@@ -50,7 +51,8 @@ static const Synonym synonyms[] = {
     // Looking into a model
     {"calib", "", "calibration-data calib-data calibration-set calibration-dataset"},
     {"calib-tokens", ", in tokens", "nsamples num-samples-calib calib-samples max-calib-samples"},
-    {"ridge", ", a multiple of the mean square of what the map reads", "alpha ridge-alpha l2-alpha"},
+    {"ridge", ", a multiple of the mean square of what the map reads",
+     "alpha ridge-alpha l2-alpha"},
     {"min-count", "", "min-per-class min-samples-per-class"},
 
     // Data and output
@@ -141,7 +143,8 @@ static const Synonym synonyms[] = {
     {"seeds", "", "num-seeds n-seeds"},
     {"format", "", "output-format"},
     {"picture", "", "plot"},
-    {"n", ", layers to remove", "layers-to-skip num-layers-to-skip n-prune-layers num-prune-layers"},
+    {"n", ", layers to remove",
+     "layers-to-skip num-layers-to-skip n-prune-layers num-prune-layers"},
     {"fraction", ", of the layers", "sparsity prune-ratio pruning-ratio"},
     {"drop", ", counted from 0", "prune-layers remove-layers layers-to-remove"},
 

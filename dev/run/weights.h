@@ -207,7 +207,8 @@ static inline void weights_open_base(Weights *w, const char *path) {
     free(one), free(index), free(pickle);
 }
 
-// Opens the weights of a checkpoint: a directory, or a file of llm.c. Dies with the reason. End with weights_close.
+// Opens the weights of a checkpoint: a directory, or a file of llm.c. Dies with the reason. End
+// with weights_close.
 static inline void weights_open(Weights *w, const char *path) {
     LoraConfig lora;
     if (!lora_is_adapter(path)) {
@@ -218,7 +219,8 @@ static inline void weights_open(Weights *w, const char *path) {
     weights_open_base(w, lora.base);
     w->lora = lora;
     weights_map_file(&w->adapter, xprintf("%s/" LORA_MODEL, path),
-                     "an adapter is a directory with adapter_config.json and adapter_model.safetensors");
+                     "an adapter is a directory with adapter_config.json and "
+                     "adapter_model.safetensors");
 }
 
 static inline void weights_close(Weights *w) {
@@ -286,11 +288,14 @@ static inline GptConfig weights_adapter_config(const Weights *w, const GptConfig
     return a;
 }
 
-// The adapter's tensor, named as peft names it, of AutoModelForCausalLM or of GPT2Model. NULL: it has none.
-static inline const SafetensorsEntry *weights_adapter_tensor(const Weights *w, const GptConfig *c, int param, int layer) {
+// The adapter's tensor, named as peft names it, of AutoModelForCausalLM or of GPT2Model. NULL: it
+// has none.
+static inline const SafetensorsEntry *weights_adapter_tensor(const Weights *w, const GptConfig *c,
+                                                             int param, int layer) {
     const GptConfig a = weights_adapter_config(w, c);
     int64_t shape[2];
-    if (!w->lora.rank || gpt_param[param].group == GROUP_BASE || layer >= gpt_param_layers(&a, param) ||
+    if (!w->lora.rank || gpt_param[param].group == GROUP_BASE ||
+        layer >= gpt_param_layers(&a, param) ||
         !gpt_param_trains(&a, param, layer, 0))
         return NULL;
     const int dims = gpt_param_shape(&a, param, shape);
@@ -298,7 +303,9 @@ static inline const SafetensorsEntry *weights_adapter_tensor(const Weights *w, c
     char *bare = xprintf("base_model.model.%s", name);
     const SafetensorsEntry *t = safetensors_find(&w->adapter.tensors, full);
     if (!t) t = safetensors_find(&w->adapter.tensors, bare);
-    if (!t) die("%s has no tensor %s\n  hint: adapter_config.json says that it has; is the base the one it was trained on?",
+    if (!t)
+        die("%s has no tensor %s\n  hint: adapter_config.json says that it has; is the base the "
+            "one it was trained on?",
                 w->adapter.path, full);
     if (t->ndim != dims || memcmp(t->shape, shape, (size_t)dims * sizeof *shape))
         die("%s: %s has another shape than r and the base say", w->adapter.path, t->name);
@@ -320,8 +327,8 @@ static inline void weights_check_adapter(const Weights *w, const GptConfig *c) {
         }
     if (known != w->adapter.tensors.n)
         die("%s has %d tensors, but only %d are of the targets in adapter_config.json\n"
-            "  hint: let peft merge it: merge_and_unload(), then save_pretrained()", w->adapter.path, w->adapter.tensors.n,
-            known);
+            "  hint: let peft merge it: merge_and_unload(), then save_pretrained()",
+            w->adapter.path, w->adapter.tensors.n, known);
 }
 
 // Dies unless a model of sizes c has all its parameters, before memory is allocated for sizes that
@@ -335,19 +342,22 @@ static inline void weights_check(const Weights *w, const GptConfig *c) {
 }
 
 // Numbers of the adapter's tensor, which exists.
-static inline void weights_read_adapter(const Weights *w, const GptConfig *c, int param, int layer, real *host) {
+static inline void weights_read_adapter(const Weights *w, const GptConfig *c, int param, int layer,
+                                        real *host) {
     const SafetensorsEntry *t = weights_adapter_tensor(w, c, param, layer);
     const char *error = safetensors_to_real(t, host);
     if (error) die("%s: %s: %s", w->adapter.path, t->name, error);
 }
 
 // host (in,out) += alpha / r A^T B^T of the adapter of that weight, summed in double.
-static inline void weights_merge(const Weights *w, const GptConfig *c, int param, int layer, real *host) {
+static inline void weights_merge(const Weights *w, const GptConfig *c, int param, int layer,
+                                 real *host) {
     const GptConfig a = weights_adapter_config(w, c);
     const int A = gpt_adapter_of(&a, param), R = a.lora;
     if (A < 0) return;
     const size_t in = (size_t)gpt_param_rows(c, param), out = (size_t)gpt_param_cols(c, param);
-    real *down = (real *)xcalloc(gpt_param_size(&a, A), sizeof *down), *up = (real *)xcalloc(gpt_param_size(&a, A + 1), sizeof *up);
+    real *down = (real *)xcalloc(gpt_param_size(&a, A), sizeof *down),
+        *up = (real *)xcalloc(gpt_param_size(&a, A + 1), sizeof *up);
     weights_read_adapter(w, c, A, layer, down), weights_read_adapter(w, c, A + 1, layer, up);
 #ifdef _OPENMP
 #pragma omp parallel for
@@ -355,16 +365,17 @@ static inline void weights_merge(const Weights *w, const GptConfig *c, int param
     for (size_t i = 0; i < in; i++)
         for (size_t j = 0; j < out; j++) {
             double sum = 0;
-            for (int k = 0; k < R; k++) sum += (double)down[(size_t)k * in + i] * (double)up[j * (size_t)R + (size_t)k];
+            for (int k = 0; k < R; k++)
+                sum += (double)down[(size_t)k * in + i] * (double)up[j * (size_t)R + (size_t)k];
             host[i * out + j] = (real)((double)host[i * out + j] + w->lora.alpha / R * sum);
         }
     free(down), free(up);
 }
 
 // Reads one layer of a parameter of a model of sizes c, gpt_param_size() elements, from the tensor
-// "<prefix><its name>". With w->prefix, of an adapter: its own tensor if it has one, else the base's
-// with the adapter merged into it, unless c has adapters. Dies if it is missing or has the wrong
-// shape.
+// "<prefix><its name>". With w->prefix, of an adapter: its own tensor if it has one, else the
+// base's with the adapter merged into it, unless c has adapters. Dies if it is missing or has the
+// wrong shape.
 static inline void weights_read(const Weights *w, const GptConfig *c, const char *prefix, int param,
                                 int layer, real *host) {
     if (prefix == w->prefix && weights_adapter_tensor(w, c, param, layer)) {
@@ -373,9 +384,11 @@ static inline void weights_read(const Weights *w, const GptConfig *c, const char
     }
     if (w->llmc.data) {
         const GptConfig *have = &w->llmc.config;
-        CHECK(c->V == have->V && c->T == have->T && c->L == have->L && c->C == have->C, "%s has other sizes", w->path);
+        CHECK(c->V == have->V && c->T == have->T && c->L == have->L && c->C == have->C,
+              "%s has other sizes", w->path);
         llmc_model_read(&w->llmc, param, layer, host);
-        if (prefix == w->prefix && w->lora.rank && !c->lora) weights_merge(w, c, param, layer, host);
+        if (prefix == w->prefix && w->lora.rank && !c->lora)
+            weights_merge(w, c, param, layer, host);
         return;
     }
     const SafetensorsEntry *t = weights_tensor(w, c, prefix, param, layer);
