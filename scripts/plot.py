@@ -94,7 +94,8 @@ class KeptMap:
             return
         try:
             kept = kept_of_plan(plan, record, self.np)
-            if self.sums and len(kept) > len(self.sums[0]):         # --grow: layers that did not exist were not run
+            # --grow: layers that did not exist were not run
+            if self.sums and len(kept) > len(self.sums[0]):
                 self.sums = [self.np.pad(s, ((0, len(kept) - len(s)), (0, 0))) for s in self.sums]
             if self.sums and kept.shape != self.sums[0].shape:
                 raise ValueError
@@ -250,7 +251,8 @@ def growths(group, x):
     """Where on the axis x the runs of a group get more layers (--grow), and how many."""
     run = group[0]
     curve, layers = read_curve(run, x, "layers"), run.column("layers")
-    steps = [(step, now) for step, before, now in zip(run.column("step")[1:], layers, layers[1:]) if now > before]
+    steps = [(step, now) for step, before, now in zip(run.column("step")[1:], layers, layers[1:])
+             if now > before]
     return [(curve[step][0], int(now)) for step, now in steps]
 
 
@@ -289,7 +291,8 @@ def draw_panel(ax, groups, x, y, smooth):
                 widths.add(width)
         for at, layers in growths(group, x) if i in ends else ():
             ax.axvline(at, color=looks[i][0], linestyle=":", linewidth=0.8)
-            ax.annotate(f"{layers} layers", (at, 1), xycoords=("data", "axes fraction"), xytext=(2, -9),
+            ax.annotate(f"{layers} layers", (at, 1), xycoords=("data", "axes fraction"),
+                        xytext=(2, -9),
                         textcoords="offset points", fontsize=7, color=looks[i][0])
     if not ends:
         ax.text(0.5, 0.5, f"no run has {y}", ha="center", transform=ax.transAxes)

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Draws what build/collapse --every wrote: neural collapse along a run, or along several beside each other.
+"""Draws what build/collapse --every wrote: neural collapse along a run, or along several, side by
+side.
 
-    build/collapse runs/drop --every 500 --train 'data/train_*.bin' --val 'data/val_*.bin' --csv drop.csv
+    build/collapse runs/drop --every 500 --train 'data/train_*.bin' --csv drop.csv
     scripts/plot_collapse.py drop.csv base.csv --out collapse        collapse.png and collapse.svg
 
-A panel for each number, a line for each file; where collapse has an ideal value, a thin line marks it.
+A panel for each number, a line for each file; where collapse has an ideal value, a thin line marks
+it.
 """
 import argparse
 import csv
@@ -14,7 +16,8 @@ import os
 from plot import COLORS, LINES, MARKS, out_files, save
 from runs import fail
 
-# column: title, the value that collapse ends at (None: it has none), whether the axis is logarithmic
+# column: title, the value that collapse ends at (None: it has none), whether the axis is
+# logarithmic
 PANELS = {
     "cdnv": ("NC1: within-class variance / squared distance", None, True),
     "norm_cov": ("NC2: variation of the norms", 0, False),
@@ -37,16 +40,19 @@ def read(path):
     if not rows or "step" not in rows[0] or "cdnv" not in rows[0]:
         fail(f"{path}: not what build/collapse --csv writes")
     try:
-        columns = {name: [float("nan" if row[name] == "" else row[name]) for row in rows] for name in ["step", *PANELS]}
+        columns = {name: [float("nan" if row[name] == "" else row[name]) for row in rows]
+                   for name in ["step", *PANELS]}
     except (KeyError, TypeError, ValueError):
-        fail(f"{path}: a column is missing or damaged\n  hint: write it again: build/collapse --csv")
+        fail(f"{path}: a column is missing or damaged\n  hint: write it again: build/collapse "
+             f"--csv")
     if any(math.isnan(step) for step in columns["step"]):
         fail(f"{path}: a checkpoint without a step\n  hint: build/collapse RUN --every N")
     return columns
 
 
 def draw(files, plt):
-    shown = [name for name in PANELS if any(math.isfinite(v) for columns in files.values() for v in columns[name])]
+    shown = [name for name in PANELS if any(math.isfinite(v) for columns in files.values()
+                                            for v in columns[name])]
     wide = min(4, len(shown))
     figure, axes = plt.subplots(-(-len(shown) // wide), wide, squeeze=False, layout="constrained",
                                 figsize=(3.2 * wide, 2.5 * -(-len(shown) // wide)))
@@ -55,7 +61,8 @@ def draw(files, plt):
     for axis, name in zip(axes.flat, shown):
         title, ideal, logarithmic = PANELS[name]
         for i, (path, columns) in enumerate(files.items()):
-            axis.plot(columns["step"], columns[name], LINES[i % len(LINES)], color=COLORS[i % len(COLORS)],
+            axis.plot(columns["step"], columns[name], LINES[i % len(LINES)],
+                      color=COLORS[i % len(COLORS)],
                       marker=MARKS[i % len(MARKS)], markersize=3, linewidth=1.2,
                       label=os.path.splitext(os.path.basename(path))[0])
         if ideal is not None:
@@ -70,10 +77,13 @@ def draw(files, plt):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", metavar="FILE", nargs="+", help="what build/collapse --csv has written")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", metavar="FILE", nargs="+",
+                        help="what build/collapse --csv has written")
     parser.add_argument("--out", default="collapse",
-                        help="file: .png, .svg or .pdf; without an ending .png and .svg (default collapse)")
+                        help="file: .png, .svg or .pdf; without an ending .png and .svg (default "
+                        "collapse)")
     options = parser.parse_args()
     files = {path: read(path) for path in options.files}
     outputs = out_files(options.out)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What prune_heal.sh needs beside the programs: the layers that stay, the table, the picture.
+"""What prune_heal.sh needs besides the programs: the remaining layers, the table, the picture.
 
-    scripts/prune_heal.py ways SCORES.json REMOVE       NAME=LAYERS for each way to remove layers that is to be evaluated
+    scripts/prune_heal.py ways SCORES.json REMOVE       NAME=LAYERS for each removal to evaluate
     scripts/prune_heal.py table OUT REMOVE ARM...       the table; the standard library alone
-    scripts/prune_heal.py picture OUT REMOVE ARM...     OUT/loss_by_layers.png and .svg; needs matplotlib
+    scripts/prune_heal.py picture OUT REMOVE ARM...     OUT/loss_by_layers.png, .svg (matplotlib)
 
-Losses are those of the JSON files that build/evaluate has written into OUT/curve.
+Losses come from the JSON files that build/evaluate wrote to OUT/curve.
 """
 import glob
 import json
@@ -19,9 +19,12 @@ import script_errors  # noqa: F401  how errors end
 
 MODELS = {"none": "no drop path", "drop_flops": "drop path, equal FLOPs"}
 COLORS = {"none": "black", "drop_flops": "#d55e00"}
-RANDOM = 10                                             # sets of layers that are removed at random, per model
-HEALED = {"full": "all of it trained on", "last": "its last layers trained on", "whole": "nothing removed, trained on as long"}
-T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]         # by degrees of freedom, from 1
+RANDOM = 10                                             # sets of layers that are removed at random,
+                                                        # per model
+HEALED = {"full": "all of it trained on", "last": "its last layers trained on",
+          "whole": "nothing removed, trained on as long"}
+# by degrees of freedom, from 1
+T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]
 
 
 def read(path):
@@ -53,9 +56,12 @@ def losses(out, model, pattern, depth):
 def rows(out, remove, arms):
     """Title and by model the losses by seed."""
     parts = [("all layers", "greedy_1", "full")]
-    parts += [(f"{remove} removed, {what}", f"{name}_{remove}{more}", "reduced") for what, name, more in
-              (("greedily", "greedy", ""), ("in a row, by angle", "angular", ""), (f"at random (mean of {RANDOM})", "random", "_*"))]
-    parts += [(f"{remove} removed greedily, {HEALED.get(arm, arm)}", f"heal_{arm}", "full") for arm in arms]
+    parts += [(f"{remove} removed, {what}", f"{name}_{remove}{more}", "reduced") for what, name,
+              more in
+              (("greedily", "greedy", ""), ("in a row, by angle", "angular", ""),
+               (f"at random (mean of {RANDOM})", "random", "_*"))]
+    parts += [(f"{remove} removed greedily, {HEALED.get(arm, arm)}", f"heal_{arm}", "full")
+              for arm in arms]
     parts.append((HEALED["whole"], "heal_whole", "full"))
     for title, pattern, depth in parts:
         yield title, {model: losses(out, model, pattern, depth) for model in MODELS}
@@ -63,7 +69,8 @@ def rows(out, remove, arms):
 
 def mean_text(values):
     x = list(values)
-    return "-" if not x else f"{x[0]:.4f}" if len(x) == 1 else f"{statistics.fmean(x):.4f} ± {statistics.stdev(x):.4f}"
+    return "-" if not x else f"{x[0]:.4f}" if len(
+        x) == 1 else f"{statistics.fmean(x):.4f} ± {statistics.stdev(x):.4f}"
 
 
 def difference_text(a, b):
@@ -76,17 +83,22 @@ def difference_text(a, b):
 
 def table(out, remove, arms):
     head = ["validation loss (nats per token)", *MODELS.values(), "difference (95 %)"]
-    body = [[title, *(mean_text(by[m].values()) for m in MODELS), difference_text(by["none"], by["drop_flops"])]
+    body = [[title, *(mean_text(by[m].values()) for m in MODELS), difference_text(by["none"],
+        by["drop_flops"])]
             for title, by in rows(out, remove, arms)]
     whole = {m: losses(out, m, "greedy_1", "full") for m in MODELS}
     for name, pattern, depth in (("greedy removal costs", f"greedy_{remove}", "reduced"),):
-        cost = {m: {s: x - whole[m][s] for s, x in losses(out, m, pattern, depth).items()} for m in MODELS}
-        body.append([name, *(mean_text(cost[m].values()) for m in MODELS), difference_text(cost["none"], cost["drop_flops"])])
+        cost = {m: {s: x - whole[m][s] for s, x in losses(out, m, pattern, depth).items()}
+                for m in MODELS}
+        body.append([name, *(mean_text(cost[m].values()) for m in MODELS),
+                     difference_text(cost["none"], cost["drop_flops"])])
     width = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     for i, row in enumerate([head, *body]):
-        print("| " + " | ".join(x.ljust(w) if k == 0 else x.rjust(w) for k, (x, w) in enumerate(zip(row, width))) + " |")
+        print("| " + " | ".join(x.ljust(w) if k == 0 else x.rjust(w) for k,
+                                (x, w) in enumerate(zip(row, width))) + " |")
         if i == 0:
-            print("|" + "|".join("-" * (w + 2) if k == 0 else "-" * (w + 1) + ":" for k, w in enumerate(width)) + "|")
+            print("|" + "|".join("-" * (w + 2) if k == 0 else "-" * (w + 1) + ":" for k,
+                                 w in enumerate(width)) + "|")
 
 
 def picture(out, remove, arms):
@@ -100,12 +112,15 @@ def picture(out, remove, arms):
         while losses(out, model, f"greedy_{len(curve)}", "reduced"):
             curve[len(curve)] = losses(out, model, f"greedy_{len(curve)}", "reduced")
         x = sorted(curve)
-        axes.plot(x, [statistics.fmean(curve[k].values()) for k in x], color=COLORS[model], label=title)
-        axes.fill_between(x, [min(curve[k].values()) for k in x], [max(curve[k].values()) for k in x], color=COLORS[model], alpha=.15)
+        axes.plot(x, [statistics.fmean(curve[k].values()) for k in x], color=COLORS[model],
+                  label=title)
+        axes.fill_between(x, [min(curve[k].values()) for k in x],
+                          [max(curve[k].values()) for k in x], color=COLORS[model], alpha=.15)
         for arm in arms:
             healed = losses(out, model, f"heal_{arm}", "full")
             if healed:
-                axes.plot([remove], [statistics.fmean(healed.values())], marks[arm], color=COLORS[model], fillstyle="none",
+                axes.plot([remove], [statistics.fmean(healed.values())], marks[arm],
+                          color=COLORS[model], fillstyle="none",
                           label=f"{title}: {HEALED.get(arm, arm)}")
     axes.set_xlabel("layers removed, greedily")
     axes.set_ylabel("validation loss (nats per token)")
@@ -122,7 +137,8 @@ def main():
     if command == "ways":
         scores = read(path)
         for name, gone in ways(scores, int(remove)):
-            print(f"{name}=" + ",".join(str(l) for l in range(len(scores["layers"])) if l not in gone))
+            print(f"{name}=" + ",".join(str(l) for l in range(len(scores["layers"]))
+                                        if l not in gone))
     elif command in ("table", "picture"):
         {"table": table, "picture": picture}[command](path, int(remove), arms)
     else:

@@ -366,8 +366,8 @@ static void attention_backward_run(void *arg) {
     const Attention *a = (const Attention *)arg;
     const Lab *l = a->l;
     KeptKeys keep;
-    attention_backward(a->dqkv, a->inner, a->dy, a->qkv, a->y, a->lse, attention_bits(a, &keep), l->B,
-                       l->T, l->C, l->NH, l->g->half, l->g->stream);
+    attention_backward(a->dqkv, a->inner, a->dy, a->qkv, a->y, a->lse, attention_bits(a, &keep),
+                       l->B, l->T, l->C, l->NH, l->g->half, l->g->stream);
 }
 
 // Adds noise of a rate of 0.1 and memory for its bits.
@@ -403,7 +403,8 @@ static double attention_compare(const Attention *a, int backward) {
         device_read(l->g, dqkv, a->dqkv, 0, row * T * 3 * C, T * 3 * C);
         device_read(l->g, y, a->y, 0, row * T * C, T * C);
         device_read(l->g, dy, a->dy, 0, row * T * C, T * C);
-        attention_reference(want_y, want, dy + head, qkv + head, &a->noise, row, head / HS, T, C, HS);
+        attention_reference(want_y, want, dy + head, qkv + head, &a->noise, row, head / HS, T, C,
+                            HS);
         for (size_t i = 0; i < T * HS; i++) {
             const size_t t = i / HS, h = head + i % HS;
             deviation_add(&d[3], (double)y[t * C + h], want_y[i]);
@@ -449,15 +450,16 @@ static void lab_attention(Lab *l) {
         a.dy = device_filled(l->g, 0, l->BT * l->C, 1, 23);
     a.lse = (float *)device_filled(l->g, 1, l->BT * l->NH, 1, 24);
     a.inner = (float *)device_filled(l->g, 1, l->BT * l->NH, 1, 25);
-    timed_row(&t, "attention forward", "GFLOP/s", flops, attention_forward_run, attention_forward_check, &a, error, l->product);
-    timed_row(&t, "attention backward", "GFLOP/s", 2.5 * flops, attention_backward_run, attention_backward_check, &a, error,
-              l->product);
+    timed_row(&t, "attention forward", "GFLOP/s", flops, attention_forward_run,
+              attention_forward_check, &a, error, l->product);
+    timed_row(&t, "attention backward", "GFLOP/s", 2.5 * flops, attention_backward_run,
+              attention_backward_check, &a, error, l->product);
     drops = a;
     attention_drops(&drops);
-    timed_row(&t, "attention forward, dropout", "GFLOP/s", flops, attention_forward_run, attention_forward_check, &drops,
-              error, l->product);
-    timed_row(&t, "attention backward, dropout", "GFLOP/s", 2.5 * flops, attention_backward_run, attention_backward_check,
-              &drops, error, l->product);
+    timed_row(&t, "attention forward, dropout", "GFLOP/s", flops, attention_forward_run,
+              attention_forward_check, &drops, error, l->product);
+    timed_row(&t, "attention backward, dropout", "GFLOP/s", 2.5 * flops, attention_backward_run,
+              attention_backward_check, &drops, error, l->product);
     for (int i = 0; i < t.n; i++)
         snprintf(t.row[i].shape, sizeof t.row[i].shape, "%zu x %zu x %zu", l->B * l->NH, l->T,
                  l->C / l->NH);
@@ -474,7 +476,8 @@ static void lab_attention(Lab *l) {
     measure_json(&l->attention, "backward_flops", t.row[1].work);
     text_printf(&l->attention, "}");
     measure_free(&t);
-    void *const array[] = {a.qkv, a.dqkv, a.y, a.dy, a.lse, a.inner, drops.words, drops.place, drops.rows};
+    void *const array[] = {a.qkv, a.dqkv, a.y, a.dy, a.lse, a.inner, drops.words, drops.place,
+                           drops.rows};
     for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) CUDA_CHECK(cudaFree(array[i]));
     timer_close(&a.timer);
 }

@@ -1,11 +1,13 @@
-"""Writes analysis.safetensors: what the tools that look into a model must find, computed another way.
+"""Writes analysis.safetensors: reference results for the tools that analyze a model, computed
+independently.
 
-Run:    python3 dev/golden/make_analysis.py [OUTPUT]     (default: analysis.safetensors beside this file)
+Run:    python3 dev/golden/make_analysis.py [OUTPUT]     (default: analysis.safetensors, here)
 Needs:  pip install torch numpy safetensors
 
-ReplaceMe: the streams of the model of golden.safetensors in PyTorch float64, and maps by numpy.linalg.lstsq, a ridge by more
-equations and never by normal equations. Neural collapse: the formulas of the neural-collapse package (kernels.py, measure.py and
-util.py at c05a0b8), restated here pair by pair in float64. dev/golden/README.md lists the tensors.
+ReplaceMe: the streams of the model of golden.safetensors in PyTorch float64, and maps by
+numpy.linalg.lstsq, a ridge by more equations and never by normal equations. Neural collapse: the
+formulas of the neural-collapse package (kernels.py, measure.py and util.py at c05a0b8), restated
+here pair by pair in float64. dev/golden/README.md lists the tensors.
 """
 import math
 import os
@@ -43,14 +45,16 @@ def lstsq(m, a2, ridge=0.0, zero=False, affine=False):
     x, y = m - mean_m, a2 - mean_a
     a = ridge * (x ** 2).sum() / C
     root = math.sqrt(a) * np.eye(C)
-    t = np.linalg.lstsq(np.vstack([x, root]), np.vstack([y, 0 * root if zero else root]), rcond=None)[0]
+    t = np.linalg.lstsq(np.vstack([x, root]), np.vstack([y, 0 * root if zero else root]),
+                        rcond=None)[0]
     return t, mean_a - mean_m @ t
 
 
 def cosine(m, z, y, epochs, lr):
     """Adam on the mean of 1 - cos(Z + M T + c, Y), all tokens in every step, from T = I and c = 0."""
     m, z, y = (torch.from_numpy(v.astype(np.float64)) for v in (m, z, y))
-    t, c = torch.eye(C, dtype=torch.float64, requires_grad=True), torch.zeros(C, dtype=torch.float64, requires_grad=True)
+    t, c = torch.eye(C, dtype=torch.float64, requires_grad=True), torch.zeros(C,
+        dtype=torch.float64, requires_grad=True)
     optimizer, losses = torch.optim.Adam([t, c], lr=lr), []
     with torch.enable_grad():
         for _ in range(epochs + 1):
@@ -65,7 +69,8 @@ def cosine(m, z, y, epochs, lr):
 
 def replace_case(w, tokens, evaluated, first, end, name):
     points = streams(w, tokens)
-    z, x, y = (points[p].reshape(-1, C).numpy().astype(np.float32) for p in (2 * first - 1, 2 * first, 2 * end))
+    z, x, y = (points[p].reshape(-1, C).numpy().astype(np.float32) for p in (2 * first - 1,
+        2 * first, 2 * end))
     m, d = x - z, y - x                                  # in float32, as an engine sees them
     out = {f"{name}/m": m, f"{name}/d": d, f"{name}/layers": np.array([first, end], np.int32)}
     wide, a2 = m.astype(np.float64), d.astype(np.float64) + m.astype(np.float64)
@@ -82,14 +87,16 @@ def replace_case(w, tokens, evaluated, first, end, name):
     gram = wide.T @ wide
     out[f"{name}/condition"] = np.array([np.linalg.cond(gram, 1)])
 
-    points = streams(w, evaluated)                       # the map put between, and not folded into weights
+    points = streams(w, evaluated)                       # the map put between, and not folded into
+                                                         # weights
     z, x = points[2 * first - 1], points[2 * first]
     t, c = (torch.from_numpy(out[f"{name}/affine/{v}"]) for v in "tc")
     x = z + (x - z) @ t + c
     for l in range(end, L):
         x = x + attention_branch(w, l, x)
         x = x + mlp_branch(w, l, x)
-    out[f"{name}/logits"] = (layernorm(x, w["ln_f.weight"], w["ln_f.bias"]) @ w["wte.weight"].T).numpy()
+    out[f"{name}/logits"] = (layernorm(x, w["ln_f.weight"],
+                                       w["ln_f.bias"]) @ w["wte.weight"].T).numpy()
     return out
 
 
@@ -106,7 +113,8 @@ def collapse(h, labels, val_h, val_labels, head, min_count):
     every = np.array([h[labels == c].mean(0) for c in seen])
     chosen = np.flatnonzero(counts >= min_count)
     M = np.array([h[labels == c].mean(0) for c in chosen])
-    variance = np.array([((h[labels == c] - h[labels == c].mean(0)) ** 2).sum(1).mean() for c in chosen])
+    variance = np.array([((h[labels == c] - h[labels == c].mean(0)) ** 2).sum(1).mean()
+                         for c in chosen])
     K, center = len(chosen), M.mean(0)
     square = ((M[:, None] - M[None]) ** 2).sum(-1) + np.eye(K)
     pair = (variance[:, None] + variance[None]) / 2
@@ -130,9 +138,12 @@ def collapse(h, labels, val_h, val_labels, head, min_count):
             "log_norm_cov": log_norms.std(ddof=1) / abs(log_norms.mean()),
             "etf_error": np.linalg.norm(struct), "log_kernel": log_mean,
             "log_kernel_var": symm_reduce((kernel - log_mean) ** 2),
-            "duality": cosine.mean(), "duality_var": cosine.var(ddof=1), "dual_error": np.linalg.norm(dual),
-            "agreement": (by_head == by_mean).mean(), "head_accuracy": (by_head == val_labels).mean(),
-            "mean_accuracy": (by_mean == val_labels).mean(), "val_coverage": np.isin(val_labels, seen).mean()}
+            "duality": cosine.mean(), "duality_var": cosine.var(ddof=1),
+            "dual_error": np.linalg.norm(dual),
+            "agreement": (by_head == by_mean).mean(),
+            "head_accuracy": (by_head == val_labels).mean(),
+            "mean_accuracy": (by_mean == val_labels).mean(), "val_coverage": np.isin(val_labels,
+                seen).mean()}
 
 
 def collapse_case(rng):

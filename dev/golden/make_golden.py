@@ -1,8 +1,8 @@
 """Writes golden.safetensors: reference tensors for the engines' tests, from an independent
 implementation.
 
-Run:    python3 dev/golden/make_golden.py [OUTPUT]   (default: golden.safetensors in this directory)
-Needs:  pip install torch numpy safetensors          (and transformers, to check the undropped model)
+Run:    python3 dev/golden/make_golden.py [OUTPUT]   (default: golden.safetensors, here)
+Needs:  pip install torch numpy safetensors          (and transformers, to check the full model)
 
 GPT-2 in PyTorch, float64, on one CPU thread. Drop path is applied naively: every branch is computed
 on every row, then multiplied by mask * scale. An engine, which computes only the kept rows, must

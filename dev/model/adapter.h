@@ -1,47 +1,58 @@
-// adapter.h: low-rank adapters (LoRA, Hu et al. 2021) of the CPU engine's products:
-//     y = x w + b + s D(x) A^T B^T,  A (r,in), B (out,r), s = alpha / r, D dropout of the adapter's input alone.
-// The product with w is the engine's; these add to it. u = D(x) A^T is made again in the backward pass.
+// adapter.h: low-rank adapters (LoRA, Hu et al. 2021) for the CPU engine's matmuls:
+//     y = x w + b + s D(x) A^T B^T,  A (r,in), B (out,r), s = alpha / r, D dropout of the
+//     adapter's input only.
+// The engine computes the matmul with w; these functions add to it. u = D(x) A^T is recomputed in
+// the backward pass.
 #ifndef ADAPTER_H
 #define ADAPTER_H
 
 #include "matmul.h"
 
 typedef struct {
-    const real *A, *B;                                   // (r,in) (out,r); A NULL: there is no adapter
-    real *dA, *dB;                                       // NULL: no gradients
-    real *u, *v;                                         // (nT,r) (nT,r) room; v NULL: evaluation
+    const real *A, *B;  // (r,in) (out,r); A NULL: no adapter
+    real *dA, *dB;      // NULL: no gradients
+    real *u, *v;        // (nT,r) (nT,r) workspace; v NULL: evaluation
     size_t in, out, r;
-    real scale;                                          // alpha / r
+    real scale;         // alpha / r
 } Adapter;
 
-// y.scale * s D(x) A^T B^T to y, or added where y adds; returns how the product with w must be written: added to that, with
-// the bias and GELU, which are of the sum. x (nT,in): D(x).
-static inline Result adapter_forward(const Adapter *a, Result y, const PackRoom *room, const real *x, size_t nT) {
+// Writes y.scale * s D(x) A^T B^T to y, or adds it if y adds; returns how to write the matmul with
+// w: added to that, with the bias and GELU, which apply to the sum. x (nT,in): D(x).
+static inline Result adapter_forward(const Adapter *a, Result y, const PackRoom *room,
+                                     const real *x, size_t nT) {
     Result only = y;
-    multiply(fresh(a->u, a->r, NULL), room, lines(x, a->in), turned(a->A, a->in), nT, a->r, a->in, NULL);
+    multiply(fresh(a->u, a->r, NULL), room, lines(x, a->in), turned(a->A, a->in), nT, a->r, a->in,
+             NULL);
     only.scale *= a->scale, only.bias = only.h = NULL, only.gelu = NULL;
     multiply(only, room, lines(a->u, a->r), turned(a->B, a->r), nT, a->out, a->r, NULL);
     y.add = 1;
     return y;
 }
 
-// v = s dx.scale dy B, and dx = v A: the gradient of D(x), to which dropout and the product with w are still to come, as the
-// Result that is returned says. dy (nT,out).
-static inline Result adapter_backward_input(const Adapter *a, Result dx, const PackRoom *room, Matrix dy, size_t nT) {
-    multiply(scaled(a->v, a->r, dx.scale * a->scale, 0), room, dy, lines(a->B, a->r), nT, a->r, a->out, NULL);
-    multiply(fresh(dx.at, dx.ld, NULL), room, lines(a->v, a->r), lines(a->A, a->in), nT, a->in, a->r, NULL);
+// v = s dx.scale dy B, and dx = v A: the gradient of D(x), still without dropout and the matmul
+// with w, as described by the returned Result. dy (nT,out).
+static inline Result adapter_backward_input(const Adapter *a, Result dx, const PackRoom *room,
+                                            Matrix dy, size_t nT) {
+    multiply(scaled(a->v, a->r, dx.scale * a->scale, 0), room, dy, lines(a->B, a->r), nT, a->r,
+             a->out, NULL);
+    multiply(fresh(dx.at, dx.ld, NULL), room, lines(a->v, a->r), lines(a->A, a->in), nT, a->in,
+             a->r, NULL);
     dx.add = 1;
     return dx;
 }
 
-// dA = v^T D(x) and dB = s dy^T u, which `scale` dy carries, or += with `add`. After adapter_backward_input, with x (nT,in): D(x).
-static inline void adapter_backward(const Adapter *a, int add, real scale, const PackRoom *room, Matrix dy, const real *x,
-                                    size_t nT) {
+// dA = v^T D(x) and dB = s dy^T u, scaled by `scale`, or += with `add`. After
+// adapter_backward_input, with x (nT,in): D(x).
+static inline void adapter_backward(const Adapter *a, int add, real scale, const PackRoom *room,
+                                    Matrix dy, const real *x, size_t nT) {
     Matrix across = dy;
     across.turned = 1;
-    multiply(fresh(a->u, a->r, NULL), room, lines(x, a->in), turned(a->A, a->in), nT, a->r, a->in, NULL);
-    multiply(scaled(a->dB, a->r, scale * a->scale, add), room, across, lines(a->u, a->r), a->out, a->r, nT, NULL);
-    multiply(scaled(a->dA, a->in, 1, add), room, turned(a->v, a->r), lines(x, a->in), a->r, a->in, nT, NULL);
+    multiply(fresh(a->u, a->r, NULL), room, lines(x, a->in), turned(a->A, a->in), nT, a->r, a->in,
+             NULL);
+    multiply(scaled(a->dB, a->r, scale * a->scale, add), room, across, lines(a->u, a->r), a->out,
+             a->r, nT, NULL);
+    multiply(scaled(a->dA, a->in, 1, add), room, turned(a->v, a->r), lines(x, a->in), a->r, a->in,
+             nT, NULL);
 }
 
 #endif

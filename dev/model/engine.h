@@ -276,8 +276,8 @@ static inline double engine_forward_backward(const Engine *e, Model *m, int T, c
 
 // Initial weights of one parameter in the first c->L layers of a model that has `depth` layers in
 // the end. Each is a function of (seed, parameter, layer, position), so all engines get the same.
-static inline void engine_init_param(const Engine *e, Model *m, const GptConfig *c, int p, int depth,
-                                     uint64_t seed) {
+static inline void engine_init_param(const Engine *e, Model *m, const GptConfig *c, int p,
+                                     int depth, uint64_t seed) {
     const size_t n = gpt_param_size(c, p);
     const int init = gpt_param[p].init;
     const double sigma = init == INIT_RESIDUAL ? 0.02 / sqrt(2.0 * depth) : 0.02;
@@ -310,7 +310,8 @@ static inline void engine_init_layers(const Engine *e, Model *m, const GptConfig
     for (int p = 0; p < N_PARAMS; p++) engine_init_param(e, m, c, p, depth, seed);
 }
 
-static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c, uint64_t seed) {
+static inline void engine_init_weights(const Engine *e, Model *m, const GptConfig *c,
+                                       uint64_t seed) {
     engine_init_layers(e, m, c, c->L, seed);
 }
 

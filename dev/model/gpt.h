@@ -1,21 +1,22 @@
-// gpt.h: what a GPT is: its sizes, its presets, the one table of its parameters, and what its parts cost.
+// gpt.h: the GPT: its sizes, presets, the table of its parameters, and the cost of its parts.
 //
-// The letters, everywhere: B rows of a micro-batch, T tokens of a row, C channels, L layers, NH heads, HS = C/NH,
-// V vocabulary. The architecture is GPT-2's (Radford et al. 2019): learned positions, LayerNorm before each branch
-// with eps 1e-5, biases, tanh-GELU, an MLP of 4C, the head tied to the token embedding.
+// Symbols used everywhere: B rows of a micro-batch, T tokens of a row, C channels, L layers, NH
+// heads, HS = C/NH, V vocabulary. The architecture is GPT-2's (Radford et al. 2019): learned
+// positions, LayerNorm before each branch with eps 1e-5, biases, tanh-GELU, an MLP of 4C, the head
+// tied to the token embedding.
 #ifndef GPT_H
 #define GPT_H
 
 #include "../check.h"
 #include <math.h>
 
-// {V, T, L, NH, C} alone is a model without adapters.
+// {V, T, L, NH, C} without the rest is a model without adapters.
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"
 typedef struct {
-    int V, T, L, NH, C;                                  // T: the longest row, GPT-2's n_positions
-    int lora;                                            // rank of the adapters (lora.h); 0: there are none
-    unsigned lora_targets;                               // bit t: the t-th product of a layer has one
-    int lora_norms;                                      // 1: the LayerNorms train beside the adapters
+    int V, T, L, NH, C;     // T: the longest row, GPT-2's n_positions
+    int lora;               // rank of the adapters (lora.h); 0: none
+    unsigned lora_targets;  // bit t: whether a layer's t-th matmul has one
+    int lora_norms;         // 1: the LayerNorms are trained with the adapters
 } GptConfig;
 
 enum { ATTN, MLP, BRANCHES, NO_BRANCH = BRANCHES };      // branch b of layer l is number 2*l + b
@@ -26,7 +27,7 @@ typedef struct { const char *name; GptConfig config; } GptPreset;
 
 static const GptPreset gpt_presets[] = {
     //                V      T    L  NH     C      parameters
-    {"tiny",       {  257,   64,  4,  4,  128}},   // 0.8 M, over bytes: minutes on a CPU (nanoGPT's CPU recipe)
+    {"tiny",       {  257,   64,  4,  4,  128}},   // 0.8 M, for bytes: minutes on a CPU
     {"small",      {50257,  256,  6,  6,  384}},   //  30 M
     {"gpt2",       {50257, 1024, 12, 12,  768}},   // 124 M
     {"gpt2-medium",{50257, 1024, 24, 16, 1024}},   // 355 M
@@ -42,7 +43,8 @@ static inline const GptPreset *gpt_preset(const char *name) {
     return NULL;
 }
 
-// NULL, or why no such model can be built. Bounds keep every size below 2^63 and every index an int.
+// NULL, or why no such model can be built. The bounds keep every size below 2^63 and every index an
+// int.
 static inline const char *gpt_config_error(const GptConfig *c) {
     if (c->V < 2 || c->V > (1 << 24)) return "the vocabulary must have 2 to 16777216 tokens";
     if (c->T < 1 || c->T > (1 << 20)) return "the sequence length must be 1 to 1048576";
@@ -55,47 +57,48 @@ static inline const char *gpt_config_error(const GptConfig *c) {
 
 // ---- Parameters ----
 
-// 0, 1, N(0, 0.02), N(0, 0.02/sqrt(2L)): GPT-2's. And uniform in +-1/sqrt(cols): peft's of A (Kaiming's with a = sqrt 5).
+// 0, 1, N(0, 0.02), N(0, 0.02/sqrt(2L)): GPT-2's. And uniform in +-1/sqrt(cols): peft's for A
+// (Kaiming's with a = sqrt 5).
 enum { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_RESIDUAL, INIT_ADAPTER };
 
-// Who trains a parameter: with adapters only GROUP_ADAPTER, with lora_norms GROUP_NORM too; without them there is no
-// GROUP_ADAPTER, and everything trains.
+// Which parameters are trained: with adapters only GROUP_ADAPTER, with lora_norms also GROUP_NORM;
+// without adapters there is no GROUP_ADAPTER, and all are trained.
 enum { GROUP_BASE, GROUP_NORM, GROUP_ADAPTER };
 
-// Matrices (dims 2) are (in, out), as in Hugging Face's GPT-2, and alone have weight decay; vectors have dims 1. Adapters are
-// A (r, in) and B (out, r), as in peft's files.
-//     id        checkpoint name            branch     dims rows   cols   init            group
-#define GPT_PARAMS(X)                                                                                            \
-    X(wte,      "wte.weight",                      NO_BRANCH, 2,  c->V,   c->C,   INIT_NORMAL,   GROUP_BASE)     \
-    X(wpe,      "wpe.weight",                      NO_BRANCH, 2,  c->T,   c->C,   INIT_NORMAL,   GROUP_BASE)     \
-    X(ln1w,     "h.%d.ln_1.weight",                ATTN,      1,  1,      c->C,   INIT_ONE,      GROUP_NORM)     \
-    X(ln1b,     "h.%d.ln_1.bias",                  ATTN,      1,  1,      c->C,   INIT_ZERO,     GROUP_NORM)     \
-    X(qkvw,     "h.%d.attn.c_attn.weight",         ATTN,      2,  c->C,   3*c->C, INIT_NORMAL,   GROUP_BASE)     \
-    X(qkvb,     "h.%d.attn.c_attn.bias",           ATTN,      1,  1,      3*c->C, INIT_ZERO,     GROUP_BASE)     \
-    X(attprojw, "h.%d.attn.c_proj.weight",         ATTN,      2,  c->C,   c->C,   INIT_RESIDUAL, GROUP_BASE)     \
-    X(attprojb, "h.%d.attn.c_proj.bias",           ATTN,      1,  1,      c->C,   INIT_ZERO,     GROUP_BASE)     \
-    X(ln2w,     "h.%d.ln_2.weight",                MLP,       1,  1,      c->C,   INIT_ONE,      GROUP_NORM)     \
-    X(ln2b,     "h.%d.ln_2.bias",                  MLP,       1,  1,      c->C,   INIT_ZERO,     GROUP_NORM)     \
-    X(fcw,      "h.%d.mlp.c_fc.weight",            MLP,       2,  c->C,   4*c->C, INIT_NORMAL,   GROUP_BASE)     \
-    X(fcb,      "h.%d.mlp.c_fc.bias",              MLP,       1,  1,      4*c->C, INIT_ZERO,     GROUP_BASE)     \
-    X(fcprojw,  "h.%d.mlp.c_proj.weight",          MLP,       2,  4*c->C, c->C,   INIT_RESIDUAL, GROUP_BASE)     \
-    X(fcprojb,  "h.%d.mlp.c_proj.bias",            MLP,       1,  1,      c->C,   INIT_ZERO,     GROUP_BASE)     \
-    X(lnfw,     "ln_f.weight",                     NO_BRANCH, 1,  1,      c->C,   INIT_ONE,      GROUP_NORM)     \
-    X(lnfb,     "ln_f.bias",                       NO_BRANCH, 1,  1,      c->C,   INIT_ZERO,     GROUP_NORM)     \
-    X(qkvA,     "h.%d.attn.c_attn.lora_A.weight",  ATTN,      2,  c->lora,c->C,   INIT_ADAPTER,  GROUP_ADAPTER)  \
-    X(qkvB,     "h.%d.attn.c_attn.lora_B.weight",  ATTN,      2,  3*c->C, c->lora,INIT_ZERO,     GROUP_ADAPTER)  \
-    X(attprojA, "h.%d.attn.c_proj.lora_A.weight",  ATTN,      2,  c->lora,c->C,   INIT_ADAPTER,  GROUP_ADAPTER)  \
-    X(attprojB, "h.%d.attn.c_proj.lora_B.weight",  ATTN,      2,  c->C,   c->lora,INIT_ZERO,     GROUP_ADAPTER)  \
-    X(fcA,      "h.%d.mlp.c_fc.lora_A.weight",     MLP,       2,  c->lora,c->C,   INIT_ADAPTER,  GROUP_ADAPTER)  \
-    X(fcB,      "h.%d.mlp.c_fc.lora_B.weight",     MLP,       2,  4*c->C, c->lora,INIT_ZERO,     GROUP_ADAPTER)  \
-    X(fcprojA,  "h.%d.mlp.c_proj.lora_A.weight",   MLP,       2,  c->lora,4*c->C, INIT_ADAPTER,  GROUP_ADAPTER)  \
-    X(fcprojB,  "h.%d.mlp.c_proj.lora_B.weight",   MLP,       2,  c->C,   c->lora,INIT_ZERO,     GROUP_ADAPTER)
+// Matrices (dims 2) are (in, out), as in Hugging Face's GPT-2, and only they have weight decay;
+// vectors have dims 1. Adapters are A (r, in) and B (out, r), as in peft's files.
+//    id         checkpoint name               branch   dims rows   cols   INIT_     GROUP_
+#define GPT_PARAMS(X)                                                                          \
+    X(wte,      "wte.weight",                NO_BRANCH, 2, c->V,    c->C,   NORMAL,   BASE)    \
+    X(wpe,      "wpe.weight",                NO_BRANCH, 2, c->T,    c->C,   NORMAL,   BASE)    \
+    X(ln1w,     "h.%d.ln_1.weight",               ATTN, 1, 1,       c->C,   ONE,      NORM)    \
+    X(ln1b,     "h.%d.ln_1.bias",                 ATTN, 1, 1,       c->C,   ZERO,     NORM)    \
+    X(qkvw,     "h.%d.attn.c_attn.weight",        ATTN, 2, c->C,    3*c->C, NORMAL,   BASE)    \
+    X(qkvb,     "h.%d.attn.c_attn.bias",          ATTN, 1, 1,       3*c->C, ZERO,     BASE)    \
+    X(attprojw, "h.%d.attn.c_proj.weight",        ATTN, 2, c->C,    c->C,   RESIDUAL, BASE)    \
+    X(attprojb, "h.%d.attn.c_proj.bias",          ATTN, 1, 1,       c->C,   ZERO,     BASE)    \
+    X(ln2w,     "h.%d.ln_2.weight",               MLP,  1, 1,       c->C,   ONE,      NORM)    \
+    X(ln2b,     "h.%d.ln_2.bias",                 MLP,  1, 1,       c->C,   ZERO,     NORM)    \
+    X(fcw,      "h.%d.mlp.c_fc.weight",           MLP,  2, c->C,    4*c->C, NORMAL,   BASE)    \
+    X(fcb,      "h.%d.mlp.c_fc.bias",             MLP,  1, 1,       4*c->C, ZERO,     BASE)    \
+    X(fcprojw,  "h.%d.mlp.c_proj.weight",         MLP,  2, 4*c->C,  c->C,   RESIDUAL, BASE)    \
+    X(fcprojb,  "h.%d.mlp.c_proj.bias",           MLP,  1, 1,       c->C,   ZERO,     BASE)    \
+    X(lnfw,     "ln_f.weight",               NO_BRANCH, 1, 1,       c->C,   ONE,      NORM)    \
+    X(lnfb,     "ln_f.bias",                 NO_BRANCH, 1, 1,       c->C,   ZERO,     NORM)    \
+    X(qkvA,     "h.%d.attn.c_attn.lora_A.weight", ATTN, 2, c->lora, c->C,   ADAPTER,  ADAPTER) \
+    X(qkvB,     "h.%d.attn.c_attn.lora_B.weight", ATTN, 2, 3*c->C,  c->lora,ZERO,     ADAPTER) \
+    X(attprojA, "h.%d.attn.c_proj.lora_A.weight", ATTN, 2, c->lora, c->C,   ADAPTER,  ADAPTER) \
+    X(attprojB, "h.%d.attn.c_proj.lora_B.weight", ATTN, 2, c->C,    c->lora,ZERO,     ADAPTER) \
+    X(fcA,      "h.%d.mlp.c_fc.lora_A.weight",    MLP,  2, c->lora, c->C,   ADAPTER,  ADAPTER) \
+    X(fcB,      "h.%d.mlp.c_fc.lora_B.weight",    MLP,  2, 4*c->C,  c->lora,ZERO,     ADAPTER) \
+    X(fcprojA,  "h.%d.mlp.c_proj.lora_A.weight",  MLP,  2, c->lora, 4*c->C, ADAPTER,  ADAPTER) \
+    X(fcprojB,  "h.%d.mlp.c_proj.lora_B.weight",  MLP,  2, c->C,    c->lora,ZERO,     ADAPTER)
 
 #define X(id, name, branch, dims, rows, cols, init, group) P_##id,
 enum { GPT_PARAMS(X) N_PARAMS };
 #undef X
 
-// One pointer per parameter: the weights, or the gradients, that one layer sees.
+// One pointer per parameter: the weights, or the gradients, of one layer.
 typedef struct {
 #define X(id, name, branch, dims, rows, cols, init, group) real *id;
     GPT_PARAMS(X)
@@ -105,7 +108,8 @@ typedef struct {
 typedef struct { const char *id, *name; int branch, dims, init, group; } ParamSpec;
 
 static const ParamSpec gpt_param[N_PARAMS] = {
-#define X(id, name, branch, dims, rows, cols, init, group) {#id, name, branch, dims, init, group},
+#define X(id, name, branch, dims, rows, cols, init, group) \
+    {#id, name, branch, dims, INIT_##init, GROUP_##group},
     GPT_PARAMS(X)
 #undef X
 };
@@ -124,12 +128,12 @@ static inline int gpt_param_cols(const GptConfig *c, int param) {
     return all[param];
 }
 
-// Elements of the parameter in one layer (in all, for one that no layer owns).
+// Elements of the parameter in one layer (in total, if it belongs to no layer).
 static inline size_t gpt_param_size(const GptConfig *c, int param) {
     return (size_t)gpt_param_rows(c, param) * (size_t)gpt_param_cols(c, param);
 }
 
-// Its shape in a checkpoint, (rows, cols) or (cols); returns how many dimensions that is.
+// Its shape in a checkpoint, (rows, cols) or (cols); returns the number of dimensions.
 static inline int gpt_param_shape(const GptConfig *c, int param, int64_t shape[2]) {
     const int matrix = gpt_param[param].dims == 2;
     shape[0] = matrix ? gpt_param_rows(c, param) : gpt_param_cols(c, param);
@@ -137,17 +141,17 @@ static inline int gpt_param_shape(const GptConfig *c, int param, int64_t shape[2
     return matrix ? 2 : 1;
 }
 
-// ---- Adapters (LoRA, Hu et al. 2021): products 0 .. 3 of a layer, qkv, attproj, fc, fcproj, may have one ----
+// ---- Adapters (LoRA, Hu et al. 2021) for matmuls 0 .. 3 of a layer: qkv, attproj, fc, fcproj ----
 
 enum { LORA_TARGETS = 4 };
 
-// The weight of product t, and its A, after which comes its B.
+// The weight of matmul t; gpt_adapter: its A, which is followed by its B.
 static inline int gpt_product(int t) {
     static const int weight[LORA_TARGETS] = {P_qkvw, P_attprojw, P_fcw, P_fcprojw};
     return weight[t];
 }
 
-// The number of the product with that weight, or -1.
+// The number of the matmul with that weight, or -1.
 static inline int gpt_product_of(int param) {
     for (int t = 0; t < LORA_TARGETS; t++)
         if (gpt_product(t) == param) return t;
@@ -162,9 +166,11 @@ static inline int gpt_adapter_of(const GptConfig *c, int param) {
     return t >= 0 && c->lora && c->lora_targets >> t & 1 ? gpt_adapter(t) : -1;
 }
 
-// In how many layers it exists: L, or 1 (then its layer is 0), or none.
+// The number of layers that have it: L, or 1 (then its layer is 0), or 0.
 static inline int gpt_param_layers(const GptConfig *c, int param) {
-    if (gpt_param[param].group == GROUP_ADAPTER && !(c->lora && c->lora_targets >> (param - P_qkvA) / 2 & 1)) return 0;
+    if (gpt_param[param].group == GROUP_ADAPTER &&
+        !(c->lora && c->lora_targets >> (param - P_qkvA) / 2 & 1))
+        return 0;
     return gpt_param[param].branch == NO_BRANCH ? 1 : c->L;
 }
 
@@ -175,33 +181,37 @@ static inline char *gpt_param_name(int param, int layer) {
     return xprintf("%.*s%d%s", (int)(mark - name), name, layer, mark + 2);
 }
 
-// Whether it is of a branch's last projection, which multiplies what the branch adds: a factor of the branch is one of these.
+// Whether it belongs to a branch's last projection: a factor of the branch can be folded into
+// these.
 static inline int gpt_param_ends_branch(int param) {
     return param == P_attprojw || param == P_attprojb || param == P_fcprojw || param == P_fcprojb;
 }
 
-// Whether training changes the group's parameters, in layers that are not frozen.
+// Whether training updates the group's parameters, in layers that are not frozen.
 static inline int gpt_group_trains(const GptConfig *c, int group) {
     return !c->lora || group == GROUP_ADAPTER || (group == GROUP_NORM && c->lora_norms);
 }
 
-// Whether training changes it where the first `frozen` layers stay as they are. Backward ends above them, so that wpe, which
-// only lies below, stays too; wte is trained as the head. 0: all layers train, with adapters those alone.
+// Whether training updates it if the first `frozen` layers are frozen. Backward stops above them,
+// so wpe, which is only below, is frozen too; wte is trained as the head. 0: all layers are
+// trained, with adapters only those.
 static inline int gpt_param_trains(const GptConfig *c, int param, int layer, int frozen) {
     if (!gpt_group_trains(c, gpt_param[param].group)) return 0;
     return gpt_param[param].branch == NO_BRANCH ? param != P_wpe || !frozen : layer >= frozen;
 }
 
-// Where a branch is counted: 2 * layer + branch, and last of all what no branch owns.
+// The index of a branch: 2 * layer + branch, and last that of everything outside branches.
 static inline size_t gpt_branch_index(const GptConfig *c, int layer, int branch) {
     return (size_t)(branch == NO_BRANCH ? BRANCHES * c->L : BRANCHES * layer + branch);
 }
 
-// n elements of one layer's part of a parameter, from element `at` on.
+// n elements of one layer's part of a parameter, starting at element `at`.
 typedef struct { int param, layer; size_t at, n; } GptPiece;
 
-// Every trained tensor in pieces of at most `most` elements: the unit of work of the optimizer. From malloc; returns how many.
-static inline int gpt_trained_pieces(GptPiece **pieces, const GptConfig *c, int frozen, size_t most) {
+// All trained tensors in pieces of at most `most` elements: the optimizer's unit of work. From
+// malloc; returns the number.
+static inline int gpt_trained_pieces(GptPiece **pieces, const GptConfig *c, int frozen,
+                                     size_t most) {
     int count = 0, room = 0;
     *pieces = NULL;
     for (int p = 0; p < N_PARAMS; p++)
@@ -234,8 +244,10 @@ static inline size_t gpt_params_count(const GptConfig *c) {
 }
 
 // ---- Cost ----
-// Floating point operations of matrix products only (a multiply-add is 2), of a forward pass over one row of T
-// tokens; a training step does 3 times as many (backward: d_input and d_weight) where all is trained. Causal attention is counted as what is needed, T(T+1)/2 pairs; a kernel's recomputation, LayerNorm, GELU and the optimizer are not counted.
+// Floating point operations of matmuls only (a multiply-add is 2), in a forward pass over one row
+// of T tokens; a training step does 3 times as many (backward: d_input and d_weight) if all
+// parameters are trained. Causal attention counts the necessary T(T+1)/2 pairs; a kernel's
+// recomputation, LayerNorm, GELU and the optimizer are not counted.
 
 static inline double gpt_branch_flops(const GptConfig *c, int branch, int T) {
     double t = T, C = c->C;
@@ -248,27 +260,34 @@ static inline double gpt_head_flops(const GptConfig *c, int T) { return 2.0 * T 
 static inline double gpt_adapter_flops(const GptConfig *c, int branch, int T) {
     double numbers = 0;
     for (int p = P_qkvA; p < N_PARAMS; p++)
-        if (gpt_param[p].branch == branch && gpt_param_layers(c, p)) numbers += (double)gpt_param_size(c, p);
+        if (gpt_param[p].branch == branch && gpt_param_layers(c, p))
+            numbers += (double)gpt_param_size(c, p);
     return 2 * T * numbers;
 }
 
-// What a training step does for a kept branch of layer l = 0, 1, ...: three times the forward pass' work, of a frozen layer
-// once. A weight that has an adapter, or stands beside one, has no gradient of its own, which leaves its product twice;
-// adapters make x A^T once more in the backward pass.
-static inline double gpt_branch_step_flops(const GptConfig *c, int branch, int T, int l, int frozen) {
-    const double C = c->C, products = 2.0 * T * (branch == MLP ? 8 : 4) * C * C, forward = gpt_branch_flops(c, branch, T);
+// The work of a training step for a kept branch of layer l = 0, 1, ...: three times the forward
+// pass, for a frozen layer once. A weight with an adapter, or next to one, has no gradient of its
+// own, so its matmul counts twice; adapters recompute x A^T in the backward pass.
+static inline double gpt_branch_step_flops(const GptConfig *c, int branch, int T, int l,
+                                           int frozen) {
+    const double C = c->C, products = 2.0 * T * (branch == MLP ? 8 : 4) * C * C,
+        forward = gpt_branch_flops(c, branch, T);
     double again = 0;
     if (l < frozen) return forward;
     if (!c->lora) return 3 * forward;
-    for (int p = P_qkvA; p < N_PARAMS; p += 2)           // of A's alone
-        if (gpt_param[p].branch == branch && gpt_param_layers(c, p)) again += 2.0 * T * (double)gpt_param_size(c, p);
+    for (int p = P_qkvA; p < N_PARAMS; p += 2)           // only the A's
+        if (gpt_param[p].branch == branch && gpt_param_layers(c, p))
+            again += 2.0 * T * (double)gpt_param_size(c, p);
     return 3 * forward - products + 3 * gpt_adapter_flops(c, branch, T) + again;
 }
 
-static inline double gpt_head_step_flops(const GptConfig *c, int T) { return (c->lora ? 2 : 3) * gpt_head_flops(c, T); }
+static inline double gpt_head_step_flops(const GptConfig *c, int T) {
+    return (c->lora ? 2 : 3) * gpt_head_flops(c, T);
+}
 
 static inline double gpt_row_flops(const GptConfig *c, int T) {
-    return c->L * (gpt_branch_flops(c, ATTN, T) + gpt_branch_flops(c, MLP, T)) + gpt_head_flops(c, T);
+    return c->L * (gpt_branch_flops(c, ATTN, T) + gpt_branch_flops(c, MLP, T)) +
+        gpt_head_flops(c, T);
 }
 
 #endif

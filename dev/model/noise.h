@@ -42,7 +42,8 @@ typedef struct {
 typedef struct { uint32_t rate, key[2], first_row; } NoisePlace;
 
 static inline uint32_t noise_rate(const Noise *z, int place) {
-    return !z ? 0 : place == NOISE_EMBD ? z->embd : place == NOISE_ATTN ? z->attn : place < NOISE_LORA ? z->resid : z->lora;
+    return !z ? 0 : place == NOISE_EMBD ? z->embd : place == NOISE_ATTN ? z->attn
+        : place < NOISE_LORA ? z->resid : z->lora;
 }
 
 // z NULL: no noise. Layers count from 0; the embedding belongs to layer 0.

@@ -227,20 +227,23 @@ static inline Vector pairs_of_lines(Vector first, Vector second) { return (void)
 
 // ---- Memory ----
 
-// n zeros, aligned for vectors. Each thread touches its share first, so that the memory is near all of those
-// that will use it. Free with free().
+// n zeros, aligned for vectors. Each thread touches its share first, so that the memory is near all
+// of those that will use it. Free with free().
 static inline real *NEVER_NULL vectors_new(size_t n) {
-    enum { PIECE = 1 << 18, PAGE = 2 << 20 };            // a huge page: packing reads rows far apart
+    // a huge page: packing reads rows far apart
+    enum { PIECE = 1 << 18, PAGE = 2 << 20 };
     const size_t bytes = (n ? n : 1) * sizeof(real);
     void *p = NULL;
     if (posix_memalign(&p, bytes < (size_t)PAGE ? (size_t)64 : (size_t)PAGE, bytes))
-        die("out of memory: %zu bytes for the model\n  hint: a smaller --batch or model; --dry-run tells the sizes", bytes);
+        die("out of memory: %zu bytes for the model\n  hint: a smaller --batch or model; --dry-run "
+            "tells the sizes", bytes);
 #ifdef MADV_HUGEPAGE
     if (bytes >= (size_t)PAGE) madvise(p, bytes, MADV_HUGEPAGE); // only a request
 #endif
     real *x = (real *)p;
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i += PIECE) memset(x + i, 0, (n - i < (size_t)PIECE ? n - i : (size_t)PIECE) * sizeof(real));
+    for (size_t i = 0; i < n; i += PIECE)
+        memset(x + i, 0, (n - i < (size_t)PIECE ? n - i : (size_t)PIECE) * sizeof(real));
     return x;
 }
 

@@ -10,7 +10,8 @@ enum { ARENA_ARRAYS = 8 };
 static Model *arena_model(ArenaArray array[ARENA_ARRAYS]) {
     const GptConfig c = {11, 5, 2, 2, 12};               // V T L NH C: no array fills its space
     Model *m = update_model(&c, ROUNDING_NEAREST);
-    const size_t bias = m->offset[P_fcb], weight = m->offset[P_qkvw] + m->layer_size[1], C = (size_t)c.C;
+    const size_t bias = m->offset[P_fcb], weight = m->offset[P_qkvw] + m->layer_size[1],
+        C = (size_t)c.C;
     keep_nothing(m);
     void *first = keep(m, 3 * sizeof(bf16)), *second = keep(m, 5 * sizeof(bf16));
     const ArenaArray all[ARENA_ARRAYS] = {

@@ -6,11 +6,14 @@
 #include "../model/drop_path.h"
 #include "test.h"
 
-#define DROP_PATH_TESTS(X) \
-    X(drop_depth) X(drop_ramp) X(drop_ramp_ends) X(drop_rate) X(drop_scale) X(drop_full_plan) X(drop_marginals) \
-    X(drop_order) X(drop_counts) X(drop_micro_counts) X(drop_systematic_exact) X(drop_unbiased) X(drop_branches) \
-    X(drop_deterministic) X(drop_known_answers) X(drop_sync) X(drop_zero) X(drop_compute) X(drop_bound) \
-    X(drop_text) X(drop_text_micros) X(drop_text_damaged) X(drop_excess) X(drop_share) \
+#define DROP_PATH_TESTS(X)                                                                      \
+    X(drop_depth) X(drop_ramp) X(drop_ramp_ends) X(drop_rate) X(drop_scale) X(drop_full_plan)   \
+    X(drop_marginals)                                                                           \
+    X(drop_order) X(drop_counts) X(drop_micro_counts) X(drop_systematic_exact) X(drop_unbiased) \
+    X(drop_branches)                                                                            \
+    X(drop_deterministic) X(drop_known_answers) X(drop_sync) X(drop_zero) X(drop_compute)       \
+    X(drop_bound)                                                                               \
+    X(drop_text) X(drop_text_micros) X(drop_text_damaged) X(drop_excess) X(drop_share)          \
     X(drop_depth_kinds) X(drop_inverted_each)
 
 enum { N_DEPTHS = 4, N_SHAPES = 4, N_UNITS = 2, N_BRANCH_KINDS = 4, N_SAMPLINGS = 2, N_SCALES = 3 };
@@ -778,23 +781,28 @@ static void test_drop_text_damaged(void) {
 // ---- How much a run drops, and how much is usual for its size ----
 
 static void test_drop_excess(void) {
-    static const struct { double share, parameters; int layers; const char *size; double usual; } row[] = {
-        {0.0, 124e6, 12, NULL, 13 / 240.}, {13 / 240., 124e6, 12, NULL, 13 / 240.}, {0.055, 124e6, 12, "small", 13 / 240.},
-        {0.075, 1e6, 2, NULL, 0.075}, {0.1, 355e6, 24, NULL, 25 / 240.}, {0.11, 355e6, 24, "medium", 25 / 240.},
-        {0.2, 774e6, 36, NULL, 37 / 180.}, {0.25, 1.5e9, 48, "large", 49 / 240.}, {0.11, 250e6, 24, "medium", 25 / 240.},
+    static const struct { double share, parameters; int layers; const char *size; double usual;
+                          } row[] = {
+        {0.0, 124e6, 12, NULL, 13 / 240.}, {13 / 240., 124e6, 12, NULL, 13 / 240.},
+        {0.055, 124e6, 12, "small", 13 / 240.}, {0.075, 1e6, 2, NULL, 0.075},
+        {0.1, 355e6, 24, NULL, 25 / 240.}, {0.11, 355e6, 24, "medium", 25 / 240.},
+        {0.2, 774e6, 36, NULL, 37 / 180.}, {0.25, 1.5e9, 48, "large", 49 / 240.},
+        {0.11, 250e6, 24, "medium", 25 / 240.},
         {0.3, 600e6, 24, "large", 25 / 120.},
     };
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
         double usual = 0;
-        const char *size = drop_path_excess(row[i].share, (size_t)row[i].parameters, row[i].layers, &usual);
+        const char *size = drop_path_excess(row[i].share, (size_t)row[i].parameters, row[i].layers,
+                                            &usual);
         EXPECT_CLOSE(usual, row[i].usual, 1e-15, "usual share");
-        EXPECT(size && row[i].size ? !strcmp(size, row[i].size) : size == row[i].size, "share %g of %g parameters: %s", row[i].share,
-               row[i].parameters, size ? size : "not above");
+        EXPECT(size && row[i].size ? !strcmp(size, row[i].size) : size == row[i].size,
+               "share %g of %g parameters: %s", row[i].share, row[i].parameters,
+               size ? size : "not above");
     }
 }
 
-// What is judged is the mean: constant linear rates of 0.4 drop what uniform ones of 0.4 (L+1)/2L do; and a run that falls from 0.4
-// to 0, with linear0, a quarter of 0.4.
+// What is judged is the mean: constant linear rates of 0.4 drop what uniform ones of 0.4 (L+1)/2L
+// do; and a run that falls from 0.4 to 0, with linear0, a quarter of 0.4.
 static void test_drop_share(void) {
     const GptConfig c = {257, 64, 12, 1, 32};
     DropPath d = drop_policy(12, 0.4);
@@ -803,7 +811,8 @@ static void test_drop_share(void) {
     EXPECT_CLOSE(drop_path_expected_share(&d, &c, 64, 0), 0.4, 1e-9, "uniform");
     d.branches = BRANCHES_ATTN;
     const double attn = gpt_branch_flops(&c, ATTN, 64), both = attn + gpt_branch_flops(&c, MLP, 64);
-    EXPECT_CLOSE(drop_path_expected_share(&d, &c, 64, 0), 0.4 * attn / both, 1e-9, "attention alone");
+    EXPECT_CLOSE(drop_path_expected_share(&d, &c, 64, 0), 0.4 * attn / both, 1e-9,
+                 "attention alone");
     d.branches = BRANCHES_TIED, d.depth = DEPTH_LINEAR0, d.steps = d.ramp_down = 1000;
     double sum = 0;
     for (int64_t t = 0; t < d.steps; t++) sum += drop_path_expected_share(&d, &c, 64, t) / 1000;
@@ -816,10 +825,12 @@ static void test_drop_depth_kinds(void) {
     DropPath d = drop_policy(5, 0.4);
     static const double alternate[5] = {0, 1, 0, 1, 0}, listed[5] = {0, 0.25, 1, 0.5, 0};
     d.depth = DEPTH_ALTERNATE;
-    for (int l = 1; l <= 5; l++) EXPECT_CLOSE(drop_path_depth(&d, l), alternate[l - 1], 0, "alternate");
+    for (int l = 1; l <= 5; l++)
+        EXPECT_CLOSE(drop_path_depth(&d, l), alternate[l - 1], 0, "alternate");
     d.listed = 5;
     memcpy(d.list, listed, sizeof listed);
-    for (int l = 1; l <= 5; l++) EXPECT_CLOSE(drop_path_rate(&d, l, ATTN, 0), 0.4 * listed[l - 1], 1e-9, "listed");
+    for (int l = 1; l <= 5; l++)
+        EXPECT_CLOSE(drop_path_rate(&d, l, ATTN, 0), 0.4 * listed[l - 1], 1e-9, "listed");
     d = drop_policy(5, 0.4);
     d.depth = DEPTH_UNIFORM;
     for (d.protect = PROTECT_NONE; d.protect <= PROTECT_BOTH; d.protect++)
@@ -833,7 +844,8 @@ static void test_drop_depth_kinds(void) {
     EXPECT_CLOSE(drop_path_depth(&d, 1), 0, 0, "the only layer, protected");
 }
 
-// inverted-each draws the very masks of tied inverted scaling, and has each branch scaled by itself: x + s a, then + s m of that.
+// inverted-each draws the very masks of tied inverted scaling, and has each branch scaled by
+// itself: x + s a, then + s m of that.
 static void test_drop_inverted_each(void) {
     for (int unit = 0; unit < N_UNITS; unit++)
         for (int sampling = 0; sampling < N_SAMPLINGS; sampling++) {
@@ -852,14 +864,17 @@ static void test_drop_inverted_each(void) {
                 for (int i = 0; i < 12; i++) {
                     const double scale = 1 / (1 - drop_path_rate(&each, i / 2 + 1, i % 2, t));
                     EXPECT_CLOSE(b.branch[i].scale, scale, 0, "scale");
-                    EXPECT(b.branch[i].n == b.branch[i - i % 2].n, "branches of layer %d have other rows", i / 2);
+                    EXPECT(b.branch[i].n == b.branch[i - i % 2].n,
+                           "branches of layer %d have other rows", i / 2);
                     dropped += 8 - b.branch[i].n;
                 }
             }
             EXPECT(dropped > 0, "nothing was dropped");
             drop_plan_full(&b, &each, 8);
-            for (int i = 0; i < 12; i++) EXPECT(b.branch[i].n == 8 && b.branch[i].scale == 1, "evaluation");
-            EXPECT(!drop_plan_read(&a, &each, 0, "3.3.3.3.3.3.3.3.3.3.3.3", 0, 2), "a plan of one mask is not read back");
+            for (int i = 0; i < 12; i++)
+                EXPECT(b.branch[i].n == 8 && b.branch[i].scale == 1, "evaluation");
+            EXPECT(!drop_plan_read(&a, &each, 0, "3.3.3.3.3.3.3.3.3.3.3.3", 0, 2),
+                   "a plan of one mask is not read back");
             EXPECT_ERROR(drop_plan_read(&a, &each, 0, "1.3.3.3.3.3.3.3.3.3.3.3", 0, 2), "tied");
             drop_plan_free(&a), drop_plan_free(&b);
         }

@@ -67,13 +67,15 @@ static real *slot_new(const GptConfig *c) {
 static real *slot_read(const GptConfig *c, Model *m, Slot slot) {
     real *all = slot_new(c);
     EACH_TENSOR(c)
-        if (slot == SLOT_PARAM || gpt_param_trains(c, p, l, 0)) test_engine->read(m, slot, p, l, all + slot_at(c, p, l));
+        if (slot == SLOT_PARAM || gpt_param_trains(c, p, l, 0))
+            test_engine->read(m, slot, p, l, all + slot_at(c, p, l));
     return all;
 }
 
 static void slot_write(const GptConfig *c, Model *m, Slot slot, const real *all) {
     EACH_TENSOR(c)
-        if (slot == SLOT_PARAM || gpt_param_trains(c, p, l, 0)) test_engine->write(m, slot, p, l, all + slot_at(c, p, l));
+        if (slot == SLOT_PARAM || gpt_param_trains(c, p, l, 0))
+            test_engine->write(m, slot, p, l, all + slot_at(c, p, l));
 }
 
 static int slot_same_bits(const GptConfig *c, const real *a, const real *b) {
@@ -166,7 +168,8 @@ typedef struct {
 static void rig_weights(real *all, const GptConfig *c) {
     EACH_TENSOR(c) {
         real *w = all + slot_at(c, p, l);
-        double deviation = gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims == 1 ? 0.3 : 1 / sqrt(gpt_param_rows(c, p));
+        double deviation = gpt_param[p].branch == NO_BRANCH || gpt_param[p].dims ==
+            1 ? 0.3 : 1 / sqrt(gpt_param_rows(c, p));
         if (gpt_param[p].group == GROUP_ADAPTER) deviation = 1 / sqrt(gpt_param_cols(c, p));
         for (size_t i = 0; i < gpt_param_size(c, p); i++) {
             double z[2];
@@ -192,10 +195,12 @@ static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
     return r;
 }
 
-#define REF_LORA_SCALE 2                                 // alpha / r of every test model that has adapters
+#define REF_LORA_SCALE 2                                 // alpha / r of every test model that has
+                                                         // adapters
 
 static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
-    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype, .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
+    EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype,
+                       .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
                        .attention_noise = 1, .lora_scale = REF_LORA_SCALE, .lora_noise = 1};
     Rig r = rig_new(c, &args, B);
     for (int i = 0; i < B * T; i++) {
@@ -461,14 +466,18 @@ static double ref_factor(const RefRow *r, int place, int layer, int head, int li
     return noise_half(w, element % NOISE_EACH) >= z.rate ? noise_scale(z.rate) : 0;
 }
 
-// y (out) += what the adapter of product t, where there is one, makes of x (in), token `line` of its row.
-static void ref_adapter(double *y, const double *x, const double *w, const GptConfig *c, const RefRow *r, int l, int t, int line) {
-    const int A = gpt_adapter_of(c, gpt_product(t)), in = gpt_param_cols(c, gpt_adapter(t)), out = gpt_param_rows(c, gpt_adapter(t) + 1);
+// y (out) += what the adapter of product t, where there is one, makes of x (in), token `line` of
+// its row.
+static void ref_adapter(double *y, const double *x, const double *w, const GptConfig *c,
+                        const RefRow *r, int l, int t, int line) {
+    const int A = gpt_adapter_of(c, gpt_product(t)), in = gpt_param_cols(c, gpt_adapter(t)),
+        out = gpt_param_rows(c, gpt_adapter(t) + 1);
     if (A < 0) return;
     const double *a = w + slot_at(c, A, l), *b = w + slot_at(c, A + 1, l);
     for (int k = 0; k < c->lora; k++) {
         double u = 0;
-        for (int i = 0; i < in; i++) u += a[k * in + i] * x[i] * ref_factor(r, NOISE_LORA + t, l, 0, line, i);
+        for (int i = 0; i < in; i++)
+            u += a[k * in + i] * x[i] * ref_factor(r, NOISE_LORA + t, l, 0, line, i);
         for (int j = 0; j < out; j++) y[j] += REF_LORA_SCALE * u * b[j * c->lora + k];
     }
 }
@@ -526,7 +535,8 @@ static void ref_mlp(double *out, const double *x, const double *w, const GptConf
         ref_layernorm(y, x + t * C, W(ln2w, l), W(ln2b, l), C);
         ref_linear(h, y, W(fcw, l), W(fcb, l), C, 4 * C);
         ref_adapter(h, y, w, c, r, l, 2, t);
-        for (int i = 0; i < 4 * C; i++) h[i] *= 0.5 * (1 + tanh(sqrt(2 / M_PI) * (h[i] + 0.044715 * pow(h[i], 3))));
+        for (int i = 0; i < 4 * C; i++)
+            h[i] *= 0.5 * (1 + tanh(sqrt(2 / M_PI) * (h[i] + 0.044715 * pow(h[i], 3))));
         ref_linear(out + t * C, h, W(fcprojw, l), W(fcprojb, l), 4 * C, C);
         ref_adapter(out + t * C, h, w, c, r, l, 3, t);
         for (int i = 0; i < C; i++) out[t * C + i] *= ref_factor(r, NOISE_MLP_OUT, l, 0, t, i);

@@ -12,10 +12,10 @@
 
 #define LAYERS_ENGINE_TESTS(X)                                                                     \
     X(layers_stream) X(layers_equal_layers) X(layers_losses) X(layers_greedy)
-#define LAYERS_TESTS(X)                                                                            \
-    X(effects_known)                                                                               \
-    X(effects_singular) X(effects_rows_and_steps) X(effects_of_a_run) X(layers_same_bits)          \
-        X(layers_tied) X(layers_one) X(layers_refuses) X(layers_zero_stream) X(prune_is_the_plan)   \
+#define LAYERS_TESTS(X)                                                                           \
+    X(effects_known)                                                                              \
+    X(effects_singular) X(effects_rows_and_steps) X(effects_of_a_run) X(layers_same_bits)         \
+        X(layers_tied) X(layers_one) X(layers_refuses) X(layers_zero_stream) X(prune_is_the_plan) \
             X(prune_selects) X(prune_survival) X(prune_opens) X(prune_refuses)
 
 // ---- A model on made-up shards ----

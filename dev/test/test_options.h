@@ -431,7 +431,8 @@ static void test_options_precedence(void) {
     free(two);
 }
 
-// --drop-rates names each layer's largest rate; the largest of them is --drop-path, in config.txt too.
+// --drop-rates names each layer's largest rate; the largest of them is --drop-path, in config.txt
+// too.
 static void test_options_rates(void) {
     TestOptions t;
     double rate[8];
@@ -439,11 +440,15 @@ static void test_options_rates(void) {
     EXPECT(t.train.drop_path == 0.3, "drop-path is %g", t.train.drop_path);
     options_free(&t.o);
     options_test_good(&t, "--drop-rates 0,0.1,0.3,0.2 --drop-path 0.3 --drop-recipe elhoushi2026");
-    EXPECT(t.train.drop_path == 0.3 && t.train.drop_scale == SCALE_INVERTED_EACH, "drop-path is %g", t.train.drop_path);
+    EXPECT(t.train.drop_path == 0.3 && t.train.drop_scale == SCALE_INVERTED_EACH, "drop-path is %g",
+           t.train.drop_path);
     options_free(&t.o);
-    EXPECT(rates_read(rate, 8, "0,0.5,1e-3") == 3 && rate[1] == 0.5 && rate[2] == 1e-3, "three rates");
-    static const char *const bad[] = {"", ",", "0.1,", ",0.1", "0.1 0.2", "1", "0.1,1.5", "-0.1", "nan", "0.1,x", "0x1", "0,0,0,0,0,0,0,0,0"};
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) EXPECT(!rates_read(rate, 8, bad[i]), "'%s' was read", bad[i]);
+    EXPECT(rates_read(rate, 8, "0,0.5,1e-3") == 3 && rate[1] == 0.5 && rate[2] == 1e-3,
+           "three rates");
+    static const char *const bad[] = {"", ",", "0.1,", ",0.1", "0.1 0.2", "1", "0.1,1.5", "-0.1",
+                                      "nan", "0.1,x", "0x1", "0,0,0,0,0,0,0,0,0"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        EXPECT(!rates_read(rate, 8, bad[i]), "'%s' was read", bad[i]);
 }
 
 static void test_options_recipes(void) {
@@ -491,9 +496,12 @@ static void test_options_recipes(void) {
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         char *command = xprintf("--drop-recipe %s", names[i]);
         options_test_good(&t, command);
-        EXPECT(t.train.drop_recipe == (int)i && t.train.drop_path == 0, "%s is number %d", names[i], t.train.drop_recipe);
-        const int each = !strcmp(names[i], "pld2020") || !strcmp(names[i], "elhoushi2026");       // as published
-        EXPECT((t.train.drop_scale == SCALE_INVERTED_EACH) == each, "%s scales by %d", names[i], t.train.drop_scale);
+        EXPECT(t.train.drop_recipe == (int)i && t.train.drop_path == 0, "%s is number %d", names[i],
+               t.train.drop_recipe);
+        // as published
+        const int each = !strcmp(names[i], "pld2020") || !strcmp(names[i], "elhoushi2026");
+        EXPECT((t.train.drop_scale == SCALE_INVERTED_EACH) == each, "%s scales by %d", names[i],
+               t.train.drop_scale);
         options_free(&t.o);
         free(command);
     }
@@ -605,9 +613,11 @@ static void test_options_words(void) {
         {"lr-schedule", "cosine", SCHEDULE_COSINE}, {"lr-schedule", "linear", SCHEDULE_LINEAR},
         {"lr-schedule", "wsd", SCHEDULE_WSD}, {"lr-schedule", "constant", SCHEDULE_CONSTANT},
         {"drop-depth", "linear", DEPTH_LINEAR}, {"drop-depth", "linear0", DEPTH_LINEAR0},
-        {"drop-depth", "uniform", DEPTH_UNIFORM}, {"drop-depth", "exp", DEPTH_EXP}, {"drop-depth", "alternate", DEPTH_ALTERNATE},
-        {"drop-protect", "none", PROTECT_NONE}, {"drop-protect", "first", PROTECT_FIRST}, {"drop-protect", "last", PROTECT_LAST},
-        {"drop-protect", "first,last", PROTECT_BOTH}, {"drop-scale", "inverted-each", SCALE_INVERTED_EACH},
+        {"drop-depth", "uniform", DEPTH_UNIFORM}, {"drop-depth", "exp", DEPTH_EXP},
+        {"drop-depth", "alternate", DEPTH_ALTERNATE}, {"drop-protect", "none", PROTECT_NONE},
+        {"drop-protect", "first", PROTECT_FIRST}, {"drop-protect", "last", PROTECT_LAST},
+        {"drop-protect", "first,last", PROTECT_BOTH},
+        {"drop-scale", "inverted-each", SCALE_INVERTED_EACH},
         {"drop-ramp-shape", "linear", SHAPE_LINEAR}, {"drop-ramp-shape", "cosine", SHAPE_COSINE},
         {"drop-ramp-shape", "exp", SHAPE_EXP}, {"drop-ramp-shape", "exp2", SHAPE_EXP2},
         {"drop-unit", "batch", UNIT_BATCH}, {"drop-unit", "row", UNIT_ROW},
@@ -690,10 +700,13 @@ static void test_options_exit(void) {
     EXPECT_EXIT(0, "", options_test_main, good);
 }
 
-#define OPTIONS_TESTS(X)                                                                                        \
-    X(options_defaults) X(options_command_line) X(options_bare) X(options_bad_names) X(options_bad_values) X(options_round) \
-    X(options_scientific) X(options_synonyms) X(options_synonyms_lead_somewhere) \
-    X(options_help_and_version) X(options_bad_value_keeps) X(options_config) X(options_config_errors) X(options_precedence)                \
-    X(options_rates) X(options_recipes) X(options_round_trip) X(options_span_steps) X(options_words) X(options_help) X(options_exit)
+#define OPTIONS_TESTS(X)                                                             \
+    X(options_defaults) X(options_command_line) X(options_bare) X(options_bad_names) \
+    X(options_bad_values) X(options_round)                                           \
+    X(options_scientific) X(options_synonyms) X(options_synonyms_lead_somewhere)     \
+    X(options_help_and_version) X(options_bad_value_keeps) X(options_config)         \
+    X(options_config_errors) X(options_precedence)                                   \
+    X(options_rates) X(options_recipes) X(options_round_trip) X(options_span_steps)  \
+    X(options_words) X(options_help) X(options_exit)
 
 #endif

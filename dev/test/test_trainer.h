@@ -211,11 +211,15 @@ static void test_trainer_train_last(void) {
     path = xprintf("%s/optimizer.safetensors", last);
     weights_open_file(&moments, path, "");
     for (int p = 0; p < N_PARAMS; p++) for (int l = 0; l < gpt_param_layers(&c, p); l++) {
-        real *a = (real *)xcalloc(gpt_param_size(&c, p), sizeof *a), *b = (real *)xcalloc(gpt_param_size(&c, p), sizeof *b);
+        real *a = (real *)xcalloc(gpt_param_size(&c, p), sizeof *a),
+            *b = (real *)xcalloc(gpt_param_size(&c, p), sizeof *b);
         char *name = gpt_param_name(p, l), *m = xprintf("m.%s", name);
-        weights_read(&w[0], &c, w[0].prefix, p, l, a), weights_read(&w[1], &c, w[1].prefix, p, l, b);
-        const int trains = gpt_param_trains(&c, p, l, c.L - 1), same = !memcmp(a, b, gpt_param_size(&c, p) * sizeof *a);
-        EXPECT(same == !trains && !!weights_find(&moments, m) == trains, "%s: %s", name, same ? "the same" : "another");
+        weights_read(&w[0], &c, w[0].prefix, p, l, a), weights_read(&w[1], &c, w[1].prefix, p, l,
+                                                                    b);
+        const int trains = gpt_param_trains(&c, p, l, c.L - 1),
+            same = !memcmp(a, b, gpt_param_size(&c, p) * sizeof *a);
+        EXPECT(same == !trains && !!weights_find(&moments, m) == trains, "%s: %s", name,
+               same ? "the same" : "another");
         free(a), free(b), free(name), free(m);
     }
     weights_close(&w[0]), weights_close(&w[1]), weights_close(&moments), free(path);
@@ -797,11 +801,17 @@ static void test_trainer_without_latest(void) {
 
 static void test_trainer_warns_of_a_high_rate(void) {
     const char *dir = test_directory();
-    EXPECT_REFUSED(0, "drops 22% of the branches' work on average over layers and steps, which is high: no harm is reported for 7.5% of a small", "--out %s/a --steps 1 --drop-path 0.3", dir);
-    EXPECT_REFUSED(0, "drops 10%", "--out %s/c --steps 1000 --dry-run --drop-path 0.4 --drop-recipe elhoushi2026", dir);
-    EXPECT_REFUSED(1, "this model has 2 layers", "--out %s/d --steps 1 --drop-rates 0,0.1,0.2", dir);
-    EXPECT_REFUSED(1, "a rate in [0,1) for each layer", "--out %s/d --steps 1 --drop-rates 0,x", dir);
-    EXPECT_REFUSED(1, "leave out --drop-path", "--out %s/d --steps 1 --drop-rates 0,0.1 --drop-path 0.2", dir);
+    EXPECT_REFUSED(0, "drops 22% of the branches' work on average over layers and steps, which is "
+                   "high: no harm is reported for 7.5% of a small",
+                   "--out %s/a --steps 1 --drop-path 0.3", dir);
+    EXPECT_REFUSED(0, "drops 10%", "--out %s/c --steps 1000 --dry-run --drop-path 0.4 "
+                   "--drop-recipe elhoushi2026", dir);
+    EXPECT_REFUSED(1, "this model has 2 layers", "--out %s/d --steps 1 --drop-rates 0,0.1,0.2",
+                   dir);
+    EXPECT_REFUSED(1, "a rate in [0,1) for each layer", "--out %s/d --steps 1 --drop-rates 0,x",
+                   dir);
+    EXPECT_REFUSED(1, "leave out --drop-path",
+                   "--out %s/d --steps 1 --drop-rates 0,0.1 --drop-path 0.2", dir);
     ToolRun quiet = trainer_test_run("--out %s/b --steps 1 --drop-path 0.1", dir);
     EXPECT_TEXT(quiet.err.s, "");
     tool_free(&quiet);

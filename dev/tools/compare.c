@@ -1,12 +1,14 @@
-// compare.c: does drop path pay? Trains without it and with it, on the same data in the same order, for one seed or
-// several, and sets loss, FLOPs, time and memory side by side.
+// compare.c: does drop path pay? Trains without it and with it, on the same data in the same order,
+// for one seed or several, and compares loss, FLOPs, time and memory.
 //
-//     build/compare --train 'data/train_*.bin' --val 'data/val_*.bin' --drop-path 0.1 --seeds 3 --out runs/compare
+//     build/compare --train 'data/train_*.bin' --val 'data/val_*.bin' --drop-path 0.1 --seeds 3
+//         --out runs/compare
 //
-// Takes every option of train_gpt. Each run is one that train_gpt would do, in a folder of its own, OUT/none_s1337,
-// OUT/drop_s1337, ...; the same command again goes on where it stopped, or with more --seeds adds the runs that are
-// missing. The answer is printed and written to OUT/compare.md and OUT/compare.json. The signals that stop train_gpt,
-// signals.h lists them, stop every run after its step, saved.
+// Accepts every option of train_gpt. Each run is the same as train_gpt's, in its own folder,
+// OUT/none_s1337, OUT/drop_s1337, ...; repeating the command continues where it stopped, or with
+// more --seeds adds the missing runs. The result is printed and written to OUT/compare.md and
+// OUT/compare.json. The signals that stop train_gpt (see signals.h) stop and save every run after
+// its step.
 #include "../files/files.h"
 #include "../model/engines.h"
 #include "../run/trainer.h"
@@ -23,28 +25,31 @@
 
 // ---- Options: the trainer's, and these ----
 
-#define COMPARE_OPTIONS(HEADING, OPTION)                                                                             \
-  HEADING("Compare: every run is done without drop path and with it")                                                \
-    OPTION(seeds, "seeds", INTEGER, "1", "[1,1000]",                                                                 \
-           "runs of each kind, with seeds --seed, --seed + 1, ...; differences have an interval from 2 on")          \
-    OPTION(equal_flops, "equal-flops", FLAG, "1", "0|1",                                                             \
-           "also train with drop path for as many more steps as its saving pays for")                                \
-    OPTION(take_turns, "take-turns", FLAG, "1", "0|1",                                                               \
-           "the runs of a seed work in turn, half a second each, so that a noisy machine slows all alike; 0: one "    \
-           "after the other, in less memory")                                                                        \
-    OPTION(picture, "picture", FLAG, "1", "0|1",                                                                     \
+#define COMPARE_OPTIONS(HEADING, OPTION)                                                          \
+  HEADING("Compare: every run is made without and with drop path")                             \
+    OPTION(seeds, "seeds", INTEGER, "1", "[1,1000]",                                              \
+           "runs of each kind, with seeds --seed, --seed + 1, ...; differences have an interval " \
+               "from 2 on")                                                                       \
+    OPTION(equal_flops, "equal-flops", FLAG, "1", "0|1",                                          \
+           "also train with drop path at equal FLOPs, for correspondingly more steps")             \
+    OPTION(take_turns, "take-turns", FLAG, "1", "0|1",                                            \
+           "the runs of a seed work in turn, half a second each, so that a noisy machine slows "  \
+               "all alike; 0: one "                                                               \
+           "after the other, in less memory")                                                     \
+    OPTION(picture, "picture", FLAG, "1", "0|1",                                                  \
            "also draw OUT/compare.png and .svg, where python3 has matplotlib")
 
 OPTION_TABLE(COMPARE_OPTIONS, CompareOptions, compare_options)
 
-// ---- What is compared ----
+// ---- Compared results ----
 
 #define TURN_SECONDS 0.5
 
 enum { NONE, DROP, DROP_FLOPS, MAX_ARMS };
-static const char *const arm_name[MAX_ARMS] = {"none", "drop", "drop_flops"};      // of folders, and in compare.json
+// of folders, and in compare.json
+static const char *const arm_name[MAX_ARMS] = {"none", "drop", "drop_flops"};
 
-// Every number of a run: its name in compare.json, its row in the table, the unit of that row, and how it is printed.
+// The results of a run: name in compare.json, row in the table, its unit, and its format.
 #define NUMBERS(X)                                                                   \
     X(steps,            "optimizer steps",                     1,       "%.0f")      \
     X(tokens,           "tokens trained on",                   1,       "%.0f")      \
@@ -62,7 +67,8 @@ static const char *const arm_name[MAX_ARMS] = {"none", "drop", "drop_flops"};   
 enum { NUMBERS(X) N_NUMBERS };
 #undef X
 
-static const struct { const char *name, *title; double unit; const char *format; } number[N_NUMBERS] = {
+static const struct { const char *name, *title; double unit; const char *format;
+                      } number[N_NUMBERS] = {
 #define X(name, title, unit, format) {#name, title, unit, format},
     NUMBERS(X)
 #undef X
@@ -75,15 +81,16 @@ typedef struct {
     GptConfig config;
     int T, seeds, arms;
     int64_t step_tokens, steps[MAX_ARMS];
-    double *value[MAX_ARMS][N_NUMBERS];                  // (seeds) each
-    double *peak;                                        // FLOP/s, shared by the runs; 0 until one has measured it
+    double *value[MAX_ARMS][N_NUMBERS];  // (seeds) each
+    double *peak;                        // FLOP/s, shared by the runs; 0 until one has measured it
 } Compare;
 
-// ---- Before anything is written ----
+// ---- Checks before anything is written ----
 
 static void read_options(Compare *c, int argc, char **argv) {
     const TrainOptions *o = &c->train;
-    options_init(&c->options, "compare --train GLOB --val GLOB --drop-path X [--seeds N] [options]");
+    options_init(&c->options, "compare --train GLOB --val GLOB --drop-path X [--seeds N] "
+                 "[options]");
     c->options.engine = engine_default_name();
     c->options.notes = SIGNALS_HELP;
     options_add(&c->options, train_options(), &c->train);
@@ -91,23 +98,29 @@ static void read_options(Compare *c, int argc, char **argv) {
     options_parse(&c->options, argc, argv);
     options_apply_recipe(&c->options, &c->train);
     if (!*o->train || !*o->val)
-        die("compare needs --train and --val\n  hint: data/README.md tells how to make token shards");
-    if (o->drop_path == 0) die("compare needs a --drop-path above 0\n  hint: 0.1 is usual for a small model");
-    if (o->dry_run) die("compare has no --dry-run\n  hint: build/train_gpt --dry-run, with these options");
-    if (*o->resume) die("compare does without --resume: the same command goes on where it stopped");
+        die("compare needs --train and --val\n  hint: data/README.md tells how to make token "
+            "shards");
+    if (o->drop_path == 0)
+        die("compare needs a --drop-path above 0\n  hint: 0.1 is usual for a small model");
+    if (o->dry_run)
+        die("compare has no --dry-run\n  hint: build/train_gpt --dry-run, with these options");
+    if (*o->resume) die("compare does without --resume: the same command continues where it stopped");
     if (*o->grow) die("compare weighs drop path alone\n  hint: leave out --grow");
-    if (*o->drop_replay) die("--drop-replay: compare draws its plans\n  hint: train_gpt replays them");
+    if (*o->drop_replay)
+        die("--drop-replay: compare draws its plans\n  hint: train_gpt replays them");
     CommLaunch launch;
     char *error = comm_launch(&launch, "tcp://localhost:1", "unused", comm_look, NULL);
-    if (error || launch.world > 1) die("compare is one process: start it without mpirun, srun or scripts/launch.sh");
+    if (error || launch.world > 1)
+        die("compare is one process: start it without mpirun, srun or scripts/launch.sh");
     if (o->seed > INT64_MAX - c->own.seeds)
-        die("--seed %lld leaves no room for %lld seeds", (long long)o->seed, (long long)c->own.seeds);
+        die("--seed %lld leaves no room for %lld seeds", (long long)o->seed,
+            (long long)c->own.seeds);
     c->seeds = (int)c->own.seeds;
     c->arms = c->own.equal_flops ? MAX_ARMS : DROP_FLOPS;
 }
 
-// The model, the steps and the data, as the trainer will see them. No engine is opened here: its threads would not
-// survive a fork.
+// The model, the steps and the data, as the trainer will see them. Does not open an engine: its
+// threads would not survive a fork.
 static void read_sizes(Compare *c) {
     Trainer tr;
     memset(&tr, 0, sizeof tr);
@@ -131,7 +144,7 @@ static void read_sizes(Compare *c) {
     for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr.manifest[i]);
 }
 
-// The steps with drop path that cost as much as the run without it.
+// The steps with drop path whose FLOPs equal the run without it.
 static int64_t equal_flops_steps(const Compare *c) {
     const Budget b = {&c->train, &c->config, c->T};
     return budget_steps(&b, (double)c->steps[NONE], c->steps[NONE]);
@@ -160,7 +173,7 @@ static Text run_config(const Compare *c, TrainOptions *o) {
     return text;
 }
 
-// Whether the run was started before; dies when that was with other options.
+// Whether the run was started before; dies if that was with other options.
 static int run_started(const char *out, const Text *config) {
     char *path = xprintf("%s/config.txt", out);
     FileMap map;
@@ -179,7 +192,8 @@ static int run_started(const char *out, const Text *config) {
     return started;
 }
 
-// Reads the numbers of a run out of its metrics.jsonl; returns whether it was trained and evaluated to its end.
+// Reads the results of a run from its metrics.jsonl; returns whether training and the final
+// evaluation are complete.
 static int run_read(Compare *c, int arm, int s, const char *out) {
     char *path = xprintf("%s/metrics.jsonl", out);
     MetricsLog log = {NULL, 0};
@@ -187,8 +201,10 @@ static int run_read(Compare *c, int arm, int s, const char *out) {
     free(path);
     const int64_t n = log.n;
     const Metrics *last = n ? &log.record[n - 1] : NULL;
-    char *checkpoint = checkpoint_path(out, c->steps[arm]);                       // written after the last record
-    const int finished = n == c->steps[arm] && last->step == (double)n && isfinite(last->val_loss) && path_exists(checkpoint);
+    // written after the last record
+    char *checkpoint = checkpoint_path(out, c->steps[arm]);
+    const int finished = n == c->steps[arm] && last->step == (double)n &&
+        isfinite(last->val_loss) && path_exists(checkpoint);
     free(checkpoint);
     if (finished) {
         double flops = 0, ms = 0, peak = 0;
@@ -200,7 +216,8 @@ static int run_read(Compare *c, int arm, int s, const char *out) {
         const double value[N_NUMBERS] = {
             [N_steps] = last->step, [N_tokens] = last->tokens, [N_flops] = flops,
             [N_val_loss] = last->val_loss, [N_val_ppl] = last->val_ppl, [N_val_bpb] = last->val_bpb,
-            [N_tok_per_s] = last->tokens / (ms / 1000), [N_seconds] = ms / 1000, [N_peak_bytes] = peak,
+            [N_tok_per_s] = last->tokens / (ms / 1000), [N_seconds] = ms / 1000,
+            [N_peak_bytes] = peak,
             [N_speedup_measured] = arm == NONE ? 1 : c->value[NONE][N_seconds][s] / (ms / 1000),
             [N_speedup_ideal] = arm == NONE ? 1 : c->value[NONE][N_flops][s] / flops,
         };
@@ -210,24 +227,24 @@ static int run_read(Compare *c, int arm, int s, const char *out) {
     return finished;
 }
 
-// ---- The runs of one seed: a process each, so that peak memory is the run's own; they take turns ----
+// ---- The runs of one seed: one process each, to measure its own peak memory, in turns ----
 
 typedef struct {
     TrainOptions o;
     Text config;
     char *title, label[16];
-    int started, finished;                               // before this program, wholly before
-    int begun, told;                                     // has had a turn; was handed the signal that stops it
-    pid_t pid;                                           // 0: no process
-    int go, done;                                        // our ends of the pipes of TrainerTurn
+    int started, finished;  // before this program, wholly before
+    int begun, told;        // has had a turn; was handed the signal that stops it
+    pid_t pid;              // 0: no process
+    int go, done;           // our ends of the pipes of TrainerTurn
 } Run;
 
 static void run_open(Compare *c, Run *r, int arm, int s) {
     memset(r, 0, sizeof *r);
     r->o = run_options(c, arm, s);
     r->config = run_config(c, &r->o);
-    r->title = xprintf("run %d of %d: %s, seed %lld", s * c->arms + arm + 1, c->seeds * c->arms, arm_name[arm],
-                       (long long)r->o.seed);
+    r->title = xprintf("run %d of %d: %s, seed %lld", s * c->arms + arm + 1, c->seeds * c->arms,
+                       arm_name[arm], (long long)r->o.seed);
     snprintf(r->label, sizeof r->label, "%-10s ", arm_name[arm]);
     r->started = run_started(r->o.out, &r->config);
     r->finished = run_read(c, arm, s, r->o.out);
@@ -239,7 +256,7 @@ static void run_close(Run *r) {
     free(r->o.out);
 }
 
-// Starts a process that trains as soon as it has its first turn. `others` (n) are started already.
+// Starts a process that trains from its first turn on. `others` (n) are already started.
 static void run_start(Run *r, double seconds, double *peak, const Run *others, int n) {
     int go[2], done[2];
     fflush(NULL);
@@ -250,7 +267,8 @@ static void run_start(Run *r, double seconds, double *peak, const Run *others, i
 #ifdef __linux__
         prctl(PR_SET_PDEATHSIG, SIGKILL);                // who kills compare means its runs too
 #endif
-        for (int i = 0; i < n; i++)                      // or they would not see that compare has ended
+        // or they would not see that compare has ended
+        for (int i = 0; i < n; i++)
             if (others[i].pid) close(others[i].go), close(others[i].done);
         close(go[1]);
         close(done[0]);
@@ -267,7 +285,7 @@ static void run_start(Run *r, double seconds, double *peak, const Run *others, i
     r->done = done[0];
 }
 
-// Hands what this process was asked for by a signal on to the runs (n).
+// Forwards signals that this process received to the runs (n).
 static void hand_on(Run *run, int n) {
     const int save = signals_take_save();
     for (int i = 0; i < n; i++) {
@@ -277,7 +295,7 @@ static void hand_on(Run *run, int n) {
     }
 }
 
-// Gives run i of n a turn and waits until it is over, by the run's word (1) or its end (0).
+// Gives run i of n a turn and waits until the run reports its end (1) or exits (0).
 static int take_turn(Run *run, int n, int i) {
     Run *r = &run[i];
     char byte = 0;
@@ -285,13 +303,14 @@ static int take_turn(Run *run, int n, int i) {
     r->begun = 1;
     hand_on(run, n);
     if (write(r->go, &byte, 1) != 1) return 0;
-    while (poll(&done, 1, 100) <= 0) hand_on(run, n);    // a signal that comes just before poll waits 100 ms
+    // a signal that comes just before poll waits 100 ms
+    while (poll(&done, 1, 100) <= 0) hand_on(run, n);
     ssize_t got;
     while ((got = read(r->done, &byte, 1)) < 0 && errno == EINTR) {}
     return got == 1;
 }
 
-// Takes the turn of run i of n; returns whether there is more to do. Exits with the run's code if it has failed: the
+// One turn of run i of n; returns whether more remains. Exits with the run's code if it failed: the
 // others end with this process.
 static int run_turn(Run *run, int n, int i) {
     Run *r = &run[i];
@@ -305,18 +324,21 @@ static int run_turn(Run *run, int n, int i) {
     close(r->done);
     r->pid = 0;
     if (status == 0 || cancelled) return 0;
-    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);      // as a shell counts
-    fprintf(stderr, "error: %s ended with exit code %d\n  hint: the same command again goes on with it\n", r->title, code);
+    // as a shell counts
+    const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    fprintf(stderr, "error: %s ended with exit code %d\n  hint: the same command again goes on "
+            "with it\n", r->title, code);
     exit(code);
 }
 
-// All runs of seed s; returns whether they came to their end. With --take-turns 0 a turn is a whole run.
+// All runs of seed s; returns whether they finished. With --take-turns 0 a turn is a whole run.
 static int run_seed(Compare *c, int s) {
     Run run[MAX_ARMS];
     const double seconds = c->own.take_turns ? TURN_SECONDS : INFINITY;
     for (int arm = 0; arm < c->arms; arm++) {
         run_open(c, &run[arm], arm, s);
-        if (run[arm].finished) printf("%s: finished before, in %s\n", run[arm].title, run[arm].o.out);
+        if (run[arm].finished)
+            printf("%s: finished before, in %s\n", run[arm].title, run[arm].o.out);
         else run_start(&run[arm], seconds, c->peak, run, arm);
     }
     for (int busy = 1; busy;) {
@@ -334,24 +356,28 @@ static int run_seed(Compare *c, int s) {
     return finished;
 }
 
-// One compare at a time in a folder. The lock lasts as long as any process of this compare, an orphaned run included.
+// Only one compare at a time per folder. The lock is held until all processes of this compare have
+// ended, including orphaned runs.
 static void lock_folder(const char *out) {
     const int fd = open(out, O_RDONLY);
-    if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;  // some network disks have no locks
+    // some network disks have no locks
+    if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;
     printf("waiting for another compare in %s to end\n", out);
     fflush(stdout);
     while (flock(fd, LOCK_EX) && errno == EINTR) {}
 }
 
-// ---- What came of it ----
+// ---- Results ----
 
-static double mean_of(const Compare *c, int arm, int k) { return stats_mean(c->value[arm][k], c->seeds); }
+static double mean_of(const Compare *c, int arm, int k) {
+    return stats_mean(c->value[arm][k], c->seeds);
+}
 
 static StatsDifference minus_none(const Compare *c, int arm, int k) {
     return stats_paired(c->value[arm][k], c->value[NONE][k], c->seeds);
 }
 
-// A loss above the baseline's by more than 3% of it, and by more than chance explains where that can be told.
+// A loss more than 3% above the baseline's, and, if that can be tested, by more than chance.
 static int underfits(const Compare *c, int arm) {
     const StatsDifference d = minus_none(c, arm, N_val_loss);
     return d.mean > 0.03 * mean_of(c, NONE, N_val_loss) && (c->seeds < 2 || d.mean > 2 * d.error);
@@ -362,7 +388,8 @@ static char *arm_title(const Compare *c, int arm) {
     return xprintf("drop path %g%s", c->train.drop_path, arm == DROP ? "" : ", equal FLOPs");
 }
 
-// "1.9012 (sd 0.0031)"; without the sd where all seeds agree or there is one, "n/a" where there is no number.
+// "1.9012 (sd 0.0031)"; without the sd if all seeds agree or there is only one; "n/a" without a
+// value.
 static char *mean_cell(const Compare *c, int arm, int k) {
     const double mean = mean_of(c, arm, k), sd = stats_sd(c->value[arm][k], c->seeds);
     if (isnan(mean)) return xstrdup("n/a");
@@ -394,11 +421,13 @@ static void report_tables(const Compare *c, Text *out) {
     }
     for (int k = 0; k < N_NUMBERS; k++) {
         *table_cell(&means, 1 + k, 0) = xstrdup(number[k].title);
-        for (int arm = 0; arm < c->arms; arm++) *table_cell(&means, 1 + k, 1 + arm) = mean_cell(c, arm, k);
+        for (int arm = 0; arm < c->arms; arm++)
+            *table_cell(&means, 1 + k, 1 + arm) = mean_cell(c, arm, k);
     }
     for (int k = N_val_loss, row = 1; k <= N_val_bpb; k++, row++) {
         *table_cell(&differences, row, 0) = xstrdup(number[k].title);
-        for (int arm = DROP; arm < c->arms; arm++) *table_cell(&differences, row, arm) = difference_text(c, arm, k);
+        for (int arm = DROP; arm < c->arms; arm++)
+            *table_cell(&differences, row, arm) = difference_text(c, arm, k);
     }
     table_print(out, &means);
     text_printf(out, "\n");
@@ -409,29 +438,33 @@ static void report_tables(const Compare *c, Text *out) {
 
 static void report_verdict(const Compare *c, Text *out) {
     text_printf(out, "\nTimes are sums over the steps, without evaluation and saving. %s.\n"
-                "What else the machine did is in them: trust a speed-up as far as the seeds agree. %s\n\n",
-                c->own.take_turns ? "The runs of a seed took turns" : "One run followed the other",
-                c->seeds > 1 ? "sd: standard\ndeviation over the seeds."
-                             : "One seed tells no\neffect from chance: with --seeds 2 or more differences have an interval.");
+                "What else the machine did is in them: trust a speed-up as far as the seeds agree. "
+                "%s\n\n", c->own.take_turns ? "The runs of a seed took turns" : "One run followed "
+                "the other", c->seeds > 1 ? "sd: standard\ndeviation over the seeds."
+                             : "One seed tells no\neffect from chance: with --seeds 2 or more "
+                             "differences have an interval.");
     for (int arm = DROP; arm < c->arms; arm++) {
         char *title = arm_title(c, arm);
         if (underfits(c, arm))
-            text_printf(out, "underfitting: the validation loss with %s is %.1f%% above the one without.\n"
+            text_printf(out, "underfitting: the validation loss with %s is %.1f%% above the one "
+                        "without.\n"
                         "  hint: lower --drop-path, or train longer\n\n", title,
                         100 * (mean_of(c, arm, N_val_loss) / mean_of(c, NONE, N_val_loss) - 1));
         free(title);
     }
     const double none = mean_of(c, NONE, N_val_loss);
     char *difference = difference_text(c, DROP, N_val_loss);
-    text_printf(out, "drop path %g: validation loss %.4f vs %.4f (%s), with %.1f%% fewer FLOPs and %.2fx the speed, "
-                "measured (ideal %.2fx)", c->train.drop_path, mean_of(c, DROP, N_val_loss), none, difference,
-                100 * (1 - mean_of(c, DROP, N_flops) / mean_of(c, NONE, N_flops)), mean_of(c, DROP, N_speedup_measured),
-                mean_of(c, DROP, N_speedup_ideal));
+    text_printf(out, "drop path %g: validation loss %.4f vs %.4f (%s), with %.1f%% fewer FLOPs and "
+                "%.2fx the speed, measured (ideal %.2fx)", c->train.drop_path,
+                mean_of(c, DROP, N_val_loss), none, difference,
+                100 * (1 - mean_of(c, DROP, N_flops) / mean_of(c, NONE, N_flops)),
+                mean_of(c, DROP, N_speedup_measured), mean_of(c, DROP, N_speedup_ideal));
     free(difference);
     if (c->arms > DROP_FLOPS) {
         difference = difference_text(c, DROP_FLOPS, N_val_loss);
-        text_printf(out, "; at equal FLOPs (%lld steps) %.4f vs %.4f (%s)", (long long)c->steps[DROP_FLOPS],
-                    mean_of(c, DROP_FLOPS, N_val_loss), none, difference);
+        text_printf(out, "; at equal FLOPs (%lld steps) %.4f vs %.4f (%s)",
+                    (long long)c->steps[DROP_FLOPS], mean_of(c, DROP_FLOPS, N_val_loss), none,
+                    difference);
         free(difference);
     }
     text_printf(out, ".\n");
@@ -443,18 +476,22 @@ static void markdown(const Compare *c, Text *out, const char *command, const Tex
     const GptConfig *g = &c->config;
     char parameters[32];
     metrics_grouped(parameters, (double)gpt_params_count(g));
-    text_printf(out, "# Drop path %g compared with none\n\n    %s\n\n", c->train.drop_path, command);
-    text_printf(out, "%s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary %d.\n", parameters, g->L,
-                g->NH, g->C, c->T, g->V);
-    text_printf(out, "%lld steps of %lld tokens", (long long)c->steps[NONE], (long long)c->step_tokens);
-    if (c->arms > DROP_FLOPS) text_printf(out, "; at equal FLOPs %lld steps", (long long)c->steps[DROP_FLOPS]);
-    text_printf(out, ". Seeds %lld to %lld.\n\n%s", (long long)c->train.seed, (long long)c->train.seed + c->seeds - 1,
-                report->s);
+    text_printf(out, "# Drop path %g compared with none\n\n    %s\n\n", c->train.drop_path,
+                command);
+    text_printf(out, "%s parameters: %d layers, %d heads, %d channels, %d tokens a row, vocabulary "
+                "%d.\n", parameters, g->L, g->NH, g->C, c->T, g->V);
+    text_printf(out, "%lld steps of %lld tokens", (long long)c->steps[NONE],
+                (long long)c->step_tokens);
+    if (c->arms > DROP_FLOPS)
+        text_printf(out, "; at equal FLOPs %lld steps", (long long)c->steps[DROP_FLOPS]);
+    text_printf(out, ". Seeds %lld to %lld.\n\n%s", (long long)c->train.seed,
+                (long long)c->train.seed + c->seeds - 1, report->s);
 }
 
 static void json_run(const Compare *c, Text *out, int arm, int s) {
     TrainOptions o = run_options(c, arm, s);
-    text_printf(out, "    {\"arm\": \"%s\", \"seed\": %lld, \"out\": ", arm_name[arm], (long long)o.seed);
+    text_printf(out, "    {\"arm\": \"%s\", \"seed\": %lld, \"out\": ", arm_name[arm],
+                (long long)o.seed);
     json_write_string(out, o.out);
     for (int k = 0; k < N_NUMBERS; k++) {
         text_printf(out, ", ");
@@ -465,7 +502,8 @@ static void json_run(const Compare *c, Text *out, int arm, int s) {
 }
 
 static void json_arm(const Compare *c, Text *out, int arm) {
-    static const char *const moments[2] = {"mean", "sd"}, *const interval[3] = {"mean", "low", "high"};
+    static const char *const moments[2] = {"mean", "sd"},
+        *const interval[3] = {"mean", "low", "high"};
     text_printf(out, "    \"%s\": {\n", arm_name[arm]);
     for (int k = 0; k < N_NUMBERS; k++) {
         const double value[2] = {mean_of(c, arm, k), stats_sd(c->value[arm][k], c->seeds)};
@@ -476,11 +514,13 @@ static void json_arm(const Compare *c, Text *out, int arm) {
     for (int k = N_val_loss; arm != NONE && k <= N_val_bpb; k++) {
         const StatsDifference d = minus_none(c, arm, k);
         const double value[3] = {d.mean, d.low, d.high};
-        text_printf(out, "%s\"%s\": {", k == N_val_loss ? ",\n      \"minus_none\": {" : ", ", number[k].name);
+        text_printf(out, "%s\"%s\": {", k == N_val_loss ? ",\n      \"minus_none\": {" : ", ",
+                    number[k].name);
         json_numbers(out, 3, interval, value);
         text_printf(out, k == N_val_bpb ? "}}" : "}");
     }
-    if (arm != NONE) text_printf(out, ",\n      \"underfitting\": %s", underfits(c, arm) ? "true" : "false");
+    if (arm != NONE)
+        text_printf(out, ",\n      \"underfitting\": %s", underfits(c, arm) ? "true" : "false");
     text_printf(out, "\n    }");
 }
 
@@ -490,9 +530,10 @@ static void json(const Compare *c, Text *out, const char *command) {
     json_write_string(out, command);
     text_printf(out, ",\n  \"drop_path\": ");
     json_write_number(out, c->train.drop_path);
-    text_printf(out, ",\n  \"model\": {\"parameters\": %zu, \"layers\": %d, \"heads\": %d, \"channels\": %d, "
-                "\"seq_len\": %d, \"vocab_size\": %d},\n  \"step_tokens\": %lld,\n  \"seeds\": %d,\n  \"runs\": [",
-                gpt_params_count(g), g->L, g->NH, g->C, c->T, g->V, (long long)c->step_tokens, c->seeds);
+    text_printf(out, ",\n  \"model\": {\"parameters\": %zu, \"layers\": %d, \"heads\": %d, "
+                "\"channels\": %d, \"seq_len\": %d, \"vocab_size\": %d},\n  \"step_tokens\": "
+                "%lld,\n  \"seeds\": %d,\n  \"runs\": [", gpt_params_count(g), g->L, g->NH, g->C,
+                c->T, g->V, (long long)c->step_tokens, c->seeds);
     for (int i = 0; i < c->seeds * c->arms; i++) {
         text_printf(out, i ? ",\n" : "\n");
         json_run(c, out, i % c->arms, i / c->arms);
@@ -505,7 +546,7 @@ static void json(const Compare *c, Text *out, const char *command) {
     text_printf(out, "\n  },\n  \"underfitting\": %s\n}\n", underfits(c, DROP) ? "true" : "false");
 }
 
-// ---- compare.png and compare.svg, by scripts/plot.py: an extra, whose absence is no failure ----
+// ---- compare.png and compare.svg, by scripts/plot.py: optional ----
 
 static void write_picture(const Compare *c, const char *program) {
     char *plot = picture_plot(program), *out = xprintf("%s/compare", c->train.out);
@@ -528,7 +569,8 @@ static void write_picture(const Compare *c, const char *program) {
 
 static void write_report(const Compare *c, int argc, char **argv) {
     Text command = {NULL, 0, 0}, report = {NULL, 0, 0}, md = {NULL, 0, 0}, js = {NULL, 0, 0};
-    char *md_path = xprintf("%s/compare.md", c->train.out), *js_path = xprintf("%s/compare.json", c->train.out);
+    char *md_path = xprintf("%s/compare.md", c->train.out),
+        *js_path = xprintf("%s/compare.json", c->train.out);
     for (int i = 0; i < argc; i++) {
         if (i) text_append(&command, " ", 1);
         shell_word(&command, argv[i]);
@@ -553,16 +595,21 @@ int main(int argc, char **argv) {
     read_sizes(c);
     if (c->arms > DROP_FLOPS) c->steps[DROP_FLOPS] = equal_flops_steps(c);
     for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++)
-        c->value[i / N_NUMBERS][i % N_NUMBERS] = (double *)xcalloc((size_t)c->seeds, sizeof(double));
+        c->value[i / N_NUMBERS][i % N_NUMBERS] = (double *)xcalloc((size_t)c->seeds,
+                                                                   sizeof(double));
     directory_make(c->train.out);
     lock_folder(c->train.out);
-    signals_begin();                                     // a run that has died is told by its exit code, not SIGPIPE
+    // a run that has died is told by its exit code, not SIGPIPE
+    signals_begin();
     signals_catch();
-    c->peak = (double *)mmap(NULL, sizeof *c->peak, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    c->peak = (double *)mmap(NULL, sizeof *c->peak, PROT_READ | PROT_WRITE,
+                             MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (c->peak == MAP_FAILED) die("cannot share memory: %s", strerror(errno));
     int s = 0;
     while (s < c->seeds && run_seed(c, s)) s++;
-    if (s < c->seeds) printf("stopped by %s: every run is saved; the same command goes on from here\n", signals_name());
+    if (s < c->seeds)
+        printf("stopped by %s: every run is saved; the same command goes on from here\n",
+               signals_name());
     else {
         write_report(c, argc, argv);
         if (c->own.picture) write_picture(c, argv[0]);

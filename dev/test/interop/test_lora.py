@@ -1,4 +1,5 @@
-"""Our adapters in the hands of peft, and peft's in ours: loaded, merged, and twenty steps of AdamW side by side.
+"""Our adapters in the hands of peft, and peft's in ours: loaded, merged, and twenty steps of AdamW
+side by side.
 
 Run:    make test-interop              or some: dev/test/interop/run.sh Lora.test_steps
 Needs:  peft beside what test_interop.py needs
@@ -25,40 +26,48 @@ def quiet():
 
 def adapted(model, rank, alpha, targets, norms=False, seed=3, **more):
     """model with peft's adapters, their numbers far from the initial ones."""
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM",
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=True,
+                             task_type="CAUSAL_LM",
                              modules_to_save=["ln_1", "ln_2", "ln_f"] if norms else None, **more)
     model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:
-                p.copy_(0.2 * torch.randn(p.shape, generator=generator) + ("ln_" in name and name.endswith("weight")))
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator) + ("ln_" in name
+                    and name.endswith("weight")))
     return model.eval()
 
 
 class Lora(Interop):
     def train(self, start, tokens, out, *options, steps=20, size=SIZES[0]):
         write_shard(self.folder / "train.bin", tokens)
-        run("train_gpt", "--train", self.folder / "train.bin", "--init-from", start, "--out", out, "--seq-len", 13,
-            "--batch", 4, "--total-batch", 4 * 13 * 2, "--steps", steps, "--lr", 0.004, "--warmup", 2, "--eps", 1e-5,
+        run("train_gpt", "--train", self.folder / "train.bin", "--init-from", start, "--out", out,
+            "--seq-len", 13,
+            "--batch", 4, "--total-batch", 4 * 13 * 2, "--steps", steps, "--lr", 0.004, "--warmup",
+            2, "--eps", 1e-5,
             "--seed", 5, *options)
         return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     def test_theirs_in_ours(self):
         """Saved by peft, with targets named in several ways; read, evaluated and merged by us."""
-        ways = [(4, 8, list(MODULES.values()), {}), (1, 3, ["c_attn"], {}), (7, 7, ["c_proj"], {}), (3, 6, "all-linear", {}),
+        ways = [(4, 8, list(MODULES.values()), {}), (1, 3, ["c_attn"], {}), (7, 7, ["c_proj"], {}),
+                (3, 6, "all-linear", {}),
                 (5, 10, ["c_fc", "attn.c_proj"], {"lora_dropout": 0.3})]
         for i, (rank, alpha, targets, more) in enumerate(ways):
             for norms in (False, True):
                 size = SIZES[i % len(SIZES)]
-                base, saved, merged = (self.folder / f"{kind}{i}{norms}" for kind in ("base", "adapter", "merged"))
+                base, saved, merged = (self.folder / f"{kind}{i}{norms}" for kind in ("base",
+                    "adapter", "merged"))
                 random_model(**size, seed=i).save_pretrained(base)
                 model = adapted(load(base), rank, alpha, targets, norms, **more)
                 model.save_pretrained(saved)
                 tokens = random_tokens(3, size["T"], size["V"])
                 want = their_logits(model, tokens)
-                self.assert_logits(our_logits(saved, tokens, self.folder), want, what=f"{targets}, norms {norms}")
-                self.assertGreater(np.abs(want - their_logits(load(base), tokens)).max(), 0.1, "the adapter does nothing")
+                self.assert_logits(our_logits(saved, tokens, self.folder), want,
+                                   what=f"{targets}, norms {norms}")
+                self.assertGreater(np.abs(want - their_logits(load(base), tokens)).max(), 0.1,
+                                   "the adapter does nothing")
                 run("export", saved, "--out", merged)
                 self.assert_logits(their_logits(load(merged), tokens), want, what="merged by us")
 
@@ -67,8 +76,10 @@ class Lora(Interop):
         size = SIZES[0]
         base = self.folder / "base"
         random_model(**size).save_pretrained(base)
-        tokens, checked = random_tokens(1, 60 * 13 + 1, size["V"])[0], random_tokens(3, size["T"], size["V"])
-        for i, options in enumerate((["--lora", 4], ["--lora", 3, "--lora-targets", "qkv,fcproj", "--lora-alpha", 9],
+        tokens, checked = random_tokens(1, 60 * 13 + 1, size["V"])[0], random_tokens(3, size["T"],
+            size["V"])
+        for i, options in enumerate((["--lora", 4], ["--lora", 3, "--lora-targets", "qkv,fcproj",
+            "--lora-alpha", 9],
                                      ["--lora", 5, "--lora-norms", 1, "--lora-dropout", 0.2])):
             out, merged = self.folder / f"run{i}", self.folder / f"merged{i}"
             self.train(base, tokens, out, *options, steps=12)
@@ -77,7 +88,8 @@ class Lora(Interop):
                 model = peft.PeftModel.from_pretrained(load(base), out / "latest").eval()
             want = their_logits(model, checked)
             self.assert_logits(our_logits(out / "latest", checked, self.folder), want, what=options)
-            self.assertGreater(np.abs(want - their_logits(load(base), checked)).max(), 1e-2, "nothing was learnt")
+            self.assertGreater(np.abs(want - their_logits(load(base), checked)).max(), 1e-2,
+                               "nothing was learnt")
             run("export", out / "latest", "--out", merged)
             ours, theirs = load(merged).state_dict(), model.double().merge_and_unload().state_dict()
             for name, w in theirs.items():
@@ -93,18 +105,24 @@ class Lora(Interop):
         base, first, out = self.folder / "base", self.folder / "first", self.folder / "run"
         random_model(**size).save_pretrained(base)
         tokens = random_tokens(1, 50 * T + 1, size["V"])[0]
-        options = ("--lora", rank, "--lora-alpha", alpha, "--lora-targets", ",".join(targets), "--lora-norms", int(norms),
+        options = ("--lora", rank, "--lora-alpha", alpha, "--lora-targets", ",".join(targets),
+                   "--lora-norms", int(norms),
                    "--drop-path", 0, *options)
-        self.train(base, tokens, first, *options, "--lr", 0, steps=1)        # nothing moves: the initial adapter
+        # nothing moves: the initial adapter
+        self.train(base, tokens, first, *options, "--lr", 0, steps=1)
         records = self.train(base, tokens, out, *options)
         with warnings.catch_warnings():
             quiet()
-            model = peft.PeftModel.from_pretrained(load(base), first / "latest", is_trainable=True).double().eval()
+            model = peft.PeftModel.from_pretrained(load(base), first / "latest",
+                                                   is_trainable=True).double().eval()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.assertEqual(sum(p.numel() for p in trained.values()),
-                         sum(w.size for w in load_file(first / "latest" / "adapter_model.safetensors").values()))
-        optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() == 2], "weight_decay": 0.1},
-                                       {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0}],
+                         sum(w.size for w in load_file(first / "latest" /
+                                                       "adapter_model.safetensors").values()))
+        optimizer = torch.optim.AdamW([{"params": [p for p in trained.values() if p.dim() == 2],
+                                        "weight_decay": 0.1},
+                                       {"params": [p for p in trained.values() if p.dim() == 1],
+                                        "weight_decay": 0.0}],
                                       betas=(0.9, 0.95), eps=1e-5)
         start = {name: p.detach().clone() for name, p in trained.items()}
         n, losses, norms_seen = (len(tokens) - 1) // T, [], []
@@ -113,9 +131,11 @@ class Lora(Interop):
             total = 0.0
             for m in range(M):
                 places = [T * window_of((step * M + m) * B + b, n, 5) for b in range(B)]
-                rows = torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in places]).astype(np.int64))
+                rows = torch.from_numpy(np.stack([tokens[s:s + T + 1]
+                                                  for s in places]).astype(np.int64))
                 logits = model(rows[:, :-1]).logits
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()) / M
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1),
+                                                         rows[:, 1:].flatten()) / M
                 loss.backward()
                 total += loss.item()
             norms_seen.append(torch.nn.utils.clip_grad_norm_(trained.values(), 1.0).item())
@@ -144,7 +164,8 @@ class Lora(Interop):
         size = SIZES[1]
         base = self.folder / "base"
         random_model(**size).save_pretrained(base)
-        kinds = {"rank_pattern": dict(rank_pattern={"c_attn": 2}), "alpha_pattern": dict(alpha_pattern={"c_attn": 2}),
+        kinds = {"rank_pattern": dict(rank_pattern={"c_attn": 2}),
+                 "alpha_pattern": dict(alpha_pattern={"c_attn": 2}),
                  "use_dora": dict(use_dora=True), "use_rslora": dict(use_rslora=True),
                  "layers_to_transform": dict(layers_to_transform=[0])}
         for name, more in kinds.items():
