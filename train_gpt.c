@@ -24,18 +24,20 @@
 // ---- Embedding: tokens (B,T) -> x (B,T,C) ----
 
 // `at` (B): the positions of the rows' first tokens; NULL: 0.
-static void embedding_forward(real *x, const int *tokens, const int *at, const real *wte, const real *wpe, size_t B, size_t T,
-                              size_t C) {
+static void embedding_forward(real *x, const int *tokens, const int *at, const real *wte,
+                              const real *wpe, size_t B, size_t T, size_t C) {
 #pragma omp parallel for
     for (size_t bt = 0; bt < B * T; bt++) {
         const size_t position = (at ? (size_t)at[bt / T] : 0) + bt % T;
-        for (size_t c = 0; c < C; c++) x[bt * C + c] = wte[(size_t)tokens[bt] * C + c] + wpe[position * C + c];
+        for (size_t c = 0; c < C; c++)
+            x[bt * C + c] = wte[(size_t)tokens[bt] * C + c] + wpe[position * C + c];
     }
 }
 
 // dwte (V,C) and dwpe (T,C) +=. Threads divide the channels, not the tokens: a token may occur many
 // times.
-static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const real *dx, size_t B, size_t T, size_t C) {
+static void embedding_backward(real *dwte, real *dwpe, const int *tokens, const real *dx, size_t B,
+                               size_t T, size_t C) {
     enum { WIDTH = 16 };
 #pragma omp parallel for
     for (size_t c0 = 0; c0 < C; c0 += WIDTH)
@@ -95,8 +97,9 @@ static void residual_backward(real *dout, const real *dx, const BranchPlan *b, s
 
 // y (n,T,C) = xhat * w + b, xhat (n,T,C) = (z - mean) * rstd, with z = x[rows], plus `more` (n,T,C)
 // if given. Saves xhat and rstd for the backward pass. Without `rows` all rows are read.
-static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, const real *more, const int *rows,
-                              const real *w, const real *b, size_t nT, size_t T, size_t C) {
+static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, const real *more,
+                              const int *rows, const real *w, const real *b, size_t nT, size_t T,
+                              size_t C) {
 #pragma omp parallel for
     for (size_t t = 0; t < nT; t++) {
         const real *from = x + token_place(rows, T, t) * C;
@@ -116,16 +119,18 @@ static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, co
 }
 
 // Recomputes y (n,T,C) from xhat: the backward pass needs it as the input of a matmul.
-static void layernorm_again(real *y, const real *xhat, const real *w, const real *b, size_t nT, size_t C) {
+static void layernorm_again(real *y, const real *xhat, const real *w, const real *b, size_t nT,
+                            size_t C) {
 #pragma omp parallel for
     for (size_t t = 0; t < nT; t++)
         for (size_t c = 0; c < C; c++) y[t * C + c] = xhat[t * C + c] * w[c] + b[c];
 }
 
-// dx[rows] += dz = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * w (n,T,C);  dw, db (C) +=, where given.
-// `also` (n,T,C), where given, += dz: the gradient of `more`.
-static void layernorm_backward(real *dx, real *also, real *dw, real *db, const real *dy, const real *xhat, const real *rstd,
-                               const int *rows, const real *w, size_t nT, size_t T, size_t C) {
+// dx[rows] += dz = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * w (n,T,C); dw, db (C) +=,
+// if given. `also` (n,T,C), if given, += dz: the gradient of `more`.
+static void layernorm_backward(real *dx, real *also, real *dw, real *db, const real *dy,
+                               const real *xhat, const real *rstd, const int *rows, const real *w,
+                               size_t nT, size_t T, size_t C) {
     if (dw) column_sums(db, dw, dy, xhat, nT, C);
 #pragma omp parallel for
     for (size_t t = 0; t < nT; t++) {
@@ -140,7 +145,8 @@ static void layernorm_backward(real *dx, real *also, real *dw, real *db, const r
         along /= (real)C;
         for (size_t c = 0; c < C; c++) to[c] += rstd[t] * (g[c] * w[c] - mean - z[c] * along);
         if (!also) continue;
-        for (size_t c = 0; c < C; c++) also[t * C + c] += rstd[t] * (g[c] * w[c] - mean - z[c] * along);
+        for (size_t c = 0; c < C; c++)
+            also[t * C + c] += rstd[t] * (g[c] * w[c] - mean - z[c] * along);
     }
 }
 
@@ -153,15 +159,17 @@ static void layernorm_backward(real *dx, real *also, real *dw, real *db, const r
 // and explains why.
 
 typedef struct {                                         // one thread's workspace
-    _Alignas(64) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];         // (QUERIES,W); q carries the scale 1/sqrt(HS)
+    // (QUERIES,W); q carries the scale 1/sqrt(HS)
+    _Alignas(64) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];
     real qt[HEAD_MAX * QUERIES], dyt[HEAD_MAX * QUERIES];    // (W,QUERIES) the same, transposed
-    real k[KEYS * HEAD_MAX], v[KEYS * HEAD_MAX];         // (KEYS,W) keys
-    real out[QUERIES * HEAD_MAX];                        // (QUERIES,W) queries: of y or dq
+    real k[KEYS * HEAD_MAX], v[KEYS * HEAD_MAX];  // (KEYS,W) keys
+    real out[QUERIES * HEAD_MAX];                 // (QUERIES,W) queries: of y or dq
     real s[KEYS * QUERIES], ds[KEYS * QUERIES], keep[KEYS * QUERIES];        // (keys,queries)
     real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // per query
 } AttentionRoom;
 
-typedef struct { real *at; int threads; } AttentionRooms;         // AttentionRoom at[threads]: too large for some stacks
+// AttentionRoom at[threads]: too large for some stacks
+typedef struct { real *at; int threads; } AttentionRooms;
 
 static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
 
@@ -173,12 +181,12 @@ static inline size_t blind(size_t i0, size_t j) { return j > i0 ? j - i0 : 0; }
 static inline size_t first_lane(size_t i0, size_t j) { return blind(i0, j) / PAD * PAD; }
 
 // s (nj,lanes) = k (nj,HS) qt (HS,lanes), each from first_lane on.
-static void attention_scores(real *s, const real *k, const real *qt, size_t i0, size_t j0, size_t nj,
-                             size_t lanes, size_t HS, size_t W) {
+static void attention_scores(real *s, const real *k, const real *qt, size_t i0, size_t j0,
+                             size_t nj, size_t lanes, size_t HS, size_t W) {
     for (size_t j = 0; j < nj; j += STRIP_ROWS) {
         const size_t lane = first_lane(i0, j0 + j);
-        strip_by_rows(s + j * QUERIES + lane, QUERIES, NULL, k + j * W, W, qt + lane, QUERIES, STRIP_ROWS, lanes - lane,
-                       HS);
+        strip_by_rows(s + j * QUERIES + lane, QUERIES, NULL, k + j * W, W, qt + lane, QUERIES,
+                      STRIP_ROWS, lanes - lane, HS);
     }
 }
 
@@ -198,13 +206,13 @@ static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
 }
 
 // keep (nj,lanes): dropout's factors for a head's probabilities.
-static void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t head, size_t i0, size_t j0, size_t nj,
-                            size_t lanes) {
+static void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t head, size_t i0,
+                            size_t j0, size_t nj, size_t lanes) {
     const real scale = (real)noise_scale(z->rate);
     for (size_t j = 0; j < nj; j += NOISE_EACH)
         for (size_t i = 0; i < lanes; i++) {             // likewise
-            const Philox w = noise_words(z->key, z->first_row + (uint32_t)row, (uint32_t)head, (uint32_t)(i0 + i),
-                                         (uint32_t)((j0 + j) / NOISE_EACH));
+            const Philox w = noise_words(z->key, z->first_row + (uint32_t)row, (uint32_t)head,
+                                         (uint32_t)(i0 + i), (uint32_t)((j0 + j) / NOISE_EACH));
             for (int e = 0; e < NOISE_EACH; e++)
                 keep[(j + (size_t)e) * QUERIES + i] = noise_half(w, e) >= z->rate ? scale : 0;
         }
@@ -214,11 +222,12 @@ static void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t 
 // the new top, as the accumulated y must be: times shrink. A query's first tile has a key that it
 // sees, so top is finite after it. With `keep`, dropout applies to what is accumulated into y, but
 // not to sum.
-static inline ALWAYS_INLINE void softmax_block(AttentionRoom *room, const real *keep, size_t i0, size_t j0, size_t nj,
-                                               size_t lanes) {
+static inline ALWAYS_INLINE void softmax_block(AttentionRoom *room, const real *keep, size_t i0,
+                                               size_t j0, size_t nj, size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
         const size_t seen = keys_seen(i0, i, j0, nj);
-        Vector *top = (Vector *)(room->top + i), *sum = (Vector *)(room->sum + i), high = *top, total = {0};
+        Vector *top = (Vector *)(room->top + i), *sum = (Vector *)(room->sum + i), high = *top,
+            total = {0};
         for (size_t j = 0; j < seen; j++) {
             Vector *s = (Vector *)(room->s + j * QUERIES + i);
             if (j0 + j > i0 + i) *s = causal(*s, i0 + i, j0 + j);
@@ -241,9 +250,10 @@ typedef struct { const NoisePlace *noise; size_t row, head; } HeadPlace;
 
 // One tile of queries of one head: y (T,HS), rows C apart, and lse (T), from q, k and v (T,HS),
 // rows 3C apart.
-static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room, HeadPlace at, size_t i0, size_t T,
-                                    size_t C, size_t HS) {
-    const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
+static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room,
+                                    HeadPlace at, size_t i0, size_t T, size_t C, size_t HS) {
+    const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES),
+        lanes = round_up(ni, PAD);
     const real *k = q + C, *v = k + C;
     load_rows(room->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
     load_transposed(room->qt, room->q, ni, W);
@@ -258,8 +268,9 @@ static void attention_forward_block(real *y, real *lse, const real *q, Attention
             softmax_block(room, room->keep, i0, j0, nj, lanes);
         } else softmax_block(room, NULL, i0, j0, nj, lanes);
         for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
-            strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i, QUERIES, room->v, W,
-                             STRIP_ROWS, W, at_most(i0 + i + STRIP_ROWS - j0, nj));
+            strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i,
+                             QUERIES, room->v, W, STRIP_ROWS, W,
+                             at_most(i0 + i + STRIP_ROWS - j0, nj));
     }
     for (size_t i = 0; i < ni; i++) {
         const real share = 1 / room->sum[i];
@@ -270,8 +281,9 @@ static void attention_forward_block(real *y, real *lse, const real *q, Attention
 }
 
 // n rows of T tokens; `rows`: which rows of the batch they are, NULL: all, in order.
-static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, const real *qkv, const NoisePlace *noise,
-                              const int *rows, size_t n, size_t T, size_t C, size_t NH) {
+static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, const real *qkv,
+                              const NoisePlace *noise, const int *rows, size_t n, size_t T,
+                              size_t C, size_t NH) {
     const size_t HS = C / NH;
 #pragma omp parallel num_threads(rooms->threads)
     {
@@ -288,8 +300,8 @@ static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, c
 }
 
 // Prepares one tile of queries: q and dy in both layouts, and inner = <dy, y>.
-static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy, const real *y, size_t ni,
-                                       size_t C, size_t HS, size_t W) {
+static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy,
+                                       const real *y, size_t ni, size_t C, size_t HS, size_t W) {
     load_rows(room->q, q, 3 * C, (real)(1 / sqrt((double)HS)), ni, HS, W);
     load_rows(room->dy, dy, C, 1, ni, HS, W);
     load_transposed(room->qt, room->q, ni, W);
@@ -305,12 +317,15 @@ static void attention_backward_queries(AttentionRoom *room, const real *q, const
 
 // s and dP (nj,lanes), which is in ds, become P and ds; both 0 if the key is later than the query.
 // With `keep`, s becomes P after dropout, and dP refers to that.
-static inline ALWAYS_INLINE void attention_backward_scores(AttentionRoom *room, const real *keep, size_t i0, size_t j0,
-                                                           size_t nj, size_t lanes) {
+static inline ALWAYS_INLINE void attention_backward_scores(AttentionRoom *room, const real *keep,
+                                                           size_t i0, size_t j0, size_t nj,
+                                                           size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
-        const Vector lse = *(const Vector *)(room->top + i), inner = *(const Vector *)(room->inner + i);
+        const Vector lse = *(const Vector *)(room->top + i),
+            inner = *(const Vector *)(room->inner + i);
         for (size_t j = 0, seen = keys_seen(i0, i, j0, nj); j < seen; j++) {
-            Vector *s = (Vector *)(room->s + j * QUERIES + i), *ds = (Vector *)(room->ds + j * QUERIES + i);
+            Vector *s = (Vector *)(room->s + j * QUERIES + i),
+                *ds = (Vector *)(room->ds + j * QUERIES + i);
             const Vector p = exp_lanes(causal(*s, i0 + i, j0 + j) - lse);
             if (keep) {
                 const Vector factor = *(const Vector *)(keep + j * QUERIES + i);
@@ -328,8 +343,9 @@ static inline ALWAYS_INLINE void attention_backward_scores(AttentionRoom *room, 
 // ds^T Q * scale (Dao et al. 2022, algorithm 4). One thread handles one head of one row, so nothing
 // is accumulated from two sides. With dropout, P~ replaces P in dV, and dP passes through it; <dy,
 // y> is still the sum of P dP, since y is computed from P~.
-static void attention_backward_head(real *dq, const real *dy, const real *q, const real *y, const real *lse,
-                                    AttentionRoom *room, HeadPlace at, size_t T, size_t C, size_t HS) {
+static void attention_backward_head(real *dq, const real *dy, const real *q, const real *y,
+                                    const real *lse, AttentionRoom *room, HeadPlace at, size_t T,
+                                    size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES);
     const real scale = (real)(1 / sqrt((double)HS)), *k = q + C, *v = k + C;
     real *dk = dq + C, *dv = dk + C, *s = room->s, *ds = room->ds;
@@ -340,7 +356,8 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
         memcpy(room->top, lse + i0, ni * sizeof(real));
         for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
             const size_t nj = at_most(T - j0, KEYS);
-            const real *keys = j0 >= i0 ? NULL : ones;   // the first queries that see these keys set dK and dV
+            // the first queries that see these keys set dK and dV
+            const real *keys = j0 >= i0 ? NULL : ones;
             load_rows(room->k, k + j0 * ld, ld, 1, nj, HS, W);
             load_rows(room->v, v + j0 * ld, ld, 1, nj, HS, W);
             attention_scores(s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
@@ -352,12 +369,14 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
             for (size_t j = 0; j < nj; j += STRIP_ROWS) {
                 const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS);
                 const size_t from = j * QUERIES + i, to = (j0 + j) * ld;
-                strip_by_rows(dv + to, ld, keys, s + from, QUERIES, room->dy + i * W, W, rows, HS, ni - i);
-                strip_by_rows(dk + to, ld, keys, ds + from, QUERIES, room->q + i * W, W, rows, HS, ni - i);
+                strip_by_rows(dv + to, ld, keys, s + from, QUERIES, room->dy + i * W, W, rows, HS,
+                              ni - i);
+                strip_by_rows(dk + to, ld, keys, ds + from, QUERIES, room->q + i * W, W, rows, HS,
+                              ni - i);
             }
             for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
-                strip_by_columns(room->out + i * W, W, j0 ? ones : NULL, ds + i, QUERIES, room->k, W, STRIP_ROWS, W,
-                                 at_most(i0 + i + STRIP_ROWS - j0, nj));
+                strip_by_columns(room->out + i * W, W, j0 ? ones : NULL, ds + i, QUERIES, room->k,
+                                 W, STRIP_ROWS, W, at_most(i0 + i + STRIP_ROWS - j0, nj));
         }
         for (size_t i = 0; i < ni; i++)
             for (size_t d = 0; d < HS; d++) dq[(i0 + i) * ld + d] = scale * room->out[i * W + d];
@@ -365,9 +384,10 @@ static void attention_backward_head(real *dq, const real *dy, const real *q, con
 }
 
 // dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's.
-static void attention_backward(real *dqkv, const AttentionRooms *rooms, const real *dy, const real *qkv, const real *y,
-                               const real *lse, const NoisePlace *noise, const int *rows, size_t n, size_t T, size_t C,
-                               size_t NH) {
+static void attention_backward(real *dqkv, const AttentionRooms *rooms, const real *dy,
+                               const real *qkv, const real *y, const real *lse,
+                               const NoisePlace *noise, const int *rows, size_t n, size_t T,
+                               size_t C, size_t NH) {
     const size_t HS = C / NH;
 #pragma omp parallel num_threads(rooms->threads)
     {
@@ -377,8 +397,8 @@ static void attention_backward(real *dqkv, const AttentionRooms *rooms, const re
             for (size_t h = 0; h < NH; h++) {
                 const size_t from = row * T * C + h * HS, from3 = row * T * 3 * C + h * HS;
                 const HeadPlace at = {noise, rows ? (size_t)rows[row] : row, h};
-                attention_backward_head(dqkv + from3, dy + from, qkv + from3, y + from, lse + (row * NH + h) * T, room, at, T, C,
-                                        HS);
+                attention_backward_head(dqkv + from3, dy + from, qkv + from3, y + from,
+                                        lse + (row * NH + h) * T, room, at, T, C, HS);
             }
     }
 }
@@ -389,17 +409,20 @@ static void attention_backward(real *dqkv, const AttentionRooms *rooms, const re
 // computed; otherwise a chunk of logits becomes its gradient in place and is immediately propagated
 // to dx and dwte.
 
-enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 512 };     // 16 MiB of logits in fp32, or enough rows to pack wte rarely
+// 16 MiB of logits in fp32, or enough rows to pack wte rarely
+enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 512 };
 
 // Rows per chunk; chunks are equal, except the last.
 static size_t classifier_chunk(size_t BT, size_t V) {
-    return strips(BT, strips(BT, CHUNK_NUMBERS / V > CHUNK_LEAST ? CHUNK_NUMBERS / V : CHUNK_LEAST));
+    return strips(BT,
+                  strips(BT, CHUNK_NUMBERS / V > CHUNK_LEAST ? CHUNK_NUMBERS / V : CHUNK_LEAST));
 }
 
 // One row: returns -log softmax(logits)[target]; with grad != 0, logits (V) become grad * (softmax
 // - onehot). With smoothing s, the target's 1 becomes 1-s, plus s/V everywhere, and *uniform the
 // mean of -log softmax, which then has weight s.
-static real softmax_loss(real *logits, int target, real grad, real smoothing, real *uniform, size_t V) {
+static real softmax_loss(real *logits, int target, real grad, real smoothing, real *uniform,
+                         size_t V) {
     enum { AT_ONCE = 4 };
     const real top = max_of(logits, V), at_target = logits[target] - top;
     Vector sums[AT_ONCE] = {{0}};
@@ -435,8 +458,9 @@ static real softmax_loss(real *logits, int target, real grad, real smoothing, re
 typedef struct { real *losses, *uniform; const int *targets; real grad, smoothing; } Scoring;
 
 // Computes them and, with grad, dx (BT,C) = and dwte (V,C) =, or += with `add`.
-static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *logits, const PackRoom *room, const real *x,
-                       const real *wte, size_t BT, size_t C, size_t V) {
+static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *logits,
+                       const PackRoom *room, const real *x, const real *wte, size_t BT, size_t C,
+                       size_t V) {
     const size_t chunk = classifier_chunk(BT, V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
@@ -451,7 +475,9 @@ static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *lo
         }
         if (y->grad == 0) continue;
         multiply(fresh(dx + t0 * C, C, NULL), room, lines(logits, V), lines(wte, C), n, C, V, NULL);
-        if (dwte) multiply(scaled(dwte, C, 1, add || t0), room, turned(logits, V), lines(x + t0 * C, C), V, C, n, NULL);
+        if (dwte)
+            multiply(scaled(dwte, C, 1, add || t0), room, turned(logits, V), lines(x + t0 * C, C),
+                     V, C, n, NULL);
     }
 }
 
@@ -460,46 +486,52 @@ static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *lo
 enum { UPDATE_CHUNK = 1 << 14 };
 // A piece of one tensor, at its offset among the parameters; branch: index in UpdateArgs.t.
 typedef struct { size_t at, n, branch; int decay; } UpdateChunk;
-typedef struct { real *xhat, *rstd, *qkv, *lse, *y; } AttentionKept;   // (n,T,C) (n,T) (n,T,3C) (n,NH,T) (n,T,C)
+// (n,T,C) (n,T) (n,T,3C) (n,NH,T) (n,T,C)
+typedef struct { real *xhat, *rstd, *qkv, *lse, *y; } AttentionKept;
 typedef struct { real *xhat, *rstd, *h; } MlpKept;                 // (n,T,C) (n,T) (n,T,4C)
 
 struct Model {
     GptConfig config;
     EngineArgs args;
-    size_t offset[N_PARAMS], stride[N_PARAMS], n_params; // param p of layer l is at offset[p] + l * stride[p]
-    size_t n_frozen;                                     // the first numbers, which are in no slot but the parameters
-    real *slot[4];                                       // parameters (n_params); gradients, m, v (n_params - n_frozen)
+    size_t offset[N_PARAMS], stride[N_PARAMS], n_params; // param p, layer l: offset[p] + l *
+                                                         // stride[p]
+    size_t n_frozen;                  // the first elements, only in the parameters' slot
+    real *slot[4];                    // parameters (n_params); gradients, m, v (n_params -
+                                      // n_frozen)
     UpdateChunk *chunk;
     int n_chunks;
-    double *partial;                                     // (n_chunks) squared norms
-    unsigned char *spent;                                // (2L+1) by branch, as UpdateArgs.t: gradients already applied by an update, which count as zeros whatever the memory contains
+    double *partial;                  // (n_chunks) squared norms
+    unsigned char *spent;             // (2L+1) by branch, as UpdateArgs.t: gradients already
+                                      // applied by an update, which count as zeros whatever the
+                                      // memory contains
 
-    real *kept, *kept_end;                               // what forward saves for backward, one branch after the other
-    size_t kept_room, kept_peak;                         // elements allocated; the most that was used
-    AttentionKept *attention;                            // (L) into `kept`
-    MlpKept *mlp;                                        // (L)
+    real *kept, *kept_end;            // what forward saves for backward, one branch after the other
+    size_t kept_room, kept_peak;      // elements allocated; the most that was used
+    AttentionKept *attention;         // (L) into `kept`
+    MlpKept *mlp;                     // (L)
 
-    real *x, *dx;                                        // (B,T,C) the residual stream
-    real *lnf, *lnf_xhat, *lnf_rstd;                     // (B,T,C) (B,T,C) (B,T)
-    real *losses, *uniform;                              // (B,T) (B,T) from softmax_loss
-    double part[N_PARTS];                                // of the last run
-    real *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
-    real *dwide, *dy, *dout;                             // (B,T,4C) (B,T,C) (B,T,C)
-    real *logits;                                        // (chunk,V)
-    real *lora_u, *lora_v, *lora_x;                      // (B,T,r) (B,T,r) (B,T,4C) of adapters; x with dropout
+    real *x, *dx;                     // (B,T,C) the residual stream
+    real *lnf, *lnf_xhat, *lnf_rstd;  // (B,T,C) (B,T,C) (B,T)
+    real *losses, *uniform;           // (B,T) (B,T) from softmax_loss
+    double part[N_PARTS];             // of the last run
+    real *ln, *gelu, *out;            // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
+    real *dwide, *dy, *dout;          // (B,T,4C) (B,T,C) (B,T,C)
+    real *logits;                     // (chunk,V)
+    real *lora_u, *lora_v, *lora_x;   // (B,T,r) (B,T,r) (B,T,4C) of adapters; x with dropout
     PackRoom pack;
     AttentionRooms rooms;
-    int last_B, last_T;                                  // of the last forward
+    int last_B, last_T;               // of the last forward
 
-    HeadCache cache;                                     // (L,sequences,NH) heads
-    PackedWeights packed;                                // as read by multiply_few
-    real *few;                                           // (FEW_ROWS,4C) its a operand
-    const int *seq, *at;                                 // of the current decode; NULL: none
+    HeadCache cache;                  // (L,sequences,NH) heads
+    PackedWeights packed;             // as read by multiply_few
+    real *few;                        // (FEW_ROWS,4C) its a operand
+    const int *seq, *at;              // of the current decode; NULL: none
 };
 
-// Whether it exists and trains, in layers that are not frozen.
+// Whether it exists and is trained, in layers that are not frozen.
 static int is_trained(const Model *m, int param) {
-    return gpt_param_layers(&m->config, param) > 0 && gpt_group_trains(&m->config, gpt_param[param].group);
+    return gpt_param_layers(&m->config, param) > 0 &&
+        gpt_group_trains(&m->config, gpt_param[param].group);
 }
 
 // The offset of one layer's part of a parameter.
@@ -507,7 +539,7 @@ static size_t param_offset(const Model *m, int param, int l) {
     return m->offset[param] + (size_t)l * m->stride[param];
 }
 
-// And in a slot; NULL where it is frozen and the slot is not the parameters.
+// The same in a slot; NULL if it is frozen and the slot is not the parameters.
 static real *tensor_at(const Model *m, Slot slot, int param, int l) {
     const size_t at = param_offset(m, param, l), absent = slot == SLOT_PARAM ? 0 : m->n_frozen;
     return at < absent ? NULL : m->slot[slot] + (at - absent);
@@ -521,33 +553,39 @@ static Params params_at(const Model *m, Slot slot, int l) {
     return w;
 }
 
-// To be called before something is added to the gradient of a branch. If the gradient is spent, it becomes zeros: all of
-// it, or with `but_products` all but the weights of matrix products. Then 0 is returned, and the products must set theirs,
-// which saves writing zeros and reading them again; else 1, and they must add.
+// Call this before adding to a branch's gradient. If the update has consumed the gradient, sets it
+// to zero: all of it, or with `but_products` all except the matmuls' weights. Then returns 0, and
+// the matmuls must overwrite theirs, which saves writing and rereading zeros; otherwise returns 1,
+// and they must add.
 static int gradient_add(Model *m, int l, int branch, int but_products) {
     const size_t index = gpt_branch_index(&m->config, l, branch);
     if (!m->spent[index]) return 1;
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch == branch && is_trained(m, p) && !(but_products && gpt_param[p].dims == 2 && p != P_wpe))
+        if (gpt_param[p].branch == branch && is_trained(m, p) &&
+            !(but_products && gpt_param[p].dims == 2 && p != P_wpe))
             memset(tensor_at(m, SLOT_GRAD, p, l), 0, gpt_param_size(&m->config, p) * sizeof(real));
     return 0;
 }
 
-// What adapters leave frozen comes first, then what trains: by layers, of each branch together, then what no branch owns.
+// Parameters that adapters leave frozen come first, then trained ones: by layer and branch, then
+// those outside branches.
 static void params_layout(Model *m) {
     const GptConfig *c = &m->config;
     for (int trains = 0; trains < 2; trains++) {
         const size_t first = m->n_params;
         size_t layer = 0;
         for (int branch = 0; branch <= NO_BRANCH; branch++) {
-            if (branch == NO_BRANCH) layer = m->n_params - first, m->n_params = first + layer * (size_t)c->L;
+            if (branch == NO_BRANCH)
+                layer = m->n_params - first, m->n_params = first + layer * (size_t)c->L;
             for (int p = 0; p < N_PARAMS; p++)
-                if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && is_trained(m, p) == trains)
+                if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && is_trained(m, p) ==
+                    trains)
                     m->offset[p] = m->n_params, m->n_params += gpt_param_size(c, p);
         }
         for (int p = 0; p < N_PARAMS; p++)
-            if (gpt_param[p].branch != NO_BRANCH && is_trained(m, p) == trains) m->stride[p] = layer;
+            if (gpt_param[p].branch != NO_BRANCH && is_trained(m, p) == trains)
+                m->stride[p] = layer;
         m->n_frozen = trains ? first + layer * (size_t)m->args.frozen : 0;
     }
 }
@@ -561,7 +599,8 @@ static void params_chunks(Model *m) {
     for (int i = 0; i < m->n_chunks; i++) {
         const int p = piece[i].param, l = piece[i].layer;
         m->chunk[i] = (UpdateChunk){param_offset(m, p, l) + piece[i].at, piece[i].n,
-                                    gpt_branch_index(&m->config, l, gpt_param[p].branch), gpt_param[p].dims == 2};
+                                    gpt_branch_index(&m->config, l, gpt_param[p].branch),
+                                    gpt_param[p].dims == 2};
     }
     free(piece);
     m->partial = xcalloc((size_t)m->n_chunks, sizeof *m->partial);
@@ -569,12 +608,14 @@ static void params_chunks(Model *m) {
 
 // Elements that one row of a kept branch saves.
 static size_t kept_per_row(const GptConfig *c, int branch, int T) {
-    return (size_t)T * (branch == ATTN ? 5 * (size_t)c->C + (size_t)c->NH + 1 : 5 * (size_t)c->C + 1);
+    return (size_t)T * (branch == ATTN ? 5 * (size_t)c->C + (size_t)c->NH + 1
+                                       : 5 * (size_t)c->C + 1);
 }
 
 // The most that plans within the bound save.
 static size_t kept_bound(const Model *m, const MemoryBound *b) {
-    const size_t size[BRANCHES] = {kept_per_row(&m->config, ATTN, m->args.T), kept_per_row(&m->config, MLP, m->args.T)};
+    const size_t size[BRANCHES] = {kept_per_row(&m->config, ATTN, m->args.T),
+                                   kept_per_row(&m->config, MLP, m->args.T)};
     return memory_bound_most(b, size, m->args.B);
 }
 
@@ -583,17 +624,23 @@ enum { N_ROOMS = 24, N_TRAINING_ROOMS = 5 };
 
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
-    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C, V = (size_t)m->config.V;
-    const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;  // words of the packed blocks are K_BLOCK only if they are pairs
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C,
+        V = (size_t)m->config.V;
+    // panels have K_BLOCK words only if these are pairs
+    const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;
     const size_t r = (size_t)m->config.lora, wide4 = 4 * C > r ? 4 * C : r;
-    const size_t most = BT > wide4 ? BT > V ? BT : V : wide4 > V ? wide4 : V, K = at_most(most + 1, wide * K_BLOCK);
+    const size_t most = BT > wide4 ? BT > V ? BT : V : wide4 > V ? wide4 : V,
+        K = at_most(most + 1, wide * K_BLOCK);
     const size_t cached = (size_t)m->args.cache;
     const Room all[N_ROOMS] = {
-        {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT}, {&m->losses, BT}, {&m->uniform, BT}, {&m->ln, BT * C},
-        {&m->gelu, BT * 4 * C}, {&m->out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
-        {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K}, {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
+        {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT},
+        {&m->losses, BT}, {&m->uniform, BT}, {&m->ln, BT * C}, {&m->gelu, BT * 4 * C},
+        {&m->out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
+        {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K},
+        {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
         {&m->rooms.at, (size_t)m->rooms.threads * (sizeof(AttentionRoom) / sizeof(real))},
-        {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T, C / (size_t)m->config.NH)},
+        {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T,
+            C / (size_t)m->config.NH)},
         {&m->packed.at, cached ? packed_total(&m->packed, &m->config, &m->pack) : 0},
         {&m->few, cached ? FEW_ROWS * 4 * (C + TILE_COLS) : 0},
         {&m->lora_u, BT * r}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C : 0},
@@ -674,7 +721,9 @@ static real *keep(Model *m, size_t n) {
 // ---- The two branches, on the rows that keep them ----
 
 // The branch's rows of the residual stream; a branch that all rows run needs no index.
-static const int *rows_of(const Model *m, const BranchPlan *b) { return b->n == m->last_B ? NULL : b->rows; }
+static const int *rows_of(const Model *m, const BranchPlan *b) {
+    return b->n == m->last_B ? NULL : b->rows;
+}
 
 // Whether a branch's end is packed, in `out`, before it joins the stream, because something stands
 // between. Otherwise it joins as the branch's last matmul is written, and in backward that matmul
@@ -688,13 +737,15 @@ static Result branch_end(const Model *m, const Pass *pass, int l, int branch, co
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const size_t C = (size_t)m->config.C;
     if (end_is_packed(pass, branch)) return fresh(m->out, C, bias);
-    return (Result){.at = m->x, .ld = C, .rows = rows_of(m, b), .T = (size_t)m->last_T, .add = 1, .scale = (real)b->scale,
+    return (Result){.at = m->x, .ld = C, .rows = rows_of(m, b), .T = (size_t)m->last_T, .add = 1,
+                    .scale = (real)b->scale,
                     .bias = bias};
 }
 
 // Its gradient: dout (n,T,C), or dx[rows], whose scale the matmuls then apply; *scale is 1 or that
 // scale.
-static Matrix branch_end_gradient(const Model *m, const Pass *pass, int l, int branch, real *dout, real *scale) {
+static Matrix branch_end_gradient(const Model *m, const Pass *pass, int l, int branch, real *dout,
+                                  real *scale) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const size_t C = (size_t)m->config.C;
     *scale = end_is_packed(pass, branch) ? 1 : (real)b->scale;
@@ -702,53 +753,70 @@ static Matrix branch_end_gradient(const Model *m, const Pass *pass, int l, int b
     return (Matrix){.at = m->dx, .ld = C, .rows = rows_of(m, b), .T = (size_t)m->last_T};
 }
 
-static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
+static size_t tokens_of(const Model *m, const BranchPlan *b) {
+    return (size_t)b->n * (size_t)m->last_T;
+}
 
-// The adapter of the product with weight `param` of layer l.
+// The adapter of the matmul with weight `param` in layer l.
 static Adapter adapter_at(const Model *m, int l, int param) {
     const int A = gpt_adapter_of(&m->config, param);
     if (A < 0) return (Adapter){0};
-    return (Adapter){tensor_at(m, SLOT_PARAM, A, l), tensor_at(m, SLOT_PARAM, A + 1, l), tensor_at(m, SLOT_GRAD, A, l),
-                     tensor_at(m, SLOT_GRAD, A + 1, l), m->lora_u, m->lora_v, (size_t)gpt_param_rows(&m->config, param),
-                     (size_t)gpt_param_cols(&m->config, param), (size_t)m->config.lora, (real)m->args.lora_scale};
+    return (Adapter){tensor_at(m, SLOT_PARAM, A, l), tensor_at(m, SLOT_PARAM, A + 1, l),
+                     tensor_at(m, SLOT_GRAD, A, l),
+                     tensor_at(m, SLOT_GRAD, A + 1, l), m->lora_u, m->lora_v,
+                     (size_t)gpt_param_rows(&m->config, param),
+                     (size_t)gpt_param_cols(&m->config, param), (size_t)m->config.lora,
+                     (real)m->args.lora_scale};
 }
 
-// x (nT,C), or what dropout leaves of it for the adapter of that product: in place, or in a room of its own.
-static const real *adapter_dropout(Model *m, const Pass *pass, int l, int param, real *to, const real *x, size_t nT) {
+// x (nT,C), with dropout for that matmul's adapter: x itself without dropout, otherwise in a
+// buffer.
+static const real *adapter_dropout(Model *m, const Pass *pass, int l, int param, real *to,
+                                   const real *x, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param);
     const NoisePlace noise = noise_place(pass->noise, NOISE_LORA + gpt_product_of(param), l);
     if (!noise.rate) return x;
     CHECK(m->lora_x, "this model was opened without dropout of adapters");
     if (to != x) memcpy(to, x, nT * C * sizeof(real));
-    dropout(to, &noise, pass->plan->branch[BRANCHES * l + gpt_param[param].branch].rows, nT, (size_t)m->last_T, C);
+    dropout(to, &noise, pass->plan->branch[BRANCHES * l + gpt_param[param].branch].rows, nT,
+            (size_t)m->last_T, C);
     return to;
 }
 
-// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU, scale, accumulate); w is parameter `param` of layer l, and may
-// have an adapter. Few tokens of a decode take its packed copy.
-static void linear_forward(Model *m, const Pass *pass, int l, int param, Result y, const real *x, size_t nT) {
-    const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+// y (nT,OC) = x (nT,C) w (C,OC) with y's epilogue (bias, GELU, scale, accumulate); w is parameter
+// `param` of layer l, and may have an adapter. Decoding few tokens uses its packed copy.
+static void linear_forward(Model *m, const Pass *pass, int l, int param, Result y, const real *x,
+                           size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param),
+        OC = (size_t)gpt_param_cols(&m->config, param);
     const PackRoom room = {m->few, NULL, m->pack.bf16};
     const Adapter a = adapter_at(m, l, param);
-    if (a.A) y = adapter_forward(&a, y, &m->pack, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
+    if (a.A)
+        y = adapter_forward(&a, y, &m->pack, adapter_dropout(m, pass, l, param, m->lora_x, x, nT),
+                            nT);
     if (m->at && nT <= FEW_ROWS)
         multiply_few(y, &room, lines(x, C), packed_at(&m->packed, param, l), nT, OC, C);
     else matmul_forward(y, &m->pack, x, tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
 }
 
-// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's epilogue, and the gradients
-// of w and of its bias, which is the next parameter of the table, and of the adapter. dw is set, or with `add` added to.
-static void linear_backward(Model *m, const Pass *pass, int l, int param, Result dx, Matrix dy, const real *x, int add,
-                            size_t nT) {
-    const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's
+// epilogue, and the gradients of w, of its bias, which is the next parameter in the table, and of
+// the adapter. Overwrites dw, or adds to it with `add`.
+static void linear_backward(Model *m, const Pass *pass, int l, int param, Result dx, Matrix dy,
+                            const real *x, int add, size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param),
+        OC = (size_t)gpt_param_cols(&m->config, param);
     const Adapter a = adapter_at(m, l, param);
     if (a.A) {
         dx = adapter_backward_input(&a, dx, &m->pack, dy, nT);
         adapter_dropout(m, pass, l, param, dx.at, dx.at, nT);
     }
-    matmul_backward(dx, tensor_at(m, SLOT_GRAD, param, l), add, tensor_at(m, SLOT_GRAD, param + 1, l), &m->pack, dy, x,
+    matmul_backward(dx, tensor_at(m, SLOT_GRAD, param, l), add,
+                    tensor_at(m, SLOT_GRAD, param + 1, l), &m->pack, dy, x,
                     tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
-    if (a.A) adapter_backward(&a, add, dx.scale, &m->pack, dy, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
+    if (a.A)
+        adapter_backward(&a, add, dx.scale, &m->pack, dy,
+                         adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
 }
 
 // y = attention of qkv; in decode, attention that continues sequences, or the ordinary one if all
@@ -759,7 +827,8 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionK
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN, l);
     int begins = T > 1;
     for (int i = 0; m->at && i < b->n; i++) begins &= m->at[b->rows[i]] == 0;
-    if (!m->at || begins) attention_forward(k->y, k->lse, &m->rooms, k->qkv, &noise, b->rows, nT / T, T, C, NH);
+    if (!m->at || begins)
+        attention_forward(k->y, k->lse, &m->rooms, k->qkv, &noise, b->rows, nT / T, T, C, NH);
     if (!m->at) return;
     HeadCache layer = m->cache;
     layer.at += (size_t)l * (size_t)m->args.cache * NH * head_cache(m->cache.T, C / NH);
@@ -769,7 +838,8 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionK
 // To the end of the branch: attn(LN(x[rows])).
 static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
-    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T,
+        nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l);
     AttentionKept *k = &m->attention[l];
     k->xhat = keep(m, nT * C), k->rstd = keep(m, nT);
@@ -783,7 +853,8 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
 // dx[rows] += the gradient through the branch, from that of its end.
 static void attention_branch_backward(Model *m, const Pass *pass, int l) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
-    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T, nT = tokens_of(m, b);
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T,
+        nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const AttentionKept *k = &m->attention[l];
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN, l);
@@ -792,10 +863,12 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l) {
     const Matrix dout = branch_end_gradient(m, pass, l, ATTN, m->dout, &dy.scale);
     real *dqkv = m->dwide, *dln = m->dy;
     linear_backward(m, pass, l, P_attprojw, dy, dout, k->y, add, nT);
-    attention_backward(dqkv, &m->rooms, m->dy, k->qkv, k->y, k->lse, &noise, b->rows, nT / T, T, C, NH);
+    attention_backward(dqkv, &m->rooms, m->dy, k->qkv, k->y, k->lse, &noise, b->rows, nT / T, T, C,
+                       NH);
     layernorm_again(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     linear_backward(m, pass, l, P_qkvw, fresh(dln, C, NULL), lines(dqkv, 3 * C), m->ln, add, nT);
-    layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w, nT, T, C);
+    layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w,
+                       nT, T, C);
 }
 
 // To the end of the branch: mlp(LN(x[rows])); tied: of x[rows] + out, which joins the stream as
@@ -829,7 +902,8 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
     linear_backward(m, pass, l, P_fcprojw, dh, dout, m->gelu, add, nT);
     layernorm_again(m->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
     linear_backward(m, pass, l, P_fcw, fresh(dln, C, NULL), lines(dh.at, 4 * C), m->ln, add, nT);
-    layernorm_backward(m->dx, dattn, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w, nT, T, C);
+    layernorm_backward(m->dx, dattn, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w,
+                       nT, T, C);
 }
 
 // Passes the stream, or the features, to the watch that requested it.
@@ -852,7 +926,8 @@ static void end_forward(Model *m, const Pass *pass, int l, int branch) {
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN_OUT + branch, l);
     if (!end_is_packed(pass, branch)) return;
     dropout(m->out, &noise, b->rows, tokens_of(m, b), (size_t)m->last_T, (size_t)m->config.C);
-    if (branch == MLP || !pass->plan->tied) residual_forward(m->x, m->out, b, (size_t)m->last_T, (size_t)m->config.C);
+    if (branch == MLP || !pass->plan->tied)
+        residual_forward(m->x, m->out, b, (size_t)m->last_T, (size_t)m->config.C);
 }
 
 // Its gradient dout (n,T,C), from the stream's; for tied attention it already holds that, plus what
@@ -861,7 +936,8 @@ static void end_backward(Model *m, const Pass *pass, int l, int branch, real *do
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN_OUT + branch, l);
     if (!end_is_packed(pass, branch)) return;
-    if (branch == MLP || !pass->plan->tied) residual_backward(dout, m->dx, b, (size_t)m->last_T, (size_t)m->config.C);
+    if (branch == MLP || !pass->plan->tied)
+        residual_backward(dout, m->dx, b, (size_t)m->last_T, (size_t)m->config.C);
     dropout(dout, &noise, b->rows, tokens_of(m, b), (size_t)m->last_T, (size_t)m->config.C);
 }
 
@@ -888,7 +964,8 @@ static void block_forward(Model *m, const Pass *pass, int l) {
 
 static void block_backward(Model *m, const Pass *pass, int l) {
     const BranchPlan *attn = &pass->plan->branch[BRANCHES * l + ATTN];
-    if (pass->plan->tied) residual_backward(m->dout, m->dx, attn, (size_t)m->last_T, (size_t)m->config.C);
+    if (pass->plan->tied)
+        residual_backward(m->dout, m->dx, attn, (size_t)m->last_T, (size_t)m->config.C);
     branch_backward(m, pass, l, MLP);
     branch_backward(m, pass, l, ATTN);
 }
@@ -900,11 +977,13 @@ static void block_backward(Model *m, const Pass *pass, int l) {
 static double model_loss(Model *m, const Batch *batch, const Pass *pass) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
-    const real grad = (real)(pass->weight / (double)batch_scored(batch)), smoothing = (real)pass_smoothing(pass);
+    const real grad = (real)(pass->weight / (double)batch_scored(batch)),
+        smoothing = (real)pass_smoothing(pass);
     const Scoring y = {m->losses, m->uniform, batch->targets, grad, smoothing};
     real *dwte = pass->weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
     const int add = pass->weight != 0 ? gradient_add(m, 0, NO_BRANCH, 1) : 0;
-    classifier(&y, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, BT, C, (size_t)m->config.V);
+    classifier(&y, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, BT, C,
+               (size_t)m->config.V);
     return pass_loss(m->part, batch, pass, m->losses, m->uniform);
 }
 
@@ -919,10 +998,12 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     dropout(m->x, &noise, NULL, B * T, T, C);
     look(pass, WATCH_EMBEDDINGS, m->x);
     for (int l = 0; l < m->config.L; l++) {
-        if (pass->weight == 0 || l <= m->args.frozen) m->kept_end = m->kept;       // nothing is saved for what is not trained
+        // nothing is saved for what is not trained
+        if (pass->weight == 0 || l <= m->args.frozen) m->kept_end = m->kept;
         block_forward(m, pass, l);
     }
-    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
+    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T,
+                      C);
     look(pass, watch_features(m->config.L), m->lnf);
     return batch->targets ? model_loss(m, batch, pass) : 0;
 }
@@ -931,7 +1012,8 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
 static void reduce_gradients(Model *m, const unsigned char *reduce) {
     const GptConfig *c = &m->config;
     for (int i = BRANCHES * c->L; i >= BRANCHES * m->args.frozen; i--) {
-        const int shared = i == BRANCHES * c->L, l = shared ? 0 : i / BRANCHES, branch = shared ? NO_BRANCH : i % BRANCHES;
+        const int shared = i == BRANCHES * c->L, l = shared ? 0 : i / BRANCHES,
+            branch = shared ? NO_BRANCH : i % BRANCHES;
         size_t n = 0;
         real *first = NULL;
         if (!reduce[i]) continue;
@@ -947,12 +1029,14 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass) {
     const size_t B = (size_t)batch->rows, T = (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0), dw = params_at(m, SLOT_GRAD, 0);
     memset(m->dx, 0, B * T * C * sizeof(real));
-    layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw, B * T, T, C);
+    layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw,
+                       B * T, T, C);
     for (int l = m->config.L - 1; l >= m->args.frozen; l--) block_backward(m, pass, l);
     if (!m->args.frozen) {
         const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
         dropout(m->dx, &noise, NULL, B * T, T, C);
-        if (pass->watch && pass->watch->see_gradient) pass->watch->see_gradient(pass->watch->self, m->dx);
+        if (pass->watch && pass->watch->see_gradient)
+            pass->watch->see_gradient(pass->watch->self, m->dx);
         if (dw.wte) embedding_backward(dw.wte, dw.wpe, batch->tokens, m->dx, B, T, C);
     }
     if (pass->reduce) reduce_gradients(m, pass->reduce);
@@ -973,16 +1057,19 @@ static void model_parts(Model *m, double part[N_PARTS]) { memcpy(part, m->part, 
 
 static void model_logits(Model *m, int row, int t, real *host) {
     const size_t C = (size_t)m->config.C, V = (size_t)m->config.V;
-    CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T, "no logits at row %d, position %d", row, t);
+    CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T,
+          "no logits at row %d, position %d", row, t);
     const real *x = m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C;
-    multiply(fresh(host, V, NULL), &m->pack, lines(x, C), turned(params_at(m, SLOT_PARAM, 0).wte, C), 1, V, C, NULL);
+    multiply(fresh(host, V, NULL), &m->pack, lines(x, C),
+             turned(params_at(m, SLOT_PARAM, 0).wte, C), 1, V, C, NULL);
 }
 
 // ---- Generation ----
 
-static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan,
-                         real *logits) {
-    const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
+static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at,
+                         const DropPlan *plan, real *logits) {
+    const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C,
+        V = (size_t)m->config.V;
     const Params w = params_at(m, SLOT_PARAM, 0);
     const PackRoom room = {m->few, NULL, m->pack.bf16};
     const Pass pass = pass_of(plan, 0);
@@ -1000,9 +1087,11 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     }
     m->seq = m->at = NULL;
     if (!logits) return;
-    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T, C);
+    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T,
+                      C);
     const Matrix last = lines(m->lnf + (T - 1) * C, T * C);
-    if (B <= FEW_ROWS) multiply_few(fresh(logits, V, NULL), &room, last, packed_at(&m->packed, P_wte, 0), B, V, C);
+    if (B <= FEW_ROWS)
+        multiply_few(fresh(logits, V, NULL), &room, last, packed_at(&m->packed, P_wte, 0), B, V, C);
     else multiply(fresh(logits, V, NULL), &m->pack, last, turned(w.wte, C), B, V, C, NULL);
 }
 
@@ -1026,8 +1115,8 @@ static double gradient_norm(Model *m, const int64_t *step) {
 }
 
 // One chunk: updates p, m, v from g. `step` counts from 1.
-static void adamw(real *p, const real *g, real *m, real *v, size_t n, const UpdateArgs *a, int64_t step, double clip,
-                  int decay) {
+static void adamw(real *p, const real *g, real *m, real *v, size_t n, const UpdateArgs *a,
+                  int64_t step, double clip, int decay) {
     const real b1 = (real)a->beta1, b2 = (real)a->beta2, eps = (real)a->eps, shrink = (real)clip;
     const real keep_p = (real)(decay ? 1 - a->lr * a->weight_decay : 1);
     const real rate = (real)(a->lr / (1 - pow(a->beta1, (double)step)));
@@ -1052,8 +1141,9 @@ static double model_update(Model *m, const UpdateArgs *a) {
         const UpdateChunk *k = &m->chunk[i];
         const size_t at = k->at - m->n_frozen;
         if (a->t[k->branch] > 0)
-            adamw(m->slot[SLOT_PARAM] + k->at, m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] + at, m->slot[SLOT_M] + at,
-                  m->slot[SLOT_V] + at, k->n, a, a->t[k->branch], clip, k->decay);
+            adamw(m->slot[SLOT_PARAM] + k->at, m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] +
+                  at, m->slot[SLOT_M] + at, m->slot[SLOT_V] + at, k->n, a, a->t[k->branch], clip,
+                  k->decay);
     }
     if (taken || a->discard) memset(m->spent, 1, (size_t)BRANCHES * (size_t)m->config.L + 1);
     m->packed.stale = 1;
@@ -1067,10 +1157,11 @@ static void model_resumed(Model *m, const int64_t *t) { (void)m, (void)t; }
 
 static real *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(m->slot[slot], "this model was opened to evaluate");
-    CHECK(param >= 0 && param < N_PARAMS && layer >= 0 && layer < gpt_param_layers(&m->config, param),
+    CHECK(param >= 0 && param < N_PARAMS && layer >= 0 &&
+          layer < gpt_param_layers(&m->config, param),
           "no parameter %d in layer %d", param, layer);
-    CHECK(slot == SLOT_PARAM || gpt_param_trains(&m->config, param, layer, m->args.frozen), "parameter %d of layer %d is frozen", param,
-          layer);
+    CHECK(slot == SLOT_PARAM || gpt_param_trains(&m->config, param, layer, m->args.frozen),
+          "parameter %d of layer %d is frozen", param, layer);
     if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 0);
     return tensor_at(m, slot, param, layer);
 }
@@ -1086,14 +1177,17 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
 
 static double model_peak(Model *m, double seconds) { return machine_peak(m->pack.bf16, seconds); }
 
-#ifndef CPU_ENGINE                                       // a fat build names each of its engines, and dev/model/engines.c chooses
+#ifndef CPU_ENGINE                                       // a fat build names each of its engines,
+                                                         // and dev/model/engines.c chooses
 #define CPU_ENGINE cpu_engine
 extern const Engine CPU_ENGINE;
 
 // The only engine: a request for another one is refused, as in a fat build that lacks it.
 const Engine *engine_cpu(void) {
     const char *wanted = getenv("DROPPATH_ENGINE");
-    if (wanted && *wanted) die("DROPPATH_ENGINE=%s: this build has one engine\n  hint: make FAT=1 builds several", wanted);
+    if (wanted && *wanted)
+        die("DROPPATH_ENGINE=%s: this build has one engine\n  hint: make FAT=1 builds several",
+            wanted);
     return &CPU_ENGINE;
 }
 #endif
@@ -1104,6 +1198,7 @@ const Engine CPU_ENGINE = {
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };
 
-#ifndef ENGINE_ONLY                                      // the Makefile links main.c with an engine instead
+#ifndef ENGINE_ONLY                                      // the Makefile links main.c with an engine
+                                                         // instead
 #include "dev/main.c"
 #endif

@@ -36,15 +36,20 @@ typedef struct Product Product;
 typedef struct {
     cudaStream_t stream;
     cublasLtHandle_t blas;
-    int half, tf32, search, plain, sums_inside;          // search: time a matmul's algorithms at its first use; plain: this file's kernels apply the epilogues; sums_inside: matmuls also compute bias gradients
-    void *workspace;                                     // (WORKSPACE) bytes for matmuls
-    float *partial, *sum;                                // (PARTIAL * C) partial column sums; (4C) whole ones
-    Product *product;                                    // those used so far, by shape
+    int half, tf32, search, plain, sums_inside;  // search: time a matmul's algorithms at its first
+                                                 // use; plain: this file's kernels apply the
+                                                 // epilogues; sums_inside: matmuls also compute
+                                                 // bias gradients
+    void *workspace;                             // (WORKSPACE) bytes for matmuls
+    float *partial, *sum;                        // (PARTIAL * C) partial column sums; (4C) whole
+                                                 // ones
+    Product *product;                            // those used so far, by shape
     int n_products, room_products;
 } Gpu;
 
 #ifndef WORKSPACE_BYTES
-#define WORKSPACE_BYTES (32 << 20)                       // NVIDIA's advice for compute capability 9.0
+#define WORKSPACE_BYTES (32 << 20)                       // NVIDIA's advice for compute capability
+                                                         // 9.0
 #endif
 enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES };
 enum { CHANNELS_MAX = 12288 };                           // two rows of them fit in shared memory
@@ -55,8 +60,12 @@ enum { CHANNELS_MAX = 12288 };                           // two rows of them fit
 enum { NORM_BLOCKS = 1024, COLUMN_PARTS = 128, PARTIAL = 2 * NORM_BLOCKS };
 
 static inline size_t size_of_number(const Gpu *g) { return g->half ? sizeof(bf16) : sizeof(float); }
-static inline __host__ __device__ size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
-static inline __host__ __device__ size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
+static inline __host__ __device__ size_t at_most(size_t n, size_t most) {
+    return n < most ? n : most;
+}
+static inline __host__ __device__ size_t strips(size_t n, size_t width) {
+    return (n + width - 1) / width;
+}
 static inline size_t round_up(size_t n, size_t unit) { return strips(n, unit) * unit; }
 
 // W consecutive elements of an array of N, as floats: a single memory access if they make up 4, 8
@@ -78,12 +87,14 @@ template <class N, int W> static __device__ inline void store(void *to, size_t i
 }
 
 // Launches kernel<N, W>: the model's storage type, and 4 elements at a time if `wide`, else 1.
-#define LAUNCH_AS(kernel, g, wide, grid, block, shared, ...)                                                         \
-    do {                                                                                                             \
-        if ((g)->half && (wide)) LAUNCH((kernel<bf16, 4>), grid, block, shared, (g)->stream, __VA_ARGS__);           \
-        else if ((g)->half) LAUNCH((kernel<bf16, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);                \
-        else if (wide) LAUNCH((kernel<float, 4>), grid, block, shared, (g)->stream, __VA_ARGS__);                    \
-        else LAUNCH((kernel<float, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);                              \
+#define LAUNCH_AS(kernel, g, wide, grid, block, shared, ...)                                      \
+    do {                                                                                          \
+        if ((g)->half && (wide))                                                                  \
+            LAUNCH((kernel<bf16, 4>), grid, block, shared, (g)->stream, __VA_ARGS__);             \
+        else if ((g)->half)                                                                       \
+            LAUNCH((kernel<bf16, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);             \
+        else if (wide) LAUNCH((kernel<float, 4>), grid, block, shared, (g)->stream, __VA_ARGS__); \
+        else LAUNCH((kernel<float, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);           \
     } while (0)
 
 // The same for a kernel<W> with fixed types.
@@ -93,15 +104,20 @@ template <class N, int W> static __device__ inline void store(void *to, size_t i
         else LAUNCH((kernel<1>), __VA_ARGS__);           \
     } while (0)
 
-enum { BLOCK = 256, WIDE = 4 };                          // default threads per block; elements per access
+// default threads per block; elements per access
+enum { BLOCK = 256, WIDE = 4 };
 
 // Blocks for n work items, one thread each.
 static inline dim3 blocks_for(size_t n) { return dim3((unsigned)strips(n, BLOCK)); }
 
 // Threads of a block that processes one row of C elements, WIDE each.
-static inline unsigned threads_for(size_t C) { return (unsigned)at_most(round_up(strips(C, WIDE), WARP), BLOCK); }
+static inline unsigned threads_for(size_t C) {
+    return (unsigned)at_most(round_up(strips(C, WIDE), WARP), BLOCK);
+}
 
-static __device__ inline size_t thread_index(void) { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
+static __device__ inline size_t thread_index(void) {
+    return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+}
 
 // ---- GELU, tanh form (Hendrycks, Gimpel 2016): x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
 //
@@ -116,14 +132,16 @@ static __device__ inline Gelu gelu_of(float x) {
     const float h = x < -30 ? -30 : x, z = h > 30 ? 30 : h, square = z * z;
     const float u = -1.5957691216057308f * (z + 0.044715f * square * z);
     const float s = 1 / (1 + expf(u > 87 ? 87 : u));
-    const Gelu g = {h * s, s + z * s * (1 - s) * (1.5957691216057308f * (1 + 3 * 0.044715f * square))};
+    const Gelu g =
+        {h * s, s + z * s * (1 - s) * (1.5957691216057308f * (1 + 3 * 0.044715f * square))};
     return g;
 }
 
 // The part of an epilogue that a matmul could not do itself: y (M,N) += bias (N); gelu (M,N) =
 // GELU(y). With h (M,N): y *= GELU'(h), and gelu = GELU(h). Each of bias, gelu and h may be NULL.
 template <class N, int W>
-static __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, const void *h, size_t n, size_t columns) {
+static __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, const void *h,
+                                       size_t n, size_t columns) {
     const size_t i = thread_index() * W;
     if (i >= n) return;
     Floats<W> v = load<N, W>(y, i), g = v;
@@ -146,7 +164,8 @@ static __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, co
 }
 
 // y (n) = GELU(x).
-template <class N, int W> static __global__ void gelu_forward_kernel(void *y, const void *x, size_t n) {
+template <class N, int W> static __global__ void gelu_forward_kernel(void *y, const void *x,
+                                                                     size_t n) {
     const size_t i = thread_index() * W;
     if (i >= n) return;
     Floats<W> v = load<N, W>(x, i);
@@ -175,10 +194,12 @@ static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
 // Rows of elements, ld apart; a matmul reads the matrix or, with `turned`, its transpose. All N.
 typedef struct { const void *at; size_t ld; int turned; } Matrix;
 
-// Where a product goes: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is float, else N.
-// With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h), and y is multiplied by GELU'(h). With `b_sum`
-// (N), where y is float, also b_sum = the columns of b. `alpha` times a b; one that is not 1 is of a product alone.
-typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; float *b_sum, alpha; } Result;
+// The destination of a matmul: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is
+// float, otherwise N. With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h),
+// and y is multiplied by GELU'(h). With `b_sum` (N), where y is float, also b_sum = the columns of
+// b. `alpha` multiplies a b; if it is not 1, nothing else is fused.
+typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; float *b_sum,
+                 alpha; } Result;
 
 static inline Matrix lines(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
 static inline Matrix turned(const void *at, size_t ld) { const Matrix m = {at, ld, 1}; return m; }
@@ -191,7 +212,8 @@ static inline Result summed(float *at, size_t ld, int add) {
     return y;
 }
 
-typedef struct { size_t M, N, K, lda, ldb, ldy; int a_turned, b_turned, sums, add, epilogue; } ProductKey;
+typedef struct { size_t M, N, K, lda, ldb, ldy; int a_turned, b_turned, sums, add, epilogue;
+                 } ProductKey;
 
 struct Product {
     ProductKey key;
@@ -201,12 +223,14 @@ struct Product {
     int fused;                                           // it applies the epilogue itself
 };
 
-#define SET_OF_PRODUCT(p, attribute, value) \
-    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute((p)->what, CUBLASLT_MATMUL_DESC_##attribute, &(value), sizeof(value)))
+#define SET_OF_PRODUCT(p, attribute, value)                                                  \
+    CUBLAS_CHECK(cublasLtMatmulDescSetAttribute((p)->what, CUBLASLT_MATMUL_DESC_##attribute, \
+                                                &(value), sizeof(value)))
 
 static cublasLtMatrixLayout_t product_layout(int type, size_t columns, size_t lines, size_t ld) {
     cublasLtMatrixLayout_t layout;
-    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, (cudaDataType)type, columns, lines, (int64_t)ld));
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, (cudaDataType)type, columns, lines,
+                                            (int64_t)ld));
     return layout;
 }
 
@@ -223,27 +247,31 @@ static void product_describe(const Gpu *g, Product *p, const Result *y) {
     const ProductKey *k = &p->key;
     const int number = g->half ? CUDA_R_16BF : CUDA_R_32F;
     const cublasOperation_t no = CUBLAS_OP_N, yes = CUBLAS_OP_T;
-    const cublasLtEpilogue_t epilogue = p->fused ? (cublasLtEpilogue_t)k->epilogue : CUBLASLT_EPILOGUE_DEFAULT;
+    const cublasLtEpilogue_t epilogue = p->fused ? (cublasLtEpilogue_t)k->epilogue
+        : CUBLASLT_EPILOGUE_DEFAULT;
     const cudaDataType bias = (cudaDataType)(y->b_sum ? CUDA_R_32F : number);
     const int64_t ld = (int64_t)k->ldy;
-    CUBLAS_CHECK(cublasLtMatmulDescCreate(&p->what, g->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
-                                          CUDA_R_32F));
+    CUBLAS_CHECK(cublasLtMatmulDescCreate(&p->what, g->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
+                                          : CUBLAS_COMPUTE_32F, CUDA_R_32F));
     SET_OF_PRODUCT(p, TRANSA, *(k->b_turned ? &yes : &no));
     SET_OF_PRODUCT(p, TRANSB, *(k->a_turned ? &yes : &no));
     SET_OF_PRODUCT(p, EPILOGUE, epilogue);
     if (p->fused && (y->bias || y->b_sum)) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
     if (p->fused && (y->gelu || y->h)) SET_OF_PRODUCT(p, EPILOGUE_AUX_LD, ld);
     product_pointers(p, y);
-    p->b = k->b_turned ? product_layout(number, k->K, k->N, k->ldb) : product_layout(number, k->N, k->K, k->ldb);
-    p->a = k->a_turned ? product_layout(number, k->M, k->K, k->lda) : product_layout(number, k->K, k->M, k->lda);
+    p->b = k->b_turned ? product_layout(number, k->K, k->N, k->ldb) : product_layout(number, k->N,
+        k->K, k->ldb);
+    p->a = k->a_turned ? product_layout(number, k->M, k->K, k->lda) : product_layout(number, k->K,
+        k->M, k->lda);
     p->y = product_layout(k->sums ? CUDA_R_32F : number, k->N, k->M, k->ldy);
 }
 
-static cublasStatus_t product_run(const Gpu *g, const Product *p, const cublasLtMatmulAlgo_t *algorithm, float alpha, void *y,
+static cublasStatus_t product_run(const Gpu *g, const Product *p,
+                                  const cublasLtMatmulAlgo_t *algorithm, float alpha, void *y,
                                   const Matrix *a, const Matrix *b) {
     const float beta = p->key.add ? 1 : 0;
-    return cublasLtMatmul(g->blas, p->what, &alpha, b->at, p->b, a->at, p->a, &beta, y, p->y, y, p->y, algorithm,
-                          g->workspace, WORKSPACE, g->stream);
+    return cublasLtMatmul(g->blas, p->what, &alpha, b->at, p->b, a->at, p->a, &beta, y, p->y, y,
+                          p->y, algorithm, g->workspace, WORKSPACE, g->stream);
 }
 
 static __global__ void differ_kernel(int *differ, const unsigned *a, const unsigned *b, size_t n) {
@@ -254,8 +282,9 @@ static __global__ void differ_kernel(int *differ, const unsigned *a, const unsig
 enum { ALGORITHMS = 8, ALGORITHM_RUNS = 3 };
 
 // Seconds of the fastest of a few runs into y; negative if it does not run.
-static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulAlgo_t *algorithm, void *y, const Matrix *a,
-                           const Matrix *b, cudaEvent_t from, cudaEvent_t to) {
+static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulAlgo_t *algorithm,
+                           void *y, const Matrix *a, const Matrix *b, cudaEvent_t from,
+                           cudaEvent_t to) {
     float best = -1, ms = 0;
     for (int i = 0; i < ALGORITHM_RUNS; i++) {
         CUDA_CHECK(cudaEventRecord(from, g->stream));
@@ -271,9 +300,11 @@ static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulA
 // The index of the fastest of n algorithms whose result has the bits of the first that runs.
 // Results go to memory allocated for this purpose; if there is none, the first algorithm is chosen.
 // Negative if none of them runs.
-static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHeuristicResult_t *found, int n,
-                          const Matrix *a, const Matrix *b, const float *b_sum) {
-    const size_t numbers = p->key.M * p->key.ldy, bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), ALIGN);
+static int product_search(const Gpu *g, const Product *p,
+                          const cublasLtMatmulHeuristicResult_t *found, int n, const Matrix *a,
+                          const Matrix *b, const float *b_sum) {
+    const size_t numbers = p->key.M * p->key.ldy,
+        bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), ALIGN);
     const size_t sum_bytes = b_sum && p->fused ? p->key.N * sizeof *b_sum : 0;
     char *room = NULL;
     int first = -1, best = -1, differs;
@@ -293,15 +324,21 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
         if (product_run(g, p, &found[i].algo, 1, y, a, b) != CUBLAS_STATUS_SUCCESS) continue;
         if (first < 0) first = best = i;
         if (first == i && sum_bytes)
-            CUDA_CHECK(cudaMemcpyAsync(first_sum, b_sum, sum_bytes, cudaMemcpyDeviceToDevice, g->stream));
+            CUDA_CHECK(cudaMemcpyAsync(first_sum, b_sum, sum_bytes, cudaMemcpyDeviceToDevice,
+                                       g->stream));
         CUDA_CHECK(cudaMemsetAsync(differ, 0, sizeof *differ, g->stream));
-        if (first < i) LAUNCH(differ_kernel, 256, BLOCK, 0, g->stream, differ, (unsigned *)room, (unsigned *)y, bytes / 4);
+        if (first < i)
+            LAUNCH(differ_kernel, 256, BLOCK, 0, g->stream, differ, (unsigned *)room, (unsigned *)y,
+                   bytes / 4);
         if (first < i && sum_bytes)
-            LAUNCH(differ_kernel, 1, BLOCK, 0, g->stream, differ, (unsigned *)first_sum, (unsigned *)b_sum, sum_bytes / 4);
-        CUDA_CHECK(cudaMemcpyAsync(&differs, differ, sizeof differs, cudaMemcpyDeviceToHost, g->stream));
+            LAUNCH(differ_kernel, 1, BLOCK, 0, g->stream, differ, (unsigned *)first_sum,
+                   (unsigned *)b_sum, sum_bytes / 4);
+        CUDA_CHECK(cudaMemcpyAsync(&differs, differ, sizeof differs, cudaMemcpyDeviceToHost,
+                                   g->stream));
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         if (differs) continue;
-        const double time = product_time(g, p, &found[i].algo, room + bytes, a, b, from, to);   // the first one's result is preserved
+        // the first one's result is preserved
+        const double time = product_time(g, p, &found[i].algo, room + bytes, a, b, from, to);
         if (time >= 0 && (least < 0 || time < least)) least = time, best = i;
     }
     CUDA_CHECK(cudaEventDestroy(from));
@@ -312,23 +349,28 @@ static int product_search(const Gpu *g, const Product *p, const cublasLtMatmulHe
 
 // Chooses an algorithm; returns 0 if there is none that runs for these types, shapes and this
 // epilogue.
-static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matrix *b, const float *b_sum) {
+static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matrix *b,
+                          const float *b_sum) {
     const size_t room = WORKSPACE;
     const double flops = 2.0 * (double)p->key.M * (double)p->key.N * (double)p->key.K;
     cublasLtMatmulPreference_t wish;
     cublasLtMatmulHeuristicResult_t found[ALGORITHMS];
     int n = 0;
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&wish));
-    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room));
-    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(g->blas, p->what, p->b, p->a, p->y, p->y, wish, ALGORITHMS,
-                                                                 found, &n);
+    CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(wish,
+                                                      CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                      &room, sizeof room));
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(g->blas, p->what, p->b, p->a, p->y,
+                                                                 p->y, wish, ALGORITHMS, found, &n);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(wish));
     int usable = 0;
     for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < n; i++)
         if (found[i].state == CUBLAS_STATUS_SUCCESS) found[usable++] = found[i];
     if (!usable) return 0;
-    const int worth_it = flops > 1e8;                    // below, a launch takes as long as the computation
-    const int chosen = g->search && worth_it && usable > 1 ? product_search(g, p, found, usable, a, b, b_sum) : 0;
+    // below, a launch takes as long as the computation
+    const int worth_it = flops > 1e8;
+    const int chosen = g->search && worth_it && usable > 1 ? product_search(g, p, found, usable, a,
+        b, b_sum) : 0;
     if (chosen < 0) return 0;
     p->algorithm = found[chosen].algo;
     return 1;
@@ -353,13 +395,16 @@ static int product_epilogue(const Result *y) {
 static int product_fuses(const Gpu *g, const Result *y) {
     if (y->b_sum && !g->sums_inside) return 0;
     if (!y->gelu && !y->h) return 1;
-    if (y->add) return 0;                                // of adapters: GELU is of the whole sum
+    // with adapters, GELU applies to the whole sum
+    if (y->add) return 0;
     return g->half && y->ld % 8 == 0;                    // by cublasLt.h, EPILOGUE_AUX_LD
 }
 
-static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Matrix *b, size_t M, size_t N, size_t K) {
+static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Matrix *b, size_t M,
+                             size_t N, size_t K) {
     ProductKey key;
-    memset(&key, 0, sizeof key);                         // including padding: keys are compared as bytes
+    // including padding: keys are compared as bytes
+    memset(&key, 0, sizeof key);
     key.M = M, key.N = N, key.K = K, key.lda = a->ld, key.ldb = b->ld, key.ldy = y->ld;
     key.a_turned = a->turned, key.b_turned = b->turned, key.sums = y->sums, key.add = y->add;
     key.epilogue = product_epilogue(y);
@@ -375,20 +420,24 @@ static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Mat
     p->fused = !g->plain && product_fuses(g, y);
     product_describe(g, p, y);
     if (product_choose(g, p, a, b, y->b_sum)) return p;
-    product_free(p);                                     // a descriptor that still names a bias would be refused again
+    // a descriptor that still names a bias would be refused again
+    product_free(p);
     p->fused = 0;
     product_describe(g, p, y);
-    if (!product_choose(g, p, a, b, y->b_sum)) die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
+    if (!product_choose(g, p, a, b, y->b_sum))
+        die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
     return p;
 }
 
 // sums (parts,N): column sums of y (M,N), whose rows are divided into `parts` equal parts. A block
 // processes WARP * W columns of one part; its warps divide the rows.
 template <class N, int W>
-static __global__ void column_sums_kernel(float *sums, const void *y, size_t M, size_t columns, size_t part) {
+static __global__ void column_sums_kernel(float *sums, const void *y, size_t M, size_t columns,
+                                          size_t part) {
     SHARED(float, room);                                 // (warps, WARP * W)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const size_t column = ((size_t)blockIdx.x * WARP + lane) * W, end = at_most(M, (blockIdx.y + 1) * part);
+    const size_t column = ((size_t)blockIdx.x * WARP + lane) * W,
+        end = at_most(M, (blockIdx.y + 1) * part);
     Floats<W> sum;
     for (int k = 0; k < W; k++) sum.x[k] = 0;
     if (column < columns)
@@ -415,10 +464,12 @@ sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_
     BOUNDS(SUM_THREADS);
     SHARED(float, room);                                 // (warps, WARP)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const size_t columns = second ? 2 * n : n, column = (size_t)blockIdx.x * WARP + lane, share = strips(parts, warps);
+    const size_t columns = second ? 2 * n : n, column = (size_t)blockIdx.x * WARP + lane,
+        share = strips(parts, warps);
     float sum = 0;
     if (column < columns)
-        for (size_t i = warp * share; i < at_most(parts, (warp + 1) * share); i++) sum += sums[i * columns + column];
+        for (size_t i = warp * share; i < at_most(parts, (warp + 1) * share); i++)
+            sum += sums[i * columns + column];
     room[warp * WARP + lane] = sum;
     __syncthreads();
     if (warp > 0 || column >= columns) return;
@@ -428,10 +479,13 @@ sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_
     *to = add ? *to + sum : sum;
 }
 
-static void sum_parts(const Gpu *g, float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
+static void sum_parts(const Gpu *g, float *first, float *second, const float *sums, size_t n,
+                      size_t parts, int add) {
     const unsigned blocks = (unsigned)strips(second ? 2 * n : n, WARP);
-    const int threads = parts > COLUMN_PARTS ? (int)SUM_THREADS : (int)BLOCK;  // so many that a warp adds at most 32 parts
-    LAUNCH(sum_parts_kernel, blocks, threads, (size_t)threads * sizeof(float), g->stream, first, second, sums, n, parts, add);
+    // so many that a warp adds at most 32 parts
+    const int threads = parts > COLUMN_PARTS ? (int)SUM_THREADS : (int)BLOCK;
+    LAUNCH(sum_parts_kernel, blocks, threads, (size_t)threads * sizeof(float), g->stream, first,
+           second, sums, n, parts, add);
 }
 
 // sum (N) = the column sums of y (M,N), or += with `add`. N is at most 4 C, the capacity of
@@ -440,7 +494,8 @@ static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t
     const size_t part = strips(M, at_most(strips(M, 64), COLUMN_PARTS)), parts = strips(M, part);
     const int wide = N % WIDE == 0;
     const dim3 grid((unsigned)strips(N, WARP * (wide ? WIDE : 1)), (unsigned)parts);
-    LAUNCH_AS(column_sums_kernel, g, wide, grid, BLOCK, BLOCK * WIDE * sizeof(float), g->partial, y, M, N, part);
+    LAUNCH_AS(column_sums_kernel, g, wide, grid, BLOCK, BLOCK * WIDE * sizeof(float), g->partial, y,
+              M, N, part);
     sum_parts(g, sum, NULL, g->partial, N, parts, add);
 }
 
@@ -452,21 +507,23 @@ static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, s
     CUBLAS_CHECK(product_run(g, p, &p->algorithm, y.alpha, gelu_inside ? y.gelu : y.at, &a, &b));
     if (!p->fused && (y.bias || y.gelu || y.h)) {
         const int wide = N % WIDE == 0;
-        LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y.at, y.bias, y.gelu, y.h,
-                  M * N, N);
+        LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y.at,
+                  y.bias, y.gelu, y.h, M * N, N);
     } else if (y.h && y.gelu) gelu_forward(g, y.gelu, y.h, M * N);
     if (!p->fused && y.b_sum) column_sums(g, y.b_sum, 0, b.at, K, N);
 }
 
 // y = x (BT,C) w (C,OC), plus y's epilogue (bias, GELU, accumulate).
-static void matmul_forward(Gpu *g, Result y, const void *x, const void *w, size_t BT, size_t C, size_t OC) {
+static void matmul_forward(Gpu *g, Result y, const void *x, const void *w, size_t BT, size_t C,
+                           size_t OC) {
     multiply(g, y, lines(x, C), lines(w, OC), BT, OC, C);
 }
 
-// Of y = x w + bias, from dy (BT,OC): dx (BT,C) = dy w^T;  dw (C,OC) = x^T dy and dbias (OC) = the columns of dy, or += with
-// `add`; NULL: w stays as it is. dx is finished before x is read, since a recomputed x may come with it.
-static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add, const void *dy, const void *x,
-                            const void *w, size_t BT, size_t C, size_t OC) {
+// Of y = x w + bias, from dy (BT,OC): dx (BT,C) = dy w^T; dw (C,OC) = x^T dy and dbias (OC) = the
+// columns of dy, or += with `add`; NULL: w stays as it is. dx is finished before x is read, since a
+// recomputed x may come with it.
+static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add, const void *dy,
+                            const void *x, const void *w, size_t BT, size_t C, size_t OC) {
     Result y = summed(dw, OC, add);                      // b_sum is always overwritten
     y.b_sum = g->sum;
     multiply(g, dx, lines(dy, OC), turned(w, OC), BT, C, OC);
@@ -479,10 +536,12 @@ static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add,
 //
 // A block processes one token. `at` (B): the positions of the rows' first tokens; NULL: 0.
 template <class N, int W>
-static __global__ void embedding_forward_kernel(float *x, const int *tokens, const int *at, const void *wte, const void *wpe,
-                                                size_t T, size_t C) {
+static __global__ void embedding_forward_kernel(float *x, const int *tokens, const int *at,
+                                                const void *wte, const void *wpe, size_t T,
+                                                size_t C) {
     const unsigned row = blockIdx.x / (unsigned)T;
-    const size_t bt = blockIdx.x, token = (size_t)tokens[bt], t = blockIdx.x % (unsigned)T + (at ? at[row] : 0);
+    const size_t bt = blockIdx.x, token = (size_t)tokens[bt],
+        t = blockIdx.x % (unsigned)T + (at ? at[row] : 0);
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         const Floats<W> p = load<N, W>(wpe, t * C + c);
         Floats<W> v = load<N, W>(wte, token * C + c);
@@ -491,16 +550,17 @@ static __global__ void embedding_forward_kernel(float *x, const int *tokens, con
     }
 }
 
-static void embedding_forward(const Gpu *g, float *x, const int *tokens, const int *at, const void *wte, const void *wpe,
-                              size_t B, size_t T, size_t C) {
-    LAUNCH_AS(embedding_forward_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, x, tokens, at, wte, wpe, T, C);
+static void embedding_forward(const Gpu *g, float *x, const int *tokens, const int *at,
+                              const void *wte, const void *wpe, size_t B, size_t T, size_t C) {
+    LAUNCH_AS(embedding_forward_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, x,
+              tokens, at, wte, wpe, T, C);
 }
 
 // dwte (V,C) +=: group i is one token, at positions order[first[i]] .. order[first[i + 1]] of the
 // batch. A block processes WARP * W channels of a group; its warps divide the positions.
 template <int W>
-static __global__ void embedding_backward_kernel(float *dwte, const int *tokens, const int *order, const int *first,
-                                                 const float *dx, size_t C) {
+static __global__ void embedding_backward_kernel(float *dwte, const int *tokens, const int *order,
+                                                 const int *first, const float *dx, size_t C) {
     SHARED(float, room);                                 // (warps, WARP * W)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int from = first[blockIdx.x], end = first[blockIdx.x + 1];
@@ -518,14 +578,15 @@ static __global__ void embedding_backward_kernel(float *dwte, const int *tokens,
     const size_t to = (size_t)tokens[order[from]] * C + c;
     Floats<W> total = load<float, W>(dwte, to);
     for (int k = 0; k < W; k++)
-        for (int w = 0; w < warps && w < end - from; w++) total.x[k] += room[(w * W + k) * WARP + lane];
+        for (int w = 0; w < warps && w < end - from; w++)
+            total.x[k] += room[(w * W + k) * WARP + lane];
     store<float, W>(dwte, to, total);
 }
 
 // dwpe (T_all,C) = the sum over the rows of dx (B,T,C), or += with `add`; positions from T on have
 // no gradient.
-static __global__ void position_backward_kernel(float *dwpe, const float *dx, size_t B, size_t T, size_t T_all, size_t C,
-                                                int add) {
+static __global__ void position_backward_kernel(float *dwpe, const float *dx, size_t B, size_t T,
+                                                size_t T_all, size_t C, int add) {
     const size_t i = thread_index();
     if (i >= T_all * C || (add && i >= T * C)) return;
     float sum = 0;
@@ -534,18 +595,24 @@ static __global__ void position_backward_kernel(float *dwpe, const float *dx, si
 }
 
 // The batch's positions grouped by token, each group in batch order.
-typedef struct { int groups; const int *order, *first; } Grouped;    // (BT) (groups + 1), on the device
+// (BT) (groups + 1), on the device
+typedef struct { int groups; const int *order, *first; } Grouped;
 
 // dwte (V,C) += and dwpe (T_all,C) =, or += with `add`.
-static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, const int *tokens, Grouped by,
-                               const float *dx, size_t B, size_t T, size_t T_all, size_t C) {
+static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, const int *tokens,
+                               Grouped by, const float *dx, size_t B, size_t T, size_t T_all,
+                               size_t C) {
     const int wide = C % WIDE == 0;
     const dim3 grid((unsigned)by.groups, (unsigned)strips(C, WARP * (wide ? WIDE : 1)));
     const size_t shared = BLOCK * WIDE * sizeof(float);
     if (wide)
-        LAUNCH(embedding_backward_kernel<WIDE>, grid, BLOCK, shared, g->stream, dwte, tokens, by.order, by.first, dx, C);
-    else LAUNCH(embedding_backward_kernel<1>, grid, BLOCK, shared, g->stream, dwte, tokens, by.order, by.first, dx, C);
-    LAUNCH(position_backward_kernel, blocks_for(T_all * C), BLOCK, 0, g->stream, dwpe, dx, B, T, T_all, C, add);
+        LAUNCH(embedding_backward_kernel<WIDE>, grid, BLOCK, shared, g->stream, dwte, tokens,
+               by.order, by.first, dx, C);
+    else
+        LAUNCH(embedding_backward_kernel<1>, grid, BLOCK, shared, g->stream, dwte, tokens, by.order,
+               by.first, dx, C);
+    LAUNCH(position_backward_kernel, blocks_for(T_all * C), BLOCK, 0, g->stream, dwpe, dx, B, T,
+           T_all, C, add);
 }
 
 // ---- Dropout: whether an element is kept is a function of its position (dev/model/noise.h) ----
@@ -557,9 +624,11 @@ static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, 
 // x (n,T,C): multiplies each element by its factor. A thread processes the elements of one Philox
 // call.
 template <class N>
-static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *rows, unsigned nT, unsigned T, unsigned C) {
+static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *rows, unsigned nT,
+                                      unsigned T, unsigned C) {
     const NoisePlace z = *noise;
-    const unsigned groups = (C + NOISE_EACH - 1) / NOISE_EACH, token = (unsigned)(thread_index() / groups);
+    const unsigned groups = (C + NOISE_EACH - 1) / NOISE_EACH,
+        token = (unsigned)(thread_index() / groups);
     const unsigned group = (unsigned)(thread_index() % groups), c = group * NOISE_EACH;
     if (token >= nT) return;
     const unsigned row = rows ? (unsigned)rows[token / T] : token / T;
@@ -567,22 +636,28 @@ static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *
     const float scale = (float)noise_scale(z.rate);
     N *const line = x + (size_t)token * C;
     UNROLL for (unsigned e = 0; e < NOISE_EACH; e++)
-        if (c + e < C) line[c + e] = from_float<N>(noise_half(w, (int)e) >= z.rate ? to_float(line[c + e]) * scale : 0);
+        if (c + e < C)
+            line[c + e] = from_float<N>(noise_half(w, (int)e) >=
+                                        z.rate ? to_float(line[c + e]) * scale : 0);
 }
 
 // For the residual stream, in fp32, and for a branch's end, in N. Backward is the same, applied to
 // the gradient.
-static void dropout_stream(const Gpu *g, float *x, const NoisePlace *noise, size_t nT, size_t T, size_t C) {
-    LAUNCH(dropout_kernel<float>, blocks_for(nT * strips(C, NOISE_EACH)), BLOCK, 0, g->stream, x, noise, (const int *)NULL,
-           (unsigned)nT, (unsigned)T, (unsigned)C);
+static void dropout_stream(const Gpu *g, float *x, const NoisePlace *noise, size_t nT, size_t T,
+                           size_t C) {
+    LAUNCH(dropout_kernel<float>, blocks_for(nT * strips(C, NOISE_EACH)), BLOCK, 0, g->stream, x,
+           noise, (const int *)NULL, (unsigned)nT, (unsigned)T, (unsigned)C);
 }
 
-static void dropout_end(const Gpu *g, void *x, const NoisePlace *noise, const int *rows, size_t nT, size_t T, size_t C) {
+static void dropout_end(const Gpu *g, void *x, const NoisePlace *noise, const int *rows, size_t nT,
+                        size_t T, size_t C) {
     const dim3 grid = blocks_for(nT * strips(C, NOISE_EACH));
     if (g->half)
-        LAUNCH(dropout_kernel<bf16>, grid, BLOCK, 0, g->stream, (bf16 *)x, noise, rows, (unsigned)nT, (unsigned)T, (unsigned)C);
+        LAUNCH(dropout_kernel<bf16>, grid, BLOCK, 0, g->stream, (bf16 *)x, noise, rows,
+               (unsigned)nT, (unsigned)T, (unsigned)C);
     else
-        LAUNCH(dropout_kernel<float>, grid, BLOCK, 0, g->stream, (float *)x, noise, rows, (unsigned)nT, (unsigned)T, (unsigned)C);
+        LAUNCH(dropout_kernel<float>, grid, BLOCK, 0, g->stream, (float *)x, noise, rows,
+               (unsigned)nT, (unsigned)T, (unsigned)C);
 }
 
 // ---- The residual stream x (B,T,C) and LayerNorm (Ba, Kiros, Hinton 2016) ----
@@ -595,17 +670,22 @@ static void dropout_end(const Gpu *g, void *x, const NoisePlace *noise, const in
 // Tied branches (x + s (a + mlp(LN(x + a)))): what is normalized includes the first branch
 // unscaled; the same in backward.
 
-typedef struct { const int *place; const float *scale; } Rows;        // of one branch, on the device
+// of one branch, on the device
+typedef struct { const int *place; const float *scale; } Rows;
 
-static __device__ inline long row_place(const int *place, size_t row) { return place ? place[row] : (long)row; }
+static __device__ inline long row_place(const int *place, size_t row) {
+    return place ? place[row] : (long)row;
+}
 
 // Forward: x += end.scale * out (n,T,C) on the rows of `end`; then ln (n',T,C) = xhat * w + b, xhat
 // (n',T,C), rstd (n',T) on the rows of `begin`. Without out, nothing is added. xhat is rounded to N
 // first, so that layernorm_again gives the same ln.
 template <class N, int W>
-static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat, float *rstd, const void *out,
-                                                         Rows end, Rows begin, int tied, const void *w, const void *b,
-                                                         size_t BT, size_t T, size_t C) {
+static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat,
+                                                         float *rstd, const void *out, Rows end,
+                                                         Rows begin, int tied, const void *w,
+                                                         const void *b, size_t BT, size_t T,
+                                                         size_t C) {
     SHARED(float, room);                                 // (warps, C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const size_t token = (size_t)blockIdx.x * (blockDim.x / WARP) + warp;
@@ -614,7 +694,8 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     const long ended = out ? row_place(end.place, row) : -1, begun = row_place(begin.place, row);
     if (ended < 0 && begun < 0) return;
     const float scale = ended < 0 ? 0 : *end.scale;
-    float *z = room + warp * C, sum = 0, squares = 0;    // each lane accesses only its own elements of z
+    // each lane accesses only its own elements of z
+    float *z = room + warp * C, sum = 0, squares = 0;
     for (size_t c = lane * W; c < C; c += WARP * W) {
         Floats<W> v = load<float, W>(x, token * C + c), seen = v;
         if (ended >= 0) {
@@ -639,7 +720,8 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     const size_t to = (size_t)begun * T + t;
     if (lane == 0) rstd[to] = r;
     for (size_t c = lane * W; c < C; c += WARP * W) {
-        const Floats<W> v = load<float, W>(z, c), weight = load<N, W>(w, c), bias = load<N, W>(b, c);
+        const Floats<W> v = load<float, W>(z, c), weight = load<N, W>(w, c),
+                        bias = load<N, W>(b, c);
         Floats<W> h, y;
         for (int k = 0; k < W; k++) {
             h.x[k] = to_float(from_float<N>((v.x[k] - mean) * r));
@@ -651,19 +733,24 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
 }
 
 // Warps per block that fit in shared memory, each using `lines` rows of C floats.
-static inline unsigned warps_for(size_t C, size_t lines) { return C * lines * 4 * sizeof(float) <= 96 << 10 ? 4 : 1; }
+static inline unsigned warps_for(size_t C, size_t lines) {
+    return C * lines * 4 * sizeof(float) <= 96 << 10 ? 4 : 1;
+}
 
-static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *xhat, float *rstd, const void *out, Rows end,
-                                       Rows begin, int tied, const void *w, const void *b, size_t B, size_t T, size_t C) {
+static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *xhat, float *rstd,
+                                       const void *out, Rows end, Rows begin, int tied,
+                                       const void *w, const void *b, size_t B, size_t T, size_t C) {
     const unsigned warps = warps_for(C, 1), blocks = (unsigned)strips(B * T, warps);
-    LAUNCH_AS(residual_layernorm_forward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * C * sizeof(float), x, ln,
-              xhat, rstd, out, end, begin, tied, w, b, B * T, T, C);
+    LAUNCH_AS(residual_layernorm_forward_kernel, g, C % WIDE == 0, blocks, warps * WARP,
+              warps * C * sizeof(float), x, ln, xhat, rstd, out, end, begin, tied, w, b, B * T, T,
+              C);
 }
 
 // Recomputes y (n,T,C) from xhat: the backward pass needs it as the input of a matmul. A block
 // processes one token.
 template <class N, int W>
-static __global__ void layernorm_again_kernel(void *y, const void *xhat, const void *w, const void *b, size_t C) {
+static __global__ void layernorm_again_kernel(void *y, const void *xhat, const void *w,
+                                              const void *b, size_t C) {
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         const Floats<W> weight = load<N, W>(w, c), bias = load<N, W>(b, c);
         Floats<W> v = load<N, W>(xhat, blockIdx.x * C + c);
@@ -672,8 +759,10 @@ static __global__ void layernorm_again_kernel(void *y, const void *xhat, const v
     }
 }
 
-static void layernorm_again(const Gpu *g, void *y, const void *xhat, const void *w, const void *b, size_t nT, size_t C) {
-    LAUNCH_AS(layernorm_again_kernel, g, C % WIDE == 0, (unsigned)nT, threads_for(C), 0, y, xhat, w, b, C);
+static void layernorm_again(const Gpu *g, void *y, const void *xhat, const void *w, const void *b,
+                            size_t nT, size_t C) {
+    LAUNCH_AS(layernorm_again_kernel, g, C % WIDE == 0, (unsigned)nT, threads_for(C), 0, y, xhat, w,
+              b, C);
 }
 
 // Backward: dx += dz = rstd * (v - mean(v) - xhat * mean(v * xhat)), v = dy * w (n,T,C), on the
@@ -681,19 +770,26 @@ static void layernorm_again(const Gpu *g, void *y, const void *xhat, const void 
 // the preceding branch (tied: scale * the previous dx, + dz). sums (blocks,2C): each block's sums
 // of dy * xhat and dy over its tokens. Without dout nothing is passed on.
 template <class N, int W>
-static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums, const void *__restrict__ dy,
-                                                          const void *__restrict__ xhat, const float *__restrict__ rstd,
+static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout, float *sums,
+                                                          const void *__restrict__ dy,
+                                                          const void *__restrict__ xhat,
+                                                          const float *__restrict__ rstd,
                                                           Rows begin, Rows end, int fresh, int tied,
-                                                          const void *__restrict__ w, size_t BT, size_t T, size_t C) {
+                                                          const void *__restrict__ w, size_t BT,
+                                                          size_t T, size_t C) {
     SHARED(float, room);                                 // (warps, 2C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    float *dw = room + warp * 2 * C, *db = dw + C;       // each lane accesses only its own elements until the end
+    // each lane accesses only its own elements until the end
+    float *dw = room + warp * 2 * C, *db = dw + C;
     Floats<W> zero;
     for (int k = 0; k < W; k++) zero.x[k] = 0;
-    for (size_t c = lane * W; c < C; c += WARP * W) store<float, W>(dw, c, zero), store<float, W>(db, c, zero);
-    for (size_t token = (size_t)blockIdx.x * warps + warp; token < BT; token += (size_t)gridDim.x * warps) {
+    for (size_t c = lane * W; c < C; c += WARP * W)
+        store<float, W>(dw, c, zero), store<float, W>(db, c, zero);
+    for (size_t token = (size_t)blockIdx.x * warps + warp; token < BT;
+         token += (size_t)gridDim.x * warps) {
         const unsigned row = (unsigned)token / (unsigned)T, t = (unsigned)token % (unsigned)T;
-        const long begun = row_place(begin.place, row), ended = dout ? row_place(end.place, row) : -1;
+        const long begun = row_place(begin.place, row), ended = dout ? row_place(end.place, row)
+            : -1;
         if (begun < 0 && ended < 0) continue;
         const size_t from = ((size_t)begun * T + t) * C, to = ((size_t)ended * T + t) * C;
         const float scale = ended < 0 ? 0 : *end.scale;
@@ -701,7 +797,8 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
         if (begun >= 0) {
 #pragma unroll 2
             for (size_t c = lane * W; c < C; c += WARP * W) {
-                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<N, W>(w, c);
+                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c),
+                    weight = load<N, W>(w, c);
                 Floats<W> dwc = load<float, W>(dw, c), dbc = load<float, W>(db, c);
                 for (int k = 0; k < W; k++) {
                     mean += g.x[k] * weight.x[k];
@@ -720,12 +817,15 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
             Floats<W> old = zero, z = zero, sum;
             if (!fresh) old = load<float, W>(dx, token * C + c);
             if (begun >= 0) {
-                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c), weight = load<N, W>(w, c);
-                for (int k = 0; k < W; k++) z.x[k] = r * (g.x[k] * weight.x[k] - mean - h.x[k] * along);
+                const Floats<W> g = load<N, W>(dy, from + c), h = load<N, W>(xhat, from + c),
+                    weight = load<N, W>(w, c);
+                for (int k = 0; k < W; k++)
+                    z.x[k] = r * (g.x[k] * weight.x[k] - mean - h.x[k] * along);
             }
             for (int k = 0; k < W; k++) sum.x[k] = old.x[k] + z.x[k];
             if (begun >= 0) store<float, W>(dx, token * C + c, sum);
-            for (int k = 0; k < W; k++) sum.x[k] = tied ? scale * old.x[k] + z.x[k] : scale * sum.x[k];
+            for (int k = 0; k < W; k++)
+                sum.x[k] = tied ? scale * old.x[k] + z.x[k] : scale * sum.x[k];
             if (ended >= 0) store<N, W>(dout, to + c, sum);
         }
     }
@@ -737,13 +837,16 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
     }
 }
 
-// dw, db (C) =, or += with `add`; NULL: nobody wants them.
-static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, float *dw, float *db, int add, const void *dy,
-                                        const void *xhat, const float *rstd, Rows begin, Rows end, int fresh, int tied,
-                                        const void *w, size_t B, size_t T, size_t C) {
-    const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps), NORM_BLOCKS);
-    LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP, warps * 2 * C * sizeof(float), dx,
-              dout, g->partial, dy, xhat, rstd, begin, end, fresh, tied, w, B * T, T, C);
+// dw, db (C) =, or += with `add`; NULL: not needed.
+static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, float *dw, float *db,
+                                        int add, const void *dy, const void *xhat,
+                                        const float *rstd, Rows begin, Rows end, int fresh,
+                                        int tied, const void *w, size_t B, size_t T, size_t C) {
+    const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps),
+        NORM_BLOCKS);
+    LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP,
+              warps * 2 * C * sizeof(float), dx, dout, g->partial, dy, xhat, rstd, begin, end,
+              fresh, tied, w, B * T, T, C);
     if (dw) sum_parts(g, dw, db, g->partial, C, blocks, add);
 }
 
@@ -769,7 +872,8 @@ enum { ATTENTION_WARPS = 4, ATTENTION_THREADS = 32 * ATTENTION_WARPS, ATTENTION_
 // Rejects unsupported head sizes when the model is opened.
 static void attention_check(size_t C, size_t NH) {
     if (C / NH > ATTENTION_WIDEST)
-        die("heads of %zu channels: the GPU takes at most %d\n  hint: more heads (--heads)", C / NH, ATTENTION_WIDEST);
+        die("heads of %zu channels: the GPU takes at most %d\n  hint: more heads (--heads)", C / NH,
+            ATTENTION_WIDEST);
 }
 
 // The block's head, h of NH of one row, and its index among the head's blocks. The blocks of a head
@@ -782,20 +886,28 @@ static __device__ AttentionPlace attention_place(int block, int blocks, int NH) 
 }
 
 // The start of the head in a matrix (n,T,numbers) and in (n,NH,T).
-static __device__ size_t head_start(AttentionPlace p, size_t numbers, int T, int HS) { return p.row * T * numbers + p.h * HS; }
-static __device__ size_t head_tokens(AttentionPlace p, int NH, int T) { return ((size_t)p.row * NH + p.h) * T; }
+static __device__ size_t head_start(AttentionPlace p, size_t numbers, int T, int HS) {
+    return p.row * T * numbers + p.h * HS;
+}
+static __device__ size_t head_tokens(AttentionPlace p, int NH, int T) {
+    return ((size_t)p.row * NH + p.h) * T;
+}
 
 // Rows of a head, HS elements each, ld elements apart; reads past T or HS give 0.
 template <class N> struct HeadLines { N *at; int ld, T, HS; };
 
-template <class N> static __device__ N *head_line(HeadLines<N> x, int i) { return x.at + (ptrdiff_t)i * x.ld; }
+template <class N> static __device__ N *head_line(HeadLines<N> x, int i) {
+    return x.at + (ptrdiff_t)i * x.ld;
+}
 
 // Part 0, 1 or 2 (q, k or v) of a head of qkv or dqkv, and a head of y or dy.
-template <class N> static __device__ HeadLines<N> head_of_qkv(N *qkv, AttentionPlace p, int part, int T, int C, int HS) {
+template <class N> static __device__ HeadLines<N> head_of_qkv(N *qkv, AttentionPlace p, int part,
+                                                              int T, int C, int HS) {
     return HeadLines<N>{qkv + head_start(p, 3 * (size_t)C, T, HS) + part * C, 3 * C, T, HS};
 }
 
-template <class N> static __device__ HeadLines<N> head_of_y(N *y, AttentionPlace p, int T, int C, int HS) {
+template <class N> static __device__ HeadLines<N> head_of_y(N *y, AttentionPlace p, int T, int C,
+                                                            int HS) {
     return HeadLines<N>{y + head_start(p, C, T, HS), C, T, HS};
 }
 
@@ -810,8 +922,9 @@ typedef struct { const uint32_t *words; const NoisePlace *noise; int line; } Kep
 
 static inline size_t kept_keys_line(size_t T) { return strips(T, 32); }
 
-static __global__ void attention_keep_kernel(uint32_t *words, const NoisePlace *noise, const int *rows, size_t count, int T,
-                                             int NH, int line) {
+static __global__ void attention_keep_kernel(uint32_t *words, const NoisePlace *noise,
+                                             const int *rows, size_t count, int T, int NH,
+                                             int line) {
     const size_t at = thread_index();
     const NoisePlace z = *noise;
     if (at >= count) return;
@@ -820,17 +933,22 @@ static __global__ void attention_keep_kernel(uint32_t *words, const NoisePlace *
     const uint32_t row = z.first_row + (uint32_t)rows[head / (size_t)NH];
     uint32_t bits = 0;
     for (int i = 0; i < 32 / NOISE_EACH && 32 * word <= t; i++) {
-        const Philox w = noise_words(z.key, row, (uint32_t)(head % (size_t)NH), (uint32_t)t, (uint32_t)(4 * word + i));
-        for (int e = 0; e < NOISE_EACH; e++) bits |= (uint32_t)(noise_half(w, e) >= z.rate) << (NOISE_EACH * i + e);
+        const Philox w = noise_words(z.key, row, (uint32_t)(head % (size_t)NH), (uint32_t)t,
+                                     (uint32_t)(4 * word + i));
+        for (int e = 0; e < NOISE_EACH; e++)
+            bits |= (uint32_t)(noise_half(w, e) >= z.rate) << (NOISE_EACH * i + e);
     }
     words[at] = bits;
 }
 
-static __device__ float kept_scale(KeptKeys keep) { return keep.words ? (float)noise_scale(keep.noise->rate) : 1; }
+static __device__ float kept_scale(KeptKeys keep) {
+    return keep.words ? (float)noise_scale(keep.noise->rate) : 1;
+}
 
 // The word with key j of query i of a head, whose tokens begin at `head`; 0 past T.
 static __device__ uint32_t kept_word(KeptKeys keep, size_t head, int i, int j, int T) {
-    return i < T && j < T ? keep.words[(head + (size_t)i) * (size_t)keep.line + (size_t)(j / 32)] : 0;
+    return i < T && j < T ? keep.words[(head + (size_t)i) * (size_t)keep.line + (size_t)(j / 32)]
+        : 0;
 }
 
 static __device__ float kept_factor(KeptKeys keep, size_t head, int i, int j, int T, float scale) {
@@ -854,17 +972,22 @@ template <int W> struct TileSource {
 };
 
 template <int W> static __device__ TileSource<W> tile_source(HeadLines<const bf16> x, int first) {
-    const int line = first + (int)threadIdx.x / TileSource<W>::PIECES, piece = (int)threadIdx.x % TileSource<W>::PIECES;
-    return TileSource<W>{head_line(x, line) + piece * 8, TileSource<W>::STEP * x.ld, piece * 8 < x.HS ? x.T - line : 0};
+    const int line = first + (int)threadIdx.x / TileSource<W>::PIECES,
+        piece = (int)threadIdx.x % TileSource<W>::PIECES;
+    return TileSource<W>{head_line(x, line) + piece * 8, TileSource<W>::STEP * x.ld,
+                         piece * 8 < x.HS ? x.T - line : 0};
 }
 
 // Copies the next LINES rows asynchronously, `further` elements on in each row (v after k).
-template <int LINES, int W> static __device__ void tile_load(bf16 *tile, const TileSource<W> *x, int further) {
+template <int LINES, int W> static __device__ void tile_load(bf16 *tile, const TileSource<W> *x,
+                                                             int further) {
     constexpr int PIECES = TileSource<W>::PIECES, STEP = TileSource<W>::STEP, TIMES = LINES / STEP;
-    static_assert(LINES % STEP == 0 && STEP % 8 == 0, "a thread's pieces have the same place in each line");
+    static_assert(LINES % STEP == 0 && STEP % 8 == 0,
+                  "a thread's pieces have the same place in each line");
     bf16 *to = tile_piece<W>(tile, (int)threadIdx.x / PIECES, (int)threadIdx.x % PIECES);
     UNROLL for (int r = 0; r < TIMES; r++)
-        cp_async16(to + r * STEP * W, x->from + further + (ptrdiff_t)r * x->step, r * STEP < x->left);
+        cp_async16(to + r * STEP * W, x->from + further + (ptrdiff_t)r * x->step,
+                   r * STEP < x->left);
 }
 
 template <int LINES, int W> static __device__ void tile_advance(TileSource<W> *x) {
@@ -872,7 +995,9 @@ template <int LINES, int W> static __device__ void tile_advance(TileSource<W> *x
 }
 
 // The rows that a block owns: one tile.
-template <int LINES, int W> static __device__ void tile_load_own(bf16 *tile, HeadLines<const bf16> x, int first) {
+template <int LINES, int W> static __device__ void tile_load_own(bf16 *tile,
+                                                                 HeadLines<const bf16> x,
+                                                                 int first) {
     const TileSource<W> source = tile_source<W>(x, first);
     tile_load<LINES>(tile, &source, 0);
 }
@@ -883,26 +1008,30 @@ template <int LINES, int W> static __device__ void tile_load_own(bf16 *tile, Hea
 // for every tile.
 template <int W> static __device__ bf16 *tile_lane(bf16 *tile, int line, int piece) {
     const int lane = (int)threadIdx.x % 32;
-    return (bf16 *)((char *)tile + (lane % 16 * 2 * W + ((lane / 16 ^ lane % 8 ^ piece) << 4)) + line * 2 * W);
+    return (bf16 *)((char *)tile + (lane % 16 * 2 * W + ((lane / 16 ^ lane % 8 ^ piece) << 4)) +
+                    line * 2 * W);
 }
 
 // ... and as two second operands that are not transposed.
 template <int W> static __device__ bf16 *tile_lane_second(bf16 *tile, int line, int piece) {
     const int lane = (int)threadIdx.x % 32;
-    return (bf16 *)((char *)tile + ((lane / 16 * 8 + lane % 8) * 2 * W + ((lane / 8 % 2 ^ lane % 8 ^ piece) << 4)) +
+    return (bf16 *)((char *)tile + ((lane / 16 * 8 + lane % 8) * 2 * W +
+                                    ((lane / 8 % 2 ^ lane % 8 ^ piece) << 4)) +
                     line * 2 * W);
 }
 
 // Step k of the 16 M rows that a warp owns, as first operands; all steps if they are KEPT in
 // registers. `line`: the second of the two tiles of such rows is LINES rows after the first, a
 // constant in the address instead of another pointer.
-template <int W, int M> static __device__ void own_read(uint32_t a[M][4], bf16 *tile, int line, int k) {
+template <int W, int M> static __device__ void own_read(uint32_t a[M][4], bf16 *tile, int line,
+                                                        int k) {
     UNROLL for (int m = 0; m < M; m++) ldmatrix_x4(a[m], tile_lane<W>(tile, line + 16 * m, 2 * k));
 }
 
 template <int W, int M, bool KEPT> struct OwnLines { uint32_t a[KEPT ? W / 16 : 1][M][4]; };
 
-template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M, KEPT> *own, bf16 *tile, int line) {
+template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M, KEPT> *own,
+                                                                   bf16 *tile, int line) {
     if (KEPT) {
         UNROLL for (int k = 0; k < W / 16; k++) own_read<W, M>(own->a[k], tile, line, k);
     }
@@ -910,7 +1039,8 @@ template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M
 
 // s (16M,8N) += own (16M,W) tile (8N,W)^T.
 template <int W, int M, int N, bool KEPT>
-static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, bf16 *own_tile, int line, bf16 *tile) {
+static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, bf16 *own_tile,
+                                   int line, bf16 *tile) {
     UNROLL for (int k = 0; k < W / 16; k++) {
         if (!KEPT) own_read<W, M>(own->a[0], own_tile, line, k);
         UNROLL for (int n = 0; n < N; n += 2) {
@@ -946,7 +1076,8 @@ static __device__ void tile_product(float out[M][W / 8][4], const float p[M][N][
 // Stores out (16M,W) to 16 M rows of x from `first` on, through the warp's own tile, so that whole
 // pieces are written. The tile's contents are no longer needed: there has been a barrier since.
 template <int W, int M>
-static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M][W / 8][4], bf16 *tile) {
+static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M][W / 8][4],
+                                 bf16 *tile) {
     const int lane = (int)threadIdx.x % 32;
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
@@ -958,7 +1089,8 @@ static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M
     __syncwarp();
     for (int at = lane; at < 16 * M * (W / 8); at += 32) {
         const int line = at / (W / 8), piece = at % (W / 8), i = first + line;
-        if (i < x.T && piece * 8 < x.HS) pack_store(head_line(x, i) + piece * 8, pack_load(tile_piece<W>(tile, line, piece)));
+        if (i < x.T && piece * 8 < x.HS)
+            pack_store(head_line(x, i) + piece * 8, pack_load(tile_piece<W>(tile, line, piece)));
     }
 }
 
@@ -969,7 +1101,8 @@ static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M
 
 // Scores whose key is later than the query become -inf. Rows are queries and columns keys, or vice
 // versa; line0 and column0 are those of s[0][0][0] in lane 0.
-template <bool LINES_ARE_KEYS, int M, int N> static __device__ void causal(float s[M][N][4], int line0, int column0) {
+template <bool LINES_ARE_KEYS, int M, int N> static __device__ void causal(float s[M][N][4],
+    int line0, int column0) {
     const int lane = (int)threadIdx.x % 32, ahead = line0 + lane / 4 - column0 - lane % 4 * 2;
     if (LINES_ARE_KEYS ? column0 >= line0 + 16 * M - 1 : line0 >= column0 + 8 * N - 1) return;
     UNROLL for (int m = 0; m < M; m++)
@@ -983,7 +1116,8 @@ template <bool LINES_ARE_KEYS, int M, int N> static __device__ void causal(float
 // s times the factors of dropout. Rows are queries; columns begin at a multiple of 32, which is a
 // word of bits.
 template <int M, int N>
-static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, int line0, int column0, int T) {
+static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, int line0,
+                                 int column0, int T) {
     const float scale = kept_scale(keep);
     const int lane = (int)threadIdx.x % 32;
     UNROLL for (int m = 0; m < M; m++)
@@ -991,19 +1125,22 @@ static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, i
             UNROLL for (int n = 0; n < N; n += 4) {
                 const int i = line0 + lane / 4 + 16 * m + 8 * half;
                 const uint32_t word = kept_word(keep, head, i, column0 + 8 * n, T) >> lane % 4 * 2;
-                UNROLL for (int k = 0; k < 8; k++) s[m][n + k / 2][2 * half + k % 2] *= word >> (k / 2 * 8 + k % 2) & 1 ? scale : 0;
+                UNROLL for (int k = 0; k < 8; k++) s[m][n + k / 2][2 * half + k % 2] *= word >> (k /
+                    2 * 8 + k % 2) & 1 ? scale : 0;
             }
 }
 
 // factor[m][n][e] = dropout's factor for s[m][n][e], whose rows are keys.
 template <int M, int N>
-static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t head, int line0, int column0, int T) {
+static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t head, int line0,
+                                    int column0, int T) {
     const float scale = kept_scale(keep);
     const int line = line0 + (int)threadIdx.x % 32 / 4, column = column0 + (int)threadIdx.x % 4 * 2;
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int n = 0; n < N; n++)
             UNROLL for (int e = 0; e < 4; e++)
-                factor[m][n][e] = kept_factor(keep, head, column + 8 * n + e % 2, line + 16 * m + e / 2 * 8, T, scale);
+                factor[m][n][e] = kept_factor(keep, head, column + 8 * n + e % 2,
+                                              line + 16 * m + e / 2 * 8, T, scale);
 }
 
 // Over the four lanes of a row.
@@ -1021,17 +1158,20 @@ static __device__ float line_sum(float x) {
 // lane's columns, and the accumulated y are rescaled to the new top. A query's first tile has a key
 // that it sees, so top is finite after it.
 template <int W, int M, int N>
-static __device__ void softmax_tile(float s[M][N][4], float out[M][W / 8][4], float top[M][2], float sum[M][2], float scale2) {
+static __device__ void softmax_tile(float s[M][N][4], float out[M][W / 8][4], float top[M][2],
+                                    float sum[M][2], float scale2) {
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
             float high = top[m][half], total = 0;
-            UNROLL for (int n = 0; n < N; n++) high = fmaxf(high, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+            UNROLL for (int n = 0; n < N; n++) high =
+                fmaxf(high, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
             high = line_max(high);
             const float shrink = exp2_fast((top[m][half] - high) * scale2), high2 = high * scale2;
             UNROLL for (int n = 0; n < N; n++)
                 UNROLL for (int e = 2 * half; e < 2 * half + 2; e++)
                     total += s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - high2);
-            UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= shrink, out[m][d][2 * half + 1] *= shrink;
+            UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= shrink,
+                out[m][d][2 * half + 1] *= shrink;
             sum[m][half] = sum[m][half] * shrink + total;
             top[m][half] = high;
         }
@@ -1047,22 +1187,27 @@ static __device__ int blocks_of(int T, int lines) { return (T + lines - 1) / lin
 // from `first` on, from its row `own` on. `late_first`: the blocks are counted from the last.
 struct AttentionOwn { AttentionPlace p; int first, own, lane; };
 
-template <int M> static __device__ AttentionOwn attention_own(int thread, int block, int T, int NH, bool late_first) {
+template <int M> static __device__ AttentionOwn attention_own(int thread, int block, int T, int NH,
+                                                              bool late_first) {
     constexpr int LINES = 16 * M * ATTENTION_WARPS;
     const int blocks = blocks_of(T, LINES);
     const AttentionPlace p = attention_place(block, blocks, NH);
-    return AttentionOwn{p, (late_first ? blocks - 1 - p.block : p.block) * LINES, 16 * M * (thread / 32), thread % 32};
+    return AttentionOwn{p, (late_first ? blocks - 1 - p.block : p.block) * LINES,
+                        16 * M * (thread / 32), thread % 32};
 }
 
 // DROPS: with dropout, without which no code for it is compiled.
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, int T, int C, int NH, float scale) {
+attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, int T, int C, int NH,
+                         float scale) {
     BOUNDS(ATTENTION_THREADS);
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
-    SHARED(bf16, shared);                                // q (LINES,W); k and v (2,KEYS,W): current and next tile
+    // q (LINES,W); k and v (2,KEYS,W): current and next tile
+    SHARED(bf16, shared);
     bf16 *const k_tiles = shared + LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
-    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);   // the longest loops start first
+    // the longest loops start first
+    const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);
     const AttentionPlace p = o.p;
     const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
@@ -1087,7 +1232,8 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
             tile_load<KEYS>(v_tiles + (at ^ 1) * KEYS * W, &keys, C);
             cp_async_commit();
         }
-        if (j0 < i_own + 16 * M) {                       // not too late for all queries of this warp
+        // not too late for all queries of this warp
+        if (j0 < i_own + 16 * M) {
             float s[M][N][4] = {};
             tile_scores<W, M, N, KEPT>(s, &q, q_tile, 0, k_tiles + at * KEYS * W);
             causal<false, M, N>(s, i_own, j0);
@@ -1096,7 +1242,8 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
             tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
-        __syncthreads();                                 // the next tile is here, and nobody reads this one any longer
+        // the next tile is here, and nobody reads this one any longer
+        __syncthreads();
     }
 
     const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
@@ -1104,8 +1251,10 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
         UNROLL for (int half = 0; half < 2; half++) {
             const int i = to.first + to.own + 16 * m + 8 * half + to.lane / 4;
             const float all = line_sum(sum[m][half]), share = 1 / all;
-            UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= share, out[m][d][2 * half + 1] *= share;
-            if (to.lane % 4 == 0 && i < T) lse[head_tokens(to.p, NH, T) + i] = top[m][half] * scale + logf(all);
+            UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= share,
+                out[m][d][2 * half + 1] *= share;
+            if (to.lane % 4 == 0 && i < T)
+                lse[head_tokens(to.p, NH, T) + i] = top[m][half] * scale + logf(all);
         }
     own_store<W, M>(head_of_y(y, to.p, T, C, C / NH), to.first + to.own, out, shared + to.own * W);
 }
@@ -1114,8 +1263,9 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
 // factor of dropout.
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner,
-                                  KeptKeys keep, int T, int C, int NH, float scale) {
+attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse,
+                                  const float *inner, KeptKeys keep, int T, int C, int NH,
+                                  float scale) {
     BOUNDS(ATTENTION_THREADS);
     constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
     SHARED(bf16, shared);                                // q and dy (LINES,W); k and v (2,KEYS,W)
@@ -1125,7 +1275,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
-    bf16 *const q_tile = shared + o.own * W;             // the warp's rows; those of dy are LINES further
+    // the warp's rows; those of dy are LINES further
+    bf16 *const q_tile = shared + o.own * W;
     OwnLines<W, M, KEPT> q, g;                           // g: dy
     float dq[M][W / 8][4] = {}, lse2[M][2], minus_inner[M][2];
 
@@ -1159,7 +1310,9 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
             causal<false, M, N>(s, i_own, j0);
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = DROPS ? 0 : minus_inner[m][e / 2];  // initial value of dP
+                    // initial value of dP
+                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] =
+                        DROPS ? 0 : minus_inner[m][e / 2];
             tile_scores<W, M, N, KEPT>(ds, &g, q_tile, LINES, v_tiles + at * KEYS * W);
             if (DROPS) {
                 tile_keep<M, N>(ds, keep, head_tokens(p, NH, T), i_own, j0, T);
@@ -1169,7 +1322,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
             }
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] *= exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]);
+                    UNROLL for (int e = 0; e < 4;
+                                e++) ds[m][n][e] *= exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]);
             tile_product<W, M, N>(dq, ds, k_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
@@ -1180,7 +1334,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dq[m][d][e] *= scale;
     const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
-    own_store<W, M>(head_of_qkv(dqkv, to.p, 0, T, C, C / NH), to.first + to.own, dq, shared + to.own * W);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 0, T, C, C / NH), to.first + to.own, dq,
+                    shared + to.own * W);
 }
 
 // lse log2(e) and -inner of the next QUERIES queries, one for each of the first 2 QUERIES threads.
@@ -1188,10 +1343,12 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
 template <int QUERIES> struct QueryNumbers { const float *from; float factor; int left; };
 
 template <int QUERIES>
-static __device__ QueryNumbers<QUERIES> query_numbers(const float *lse, const float *inner, size_t start, int i0, int T) {
+static __device__ QueryNumbers<QUERIES> query_numbers(const float *lse, const float *inner,
+                                                      size_t start, int i0, int T) {
     const int x = (int)threadIdx.x, i = i0 + x % QUERIES;
     const bool first = x < QUERIES;
-    return QueryNumbers<QUERIES>{(first ? lse : inner) + start + i, first ? 1.44269504f : -1, x < 2 * QUERIES ? T - i : 0};
+    return QueryNumbers<QUERIES>{(first ? lse : inner) + start + i, first ? 1.44269504f : -1,
+                                 x < 2 * QUERIES ? T - i : 0};
 }
 
 template <int QUERIES> static __device__ float query_read(QueryNumbers<QUERIES> *x) {
@@ -1208,23 +1365,27 @@ template <int QUERIES> static __device__ void query_write(float *numbers, float 
 // dropout, dV uses P after dropout.
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
-attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse, const float *inner,
-                               KeptKeys keep, int T, int C, int NH, float scale) {
+attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, const float *lse,
+                               const float *inner, KeptKeys keep, int T, int C, int NH,
+                               float scale) {
     BOUNDS(ATTENTION_THREADS);
     constexpr int LINES = 16 * M * ATTENTION_WARPS, QUERIES = 8 * N;
     static_assert(2 * QUERIES <= ATTENTION_THREADS, "query_numbers: a thread for each");
-    SHARED(bf16, shared);                                // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
+    // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
+    SHARED(bf16, shared);
     bf16 *const q_tiles = shared + 2 * LINES * W, *const dy_tiles = q_tiles + 2 * QUERIES * W;
     float *const numbers = (float *)(void *)(dy_tiles + 2 * QUERIES * W);
     const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, false);
     const AttentionPlace p = o.p;
     const int HS = C / NH, j0 = o.first, j_own = j0 + o.own;
-    int i0 = j0 / QUERIES * QUERIES;                     // the first tile with a query that sees a key of the block
+    // the first tile with a query that sees a key of the block
+    int i0 = j0 / QUERIES * QUERIES;
     TileSource<W> q = tile_source<W>(head_of_qkv(qkv, p, 0, T, C, HS), i0);
     TileSource<W> g = tile_source<W>(head_of_y(dy, p, T, C, HS), i0);
     const float scale2 = scale * 1.44269504f;
     QueryNumbers<QUERIES> source = query_numbers<QUERIES>(lse, inner, head_tokens(p, NH, T), i0, T);
-    bf16 *const k_tile = shared + o.own * W;             // the warp's rows; those of v are LINES further
+    // the warp's rows; those of v are LINES further
+    bf16 *const k_tile = shared + o.own * W;
     OwnLines<W, M, KEPT> k, v;
     float dk[M][W / 8][4] = {}, dv[M][W / 8][4] = {};
 
@@ -1251,27 +1412,32 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
             float s[M][N][4] = {}, ds[M][N][4];
             tile_scores<W, M, N, KEPT>(s, &k, k_tile, 0, q_tiles + at * QUERIES * W);
             causal<true, M, N>(s, j_own, i0);
-            const float *lse2 = numbers + at * 2 * QUERIES + o.lane % 4 * 2, *minus_inner = lse2 + QUERIES;
+            const float *lse2 = numbers + at * 2 * QUERIES + o.lane % 4 * 2,
+                *minus_inner = lse2 + QUERIES;
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++) s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
+                    UNROLL for (int e = 0; e < 4; e++) s[m][n][e] =
+                        exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
             if (DROPS) {
                 float factor[M][N][4], left[M][N][4];
                 kept_factors<M, N>(factor, keep, head_tokens(p, NH, T), j_own, i0, T);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
-                        UNROLL for (int e = 0; e < 4; e++) left[m][n][e] = s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
+                        UNROLL for (int e = 0; e < 4; e++) left[m][n][e] =
+                            s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
                 tile_product<W, M, N>(dv, left, dy_tiles + at * QUERIES * W);
                 tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
                         UNROLL for (int e = 0; e < 4; e++)
-                            ds[m][n][e] = ds[m][n][e] * factor[m][n][e] + minus_inner[8 * n + e % 2];
+                            ds[m][n][e] = ds[m][n][e] * factor[m][n][e] +
+                                minus_inner[8 * n + e % 2];
             } else {
                 tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
-                        UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[8 * n + e % 2];  // initial value of dP
+                        // initial value of dP
+                        UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[8 * n + e % 2];
                 tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
             }
             UNROLL for (int m = 0; m < M; m++)
@@ -1288,17 +1454,21 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dk[m][d][e] *= scale;
     const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, false);
-    own_store<W, M>(head_of_qkv(dqkv, to.p, 1, T, C, C / NH), to.first + to.own, dk, shared + to.own * W);
-    own_store<W, M>(head_of_qkv(dqkv, to.p, 2, T, C, C / NH), to.first + to.own, dv, shared + (LINES + to.own) * W);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 1, T, C, C / NH), to.first + to.own, dk,
+                    shared + to.own * W);
+    own_store<W, M>(head_of_qkv(dqkv, to.p, 2, T, C, C / NH), to.first + to.own, dv,
+                    shared + (LINES + to.own) * W);
 }
 
 // inner (n,NH,T) = <dy, y> for each head of each token, by `lanes` threads, a power of 2, each
 // reading SIZE elements at a time.
 template <class N, int SIZE>
-static __global__ void attention_inner_kernel(float *inner, const N *dy, const N *y, unsigned heads, unsigned T,
-                                              unsigned C, unsigned NH, unsigned lanes) {
-    const unsigned lane = threadIdx.x % lanes, HS = C / NH;                          // lanes divides blockDim.x
-    const unsigned at = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;     // head at % NH of a token
+static __global__ void attention_inner_kernel(float *inner, const N *dy, const N *y, unsigned heads,
+                                              unsigned T, unsigned C, unsigned NH, unsigned lanes) {
+    // lanes divides blockDim.x
+    const unsigned lane = threadIdx.x % lanes, HS = C / NH;
+    // head at % NH of a token
+    const unsigned at = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
     const bool valid = at < heads;
     const size_t from = (size_t)at * HS;
     float sum = 0;
@@ -1308,7 +1478,8 @@ static __global__ void attention_inner_kernel(float *inner, const N *dy, const N
             UNROLL for (int e = 0; e < SIZE; e++) sum += to_float(a.x[e]) * to_float(b.x[e]);
         } else sum += to_float(dy[from + d]) * to_float(y[from + d]);
     }
-    for (unsigned other = lanes / 2; other; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, (int)other);
+    for (unsigned other = lanes / 2; other; other /= 2)
+        sum += __shfl_xor_sync(0xFFFFFFFF, sum, (int)other);
     const unsigned token = at / NH, row = token / T;
     if (valid && lane == 0) inner[((size_t)row * NH + at % NH) * T + token % T] = sum;
 }
@@ -1319,14 +1490,16 @@ static __global__ void attention_inner_kernel(float *inner, const N *dy, const N
 // 16 r and columns x + 16 c of the scores, and columns 4 x + 64 c and three more of the results. A
 // row belongs to half a warp.
 
-enum { PLAIN_THREADS = 256, PLAIN_TILE = 4096, PLAIN_PAD = 4 };        // padded rows: pieces of 8 rows cover all banks
+// padded rows: pieces of 8 rows cover all banks
+enum { PLAIN_THREADS = 256, PLAIN_TILE = 4096, PLAIN_PAD = 4 };
 
 template <int W> struct Plain {
     enum { LINES = PLAIN_TILE / W, R = LINES / 16, LD = W + PLAIN_PAD, P_LD = LINES + PLAIN_PAD,
            TILE = LINES * LD, P_TILE = LINES * P_LD };
 };
 
-template <class N, int W> static __device__ void plain_load(float *tile, HeadLines<const N> x, int first) {
+template <class N, int W> static __device__ void plain_load(float *tile, HeadLines<const N> x,
+                                                            int first) {
     for (int at = (int)threadIdx.x; at < PLAIN_TILE; at += PLAIN_THREADS) {
         const int line = at / W, d = at % W;
         const bool valid = first + line < x.T && d < x.HS;
@@ -1335,7 +1508,8 @@ template <class N, int W> static __device__ void plain_load(float *tile, HeadLin
 }
 
 // s = a b^T, over the HS elements of the rows.
-template <int W, int R> static __device__ void plain_scores(float s[R][R], const float *a, const float *b, int HS) {
+template <int W, int R> static __device__ void plain_scores(float s[R][R], const float *a,
+                                                            const float *b, int HS) {
     constexpr int LD = Plain<W>::LD;
     a += (int)threadIdx.x / 16 * LD, b += (int)threadIdx.x % 16 * LD;
     UNROLL for (int r = 0; r < R; r++)
@@ -1355,7 +1529,8 @@ template <int W, int R> static __device__ void plain_share(float *p, const float
     __syncwarp();
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int c = 0; c < R; c++)
-            p[((int)threadIdx.x / 16 + 16 * r) * Plain<W>::P_LD + (int)threadIdx.x % 16 + 16 * c] = s[r][c];
+            p[((int)threadIdx.x / 16 + 16 * r) * Plain<W>::P_LD + (int)threadIdx.x % 16 + 16 * c] =
+                s[r][c];
     __syncwarp();
 }
 
@@ -1377,24 +1552,28 @@ static __device__ void plain_product(float out[R][W / 64][4], const float *p, co
 }
 
 template <class N, int W, int R>
-static __device__ void plain_store(HeadLines<N> x, int first, const float out[R][W / 64][4], const float factor[R]) {
+static __device__ void plain_store(HeadLines<N> x, int first, const float out[R][W / 64][4],
+                                   const float factor[R]) {
     UNROLL for (int r = 0; r < R; r++) {
         const int i = first + (int)threadIdx.x / 16 + 16 * r;
         UNROLL for (int c = 0; c < W / 64; c++)
             UNROLL for (int l = 0; l < 4; l++) {
                 const int d = (int)threadIdx.x % 16 * 4 + 64 * c + l;
-                if (i < x.T && d < x.HS) head_line(x, i)[d] = from_float<N>(out[r][c][l] * factor[r]);
+                if (i < x.T && d < x.HS)
+                    head_line(x, i)[d] = from_float<N>(out[r][c][l] * factor[r]);
             }
     }
 }
 
 // softmax_tile on plain scores; a row is 16 threads.
 template <int W, int R>
-static __device__ void plain_softmax(float s[R][R], float out[R][W / 64][4], float top[R], float sum[R]) {
+static __device__ void plain_softmax(float s[R][R], float out[R][W / 64][4], float top[R],
+                                     float sum[R]) {
     UNROLL for (int r = 0; r < R; r++) {
         float high = top[r], total = 0;
         UNROLL for (int c = 0; c < R; c++) high = fmaxf(high, s[r][c]);
-        UNROLL for (int other = 8; other; other /= 2) high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, other));
+        UNROLL for (int other = 8; other; other /= 2) high =
+            fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, other));
         const float shrink = expf(top[r] - high);
         UNROLL for (int c = 0; c < R; c++) total += s[r][c] = expf(s[r][c] - high);
         UNROLL for (int c = 0; c < W / 64; c++)
@@ -1406,12 +1585,15 @@ static __device__ void plain_softmax(float s[R][R], float out[R][W / 64][4], flo
 
 template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
-attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, int C, int NH, float scale) {
+attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, int C, int NH,
+                        float scale) {
     BOUNDS(PLAIN_THREADS);
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, q);
-    float *const k = q + Plain<W>::TILE, *const v = k + Plain<W>::TILE, *const shares = v + Plain<W>::TILE;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
+    float *const k = q + Plain<W>::TILE, *const v = k + Plain<W>::TILE,
+        *const shares = v + Plain<W>::TILE;
+    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16,
+        column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
     const float kept = kept_scale(keep);
@@ -1431,12 +1613,14 @@ attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, in
         plain_softmax<W, R>(s, out, top, sum);
         UNROLL for (int r = 0; r < R && keep.words; r++)
             UNROLL for (int c = 0; c < R; c++)
-                s[r][c] *= kept_factor(keep, head_tokens(p, NH, T), i0 + line + 16 * r, j0 + column + 16 * c, T, kept);
+                s[r][c] *= kept_factor(keep, head_tokens(p, NH, T), i0 + line + 16 * r,
+                                       j0 + column + 16 * c, T, kept);
         plain_share<W, R>(shares, s);
         plain_product<W, R>(out, shares, v);
     }
     UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int other = 8; other; other /= 2) sum[r] += __shfl_xor_sync(0xFFFFFFFF, sum[r], other);
+        UNROLL for (int other = 8; other; other /= 2)
+            sum[r] += __shfl_xor_sync(0xFFFFFFFF, sum[r], other);
         share[r] = 1 / sum[r];
         const int i = i0 + line + 16 * r;
         if (column == 0 && i < T) lse[head_tokens(p, NH, T) + i] = top[r] + logf(sum[r]);
@@ -1447,8 +1631,8 @@ attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, in
 // Both backward kernels: of four tiles the block owns the first two; the others are loaded with
 // rows `first` on of a and b, and s and ds are the products of own and other rows.
 template <class N, int W, int R>
-static __device__ void plain_scores_twice(float s[R][R], float ds[R][R], float *tiles, HeadLines<const N> a,
-                                          HeadLines<const N> b, int first) {
+static __device__ void plain_scores_twice(float s[R][R], float ds[R][R], float *tiles,
+                                          HeadLines<const N> a, HeadLines<const N> b, int first) {
     float *const others = tiles + 2 * Plain<W>::TILE;
     __syncthreads();                                     // all are done with the previous rows
     plain_load<N, W>(others, a, first);
@@ -1460,13 +1644,16 @@ static __device__ void plain_scores_twice(float s[R][R], float ds[R][R], float *
 
 template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
-attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, KeptKeys keep, int T,
-                                 int C, int NH, float scale) {
+attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float *lse,
+                                 const float *inner, KeptKeys keep, int T, int C, int NH,
+                                 float scale) {
     BOUNDS(PLAIN_THREADS);
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, q);                                    // q, dy, k and v, then the shared scores
-    float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE, *const shares = k + 2 * Plain<W>::TILE;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
+    float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE,
+        *const shares = k + 2 * Plain<W>::TILE;
+    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16,
+        column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int i0 = (blocks - 1 - p.block) * LINES;
     const float kept = kept_scale(keep);
@@ -1480,7 +1667,8 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
     plain_load<N, W>(g, head_of_y(dy, p, T, C, HS), i0);
     for (int j0 = 0; j0 <= i0; j0 += LINES) {
         float s[R][R], ds[R][R];
-        plain_scores_twice<N, W, R>(s, ds, q, head_of_qkv(qkv, p, 1, T, C, HS), head_of_qkv(qkv, p, 2, T, C, HS), j0);
+        plain_scores_twice<N, W, R>(s, ds, q, head_of_qkv(qkv, p, 1, T, C, HS),
+                                    head_of_qkv(qkv, p, 2, T, C, HS), j0);
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < R; c++) {
                 const int i = i0 + line + 16 * r, j = j0 + column + 16 * c;
@@ -1496,14 +1684,17 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
 
 template <class N, int W>
 static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
-attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *lse, const float *inner, KeptKeys keep, int T,
-                              int C, int NH, float scale) {
+attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *lse,
+                              const float *inner, KeptKeys keep, int T, int C, int NH,
+                              float scale) {
     BOUNDS(PLAIN_THREADS);
     constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
     SHARED(float, k);                                    // k, v, q and dy, then the shared scores
-    float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE, *const g = q + Plain<W>::TILE;
+    float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE,
+        *const g = q + Plain<W>::TILE;
     float *const shares = g + Plain<W>::TILE;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16, column = (int)threadIdx.x % 16;
+    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16,
+        column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
     const int j0 = p.block * LINES;
     const float kept = kept_scale(keep);
@@ -1514,13 +1705,15 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
     plain_load<N, W>(v, head_of_qkv(qkv, p, 2, T, C, HS), j0);
     for (int i0 = j0; i0 < T; i0 += LINES) {
         float s[R][R], ds[R][R];
-        plain_scores_twice<N, W, R>(s, ds, k, head_of_qkv(qkv, p, 0, T, C, HS), head_of_y(dy, p, T, C, HS), i0);
+        plain_scores_twice<N, W, R>(s, ds, k, head_of_qkv(qkv, p, 0, T, C, HS),
+                                    head_of_y(dy, p, T, C, HS), i0);
         UNROLL for (int c = 0; c < R; c++) {
             const int i = i0 + column + 16 * c;
             const float lse_of = i < T ? lse[i] : 0, inner_of = i < T ? inner[i] : 0;
             UNROLL for (int r = 0; r < R; r++) {
                 const bool seen = i < T && j0 + line + 16 * r <= i;
-                const float left = keep.words ? kept_factor(keep, head_tokens(p, NH, T), i, j0 + line + 16 * r, T, kept) : 1;
+                const float left = keep.words ? kept_factor(keep, head_tokens(p, NH, T), i,
+                                                            j0 + line + 16 * r, T, kept) : 1;
                 const float probability = seen ? expf(s[r][c] * scale - lse_of) : 0;
                 s[r][c] = probability * left;
                 ds[r][c] = probability * (ds[r][c] * left - inner_of);
@@ -1542,58 +1735,73 @@ typedef struct { size_t n, T, C, NH; cudaStream_t stream; KeptKeys keep; } Atten
 
 static unsigned attention_grid(const AttentionShape *a, size_t lines) {
     const size_t blocks = a->n * a->NH * ((a->T + lines - 1) / lines);
-    CHECK(blocks <= INT_MAX, "%zu rows of %zu tokens and %zu heads in one launch", a->n, a->T, a->NH);
+    CHECK(blocks <= INT_MAX, "%zu rows of %zu tokens and %zu heads in one launch", a->n, a->T,
+          a->NH);
     return (unsigned)blocks;
 }
 
-static float attention_scale(const AttentionShape *a) { return (float)(1 / sqrt((double)(a->C / a->NH))); }
+static float attention_scale(const AttentionShape *a) {
+    return (float)(1 / sqrt((double)(a->C / a->NH)));
+}
 
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static void attention_forward_mma(void *y, float *lse, const void *qkv, const AttentionShape *a) {
-    constexpr size_t lines = 16 * M * ATTENTION_WARPS, shared = (lines + 4 * 8 * N) * W * sizeof(bf16);
-    LAUNCH((attention_forward_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines), ATTENTION_THREADS, shared, a->stream,
-           (bf16 *)y, lse, (const bf16 *)qkv, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
+    constexpr size_t lines = 16 * M * ATTENTION_WARPS,
+        shared = (lines + 4 * 8 * N) * W * sizeof(bf16);
+    LAUNCH((attention_forward_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines),
+           ATTENTION_THREADS, shared, a->stream, (bf16 *)y, lse, (const bf16 *)qkv, a->keep,
+           (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
 
 template <int W, int M, int N, bool KEPT, bool DROPS>
-static void attention_backward_queries_mma(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
+static void attention_backward_queries_mma(void *dqkv, const void *dy, const void *qkv,
+                                           const float *lse, const float *inner,
                                            const AttentionShape *a) {
-    constexpr size_t lines = 16 * M * ATTENTION_WARPS, shared = (2 * lines + 4 * 8 * N) * W * sizeof(bf16);
-    LAUNCH((attention_backward_queries_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines), ATTENTION_THREADS, shared,
-           a->stream, (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH,
-           attention_scale(a));
+    constexpr size_t lines = 16 * M * ATTENTION_WARPS,
+        shared = (2 * lines + 4 * 8 * N) * W * sizeof(bf16);
+    LAUNCH((attention_backward_queries_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines),
+           ATTENTION_THREADS, shared, a->stream, (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv,
+           lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
 
 template <int W, int M, int N, bool KEPT, bool DROPS>
-static void attention_backward_keys_mma(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
+static void attention_backward_keys_mma(void *dqkv, const void *dy, const void *qkv,
+                                        const float *lse, const float *inner,
                                         const AttentionShape *a) {
     constexpr size_t lines = 16 * M * ATTENTION_WARPS;
-    constexpr size_t shared = (2 * lines + 4 * 8 * N) * W * sizeof(bf16) + 4 * 8 * N * sizeof(float);
-    LAUNCH((attention_backward_keys_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines), ATTENTION_THREADS, shared,
-           a->stream, (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH,
-           attention_scale(a));
+    constexpr size_t shared = (2 * lines + 4 * 8 * N) * W * sizeof(bf16) +
+        4 * 8 * N * sizeof(float);
+    LAUNCH((attention_backward_keys_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines),
+           ATTENTION_THREADS, shared, a->stream, (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv,
+           lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
 
 template <class N, int W>
-static void attention_forward_plain_launch(void *y, float *lse, const void *qkv, const AttentionShape *a) {
+static void attention_forward_plain_launch(void *y, float *lse, const void *qkv,
+                                           const AttentionShape *a) {
     const size_t shared = (3 * Plain<W>::TILE + Plain<W>::P_TILE) * sizeof(float);
-    LAUNCH((attention_forward_plain<N, W>), attention_grid(a, Plain<W>::LINES), PLAIN_THREADS, shared, a->stream, (N *)y, lse,
-           (const N *)qkv, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
+    LAUNCH((attention_forward_plain<N, W>), attention_grid(a, Plain<W>::LINES), PLAIN_THREADS,
+           shared, a->stream, (N *)y, lse, (const N *)qkv, a->keep, (int)a->T, (int)a->C,
+           (int)a->NH, attention_scale(a));
 }
 
 template <class N, int W>
-static void attention_backward_plain_launch(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
+static void attention_backward_plain_launch(void *dqkv, const void *dy, const void *qkv,
+                                            const float *lse, const float *inner,
                                             const AttentionShape *a) {
     const size_t shared = (4 * Plain<W>::TILE + Plain<W>::P_TILE) * sizeof(float);
     const unsigned grid = attention_grid(a, Plain<W>::LINES);
-    LAUNCH((attention_backward_keys_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream, (N *)dqkv, (const N *)dy,
-           (const N *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
-    LAUNCH((attention_backward_queries_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream, (N *)dqkv, (const N *)dy,
-           (const N *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
+    LAUNCH((attention_backward_keys_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream, (N *)dqkv,
+           (const N *)dy, (const N *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH,
+           attention_scale(a));
+    LAUNCH((attention_backward_queries_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream,
+           (N *)dqkv, (const N *)dy, (const N *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C,
+           (int)a->NH, attention_scale(a));
 }
 
 template <class N>
-static void attention_forward_plainly(void *y, float *lse, const void *qkv, const AttentionShape *a) {
+static void attention_forward_plainly(void *y, float *lse, const void *qkv,
+                                      const AttentionShape *a) {
     const size_t HS = a->C / a->NH;
     if (HS <= 64) attention_forward_plain_launch<N, 64>(y, lse, qkv, a);
     else if (HS <= 128) attention_forward_plain_launch<N, 128>(y, lse, qkv, a);
@@ -1601,7 +1809,8 @@ static void attention_forward_plainly(void *y, float *lse, const void *qkv, cons
 }
 
 template <class N>
-static void attention_backward_plainly(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
+static void attention_backward_plainly(void *dqkv, const void *dy, const void *qkv,
+                                       const float *lse, const float *inner,
                                        const AttentionShape *a) {
     const size_t HS = a->C / a->NH;
     if (HS <= 64) attention_backward_plain_launch<N, 64>(dqkv, dy, qkv, lse, inner, a);
@@ -1618,25 +1827,29 @@ static void attention_inner(float *inner, const void *dy, const void *y, const A
     const size_t blocks = (heads * lanes + 255) / 256;
     CHECK(heads <= INT_MAX, "%zu heads in one launch", heads);
     if (whole)
-        LAUNCH((attention_inner_kernel<N, SIZE>), (unsigned)blocks, 256, 0, a->stream, inner, (const N *)dy, (const N *)y,
-               (unsigned)heads, (unsigned)a->T, (unsigned)a->C, (unsigned)a->NH, (unsigned)lanes);
+        LAUNCH((attention_inner_kernel<N, SIZE>), (unsigned)blocks, 256, 0, a->stream, inner,
+               (const N *)dy, (const N *)y, (unsigned)heads, (unsigned)a->T, (unsigned)a->C,
+               (unsigned)a->NH, (unsigned)lanes);
     else
-        LAUNCH((attention_inner_kernel<N, 1>), (unsigned)blocks, 256, 0, a->stream, inner, (const N *)dy, (const N *)y,
-               (unsigned)heads, (unsigned)a->T, (unsigned)a->C, (unsigned)a->NH, (unsigned)lanes);
+        LAUNCH((attention_inner_kernel<N, 1>), (unsigned)blocks, 256, 0, a->stream, inner,
+               (const N *)dy, (const N *)y, (unsigned)heads, (unsigned)a->T, (unsigned)a->C,
+               (unsigned)a->NH, (unsigned)lanes);
 }
 
 // The tensor-core kernels for the heads that they support; false: there are none.
-template <bool DROPS> static bool attention_forward_fast(void *y, float *lse, const void *qkv, const AttentionShape *a) {
+template <bool DROPS> static bool attention_forward_fast(void *y, float *lse, const void *qkv,
+                                                         const AttentionShape *a) {
     const size_t HS = a->C / a->NH;
     if (HS % 8 || HS > 128) return false;
-    if (HS <= 64) attention_forward_mma<64, 2, DROPS ? 4 : 8, true, DROPS>(y, lse, qkv, a);      // registers for the bits
+    // registers for the bits
+    if (HS <= 64) attention_forward_mma<64, 2, DROPS ? 4 : 8, true, DROPS>(y, lse, qkv, a);
     else attention_forward_mma<128, 1, 8, true, DROPS>(y, lse, qkv, a);
     return true;
 }
 
 template <bool DROPS>
-static bool attention_backward_fast(void *dqkv, const void *dy, const void *qkv, const float *lse, const float *inner,
-                                    const AttentionShape *a) {
+static bool attention_backward_fast(void *dqkv, const void *dy, const void *qkv, const float *lse,
+                                    const float *inner, const AttentionShape *a) {
     const size_t HS = a->C / a->NH;
     if (HS % 8 || HS > 128) return false;
     if (HS <= 64) {
@@ -1651,22 +1864,25 @@ static bool attention_backward_fast(void *dqkv, const void *dy, const void *qkv,
 
 // All pointers are 16-byte aligned; with in_bf16, qkv, y, dy and dqkv are bf16, else fp32. keep
 // NULL: no dropout.
-static void attention_forward(void *y, float *lse, const void *qkv, const KeptKeys *keep, size_t n, size_t T, size_t C,
-                              size_t NH, int in_bf16, cudaStream_t stream) {
+static void attention_forward(void *y, float *lse, const void *qkv, const KeptKeys *keep, size_t n,
+                              size_t T, size_t C, size_t NH, int in_bf16, cudaStream_t stream) {
     const KeptKeys all = {NULL, NULL, 0};
     const AttentionShape a = {n, T, C, NH, stream, keep ? *keep : all};
     CHECK(C / NH <= ATTENTION_WIDEST, "heads of %zu channels", C / NH);
     if (n == 0) return;
-    if (in_bf16 && (keep ? attention_forward_fast<true>(y, lse, qkv, &a) : attention_forward_fast<false>(y, lse, qkv, &a))) return;
+    if (in_bf16 &&
+        (keep ? attention_forward_fast<true>(y, lse, qkv, &a) : attention_forward_fast<false>(y,
+            lse, qkv, &a)))
+        return;
     if (in_bf16) attention_forward_plainly<bf16>(y, lse, qkv, &a);
     else attention_forward_plainly<float>(y, lse, qkv, &a);
 }
 
 // dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's. inner (n,NH,T) is workspace for
 // <dy, y>.
-static void attention_backward(void *dqkv, float *inner, const void *dy, const void *qkv, const void *y, const float *lse,
-                               const KeptKeys *keep, size_t n, size_t T, size_t C, size_t NH, int in_bf16,
-                               cudaStream_t stream) {
+static void attention_backward(void *dqkv, float *inner, const void *dy, const void *qkv,
+                               const void *y, const float *lse, const KeptKeys *keep, size_t n,
+                               size_t T, size_t C, size_t NH, int in_bf16, cudaStream_t stream) {
     const KeptKeys all = {NULL, NULL, 0};
     const AttentionShape a = {n, T, C, NH, stream, keep ? *keep : all};
     CHECK(C / NH <= ATTENTION_WIDEST, "heads of %zu channels", C / NH);
@@ -1689,42 +1905,51 @@ typedef struct { void *at; size_t T; } Cache;
 
 // Stores k and v of qkv (n,T,3C) in the cache. A block processes one token of a row.
 template <class N, int W>
-static __global__ void cache_append_kernel(void *cache, const void *qkv, const int *place, const int *seq, const int *at,
-                                           size_t T, size_t T_cache, size_t C) {
+static __global__ void cache_append_kernel(void *cache, const void *qkv, const int *place,
+                                           const int *seq, const int *at, size_t T, size_t T_cache,
+                                           size_t C) {
     const unsigned row = blockIdx.x / (unsigned)T, t = blockIdx.x % (unsigned)T;
     const long line = row_place(place, row);
     if (line < 0) return;
-    const size_t from = ((size_t)line * T + t) * 3 * C + C, to = (size_t)seq[row] * 2 * T_cache + (size_t)at[row] + t;
+    const size_t from = ((size_t)line * T + t) * 3 * C + C, to = (size_t)seq[row] * 2 * T_cache +
+        (size_t)at[row] + t;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         store<N, W>(cache, to * C + c, load<N, W>(qkv, from + c));
         store<N, W>(cache, (to + T_cache) * C + c, load<N, W>(qkv, from + C + c));
     }
 }
 
-enum { QUERY_THREADS = 128 };                            // per block, which processes as many keys at a time
+// per block, which processes as many keys at a time
+enum { QUERY_THREADS = 128 };
 
 // y (n,T,C) for the queries of qkv: a block processes one head of one token, each thread one key;
 // then the threads divide the channels, `parts` of them the keys of a channel.
 template <class N>
-static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache, const int *place, const int *seq,
-                                              const int *at, int T, int T_cache, int C, int NH, float scale) {
+static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache, const int *place,
+                                              const int *seq, const int *at, int T, int T_cache,
+                                              int C, int NH, float scale) {
     SHARED(float, q);                                    // (HS)
-    const int HS = C / NH, h = (int)blockIdx.x % NH, t = (int)blockIdx.x / NH % T, row = (int)blockIdx.x / NH / T;
+    const int HS = C / NH, h = (int)blockIdx.x % NH, t = (int)blockIdx.x / NH % T,
+        row = (int)blockIdx.x / NH / T;
     const int width = (HS + WARP - 1) / WARP * WARP;     // threads per part
     const int parts = width < QUERY_THREADS ? QUERY_THREADS / width : 1;
     const int part = (int)threadIdx.x / width, first = (int)threadIdx.x % width;
-    float *const p = q + width, *const room = p + QUERY_THREADS, *const joined = room + WARP;    // (QUERY_THREADS) (WARP)
-                                                                                                 // (parts,HS)
+    // (QUERY_THREADS) (WARP) (parts,HS)
+    float *const p = q + width, *const room = p + QUERY_THREADS, *const joined = room + WARP;
     const long line = row_place(place, (size_t)row);
     if (line < 0) return;
     const size_t from = ((size_t)line * T + t) * 3 * C + h * HS;
-    const N *const keys = cache + ((size_t)seq[row] * 2 * T_cache) * C + h * HS, *const values = keys + (size_t)T_cache * C;
+    const N *const keys = cache + ((size_t)seq[row] * 2 * T_cache) * C + h * HS,
+        *const values = keys + (size_t)T_cache * C;
     const int seen = at[row] + t + 1;
-    float top = -INFINITY, sum = 0, out[2] = {0, 0};     // for channels `first` and first + QUERY_THREADS
-    for (int d = (int)threadIdx.x; d < HS; d += QUERY_THREADS) q[d] = scale * to_float(qkv[from + d]);
+    // for channels `first` and first + QUERY_THREADS
+    float top = -INFINITY, sum = 0, out[2] = {0, 0};
+    for (int d = (int)threadIdx.x; d < HS; d += QUERY_THREADS)
+        q[d] = scale * to_float(qkv[from + d]);
     __syncthreads();
     for (int j0 = 0; j0 < seen; j0 += QUERY_THREADS) {
-        const int j = j0 + (int)threadIdx.x, n = seen - j0 < QUERY_THREADS ? seen - j0 : QUERY_THREADS;
+        const int j = j0 + (int)threadIdx.x, n = seen - j0 < QUERY_THREADS ? seen -
+            j0 : QUERY_THREADS;
         float s = -INFINITY;
         if (j < seen) {
             s = 0;
@@ -1743,7 +1968,8 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
         __syncthreads();                                 // all are done with p
     }
     for (int e = 0; e < 2; e++)
-        if (part < parts && first + e * QUERY_THREADS < HS) joined[part * HS + first + e * QUERY_THREADS] = out[e];
+        if (part < parts && first + e * QUERY_THREADS < HS)
+            joined[part * HS + first + e * QUERY_THREADS] = out[e];
     __syncthreads();
     for (int d = (int)threadIdx.x; d < HS; d += QUERY_THREADS) {
         float total = 0;
@@ -1753,21 +1979,25 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
 }
 
 // Without y, keys and values are only cached. B: the number of rows of the call, in `place` or not.
-static void attention_cached(const Gpu *g, void *y, const void *qkv, Cache cache, const int *place, const int *seq,
-                             const int *at, size_t B, size_t T, size_t C, size_t NH) {
+static void attention_cached(const Gpu *g, void *y, const void *qkv, Cache cache, const int *place,
+                             const int *seq, const int *at, size_t B, size_t T, size_t C,
+                             size_t NH) {
     const size_t HS = C / NH, blocks = B * T * NH;
-    const size_t shared = (round_up(HS, WARP) + QUERY_THREADS + WARP + QUERY_THREADS + HS) * sizeof(float);
+    const size_t shared = (round_up(HS, WARP) + QUERY_THREADS + WARP + QUERY_THREADS + HS) *
+        sizeof(float);
     const float scale = (float)(1 / sqrt((double)HS));
     CHECK(blocks <= INT_MAX, "%zu rows of %zu tokens and %zu heads in one launch", B, T, NH);
-    LAUNCH_AS(cache_append_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, cache.at, qkv, place, seq, at, T,
-              cache.T, C);
+    LAUNCH_AS(cache_append_kernel, g, C % WIDE == 0, (unsigned)(B * T), threads_for(C), 0, cache.at,
+              qkv, place, seq, at, T, cache.T, C);
     if (!y) return;
     if (g->half)
-        LAUNCH(attention_query_kernel<bf16>, (unsigned)blocks, QUERY_THREADS, shared, g->stream, (bf16 *)y, (const bf16 *)qkv,
-               (const bf16 *)cache.at, place, seq, at, (int)T, (int)cache.T, (int)C, (int)NH, scale);
+        LAUNCH(attention_query_kernel<bf16>, (unsigned)blocks, QUERY_THREADS, shared, g->stream,
+               (bf16 *)y, (const bf16 *)qkv, (const bf16 *)cache.at, place, seq, at, (int)T,
+               (int)cache.T, (int)C, (int)NH, scale);
     else
-        LAUNCH(attention_query_kernel<float>, (unsigned)blocks, QUERY_THREADS, shared, g->stream, (float *)y,
-               (const float *)qkv, (const float *)cache.at, place, seq, at, (int)T, (int)cache.T, (int)C, (int)NH, scale);
+        LAUNCH(attention_query_kernel<float>, (unsigned)blocks, QUERY_THREADS, shared, g->stream,
+               (float *)y, (const float *)qkv, (const float *)cache.at, place, seq, at, (int)T,
+               (int)cache.T, (int)C, (int)NH, scale);
 }
 
 // ---- Classifier and loss: x (BT,C) against wte (Vp,C), a chunk of rows at a time ----
@@ -1777,16 +2007,19 @@ static void attention_cached(const Gpu *g, void *y, const void *qkv, Cache cache
 // to dx and dwte.
 
 #ifndef LOGITS_BYTES
-#define LOGITS_BYTES (512 << 20)                         // per chunk: each one reads and writes dwte again
+#define LOGITS_BYTES (512 << 20)                         // per chunk: each one reads and writes
+                                                         // dwte again
 #endif
-enum { CHUNK_UNIT = 128, V_UNIT = 128 };                 // chunks begin at whole memory lines and fill tiles
+// chunks begin at whole memory lines and fill tiles
+enum { CHUNK_UNIT = 128, V_UNIT = 128 };
 
 static inline size_t padded_vocabulary(size_t V) { return round_up(V, V_UNIT); }
 
 // Rows per chunk; chunks are nearly equal.
 static size_t classifier_chunk(size_t BT, size_t V, size_t number) {
     const size_t most = at_most(LOGITS_BYTES, SIZE_MAX) / (padded_vocabulary(V) * number);
-    return round_up(strips(BT, strips(BT, most > CHUNK_UNIT ? most : (size_t)CHUNK_UNIT)), CHUNK_UNIT);
+    return round_up(strips(BT, strips(BT, most > CHUNK_UNIT ? most : (size_t)CHUNK_UNIT)),
+                    CHUNK_UNIT);
 }
 
 // e^x of x <= 0, as accurately as the storage N requires.
@@ -1811,8 +2044,8 @@ enum { SOFTMAX_THREADS = 512 };
 // everywhere, and *uniform the mean of -log softmax, which then has weight s.
 template <class N, bool SMOOTHS>
 static __global__ void __launch_bounds__(SOFTMAX_THREADS)
-softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targets, float grad, float smoothing, unsigned V,
-                    unsigned Vp) {
+softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targets, float grad,
+                    float smoothing, unsigned V, unsigned Vp) {
     BOUNDS(SOFTMAX_THREADS);
     constexpr unsigned W = 16 / sizeof(N);
     SHARED(float, shared);                               // (2 * 32)
@@ -1821,10 +2054,12 @@ softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targ
     const int target = targets[blockIdx.x];
     const float at_target = target < 0 ? 0 : to_float(row[target]);
     float top = -INFINITY, sum = 0;
-    for (unsigned v = first; v < whole; v += step) softmax_join<N, W>(&top, &sum, load<N, W>(row, v), W);
+    for (unsigned v = first; v < whole; v += step)
+        softmax_join<N, W>(&top, &sum, load<N, W>(row, v), W);
     if (first == 0 && whole < V) softmax_join<N, W>(&top, &sum, load<N, W>(row, whole), V - whole);
     const float highest = block_max(top, shared);
-    sum = block_sum(sum == 0 ? 0 : sum * exp_stored<N>(top - highest), shared + WARP);   // sum 0: this thread had no elements
+    // sum 0: this thread had no elements
+    sum = block_sum(sum == 0 ? 0 : sum * exp_stored<N>(top - highest), shared + WARP);
     if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0 : logf(sum) - (at_target - highest);
     if (SMOOTHS) {
         float all = 0;
@@ -1832,18 +2067,23 @@ softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targ
             UNROLL for (unsigned k = 0; k < W; k++) all += v + k < V ? to_float(row[v + k]) : 0;
         __syncthreads();
         all = block_sum(all, shared);
-        if (threadIdx.x == 0) uniform[blockIdx.x] = target < 0 ? 0 : logf(sum) - (all / (float)V - highest);
+        if (threadIdx.x == 0)
+            uniform[blockIdx.x] = target < 0 ? 0 : logf(sum) - (all / (float)V - highest);
     }
     if (grad == 0) return;
-    const float scale = grad / sum, one = SMOOTHS ? grad * (1 - smoothing) : grad, share = grad * smoothing / (float)V;
+    const float scale = grad / sum, one = SMOOTHS ? grad * (1 - smoothing) : grad,
+        share = grad * smoothing / (float)V;
     for (unsigned v = first; v < Vp; v += step) {
         Floats<W> z = {};
         if (target >= 0 && v < V) {
             z = load<N, W>(row, v);
-            UNROLL for (unsigned k = 0; k < W; k++) z.x[k] = exp_stored<N>(z.x[k] - highest) * scale;
+            UNROLL for (unsigned k = 0; k < W; k++)
+                z.x[k] = exp_stored<N>(z.x[k] - highest) * scale;
             if (SMOOTHS) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= share;
             if (v >= whole) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] = v + k < V ? z.x[k] : 0;
-            if ((unsigned)target - v < W) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= v + k == (unsigned)target ? one : 0;
+            if ((unsigned)target - v < W)
+                UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= v + k == (unsigned)target ? one
+                    : 0;
         }
         store<N, W>(row, v, z);
     }
@@ -1854,22 +2094,26 @@ softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targ
 typedef struct { float *losses, *uniform; const int *targets; float grad, smoothing; } Scoring;
 
 // n rows of logits from row t0 of the batch on.
-template <class N> static void softmax_loss(const Gpu *g, const Scoring *y, void *logits, size_t t0, size_t n, size_t V) {
+template <class N> static void softmax_loss(const Gpu *g, const Scoring *y, void *logits, size_t t0,
+                                            size_t n, size_t V) {
     const size_t Vp = padded_vocabulary(V), shared = 2 * WARP * sizeof(float);
     const int threads = Vp <= 1024 ? 128 : SOFTMAX_THREADS;
     if (y->smoothing != 0)
-        LAUNCH((softmax_loss_kernel<N, true>), (unsigned)n, threads, shared, g->stream, y->losses + t0, y->uniform + t0, logits,
-               y->targets + t0, y->grad, y->smoothing, (unsigned)V, (unsigned)Vp);
+        LAUNCH((softmax_loss_kernel<N, true>), (unsigned)n, threads, shared, g->stream,
+               y->losses + t0, y->uniform + t0, logits, y->targets + t0, y->grad, y->smoothing,
+               (unsigned)V, (unsigned)Vp);
     else
-        LAUNCH((softmax_loss_kernel<N, false>), (unsigned)n, threads, shared, g->stream, y->losses + t0, (float *)NULL, logits,
-               y->targets + t0, y->grad, 0.f, (unsigned)V, (unsigned)Vp);
+        LAUNCH((softmax_loss_kernel<N, false>), (unsigned)n, threads, shared, g->stream,
+               y->losses + t0, (float *)NULL, logits, y->targets + t0, y->grad, 0.f, (unsigned)V,
+               (unsigned)Vp);
 }
 
 // Computes them and, with grad, dx (BT,C) = and dwte (Vp,C) =, or += with `add`. logits (chunk,Vp)
 // is workspace.
-static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add, void *logits, const void *x, const void *wte,
-                       size_t BT, size_t C, size_t V) {
-    const size_t number = size_of_number(g), chunk = classifier_chunk(BT, V, number), Vp = padded_vocabulary(V);
+static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add, void *logits,
+                       const void *x, const void *wte, size_t BT, size_t C, size_t V) {
+    const size_t number = size_of_number(g), chunk = classifier_chunk(BT, V, number),
+        Vp = padded_vocabulary(V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
         const void *from = (const char *)x + t0 * C * number;
@@ -1877,15 +2121,18 @@ static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add,
         if (g->half) softmax_loss<bf16>(g, y, logits, t0, n, V);
         else softmax_loss<float>(g, y, logits, t0, n, V);
         if (y->grad == 0) continue;
-        multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), lines(logits, Vp), lines(wte, C), n, C, Vp);
-        if (dwte) multiply(g, summed(dwte, C, add || t0), turned(logits, Vp), lines(from, C), Vp, C, n);
+        multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), lines(logits, Vp), lines(wte, C),
+                 n, C, Vp);
+        if (dwte)
+            multiply(g, summed(dwte, C, add || t0), turned(logits, Vp), lines(from, C), Vp, C, n);
     }
 }
 
 // logits (rows,V) = x wte^T of single tokens, for sampling: x (rows,C) has rows `ld` apart, wte
 // (V,C). A warp computes one element.
 template <class N, int W>
-static __global__ void logits_kernel(float *logits, const void *x, size_t ld, const void *wte, size_t V, size_t C) {
+static __global__ void logits_kernel(float *logits, const void *x, size_t ld, const void *wte,
+                                     size_t V, size_t C) {
     const size_t v = thread_index() / WARP, lane = threadIdx.x % WARP, from = blockIdx.y * ld;
     float sum = 0;
     if (v >= V) return;
@@ -1904,7 +2151,7 @@ static __global__ void logits_kernel(float *logits, const void *x, size_t ld, co
 
 typedef struct {
     int rank, world;
-    int shares;                                          // world, if each rank keeps only its share of the optimizer state; else 1
+    int shares;         // world, if each rank keeps only its share of the optimizer state; else 1
     cudaStream_t stream;
     cudaEvent_t event;
 #ifndef NO_NCCL
@@ -1924,7 +2171,8 @@ static void ranks_end(const Ranks *r, const Gpu *g) {
 
 #ifdef NO_NCCL
 static void ranks_start(Ranks *, const Comm *) {
-    die("this program was built without NCCL: it runs on one GPU\n  hint: install NCCL (libnccl-dev) and build again");
+    die("this program was built without NCCL: it runs on one GPU\n  hint: install NCCL "
+        "(libnccl-dev) and build again");
 }
 static void ranks_stop(Ranks *) {}
 static void ranks_abort(const Ranks *) {}
@@ -1955,9 +2203,12 @@ static const char *ranks_error(const Ranks *r) {
 // it does.
 static void ranks_sum(const Ranks *r, void *x, size_t n, int half) {
     const ncclDataType_t type = half ? ncclBfloat16 : ncclFloat32;
-    const size_t share = n / (size_t)r->shares, bytes = share * (half ? sizeof(bf16) : sizeof(float));
+    const size_t share = n / (size_t)r->shares,
+        bytes = share * (half ? sizeof(bf16) : sizeof(float));
     if (r->shares == 1) NCCL_CHECK(ncclAllReduce(x, x, n, type, ncclSum, r->nccl, r->stream));
-    else NCCL_CHECK(ncclReduceScatter(x, (char *)x + (size_t)r->rank * bytes, share, type, ncclSum, r->nccl, r->stream));
+    else
+        NCCL_CHECK(ncclReduceScatter(x, (char *)x + (size_t)r->rank * bytes, share, type, ncclSum,
+                                     r->nccl, r->stream));
 }
 
 static void ranks_sum_double(const Ranks *r, double *x) {
@@ -1966,14 +2217,16 @@ static void ranks_sum_double(const Ranks *r, double *x) {
 
 // Gathers x (n), of bf16 or float, from the ranks' shares.
 static void ranks_gather(const Ranks *r, void *x, size_t n, int half) {
-    const size_t share = n / (size_t)r->world, bytes = share * (half ? sizeof(bf16) : sizeof(float));
-    NCCL_CHECK(ncclAllGather((char *)x + (size_t)r->rank * bytes, x, share, half ? ncclBfloat16 : ncclFloat32, r->nccl,
-                             r->stream));
+    const size_t share = n / (size_t)r->world,
+        bytes = share * (half ? sizeof(bf16) : sizeof(float));
+    NCCL_CHECK(ncclAllGather((char *)x + (size_t)r->rank * bytes, x, share,
+                             half ? ncclBfloat16 : ncclFloat32, r->nccl, r->stream));
 }
 
 // to (n) = rank `root`'s from (n).
 static void ranks_send(const Ranks *r, float *to, const float *from, size_t n, int root) {
-    NCCL_CHECK(ncclBroadcast(r->rank == root ? from : to, to, n, ncclFloat32, root, r->nccl, r->stream));
+    NCCL_CHECK(ncclBroadcast(r->rank == root ? from : to, to, n, ncclFloat32, root, r->nccl,
+                             r->stream));
 }
 #endif
 
@@ -2005,9 +2258,12 @@ static void ranks_wait(const Ranks *r, const Gpu *g) {
         wrong = ranks_error(r);
     }
     if (wrong) {
-        sleep(2);                                        // if a rank has died, comm.h's thread knows which, and ends this process
-        ranks_abort(r);                                  // a kernel that waits forever would block the exit
-        die("rank %d of %d: NCCL: %s\n  hint: NCCL_DEBUG=WARN tells more", r->rank, r->world, wrong);
+        // if a rank has died, comm.h's thread knows which, and ends this process
+        sleep(2);
+        // a kernel that waits forever would block the exit
+        ranks_abort(r);
+        die("rank %d of %d: NCCL: %s\n  hint: NCCL_DEBUG=WARN tells more", r->rank, r->world,
+            wrong);
     }
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
 }
@@ -2030,10 +2286,12 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
 // algorithms; the most recently used graphs of each branch and direction are kept.
 
 typedef struct {
-    const void *kept;                                    // where the branch saves what backward needs
-    int B, T, n, add, tied, noise, before, before_n;            // rows it runs; of the branch that ran before it, or -1
+    const void *kept;   // where the branch saves what backward needs
+    int B, T, n, add, tied, noise, before, before_n;            // rows it runs; of the branch that
+                                                                // ran before it, or -1
 } GraphKey;
-typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;   // used: the number of its last call; 0: free
+// used: the number of its last call; 0: free
+typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;
 #ifndef GRAPHS
 #define GRAPHS 32                                        // per branch and direction
 #endif
@@ -2043,77 +2301,90 @@ typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;   /
 enum { UPDATE_CHUNK = 1 << 14 };
 // A piece of one tensor (param | layer << 8), n elements from `element` on: its offsets among all
 // parameters, in p, in the gradients, and in m and v; branch: index in UpdateArgs.t.
-typedef struct { size_t at, master, grad, moment, n, element, branch; uint32_t tensor; int decay; } UpdateChunk;
-typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;   // of one branch in one update; t as in UpdateArgs
+typedef struct { size_t at, master, grad, moment, n, element, branch; uint32_t tensor; int decay;
+                 } UpdateChunk;
+// of one branch in one update; t as in UpdateArgs
+typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;
 
 // What forward saves for backward; rstd and lse are float, everything else N. What a model
 // recomputes is not saved but is in workspace that all branches share: ln and gelu, or
 // (RECOMPUTE_BRANCH) all but xhat and rstd.
 typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; } AttentionKept;
-                                                         // (n,T,C) (n,T) (n,T,C) (n,T,3C) (n,NH,T) (n,T,C)
-typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;    // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
+                                                         // (n,T,C) (n,T) (n,T,C) (n,T,3C) (n,NH,T)
+                                                         // (n,T,C)
+// (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
+typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;
 
 // Values that go to the device with each call, in one copy, and their addresses there. `place` and
 // `scale` are by branch. row is the inverse of place, the packed rows of a branch; noise is by
 // place and layer.
-typedef struct { int *place; float *scale; int *row, *seq, *at, *tokens, *targets, *order, *first; NoisePlace *noise; } Inputs;
+typedef struct { int *place; float *scale; int *row, *seq, *at, *tokens, *targets, *order, *first;
+                 NoisePlace *noise; } Inputs;
              // (2L,rows) (2L) (2L,rows) (rows) (rows) (BT) (BT) (BT) (BT + 1) (NOISE_PLACES,L)
 
 struct Model {
     GptConfig config;
     EngineArgs args;
     Gpu gpu;
-    Ranks ranks;                                         // those of this run
-    size_t offset[N_PARAMS], n_params;                   // param p of layer l is at offset[p] + l * its group's layer_size
-    size_t layer_size[2], n_base;                        // [1]: of what trains; [0]: of what adapters leave as it is, which
-                                                         // are the first n_base numbers
-    size_t span[2][BRANCHES + 1], span_size[2][BRANCHES + 1];    // where a branch's parameters are in layer 0, and how many;
-                                                         // the last are those of no branch
-    size_t n_frozen;                                     // the first numbers, which have no gradients and no moments
-    size_t n_moments, n_master;                          // numbers of m and v, and of fp32 parameters, that are here: all
-                                                         // there are, or this rank's share
-    float *slot[4];                                      // parameters (n_master), gradients (n_params - n_frozen), m, v
-                                                         // (n_moments)
-    bf16 *copy;                                          // (n_params) the rounded parameters; NULL if N is float
-    bf16 *wire;                                          // gradients being reduced over the ranks; NULL: in place
-    UpdateChunk *chunk;                                  // (n_chunks) on the device
+    Ranks ranks;                         // those of this run
+    size_t offset[N_PARAMS], n_params;   // param p of layer l is at offset[p] + l * its group's
+                                         // layer_size
+    // [1]: of trained parameters; [0]: of those that adapters leave unchanged, the first n_base
+    // elements
+    size_t layer_size[2], n_base;
+    // offset and size of a branch's parameters in layer 0; the last are those outside branches
+    size_t span[2][BRANCHES + 1], span_size[2][BRANCHES + 1];
+    size_t n_frozen;                     // the first elements, without gradients and moments
+    // elements of m and v, and of fp32 parameters, stored here: all, or this rank's share
+    size_t n_moments, n_master;
+    float *slot[4];                      // parameters (n_master), gradients (n_params - n_frozen),
+                                         // m, v (n_moments)
+    bf16 *copy;                          // (n_params) the rounded parameters; NULL if N is float
+    bf16 *wire;                          // gradients being reduced over the ranks; NULL: in place
+    UpdateChunk *chunk;                  // (n_chunks) on the device
     int n_chunks;
-    double *norms;                                       // (n_chunks + 1) squared norms: of chunks and, last, of everything
-    BranchUpdate *update, *host_update;                  // (2L+1)
+    double *norms;                       // (n_chunks + 1) squared norms: of chunks and, last, of
+                                         // everything
+    BranchUpdate *update, *host_update;  // (2L+1)
     double *host_norm;
-    unsigned char *spent;                                // (2L+1) by branch, as UpdateArgs.t: gradients already applied by an update, which count as zeros whatever the memory contains
+    unsigned char *spent;                // (2L+1) by branch, as UpdateArgs.t: gradients already
+                                         // applied by an update, which count as zeros whatever the
+                                         // memory contains
 
-    char *activations;                                   // everything below, up to the inputs
-    char *kept, *kept_end;                               // what forward saves for backward, one branch after the other
-    size_t activation_bytes, kept_room, kept_peak;       // bytes allocated; the most that was used for saving
-    AttentionKept *attention;                            // (L) into `kept`
-    MlpKept *mlp;                                        // (L)
+    char *activations;                   // everything below, up to the inputs
+    char *kept, *kept_end;               // what forward saves for backward, one branch after the
+                                         // other
+    size_t activation_bytes, kept_room, kept_peak;       // bytes allocated; the most that was used
+                                                         // for saving
+    AttentionKept *attention;            // (L) into `kept`
+    MlpKept *mlp;                        // (L)
 
-    float *x, *dx;                                       // (B,T,C) the residual stream
-    void *lnf, *lnf_xhat;                                // (B,T,C) (B,T,C)
-    float *lnf_rstd, *losses, *uniform;                  // (B,T) (B,T) (B,T) the last one from softmax_loss_kernel
-    uint32_t *keep;                                      // (B,NH,T,T/32) bits of attention's dropout; NULL: none
-    void *ln, *gelu, *out;                               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
-    void *redo;                                          // (B,T,4C) qkv and y, or h, if they are recomputed
-    float *lse;                                          // (B,NH,T) likewise
-    void *dwide, *dy, *dout;                             // (B,T,4C) (B,T,C) (B,T,C)
-    float *inner;                                        // (B,NH,T)
-    void *lora_u, *lora_v, *lora_x;                      // (B,T,r) (B,T,r) (B,T,4C) of adapters; x with dropout
-    void *logits;                                        // (chunk,Vp)
-    float *token_logits;                                 // (V)
+    float *x, *dx;                       // (B,T,C) the residual stream
+    void *lnf, *lnf_xhat;                // (B,T,C) (B,T,C)
+    float *lnf_rstd, *losses, *uniform;  // (B,T) (B,T) (B,T) the last one from softmax_loss_kernel
+    uint32_t *keep;                      // (B,NH,T,T/32) bits of attention's dropout; NULL: none
+    void *ln, *gelu, *out;               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
+    void *redo;                          // (B,T,4C) qkv and y, or h, if they are recomputed
+    float *lse;                          // (B,NH,T) likewise
+    void *dwide, *dy, *dout;             // (B,T,4C) (B,T,C) (B,T,C)
+    float *inner;                        // (B,NH,T)
+    void *lora_u, *lora_v, *lora_x;      // (B,T,r) (B,T,r) (B,T,4C) of adapters; x with dropout
+    void *logits;                        // (chunk,Vp)
+    float *token_logits;                 // (V)
 
     Inputs host, device;
-    size_t rows;                                         // the most in a call
-    Cache cache;                                         // (L,sequences,2,T,C)
-    int decoding, begins;                                // a decode is in progress; all its rows begin a sequence
-    int *group;                                          // (V) of each token, -1 if it is not in the batch
-    float *host_losses, *host_uniform;                   // (B,T) (B,T)
-    float *shown;                                        // (B,T,C) passed to a Watch; NULL: not used yet
-    double part[N_PARTS];                                // of the last run
-    const void *ended;                                   // the last branch's output, still to be added to x, or NULL, and
-    Rows end;                                            // its rows
-    int last_B, last_T;                                  // of the last forward
-    Graph *graph, *recorded;                             // (2L,2,GRAPHS) or NULL; the one being recorded
+    size_t rows;                         // the most in a call
+    Cache cache;                         // (L,sequences,2,T,C)
+    int decoding, begins;                // a decode is in progress; all its rows begin a sequence
+    int *group;                          // (V) of each token, -1 if it is not in the batch
+    float *host_losses, *host_uniform;   // (B,T) (B,T)
+    float *shown;                        // (B,T,C) passed to a Watch; NULL: not used yet
+    double part[N_PARTS];                // of the last run
+    const void *ended;                   // the last branch's output, still to be added to x, or
+                                         // NULL, and
+    Rows end;                            // its rows
+    int last_B, last_T;                  // of the last forward
+    Graph *graph, *recorded;             // (2L,2,GRAPHS) or NULL; the one being recorded
     uint64_t graph_calls;
 };
 
@@ -2121,8 +2392,9 @@ static void memory_error(const char *what, size_t bytes) {
     size_t left = 0, all = 0;
     if (cudaMemGetInfo(&left, &all) != cudaSuccess) left = all = 0;
     die("out of memory on the GPU: %s needs %.0f MiB; %.0f of %.0f MiB are free\n"
-        "  hint: a smaller --batch (with the same --total-batch the run is the same), or --recompute branch",
-        what, (double)bytes / 1048576, (double)left / 1048576, (double)all / 1048576);
+        "  hint: a smaller --batch (with the same --total-batch the run is the same), or "
+        "--recompute branch", what, (double)bytes / 1048576, (double)left / 1048576,
+        (double)all / 1048576);
 }
 
 // Allocates bytes on the device; their contents are undefined.
@@ -2153,13 +2425,15 @@ typedef struct {
 #undef X
 } Operands;
 
-// Whether it exists and trains, in layers that are not frozen.
+// Whether it exists and is trained, in layers that are not frozen.
 static int is_trained(const Model *m, int param) {
-    return gpt_param_layers(&m->config, param) > 0 && gpt_group_trains(&m->config, gpt_param[param].group);
+    return gpt_param_layers(&m->config, param) > 0 &&
+        gpt_group_trains(&m->config, gpt_param[param].group);
 }
 
 static size_t param_offset(const Model *m, int p, int l) {
-    return m->offset[p] + (gpt_param[p].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size[is_trained(m, p)]);
+    return m->offset[p] +
+        (gpt_param[p].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size[is_trained(m, p)]);
 }
 
 static const void *weight_at(const Model *m, int param, int l) {
@@ -2196,7 +2470,8 @@ static size_t param_numbers(const GptConfig *c, int p) {
 // The space allocated for them in every array of parameters. Reductions over ranks include the
 // gaps: there are none then.
 static size_t param_room(const Model *m, int p) {
-    const size_t bytes = arena_room(param_numbers(&m->config, p) * sizeof(bf16)) - (m->ranks.world > 1 ? ARENA_GAP : 0);
+    const size_t bytes = arena_room(param_numbers(&m->config, p) * sizeof(bf16)) -
+        (m->ranks.world > 1 ? ARENA_GAP : 0);
     return bytes / sizeof(bf16);
 }
 
@@ -2209,7 +2484,9 @@ static int gradient_add(Model *m, int l, int branch, int now) {
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS && now; p++)
         if (gpt_param[p].branch == branch && is_trained(m, p))
-            CUDA_CHECK(cudaMemsetAsync(gradient_at(m, p, l), 0, param_numbers(&m->config, p) * sizeof(float), m->gpu.stream));
+            CUDA_CHECK(cudaMemsetAsync(gradient_at(m, p, l), 0,
+                                       param_numbers(&m->config, p) * sizeof(float),
+                                       m->gpu.stream));
     return now;
 }
 
@@ -2227,7 +2504,8 @@ static void params_layout(Model *m) {
             }
             m->span[trains][branch] = m->n_params;
             for (int p = 0; p < N_PARAMS; p++)
-                if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && is_trained(m, p) == trains)
+                if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && is_trained(m, p) ==
+                    trains)
                     m->offset[p] = m->n_params, m->n_params += param_room(m, p);
             m->span_size[trains][branch] = round_up(m->n_params - m->span[trains][branch], unit);
             m->n_params = m->span[trains][branch] + m->span_size[trains][branch];
@@ -2235,7 +2513,8 @@ static void params_layout(Model *m) {
     }
     m->n_frozen = m->n_base + m->layer_size[1] * (size_t)m->args.frozen;
     m->n_moments = (m->n_params - m->n_frozen) / (size_t)m->ranks.shares;
-    m->n_master = m->gpu.half ? m->n_params / (size_t)m->ranks.shares : m->n_params;   // in float, all ranks read all
+    // in float, all ranks read all
+    m->n_master = m->gpu.half ? m->n_params / (size_t)m->ranks.shares : m->n_params;
 }
 
 // An array of all parameters but the first `absent`, with elements of that many bytes, is an arena:
@@ -2245,7 +2524,8 @@ static void params_seal(const Model *m, void *array, size_t number, size_t absen
         for (int l = 0; l < gpt_param_layers(&m->config, p); l++) {
             const size_t n = param_numbers(&m->config, p), at = param_offset(m, p, l);
             if (at < absent) continue;
-            arena_seal((char *)array + (at - absent + n) * number, (param_room(m, p) - n) * number, m->gpu.stream);
+            arena_seal((char *)array + (at - absent + n) * number, (param_room(m, p) - n) * number,
+                       m->gpu.stream);
         }
 }
 
@@ -2256,10 +2536,12 @@ static int is_shared(const Model *m, Slot slot) {
 
 typedef struct { size_t at, n; } Piece;                   // among all parameters
 
-// Those of branch i, as UpdateArgs.t counts, that train; or that adapters leave as they are.
+// Those of branch i, in UpdateArgs.t's order, that are trained; or that adapters leave unchanged.
 static Piece span_of(const Model *m, size_t i, int trains) {
-    const size_t last = (size_t)BRANCHES * (size_t)m->config.L, branch = i == last ? (size_t)NO_BRANCH : i % BRANCHES;
-    const Piece s = {m->span[trains][branch] + (i == last ? 0 : i / BRANCHES * m->layer_size[trains]),
+    const size_t last = (size_t)BRANCHES * (size_t)m->config.L,
+        branch = i == last ? (size_t)NO_BRANCH : i % BRANCHES;
+    const Piece s =
+        {m->span[trains][branch] + (i == last ? 0 : i / BRANCHES * m->layer_size[trains]),
                      m->span_size[trains][branch]};
     return s;
 }
@@ -2268,14 +2550,17 @@ static Piece span_of(const Model *m, size_t i, int trains) {
 // array of such shares of all parameters. (In m and v, frozen layers are omitted.)
 static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *place) {
     const Piece s = span_of(m, i, at >= m->n_base);
-    const size_t share = s.n / (size_t)m->ranks.shares, from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
+    const size_t share = s.n / (size_t)m->ranks.shares,
+        from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
     const size_t first = at > from ? at : from, end = at_most(at + n, from + share);
     const Piece part = {first, end > first ? end - first : 0};
     *place = s.at / (size_t)m->ranks.shares + first - from;
     return part;
 }
 
-static size_t absent_of(const Model *m, Slot slot) { return slot == SLOT_PARAM ? 0 : m->n_frozen / (size_t)m->ranks.shares; }
+static size_t absent_of(const Model *m, Slot slot) {
+    return slot == SLOT_PARAM ? 0 : m->n_frozen / (size_t)m->ranks.shares;
+}
 
 // Divides every trained tensor into pieces of UPDATE_CHUNK elements, the unit of work for norm and
 // update.
@@ -2285,28 +2570,35 @@ static void params_chunks(Model *m) {
     UpdateChunk *all = (UpdateChunk *)xcalloc((size_t)n, sizeof *all);
     for (int i = 0; i < n; i++) {
         const int p = piece[i].param, l = piece[i].layer;
-        const size_t branch = gpt_branch_index(&m->config, l, gpt_param[p].branch), begin = param_offset(m, p, l);
+        const size_t branch = gpt_branch_index(&m->config, l, gpt_param[p].branch),
+            begin = param_offset(m, p, l);
         size_t place;
-        const Piece part = share_of(m, branch, m->ranks.rank, begin + piece[i].at, piece[i].n, &place);
-        const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? place : part.at, part.at - m->n_frozen,
+        const Piece part = share_of(m, branch, m->ranks.rank, begin + piece[i].at, piece[i].n,
+                                    &place);
+        const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? place : part.at,
+                                   part.at - m->n_frozen,
                                    place - absent_of(m, SLOT_M), part.n, part.at - begin, branch,
                                    (uint32_t)p | (uint32_t)l << 8, gpt_param[p].dims == 2};
         if (part.n) all[m->n_chunks++] = chunk;
     }
     free(piece);
-    const size_t bytes = (size_t)m->n_chunks * sizeof *all;  // 0 for a rank without a share of such a small model
+    // 0 for a rank without a share of such a small model
+    const size_t bytes = (size_t)m->n_chunks * sizeof *all;
     m->chunk = (UpdateChunk *)room_new("the table of parameters", bytes);
     CUDA_CHECK(cudaMemcpy(m->chunk, all, bytes, cudaMemcpyHostToDevice));
     free(all);
-    m->norms = (double *)room_new("the gradient norms", ((size_t)m->n_chunks + 1) * sizeof *m->norms);
+    m->norms = (double *)room_new("the gradient norms",
+                                  ((size_t)m->n_chunks + 1) * sizeof *m->norms);
 }
 
 // Bytes that one row of a kept branch saves.
 static size_t kept_per_row(const Model *m, int branch) {
     const size_t N = size_of_number(&m->gpu), C = (size_t)m->config.C, NH = (size_t)m->config.NH;
     const int recompute = m->args.recompute;
-    size_t bytes = N * C + sizeof(float);                // per token: xhat and rstd, then what is not recomputed
-    if (recompute != RECOMPUTE_BRANCH) bytes += branch == ATTN ? N * 4 * C + NH * sizeof(float) : N * 4 * C;
+    // per token: xhat and rstd, then what is not recomputed
+    size_t bytes = N * C + sizeof(float);
+    if (recompute != RECOMPUTE_BRANCH)
+        bytes += branch == ATTN ? N * 4 * C + NH * sizeof(float) : N * 4 * C;
     if (recompute == RECOMPUTE_NONE) bytes += branch == ATTN ? N * C : N * 5 * C;
     return (size_t)m->args.T * bytes;
 }
@@ -2325,23 +2617,29 @@ enum { N_ROOMS = 26, N_TRAINING_ROOMS = 8 };
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const GptConfig *c = &m->config;
-    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V, N = size_of_number(&m->gpu);
-    const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, again = m->args.recompute == RECOMPUTE_BRANCH;
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V,
+        N = size_of_number(&m->gpu);
+    const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, again = m->args.recompute ==
+        RECOMPUTE_BRANCH;
     const size_t r = (size_t)c->lora;
     const Room all[N_ROOMS] = {
-        {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N}, {(void **)&m->lnf_rstd, BT * one},
-        {(void **)&m->losses, BT * one}, {(void **)&m->uniform, BT * one},
-        {(void **)&m->keep, m->args.attention_noise ? (size_t)c->NH * BT * kept_keys_line((size_t)m->args.T) * one : 0},
+        {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N},
+        {(void **)&m->lnf_rstd, BT * one}, {(void **)&m->losses, BT * one},
+        {(void **)&m->uniform, BT * one},
+        {(void **)&m->keep, m->args.attention_noise ? (size_t)c->NH * BT *
+         kept_keys_line((size_t)m->args.T) * one : 0},
         {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
-        {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) * padded_vocabulary(V) * N},
+        {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) *
+         padded_vocabulary(V) * N},
         {(void **)&m->token_logits, (m->args.cache ? m->rows : 1) * V * one},
         {&m->cache.at, (size_t)m->args.cache * (size_t)c->L * 2 * (size_t)m->args.T * C * N},
         {(void **)&m->gpu.partial, PARTIAL * C * one}, {(void **)&m->gpu.sum, 4 * C * one},
         {&m->lora_u, BT * r * N}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C * N : 0},
         {(void **)&m->kept, 0},                          // has its own size
         {&m->lora_v, BT * r * N},
-        {(void **)&m->dx, BT * C * one}, {&m->dy, BT * C * N}, {&m->dout, BT * C * N}, {&m->dwide, BT * 4 * C * N},
-        {(void **)&m->inner, heads}, {&m->redo, again * (BT * 4 * C * N + ALIGN)}, {(void **)&m->lse, again * heads},
+        {(void **)&m->dx, BT * C * one}, {&m->dy, BT * C * N}, {&m->dout, BT * C * N},
+        {&m->dwide, BT * 4 * C * N}, {(void **)&m->inner, heads},
+        {&m->redo, again * (BT * 4 * C * N + ALIGN)}, {(void **)&m->lse, again * heads},
     };
     memcpy(rooms, all, sizeof all);
     return m->args.bound.rows > 0 ? N_ROOMS : N_ROOMS - N_TRAINING_ROOMS;
@@ -2359,14 +2657,17 @@ static void rooms_new(Model *m) {
     Room rooms[N_ROOMS];
     m->kept_room = kept_bound(m, &m->args.bound);
     m->activation_bytes = rooms_bytes(m, m->kept_room);
-    char *at = m->activations = (char *)room_new("what forward and backward write", m->activation_bytes);
+    char *at = m->activations = (char *)room_new("what forward and backward write",
+                                                 m->activation_bytes);
     for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
-        *rooms[i].at = arena_cut(&at, rooms[i].at == (void **)&m->kept ? m->kept_room : rooms[i].bytes, m->gpu.stream);
+        *rooms[i].at = arena_cut(&at, rooms[i].at == (void **)&m->kept ? m->kept_room
+                                 : rooms[i].bytes, m->gpu.stream);
 }
 
 // Lays out the inputs in one array, on the host or the device; returns the number of elements.
 static size_t inputs_layout(const Model *m, Inputs *in, int *at) {
-    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, branches = (size_t)BRANCHES * m->config.L;
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T,
+        branches = (size_t)BRANCHES * m->config.L;
     in->place = at;
     in->scale = (float *)(void *)(in->place + branches * m->rows);
     in->row = in->place + branches * m->rows + branches;
@@ -2377,7 +2678,8 @@ static size_t inputs_layout(const Model *m, Inputs *in, int *at) {
     in->order = in->targets + BT;
     in->first = in->order + BT;
     in->noise = (NoisePlace *)(void *)(in->first + BT + 1);
-    const size_t noise = (size_t)NOISE_PLACES * (size_t)m->config.L * (sizeof(NoisePlace) / sizeof(int));
+    const size_t noise = (size_t)NOISE_PLACES * (size_t)m->config.L *
+        (sizeof(NoisePlace) / sizeof(int));
     return 2 * branches * m->rows + branches + 2 * m->rows + 4 * BT + 1 + noise;
 }
 
@@ -2398,13 +2700,14 @@ static int gpu_of(const Comm *comm, int count) {
     const int local = comm ? comm->local_rank : 0;
     if (local < count) return local;
     if (count > 1)
-        die("rank %d is number %d on its machine, which has %d GPUs\n  hint: start as many ranks on each machine as it has "
-            "GPUs", comm->rank, local, count);
+        die("rank %d is number %d on its machine, which has %d GPUs\n  hint: start as many ranks "
+            "on each machine as it has GPUs", comm->rank, local, count);
     return 0;
 }
 
 static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
-    const char *search = getenv("DROPPATH_GEMM_SEARCH"), *epilogue = getenv("DROPPATH_GEMM_EPILOGUE");
+    const char *search = getenv("DROPPATH_GEMM_SEARCH"),
+        *epilogue = getenv("DROPPATH_GEMM_EPILOGUE");
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count < 1)
@@ -2414,7 +2717,8 @@ static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
     const int number = gpu_of(comm, count);
     CUDA_CHECK(cudaGetDeviceProperties(&device, number));
     if (device.major < 8)
-        die("%s is too old: compute capability %d.%d, and this engine needs 8.0", device.name, device.major, device.minor);
+        die("%s is too old: compute capability %d.%d, and this engine needs 8.0", device.name,
+            device.major, device.minor);
     CUDA_CHECK(cudaSetDevice(number));
     CUDA_CHECK(cudaStreamCreate(&g->stream));
     CUBLAS_CHECK(cublasLtCreate(&g->blas));
@@ -2436,8 +2740,10 @@ static void gpu_close(Gpu *g) {
 
 static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     attention_check((size_t)config->C, (size_t)config->NH);
-    if (config->C > CHANNELS_MAX) die("%d channels: this engine takes at most %d", config->C, CHANNELS_MAX);
-    if ((double)args->B * args->T > INT_MAX) die("a micro-batch of %d rows of %d tokens: 2^31 are too many", args->B, args->T);
+    if (config->C > CHANNELS_MAX)
+        die("%d channels: this engine takes at most %d", config->C, CHANNELS_MAX);
+    if ((double)args->B * args->T > INT_MAX)
+        die("a micro-batch of %d rows of %d tokens: 2^31 are too many", args->B, args->T);
     Model *m = (Model *)xcalloc(1, sizeof *m);
     const size_t branches = (size_t)BRANCHES * (size_t)config->L + 1;
     const int train = args->bound.rows > 0;
@@ -2445,9 +2751,11 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->args = *args;
     m->rows = (size_t)(args->cache > args->B ? args->cache : args->B);
     m->cache.T = (size_t)args->T;
-    if (!train) m->args.recompute = RECOMPUTE_GELU;      // nothing is saved; there is no workspace for recomputation
+    // nothing is saved; there is no workspace for recomputation
+    if (!train) m->args.recompute = RECOMPUTE_GELU;
     if (args->rounding == ROUNDING_STOCHASTIC && args->dtype != DTYPE_BF16)
-        die("--rounding stochastic rounds weights to bf16, and this --dtype does not\n  hint: --dtype bf16");
+        die("--rounding stochastic rounds weights to bf16, and this --dtype does not\n  hint: "
+            "--dtype bf16");
     gpu_open(&m->gpu, args->dtype, args->comm);
     ranks_open(&m->ranks, args);
     params_layout(m);
@@ -2463,7 +2771,8 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
         m->slot[SLOT_GRAD] = zeros_new(&m->gpu, "gradients", trained);
         m->slot[SLOT_M] = zeros_new(&m->gpu, "the optimizer's moments", 2 * m->n_moments);
         m->slot[SLOT_V] = m->slot[SLOT_M] + m->n_moments;
-        for (int slot = SLOT_GRAD; slot <= SLOT_V; slot++) params_seal(m, m->slot[slot], sizeof(float), m->n_frozen);
+        for (int slot = SLOT_GRAD; slot <= SLOT_V; slot++)
+            params_seal(m, m->slot[slot], sizeof(float), m->n_frozen);
         if (m->gpu.half && m->ranks.world > 1 && !args->reduce_fp32)
             m->wire = (bf16 *)zeros_new(&m->gpu, "gradients on their way", strips(trained, 2));
         m->update = (BranchUpdate *)room_new("step counts", branches * sizeof *m->update);
@@ -2485,13 +2794,15 @@ static void model_close(Model *m) {
     ranks_close(&m->ranks);
     for (int i = 0; m->graph && i < 2 * BRANCHES * m->config.L * GRAPHS; i++)
         if (m->graph[i].exec) CUDA_CHECK(cudaGraphExecDestroy(m->graph[i].exec));
-    void *const device[] = {m->activations, m->slot[SLOT_PARAM], m->slot[SLOT_GRAD], m->slot[SLOT_M], m->copy, m->wire,
+    void *const device[] = {m->activations, m->slot[SLOT_PARAM], m->slot[SLOT_GRAD],
+                            m->slot[SLOT_M], m->copy, m->wire,
                             m->chunk, m->norms, m->update, m->device.place};
     void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm};
     void *const host[] = {m->shown, m->graph, m->group, m->spent, m->attention, m->mlp, m};
     gpu_close(&m->gpu);
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) CUDA_CHECK(cudaFree(device[i]));
-    for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++) CUDA_CHECK(cudaFreeHost(pinned[i]));
+    for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++)
+        CUDA_CHECK(cudaFreeHost(pinned[i]));
     for (size_t i = 0; i < sizeof host / sizeof host[0]; i++) free(host[i]);
 }
 
@@ -2536,11 +2847,14 @@ static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
     GraphKey key;
     if (!m->graph || m->decoding || pass->watch) return 1;         // a watch may come between
     memset(&key, 0, sizeof key);                         // including padding
-    key.kept = kept, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
-    key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise, NOISE_ATTN_OUT) +
+    key.kept = kept, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add = add,
+        key.tied = plan->tied;
+    key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise,
+        NOISE_ATTN_OUT) +
                 4 * !!noise_rate(pass->noise, NOISE_LORA);
     key.before = before, key.before_n = before < 0 ? 0 : plan->branch[before].n;
-    Graph *all = m->graph + (size_t)(2 * i + backward) * GRAPHS, *g = all;         // the same key, or the oldest
+    // the same key, or the oldest
+    Graph *all = m->graph + (size_t)(2 * i + backward) * GRAPHS, *g = all;
     for (int k = 0; k < GRAPHS && memcmp(&g->key, &key, sizeof key); k++)
         if (!memcmp(&all[k].key, &key, sizeof key) || all[k].used < g->used) g = &all[k];
     const int met = !memcmp(&g->key, &key, sizeof key);
@@ -2574,89 +2888,114 @@ static void graph_end(Model *m) {
 // The rows of branch i; a branch that all rows run needs no index.
 static Rows rows_of(const Model *m, const DropPlan *plan, int i) {
     const BranchPlan *b = &plan->branch[i];
-    const Rows r = {b->n == m->last_B ? NULL : m->device.place + (size_t)i * m->rows, m->device.scale + i};
+    const Rows r = {b->n == m->last_B ? NULL : m->device.place + (size_t)i * m->rows,
+                    m->device.scale + i};
     return r;
 }
 
-static size_t tokens_of(const Model *m, const BranchPlan *b) { return (size_t)b->n * (size_t)m->last_T; }
+static size_t tokens_of(const Model *m, const BranchPlan *b) {
+    return (size_t)b->n * (size_t)m->last_T;
+}
 
 // Where noise is on the device.
-static const NoisePlace *noise_at(const Model *m, int place, int l) { return m->device.noise + place * m->config.L + l; }
+static const NoisePlace *noise_at(const Model *m, int place, int l) {
+    return m->device.noise + place * m->config.L + l;
+}
 
-// x (nT,C), or what dropout leaves of it for the adapter of that product: in place, or in a room of its own.
-static const void *adapter_dropout(Model *m, const Pass *pass, int l, int param, void *to, const void *x, size_t nT) {
+// x (nT,C), with dropout for that matmul's adapter: x itself without dropout, otherwise in a
+// buffer.
+static const void *adapter_dropout(Model *m, const Pass *pass, int l, int param, void *to,
+                                   const void *x, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param);
-    const int place = NOISE_LORA + gpt_product_of(param), i = BRANCHES * l + gpt_param[param].branch;
+    const int place = NOISE_LORA + gpt_product_of(param),
+        i = BRANCHES * l + gpt_param[param].branch;
     if (!noise_rate(pass->noise, place)) return x;
     CHECK(m->lora_x, "this model was opened without dropout of adapters");
     if (to != x)
-        CUDA_CHECK(cudaMemcpyAsync(to, x, nT * C * size_of_number(&m->gpu), cudaMemcpyDeviceToDevice, m->gpu.stream));
-    dropout_end(&m->gpu, to, noise_at(m, place, l), m->device.row + (size_t)i * m->rows, nT, (size_t)m->last_T, C);
+        CUDA_CHECK(cudaMemcpyAsync(to, x, nT * C * size_of_number(&m->gpu),
+                                   cudaMemcpyDeviceToDevice, m->gpu.stream));
+    dropout_end(&m->gpu, to, noise_at(m, place, l), m->device.row + (size_t)i * m->rows, nT,
+                (size_t)m->last_T, C);
     return to;
 }
 
-// y = s D(x) A^T B^T of the adapter A, B of a product, s = alpha / r; what the product with w is then to do with y.
+// y = s D(x) A^T B^T of a matmul's adapter A, B, s = alpha / r; returns how the matmul with w must
+// then write y.
 static Result adapter_forward(Model *m, int l, int A, Result y, const void *x, size_t nT) {
     const size_t r = (size_t)m->config.lora, C = (size_t)gpt_param_cols(&m->config, A);
     const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
     Result only = fresh(y.at, y.ld, NULL);
     only.alpha = (float)m->args.lora_scale;
-    multiply(&m->gpu, fresh(m->lora_u, r, NULL), lines(x, C), turned(weight_at(m, A, l), C), nT, r, C);
+    multiply(&m->gpu, fresh(m->lora_u, r, NULL), lines(x, C), turned(weight_at(m, A, l), C), nT, r,
+             C);
     multiply(&m->gpu, only, lines(m->lora_u, r), turned(weight_at(m, A + 1, l), r), nT, OC, r);
     y.add = 1;
     return y;
 }
 
-// v = s dy B and dx = v A: the gradient of D(x), to which dropout and the product with w are still to come.
+// v = s dy B and dx = v A: the gradient of D(x), still without dropout and the matmul with w.
 static Result adapter_backward_input(Model *m, int l, int A, Result dx, const void *dy, size_t nT) {
     const size_t r = (size_t)m->config.lora, C = (size_t)gpt_param_cols(&m->config, A);
     const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
     Result v = fresh(m->lora_v, r, NULL);
     v.alpha = (float)m->args.lora_scale;
     multiply(&m->gpu, v, lines(dy, OC), lines(weight_at(m, A + 1, l), r), nT, r, OC);
-    multiply(&m->gpu, fresh(dx.at, dx.ld, NULL), lines(m->lora_v, r), lines(weight_at(m, A, l), C), nT, C, r);
+    multiply(&m->gpu, fresh(dx.at, dx.ld, NULL), lines(m->lora_v, r), lines(weight_at(m, A, l), C),
+             nT, C, r);
     dx.add = 1;
     return dx;
 }
 
-// dA = v^T D(x) and dB = s dy^T u, u = D(x) A^T made again; or += with `add`.
-static void adapter_backward(Model *m, int l, int A, int add, const void *dy, const void *x, size_t nT) {
+// dA = v^T D(x) and dB = s dy^T u, u = D(x) A^T is recomputed; or += with `add`.
+static void adapter_backward(Model *m, int l, int A, int add, const void *dy, const void *x,
+                             size_t nT) {
     const size_t r = (size_t)m->config.lora, C = (size_t)gpt_param_cols(&m->config, A);
     const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
     Result dB = summed(gradient_at(m, A + 1, l), r, add);
     dB.alpha = (float)m->args.lora_scale;
-    multiply(&m->gpu, fresh(m->lora_u, r, NULL), lines(x, C), turned(weight_at(m, A, l), C), nT, r, C);
+    multiply(&m->gpu, fresh(m->lora_u, r, NULL), lines(x, C), turned(weight_at(m, A, l), C), nT, r,
+             C);
     multiply(&m->gpu, dB, turned(dy, OC), lines(m->lora_u, r), OC, r, nT);
-    multiply(&m->gpu, summed(gradient_at(m, A, l), C, add), turned(m->lora_v, r), lines(x, C), r, C, nT);
+    multiply(&m->gpu, summed(gradient_at(m, A, l), C, add), turned(m->lora_v, r), lines(x, C), r, C,
+             nT);
 }
 
-// y (nT,OC) = x (nT,C) w (C,OC) plus y's epilogue (bias, GELU); w is parameter `param` of layer l, and may have an adapter.
-static void linear_forward(Model *m, const Pass *pass, int l, int param, Result y, const void *x, size_t nT) {
-    const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+// y (nT,OC) = x (nT,C) w (C,OC) with y's epilogue (bias, GELU); w is parameter `param` of layer l,
+// and may have an adapter.
+static void linear_forward(Model *m, const Pass *pass, int l, int param, Result y, const void *x,
+                           size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param),
+        OC = (size_t)gpt_param_cols(&m->config, param);
     const int A = gpt_adapter_of(&m->config, param);
-    if (A >= 0) y = adapter_forward(m, l, A, y, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
+    if (A >= 0)
+        y = adapter_forward(m, l, A, y, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
     matmul_forward(&m->gpu, y, x, weight_at(m, param, l), nT, C, OC);
 }
 
-// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's epilogue, and the gradients
-// of w and of its bias, which is the next parameter of the table, and of the adapter. They are set, or with `add` added to.
-static void linear_backward(Model *m, const Pass *pass, int l, int param, Result dx, const void *dy, const void *x, int add,
-                            size_t nT) {
-    const size_t C = (size_t)gpt_param_rows(&m->config, param), OC = (size_t)gpt_param_cols(&m->config, param);
+// The same layer backward, from dy (nT,OC) and its input x (nT,C): dx (nT,C) = dy w^T with dx's
+// epilogue, and the gradients of w, of its bias, which is the next parameter in the table, and of
+// the adapter. Overwrites them, or adds to them with `add`.
+static void linear_backward(Model *m, const Pass *pass, int l, int param, Result dx, const void *dy,
+                            const void *x, int add, size_t nT) {
+    const size_t C = (size_t)gpt_param_rows(&m->config, param),
+        OC = (size_t)gpt_param_cols(&m->config, param);
     const int A = gpt_adapter_of(&m->config, param);
     if (A >= 0) {
         dx = adapter_backward_input(m, l, A, dx, dy, nT);
         adapter_dropout(m, pass, l, param, dx.at, dx.at, nT);
     }
-    matmul_backward(&m->gpu, dx, gradient_at(m, param, l), gradient_at(m, param + 1, l), add, dy, x, weight_at(m, param, l),
-                    nT, C, OC);
-    if (A >= 0) adapter_backward(m, l, A, add, dy, adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
+    matmul_backward(&m->gpu, dx, gradient_at(m, param, l), gradient_at(m, param + 1, l), add, dy, x,
+                    weight_at(m, param, l), nT, C, OC);
+    if (A >= 0)
+        adapter_backward(m, l, A, add, dy, adapter_dropout(m, pass, l, param, m->lora_x, x, nT),
+                         nT);
 }
 
 // Adds the previous branch's output to x, and normalizes the rows of branch i.
-static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied, const void *w, const void *b) {
-    residual_layernorm_forward(&m->gpu, m->x, ln, xhat, rstd, m->ended, m->end, rows, tied, w, b, (size_t)m->last_B,
-                               (size_t)m->last_T, (size_t)m->config.C);
+static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows, int tied,
+                         const void *w, const void *b) {
+    residual_layernorm_forward(&m->gpu, m->x, ln, xhat, rstd, m->ended, m->end, rows, tied, w, b,
+                               (size_t)m->last_B, (size_t)m->last_T, (size_t)m->config.C);
     m->ended = NULL;
 }
 
@@ -2673,7 +3012,8 @@ static AttentionKept attention_keep(Model *m, size_t nT) {
         k.qkv = m->redo, k.lse = m->lse, k.y = (char *)m->redo + round_up(nT * 3 * C * N, ALIGN);
         return k;
     }
-    k.qkv = keep(m, nT * 3 * C * N), k.lse = (float *)keep(m, nT * NH * sizeof(float)), k.y = keep(m, nT * C * N);
+    k.qkv = keep(m, nT * 3 * C * N), k.lse = (float *)keep(m, nT * NH * sizeof(float)),
+        k.y = keep(m, nT * C * N);
     return k;
 }
 
@@ -2690,11 +3030,13 @@ static MlpKept mlp_keep(Model *m, size_t nT) {
 // The bits of layer l's dropout of attention, made anew; NULL: it has none.
 static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, KeptKeys *keep) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
-    const size_t T = (size_t)m->last_T, NH = (size_t)m->config.NH, line = kept_keys_line(T), n = (size_t)b->n * NH * T * line;
+    const size_t T = (size_t)m->last_T, NH = (size_t)m->config.NH, line = kept_keys_line(T),
+        n = (size_t)b->n * NH * T * line;
     if (!noise_rate(pass->noise, NOISE_ATTN)) return NULL;
     CHECK(m->args.attention_noise, "this model was opened without dropout of attention");
-    LAUNCH(attention_keep_kernel, blocks_for(n), BLOCK, 0, m->gpu.stream, m->keep, noise_at(m, NOISE_ATTN, l),
-           m->device.row + (size_t)(BRANCHES * l + ATTN) * m->rows, n, (int)T, (int)NH, (int)line);
+    LAUNCH(attention_keep_kernel, blocks_for(n), BLOCK, 0, m->gpu.stream, m->keep,
+           noise_at(m, NOISE_ATTN, l), m->device.row + (size_t)(BRANCHES * l + ATTN) * m->rows, n,
+           (int)T, (int)NH, (int)line);
     const KeptKeys made = {m->keep, noise_at(m, NOISE_ATTN, l), (int)line};
     *keep = made;
     return keep;
@@ -2704,8 +3046,9 @@ static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, Ke
 static void end_dropout(Model *m, const Pass *pass, int i, void *x) {
     const int place = NOISE_ATTN_OUT + i % BRANCHES;
     if (noise_rate(pass->noise, place))
-        dropout_end(&m->gpu, x, noise_at(m, place, i / BRANCHES), m->device.row + (size_t)i * m->rows,
-                    tokens_of(m, &pass->plan->branch[i]), (size_t)m->last_T, (size_t)m->config.C);
+        dropout_end(&m->gpu, x, noise_at(m, place, i / BRANCHES),
+                    m->device.row + (size_t)i * m->rows, tokens_of(m, &pass->plan->branch[i]),
+                    (size_t)m->last_T, (size_t)m->config.C);
 }
 
 // y = attention of ln, before the last matmul.
@@ -2715,17 +3058,20 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionK
     KeptKeys keep;
     linear_forward(m, pass, l, P_qkvw, fresh(k->qkv, 3 * C, weight_at(m, P_qkvb, l)), k->ln, nT);
     if (!m->decoding || m->begins)
-        attention_forward(k->y, k->lse, k->qkv, attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH, g->half, g->stream);
+        attention_forward(k->y, k->lse, k->qkv, attention_keep_keys(m, pass, l, &keep), nT / T, T,
+                          C, NH, g->half, g->stream);
 }
 
 // Its remainder in decode: caches keys and values and, unless all rows begin a sequence, computes
 // the attention.
 static void attention_continue(Model *m, int l, const AttentionKept *k, Rows rows) {
-    const size_t C = (size_t)m->config.C, layer = 2 * (size_t)m->args.cache * m->cache.T * C * size_of_number(&m->gpu);
+    const size_t C = (size_t)m->config.C,
+        layer = 2 * (size_t)m->args.cache * m->cache.T * C * size_of_number(&m->gpu);
     const Cache cache = {(char *)m->cache.at + (size_t)l * layer, m->cache.T};
     if (m->decoding)
-        attention_cached(&m->gpu, m->begins ? NULL : k->y, k->qkv, cache, rows.place, m->device.seq, m->device.at,
-                         (size_t)m->last_B, (size_t)m->last_T, C, (size_t)m->config.NH);
+        attention_cached(&m->gpu, m->begins ? NULL : k->y, k->qkv, cache, rows.place, m->device.seq,
+                         m->device.at, (size_t)m->last_B, (size_t)m->last_T, C,
+                         (size_t)m->config.NH);
 }
 
 // gelu = GELU(h), h from ln, before the last product
@@ -2737,14 +3083,15 @@ static void mlp_inside(Model *m, const Pass *pass, int l, const MlpKept *k, size
 
 // dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before
 // i that runs: its scale times dx on its rows.
-static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db, int add, const void *xhat,
-                                  const float *rstd, const void *w) {
-    const int last = i == BRANCHES * plan->layers, tied = plan->tied && !last && i % BRANCHES == MLP;
+static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db,
+                                  int add, const void *xhat, const float *rstd, const void *w) {
+    const int last = i == BRANCHES * plan->layers, tied = plan->tied && !last &&
+        i % BRANCHES == MLP;
     const Rows all = {NULL, NULL}, rows = last ? all : rows_of(m, plan, i);
     const int before = branch_before(plan, i);
-    residual_layernorm_backward(&m->gpu, m->dx, before < 0 ? NULL : m->dout, dw, db, add, m->dy, xhat, rstd, rows,
-                                before < 0 ? all : rows_of(m, plan, before), last, tied, w, (size_t)m->last_B,
-                                (size_t)m->last_T, (size_t)m->config.C);
+    residual_layernorm_backward(&m->gpu, m->dx, before < 0 ? NULL : m->dout, dw, db, add, m->dy,
+                                xhat, rstd, rows, before < 0 ? all : rows_of(m, plan, before), last,
+                                tied, w, (size_t)m->last_B, (size_t)m->last_T, (size_t)m->config.C);
 }
 
 // out: attn(LN(x[rows])).
@@ -2756,7 +3103,8 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), 0, w.ln1w, w.ln1b);
     attention_inside(m, pass, l, k, nT);
     attention_continue(m, l, k, rows_of(m, pass->plan, i));
-    linear_forward(m, pass, l, P_attprojw, fresh(m->out, (size_t)m->config.C, w.attprojb), k->y, nT);
+    linear_forward(m, pass, l, P_attprojw, fresh(m->out, (size_t)m->config.C, w.attprojb), k->y,
+                   nT);
 }
 
 // From dout (n,T,C), which carries the scale, to dy (n,T,C), the gradient of the LayerNorm's
@@ -2772,8 +3120,9 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l, int add
     if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     if (k->qkv == m->redo) attention_inside(m, pass, l, k, nT);
     linear_backward(m, pass, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
-    attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH,
-                       g->half, g->stream);
+    attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse,
+                       attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH, g->half,
+                       g->stream);
     linear_backward(m, pass, l, P_qkvw, fresh(dln, C, NULL), dqkv, k->ln, add, nT);
 }
 
@@ -2784,13 +3133,16 @@ static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
     const size_t nT = tokens_of(m, &pass->plan->branch[i]);
     const Operands w = weights_at(m, l);
     const MlpKept *k = &m->mlp[l];
-    begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), pass->plan->tied, w.ln2w, w.ln2b);
+    begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), pass->plan->tied, w.ln2w,
+                 w.ln2b);
     mlp_inside(m, pass, l, k, nT);
-    linear_forward(m, pass, l, P_fcprojw, fresh(m->out, (size_t)m->config.C, w.fcprojb), k->gelu, nT);
+    linear_forward(m, pass, l, P_fcprojw, fresh(m->out, (size_t)m->config.C, w.fcprojb), k->gelu,
+                   nT);
 }
 
 static void mlp_branch_backward(Model *m, const Pass *pass, int l, int add) {
-    const size_t C = (size_t)m->config.C, nT = tokens_of(m, &pass->plan->branch[BRANCHES * l + MLP]);
+    const size_t C = (size_t)m->config.C,
+        nT = tokens_of(m, &pass->plan->branch[BRANCHES * l + MLP]);
     const Operands w = weights_at(m, l);
     const MlpKept *k = &m->mlp[l];
     Result dh = fresh(m->dwide, 4 * C, NULL);
@@ -2806,7 +3158,8 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l, int add) {
 // ---- Watches ----
 
 // x[rows] += scale * out (n,T,C): adds a branch's pending output on its own.
-template <class N> static __global__ void residual_kernel(float *x, const N *out, Rows end, size_t BT, unsigned T, unsigned C) {
+template <class N> static __global__ void residual_kernel(float *x, const N *out, Rows end,
+                                                          size_t BT, unsigned T, unsigned C) {
     const size_t i = thread_index(), token = i / C;
     const long place = token < BT ? row_place(end.place, token / T) : -1;
     if (place >= 0) x[i] += *end.scale * to_float(out[((size_t)place * T + token % T) * C + i % C]);
@@ -2816,10 +3169,13 @@ template <class N> static __global__ void residual_kernel(float *x, const N *out
 // a watch is used.
 static void show(Model *m, const Watch *w, int point, const void *from, int is_float, size_t n) {
     const size_t number = is_float ? sizeof(float) : size_of_number(&m->gpu);
-    if (!m->shown) m->shown = (float *)xcalloc((size_t)m->args.B * (size_t)m->args.T * (size_t)m->config.C, sizeof(float));
+    if (!m->shown)
+        m->shown = (float *)xcalloc((size_t)m->args.B * (size_t)m->args.T * (size_t)m->config.C,
+                                    sizeof(float));
     CUDA_CHECK(cudaMemcpyAsync(m->shown, from, n * number, cudaMemcpyDeviceToHost, m->gpu.stream));
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
-    for (size_t i = n; number == sizeof(bf16) && i-- > 0;) m->shown[i] = to_float(((const bf16 *)(const void *)m->shown)[i]);
+    for (size_t i = n; number == sizeof(bf16) && i-- > 0;)
+        m->shown[i] = to_float(((const bf16 *)(const void *)m->shown)[i]);
     if (point < 0) w->see_gradient(w->self, m->shown);
     else w->see(w->self, point, m->shown);
 }
@@ -2827,14 +3183,15 @@ static void show(Model *m, const Watch *w, int point, const void *from, int is_f
 // Passes the stream to the watch that requested it: the last branch's output is then added first,
 // and not as the next one begins.
 static void look(Model *m, const Pass *pass, int point) {
-    const size_t B = (size_t)m->last_B, T = (size_t)m->last_T, C = (size_t)m->config.C, n = B * T * C;
+    const size_t B = (size_t)m->last_B, T = (size_t)m->last_T, C = (size_t)m->config.C,
+        n = B * T * C;
     if (!pass->watch || !pass->watch->want[point]) return;
     if (m->ended && m->gpu.half)
-        LAUNCH(residual_kernel<bf16>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x, (const bf16 *)m->ended, m->end, B * T,
-               (unsigned)T, (unsigned)C);
+        LAUNCH(residual_kernel<bf16>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x,
+               (const bf16 *)m->ended, m->end, B * T, (unsigned)T, (unsigned)C);
     else if (m->ended)
-        LAUNCH(residual_kernel<float>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x, (const float *)m->ended, m->end, B * T,
-               (unsigned)T, (unsigned)C);
+        LAUNCH(residual_kernel<float>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x,
+               (const float *)m->ended, m->end, B * T, (unsigned)T, (unsigned)C);
     m->ended = NULL;
     show(m, pass->watch, point, m->x, 1, n);
 }
@@ -2907,7 +3264,8 @@ static int group_tokens(Model *m, const int *tokens, size_t BT) {
         first[*group + 1]++;
     }
     for (int g = 0; g < groups; g++) first[g + 1] += first[g];
-    for (size_t i = 0; i < BT; i++) order[first[m->group[tokens[i]]]++] = (int)i;      // moves first[g] to the start of group g + 1
+    // moves first[g] to the start of group g + 1
+    for (size_t i = 0; i < BT; i++) order[first[m->group[tokens[i]]]++] = (int)i;
     for (int g = groups; g > 0; g--) first[g] = first[g - 1];
     first[0] = 0;
     for (size_t i = 0; i < BT; i++) m->group[tokens[i]] = -1;
@@ -2925,7 +3283,8 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
         int *place = m->host.place + (size_t)i * B;
         for (size_t row = 0; row < B; row++) place[row] = -1;
         for (int j = 0; j < plan->branch[i].n; j++) place[plan->branch[i].rows[j]] = j;
-        memcpy(m->host.row + (size_t)i * B, plan->branch[i].rows, (size_t)plan->branch[i].n * sizeof(int));
+        memcpy(m->host.row + (size_t)i * B, plan->branch[i].rows,
+               (size_t)plan->branch[i].n * sizeof(int));
         m->host.scale[i] = (float)plan->branch[i].scale;
     }
     for (int i = 0; i < NOISE_PLACES * plan->layers; i++)
@@ -2933,7 +3292,8 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
     memcpy(m->host.tokens, batch->tokens, BT * sizeof(int));
     if (batch->targets) memcpy(m->host.targets, batch->targets, BT * sizeof(int));
     if (pass->weight != 0) groups = group_tokens(m, batch->tokens, BT);
-    CUDA_CHECK(cudaMemcpyAsync(m->device.place, m->host.place, inputs_layout(m, &unused, &dummy) * sizeof(int),
+    CUDA_CHECK(cudaMemcpyAsync(m->device.place, m->host.place,
+                               inputs_layout(m, &unused, &dummy) * sizeof(int),
                                cudaMemcpyHostToDevice, m->gpu.stream));
     return groups;
 }
@@ -2945,19 +3305,23 @@ static void model_loss(Model *m, const Batch *batch, const Pass *pass) {
     float *dwte = pass->weight != 0 ? gradients_at(m, 0).wte : NULL;
     const int add = pass->weight != 0 && !m->spent[gpt_branch_index(&m->config, 0, NO_BRANCH)];
     const double smoothing = pass_smoothing(pass);
-    const Scoring y = {m->losses, m->uniform, m->device.targets, (float)(pass->weight / (double)batch_scored(batch)),
+    const Scoring y = {m->losses, m->uniform, m->device.targets,
+                       (float)(pass->weight / (double)batch_scored(batch)),
                        (float)smoothing};
-    classifier(&m->gpu, &y, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, BT, (size_t)m->config.C,
-               (size_t)m->config.V);
-    CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, BT * sizeof(float), cudaMemcpyDeviceToHost, m->gpu.stream));
+    classifier(&m->gpu, &y, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, BT,
+               (size_t)m->config.C, (size_t)m->config.V);
+    CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, BT * sizeof(float),
+                               cudaMemcpyDeviceToHost, m->gpu.stream));
     if (smoothing != 0)
-        CUDA_CHECK(cudaMemcpyAsync(m->host_uniform, m->uniform, BT * sizeof(float), cudaMemcpyDeviceToHost, m->gpu.stream));
+        CUDA_CHECK(cudaMemcpyAsync(m->host_uniform, m->uniform, BT * sizeof(float),
+                                   cudaMemcpyDeviceToHost, m->gpu.stream));
 }
 
 // Waits for the call to end; returns the mean loss.
 static double model_finish(Model *m, const Batch *batch, const Pass *pass) {
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
-    return pass_loss(m->part, batch, pass, m->host_losses, pass_smoothing(pass) != 0 ? m->host_uniform : NULL);
+    return pass_loss(m->part, batch, pass, m->host_losses, pass_smoothing(pass) !=
+                     0 ? m->host_uniform : NULL);
 }
 
 static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
@@ -2970,10 +3334,12 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     keep_nothing(m);
     m->ended = NULL;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
-    if (noise_rate(pass->noise, NOISE_EMBD)) dropout_stream(&m->gpu, m->x, noise_at(m, NOISE_EMBD, 0), B * T, T, C);
+    if (noise_rate(pass->noise, NOISE_EMBD))
+        dropout_stream(&m->gpu, m->x, noise_at(m, NOISE_EMBD, 0), B * T, T, C);
     look(m, pass, WATCH_EMBEDDINGS);
     for (int l = 0; l < m->config.L; l++) {
-        if (pass->weight == 0 || l <= m->args.frozen) keep_nothing(m);   // frozen layers need only one layer at a time
+        // frozen layers need only one layer at a time
+        if (pass->weight == 0 || l <= m->args.frozen) keep_nothing(m);
         block_forward(m, pass, l);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
@@ -2993,11 +3359,15 @@ static void reduce_branch(Model *m, int i) {
     const size_t mine = at + (r->shares > 1 ? (size_t)r->rank * share : 0);
     float *grad = m->slot[SLOT_GRAD];
     if (!s.n) return;
-    gradient_add(m, last ? 0 : i / BRANCHES, last ? NO_BRANCH : i % BRANCHES, 1);  // zeros, if this rank alone has dropped it
+    // zeros, if only this rank dropped it
+    gradient_add(m, last ? 0 : i / BRANCHES, last ? NO_BRANCH : i % BRANCHES, 1);
     ranks_begin(r, &m->gpu);
-    if (m->wire) LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, r->stream, m->wire + at, grad + at, s.n);
+    if (m->wire)
+        LAUNCH(round_kernel, blocks_for(s.n), BLOCK, 0, r->stream, m->wire + at, grad + at, s.n);
     ranks_sum(r, m->wire ? (void *)(m->wire + at) : grad + at, s.n, m->wire != NULL);
-    if (m->wire) LAUNCH(widen_kernel, blocks_for(share), BLOCK, 0, r->stream, grad + mine, m->wire + mine, share);
+    if (m->wire)
+        LAUNCH(widen_kernel, blocks_for(share), BLOCK, 0, r->stream, grad + mine, m->wire + mine,
+               share);
 }
 
 static void run_backward(Model *m, const Batch *batch, const Pass *pass, Grouped by) {
@@ -3005,20 +3375,24 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass, Grouped
     const Operands w = weights_at(m, 0);
     const Params dw = gradients_at(m, 0);
     const unsigned char *reduce = m->ranks.world > 1 ? pass->reduce : NULL;
-    begin_branch_backward(m, pass->plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat, m->lnf_rstd, w.lnfw);
+    begin_branch_backward(m, pass->plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat,
+                          m->lnf_rstd, w.lnfw);
     for (int l = m->config.L - 1; l >= m->args.frozen; l--) {
         block_backward(m, pass, l);
         for (int i = BRANCHES * l + MLP; i >= BRANCHES * l + ATTN; i--)
             if (reduce && reduce[i]) reduce_branch(m, i);
     }
     if (!m->args.frozen && noise_rate(pass->noise, NOISE_EMBD))
-        dropout_stream(&m->gpu, m->dx, noise_at(m, NOISE_EMBD, 0), (size_t)batch->rows * (size_t)batch->T, (size_t)batch->T,
+        dropout_stream(&m->gpu, m->dx, noise_at(m, NOISE_EMBD, 0),
+                       (size_t)batch->rows * (size_t)batch->T, (size_t)batch->T,
                        (size_t)m->config.C);
     if (pass->watch && pass->watch->see_gradient)
-        show(m, pass->watch, -1, m->dx, 1, (size_t)batch->rows * (size_t)batch->T * (size_t)m->config.C);
+        show(m, pass->watch, -1, m->dx, 1,
+             (size_t)batch->rows * (size_t)batch->T * (size_t)m->config.C);
     if (dw.wte && !m->args.frozen)
-        embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx, (size_t)batch->rows, (size_t)batch->T,
-                           (size_t)m->config.T, (size_t)m->config.C);
+        embedding_backward(&m->gpu, dw.wte, dw.wpe, add, m->device.tokens, by, m->dx,
+                           (size_t)batch->rows, (size_t)batch->T, (size_t)m->config.T,
+                           (size_t)m->config.C);
     if (reduce) reduce_branch(m, BRANCHES * m->config.L);
 }
 
@@ -3038,19 +3412,23 @@ static void model_parts(Model *m, double part[N_PARTS]) { memcpy(part, m->part, 
 static void model_logits(Model *m, int row, int t, real *host) {
     const size_t C = (size_t)m->config.C, V = (size_t)m->config.V;
     const Gpu *g = &m->gpu;
-    CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T, "no logits at row %d, position %d", row, t);
-    const char *x = (const char *)m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C * size_of_number(g);
-    LAUNCH_AS(logits_kernel, g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, m->token_logits, x, C,
-              weights_at(m, 0).wte, V, C);
-    CUDA_CHECK(cudaMemcpyAsync(host, m->token_logits, V * sizeof(real), cudaMemcpyDeviceToHost, g->stream));
+    CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T,
+          "no logits at row %d, position %d", row, t);
+    const char *x = (const char *)m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C *
+        size_of_number(g);
+    LAUNCH_AS(logits_kernel, g, C % WIDE == 0, blocks_for(V * WARP), BLOCK, 0, m->token_logits, x,
+              C, weights_at(m, 0).wte, V, C);
+    CUDA_CHECK(cudaMemcpyAsync(host, m->token_logits, V * sizeof(real), cudaMemcpyDeviceToHost,
+                               g->stream));
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
 }
 
 // ---- Generation ----
 
-static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at, const DropPlan *plan,
-                         real *logits) {
-    const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C, V = (size_t)m->config.V;
+static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at,
+                         const DropPlan *plan, real *logits) {
+    const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C,
+        V = (size_t)m->config.V;
     const Rows all = {NULL, NULL};
     const Operands w = weights_at(m, 0);
     const Batch batch = batch_of(plan->batch, n, tokens, NULL);
@@ -3074,8 +3452,10 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     if (logits) {
         const char *last = (const char *)m->lnf + (T - 1) * C * size_of_number(g);
         const dim3 grid(blocks_for(V * WARP).x, (unsigned)B);
-        LAUNCH_AS(logits_kernel, g, C % WIDE == 0, grid, BLOCK, 0, m->token_logits, last, T * C, w.wte, V, C);
-        CUDA_CHECK(cudaMemcpyAsync(logits, m->token_logits, B * V * sizeof(real), cudaMemcpyDeviceToHost, g->stream));
+        LAUNCH_AS(logits_kernel, g, C % WIDE == 0, grid, BLOCK, 0, m->token_logits, last, T * C,
+                  w.wte, V, C);
+        CUDA_CHECK(cudaMemcpyAsync(logits, m->token_logits, B * V * sizeof(real),
+                                   cudaMemcpyDeviceToHost, g->stream));
     }
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
 }
@@ -3095,8 +3475,8 @@ static __device__ inline double block_sum_double(double x, double *shared) {
 
 // norms[i] = the squared norm of chunk i's gradient, 0 for branches without one.
 template <int W>
-static __global__ void chunk_norms_kernel(double *norms, const float *grad, const UpdateChunk *chunk,
-                                          const BranchUpdate *branch) {
+static __global__ void chunk_norms_kernel(double *norms, const float *grad,
+                                          const UpdateChunk *chunk, const BranchUpdate *branch) {
     SHARED(double, shared);
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
@@ -3122,7 +3502,8 @@ static __global__ void total_norm_kernel(double *to, const double *norms, int n,
     if (threadIdx.x == 0) *to = root ? sqrt(sum) : sum;
 }
 
-typedef struct { float b1, b2, eps, keep; double grad_clip, norm_limit; } AdamArgs;   // keep: what weight decay leaves of p
+// keep: what weight decay leaves of p
+typedef struct { float b1, b2, eps, keep; double grad_clip, norm_limit; } AdamArgs;
 
 typedef struct { int at_random; uint64_t seed; } Rounding;
 
@@ -3141,19 +3522,22 @@ static __host__ __device__ inline float round_at_random(float x, uint32_t bits) 
 // Copies elements j ... of chunk k, whose AdamW step is t, rounded. Random bits are a function of
 // (seed, t, tensor, element).
 template <int W>
-static __device__ inline void store_rounded(bf16 *copy, const UpdateChunk &k, size_t j, Floats<W> p, int64_t t, Rounding r) {
+static __device__ inline void store_rounded(bf16 *copy, const UpdateChunk &k, size_t j, Floats<W> p,
+                                            int64_t t, Rounding r) {
     if (r.at_random) {
         const size_t element = k.element + j;            // a multiple of W
-        const Philox bits = rng_words(r.seed, STREAM_ROUND, (uint64_t)t, k.tensor, (uint32_t)(element / 4));
-        for (int e = 0; e < W; e++) p.x[e] = round_at_random(p.x[e], bits.v[W == 4 ? e : (int)(element % 4)] >> 16);
+        const Philox bits = rng_words(r.seed, STREAM_ROUND, (uint64_t)t, k.tensor,
+                                      (uint32_t)(element / 4));
+        for (int e = 0; e < W; e++)
+            p.x[e] = round_at_random(p.x[e], bits.v[W == 4 ? e : (int)(element % 4)] >> 16);
     }
     store<bf16, W>(copy, k.at + j, p);
 }
 
 // Rewrites the copy from p, as update number t of each branch left it.
 template <int W>
-static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const UpdateChunk *chunk, const BranchUpdate *branch,
-                                           Rounding r) {
+static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const UpdateChunk *chunk,
+                                           const BranchUpdate *branch, Rounding r) {
     const UpdateChunk k = chunk[blockIdx.x];
     const int64_t t = branch[k.branch].t;
     if (t <= 0) return;                                  // as it was written
@@ -3164,12 +3548,16 @@ static __global__ void round_chunks_kernel(bf16 *copy, const float *p, const Upd
 // A block processes one chunk: updates p, m, v and the rounded copy of p from g; does nothing if
 // the norm is not finite, too large for the moments or above the limit (update_is_taken).
 template <int W>
-static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v, const UpdateChunk *chunk,
-                                    const BranchUpdate *branch, const double *norm, AdamArgs a, Rounding r) {
+static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, float *m, float *v,
+                                    const UpdateChunk *chunk, const BranchUpdate *branch,
+                                    const double *norm, AdamArgs a, Rounding r) {
     const UpdateChunk k = chunk[blockIdx.x];
     const BranchUpdate b = branch[k.branch];
-    const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;   // update_clip
-    if (b.t <= 0 || !isfinite(*norm) || *norm * clip > UPDATE_MOST || (a.norm_limit != 0 && *norm > a.norm_limit)) return;
+    // update_clip
+    const double clip = a.grad_clip > 0 ? fmin(1.0, a.grad_clip / (*norm + 1e-6)) : 1;
+    if (b.t <= 0 || !isfinite(*norm) || *norm * clip > UPDATE_MOST ||
+        (a.norm_limit != 0 && *norm > a.norm_limit))
+        return;
     const float shrink = (float)clip, keep = k.decay ? a.keep : 1;
     for (size_t j = threadIdx.x * W; j < k.n; j += blockDim.x * W) {
         Floats<W> pj = load<float, W>(p, k.master + j), g;
@@ -3182,7 +3570,8 @@ static __global__ void adamw_kernel(float *p, bf16 *copy, const float *grad, flo
             vj.x[e] = a.b2 * vj.x[e] + (1 - a.b2) * ge * ge;
             pj.x[e] = keep * pj.x[e] - b.rate * mj.x[e] / (sqrtf(vj.x[e]) * b.unbias + a.eps);
         }
-        store<float, W>(m, k.moment + j, mj), store<float, W>(v, k.moment + j, vj), store<float, W>(p, k.master + j, pj);
+        store<float, W>(m, k.moment + j, mj), store<float, W>(v, k.moment + j, vj), store<float,
+            W>(p, k.master + j, pj);
         if (copy) store_rounded<W>(copy, k, j, pj, b.t, r);
     }
 }
@@ -3193,9 +3582,11 @@ static void gradient_norm(Model *m) {
     const cudaStream_t stream = m->gpu.stream;
     double *total = m->norms + m->n_chunks;
     if (m->n_chunks)
-        LAUNCH_WIDE(chunk_norms_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, BLOCK * sizeof(double), stream,
-                    m->norms, m->slot[SLOT_GRAD], m->chunk, m->update);
-    LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, m->norms, m->n_chunks, m->ranks.shares == 1);
+        LAUNCH_WIDE(chunk_norms_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK,
+                    BLOCK * sizeof(double), stream, m->norms, m->slot[SLOT_GRAD], m->chunk,
+                    m->update);
+    LAUNCH(total_norm_kernel, 1, BLOCK, BLOCK * sizeof(double), stream, total, m->norms,
+           m->n_chunks, m->ranks.shares == 1);
     if (m->ranks.shares == 1) return;
     ranks_begin(&m->ranks, &m->gpu);
     ranks_sum_double(&m->ranks, total);
@@ -3210,7 +3601,8 @@ static void gather_parameters(Model *m, const int64_t *t) {
     for (size_t i = 0; i <= (size_t)BRANCHES * (size_t)m->config.L; i++) {
         const Piece s = span_of(m, i, 1);
         if (t[i] <= 0 || !s.n) continue;
-        ranks_gather(&m->ranks, m->copy ? (void *)(m->copy + s.at) : m->slot[SLOT_PARAM] + s.at, s.n, m->copy != NULL);
+        ranks_gather(&m->ranks, m->copy ? (void *)(m->copy + s.at) : m->slot[SLOT_PARAM] + s.at,
+                     s.n, m->copy != NULL);
     }
     ranks_end(&m->ranks, &m->gpu);
 }
@@ -3224,23 +3616,28 @@ static double model_update(Model *m, const UpdateArgs *a) {
     CHECK(m->slot[SLOT_GRAD], "this model was opened to evaluate");
     const size_t branches = (size_t)BRANCHES * (size_t)m->config.L + 1;
     const cudaStream_t stream = m->gpu.stream;
-    const AdamArgs args = {(float)a->beta1, (float)a->beta2, (float)a->eps, (float)(1 - a->lr * a->weight_decay),
+    const AdamArgs args = {(float)a->beta1, (float)a->beta2, (float)a->eps,
+                           (float)(1 - a->lr * a->weight_decay),
                            a->grad_clip, a->norm_limit};
     for (size_t i = 0; i < branches; i++) {
         const double t = (double)a->t[i];
         const BranchUpdate b = {t > 0 ? (float)(a->lr / (1 - pow(a->beta1, t))) : 0,
-                                t > 0 ? (float)(1 / sqrt(1 - pow(a->beta2, t))) : 0, a->t[i], m->spent[i]};
+                                t > 0 ? (float)(1 / sqrt(1 - pow(a->beta2, t))) : 0, a->t[i],
+                                m->spent[i]};
         m->host_update[i] = b;
     }
-    CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update, cudaMemcpyHostToDevice, stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update,
+                               cudaMemcpyHostToDevice, stream));
     if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);
     gradient_norm(m);
     if (!a->discard && m->n_chunks)
-        LAUNCH_WIDE(adamw_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, 0, stream, m->slot[SLOT_PARAM],
-                    m->copy, m->slot[SLOT_GRAD], m->slot[SLOT_M], m->slot[SLOT_V], m->chunk, m->update,
-                    m->norms + m->n_chunks, args, rounding_of(m));
+        LAUNCH_WIDE(adamw_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, 0, stream,
+                    m->slot[SLOT_PARAM], m->copy, m->slot[SLOT_GRAD], m->slot[SLOT_M],
+                    m->slot[SLOT_V], m->chunk, m->update, m->norms + m->n_chunks, args,
+                    rounding_of(m));
     if (!a->discard && m->ranks.shares > 1) gather_parameters(m, a->t);
-    CUDA_CHECK(cudaMemcpyAsync(m->host_norm, m->norms + m->n_chunks, sizeof(double), cudaMemcpyDeviceToHost, stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->host_norm, m->norms + m->n_chunks, sizeof(double),
+                               cudaMemcpyDeviceToHost, stream));
     ranks_wait(&m->ranks, &m->gpu);
     if (a->discard || update_is_taken(a, *m->host_norm)) memset(m->spent, 1, branches);
     return *m->host_norm;
@@ -3251,10 +3648,12 @@ static void model_resumed(Model *m, const int64_t *t) {
     const size_t branches = (size_t)BRANCHES * (size_t)m->config.L + 1;
     if (m->args.rounding == ROUNDING_NEAREST || !m->slot[SLOT_GRAD]) return;
     for (size_t i = 0; i < branches; i++) m->host_update[i].t = t[i];
-    CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update, cudaMemcpyHostToDevice, m->gpu.stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->update, m->host_update, branches * sizeof *m->update,
+                               cudaMemcpyHostToDevice, m->gpu.stream));
     if (m->n_chunks)
-        LAUNCH_WIDE(round_chunks_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, 0, m->gpu.stream, m->copy,
-                    m->slot[SLOT_PARAM], m->chunk, m->update, rounding_of(m));
+        LAUNCH_WIDE(round_chunks_kernel, m->config.C % WIDE == 0, (unsigned)m->n_chunks, BLOCK, 0,
+                    m->gpu.stream, m->copy, m->slot[SLOT_PARAM], m->chunk, m->update,
+                    rounding_of(m));
     if (m->ranks.shares > 1) gather_parameters(m, t);
     ranks_wait(&m->ranks, &m->gpu);
 }
@@ -3263,10 +3662,11 @@ static void model_resumed(Model *m, const int64_t *t) {
 
 static float *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(m->slot[slot], "this model was opened to evaluate");
-    CHECK(param >= 0 && param < N_PARAMS && layer >= 0 && layer < gpt_param_layers(&m->config, param),
+    CHECK(param >= 0 && param < N_PARAMS && layer >= 0 &&
+          layer < gpt_param_layers(&m->config, param),
           "no parameter %d in layer %d", param, layer);
-    CHECK(slot == SLOT_PARAM || gpt_param_trains(&m->config, param, layer, m->args.frozen), "parameter %d of layer %d is frozen", param,
-          layer);
+    CHECK(slot == SLOT_PARAM || gpt_param_trains(&m->config, param, layer, m->args.frozen),
+          "parameter %d of layer %d is frozen", param, layer);
     if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 1);
     return m->slot[slot] + (param_offset(m, param, layer) - (slot == SLOT_PARAM ? 0 : m->n_frozen));
 }
@@ -3281,10 +3681,12 @@ static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
         size_t place;
         const Piece part = share_of(m, branch, rank, at, n, &place);
         if (part.n)
-            ranks_send(&m->ranks, whole + (part.at - at), m->slot[slot] + (place - absent_of(m, slot)), part.n, rank);
+            ranks_send(&m->ranks, whole + (part.at - at),
+                       m->slot[slot] + (place - absent_of(m, slot)), part.n, rank);
     }
     ranks_end(&m->ranks, &m->gpu);
-    CUDA_CHECK(cudaMemcpyAsync(host, whole, n * sizeof(real), cudaMemcpyDeviceToHost, m->gpu.stream));
+    CUDA_CHECK(cudaMemcpyAsync(host, whole, n * sizeof(real), cudaMemcpyDeviceToHost,
+                               m->gpu.stream));
     ranks_wait(&m->ranks, &m->gpu);
     CUDA_CHECK(cudaFree(whole));
 }
@@ -3294,8 +3696,8 @@ static void write_copy(Model *m, int param, int layer, const real *host) {
     const size_t n = gpt_param_size(&m->config, param);
     bf16 *rounded = (bf16 *)xcalloc(n, sizeof *rounded);
     for (size_t i = 0; i < n; i++) rounded[i] = from_float<bf16>(host[i]);
-    CUDA_CHECK(cudaMemcpyAsync(m->copy + param_offset(m, param, layer), rounded, n * sizeof *rounded, cudaMemcpyHostToDevice,
-                               m->gpu.stream));
+    CUDA_CHECK(cudaMemcpyAsync(m->copy + param_offset(m, param, layer), rounded,
+                               n * sizeof *rounded, cudaMemcpyHostToDevice, m->gpu.stream));
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
     free(rounded);
 }
@@ -3304,9 +3706,11 @@ static void write_copy(Model *m, int param, int layer, const real *host) {
 static void write_shared(Model *m, Slot slot, int param, int layer, const real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
     size_t place;
-    const Piece part = share_of(m, gpt_branch_index(&m->config, layer, gpt_param[param].branch), m->ranks.rank, at, n, &place);
+    const Piece part = share_of(m, gpt_branch_index(&m->config, layer, gpt_param[param].branch),
+                                m->ranks.rank, at, n, &place);
     if (part.n)
-        CUDA_CHECK(cudaMemcpyAsync(m->slot[slot] + (place - absent_of(m, slot)), host + (part.at - at), part.n * sizeof(real),
+        CUDA_CHECK(cudaMemcpyAsync(m->slot[slot] + (place - absent_of(m, slot)),
+                                   host + (part.at - at), part.n * sizeof(real),
                                    cudaMemcpyHostToDevice, m->gpu.stream));
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
 }
@@ -3317,9 +3721,10 @@ static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
         read_shared(m, slot, param, layer, host);
         return;
     }
-    if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);         // reductions of gradients may be in flight
-    CUDA_CHECK(cudaMemcpyAsync(host, param_at(m, slot, param, layer), n * sizeof(real), cudaMemcpyDeviceToHost,
-                               m->gpu.stream));
+    // reductions of gradients may be in flight
+    if (m->ranks.world > 1) ranks_end(&m->ranks, &m->gpu);
+    CUDA_CHECK(cudaMemcpyAsync(host, param_at(m, slot, param, layer), n * sizeof(real),
+                               cudaMemcpyDeviceToHost, m->gpu.stream));
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
 }
 
@@ -3327,8 +3732,8 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
     if (is_shared(m, slot)) write_shared(m, slot, param, layer, host);
     else {
         float *to = param_at(m, slot, param, layer);
-        CUDA_CHECK(cudaMemcpyAsync(to, host, gpt_param_size(&m->config, param) * sizeof(real), cudaMemcpyHostToDevice,
-                                   m->gpu.stream));
+        CUDA_CHECK(cudaMemcpyAsync(to, host, gpt_param_size(&m->config, param) * sizeof(real),
+                                   cudaMemcpyHostToDevice, m->gpu.stream));
         CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
     }
     if (slot == SLOT_PARAM && m->copy) write_copy(m, param, layer, host);
@@ -3339,7 +3744,8 @@ template <class N, int W> static __global__ void fill_kernel(void *to, size_t n)
     const size_t i = thread_index() * W;
     if (i >= n) return;
     Floats<W> v;
-    for (int k = 0; k < W; k++) v.x[k] = (float)((unsigned)(i + k) * 2654435761u >> 8) * 0x1p-23f - 1;
+    for (int k = 0; k < W; k++)
+        v.x[k] = (float)((unsigned)(i + k) * 2654435761u >> 8) * 0x1p-23f - 1;
     store<N, W>(to, i, v);
 }
 
@@ -3354,11 +3760,14 @@ static double model_peak(Model *m, double seconds) {
         const size_t bytes = n * n * size_of_number(g);
         char *room = (char *)room_new("the measurement of the peak", 3 * bytes);
         LAUNCH_AS(fill_kernel, g, 1, blocks_for(2 * n * n / WIDE), BLOCK, 0, room, 2 * n * n);
-        multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n, n);   // chooses its algorithm
+        // chooses its algorithm
+        multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n,
+                 n);
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         do {
             const double from = clock_seconds();
-            multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n, n);
+            multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n),
+                     n, n, n);
             CUDA_CHECK(cudaStreamSynchronize(g->stream));
             const double run = clock_seconds() - from;
             best = fmax(best, 2.0 * (double)n * (double)n * (double)n / run);
@@ -3384,12 +3793,14 @@ const Engine *CUDA_ENGINE(void) {
     };
     cudaDeviceProp device;
     int count = 0;
-    if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0 && cudaGetDeviceProperties(&device, 0) == cudaSuccess)
+    if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0 &&
+        cudaGetDeviceProperties(&device, 0) == cudaSuccess)
         snprintf(name, sizeof name, "GPU, %s", device.name);
     return &engine;
 }
 
-#ifndef ENGINE_ONLY                                      // the tools and the tests link the engine without its main
+#ifndef ENGINE_ONLY                                      // the tools and the tests link the engine
+                                                         // without its main
 #include "dev/run/trainer.h"
 
 int main(int argc, char **argv) {

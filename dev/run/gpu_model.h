@@ -147,8 +147,8 @@ static inline double gpu_attention_flops(const GpuRun *r) {
 static inline GpuTime gpu_branch_forward(const GpuSpec *g, const GpuRun *r, int branch) {
     const double elements = (double)r->B * r->T * r->c.C;
     GpuTime t = {{0}};
-    t.part[GPU_PART_products] = gpu_branch_products(g, r, branch) + gpu_adapter_products(g, r,
-        branch);
+    t.part[GPU_PART_products] = gpu_branch_products(g, r, branch) +
+        gpu_adapter_products(g, r, branch);
     t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES);
     if (branch == ATTN)
         t.part[GPU_PART_attention] = gpu_attention_flops(r) / (GPU_ATTENTION * g->mma);
