@@ -36,20 +36,17 @@ typedef struct Product Product;
 typedef struct {
     cudaStream_t stream;
     cublasLtHandle_t blas;
-    int half, tf32, search, plain, sums_inside;  // search: time a matmul's algorithms at its first
-                                                 // use; plain: this file's kernels apply the
-                                                 // epilogues; sums_inside: matmuls also compute
-                                                 // bias gradients
+    // search: time a matmul's algorithms at its first use; plain: this file's kernels apply the
+    // epilogues; sums_inside: matmuls also compute bias gradients
+    int half, tf32, search, plain, sums_inside;
     void *workspace;                             // (WORKSPACE) bytes for matmuls
-    float *partial, *sum;                        // (PARTIAL * C) partial column sums; (4C) whole
-                                                 // ones
+    float *partial, *sum;                        // column sums: (PARTIAL * C) partial, (4C) whole
     Product *product;                            // those used so far, by shape
     int n_products, room_products;
 } Gpu;
 
 #ifndef WORKSPACE_BYTES
-#define WORKSPACE_BYTES (32 << 20)                       // NVIDIA's advice for compute capability
-                                                         // 9.0
+#define WORKSPACE_BYTES (32 << 20)  // NVIDIA's advice for compute capability 9.0
 #endif
 enum { WARP = 32, WORKSPACE = WORKSPACE_BYTES };
 enum { CHANNELS_MAX = 12288 };                           // two rows of them fit in shared memory
@@ -198,8 +195,14 @@ typedef struct { const void *at; size_t ld; int turned; } Matrix;
 // float, otherwise N. With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h),
 // and y is multiplied by GELU'(h). With `b_sum` (N), where y is float, also b_sum = the columns of
 // b. `alpha` multiplies a b; if it is not 1, nothing else is fused.
-typedef struct { void *at; size_t ld; int sums, add; const void *bias, *h; void *gelu; float *b_sum,
-                 alpha; } Result;
+typedef struct {
+    void *at;
+    size_t ld;
+    int sums, add;
+    const void *bias, *h;
+    void *gelu;
+    float *b_sum, alpha;
+} Result;
 
 static inline Matrix lines(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
 static inline Matrix turned(const void *at, size_t ld) { const Matrix m = {at, ld, 1}; return m; }
@@ -212,8 +215,10 @@ static inline Result summed(float *at, size_t ld, int add) {
     return y;
 }
 
-typedef struct { size_t M, N, K, lda, ldb, ldy; int a_turned, b_turned, sums, add, epilogue;
-                 } ProductKey;
+typedef struct {
+    size_t M, N, K, lda, ldb, ldy;
+    int a_turned, b_turned, sums, add, epilogue;
+} ProductKey;
 
 struct Product {
     ProductKey key;
@@ -259,10 +264,10 @@ static void product_describe(const Gpu *g, Product *p, const Result *y) {
     if (p->fused && (y->bias || y->b_sum)) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
     if (p->fused && (y->gelu || y->h)) SET_OF_PRODUCT(p, EPILOGUE_AUX_LD, ld);
     product_pointers(p, y);
-    p->b = k->b_turned ? product_layout(number, k->K, k->N, k->ldb) : product_layout(number, k->N,
-        k->K, k->ldb);
-    p->a = k->a_turned ? product_layout(number, k->M, k->K, k->lda) : product_layout(number, k->K,
-        k->M, k->lda);
+    p->b = k->b_turned ? product_layout(number, k->K, k->N, k->ldb)
+        : product_layout(number, k->N, k->K, k->ldb);
+    p->a = k->a_turned ? product_layout(number, k->M, k->K, k->lda)
+        : product_layout(number, k->K, k->M, k->lda);
     p->y = product_layout(k->sums ? CUDA_R_32F : number, k->N, k->M, k->ldy);
 }
 
@@ -369,8 +374,8 @@ static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matri
     if (!usable) return 0;
     // below, a launch takes as long as the computation
     const int worth_it = flops > 1e8;
-    const int chosen = g->search && worth_it && usable > 1 ? product_search(g, p, found, usable, a,
-        b, b_sum) : 0;
+    const int chosen = g->search && worth_it && usable > 1
+        ? product_search(g, p, found, usable, a, b, b_sum) : 0;
     if (chosen < 0) return 0;
     p->algorithm = found[chosen].algo;
     return 1;
@@ -637,8 +642,8 @@ static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *
     N *const line = x + (size_t)token * C;
     UNROLL for (unsigned e = 0; e < NOISE_EACH; e++)
         if (c + e < C)
-            line[c + e] = from_float<N>(noise_half(w, (int)e) >=
-                                        z.rate ? to_float(line[c + e]) * scale : 0);
+            line[c + e] = from_float<N>(
+                noise_half(w, (int)e) >= z.rate ? to_float(line[c + e]) * scale : 0);
 }
 
 // For the residual stream, in fp32, and for a branch's end, in N. Backward is the same, applied to
@@ -788,8 +793,8 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
     for (size_t token = (size_t)blockIdx.x * warps + warp; token < BT;
          token += (size_t)gridDim.x * warps) {
         const unsigned row = (unsigned)token / (unsigned)T, t = (unsigned)token % (unsigned)T;
-        const long begun = row_place(begin.place, row), ended = dout ? row_place(end.place, row)
-            : -1;
+        const long begun = row_place(begin.place, row),
+            ended = dout ? row_place(end.place, row) : -1;
         if (begun < 0 && ended < 0) continue;
         const size_t from = ((size_t)begun * T + t) * C, to = ((size_t)ended * T + t) * C;
         const float scale = ended < 0 ? 0 : *end.scale;
@@ -842,8 +847,8 @@ static void residual_layernorm_backward(const Gpu *g, float *dx, void *dout, flo
                                         int add, const void *dy, const void *xhat,
                                         const float *rstd, Rows begin, Rows end, int fresh,
                                         int tied, const void *w, size_t B, size_t T, size_t C) {
-    const unsigned warps = warps_for(C, 2), blocks = (unsigned)at_most(strips(B * T, warps),
-        NORM_BLOCKS);
+    const unsigned warps = warps_for(C, 2),
+        blocks = (unsigned)at_most(strips(B * T, warps), NORM_BLOCKS);
     LAUNCH_AS(residual_layernorm_backward_kernel, g, C % WIDE == 0, blocks, warps * WARP,
               warps * 2 * C * sizeof(float), dx, dout, g->partial, dy, xhat, rstd, begin, end,
               fresh, tied, w, B * T, T, C);
@@ -1101,8 +1106,8 @@ static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M
 
 // Scores whose key is later than the query become -inf. Rows are queries and columns keys, or vice
 // versa; line0 and column0 are those of s[0][0][0] in lane 0.
-template <bool LINES_ARE_KEYS, int M, int N> static __device__ void causal(float s[M][N][4],
-    int line0, int column0) {
+template <bool LINES_ARE_KEYS, int M, int N>
+static __device__ void causal(float s[M][N][4], int line0, int column0) {
     const int lane = (int)threadIdx.x % 32, ahead = line0 + lane / 4 - column0 - lane % 4 * 2;
     if (LINES_ARE_KEYS ? column0 >= line0 + 16 * M - 1 : line0 >= column0 + 8 * N - 1) return;
     UNROLL for (int m = 0; m < M; m++)
@@ -1125,8 +1130,9 @@ static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, i
             UNROLL for (int n = 0; n < N; n += 4) {
                 const int i = line0 + lane / 4 + 16 * m + 8 * half;
                 const uint32_t word = kept_word(keep, head, i, column0 + 8 * n, T) >> lane % 4 * 2;
-                UNROLL for (int k = 0; k < 8; k++) s[m][n + k / 2][2 * half + k % 2] *= word >> (k /
-                    2 * 8 + k % 2) & 1 ? scale : 0;
+                UNROLL for (int k = 0; k < 8; k++)
+                    s[m][n + k / 2][2 * half + k % 2] *=
+                        word >> (k / 2 * 8 + k % 2) & 1 ? scale : 0;
             }
 }
 
@@ -1163,15 +1169,15 @@ static __device__ void softmax_tile(float s[M][N][4], float out[M][W / 8][4], fl
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
             float high = top[m][half], total = 0;
-            UNROLL for (int n = 0; n < N; n++) high =
-                fmaxf(high, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+            UNROLL for (int n = 0; n < N; n++)
+                high = fmaxf(high, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
             high = line_max(high);
             const float shrink = exp2_fast((top[m][half] - high) * scale2), high2 = high * scale2;
             UNROLL for (int n = 0; n < N; n++)
                 UNROLL for (int e = 2 * half; e < 2 * half + 2; e++)
                     total += s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - high2);
-            UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= shrink,
-                out[m][d][2 * half + 1] *= shrink;
+            UNROLL for (int d = 0; d < W / 8; d++)
+                out[m][d][2 * half] *= shrink, out[m][d][2 * half + 1] *= shrink;
             sum[m][half] = sum[m][half] * shrink + total;
             top[m][half] = high;
         }
@@ -1251,8 +1257,8 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
         UNROLL for (int half = 0; half < 2; half++) {
             const int i = to.first + to.own + 16 * m + 8 * half + to.lane / 4;
             const float all = line_sum(sum[m][half]), share = 1 / all;
-            UNROLL for (int d = 0; d < W / 8; d++) out[m][d][2 * half] *= share,
-                out[m][d][2 * half + 1] *= share;
+            UNROLL for (int d = 0; d < W / 8; d++)
+                out[m][d][2 * half] *= share, out[m][d][2 * half + 1] *= share;
             if (to.lane % 4 == 0 && i < T)
                 lse[head_tokens(to.p, NH, T) + i] = top[m][half] * scale + logf(all);
         }
@@ -1311,8 +1317,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
                     // initial value of dP
-                    UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] =
-                        DROPS ? 0 : minus_inner[m][e / 2];
+                    UNROLL for (int e = 0; e < 4; e++)
+                        ds[m][n][e] = DROPS ? 0 : minus_inner[m][e / 2];
             tile_scores<W, M, N, KEPT>(ds, &g, q_tile, LINES, v_tiles + at * KEYS * W);
             if (DROPS) {
                 tile_keep<M, N>(ds, keep, head_tokens(p, NH, T), i_own, j0, T);
@@ -1322,8 +1328,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
             }
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4;
-                                e++) ds[m][n][e] *= exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]);
+                    UNROLL for (int e = 0; e < 4; e++)
+                        ds[m][n][e] *= exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]);
             tile_product<W, M, N>(dq, ds, k_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
@@ -1416,15 +1422,15 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                 *minus_inner = lse2 + QUERIES;
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
-                    UNROLL for (int e = 0; e < 4; e++) s[m][n][e] =
-                        exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
+                    UNROLL for (int e = 0; e < 4; e++)
+                        s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
             if (DROPS) {
                 float factor[M][N][4], left[M][N][4];
                 kept_factors<M, N>(factor, keep, head_tokens(p, NH, T), j_own, i0, T);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
-                        UNROLL for (int e = 0; e < 4; e++) left[m][n][e] =
-                            s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
+                        UNROLL for (int e = 0; e < 4; e++)
+                            left[m][n][e] = s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
                 tile_product<W, M, N>(dv, left, dy_tiles + at * QUERIES * W);
                 tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
@@ -1572,8 +1578,8 @@ static __device__ void plain_softmax(float s[R][R], float out[R][W / 64][4], flo
     UNROLL for (int r = 0; r < R; r++) {
         float high = top[r], total = 0;
         UNROLL for (int c = 0; c < R; c++) high = fmaxf(high, s[r][c]);
-        UNROLL for (int other = 8; other; other /= 2) high =
-            fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, other));
+        UNROLL for (int other = 8; other; other /= 2)
+            high = fmaxf(high, __shfl_xor_sync(0xFFFFFFFF, high, other));
         const float shrink = expf(top[r] - high);
         UNROLL for (int c = 0; c < R; c++) total += s[r][c] = expf(s[r][c] - high);
         UNROLL for (int c = 0; c < W / 64; c++)
@@ -1712,8 +1718,8 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
             const float lse_of = i < T ? lse[i] : 0, inner_of = i < T ? inner[i] : 0;
             UNROLL for (int r = 0; r < R; r++) {
                 const bool seen = i < T && j0 + line + 16 * r <= i;
-                const float left = keep.words ? kept_factor(keep, head_tokens(p, NH, T), i,
-                                                            j0 + line + 16 * r, T, kept) : 1;
+                const float left = keep.words
+                    ? kept_factor(keep, head_tokens(p, NH, T), i, j0 + line + 16 * r, T, kept) : 1;
                 const float probability = seen ? expf(s[r][c] * scale - lse_of) : 0;
                 s[r][c] = probability * left;
                 ds[r][c] = probability * (ds[r][c] * left - inner_of);
@@ -1871,8 +1877,8 @@ static void attention_forward(void *y, float *lse, const void *qkv, const KeptKe
     CHECK(C / NH <= ATTENTION_WIDEST, "heads of %zu channels", C / NH);
     if (n == 0) return;
     if (in_bf16 &&
-        (keep ? attention_forward_fast<true>(y, lse, qkv, &a) : attention_forward_fast<false>(y,
-            lse, qkv, &a)))
+        (keep ? attention_forward_fast<true>(y, lse, qkv, &a)
+              : attention_forward_fast<false>(y, lse, qkv, &a)))
         return;
     if (in_bf16) attention_forward_plainly<bf16>(y, lse, qkv, &a);
     else attention_forward_plainly<float>(y, lse, qkv, &a);
@@ -1911,8 +1917,8 @@ static __global__ void cache_append_kernel(void *cache, const void *qkv, const i
     const unsigned row = blockIdx.x / (unsigned)T, t = blockIdx.x % (unsigned)T;
     const long line = row_place(place, row);
     if (line < 0) return;
-    const size_t from = ((size_t)line * T + t) * 3 * C + C, to = (size_t)seq[row] * 2 * T_cache +
-        (size_t)at[row] + t;
+    const size_t from = ((size_t)line * T + t) * 3 * C + C,
+        to = (size_t)seq[row] * 2 * T_cache + (size_t)at[row] + t;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         store<N, W>(cache, to * C + c, load<N, W>(qkv, from + c));
         store<N, W>(cache, (to + T_cache) * C + c, load<N, W>(qkv, from + C + c));
@@ -1948,8 +1954,8 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
         q[d] = scale * to_float(qkv[from + d]);
     __syncthreads();
     for (int j0 = 0; j0 < seen; j0 += QUERY_THREADS) {
-        const int j = j0 + (int)threadIdx.x, n = seen - j0 < QUERY_THREADS ? seen -
-            j0 : QUERY_THREADS;
+        const int j = j0 + (int)threadIdx.x,
+            n = seen - j0 < QUERY_THREADS ? seen - j0 : QUERY_THREADS;
         float s = -INFINITY;
         if (j < seen) {
             s = 0;
@@ -2007,8 +2013,7 @@ static void attention_cached(const Gpu *g, void *y, const void *qkv, Cache cache
 // to dx and dwte.
 
 #ifndef LOGITS_BYTES
-#define LOGITS_BYTES (512 << 20)                         // per chunk: each one reads and writes
-                                                         // dwte again
+#define LOGITS_BYTES (512 << 20)  // per chunk: each one reads and writes dwte again
 #endif
 // chunks begin at whole memory lines and fill tiles
 enum { CHUNK_UNIT = 128, V_UNIT = 128 };
@@ -2082,8 +2087,8 @@ softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targ
             if (SMOOTHS) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= share;
             if (v >= whole) UNROLL for (unsigned k = 0; k < W; k++) z.x[k] = v + k < V ? z.x[k] : 0;
             if ((unsigned)target - v < W)
-                UNROLL for (unsigned k = 0; k < W; k++) z.x[k] -= v + k == (unsigned)target ? one
-                    : 0;
+                UNROLL for (unsigned k = 0; k < W; k++)
+                    z.x[k] -= v + k == (unsigned)target ? one : 0;
         }
         store<N, W>(row, v, z);
     }
@@ -2287,8 +2292,8 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
 
 typedef struct {
     const void *kept;   // where the branch saves what backward needs
-    int B, T, n, add, tied, noise, before, before_n;            // rows it runs; of the branch that
-                                                                // ran before it, or -1
+    // n: rows it runs; before: the branch that ran before it, or -1, with before_n rows
+    int B, T, n, add, tied, noise, before, before_n;
 } GraphKey;
 // used: the number of its last call; 0: free
 typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;
@@ -2301,26 +2306,32 @@ typedef struct { GraphKey key; cudaGraphExec_t exec; uint64_t used; } Graph;
 enum { UPDATE_CHUNK = 1 << 14 };
 // A piece of one tensor (param | layer << 8), n elements from `element` on: its offsets among all
 // parameters, in p, in the gradients, and in m and v; branch: index in UpdateArgs.t.
-typedef struct { size_t at, master, grad, moment, n, element, branch; uint32_t tensor; int decay;
-                 } UpdateChunk;
+typedef struct {
+    size_t at, master, grad, moment, n, element, branch;
+    uint32_t tensor;
+    int decay;
+} UpdateChunk;
 // of one branch in one update; t as in UpdateArgs
 typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;
 
 // What forward saves for backward; rstd and lse are float, everything else N. What a model
 // recomputes is not saved but is in workspace that all branches share: ln and gelu, or
 // (RECOMPUTE_BRANCH) all but xhat and rstd.
+// (n,T,C) (n,T) (n,T,C) (n,T,3C) (n,NH,T) (n,T,C)
 typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; } AttentionKept;
-                                                         // (n,T,C) (n,T) (n,T,C) (n,T,3C) (n,NH,T)
-                                                         // (n,T,C)
 // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
 typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;
 
 // Values that go to the device with each call, in one copy, and their addresses there. `place` and
 // `scale` are by branch. row is the inverse of place, the packed rows of a branch; noise is by
 // place and layer.
-typedef struct { int *place; float *scale; int *row, *seq, *at, *tokens, *targets, *order, *first;
-                 NoisePlace *noise; } Inputs;
-             // (2L,rows) (2L) (2L,rows) (rows) (rows) (BT) (BT) (BT) (BT + 1) (NOISE_PLACES,L)
+typedef struct {
+    int *place;         // (2L,rows)
+    float *scale;       // (2L)
+    // (2L,rows) (rows) (rows) (BT) (BT) (BT) (BT + 1)
+    int *row, *seq, *at, *tokens, *targets, *order, *first;
+    NoisePlace *noise;  // (NOISE_PLACES,L)
+} Inputs;
 
 struct Model {
     GptConfig config;
