@@ -206,6 +206,24 @@ static void test_prune_select_replace(void) {
                         dir);
 }
 
+// An adapter is merged into its base: what is written is a plain GPT-2, with the base's tokenizer.
+static void test_prune_adapter(void) {
+    const char *dir = test_directory();
+    char *run = xprintf("%s/lora", dir), *config = xprintf("%s/p/config.json", dir);
+    char *tokenizer = xprintf("%s/p/tokenizer.bin", dir);
+    EXPECT_RUN("--init-from %s --lora 4 --out %s --steps 30 --lr 1e-2 --layers 5",
+               replace_test_run(), run);
+    char *out = replace_test_prune(dir, "p", run, "--drop 2 --method replace");
+    ToolResult full, reduced;
+    tools_test_evaluate(&full, &reduced, run, "--keep-layers 0,1,3,4");
+    EXPECT_CLOSE(replace_test_report(out, "loss_deleted"), reduced.loss, 1e-6, "deleted");
+    EXPECT_CLOSE(replace_test_report(out, "loss_before"), full.loss, 1e-6, "before");
+    tools_test_evaluate(&full, &reduced, out, "");
+    EXPECT_CLOSE(replace_test_report(out, "loss_after"), full.loss, 1e-6, "after");
+    EXPECT(path_exists(config) && path_exists(tokenizer), "no configuration or no tokenizer");
+    free(run), free(config), free(tokenizer), free(out);
+}
+
 static void test_prune_replace_refuses(void) {
     const char *dir = test_directory(), *run = replace_test_run(), *data = trainer_test_data();
     char *start = xprintf("prune %s --out %s/p", run, dir),
@@ -235,7 +253,7 @@ static void test_prune_replace_refuses(void) {
 
 #define PRUNE_REPLACE_TESTS(X)                                                                     \
     X(prune_replace_recovers) X(prune_replace_is_deletion) X(prune_replace_variants)               \
-    X(prune_replace_survival) X(prune_blocks) X(prune_select_replace)                              \
+    X(prune_replace_survival) X(prune_blocks) X(prune_select_replace) X(prune_adapter)              \
     X(prune_replace_refuses)
 
 #endif

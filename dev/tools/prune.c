@@ -602,11 +602,12 @@ static void prune(Prune *p, const char *path) {
     const ModelOut out = {.config = p->m.config,
                           .to = &write_dtypes[0],
                           .from = p->m.dir,
+                          .base = strcmp(p->m.base, p->m.dir) ? p->m.base : NULL,
                           .run = p->m.run,
                           .given = p->o->tokenizer,
                           .self = p,
                           .tensor = prune_tensor,
-                          .eot = write_eot(p->m.dir, p->m.config.V)};
+                          .eot = write_eot(p->m.base, p->m.config.V)};
     p->out = out;
     weights_open(&p->weights, p->m.dir);
     if (*p->o->val) open_data(p);
@@ -647,7 +648,8 @@ int main(int argc, char **argv) {
     layers_losses_free(&p.losses);
     weights_close(&p.weights);
     write_free(&p.out), text_free(&p.why);
-    free(p.removed), free(p.from), free(p.map), free(p.m.dir), free(p.m.scale), free(p.m.run);
+    free(p.removed), free(p.from), free(p.map), free(p.m.dir), free(p.m.base);
+    free(p.m.scale), free(p.m.run);
     options_free(&options);
     if (fflush(stdout) || ferror(stdout)) die("cannot write the results: %s", strerror(errno));
     return 0;
