@@ -223,7 +223,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasL
     if (found) *found = 0;
     if (!h) return CUBLAS_STATUS_NOT_INITIALIZED;
     if (!p || !result || !found || asked < 1)
-        return emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "no room for algorithms");
+        return emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "the array of algorithms is empty");
     const cublasStatus_t s = emu_lt_check(d, a, b, c, y);
     if (s != CUBLAS_STATUS_SUCCESS) return s;
     for (*found = 0; *found < asked && *found < 2; ++*found) {

