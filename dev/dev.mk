@@ -7,8 +7,8 @@ EMULATE ?= 1
 # ---- FAT=1: several engines, the best is chosen at start ----
 
 # The engines, best first, and the instructions that train_gpt.c is compiled for under each name;
-# dev/model/engines.c asks the processor for the same. All else is compiled for the last, which every
-# processor has. Another architecture would have its own list here.
+# dev/model/engines.c asks the processor for the same. Everything else is compiled for the last one,
+# which every processor has. Another architecture would have its own list here.
 ifeq ($(FAT),1)
 ifneq ($(strip $(shell echo __x86_64__ | $(CC) -E -P -x c -)),1)
 $(error FAT=1 is for x86-64 only, and $(CC) compiles for something else: leave it out)
@@ -105,7 +105,7 @@ $(B)/main_emu.o: dev/main.c
 $(B)/train_gpt_emu: $(B)/main_emu.o $(B)/engine_emu.o    # for whole runs of several ranks
 	$(link) $(CXX_LIB)
 
-$(B)/engine_no_pairs.o: train_gpt.c                      # for one test: dev/model/vector.h without pairs
+$(B)/engine_no_pairs.o: train_gpt.c              # for one test: dev/model/vector.h without pairs
 	$(call cc,-DENGINE_ONLY -DNO_PAIRS -DCPU_ENGINE=no_pairs_engine)
 $(B)/test_gpt.o: test_gpt.c
 	$(call cc,$(TEST_O) $(FAT_TABLE) $(if $(EMU),-DCUDA_EMULATED))
@@ -204,8 +204,8 @@ test-threads:
 test-install: $(BUILT)
 	@MAKE="$(MAKE)" B="$(B)" sh dev/test/install.sh
 
-# How much of train_gpt.c and its headers the tests reach (the GPU engine left out); LINES=1 lists what
-# they do not. gcc only.
+# Coverage of train_gpt.c and its headers by the tests (without the GPU engine); LINES=1 lists the
+# lines they do not reach. gcc only.
 COVERAGE_FLAGS := -O1 -g --coverage -fno-inline -fkeep-inline-functions -fkeep-static-functions
 coverage:
 	@rm -f build/coverage/*.gcda

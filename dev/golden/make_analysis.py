@@ -51,7 +51,7 @@ def lstsq(m, a2, ridge=0.0, zero=False, affine=False):
 
 
 def cosine(m, z, y, epochs, lr):
-    """Adam on the mean of 1 - cos(Z + M T + c, Y), all tokens in every step, from T = I and c = 0."""
+    """Adam on the mean of 1 - cos(Z + M T + c, Y), all tokens per step, from T = I and c = 0."""
     m, z, y = (torch.from_numpy(v.astype(np.float64)) for v in (m, z, y))
     t, c = torch.eye(C, dtype=torch.float64, requires_grad=True), torch.zeros(C,
         dtype=torch.float64, requires_grad=True)

@@ -26,7 +26,7 @@
 // ---- Options: the trainer's, and these ----
 
 #define COMPARE_OPTIONS(HEADING, OPTION)                                                          \
-  HEADING("Compare: every run is made without and with drop path")                             \
+  HEADING("Compare: every run is made without and with drop path")                                \
     OPTION(seeds, "seeds", INTEGER, "1", "[1,1000]",                                              \
            "runs of each kind, with seeds --seed, --seed + 1, ...; differences have an interval " \
                "from 2 on")                                                                       \
@@ -104,7 +104,8 @@ static void read_options(Compare *c, int argc, char **argv) {
         die("compare needs a --drop-path above 0\n  hint: 0.1 is usual for a small model");
     if (o->dry_run)
         die("compare has no --dry-run\n  hint: build/train_gpt --dry-run, with these options");
-    if (*o->resume) die("compare does without --resume: the same command continues where it stopped");
+    if (*o->resume)
+        die("compare does without --resume: the same command continues where it stopped");
     if (*o->grow) die("compare weighs drop path alone\n  hint: leave out --grow");
     if (*o->drop_replay)
         die("--drop-replay: compare draws its plans\n  hint: train_gpt replays them");

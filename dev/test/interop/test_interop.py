@@ -1,11 +1,12 @@
 """Our checkpoints in transformers, and its checkpoints in our programs.
 
-Run:    make test-interop              or, of the methods below, some: dev/test/interop/run.sh Logits Training.test_rows
+Run:    make test-interop, or some of the methods below:
+        dev/test/interop/run.sh Logits Training.test_rows
 Needs:  torch, numpy, transformers, safetensors, peft, in the virtual environment that run.sh makes
 
-Weights are random and large, sizes are odd. The reference is transformers' GPT2LMHeadModel in double
-precision. Our fp32 may differ from it by fp32's rounding: transformers' own fp32 gives the scale
-where it is available.
+Weights are random and large, sizes are odd. The reference is transformers' GPT2LMHeadModel in
+double precision. Our fp32 may differ from it by fp32's rounding: transformers' own fp32 gives the
+scale, if available.
 """
 import json
 import os
@@ -97,7 +98,8 @@ def llmc_write(path, model, dtype):
     c, weights = model.config, model.transformer.state_dict()
     Vp = -(-c.vocab_size // 128) * 128
     header = np.zeros(256, np.int32)
-    header[:8] = LLMC_MAGIC, LLMC_VERSION[dtype], c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, Vp
+    header[:8] = (LLMC_MAGIC, LLMC_VERSION[dtype], c.n_positions, c.vocab_size, c.n_layer, c.n_head,
+                  c.n_embd, Vp)
     with open(path, "wb") as file:
         file.write(header.tobytes())
         for name, transposed in llmc_order(c.n_layer):
@@ -270,8 +272,8 @@ class Training(Interop):
                         # divides rounding by it
 
     def drop(self, model, kept, scale, tied):
-        """Makes model multiply its branches by masks, as torchvision.ops.stochastic_depth does: kept (2L,B) of 0 and 1,
-        scale (L), of which torchvision knows 1 / (1 - p). Returns the hooks."""
+        """Makes model multiply its branches by masks, as torchvision.ops.stochastic_depth does:
+        kept (2L,B) of 0 and 1, scale (L), in torchvision always 1 / (1 - p). Returns the hooks."""
         hooks = []
         for l, block in enumerate(model.transformer.h):
             noise = [torch.tensor(kept[2 * l + j], dtype=torch.float64)[:, None, None] * scale[l]

@@ -11,21 +11,21 @@ import numpy as np
 import peft
 import torch
 from safetensors.numpy import load_file
-from test_interop import SIZES, Interop, load, our_logits, random_model, random_tokens, run, their_logits, window_of, \
-    write_shard
+from test_interop import (SIZES, Interop, load, our_logits, random_model, random_tokens, run,
+                          their_logits, window_of, write_shard)
 
 MODULES = {"qkv": "attn.c_attn", "attproj": "attn.c_proj", "fc": "mlp.c_fc", "fcproj": "mlp.c_proj"}
 
 
 def quiet():
-    """Warnings become errors: no key is missing, none left over. What transformers is about to rename is its own affair."""
+    """Warnings become errors: no key is missing or left over. Deprecations are ignored."""
     warnings.simplefilter("error")
     for kind in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", kind)
 
 
 def adapted(model, rank, alpha, targets, norms=False, seed=3, **more):
-    """model with peft's adapters, their numbers far from the initial ones."""
+    """model with peft's adapters, with values far from the initial ones."""
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=True,
                              task_type="CAUSAL_LM",
                              modules_to_save=["ln_1", "ln_2", "ln_f"] if norms else None, **more)
@@ -72,7 +72,7 @@ class Lora(Interop):
                 self.assert_logits(their_logits(load(merged), tokens), want, what="merged by us")
 
     def test_ours_in_theirs(self):
-        """After some steps of ours peft opens the adapter, computes the same, and its merge is ours."""
+        """After some of our steps, peft opens the adapter, computes and merges the same."""
         size = SIZES[0]
         base = self.folder / "base"
         random_model(**size).save_pretrained(base)
@@ -100,7 +100,7 @@ class Lora(Interop):
             np.testing.assert_array_equal(their_logits(again, checked), want)
 
     def check_steps(self, *options, rank, alpha, targets, norms=False):
-        """Twenty steps of AdamW: ours, and torch's on peft's model that starts from our initial adapter."""
+        """Twenty steps of AdamW: ours, and torch's on peft's model with our initial adapter."""
         size, T, B, M = SIZES[0], 13, 4, 2
         base, first, out = self.folder / "base", self.folder / "first", self.folder / "run"
         random_model(**size).save_pretrained(base)
@@ -160,7 +160,7 @@ class Lora(Interop):
         self.check_steps(rank=3, alpha=2, targets=["attproj", "fc"], norms=True)
 
     def test_refused(self):
-        """What would be another product of the same tensors is refused by name."""
+        """Settings that would give the same tensors another meaning are refused by name."""
         size = SIZES[1]
         base = self.folder / "base"
         random_model(**size).save_pretrained(base)
