@@ -585,11 +585,10 @@ static inline void expect_near_run(const char *a, const char *b, double epsilon,
 
 static void test_ranks_equal_one(void) {
     const char *dir = test_directory();
-    static const char *const variant[] =
-        {"--drop-path 0", "--drop-path 0.5 --drop-sync 0 --drop-ramp-up 0 --drop-adam skip",
-                                          "--drop-path 0.5 --drop-unit row --drop-ramp-up 0",
-                                          "--drop-path 0.5 --drop-sync 0 --drop-recipe huang2016 "
-                                          "--drop-depth uniform"};
+    static const char *const variant[] = {
+        "--drop-path 0", "--drop-path 0.5 --drop-sync 0 --drop-ramp-up 0 --drop-adam skip",
+        "--drop-path 0.5 --drop-unit row --drop-ramp-up 0",
+        "--drop-path 0.5 --drop-sync 0 --drop-recipe huang2016 --drop-depth uniform"};
     char out[3][500];
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 3; k++) {

@@ -571,11 +571,10 @@ static void test_numbers_left_out_steps_do_not_count(void) {
     int64_t counts[5] = {0};
     for (int k = 0; k < 5; k++) {
         char *out = xprintf("%s/%d", dir, k), *path = xprintf("%s/metrics.jsonl", out);
-        static const char *const options[5] = {"--steps 6", "--steps 6",
-                                               "--steps 150 --skip-norm-zscore 0.1",
-                                               "--steps 150 --skip-loss-zscore 0.1",
-                                               "--steps 150 --skip-norm-zscore 0.1 --drop-path 0.3 "
-                                               "--drop-adam skip"};
+        static const char *const options[5] = {
+            "--steps 6", "--steps 6", "--steps 150 --skip-norm-zscore 0.1",
+            "--steps 150 --skip-loss-zscore 0.1",
+            "--steps 150 --skip-norm-zscore 0.1 --drop-path 0.3 --drop-adam skip"};
         ToolRun r = fault_run(k < 2 ? faults[k] : (Fault){0, 0, 0, -1, 0, 0}, 1,
                               "--out %s %s --lr-schedule constant --lr 1e-9 --log-every 1000", out,
                               options[k]);
