@@ -42,7 +42,7 @@ static void test_prune_replace_recovers(void) {
     const char *dir = test_directory();
     static const char *const lists[] = {"3", "2-3", "1,3"};
     for (int i = 0; i < 3; i++) {
-        char name[8];
+        char name[16];
         snprintf(name, sizeof name, "%d", i);
         char *out = REPLACE_RUN(dir, name, "--method replace --drop %s", lists[i]);
         const double before = replace_test_report(out, "loss_before"),
@@ -118,7 +118,7 @@ static void test_prune_replace_variants(void) {
                                       "replace-cosine",
                                       "replace-cosine --affine 0 --calib-tokens 100"};
     for (int i = 0; i < 7; i++) {
-        char name[8];
+        char name[16];
         snprintf(name, sizeof name, "v%d", i);
         char *out = REPLACE_RUN(dir, name, "--drop 3 --method %s", how[i]);
         EXPECT(!same_file(a, out, "model.safetensors"), "%s changes nothing", how[i]);
@@ -181,7 +181,7 @@ static void test_prune_select_replace(void) {
     double least = INFINITY;
     int first = 0;
     for (int l = 1; l <= 3; l++) {
-        char name[8], path[64];
+        char name[16], path[64];
         snprintf(name, sizeof name, "%d", l),
             snprintf(path, sizeof path, "why.2.loss_by_first_layer.%d", l - 1);
         char *one = REPLACE_RUN(dir, name, "--drop %d,%d --method replace --ridge 0", l, l + 1);
