@@ -550,14 +550,13 @@ static inline void study_canonical(const Study *s, const StudyArm *a, const Trai
         const OptionRef now = {&set, spec}, then = {&initial, spec};
         if (spec->type == OPTION_HEADING || study_is_incidental(given, spec->name)) continue;
         Text value = {NULL, 0, 0}, usual = {NULL, 0, 0};
-        Span *span = (Span *)options_field(now);
-        const Span usual_span =
-            *(const Span *)(spec->type == OPTION_SPAN ? options_field(then) : (void *)span);
-        const int is_span = spec->type == OPTION_SPAN;
-        if (is_span) span->value = (double)span_steps(*span, o.steps), span->percent = 0;
+        if (spec->type == OPTION_SPAN) {
+            const int64_t steps = span_steps(*(const Span *)options_field(then), o.steps);
+            Span *span = (Span *)options_field(now);
+            span->value = (double)span_steps(*span, o.steps), span->percent = 0;
+            text_printf(&usual, "%lld", (long long)steps);
+        } else options_print(&usual, then);
         options_print(&value, now);
-        if (is_span) text_printf(&usual, "%lld", (long long)span_steps(usual_span, o.steps));
-        else options_print(&usual, then);
         if (strcmp(value.s, usual.s) || !strcmp(spec->name, "seed") || !strcmp(spec->name, "steps"))
             text_printf(out, " %s=%s", spec->name, value.s);
         text_free(&value), text_free(&usual);
