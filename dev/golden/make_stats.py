@@ -7,10 +7,13 @@ intervals.
 """
 import os
 import platform
+import sys
 
-import numpy as np
-import scipy
-from scipy import optimize, stats
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
+import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
+import numpy as np  # noqa: E402
+import scipy  # noqa: E402
+from scipy import optimize, stats  # noqa: E402
 
 SAMPLES = {
     "three": [-0.036, -0.020, -0.028],
@@ -74,4 +77,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(f"error: unexpected argument {sys.argv[1]!r}\n  hint: this script has no options")
     main()

@@ -236,7 +236,7 @@ class Refusals(unittest.TestCase):
             self.assertRegex(real_runs.run(PLOT, *arguments, expect=1), message)
         for arguments, message in ((("--y", "lss"), "'lss' is not one of"),
                                    (("--smooth", "0"), "at least 1"),
-                                   (("--x", "step"), "none of steps, tokens")):
+                                   (("--x", "step"), "is not one of steps, tokens")):
             self.assertIn(message, real_runs.run(PLOT, base(), *arguments, expect=2))
 
     def test_without_matplotlib(self):

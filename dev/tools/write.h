@@ -112,8 +112,9 @@ static inline Text write_read(const char *path) {
     Text t = {NULL, 0, 0};
     const char *error = file_map(&map, path);
     if (error) die("cannot read %s: %s", path, error);
-    if (map.size > SIZE_MAX / 2) die("%s is too large", path);
-    text_append(&t, map.data ? (const void *)map.data : "", map.size);
+    if (map.size > SIZE_MAX / 4) die("%s is too large", path);
+    if (map.data) text_append(&t, map.data, map.size);
+    else text_append(&t, "", 0);
     file_unmap(&map);
     return t;
 }
