@@ -691,7 +691,8 @@ static void test_lora_goes_on_from_an_adapter(void) {
     char *first = xprintf("%s/first/latest", dir), *second = xprintf("%s/second/latest", dir);
     char *full = xprintf("%s/full/latest", dir), *merged = xprintf("%s/merged", dir);
     EXPECT_SAME(first, second, LORA_MODEL);
-    EXPECT_SAME(full, merged, "model.safetensors");
+    // An export is fp32, a checkpoint of a build in double is not.
+    if (sizeof(real) == sizeof(float)) EXPECT_SAME(full, merged, "model.safetensors");
     EXPECT_REFUSED(1, "has other adapters: rank 3",
                    "--init-from %s/first --lora 4 --out %s/no --steps 1", dir, dir);
     EXPECT_REFUSED(1, "has other adapters: rank 3",

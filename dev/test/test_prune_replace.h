@@ -96,7 +96,9 @@ static void test_prune_replace_is_deletion(void) {
     replaced = replace_test_prune(dir, "r", copy, "--drop 2,3 --method replace %s", calib);
     EXPECT_SAME(deleted, replaced, "model.safetensors");
     EXPECT_CLOSE(replace_test_report(replaced, "loss_after"),
-                 replace_test_report(replaced, "loss_before"), 1e-9, "layers of zeros matter");
+                 replace_test_report(replaced, "loss_before"),
+                 sizeof(real) == sizeof(float) ? 1e-9 : 1e-7,      // what is written is fp32
+                 "layers of zeros matter");
     free(deleted), free(replaced), free(command), free(calib);
 }
 
