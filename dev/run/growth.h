@@ -41,16 +41,8 @@ static inline const char *growth_parse_pair(Growth *g, const char *text, int lay
     errno = 0;
     long long depth = strncmp(text, "all:", 4) ? strtoll(text, &rest, 10) : layers;
     if (!strncmp(text, "all:", 4)) rest = (char *)(uintptr_t)text + 3;
-    int wrong = rest == text || *rest != ':' || errno || depth < 1 || depth > layers;
-    if (!wrong) {
-        const char *from = rest + 1;
-        span.value = strtod(from, &rest);
-        span.percent = *rest == '%';
-        wrong = rest == from || rest + span.percent != end ||
-            !(span.value >= 0 && span.value <= 1e12) ||
-                (span.percent ? span.value > 100 : span.value != floor(span.value));
-    }
-    if (wrong) {
+    const int wrong = rest == text || *rest != ':' || errno || depth < 1 || depth > layers;
+    if (wrong || span_read(&span, rest + 1) != end || span.value > 1e12) {
         *error = xprintf("--grow: '%.*s' is not LAYERS:STEP with 1 to %d layers and a step, or a "
                          "percentage of the run\n"
                          "  hint: --grow \"1:0,%d:80%%\"", (int)n, text, layers, layers);

@@ -40,6 +40,18 @@ static inline int64_t span_steps(Span s, int64_t total) {
     return (int64_t)llround(s.percent ? s.value * (double)total / 100 : s.value);
 }
 
+// Reads a span at the beginning of text. Returns what follows it, or NULL if there is none.
+static inline const char *span_read(Span *s, const char *text) {
+    // no nan, inf, hexadecimal numbers, blanks
+    const char *stop = text + strspn(text, "0123456789+-.eE");
+    char *end;
+    s->value = strtod(text, &end);
+    s->percent = *end == '%';
+    if (end == text || end != stop || s->value < 0) return NULL;
+    if (s->percent) return s->value <= 100 ? end + 1 : NULL;
+    return s->value <= 1e15 && s->value == floor(s->value) ? end : NULL;
+}
+
 // Types, their fields, and the meaning of `domain`, which is both checked and shown in --help.
 //     INTEGER  int64_t   an interval: "[1,1024]", "[0,inf)"
 //     NUMBER   double    an interval: "[0,1)"
@@ -414,11 +426,8 @@ static inline int options_read(const OptionSpec *s, const char *text, OptionValu
         v->number = strtod(text, &end);
         return end > text && end == stop && !*end && options_inside_as_real(s->domain, v->number);
     case OPTION_SPAN:
-        v->span.value = strtod(text, &end);
-        v->span.percent = *end == '%';
-        if (end == text || end != stop || v->span.value < 0) return 0;
-        if (v->span.percent) return !end[1] && v->span.value <= 100;
-        return !*end && v->span.value <= 1e15 && v->span.value == floor(v->span.value);
+        stop = span_read(&v->span, text);
+        return stop && !*stop;
     case OPTION_CHOICE:
     case OPTION_FLAG:
         for (v->choice = 0;; v->choice++) {
