@@ -744,7 +744,7 @@ static inline char *checkpoint_verify(const char *dir) {
 static inline void checkpoint_must_open(const char *path) {
     const int fd = file_open_read(path);
     if (fd < 0 && errno != ENOENT && errno != ENOTDIR)
-        die("cannot open %s: %s\n  hint: the run goes on from there as soon as it can be read",
+        die("cannot open %s: %s\n  hint: the run can continue from it once it can be read",
             path, strerror(errno));
     if (fd >= 0) close(fd);
 }

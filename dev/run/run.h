@@ -625,7 +625,7 @@ static inline void trainer_load_weights(Trainer *tr, const char *from) {
     if (factors && !keeps && tr->rank == 0) {
         if (tied)
             warn("%s was trained with --drop-scale survival and --drop-branches tied: this run "
-                 "goes on without its factors\n"
+                 "continues without its factors\n"
                  "  hint: give it these two options as well", from);
         else printf("%s: its survival scaling goes into the weights\n", from);
     }

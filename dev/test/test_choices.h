@@ -617,7 +617,7 @@ static void test_init_from_folds(void) {
     char *none = xprintf("%s/d", dir);
     ToolRun r = trainer_test_run("--out %s --init-from %s/survival/latest --layers 3 --steps 1",
                                  none, tools_test_runs());
-    EXPECT(r.code == 0 && strstr(r.err.s, "goes on without its factors"), "it said: %s", r.err.s);
+    EXPECT(r.code == 0 && strstr(r.err.s, "continues without its factors"), "it said: %s", r.err.s);
     tool_free(&r);
     metrics_log_free(&log);
     free(from), free(path), free(none);

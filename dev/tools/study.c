@@ -59,9 +59,7 @@ static double measured_rate(Study *s, const char *trainer, const StudyResults *a
             flops += all->result[i].flops, seconds += all->result[i].seconds;
     *from_results = seconds > 0;
     if (seconds > 0) return flops / seconds;
-    const char *base = getenv("TMPDIR");
-    char *dir = xprintf("%s/study_XXXXXX", base ? base : "/tmp"), *out = s->out, *claims;
-    if (!mkdtemp(dir)) die("cannot make %s: %s", dir, strerror(errno));
+    char *dir = study_temporary(), *out = s->out, *claims;
     s->out = dir;
     claims = xprintf("%s/claims", dir);
     directory_make(claims);

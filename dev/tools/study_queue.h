@@ -613,11 +613,17 @@ static inline void study_try_arm(const Study *s, const char *trainer, const Stud
     text_free(&text), free(config), free(log), free(out), free(said);
 }
 
-static inline void study_try_arms(const Study *s, const char *trainer) {
+// A new directory for what is only tried, from malloc. mkdtemp replaces the Xs.
+static inline char *study_temporary(void) {
     const char *base = getenv("TMPDIR");
     char *dir = xprintf("%s/study_XXXXXX", base ? base : "/tmp");
-    const int place[STUDY_GRIDS] = {0};
     if (!mkdtemp(dir)) die("cannot make %s: %s", dir, strerror(errno));
+    return dir;
+}
+
+static inline void study_try_arms(const Study *s, const char *trainer) {
+    char *dir = study_temporary();
+    const int place[STUDY_GRIDS] = {0};
     for (int arm = 0; arm < s->n_arms; arm++) {
         StudyRun r;
         memset(&r, 0, sizeof r);
