@@ -583,6 +583,14 @@ static inline void trainer_refuse_later(const Trainer *tr) {
     free(list.step);
 }
 
+// Removes the checkpoints that --keep does not keep, on rank 0: after a save, and when the newest
+// has been read again, for the run may have been killed between its save and this. During a series
+// of non-finite steps all stay: an older one may be the last good one.
+static inline void trainer_prune(const Trainer *tr) {
+    if (tr->rank || tr->state.bad_steps || tr->options->dry_run) return;
+    checkpoint_prune(tr->options->out, tr->options->keep, tr->state.step);
+}
+
 // All ranks must run the same options.
 static inline void trainer_agree(const Trainer *tr) {
     char mine[SHA256_HEX], first[SHA256_HEX];
@@ -756,7 +764,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         const int64_t consumed = tr->state.consumed;
         checkpoint_load(from, engine, tr->model, &tr->config, &tr->state);
         tr->state.consumed = consumed;                   // in rows of this run
-        if (tr->rank == 0 && strcmp(o->resume, "latest")) trainer_refuse_later(tr);
+        if (!strcmp(o->resume, "latest")) trainer_prune(tr);
+        else if (tr->rank == 0) trainer_refuse_later(tr);
         if (tr->rank == 0)
             trainer_compare_options(config_text, tr->state.options),
                 trainer_compare_data(tr, tr->state.options);

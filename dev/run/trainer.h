@@ -143,8 +143,7 @@ static inline void trainer_save_failed(const Trainer *tr, const char *error, int
 // Rank 0 writes a checkpoint; if each rank holds a share of the moments, all take part. If it
 // cannot be written and the run is ending, all ranks exit with code 1. Weights or moments that are
 // not finite, which a huge learning rate can produce from finite gradients, end the run with code
-// 3, since no further step can repair them. During a series of non-finite steps no older checkpoint
-// is pruned: it may be the last good one.
+// 3, since no further step can repair them.
 static inline void trainer_save(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const int last = o->on_save_error == ON_ERROR_STOP || tr->stop || tr->state.step == tr->steps;
@@ -173,7 +172,7 @@ static inline void trainer_save(Trainer *tr) {
     else if (tr->rank == 0) {
         free(tr->whole);
         tr->whole = checkpoint_path(o->out, tr->state.step);
-        if (!tr->state.bad_steps) checkpoint_prune(o->out, o->keep, tr->state.step);
+        trainer_prune(tr);
     }
     free(error), free(bad);
     if (!outcome[0] || !(last || outcome[2])) return;

@@ -56,6 +56,10 @@ static inline void NORETURN strangers_host(const char *place, int what) {
     _exit(0);
 }
 
+static void strangers_gone(void) { _exit(0); }
+
+// A stranger is killed as soon as it is no longer needed, perhaps while it ends by itself: then it
+// must not be writing its counts of --coverage, whose file would be broken for all after it.
 static inline pid_t strangers_fork(void) {
     fflush(NULL);
     const pid_t child = fork();
@@ -63,6 +67,7 @@ static inline pid_t strangers_fork(void) {
     if (child) return child;
     leave_memory();
     alarm(60);
+    atexit(strangers_gone);
     if (!freopen("/dev/null", "w", stderr)) _exit(99);
     return 0;
 }

@@ -775,6 +775,20 @@ static void test_trainer_follows_no_links(void) {
     text_free(&t), free(precious);
 }
 
+// A run killed between its last save and the removal of older checkpoints: --resume, which has no
+// step left to do, removes them.
+static void test_trainer_keeps_no_more(void) {
+    const char *dir = test_directory();
+    EXPECT_RUN("--out %s/run --steps 6 --save-every 2 --keep 0", dir);
+    for (int keep = 3; keep >= 0; keep--) {
+        EXPECT_RUN("--out %s/run --steps 6 --save-every 2 --keep %d --resume", dir, keep);
+        ToolRun r = shell_runf("ls %s/run | grep step_ | tr '\n' ' '", dir);
+        EXPECT_TEXT(r.out.s, keep == 3 ? "step_00000002 step_00000004 step_00000006 " :
+                    keep == 2 ? "step_00000004 step_00000006 " : "step_00000006 ");
+        tool_free(&r);
+    }
+}
+
 // If `latest` cannot be created, checkpoints are still valid: one warning, and programs use the
 // newest.
 static void test_trainer_without_latest(void) {
@@ -921,7 +935,7 @@ static void test_trainer_dry_run(void) {
     X(trainer_spares_checkpoints) X(trainer_mends_metrics) X(trainer_needs_no_console)             \
     X(trainer_lock)                                                                                \
     X(trainer_locks_first) X(trainer_ended_before_it_begins) X(trainer_follows_no_links)           \
-    X(trainer_without_latest)                                                                      \
+    X(trainer_without_latest) X(trainer_keeps_no_more)                                             \
     X(trainer_signals_twice) X(trainer_signals_save)                                               \
     X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses)                     \
     X(trainer_warns_of_a_high_rate) X(trainer_warns_of_many_regularizers)                          \
