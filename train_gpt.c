@@ -17,6 +17,7 @@
 #include "dev/model/adapter.h"
 #include "dev/model/attention_tiles.h"
 #include "dev/model/engines.h"
+#include "dev/model/layout.h"
 #include "dev/model/matmul.h"
 #include "dev/model/peak.h"
 #include "dev/run/comm.h"
@@ -119,7 +120,7 @@ static void layernorm_forward(real *y, real *xhat, real *rstd, const real *x, co
 }
 
 // Recomputes y (n,T,C) from xhat: the backward pass needs it as the input of a matmul.
-static void layernorm_again(real *y, const real *xhat, const real *w, const real *b, size_t nT,
+static void layernorm_recompute(real *y, const real *xhat, const real *w, const real *b, size_t nT,
                             size_t C) {
 #pragma omp parallel for
     for (size_t t = 0; t < nT; t++)
@@ -166,19 +167,12 @@ typedef struct {                                         // one thread's workspa
     real out[QUERIES * HEAD_MAX];                 // (QUERIES,W) queries: of y or dq
     real s[KEYS * QUERIES], ds[KEYS * QUERIES], keep[KEYS * QUERIES];        // (keys,queries)
     real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // per query
-} AttentionRoom;
+} AttentionWorkspace;
 
-// AttentionRoom at[threads]: too large for some stacks
-typedef struct { real *at; int threads; } AttentionRooms;
+// AttentionWorkspace at[threads]: too large for some stacks
+typedef struct { real *at; int threads; } AttentionWorkspaces;
 
 static const real ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};    // >= STRIP_ROWS
-
-// How many queries of the tile from i0 on come before key j: they do not see it.
-static inline size_t blind(size_t i0, size_t j) { return j > i0 ? j - i0 : 0; }
-
-// The first query of the tile whose score with key j is computed: that of the first PAD with a
-// query that sees it.
-static inline size_t first_lane(size_t i0, size_t j) { return blind(i0, j) / PAD * PAD; }
 
 // s (nj,lanes) = k (nj,HS) qt (HS,lanes), each from first_lane on.
 static void attention_scores(real *s, const real *k, const real *qt, size_t i0, size_t j0,
@@ -190,56 +184,28 @@ static void attention_scores(real *s, const real *k, const real *qt, size_t i0, 
     }
 }
 
-// Of nj keys from j0 on, those whose scores with query i of the tile are computed: up to the last
-// one that a query of its PAD sees.
-static inline size_t keys_seen(size_t i0, size_t i, size_t j0, size_t nj) {
-    const size_t end = i0 + i / PAD * PAD + PAD;
-    return end <= j0 ? 0 : at_most(end - j0, nj);
-}
-
-// The scores of key j with queries i .. i + LANES: -inf if the key is later than the query.
-static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
-    if (j <= i) return s;
-    Mask lane;
-    for (int l = 0; l < LANES; l++) lane[l] = l;
-    return select_lanes(lane >= (int)(j - i), s, (Vector){0} - (real)INFINITY);
-}
-
-// keep (nj,lanes): dropout's factors for a head's probabilities.
-static void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t head, size_t i0,
-                            size_t j0, size_t nj, size_t lanes) {
-    const real scale = (real)noise_scale(z->rate);
-    for (size_t j = 0; j < nj; j += NOISE_EACH)
-        for (size_t i = 0; i < lanes; i++) {             // likewise
-            const Philox w = noise_words(z->key, z->first_row + (uint32_t)row, (uint32_t)head,
-                                         (uint32_t)(i0 + i), (uint32_t)((j0 + j) / NOISE_EACH));
-            for (int e = 0; e < NOISE_EACH; e++)
-                keep[(j + (size_t)e) * QUERIES + i] = noise_half(w, e) >= z->rate ? scale : 0;
-        }
-}
-
 // Adds one tile of scores to the running softmax: s becomes exp(s - top), and sum is rescaled to
 // the new top, as the accumulated y must be: times shrink. A query's first tile has a key that it
 // sees, so top is finite after it. With `keep`, dropout applies to what is accumulated into y, but
 // not to sum.
-static inline ALWAYS_INLINE void softmax_block(AttentionRoom *room, const real *keep, size_t i0,
-                                               size_t j0, size_t nj, size_t lanes) {
+static inline ALWAYS_INLINE void softmax_block(AttentionWorkspace *work, const real *keep,
+                                               size_t i0, size_t j0, size_t nj, size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
         const size_t seen = keys_seen(i0, i, j0, nj);
-        Vector *top = (Vector *)(room->top + i), *sum = (Vector *)(room->sum + i), high = *top,
+        Vector *top = (Vector *)(work->top + i), *sum = (Vector *)(work->sum + i), high = *top,
             total = {0};
         for (size_t j = 0; j < seen; j++) {
-            Vector *s = (Vector *)(room->s + j * QUERIES + i);
+            Vector *s = (Vector *)(work->s + j * QUERIES + i);
             if (j0 + j > i0 + i) *s = causal(*s, i0 + i, j0 + j);
             high = select_lanes(*s > high, *s, high);
         }
         const Vector shrink = exp_lanes(*top - high);
         for (size_t j = 0; j < seen; j++) {
-            Vector *s = (Vector *)(room->s + j * QUERIES + i);
+            Vector *s = (Vector *)(work->s + j * QUERIES + i);
             total += *s = exp_lanes(*s - high);
             if (keep) *s *= *(const Vector *)(keep + j * QUERIES + i);
         }
-        *(Vector *)(room->shrink + i) = shrink;
+        *(Vector *)(work->shrink + i) = shrink;
         *sum = *sum * shrink + total;
         *top = high;
     }
@@ -250,82 +216,83 @@ typedef struct { const NoisePlace *noise; size_t row, head; } HeadPlace;
 
 // One tile of queries of one head: y (T,HS), rows C apart, and lse (T), from q, k and v (T,HS),
 // rows 3C apart.
-static void attention_forward_block(real *y, real *lse, const real *q, AttentionRoom *room,
+static void attention_forward_block(real *y, real *lse, const real *q, AttentionWorkspace *work,
                                     HeadPlace at, size_t i0, size_t T, size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES), ni = at_most(T - i0, QUERIES),
         lanes = round_up(ni, PAD);
     const real *k = q + C, *v = k + C;
-    load_rows(room->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
-    load_transposed(room->qt, room->q, ni, W);
-    for (size_t i = 0; i < QUERIES; i++) room->top[i] = -INFINITY, room->sum[i] = 0;
+    load_rows(work->q, q + i0 * ld, ld, (real)(1 / sqrt((double)HS)), ni, HS, W);
+    load_transposed(work->qt, work->q, ni, W);
+    for (size_t i = 0; i < QUERIES; i++) work->top[i] = -INFINITY, work->sum[i] = 0;
     for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
         const size_t nj = at_most(T - j0, KEYS);
-        load_rows(room->k, k + j0 * ld, ld, 1, nj, HS, W);
-        load_rows(room->v, v + j0 * ld, ld, 1, nj, HS, W);
-        attention_scores(room->s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
+        load_rows(work->k, k + j0 * ld, ld, 1, nj, HS, W);
+        load_rows(work->v, v + j0 * ld, ld, 1, nj, HS, W);
+        attention_scores(work->s, work->k, work->qt, i0, j0, nj, lanes, HS, W);
         if (at.noise->rate) {
-            attention_noise(room->keep, at.noise, at.row, at.head, i0, j0, nj, lanes);
-            softmax_block(room, room->keep, i0, j0, nj, lanes);
-        } else softmax_block(room, NULL, i0, j0, nj, lanes);
+            attention_noise(work->keep, at.noise, at.row, at.head, i0, j0, nj, lanes);
+            softmax_block(work, work->keep, i0, j0, nj, lanes);
+        } else softmax_block(work, NULL, i0, j0, nj, lanes);
         for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
-            strip_by_columns(room->out + i * W, W, j0 ? room->shrink + i : NULL, room->s + i,
-                             QUERIES, room->v, W, STRIP_ROWS, W,
+            strip_by_columns(work->out + i * W, W, j0 ? work->shrink + i : NULL, work->s + i,
+                             QUERIES, work->v, W, STRIP_ROWS, W,
                              at_most(i0 + i + STRIP_ROWS - j0, nj));
     }
     for (size_t i = 0; i < ni; i++) {
-        const real share = 1 / room->sum[i];
+        const real share = 1 / work->sum[i];
 #pragma omp simd
-        for (size_t d = 0; d < HS; d++) y[(i0 + i) * C + d] = room->out[i * W + d] * share;
-        lse[i0 + i] = room->top[i] + log_real(room->sum[i]);
+        for (size_t d = 0; d < HS; d++) y[(i0 + i) * C + d] = work->out[i * W + d] * share;
+        lse[i0 + i] = work->top[i] + log_real(work->sum[i]);
     }
 }
 
 // n rows of T tokens; `rows`: which rows of the batch they are, NULL: all, in order.
-static void attention_forward(real *y, real *lse, const AttentionRooms *rooms, const real *qkv,
+static void attention_forward(real *y, real *lse, const AttentionWorkspaces *all, const real *qkv,
                               const NoisePlace *noise, const int *rows, size_t n, size_t T,
                               size_t C, size_t NH) {
     const size_t HS = C / NH;
-#pragma omp parallel num_threads(rooms->threads)
+#pragma omp parallel num_threads(all->threads)
     {
-        AttentionRoom *room = (AttentionRoom *)rooms->at + team_member();
+        AttentionWorkspace *work = (AttentionWorkspace *)all->at + team_member();
 #pragma omp for collapse(3) schedule(dynamic)
         for (size_t row = 0; row < n; row++)
             for (size_t h = 0; h < NH; h++)
                 for (size_t i0 = 0; i0 < T; i0 += QUERIES) {
                     const HeadPlace at = {noise, rows ? (size_t)rows[row] : row, h};
                     attention_forward_block(y + row * T * C + h * HS, lse + (row * NH + h) * T,
-                                            qkv + row * T * 3 * C + h * HS, room, at, i0, T, C, HS);
+                                            qkv + row * T * 3 * C + h * HS, work, at, i0, T, C, HS);
                 }
     }
 }
 
 // Prepares one tile of queries: q and dy in both layouts, and inner = <dy, y>.
-static void attention_backward_queries(AttentionRoom *room, const real *q, const real *dy,
+static void attention_backward_queries(AttentionWorkspace *work, const real *q, const real *dy,
                                        const real *y, size_t ni, size_t C, size_t HS, size_t W) {
-    load_rows(room->q, q, 3 * C, (real)(1 / sqrt((double)HS)), ni, HS, W);
-    load_rows(room->dy, dy, C, 1, ni, HS, W);
-    load_transposed(room->qt, room->q, ni, W);
-    load_transposed(room->dyt, room->dy, ni, W);
-    memset(room->inner, 0, sizeof room->inner);
+    load_rows(work->q, q, 3 * C, (real)(1 / sqrt((double)HS)), ni, HS, W);
+    load_rows(work->dy, dy, C, 1, ni, HS, W);
+    load_transposed(work->qt, work->q, ni, W);
+    load_transposed(work->dyt, work->dy, ni, W);
+    memset(work->inner, 0, sizeof work->inner);
     for (size_t i = 0; i < ni; i++) {
         real inner = 0;
 #pragma omp simd reduction(+:inner)
         for (size_t d = 0; d < HS; d++) inner += dy[i * C + d] * y[i * C + d];
-        room->inner[i] = inner;
+        work->inner[i] = inner;
     }
 }
 
 // s and dP (nj,lanes), which is in ds, become P and ds; both 0 if the key is later than the query.
 // With `keep`, s becomes P after dropout, and dP refers to that.
-static inline ALWAYS_INLINE void attention_backward_scores(AttentionRoom *room, const real *keep,
-                                                           size_t i0, size_t j0, size_t nj,
+static inline ALWAYS_INLINE void attention_backward_scores(AttentionWorkspace *work,
+                                                           const real *keep, size_t i0, size_t j0,
+                                                               size_t nj,
                                                            size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
-        const Vector lse = *(const Vector *)(room->top + i),
-            inner = *(const Vector *)(room->inner + i);
+        const Vector lse = *(const Vector *)(work->top + i),
+            inner = *(const Vector *)(work->inner + i);
         for (size_t j = 0, seen = keys_seen(i0, i, j0, nj); j < seen; j++) {
-            Vector *s = (Vector *)(room->s + j * QUERIES + i),
-                *ds = (Vector *)(room->ds + j * QUERIES + i);
+            Vector *s = (Vector *)(work->s + j * QUERIES + i),
+                *ds = (Vector *)(work->ds + j * QUERIES + i);
             const Vector p = exp_lanes(causal(*s, i0 + i, j0 + j) - lse);
             if (keep) {
                 const Vector factor = *(const Vector *)(keep + j * QUERIES + i);
@@ -344,61 +311,62 @@ static inline ALWAYS_INLINE void attention_backward_scores(AttentionRoom *room, 
 // is accumulated from two sides. With dropout, P~ replaces P in dV, and dP passes through it; <dy,
 // y> is still the sum of P dP, since y is computed from P~.
 static void attention_backward_head(real *dq, const real *dy, const real *q, const real *y,
-                                    const real *lse, AttentionRoom *room, HeadPlace at, size_t T,
+                                    const real *lse, AttentionWorkspace *work, HeadPlace at,
+                                        size_t T,
                                     size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES);
     const real scale = (real)(1 / sqrt((double)HS)), *k = q + C, *v = k + C;
-    real *dk = dq + C, *dv = dk + C, *s = room->s, *ds = room->ds;
+    real *dk = dq + C, *dv = dk + C, *s = work->s, *ds = work->ds;
     for (size_t i0 = 0; i0 < T; i0 += QUERIES) {
         const size_t ni = at_most(T - i0, QUERIES), lanes = round_up(ni, PAD);
-        attention_backward_queries(room, q + i0 * ld, dy + i0 * C, y + i0 * C, ni, C, HS, W);
-        memset(room->top, 0, sizeof room->top);
-        memcpy(room->top, lse + i0, ni * sizeof(real));
+        attention_backward_queries(work, q + i0 * ld, dy + i0 * C, y + i0 * C, ni, C, HS, W);
+        memset(work->top, 0, sizeof work->top);
+        memcpy(work->top, lse + i0, ni * sizeof(real));
         for (size_t j0 = 0; j0 < i0 + ni; j0 += KEYS) {
             const size_t nj = at_most(T - j0, KEYS);
             // the first queries that see these keys set dK and dV
             const real *keys = j0 >= i0 ? NULL : ones;
-            load_rows(room->k, k + j0 * ld, ld, 1, nj, HS, W);
-            load_rows(room->v, v + j0 * ld, ld, 1, nj, HS, W);
-            attention_scores(s, room->k, room->qt, i0, j0, nj, lanes, HS, W);
-            attention_scores(ds, room->v, room->dyt, i0, j0, nj, lanes, HS, W);
+            load_rows(work->k, k + j0 * ld, ld, 1, nj, HS, W);
+            load_rows(work->v, v + j0 * ld, ld, 1, nj, HS, W);
+            attention_scores(s, work->k, work->qt, i0, j0, nj, lanes, HS, W);
+            attention_scores(ds, work->v, work->dyt, i0, j0, nj, lanes, HS, W);
             if (at.noise->rate) {
-                attention_noise(room->keep, at.noise, at.row, at.head, i0, j0, nj, lanes);
-                attention_backward_scores(room, room->keep, i0, j0, nj, lanes);
-            } else attention_backward_scores(room, NULL, i0, j0, nj, lanes);
+                attention_noise(work->keep, at.noise, at.row, at.head, i0, j0, nj, lanes);
+                attention_backward_scores(work, work->keep, i0, j0, nj, lanes);
+            } else attention_backward_scores(work, NULL, i0, j0, nj, lanes);
             for (size_t j = 0; j < nj; j += STRIP_ROWS) {
                 const size_t i = blind(i0, j0 + j), rows = at_most(nj - j, STRIP_ROWS);
                 const size_t from = j * QUERIES + i, to = (j0 + j) * ld;
-                strip_by_rows(dv + to, ld, keys, s + from, QUERIES, room->dy + i * W, W, rows, HS,
+                strip_by_rows(dv + to, ld, keys, s + from, QUERIES, work->dy + i * W, W, rows, HS,
                               ni - i);
-                strip_by_rows(dk + to, ld, keys, ds + from, QUERIES, room->q + i * W, W, rows, HS,
+                strip_by_rows(dk + to, ld, keys, ds + from, QUERIES, work->q + i * W, W, rows, HS,
                               ni - i);
             }
             for (size_t i = blind(i0, j0); i < ni; i += STRIP_ROWS)
-                strip_by_columns(room->out + i * W, W, j0 ? ones : NULL, ds + i, QUERIES, room->k,
+                strip_by_columns(work->out + i * W, W, j0 ? ones : NULL, ds + i, QUERIES, work->k,
                                  W, STRIP_ROWS, W, at_most(i0 + i + STRIP_ROWS - j0, nj));
         }
         for (size_t i = 0; i < ni; i++)
-            for (size_t d = 0; d < HS; d++) dq[(i0 + i) * ld + d] = scale * room->out[i * W + d];
+            for (size_t d = 0; d < HS; d++) dq[(i0 + i) * ld + d] = scale * work->out[i * W + d];
     }
 }
 
 // dqkv (n,T,3C) from dy (n,T,C); y and lse are attention_forward's.
-static void attention_backward(real *dqkv, const AttentionRooms *rooms, const real *dy,
+static void attention_backward(real *dqkv, const AttentionWorkspaces *all, const real *dy,
                                const real *qkv, const real *y, const real *lse,
                                const NoisePlace *noise, const int *rows, size_t n, size_t T,
                                size_t C, size_t NH) {
     const size_t HS = C / NH;
-#pragma omp parallel num_threads(rooms->threads)
+#pragma omp parallel num_threads(all->threads)
     {
-        AttentionRoom *room = (AttentionRoom *)rooms->at + team_member();
+        AttentionWorkspace *work = (AttentionWorkspace *)all->at + team_member();
 #pragma omp for collapse(2) schedule(dynamic)
         for (size_t row = 0; row < n; row++)
             for (size_t h = 0; h < NH; h++) {
                 const size_t from = row * T * C + h * HS, from3 = row * T * 3 * C + h * HS;
                 const HeadPlace at = {noise, rows ? (size_t)rows[row] : row, h};
                 attention_backward_head(dqkv + from3, dy + from, qkv + from3, y + from,
-                                        lse + (row * NH + h) * T, room, at, T, C, HS);
+                                        lse + (row * NH + h) * T, work, at, T, C, HS);
             }
     }
 }
@@ -410,12 +378,12 @@ static void attention_backward(real *dqkv, const AttentionRooms *rooms, const re
 // to dx and dwte.
 
 // 16 MiB of logits in fp32, or enough rows to pack wte rarely
-enum { CHUNK_NUMBERS = 1 << 22, CHUNK_LEAST = 512 };
+enum { CHUNK_ELEMENTS = 1 << 22, CHUNK_LEAST = 512 };
 
 // Rows per chunk; chunks are equal, except the last.
 static size_t classifier_chunk(size_t BT, size_t V) {
     return strips(BT,
-                  strips(BT, CHUNK_NUMBERS / V > CHUNK_LEAST ? CHUNK_NUMBERS / V : CHUNK_LEAST));
+                  strips(BT, CHUNK_ELEMENTS / V > CHUNK_LEAST ? CHUNK_ELEMENTS / V : CHUNK_LEAST));
 }
 
 // One row: returns -log softmax(logits)[target]; with grad != 0, logits (V) become grad * (softmax
@@ -459,12 +427,14 @@ typedef struct { real *losses, *uniform; const int *targets; real grad, smoothin
 
 // Computes them and, with grad, dx (BT,C) = and dwte (V,C) =, or += with `add`.
 static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *logits,
-                       const PackRoom *room, const real *x, const real *wte, size_t BT, size_t C,
+                       const PackWorkspace *work, const real *x, const real *wte, size_t BT,
+                           size_t C,
                        size_t V) {
     const size_t chunk = classifier_chunk(BT, V);
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
-        multiply(fresh(logits, V, NULL), room, lines(x + t0 * C, C), turned(wte, C), n, V, C, NULL);
+        multiply(fresh(logits, V, NULL), work, matrix(x + t0 * C, C), transposed(wte, C), n, V, C,
+                 NULL);
 #pragma omp parallel for
         for (size_t t = 0; t < n; t++) {
             const int target = y->targets[t0 + t];
@@ -474,10 +444,11 @@ static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *lo
             else *loss = softmax_loss(logits + t * V, target, y->grad, y->smoothing, uniform, V);
         }
         if (y->grad == 0) continue;
-        multiply(fresh(dx + t0 * C, C, NULL), room, lines(logits, V), lines(wte, C), n, C, V, NULL);
+        multiply(fresh(dx + t0 * C, C, NULL), work, matrix(logits, V), matrix(wte, C), n, C, V,
+                 NULL);
         if (dwte)
-            multiply(scaled(dwte, C, 1, add || t0), room, turned(logits, V), lines(x + t0 * C, C),
-                     V, C, n, NULL);
+            multiply(scaled(dwte, C, 1, add || t0), work, transposed(logits, V), matrix(x + t0 * C,
+                     C), V, C, n, NULL);
     }
 }
 
@@ -487,17 +458,14 @@ enum { UPDATE_CHUNK = 1 << 14 };
 // A piece of one tensor, at its offset among the parameters; branch: index in UpdateArgs.t.
 typedef struct { size_t at, n, branch; int decay; } UpdateChunk;
 // (n,T,C) (n,T) (n,T,3C) (n,NH,T) (n,T,C)
-typedef struct { real *xhat, *rstd, *qkv, *lse, *y; } AttentionKept;
-typedef struct { real *xhat, *rstd, *h; } MlpKept;                 // (n,T,C) (n,T) (n,T,4C)
+typedef struct { real *xhat, *rstd, *qkv, *lse, *y; } AttentionSaved;
+typedef struct { real *xhat, *rstd, *h; } MlpSaved;                 // (n,T,C) (n,T) (n,T,4C)
 
 struct Model {
     GptConfig config;
     EngineArgs args;
-    size_t offset[N_PARAMS], stride[N_PARAMS], n_params; // param p, layer l: offset[p] + l *
-                                                         // stride[p]
-    size_t n_frozen;                  // the first elements, only in the parameters' slot
-    real *slot[4];                    // parameters (n_params); gradients, m, v (n_params -
-                                      // n_frozen)
+    Layout layout;                    // of every slot
+    real *slot[4];                    // parameters (layout.n); gradients, m, v (n - n_frozen)
     UpdateChunk *chunk;
     int n_chunks;
     double *partial;                  // (n_chunks) squared norms
@@ -505,10 +473,10 @@ struct Model {
                                       // applied by an update, which count as zeros whatever the
                                       // memory contains
 
-    real *kept, *kept_end;            // what forward saves for backward, one branch after the other
-    size_t kept_room, kept_peak;      // elements allocated; the most that was used
-    AttentionKept *attention;         // (L) into `kept`
-    MlpKept *mlp;                     // (L)
+    real *saved, *saved_end;          // what forward saves for backward, one branch after the other
+    size_t saved_capacity, saved_peak;      // elements allocated; the most that was used
+    AttentionSaved *attention;         // (L) into `saved`
+    MlpSaved *mlp;                     // (L)
 
     real *x, *dx;                     // (B,T,C) the residual stream
     real *lnf, *lnf_xhat, *lnf_rstd;  // (B,T,C) (B,T,C) (B,T)
@@ -518,8 +486,8 @@ struct Model {
     real *dwide, *dy, *dout;          // (B,T,4C) (B,T,C) (B,T,C)
     real *logits;                     // (chunk,V)
     real *lora_u, *lora_v, *lora_x;   // (B,T,r) (B,T,r) (B,T,4C) of adapters; x with dropout
-    PackRoom pack;
-    AttentionRooms rooms;
+    PackWorkspace pack;
+    AttentionWorkspaces work;
     int last_B, last_T;               // of the last forward
 
     HeadCache cache;                  // (L,sequences,NH) heads
@@ -528,20 +496,11 @@ struct Model {
     const int *seq, *at;              // of the current decode; NULL: none
 };
 
-// Whether it exists and is trained, in layers that are not frozen.
-static int is_trained(const Model *m, int param) {
-    return gpt_param_layers(&m->config, param) > 0 &&
-        gpt_group_trains(&m->config, gpt_param[param].group);
-}
-
-// The offset of one layer's part of a parameter.
-static size_t param_offset(const Model *m, int param, int l) {
-    return m->offset[param] + (size_t)l * m->stride[param];
-}
-
-// The same in a slot; NULL if it is frozen and the slot is not the parameters.
+// One layer's part of a parameter in a slot; NULL if it is frozen and the slot is not the
+// parameters.
 static real *tensor_at(const Model *m, Slot slot, int param, int l) {
-    const size_t at = param_offset(m, param, l), absent = slot == SLOT_PARAM ? 0 : m->n_frozen;
+    const size_t at = layout_at(&m->layout, &m->config, param, l),
+        absent = slot == SLOT_PARAM ? 0 : m->layout.n_frozen;
     return at < absent ? NULL : m->slot[slot] + (at - absent);
 }
 
@@ -554,40 +513,18 @@ static Params params_at(const Model *m, Slot slot, int l) {
 }
 
 // Call this before adding to a branch's gradient. If the update has consumed the gradient, sets it
-// to zero: all of it, or with `but_products` all except the matmuls' weights. Then returns 0, and
+// to zero: all of it, or with `but_matmuls` all except the matmuls' weights. Then returns 0, and
 // the matmuls must overwrite theirs, which saves writing and rereading zeros; otherwise returns 1,
 // and they must add.
-static int gradient_add(Model *m, int l, int branch, int but_products) {
+static int gradient_add(Model *m, int l, int branch, int but_matmuls) {
     const size_t index = gpt_branch_index(&m->config, l, branch);
     if (!m->spent[index]) return 1;
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS; p++)
-        if (gpt_param[p].branch == branch && is_trained(m, p) &&
-            !(but_products && gpt_param[p].dims == 2 && p != P_wpe))
+        if (gpt_param[p].branch == branch && layout_trains(&m->config, p) &&
+            !(but_matmuls && gpt_param[p].dims == 2 && p != P_wpe))
             memset(tensor_at(m, SLOT_GRAD, p, l), 0, gpt_param_size(&m->config, p) * sizeof(real));
     return 0;
-}
-
-// Parameters that adapters leave frozen come first, then trained ones: by layer and branch, then
-// those outside branches.
-static void params_layout(Model *m) {
-    const GptConfig *c = &m->config;
-    for (int trains = 0; trains < 2; trains++) {
-        const size_t first = m->n_params;
-        size_t layer = 0;
-        for (int branch = 0; branch <= NO_BRANCH; branch++) {
-            if (branch == NO_BRANCH)
-                layer = m->n_params - first, m->n_params = first + layer * (size_t)c->L;
-            for (int p = 0; p < N_PARAMS; p++)
-                if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && is_trained(m, p) ==
-                    trains)
-                    m->offset[p] = m->n_params, m->n_params += gpt_param_size(c, p);
-        }
-        for (int p = 0; p < N_PARAMS; p++)
-            if (gpt_param[p].branch != NO_BRANCH && is_trained(m, p) == trains)
-                m->stride[p] = layer;
-        m->n_frozen = trains ? first + layer * (size_t)m->args.frozen : 0;
-    }
 }
 
 // Divides every trained tensor into pieces of UPDATE_CHUNK elements, the unit of work for norm and
@@ -598,7 +535,8 @@ static void params_chunks(Model *m) {
     m->chunk = xcalloc((size_t)m->n_chunks, sizeof *m->chunk);
     for (int i = 0; i < m->n_chunks; i++) {
         const int p = piece[i].param, l = piece[i].layer;
-        m->chunk[i] = (UpdateChunk){param_offset(m, p, l) + piece[i].at, piece[i].n,
+        m->chunk[i] = (UpdateChunk){layout_at(&m->layout, &m->config, p, l) + piece[i].at,
+                                    piece[i].n,
                                     gpt_branch_index(&m->config, l, gpt_param[p].branch),
                                     gpt_param[p].dims == 2};
     }
@@ -607,23 +545,23 @@ static void params_chunks(Model *m) {
 }
 
 // Elements that one row of a kept branch saves.
-static size_t kept_per_row(const GptConfig *c, int branch, int T) {
+static size_t saved_per_row(const GptConfig *c, int branch, int T) {
     return (size_t)T * (branch == ATTN ? 5 * (size_t)c->C + (size_t)c->NH + 1
                                        : 5 * (size_t)c->C + 1);
 }
 
 // The most that plans within the bound save.
-static size_t kept_bound(const Model *m, const MemoryBound *b) {
-    const size_t size[BRANCHES] = {kept_per_row(&m->config, ATTN, m->args.T),
-                                   kept_per_row(&m->config, MLP, m->args.T)};
+static size_t saved_bound(const Model *m, const MemoryBound *b) {
+    const size_t size[BRANCHES] = {saved_per_row(&m->config, ATTN, m->args.T),
+                                   saved_per_row(&m->config, MLP, m->args.T)};
     return memory_bound_most(b, size, m->args.B);
 }
 
-typedef struct { real **at; size_t n; } Room;
-enum { N_ROOMS = 24, N_TRAINING_ROOMS = 5 };
+typedef struct { real **at; size_t n; } Buffer;
+enum { N_BUFFERS = 24, N_TRAINING_BUFFERS = 5 };
 
 // All activation arrays except the saved ones; the last ones are for training.
-static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
+static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C,
         V = (size_t)m->config.V;
     // panels have K_BLOCK words only if these are pairs
@@ -632,24 +570,24 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
     const size_t most = BT > wide4 ? BT > V ? BT : V : wide4 > V ? wide4 : V,
         K = at_most(most + 1, wide * K_BLOCK);
     const size_t cached = (size_t)m->args.cache;
-    const Room all[N_ROOMS] = {
+    const Buffer all[N_BUFFERS] = {
         {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT},
         {&m->losses, BT}, {&m->uniform, BT}, {&m->ln, BT * C}, {&m->gelu, BT * 4 * C},
         {&m->out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
         {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K},
         {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
-        {&m->rooms.at, (size_t)m->rooms.threads * (sizeof(AttentionRoom) / sizeof(real))},
+        {&m->work.at, (size_t)m->work.threads * (sizeof(AttentionWorkspace) / sizeof(real))},
         {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T,
             C / (size_t)m->config.NH)},
         {&m->packed.at, cached ? packed_total(&m->packed, &m->config, &m->pack) : 0},
         {&m->few, cached ? FEW_ROWS * 4 * (C + TILE_COLS) : 0},
         {&m->lora_u, BT * r}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C : 0},
-        {&m->kept, 0},                                   // has its own size
+        {&m->saved, 0},                                   // has its own size
         {&m->lora_v, BT * r},
         {&m->dx, BT * C}, {&m->dy, BT * C}, {&m->dout, BT * C}, {&m->dwide, BT * 4 * C},
     };
-    memcpy(rooms, all, sizeof all);
-    return m->args.bound.rows > 0 ? N_ROOMS : N_ROOMS - N_TRAINING_ROOMS;
+    memcpy(buffers, all, sizeof all);
+    return m->args.bound.rows > 0 ? N_BUFFERS : N_BUFFERS - N_TRAINING_BUFFERS;
 }
 
 static Model *model_open(const GptConfig *config, const EngineArgs *args) {
@@ -659,29 +597,31 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     if (args->threads > 0) omp_set_num_threads(args->threads);
 #endif
     Model *m = xcalloc(1, sizeof *m);
-    Room rooms[N_ROOMS];
+    Buffer buffers[N_BUFFERS];
+    size_t size[N_PARAMS];
     m->config = *config;
     m->args = *args;
     m->pack.bf16 = args->dtype == DTYPE_BF16;
-    m->rooms.threads = team_most();
-    params_layout(m);
+    m->work.threads = team_most();
+    for (int p = 0; p < N_PARAMS; p++) size[p] = gpt_param_size(config, p);
+    m->layout = layout_of(config, args->frozen, size, 1);
     params_chunks(m);
     packed_layout(&m->packed, config, &m->pack);
     m->cache.T = round_up((size_t)args->T, KEYS);
     for (int s = 0; s < (args->dry ? 0 : args->bound.rows > 0 ? 4 : 1); s++)
-        m->slot[s] = vectors_new(m->n_params - (s == SLOT_PARAM ? 0 : m->n_frozen));
+        m->slot[s] = vectors_new(m->layout.n - (s == SLOT_PARAM ? 0 : m->layout.n_frozen));
     m->spent = xcalloc((size_t)BRANCHES * (size_t)config->L + 1, sizeof *m->spent);
     m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = xcalloc((size_t)config->L, sizeof *m->mlp);
-    m->kept_room = kept_bound(m, &args->bound);
-    for (int i = 0, n = args->dry ? 0 : model_rooms(m, rooms); i < n; i++)
-        *rooms[i].at = vectors_new(rooms[i].at == &m->kept ? m->kept_room : rooms[i].n);
+    m->saved_capacity = saved_bound(m, &args->bound);
+    for (int i = 0, n = args->dry ? 0 : model_buffers(m, buffers); i < n; i++)
+        *buffers[i].at = vectors_new(buffers[i].at == &m->saved ? m->saved_capacity : buffers[i].n);
     return m;
 }
 
 static void model_close(Model *m) {
-    Room rooms[N_ROOMS];
-    for (int i = 0, n = model_rooms(m, rooms); i < n; i++) free(*rooms[i].at);
+    Buffer buffers[N_BUFFERS];
+    for (int i = 0, n = model_buffers(m, buffers); i < n; i++) free(*buffers[i].at);
     for (int s = 0; s < 4; s++) free(m->slot[s]);
     free(m->chunk);
     free(m->partial);
@@ -692,29 +632,30 @@ static void model_close(Model *m) {
 }
 
 static void model_memory(const Model *m, EngineMemory *bytes) {
-    const size_t one = (m->n_params - m->n_frozen) * sizeof(real), train = m->args.bound.rows > 0;
+    const size_t one = (m->layout.n - m->layout.n_frozen) * sizeof(real), train =
+        m->args.bound.rows > 0;
     const MemoryBound all = memory_bound_full(m->config.L, m->args.frozen, m->args.B, (int)train);
     Model copy = *m;
-    Room rooms[N_ROOMS];
+    Buffer buffers[N_BUFFERS];
     size_t working = 0, packed = 0;
-    for (int i = 0, n = model_rooms(&copy, rooms); i < n; i++) {
-        if (rooms[i].at == &copy.packed.at) packed = rooms[i].n;
-        else working += rooms[i].n;
+    for (int i = 0, n = model_buffers(&copy, buffers); i < n; i++) {
+        if (buffers[i].at == &copy.packed.at) packed = buffers[i].n;
+        else working += buffers[i].n;
     }
-    bytes->parameters = (m->n_params + packed) * sizeof(real);
+    bytes->parameters = (m->layout.n + packed) * sizeof(real);
     bytes->gradients = train * one;
     bytes->moments = train * 2 * one;
-    bytes->activations = (working + m->kept_room) * sizeof(real);
-    bytes->activations_full = (working + kept_bound(m, &all)) * sizeof(real);
-    bytes->activations_used = (working + m->kept_peak) * sizeof(real);
+    bytes->activations = (working + m->saved_capacity) * sizeof(real);
+    bytes->activations_full = (working + saved_bound(m, &all)) * sizeof(real);
+    bytes->activations_used = (working + m->saved_peak) * sizeof(real);
 }
 
-static real *keep(Model *m, size_t n) {
-    real *p = m->kept_end;
-    m->kept_end += n;
-    const size_t used = (size_t)(m->kept_end - m->kept);
-    CHECK(used <= m->kept_room, "the plan keeps more branches than the model was opened for");
-    if (used > m->kept_peak) m->kept_peak = used;
+static real *save(Model *m, size_t n) {
+    real *p = m->saved_end;
+    m->saved_end += n;
+    const size_t used = (size_t)(m->saved_end - m->saved);
+    CHECK(used <= m->saved_capacity, "the plan keeps more branches than the model was opened for");
+    if (used > m->saved_peak) m->saved_peak = used;
     return p;
 }
 
@@ -749,7 +690,7 @@ static Matrix branch_end_gradient(const Model *m, const Pass *pass, int l, int b
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + branch];
     const size_t C = (size_t)m->config.C;
     *scale = end_is_packed(pass, branch) ? 1 : (real)b->scale;
-    if (end_is_packed(pass, branch)) return lines(dout, C);
+    if (end_is_packed(pass, branch)) return matrix(dout, C);
     return (Matrix){.at = m->dx, .ld = C, .rows = rows_of(m, b), .T = (size_t)m->last_T};
 }
 
@@ -774,7 +715,7 @@ static Adapter adapter_at(const Model *m, int l, int param) {
 static const real *adapter_dropout(Model *m, const Pass *pass, int l, int param, real *to,
                                    const real *x, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param);
-    const NoisePlace noise = noise_place(pass->noise, NOISE_LORA + gpt_product_of(param), l);
+    const NoisePlace noise = noise_place(pass->noise, NOISE_LORA + gpt_matmul_of(param), l);
     if (!noise.rate) return x;
     CHECK(m->lora_x, "this model was opened without dropout of adapters");
     if (to != x) memcpy(to, x, nT * C * sizeof(real));
@@ -789,13 +730,13 @@ static void linear_forward(Model *m, const Pass *pass, int l, int param, Result 
                            size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param),
         OC = (size_t)gpt_param_cols(&m->config, param);
-    const PackRoom room = {m->few, NULL, m->pack.bf16};
+    const PackWorkspace work = {m->few, NULL, m->pack.bf16};
     const Adapter a = adapter_at(m, l, param);
     if (a.A)
         y = adapter_forward(&a, y, &m->pack, adapter_dropout(m, pass, l, param, m->lora_x, x, nT),
                             nT);
     if (m->at && nT <= FEW_ROWS)
-        multiply_few(y, &room, lines(x, C), packed_at(&m->packed, param, l), nT, OC, C);
+        multiply_few(y, &work, matrix(x, C), packed_at(&m->packed, param, l), nT, OC, C);
     else matmul_forward(y, &m->pack, x, tensor_at(m, SLOT_PARAM, param, l), nT, C, OC);
 }
 
@@ -821,14 +762,15 @@ static void linear_backward(Model *m, const Pass *pass, int l, int param, Result
 
 // y = attention of qkv; in decode, attention that continues sequences, or the ordinary one if all
 // of them begin.
-static void attention_inside(Model *m, const Pass *pass, int l, const AttentionKept *k, size_t nT) {
+static void attention_inside(Model *m, const Pass *pass, int l, const AttentionSaved *k,
+                             size_t nT) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN, l);
     int begins = T > 1;
     for (int i = 0; m->at && i < b->n; i++) begins &= m->at[b->rows[i]] == 0;
     if (!m->at || begins)
-        attention_forward(k->y, k->lse, &m->rooms, k->qkv, &noise, b->rows, nT / T, T, C, NH);
+        attention_forward(k->y, k->lse, &m->work, k->qkv, &noise, b->rows, nT / T, T, C, NH);
     if (!m->at) return;
     HeadCache layer = m->cache;
     layer.at += (size_t)l * (size_t)m->args.cache * NH * head_cache(m->cache.T, C / NH);
@@ -841,9 +783,9 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T,
         nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l);
-    AttentionKept *k = &m->attention[l];
-    k->xhat = keep(m, nT * C), k->rstd = keep(m, nT);
-    k->qkv = keep(m, nT * 3 * C), k->lse = keep(m, nT * NH), k->y = keep(m, nT * C);
+    AttentionSaved *k = &m->attention[l];
+    k->xhat = save(m, nT * C), k->rstd = save(m, nT);
+    k->qkv = save(m, nT * 3 * C), k->lse = save(m, nT * NH), k->y = save(m, nT * C);
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, rows_of(m, b), w.ln1w, w.ln1b, nT, T, C);
     linear_forward(m, pass, l, P_qkvw, fresh(k->qkv, 3 * C, w.qkvb), m->ln, nT);
     attention_inside(m, pass, l, k, nT);
@@ -856,17 +798,17 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l) {
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T,
         nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
-    const AttentionKept *k = &m->attention[l];
+    const AttentionSaved *k = &m->attention[l];
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN, l);
     const int add = gradient_add(m, l, ATTN, 1);
     Result dy = {.at = m->dy, .ld = C};
     const Matrix dout = branch_end_gradient(m, pass, l, ATTN, m->dout, &dy.scale);
     real *dqkv = m->dwide, *dln = m->dy;
     linear_backward(m, pass, l, P_attprojw, dy, dout, k->y, add, nT);
-    attention_backward(dqkv, &m->rooms, m->dy, k->qkv, k->y, k->lse, &noise, b->rows, nT / T, T, C,
+    attention_backward(dqkv, &m->work, m->dy, k->qkv, k->y, k->lse, &noise, b->rows, nT / T, T, C,
                        NH);
-    layernorm_again(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
-    linear_backward(m, pass, l, P_qkvw, fresh(dln, C, NULL), lines(dqkv, 3 * C), m->ln, add, nT);
+    layernorm_recompute(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
+    linear_backward(m, pass, l, P_qkvw, fresh(dln, C, NULL), matrix(dqkv, 3 * C), m->ln, add, nT);
     layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w,
                        nT, T, C);
 }
@@ -877,8 +819,8 @@ static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + MLP];
     const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l);
-    MlpKept *k = &m->mlp[l];
-    k->xhat = keep(m, nT * C), k->rstd = keep(m, nT), k->h = keep(m, nT * 4 * C);
+    MlpSaved *k = &m->mlp[l];
+    k->xhat = save(m, nT * C), k->rstd = save(m, nT), k->h = save(m, nT * 4 * C);
     Result h = fresh(k->h, 4 * C, w.fcb);
     h.gelu = m->gelu;
     const real *attn = pass->plan->tied ? m->out : NULL;
@@ -894,14 +836,14 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + MLP];
     const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, nT = tokens_of(m, b);
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
-    const MlpKept *k = &m->mlp[l];
+    const MlpSaved *k = &m->mlp[l];
     const int add = gradient_add(m, l, MLP, 1);
     Result dh = {.at = m->dwide, .ld = 4 * C, .h = k->h, .gelu = m->gelu};
     const Matrix dout = branch_end_gradient(m, pass, l, MLP, m->dy, &dh.scale);
     real *dln = m->dy, *dattn = pass->plan->tied ? m->dout : NULL;
     linear_backward(m, pass, l, P_fcprojw, dh, dout, m->gelu, add, nT);
-    layernorm_again(m->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
-    linear_backward(m, pass, l, P_fcw, fresh(dln, C, NULL), lines(dh.at, 4 * C), m->ln, add, nT);
+    layernorm_recompute(m->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
+    linear_backward(m, pass, l, P_fcw, fresh(dln, C, NULL), matrix(dh.at, 4 * C), m->ln, add, nT);
     layernorm_backward(m->dx, dattn, dw.ln2w, dw.ln2b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln2w,
                        nT, T, C);
 }
@@ -992,14 +934,14 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     const Params w = params_at(m, SLOT_PARAM, 0);
     m->last_B = batch->rows;
     m->last_T = batch->T;
-    m->kept_end = m->kept;
+    m->saved_end = m->saved;
     const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
     embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
     dropout(m->x, &noise, NULL, B * T, T, C);
     look(pass, WATCH_EMBEDDINGS, m->x);
     for (int l = 0; l < m->config.L; l++) {
         // nothing is saved for what is not trained
-        if (pass->weight == 0 || l <= m->args.frozen) m->kept_end = m->kept;
+        if (pass->weight == 0 || l <= m->args.frozen) m->saved_end = m->saved;
         block_forward(m, pass, l);
     }
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T,
@@ -1008,20 +950,16 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     return batch->targets ? model_loss(m, batch, pass) : 0;
 }
 
-// The flagged gradients of all ranks, added in rank order. A branch's gradients are contiguous.
+// The flagged gradients of all ranks, added in rank order, branch by branch.
 static void reduce_gradients(Model *m, const unsigned char *reduce) {
-    const GptConfig *c = &m->config;
-    for (int i = BRANCHES * c->L; i >= BRANCHES * m->args.frozen; i--) {
-        const int shared = i == BRANCHES * c->L, l = shared ? 0 : i / BRANCHES,
-            branch = shared ? NO_BRANCH : i % BRANCHES;
-        size_t n = 0;
-        real *first = NULL;
+    const int shared = BRANCHES * m->config.L;
+    for (int i = shared; i >= BRANCHES * m->args.frozen; i--) {
+        const Slice s = layout_span(&m->layout, &m->config, (size_t)i, 1);
         if (!reduce[i]) continue;
-        gradient_add(m, l, branch, 0);                   // zeros, if only this rank has dropped it
-        for (int p = N_PARAMS - 1; p >= 0; p--)
-            if (gpt_param[p].branch == branch && is_trained(m, p))
-                n += gpt_param_size(c, p), first = tensor_at(m, SLOT_GRAD, p, l);
-        if (n) comm_sum_reals(m->args.comm, first, n);
+        // zeros, if only this rank has dropped it
+        gradient_add(m, i == shared ? 0 : i / BRANCHES, i == shared ? NO_BRANCH : i % BRANCHES, 0);
+        if (s.n)
+            comm_sum_reals(m->args.comm, m->slot[SLOT_GRAD] + (s.at - m->layout.n_frozen), s.n);
     }
 }
 
@@ -1060,8 +998,8 @@ static void model_logits(Model *m, int row, int t, real *host) {
     CHECK(row >= 0 && row < m->last_B && t >= 0 && t < m->last_T,
           "no logits at row %d, position %d", row, t);
     const real *x = m->lnf + ((size_t)row * (size_t)m->last_T + (size_t)t) * C;
-    multiply(fresh(host, V, NULL), &m->pack, lines(x, C),
-             turned(params_at(m, SLOT_PARAM, 0).wte, C), 1, V, C, NULL);
+    multiply(fresh(host, V, NULL), &m->pack, matrix(x, C),
+             transposed(params_at(m, SLOT_PARAM, 0).wte, C), 1, V, C, NULL);
 }
 
 // ---- Generation ----
@@ -1071,7 +1009,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C,
         V = (size_t)m->config.V;
     const Params w = params_at(m, SLOT_PARAM, 0);
-    const PackRoom room = {m->few, NULL, m->pack.bf16};
+    const PackWorkspace work = {m->few, NULL, m->pack.bf16};
     const Pass pass = pass_of(plan, 0);
     engine_check_decode(&m->config, &m->args, n, tokens, seq, at, plan);
     for (int p = 0; p < N_PARAMS && m->packed.stale; p++)
@@ -1082,17 +1020,17 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     m->seq = seq, m->at = at;
     embedding_forward(m->x, tokens, at, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
-        m->kept_end = m->kept;
+        m->saved_end = m->saved;
         block_forward(m, &pass, l);
     }
     m->seq = m->at = NULL;
     if (!logits) return;
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T,
                       C);
-    const Matrix last = lines(m->lnf + (T - 1) * C, T * C);
+    const Matrix last = matrix(m->lnf + (T - 1) * C, T * C);
     if (B <= FEW_ROWS)
-        multiply_few(fresh(logits, V, NULL), &room, last, packed_at(&m->packed, P_wte, 0), B, V, C);
-    else multiply(fresh(logits, V, NULL), &m->pack, last, turned(w.wte, C), B, V, C, NULL);
+        multiply_few(fresh(logits, V, NULL), &work, last, packed_at(&m->packed, P_wte, 0), B, V, C);
+    else multiply(fresh(logits, V, NULL), &m->pack, last, transposed(w.wte, C), B, V, C, NULL);
 }
 
 // ---- AdamW (Loshchilov and Hutter 2019, algorithm 2), with the gradients clipped to a norm ----
@@ -1101,7 +1039,7 @@ static double gradient_norm(Model *m, const int64_t *step) {
 #pragma omp parallel for schedule(dynamic, 8)
     for (int i = 0; i < m->n_chunks; i++) {
         const UpdateChunk *k = &m->chunk[i];
-        const real *g = m->slot[SLOT_GRAD] + (k->at - m->n_frozen);
+        const real *g = m->slot[SLOT_GRAD] + (k->at - m->layout.n_frozen);
         double sum = 0;
         if (step[k->branch] > 0 && !m->spent[k->branch]) {         // others have no gradient
 #pragma omp simd reduction(+:sum)
@@ -1139,7 +1077,7 @@ static double model_update(Model *m, const UpdateArgs *a) {
 #pragma omp parallel for schedule(dynamic, 8)
     for (int i = 0; i < (taken ? m->n_chunks : 0); i++) {
         const UpdateChunk *k = &m->chunk[i];
-        const size_t at = k->at - m->n_frozen;
+        const size_t at = k->at - m->layout.n_frozen;
         if (a->t[k->branch] > 0)
             adamw(m->slot[SLOT_PARAM] + k->at, m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] +
                   at, m->slot[SLOT_M] + at, m->slot[SLOT_V] + at, k->n, a, a->t[k->branch], clip,

@@ -22,6 +22,7 @@
 #include "dev/check.h"
 #include "dev/model/cuda.h"
 #include "dev/model/engines.h"
+#include "dev/model/layout.h"
 #include "dev/run/comm.h"
 #include <limits.h>
 #ifndef NO_NCCL
@@ -30,7 +31,7 @@
 
 // ---- The device, and elements in memory ----
 
-typedef struct Product Product;
+typedef struct Matmul Matmul;
 
 // What layers run on. `half`: N is bf16, else float.
 typedef struct {
@@ -41,8 +42,8 @@ typedef struct {
     int half, tf32, search, plain, sums_inside;
     void *workspace;                             // (WORKSPACE) bytes for matmuls
     float *partial, *sum;                        // column sums: (PARTIAL * C) partial, (4C) whole
-    Product *product;                            // those used so far, by shape
-    int n_products, room_products;
+    Matmul *matmul;                             // those used so far, by shape
+    int n_matmuls, matmul_capacity;
 } Gpu;
 
 #ifndef WORKSPACE_BYTES
@@ -188,8 +189,9 @@ static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
 // 13.1 names kernels with them for bf16 and fp32 results only for compute capability 8.0, which on
 // 9.0 take 1.6 times as long (estimated) and would cost more than reading dy once more.
 
-// Rows of elements, ld apart; a matmul reads the matrix or, with `turned`, its transpose. All N.
-typedef struct { const void *at; size_t ld; int turned; } Matrix;
+// Rows of elements, ld apart; a matmul reads the matrix or, with `transposed`, its transpose. All
+// N.
+typedef struct { const void *at; size_t ld; int transposed; } Matrix;
 
 // The destination of a matmul: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is
 // float, otherwise N. With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h),
@@ -204,8 +206,9 @@ typedef struct {
     float *b_sum, alpha;
 } Result;
 
-static inline Matrix lines(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
-static inline Matrix turned(const void *at, size_t ld) { const Matrix m = {at, ld, 1}; return m; }
+static inline Matrix matrix(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
+static inline Matrix transposed(const void *at, size_t ld) { const Matrix m = {at, ld,
+                                                                               1}; return m; }
 static inline Result fresh(void *at, size_t ld, const void *bias) {
     const Result y = {at, ld, 0, 0, bias, NULL, NULL, NULL, 1};
     return y;
@@ -217,11 +220,11 @@ static inline Result summed(float *at, size_t ld, int add) {
 
 typedef struct {
     size_t M, N, K, lda, ldb, ldy;
-    int a_turned, b_turned, sums, add, epilogue;
-} ProductKey;
+    int a_transposed, b_transposed, sums, add, epilogue;
+} MatmulKey;
 
-struct Product {
-    ProductKey key;
+struct Matmul {
+    MatmulKey key;
     cublasLtMatmulDesc_t what;
     cublasLtMatrixLayout_t a, b, y;                      // our a and b
     cublasLtMatmulAlgo_t algorithm;
@@ -232,7 +235,7 @@ struct Product {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute((p)->what, CUBLASLT_MATMUL_DESC_##attribute, \
                                                 &(value), sizeof(value)))
 
-static cublasLtMatrixLayout_t product_layout(int type, size_t columns, size_t lines, size_t ld) {
+static cublasLtMatrixLayout_t matmul_layout(int type, size_t columns, size_t lines, size_t ld) {
     cublasLtMatrixLayout_t layout;
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, (cudaDataType)type, columns, lines,
                                             (int64_t)ld));
@@ -240,7 +243,7 @@ static cublasLtMatrixLayout_t product_layout(int type, size_t columns, size_t li
 }
 
 // The pointers of one call: bias and pre-activation.
-static void product_pointers(Product *p, const Result *y) {
+static void matmul_pointers(Matmul *p, const Result *y) {
     const void *aux = y->h ? y->h : y->at;
     if (!p->fused) return;
     if (y->bias) SET_OF_PRODUCT(p, BIAS_POINTER, y->bias);
@@ -248,8 +251,8 @@ static void product_pointers(Product *p, const Result *y) {
     if (y->gelu || y->h) SET_OF_PRODUCT(p, EPILOGUE_AUX_POINTER, aux);
 }
 
-static void product_describe(const Gpu *g, Product *p, const Result *y) {
-    const ProductKey *k = &p->key;
+static void matmul_describe(const Gpu *g, Matmul *p, const Result *y) {
+    const MatmulKey *k = &p->key;
     const int number = g->half ? CUDA_R_16BF : CUDA_R_32F;
     const cublasOperation_t no = CUBLAS_OP_N, yes = CUBLAS_OP_T;
     const cublasLtEpilogue_t epilogue = p->fused ? (cublasLtEpilogue_t)k->epilogue
@@ -258,20 +261,20 @@ static void product_describe(const Gpu *g, Product *p, const Result *y) {
     const int64_t ld = (int64_t)k->ldy;
     CUBLAS_CHECK(cublasLtMatmulDescCreate(&p->what, g->tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32
                                           : CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    SET_OF_PRODUCT(p, TRANSA, *(k->b_turned ? &yes : &no));
-    SET_OF_PRODUCT(p, TRANSB, *(k->a_turned ? &yes : &no));
+    SET_OF_PRODUCT(p, TRANSA, *(k->b_transposed ? &yes : &no));
+    SET_OF_PRODUCT(p, TRANSB, *(k->a_transposed ? &yes : &no));
     SET_OF_PRODUCT(p, EPILOGUE, epilogue);
     if (p->fused && (y->bias || y->b_sum)) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
     if (p->fused && (y->gelu || y->h)) SET_OF_PRODUCT(p, EPILOGUE_AUX_LD, ld);
-    product_pointers(p, y);
-    p->b = k->b_turned ? product_layout(number, k->K, k->N, k->ldb)
-        : product_layout(number, k->N, k->K, k->ldb);
-    p->a = k->a_turned ? product_layout(number, k->M, k->K, k->lda)
-        : product_layout(number, k->K, k->M, k->lda);
-    p->y = product_layout(k->sums ? CUDA_R_32F : number, k->N, k->M, k->ldy);
+    matmul_pointers(p, y);
+    p->b = k->b_transposed ? matmul_layout(number, k->K, k->N, k->ldb)
+        : matmul_layout(number, k->N, k->K, k->ldb);
+    p->a = k->a_transposed ? matmul_layout(number, k->M, k->K, k->lda)
+        : matmul_layout(number, k->K, k->M, k->lda);
+    p->y = matmul_layout(k->sums ? CUDA_R_32F : number, k->N, k->M, k->ldy);
 }
 
-static cublasStatus_t product_run(const Gpu *g, const Product *p,
+static cublasStatus_t matmul_run(const Gpu *g, const Matmul *p,
                                   const cublasLtMatmulAlgo_t *algorithm, float alpha, void *y,
                                   const Matrix *a, const Matrix *b) {
     const float beta = p->key.add ? 1 : 0;
@@ -287,13 +290,13 @@ static __global__ void differ_kernel(int *differ, const unsigned *a, const unsig
 enum { ALGORITHMS = 8, ALGORITHM_RUNS = 3 };
 
 // Seconds of the fastest of a few runs into y; negative if it does not run.
-static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulAlgo_t *algorithm,
+static double matmul_time(const Gpu *g, const Matmul *p, const cublasLtMatmulAlgo_t *algorithm,
                            void *y, const Matrix *a, const Matrix *b, cudaEvent_t from,
                            cudaEvent_t to) {
     float best = -1, ms = 0;
     for (int i = 0; i < ALGORITHM_RUNS; i++) {
         CUDA_CHECK(cudaEventRecord(from, g->stream));
-        if (product_run(g, p, algorithm, 1, y, a, b) != CUBLAS_STATUS_SUCCESS) return -1;
+        if (matmul_run(g, p, algorithm, 1, y, a, b) != CUBLAS_STATUS_SUCCESS) return -1;
         CUDA_CHECK(cudaEventRecord(to, g->stream));
         CUDA_CHECK(cudaEventSynchronize(to));
         CUDA_CHECK(cudaEventElapsedTime(&ms, from, to));
@@ -305,35 +308,35 @@ static double product_time(const Gpu *g, const Product *p, const cublasLtMatmulA
 // The index of the fastest of n algorithms whose result has the bits of the first that runs.
 // Results go to memory allocated for this purpose; if there is none, the first algorithm is chosen.
 // Negative if none of them runs.
-static int product_search(const Gpu *g, const Product *p,
+static int matmul_search(const Gpu *g, const Matmul *p,
                           const cublasLtMatmulHeuristicResult_t *found, int n, const Matrix *a,
                           const Matrix *b, const float *b_sum) {
     const size_t numbers = p->key.M * p->key.ldy,
         bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), ALIGN);
     const size_t sum_bytes = b_sum && p->fused ? p->key.N * sizeof *b_sum : 0;
-    char *room = NULL;
+    char *work = NULL;
     int first = -1, best = -1, differs;
     double least = -1;
     cudaEvent_t from, to;
-    if (cudaMalloc((void **)&room, 2 * bytes + round_up(sum_bytes, ALIGN) + ALIGN) != cudaSuccess) {
+    if (cudaMalloc((void **)&work, 2 * bytes + round_up(sum_bytes, ALIGN) + ALIGN) != cudaSuccess) {
         (void)cudaGetLastError();                        // it has been reported
         return 0;
     }
-    char *first_sum = room + 2 * bytes;
+    char *first_sum = work + 2 * bytes;
     int *differ = (int *)(void *)(first_sum + round_up(sum_bytes, ALIGN));
     CUDA_CHECK(cudaEventCreate(&from));
     CUDA_CHECK(cudaEventCreate(&to));
     for (int i = 0; i < n; i++) {
-        void *y = first < 0 ? room : room + bytes;
+        void *y = first < 0 ? work : work + bytes;
         CUDA_CHECK(cudaMemsetAsync(y, 0, bytes, g->stream));
-        if (product_run(g, p, &found[i].algo, 1, y, a, b) != CUBLAS_STATUS_SUCCESS) continue;
+        if (matmul_run(g, p, &found[i].algo, 1, y, a, b) != CUBLAS_STATUS_SUCCESS) continue;
         if (first < 0) first = best = i;
         if (first == i && sum_bytes)
             CUDA_CHECK(cudaMemcpyAsync(first_sum, b_sum, sum_bytes, cudaMemcpyDeviceToDevice,
                                        g->stream));
         CUDA_CHECK(cudaMemsetAsync(differ, 0, sizeof *differ, g->stream));
         if (first < i)
-            LAUNCH(differ_kernel, 256, BLOCK, 0, g->stream, differ, (unsigned *)room, (unsigned *)y,
+            LAUNCH(differ_kernel, 256, BLOCK, 0, g->stream, differ, (unsigned *)work, (unsigned *)y,
                    bytes / 4);
         if (first < i && sum_bytes)
             LAUNCH(differ_kernel, 1, BLOCK, 0, g->stream, differ, (unsigned *)first_sum,
@@ -343,20 +346,20 @@ static int product_search(const Gpu *g, const Product *p,
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         if (differs) continue;
         // the first one's result is preserved
-        const double time = product_time(g, p, &found[i].algo, room + bytes, a, b, from, to);
+        const double time = matmul_time(g, p, &found[i].algo, work + bytes, a, b, from, to);
         if (time >= 0 && (least < 0 || time < least)) least = time, best = i;
     }
     CUDA_CHECK(cudaEventDestroy(from));
     CUDA_CHECK(cudaEventDestroy(to));
-    CUDA_CHECK(cudaFree(room));
+    CUDA_CHECK(cudaFree(work));
     return best;
 }
 
 // Chooses an algorithm; returns 0 if there is none that runs for these types, shapes and this
 // epilogue.
-static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matrix *b,
+static int matmul_choose(const Gpu *g, Matmul *p, const Matrix *a, const Matrix *b,
                           const float *b_sum) {
-    const size_t room = WORKSPACE;
+    const size_t work = WORKSPACE;
     const double flops = 2.0 * (double)p->key.M * (double)p->key.N * (double)p->key.K;
     cublasLtMatmulPreference_t wish;
     cublasLtMatmulHeuristicResult_t found[ALGORITHMS];
@@ -364,7 +367,7 @@ static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matri
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&wish));
     CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(wish,
                                                       CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                      &room, sizeof room));
+                                                      &work, sizeof work));
     const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(g->blas, p->what, p->b, p->a, p->y,
                                                                  p->y, wish, ALGORITHMS, found, &n);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(wish));
@@ -375,20 +378,20 @@ static int product_choose(const Gpu *g, Product *p, const Matrix *a, const Matri
     // below, a launch takes as long as the computation
     const int worth_it = flops > 1e8;
     const int chosen = g->search && worth_it && usable > 1
-        ? product_search(g, p, found, usable, a, b, b_sum) : 0;
+        ? matmul_search(g, p, found, usable, a, b, b_sum) : 0;
     if (chosen < 0) return 0;
     p->algorithm = found[chosen].algo;
     return 1;
 }
 
-static void product_free(Product *p) {
+static void matmul_free(Matmul *p) {
     CUBLAS_CHECK(cublasLtMatmulDescDestroy(p->what));
     CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(p->a));
     CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(p->b));
     CUBLAS_CHECK(cublasLtMatrixLayoutDestroy(p->y));
 }
 
-static int product_epilogue(const Result *y) {
+static int matmul_epilogue(const Result *y) {
     if (y->h) return CUBLASLT_EPILOGUE_DGELU;
     if (y->b_sum) return CUBLASLT_EPILOGUE_BGRADA;       // its A is our b
     if (y->gelu) return CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
@@ -397,7 +400,7 @@ static int product_epilogue(const Result *y) {
 
 // Whether the library may apply the epilogue. GELU only in bf16: the library has no fp32 kernel
 // named for it, and a tanh.approx in one (2^-11) would be the largest error of an fp32 run.
-static int product_fuses(const Gpu *g, const Result *y) {
+static int matmul_fuses(const Gpu *g, const Result *y) {
     if (y->b_sum && !g->sums_inside) return 0;
     if (!y->gelu && !y->h) return 1;
     // with adapters, GELU applies to the whole sum
@@ -405,31 +408,32 @@ static int product_fuses(const Gpu *g, const Result *y) {
     return g->half && y->ld % 8 == 0;                    // by cublasLt.h, EPILOGUE_AUX_LD
 }
 
-static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Matrix *b, size_t M,
+static Matmul *matmul_find(Gpu *g, const Result *y, const Matrix *a, const Matrix *b, size_t M,
                              size_t N, size_t K) {
-    ProductKey key;
+    MatmulKey key;
     // including padding: keys are compared as bytes
     memset(&key, 0, sizeof key);
     key.M = M, key.N = N, key.K = K, key.lda = a->ld, key.ldb = b->ld, key.ldy = y->ld;
-    key.a_turned = a->turned, key.b_turned = b->turned, key.sums = y->sums, key.add = y->add;
-    key.epilogue = product_epilogue(y);
-    for (int i = 0; i < g->n_products; i++)
-        if (!memcmp(&g->product[i].key, &key, sizeof key)) return &g->product[i];
-    if (g->n_products == g->room_products) {
-        g->room_products = 2 * g->room_products + 64;
-        g->product = (Product *)xrealloc(g->product, (size_t)g->room_products, sizeof *g->product);
+    key.a_transposed = a->transposed, key.b_transposed = b->transposed, key.sums = y->sums,
+        key.add = y->add;
+    key.epilogue = matmul_epilogue(y);
+    for (int i = 0; i < g->n_matmuls; i++)
+        if (!memcmp(&g->matmul[i].key, &key, sizeof key)) return &g->matmul[i];
+    if (g->n_matmuls == g->matmul_capacity) {
+        g->matmul_capacity = 2 * g->matmul_capacity + 64;
+        g->matmul = (Matmul *)xrealloc(g->matmul, (size_t)g->matmul_capacity, sizeof *g->matmul);
     }
-    Product *p = &g->product[g->n_products++];
+    Matmul *p = &g->matmul[g->n_matmuls++];
     memset(p, 0, sizeof *p);
     p->key = key;
-    p->fused = !g->plain && product_fuses(g, y);
-    product_describe(g, p, y);
-    if (product_choose(g, p, a, b, y->b_sum)) return p;
+    p->fused = !g->plain && matmul_fuses(g, y);
+    matmul_describe(g, p, y);
+    if (matmul_choose(g, p, a, b, y->b_sum)) return p;
     // a descriptor that still names a bias would be refused again
-    product_free(p);
+    matmul_free(p);
     p->fused = 0;
-    product_describe(g, p, y);
-    if (!product_choose(g, p, a, b, y->b_sum))
+    matmul_describe(g, p, y);
+    if (!matmul_choose(g, p, a, b, y->b_sum))
         die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
     return p;
 }
@@ -439,7 +443,7 @@ static Product *product_find(Gpu *g, const Result *y, const Matrix *a, const Mat
 template <class N, int W>
 static __global__ void column_sums_kernel(float *sums, const void *y, size_t M, size_t columns,
                                           size_t part) {
-    SHARED(float, room);                                 // (warps, WARP * W)
+    SHARED(float, work);                                 // (warps, WARP * W)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const size_t column = ((size_t)blockIdx.x * WARP + lane) * W,
         end = at_most(M, (blockIdx.y + 1) * part);
@@ -450,12 +454,12 @@ static __global__ void column_sums_kernel(float *sums, const void *y, size_t M, 
             const Floats<W> v = load<N, W>(y, i * columns + column);
             for (int k = 0; k < W; k++) sum.x[k] += v.x[k];
         }
-    for (int k = 0; k < W; k++) room[(warp * W + k) * WARP + lane] = sum.x[k];
+    for (int k = 0; k < W; k++) work[(warp * W + k) * WARP + lane] = sum.x[k];
     __syncthreads();
     if (warp > 0 || column >= columns) return;
     for (int k = 0; k < W; k++) {
         float total = 0;
-        for (int w = 0; w < warps; w++) total += room[(w * W + k) * WARP + lane];
+        for (int w = 0; w < warps; w++) total += work[(w * W + k) * WARP + lane];
         sums[blockIdx.y * columns + column + k] = total;
     }
 }
@@ -467,7 +471,7 @@ enum { SUM_THREADS = 1024 };
 static __global__ void __launch_bounds__(SUM_THREADS)
 sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_t parts, int add) {
     BOUNDS(SUM_THREADS);
-    SHARED(float, room);                                 // (warps, WARP)
+    SHARED(float, work);                                 // (warps, WARP)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const size_t columns = second ? 2 * n : n, column = (size_t)blockIdx.x * WARP + lane,
         share = strips(parts, warps);
@@ -475,11 +479,11 @@ sum_parts_kernel(float *first, float *second, const float *sums, size_t n, size_
     if (column < columns)
         for (size_t i = warp * share; i < at_most(parts, (warp + 1) * share); i++)
             sum += sums[i * columns + column];
-    room[warp * WARP + lane] = sum;
+    work[warp * WARP + lane] = sum;
     __syncthreads();
     if (warp > 0 || column >= columns) return;
     sum = 0;
-    for (int w = 0; w < warps; w++) sum += room[w * WARP + lane];
+    for (int w = 0; w < warps; w++) sum += work[w * WARP + lane];
     float *to = column < n ? &first[column] : &second[column - n];
     *to = add ? *to + sum : sum;
 }
@@ -506,10 +510,10 @@ static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t
 
 // y (M,N) from a (M,K) b (K,N); y must not overlap a, b or h, nor b_sum g->partial.
 static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, size_t K) {
-    Product *p = product_find(g, &y, &a, &b, M, N, K);
+    Matmul *p = matmul_find(g, &y, &a, &b, M, N, K);
     const int gelu_inside = p->fused && y.gelu && !y.h;
-    product_pointers(p, &y);
-    CUBLAS_CHECK(product_run(g, p, &p->algorithm, y.alpha, gelu_inside ? y.gelu : y.at, &a, &b));
+    matmul_pointers(p, &y);
+    CUBLAS_CHECK(matmul_run(g, p, &p->algorithm, y.alpha, gelu_inside ? y.gelu : y.at, &a, &b));
     if (!p->fused && (y.bias || y.gelu || y.h)) {
         const int wide = N % WIDE == 0;
         LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y.at,
@@ -521,7 +525,7 @@ static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, s
 // y = x (BT,C) w (C,OC), plus y's epilogue (bias, GELU, accumulate).
 static void matmul_forward(Gpu *g, Result y, const void *x, const void *w, size_t BT, size_t C,
                            size_t OC) {
-    multiply(g, y, lines(x, C), lines(w, OC), BT, OC, C);
+    multiply(g, y, matrix(x, C), matrix(w, OC), BT, OC, C);
 }
 
 // Of y = x w + bias, from dy (BT,OC): dx (BT,C) = dy w^T; dw (C,OC) = x^T dy and dbias (OC) = the
@@ -531,9 +535,9 @@ static void matmul_backward(Gpu *g, Result dx, float *dw, float *dbias, int add,
                             const void *x, const void *w, size_t BT, size_t C, size_t OC) {
     Result y = summed(dw, OC, add);                      // b_sum is always overwritten
     y.b_sum = g->sum;
-    multiply(g, dx, lines(dy, OC), turned(w, OC), BT, C, OC);
+    multiply(g, dx, matrix(dy, OC), transposed(w, OC), BT, C, OC);
     if (!dw) return;
-    multiply(g, y, turned(x, C), lines(dy, OC), C, OC, BT);
+    multiply(g, y, transposed(x, C), matrix(dy, OC), C, OC, BT);
     sum_parts(g, dbias, NULL, g->sum, OC, 1, add);
 }
 
@@ -566,7 +570,7 @@ static void embedding_forward(const Gpu *g, float *x, const int *tokens, const i
 template <int W>
 static __global__ void embedding_backward_kernel(float *dwte, const int *tokens, const int *order,
                                                  const int *first, const float *dx, size_t C) {
-    SHARED(float, room);                                 // (warps, WARP * W)
+    SHARED(float, work);                                 // (warps, WARP * W)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int from = first[blockIdx.x], end = first[blockIdx.x + 1];
     const size_t c = ((size_t)blockIdx.y * WARP + lane) * W;
@@ -577,14 +581,14 @@ static __global__ void embedding_backward_kernel(float *dwte, const int *tokens,
             const Floats<W> v = load<float, W>(dx, (size_t)order[i] * C + c);
             for (int k = 0; k < W; k++) sum.x[k] += v.x[k];
         }
-    for (int k = 0; k < W; k++) room[(warp * W + k) * WARP + lane] = sum.x[k];
+    for (int k = 0; k < W; k++) work[(warp * W + k) * WARP + lane] = sum.x[k];
     __syncthreads();
     if (warp > 0 || c >= C) return;
     const size_t to = (size_t)tokens[order[from]] * C + c;
     Floats<W> total = load<float, W>(dwte, to);
     for (int k = 0; k < W; k++)
         for (int w = 0; w < warps && w < end - from; w++)
-            total.x[k] += room[(w * W + k) * WARP + lane];
+            total.x[k] += work[(w * W + k) * WARP + lane];
     store<float, W>(dwte, to, total);
 }
 
@@ -684,14 +688,14 @@ static __device__ inline long row_place(const int *place, size_t row) {
 
 // Forward: x += end.scale * out (n,T,C) on the rows of `end`; then ln (n',T,C) = xhat * w + b, xhat
 // (n',T,C), rstd (n',T) on the rows of `begin`. Without out, nothing is added. xhat is rounded to N
-// first, so that layernorm_again gives the same ln.
+// first, so that layernorm_recompute gives the same ln.
 template <class N, int W>
 static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, void *xhat,
                                                          float *rstd, const void *out, Rows end,
                                                          Rows begin, int tied, const void *w,
                                                          const void *b, size_t BT, size_t T,
                                                          size_t C) {
-    SHARED(float, room);                                 // (warps, C)
+    SHARED(float, work);                                 // (warps, C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const size_t token = (size_t)blockIdx.x * (blockDim.x / WARP) + warp;
     const unsigned row = (unsigned)token / (unsigned)T, t = (unsigned)token % (unsigned)T;
@@ -700,7 +704,7 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     if (ended < 0 && begun < 0) return;
     const float scale = ended < 0 ? 0 : *end.scale;
     // each lane accesses only its own elements of z
-    float *z = room + warp * C, sum = 0, squares = 0;
+    float *z = work + warp * C, sum = 0, squares = 0;
     for (size_t c = lane * W; c < C; c += WARP * W) {
         Floats<W> v = load<float, W>(x, token * C + c), seen = v;
         if (ended >= 0) {
@@ -754,7 +758,7 @@ static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *x
 // Recomputes y (n,T,C) from xhat: the backward pass needs it as the input of a matmul. A block
 // processes one token.
 template <class N, int W>
-static __global__ void layernorm_again_kernel(void *y, const void *xhat, const void *w,
+static __global__ void layernorm_recompute_kernel(void *y, const void *xhat, const void *w,
                                               const void *b, size_t C) {
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         const Floats<W> weight = load<N, W>(w, c), bias = load<N, W>(b, c);
@@ -764,10 +768,10 @@ static __global__ void layernorm_again_kernel(void *y, const void *xhat, const v
     }
 }
 
-static void layernorm_again(const Gpu *g, void *y, const void *xhat, const void *w, const void *b,
-                            size_t nT, size_t C) {
-    LAUNCH_AS(layernorm_again_kernel, g, C % WIDE == 0, (unsigned)nT, threads_for(C), 0, y, xhat, w,
-              b, C);
+static void layernorm_recompute(const Gpu *g, void *y, const void *xhat, const void *w,
+                            const void *b, size_t nT, size_t C) {
+    LAUNCH_AS(layernorm_recompute_kernel, g, C % WIDE == 0, (unsigned)nT, threads_for(C), 0, y,
+              xhat, w, b, C);
 }
 
 // Backward: dx += dz = rstd * (v - mean(v) - xhat * mean(v * xhat)), v = dy * w (n,T,C), on the
@@ -782,10 +786,10 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
                                                           Rows begin, Rows end, int fresh, int tied,
                                                           const void *__restrict__ w, size_t BT,
                                                           size_t T, size_t C) {
-    SHARED(float, room);                                 // (warps, 2C)
+    SHARED(float, work);                                 // (warps, 2C)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     // each lane accesses only its own elements until the end
-    float *dw = room + warp * 2 * C, *db = dw + C;
+    float *dw = work + warp * 2 * C, *db = dw + C;
     Floats<W> zero;
     for (int k = 0; k < W; k++) zero.x[k] = 0;
     for (size_t c = lane * W; c < C; c += WARP * W)
@@ -837,7 +841,7 @@ static __global__ void residual_layernorm_backward_kernel(float *dx, void *dout,
     __syncthreads();
     for (size_t c = threadIdx.x; c < 2 * C; c += blockDim.x) {
         float total = 0;
-        for (int i = 0; i < warps; i++) total += room[i * 2 * C + c];
+        for (int i = 0; i < warps; i++) total += work[i * 2 * C + c];
         sums[blockIdx.x * 2 * C + c] = total;
     }
 }
@@ -962,7 +966,7 @@ static __device__ float kept_factor(KeptKeys keep, size_t head, int i, int j, in
 
 // ---- Attention in bf16: tiles in shared memory ----
 
-// A tile's rows have W elements in pieces of 16 bytes. Piece p of row i is at position p ^ (i & 7):
+// A tile's rows have W elements in pieces of 16 bytes. Slice p of row i is at position p ^ (i & 7):
 // the same piece of eight rows, which ldmatrix reads together, covers all 32 banks.
 template <int W> static __device__ bf16 *tile_piece(bf16 *tile, int line, int piece) {
     return tile + line * W + ((piece ^ (line & 7)) << 3);
@@ -1061,7 +1065,7 @@ static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, 
 
 // out (16M,W) += p (16M,8N) tile (8N,W); p is rounded to bf16.
 template <int W, int M, int N>
-static __device__ void tile_product(float out[M][W / 8][4], const float p[M][N][4], bf16 *tile) {
+static __device__ void tile_matmul(float out[M][W / 8][4], const float p[M][N][4], bf16 *tile) {
     UNROLL for (int n = 0; n < N; n += 2) {
         uint32_t a[M][4];
         UNROLL for (int m = 0; m < M; m++)
@@ -1245,14 +1249,14 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
             causal<false, M, N>(s, i_own, j0);
             softmax_tile<W, M, N>(s, out, top, sum, scale2);
             if (DROPS) tile_keep<M, N>(s, keep, head_tokens(p, NH, T), i_own, j0, T);
-            tile_product<W, M, N>(out, s, v_tiles + at * KEYS * W);
+            tile_matmul<W, M, N>(out, s, v_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
         // the next tile is here, and nobody reads this one any longer
         __syncthreads();
     }
 
-    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
+    const AttentionOwn to = attention_own<M>(thread_reread(), block_reread(), T, NH, true);
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++) {
             const int i = to.first + to.own + 16 * m + 8 * half + to.lane / 4;
@@ -1330,7 +1334,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
                 UNROLL for (int n = 0; n < N; n++)
                     UNROLL for (int e = 0; e < 4; e++)
                         ds[m][n][e] *= exp2_fast(s[m][n][e] * scale2 - lse2[m][e / 2]);
-            tile_product<W, M, N>(dq, ds, k_tiles + at * KEYS * W);
+            tile_matmul<W, M, N>(dq, ds, k_tiles + at * KEYS * W);
         }
         cp_async_wait<0>();
         __syncthreads();                                 // as in the forward kernel
@@ -1339,25 +1343,25 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dq[m][d][e] *= scale;
-    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, true);
+    const AttentionOwn to = attention_own<M>(thread_reread(), block_reread(), T, NH, true);
     own_store<W, M>(head_of_qkv(dqkv, to.p, 0, T, C, C / NH), to.first + to.own, dq,
                     shared + to.own * W);
 }
 
 // lse log2(e) and -inner of the next QUERIES queries, one for each of the first 2 QUERIES threads.
 // Past T, 0 is fine: dy is 0 there, so P dy and ds are.
-template <int QUERIES> struct QueryNumbers { const float *from; float factor; int left; };
+template <int QUERIES> struct QueryElements { const float *from; float factor; int left; };
 
 template <int QUERIES>
-static __device__ QueryNumbers<QUERIES> query_numbers(const float *lse, const float *inner,
+static __device__ QueryElements<QUERIES> query_elements(const float *lse, const float *inner,
                                                       size_t start, int i0, int T) {
     const int x = (int)threadIdx.x, i = i0 + x % QUERIES;
     const bool first = x < QUERIES;
-    return QueryNumbers<QUERIES>{(first ? lse : inner) + start + i, first ? 1.44269504f : -1,
+    return QueryElements<QUERIES>{(first ? lse : inner) + start + i, first ? 1.44269504f : -1,
                                  x < 2 * QUERIES ? T - i : 0};
 }
 
-template <int QUERIES> static __device__ float query_read(QueryNumbers<QUERIES> *x) {
+template <int QUERIES> static __device__ float query_read(QueryElements<QUERIES> *x) {
     const float number = x->left > 0 ? *x->from * x->factor : 0;
     x->from += QUERIES, x->left -= QUERIES;
     return number;
@@ -1376,7 +1380,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                                float scale) {
     BOUNDS(ATTENTION_THREADS);
     constexpr int LINES = 16 * M * ATTENTION_WARPS, QUERIES = 8 * N;
-    static_assert(2 * QUERIES <= ATTENTION_THREADS, "query_numbers: a thread for each");
+    static_assert(2 * QUERIES <= ATTENTION_THREADS, "query_elements: a thread for each");
     // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
     SHARED(bf16, shared);
     bf16 *const q_tiles = shared + 2 * LINES * W, *const dy_tiles = q_tiles + 2 * QUERIES * W;
@@ -1389,7 +1393,8 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     TileSource<W> q = tile_source<W>(head_of_qkv(qkv, p, 0, T, C, HS), i0);
     TileSource<W> g = tile_source<W>(head_of_y(dy, p, T, C, HS), i0);
     const float scale2 = scale * 1.44269504f;
-    QueryNumbers<QUERIES> source = query_numbers<QUERIES>(lse, inner, head_tokens(p, NH, T), i0, T);
+    QueryElements<QUERIES> source = query_elements<QUERIES>(lse, inner, head_tokens(p, NH, T), i0,
+                                                            T);
     // the warp's rows; those of v are LINES further
     bf16 *const k_tile = shared + o.own * W;
     OwnLines<W, M, KEPT> k, v;
@@ -1431,7 +1436,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                     UNROLL for (int n = 0; n < N; n++)
                         UNROLL for (int e = 0; e < 4; e++)
                             left[m][n][e] = s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
-                tile_product<W, M, N>(dv, left, dy_tiles + at * QUERIES * W);
+                tile_matmul<W, M, N>(dv, left, dy_tiles + at * QUERIES * W);
                 tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
@@ -1439,7 +1444,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                             ds[m][n][e] = ds[m][n][e] * factor[m][n][e] +
                                 minus_inner[8 * n + e % 2];
             } else {
-                tile_product<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
+                tile_matmul<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
                         // initial value of dP
@@ -1449,7 +1454,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
                     UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] *= s[m][n][e];
-            tile_product<W, M, N>(dk, ds, q_tiles + at * QUERIES * W);
+            tile_matmul<W, M, N>(dk, ds, q_tiles + at * QUERIES * W);
         }
         query_write<QUERIES>(numbers + (at ^ 1) * 2 * QUERIES, next);
         cp_async_wait<0>();
@@ -1459,7 +1464,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int d = 0; d < W / 8; d++)
             UNROLL for (int e = 0; e < 4; e++) dk[m][d][e] *= scale;
-    const AttentionOwn to = attention_own<M>(thread_again(), block_again(), T, NH, false);
+    const AttentionOwn to = attention_own<M>(thread_reread(), block_reread(), T, NH, false);
     own_store<W, M>(head_of_qkv(dqkv, to.p, 1, T, C, C / NH), to.first + to.own, dk,
                     shared + to.own * W);
     own_store<W, M>(head_of_qkv(dqkv, to.p, 2, T, C, C / NH), to.first + to.own, dv,
@@ -1542,7 +1547,7 @@ template <int W, int R> static __device__ void plain_share(float *p, const float
 
 // out (LINES,W) += p (LINES,LINES) tile (LINES,W).
 template <int W, int R>
-static __device__ void plain_product(float out[R][W / 64][4], const float *p, const float *tile) {
+static __device__ void plain_matmul(float out[R][W / 64][4], const float *p, const float *tile) {
     constexpr int LD = Plain<W>::LD, P_LD = Plain<W>::P_LD;
     p += (int)threadIdx.x / 16 * P_LD, tile += (int)threadIdx.x % 16 * 4;
     for (int j = 0; j < Plain<W>::LINES; j += 4) {
@@ -1622,7 +1627,7 @@ attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, in
                 s[r][c] *= kept_factor(keep, head_tokens(p, NH, T), i0 + line + 16 * r,
                                        j0 + column + 16 * c, T, kept);
         plain_share<W, R>(shares, s);
-        plain_product<W, R>(out, shares, v);
+        plain_matmul<W, R>(out, shares, v);
     }
     UNROLL for (int r = 0; r < R; r++) {
         UNROLL for (int other = 8; other; other /= 2)
@@ -1683,7 +1688,7 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
                 ds[r][c] = seen ? expf(s[r][c] * scale - lse_of[r]) * (ds[r][c] - inner_of[r]) : 0;
             }
         plain_share<W, R>(shares, ds);
-        plain_product<W, R>(dq, shares, k);
+        plain_matmul<W, R>(dq, shares, k);
     }
     plain_store<N, W, R>(head_of_qkv(dqkv, p, 0, T, C, HS), i0, dq, factor);
 }
@@ -1726,9 +1731,9 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
             }
         }
         plain_share<W, R>(shares, s);
-        plain_product<W, R>(dv, shares, g);
+        plain_matmul<W, R>(dv, shares, g);
         plain_share<W, R>(shares, ds);
-        plain_product<W, R>(dk, shares, q);
+        plain_matmul<W, R>(dk, shares, q);
     }
     plain_store<N, W, R>(head_of_qkv(dqkv, p, 1, T, C, HS), j0, dk, factor);
     plain_store<N, W, R>(head_of_qkv(dqkv, p, 2, T, C, HS), j0, dv, one);
@@ -1941,7 +1946,7 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
     const int parts = width < QUERY_THREADS ? QUERY_THREADS / width : 1;
     const int part = (int)threadIdx.x / width, first = (int)threadIdx.x % width;
     // (QUERY_THREADS) (WARP) (parts,HS)
-    float *const p = q + width, *const room = p + QUERY_THREADS, *const joined = room + WARP;
+    float *const p = q + width, *const work = p + QUERY_THREADS, *const joined = work + WARP;
     const long line = row_place(place, (size_t)row);
     if (line < 0) return;
     const size_t from = ((size_t)line * T + t) * 3 * C + h * HS;
@@ -1961,9 +1966,9 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
             s = 0;
             for (int d = 0; d < HS; d++) s += q[d] * to_float(keys[(size_t)j * C + d]);
         }
-        const float high = fmaxf(top, block_max(s, room)), shrink = expf(top - high);
+        const float high = fmaxf(top, block_max(s, work)), shrink = expf(top - high);
         p[threadIdx.x] = expf(s - high);
-        sum = sum * shrink + block_sum(p[threadIdx.x], room);        // makes p visible to all
+        sum = sum * shrink + block_sum(p[threadIdx.x], work);        // makes p visible to all
         for (int e = 0; e < 2; e++) {
             const int d = first + e * QUERY_THREADS;
             out[e] *= shrink;
@@ -2122,14 +2127,15 @@ static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add,
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
         const void *from = (const char *)x + t0 * C * number;
-        multiply(g, fresh(logits, Vp, NULL), lines(from, C), turned(wte, C), n, Vp, C);
+        multiply(g, fresh(logits, Vp, NULL), matrix(from, C), transposed(wte, C), n, Vp, C);
         if (g->half) softmax_loss<bf16>(g, y, logits, t0, n, V);
         else softmax_loss<float>(g, y, logits, t0, n, V);
         if (y->grad == 0) continue;
-        multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), lines(logits, Vp), lines(wte, C),
-                 n, C, Vp);
+        multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), matrix(logits, Vp), matrix(wte,
+                 C), n, C, Vp);
         if (dwte)
-            multiply(g, summed(dwte, C, add || t0), turned(logits, Vp), lines(from, C), Vp, C, n);
+            multiply(g, summed(dwte, C, add || t0), transposed(logits, Vp), matrix(from, C), Vp, C,
+                     n);
     }
 }
 
@@ -2291,7 +2297,7 @@ static __global__ void widen_kernel(float *to, const bf16 *from, size_t n) {
 // algorithms; the most recently used graphs of each branch and direction are kept.
 
 typedef struct {
-    const void *kept;   // where the branch saves what backward needs
+    const void *saved;  // where the branch saves what backward needs
     // n: rows it runs; before: the branch that ran before it, or -1, with before_n rows
     int B, T, n, add, tied, noise, before, before_n;
 } GraphKey;
@@ -2318,9 +2324,9 @@ typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;
 // recomputes is not saved but is in workspace that all branches share: ln and gelu, or
 // (RECOMPUTE_BRANCH) all but xhat and rstd.
 // (n,T,C) (n,T) (n,T,C) (n,T,3C) (n,NH,T) (n,T,C)
-typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; } AttentionKept;
+typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; } AttentionSaved;
 // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
-typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpKept;
+typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpSaved;
 
 // Values that go to the device with each call, in one copy, and their addresses there. `place` and
 // `scale` are by branch. row is the inverse of place, the packed rows of a branch; noise is by
@@ -2338,19 +2344,12 @@ struct Model {
     EngineArgs args;
     Gpu gpu;
     Ranks ranks;                         // those of this run
-    size_t offset[N_PARAMS], n_params;   // param p of layer l is at offset[p] + l * its group's
-                                         // layer_size
-    // [1]: of trained parameters; [0]: of those that adapters leave unchanged, the first n_base
-    // elements
-    size_t layer_size[2], n_base;
-    // offset and size of a branch's parameters in layer 0; the last are those outside branches
-    size_t span[2][BRANCHES + 1], span_size[2][BRANCHES + 1];
-    size_t n_frozen;                     // the first elements, without gradients and moments
+    Layout layout;                       // of every slot, if it is not divided among the ranks
     // elements of m and v, and of fp32 parameters, stored here: all, or this rank's share
     size_t n_moments, n_master;
-    float *slot[4];                      // parameters (n_master), gradients (n_params - n_frozen),
+    float *slot[4];                      // parameters (n_master), gradients (layout.n - n_frozen),
                                          // m, v (n_moments)
-    bf16 *copy;                          // (n_params) the rounded parameters; NULL if N is float
+    bf16 *copy;                          // (layout.n) the rounded parameters; NULL if N is float
     bf16 *wire;                          // gradients being reduced over the ranks; NULL: in place
     UpdateChunk *chunk;                  // (n_chunks) on the device
     int n_chunks;
@@ -2363,12 +2362,12 @@ struct Model {
                                          // memory contains
 
     char *activations;                   // everything below, up to the inputs
-    char *kept, *kept_end;               // what forward saves for backward, one branch after the
+    char *saved, *saved_end;             // what forward saves for backward, one branch after the
                                          // other
-    size_t activation_bytes, kept_room, kept_peak;       // bytes allocated; the most that was used
+    size_t activation_bytes, saved_capacity, saved_peak;  // bytes allocated; the most that was used
                                                          // for saving
-    AttentionKept *attention;            // (L) into `kept`
-    MlpKept *mlp;                        // (L)
+    AttentionSaved *attention;            // (L) into `saved`
+    MlpSaved *mlp;                        // (L)
 
     float *x, *dx;                       // (B,T,C) the residual stream
     void *lnf, *lnf_xhat;                // (B,T,C) (B,T,C)
@@ -2409,14 +2408,14 @@ static void memory_error(const char *what, size_t bytes) {
 }
 
 // Allocates bytes on the device; their contents are undefined.
-static void *room_new(const char *what, size_t bytes) {
+static void *device_alloc(const char *what, size_t bytes) {
     void *p = NULL;
     if (cudaMalloc(&p, bytes + !bytes) != cudaSuccess) memory_error(what, bytes);
     return p;
 }
 
 static float *zeros_new(const Gpu *g, const char *what, size_t n) {
-    float *p = (float *)room_new(what, n * sizeof *p);
+    float *p = (float *)device_alloc(what, n * sizeof *p);
     CUDA_CHECK(cudaMemsetAsync(p, 0, n * sizeof *p, g->stream));
     return p;
 }
@@ -2436,15 +2435,9 @@ typedef struct {
 #undef X
 } Operands;
 
-// Whether it exists and is trained, in layers that are not frozen.
-static int is_trained(const Model *m, int param) {
-    return gpt_param_layers(&m->config, param) > 0 &&
-        gpt_group_trains(&m->config, gpt_param[param].group);
-}
-
-static size_t param_offset(const Model *m, int p, int l) {
-    return m->offset[p] +
-        (gpt_param[p].branch == NO_BRANCH ? 0 : (size_t)l * m->layer_size[is_trained(m, p)]);
+// The offset of one layer's part of a parameter among all.
+static size_t param_offset(const Model *m, int param, int l) {
+    return layout_at(&m->layout, &m->config, param, l);
 }
 
 static const void *weight_at(const Model *m, int param, int l) {
@@ -2462,7 +2455,7 @@ static Operands weights_at(const Model *m, int l) {
 
 static float *gradient_at(const Model *m, int param, int l) {
     const size_t at = param_offset(m, param, l);
-    return at < m->n_frozen ? NULL : m->slot[SLOT_GRAD] + (at - m->n_frozen);
+    return at < m->layout.n_frozen ? NULL : m->slot[SLOT_GRAD] + (at - m->layout.n_frozen);
 }
 
 static Params gradients_at(const Model *m, int l) {
@@ -2474,14 +2467,14 @@ static Params gradients_at(const Model *m, int l) {
 }
 
 // Elements of one layer of a parameter: wte has Vp rows, the last of which are always zeros.
-static size_t param_numbers(const GptConfig *c, int p) {
+static size_t param_elements(const GptConfig *c, int p) {
     return p == P_wte ? padded_vocabulary((size_t)c->V) * (size_t)c->C : gpt_param_size(c, p);
 }
 
 // The space allocated for them in every array of parameters. Reductions over ranks include the
 // gaps: there are none then.
-static size_t param_room(const Model *m, int p) {
-    const size_t bytes = arena_room(param_numbers(&m->config, p) * sizeof(bf16)) -
+static size_t param_capacity(const Model *m, int p) {
+    const size_t bytes = arena_bytes(param_elements(&m->config, p) * sizeof(bf16)) -
         (m->ranks.world > 1 ? ARENA_GAP : 0);
     return bytes / sizeof(bf16);
 }
@@ -2494,38 +2487,22 @@ static int gradient_add(Model *m, int l, int branch, int now) {
     if (!m->spent[index]) return 1;
     m->spent[index] = 0;
     for (int p = 0; p < N_PARAMS && now; p++)
-        if (gpt_param[p].branch == branch && is_trained(m, p))
+        if (gpt_param[p].branch == branch && layout_trains(&m->config, p))
             CUDA_CHECK(cudaMemsetAsync(gradient_at(m, p, l), 0,
-                                       param_numbers(&m->config, p) * sizeof(float),
+                                       param_elements(&m->config, p) * sizeof(float),
                                        m->gpu.stream));
     return now;
 }
 
-// The parameters of a branch are contiguous, and divide evenly among the ranks.
+// The parameters of a branch divide evenly among the ranks.
 static void params_layout(Model *m) {
-    const GptConfig *c = &m->config;
-    const size_t unit = (size_t)m->ranks.shares * (ALIGN / sizeof(bf16));
-    for (int trains = 0; trains < 2; trains++) {
-        const size_t first = m->n_params;
-        m->n_base = first;
-        for (int branch = 0; branch <= NO_BRANCH; branch++) {
-            if (branch == NO_BRANCH) {
-                m->layer_size[trains] = m->n_params - first;
-                m->n_params = first + m->layer_size[trains] * (size_t)c->L;
-            }
-            m->span[trains][branch] = m->n_params;
-            for (int p = 0; p < N_PARAMS; p++)
-                if (gpt_param[p].branch == branch && gpt_param_layers(c, p) && is_trained(m, p) ==
-                    trains)
-                    m->offset[p] = m->n_params, m->n_params += param_room(m, p);
-            m->span_size[trains][branch] = round_up(m->n_params - m->span[trains][branch], unit);
-            m->n_params = m->span[trains][branch] + m->span_size[trains][branch];
-        }
-    }
-    m->n_frozen = m->n_base + m->layer_size[1] * (size_t)m->args.frozen;
-    m->n_moments = (m->n_params - m->n_frozen) / (size_t)m->ranks.shares;
+    const size_t shares = (size_t)m->ranks.shares;
+    size_t work[N_PARAMS];
+    for (int p = 0; p < N_PARAMS; p++) work[p] = param_capacity(m, p);
+    m->layout = layout_of(&m->config, m->args.frozen, work, shares * (ALIGN / sizeof(bf16)));
+    m->n_moments = (m->layout.n - m->layout.n_frozen) / shares;
     // in float, all ranks read all
-    m->n_master = m->gpu.half ? m->n_params / (size_t)m->ranks.shares : m->n_params;
+    m->n_master = m->gpu.half ? m->layout.n / shares : m->layout.n;
 }
 
 // An array of all parameters but the first `absent`, with elements of that many bytes, is an arena:
@@ -2533,10 +2510,10 @@ static void params_layout(Model *m) {
 static void params_seal(const Model *m, void *array, size_t number, size_t absent) {
     for (int p = 0; p < N_PARAMS && m->ranks.world == 1; p++)
         for (int l = 0; l < gpt_param_layers(&m->config, p); l++) {
-            const size_t n = param_numbers(&m->config, p), at = param_offset(m, p, l);
+            const size_t n = param_elements(&m->config, p), at = param_offset(m, p, l);
             if (at < absent) continue;
-            arena_seal((char *)array + (at - absent + n) * number, (param_room(m, p) - n) * number,
-                       m->gpu.stream);
+            arena_seal((char *)array + (at - absent + n) * number, (param_capacity(m,
+                       p) - n) * number, m->gpu.stream);
         }
 }
 
@@ -2545,32 +2522,20 @@ static int is_shared(const Model *m, Slot slot) {
     return m->ranks.shares > 1 && slot != SLOT_GRAD && (slot != SLOT_PARAM || m->gpu.half);
 }
 
-typedef struct { size_t at, n; } Piece;                   // among all parameters
-
-// Those of branch i, in UpdateArgs.t's order, that are trained; or that adapters leave unchanged.
-static Piece span_of(const Model *m, size_t i, int trains) {
-    const size_t last = (size_t)BRANCHES * (size_t)m->config.L,
-        branch = i == last ? (size_t)NO_BRANCH : i % BRANCHES;
-    const Piece s =
-        {m->span[trains][branch] + (i == last ? 0 : i / BRANCHES * m->layer_size[trains]),
-                     m->span_size[trains][branch]};
-    return s;
-}
-
 // The part of n elements at `at`, within branch i, that a rank owns; *place: their offset in an
 // array of such shares of all parameters. (In m and v, frozen layers are omitted.)
-static Piece share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *place) {
-    const Piece s = span_of(m, i, at >= m->n_base);
+static Slice share_of(const Model *m, size_t i, int rank, size_t at, size_t n, size_t *place) {
+    const Slice s = layout_span(&m->layout, &m->config, i, at >= m->layout.n_base);
     const size_t share = s.n / (size_t)m->ranks.shares,
         from = s.at + (m->ranks.shares > 1 ? (size_t)rank * share : 0);
     const size_t first = at > from ? at : from, end = at_most(at + n, from + share);
-    const Piece part = {first, end > first ? end - first : 0};
+    const Slice part = {first, end > first ? end - first : 0};
     *place = s.at / (size_t)m->ranks.shares + first - from;
     return part;
 }
 
 static size_t absent_of(const Model *m, Slot slot) {
-    return slot == SLOT_PARAM ? 0 : m->n_frozen / (size_t)m->ranks.shares;
+    return slot == SLOT_PARAM ? 0 : m->layout.n_frozen / (size_t)m->ranks.shares;
 }
 
 // Divides every trained tensor into pieces of UPDATE_CHUNK elements, the unit of work for norm and
@@ -2584,10 +2549,10 @@ static void params_chunks(Model *m) {
         const size_t branch = gpt_branch_index(&m->config, l, gpt_param[p].branch),
             begin = param_offset(m, p, l);
         size_t place;
-        const Piece part = share_of(m, branch, m->ranks.rank, begin + piece[i].at, piece[i].n,
+        const Slice part = share_of(m, branch, m->ranks.rank, begin + piece[i].at, piece[i].n,
                                     &place);
         const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? place : part.at,
-                                   part.at - m->n_frozen,
+                                   part.at - m->layout.n_frozen,
                                    place - absent_of(m, SLOT_M), part.n, part.at - begin, branch,
                                    (uint32_t)p | (uint32_t)l << 8, gpt_param[p].dims == 2};
         if (part.n) all[m->n_chunks++] = chunk;
@@ -2595,15 +2560,15 @@ static void params_chunks(Model *m) {
     free(piece);
     // 0 for a rank without a share of such a small model
     const size_t bytes = (size_t)m->n_chunks * sizeof *all;
-    m->chunk = (UpdateChunk *)room_new("the table of parameters", bytes);
+    m->chunk = (UpdateChunk *)device_alloc("the table of parameters", bytes);
     CUDA_CHECK(cudaMemcpy(m->chunk, all, bytes, cudaMemcpyHostToDevice));
     free(all);
-    m->norms = (double *)room_new("the gradient norms",
+    m->norms = (double *)device_alloc("the gradient norms",
                                   ((size_t)m->n_chunks + 1) * sizeof *m->norms);
 }
 
 // Bytes that one row of a kept branch saves.
-static size_t kept_per_row(const Model *m, int branch) {
+static size_t saved_per_row(const Model *m, int branch) {
     const size_t N = size_of_number(&m->gpu), C = (size_t)m->config.C, NH = (size_t)m->config.NH;
     const int recompute = m->args.recompute;
     // per token: xhat and rstd, then what is not recomputed
@@ -2615,25 +2580,25 @@ static size_t kept_per_row(const Model *m, int branch) {
 }
 
 // The most that a plan within the bound saves; evaluation needs one layer at a time.
-static size_t kept_bound(const Model *m, const MemoryBound *b) {
+static size_t saved_bound(const Model *m, const MemoryBound *b) {
     enum { ARRAYS = 6 };                                 // per branch; each is rounded up to ALIGN
-    const size_t size[BRANCHES] = {kept_per_row(m, ATTN), kept_per_row(m, MLP)};
+    const size_t size[BRANCHES] = {saved_per_row(m, ATTN), saved_per_row(m, MLP)};
     const size_t gaps = (size_t)m->config.L * BRANCHES * ARRAYS * (ALIGN + ARENA_GAP);
     return round_up(memory_bound_most(b, size, m->args.B), ALIGN) + gaps;
 }
 
-typedef struct { void **at; size_t bytes; } Room;
-enum { N_ROOMS = 26, N_TRAINING_ROOMS = 8 };
+typedef struct { void **at; size_t bytes; } Buffer;
+enum { N_BUFFERS = 26, N_TRAINING_BUFFERS = 8 };
 
 // All activation arrays except the saved ones; the last ones are for training.
-static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
+static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     const GptConfig *c = &m->config;
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V,
         N = size_of_number(&m->gpu);
     const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, again = m->args.recompute ==
         RECOMPUTE_BRANCH;
     const size_t r = (size_t)c->lora;
-    const Room all[N_ROOMS] = {
+    const Buffer all[N_BUFFERS] = {
         {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N},
         {(void **)&m->lnf_rstd, BT * one}, {(void **)&m->losses, BT * one},
         {(void **)&m->uniform, BT * one},
@@ -2646,33 +2611,33 @@ static int model_rooms(Model *m, Room rooms[N_ROOMS]) {
         {&m->cache.at, (size_t)m->args.cache * (size_t)c->L * 2 * (size_t)m->args.T * C * N},
         {(void **)&m->gpu.partial, PARTIAL * C * one}, {(void **)&m->gpu.sum, 4 * C * one},
         {&m->lora_u, BT * r * N}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C * N : 0},
-        {(void **)&m->kept, 0},                          // has its own size
+        {(void **)&m->saved, 0},                          // has its own size
         {&m->lora_v, BT * r * N},
         {(void **)&m->dx, BT * C * one}, {&m->dy, BT * C * N}, {&m->dout, BT * C * N},
         {&m->dwide, BT * 4 * C * N}, {(void **)&m->inner, heads},
         {&m->redo, again * (BT * 4 * C * N + ALIGN)}, {(void **)&m->lse, again * heads},
     };
-    memcpy(rooms, all, sizeof all);
-    return m->args.bound.rows > 0 ? N_ROOMS : N_ROOMS - N_TRAINING_ROOMS;
+    memcpy(buffers, all, sizeof all);
+    return m->args.bound.rows > 0 ? N_BUFFERS : N_BUFFERS - N_TRAINING_BUFFERS;
 }
 
-static size_t rooms_bytes(Model *m, size_t kept) {
-    Room rooms[N_ROOMS];
+static size_t buffers_bytes(Model *m, size_t saved) {
+    Buffer buffers[N_BUFFERS];
     size_t bytes = 0;
-    for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
-        bytes += arena_room(rooms[i].at == (void **)&m->kept ? kept : rooms[i].bytes);
+    for (int i = 0, n = model_buffers(m, buffers); i < n; i++)
+        bytes += arena_bytes(buffers[i].at == (void **)&m->saved ? saved : buffers[i].bytes);
     return bytes;
 }
 
-static void rooms_new(Model *m) {
-    Room rooms[N_ROOMS];
-    m->kept_room = kept_bound(m, &m->args.bound);
-    m->activation_bytes = rooms_bytes(m, m->kept_room);
-    char *at = m->activations = (char *)room_new("what forward and backward write",
+static void buffers_new(Model *m) {
+    Buffer buffers[N_BUFFERS];
+    m->saved_capacity = saved_bound(m, &m->args.bound);
+    m->activation_bytes = buffers_bytes(m, m->saved_capacity);
+    char *at = m->activations = (char *)device_alloc("what forward and backward write",
                                                  m->activation_bytes);
-    for (int i = 0, n = model_rooms(m, rooms); i < n; i++)
-        *rooms[i].at = arena_cut(&at, rooms[i].at == (void **)&m->kept ? m->kept_room
-                                 : rooms[i].bytes, m->gpu.stream);
+    for (int i = 0, n = model_buffers(m, buffers); i < n; i++)
+        *buffers[i].at = arena_cut(&at, buffers[i].at == (void **)&m->saved ? m->saved_capacity
+                                 : buffers[i].bytes, m->gpu.stream);
 }
 
 // Lays out the inputs in one array, on the host or the device; returns the number of elements.
@@ -2698,7 +2663,7 @@ static void inputs_new(Model *m) {
     int dummy = 0;
     const size_t bytes = inputs_layout(m, &m->host, &dummy) * sizeof(int);
     inputs_layout(m, &m->host, (int *)host_new(bytes));
-    inputs_layout(m, &m->device, (int *)room_new("the inputs", bytes));
+    inputs_layout(m, &m->device, (int *)device_alloc("the inputs", bytes));
     m->host_losses = (float *)host_new(2 * (size_t)m->args.B * (size_t)m->args.T * sizeof(float));
     m->host_uniform = m->host_losses + (size_t)m->args.B * (size_t)m->args.T;
     m->group = (int *)xcalloc((size_t)m->config.V, sizeof *m->group);
@@ -2738,12 +2703,12 @@ static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
     g->search = !search || strcmp(search, "0");
     g->plain = epilogue && !strcmp(epilogue, "0");
     g->sums_inside = epilogue && !strcmp(epilogue, "1");
-    g->workspace = room_new("the workspace of products", WORKSPACE);
+    g->workspace = device_alloc("the workspace of products", WORKSPACE);
 }
 
 static void gpu_close(Gpu *g) {
-    for (int i = 0; i < g->n_products; i++) product_free(&g->product[i]);
-    free(g->product);
+    for (int i = 0; i < g->n_matmuls; i++) matmul_free(&g->matmul[i]);
+    free(g->matmul);
     CUDA_CHECK(cudaFree(g->workspace));
     CUBLAS_CHECK(cublasLtDestroy(g->blas));
     CUDA_CHECK(cudaStreamDestroy(g->stream));
@@ -2773,28 +2738,28 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_master);
     params_seal(m, m->slot[SLOT_PARAM], sizeof(float), 0);
     if (m->gpu.half) {
-        m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->n_params, 2));
+        m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->layout.n, 2));
         params_seal(m, m->copy, sizeof(bf16), 0);
     }
     if (train) {
         params_chunks(m);
-        const size_t trained = m->n_params - m->n_frozen;
+        const size_t trained = m->layout.n - m->layout.n_frozen;
         m->slot[SLOT_GRAD] = zeros_new(&m->gpu, "gradients", trained);
         m->slot[SLOT_M] = zeros_new(&m->gpu, "the optimizer's moments", 2 * m->n_moments);
         m->slot[SLOT_V] = m->slot[SLOT_M] + m->n_moments;
         for (int slot = SLOT_GRAD; slot <= SLOT_V; slot++)
-            params_seal(m, m->slot[slot], sizeof(float), m->n_frozen);
+            params_seal(m, m->slot[slot], sizeof(float), m->layout.n_frozen);
         if (m->gpu.half && m->ranks.world > 1 && !args->reduce_fp32)
             m->wire = (bf16 *)zeros_new(&m->gpu, "gradients on their way", strips(trained, 2));
-        m->update = (BranchUpdate *)room_new("step counts", branches * sizeof *m->update);
+        m->update = (BranchUpdate *)device_alloc("step counts", branches * sizeof *m->update);
         m->host_update = (BranchUpdate *)host_new(branches * sizeof *m->host_update);
         m->host_norm = (double *)host_new(sizeof *m->host_norm);
     }
     m->spent = (unsigned char *)xcalloc(branches, sizeof *m->spent);
-    m->attention = (AttentionKept *)xcalloc((size_t)config->L, sizeof *m->attention);
-    m->mlp = (MlpKept *)xcalloc((size_t)config->L, sizeof *m->mlp);
+    m->attention = (AttentionSaved *)xcalloc((size_t)config->L, sizeof *m->attention);
+    m->mlp = (MlpSaved *)xcalloc((size_t)config->L, sizeof *m->mlp);
     if (args->graphs) m->graph = (Graph *)xcalloc(2 * branches * GRAPHS, sizeof *m->graph);
-    rooms_new(m);
+    buffers_new(m);
     inputs_new(m);
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
     return m;
@@ -2819,28 +2784,28 @@ static void model_close(Model *m) {
 
 // Parameters include the rounded copy, activations the matmuls' workspace.
 static void model_memory(const Model *m, EngineMemory *bytes) {
-    const size_t trained = m->n_params - m->n_frozen, train = m->args.bound.rows > 0;
+    const size_t trained = m->layout.n - m->layout.n_frozen, train = m->args.bound.rows > 0;
     const MemoryBound all = memory_bound_full(m->config.L, m->args.frozen, m->args.B, (int)train);
     Model copy = *m;
-    bytes->parameters = m->n_master * sizeof(float) + (m->copy ? m->n_params * sizeof(bf16) : 0);
+    bytes->parameters = m->n_master * sizeof(float) + (m->copy ? m->layout.n * sizeof(bf16) : 0);
     bytes->gradients = train * trained * (sizeof(float) + (m->wire ? sizeof(bf16) : 0));
     bytes->moments = train * 2 * m->n_moments * sizeof(float);
     bytes->activations = WORKSPACE + m->activation_bytes;
-    bytes->activations_full = WORKSPACE + rooms_bytes(&copy, kept_bound(m, &all));
-    bytes->activations_used = WORKSPACE + rooms_bytes(&copy, m->kept_peak);
+    bytes->activations_full = WORKSPACE + buffers_bytes(&copy, saved_bound(m, &all));
+    bytes->activations_used = WORKSPACE + buffers_bytes(&copy, m->saved_peak);
 }
 
 // Allocates what a branch saves, in an arena that each forward pass divides anew.
-static void *keep(Model *m, size_t bytes) {
-    const size_t used = (size_t)(m->kept_end - m->kept) + arena_room(bytes);
-    CHECK(used <= m->kept_room, "the plan keeps more branches than the model was opened for");
-    if (used > m->kept_peak) m->kept_peak = used;
-    return arena_cut(&m->kept_end, bytes, m->gpu.stream);
+static void *save(Model *m, size_t bytes) {
+    const size_t used = (size_t)(m->saved_end - m->saved) + arena_bytes(bytes);
+    CHECK(used <= m->saved_capacity, "the plan keeps more branches than the model was opened for");
+    if (used > m->saved_peak) m->saved_peak = used;
+    return arena_cut(&m->saved_end, bytes, m->gpu.stream);
 }
 
-static void keep_nothing(Model *m) {
-    m->kept_end = m->kept;
-    arena_unseal(m->kept, m->kept_room, m->gpu.stream);
+static void save_nothing(Model *m) {
+    m->saved_end = m->saved;
+    arena_unseal(m->saved, m->saved_capacity, m->gpu.stream);
 }
 
 // The last branch before i that runs, or -1.
@@ -2852,14 +2817,15 @@ static int branch_before(const DropPlan *plan, int i) {
 
 // Returns 0 if branch i was launched as a graph; 1 if it must be launched kernel by kernel,
 // followed by graph_end.
-static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add, const void *kept) {
+static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
+                       const void *saved) {
     const DropPlan *plan = pass->plan;
     const int before = branch_before(plan, i);
     GraphKey key;
     if (!m->graph || m->decoding || pass->watch) return 1;         // a watch may come between
     memset(&key, 0, sizeof key);                         // including padding
-    key.kept = kept, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add = add,
-        key.tied = plan->tied;
+    key.saved = saved, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add =
+        add, key.tied = plan->tied;
     key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise,
         NOISE_ATTN_OUT) +
                 4 * !!noise_rate(pass->noise, NOISE_LORA);
@@ -2918,7 +2884,7 @@ static const NoisePlace *noise_at(const Model *m, int place, int l) {
 static const void *adapter_dropout(Model *m, const Pass *pass, int l, int param, void *to,
                                    const void *x, size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param);
-    const int place = NOISE_LORA + gpt_product_of(param),
+    const int place = NOISE_LORA + gpt_matmul_of(param),
         i = BRANCHES * l + gpt_param[param].branch;
     if (!noise_rate(pass->noise, place)) return x;
     CHECK(m->lora_x, "this model was opened without dropout of adapters");
@@ -2937,9 +2903,9 @@ static Result adapter_forward(Model *m, int l, int A, Result y, const void *x, s
     const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
     Result only = fresh(y.at, y.ld, NULL);
     only.alpha = (float)m->args.lora_scale;
-    multiply(&m->gpu, fresh(m->lora_u, r, NULL), lines(x, C), turned(weight_at(m, A, l), C), nT, r,
-             C);
-    multiply(&m->gpu, only, lines(m->lora_u, r), turned(weight_at(m, A + 1, l), r), nT, OC, r);
+    multiply(&m->gpu, fresh(m->lora_u, r, NULL), matrix(x, C), transposed(weight_at(m, A, l), C),
+             nT, r, C);
+    multiply(&m->gpu, only, matrix(m->lora_u, r), transposed(weight_at(m, A + 1, l), r), nT, OC, r);
     y.add = 1;
     return y;
 }
@@ -2950,9 +2916,9 @@ static Result adapter_backward_input(Model *m, int l, int A, Result dx, const vo
     const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
     Result v = fresh(m->lora_v, r, NULL);
     v.alpha = (float)m->args.lora_scale;
-    multiply(&m->gpu, v, lines(dy, OC), lines(weight_at(m, A + 1, l), r), nT, r, OC);
-    multiply(&m->gpu, fresh(dx.at, dx.ld, NULL), lines(m->lora_v, r), lines(weight_at(m, A, l), C),
-             nT, C, r);
+    multiply(&m->gpu, v, matrix(dy, OC), matrix(weight_at(m, A + 1, l), r), nT, r, OC);
+    multiply(&m->gpu, fresh(dx.at, dx.ld, NULL), matrix(m->lora_v, r), matrix(weight_at(m, A, l),
+             C), nT, C, r);
     dx.add = 1;
     return dx;
 }
@@ -2964,11 +2930,11 @@ static void adapter_backward(Model *m, int l, int A, int add, const void *dy, co
     const size_t OC = (size_t)gpt_param_rows(&m->config, A + 1);
     Result dB = summed(gradient_at(m, A + 1, l), r, add);
     dB.alpha = (float)m->args.lora_scale;
-    multiply(&m->gpu, fresh(m->lora_u, r, NULL), lines(x, C), turned(weight_at(m, A, l), C), nT, r,
-             C);
-    multiply(&m->gpu, dB, turned(dy, OC), lines(m->lora_u, r), OC, r, nT);
-    multiply(&m->gpu, summed(gradient_at(m, A, l), C, add), turned(m->lora_v, r), lines(x, C), r, C,
-             nT);
+    multiply(&m->gpu, fresh(m->lora_u, r, NULL), matrix(x, C), transposed(weight_at(m, A, l), C),
+             nT, r, C);
+    multiply(&m->gpu, dB, transposed(dy, OC), matrix(m->lora_u, r), OC, r, nT);
+    multiply(&m->gpu, summed(gradient_at(m, A, l), C, add), transposed(m->lora_v, r), matrix(x, C),
+             r, C, nT);
 }
 
 // y (nT,OC) = x (nT,C) w (C,OC) with y's epilogue (bias, GELU); w is parameter `param` of layer l,
@@ -3014,27 +2980,27 @@ static void begin_branch(Model *m, void *ln, void *xhat, float *rstd, Rows rows,
 static void end_branch(Model *m, const void *out, Rows rows) { m->ended = out, m->end = rows; }
 
 // Where a branch of nT tokens saves what backward needs.
-static AttentionKept attention_keep(Model *m, size_t nT) {
+static AttentionSaved attention_save(Model *m, size_t nT) {
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, N = size_of_number(&m->gpu);
-    AttentionKept k;
-    k.xhat = keep(m, nT * C * N), k.rstd = (float *)keep(m, nT * sizeof(float));
-    k.ln = m->args.recompute == RECOMPUTE_NONE ? keep(m, nT * C * N) : m->ln;
+    AttentionSaved k;
+    k.xhat = save(m, nT * C * N), k.rstd = (float *)save(m, nT * sizeof(float));
+    k.ln = m->args.recompute == RECOMPUTE_NONE ? save(m, nT * C * N) : m->ln;
     if (m->args.recompute == RECOMPUTE_BRANCH) {
         k.qkv = m->redo, k.lse = m->lse, k.y = (char *)m->redo + round_up(nT * 3 * C * N, ALIGN);
         return k;
     }
-    k.qkv = keep(m, nT * 3 * C * N), k.lse = (float *)keep(m, nT * NH * sizeof(float)),
-        k.y = keep(m, nT * C * N);
+    k.qkv = save(m, nT * 3 * C * N), k.lse = (float *)save(m, nT * NH * sizeof(float)),
+        k.y = save(m, nT * C * N);
     return k;
 }
 
-static MlpKept mlp_keep(Model *m, size_t nT) {
+static MlpSaved mlp_save(Model *m, size_t nT) {
     const size_t C = (size_t)m->config.C, N = size_of_number(&m->gpu);
-    MlpKept k;
-    k.xhat = keep(m, nT * C * N), k.rstd = (float *)keep(m, nT * sizeof(float));
-    k.ln = m->args.recompute == RECOMPUTE_NONE ? keep(m, nT * C * N) : m->ln;
-    k.h = m->args.recompute == RECOMPUTE_BRANCH ? m->redo : keep(m, nT * 4 * C * N);
-    k.gelu = m->args.recompute == RECOMPUTE_NONE ? keep(m, nT * 4 * C * N) : m->gelu;
+    MlpSaved k;
+    k.xhat = save(m, nT * C * N), k.rstd = (float *)save(m, nT * sizeof(float));
+    k.ln = m->args.recompute == RECOMPUTE_NONE ? save(m, nT * C * N) : m->ln;
+    k.h = m->args.recompute == RECOMPUTE_BRANCH ? m->redo : save(m, nT * 4 * C * N);
+    k.gelu = m->args.recompute == RECOMPUTE_NONE ? save(m, nT * 4 * C * N) : m->gelu;
     return k;
 }
 
@@ -3063,7 +3029,8 @@ static void end_dropout(Model *m, const Pass *pass, int i, void *x) {
 }
 
 // y = attention of ln, before the last matmul.
-static void attention_inside(Model *m, const Pass *pass, int l, const AttentionKept *k, size_t nT) {
+static void attention_inside(Model *m, const Pass *pass, int l, const AttentionSaved *k,
+                             size_t nT) {
     const Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     KeptKeys keep;
@@ -3075,7 +3042,7 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionK
 
 // Its remainder in decode: caches keys and values and, unless all rows begin a sequence, computes
 // the attention.
-static void attention_continue(Model *m, int l, const AttentionKept *k, Rows rows) {
+static void attention_continue(Model *m, int l, const AttentionSaved *k, Rows rows) {
     const size_t C = (size_t)m->config.C,
         layer = 2 * (size_t)m->args.cache * m->cache.T * C * size_of_number(&m->gpu);
     const Cache cache = {(char *)m->cache.at + (size_t)l * layer, m->cache.T};
@@ -3086,7 +3053,7 @@ static void attention_continue(Model *m, int l, const AttentionKept *k, Rows row
 }
 
 // gelu = GELU(h), h from ln, before the last product
-static void mlp_inside(Model *m, const Pass *pass, int l, const MlpKept *k, size_t nT) {
+static void mlp_inside(Model *m, const Pass *pass, int l, const MlpSaved *k, size_t nT) {
     Result h = fresh(k->h, 4 * (size_t)m->config.C, weight_at(m, P_fcb, l));
     h.gelu = k->gelu;
     linear_forward(m, pass, l, P_fcw, h, k->ln, nT);
@@ -3110,7 +3077,7 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     const int i = BRANCHES * l + ATTN;
     const size_t nT = tokens_of(m, &pass->plan->branch[i]);
     const Operands w = weights_at(m, l);
-    const AttentionKept *k = &m->attention[l];
+    const AttentionSaved *k = &m->attention[l];
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), 0, w.ln1w, w.ln1b);
     attention_inside(m, pass, l, k, nT);
     attention_continue(m, l, k, rows_of(m, pass->plan, i));
@@ -3124,11 +3091,11 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l, int add
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     const size_t nT = tokens_of(m, &pass->plan->branch[BRANCHES * l + ATTN]);
     const Operands w = weights_at(m, l);
-    const AttentionKept *k = &m->attention[l];
+    const AttentionSaved *k = &m->attention[l];
     const Gpu *g = &m->gpu;
     KeptKeys keep;
     void *dqkv = m->dwide, *dln = m->dy;
-    if (k->ln == m->ln) layernorm_again(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
+    if (k->ln == m->ln) layernorm_recompute(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     if (k->qkv == m->redo) attention_inside(m, pass, l, k, nT);
     linear_backward(m, pass, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
     attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse,
@@ -3143,7 +3110,7 @@ static void mlp_branch_forward(Model *m, const Pass *pass, int l) {
     const int i = BRANCHES * l + MLP;
     const size_t nT = tokens_of(m, &pass->plan->branch[i]);
     const Operands w = weights_at(m, l);
-    const MlpKept *k = &m->mlp[l];
+    const MlpSaved *k = &m->mlp[l];
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), pass->plan->tied, w.ln2w,
                  w.ln2b);
     mlp_inside(m, pass, l, k, nT);
@@ -3155,10 +3122,10 @@ static void mlp_branch_backward(Model *m, const Pass *pass, int l, int add) {
     const size_t C = (size_t)m->config.C,
         nT = tokens_of(m, &pass->plan->branch[BRANCHES * l + MLP]);
     const Operands w = weights_at(m, l);
-    const MlpKept *k = &m->mlp[l];
+    const MlpSaved *k = &m->mlp[l];
     Result dh = fresh(m->dwide, 4 * C, NULL);
     void *dln = m->dy;
-    if (k->ln == m->ln) layernorm_again(&m->gpu, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
+    if (k->ln == m->ln) layernorm_recompute(&m->gpu, k->ln, k->xhat, w.ln2w, w.ln2b, nT, C);
     if (k->h == m->redo) mlp_inside(m, pass, l, k, nT);
     dh.h = k->h;
     dh.gelu = m->args.recompute == RECOMPUTE_GELU ? k->gelu : NULL;
@@ -3219,8 +3186,8 @@ static void branch_forward(Model *m, const Pass *pass, int l, int branch) {
     const int i = BRANCHES * l + branch;
     const size_t nT = tokens_of(m, &pass->plan->branch[i]);
     if (!nT) return;
-    if (branch == ATTN) m->attention[l] = attention_keep(m, nT);
-    else m->mlp[l] = mlp_keep(m, nT);
+    if (branch == ATTN) m->attention[l] = attention_save(m, nT);
+    else m->mlp[l] = mlp_save(m, nT);
     if (graph_begin(m, pass, i, 0, 0, branch == ATTN ? m->attention[l].xhat : m->mlp[l].xhat)) {
         if (branch == ATTN) attention_branch_forward(m, pass, l);
         else mlp_branch_forward(m, pass, l);
@@ -3236,8 +3203,8 @@ static void branch_backward(Model *m, const Pass *pass, int l, int branch) {
     const int add = gradient_add(m, l, branch, 0);
     const Operands w = weights_at(m, l);
     const Params dw = gradients_at(m, l);
-    const AttentionKept *a = &m->attention[l];
-    const MlpKept *k = &m->mlp[l];
+    const AttentionSaved *a = &m->attention[l];
+    const MlpSaved *k = &m->mlp[l];
     if (!graph_begin(m, pass, i, 1, add, branch == ATTN ? a->xhat : k->xhat)) return;
     end_dropout(m, pass, i, m->dout);
     if (branch == ATTN) {
@@ -3342,7 +3309,7 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     const Grouped by = {send_inputs(m, batch, pass), m->device.order, m->device.first};
     m->last_B = batch->rows;
     m->last_T = batch->T;
-    keep_nothing(m);
+    save_nothing(m);
     m->ended = NULL;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
     if (noise_rate(pass->noise, NOISE_EMBD))
@@ -3350,7 +3317,7 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     look(m, pass, WATCH_EMBEDDINGS);
     for (int l = 0; l < m->config.L; l++) {
         // frozen layers need only one layer at a time
-        if (pass->weight == 0 || l <= m->args.frozen) keep_nothing(m);
+        if (pass->weight == 0 || l <= m->args.frozen) save_nothing(m);
         block_forward(m, pass, l);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
@@ -3365,8 +3332,8 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
 static void reduce_branch(Model *m, int i) {
     const int last = i == BRANCHES * m->config.L;
     const Ranks *r = &m->ranks;
-    const Piece s = span_of(m, (size_t)i, 1);
-    const size_t at = s.at - m->n_frozen, share = s.n / (size_t)r->shares;
+    const Slice s = layout_span(&m->layout, &m->config, (size_t)i, 1);
+    const size_t at = s.at - m->layout.n_frozen, share = s.n / (size_t)r->shares;
     const size_t mine = at + (r->shares > 1 ? (size_t)r->rank * share : 0);
     float *grad = m->slot[SLOT_GRAD];
     if (!s.n) return;
@@ -3455,7 +3422,7 @@ static void model_decode(Model *m, int n, const int *tokens, const int *seq, con
     for (size_t row = 0; row < B; row++) m->begins &= at[row] == 0;
     embedding_forward(g, m->x, m->device.tokens, m->device.at, w.wte, w.wpe, B, T, C);
     for (int l = 0; l < m->config.L; l++) {
-        keep_nothing(m);
+        save_nothing(m);
         block_forward(m, &pass, l);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
@@ -3610,7 +3577,7 @@ static void gradient_norm(Model *m) {
 static void gather_parameters(Model *m, const int64_t *t) {
     ranks_begin(&m->ranks, &m->gpu);
     for (size_t i = 0; i <= (size_t)BRANCHES * (size_t)m->config.L; i++) {
-        const Piece s = span_of(m, i, 1);
+        const Slice s = layout_span(&m->layout, &m->config, i, 1);
         if (t[i] <= 0 || !s.n) continue;
         ranks_gather(&m->ranks, m->copy ? (void *)(m->copy + s.at) : m->slot[SLOT_PARAM] + s.at,
                      s.n, m->copy != NULL);
@@ -3679,18 +3646,19 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(slot == SLOT_PARAM || gpt_param_trains(&m->config, param, layer, m->args.frozen),
           "parameter %d of layer %d is frozen", param, layer);
     if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 1);
-    return m->slot[slot] + (param_offset(m, param, layer) - (slot == SLOT_PARAM ? 0 : m->n_frozen));
+    return m->slot[slot] +
+        (param_offset(m, param, layer) - (slot == SLOT_PARAM ? 0 : m->layout.n_frozen));
 }
 
 // Gathers a tensor whose parts are divided among the ranks on all of them.
 static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
     const size_t branch = gpt_branch_index(&m->config, layer, gpt_param[param].branch);
-    float *whole = (float *)room_new("a tensor to be saved", n * sizeof *whole);
+    float *whole = (float *)device_alloc("a tensor to be saved", n * sizeof *whole);
     ranks_begin(&m->ranks, &m->gpu);
     for (int rank = 0; rank < m->ranks.world; rank++) {
         size_t place;
-        const Piece part = share_of(m, branch, rank, at, n, &place);
+        const Slice part = share_of(m, branch, rank, at, n, &place);
         if (part.n)
             ranks_send(&m->ranks, whole + (part.at - at),
                        m->slot[slot] + (place - absent_of(m, slot)), part.n, rank);
@@ -3717,7 +3685,7 @@ static void write_copy(Model *m, int param, int layer, const real *host) {
 static void write_shared(Model *m, Slot slot, int param, int layer, const real *host) {
     const size_t n = gpt_param_size(&m->config, param), at = param_offset(m, param, layer);
     size_t place;
-    const Piece part = share_of(m, gpt_branch_index(&m->config, layer, gpt_param[param].branch),
+    const Slice part = share_of(m, gpt_branch_index(&m->config, layer, gpt_param[param].branch),
                                 m->ranks.rank, at, n, &place);
     if (part.n)
         CUDA_CHECK(cudaMemcpyAsync(m->slot[slot] + (place - absent_of(m, slot)),
@@ -3769,22 +3737,22 @@ static double model_peak(Model *m, double seconds) {
     double best = 0;
     for (size_t n = LEAST, enough = 0; best == 0 || clock_seconds() < end;) {
         const size_t bytes = n * n * size_of_number(g);
-        char *room = (char *)room_new("the measurement of the peak", 3 * bytes);
-        LAUNCH_AS(fill_kernel, g, 1, blocks_for(2 * n * n / WIDE), BLOCK, 0, room, 2 * n * n);
+        char *work = (char *)device_alloc("the measurement of the peak", 3 * bytes);
+        LAUNCH_AS(fill_kernel, g, 1, blocks_for(2 * n * n / WIDE), BLOCK, 0, work, 2 * n * n);
         // chooses its algorithm
-        multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n), n, n,
-                 n);
+        multiply(g, fresh(work + 2 * bytes, n, NULL), matrix(work, n), transposed(work + bytes, n),
+                 n, n, n);
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         do {
             const double from = clock_seconds();
-            multiply(g, fresh(room + 2 * bytes, n, NULL), lines(room, n), turned(room + bytes, n),
-                     n, n, n);
+            multiply(g, fresh(work + 2 * bytes, n, NULL), matrix(work, n), transposed(work + bytes,
+                     n), n, n, n);
             CUDA_CHECK(cudaStreamSynchronize(g->stream));
             const double run = clock_seconds() - from;
             best = fmax(best, 2.0 * (double)n * (double)n * (double)n / run);
             enough = run > 2e-3 || n == MOST;
         } while (enough && clock_seconds() < end);
-        CUDA_CHECK(cudaFree(room));
+        CUDA_CHECK(cudaFree(work));
         n *= enough ? 1 : 2;
     }
     return best;

@@ -101,7 +101,7 @@ static void bench_tables(Bench *b, const BenchOptions *o) {
     if (o->only == ONLY_MEMORY) return;
     peak_rows(&b->peaks);
     for (int i = 0; i < b->peaks.n; i++) measure_prepare(&b->peaks.row[i], MEASURE_PEAK_SLICE);
-    product_peaks(b);
+    matmul_peaks(b);
     for (int i = 0; i < N_TABLES; i++) {
         if (o->only != ONLY_ALL && o->only != i + 1) continue;
         const int one = bench_case(&only, o, tables[i].cases, tables[i].n);

@@ -26,7 +26,7 @@ static const char *const dtype_name[N_DTYPES] = {REAL_NAME, "bf16", "auto", "tf3
 typedef struct {
     const Engine *engine;                // for whole steps
     MeasureTable peaks;                  // PEAK_*, prepared as slices beside others
-    MeasureRow *product_peak[N_DTYPES];  // the bound of matmuls; NULL: what engine->peak measures
+    MeasureRow *matmul_peak[N_DTYPES];  // the bound of matmuls; NULL: what engine->peak measures
     double sheet_peak;                   // FLOP/s of dense matmuls by the data sheet; 0: unknown
     double loss_error[N_DTYPES];         // between a loss and the mean over its rows run alone; 0:
                                          // REAL's rounding

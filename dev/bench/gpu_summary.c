@@ -261,8 +261,8 @@ static void table_print(const Summary *s, Text *json) {
         0);
     for (int i = 0; i < N_CUDA_DEFAULTS; i++) {
         const Part *p = &s->kernels[i];
-        const int n = find(p, first_of(p, "rows"), "name", "all products of a step");
-        char *what = xprintf("%s, all products of a step, of the measured peak",
+        const int n = find(p, first_of(p, "rows"), "name", "all matmuls of a step");
+        char *what = xprintf("%s, all matmuls of a step, of the measured peak",
                              cuda_cases[i].preset);
         if (n >= 0) row(json, what, number_of(p, n, "of_peak"), 0, 0);
         free(what);

@@ -79,7 +79,7 @@ template <class N> __global__ void fill_kernel(void *x, size_t n, float size, in
 // memory.
 static void *device_filled(const Gpu *g, int sums, size_t n, float size, int id) {
     const int half = g->half && !sums;
-    void *x = room_new("a benchmark's arrays", n * (half ? sizeof(bf16) : sizeof(float)));
+    void *x = device_alloc("a benchmark's arrays", n * (half ? sizeof(bf16) : sizeof(float)));
     if (half) LAUNCH(fill_kernel<bf16>, blocks_for(n), BLOCK, 0, g->stream, x, n, size, id);
     else LAUNCH(fill_kernel<float>, blocks_for(n), BLOCK, 0, g->stream, x, n, size, id);
     return x;
@@ -89,16 +89,16 @@ static void *device_filled(const Gpu *g, int sums, size_t n, float size, int id)
 static void device_read(const Gpu *g, float *host, const void *from, int sums, size_t first,
                         size_t n) {
     const int half = g->half && !sums;
-    bf16 *room = (bf16 *)xcalloc(n, sizeof *room);
+    bf16 *work = (bf16 *)xcalloc(n, sizeof *work);
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
     if (half)
-        CUDA_CHECK(cudaMemcpy(room, (const bf16 *)from + first, n * sizeof(bf16),
+        CUDA_CHECK(cudaMemcpy(work, (const bf16 *)from + first, n * sizeof(bf16),
                               cudaMemcpyDeviceToHost));
     else
         CUDA_CHECK(cudaMemcpy(host, (const float *)from + first, n * sizeof(float),
                               cudaMemcpyDeviceToHost));
-    for (size_t i = 0; half && i < n; i++) host[i] = to_float(room[i]);
-    free(room);
+    for (size_t i = 0; half && i < n; i++) host[i] = to_float(work[i]);
+    free(work);
 }
 
 static double device_number(const Gpu *g, const void *from, int sums, size_t i) {
@@ -110,36 +110,36 @@ static double device_number(const Gpu *g, const void *from, int sums, size_t i) 
 typedef struct { size_t i, j; } Place;
 
 template <class N>
-__global__ void product_reference_kernel(double *sums, const Place *place, Matrix a, Matrix b,
+__global__ void matmul_reference_kernel(double *sums, const Place *place, Matrix a, Matrix b,
                                          size_t n, size_t K) {
     const size_t s = thread_index();
     if (s >= n) return;
     const Place p = place[s];
-    const N *x = (const N *)a.at + (a.turned ? p.i : p.i * a.ld),
-        *y = (const N *)b.at + (b.turned ? p.j * b.ld : p.j);
+    const N *x = (const N *)a.at + (a.transposed ? p.i : p.i * a.ld),
+        *y = (const N *)b.at + (b.transposed ? p.j * b.ld : p.j);
     double sum = 0;
     for (size_t k = 0; k < K; k++)
-        sum += (double)to_float(x[a.turned ? k * a.ld : k]) *
-            (double)to_float(y[b.turned ? k : k * b.ld]);
+        sum += (double)to_float(x[a.transposed ? k * a.ld : k]) *
+            (double)to_float(y[b.transposed ? k : k * b.ld]);
     sums[s] = sum;
 }
 
 // sums (n): of a (M,K) b (K,N), in double, the elements at the places (n).
-static void product_reference(const Gpu *g, double *sums, const Place *place, Matrix a, Matrix b,
+static void matmul_reference(const Gpu *g, double *sums, const Place *place, Matrix a, Matrix b,
                               size_t n, size_t K) {
-    double *room = (double *)room_new("a reference", n * sizeof *room);
-    Place *places = (Place *)room_new("a reference", n * sizeof *places);
+    double *work = (double *)device_alloc("a reference", n * sizeof *work);
+    Place *places = (Place *)device_alloc("a reference", n * sizeof *places);
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
     CUDA_CHECK(cudaMemcpy(places, place, n * sizeof *places, cudaMemcpyHostToDevice));
     if (g->half)
-        LAUNCH(product_reference_kernel<bf16>, blocks_for(n), BLOCK, 0, g->stream, room, places, a,
+        LAUNCH(matmul_reference_kernel<bf16>, blocks_for(n), BLOCK, 0, g->stream, work, places, a,
                b, n, K);
     else
-        LAUNCH(product_reference_kernel<float>, blocks_for(n), BLOCK, 0, g->stream, room, places, a,
+        LAUNCH(matmul_reference_kernel<float>, blocks_for(n), BLOCK, 0, g->stream, work, places, a,
                b, n, K);
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
-    CUDA_CHECK(cudaMemcpy(sums, room, n * sizeof *sums, cudaMemcpyDeviceToHost));
-    CUDA_CHECK(cudaFree(room));
+    CUDA_CHECK(cudaMemcpy(sums, work, n * sizeof *sums, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaFree(work));
     CUDA_CHECK(cudaFree(places));
 }
 
@@ -148,7 +148,7 @@ static double stored_error(const Gpu *g) { return g->half ? 6.0 / 512 : 0; }
 
 // The error of a matmul with K terms: fp32 sums, which tensor cores truncate rather than round;
 // tf32 keeps 10 bits of an operand.
-static double product_error(const Gpu *g, int sums, size_t K) {
+static double matmul_error(const Gpu *g, int sums, size_t K) {
     return 4 * rounding((double)K) + (sums ? 0 : stored_error(g)) + (g->tf32 ? 8.0 / 2048 : 0);
 }
 
@@ -171,28 +171,28 @@ typedef struct {
     Result y;
     size_t M, N, K;
     double times;                                        // how often a training step performs it
-} ProductRow;
+} MatmulRow;
 
-static void product_row_run(void *arg) {
-    const ProductRow *p = (const ProductRow *)arg;
+static void matmul_row_run(void *arg) {
+    const MatmulRow *p = (const MatmulRow *)arg;
     multiply(p->g, p->y, p->a, p->b, p->M, p->N, p->K);
 }
 
-static double product_row_check(void *arg) {
-    const ProductRow *p = (const ProductRow *)arg;
+static double matmul_row_check(void *arg) {
+    const MatmulRow *p = (const MatmulRow *)arg;
     const Gpu *g = p->g;
     double want[SAMPLES];
     Place place[SAMPLES];
     Deviation y = {0, 0, 0}, gelu = {0, 0, 0};
     for (int s = 0; s < SAMPLES; s++) place[s].i = pick(p->M, s, 0), place[s].j = pick(p->N, s, 1);
-    product_reference(g, want, place, p->a, p->b, SAMPLES, p->K);
+    matmul_reference(g, want, place, p->a, p->b, SAMPLES, p->K);
     for (int s = 0; s < SAMPLES; s++) {
         const size_t at = place[s].i * p->y.ld + place[s].j;
         if (p->y.add) want[s] += device_number(g, p->y.at, p->y.sums, at);
         if (p->y.bias) want[s] += device_number(g, p->y.bias, 0, place[s].j);
         if (p->y.h) want[s] *= gelu_slope_double(device_number(g, p->y.h, 0, at));
     }
-    product_row_run(arg);
+    matmul_row_run(arg);
     for (int s = 0; s < SAMPLES; s++) {
         const size_t at = place[s].i * p->y.ld + place[s].j;
         deviation_add(&y, device_number(g, p->y.at, p->y.sums, at), want[s]);
@@ -202,30 +202,32 @@ static double product_row_check(void *arg) {
     return fmax(deviation(&y), p->y.gelu ? deviation(&gelu) : 0);
 }
 
-// A matmul y (M,N) = a (M,K) b (K,N) on its own inputs; "turned" operands are stored transposed.
-static void product_row_new(ProductRow *p, Gpu *g, int a_turned, int b_turned, int sums, size_t M,
-                            size_t N, size_t K) {
+// A matmul y (M,N) = a (M,K) b (K,N) on its own inputs; "transposed" operands are stored
+// transposed.
+static void matmul_row_new(MatmulRow *p, Gpu *g, int a_transposed, int b_transposed, int sums,
+                            size_t M, size_t N, size_t K) {
     memset(p, 0, sizeof *p);
     timer_open(&p->timer, g->stream);
     p->g = g, p->M = M, p->N = N, p->K = K, p->times = 1;
     const void *a = device_filled(g, 0, M * K, 1, 4), *b = device_filled(g, 0, K * N, 1, 5);
     void *y = device_filled(g, sums, M * N, 1, 3);
-    p->a = a_turned ? turned(a, M) : lines(a, K), p->b = b_turned ? turned(b, K) : lines(b, N);
+    p->a = a_transposed ? transposed(a, M) : matrix(a, K);
+    p->b = b_transposed ? transposed(b, K) : matrix(b, N);
     p->y = sums ? summed((float *)y, N, 0) : fresh(y, N, NULL);
 }
 
-static void product_row_free(ProductRow *p) {
+static void matmul_row_free(MatmulRow *p) {
     const void *const array[] = {p->a.at, p->b.at, p->y.at, p->y.bias, p->y.gelu, p->y.h};
     for (size_t i = 0; i < sizeof array / sizeof array[0]; i++)
         CUDA_CHECK(cudaFree((void *)(uintptr_t)array[i]));
     timer_close(&p->timer);
 }
 
-static MeasureRow *product_row_add(MeasureTable *t, ProductRow *p, const char *name,
+static MeasureRow *matmul_row_add(MeasureTable *t, MatmulRow *p, const char *name,
                                    MeasureRow *peak) {
     MeasureRow *r = timed_row(t, name, "GFLOP/s", 2.0 * (double)p->M * (double)p->N * (double)p->K,
-                              product_row_run, product_row_check, p,
-                              product_error(p->g, p->y.sums, p->K), peak);
+                              matmul_row_run, matmul_row_check, p,
+                              matmul_error(p->g, p->y.sums, p->K), peak);
     snprintf(r->shape, sizeof r->shape, "%zu x %zu x %zu", p->M, p->N, p->K);
     return r;
 }
@@ -238,44 +240,44 @@ enum { LINEARS = sizeof linears / sizeof linears[0], PRODUCTS = 3 * (LINEARS + 1
 
 // As the engine runs them without recomputation: forward adds the bias, and for fc applies GELU;
 // fcproj's d_input is multiplied by GELU'.
-static void linear_rows(MeasureTable *t, ProductRow p[3], Gpu *g, int layer, size_t BT, size_t C,
+static void linear_rows(MeasureTable *t, MatmulRow p[3], Gpu *g, int layer, size_t BT, size_t C,
                         double times, MeasureRow *peak) {
     const size_t in = (size_t)linears[layer].in * C, out = (size_t)linears[layer].out * C;
     const char *const form[] = {"forward", "d_input", "d_weight"};
-    product_row_new(&p[0], g, 0, 0, 0, BT, out, in);
-    product_row_new(&p[1], g, 0, 1, 0, BT, in, out);
-    product_row_new(&p[2], g, 1, 0, 1, in, out, BT);
+    matmul_row_new(&p[0], g, 0, 0, 0, BT, out, in);
+    matmul_row_new(&p[1], g, 0, 1, 0, BT, in, out);
+    matmul_row_new(&p[2], g, 1, 0, 1, in, out, BT);
     p[0].y.bias = device_filled(g, 0, out, 1, 6);
     if (!strcmp(linears[layer].name, "fc")) p[0].y.gelu = device_filled(g, 0, BT * out, 1, 7);
     if (!strcmp(linears[layer].name, "fcproj")) p[1].y.h = device_filled(g, 0, BT * in, 2, 8);
     for (int f = 0; f < 3; f++) {
         char *name = xprintf("%s %s", linears[layer].name, form[f]);
         p[f].times = times;
-        product_row_add(t, &p[f], name, peak);
+        matmul_row_add(t, &p[f], name, peak);
         free(name);
     }
 }
 
 // The head's, on a chunk of tokens.
-static void head_rows(MeasureTable *t, ProductRow p[3], Gpu *g, size_t BT, size_t C, size_t V,
+static void head_rows(MeasureTable *t, MatmulRow p[3], Gpu *g, size_t BT, size_t C, size_t V,
                       MeasureRow *peak) {
     const size_t chunk = classifier_chunk(BT, V, size_of_number(g)), n = at_most(BT, chunk),
         Vp = padded_vocabulary(V);
     const char *const name[] = {"head forward", "head d_input", "head d_weight"};
-    product_row_new(&p[0], g, 0, 1, 0, n, Vp, C);
-    product_row_new(&p[1], g, 0, 0, 0, n, C, Vp);
-    product_row_new(&p[2], g, 1, 0, 1, Vp, C, n);
+    matmul_row_new(&p[0], g, 0, 1, 0, n, Vp, C);
+    matmul_row_new(&p[1], g, 0, 0, 0, n, C, Vp);
+    matmul_row_new(&p[2], g, 1, 0, 1, Vp, C, n);
     p[2].y.add = BT > chunk;
     for (int f = 0; f < 3; f++)
-        p[f].times = (double)BT / (double)n, product_row_add(t, &p[f], name[f], peak);
+        p[f].times = (double)BT / (double)n, matmul_row_add(t, &p[f], name[f], peak);
 }
 
 // For n rows, weighted by how often a training step performs them: all FLOPs / what the peak would
 // have achieved in the same time.
-static double products_of_peak(const MeasureTable *t, int n) {
+static double matmuls_of_peak(const MeasureTable *t, int n) {
     double work = 0, peak_work = 0;
     for (int i = 0; i < n; i++) {
-        const double flops = ((const ProductRow *)t->row[i].arg)->times * t->row[i].work;
+        const double flops = ((const MatmulRow *)t->row[i].arg)->times * t->row[i].work;
         work += flops, peak_work += flops / measure_median(t->row[i].fraction, t->rounds);
     }
     return work / peak_work;
@@ -289,7 +291,7 @@ typedef struct {
     MeasureRow *product, *copy;  // the peaks
     const Case *c;
     GptConfig config;
-    Model *room;                 // one layer: provides its Gpu and the classifier's chunk
+    Model *work;                 // one layer: provides its Gpu and the classifier's chunk
     Gpu *g;
     size_t B, T, BT, C, NH, V;
     int rounds;
@@ -310,23 +312,23 @@ static void lab_print(Lab *l, MeasureTable *t, const char *what) {
 
 static void lab_matmul(Lab *l) {
     MeasureTable t = measure_new(l->rounds);
-    ProductRow p[PRODUCTS];
+    MatmulRow p[PRODUCTS];
     for (int k = 0; k < LINEARS; k++)
         linear_rows(&t, p + 3 * k, l->g, k, l->BT, l->C, l->config.L, l->product);
     head_rows(&t, p + 3 * LINEARS, l->g, l->BT, l->C, l->V, l->product);
     lab_print(l, &t, "matrix products, (M,N) over K");
-    const double layers = products_of_peak(&t, 3 * LINEARS), all = products_of_peak(&t, PRODUCTS);
-    printf("all products of a step: %.1f%% of peak in the layers, %.1f%% with the head\n",
+    const double layers = matmuls_of_peak(&t, 3 * LINEARS), all = matmuls_of_peak(&t, PRODUCTS);
+    printf("all matmuls of a step: %.1f%% of peak in the layers, %.1f%% with the head\n",
            100 * layers, 100 * all);
     measure_json_open(&l->bench->rows);
-    measure_json_text(&l->bench->rows, "name", "all products of a step");
+    measure_json_text(&l->bench->rows, "name", "all matmuls of a step");
     measure_json_text(&l->bench->rows, "preset", l->c->preset);
     measure_json_text(&l->bench->rows, "dtype", dtype_name[l->bench->dtype]);
     measure_json(&l->bench->rows, "of_peak_layers", layers);
     measure_json(&l->bench->rows, "of_peak", all);
     text_printf(&l->bench->rows, "}");
     measure_free(&t);
-    for (int k = 0; k < PRODUCTS; k++) product_row_free(&p[k]);
+    for (int k = 0; k < PRODUCTS; k++) matmul_row_free(&p[k]);
 }
 
 // ---- Attention ----
@@ -378,9 +380,9 @@ static void attention_drops(Attention *a) {
     for (size_t b = 0; b < l->B; b++) rows[b] = (int)b;
     a->noise = noise_place(&z, NOISE_ATTN, 0);
     const size_t words = l->B * l->NH * l->T * kept_keys_line(l->T);
-    a->words = (uint32_t *)room_new("a benchmark's bits", words * sizeof *a->words);
-    a->place = (NoisePlace *)room_new("a benchmark's noise", sizeof *a->place);
-    a->rows = (int *)room_new("a benchmark's rows", l->B * sizeof *a->rows);
+    a->words = (uint32_t *)device_alloc("a benchmark's bits", words * sizeof *a->words);
+    a->place = (NoisePlace *)device_alloc("a benchmark's noise", sizeof *a->place);
+    a->rows = (int *)device_alloc("a benchmark's rows", l->B * sizeof *a->rows);
     CUDA_CHECK(cudaMemcpy(a->place, &a->noise, sizeof a->noise, cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(a->rows, rows, l->B * sizeof *rows, cudaMemcpyHostToDevice));
     free(rows);
@@ -709,7 +711,7 @@ static void head_open(Head *h, const Lab *l) {
         h->losses = (float *)device_filled(g, 1, h->n, 1, 55);
     h->host_targets = (int *)xcalloc(h->n, sizeof *h->host_targets);
     fill_tokens(h->host_targets, h->n, (int)l->V, 7);
-    h->targets = (int *)room_new("a benchmark's targets", h->n * sizeof(int));
+    h->targets = (int *)device_alloc("a benchmark's targets", h->n * sizeof(int));
     CUDA_CHECK(cudaMemcpy(h->targets, h->host_targets, h->n * sizeof(int), cudaMemcpyHostToDevice));
 }
 
@@ -765,7 +767,7 @@ static double head_check(void *arg) {
     for (int k = 0; k < TOKENS; k++) {
         const size_t t = pick(h->n, k, 0);
         for (size_t v = 0; v < V; v++) place[v].i = t, place[v].j = v;
-        product_reference(g, want, place, lines(h->x, C), turned(h->wte, C), V, C);
+        matmul_reference(g, want, place, matrix(h->x, C), transposed(h->wte, C), V, C);
         head_token(&loss, &grad, h, want, t);
     }
     const int samples = (int)at_most(SAMPLES, V);
@@ -777,10 +779,10 @@ static double head_check(void *arg) {
             place[k].j = pick(C, k, 4);
         }
         if (what == 0)
-            product_reference(g, want, place, lines(h->logits, Vp), lines(h->wte, C),
+            matmul_reference(g, want, place, matrix(h->logits, Vp), matrix(h->wte, C),
                               (size_t)samples, Vp);
         else
-            product_reference(g, want, place, turned(h->logits, Vp), lines(h->x, C),
+            matmul_reference(g, want, place, transposed(h->logits, Vp), matrix(h->x, C),
                               (size_t)samples, h->n);
         for (int k = 0; k < samples; k++)
             deviation_add(&d[what], device_number(g, what ? (void *)h->dwte : h->dx, what,
@@ -850,7 +852,7 @@ static void lab_layers(Lab *l) {
         snprintf(t.row[i].shape, sizeof t.row[i].shape, "%zu x %zu x %zu", l->B, l->T,
                  (i < 2 ? 1 : 4) * l->C);
     timed_row(&t, "head, loss, gradients", "GFLOP/s", 6 * (double)h.n * (double)l->C * (double)l->V,
-              head_run, head_check, &h, product_error(l->g, 0, l->V), l->product);
+              head_run, head_check, &h, matmul_error(l->g, 0, l->V), l->product);
     timed_row(&t, "softmax, loss, gradient", "GB/s", 2 * N * logits, softmax_run, softmax_check, &h,
               rounding((double)l->V) + stored, l->copy);
     for (int i = t.n - 2; i < t.n; i++)
@@ -888,18 +890,18 @@ static double copy_check(void *arg) {
     return wrong;
 }
 
-typedef struct { Gpu g; ProductRow product; Copy copy; } Peaks;
+typedef struct { Gpu g; MatmulRow product; Copy copy; } Peaks;
 
 // Both peaks as rows, and prepared as slices for other tables.
 static void peaks_open(Peaks *p, Bench *b, size_t size) {
     memset(p, 0, sizeof *p);
     gpu_open(&p->g, b->dtype, NULL);
-    product_row_new(&p->product, &p->g, 0, 1, 0, size, size, size);
+    matmul_row_new(&p->product, &p->g, 0, 1, 0, size, size, size);
     timer_open(&p->copy.timer, p->g.stream);
     p->copy.g = &p->g, p->copy.bytes = 4 * size * size;
     p->copy.x = (char *)device_filled(&p->g, 1, size * size, 1, 60);
     p->copy.y = (char *)device_filled(&p->g, 1, size * size, 1, 61);
-    product_row_add(&b->peaks, &p->product, "largest product", NULL);
+    matmul_row_add(&b->peaks, &p->product, "largest product", NULL);
     MeasureRow *r = timed_row(&b->peaks, "copy", "GB/s", 2 * (double)p->copy.bytes, copy_run,
                               copy_check, &p->copy, 0, NULL);
     snprintf(r->shape, sizeof r->shape, "%.0f MiB", (double)p->copy.bytes / (1 << 20));
@@ -907,7 +909,7 @@ static void peaks_open(Peaks *p, Bench *b, size_t size) {
 }
 
 static void peaks_close(Peaks *p) {
-    product_row_free(&p->product);
+    matmul_row_free(&p->product);
     CUDA_CHECK(cudaFree(p->copy.x));
     CUDA_CHECK(cudaFree(p->copy.y));
     timer_close(&p->copy.timer);
@@ -952,12 +954,12 @@ static void lab_case(Lab *l, const Case *c, int only) {
     l->C = (size_t)l->config.C, l->NH = (size_t)l->config.NH, l->V = (size_t)l->config.V;
     GptConfig one = l->config;
     one.L = 1;
-    l->room = engine_open(l->bench->engine, &one, &args);
-    l->g = &l->room->gpu;
+    l->work = engine_open(l->bench->engine, &one, &args);
+    l->g = &l->work->gpu;
     if (only == ONLY_ALL || only == ONLY_ATTENTION) lab_attention(l);
     if (only == ONLY_ALL || only == ONLY_MATMUL) lab_matmul(l);
     if (only == ONLY_ALL || only == ONLY_LAYERS) lab_layers(l);
-    l->bench->engine->close(l->room);
+    l->bench->engine->close(l->work);
 }
 
 int main(int argc, char **argv) {

@@ -25,37 +25,37 @@ static int thread_count(void) {
 }
 
 // A model of one layer that only provides the workspace that kernels need besides their arguments.
-static Model *room_open(GptConfig config, int B, int T, int dtype) {
+static Model *work_open(GptConfig config, int B, int T, int dtype) {
     const EngineArgs args = {.B = B, .T = T, .dtype = dtype};
     config.L = 1;
     return cpu_engine.open(&config, &args);
 }
 
-// y (M,N) = a (M,K) b (K,N), += with add; "turned" operands are stored transposed.
-static void product(real *y, Model *room, const real *a, int a_turned, const real *b, int b_turned,
-                    size_t M, size_t N, size_t K, int add) {
-    multiply(scaled(y, N, 1, add), &room->pack, a_turned ? turned(a, M) : lines(a, K),
-             b_turned ? turned(b, K) : lines(b, N), M, N, K, NULL);
+// y (M,N) = a (M,K) b (K,N), += with add; "transposed" operands are stored transposed.
+static void product(real *y, Model *work, const real *a, int a_transposed, const real *b,
+                    int b_transposed, size_t M, size_t N, size_t K, int add) {
+    multiply(scaled(y, N, 1, add), &work->pack, a_transposed ? transposed(a, M) : matrix(a, K),
+             b_transposed ? transposed(b, K) : matrix(b, N), M, N, K, NULL);
 }
 
 // y (M,N) = a (M,K) b (K,N) + bias (N).
-static void product_bias(real *y, Model *room, const real *a, const real *b, const real *bias,
+static void matmul_bias(real *y, Model *work, const real *a, const real *b, const real *bias,
                          size_t M, size_t N, size_t K) {
-    matmul_forward(fresh(y, N, bias), &room->pack, a, b, M, K, N);
+    matmul_forward(fresh(y, N, bias), &work->pack, a, b, M, K, N);
 }
 
 static size_t head_chunk(size_t BT, size_t V) { return classifier_chunk(BT, V); }
 
 // losses (BT), dx (BT,C) =, dwte (V,C) +=, each token with weight 1/BT.
-static void head_all(real *losses, real *dx, real *dwte, Model *room, const real *x,
+static void head_all(real *losses, real *dx, real *dwte, Model *work, const real *x,
                      const real *wte, const int *targets,
                  size_t BT, size_t C, size_t V) {
-    const Scoring y = {losses, room->uniform, targets, (real)(1 / (double)BT), 0};
-    classifier(&y, dx, dwte, 1, room->logits, &room->pack, x, wte, BT, C, V);
+    const Scoring y = {losses, work->uniform, targets, (real)(1 / (double)BT), 0};
+    classifier(&y, dx, dwte, 1, work->logits, &work->pack, x, wte, BT, C, V);
 }
 
 // From here on engine->memory reports what later plans use.
-static void memory_forget(Model *m) { m->kept_peak = 0; }
+static void memory_forget(Model *m) { m->saved_peak = 0; }
 
 // ---- Inputs ----
 
@@ -67,7 +67,7 @@ static real *filled(size_t n, double size, int id) {
 
 // Small weights, uniform in (-size, size), in the model's own memory.
 static void weights_fill(Model *m, double size, int id) {
-    fill(m->slot[SLOT_PARAM], m->n_params, size, id);
+    fill(m->slot[SLOT_PARAM], m->layout.n, size, id);
 }
 
 // ---- Peaks ----
@@ -231,9 +231,9 @@ static void peak_rows(MeasureTable *t) {
 }
 
 // The bound of matmuls in that dtype: without bf16 dot products, bf16 is multiplied as fp32.
-static void product_peaks(Bench *b) {
-    b->product_peak[DTYPE_FP32] = &b->peaks.row[PEAK_FMA];
-    b->product_peak[DTYPE_BF16] = &b->peaks.row[PAIRS ? PEAK_BF16 : PEAK_FMA];
+static void matmul_peaks(Bench *b) {
+    b->matmul_peak[DTYPE_FP32] = &b->peaks.row[PEAK_FMA];
+    b->matmul_peak[DTYPE_BF16] = &b->peaks.row[PAIRS ? PEAK_BF16 : PEAK_FMA];
 }
 
 static void bench_peak(Bench *b, const Case *cases, int n, int rounds) {
@@ -253,7 +253,8 @@ enum { SIZE_BT, SIZE_IN, SIZE_OUT };
 enum { FORM_SET, FORM_ADD, FORM_BIAS };
 
 // y (m,n) of a (m,k) and b (k,n); a linear layer's weights are (in,out), the head's (out,in).
-static const struct { const char *name; int m, n, k, a_turned, b_turned, how; } forms[2][3] = {
+static const struct { const char *name; int m, n, k, a_transposed, b_transposed,
+                     how; } forms[2][3] = {
     {{"forward",  SIZE_BT,  SIZE_OUT, SIZE_IN,  0, 0, FORM_BIAS},
      {"d_input",  SIZE_BT,  SIZE_IN,  SIZE_OUT, 0, 1, FORM_SET},
      {"d_weight", SIZE_IN,  SIZE_OUT, SIZE_BT,  1, 0, FORM_ADD}},
@@ -269,30 +270,30 @@ enum { N_LINEARS = sizeof linears / sizeof linears[0], N_PRODUCTS = 3 * (N_LINEA
        CPU_DTYPES = DTYPE_BF16 + 1 };
 
 typedef struct {
-    Model *room;
+    Model *work;
     real *y, *a, *b, *bias;
     size_t M, N, K;
-    int a_turned, b_turned, how, dtype;
+    int a_transposed, b_transposed, how, dtype;
     double times;                                        // how often a training step performs it
-} Product;
+} Matmul;
 
-static void product_run(void *arg) {
-    const Product *p = arg;
-    if (p->how == FORM_BIAS) product_bias(p->y, p->room, p->a, p->b, p->bias, p->M, p->N, p->K);
+static void matmul_run(void *arg) {
+    const Matmul *p = arg;
+    if (p->how == FORM_BIAS) matmul_bias(p->y, p->work, p->a, p->b, p->bias, p->M, p->N, p->K);
     else
-        product(p->y, p->room, p->a, p->a_turned, p->b, p->b_turned, p->M, p->N, p->K,
+        product(p->y, p->work, p->a, p->a_transposed, p->b, p->b_transposed, p->M, p->N, p->K,
                 p->how == FORM_ADD);
 }
 
 // An operand as the matmul reads it: in bf16 only operands are rounded, not the sum or what it is
 // added to.
-static double product_operand(const Product *p, real x) {
+static double matmul_operand(const Matmul *p, real x) {
     return (double)(p->dtype == DTYPE_BF16 ? bf16_round(x) : x);
 }
 
-static double product_check(void *arg) {
+static double matmul_check(void *arg) {
     enum { SAMPLES = 200 };
-    const Product *p = arg;
+    const Matmul *p = arg;
     const size_t M = p->M, N = p->N, K = p->K;
     double want[SAMPLES];
     Deviation d = {0};
@@ -302,10 +303,10 @@ static double product_check(void *arg) {
         want[s] = p->how == FORM_ADD ? (double)p->y[i * N + j] : p->how ==
             FORM_BIAS ? (double)p->bias[j] : 0;
         for (size_t k = 0; k < K; k++)
-            want[s] += product_operand(p, p->a[p->a_turned ? k * M + i : i * K + k]) *
-                       product_operand(p, p->b[p->b_turned ? j * K + k : k * N + j]);
+            want[s] += matmul_operand(p, p->a[p->a_transposed ? k * M + i : i * K + k]) *
+                       matmul_operand(p, p->b[p->b_transposed ? j * K + k : k * N + j]);
     }
-    product_run(arg);
+    matmul_run(arg);
     for (int s = 0; s < SAMPLES; s++)
         deviation_add(&d, (double)p->y[pick(M, s, 0) * N + pick(N, s, 1)], want[s]);
     return deviation(&d);
@@ -313,12 +314,13 @@ static double product_check(void *arg) {
 
 // The three matmuls of one layer, in -> out, or with is_head of the head; a training step performs
 // `times` of each.
-static void products_new(Product *p, int is_head, size_t BT, size_t in, size_t out, double times) {
+static void matmuls_new(Matmul *p, int is_head, size_t BT, size_t in, size_t out, double times) {
     const size_t size[] = {BT, in, out};
     for (int f = 0; f < 3; f++, p++) {
         p->M = size[forms[is_head][f].m], p->N = size[forms[is_head][f].n],
             p->K = size[forms[is_head][f].k];
-        p->a_turned = forms[is_head][f].a_turned, p->b_turned = forms[is_head][f].b_turned;
+        p->a_transposed = forms[is_head][f].a_transposed, p->b_transposed =
+            forms[is_head][f].b_transposed;
         p->how = forms[is_head][f].how;
         p->times = times;
         p->y = vectors_new(p->M * p->N), p->a = filled(p->M * p->K, 1, 4),
@@ -328,43 +330,43 @@ static void products_new(Product *p, int is_head, size_t BT, size_t in, size_t o
 }
 
 // The rows of one dtype: those of p (N_PRODUCTS), with `copy` (N_PRODUCTS) on the same inputs.
-static void product_rows(MeasureTable *t, Product *copy, const Product *p, Model *room, Bench *b,
+static void matmul_rows(MeasureTable *t, Matmul *copy, const Matmul *p, Model *work, Bench *b,
                          int dtype) {
     for (int i = 0; i < N_PRODUCTS; i++) {
         const int layer = i / 3, is_head = layer == N_LINEARS;
-        copy[i] = p[i], copy[i].room = room, copy[i].dtype = dtype;
+        copy[i] = p[i], copy[i].work = work, copy[i].dtype = dtype;
         MeasureRow *r = measure_row(t, "%s %s%s", is_head ? "head" : linears[layer].name,
                                     forms[is_head][i % 3].name,
                                     dtype == DTYPE_BF16 ? ", bf16" : "");
         snprintf(r->shape, sizeof r->shape, "%zu x %zu x %zu", p[i].M, p[i].N, p[i].K);
-        r->unit = "GFLOP/s", r->peak = b->product_peak[dtype];
+        r->unit = "GFLOP/s", r->peak = b->matmul_peak[dtype];
         r->work = 2.0 * (double)p[i].M * (double)p[i].N * (double)p[i].K;
-        r->run = product_run, r->check = product_check, r->arg = &copy[i];
+        r->run = matmul_run, r->check = matmul_check, r->arg = &copy[i];
         r->tolerance = rounding((double)p[i].K);
     }
 }
 
 // For n consecutive rows, weighted by how often a training step performs them: all FLOPs / the
 // FLOPs that the peak would have achieved in the same time, by the rows' medians.
-static double products_of_peak(const MeasureTable *t, const MeasureRow *rows, int n) {
+static double matmuls_of_peak(const MeasureTable *t, const MeasureRow *rows, int n) {
     double work = 0, peak_work = 0;
     for (int i = 0; i < n; i++) {
-        const double flops = ((const Product *)rows[i].arg)->times * rows[i].work;
+        const double flops = ((const Matmul *)rows[i].arg)->times * rows[i].work;
         work += flops, peak_work += flops / measure_median(rows[i].fraction, t->rounds);
     }
     return work / peak_work;
 }
 
-static void products_print(const MeasureTable *t, const char *title, Text *json) {
+static void matmuls_print(const MeasureTable *t, const char *title, Text *json) {
     for (int dtype = 0; dtype < CPU_DTYPES; dtype++) {
         const MeasureRow *rows = &t->row[dtype * N_PRODUCTS];
-        const double layers = products_of_peak(t, rows, 3 * N_LINEARS),
-            all = products_of_peak(t, rows, N_PRODUCTS);
-        printf("all products of a step, %s: %.1f%% of peak in the layers, %.1f%% with the head\n",
+        const double layers = matmuls_of_peak(t, rows, 3 * N_LINEARS),
+            all = matmuls_of_peak(t, rows, N_PRODUCTS);
+        printf("all matmuls of a step, %s: %.1f%% of peak in the layers, %.1f%% with the head\n",
                dtype_name[dtype], 100 * layers, 100 * all);
         measure_json_open(json);
         measure_json_text(json, "table", title);
-        measure_json_text(json, "name", "all products of a step");
+        measure_json_text(json, "name", "all matmuls of a step");
         measure_json_text(json, "dtype", dtype_name[dtype]);
         measure_json(json, "of_peak_layers", layers);
         measure_json(json, "of_peak", all);
@@ -377,27 +379,27 @@ static void bench_matmul(Bench *b, const Case *cases, int n, int rounds) {
         const GptConfig c = gpt_preset(cases[i].preset)->config;
         const size_t BT = (size_t)cases[i].B * (size_t)cases[i].T, C = (size_t)c.C, V = (size_t)c.V;
         MeasureTable t = {.rounds = rounds};
-        Product p[N_PRODUCTS] = {{0}}, row[CPU_DTYPES][N_PRODUCTS];
-        Model *room[CPU_DTYPES];
+        Matmul p[N_PRODUCTS] = {{0}}, row[CPU_DTYPES][N_PRODUCTS];
+        Model *work[CPU_DTYPES];
         for (int k = 0; k < N_LINEARS; k++)
-            products_new(p + 3 * k, 0, BT, (size_t)linears[k].in * C, (size_t)linears[k].out * C,
+            matmuls_new(p + 3 * k, 0, BT, (size_t)linears[k].in * C, (size_t)linears[k].out * C,
                          c.L);
-        products_new(p + 3 * N_LINEARS, 1, head_chunk(BT, V), C, V,
+        matmuls_new(p + 3 * N_LINEARS, 1, head_chunk(BT, V), C, V,
                      (double)BT / (double)head_chunk(BT, V));
         for (int d = 0; d < CPU_DTYPES; d++) {
-            room[d] = room_open(c, cases[i].B, cases[i].T, d);
-            product_rows(&t, row[d], p, room[d], b, d);
+            work[d] = work_open(c, cases[i].B, cases[i].T, d);
+            matmul_rows(&t, row[d], p, work[d], b, d);
         }
         measure_table(&t);
         char *title = xprintf("matrix products, (M,N) over K: %s, B %d, T %d", cases[i].preset,
                               cases[i].B, cases[i].T);
         measure_print(&t, title, &b->rows);
-        products_print(&t, title, &b->rows);
+        matmuls_print(&t, title, &b->rows);
         measure_free(&t);
         free(title);
         for (int k = 0; k < N_PRODUCTS; k++)
             free(p[k].y), free(p[k].a), free(p[k].b), free(p[k].bias);
-        for (int d = 0; d < CPU_DTYPES; d++) cpu_engine.close(room[d]);
+        for (int d = 0; d < CPU_DTYPES; d++) cpu_engine.close(work[d]);
     }
 }
 

@@ -9,7 +9,7 @@
 // ---- Layers: inputs and outputs ----
 
 typedef struct {
-    Model *room;
+    Model *work;
     size_t B, T, C, NH, V, BT, head_BT;  // head_BT: two chunks, since all are alike
     int *targets;                        // (BT)
     // LayerNorm: (BT,C), rstd (BT), w and b (C)
@@ -37,7 +37,7 @@ static void layers_arrays(Layers *s, real **array[N_LAYER_ARRAYS], size_t n[N_LA
 static void layers_open(Layers *s, const GptConfig *c, int B, int T) {
     real **array[N_LAYER_ARRAYS];
     size_t n[N_LAYER_ARRAYS];
-    s->room = room_open(*c, B, T, DTYPE_FP32);
+    s->work = work_open(*c, B, T, DTYPE_FP32);
     s->B = (size_t)B, s->T = (size_t)T, s->C = (size_t)c->C, s->NH = (size_t)c->NH,
         s->V = (size_t)c->V;
     s->BT = s->B * s->T;
@@ -56,7 +56,7 @@ static void layers_close(Layers *s) {
     layers_arrays(s, array, n);
     for (int i = 0; i < N_LAYER_ARRAYS; i++) free(*array[i]);
     free(s->targets);
-    cpu_engine.close(s->room);
+    cpu_engine.close(s->work);
 }
 
 // ---- Layers: the timed calls, and their checks against formulas in double ----
@@ -69,13 +69,13 @@ static void attention_noisy(Layers *s, double rate) {
 
 static void attention_forward_run(void *arg) {
     const Layers *s = arg;
-    attention_forward(s->att, s->lse, &s->room->rooms, s->qkv, &s->noise, NULL, s->B, s->T, s->C,
+    attention_forward(s->att, s->lse, &s->work->work, s->qkv, &s->noise, NULL, s->B, s->T, s->C,
                       s->NH);
 }
 
 static void attention_backward_run(void *arg) {
     const Layers *s = arg;
-    attention_backward(s->dqkv, &s->room->rooms, s->dy, s->qkv, s->att, s->lse, &s->noise, NULL,
+    attention_backward(s->dqkv, &s->work->work, s->dy, s->qkv, s->att, s->lse, &s->noise, NULL,
                        s->B, s->T, s->C, s->NH);
 }
 
@@ -109,7 +109,7 @@ static void gelu_backward_run(void *arg) {
 
 static void head_run(void *arg) {
     const Layers *s = arg;
-    head_all(s->losses, s->dx, s->dwte, s->room, s->x, s->wte, s->targets, s->head_BT, s->C, s->V);
+    head_all(s->losses, s->dx, s->dwte, s->work, s->x, s->wte, s->targets, s->head_BT, s->C, s->V);
 }
 
 // Compares the first head of the first row and the last head of the last row: y or, with

@@ -168,7 +168,7 @@ static double step_peak_slice(const MeasureRow *r, int runs) {
 static void step_row(MeasureTable *t, Bench *b, Step *s, MeasureRow *peak, int dtype) {
     MeasureRow *r = measure_row(t, "training step, %s", dtype_name[dtype]);
     snprintf(r->shape, sizeof r->shape, "B %d, T %d", s->B, s->T);
-    r->unit = "GFLOP/s", r->peak = b->product_peak[dtype];
+    r->unit = "GFLOP/s", r->peak = b->matmul_peak[dtype];
     if (!r->peak) {
         peak->work = 1, peak->runs = 1, peak->slice = step_peak_slice, peak->arg = s;
         r->peak = peak;

@@ -18,24 +18,24 @@ typedef struct {
 
 // Writes y.scale * s D(x) A^T B^T to y, or adds it if y adds; returns how to write the matmul with
 // w: added to that, with the bias and GELU, which apply to the sum. x (nT,in): D(x).
-static inline Result adapter_forward(const Adapter *a, Result y, const PackRoom *room,
+static inline Result adapter_forward(const Adapter *a, Result y, const PackWorkspace *work,
                                      const real *x, size_t nT) {
     Result only = y;
-    multiply(fresh(a->u, a->r, NULL), room, lines(x, a->in), turned(a->A, a->in), nT, a->r, a->in,
-             NULL);
+    multiply(fresh(a->u, a->r, NULL), work, matrix(x, a->in), transposed(a->A, a->in), nT, a->r,
+             a->in, NULL);
     only.scale *= a->scale, only.bias = only.h = NULL, only.gelu = NULL;
-    multiply(only, room, lines(a->u, a->r), turned(a->B, a->r), nT, a->out, a->r, NULL);
+    multiply(only, work, matrix(a->u, a->r), transposed(a->B, a->r), nT, a->out, a->r, NULL);
     y.add = 1;
     return y;
 }
 
 // v = s dx.scale dy B, and dx = v A: the gradient of D(x), still without dropout and the matmul
 // with w, as described by the returned Result. dy (nT,out).
-static inline Result adapter_backward_input(const Adapter *a, Result dx, const PackRoom *room,
+static inline Result adapter_backward_input(const Adapter *a, Result dx, const PackWorkspace *work,
                                             Matrix dy, size_t nT) {
-    multiply(scaled(a->v, a->r, dx.scale * a->scale, 0), room, dy, lines(a->B, a->r), nT, a->r,
+    multiply(scaled(a->v, a->r, dx.scale * a->scale, 0), work, dy, matrix(a->B, a->r), nT, a->r,
              a->out, NULL);
-    multiply(fresh(dx.at, dx.ld, NULL), room, lines(a->v, a->r), lines(a->A, a->in), nT, a->in,
+    multiply(fresh(dx.at, dx.ld, NULL), work, matrix(a->v, a->r), matrix(a->A, a->in), nT, a->in,
              a->r, NULL);
     dx.add = 1;
     return dx;
@@ -43,16 +43,17 @@ static inline Result adapter_backward_input(const Adapter *a, Result dx, const P
 
 // dA = v^T D(x) and dB = s dy^T u, scaled by `scale`, or += with `add`. After
 // adapter_backward_input, with x (nT,in): D(x).
-static inline void adapter_backward(const Adapter *a, int add, real scale, const PackRoom *room,
-                                    Matrix dy, const real *x, size_t nT) {
+static inline void adapter_backward(const Adapter *a, int add, real scale,
+                                    const PackWorkspace *work, Matrix dy, const real *x,
+                                        size_t nT) {
     Matrix across = dy;
-    across.turned = 1;
-    multiply(fresh(a->u, a->r, NULL), room, lines(x, a->in), turned(a->A, a->in), nT, a->r, a->in,
-             NULL);
-    multiply(scaled(a->dB, a->r, scale * a->scale, add), room, across, lines(a->u, a->r), a->out,
+    across.transposed = 1;
+    multiply(fresh(a->u, a->r, NULL), work, matrix(x, a->in), transposed(a->A, a->in), nT, a->r,
+             a->in, NULL);
+    multiply(scaled(a->dB, a->r, scale * a->scale, add), work, across, matrix(a->u, a->r), a->out,
              a->r, nT, NULL);
-    multiply(scaled(a->dA, a->in, 1, add), room, turned(a->v, a->r), lines(x, a->in), a->r, a->in,
-             nT, NULL);
+    multiply(scaled(a->dA, a->in, 1, add), work, transposed(a->v, a->r), matrix(x, a->in), a->r,
+             a->in, nT, NULL);
 }
 
 #endif

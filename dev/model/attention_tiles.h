@@ -11,6 +11,7 @@
 
 #include "generation.h"
 #include "matmul.h"
+#include "noise.h"
 #include "vector.h"
 
 enum {
@@ -48,10 +49,10 @@ static inline void load_transposed(real *to, const real *from, size_t n, size_t 
         }
 }
 
-// y (M,N), rows ldy apart, = keep (M) * y + a (M,K) b (K,N), with a[i*a_row + k*a_k] and b[k*ldb +
+// y (M,N), rows ldy apart, = beta (M) * y + a (M,K) b (K,N), with a[i*a_row + k*a_k] and b[k*ldb +
 // j]. M <= STRIP_ROWS and N <= vectors * LANES limit what is written; a and b are read up to the
-// full tile. If keep is NULL, y is not read.
-static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *keep, const real *a,
+// full tile. If beta is NULL, y is not read.
+static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *beta, const real *a,
                                             size_t a_row, size_t a_k, const real *b, size_t ldb,
                                             size_t M, size_t N, size_t K, size_t vectors) {
     Vector sum[STRIP_ROWS][STRIP_VECTORS] = {{{0}}};
@@ -67,7 +68,7 @@ static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *kee
         for (size_t i = 0; i < STRIP_ROWS; i++)
             for (size_t j = 0; j < vectors; j++) {
                 Vector *to = (Vector *)(y + i * ldy + j * LANES);
-                if (keep) sum[i][j] += keep[i] * *to;
+                if (beta) sum[i][j] += beta[i] * *to;
                 *to = sum[i][j];
             }
         return;
@@ -76,32 +77,70 @@ static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *kee
     memcpy(edge, sum, sizeof edge);
     for (size_t i = 0; i < M; i++)
         for (size_t j = 0; j < N; j++)
-            y[i * ldy + j] = (keep ? keep[i] * y[i * ldy + j] : 0) + edge[i][j];
+            y[i * ldy + j] = (beta ? beta[i] * y[i * ldy + j] : 0) + edge[i][j];
 }
 
 // The same for any N.
-static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *keep, const real *a,
+static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *beta, const real *a,
                                                size_t a_row, size_t a_k, const real *b, size_t ldb,
                                                size_t M, size_t N, size_t K) {
     size_t j = 0;
     for (; j + LANES < N; j += STRIP_VECTORS * LANES)
-        strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M,
+        strip_tile(y + j, ldy, beta, a, a_row, a_k, b + j, ldb, M,
                    at_most(N - j, STRIP_VECTORS * LANES), K, STRIP_VECTORS);
-    if (j < N) strip_tile(y + j, ldy, keep, a, a_row, a_k, b + j, ldb, M, N - j, K, 1);
+    if (j < N) strip_tile(y + j, ldy, beta, a, a_row, a_k, b + j, ldb, M, N - j, K, 1);
 }
 
 // The rows of a are contiguous: a[i*lda + k].
-static inline void strip_by_rows(real *y, size_t ldy, const real *keep, const real *a, size_t lda,
+static inline void strip_by_rows(real *y, size_t ldy, const real *beta, const real *a, size_t lda,
                                  const real *b, size_t ldb,
                            size_t M, size_t N, size_t K) {
-    strip_columns(y, ldy, keep, a, lda, 1, b, ldb, M, N, K);
+    strip_columns(y, ldy, beta, a, lda, 1, b, ldb, M, N, K);
 }
 
 // The columns of a are contiguous: a[i + k*lda].
-static inline void strip_by_columns(real *y, size_t ldy, const real *keep, const real *a,
-                                    size_t lda, const real *b, size_t ldb,
-                             size_t M, size_t N, size_t K) {
-    strip_columns(y, ldy, keep, a, 1, lda, b, ldb, M, N, K);
+static inline void strip_by_columns(real *y, size_t ldy, const real *beta, const real *a,
+                                    size_t lda, const real *b, size_t ldb, size_t M, size_t N,
+                                        size_t K) {
+    strip_columns(y, ldy, beta, a, 1, lda, b, ldb, M, N, K);
+}
+
+// ---- Where the causal mask cuts a tile: queries i0 .. i0 + QUERIES, keys j0 .. j0 + KEYS ----
+
+// How many queries of the tile from i0 on come before key j: they do not see it.
+static inline size_t blind(size_t i0, size_t j) { return j > i0 ? j - i0 : 0; }
+
+// The first query of the tile whose score with key j is computed: that of the first PAD with a
+// query that sees it.
+static inline size_t first_lane(size_t i0, size_t j) { return blind(i0, j) / PAD * PAD; }
+
+// Of nj keys from j0 on, those whose scores with query i of the tile are computed: up to the last
+// one that a query of its PAD sees.
+static inline size_t keys_seen(size_t i0, size_t i, size_t j0, size_t nj) {
+    const size_t end = i0 + i / PAD * PAD + PAD;
+    return end <= j0 ? 0 : at_most(end - j0, nj);
+}
+
+// The scores of key j with queries i .. i + LANES: -inf if the key is later than the query.
+static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
+    if (j <= i) return s;
+    Mask lane;
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    return select_lanes(lane >= (int)(j - i), s, (Vector){0} - (real)INFINITY);
+}
+
+// keep (nj,lanes): dropout's factors for a head's probabilities; nj is rounded up to a multiple of
+// NOISE_EACH.
+static inline void attention_noise(real *keep, const NoisePlace *z, size_t row, size_t head,
+                                   size_t i0, size_t j0, size_t nj, size_t lanes) {
+    const real scale = (real)noise_scale(z->rate);
+    for (size_t j = 0; j < nj; j += NOISE_EACH)
+        for (size_t i = 0; i < lanes; i++) {
+            const Philox w = noise_words(z->key, z->first_row + (uint32_t)row, (uint32_t)head,
+                                         (uint32_t)(i0 + i), (uint32_t)((j0 + j) / NOISE_EACH));
+            for (int e = 0; e < NOISE_EACH; e++)
+                keep[(j + (size_t)e) * QUERIES + i] = noise_half(w, e) >= z->rate ? scale : 0;
+        }
 }
 
 #endif

@@ -117,15 +117,15 @@ extern __shared__ __align__(16) unsigned char cuda_shared_bytes[];
 // threadIdx.x and blockIdx.x, reread: values derived from them after a loop need not occupy
 // registers during it.
 #ifdef CUDA_EMULATED
-static inline __device__ int thread_again(void) { return (int)threadIdx.x; }
-static inline __device__ int block_again(void) { return (int)blockIdx.x; }
+static inline __device__ int thread_reread(void) { return (int)threadIdx.x; }
+static inline __device__ int block_reread(void) { return (int)blockIdx.x; }
 #else
-static inline __device__ int thread_again(void) {
+static inline __device__ int thread_reread(void) {
     int x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
 }
-static inline __device__ int block_again(void) {
+static inline __device__ int block_reread(void) {
     int x;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
     return x;
@@ -154,15 +154,15 @@ static inline void arena_unseal(void *, size_t, cudaStream_t) {}
 #endif
 
 // The space taken by an array of that many bytes.
-static inline size_t arena_room(size_t bytes) {
+static inline size_t arena_bytes(size_t bytes) {
     return (bytes + ALIGN - 1) / ALIGN * ALIGN + ARENA_GAP;
 }
 
 // Takes an array at *at and advances it.
 static inline void *arena_cut(char **at, size_t bytes, cudaStream_t stream) {
     char *const array = *at;
-    *at += arena_room(bytes);
-    arena_seal(array + bytes, arena_room(bytes) - bytes, stream);
+    *at += arena_bytes(bytes);
+    arena_seal(array + bytes, arena_bytes(bytes) - bytes, stream);
     return array;
 }
 

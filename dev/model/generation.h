@@ -120,11 +120,11 @@ static inline int is_packed(int param) {
            gpt_param[param].group != GROUP_ADAPTER;
 }
 
-static inline void packed_layout(PackedWeights *w, const GptConfig *c, const PackRoom *room) {
+static inline void packed_layout(PackedWeights *w, const GptConfig *c, const PackWorkspace *work) {
     for (int p = 0; p < N_PARAMS; p++) {
         if (!is_packed(p)) continue;
         w->offset[p] = w->layer_size;
-        w->layer_size += packed_size(room, (size_t)gpt_param_cols(c, p),
+        w->layer_size += packed_size(work, (size_t)gpt_param_cols(c, p),
                                      (size_t)gpt_param_rows(c, p));
     }
     w->offset[P_wte] = w->layer_size * (size_t)c->L;
@@ -132,8 +132,8 @@ static inline void packed_layout(PackedWeights *w, const GptConfig *c, const Pac
 }
 
 static inline size_t packed_total(const PackedWeights *w, const GptConfig *c,
-                                  const PackRoom *room) {
-    return w->offset[P_wte] + packed_size(room, (size_t)c->V, (size_t)c->C);
+                                  const PackWorkspace *work) {
+    return w->offset[P_wte] + packed_size(work, (size_t)c->V, (size_t)c->C);
 }
 
 static inline const real *packed_at(const PackedWeights *w, int param, int layer) {
@@ -142,12 +142,12 @@ static inline const real *packed_at(const PackedWeights *w, int param, int layer
 
 // Packs one layer's part of a parameter: rows of it as they are, or of wte, whose transpose is the
 // head.
-static inline void packed_write(PackedWeights *w, const GptConfig *c, const PackRoom *room,
+static inline void packed_write(PackedWeights *w, const GptConfig *c, const PackWorkspace *work,
                                 int param, int layer, const real *from) {
     const size_t rows = (size_t)gpt_param_rows(c, param), cols = (size_t)gpt_param_cols(c, param);
     real *to = w->at + w->offset[param] + (param == P_wte ? 0 : (size_t)layer * w->layer_size);
-    if (param == P_wte) pack_weights(to, room, turned(from, cols), rows, cols);
-    else pack_weights(to, room, lines(from, cols), cols, rows);
+    if (param == P_wte) pack_weights(to, work, transposed(from, cols), rows, cols);
+    else pack_weights(to, work, matrix(from, cols), cols, rows);
 }
 
 #endif

@@ -146,15 +146,15 @@ static inline int gpt_param_shape(const GptConfig *c, int param, int64_t shape[2
 enum { LORA_TARGETS = 4 };
 
 // The weight of matmul t; gpt_adapter: its A, which is followed by its B.
-static inline int gpt_product(int t) {
+static inline int gpt_matmul(int t) {
     static const int weight[LORA_TARGETS] = {P_qkvw, P_attprojw, P_fcw, P_fcprojw};
     return weight[t];
 }
 
 // The number of the matmul with that weight, or -1.
-static inline int gpt_product_of(int param) {
+static inline int gpt_matmul_of(int param) {
     for (int t = 0; t < LORA_TARGETS; t++)
-        if (gpt_product(t) == param) return t;
+        if (gpt_matmul(t) == param) return t;
     return -1;
 }
 
@@ -162,7 +162,7 @@ static inline int gpt_adapter(int t) { return P_qkvA + 2 * t; }
 
 // The A of the weight `param`, or -1: it has no adapter.
 static inline int gpt_adapter_of(const GptConfig *c, int param) {
-    const int t = gpt_product_of(param);
+    const int t = gpt_matmul_of(param);
     return t >= 0 && c->lora && c->lora_targets >> t & 1 ? gpt_adapter(t) : -1;
 }
 
@@ -212,16 +212,16 @@ typedef struct { int param, layer; size_t at, n; } GptPiece;
 // malloc; returns the number.
 static inline int gpt_trained_pieces(GptPiece **pieces, const GptConfig *c, int frozen,
                                      size_t most) {
-    int count = 0, room = 0;
+    int count = 0, capacity = 0;
     *pieces = NULL;
     for (int p = 0; p < N_PARAMS; p++)
         for (int l = 0; l < gpt_param_layers(c, p); l++) {
             if (!gpt_param_trains(c, p, l, frozen)) continue;
             for (size_t at = 0, size = gpt_param_size(c, p); at < size; at += most) {
                 const GptPiece piece = {p, l, at, size - at < most ? size - at : most};
-                if (count == room) {
-                    room = 2 * room + 64;
-                    *pieces = (GptPiece *)xrealloc(*pieces, (size_t)room, sizeof **pieces);
+                if (count == capacity) {
+                    capacity = 2 * capacity + 64;
+                    *pieces = (GptPiece *)xrealloc(*pieces, (size_t)capacity, sizeof **pieces);
                 }
                 (*pieces)[count++] = piece;
             }

@@ -82,12 +82,12 @@ static inline void gelu_backward(real *dx, real *y, const real *x, size_t n) {
 
 enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8 };
 // elements packed at a time by one thread; prefetch distance
-enum { PACK_NUMBERS = 128, PACK_AHEAD = 64 };
+enum { PACK_ELEMENTS = 128, PACK_AHEAD = 64 };
 
-// Rows of contiguous elements, ld apart; a matmul reads the matrix or, with `turned`, its
+// Rows of contiguous elements, ld apart; a matmul reads the matrix or, with `transposed`, its
 // transpose. With `rows`, the matrix's rows are tokens of the residual stream (B,T,ld): row t is
 // the t-th token of those rows of the batch.
-typedef struct { const real *at; size_t ld; int turned; const int *rows; size_t T; } Matrix;
+typedef struct { const real *at; size_t ld; int transposed; const int *rows; size_t T; } Matrix;
 
 // The output of a matmul: y (M,N), addressed as above; y = scale * (a b + bias (N)), or y += that.
 // With `gelu` (M,N), also gelu = GELU(y); with `h` (M,N) too, gelu = GELU(h) instead, and y is
@@ -104,7 +104,7 @@ typedef struct {
 } Result;
 
 // (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK)
-typedef struct { real *a, *b; int bf16; } PackRoom;
+typedef struct { real *a, *b; int bf16; } PackWorkspace;
 
 static inline size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
 static inline size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
@@ -120,11 +120,11 @@ static inline const real *line_of(const Matrix *m, size_t i) {
     return m->at + token_place(m->rows, m->T, i) * m->ld;
 }
 
-static inline Matrix lines(const real *at, size_t ld) {
+static inline Matrix matrix(const real *at, size_t ld) {
     const Matrix m = {at, ld, 0, NULL, 0};
     return m;
 }
-static inline Matrix turned(const real *at, size_t ld) {
+static inline Matrix transposed(const real *at, size_t ld) {
     const Matrix m = {at, ld, 1, NULL, 0};
     return m;
 }
@@ -138,11 +138,11 @@ static inline Result scaled(real *at, size_t ld, real scale, int add) {
 }
 
 // Whether a packed word is two bf16 elements, for dot products of pairs.
-static inline int in_pairs(const PackRoom *room) { return room->bf16 ? PAIRS : 0; }
+static inline int in_pairs(const PackWorkspace *work) { return work->bf16 ? PAIRS : 0; }
 
 // Packed words for K elements.
-static inline size_t pack_words(const PackRoom *room, size_t K) {
-    return !room->bf16 ? K : PAIRS ? (K + 1) / 2 : K + K % 2;
+static inline size_t pack_words(const PackWorkspace *work, size_t K) {
+    return !work->bf16 ? K : PAIRS ? (K + 1) / 2 : K + K % 2;
 }
 
 // Rounds a packed fp32 strip to bf16 without bf16 dot products: swaps each pair, second element
@@ -231,9 +231,9 @@ static inline ALWAYS_INLINE void pack_copying(real *to, size_t size, const Matri
                                               size_t n, size_t width, size_t k, size_t K, int pairs,
                                               real *sum, real scale) {
     enum { AT_ONCE = 16 };
-    static const real zeros[PACK_NUMBERS] = {0};
+    static const real zeros[PACK_ELEMENTS] = {0};
     const real *line[AT_ONCE + 1];
-    real total[PACK_NUMBERS] = {0};
+    real total[PACK_ELEMENTS] = {0};
     for (size_t w = 0; w < K; w += AT_ONCE) {
         const size_t count = at_most(K - w, AT_ONCE), step = pairs ? 2 : 1;
         for (size_t i = 0; i < count; i++) line[i] = line_of(m, k + w + i) + j;
@@ -252,13 +252,13 @@ static inline ALWAYS_INLINE void pack_copying(real *to, size_t size, const Matri
 // Packs n rows (or columns) from i on into strips of `width` words.
 static inline ALWAYS_INLINE void pack_strips(real *to, const Matrix *m, int turning, size_t i,
                                              size_t n, size_t width, size_t k, size_t K,
-                                             const PackRoom *room, real *sum, real scale) {
-    const size_t size = pack_words(room, K) * width;
-    const int pairs = in_pairs(room);
+                                             const PackWorkspace *work, real *sum, real scale) {
+    const size_t size = pack_words(work, K) * width;
+    const int pairs = in_pairs(work);
     if (!turning) pack_copying(to, size, m, i, n, width, k, K, pairs, sum, scale);
     for (size_t s = 0; s < n; s += width, to += size) {
         if (turning) pack_turning(to, m, i + s, at_most(n - s, width), width, k, K, pairs);
-        if (room->bf16 && !PAIRS) pack_round(to, width, K);
+        if (work->bf16 && !PAIRS) pack_round(to, width, K);
     }
 }
 
@@ -336,19 +336,19 @@ static inline void multiply_tile_pairs(Result y, size_t i, size_t j, const real 
 typedef struct { size_t i, j, k, M, N, K; } Block;
 
 // Call from every thread of a parallel region, like the functions below.
-static inline void block_pack(const PackRoom *room, const Matrix *a, const Matrix *b, Block k,
+static inline void block_pack(const PackWorkspace *work, const Matrix *a, const Matrix *b, Block k,
                               real *b_sum, real scale) {
-    enum { A_GROUP = PACK_NUMBERS / TILE_ROWS * TILE_ROWS,
-           B_GROUP = PACK_NUMBERS / TILE_COLS * TILE_COLS };
-    const size_t words = pack_words(room, k.K);
+    enum { A_GROUP = PACK_ELEMENTS / TILE_ROWS * TILE_ROWS,
+           B_GROUP = PACK_ELEMENTS / TILE_COLS * TILE_COLS };
+    const size_t words = pack_words(work, k.K);
 #pragma omp for schedule(dynamic) nowait
     for (size_t i = 0; i < (a ? k.M : 0); i += A_GROUP)
-        pack_strips(room->a + i * words, a, !a->turned, k.i + i, at_most(k.M - i, A_GROUP),
-                    TILE_ROWS, k.k, k.K, room, NULL, 0);
+        pack_strips(work->a + i * words, a, !a->transposed, k.i + i, at_most(k.M - i, A_GROUP),
+                    TILE_ROWS, k.k, k.K, work, NULL, 0);
 #pragma omp for schedule(dynamic)
     for (size_t j = 0; j < (b ? k.N : 0); j += B_GROUP)
-        pack_strips(room->b + j * words, b, b->turned, k.j + j, at_most(k.N - j, B_GROUP),
-                    TILE_COLS, k.k, k.K, room, b_sum ? b_sum + k.j + j : NULL, scale);
+        pack_strips(work->b + j * words, b, b->transposed, k.j + j, at_most(k.N - j, B_GROUP),
+                    TILE_COLS, k.k, k.K, work, b_sum ? b_sum + k.j + j : NULL, scale);
 }
 
 static inline void block_gelu(const Result *y, size_t i0, size_t i1, size_t j0, size_t j1) {
@@ -360,9 +360,9 @@ static inline void block_gelu(const Result *y, size_t i0, size_t i1, size_t j0, 
 }
 
 // Distributes tasks of ROW_STRIPS x `across` tiles over the threads.
-static inline void block_multiply(const Result *y, const PackRoom *room, Block k) {
+static inline void block_multiply(const Result *y, const PackWorkspace *work, Block k) {
     const size_t down = strips(k.M, TILE_ROWS), right = strips(k.N, TILE_COLS),
-        words = pack_words(room, k.K);
+        words = pack_words(work, k.K);
     size_t across = 8;
     while (across > 1 && strips(down, ROW_STRIPS) * strips(right, across) < 8 * (size_t)team_size())
         across /= 2;
@@ -372,9 +372,9 @@ static inline void block_multiply(const Result *y, const PackRoom *room, Block k
             const size_t i1 = at_most(i0 + ROW_STRIPS, down), j1 = at_most(j0 + across, right);
             for (size_t j = j0; j < j1; j++)
                 for (size_t i = i0; i < i1; i++)
-                    (in_pairs(room) ? multiply_tile_pairs : multiply_tile)(
+                    (in_pairs(work) ? multiply_tile_pairs : multiply_tile)(
                         *y, k.i + i * TILE_ROWS, k.j + j * TILE_COLS,
-                        room->a + i * TILE_ROWS * words, room->b + j * TILE_COLS * words,
+                        work->a + i * TILE_ROWS * words, work->b + j * TILE_COLS * words,
                         at_most(k.M - i * TILE_ROWS, TILE_ROWS),
                         at_most(k.N - j * TILE_COLS, TILE_COLS), words);
             if (y->gelu)
@@ -386,9 +386,9 @@ static inline void block_multiply(const Result *y, const PackRoom *room, Block k
 
 // y (M,N) from a (M,K) b (K,N); y must not overlap a, b or h. b_sum (N), if given and b is not
 // transposed, += y.scale * the columns of b.
-static inline void multiply(Result y, const PackRoom *room, Matrix a, Matrix b, size_t M, size_t N,
-                            size_t K, real *b_sum) {
-    const size_t K_most = room->bf16 ? 2 * K_BLOCK : K_BLOCK;
+static inline void multiply(Result y, const PackWorkspace *work, Matrix a, Matrix b, size_t M,
+                            size_t N, size_t K, real *b_sum) {
+    const size_t K_most = work->bf16 ? 2 * K_BLOCK : K_BLOCK;
 #pragma omp parallel
     for (size_t k = 0; k < K; k += K_most) {
         Result part = y;
@@ -400,17 +400,17 @@ static inline void multiply(Result y, const PackRoom *room, Matrix a, Matrix b, 
                                      at_most(K - k, K_most)};
                 // differ from those packed
                 const int other_a = j == 0, other_b = i == 0 || N > N_BLOCK;
-                block_pack(room, other_a ? &a : NULL, other_b ? &b : NULL, block,
+                block_pack(work, other_a ? &a : NULL, other_b ? &b : NULL, block,
                            i == 0 ? b_sum : NULL, y.scale);
-                block_multiply(&part, room, block);
+                block_multiply(&part, work, block);
             }
     }
 }
 
 // y = x (BT,C) w (C,OC), plus y's epilogue (bias, GELU, scale, accumulate).
-static inline void matmul_forward(Result y, const PackRoom *room, const real *x, const real *w,
+static inline void matmul_forward(Result y, const PackWorkspace *work, const real *x, const real *w,
                                   size_t BT, size_t C, size_t OC) {
-    multiply(y, room, lines(x, C), lines(w, OC), BT, OC, C, NULL);
+    multiply(y, work, matrix(x, C), matrix(w, OC), BT, OC, C, NULL);
 }
 
 // ---- Matmuls with few rows, by weights packed in advance ----
@@ -422,26 +422,26 @@ static inline void matmul_forward(Result y, const PackRoom *room, const real *x,
 // most rows; strips per task; prefetch distance
 enum { FEW_ROWS = 2 * TILE_ROWS, FEW_STRIPS = 2, FEW_AHEAD = 1024 };
 
-static inline size_t few_K(const PackRoom *room) { return room->bf16 ? 2 * K_BLOCK : K_BLOCK; }
+static inline size_t few_K(const PackWorkspace *work) { return work->bf16 ? 2 * K_BLOCK : K_BLOCK; }
 
 // Elements of b (K,N) once packed.
-static inline size_t packed_size(const PackRoom *room, size_t N, size_t K) {
+static inline size_t packed_size(const PackWorkspace *work, size_t N, size_t K) {
     size_t words = 0;
-    for (size_t k = 0; k < K; k += few_K(room))
-        words += pack_words(room, at_most(K - k, few_K(room)));
+    for (size_t k = 0; k < K; k += few_K(work))
+        words += pack_words(work, at_most(K - k, few_K(work)));
     return words * round_up(N, TILE_COLS);
 }
 
 // Packs all strips of b (K,N): first those of the first K_BLOCK terms (twice as many in bf16), then
 // of the next.
-static inline void pack_weights(real *to, const PackRoom *room, Matrix b, size_t N, size_t K) {
-    enum { GROUP = PACK_NUMBERS / TILE_COLS * TILE_COLS };
-    for (size_t k = 0; k < K; k += few_K(room)) {
-        const size_t part = at_most(K - k, few_K(room)), words = pack_words(room, part);
+static inline void pack_weights(real *to, const PackWorkspace *work, Matrix b, size_t N, size_t K) {
+    enum { GROUP = PACK_ELEMENTS / TILE_COLS * TILE_COLS };
+    for (size_t k = 0; k < K; k += few_K(work)) {
+        const size_t part = at_most(K - k, few_K(work)), words = pack_words(work, part);
 #pragma omp parallel for
         for (size_t j = 0; j < N; j += GROUP)
-            pack_strips(to + j * words, &b, b.turned, j, at_most(N - j, GROUP), TILE_COLS, k, part,
-                        room, NULL, 0);
+            pack_strips(to + j * words, &b, b.transposed, j, at_most(N - j, GROUP), TILE_COLS, k,
+                        part, work, NULL, 0);
         to += words * round_up(N, TILE_COLS);
     }
 }
@@ -490,17 +490,17 @@ static inline void few_task(Result y, size_t i, size_t j, const real *a, const r
 }
 
 // Computes `count` strips of y from column j on, over all of K.
-static inline void few_columns(const Result *y, const PackRoom *room, const real *packed, size_t j,
-                               size_t count, size_t M, size_t N, size_t K) {
-    const real *a = room->a;
+static inline void few_columns(const Result *y, const PackWorkspace *work, const real *packed,
+                               size_t j, size_t count, size_t M, size_t N, size_t K) {
+    const real *a = work->a;
     const size_t here = at_most(N - j, count * TILE_COLS);
     Result part = *y;
-    for (size_t k = 0; k < K; k += few_K(room)) {
-        const size_t words = pack_words(room, at_most(K - k, few_K(room)));
+    for (size_t k = 0; k < K; k += few_K(work)) {
+        const size_t words = pack_words(work, at_most(K - k, few_K(work)));
         for (size_t i = 0; i < M; i += TILE_ROWS / 2)
             few_task(part, i, j, a + i / TILE_ROWS * TILE_ROWS * words + i % TILE_ROWS,
                      packed + j * words, at_most(M - i, TILE_ROWS / 2), here, words, count,
-                     in_pairs(room));
+                     in_pairs(work));
         a += round_up(M, TILE_ROWS) * words;
         packed += words * round_up(N, TILE_COLS);
         part.add = 1, part.bias = NULL;
@@ -509,35 +509,36 @@ static inline void few_columns(const Result *y, const PackRoom *room, const real
 }
 
 // y (M,N) from a (M,K) and the packed weights of b (K,N) (pack_weights); M <= FEW_ROWS. Here
-// room->a holds all of a.
-static inline void multiply_few(Result y, const PackRoom *room, Matrix a, const real *packed,
+// work->a holds all of a.
+static inline void multiply_few(Result y, const PackWorkspace *work, Matrix a, const real *packed,
                                 size_t M, size_t N, size_t K) {
 #pragma omp parallel
     {
         const size_t all = strips(N, TILE_COLS), count = all >= 4 * (size_t)team_size() ? FEW_STRIPS
             : 1;
 #pragma omp for schedule(static)
-        for (size_t k = 0; k < K; k += few_K(room)) {
+        for (size_t k = 0; k < K; k += few_K(work)) {
             // of the preceding parts
-            const size_t words = k / few_K(room) * pack_words(room, few_K(room));
-            pack_strips(room->a + round_up(M, TILE_ROWS) * words, &a, 1, 0, M, TILE_ROWS, k,
-                        at_most(K - k, few_K(room)), room, NULL, 0);
+            const size_t words = k / few_K(work) * pack_words(work, few_K(work));
+            pack_strips(work->a + round_up(M, TILE_ROWS) * words, &a, 1, 0, M, TILE_ROWS, k,
+                        at_most(K - k, few_K(work)), work, NULL, 0);
         }
 #pragma omp for schedule(dynamic)
         for (size_t s = 0; s < all; s += count)
-            few_columns(&y, room, packed, s * TILE_COLS, at_most(all - s, count), M, N, K);
+            few_columns(&y, work, packed, s * TILE_COLS, at_most(all - s, count), M, N, K);
     }
 }
 
 // Backward of y = x w + bias, from scale * dy (BT,OC): dx (BT,C) = dy w^T; dw (C,OC) = x^T dy, or
 // += with `add`; dbias (OC) += the columns of dy; both NULL: w does not change. dx carries the
 // scale; it is complete before x is read, since dx's epilogue may recompute x.
-static inline void matmul_backward(Result dx, real *dw, int add, real *dbias, const PackRoom *room,
-                                   Matrix dy, const real *x, const real *w, size_t BT, size_t C,
+static inline void matmul_backward(Result dx, real *dw, int add, real *dbias,
+                                   const PackWorkspace *work, Matrix dy, const real *x,
+                                       const real *w, size_t BT, size_t C,
                                    size_t OC) {
-    multiply(dx, room, dy, turned(w, OC), BT, C, OC, NULL);
+    multiply(dx, work, dy, transposed(w, OC), BT, C, OC, NULL);
     if (!dw) return;
-    multiply(scaled(dw, OC, dx.scale, add), room, turned(x, C), dy, C, OC, BT, dbias);
+    multiply(scaled(dw, OC, dx.scale, add), work, transposed(x, C), dy, C, OC, BT, dbias);
 }
 
 // sum (N) += the columns of y (M,N); with xhat (M,N), also scaled (N) += the columns of y * xhat.

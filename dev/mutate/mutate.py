@@ -71,8 +71,8 @@ SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-rec
 FUNCTIONS = {
     "dev/model/schedule.h": "ramp_shape ramp_at".split(),
     "train_gpt.c": """
-    residual_forward residual_backward gradient_add kept_per_row kept_bound
-    keep rows_of tokens_of linear_forward linear_backward
+    residual_forward residual_backward gradient_add saved_per_row saved_bound
+    save rows_of tokens_of linear_forward linear_backward
     end_is_packed branch_end branch_end_gradient end_forward end_backward
     attention_branch_forward attention_branch_backward mlp_branch_forward mlp_branch_backward
     branch_forward branch_backward block_forward block_backward

@@ -15,7 +15,7 @@
 typedef struct {
     const char *name;
     double peak;      // FLOP/s of dense bf16 matmuls with fp32 accumulation, from the data sheet
-    double product;   // FLOP/s of an 8192 x 8192 x 8192 matmul
+    double matmul;    // FLOP/s of an 8192 x 8192 x 8192 matmul
     double mma;       // FLOP/s of mma.sync, the instruction used by our attention
     double copy;      // bytes/s, read plus written, of a large copy
     double memory;    // bytes
@@ -24,12 +24,12 @@ typedef struct {
 } GpuSpec;
 
 // peak, memory: NVIDIA's data sheets (H100 SXM5, A100 SXM4 80 GB, Ada whitepaper).
-// h100:    product and copy were measured; mma is 62% of peak, link NVLink 4 without NVLS (est)
-// a100:    product is 85% of peak, copy 86% of 2.04 TB/s, link NVLink 3 (est)
-// rtx4090: product is 91% of peak, copy 91% of 1.01 TB/s; without peer access the ring goes through
+// h100:    matmul and copy were measured; mma is 62% of peak, link NVLink 4 without NVLS (est)
+// a100:    matmul is 85% of peak, copy 86% of 2.04 TB/s, link NVLink 3 (est)
+// rtx4090: matmul is 91% of peak, copy 91% of 1.01 TB/s; without peer access the ring goes through
 //          PCIe 4 and the host (est)
 static const GpuSpec gpu_specs[] = {
-    //           peak     product  mma      copy     memory link    hop
+    //           peak     matmul   mma      copy     memory link    hop
     {"h100",    989e12,  798e12,  613e12,  3.00e12, 80e9,  360e9,  4e-6},
     {"a100",    312e12,  265e12,  312e12,  1.75e12, 80e9,  230e9,  4e-6},
     {"rtx4090", 165e12,  150e12,  165e12,  0.92e12, 24e9,  10e9,   20e-6},
@@ -38,8 +38,8 @@ enum { N_GPU_SPECS = sizeof gpu_specs / sizeof gpu_specs[0] };
 
 // ---- Assumptions: the kernels ----
 
-#define GPU_PRODUCT_HALF    220.0    // a matmul whose smaller dimension of N and K is d reaches
-                                     // d/(d+220) of `product` (est: 620 of 798 TFLOP/s at d = 768)
+#define GPU_MATMUL_HALF    220.0    // a matmul whose smaller dimension of N and K is d reaches
+                                     // d/(d+220) of `matmul` (est: 620 of 798 TFLOP/s at d = 768)
 #define GPU_ATTENTION       0.375    // of `mma`, forward (est, from the instructions of its loop)
 #define GPU_ATTENTION_BACK  0.277    // the same, backward, whose 5 matmuls are 2.5 times the FLOPs
 #define GPU_STREAM          0.93     // of `copy`: kernels that stream through memory once (est)
@@ -69,12 +69,12 @@ static const int gpu_launches[BRANCHES][2] = {{4, 14}, {3, 12}};
 // ---- A step ----
 
 #define GPU_PARTS(X)                                   \
-    X(products,      "products of layers")             \
-    X(head,          "products of head")               \
+    X(matmuls,       "matmuls, layers")                \
+    X(head,          "matmuls, head")                  \
     X(attention,     "attention")                      \
     X(norms,         "norms")                          \
     X(biases,        "bias gradients")                 \
-    X(again,         "made again")                     \
+    X(recompute,     "recomputed")                     \
     X(loss,          "softmax, loss")                  \
     X(embedding,     "embedding")                      \
     X(update,        "update")                         \
@@ -113,8 +113,8 @@ static inline void gpu_add(GpuTime *sum, const GpuTime *t, double times) {
 }
 
 // (M,K) times (K,N), in bf16.
-static inline double gpu_product(const GpuSpec *g, double M, double N, double K) {
-    const double d = fmin(N, K), rate = g->product * d / (d + GPU_PRODUCT_HALF);
+static inline double gpu_matmul(const GpuSpec *g, double M, double N, double K) {
+    const double d = fmin(N, K), rate = g->matmul * d / (d + GPU_MATMUL_HALF);
     return fmax(2 * M * N * K / rate, 2 * (M * K + K * N + M * N) / g->copy);
 }
 
@@ -123,18 +123,18 @@ static inline double gpu_stream(const GpuSpec *g, double elements, int bytes) {
 }
 
 // The matmuls of a branch on all its rows: forward, dX or dW, which cost the same.
-static inline double gpu_branch_products(const GpuSpec *g, const GpuRun *r, int branch) {
+static inline double gpu_branch_matmuls(const GpuSpec *g, const GpuRun *r, int branch) {
     const double BT = (double)r->B * r->T, C = r->c.C;
-    if (branch == MLP) return gpu_product(g, BT, 4 * C, C) + gpu_product(g, BT, C, 4 * C);
-    return gpu_product(g, BT, 3 * C, C) + gpu_product(g, BT, C, C);
+    if (branch == MLP) return gpu_matmul(g, BT, 4 * C, C) + gpu_matmul(g, BT, C, 4 * C);
+    return gpu_matmul(g, BT, 3 * C, C) + gpu_matmul(g, BT, C, C);
 }
 
 // Those of its adapters: forward; backward takes three times as long.
-static inline double gpu_adapter_products(const GpuSpec *g, const GpuRun *r, int branch) {
+static inline double gpu_adapter_matmuls(const GpuSpec *g, const GpuRun *r, int branch) {
     double t = 0;
     for (int p = P_qkvA; p < N_PARAMS; p++)
         if (gpt_param[p].branch == branch && gpt_param_layers(&r->c, p))
-            t += gpu_product(g, (double)r->B * r->T, gpt_param_rows(&r->c, p),
+            t += gpu_matmul(g, (double)r->B * r->T, gpt_param_rows(&r->c, p),
                              gpt_param_cols(&r->c, p));
     return t;
 }
@@ -147,8 +147,8 @@ static inline double gpu_attention_flops(const GpuRun *r) {
 static inline GpuTime gpu_branch_forward(const GpuSpec *g, const GpuRun *r, int branch) {
     const double elements = (double)r->B * r->T * r->c.C;
     GpuTime t = {{0}};
-    t.part[GPU_PART_products] = gpu_branch_products(g, r, branch) +
-        gpu_adapter_products(g, r, branch);
+    t.part[GPU_PART_matmuls] = gpu_branch_matmuls(g, r, branch) +
+        gpu_adapter_matmuls(g, r, branch);
     t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES);
     if (branch == ATTN)
         t.part[GPU_PART_attention] = gpu_attention_flops(r) / (GPU_ATTENTION * g->mma);
@@ -157,23 +157,23 @@ static inline GpuTime gpu_branch_forward(const GpuSpec *g, const GpuRun *r, int 
 
 // What the backward pass recomputes: LayerNorm and GELU, nothing, or the whole branch except its
 // last matmul.
-static inline double gpu_branch_again(const GpuSpec *g, const GpuRun *r, int branch) {
+static inline double gpu_branch_recompute(const GpuSpec *g, const GpuRun *r, int branch) {
     const double elements = (double)r->B * r->T * r->c.C, C = r->c.C, BT = (double)r->B * r->T;
     if (r->recompute == RECOMPUTE_NONE) return 0;
     double t = gpu_stream(g, elements, GPU_NORM_AGAIN_BYTES);
     if (branch == MLP) t += gpu_stream(g, 4 * elements, GPU_GELU_AGAIN_BYTES);
     if (r->recompute != RECOMPUTE_BRANCH) return t;
-    t += gpu_product(g, BT, branch == MLP ? 4 * C : 3 * C, C);
+    t += gpu_matmul(g, BT, branch == MLP ? 4 * C : 3 * C, C);
     return branch == MLP ? t : t + gpu_attention_flops(r) / (GPU_ATTENTION * g->mma);
 }
 
 static inline GpuTime gpu_branch_backward(const GpuSpec *g, const GpuRun *r, int branch) {
     const double elements = (double)r->B * r->T * r->c.C;
     GpuTime t = {{0}};
-    t.part[GPU_PART_products] = (r->c.lora ? 1 : 2) * gpu_branch_products(g, r, branch) +
-                                3 * gpu_adapter_products(g, r, branch);
+    t.part[GPU_PART_matmuls] = (r->c.lora ? 1 : 2) * gpu_branch_matmuls(g, r, branch) +
+                                3 * gpu_adapter_matmuls(g, r, branch);
     t.part[GPU_PART_norms] = gpu_stream(g, elements, GPU_NORM_BYTES) + 3 * GPU_SUM_PARTS;
-    t.part[GPU_PART_again] = gpu_branch_again(g, r, branch);
+    t.part[GPU_PART_recompute] = gpu_branch_recompute(g, r, branch);
     if (!r->c.lora)
         t.part[GPU_PART_biases] = gpu_stream(g, (branch == MLP ? 5 : 4) * elements, GPU_BIAS_BYTES);
     if (branch == ATTN)
@@ -186,8 +186,8 @@ static inline GpuTime gpu_branch_backward(const GpuSpec *g, const GpuRun *r, int
 static inline GpuTime gpu_ends(const GpuSpec *g, const GpuRun *r) {
     const double BT = (double)r->B * r->T, C = r->c.C, Vp = (r->c.V + 127) / 128 * 128;
     GpuTime t = {{0}};
-    t.part[GPU_PART_head] = gpu_product(g, BT, Vp, C) + gpu_product(g, BT, C, Vp) +
-                            (r->c.lora ? 0 : gpu_product(g, C, Vp, BT));
+    t.part[GPU_PART_head] = gpu_matmul(g, BT, Vp, C) + gpu_matmul(g, BT, C, Vp) +
+                            (r->c.lora ? 0 : gpu_matmul(g, C, Vp, BT));
     t.part[GPU_PART_loss] = gpu_stream(g, BT * Vp, GPU_LOSS_BYTES);
     t.part[GPU_PART_norms] = 2 * gpu_stream(g, BT * C, GPU_NORM_BYTES);
     t.part[GPU_PART_embedding] = (r->frozen ? 1 : 2) * gpu_stream(g, BT * C, GPU_EMBEDDING_BYTES);
@@ -279,7 +279,7 @@ static inline GpuStep gpu_step(const GpuSpec *g, const GpuRun *r) {
 enum { GPU_LOGITS_BYTES = 512 << 20, GPU_WORKSPACE = 32 << 20, GPU_PARTIAL = 2048 };
 
 // Per token of a kept branch: xhat and rstd, and whatever is not recomputed.
-static inline double gpu_kept_bytes(const GpuRun *r, int branch) {
+static inline double gpu_saved_bytes(const GpuRun *r, int branch) {
     const double C = r->c.C;
     double bytes = 2 * C + 4;
     if (r->recompute != RECOMPUTE_BRANCH) bytes += branch == ATTN ? 8 * C + 4.0 * r->c.NH : 8 * C;
@@ -296,7 +296,7 @@ static inline double gpu_logits_bytes(const GpuRun *r) {
 
 static inline double gpu_activations(const GpuRun *r, MemoryBound b) {
     const double BT = (double)r->B * r->T, C = r->c.C, heads = 4 * BT * r->c.NH;
-    const double size[BRANCHES] = {gpu_kept_bytes(r, ATTN), gpu_kept_bytes(r, MLP)};
+    const double size[BRANCHES] = {gpu_saved_bytes(r, ATTN), gpu_saved_bytes(r, MLP)};
     const int rows[BRANCHES] = {b.attn_rows, b.mlp_rows}, larger = size[MLP] > size[ATTN];
     const double first = fmin(b.rows, rows[larger]), second = b.rows - first;
     const double kept = fmax(r->T * (first * size[larger] + second * size[!larger]),

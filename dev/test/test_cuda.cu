@@ -120,17 +120,17 @@ static double gelu_slope_double(double x) {
 // ---- Matmuls ----
 
 // gelu: 1 of y, 2 of h
-typedef struct { size_t M, N, K; int a_turned, b_turned, sums, add, bias, gelu, b_sum;
-                 } ProductCase;
+typedef struct { size_t M, N, K; int a_transposed, b_transposed, sums, add, bias, gelu, b_sum;
+                 } MatmulCase;
 
 // What the matmul should write: y and gelu (M,N); if it accumulates, y was array 5 (float or N).
-static void product_by_hand(double *y, double *gelu, const ProductCase *p, int half) {
+static void matmul_by_hand(double *y, double *gelu, const MatmulCase *p, int half) {
     for (size_t i = 0; i < p->M; i++)
         for (size_t j = 0; j < p->N; j++) {
             double sum = p->bias ? number(3, j) : 0;
             for (size_t k = 0; k < p->K; k++)
-                sum += (double)number(1, p->a_turned ? k * p->M + i : i * p->K + k) *
-                       (double)number(2, p->b_turned ? j * p->K + k : k * p->N + j);
+                sum += (double)number(1, p->a_transposed ? k * p->M + i : i * p->K + k) *
+                       (double)number(2, p->b_transposed ? j * p->K + k : k * p->N + j);
             const size_t at = i * p->N + j;
             const double h = number(4, at);
             y[at] = (p->add ? number(5, at) : 0) +
@@ -140,7 +140,7 @@ static void product_by_hand(double *y, double *gelu, const ProductCase *p, int h
         }
 }
 
-static void expect_product(Gpu *g, const ProductCase *p, int dtype) {
+static void expect_product(Gpu *g, const MatmulCase *p, int dtype) {
     const size_t n = p->M * p->N;
     double *want = doubles(n), *want_gelu = doubles(n);
     void *a = device_numbers(g, 1, p->M * p->K), *b = device_numbers(g, 2, p->K * p->N),
@@ -151,13 +151,14 @@ static void expect_product(Gpu *g, const ProductCase *p, int dtype) {
                       p->gelu ? gelu : NULL,
                       p->b_sum ? g->sum : NULL, 1};
     char *name = xprintf("%s (%zu,%zu,%zu)%s%s%s%s%s%s%s", dtype_names[dtype], p->M, p->N, p->K,
-                         p->a_turned ? " a turned" : "", p->b_turned ? " b turned" : "",
+                         p->a_transposed ? " a transposed" : "", p->b_transposed ?
+                             " b transposed" : "",
                          p->sums ? " float" : "", p->add ? " +=" : "", p->bias ? " bias" : "",
                          p->gelu == 1 ? " gelu" : p->gelu ? " gelu'" : "",
                          p->b_sum ? " b_sum" : "");
-    multiply(g, y, p->a_turned ? turned(a, p->M) : lines(a, p->K),
-             p->b_turned ? turned(b, p->K) : lines(b, p->N), p->M, p->N, p->K);
-    product_by_hand(want, want_gelu, p, g->half);
+    multiply(g, y, p->a_transposed ? transposed(a, p->M) : matrix(a, p->K),
+             p->b_transposed ? transposed(b, p->K) : matrix(b, p->N), p->M, p->N, p->K);
+    matmul_by_hand(want, want_gelu, p, g->half);
     // tf32 has the 8 bits that these elements need, so its products are exact as well. GELU' can
     // double an error, and if y was rounded before its epilogue there are two roundings.
     const double twice = g->half ? 4000 * (p->bias + p->gelu) : 0;
@@ -183,7 +184,7 @@ static void emulated_epilogues(const char *which) {
 
 // Those that the engine uses, at sizes that are, and are not, multiples of what cuBLASLt requires
 // for its epilogues.
-void test_cuda_products(void) {
+void test_cuda_matmuls(void) {
     static const size_t sizes[][3] = {{1, 1, 1}, {3, 8, 5}, {17, 21, 33}, {40, 24, 16}, {5, 64, 70},
                                       {64, 12, 3}};
     enum { FUSED, PLAIN, REFUSED, WAYS };                // refused: requested, but the library has
@@ -194,14 +195,14 @@ void test_cuda_products(void) {
         emulated_epilogues(way == REFUSED ? "0" : NULL);
         for (auto s : sizes) {
             const size_t M = s[0], N = s[1], K = s[2];
-            const ProductCase cases[] = {
+            const MatmulCase cases[] = {
                 {M, N, K, 0, 0, 0, 0, 0, 0, 0}, {M, N, K, 0, 0, 0, 0, 1, 0, 0},
                 {M, N, K, 0, 0, 0, 0, 1, 1, 0}, {M, N, K, 0, 1, 0, 0, 0, 0, 0},
                 {M, N, K, 0, 1, 0, 0, 0, 2, 0}, {M, N, K, 1, 0, 1, 0, 0, 0, 0},
                 {M, N, K, 1, 0, 1, 1, 0, 0, 0}, {M, N, K, 1, 0, 1, 0, 0, 0, 1},
                 {M, N, K, 1, 0, 1, 1, 0, 0, 1},
             };
-            for (const ProductCase &p : cases) expect_product(&g, &p, dtype);
+            for (const MatmulCase &p : cases) expect_product(&g, &p, dtype);
         }
         test_gpu_close(&g);
     }
@@ -217,18 +218,18 @@ void test_cuda_search_fails(void) {
         g.search = 1;
         void *a = device_numbers(&g, 1, M * K), *b = device_numbers(&g, 2, K * N);
         float *y = device_floats(3, M * N);
-        const Matrix left = turned(a, M), right = lines(b, N);
+        const Matrix left = transposed(a, M), right = matrix(b, N);
         Result to = summed(y, N, 0);
         to.b_sum = g.sum, g.sums_inside = 1;
         setenv("EMU_ALGORITHMS_FAIL", fails ? "2" : "1", 1);
         multiply(&g, to, left, right, M, N, K);
-        const Product *p = &g.product[0];
+        const Matmul *p = &g.matmul[0];
         EXPECT(p->algorithm.data[1] == (uint64_t)!fails, "algorithm %d fails and is taken", fails);
         EXPECT(p->fused, "an algorithm runs with the epilogue, but is not taken");
         setenv("EMU_ALGORITHMS_FAIL", "3", 1);
         cublasLtMatmulHeuristicResult_t all[2];
         for (int i = 0; i < 2; i++) all[i].algo = p->algorithm, all[i].algo.data[1] = (uint64_t)i;
-        EXPECT(product_search(&g, p, all, 2, &left, &right, NULL) < 0,
+        EXPECT(matmul_search(&g, p, all, 2, &left, &right, NULL) < 0,
                "no algorithm runs, and one is taken");
         unsetenv("EMU_ALGORITHMS_FAIL");
         device_free(a), device_free(b), device_free(y);
@@ -243,9 +244,9 @@ void test_cuda_bias_sums(void) {
         Gpu g = test_gpu(DTYPE_BF16, 64);
         EXPECT(!g.sums_inside, "they are the library's by default");
         g.sums_inside = inside;
-        const ProductCase p = {64, 64, 32, 1, 0, 1, 0, 0, 0, 1};
+        const MatmulCase p = {64, 64, 32, 1, 0, 1, 0, 0, 0, 1};
         expect_product(&g, &p, DTYPE_BF16);
-        EXPECT(g.product[0].fused == inside, "asked for: %d, done: %d", inside, g.product[0].fused);
+        EXPECT(g.matmul[0].fused == inside, "asked for: %d, done: %d", inside, g.matmul[0].fused);
         test_gpu_close(&g);
     }
 }
@@ -263,8 +264,8 @@ void test_cuda_products_search(void) {
             float *y = device_floats(3, M * N);
             Result to = summed(y, N, 1);
             to.b_sum = g.sum, g.sums_inside = 1;
-            for (int i = 0; i < 2; i++) multiply(&g, to, turned(a, M), lines(b, N), M, N, K);
-            EXPECT(g.n_products == 1, "%d products for one shape", g.n_products);
+            for (int i = 0; i < 2; i++) multiply(&g, to, transposed(a, M), matrix(b, N), M, N, K);
+            EXPECT(g.n_matmuls == 1, "%d products for one shape", g.n_matmuls);
             results[search] = host_floats(&g, y, M * N, 0);
             device_free(a), device_free(b), device_free(y);
             test_gpu_close(&g);
@@ -283,13 +284,13 @@ void test_cuda_search_compares(void) {
         Gpu g = test_gpu(DTYPE_FP32, n);
         float *a = device_floats(1, n * n), *b = device_floats(2, n * n),
             *y = device_floats(3, n * n);
-        const Matrix left = lines(a, n), right = lines(b, n);
+        const Matrix left = matrix(a, n), right = matrix(b, n);
         multiply(&g, summed(y, n, add), left, right, n, n, n);
         cublasLtMatmulHeuristicResult_t twice[2];
-        twice[0].algo = twice[1].algo = g.product[0].algorithm;
+        twice[0].algo = twice[1].algo = g.matmul[0].algorithm;
         int second = 0;
         for (int i = 0; i < 200 && !second; i++)
-            second = product_search(&g, &g.product[0], twice, 2, &left, &right, NULL);
+            second = matmul_search(&g, &g.matmul[0], twice, 2, &left, &right, NULL);
         EXPECT(second, "with add %d the second algorithm is never taken", add);
         device_free(a), device_free(b), device_free(y);
         test_gpu_close(&g);
@@ -471,7 +472,7 @@ static void expect_layernorm_forward(int dtype, const NormCase *k) {
         }
     residual_layernorm_forward(&g, x, ln, xhat, rstd, k->end ? out : NULL, rows_given(&end),
                                rows_given(&begin), k->tied, dw, db, B, T, C);
-    layernorm_again(&g, again, xhat, dw, db, n_begin / C, C);
+    layernorm_recompute(&g, again, xhat, dw, db, n_begin / C, C);
     expect_numbers(&g, x, want_x, n, 1, 2, 1, "stream");
     expect_numbers(&g, xhat, want_xhat, n_begin, 0, (double)C, 1, "xhat");
     // from a rounded xhat

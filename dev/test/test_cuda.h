@@ -14,7 +14,7 @@
     X(cuda_attention_same_bits) X(cuda_attention_neighbours) X(cuda_attention_refused)
 
 #define CUDA_TESTS(X)                                                                        \
-    X(cuda_products) X(cuda_products_search) X(cuda_bias_sums) X(cuda_search_compares)       \
+    X(cuda_matmuls) X(cuda_products_search) X(cuda_bias_sums) X(cuda_search_compares)       \
     X(cuda_search_fails)                                                                     \
     X(cuda_column_sums) X(cuda_gelu) X(cuda_embedding) X(cuda_layernorm_forward)             \
     X(cuda_layernorm_backward) X(cuda_softmax_loss) X(cuda_classifier_chunks) X(cuda_logits) \

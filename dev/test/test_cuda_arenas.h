@@ -10,10 +10,10 @@ enum { ARENA_ARRAYS = 8 };
 static Model *arena_model(ArenaArray array[ARENA_ARRAYS]) {
     const GptConfig c = {11, 5, 2, 2, 12};               // V T L NH C: no array fills its space
     Model *m = update_model(&c, ROUNDING_NEAREST);
-    const size_t bias = m->offset[P_fcb], weight = m->offset[P_qkvw] + m->layer_size[1],
+    const size_t bias = param_offset(m, P_fcb, 0), weight = param_offset(m, P_qkvw, 1),
         C = (size_t)c.C;
-    keep_nothing(m);
-    void *first = keep(m, 3 * sizeof(bf16)), *second = keep(m, 5 * sizeof(bf16));
+    save_nothing(m);
+    void *first = save(m, 3 * sizeof(bf16)), *second = save(m, 5 * sizeof(bf16));
     const ArenaArray all[ARENA_ARRAYS] = {
         {(bf16 *)(m->slot[SLOT_PARAM] + bias), 8 * C}, {m->copy + weight, 3 * C * C},
         {(bf16 *)(m->slot[SLOT_GRAD] + bias), 8 * C},
@@ -37,13 +37,13 @@ static void run_overrun(void *arg) {
     fprintf(stderr, "not found out\n");
 }
 
-// Saved arrays may be written while they exist; after keep_nothing the whole arena is available.
+// Saved arrays may be written while they exist; after save_nothing the whole arena is available.
 static void run_cut_anew(void *) {
     ArenaArray array[ARENA_ARRAYS];
     Model *m = arena_model(array);
     LAUNCH(touch, 1, 1, 0, m->gpu.stream, array[6].at, 2);
-    keep_nothing(m);
-    bf16 *larger = (bf16 *)keep(m, ARENA_GAP + 2 * ALIGN);
+    save_nothing(m);
+    bf16 *larger = (bf16 *)save(m, ARENA_GAP + 2 * ALIGN);
     LAUNCH(touch, 1, 1, 0, m->gpu.stream, larger, array[6].n);
     model_close(m);
     fprintf(stderr, "not found out\n");
@@ -54,7 +54,7 @@ void test_cuda_arenas(void) {
     Model *m = arena_model(array);
     for (int k = 0; k < ARENA_ARRAYS; k++)
         EXPECT((uintptr_t)array[k].at % ALIGN == 0, "array %d begins at %p", k, array[k].at);
-    EXPECT(array[7].at == array[6].at + arena_room(3 * sizeof(bf16)) / sizeof(bf16),
+    EXPECT(array[7].at == array[6].at + arena_bytes(3 * sizeof(bf16)) / sizeof(bf16),
            "what is kept does not lie side by side");
     model_close(m);
 #ifdef CUDA_EMULATED                                     // a driver does not survive a fork

@@ -18,7 +18,7 @@ static inline void dense_test_random(double *x, size_t n, uint32_t which) {
 }
 
 // Sizes below, at and above a tile, a block of K and a block of the result.
-static void test_dense_products(void) {
+static void test_dense_matmuls(void) {
     static const size_t sizes[][3] = {{1, 1, 1},
                                       {3, 5, 7},
                                       {TILE_ROWS, DENSE_COLS, DENSE_K},
@@ -38,7 +38,7 @@ static void test_dense_products(void) {
             bt[i % N * K + i / N] = (real)b[i];
         }
         for (int how = DENSE_SET; how <= DENSE_SUBTRACT; how++)
-            for (int turned = 0; turned < 2; turned++) {
+            for (int transposed = 0; transposed < 2; transposed++) {
                 dense_test_random(y, M * N, 3);
                 double *want = xcalloc(M * N, 8);
                 for (size_t i = 0; i < M; i++)
@@ -48,14 +48,15 @@ static void test_dense_products(void) {
                         if (how == DENSE_SUBTRACT) sum = -sum;
                         want[i * N + j] = how == DENSE_SET ? sum : y[i * N + j] + sum;
                     }
-                const DenseMatrix left = turned ? dense_turned(dense_of(at, M)) : dense_of(a, K);
+                const DenseMatrix left =
+                    transposed ? dense_transposed(dense_of(at, M)) : dense_of(a, K);
                 const DenseMatrix right =
-                    turned ? dense_turned(dense_of_real(bt, K)) : dense_of(b, N);
+                    transposed ? dense_transposed(dense_of_real(bt, K)) : dense_of(b, N);
                 dense_product(y, N, left, right, M, N, K, how);
                 double worst = 0;
                 for (size_t i = 0; i < M * N; i++) worst = fmax(worst, fabs(y[i] - want[i]));
-                EXPECT(worst <= 1e-14 * (double)K, "%zu x %zu x %zu, %d, turned %d: off by %g", M,
-                       N, K, how, turned, worst);
+                EXPECT(worst <= 1e-14 * (double)K, "%zu x %zu x %zu, %d, transposed %d: off by %g",
+                       M, N, K, how, transposed, worst);
                 free(want);
             }
         free(a), free(b), free(y), free(at), free(bt);
@@ -160,7 +161,7 @@ static void test_dense_cholesky_refuses(void) {
     free(x), free(a);
 }
 
-#define DENSE_TESTS(X) X(dense_products) X(dense_gram_bits) X(dense_cholesky) X(dense_condition) \
+#define DENSE_TESTS(X) X(dense_matmuls) X(dense_gram_bits) X(dense_cholesky) X(dense_condition) \
     X(dense_cholesky_refuses)
 
 #endif

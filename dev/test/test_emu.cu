@@ -103,9 +103,9 @@ void test_emu_shuffles(void) {
 // workspace.
 static __global__ void sums(float *out, const float *x) {
     BOUNDS(1024);
-    SHARED(float, room);
+    SHARED(float, work);
     const float v = x[blockIdx.x * blockDim.x + threadIdx.x];
-    const float sum = block_sum(v, room), most = block_max(v, room), again = block_sum(2 * v, room);
+    const float sum = block_sum(v, work), most = block_max(v, work), again = block_sum(2 * v, work);
     const float warp = warp_sum(v) + 0 * warp_max(v);
     if (threadIdx.x == blockDim.x - 1) {
         out[4 * blockIdx.x] = sum, out[4 * blockIdx.x + 1] = most, out[4 * blockIdx.x + 2] = again;
@@ -644,9 +644,9 @@ void test_emu_mma_sum(void) {
 // other devices.
 void test_emu_hardware(void) {
     static const char *const run[][2] = {
-        {"EMU_ERRORS=1", "cuda_products cuda_softmax_loss cuda_layernorm_backward "
+        {"EMU_ERRORS=1", "cuda_matmuls cuda_softmax_loss cuda_layernorm_backward "
          "cuda_attention_bf16"},
-        {"EMU_ROWS=1", "cuda_products cuda_classifier_chunks"},
+        {"EMU_ROWS=1", "cuda_matmuls cuda_classifier_chunks"},
         {"EMU_CAPABILITY=89", "cuda_layernorm_backward cuda_attention_wide_heads"}};
     for (auto mode : run) {
         ToolRun r = shell_runf("%s %s/test_gpt %s", mode[0], test_build(), mode[1]);
@@ -663,11 +663,11 @@ void test_emu_ldmatrix(void) {
         for (int j = 0; j < 4; j++) {
             // row, column of the figure
             const uint32_t low = (uint32_t)(64 * j + 8 * (lane / 4) + lane % 4 * 2);
-            const uint32_t turned = (uint32_t)(64 * j + 8 * (lane % 4 * 2) + lane / 4);
+            const uint32_t transposed = (uint32_t)(64 * j + 8 * (lane % 4 * 2) + lane / 4);
             const uint32_t plain = out[4 * lane + j], trans = out[4 * (32 + lane) + j];
             EXPECT(plain == ((low + 1) << 16 | low), "lane %d, matrix %d: %08x", lane, j, plain);
-            EXPECT(trans == ((turned + 8) << 16 | turned), "lane %d, matrix %d transposed: %08x",
-                   lane, j, trans);
+            EXPECT(trans == ((transposed + 8) << 16 | transposed),
+                   "lane %d, matrix %d transposed: %08x", lane, j, trans);
         }
     CUDA_CHECK(cudaFree(device));
     int misaligned = 1, outside = 8;
@@ -775,12 +775,12 @@ void test_emu_streams_wrong(void) {
 // ---- cuBLASLt ----
 
 // A matmul and its parameters. `bf16_in`, `bf16_out`: types of A, B and of C, D.
-typedef struct Product {
+typedef struct Matmul {
     int m, n, k, transa, transb, bf16_in, bf16_out, tf32;
     float alpha, beta;
     uint32_t epilogue;
     int left = 0;       // set as well: 1 a bias pointer, 2 an auxiliary matrix
-} Product;
+} Matmul;
 
 // on the host, column-major
 typedef struct { double *a, *b, *c, *y, *bias, *aux; int lda, ldb, ldc; } Operands;
@@ -811,7 +811,7 @@ static int biased(uint32_t epilogue) {
 
 // Runs p through cuBLASLt with the heuristic's second algorithm; o->y, o->bias and o->aux receive
 // its output.
-static cublasStatus_t multiply(const Product *p, Operands *o) {
+static cublasStatus_t multiply(const Matmul *p, Operands *o) {
     const cudaDataType_t in = p->bf16_in ? CUDA_R_16BF : CUDA_R_32F,
         out = p->bf16_out ? CUDA_R_16BF : CUDA_R_32F;
     const size_t a_size = (size_t)o->lda * (size_t)(p->transa ? p->m : p->k),
@@ -825,8 +825,8 @@ static cublasStatus_t multiply(const Product *p, Operands *o) {
     void *bias = device_numbers(o->bias, bias_size, p->bf16_out),
         *aux = device_numbers(o->aux, c_size, p->bf16_out);
     const int64_t aux_ld = o->ldc;
-    const size_t room = 1 << 16;
-    char *workspace = device_new<char>(room);
+    const size_t bytes = 1 << 16;
+    char *workspace = device_new<char>(bytes);
     cublasLtHandle_t handle;
     cublasLtMatmulDesc_t d;
     cublasLtMatrixLayout_t la, lb, lc;
@@ -859,13 +859,13 @@ static cublasStatus_t multiply(const Product *p, Operands *o) {
     CUBLAS_CHECK(cublasLtMatmulPreferenceCreate(&preference));
     CUBLAS_CHECK(cublasLtMatmulPreferenceSetAttribute(preference,
                                                       CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                      &room, sizeof room));
+                                                      &bytes, sizeof bytes));
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle, d, la, lb, lc, lc, preference, 3,
                                                            found, &count);
     if (status == CUBLAS_STATUS_SUCCESS) {
         EXPECT(count == 2, "%d algorithms", count);
         status = cublasLtMatmul(handle, d, &p->alpha, a, la, b, lb, &p->beta, c, lc, y, lc,
-                                &found[1].algo, workspace, room, NULL);
+                                &found[1].algo, workspace, bytes, NULL);
     }
     host_numbers(o->y, y, c_size, p->bf16_out);
     host_numbers(o->bias, bias, bias_size, p->bf16_out);
@@ -885,7 +885,7 @@ static double *numbers(size_t n, int seed) {
         x[i] = (double)((int)((i * 2654435761u + (size_t)seed * 40503u) >> 7 & 127) - 64) / 64;
     return x;
 }
-static Operands operands_new(const Product *p) {
+static Operands operands_new(const Matmul *p) {
     const int lda = (p->transa ? p->k : p->m) + 3, ldb = (p->transb ? p->n : p->k) + 1,
         ldc = (p->m + 7) / 8 * 8;
     const size_t a = (size_t)(lda * (p->transa ? p->m : p->k)),
@@ -905,7 +905,7 @@ static double gelu(double x) {
 static double gelu_slope(double x) { return (gelu(x + 1e-4) - gelu(x - 1e-4)) / 2e-4; }
 
 // A matmul with its epilogue against the same in double.
-static void expect_product(Product p) {
+static void expect_product(Matmul p) {
     Operands o = operands_new(&p), before = operands_new(&p);
     const cublasStatus_t status = multiply(&p, &o);
     EXPECT(status == CUBLAS_STATUS_SUCCESS, "%s", cublasLtGetStatusString(status));
@@ -964,7 +964,7 @@ void test_emu_matmul_epilogues(void) {
 
 // The line on standard error is part of the answer, but not of this program's output.
 static void run_refused(void *arg) {
-    Product p = {13, 6, 9, 0, 0, 0, 0, 0, 1, 0, CUBLASLT_EPILOGUE_DEFAULT};
+    Matmul p = {13, 6, 9, 0, 0, 0, 0, 0, 1, 0, CUBLASLT_EPILOGUE_DEFAULT};
     Operands o = operands_new(&p);
     cublasLtMatmulDesc_t d;
     const int64_t wide = 1;

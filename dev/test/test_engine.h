@@ -471,7 +471,7 @@ static double ref_factor(const RefRow *r, int place, int layer, int head, int li
 // its row.
 static void ref_adapter(double *y, const double *x, const double *w, const GptConfig *c,
                         const RefRow *r, int l, int t, int line) {
-    const int A = gpt_adapter_of(c, gpt_product(t)), in = gpt_param_cols(c, gpt_adapter(t)),
+    const int A = gpt_adapter_of(c, gpt_matmul(t)), in = gpt_param_cols(c, gpt_adapter(t)),
         out = gpt_param_rows(c, gpt_adapter(t) + 1);
     if (A < 0) return;
     const double *a = w + slot_at(c, A, l), *b = w + slot_at(c, A + 1, l);

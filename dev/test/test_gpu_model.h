@@ -28,7 +28,7 @@ static inline void test_gpu_model_roofline(void) {
         {"gpt2",   32, {26.94, 11.69, 12.49, 6.74, 1.6, 1.62}, 62.0},
         {"medium", 32, {91.35, 15.12, 33.13, 17.3, 1.6, 4.62}, 164.2},
         {"xl",     16, {213.2, 11.47, 52.03, 27.2, 0.8, 20.3}, 324.9}};
-    static const int part[6] = {GPU_PART_products, GPU_PART_head, GPU_PART_attention,
+    static const int part[6] = {GPU_PART_matmuls, GPU_PART_head, GPU_PART_attention,
                                 GPU_PART_norms,    GPU_PART_loss, GPU_PART_update};
     for (int i = 0; i < 3; i++) {
         const GpuRun r = gpu_test_run(by_hand[i].preset, by_hand[i].B);
@@ -36,7 +36,7 @@ static inline void test_gpu_model_roofline(void) {
         for (int k = 0; k < 6; k++)
             EXPECT_CLOSE(1e3 * s.time.part[part[k]], by_hand[i].part[k],
                          0.08 * by_hand[i].part[k] + 0.8, gpu_part_names[part[k]]);
-        const double later = s.time.part[GPU_PART_again] + s.time.part[GPU_PART_biases];
+        const double later = s.time.part[GPU_PART_recompute] + s.time.part[GPU_PART_biases];
         EXPECT_CLOSE(1e3 * (s.seconds - later), by_hand[i].all, 0.03 * by_hand[i].all,
                      by_hand[i].preset);
     }
@@ -58,7 +58,7 @@ static inline void test_gpu_model_parts(void) {
                     sum += s.time.part[i];
                 }
                 EXPECT_CLOSE(sum, s.seconds, 1e-12 * sum, "the sum of the parts");
-                EXPECT(s.mfu > 0 && s.mfu < gpu_specs[d].product / gpu_specs[d].peak, "MFU %g",
+                EXPECT(s.mfu > 0 && s.mfu < gpu_specs[d].matmul / gpu_specs[d].peak, "MFU %g",
                        s.mfu);
                 EXPECT_CLOSE(s.flops, 24 * 3 * gpt_row_flops(&r.c, r.T), 1e-9 * s.flops, "FLOPs");
             }

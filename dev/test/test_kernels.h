@@ -108,8 +108,8 @@ static long sheet_outside(const Sheet *s) {
 }
 
 static Matrix sheet_matrix(const Sheet *s, int turn) {
-    return (Matrix){.at = s->at, .ld = s->ld, .turned = turn, .rows = s->gathered ? s->rows : NULL,
-                    .T = s->T};
+    return (Matrix){.at = s->at, .ld = s->ld, .transposed = turn, .rows = s->gathered ?
+                    s->rows : NULL, .T = s->T};
 }
 
 // ---- Matmuls ----
@@ -117,58 +117,61 @@ static Matrix sheet_matrix(const Sheet *s, int turn) {
 typedef struct {
     size_t M, N, K;
     // gelu: 1 of y, 2 of h
-    int a_turned, b_turned, a_on, b_on, y_on, add, bias, b_sum, pad, bf16, gelu;
+    int a_transposed, b_transposed, a_on, b_on, y_on, add, bias, b_sum, pad, bf16, gelu;
     double scale;
-} Product;
+} Matmul;
 
 // The matmul whose options are the bits of a number below 2^12.
 enum { PRODUCT_OPTIONS = 1 << 12 };
-static Product product_of(size_t M, size_t N, size_t K, unsigned bits) {
-    const int gelu = (int)(bits >> 10 & 3) % 3, b_turned = bits >> 1 & 1;
-    return (Product){
-        .M = M, .N = N, .K = K, .a_turned = bits & 1, .b_turned = b_turned, .a_on = bits >> 2 & 1,
-            .b_on = bits >> 3 & 1,
+static Matmul matmul_of(size_t M, size_t N, size_t K, unsigned bits) {
+    const int gelu = (int)(bits >> 10 & 3) % 3, b_transposed = bits >> 1 & 1;
+    return (Matmul){
+        .M = M, .N = N, .K = K, .a_transposed = bits & 1, .b_transposed = b_transposed, .a_on =
+            bits >> 2 & 1, .b_on = bits >> 3 & 1,
         .y_on = !gelu && bits >> 4 & 1, .add = bits >> 5 & 1, .bias = bits >> 6 & 1,
-        .b_sum = !b_turned && bits >> 7 & 1,
+        .b_sum = !b_transposed && bits >> 7 & 1,
         .pad = bits >> 8 & 1, .bf16 = bits >> 9 & 1, .gelu = gelu,
         .scale = __builtin_parity(bits) ? 1.25 : 1,
     };
 }
 
-static char *product_name(const Product *p) {
+static char *matmul_name(const Matmul *p) {
     return xprintf("(%zu,%zu,%zu)%s%s%s%s%s%s%s%s%s%s%s scale %g", p->M, p->N, p->K,
-                   p->a_turned ? " a turned" : "", p->b_turned ? " b turned" : "",
+                   p->a_transposed ? " a transposed" : "", p->b_transposed ? " b transposed" : "",
                    p->a_on ? " a gathered" : "", p->b_on ? " b gathered" : "",
                    p->y_on ? " scattered" : "", p->add ? " +=" : "", p->bias ? " bias" : "",
                    p->b_sum ? " b_sum" : "", p->pad ? " ld" : "", p->bf16 ? " bf16" : "",
                    p->gelu == 1 ? " gelu" : p->gelu ? " gelu'" : "", p->scale);
 }
 
-typedef struct { Sheet a, b, y, h, gelu, bias, sum; Wall room_a, room_b; PackRoom room; } Products;
+typedef struct { Sheet a, b, y, h, gelu, bias, sum; Wall work_a,
+                work_b; PackWorkspace work; } Products;
 
-// The workspaces of packed panels are as large as model_rooms() makes them, and end at walls, too.
-static Products *products_new(void) {
+// The workspaces of packed panels are as large as model_buffers() makes them, and end at walls,
+// too.
+static Products *matmuls_new(void) {
     Products *s = (Products *)xcalloc(1, sizeof *s);
     Sheet *const all[] = {&s->a, &s->b, &s->y, &s->h, &s->gelu, &s->bias, &s->sum};
     for (int i = 0; i < 7; i++) all[i]->wall = wall_new(SHEET_NUMBERS);
-    s->room_a = wall_new(2 * M_BLOCK * K_BLOCK);
-    s->room_b = wall_new(2 * K_BLOCK * N_BLOCK);
+    s->work_a = wall_new(2 * M_BLOCK * K_BLOCK);
+    s->work_b = wall_new(2 * K_BLOCK * N_BLOCK);
     return s;
 }
 
-static void products_free(Products *s) {
+static void matmuls_free(Products *s) {
     Wall *const all[] = {&s->a.wall, &s->b.wall, &s->y.wall, &s->h.wall, &s->gelu.wall,
                          &s->bias.wall, &s->sum.wall,
-                         &s->room_a, &s->room_b};
+                         &s->work_a, &s->work_b};
     for (int i = 0; i < 9; i++) wall_free(all[i]);
     free(s);
 }
 
 // Sets the operands, and the previous y and sum; without `add` these are NaN.
-static void products_lay(Products *s, const Product *p) {
+static void matmuls_lay(Products *s, const Matmul *p) {
     const size_t pad = p->pad ? 5 : 0, wide = p->bf16 && !PAIRS ? 2 : 1;
-    sheet_lay(&s->a, p->a_turned ? p->K : p->M, p->a_turned ? p->M : p->K, pad, p->a_on);
-    sheet_lay(&s->b, p->b_turned ? p->N : p->K, p->b_turned ? p->K : p->N, pad + p->pad, p->b_on);
+    sheet_lay(&s->a, p->a_transposed ? p->K : p->M, p->a_transposed ? p->M : p->K, pad, p->a_on);
+    sheet_lay(&s->b, p->b_transposed ? p->N : p->K, p->b_transposed ? p->K : p->N, pad + p->pad,
+              p->b_on);
     sheet_lay(&s->y, p->M, p->N, pad, p->y_on);
     sheet_lay(&s->h, p->M, p->N, pad, 0);
     sheet_lay(&s->gelu, p->M, p->N, pad, 0);
@@ -177,19 +180,19 @@ static void products_lay(Products *s, const Product *p) {
     sheet_fill(&s->a, 1), sheet_fill(&s->b, 2), sheet_fill(&s->bias, 4), sheet_fill(&s->sum, 5);
     if (p->gelu == 2) sheet_fill(&s->h, 3);
     if (p->add) sheet_fill(&s->y, 6);
-    s->room = (PackRoom){s->room_a.end - wide * M_BLOCK * K_BLOCK,
-                         s->room_b.end - wide * K_BLOCK * N_BLOCK, p->bf16};
+    s->work = (PackWorkspace){s->work_a.end - wide * M_BLOCK * K_BLOCK,
+                         s->work_b.end - wide * K_BLOCK * N_BLOCK, p->bf16};
 }
 
-static void products_run(Products *s, const Product *p) {
+static void matmuls_run(Products *s, const Matmul *p) {
     const Result y = {
         .at = s->y.at, .ld = s->y.ld, .rows = p->y_on ? s->y.rows : NULL, .T = s->y.T,
         .add = p->add, .scale = (real)p->scale,
         .bias = p->bias ? s->bias.at : NULL, .h = p->gelu == 2 ? s->h.at : NULL,
         .gelu = p->gelu ? s->gelu.at : NULL,
     };
-    multiply(y, &s->room, sheet_matrix(&s->a, p->a_turned), sheet_matrix(&s->b, p->b_turned), p->M,
-             p->N, p->K, p->b_sum ? s->sum.at : NULL);
+    multiply(y, &s->work, sheet_matrix(&s->a, p->a_transposed), sheet_matrix(&s->b,
+             p->b_transposed), p->M, p->N, p->K, p->b_sum ? s->sum.at : NULL);
 }
 
 static double gelu_wide(double x) {
@@ -201,7 +204,7 @@ static double gelu_slope_wide(double x) {
 }
 
 // The operand as (rows,K) in double, rounded as by a bf16 matmul.
-static double *product_operand(const Sheet *s, int k_is_line, size_t count, size_t K, int bf16) {
+static double *matmul_operand(const Sheet *s, int k_is_line, size_t count, size_t K, int bf16) {
     double *x = doubles((int)(count * K));
     for (size_t i = 0; i < count; i++)
         for (size_t k = 0; k < K; k++) {
@@ -212,7 +215,7 @@ static double *product_operand(const Sheet *s, int k_is_line, size_t count, size
 }
 
 // Element (i,j), if y was `before`.
-static void product_expect_element(const Products *s, const Product *p, size_t i, size_t j,
+static void matmul_expect_element(const Products *s, const Matmul *p, size_t i, size_t j,
                                    const double *a, const double *b, double before,
                                    const char *name) {
     double sum = p->bias ? (double)s->bias.at[j] : 0, squares = sum * sum;
@@ -229,18 +232,18 @@ static void product_expect_element(const Products *s, const Product *p, size_t i
     if (p->gelu) EXPECT_CLOSE(gelu, gelu_wide(h), 8 * REAL_EPSILON * (1 + fabs(h)), name);
 }
 
-static void product_expect(Products *s, const Product *p) {
-    products_lay(s, p);
-    char *name = product_name(p);
+static void matmul_expect(Products *s, const Matmul *p) {
+    matmuls_lay(s, p);
+    char *name = matmul_name(p);
     double *before = doubles((int)(p->M * p->N));
     for (size_t i = 0; p->add && i < p->M * p->N; i++)
         before[i] = (double)s->y.at[sheet_place(&s->y, i / p->N, i % p->N)];
-    products_run(s, p);
-    double *a = product_operand(&s->a, p->a_turned, p->M, p->K, p->bf16);
-    double *b = product_operand(&s->b, !p->b_turned, p->N, p->K, p->bf16);
+    matmuls_run(s, p);
+    double *a = matmul_operand(&s->a, p->a_transposed, p->M, p->K, p->bf16);
+    double *b = matmul_operand(&s->b, !p->b_transposed, p->N, p->K, p->bf16);
     for (size_t i = 0; i < p->M; i++)
         for (size_t j = 0; j < p->N; j++)
-            product_expect_element(s, p, i, j, a + i * p->K, b + j * p->K, before[i * p->N + j],
+            matmul_expect_element(s, p, i, j, a + i * p->K, b + j * p->K, before[i * p->N + j],
                                    name);
     for (size_t j = 0; j < p->N; j++) {
         double sum = 0, squares = 0, first = (double)kernels_number(5, j);
@@ -261,15 +264,15 @@ static void product_expect(Products *s, const Product *p) {
 
 // All options at a shape that fills no tile, and at a whole tile.
 static void test_kernels_products_options(void) {
-    Products *s = products_new();
+    Products *s = matmuls_new();
     kernels_threads(1);
     for (unsigned bits = 0; bits < PRODUCT_OPTIONS; bits++) {
         const int tile = bits % 5 == 0;
-        const Product p = product_of(tile ? TILE_ROWS : TILE_ROWS + 1,
+        const Matmul p = matmul_of(tile ? TILE_ROWS : TILE_ROWS + 1,
                                      tile ? TILE_COLS : TILE_COLS + 1, tile ? 6 : 5, bits);
-        product_expect(s, &p);
+        matmul_expect(s, &p);
     }
-    products_free(s);
+    matmuls_free(s);
 }
 
 // The options vary with the shapes; every shape has every layout of the operands, in both types.
@@ -278,16 +281,16 @@ static void test_kernels_products_shapes(void) {
     static const size_t cols[] = {1, TILE_COLS - 1, TILE_COLS, TILE_COLS + 1,
                                   2 * TILE_COLS + LANES + 3};
     static const size_t depths[] = {1, 2, 3, LANES, 2 * LANES + 1, 61};
-    Products *s = products_new();
+    Products *s = matmuls_new();
     kernels_threads(1);
     for (unsigned i = 0; i < 5 * 5 * 6 * 8; i++) {
         const unsigned shape = i / 8, others = rng_words(0, STREAM_TEST, i, 0, 8).v[0] & 0xDFC;
         const unsigned options = others | (i & 3) | (i & 4) << 7;
-        const Product p = product_of(rows[shape % 5], cols[shape / 5 % 5], depths[shape / 25],
+        const Matmul p = matmul_of(rows[shape % 5], cols[shape / 5 % 5], depths[shape / 25],
                                      options);
-        product_expect(s, &p);
+        matmul_expect(s, &p);
     }
-    products_free(s);
+    matmuls_free(s);
 }
 
 // Shapes around the panel sizes, with several threads.
@@ -296,23 +299,23 @@ static void test_kernels_products_blocks(void) {
         {TILE_ROWS + 1, TILE_COLS + 1, K_BLOCK - 1}, {TILE_ROWS + 1, 3, K_BLOCK},
         {2, TILE_COLS + 1, K_BLOCK + 1}, {5, 7, 2 * K_BLOCK},
         {TILE_ROWS + 1, TILE_COLS + 1, 2 * K_BLOCK + 1}, {3, 2, 4 * K_BLOCK + 1},
-        {2 * PACK_NUMBERS + 7, 3, 19}, {3, 2 * PACK_NUMBERS + 7, 19}, {M_BLOCK + 1, 2, 3},
+        {2 * PACK_ELEMENTS + 7, 3, 19}, {3, 2 * PACK_ELEMENTS + 7, 19}, {M_BLOCK + 1, 2, 3},
         {2, N_BLOCK + 1, 3}, {M_BLOCK + TILE_ROWS + 1, TILE_COLS + 3, 5}, {101, 131, 37},
     };
-    Products *s = products_new();
+    Products *s = matmuls_new();
     kernels_threads(3);
     for (unsigned i = 0; i < sizeof shapes / sizeof shapes[0] * 16; i++) {
         const unsigned others = rng_words(1, STREAM_TEST, i, 0, 8).v[0] & 0xDF0,
             options = others | (i & 7) | (i & 8) << 6;
         const size_t *shape = shapes[i / 16];
-        const Product p = product_of(shape[0], shape[1], shape[2], options | (i & 4) << 1);
-        product_expect(s, &p);
+        const Matmul p = matmul_of(shape[0], shape[1], shape[2], options | (i & 4) << 1);
+        matmul_expect(s, &p);
     }
     // b is packed again for every panel of rows
-    const Product both = product_of(M_BLOCK + 1, N_BLOCK + 1, 2, 0xC0);
-    product_expect(s, &both);
+    const Matmul both = matmul_of(M_BLOCK + 1, N_BLOCK + 1, 2, 0xC0);
+    matmul_expect(s, &both);
     kernels_threads(1);
-    products_free(s);
+    matmuls_free(s);
 }
 
 // ---- bf16 dot products, and their replacement elsewhere ----
@@ -694,7 +697,7 @@ static void test_kernels_layernorm_forward(void) {
         }
         EXPECT(y[n] == 0 && xhat[n] == 0 && rstd[NORM_LINES] == 0, "wrote after the last line");
         memset(x, 0, n * sizeof(real));
-        layernorm_again(x, xhat, w, b, NORM_LINES, C);
+        layernorm_recompute(x, xhat, w, b, NORM_LINES, C);
         for (size_t k = 0; k < n; k++)
             EXPECT_CLOSE((double)x[k], (double)y[k], kernels_rounding(1, 1), "again");
         free(x), free(more), free(w), free(b), free(y), free(xhat);
@@ -795,9 +798,9 @@ static void test_kernels_classifier_chunks(void) {
     enum { V = 8200, C = 3, BT = 600, PART = 450 };
     EXPECT(classifier_chunk(BT, V) < BT && classifier_chunk(PART, V) == PART, "chunks of %zu",
            classifier_chunk(BT, V));
-    Products *s = products_new();
-    const Product p = product_of(1, 1, 1, 0);
-    products_lay(s, &p);
+    Products *s = matmuls_new();
+    const Matmul p = matmul_of(1, 1, 1, 0);
+    matmuls_lay(s, &p);
     real *x = kernels_numbers(1, BT * C), *wte = kernels_numbers(2, V * C),
         *dx = kernels_numbers(3, BT * C);
     real *dwte = kernels_numbers(4, V * C), *dx_parts = kernels_numbers(3, BT * C),
@@ -810,9 +813,9 @@ static void test_kernels_classifier_chunks(void) {
     const Scoring whole = {losses, uniform, targets, (real)0.1, 0},
         first = {losses_parts, uniform, targets, (real)0.1, 0};
     const Scoring second = {losses_parts + PART, uniform, targets + PART, (real)0.1, 0};
-    classifier(&whole, dx, dwte, 1, logits, &s->room, x, wte, BT, C, V);
-    classifier(&first, dx_parts, dwte_parts, 1, logits, &s->room, x, wte, PART, C, V);
-    classifier(&second, dx_parts + PART * C, dwte_parts, 1, logits, &s->room, x + PART * C, wte,
+    classifier(&whole, dx, dwte, 1, logits, &s->work, x, wte, BT, C, V);
+    classifier(&first, dx_parts, dwte_parts, 1, logits, &s->work, x, wte, PART, C, V);
+    classifier(&second, dx_parts + PART * C, dwte_parts, 1, logits, &s->work, x + PART * C, wte,
                BT - PART, C, V);
     EXPECT(!memcmp(losses, losses_parts, BT * sizeof(real)), "other losses in other chunks");
     EXPECT(!memcmp(dx, dx_parts, BT * C * sizeof(real)), "other gradients in other chunks");
@@ -822,7 +825,7 @@ static void test_kernels_classifier_chunks(void) {
         EXPECT_CLOSE((double)dwte[i], (double)dwte_parts[i], kernels_rounding(BT, 1), "dwte");
     free(x), free(wte), free(dx), free(dwte), free(dx_parts), free(dwte_parts), free(losses);
     free(losses_parts), free(logits);
-    products_free(s);
+    matmuls_free(s);
 }
 
 #endif

@@ -191,7 +191,7 @@ static void lora_expect_merged(const GptConfig *c, const GptConfig *base, const 
         }
         const int t = (p - P_qkvA) / 2, A = gpt_adapter(t), in = gpt_param_cols(c, A),
                   out = gpt_param_rows(c, A + 1), R = c->lora;
-        const real *d = dense + slot_at(base, gpt_product(t), l), *a = w + slot_at(c, A, l),
+        const real *d = dense + slot_at(base, gpt_matmul(t), l), *a = w + slot_at(c, A, l),
                    *b = w + slot_at(c, A + 1, l);
         for (int k = 0; k < R; k++)
             for (int i = 0; i < (p == A ? in : out); i++) {

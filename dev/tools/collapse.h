@@ -174,7 +174,7 @@ static inline CollapsePairs collapse_tile(const CollapseMeans *m, size_t a, size
     const size_t rows = at_most(m->K - i0, COLLAPSE_TILE), cols = at_most(m->K - j0, COLLAPSE_TILE);
     CollapsePairs sum = {0, 0, 0, 0, 0, 0, 0};
     dense_product(buffer, cols, dense_of(m->x + i0 * m->C, m->C),
-                  dense_turned(dense_of(m->x + j0 * m->C, m->C)), rows, cols, m->C, DENSE_SET);
+                  dense_transposed(dense_of(m->x + j0 * m->C, m->C)), rows, cols, m->C, DENSE_SET);
     for (size_t i = 0; i < rows; i++)
         for (size_t j = 0; j < cols && j0 + j < i0 + i; j++) {
             double *s = buffer + i * cols + j;
@@ -349,7 +349,7 @@ static inline void collapse_nearest(int *best, DenseMatrix x, DenseMatrix y, con
         DenseMatrix part = y;
         part.at = y.single ? (const void *)((const real *)y.at + v0 * y.ld)
                            : (const void *)((const double *)y.at + v0 * y.ld);
-        dense_product(product, cols, x, dense_turned(part), n, cols, C, DENSE_SET);
+        dense_product(product, cols, x, dense_transposed(part), n, cols, C, DENSE_SET);
 #ifdef _OPENMP
 #pragma omp parallel for
 #endif

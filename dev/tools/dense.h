@@ -30,7 +30,7 @@ static inline DenseMatrix dense_of_real(const real *at, size_t ld) {
     const DenseMatrix m = {at, ld, 0, 1};
     return m;
 }
-static inline DenseMatrix dense_turned(DenseMatrix m) {
+static inline DenseMatrix dense_transposed(DenseMatrix m) {
     m.turned = !m.turned;
     return m;
 }
@@ -105,7 +105,7 @@ static inline void dense_block(double *y, size_t ld, DenseMatrix a, DenseMatrix 
     const size_t rows = at_most(M - m0, DENSE_M), cols = at_most(N - n0, DENSE_N);
     const double sign = (how & 3) == DENSE_SUBTRACT ? -1 : 1;
     double *packed_b = buffer + (size_t)DENSE_K * DENSE_M;
-    const DenseMatrix across = dense_turned(b);          // its rows are the columns of b
+    const DenseMatrix across = dense_transposed(b);          // its rows are the columns of b
     if ((how & 3) == DENSE_SET)
         for (size_t i = 0; i < rows; i++) memset(y + (m0 + i) * ld + n0, 0, cols * sizeof *y);
     for (size_t k0 = 0; k0 < K; k0 += DENSE_K) {
@@ -152,7 +152,7 @@ static inline void dense_product(double *y, size_t ld, DenseMatrix a, DenseMatri
 
 // gram (N,N) += x^T x of x (K,N), on and below the diagonal; dense_mirror fills in the rest.
 static inline void dense_gram(double *gram, DenseMatrix x, size_t N, size_t K) {
-    dense_product(gram, N, dense_turned(x), x, N, N, K, DENSE_ADD | DENSE_LOWER);
+    dense_product(gram, N, dense_transposed(x), x, N, N, K, DENSE_ADD | DENSE_LOWER);
 }
 
 static inline void dense_mirror(double *a, size_t n) {
@@ -219,8 +219,8 @@ static inline size_t dense_cholesky(double *a, size_t n) {
         }
         if (after == n) break;
         const DenseMatrix panel = dense_of(a + after * n + at, n);
-        dense_product(a + after * n + after, n, panel, dense_turned(panel), n - after, n - after,
-                      width, DENSE_SUBTRACT | DENSE_LOWER);
+        dense_product(a + after * n + after, n, panel, dense_transposed(panel), n - after,
+                      n - after, width, DENSE_SUBTRACT | DENSE_LOWER);
     }
     return n;
 }
@@ -262,7 +262,7 @@ static inline void dense_solve(const double *l, size_t n, double *x, size_t cols
         const size_t at = panel * DENSE_PANEL, width = at_most(n - at, DENSE_PANEL);
         dense_solve_panel(l, n, at, width, x, cols, 1);
         if (at > 0)
-            dense_product(x, cols, dense_turned(dense_of(l + at * n, n)),
+            dense_product(x, cols, dense_transposed(dense_of(l + at * n, n)),
                           dense_of(x + at * cols, cols), at, cols, width, DENSE_SUBTRACT);
     }
 }

@@ -51,7 +51,7 @@ static inline void replace_block_free(ReplaceBlock *b) {
 // Adds n tokens: m and d (n,C).
 static inline void replace_add(ReplaceBlock *b, const real *m, const real *d, size_t n, size_t C) {
     dense_gram(b->gram, dense_of_real(m, C), C, n);
-    dense_product(b->cross, C, dense_turned(dense_of_real(m, C)), dense_of_real(d, C), C, C, n,
+    dense_product(b->cross, C, dense_transposed(dense_of_real(m, C)), dense_of_real(d, C), C, C, n,
                   DENSE_ADD);
     for (size_t t = 0; t < n; t++)
         for (size_t j = 0; j < C; j++) {
@@ -396,7 +396,7 @@ static inline ReplaceMap replace_cosine(const ReplaceKept *k, size_t C, const Re
                 loss[epoch > 0] += sum / (double)k->n;
                 continue;
             }
-            dense_product(dt, C, dense_turned(dense_of_real(m, C)), dense_of(x, C), C, C, n,
+            dense_product(dt, C, dense_transposed(dense_of_real(m, C)), dense_of(x, C), C, C, n,
                           DENSE_SET);
             replace_adam(map.t, dt, of_t, C * C, how->lr, ++step);
             memset(dc, 0, C * sizeof *dc);
