@@ -23,7 +23,7 @@
 # LAYERS=12, REMOVE=3, STEPS=2000, HEAL=10 (per cent of STEPS), LAST=3 (layers that one arm trains
 # alone), TOKENS=32768, OUT=runs/prune_heal, BUILD=build, PYTHON=python3, THREADS=0 (all), DTYPE,
 # TEXT=/path of your own text, or DATA, a folder with train_*.bin and val_*.bin. The same command
-# again goes on where it stopped. Arms of healing: the functions heal_NAME below, listed in ARMS.
+# again continues where it stopped. Arms of healing: the functions heal_NAME below, listed in ARMS.
 set -eu
 BUILD=${BUILD:-build}
 OUT=${OUT:-runs/prune_heal}

@@ -140,13 +140,13 @@ static inline const char *choices_parse(Choices *c, const void *mem, size_t size
     if ((size - LLMC_HEADER_BYTES) % (size_t)c->width) return "cut short: it ends within a word";
     const char *error = choices_parse_examples(c, examples, llmc_word(p, 3));
     if (error) choices_free(c);
-    int told = 0;
+    int some = 0;
     for (int i = 0; i < 32; i++) {
         const unsigned char byte = p[4 * CHOICES_SUM_WORD + i];
         snprintf(c->tokenizer_sha256 + 2 * i, 3, "%02x", byte);
-        told |= byte;
+        some |= byte;
     }
-    if (!told) c->tokenizer_sha256[0] = 0;
+    if (!some) c->tokenizer_sha256[0] = 0;
     return error;
 }
 

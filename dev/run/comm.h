@@ -523,7 +523,7 @@ struct CommLinks {
     uint32_t exchanges;               // so far: equal on all ranks
     CommTimes times;
     CommPeer *peer;                   // (world) owned by the thread
-    int wake[2];                      // a pipe: a byte tells the thread to say goodbye
+    int wake[2];                      // a pipe: a byte asks the thread to say goodbye
     pthread_t thread;
 };
 

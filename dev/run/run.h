@@ -104,7 +104,7 @@ static inline int trainer_due(int64_t every, int64_t step, int64_t steps) {
 
 // ---- First: does this machine compute correctly? ----
 
-// Each rank checks itself, on its own device; if one fails, all are told, and exit with code 4.
+// Each rank checks itself, on its own device; if one fails, all learn of it and exit with code 4.
 static inline void trainer_selfcheck(const Engine *engine, const TrainOptions *o, Comm *comm) {
     Selfcheck got;
     EngineArgs args;
@@ -400,7 +400,7 @@ static inline void trainer_check_numbers(const TrainOptions *o) {
             o->drop_path);
 }
 
-// Plans recorded in a metrics.jsonl, one per step; their text tells whether the unit is the row.
+// Plans recorded in a metrics.jsonl, one per step; their text shows whether the unit is the row.
 static inline void trainer_open_replay(Trainer *tr) {
     const char *path = tr->options->drop_replay;
     DropPath drop = tr->drop;

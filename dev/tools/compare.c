@@ -235,7 +235,7 @@ typedef struct {
     Text config;
     char *title, label[16];
     int started, finished;  // before this program, wholly before
-    int begun, told;        // has had a turn; was handed the signal that stops it
+    int begun, stopping;    // has had a turn; was handed the signal that stops it
     pid_t pid;              // 0: no process
     int go, done;           // our ends of the pipes of TrainerTurn
 } Run;
@@ -292,7 +292,7 @@ static void hand_on(Run *run, int n) {
     for (int i = 0; i < n; i++) {
         if (!run[i].pid) continue;
         if (save) kill(run[i].pid, SIGUSR1);
-        if (signals_stop && !run[i].told++) kill(run[i].pid, signals_stop);
+        if (signals_stop && !run[i].stopping++) kill(run[i].pid, signals_stop);
     }
 }
 
@@ -327,7 +327,7 @@ static int run_turn(Run *run, int n, int i) {
     if (status == 0 || cancelled) return 0;
     // as a shell counts
     const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-    fprintf(stderr, "error: %s ended with exit code %d\n  hint: the same command again goes on "
+    fprintf(stderr, "error: %s ended with exit code %d\n  hint: the same command again continues "
             "with it\n", r->title, code);
     exit(code);
 }
@@ -442,8 +442,8 @@ static void report_verdict(const Compare *c, Text *out) {
                 "What else the machine did is in them: trust a speed-up as far as the seeds agree. "
                 "%s\n\n", c->own.take_turns ? "The runs of a seed took turns" : "One run followed "
                 "the other", c->seeds > 1 ? "sd: standard\ndeviation over the seeds."
-                             : "One seed tells no\neffect from chance: with --seeds 2 or more "
-                             "differences have an interval.");
+                             : "One seed\ncannot tell an effect from chance: with --seeds 2 or "
+                             "more differences have an interval.");
     for (int arm = DROP; arm < c->arms; arm++) {
         char *title = arm_title(c, arm);
         if (underfits(c, arm))
@@ -600,7 +600,7 @@ int main(int argc, char **argv) {
                                                                    sizeof(double));
     directory_make(c->train.out);
     lock_folder(c->train.out);
-    // a run that has died is told by its exit code, not SIGPIPE
+    // a run that has died is reported by its exit code, not SIGPIPE
     signals_begin();
     signals_catch();
     c->peak = (double *)mmap(NULL, sizeof *c->peak, PROT_READ | PROT_WRITE,
@@ -609,7 +609,7 @@ int main(int argc, char **argv) {
     int s = 0;
     while (s < c->seeds && run_seed(c, s)) s++;
     if (s < c->seeds)
-        printf("stopped by %s: every run is saved; the same command goes on from here\n",
+        printf("stopped by %s: every run is saved; the same command continues from here\n",
                signals_name());
     else {
         write_report(c, argc, argv);

@@ -1,5 +1,5 @@
 // layers.c: which layers and branches of a checkpoint matter, by scores of the residual stream, by
-// exact losses without them, and by what the training run itself tells of dropping them.
+// exact losses without them, and by what the training run itself says about dropping them.
 //
 //     build/layers runs/gpt/latest --val 'data/text/val_*.bin' --json layers.json
 //     build/layers runs/gpt/latest --val 'data/text/val_*.bin' --metrics runs/gpt/metrics.jsonl

@@ -8,7 +8,7 @@
 typedef struct {
     const char *what;                                    // what is being computed, for the line
     double done, total;                                  // work, in any unit
-    double began, told;                                  // in seconds, as from clock_seconds
+    double began, shown;                                 // in seconds, as from clock_seconds
     int terminal, open; // open: a line without its newline stands on the terminal
 } Progress;
 
@@ -31,13 +31,13 @@ static inline void progress_add(Progress *p, double work) {
     char left[32];
     const double now = clock_seconds();
     p->done += work;
-    if (now - p->told < (p->terminal ? 1 : 20) || p->done <= 0 || p->total <= 0) return;
+    if (now - p->shown < (p->terminal ? 1 : 20) || p->done <= 0 || p->total <= 0) return;
     const double rest = p->total > p->done ? p->total - p->done : 0;
     metrics_duration(left, (now - p->began) * rest / p->done);
     fprintf(stderr, p->terminal ? "\r%s: %3.0f%%, %s left\033[K" : "%s: %3.0f%%, %s left\n",
             p->what, 100 * p->done / (p->done + rest), left);
     fflush(stderr);
-    p->told = now;
+    p->shown = now;
     p->open = p->terminal;
 }
 

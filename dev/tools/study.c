@@ -258,7 +258,7 @@ static int run_command(int command, Study *s, const StudyCommand *c, const char 
     if (command == COMMAND_ALL || command == COMMAND_RUN) {
         complete = study_work(s, trainer, jobs, read_time(c->for_time));
         if (!complete)
-            printf("stopped%s%s: what was under way is saved; the same command goes on from here\n",
+            printf("stopped%s%s: what was under way is saved; the same command continues from here\n",
                    signals_stop ? " by " : "", signals_stop ? signals_name() : "");
         else if (command == COMMAND_RUN)
             printf("every run has ended: build/study report %s\n", s->path);
@@ -276,7 +276,7 @@ int main(int argc, char **argv) {
     options_init(&options, "study [plan|run|report|verify|fit|syntax] PLAN [options]");
     options.engine = engine_default_name();
     options.notes =
-        "Signals: as for train_gpt; runs under way are saved, and the same command goes on. "
+        "Signals: as for train_gpt; runs under way are saved, and the same command continues. "
         "Example: "
         "build/study scripts/studies/quick.txt";
     options.max_arguments = 64;

@@ -7,7 +7,7 @@
 //                         renames it, which again one of several wins
 //     OUT/runs/KEY/       the run under way; whoever takes it over resumes its last checkpoint
 //
-// What is to be done follows from the plan and the results alone: no process tells another.
+// What is to be done follows from the plan and the results alone: processes do not signal each other.
 #ifndef STUDY_QUEUE_H
 #define STUDY_QUEUE_H
 
@@ -414,7 +414,7 @@ static inline pid_t study_start(char *const *arguments, const char *log) {
     if (pid < 0) die("cannot start a process: %s", strerror(errno));
     if (pid) return pid;
 #ifdef __linux__
-    // it saves, and whoever takes the run over goes on from there
+    // it saves, and whoever takes the run over continues from there
     prctl(PR_SET_PDEATHSIG, SIGTERM);
 #endif
     // Ctrl-C is for the queue, which hands it on
@@ -426,7 +426,7 @@ static inline pid_t study_start(char *const *arguments, const char *log) {
     _exit(127);
 }
 
-// Starts a claimed run, or goes on with it.
+// Starts a claimed run, or continues it.
 static inline pid_t study_run_start(const Study *s, const char *trainer, const StudyRun *r,
                                     const char *runs) {
     char *config = xprintf("%s/claims/%s/config.txt", s->out, r->key),
@@ -903,7 +903,7 @@ static inline void study_stop_runs(StudyQueue *q) {
 // processes do what is left.
 static inline void study_wait(StudyQueue *q) {
     double touched = clock_seconds(), came = touched;
-    static int told;
+    static int stopping;
     for (;;) {
         int status, ended = 0;
         for (int k = 0; k < q->jobs; k++)
@@ -911,7 +911,7 @@ static inline void study_wait(StudyQueue *q) {
                 study_reap(q, &q->job[k], status), ended = 1;
         const double now = clock_seconds();
         if (ended || (!q->busy && now - came > 1)) return;
-        if ((signals_stop || now >= q->until) && !told++) study_stop_runs(q);
+        if ((signals_stop || now >= q->until) && !stopping++) study_stop_runs(q);
         if (signals_stop && !q->busy) return;
         if (now - touched > STUDY_TOUCH) {
             for (int k = 0; k < q->jobs; k++)
