@@ -35,6 +35,8 @@ Y_LABELS = {
     "val_loss": "validation loss (nats per token)",
     "val_ppl": "validation perplexity (per token)",
     "val_bpb": "validation loss (bits per byte)",
+    "val_prefix": "validation loss of the first layers\n(nats per token)",      # --eval-depths
+    "val_even": "validation loss of evenly spaced layers\n(nats per token)",
     "grad_norm": "gradient norm before clipping",
     "drop_p": "drop rate of the last layer",
     "kept_attn": "attention branches that ran",
@@ -273,23 +275,35 @@ def draw_labels(ax, ends):
                     va="center", annotation_clip=False)
 
 
+def panel_keys(group, y):
+    """The columns that a panel draws of a group: for depths, the whole model and each share."""
+    if y == "losses":
+        return ["loss", "val_loss"]
+    if y not in ("val_prefix", "val_even"):
+        return [y]
+    shares = [key for key in group[0].columns if re.fullmatch(y + r"_[0-9.e-]+", key)]
+    return ["val_loss"] * bool(shares) + sorted(shares, key=lambda k: -float(k[len(y) + 1:]))
+
+
 def draw_panel(ax, groups, x, y, smooth):
     """Draws one pair of axes; returns the labels' ends, to be placed once the layout is known."""
     ends, widths, lows, tops = {}, set(), [], []
     looks = styles(groups)
     for i, group in enumerate(groups):
-        for key in ("loss", "val_loss") if y == "losses" else (y,):
+        for key in panel_keys(group, y):
             xs, runs, width = read_group(group, x, key, smooth)
             if not xs:
                 continue
-            both = y == "losses" and key == "loss"
-            ends[i] = draw_curve(ax, i, looks[i], xs, runs, not both, both)[-1], group_name(group)
+            thin = key != y and key != "val_loss"       # beside the curve that counts
+            share = f" {float(key[len(y) + 1:]):.3g}" if key.startswith(y + "_") else ""
+            end = draw_curve(ax, i, looks[i], xs, runs, not thin or bool(share), thin)[-1]
+            ends[i, share] = end, group_name(group) + share
             values = sorted(v for run in runs for v in run)
             lows.append(values[0])
             tops.append(values[int((1 if key.startswith("val_") else INSIDE) * (len(values) - 1))])
             if not key.startswith("val_"):
                 widths.add(width)
-        for at, layers in growths(group, x) if i in ends else ():
+        for at, layers in growths(group, x) if any(k == i for k, _ in ends) else ():
             ax.axvline(at, color=looks[i][0], linestyle=":", linewidth=0.8)
             ax.annotate(f"{layers} layers", (at, 1), xycoords=("data", "axes fraction"),
                         xytext=(2, -9),
@@ -301,7 +315,7 @@ def draw_panel(ax, groups, x, y, smooth):
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(lambda v, _: f"{v:g}" if ax.get_ylim()[1] < 9 *
                                      ax.get_ylim()[0] else "")
-    elif y in ("losses", "loss", "val_loss", "val_bpb"):
+    elif y in ("losses", "loss", "val_loss", "val_bpb", "val_prefix", "val_even"):
         span = max(tops) - min(lows) or 1
         ax.set_ylim(min(lows) - 0.05 * span, max(tops) + 0.05 * span)
     elif y == "tok_per_s":
@@ -527,10 +541,37 @@ def draw_budgets(ax, study):
     ax.legend(fontsize=7)
 
 
+def draw_depths(ax, study, kept):
+    """Loss against the share of the layers that is kept, the full depth last."""
+    for i, arm in enumerate(study["arms"]):
+        points = [(cell["share"], cell["mean"], cell["sd"]) for cell in arm["depths"]
+                  if cell["kept"] == kept and cell["mean"] is not None]
+        if not points or arm["mean"] is None:
+            continue
+        points.append((1, arm["mean"], arm["sd"]))
+        ax.errorbar([x for x, _, _ in points], [m for _, m, _ in points],
+                    yerr=[sd or 0 for _, _, sd in points], color=COLORS[i % len(COLORS)],
+                    linestyle=LINES[i % len(LINES)], marker=MARKS[i % len(MARKS)],
+                    markerfacecolor="white", capsize=2, label=arm["name"])
+    ax.set_xlabel({"prefix": "share of the layers: the first ones",
+                   "even": "share of the layers: evenly spaced"}[kept] + " (bars: sd)")
+    ax.set_ylabel("val_loss")
+    ax.legend(fontsize=7)
+
+
 def draw_study(study, plt):
     others = [arm for arm in study["arms"] if arm["name"] != study["baseline"]]
-    figure, axes = plt.subplots(1, 3, figsize=(15, max(4, 1.5 + 0.4 * len(others))),
-                                layout="constrained")
+    kinds = [kept for kept in ("prefix", "even")
+             if study["endpoint"] == "val_loss" and any(
+                 cell["kept"] == kept for arm in study["arms"] for cell in arm.get("depths", []))]
+    rows = 1 + bool(kinds)
+    figure, axes = plt.subplots(rows, 3, squeeze=False, layout="constrained",
+                                figsize=(15, rows * max(4, 1.5 + 0.4 * len(others))))
+    axes = axes.flat
+    for ax, kept in zip(axes[3:], kinds):
+        draw_depths(ax, study, kept)
+    for ax in axes[3 + len(kinds):]:
+        ax.set_visible(False)
     draw_differences(axes[0], study, others)
     draw_tuning(axes[1], study)
     draw_budgets(axes[2], study)

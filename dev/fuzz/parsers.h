@@ -398,10 +398,10 @@ static void fuzz_metrics_kept(const unsigned char *p, size_t n, int64_t done) {
     int64_t number;
     metrics_keep(&once, (const char *)p, n, done, &last, &at, &number);
     FUZZ_REQUIRE(at <= once.n && once.n <= n && (isnan(last.step) || last.step == (double)done));
-    free((char *)(uintptr_t)last.plan);
+    metrics_free(&last);
     metrics_keep(&twice, once.s, once.n, done, &last, &at, &number);
     FUZZ_REQUIRE(twice.n == once.n && (!once.n || !memcmp(twice.s, once.s, once.n)));
-    free((char *)(uintptr_t)last.plan);
+    metrics_free(&last);
     text_free(&once), text_free(&twice);
 }
 
@@ -422,7 +422,12 @@ static int fuzz_metrics(const unsigned char *p, size_t n) {
 #undef X
         if (r->plan) FUZZ_REQUIRE(!strcmp(r->plan, again.plan));
         for (int m = 0; r->plan && m < 2; m++) fuzz_plan_text(r->plan, &d, m, 5);
-        free((char *)(uintptr_t)again.plan);
+        FUZZ_REQUIRE(r->depths == again.depths);
+        for (int k = 0; k < r->depths; k++)
+            FUZZ_REQUIRE(r->depth[k].share == again.depth[k].share &&
+                         fuzz_metrics_same(r->depth[k].loss[0], again.depth[k].loss[0]) &&
+                         fuzz_metrics_same(r->depth[k].loss[1], again.depth[k].loss[1]));
+        metrics_free(&again);
         text_free(&line);
     }
     const int accepted = !error && log.n;

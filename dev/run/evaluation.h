@@ -63,12 +63,50 @@ static inline Evaluation evaluate_shards(const Engine *e, Model *m, const Shards
     return sum;
 }
 
+// The validation loss at the shares of the layers that --eval-depths names, from malloc; NULL if a
+// signal has stopped it. Layers are left out by the plan: their factor is 0. The same layers are
+// evaluated once.
+static inline MetricsDepth *trainer_evaluate_depths(Trainer *tr) {
+    const DepthShares *d = &tr->eval_depths;
+    const int n = d->n * KEEP_KINDS, branches = BRANCHES * tr->config.L;
+    MetricsDepth *depth = (MetricsDepth *)xcalloc((size_t)d->n, sizeof *depth);
+    unsigned char *kept = (unsigned char *)xcalloc((size_t)(n * branches), 1);
+    double *scale = (double *)xcalloc((size_t)branches, sizeof *scale);
+    for (int i = 0; i < n && !tr->stop; i++) {
+        unsigned char *k = kept + i * branches;
+        double *loss = &depth[i / KEEP_KINDS].loss[i % KEEP_KINDS];
+        depth[i / KEEP_KINDS].share = d->share[i / KEEP_KINDS];
+        layer_list_share(k, tr->config.L, i % KEEP_KINDS, d->share[i / KEEP_KINDS]);
+        int same = 0;
+        while (memcmp(kept + same * branches, k, (size_t)branches)) same++;
+        if (same < i) {
+            *loss = depth[same / KEEP_KINDS].loss[same % KEEP_KINDS];
+            continue;
+        }
+        for (int b = 0; b < branches; b++) scale[b] = k[b] ? tr->state.eval_scale[b] : 0;
+        const Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, NULL,
+                                             tr->B, &tr->plan, scale, tr->state.tied, tr->comm);
+        *loss = v.loss;
+        tr->stop |= v.stopped;
+    }
+    free(kept), free(scale);
+    if (!tr->stop) return depth;
+    free(depth);
+    return NULL;
+}
+
+// Completes the record of the step that was just done. Its depths are from malloc.
 static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
     const Tokenizer *t = tr->has_tokenizer ? &tr->tokenizer : NULL;
     Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, t, tr->B,
                                    &tr->plan, tr->state.eval_scale, tr->state.tied, tr->comm);
     // an interrupted evaluation is not recorded: trainer_catch_up
     tr->stop |= v.stopped;
+    if (tr->eval_depths.n) {
+        r->depth = tr->stop ? NULL : trainer_evaluate_depths(tr);
+        r->depths = r->depth ? tr->eval_depths.n : 0;
+        if (!r->depth) return;
+    }
     if (!v.stopped && !isfinite(v.loss) && tr->rank == 0)
         warn("step %lld: the validation loss is not finite, though the step's loss and gradient "
              "were", (long long)tr->state.step);
@@ -80,7 +118,7 @@ static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
 
 // A signal may have ended the run before its last step was evaluated: that is done now, so that
 // metrics.jsonl has no gap. Returns whether it was necessary; then *last is the complete record of
-// that step, its plan from malloc.
+// that step, for metrics_free.
 static inline int trainer_catch_up(Trainer *tr, Metrics *last) {
     const int64_t step = tr->state.step;
     int owed = 0;
@@ -103,7 +141,7 @@ static inline int trainer_catch_up(Trainer *tr, Metrics *last) {
     comm_broadcast(tr->comm, &owed, sizeof owed);
     if (owed) trainer_evaluate(tr, last);
     if (owed && !isnan(last->val_loss)) return 1;
-    free((char *)(uintptr_t)last->plan);
+    metrics_free(last);
     *last = metrics_new();
     return 0;
 }

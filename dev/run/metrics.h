@@ -6,6 +6,7 @@
 #include "../check.h"
 #include "../files/files.h"
 #include "../files/json.h"
+#include "../model/layer_list.h"
 #include <math.h>
 #include <sys/ioctl.h>
 
@@ -38,6 +39,10 @@
 // norm was a spike.
 enum { SKIPPED_BAD = 1, SKIPPED_LOSS, SKIPPED_NORM };
 
+// The validation loss with a share of the layers (--eval-depths), for both ways to choose them:
+// "val_prefix_0.5" and "val_even_0.5" in the file.
+typedef struct { double share, loss[KEEP_KINDS]; } MetricsDepth;
+
 typedef struct {
 #define X(name) double name;
     METRICS(X)
@@ -45,7 +50,8 @@ typedef struct {
     const char *plan;   // the step's plans, as written by drop_plan_write; NULL: none
     const double *micro;                                 // (micros) each micro-batch's loss; NULL:
                                                          // not recorded
-    int micros;
+    const MetricsDepth *depth;                           // (depths) ascending; NULL: not evaluated
+    int micros, depths;
 } Metrics;
 
 // A record in which every number is NaN: nothing known yet.
@@ -54,8 +60,25 @@ static inline Metrics metrics_new(void) {
 #define X(name) r.name = NAN;
     METRICS(X)
 #undef X
-    r.plan = NULL, r.micro = NULL, r.micros = 0;
+    r.plan = NULL, r.micro = NULL, r.depth = NULL, r.micros = r.depths = 0;
     return r;
+}
+
+// Frees what metrics_parse has allocated.
+static inline void metrics_free(const Metrics *r) {
+    free((void *)(uintptr_t)r->plan);
+    free((void *)(uintptr_t)r->micro);
+    free((void *)(uintptr_t)r->depth);
+}
+
+// Appends the losses by depth as members of an object, each after a comma.
+static inline void metrics_write_depths(Text *out, const MetricsDepth *depth, int n) {
+    for (int i = 0; i < n * KEEP_KINDS; i++) {
+        const MetricsDepth *d = &depth[i / KEEP_KINDS];
+        if (!isfinite(d->loss[i % KEEP_KINDS])) continue;
+        text_printf(out, ", \"val_%s_%g\": ", keep_kind_name[i % KEEP_KINDS], d->share);
+        json_write_number(out, d->loss[i % KEEP_KINDS]);
+    }
 }
 
 // Appends the record as one line of JSON.
@@ -69,6 +92,7 @@ static inline void metrics_write(Text *line, const Metrics *r) {
     }
     METRICS(X)
 #undef X
+    metrics_write_depths(line, r->depth, r->depths);     // a record has a step, so not the first
     if (r->plan) {
         text_printf(line, "%s\"plan\": ", comma);
         json_write_string(line, r->plan);
@@ -94,8 +118,46 @@ static inline const double *metrics_parse_micro(const Json *doc, int *n) {
     return micro;
 }
 
-// Parses one line (n bytes). Returns NULL, or what is wrong. `plan` and `micro` are from malloc and
-// belong to the caller.
+// The losses by depth among the members of an object, from malloc; NaN for those that are missing.
+static inline const MetricsDepth *metrics_parse_depths(const Json *doc, int *n) {
+    MetricsDepth *depth = NULL;
+    *n = 0;
+    for (int k = json_first(doc, 0); k >= 0; k = json_next(doc, k)) {
+        const int size = doc->node[k].end - doc->node[k].begin;
+        const char *key = doc->text + doc->node[k].begin;
+        for (int kind = 0; kind < KEEP_KINDS; kind++) {
+            char *name = xprintf("val_%s_", keep_kind_name[kind]), *text = NULL;
+            const int skip = (int)strlen(name);
+            double share, loss;
+            if (size > skip && size < 64 && !strncmp(key, name, (size_t)skip))
+                text = xprintf("%.*s", size - skip, key + skip);
+            const char *end = text ? depth_share_read(&share, text) : NULL;
+            if (end && !*end && json_number(doc, k + 1, &loss)) {
+                int at = 0;
+                while (at < *n && depth[at].share < share) at++;
+                if ((at == *n || depth[at].share != share) && *n < DEPTH_SHARES) {
+                    const MetricsDepth none = {share, {NAN, NAN}};
+                    depth = (MetricsDepth *)xrealloc(depth, (size_t)*n + 1, sizeof *depth);
+                    memmove(depth + at + 1, depth + at, (size_t)(*n - at) * sizeof *depth);
+                    depth[at] = none, ++*n;
+                }
+                if (at < *n && depth[at].share == share) depth[at].loss[kind] = loss;
+            }
+            free(name), free(text);
+        }
+    }
+    return depth;
+}
+
+// The loss with that share of the layers; NaN where there is none.
+static inline double metrics_depth_loss(const MetricsDepth *depth, int n, int kind, double share) {
+    for (int i = 0; i < n; i++)
+        if (depth[i].share == share) return depth[i].loss[kind];
+    return NAN;
+}
+
+// Parses one line (n bytes). Returns NULL, or what is wrong. `plan`, `micro` and `depth` are from
+// malloc and belong to the caller: metrics_free.
 static inline const char *metrics_parse(Metrics *r, const char *line, size_t n) {
     Json doc;
     *r = metrics_new();
@@ -108,6 +170,7 @@ static inline const char *metrics_parse(Metrics *r, const char *line, size_t n) 
         int plan = json_get(&doc, 0, "plan");
         if (json_type(&doc, plan) == JSON_STRING) r->plan = json_string(&doc, plan, NULL);
         r->micro = metrics_parse_micro(&doc, &r->micros);
+        r->depth = metrics_parse_depths(&doc, &r->depths);
         if (!(r->step >= 1)) error = "it has no step";
     }
     json_free(&doc);
@@ -117,8 +180,7 @@ static inline const char *metrics_parse(Metrics *r, const char *line, size_t n) 
 typedef struct { Metrics *record; int64_t n; } MetricsLog;
 
 static inline void metrics_log_free(MetricsLog *log) {
-    for (int64_t i = 0; i < log->n; i++)
-        free((char *)(uintptr_t)log->record[i].plan), free((void *)(uintptr_t)log->record[i].micro);
+    for (int64_t i = 0; i < log->n; i++) metrics_free(&log->record[i]);
     free(log->record);
     log->record = NULL;
     log->n = 0;
@@ -219,8 +281,8 @@ static inline void metrics_file_close(MetricsFile *f) {
 }
 
 // Appends to kept the lines of a metrics.jsonl (size) up to that of step `done`, from which an
-// interrupted run resumes; later lines are not examined. *last is the record of that step, its plan
-// owned by the caller, and *at the offset of its line in kept; empty if there is none. Returns
+// interrupted run resumes; later lines are not examined. *last is the record of that step, owned by
+// the caller, and *at the offset of its line in kept; empty if there is none. Returns
 // NULL, or the first problem, in line *number: steps must be consecutive, starting anywhere. Lines
 // that do not fit are dropped.
 static inline const char *metrics_keep(Text *kept, const char *text, size_t size, int64_t done,
@@ -236,7 +298,7 @@ static inline const char *metrics_keep(Text *kept, const char *text, size_t size
         Metrics r;
         const char *error = metrics_parse(&r, text, (size_t)(newline - text));
         if (!error && before == 0 && r.step > (double)done) {
-            free((char *)(uintptr_t)r.plan);
+            metrics_free(&r);
             return wrong;                                // it begins with later steps
         }
         const int fits = !error && r.step > before && r.step <= (double)done;
@@ -248,7 +310,7 @@ static inline const char *metrics_keep(Text *kept, const char *text, size_t size
             before = r.step;
         }
         if (fits && r.step == (double)done) *last = r;
-        else free((char *)(uintptr_t)r.plan);
+        else metrics_free(&r);
         if (!wrong) wrong = error;
         if (!wrong) ++*number;
         text = newline;
@@ -352,6 +414,14 @@ static inline void metrics_lines(Text *out, const Metrics *r, const char *label,
     metrics_column(&val, 0, "%sstep %.0f/%.0f | val loss %.4f", label, r->step, steps, r->val_loss);
     metrics_column(&val, 1, " | perplexity %.3f", r->val_ppl);
     if (!isnan(r->val_bpb)) metrics_column(&val, 2, " | %.4f bits per byte", r->val_bpb);
+    for (int kind = 0; r->depths && kind < KEEP_KINDS; kind++) {
+        Text depths = {NULL, 0, 0};
+        for (int i = 0; i < r->depths; i++)
+            text_printf(&depths, "%s %g%% %.4f", i ? "," : "", 100 * r->depth[i].share,
+                        r->depth[i].loss[kind]);
+        metrics_column(&val, 3 + kind, " | %s%s", keep_kind_name[kind], depths.s);
+        text_free(&depths);
+    }
     metrics_fit(out, &val, width);
 }
 

@@ -256,6 +256,10 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "steps between evaluations; 0: only at the end")                                        \
     OPTION(eval_tokens, "eval-tokens", INTEGER, "131072", "[0,1e15]",                              \
            "tokens of --val per evaluation, rounded up to whole rows; 0: all")                     \
+    OPTION(eval_depths, "eval-depths", TEXT, "", "LIST",                                           \
+           "each evaluation also runs with only these shares of the layers, as 0.25,0.5,0.75: "    \
+               "with the first ones (prefix) and with evenly spaced ones (even). Training is "     \
+               "unaffected")                                                                       \
     OPTION(save_every, "save-every", INTEGER, "1000", "[0,1e12]",                                  \
            "steps between checkpoints; 0: only at the end")                                        \
     OPTION(keep, "keep", INTEGER, "2", "[0,1e9]",                                                  \

@@ -129,7 +129,7 @@ static inline void trainer_open_metrics(Trainer *tr, int64_t done, const Metrics
         if (error) trainer_set_aside(path, &map, number, error);
         if (!isnan(again->step)) kept.n = at, metrics_write(&kept, again);
         file_replace(path, kept.s, kept.n);
-        free((char *)(uintptr_t)last.plan);
+        metrics_free(&last);
         file_unmap(&map);
         text_free(&kept);
     } else if (own) warn("%s is missing: it now starts at step %lld", path, (long long)done + 1);

@@ -11,6 +11,7 @@
 #include "../files/tokenizer.h"
 #include "../model/drop_path.h"
 #include "../model/engine.h"
+#include "../model/layer_list.h"
 #include "../model/schedule.h"
 #include "checkpoint.h"
 #include "comm.h"
@@ -50,6 +51,7 @@ typedef struct {
     int rank, world;                    // of this process; ranks share a step's micro-batches
     int B, T, M;                        // rows and tokens per micro-batch, micro-batches per step
     int64_t steps, eval_rows;
+    DepthShares eval_depths;
     MetricsLog replay;
     double peak_flops;                  // per second, measured
 
@@ -332,6 +334,7 @@ static inline void trainer_sizes(Trainer *tr) {
     if (tr->steps < 1)
         die("--epochs %g is less than one step of %lld tokens", o->epochs, (long long)total);
     if (tr->has_val) tr->eval_rows = shards_rows(&tr->val, o->eval_tokens);
+    depth_shares_parse(&tr->eval_depths, o->eval_depths);              // has been checked
 }
 
 static inline DropPath trainer_drop_path(const TrainOptions *o, int layers, int64_t steps) {
@@ -380,8 +383,12 @@ static inline Schedule trainer_schedule(const TrainOptions *o, int64_t steps) {
 
 // Dies if options that are valid individually do not work together in the type used for computing:
 // the largest factor of the moments, which is the first step's, and the remainder after weight
-// decay; or if all rates of drop path round to 0.
+// decay; if all rates of drop path round to 0; or if --eval-depths is not a list of shares.
 static inline void trainer_check_numbers(const TrainOptions *o) {
+    DepthShares depths;
+    const char *wrong = depth_shares_parse(&depths, o->eval_depths);
+    if (wrong) die("--eval-depths %s: %s", o->eval_depths, wrong);
+    if (depths.n && !*o->val) die("--eval-depths without --val: there is nothing to evaluate on");
     if (!isfinite((real)(o->lr / (1 - o->beta1))))
         die("--lr %g with --beta1 %g: their quotient lr / (1 - beta1) is infinite in " REAL_NAME,
             o->lr, o->beta1);
@@ -529,7 +536,7 @@ static inline char *trainer_start_together(Trainer *tr, int *resume) {
 // One warning if resumed options differ from the checkpoint's: allowed, but no longer the same run.
 static inline void trainer_compare_options(const char *now, const char *then) {
     static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens",
-                                                 "save-every", "keep",
+                                                 "eval-depths", "save-every", "keep",
                                                  "log-every", "sample-every", "sample-tokens",
                                                  "prompt", "val", "init-from",
                                                  "zero", "graphs", "on-save-error", "max-bad-steps",

@@ -214,7 +214,7 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
     const int owed = trainer_catch_up(tr, &again);
     if (tr->state.step >= tr->steps) {
         if (owed && tr->rank == 0) trainer_open_metrics(tr, tr->state.step, &again);
-        free((char *)(uintptr_t)again.plan);
+        metrics_free(&again);
         if (tr->rank == 0)
             printf("%s has already completed all %lld steps\n", o->out, (long long)tr->steps);
         trainer_close(tr);
@@ -238,7 +238,7 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
         trainer_print_start(tr);
         trainer_open_metrics(tr, tr->state.step, &again);
     }
-    free((char *)(uintptr_t)again.plan);
+    metrics_free(&again);
     double busy = 0;
     for (int64_t first = tr->state.step; tr->state.step < tr->steps && !tr->stop;) {
         trainer_take_turn(turn);
@@ -257,6 +257,7 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
         if (tr->rank == 0)
             trainer_report(tr, &r, turn, step == first + 1,
                            busy / (double)(step - first) * (double)(tr->steps - step));
+        free((void *)(uintptr_t)r.depth);
         trainer_check_bad_steps(tr);
         if (trainer_due(tr->state.bad_steps ? 0 : o->save_every, step, tr->steps) || tr->stop ||
             tr->save_now || trainer_growth_due(tr))

@@ -634,13 +634,17 @@ static void test_ranks_same_bits(void) {
     EXPECT_RANKS(2, "--out %s/b --steps 12 --drop-path 0.3 --eval-every 1 --save-every 5", dir);
     EXPECT_SAME(a, b, "model.safetensors");
     EXPECT_SAME(a, b, "optimizer.safetensors");
-    double loss[3] = {0}, bits[3] = {0};
+    double loss[3] = {0}, bits[3] = {0}, half[3] = {0};
     for (int k = 0; k < 3; k++) {
-        EXPECT_RANKS(1 << k, "--out %s/eval%d --steps 1 --lr 0 --init-from %s --eval-tokens 700",
+        EXPECT_RANKS(1 << k, "--out %s/eval%d --steps 1 --lr 0 --init-from %s --eval-tokens 700 "
+                     "--eval-depths 0.5",
                      dir, k, a);
         char *path = xprintf("%s/eval%d/metrics.jsonl", dir, k);
         MetricsLog log = metrics_read(path);
-        loss[k] = log.record[0].val_loss, bits[k] = log.record[0].val_bpb;
+        const Metrics *r = &log.record[0];
+        loss[k] = r->val_loss, bits[k] = r->val_bpb, half[k] = r->depths ? r->depth[0].loss[0] : 0;
+        EXPECT(half[k] > 0 && half[k] == half[0], "half the depth on %d ranks: %.17g, not %.17g",
+               1 << k, half[k], half[0]);
         EXPECT(loss[k] > 0 && loss[k] == loss[0] && bits[k] == bits[0],
                "%d ranks: %.17g, not %.17g", 1 << k, loss[k], loss[0]);
         metrics_log_free(&log);
@@ -757,12 +761,13 @@ static void test_ranks_launcher(void) {
 
 static inline void test_gpu_ranks_equal_one(void) {
     const char *dir = test_directory(),
-        *drop = "--steps 12 --dtype fp32 --drop-path 0.5 --drop-ramp-up 0";
+        *drop = "--steps 12 --dtype fp32 --drop-path 0.5 --drop-ramp-up 0 --eval-depths 0.5";
     static const struct { const char *program, *options; int ranks; } run[] = {
         {EMULATED, "--drop-adam skip", 1}, {LAZY, "--drop-adam skip --zero 0", 2},
         {LAZY, "--drop-adam skip --zero 1", 2}, {EMULATED, "--drop-adam skip --zero 1", 4},
         {"train_gpt", "--drop-adam skip", 4}};
     char out[5][500];
+    double half[5];                                      // loss of the first of two layers
     for (int unit = 0; unit < 2; unit++)
         for (int i = 0; i < 5; i++) {
             snprintf(out[i], sizeof out[0], "%s/%d_%d", dir, unit, i);
@@ -770,6 +775,14 @@ static inline void test_gpu_ranks_equal_one(void) {
                            run[i].options, unit ? "--drop-unit row" : "--drop-sync 0 --drop-depth "
                            "uniform");
             if (i) EXPECT_NEAR_RUN(out[0], out[i]);
+            char *path = xprintf("%s/metrics.jsonl", out[i]);
+            MetricsLog log = metrics_read(path);
+            const Metrics *last = &log.record[log.n - 1];
+            half[i] = last->depths ? last->depth[0].loss[0] : NAN;
+            EXPECT_CLOSE(half[i], half[0], 1e-4 * half[0], run[i].program);
+            EXPECT(half[i] != last->val_loss, "%s: half the layers are all of them", out[i]);
+            metrics_log_free(&log);
+            free(path);
         }
 }
 

@@ -108,6 +108,11 @@ static void compare_check_run(const CompareResult *r, const char *out, const cha
         EXPECT_CLOSE(compare_run(r, arm, seed, "val_ppl"), exp(last->val_loss), 1e-9, path);
         EXPECT_CLOSE(compare_run(r, arm, seed, "val_bpb"), last->val_bpb, 0, path);
         EXPECT_CLOSE(compare_run(r, arm, seed, "flops"), flops, 0, path);
+        for (int i = 0; i < last->depths; i++) {         // as the recorded names say
+            char *name = xprintf("val_even_%g", last->depth[i].share);
+            EXPECT_CLOSE(compare_run(r, arm, seed, name), last->depth[i].loss[KEEP_EVEN], 0, name);
+            free(name);
+        }
         EXPECT_CLOSE(compare_run(r, arm, seed, "seconds"), ms / 1000, 1e-12 * ms, path);
         EXPECT_CLOSE(compare_run(r, arm, seed, "tok_per_s"), rate, 1e-9 * rate, path);
         EXPECT(compare_run(r, arm, seed, "peak_bytes") > 1e5, "%s has no peak memory", path);
@@ -136,6 +141,19 @@ static void compare_check_arm(const CompareResult *r, const char *arm, int64_t s
                  "its lower end");
     EXPECT_CLOSE(compare_difference(r, arm, "val_loss", "high"), (d0 + d1) / 2 + half, 1e-9,
                  "its upper end");
+    const double x0 = compare_run(r, arm, seed, "val_prefix_0.5"),
+        x1 = compare_run(r, arm, seed + 1, "val_prefix_0.5"),
+        y0 = compare_run(r, "none", seed, "val_prefix_0.5"),
+        y1 = compare_run(r, "none", seed + 1, "val_prefix_0.5");
+    const int minus = json_get(&r->doc, json_get(&r->doc, compare_arm(r, arm), "val_prefix_0.5"),
+                               "minus_none");
+    double difference = NAN, low = NAN;
+    json_number(&r->doc, json_get(&r->doc, minus, "mean"), &difference);
+    json_number(&r->doc, json_get(&r->doc, minus, "low"), &low);
+    EXPECT_CLOSE(compare_result(r, arm, "val_prefix_0.5", "mean"), (x0 + x1) / 2, 1e-12, "mean");
+    EXPECT_CLOSE(difference, (x0 + x1 - y0 - y1) / 2, 1e-12, "difference at half the depth");
+    EXPECT_CLOSE(low, difference - 12.7062047364 * fabs(x0 - y0 - x1 + y1) / 2, 1e-9,
+                 "its lower end");
     double ideal = 0, measured = 0;
     for (int s = 0; s < 2; s++) {
         ideal += compare_run(r, "none", seed + s, "flops") / compare_run(r, arm, seed + s,
@@ -156,7 +174,7 @@ static void test_compare_answers(void) {
     // every branch at the constant rate 0.5, so that the steps at equal FLOPs can be computed by
     // hand
     EXPECT_COMPARED(out, "--seeds 2 --seed 7 --steps 60 --drop-path 0.5 --drop-depth uniform "
-                    "--drop-ramp-up 0");
+                    "--drop-ramp-up 0 --eval-depths 0.5");
     CompareResult r = compare_result_read(out);
     double peak = 0;                                     // shared by the runs
     for (int s = 7; s <= 8; s++) {

@@ -164,6 +164,17 @@ class Drawing(unittest.TestCase):
         run = Run(folder, "grown")
         self.assertEqual([run.column("layers")[step] for step in (0, 19, 20, 39)], [1, 1, 3, 3])
 
+    def test_depths(self):
+        folder = real_runs.trained("depths", "--layers", "4", "--eval-depths", "0.25,0.5")
+        run = Run(folder, "depths")
+        for kind in ("prefix", "even"):
+            self.assertEqual(sum(map(math.isfinite, run.column(f"val_{kind}_0.25"))), 4)
+        out, _ = self.draw(folder, base(), "--y", "val_prefix,val_even")
+        text = svg_text(out + ".svg")
+        for words in ("validation loss of the first layers", "evenly spaced layers",
+                      "depths 0.25", "depths 0.5"):
+            self.assertIn(words, text)
+
     def test_points_are_means(self):
         import plot
         group = [Run(base(seed), "base") for seed in (1, 2)]
@@ -216,6 +227,22 @@ class Studies(unittest.TestCase):
         text = svg_text(out)
         for words in ("drop", "late", "none", "val_loss minus none's, by seed", "tuned: --lr"):
             self.assertIn(words, text)
+
+    @needs_matplotlib
+    def test_depths(self):
+        cells = [{"share": 0.5, "kept": kept, "mean": 1.7, "sd": sd}
+                 for kept, sd in (("prefix", 0.1), ("even", None))]
+        path = study_report()
+        with open(path, encoding="utf-8") as file:
+            report = json.load(file)
+        for arm in report["arms"]:
+            arm.update(depths=cells if arm["mean"] else [], sd=None)
+        path = study_report(arms=report["arms"])
+        out = os.path.join(os.path.dirname(path), "study.svg")
+        real_runs.run(PLOT, "--study", "--out", out, path)
+        text = svg_text(out)
+        self.assertIn("share of the layers: the first ones", text)
+        self.assertIn("share of the layers: evenly spaced", text)
 
     def test_refusals(self):
         said = real_runs.run(PLOT, "--study", study_report(format="another"), expect=1)

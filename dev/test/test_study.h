@@ -68,11 +68,41 @@ static inline void study_test_same(const StudyResults *a, const StudyResults *b,
 
 // ---- The whole of it ----
 
+// The report's losses at half the depth are the means of the results; minus the baseline's with the
+// t-interval of two seeds by hand.
+static inline void study_test_depths(const Json *doc, const StudyResults *all) {
+    static const char *const mark[2] = {"layers=1 ", "layers=2 "};
+    int arm = 0;
+    for (int k = json_first(doc, json_get(doc, 0, "arms")); k >= 0 && arm < 2;
+         k = json_next(doc, k), arm++) {
+        const int cell = json_first(doc, json_get(doc, k, "depths"));
+        double got[3] = {NAN, NAN, NAN}, loss[2][2] = {{NAN, NAN}, {NAN, NAN}};
+        json_number(doc, json_get(doc, cell, "mean"), &got[0]);
+        json_number(doc, json_get(doc, cell, "difference"), &got[1]);
+        json_number(doc, json_get(doc, cell, "t_high"), &got[2]);
+        EXPECT(json_equals(doc, json_get(doc, cell, "kept"), "prefix"), "not the first layers");
+        for (int i = 0; i < all->n; i++) {               // [none, shallow][seed], the tuned ones
+            const StudyResult *r = &all->result[i];
+            const char *seed = strstr(r->options, " seed=100");
+            if (!seed || strstr(r->options, "drop-path") || strstr(r->options, "grow")) continue;
+            if (strstr(r->options, "steps=30 ")) continue;         // of the curve
+            for (int a = 0; a < 2; a++)
+                if (strstr(r->options, mark[!a])) loss[a][seed[9] - '1'] = r->depth[0].loss[0];
+        }
+        EXPECT_CLOSE(got[0], (loss[arm][0] + loss[arm][1]) / 2, 1e-12, "mean at half the depth");
+        if (!arm) continue;
+        const double d0 = loss[1][0] - loss[0][0], d1 = loss[1][1] - loss[0][1];
+        EXPECT_CLOSE(got[1], (d0 + d1) / 2, 1e-12, "difference at half the depth");
+        EXPECT_CLOSE(got[2], (d0 + d1) / 2 + 12.7062047364 * fabs(d0 - d1) / 2, 1e-9,
+                     "its upper end");
+    }
+}
+
 static void test_study_answers(void) {
     const char *dir = test_directory();
     char *plan = study_test_plan(
         dir, "s", "seeds = 2\ntune-seeds = 1\nextend = 1\ncurve = 0.5\nkeep-runs = 1\n",
-        "steps = 60\n" STUDY_TEST_ARMS);
+        "steps = 60\neval-depths = 0.5\n" STUDY_TEST_ARMS);
     char *json = xprintf("%s/s/report.json", dir), *md = xprintf("%s/s/report.md", dir),
          *out = xprintf("%s/s", dir), *folder = xprintf("%s/s/claims", dir);
     EXPECT_STUDY("%s --picture 0 --jobs 2", plan);
@@ -116,12 +146,16 @@ static void test_study_answers(void) {
         double flops = 0;
         for (int64_t s = 0; s < log.n; s++) flops += log.record[s].flops;
         EXPECT_CLOSE(r->val_loss, log.record[log.n - 1].val_loss, 0, "val_loss");
+        EXPECT(r->depths == 1 && r->depth[0].share == 0.5 &&
+               !memcmp(r->depth, log.record[log.n - 1].depth, sizeof *r->depth), "its depths");
         EXPECT_CLOSE(r->flops, flops, 1e-12 * flops, "FLOPs");
         study_bits(weights, bits);
         EXPECT_TEXT(r->bits, bits);
         metrics_log_free(&log);
         free(run), free(weights);
     }
+    EXPECT(strstr(words.s, "## Loss at reduced depth"), "report.md lacks its depths");
+    study_test_depths(&doc, &all);
     EXPECT_STUDY("verify %s", plan);
     json_free(&doc), study_results_free(&all), text_free(&text), text_free(&words);
     free(plan), free(json), free(md), free(out), free(folder);
@@ -162,6 +196,17 @@ static void test_study_shares_baselines(void) {
     EXPECT_STUDY("run %s", b);
     EXPECT(study_test_count(all) == 6, "%d results, want 6: the baseline is shared",
            study_test_count(all));
+    // a result without losses by depth cannot serve a plan that reports them; ".5" is "0.50"
+    static const char *const depths[] = {"0.50, .25", "0.25,0.5"};
+    for (int i = 0; i < 2; i++) {
+        char *rest = xprintf("steps = 50\nwarmup = 10%%\neval-depths = %s\n[arm none]\n[arm drop]\n"
+                             "drop-path = 0.2\n", depths[i]),
+             *c = study_test_plan(dir, i ? "d" : "c", share, rest);
+        EXPECT_STUDY("run %s", c);
+        EXPECT(study_test_count(all) == 10, "%d results, want 10: none serves other depths",
+               study_test_count(all));
+        free(rest), free(c);
+    }
     free(share), free(all), free(a), free(b), free(b2);
 }
 
@@ -318,6 +363,8 @@ static void test_study_refuses(void) {
         {"baseline = x\n", "[arm none]\n[arm a]\n", "no such arm"},
         {"margin = 3\n", "[arm none]\n[arm a]\n", "a percentage"},
         {"curve = 0.5,x\n", "[arm none]\n[arm a]\n", "'x' is no multiple"},
+        {"", "eval-depths = 0.5,2\n[arm none]\n[arm a]\n", "eval-depths = 0.5,2: shares of"},
+        {"", "[arm none]\n[arm a]\neval-depths = 0.5\n", "belongs in [all]"},
         {"data-sha256 = 00\n", "steps = 4\n[arm none]\n[arm a]\n", "the data have changed"},
     };
     const char *dir = test_directory();

@@ -326,10 +326,10 @@ static void test_evaluate_refuses(void) {
                         val);
     EXPECT_TOOL_REFUSES("the model's layers are 0 to 2",
                         "evaluate %s %s --keep-layers 99999999999999999999", run, val);
-    static const char *const lists[] = {"''", "0,,1", "0,", ",0", "-1", "0-1", "' 1'", "+1", "1.0",
-                                        "all"};
+    static const char *const lists[] = {"''", "0,,1", "0,", ",0", "-1", "0-", "' 1'", "+1", "1.0",
+                                        "1.attn.mlp", "all"};
     for (size_t i = 0; i < sizeof lists / sizeof lists[0]; i++)
-        EXPECT_TOOL_REFUSES("layers are integers separated by commas",
+        EXPECT_TOOL_REFUSES("layers are whole numbers from 0 on",
                             "evaluate %s %s --keep-layers %s", run, val, lists[i]);
     EXPECT_TOOL_REFUSES("exclude each other", "evaluate %s %s --keep-layers 0 --depth 1", run, val);
     EXPECT_TOOL_REFUSES("--depth: '0'", "evaluate %s %s --depth 0", run, val);

@@ -923,6 +923,108 @@ static void test_trainer_dry_run(void) {
     free(out), free(metrics);
 }
 
+// ---- --eval-depths ----
+
+// The losses with a share of the layers equal those of build/evaluate without the others; the
+// layers of 5 by hand. Training is unaffected, and a run that is stopped anywhere and resumed has
+// them at every evaluation.
+static void test_trainer_eval_depths(void) {
+    static const struct { double share; const char *kept[KEEP_KINDS]; } want[] = {
+        {0.01, {"0", "0"}}, {0.5, {"0,1,2", "0,2,4"}}, {0.7, {"0-3", "0,1,3-4"}},
+        {0.9, {"0-4", "0-4"}}};
+    static const char *const run[] = {"--drop-path 0.3", "--drop-path 0.4 --drop-scale survival"};
+    const char *dir = test_directory(), *data = trainer_test_data(),
+        *options = "--layers 5 --steps 12 --eval-every 4 --save-every 4 --keep 0";
+    for (int k = 0; k < 2; k++) {
+        char *plain = xprintf("%s/plain%d/latest", dir, k), *out = xprintf("%s/depths%d", dir, k),
+             *latest = xprintf("%s/latest", out), *json = xprintf("%s/evaluation.json", dir);
+        EXPECT_RUN("--out %s/plain%d %s %s", dir, k, options, run[k]);
+        EXPECT_RUN("--out %s %s %s --eval-depths 0.7,.5,0.01,0.9", out, options, run[k]);
+        EXPECT_SAME(plain, latest, "model.safetensors");
+        EXPECT_SAME(plain, latest, "optimizer.safetensors");
+        char *path = xprintf("%s/metrics.jsonl", out);
+        MetricsLog log = metrics_read(path);
+        for (int64_t t = 0; t < log.n; t++) {
+            const Metrics *r = &log.record[t];
+            EXPECT(r->depths == ((t + 1) % 4 ? 0 : 4), "step %.0f has %d depths", r->step,
+                   r->depths);
+            for (int i = 0; i < r->depths * KEEP_KINDS; i++) {
+                const int kind = i % KEEP_KINDS;
+                const char *kept = want[i / KEEP_KINDS].kept[kind];
+                EXPECT(r->depth[i / KEEP_KINDS].share == want[i / KEEP_KINDS].share, "share %g",
+                       r->depth[i / KEEP_KINDS].share);
+                tool_expect(0, "", tool_run("evaluate %s/step_%08lld --val '%s/data/val_*.bin' "
+                                            "--eval-tokens 500 --keep-layers %s --json %s", out,
+                                            (long long)t + 1, data, kept, json), __FILE__,
+                            __LINE__);
+                Text text = test_read_file(json);
+                Json doc;
+                double loss = NAN;
+                json_parse(&doc, text.s, text.n);
+                json_number(&doc, json_get(&doc, json_get(&doc, 0, "reduced"), "val_loss"), &loss);
+                EXPECT_CLOSE(r->depth[i / KEEP_KINDS].loss[kind], loss, 1e-9 * loss, kept);
+                json_free(&doc), text_free(&text);
+            }
+            if (r->depths) EXPECT(r->depth[1].loss[0] != r->depth[1].loss[1], "equal losses");
+        }
+        metrics_log_free(&log);
+        free(plain), free(out), free(latest), free(json), free(path);
+    }
+}
+
+static void test_trainer_eval_depths_resume(void) {
+    const char *dir = test_directory(), *data = trainer_test_data();
+    // shares are those of the layers that exist
+    EXPECT_RUN("--out %s/grown --layers 4 --grow 1:0,all:50%% --steps 8 --eval-every 4 "
+               "--eval-depths 0.5", dir);
+    char *grown = xprintf("%s/grown/metrics.jsonl", dir);
+    MetricsLog phases = metrics_read(grown);
+    const Metrics *one = &phases.record[3], *four = &phases.record[7];
+    EXPECT(one->depths == 1 && one->depth[0].loss[0] == one->val_loss &&
+           one->depth[0].loss[1] == one->val_loss, "one layer is not the whole model");
+    EXPECT(four->depths == 1 && four->depth[0].loss[0] != four->val_loss &&
+           four->depth[0].loss[1] != four->val_loss, "two layers of four are the whole model");
+    metrics_log_free(&phases);
+    free(grown);
+    const char *options = "--steps 40 --eval-every 1 --save-every 7 --eval-depths 0.5,0.75 "
+        "--eval-tokens 3000";
+    EXPECT_RUN("--out %s/whole %s", dir, options);
+    ToolRun r = shell_runf("for i in 1 2 3 4 5 6; do timeout -s TERM 0.0$i %s/train_gpt --train "
+                           "'%s/data/train_*.bin' --val '%s/data/val_*.bin' " TRAINER_TEST_RUN
+                           " --out %s/part %s --resume; done; true", test_build(), data, data, dir,
+                           options);
+    tool_free(&r);
+    EXPECT_RUN("--out %s/part %s --resume", dir, options);
+    char *path[2] = {xprintf("%s/whole/metrics.jsonl", dir), xprintf("%s/part/metrics.jsonl", dir)};
+    MetricsLog log[2] = {metrics_read(path[0]), metrics_read(path[1])};
+    EXPECT(log[0].n == 40 && log[1].n == 40, "%lld and %lld steps", (long long)log[0].n,
+           (long long)log[1].n);
+    for (int64_t t = 0; t < 40 && log[1].n == 40; t++) {
+        const Metrics *a = &log[0].record[t], *b = &log[1].record[t];
+        EXPECT(a->val_loss == b->val_loss && a->depths == 2 && b->depths == 2 &&
+               !memcmp(a->depth, b->depth, 2 * sizeof *a->depth), "step %lld differs",
+               (long long)t + 1);
+    }
+    metrics_log_free(&log[0]), metrics_log_free(&log[1]);
+    free(path[0]), free(path[1]);
+}
+
+static void test_trainer_eval_depths_refuses(void) {
+    static const char *const wrong[] = {"0", "1", "-0.5", "x", "0.5,", ",0.5", "0.5,,0.7", "nan",
+                                        "0x1p-1", "1e-999", "0.5;0.7", "0.99999999"};
+    const char *dir = test_directory();
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++)
+        EXPECT_REFUSED(1, "shares of the layers lie between 0 and 1",
+                       "--out %s/x --eval-depths '%s'", dir, wrong[i]);
+    EXPECT_REFUSED(1, "a share is there twice", "--out %s/x --eval-depths 0.5,0.25,.50", dir);
+    EXPECT_REFUSED(1, "there are more than 16 shares", "--out %s/x --eval-depths "
+                   ".1,.2,.3,.4,.5,.6,.7,.8,.9,.11,.12,.13,.14,.15,.16,.17,.18", dir);
+    EXPECT_REFUSED(1, "--eval-depths without --val", "--out %s/x --val '' --eval-depths 0.5", dir);
+    char *out = xprintf("%s/x", dir);
+    EXPECT(!path_exists(out), "something was written");
+    free(out);
+}
+
 #define TRAINER_TESTS(X)                                                                           \
     X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                     \
     X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
@@ -937,6 +1039,7 @@ static void test_trainer_dry_run(void) {
     X(trainer_locks_first) X(trainer_ended_before_it_begins) X(trainer_follows_no_links)           \
     X(trainer_without_latest) X(trainer_keeps_no_more)                                             \
     X(trainer_signals_twice) X(trainer_signals_save)                                               \
+    X(trainer_eval_depths) X(trainer_eval_depths_resume) X(trainer_eval_depths_refuses)            \
     X(trainer_tells_of_a_bad_evaluation) X(trainer_dry_run) X(trainer_refuses)                     \
     X(trainer_warns_of_a_high_rate) X(trainer_warns_of_many_regularizers)                          \
     X(trainer_survives_numbers_that_are_not_finite)

@@ -82,6 +82,8 @@ typedef struct {
     int T, seeds, arms;
     int64_t step_tokens, steps[MAX_ARMS];
     double *value[MAX_ARMS][N_NUMBERS];  // (seeds) each
+    DepthShares depths;                  // of --eval-depths
+    double *depth[MAX_ARMS];             // (cells, seeds) val_loss by share and kind
     double *peak;                        // FLOP/s, shared by the runs; 0 until one has measured it
 } Compare;
 
@@ -138,6 +140,7 @@ static void read_sizes(Compare *c) {
     c->T = tr.T;
     c->step_tokens = (int64_t)tr.B * tr.T * tr.M;
     c->steps[NONE] = c->steps[DROP] = tr.steps;
+    c->depths = tr.eval_depths;
     shards_close(&tr.train);
     shards_close(&tr.val);
     if (tr.has_tokenizer) tokenizer_free(&tr.tokenizer);
@@ -193,6 +196,9 @@ static int run_started(const char *out, const Text *config) {
     return started;
 }
 
+// The losses at reduced depth of a run: shares times kinds.
+static int depth_cells(const Compare *c) { return c->depths.n * KEEP_KINDS; }
+
 // Reads the results of a run from its metrics.jsonl; returns whether training and the final
 // evaluation are complete.
 static int run_read(Compare *c, int arm, int s, const char *out) {
@@ -223,6 +229,10 @@ static int run_read(Compare *c, int arm, int s, const char *out) {
             [N_speedup_ideal] = arm == NONE ? 1 : c->value[NONE][N_flops][s] / flops,
         };
         for (int k = 0; k < N_NUMBERS; k++) c->value[arm][k][s] = value[k];
+        for (int i = 0; i < depth_cells(c); i++)
+            c->depth[arm][i * c->seeds + s] =
+                metrics_depth_loss(last->depth, last->depths, i % KEEP_KINDS,
+                                   c->depths.share[i / KEEP_KINDS]);
     }
     metrics_log_free(&log);
     return finished;
@@ -412,6 +422,37 @@ static char *difference_text(const Compare *c, int arm, int k) {
     return xprintf("%+.4f, 95%% interval %+.4f .. %+.4f", d.mean, d.low, d.high);
 }
 
+// The loss at each reduced depth, for every arm, and minus that without drop path.
+static void report_depths(const Compare *c, Text *out) {
+    Table t = table_new(1 + depth_cells(c), 2 * c->arms);
+    *table_cell(&t, 0, 0) = xstrdup("validation loss with a share of the layers");
+    for (int arm = 0; arm < c->arms; arm++) {
+        *table_cell(&t, 0, 1 + arm) = arm_title(c, arm);
+        if (arm == NONE) continue;
+        char *title = arm_title(c, arm);
+        *table_cell(&t, 0, c->arms + arm) = xprintf("%s, minus none", title);
+        free(title);
+    }
+    for (int i = 0; i < depth_cells(c); i++) {
+        const double *none = c->depth[NONE] + i * c->seeds;
+        *table_cell(&t, 1 + i, 0) =
+            xprintf("%s %g%%", i % KEEP_KINDS == KEEP_PREFIX ? "the first" : "evenly spaced",
+                    100 * c->depths.share[i / KEEP_KINDS]);
+        for (int arm = 0; arm < c->arms; arm++) {
+            const double *x = c->depth[arm] + i * c->seeds;
+            const StatsDifference d = stats_paired(x, none, c->seeds);
+            *table_cell(&t, 1 + i, 1 + arm) = xprintf("%.4f", stats_mean(x, c->seeds));
+            if (arm == NONE) continue;
+            *table_cell(&t, 1 + i, c->arms + arm) =
+                isnan(d.low) ? xprintf("%+.4f", d.mean)
+                             : xprintf("%+.4f, %+.4f .. %+.4f", d.mean, d.low, d.high);
+        }
+    }
+    text_printf(out, "\n");
+    table_print(out, &t);
+    table_free(&t);
+}
+
 static void report_tables(const Compare *c, Text *out) {
     Table means = table_new(1 + N_NUMBERS, 1 + c->arms), differences = table_new(4, c->arms);
     *table_cell(&means, 0, 0) = xprintf("mean of %d seed%s", c->seeds, c->seeds == 1 ? "" : "s");
@@ -435,6 +476,7 @@ static void report_tables(const Compare *c, Text *out) {
     table_print(out, &differences);
     table_free(&means);
     table_free(&differences);
+    if (c->depths.n) report_depths(c, out);
 }
 
 static void report_verdict(const Compare *c, Text *out) {
@@ -498,6 +540,11 @@ static void json_run(const Compare *c, Text *out, int arm, int s) {
         text_printf(out, ", ");
         json_numbers(out, 1, &number[k].name, &c->value[arm][k][s]);
     }
+    for (int i = 0; i < depth_cells(c); i++) {
+        text_printf(out, ", \"val_%s_%g\": ", keep_kind_name[i % KEEP_KINDS],
+                    c->depths.share[i / KEEP_KINDS]);
+        json_write_number(out, c->depth[arm][i * c->seeds + s]);
+    }
     text_printf(out, "}");
     free(o.out);
 }
@@ -519,6 +566,21 @@ static void json_arm(const Compare *c, Text *out, int arm) {
                     number[k].name);
         json_numbers(out, 3, interval, value);
         text_printf(out, k == N_val_bpb ? "}}" : "}");
+    }
+    for (int i = 0; i < depth_cells(c); i++) {
+        const double *x = c->depth[arm] + i * c->seeds, *none = c->depth[NONE] + i * c->seeds;
+        const StatsDifference d = stats_paired(x, none, c->seeds);
+        const double value[3] = {d.mean, d.low, d.high},
+                     both[2] = {stats_mean(x, c->seeds), stats_sd(x, c->seeds)};
+        text_printf(out, ",\n      \"val_%s_%g\": {", keep_kind_name[i % KEEP_KINDS],
+                    c->depths.share[i / KEEP_KINDS]);
+        json_numbers(out, 2, moments, both);
+        if (arm != NONE) {
+            text_printf(out, ", \"minus_none\": {");
+            json_numbers(out, 3, interval, value);
+            text_printf(out, "}");
+        }
+        text_printf(out, "}");
     }
     if (arm != NONE)
         text_printf(out, ",\n      \"underfitting\": %s", underfits(c, arm) ? "true" : "false");
@@ -598,6 +660,8 @@ int main(int argc, char **argv) {
     for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++)
         c->value[i / N_NUMBERS][i % N_NUMBERS] = (double *)xcalloc((size_t)c->seeds,
                                                                    sizeof(double));
+    for (int arm = 0; arm < MAX_ARMS; arm++)
+        c->depth[arm] = (double *)xcalloc((size_t)(depth_cells(c) * c->seeds + 1), sizeof(double));
     directory_make(c->train.out);
     lock_folder(c->train.out);
     // a run that has died is reported by its exit code, not SIGPIPE
@@ -616,6 +680,7 @@ int main(int argc, char **argv) {
         if (c->own.picture) write_picture(c, argv[0]);
     }
     for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++) free(c->value[i / N_NUMBERS][i % N_NUMBERS]);
+    for (int arm = 0; arm < MAX_ARMS; arm++) free(c->depth[arm]);
     options_free(&c->options);
     return 0;
 }

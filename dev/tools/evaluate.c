@@ -14,6 +14,7 @@
 #include "../files/choices.h"
 #include "../files/files.h"
 #include "../model/engines.h"
+#include "../model/layer_list.h"
 #include "../run/options.h"
 #include "../run/trainer.h"
 #include "load.h"
@@ -45,7 +46,7 @@
            "CPU threads; 0: all that the machine offers")                                          \
   HEADING("Reduced depth, in addition to full depth")                                              \
     OPTION(keep_layers, "keep-layers", TEXT, "", "LIST",                                           \
-           "run only these layers, counted from 0: 0,1,5; or none")                                \
+           "run only these layers or branches, counted from 0: 0,2-5,7.attn; or none")             \
     OPTION(depth, "depth", NUMBER, "1", "(0,1]",                                                   \
            "run this fraction of the layers, rounded, evenly spaced from the first to the last")   \
   HEADING("Output")                                                                                \
@@ -55,37 +56,25 @@
 
 OPTION_TABLE(EVALUATE_OPTIONS, EvaluateOptions, evaluate_options)
 
-// ---- Layer selection: kept (L), 1 for the layers that run ----
+// ---- Layer selection: kept (2L), 1 for the branches that run ----
 
-// The layers that --keep-layers lists.
 static void keep_listed(unsigned char *kept, int L, const char *list) {
-    if (!strcmp(list, "none")) return;
-    for (const char *s = list;; s++) {
-        char *end;
-        const long l = strtol(s, &end, 10);
-        if (*s < '0' || *s > '9' || (*end && *end != ','))
-            die("--keep-layers %s: layers are integers separated by commas, such as 0,1,5", list);
-        if (l >= L) die("--keep-layers %s: the model's layers are 0 to %d", list, L - 1);
-        kept[l] = 1;
-        if (!*end) return;
-        s = end;
+    const char *error = strcmp(list, "none") ? layer_list_parse(kept, L, list) : NULL;
+    if (error)
+        die("--keep-layers %s: %s\n  hint: the model's layers are 0 to %d", list, error, L - 1);
+}
+
+// Appends [0,1,"3.attn"].
+static void json_layers(Text *t, const unsigned char *kept, int L) {
+    text_printf(t, "[");
+    for (int l = 0, n = 0; l < L; l++) {
+        const unsigned char *k = kept + BRANCHES * l;
+        if (!k[ATTN] && !k[MLP]) continue;
+        text_printf(t, n++ ? "," : "");
+        if (k[ATTN] && k[MLP]) text_printf(t, "%d", l);
+        else text_printf(t, "\"%d.%s\"", l, layer_list_branch[k[ATTN] ? ATTN : MLP]);
     }
-}
-
-static void keep_spaced(unsigned char *kept, int L, double depth) {
-    int n = (int)lround(depth * L);
-    if (n < 1) n = 1;
-    // rounded to the nearest
-    for (int i = 0; i < n; i++) kept[n == 1 ? 0 : (i * (L - 1) + (n - 1) / 2) / (n - 1)] = 1;
-}
-
-// "0,1,5", or "none"; with brackets "[0,1,5]" or "[]".
-static void write_layers(Text *t, const unsigned char *kept, int L, int brackets) {
-    const size_t start = t->n;
-    for (int l = 0; l < L; l++)
-        if (kept[l]) text_printf(t, "%s%d", t->n > start ? "," : brackets ? "[" : "", l);
-    if (t->n == start) text_printf(t, brackets ? "[]" : "none");
-    else if (brackets) text_printf(t, "]");
+    text_printf(t, "]");
 }
 
 // ---- A depth ----
@@ -94,7 +83,7 @@ enum { FULL, REDUCED, DEPTHS };
 
 typedef struct {
     const char *name;
-    const unsigned char *kept;  // (L)
+    const unsigned char *kept;  // (2L)
     double *scale;              // (2L) factors of the branches, 0 for those left out
     double flops_fraction;      // relative to the full model, in rows of T tokens
     ScoreDocuments val;         // document_loss is NaN without --stride
@@ -122,7 +111,7 @@ static void open_depth(Result *r, const char *name, const unsigned char *kept, c
     r->kept = kept;
     r->scale = xcalloc((size_t)(BRANCHES * c->L), sizeof *r->scale);
     for (int i = 0; i < BRANCHES * c->L; i++) {
-        r->scale[i] = kept[i / BRANCHES] ? m->scale[i] : 0;
+        r->scale[i] = kept[i] ? m->scale[i] : 0;
         flops += r->scale[i] != 0 ? gpt_branch_flops(c, i % BRANCHES, T) : 0;
     }
     r->flops_fraction = flops / gpt_row_flops(c, T);
@@ -136,7 +125,7 @@ static Scorer scorer(const Evaluate *e, const Result *r) {
 
 static void print_layers(const Result *r, int L) {
     Text layers = {NULL, 0, 0};
-    write_layers(&layers, r->kept, L, 0);
+    layer_list_write(&layers, r->kept, L);
     printf(" %7.1f%%  %s\n", 100 * r->flops_fraction, layers.s);
     text_free(&layers);
 }
@@ -210,7 +199,7 @@ static void print_val(const Evaluate *e) {
 // The names match metrics.jsonl.
 static void json_val(Text *t, const Result *r, int L) {
     text_printf(t, ",\n  \"%s\": {\"layers\": ", r->name);
-    write_layers(t, r->kept, L, 1);
+    json_layers(t, r->kept, L);
     json_number_at(t, "flops_fraction", r->flops_fraction);
     json_number_at(t, "val_loss", r->val.loss);
     json_number_at(t, "val_ppl", exp(r->val.loss));
@@ -300,7 +289,7 @@ static void json_choices(Text *t, const Evaluate *e) {
     for (int i = 0; i < e->depths; i++) {
         const Result *r = &e->result[i];
         text_printf(t, ",\n    \"%s\": {\"layers\": ", r->name);
-        write_layers(t, r->kept, e->m->config.L, 1);
+        json_layers(t, r->kept, e->m->config.L);
         json_number_at(t, "flops_fraction", r->flops_fraction);
         for (int k = 0; k < CHOICES_NORMS; k++) {
             if (isnan(r->choices.acc[k])) continue;
@@ -362,7 +351,7 @@ static void write_json(const Evaluate *e) {
     text_free(&t);
 }
 
-// Evaluates at full depth and, if kept is not NULL, with only the layers in kept (L).
+// Evaluates at full depth and, if kept is not NULL, with only the branches in kept (2L).
 static void evaluate(Loaded *m, const EvaluateOptions *o, const unsigned char *kept) {
     Evaluate e;
     memset(&e, 0, sizeof e);
@@ -385,8 +374,8 @@ static void evaluate(Loaded *m, const EvaluateOptions *o, const unsigned char *k
     }
     load_model(m, engine_default(), e.B, e.T, (int)o->threads);
 
-    unsigned char *all = (unsigned char *)xcalloc((size_t)m->config.L, 1);
-    memset(all, 1, (size_t)m->config.L);
+    unsigned char *all = (unsigned char *)xcalloc((size_t)(BRANCHES * m->config.L), 1);
+    memset(all, 1, (size_t)(BRANCHES * m->config.L));
     open_depth(&e.result[FULL], "full", all, m, e.T);
     if (kept) open_depth(&e.result[REDUCED], "reduced", kept, m, e.T);
     for (int i = 0; *o->val && i < e.depths; i++) evaluate_val(&e, &e.result[i]);
@@ -426,9 +415,9 @@ int main(int argc, char **argv) {
 
     load_config(&m, options.arguments[0]);
     load_tokenizer(&m, o.tokenizer, *o.val ? o.val : o.choices);
-    unsigned char *kept = (unsigned char *)xcalloc((size_t)m.config.L, 1);
+    unsigned char *kept = (unsigned char *)xcalloc((size_t)(BRANCHES * m.config.L), 1);
     if (by_list) keep_listed(kept, m.config.L, o.keep_layers);
-    else keep_spaced(kept, m.config.L, o.depth);
+    else layer_list_share(kept, m.config.L, KEEP_EVEN, o.depth);
     evaluate(&m, &o, by_list || by_depth ? kept : NULL);
     free(kept);
     load_close(&m);

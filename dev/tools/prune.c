@@ -16,6 +16,7 @@
 #include "../files/files.h"
 #include "../files/json.h"
 #include "../model/engines.h"
+#include "../model/layer_list.h"
 #include "../run/options.h"
 #include "layers.h"
 #include "load.h"
@@ -87,7 +88,6 @@ enum {
 };
 static const char *const select_name[] = {"angular", "bi", "ablation", "greedy", "random",
                                           "replace", "list"};
-static const char *const branch_name[BRANCHES] = {"attn", "mlp"};
 
 // A method's change to layer l's last projection, y = x W + b: y T + shift, where T is (C,C) and
 // shift (C). NULL: unchanged.
@@ -131,42 +131,6 @@ static const PruneMethod prune_methods[] = {
     {"replace-cosine", 1, fit_replace},
 };
 enum { METHOD_DELETE, METHOD_REPLACE, METHOD_COSINE };
-
-// ---- Lists of layers ----
-
-// Reads a layer number below L; NULL if there is none.
-static const char *parse_layer(const char *s, int L, int *layer) {
-    char *end;
-    if (*s < '0' || *s > '9') return NULL;
-    const long l = strtol(s, &end, 10);
-    if (l >= L) return NULL;
-    *layer = (int)l;
-    return end;
-}
-
-// Sets chosen (2L) for "0,3-5,7.attn". Returns NULL, or what is wrong.
-static const char *parse_list(unsigned char *chosen, int L, const char *list) {
-    static const char *const wrong =
-        "layers are whole numbers from 0 on, with commas between them, as 3,5-7; branches 3.attn, "
-        "4.mlp";
-    for (const char *s = list;; s++) {
-        int first, last, branch = -1;
-        if (*s < '0' || *s > '9') return wrong;
-        if (!(s = parse_layer(s, L, &first))) return "there is no such layer";
-        last = first;
-        if (*s == '-' && (s[1] < '0' || s[1] > '9')) return wrong;
-        if (*s == '-' && !(s = parse_layer(s + 1, L, &last))) return "there is no such layer";
-        if (last < first) return "a range goes from the lower layer to the higher one";
-        for (int b = 0; b < BRANCHES && *s == '.'; b++)
-            if (!strncmp(s + 1, branch_name[b], strlen(branch_name[b])))
-                branch = b, s += 1 + strlen(branch_name[b]);
-        if (*s && *s != ',') return wrong;
-        for (int l = first; l <= last; l++)
-            for (int b = 0; b < BRANCHES; b++)
-                if (branch < 0 || b == branch) chosen[BRANCHES * l + b] = 1;
-        if (!*s) return NULL;
-    }
-}
 
 // ---- Maps that replace layers ----
 
@@ -307,7 +271,7 @@ static void choose_at_random(Prune *p) {
 
 static void choose_from_list(Prune *p) {
     const char *list = *p->o->drop ? p->o->drop : p->o->keep,
-               *error = parse_list(p->removed, p->m.config.L, list);
+               *error = layer_list_parse(p->removed, p->m.config.L, list);
     if (error)
         die("--%s %s: %s\n  hint: the model's layers are 0 to %d", *p->o->drop ? "drop" : "keep",
             list, error, p->m.config.L - 1);
@@ -395,7 +359,7 @@ static void text_removed(Text *t, const Prune *p) {
         const unsigned char *r = p->removed + BRANCHES * l;
         if (r[ATTN] || r[MLP])
             text_printf(t, "%s%d%s%s", n++ ? ", " : "", l, r[ATTN] && r[MLP] ? "" : ".",
-                        r[ATTN] && r[MLP] ? "" : branch_name[r[MLP]]);
+                        r[ATTN] && r[MLP] ? "" : layer_list_branch[r[MLP]]);
     }
     if (!t->n) text_printf(t, "nothing");
 }
@@ -424,7 +388,7 @@ static void write_report(const Prune *p, const char *dir) {
     for (int i = 0; i < BRANCHES * L; i++)
         if (p->removed[i] && !p->removed[i ^ 1])
             text_printf(&t, "%s{\"layer\": %d, \"branch\": \"%s\"}", comma, i / BRANCHES,
-                        branch_name[i % BRANCHES]),
+                        layer_list_branch[i % BRANCHES]),
                 comma = ", ";
     text_printf(&t, "],\n  \"kept_layers\": [");
     for (int l = 0; l < p->out.config.L; l++) text_printf(&t, "%s%d", l ? ", " : "", p->from[l]);

@@ -191,7 +191,10 @@ static int verify(Study *s, const char *trainer) {
         Text text = study_result_text(s, &run, out, 0);
         if (!text.n || study_result_parse(&now, text.s, text.n - 1))
             die("the run of [arm %s] did not end", s->arm[arm].name);
-        const int same = now.val_loss == then->val_loss && !strcmp(now.bits, then->bits);
+        int same = now.val_loss == then->val_loss && !strcmp(now.bits, then->bits);
+        for (int i = 0; i < s->depths.n * KEEP_KINDS; i++)
+            same &= study_depth_loss(&now, i % KEEP_KINDS, s->depths.share[i / KEEP_KINDS]) ==
+                    study_depth_loss(then, i % KEEP_KINDS, s->depths.share[i / KEEP_KINDS]);
         printf("%s, seed %lld: val loss %.17g, weights %.16s: %s", s->arm[arm].name,
                (long long)run.seed, now.val_loss, now.bits, same ? "the same bits\n" : "DIFFERS");
         if (!same)

@@ -102,6 +102,7 @@ typedef struct {
     int n_arms, base, n_curve;
     StudyArm *arm;
     double curve[STUDY_CURVE];
+    DepthShares depths;                                  // of eval-depths: a further endpoint
     char train_sha256[SHA256_HEX], val_sha256[SHA256_HEX], data_sha256[SHA256_HEX];
     int64_t steps;                                       // of the baseline
     const char *engine;
@@ -188,7 +189,7 @@ static inline const char *study_option_error(const char *name, int in_arm) {
                                         "device",    "drop-replay", "init-from", "rendezvous",
                                         "job-token", "config"};
     static const char *const all_only[] = {"train", "val",    "tokenizer",
-                                           "steps", "epochs", "eval-tokens"};
+                                           "steps", "epochs", "eval-tokens", "eval-depths"};
     for (size_t i = 0; i < sizeof never / sizeof never[0]; i++)
         if (options_same_name(name, never[i]))
             return "a plan cannot set it: the study does, or has no use for it";
@@ -355,6 +356,9 @@ static inline void study_check(Study *s, const StudyLines *lines) {
                      (long long)(first + o->seeds - 1));
     if (!*s->arm[s->base].train.train || !*s->arm[s->base].train.val)
         study_refuse(s, 0, "[all] needs train and val");
+    const char *error = depth_shares_parse(&s->depths, s->arm[s->base].train.eval_depths);
+    if (error)
+        study_refuse(s, 0, "[all] eval-depths = %s: %s", s->arm[s->base].train.eval_depths, error);
     if (study_share(s, o->margin, "margin") <= 0) study_refuse(s, 0, "margin: more than 0%%");
     study_share(s, o->drop_worse, "drop-worse"), study_share(s, o->turn_error, "turn-error");
     study_read_curve(s);
@@ -533,8 +537,9 @@ static inline int study_is_incidental(const TrainOptions *o, const char *name) {
            !strncmp(name, "dropout-", 8);
 }
 
-// All that the bits of a run depend on, but its data and its engine: options that are not at their
-// default, in the order of the table, spans in steps.
+// All that a result depends on, but its data and its engine: options that are not at their default,
+// in the order of the table, spans in steps. With eval-depths, which no bit of the weights depends
+// on: a result without these losses cannot serve a plan that reports them.
 static inline void study_canonical(const Study *s, const StudyArm *a, const TrainOptions *given,
                                    Text *out) {
     TrainOptions o = *given;
@@ -542,7 +547,11 @@ static inline void study_canonical(const Study *s, const StudyArm *a, const Trai
     OptionSet set = {table.specs, table.n, &o, NULL},
               initial = {table.specs, table.n, (void *)(uintptr_t)&s->defaults, NULL};
     const GptConfig *c = &a->config;
+    Text depths = {NULL, 0, 0};
+    for (int i = 0; i < s->depths.n; i++)
+        text_printf(&depths, "%s%g", i ? "," : "", s->depths.share[i]);
     o.total_batch = a->step_tokens;
+    if (depths.n) o.eval_depths = depths.s;
     text_printf(out, "layers=%d heads=%d channels=%d seq-len=%d vocab-size=%d", c->L, c->NH, c->C,
                 a->T, c->V);
     for (int i = 0; i < table.n; i++) {
@@ -561,6 +570,7 @@ static inline void study_canonical(const Study *s, const StudyArm *a, const Trai
             text_printf(out, " %s=%s", spec->name, value.s);
         text_free(&value), text_free(&usual);
     }
+    text_free(&depths);
 }
 
 // The run's key: 64 bits of a SHA-256, in hexadecimal.

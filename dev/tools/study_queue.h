@@ -25,16 +25,18 @@ enum { RESULT_OK, RESULT_DIVERGED };
 
 typedef struct {
     char key[STUDY_KEY], bits[SHA256_HEX];
-    int status, points;
+    int status, points, depths;
     double steps, tokens, flops, val_loss, val_bpb, seconds;
     double *curve;                                       // (points, 2) FLOPs and val_loss
+    const MetricsDepth *depth;                           // (depths) val_loss by depth
     char *options, *commit, *machine;
 } StudyResult;
 
 typedef struct { StudyResult *result; int n; } StudyResults;
 
 static inline void study_result_free(StudyResult *r) {
-    free(r->curve), free(r->options), free(r->commit), free(r->machine);
+    free((void *)(uintptr_t)r->depth), free(r->curve);
+    free(r->options), free(r->commit), free(r->machine);
 }
 
 static inline void study_results_free(StudyResults *all) {
@@ -85,6 +87,7 @@ static inline const char *study_result_parse(StudyResult *r, const char *line, s
             json_number(&doc, json_next(&doc, x), to + 1))
             r->points++;
     }
+    r->depth = metrics_parse_depths(&doc, &r->depths);
     r->options = json_string(&doc, json_get(&doc, 0, "options"), NULL);
     r->commit = json_string(&doc, json_get(&doc, 0, "commit"), NULL);
     r->machine = json_string(&doc, json_get(&doc, 0, "machine"), NULL);
@@ -150,6 +153,10 @@ static inline double study_endpoint(const Study *s, const StudyResult *r) {
     return r->status != RESULT_OK            ? INFINITY
            : s->own.endpoint == ENDPOINT_BPB ? r->val_bpb
                                              : r->val_loss;
+}
+
+static inline double study_depth_loss(const StudyResult *r, int kind, double share) {
+    return metrics_depth_loss(r->depth, r->depths, kind, share);
 }
 
 static inline void study_state_add(StudyState *st, const StudyRun *r) {
@@ -506,6 +513,7 @@ static inline Text study_result_text(const Study *s, const StudyRun *r, const ch
             text_printf(&text, ", \"%s\": ", number[i].name);
             json_write_number(&text, number[i].value);
         }
+        if (whole) metrics_write_depths(&text, last->depth, last->depths);
         text_printf(&text, ", \"bits\": \"%s\", \"options\": ", bits);
         json_write_string(&text, canonical.s);
         text_printf(&text,

@@ -10,6 +10,13 @@ enum { STUDY_DRAWS = 10000 };                            // of a bootstrap
 #define STUDY_ALPHA 0.05
 #define STUDY_POWER 0.8
 
+// An arm's loss at one reduced depth and minus the baseline's, over the seeds that both have ended.
+typedef struct {
+    double mean, sd, p, holm;
+    StatsDifference d;
+    StatsInterval bootstrap;
+} StudyDepthReport;
+
 // An arm against the baseline, over the n seeds that both have ended.
 typedef struct {
     // diverged: final seeds that gave no number
@@ -21,6 +28,8 @@ typedef struct {
     StatsInterval bootstrap, ratio_t, ratio_bootstrap;
     // smallest: effect seen with STUDY_POWER
     double p, holm, equivalence_p, not_inferior_p, ratio, smallest;
+    // (shares, kinds) of eval-depths
+    StudyDepthReport *depth;
     // the ratio is beyond the baseline's budgets
     int extrapolated;
 } StudyArmReport;
@@ -112,6 +121,52 @@ static inline void study_ratio(StudyReport *r, StudyArmReport *a, int arm) {
     free(each), free(index);
 }
 
+// The arm's losses at the reduced depths, over the seeds whose pair has ended.
+static inline void study_collect_depths(StudyReport *r, int arm) {
+    const Study *s = r->s;
+    const int cells = s->depths.n * KEEP_KINDS;
+    double *mine = (double *)xcalloc((size_t)s->own.seeds, sizeof *mine),
+           *base = (double *)xcalloc((size_t)s->own.seeds, sizeof *base),
+           *minus = (double *)xcalloc((size_t)s->own.seeds, sizeof *minus);
+    r->arm[arm].depth = (StudyDepthReport *)xcalloc((size_t)cells + 1, sizeof *r->arm[arm].depth);
+    for (int i = 0; i < cells; i++) {
+        StudyDepthReport *d = &r->arm[arm].depth[i];
+        const int kind = i % KEEP_KINDS;
+        const double share = s->depths.share[i / KEEP_KINDS];
+        int n = 0;
+        for (int k = 0; k < s->own.seeds; k++) {
+            const int64_t seed = s->own.first_seed + k;
+            const StudyResult *x = study_find(r, arm, RUN_FINAL, seed, 1),
+                              *y = study_find(r, s->base, RUN_FINAL, seed, 1);
+            if (!x || !y || x->status != RESULT_OK || y->status != RESULT_OK) continue;
+            mine[n] = study_depth_loss(x, kind, share), base[n] = study_depth_loss(y, kind, share);
+            minus[n] = mine[n] - base[n];
+            n += isfinite(minus[n]);
+        }
+        d->mean = n ? stats_mean(mine, n) : NAN;
+        d->sd = stats_sd(mine, n);
+        d->p = d->holm = d->d.mean = d->d.error = d->d.low = d->d.high = NAN;
+        d->bootstrap.low = d->bootstrap.high = NAN;
+        if (arm == s->base || !n) continue;
+        d->d = stats_paired(mine, base, n);
+        d->p = stats_p(d->d.mean, d->d.error, n - 1);
+        d->bootstrap = stats_bootstrap(stats_mean_of, minus, n, STUDY_LEVEL, STUDY_DRAWS,
+                                       (uint64_t)(arm * cells + i) + 1);
+    }
+    free(mine), free(base), free(minus);
+}
+
+// Holm's correction over all arms and depths: they are one family.
+static inline void study_correct_depths(StudyReport *r) {
+    const int cells = r->s->depths.n * KEEP_KINDS, n = r->s->n_arms * cells;
+    double *p = (double *)xcalloc((size_t)n + 1, sizeof *p),
+           *holm = (double *)xcalloc((size_t)n + 1, sizeof *holm);
+    for (int i = 0; i < n; i++) p[i] = r->arm[i / cells].depth[i % cells].p;
+    stats_holm(holm, p, n);
+    for (int i = 0; i < n; i++) r->arm[i / cells].depth[i % cells].holm = holm[i];
+    free(p), free(holm);
+}
+
 // The seeds that the arm and the baseline (with all its budgets, for the ratio) have ended.
 static inline void study_collect(StudyReport *r, int arm) {
     const Study *s = r->s;
@@ -180,7 +235,8 @@ static inline void study_report_open(StudyReport *r, Study *s) {
         r->budget_flops[b] = at ? at->flops : NAN;
     }
     r->arm = (StudyArmReport *)xcalloc((size_t)s->n_arms, sizeof *r->arm);
-    for (int arm = 0; arm < s->n_arms; arm++) study_collect(r, arm);
+    for (int arm = 0; arm < s->n_arms; arm++) study_collect(r, arm), study_collect_depths(r, arm);
+    study_correct_depths(r);
     double *p = (double *)xcalloc((size_t)s->n_arms, sizeof *p),
            *holm = (double *)xcalloc((size_t)s->n_arms, sizeof *p);
     for (int arm = 0; arm < s->n_arms; arm++) p[arm] = r->arm[arm].p;
@@ -193,7 +249,7 @@ static inline void study_report_open(StudyReport *r, Study *s) {
 static inline void study_report_close(StudyReport *r) {
     for (int arm = 0; arm < r->s->n_arms; arm++) {
         StudyArmReport *a = &r->arm[arm];
-        free(a->loss), free(a->base), free(a->difference), free(a->curve);
+        free(a->loss), free(a->base), free(a->difference), free(a->curve), free(a->depth);
     }
     free(r->arm), free(r->budget_flops);
     study_results_free(&r->all);
@@ -279,6 +335,40 @@ static inline void study_table_results(const StudyReport *r, Text *out) {
     }
     table_print(out, &t);
     table_free(&t);
+}
+
+// The loss at each reduced depth: means, then differences with intervals. *: Holm's p is small.
+static inline void study_table_depths(const StudyReport *r, Text *out) {
+    const Study *s = r->s;
+    const int cells = s->depths.n * KEEP_KINDS;
+    for (int minus = 0; minus < 2; minus++) {
+        Table t = table_new(minus ? s->n_arms : 1 + s->n_arms, 1 + cells);
+        study_set(&t, 0, 0, xstrdup(minus ? "minus baseline (95% by t)" : "val_loss, mean (sd)"));
+        for (int i = 0; i < cells; i++)                  // by kind, then by share
+            study_set(&t, 0, 1 + i, xprintf("%s %g%%", keep_kind_name[i / s->depths.n],
+                                            100 * s->depths.share[i % s->depths.n]));
+        for (int arm = 0, row = 1; arm < s->n_arms; arm++) {
+            if (minus && arm == s->base) continue;
+            study_set(&t, row, 0, xstrdup(s->arm[arm].name));
+            for (int i = 0; i < cells; i++) {
+                const int n = s->depths.n;
+                const StudyDepthReport *d = &r->arm[arm].depth[i % n * KEEP_KINDS + i / n];
+                const double x = minus ? d->d.mean : d->mean;
+                char *cell = isnan(x) ? xstrdup("n/a")
+                             : !minus ? isnan(d->sd) ? xprintf("%.4f", x)
+                                                     : xprintf("%.4f (%.4f)", x, d->sd)
+                             : isnan(d->d.low)
+                                 ? xprintf("%+.4f", x)
+                                 : xprintf("%+.4f (%+.4f .. %+.4f)%s", x, d->d.low, d->d.high,
+                                           d->holm <= STUDY_ALPHA ? "*" : "");
+                study_set(&t, row, 1 + i, cell);
+            }
+            row++;
+        }
+        table_print(out, &t);
+        text_printf(out, minus ? "" : "\n");
+        table_free(&t);
+    }
 }
 
 // The mean of a place of the grids over the tuning seeds: NaN where runs are missing, infinity
@@ -432,6 +522,13 @@ static inline void study_markdown(const StudyReport *r, Text *out) {
     text_printf(out, "\n## What is shown, and what is not\n\n");
     for (int arm = 0; arm < s->n_arms; arm++)
         if (arm != s->base) study_say(r, arm, out);
+    if (s->depths.n) {
+        text_printf(out, "\n## Loss at reduced depth\n\nval_loss of the last step with a share of "
+                    "the layers alone, rounded, at least one: the first ones (prefix), or evenly "
+                    "spaced ones (even). *: shown with Holm over all arms and depths of this "
+                    "table.\n\n");
+        study_table_depths(r, out);
+    }
     text_printf(out, "\n## Tuning\n\nMeans over %lld seed%s; the best in bold.\n\n",
                 (long long)o->tune_seeds, o->tune_seeds == 1 ? "" : "s");
     study_list_tuning(r, out);
@@ -444,6 +541,22 @@ static inline void study_json_array(Text *out, const char *name, const double *x
     for (int i = 0; i < n; i++) {
         if (i) text_printf(out, ", ");
         json_write_number(out, x[i]);
+    }
+    text_printf(out, "]");
+}
+
+static inline void study_json_depths(const StudyReport *r, int arm, Text *out) {
+    text_printf(out, ", \"depths\": [");
+    for (int i = 0; i < r->s->depths.n * KEEP_KINDS; i++) {
+        const StudyDepthReport *d = &r->arm[arm].depth[i];
+        static const char *const name[] = {"share", "mean", "sd", "difference", "t_low", "t_high",
+                                           "bootstrap_low", "bootstrap_high", "p", "p_holm"};
+        const double value[] = {r->s->depths.share[i / KEEP_KINDS], d->mean, d->sd, d->d.mean,
+                                d->d.low, d->d.high, d->bootstrap.low, d->bootstrap.high, d->p,
+                                d->holm};
+        text_printf(out, "%s{\"kept\": \"%s\", ", i ? ", " : "", keep_kind_name[i % KEEP_KINDS]);
+        json_numbers(out, 10, name, value);
+        text_printf(out, "}");
     }
     text_printf(out, "]");
 }
@@ -471,6 +584,7 @@ static inline void study_json_arm(const StudyReport *r, int arm, Text *out) {
         json_numbers(out, 1, &number[i].name, &number[i].value);
     }
     study_json_array(out, "losses", a->loss, a->n);
+    study_json_depths(r, arm, out);
     study_json_array(out, "differences", a->difference, arm == r->s->base ? 0 : a->n);
     text_printf(out, ", \"tuning\": [");
     int at[STUDY_GRIDS] = {0}, n = 0;
