@@ -166,6 +166,32 @@ static void compare_check_arm(const CompareResult *r, const char *arm, int64_t s
                  "measured speed-up");
 }
 
+// Neural collapse of a run is what build/collapse says of its final model; the mean is that of the
+// seeds.
+static void compare_check_collapse(const CompareResult *r, const char *out) {
+    const char *data = trainer_test_data();
+    double mean = 0;
+    for (int s = 7; s <= 8; s++) {
+        tool_expect(0, "", tool_run("collapse %s/drop_s%d/latest --train '%s/data/train_*.bin' "
+                                    "--val '%s/data/val_*.bin' --tokens 5000 --json %s/c.json", out,
+                                    s, data, data, out), __FILE__, __LINE__);
+        char *path = xprintf("%s/c.json", out);
+        Text text = test_read_file(path);
+        Json doc;
+        double cdnv = NAN, agreement = NAN;
+        const char *error = json_parse(&doc, text.s, text.n);
+        const int point = error ? JSON_NONE : json_first(&doc, json_get(&doc, 0, "checkpoints"));
+        json_number(&doc, json_get(&doc, point, "cdnv"), &cdnv);
+        json_number(&doc, json_get(&doc, point, "agreement"), &agreement);
+        EXPECT_CLOSE(compare_run(r, "drop", s, "collapse_cdnv"), cdnv, 1e-9 * cdnv, "CDNV");
+        EXPECT_CLOSE(compare_run(r, "drop", s, "collapse_agreement"), agreement, 1e-9,
+                     "agreement");
+        mean += cdnv / 2;
+        json_free(&doc), text_free(&text), free(path);
+    }
+    EXPECT_CLOSE(compare_result(r, "drop", "collapse_cdnv", "mean"), mean, 1e-9 * mean, "mean CDNV");
+}
+
 static void test_compare_answers(void) {
     const GptConfig c = {257, 16, 2, 2, 16};
     const char *dir = test_directory();
@@ -174,7 +200,7 @@ static void test_compare_answers(void) {
     // every branch at the constant rate 0.5, so that the steps at equal FLOPs can be computed by
     // hand
     EXPECT_COMPARED(out, "--seeds 2 --seed 7 --steps 60 --drop-path 0.5 --drop-depth uniform "
-                    "--drop-ramp-up 0 --eval-depths 0.5");
+                    "--drop-ramp-up 0 --eval-depths 0.5 --collapse 5000");
     CompareResult r = compare_result_read(out);
     double peak = 0;                                     // shared by the runs
     for (int s = 7; s <= 8; s++) {
@@ -194,6 +220,7 @@ static void test_compare_answers(void) {
     EXPECT_CLOSE(compare_result(&r, "drop_flops", "speedup_ideal", "mean"), 1, 0.01,
                  "FLOPs at equal FLOPs");
     EXPECT_CLOSE(compare_result(&r, "drop", "steps", "mean"), 60, 0, "steps of the drop arm");
+    compare_check_collapse(&r, out);
     compare_result_free(&r);
 
     char a[500], b[500];                                 // the baseline equals a run of train_gpt

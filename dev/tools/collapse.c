@@ -29,11 +29,9 @@
            "tokens of --val, likewise; each costs two matmuls with the vocabulary")         \
     OPTION(min_count, "min-count", INTEGER, "2", "[1,1e15]",                                       \
            "least occurrences of a next token to count as a class; 1 has no variance")        \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
-           "tokens per row; 0: as many as the model has positions")                               \
+    LOAD_SEQ_LEN(OPTION)                                                                           \
     OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows per batch")                            \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
-           "CPU threads; 0: all that the machine offers")                                        \
+    LOAD_THREADS(OPTION)                                                                           \
   HEADING("Several checkpoints")                                                                   \
     OPTION(every, "every", INTEGER, "0", "[0,1e15]",                                               \
            "given a run's folder: all checkpoints whose step is a multiple of this"   \

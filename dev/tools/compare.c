@@ -13,6 +13,7 @@
 #include "../model/engines.h"
 #include "../run/trainer.h"
 #include "budget.h"
+#include "collapse.h"
 #include "report.h"
 #include "stats.h"
 #include <poll.h>
@@ -36,6 +37,9 @@
            "the runs of a seed work in turn, half a second each, so that a noisy machine slows "  \
                "all alike; 0: one "                                                               \
            "after the other, in less memory")                                                     \
+    OPTION(collapse, "collapse", INTEGER, "0", "[0,1e15]",                                        \
+           "neural collapse of each final model: build/collapse with this many tokens of "        \
+               "--train; 0: not measured")                                                        \
     OPTION(picture, "picture", FLAG, "1", "0|1",                                                  \
            "also draw OUT/compare.png and .svg, where python3 has matplotlib")
 
@@ -74,6 +78,13 @@ static const struct { const char *name, *title; double unit; const char *format;
 #undef X
 };
 
+// What else is measured on request, with a table of its own: the loss at a reduced depth, or a number
+// of neural collapse.
+typedef struct {
+    char *name, *title;      // in compare.json, and in the table
+    double *value[MAX_ARMS]; // (seeds) each
+} Extra;
+
 typedef struct {
     Options options;
     TrainOptions train;
@@ -83,7 +94,8 @@ typedef struct {
     int64_t step_tokens, steps[MAX_ARMS];
     double *value[MAX_ARMS][N_NUMBERS];  // (seeds) each
     DepthShares depths;                  // of --eval-depths
-    double *depth[MAX_ARMS];             // (cells, seeds) val_loss by share and kind
+    int depth_cells, extras;             // shares times kinds, which come first; all
+    Extra *extra;                        // (extras)
     double *peak;                        // FLOP/s, shared by the runs; 0 until one has measured it
 } Compare;
 
@@ -196,8 +208,38 @@ static int run_started(const char *out, const Text *config) {
     return started;
 }
 
-// The losses at reduced depth of a run: shares times kinds.
-static int depth_cells(const Compare *c) { return c->depths.n * KEEP_KINDS; }
+static void add_extra(Compare *c, char *name, char *title) {
+    c->extra = (Extra *)xrealloc(c->extra, (size_t)(c->extras + 1), sizeof *c->extra);
+    Extra *e = &c->extra[c->extras++];
+    e->name = name, e->title = title;
+    for (int arm = 0; arm < MAX_ARMS; arm++) {
+        e->value[arm] = (double *)xcalloc((size_t)c->seeds, sizeof(double));
+        for (int s = 0; s < c->seeds; s++) e->value[arm][s] = NAN;
+    }
+}
+
+static void open_extras(Compare *c) {
+    c->depth_cells = c->depths.n * KEEP_KINDS;
+    for (int i = 0; i < c->depth_cells; i++) {
+        const double share = c->depths.share[i / KEEP_KINDS];
+        const int kind = i % KEEP_KINDS;
+        add_extra(c, xprintf("val_%s_%g", keep_kind_name[kind], share),
+                  xprintf("%s %g%%", kind == KEEP_PREFIX ? "the first" : "evenly spaced",
+                          100 * share));
+    }
+#define X(field, label, meaning) \
+    if (c->own.collapse) add_extra(c, xstrdup("collapse_" #field), xstrdup(&label[strspn(label, " ")]));
+    COLLAPSE_NUMBERS(X)
+#undef X
+}
+
+static void close_extras(Compare *c) {
+    for (int i = 0; i < c->extras; i++) {
+        free(c->extra[i].name), free(c->extra[i].title);
+        for (int arm = 0; arm < MAX_ARMS; arm++) free(c->extra[i].value[arm]);
+    }
+    free(c->extra);
+}
 
 // Reads the results of a run from its metrics.jsonl; returns whether training and the final
 // evaluation are complete.
@@ -229,8 +271,8 @@ static int run_read(Compare *c, int arm, int s, const char *out) {
             [N_speedup_ideal] = arm == NONE ? 1 : c->value[NONE][N_flops][s] / flops,
         };
         for (int k = 0; k < N_NUMBERS; k++) c->value[arm][k][s] = value[k];
-        for (int i = 0; i < depth_cells(c); i++)
-            c->depth[arm][i * c->seeds + s] =
+        for (int i = 0; i < c->depth_cells; i++)
+            c->extra[i].value[arm][s] =
                 metrics_depth_loss(last->depth, last->depths, i % KEEP_KINDS,
                                    c->depths.share[i / KEEP_KINDS]);
     }
@@ -367,6 +409,60 @@ static int run_seed(Compare *c, int s) {
     return finished;
 }
 
+// ---- Neural collapse of a final model, by build/collapse ----
+
+#ifdef CUDA_BUILD
+#define COLLAPSE_PROGRAM "collapse_cuda"
+#else
+#define COLLAPSE_PROGRAM "collapse"
+#endif
+
+static void collapse_read(Compare *c, int arm, int s, const char *path) {
+    FileMap map;
+    Json doc;
+    const char *error = file_map(&map, path);
+    if (error) die("cannot read %s: %s", path, error);
+    if ((error = json_parse(&doc, map.data, map.size))) die("%s: %s", path, error);
+    const int numbers = json_first(&doc, json_get(&doc, 0, "checkpoints"));
+    for (int i = c->depth_cells; i < c->extras; i++)
+        json_number(&doc, json_get(&doc, numbers, c->extra[i].name + strlen("collapse_")),
+                    &c->extra[i].value[arm][s]);
+    json_free(&doc);
+    file_unmap(&map);
+}
+
+// Measures one run, unless that was done before. A model that cannot be measured, because too few
+// tokens come twice, has no numbers, and collapse's own words say why. Returns 0 if a signal came.
+static int collapse_run(Compare *c, const char *program, int arm, int s) {
+    TrainOptions o = run_options(c, arm, s);
+    char *json = xprintf("%s/collapse_%lld.json", o.out, (long long)c->own.collapse),
+         *latest = xprintf("%s/latest", o.out),
+         *tokens = xprintf("%lld", (long long)c->own.collapse),
+         *threads = xprintf("%lld", (long long)o.threads), *seq_len = xprintf("%d", c->T);
+    char *arguments[] = {program_beside(program, COLLAPSE_PROGRAM), latest, "--train", o.train, "--val",
+                         o.val, "--tokens", tokens, "--seq-len", seq_len, "--threads", threads,
+                         "--json", json, NULL};
+    int status = 0;
+    if (!path_exists(json)) {
+        fflush(NULL);
+        const pid_t pid = fork();
+        if (pid < 0) die("cannot start a process: %s", strerror(errno));
+        if (pid == 0) {
+            const int null = open("/dev/null", O_WRONLY);
+            dup2(null, STDOUT_FILENO);
+            execvp(arguments[0], arguments);
+            die("cannot start %s: %s", arguments[0], strerror(errno));
+        }
+        while (waitpid(pid, &status, 0) < 0)
+            if (errno != EINTR) die("waitpid: %s", strerror(errno));
+    }
+    if (path_exists(json)) collapse_read(c, arm, s, json);
+    else if (!signals_stop) warn("%s: neural collapse was not measured", o.out);
+    free(arguments[0]), free(json), free(latest), free(tokens), free(threads), free(seq_len);
+    free(o.out);
+    return !signals_stop;
+}
+
 // Only one compare at a time per folder. The lock is held until all processes of this compare have
 // ended, including orphaned runs.
 static void lock_folder(const char *out) {
@@ -422,10 +518,17 @@ static char *difference_text(const Compare *c, int arm, int k) {
     return xprintf("%+.4f, 95%% interval %+.4f .. %+.4f", d.mean, d.low, d.high);
 }
 
-// The loss at each reduced depth, for every arm, and minus that without drop path.
-static void report_depths(const Compare *c, Text *out) {
-    Table t = table_new(1 + depth_cells(c), 2 * c->arms);
-    *table_cell(&t, 0, 0) = xstrdup("validation loss with a share of the layers");
+// Counts as they are, numbers of usual size with four decimals.
+static char *extra_cell(double x) {
+    if (isnan(x)) return xstrdup("n/a");
+    const int usual = fabs(x) < 1e4 && fabs(x) >= 1e-3;
+    return xprintf(x == floor(x) && fabs(x) < 1e9 ? "%.0f" : usual ? "%.4f" : "%.4g", x);
+}
+
+// The extra measures [first, end), for every arm and minus those without drop path.
+static void report_extras(const Compare *c, const char *title, int first, int end, Text *out) {
+    Table t = table_new(1 + end - first, 2 * c->arms);
+    *table_cell(&t, 0, 0) = xstrdup(title);
     for (int arm = 0; arm < c->arms; arm++) {
         *table_cell(&t, 0, 1 + arm) = arm_title(c, arm);
         if (arm == NONE) continue;
@@ -433,19 +536,17 @@ static void report_depths(const Compare *c, Text *out) {
         *table_cell(&t, 0, c->arms + arm) = xprintf("%s, minus none", title);
         free(title);
     }
-    for (int i = 0; i < depth_cells(c); i++) {
-        const double *none = c->depth[NONE] + i * c->seeds;
-        *table_cell(&t, 1 + i, 0) =
-            xprintf("%s %g%%", i % KEEP_KINDS == KEEP_PREFIX ? "the first" : "evenly spaced",
-                    100 * c->depths.share[i / KEEP_KINDS]);
+    for (int i = first, row = 1; i < end; i++, row++) {
+        const Extra *e = &c->extra[i];
+        *table_cell(&t, row, 0) = xstrdup(e->title);
         for (int arm = 0; arm < c->arms; arm++) {
-            const double *x = c->depth[arm] + i * c->seeds;
-            const StatsDifference d = stats_paired(x, none, c->seeds);
-            *table_cell(&t, 1 + i, 1 + arm) = xprintf("%.4f", stats_mean(x, c->seeds));
+            const StatsDifference d = stats_paired(e->value[arm], e->value[NONE], c->seeds);
+            *table_cell(&t, row, 1 + arm) = extra_cell(stats_mean(e->value[arm], c->seeds));
             if (arm == NONE) continue;
-            *table_cell(&t, 1 + i, c->arms + arm) =
-                isnan(d.low) ? xprintf("%+.4f", d.mean)
-                             : xprintf("%+.4f, %+.4f .. %+.4f", d.mean, d.low, d.high);
+            *table_cell(&t, row, c->arms + arm) =
+                isnan(d.mean)  ? xstrdup("n/a")
+                : isnan(d.low) ? xprintf("%+.4f", d.mean)
+                               : xprintf("%+.4f, %+.4f .. %+.4f", d.mean, d.low, d.high);
         }
     }
     text_printf(out, "\n");
@@ -476,7 +577,9 @@ static void report_tables(const Compare *c, Text *out) {
     table_print(out, &differences);
     table_free(&means);
     table_free(&differences);
-    if (c->depths.n) report_depths(c, out);
+    const int depths = c->depth_cells;
+    if (depths) report_extras(c, "validation loss with a share of the layers", 0, depths, out);
+    if (c->own.collapse) report_extras(c, "neural collapse", depths, c->extras, out);
 }
 
 static void report_verdict(const Compare *c, Text *out) {
@@ -540,10 +643,9 @@ static void json_run(const Compare *c, Text *out, int arm, int s) {
         text_printf(out, ", ");
         json_numbers(out, 1, &number[k].name, &c->value[arm][k][s]);
     }
-    for (int i = 0; i < depth_cells(c); i++) {
-        text_printf(out, ", \"val_%s_%g\": ", keep_kind_name[i % KEEP_KINDS],
-                    c->depths.share[i / KEEP_KINDS]);
-        json_write_number(out, c->depth[arm][i * c->seeds + s]);
+    for (int i = 0; i < c->extras; i++) {
+        text_printf(out, ", \"%s\": ", c->extra[i].name);
+        json_write_number(out, c->extra[i].value[arm][s]);
     }
     text_printf(out, "}");
     free(o.out);
@@ -567,13 +669,12 @@ static void json_arm(const Compare *c, Text *out, int arm) {
         json_numbers(out, 3, interval, value);
         text_printf(out, k == N_val_bpb ? "}}" : "}");
     }
-    for (int i = 0; i < depth_cells(c); i++) {
-        const double *x = c->depth[arm] + i * c->seeds, *none = c->depth[NONE] + i * c->seeds;
+    for (int i = 0; i < c->extras; i++) {
+        const double *x = c->extra[i].value[arm], *none = c->extra[i].value[NONE];
         const StatsDifference d = stats_paired(x, none, c->seeds);
         const double value[3] = {d.mean, d.low, d.high},
                      both[2] = {stats_mean(x, c->seeds), stats_sd(x, c->seeds)};
-        text_printf(out, ",\n      \"val_%s_%g\": {", keep_kind_name[i % KEEP_KINDS],
-                    c->depths.share[i / KEEP_KINDS]);
+        text_printf(out, ",\n      \"%s\": {", c->extra[i].name);
         json_numbers(out, 2, moments, both);
         if (arm != NONE) {
             text_printf(out, ", \"minus_none\": {");
@@ -655,13 +756,13 @@ int main(int argc, char **argv) {
     program_begin(argv);
     memset(c, 0, sizeof *c);
     read_options(c, argc, argv);
+    if (c->own.collapse) free(program_beside(argv[0], COLLAPSE_PROGRAM));    // before anything runs
     read_sizes(c);
     if (c->arms > DROP_FLOPS) c->steps[DROP_FLOPS] = equal_flops_steps(c);
     for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++)
         c->value[i / N_NUMBERS][i % N_NUMBERS] = (double *)xcalloc((size_t)c->seeds,
                                                                    sizeof(double));
-    for (int arm = 0; arm < MAX_ARMS; arm++)
-        c->depth[arm] = (double *)xcalloc((size_t)(depth_cells(c) * c->seeds + 1), sizeof(double));
+    open_extras(c);
     directory_make(c->train.out);
     lock_folder(c->train.out);
     // a run that has died is reported by its exit code, not SIGPIPE
@@ -672,7 +773,12 @@ int main(int argc, char **argv) {
     if (c->peak == MAP_FAILED) die("cannot share memory: %s", strerror(errno));
     int s = 0;
     while (s < c->seeds && run_seed(c, s)) s++;
-    if (s < c->seeds)
+    int measured = 0;
+    const int measures = c->own.collapse && s == c->seeds ? c->seeds * c->arms : 0;
+    while (measured < measures &&
+           collapse_run(c, argv[0], measured % c->arms, measured / c->arms))
+        measured++;
+    if (s < c->seeds || measured < measures)
         printf("stopped by %s: every run is saved; the same command continues from here\n",
                signals_name());
     else {
@@ -680,7 +786,7 @@ int main(int argc, char **argv) {
         if (c->own.picture) write_picture(c, argv[0]);
     }
     for (int i = 0; i < MAX_ARMS * N_NUMBERS; i++) free(c->value[i / N_NUMBERS][i % N_NUMBERS]);
-    for (int arm = 0; arm < MAX_ARMS; arm++) free(c->depth[arm]);
+    close_extras(c);
     options_free(&c->options);
     return 0;
 }

@@ -36,14 +36,12 @@
                "counting only targets not counted yet; 0: consecutive rows, across documents")     \
     OPTION(examples, "examples", INTEGER, "0", "[0,1e15]",                                         \
            "of --choices: how many, from the first on; 0: all")                                    \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
-           "tokens per row; 0: as many as the model has positions")                                \
+    LOAD_SEQ_LEN(OPTION)                                                                           \
     OPTION(batch, "batch", INTEGER, "8", "[1,65536]", "rows per batch")                            \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
            "for bytes and characters; default: next to the checkpoint or the data, or the "        \
                "training run's")                                                                   \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
-           "CPU threads; 0: all that the machine offers")                                          \
+    LOAD_THREADS(OPTION)                                                                           \
   HEADING("Reduced depth, in addition to full depth")                                              \
     OPTION(keep_layers, "keep-layers", TEXT, "", "LIST",                                           \
            "run only these layers or branches, counted from 0: 0,2-5,7.attn; or none")             \

@@ -28,9 +28,7 @@
            "number format of the weights, rounded to nearest; overflow is an error")  \
     OPTION(adapter, "adapter", FLAG, "0", "0|1",                                                   \
            "of a run with --lora: copy the adapter for peft, instead of merging it into its base") \
-    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
-           "a tokenizer.json, or one of our tokenizer files to make one from; default: next to "   \
-           "the checkpoint's files, otherwise the training run's")
+    WRITE_TOKENIZER(OPTION)
 
 OPTION_TABLE(EXPORT_OPTIONS, ExportOptions, export_options)
 

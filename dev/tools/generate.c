@@ -43,8 +43,7 @@
     OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16|auto|tf32",                                 \
            "operands of matmuls; bf16 halves the memory traffic per token, where the processor "  \
                "has it; tf32 for GPUs; auto: the engine's default")                               \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                          \
-           "CPU threads; 0: all that the machine offers")
+    LOAD_THREADS(OPTION)
 
 OPTION_TABLE(GENERATE_OPTIONS, GenerateOptions, generate_options)
 

@@ -23,12 +23,10 @@
            "token shards to compute losses on; quote a pattern: 'data/val_*.bin'")                \
     OPTION(tokens, "tokens", INTEGER, "65536", "[0,1e15]",                                        \
            "tokens of --val to read, from the first on, rounded up to whole rows; 0: all")        \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                       \
-           "tokens per row; 0: as many as the model has positions")                               \
+    LOAD_SEQ_LEN(OPTION)                                                                          \
     OPTION(batch, "batch", INTEGER, "4", "[1,65536]",                                             \
            "rows per batch; their residual stream after every layer stays in memory")             \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                          \
-           "CPU threads; 0: all that the machine offers")                                         \
+    LOAD_THREADS(OPTION)                                                                          \
     HEADING("Scores")                                                                             \
     OPTION(skip_first, "skip-first", INTEGER, "1", "[0,1048576]",                                 \
            "leave the first positions of each row out of cosines, angles and sizes")              \

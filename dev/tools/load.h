@@ -9,6 +9,14 @@
 #include "../run/checkpoint.h"
 #include "../run/options.h"
 
+// Rows of option tables that these tools share.
+#define LOAD_SEQ_LEN(OPTION)                                                                       \
+    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
+           "tokens per row; 0: as many as the model has positions")
+#define LOAD_THREADS(OPTION)                                                                       \
+    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
+           "CPU threads; 0: all that the machine offers")
+
 typedef struct {
     char *dir;                                           // the checkpoint
     // where config.json is: dir, or the base of an adapter, which is merged into the weights on

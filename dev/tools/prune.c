@@ -62,18 +62,14 @@
     OPTION(val, "val", TEXT, "", "GLOB", "token shards; quote a pattern: 'data/val_*.bin'")        \
     OPTION(tokens, "tokens", INTEGER, "65536", "[0,1e15]",                                         \
            "tokens of --val to read, from the first on, rounded up to whole rows; 0: all")         \
-    OPTION(seq_len, "seq-len", INTEGER, "0", "[0,1048576]",                                        \
-           "tokens per row; 0: as many as the model has positions")                                \
+    LOAD_SEQ_LEN(OPTION)                                                                           \
     OPTION(batch, "batch", INTEGER, "4", "[1,65536]", "rows per batch")                            \
-    OPTION(threads, "threads", INTEGER, "0", "[0,4096]",                                           \
-           "CPU threads; 0: all that the machine offers")                                          \
+    LOAD_THREADS(OPTION)                                                                           \
     OPTION(skip_first, "skip-first", INTEGER, "1", "[0,1048576]",                                  \
            "leave the first positions of each row out of cosines and angles")                      \
     HEADING("Output")                                                                              \
     OPTION(out, "out", TEXT, "", "DIR", "the directory to create; it must not exist yet")          \
-    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
-           "a tokenizer.json, or one of our tokenizer files to make one from; default: next to "   \
-           "the checkpoint's files, otherwise the training run's")
+    WRITE_TOKENIZER(OPTION)
 
 OPTION_TABLE(PRUNE_OPTIONS, PruneOptions, prune_options)
 

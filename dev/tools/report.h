@@ -82,6 +82,18 @@ static inline void json_numbers(Text *out, int n, const char *const *name, const
     }
 }
 
+// ---- Programs beside this one ----
+
+// The path of a program in the folder of this one, from malloc; the name alone if the shell has found
+// this one. Dies if it is not there.
+static inline char *program_beside(const char *program, const char *name) {
+    const char *slash = strrchr(program, '/');
+    if (!slash) return xstrdup(name);
+    char *path = xprintf("%.*s/%s", (int)(slash - program), program, name);
+    if (!path_exists(path)) die("%s is not there\n  hint: make", path);
+    return path;
+}
+
 // ---- Pictures, by scripts/plot.py: an extra, whose absence is no failure ----
 
 #define PICTURE_SECONDS 120

@@ -389,16 +389,11 @@ typedef struct { pid_t pid; StudyRun run; double begun; } StudyJob;
 
 // The trainer, beside this program.
 static inline char *study_trainer(const char *program) {
-    const char *slash = strrchr(program, '/');
 #ifdef CUDA_BUILD
-    const char *name = "train_gpt_cuda";
+    return program_beside(program, "train_gpt_cuda");
 #else
-    const char *name = "train_gpt";
+    return program_beside(program, "train_gpt");
 #endif
-    if (!slash) return xstrdup(name);
-    char *path = xprintf("%.*s/%s", (int)(slash - program), program, name);
-    if (!path_exists(path)) die("%s is not there\n  hint: make", path);
-    return path;
 }
 
 // The options of a run as a config file.

@@ -10,6 +10,11 @@
 #include "../run/checkpoint.h"
 #include "load.h"
 
+#define WRITE_TOKENIZER(OPTION)                                                                    \
+    OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                               \
+           "a tokenizer.json, or one of our tokenizer files to make one from; default: next to "   \
+           "the checkpoint's files, otherwise the training run's")
+
 typedef struct { const char *name, *torch; int dtype; } WriteDtype;
 static const WriteDtype write_dtypes[3] = {{"f32", "float32", SAFETENSORS_F32},
                                            {"f16", "float16", SAFETENSORS_F16},
