@@ -632,8 +632,8 @@ static void model_close(Model *m) {
 }
 
 static void model_memory(const Model *m, EngineMemory *bytes) {
-    const size_t one = (m->layout.n - m->layout.n_frozen) * sizeof(real), train =
-        m->args.bound.rows > 0;
+    const size_t train = m->args.bound.rows > 0,
+        one = (m->layout.n - m->layout.n_frozen) * sizeof(real);
     const MemoryBound all = memory_bound_full(m->config.L, m->args.frozen, m->args.B, (int)train);
     Model copy = *m;
     Buffer buffers[N_BUFFERS];
@@ -1078,10 +1078,10 @@ static double model_update(Model *m, const UpdateArgs *a) {
     for (int i = 0; i < (taken ? m->n_chunks : 0); i++) {
         const UpdateChunk *k = &m->chunk[i];
         const size_t at = k->at - m->layout.n_frozen;
+        const real *g = m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] + at;
         if (a->t[k->branch] > 0)
-            adamw(m->slot[SLOT_PARAM] + k->at, m->spent[k->branch] ? zeros : m->slot[SLOT_GRAD] +
-                  at, m->slot[SLOT_M] + at, m->slot[SLOT_V] + at, k->n, a, a->t[k->branch], clip,
-                  k->decay);
+            adamw(m->slot[SLOT_PARAM] + k->at, g, m->slot[SLOT_M] + at, m->slot[SLOT_V] + at, k->n,
+                  a, a->t[k->branch], clip, k->decay);
     }
     if (taken || a->discard) memset(m->spent, 1, (size_t)BRANCHES * (size_t)m->config.L + 1);
     m->packed.stale = 1;

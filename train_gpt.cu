@@ -2595,9 +2595,8 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     const GptConfig *c = &m->config;
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V,
         N = size_of_number(&m->gpu);
-    const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, again = m->args.recompute ==
-        RECOMPUTE_BRANCH;
-    const size_t r = (size_t)c->lora;
+    const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, r = (size_t)c->lora;
+    const size_t again = m->args.recompute == RECOMPUTE_BRANCH;
     const Buffer all[N_BUFFERS] = {
         {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N},
         {(void **)&m->lnf_rstd, BT * one}, {(void **)&m->losses, BT * one},
@@ -2824,10 +2823,10 @@ static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
     GraphKey key;
     if (!m->graph || m->decoding || pass->watch) return 1;         // a watch may come between
     memset(&key, 0, sizeof key);                         // including padding
-    key.saved = saved, key.B = m->last_B, key.T = m->last_T, key.n = plan->branch[i].n, key.add =
-        add, key.tied = plan->tied;
-    key.noise = !!noise_rate(pass->noise, NOISE_ATTN) + 2 * !!noise_rate(pass->noise,
-        NOISE_ATTN_OUT) +
+    key.saved = saved, key.B = m->last_B, key.T = m->last_T;
+    key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
+    key.noise = !!noise_rate(pass->noise, NOISE_ATTN) +
+                2 * !!noise_rate(pass->noise, NOISE_ATTN_OUT) +
                 4 * !!noise_rate(pass->noise, NOISE_LORA);
     key.before = before, key.before_n = before < 0 ? 0 : plan->branch[before].n;
     // the same key, or the oldest
@@ -3298,8 +3297,8 @@ static void model_loss(Model *m, const Batch *batch, const Pass *pass) {
 // Waits for the call to end; returns the mean loss.
 static double model_finish(Model *m, const Batch *batch, const Pass *pass) {
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
-    return pass_loss(m->part, batch, pass, m->host_losses, pass_smoothing(pass) !=
-                     0 ? m->host_uniform : NULL);
+    const float *uniform = pass_smoothing(pass) != 0 ? m->host_uniform : NULL;
+    return pass_loss(m->part, batch, pass, m->host_losses, uniform);
 }
 
 static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {

@@ -251,8 +251,9 @@ static inline ChoicesResult choices_result(const Choices *c, const double *loss,
         int64_t right = 0;
         for (int64_t e = 0; e < c->examples; e++) {
             const ChoicesExample *x = &c->example[e];
-            right += choices_best(loss + x->first, length[k] ? length[k] + x->first : NULL, x->n) ==
-                x->label;
+            const int best = choices_best(loss + x->first,
+                                          length[k] ? length[k] + x->first : NULL, x->n);
+            right += best == x->label;
         }
         const double p = k == CHOICES_BY_CHARACTER && !characters ? NAN : (double)right / n;
         result.acc[k] = p;

@@ -69,8 +69,8 @@ static inline const char *manifest_parse_tokenizer(Manifest *m, const Json *doc)
     m->tokenizer = json_string(doc, json_get(doc, node, "name"), NULL);
     if (!m->tokenizer) return manifest_fail(m, "missing, or no text", "name");
     char *sum = json_string(doc, json_get(doc, node, "sha256"), NULL);
-    const int ok = sum && strlen(sum) == SHA256_HEX - 1 && strspn(sum, "0123456789abcdef") ==
-        SHA256_HEX - 1;
+    const int ok = sum && strlen(sum) == SHA256_HEX - 1 &&
+                   strspn(sum, "0123456789abcdef") == SHA256_HEX - 1;
     if (ok) memcpy(m->sha256, sum, SHA256_HEX);
     free(sum);
     if (!ok) return manifest_fail(m, "missing, or not 64 hex digits", "sha256");

@@ -204,8 +204,8 @@ static inline char *trainer_last_good(const Trainer *tr) {
     CheckpointList list = checkpoint_list(tr->options->out);
     char *good = NULL;
     for (int i = 0; i <= list.n && !good; i++) {
-        char *path = i < list.n ? checkpoint_path(tr->options->out, list.step[i]) : tr->whole
-            ? xstrdup(tr->whole) : NULL;
+        char *path = i < list.n ? checkpoint_path(tr->options->out, list.step[i])
+                     : tr->whole ? xstrdup(tr->whole) : NULL;
         char *wrong = path ? checkpoint_verify(path) : NULL;
         if (path && !wrong &&
             trainer_file_finite(path, checkpoint_file_of(lora_is_adapter(path), 0)) &&

@@ -386,8 +386,8 @@ static inline int comm_move(int fd, void *to, const void *from, size_t n, double
     for (size_t done = 0; done < n;) {
         const double left = until - clock_seconds();
         struct pollfd p = {fd, (short)(to ? POLLIN : POLLOUT), 0};
-        const int ready = left <= 0 ? 0 : poll(&p, 1, left > 1000 ? 1000000 : (int)(1000 * left) +
-                                               1);
+        const int ms = left > 1000 ? 1000000 : (int)(1000 * left) + 1;
+        const int ready = left <= 0 ? 0 : poll(&p, 1, ms);
         if (ready < 0 && errno == EINTR) continue;
         if (ready <= 0) {
             if (left > 0 && ready == 0) continue;        // only this slice of the wait is over
@@ -866,8 +866,8 @@ static inline void NORETURN comm_end(CommLinks *k, const char *text) {
     char *line = xprintf("error: %s\n", text);
     memcpy(news + 1, text, strlen(text) < COMM_ANSWER - 2 ? strlen(text) : COMM_ANSWER - 2);
     for (int r = 1; !k->rank && r < k->world; r++)
-        if (!k->peer[r].over && send(k->watch[r], news, sizeof news, MSG_DONTWAIT | MSG_NOSIGNAL) <
-            0)
+        if (!k->peer[r].over &&
+            send(k->watch[r], news, sizeof news, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
             continue;
     // so that the launcher sees the first failure first
     if (write(2, line, strlen(line)) > 0) usleep(500000);

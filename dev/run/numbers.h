@@ -164,9 +164,9 @@ static inline double numbers_unsigned(double x) { return isnan(x) ? fabs(x) : x;
 
 // For a shell: s, quoted if necessary.
 static inline void numbers_quote(Text *t, const char *s) {
-    if (*s && strspn(s,
-                     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-+=:,@") ==
-                     strlen(s)) {
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                "0123456789_./-+=:,@";
+    if (*s && strspn(s, plain) == strlen(s)) {
         text_append(t, s, strlen(s));
         return;
     }

@@ -411,8 +411,8 @@ static inline const char *options_word(const char *words, int i, size_t *length)
 // there 1e-46 is 0 and 0.9999999999 is 1.
 static inline int options_inside_as_real(const char *interval, double x) {
     const double rounded = (double)(real)x;
-    return options_inside(interval, x) && options_inside(interval, rounded) && (rounded != 0) ==
-        (x != 0);
+    return options_inside(interval, x) && options_inside(interval, rounded) &&
+           (rounded != 0) == (x != 0);
 }
 
 // Reads a value; returns whether the text matches the spec's type and domain. A text value is

@@ -649,8 +649,8 @@ static inline void trainer_load_weights(Trainer *tr, const char *from) {
 
 // Whether the next step is the first of a phase with more layers.
 static inline int trainer_growth_due(const Trainer *tr) {
-    return tr->state.step < tr->steps && growth_layers(&tr->growth, tr->depth, tr->state.step) !=
-        tr->config.L;
+    return tr->state.step < tr->steps &&
+           growth_layers(&tr->growth, tr->depth, tr->state.step) != tr->config.L;
 }
 
 // The branches' factors in evaluation at the current step.
