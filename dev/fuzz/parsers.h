@@ -10,6 +10,7 @@
 #include "../files/choices.h"
 #include "../run/comm.h"
 #include "../model/drop_path.h"
+#include "../model/layer_list.h"
 #include "../files/json.h"
 #include "../files/llmc.h"
 #include "../files/manifest.h"
@@ -20,6 +21,7 @@
 #include "../files/tokenizer.h"
 #include "../files/tokenizer_json.h"
 #include "../run/weights.h"
+#include "../tools/study_plan.h"
 
 // ---- json.h ----
 
@@ -435,6 +437,79 @@ static int fuzz_metrics(const unsigned char *p, size_t n) {
     return accepted;
 }
 
+// ---- layer_list.h ----
+
+// The first byte is the number of layers; the rest a list of layers, and of shares. A list that is
+// accepted is the same when it is written and read again.
+static int fuzz_layers(const unsigned char *p, size_t n) {
+    unsigned char chosen[2 * 32] = {0}, again[2 * 32] = {0};
+    DepthShares shares, same;
+    if (!n) return 0;
+    const int L = 1 + p[0] % 32;
+    char *list = (char *)xcalloc(n, 1);
+    memcpy(list, p + 1, n - 1);
+    Text text = {NULL, 0, 0};
+    const int layers = !layer_list_parse(chosen, L, list);
+    if (layers) {
+        int some = 0;
+        for (int i = 0; i < 2 * 32; i++) {
+            FUZZ_REQUIRE(chosen[i] <= (i < 2 * L));
+            some += chosen[i];
+        }
+        layer_list_write(&text, chosen, L);
+        FUZZ_REQUIRE(some && !layer_list_parse(again, L, text.s) &&
+                     !memcmp(chosen, again, sizeof chosen));
+        text.n = 0;
+    }
+    const int depths = !depth_shares_parse(&shares, list);
+    FUZZ_REQUIRE(shares.n >= 0 && shares.n <= DEPTH_SHARES);
+    for (int i = 0; depths && i < shares.n; i++) {
+        FUZZ_REQUIRE(shares.share[i] > (i ? shares.share[i - 1] : 0) && shares.share[i] < 1);
+        for (int kind = 0; kind < KEEP_KINDS; kind++) {
+            const int kept = layer_list_share(again, L, kind, shares.share[i]);
+            int branches = 0;
+            for (int k = 0; k < 2 * L; k++) branches += again[k];
+            FUZZ_REQUIRE(kept >= 1 && kept <= L && branches == 2 * kept);
+        }
+        text_printf(&text, "%s%g", i ? "," : "", shares.share[i]);
+    }
+    if (depths && shares.n)
+        FUZZ_REQUIRE(!depth_shares_parse(&same, text.s) && !memcmp(&same, &shares, sizeof(int)) &&
+                     !memcmp(same.share, shares.share, (size_t)shares.n * sizeof(double)));
+    free(list), text_free(&text);
+    return layers || (depths && shares.n);
+}
+
+// ---- study_plan.h ----
+
+// A plan that is accepted has arms with names, grids in ascending order of at least one value, and
+// a baseline; what is refused says so in one line.
+static int fuzz_study(const unsigned char *p, size_t n) {
+    Study s;
+    memset(&s, 0, sizeof s);
+    char *error = study_parse(&s, p, n);
+    FUZZ_REQUIRE(!error || *error);
+    if (!error) {
+        FUZZ_REQUIRE(s.n_arms >= 2 && s.n_arms <= STUDY_ARMS && s.base >= 0 && s.base < s.n_arms);
+        FUZZ_REQUIRE(s.n_curve >= 0 && s.n_curve <= STUDY_CURVE);
+        for (int k = 0; k < s.n_arms; k++) {
+            const StudyArm *a = &s.arm[k];
+            FUZZ_REQUIRE(a->name && *a->name && study_find_arm(&s, a->name) == a);
+            FUZZ_REQUIRE(a->grids >= 0 && a->grids <= STUDY_GRIDS);
+            for (int g = 0; g < a->grids; g++) {
+                FUZZ_REQUIRE(a->grid[g].n > 0 && a->grid[g].n == a->grid[g].given);
+                for (int i = 1; study_grid_is_numeric(&a->grid[g]) && i < a->grid[g].n; i++)
+                    FUZZ_REQUIRE(strtod(a->grid[g].value[i - 1], NULL) <
+                                 strtod(a->grid[g].value[i], NULL));
+            }
+        }
+    }
+    const int accepted = !error;
+    free(error);
+    study_close(&s);
+    return accepted;
+}
+
 // ---- comm.h ----
 
 static int fuzz_printable(const char *s, size_t capacity) {
@@ -561,7 +636,7 @@ static int fuzz_launch(const unsigned char *p, size_t n) {
 
 #define FUZZ_PARSERS(X)                                                                            \
     X(json) X(shards) X(choices) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) \
-    X(manifest) X(options) X(adapter)                                                              \
+    X(manifest) X(options) X(adapter) X(layers) X(study)                                           \
     X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch)
 
 static const FuzzParser fuzz_parsers[] = {

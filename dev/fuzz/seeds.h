@@ -235,6 +235,11 @@ static void seeds_replay(const char *corpus) {
         drop_plan_free(&plan);
     }
     seed_take(corpus, "metrics", "two_steps", &line);
+    Metrics depths = metrics_new();
+    const MetricsDepth depth[2] = {{0.25, {3.5, 3.25}}, {0.5, {2.5, 2.25}}};
+    depths.step = 1, depths.val_loss = 2, depths.depth = depth, depths.depths = 2;
+    metrics_write(&line, &depths);
+    seed_take(corpus, "metrics", "depths", &line);
     for (int step = 1; step <= 150; step++) text_printf(&line, "{\"step\": %d}\n", step);
     seed_take(corpus, "metrics", "many_steps", &line);
 }
@@ -284,7 +289,28 @@ static void seeds_comm(const char *corpus) {
               "OMPI_COMM_WORLD_LOCAL_RANK=0\nPMIX_NAMESPACE=p\nMASTER_PORT=7\n");
 }
 
+// ---- Lists of layers, plans of studies ----
+
+static void seeds_lists(const char *corpus) {
+    seed_text(corpus, "layers", "layers", "\14" "0,3-5,7.attn,11.mlp");
+    seed_text(corpus, "layers", "shares", "\14" "0.25, 0.5,0.75");
+    seed_text(corpus, "layers", "both", "\2" "0");
+    seed_text(corpus, "study", "two_arms",
+              "[study]\nseeds = 4\n[all]\ntrain = t\nval = v\nsteps = 9\n[arm none]\n[arm drop]\n"
+              "drop-path = 0.1\n");
+    seed_text(corpus, "study", "all_of_it",
+              "# a study\n[study]\nequal = steps\nbaseline = b\ncurve = 0.5, 1.4\nmargin = 1%\n"
+              "note = \"a # b\"\n[all]   # for every arm\ntrain = t\nval = v\n"
+              "eval-depths = .5,0.25\n"
+              "[grid]\nlr = 1e-3 3e-3\n[arm a]\nlayers = 3\n[grid b]\nlr = 2e-3, 1e-3\n"
+              "warmup = 1% 5\nlr-schedule = wsd cosine\n[arm b]\ndrop-recipe = elhoushi2026\n");
+    seed_text(corpus, "study", "seconds",
+              "[study]\nequal = seconds\n[all]\ntrain = t\nval = v\n[grid]\nweight-decay = 0 1\n"
+              "[arm a]\n[arm b]\ndropout = 0.1\nlora = 0\n");
+}
+
 static void seeds_write(const char *corpus) {
+    seeds_lists(corpus);
     seeds_shards(corpus), seeds_choices(corpus), seeds_tokenizer(corpus), seeds_safetensors(corpus),
         seeds_models(corpus);
     seeds_text(corpus), seeds_depth(corpus), seeds_replay(corpus), seeds_comm(corpus);

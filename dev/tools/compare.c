@@ -78,7 +78,7 @@ static const struct { const char *name, *title; double unit; const char *format;
 #undef X
 };
 
-// What else is measured on request, with a table of its own: the loss at a reduced depth, or a number
+// What else is measured on request, in a table of its own: the loss at a reduced depth, or a number
 // of neural collapse.
 typedef struct {
     char *name, *title;      // in compare.json, and in the table
@@ -228,7 +228,8 @@ static void open_extras(Compare *c) {
                           100 * share));
     }
 #define X(field, label, meaning) \
-    if (c->own.collapse) add_extra(c, xstrdup("collapse_" #field), xstrdup(&label[strspn(label, " ")]));
+    if (c->own.collapse)                                                                          \
+        add_extra(c, xstrdup("collapse_" #field), xstrdup(&label[strspn(label, " ")]));
     COLLAPSE_NUMBERS(X)
 #undef X
 }
@@ -439,9 +440,9 @@ static int collapse_run(Compare *c, const char *program, int arm, int s) {
          *latest = xprintf("%s/latest", o.out),
          *tokens = xprintf("%lld", (long long)c->own.collapse),
          *threads = xprintf("%lld", (long long)o.threads), *seq_len = xprintf("%d", c->T);
-    char *arguments[] = {program_beside(program, COLLAPSE_PROGRAM), latest, "--train", o.train, "--val",
-                         o.val, "--tokens", tokens, "--seq-len", seq_len, "--threads", threads,
-                         "--json", json, NULL};
+    char *arguments[] = {program_beside(program, COLLAPSE_PROGRAM), latest, "--train", o.train,
+                         "--val", o.val, "--tokens", tokens, "--seq-len", seq_len, "--threads",
+                         threads, "--json", json, NULL};
     int status = 0;
     if (!path_exists(json)) {
         fflush(NULL);

@@ -84,7 +84,7 @@ static inline void json_numbers(Text *out, int n, const char *const *name, const
 
 // ---- Programs beside this one ----
 
-// The path of a program in the folder of this one, from malloc; the name alone if the shell has found
+// The path of a program in the folder of this one, from malloc; the name alone if the shell found
 // this one. Dies if it is not there.
 static inline char *program_beside(const char *program, const char *name) {
     const char *slash = strrchr(program, '/');

@@ -72,7 +72,7 @@ enum { ENDPOINT_LOSS, ENDPOINT_BPB };
 
 OPTION_TABLE(STUDY_OPTIONS, StudyOptions, study_options)
 
-enum { STUDY_GRIDS = 4, STUDY_CURVE = 8, STUDY_KEY = 17 };
+enum { STUDY_ARMS = 256, STUDY_GRIDS = 4, STUDY_CURVE = 8, STUDY_KEY = 17 };
 
 // Values of one option, as text; numbers ascend. `given` are the plan's, the others extensions, low
 // at the front.
@@ -110,27 +110,38 @@ typedef struct {
     int n_solved;
 } Study;
 
-// ---- Reading the plan ----
+// ---- Reading the plan: functions return NULL or, from malloc, "LINE: what is wrong" ----
 
 enum { SECTION_NONE, SECTION_STUDY, SECTION_ALL, SECTION_GRID, SECTION_ARM };
 
 typedef struct { int section, line; char *arm; const char *begin, *end; } StudyLine;
-typedef struct { StudyLine *line; int n; } StudyLines;
+typedef struct { StudyLine *line; int n, capacity; } StudyLines;
 
-static inline void NORETURN PRINTF_LIKE(3, 4)
-    study_refuse(const Study *s, int line, const char *format, ...) {
+// An error in that line; 0: of the plan as a whole.
+static inline char *PRINTF_LIKE(2, 3) study_wrong(int line, const char *format, ...) {
     int length;
     va_list args;
     va_start(args, format);
     char *text = xprintf_v(&length, format, args);
     va_end(args);
-    if (line) die("%s:%d: %s", s->path, line, text);
+    char *error = line ? xprintf("%d: %s", line, text) : xprintf(" %s", text);
+    free(text);
+    return error;
+}
+
+static inline void NORETURN PRINTF_LIKE(2, 3)
+    study_refuse(const Study *s, const char *format, ...) {
+    int length;
+    va_list args;
+    va_start(args, format);
+    char *text = xprintf_v(&length, format, args);
+    va_end(args);
     die("%s: %s", s->path, text);
 }
 
-// A section's name, of the line "[arm NAME]".
-static inline int study_section(const Study *s, int line, const char *begin, const char *end,
-                                char **arm) {
+// A section's name, of the line "[arm NAME]"; *arm is replaced by its NAME or NULL.
+static inline char *study_section(int line, const char *begin, const char *end, int *section,
+                                  char **arm) {
     static const struct { const char *word; int section, named;
     } known[] = {{"study", SECTION_STUDY, 0},
                  {"all", SECTION_ALL, 0},
@@ -142,44 +153,55 @@ static inline int study_section(const Study *s, int line, const char *begin, con
          *text = xprintf("%.*s", close ? (int)(close - begin - 1) : 0, begin + 1);
     const int words = sscanf(text, "%15s %64s %1s", word, name, more);
     const char *rest = close ? options_skip_blanks(close + 1, end) : end;
-    int section = SECTION_NONE;
+    free(text);
+    *section = SECTION_NONE;
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
-        if (!strcmp(word, known[i].word) && words == 1 + known[i].named) section = known[i].section;
-    if (section == SECTION_NONE || (rest < end && *rest != '#'))
-        study_refuse(s, line, "'%.*s' is none of [study], [all], [grid], [grid NAME], [arm NAME]",
-                     (int)(end - begin), begin);
+        if (!strcmp(word, known[i].word) && words == 1 + known[i].named)
+            *section = known[i].section;
+    if (*section == SECTION_NONE || (rest < end && *rest != '#'))
+        return study_wrong(line,
+                           "'%.*s' is none of [study], [all], [grid], [grid NAME], [arm NAME]",
+                           (int)(end - begin), begin);
     if (name[strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")])
-        study_refuse(s, line, "an arm's name is of letters, digits, '.', '_' and '-': '%s'", name);
-    free(*arm), free(text);
+        return study_wrong(line, "an arm's name is of letters, digits, '.', '_' and '-': '%s'",
+                           name);
+    free(*arm);
     *arm = *name ? xstrdup(name) : NULL;
-    return section;
+    return NULL;
+}
+
+static inline void study_lines_free(StudyLines *lines) {
+    for (int i = 0; i < lines->n; i++) free(lines->line[i].arm);
+    free(lines->line);
 }
 
 // The lines that say something, each with its section.
-static inline StudyLines study_lines(const Study *s, const FileMap *map) {
-    const char *at = (const char *)map->data, *end = map->size ? at + map->size : at;
-    StudyLines lines = {NULL, 0};
-    char *arm = NULL;
-    if (map->size > OPTIONS_MAX_CONFIG) study_refuse(s, 0, "not a plan: it is larger than 1 MiB");
-    if (map->size && memchr(map->data, 0, map->size))
-        study_refuse(s, 0, "not a plan: it has zero bytes");
-    for (int number = 1, section = SECTION_NONE; at < end; number++) {
+static inline char *study_lines(StudyLines *lines, const void *mem, size_t size) {
+    const char *at = (const char *)mem, *end = size ? at + size : at;
+    char *arm = NULL, *error = NULL;
+    if (size > OPTIONS_MAX_CONFIG) return study_wrong(0, "not a plan: it is larger than 1 MiB");
+    if (size && memchr(mem, 0, size)) return study_wrong(0, "not a plan: it has zero bytes");
+    for (int number = 1, section = SECTION_NONE; at < end && !error; number++) {
         const char *feed = (const char *)memchr(at, '\n', (size_t)(end - at)),
                    *stop = feed ? feed : end;
         const char *begin = options_skip_blanks(at, stop);
         at = feed ? feed + 1 : end;
         if (begin == stop || *begin == '#') continue;
         const int is_section = *begin == '[';
-        if (is_section) section = study_section(s, number, begin, stop, &arm);
+        if (is_section) error = study_section(number, begin, stop, &section, &arm);
         else if (section == SECTION_NONE)
-            study_refuse(s, number, "a plan begins with a section, as [study]");
-        lines.line = (StudyLine *)xrealloc(lines.line, (size_t)(lines.n + 1), sizeof *lines.line);
+            error = study_wrong(number, "a plan begins with a section, as [study]");
+        if (error) break;
+        if (lines->n == lines->capacity)
+            lines->line = (StudyLine *)xrealloc(
+                lines->line, (size_t)(lines->capacity = 2 * lines->capacity + 64),
+                sizeof *lines->line);
         const StudyLine line = {section, number, arm ? xstrdup(arm) : NULL,
                                 is_section ? NULL : begin, stop};
-        lines.line[lines.n++] = line;
+        lines->line[lines->n++] = line;
     }
     free(arm);
-    return lines;
+    return error;
 }
 
 // Options that the study itself decides, or that would make two arms' losses those of different
@@ -199,17 +221,25 @@ static inline const char *study_option_error(const char *name, int in_arm) {
     return NULL;
 }
 
+// The name before '=', or as far as there is one; from malloc.
+static inline char *study_name(const StudyLine *line) {
+    const char *end = line->begin;
+    while (end < line->end && !strchr(" \t=\n", *end)) end++;
+    return xprintf("%.*s", (int)(end - line->begin), line->begin);
+}
+
 // Applies one line `name = value` to a chain of options.
-static inline void study_apply(const Study *s, Options *o, const StudyLine *line, int source) {
-    char *name = xprintf("%.*s", (int)strcspn(line->begin, " \t=\n"), line->begin);
+static inline char *study_apply(Options *o, const StudyLine *line, int source) {
+    char *name = study_name(line), *error = NULL, *whole = NULL;
     const int trains = line->section != SECTION_STUDY;
     const char *wrong = trains ? study_option_error(name, line->section == SECTION_ARM) : NULL;
-    char *error = wrong ? xprintf("--%s: %s", name, wrong)
-                        : options_config_line(o, line->begin, line->end, source);
+    error = wrong ? xprintf("--%s: %s", name, wrong)
+                  : options_config_line(o, line->begin, line->end, source);
     if (error)
-        study_refuse(s, line->line, "%s%s%s%s", line->arm ? "[arm " : "",
-                     line->arm ? line->arm : "", line->arm ? "]: " : "", error);
-    free(name);
+        whole = study_wrong(line->line, "%s%s%s%s", line->arm ? "[arm " : "",
+                            line->arm ? line->arm : "", line->arm ? "]: " : "", error);
+    free(name), free(error);
+    return whole;
 }
 
 // What stands for other options, or changes the model.
@@ -244,134 +274,189 @@ static inline int study_grid_add(StudyGrid *g, const char *text) {
     return 1;
 }
 
-// A line of a grid, name = value value ..., for one arm; a list for the same option is replaced.
-static inline void study_grid_line(const Study *s, StudyArm *a, const StudyLine *line) {
-    const char *equals = (const char *)memchr(line->begin, '=', (size_t)(line->end - line->begin));
-    char *name = xprintf("%.*s", (int)strcspn(line->begin, " \t=\n"), line->begin);
-    OptionRef r;
-    OptionValue ignored;
-    Text list = {NULL, 0, 0};
-    if (!equals) study_refuse(s, line->line, "a line must be name = value value ...");
-    const char *wrong =
-        options_config_value(&list, options_skip_blanks(equals + 1, line->end), line->end);
-    char *error = wrong ? xprintf("%s: %s", name, wrong) : options_find(&a->options, name, &r);
-    if (error) study_refuse(s, line->line, "%s", error);
-    wrong = study_option_error(name, 1);
-    if (!wrong && (r.spec->type == OPTION_TEXT || r.spec->type > OPTION_FLAG ||
-                   options_among(STUDY_NO_GRID, r.spec->name)))
-        wrong = "a grid cannot be of it: make arms of it";
-    if (wrong) study_refuse(s, line->line, "--%s: %s", name, wrong);
-    int k = 0;
-    while (k < a->grids && a->grid[k].spec != r.spec) k++;
-    if (k == STUDY_GRIDS) study_refuse(s, line->line, "more than %d grids", STUDY_GRIDS);
-    if (k == a->grids) a->grids++;
-    StudyGrid *g = &a->grid[k];
-    for (int i = 0; i < g->n; i++) free(g->value[i]);
-    g->spec = r.spec, g->n = 0;
-    for (char *word = strtok(list.s, " \t,"); word; word = strtok(NULL, " \t,")) {
-        char *wanted = options_wanted(r.spec);
-        if (!options_read(r.spec, word, &ignored))
-            study_refuse(s, line->line, "--%s: '%s' is not %s", name, word, wanted);
+// The values of a grid's line, in `list`, whose words are separated.
+static inline char *study_grid_values(StudyGrid *g, int line, const char *name, char *list) {
+    char *state = NULL;
+    for (char *word = strtok_r(list, " \t,", &state); word;
+         word = strtok_r(NULL, " \t,", &state)) {
+        OptionValue ignored;
+        if (!options_read(g->spec, word, &ignored)) {
+            char *wanted = options_wanted(g->spec);
+            char *error = study_wrong(line, "--%s: '%s' is not %s", name, word, wanted);
+            free(wanted);
+            return error;
+        }
         if (!study_grid_add(g, word))
-            study_refuse(s, line->line, "--%s: %s is there twice", name, word);
-        free(wanted);
+            return study_wrong(line, "--%s: %s is there twice", name, word);
     }
-    if (!g->n) study_refuse(s, line->line, "--%s: a grid without values", name);
     g->given = g->n;
-    free(name), text_free(&list);
+    return g->n ? NULL : study_wrong(line, "--%s: a grid without values", name);
 }
 
-// The arms, each with the options of [all] below its own.
-static inline void study_read_arms(Study *s, const StudyLines *lines) {
+// The option of a grid's line, in *found, and its values as text.
+static inline char *study_grid_option(StudyArm *a, const StudyLine *line, const char *name,
+                                      OptionRef *found, Text *list) {
+    const char *equals = (const char *)memchr(line->begin, '=', (size_t)(line->end - line->begin));
+    if (!equals) return study_wrong(line->line, "a line must be name = value value ...");
+    const char *wrong =
+        options_config_value(list, options_skip_blanks(equals + 1, line->end), line->end);
+    char *error = wrong ? xprintf("%s: %s", name, wrong) : options_find(&a->options, name, found);
+    char *whole = error ? study_wrong(line->line, "%s", error) : NULL;
+    free(error);
+    if (whole) return whole;
+    wrong = study_option_error(name, 1);
+    if (!wrong && (found->spec->type == OPTION_TEXT || found->spec->type > OPTION_FLAG ||
+                   options_among(STUDY_NO_GRID, found->spec->name)))
+        wrong = "a grid cannot be of it: make arms of it";
+    return wrong ? study_wrong(line->line, "--%s: %s", name, wrong) : NULL;
+}
+
+// A line of a grid, name = value value ..., for one arm; a list for the same option is replaced.
+static inline char *study_grid_line(StudyArm *a, const StudyLine *line) {
+    char *name = study_name(line);
+    OptionRef r;
+    Text list = {NULL, 0, 0};
+    text_append(&list, "", 0);
+    char *error = study_grid_option(a, line, name, &r, &list);
+    int k = 0;
+    while (!error && k < a->grids && a->grid[k].spec != r.spec) k++;
+    if (!error && k == STUDY_GRIDS)
+        error = study_wrong(line->line, "more than %d grids", STUDY_GRIDS);
+    if (!error) {
+        StudyGrid *g = &a->grid[k];
+        a->grids += k == a->grids;
+        for (int i = 0; i < g->n; i++) free(g->value[i]);
+        g->spec = r.spec, g->n = 0;
+        error = study_grid_values(g, line->line, name, list.s);
+    }
+    free(name), text_free(&list);
+    return error;
+}
+
+// Makes the arms; their options come when none is added anymore, since they keep addresses.
+static inline char *study_make_arms(Study *s, const StudyLines *lines) {
+    int n = 0;
+    for (int i = 0; i < lines->n; i++) {
+        const StudyLine *line = &lines->line[i];
+        n += line->section == SECTION_ARM && !line->begin;
+        if (n > STUDY_ARMS)
+            return study_wrong(line->line, "a study has at most %d arms", STUDY_ARMS);
+    }
+    s->arm = (StudyArm *)xcalloc((size_t)n + 1, sizeof *s->arm);
     for (int i = 0; i < lines->n; i++) {
         const StudyLine *line = &lines->line[i];
         if (line->section != SECTION_ARM || line->begin) continue;
         if (study_find_arm(s, line->arm))
-            study_refuse(s, line->line, "[arm %s] is there twice", line->arm);
-        s->n_arms++;
-        s->arm = (StudyArm *)xrealloc(s->arm, (size_t)s->n_arms, sizeof *s->arm);
-        memset(&s->arm[s->n_arms - 1], 0, sizeof *s->arm);
-        s->arm[s->n_arms - 1].name = xstrdup(line->arm);
+            return study_wrong(line->line, "[arm %s] is there twice", line->arm);
+        s->arm[s->n_arms++].name = xstrdup(line->arm);
     }
-    if (s->n_arms < 2) study_refuse(s, 0, "a study needs two arms or more: [arm NAME]");
-    // only now: options keep the address of their values
-    for (int k = 0; k < s->n_arms; k++) {
-        StudyArm *a = &s->arm[k];
-        options_init(&a->options, "study PLAN");
-        options_add(&a->options, train_options(), &a->train);
-        a->train.threads = 1;
-        for (int i = 0; i < lines->n; i++) {
-            const StudyLine *line = &lines->line[i];
-            if (!line->begin) continue;
-            if (line->section == SECTION_ALL) study_apply(s, &a->options, line, FROM_CONFIG);
-            if (line->section == SECTION_ARM && !strcmp(line->arm, a->name))
-                study_apply(s, &a->options, line, FROM_COMMAND);
-        }
-        options_apply_recipe(&a->options, &a->train);
-        for (int named = 0; named < 2; named++)
-            for (int i = 0; i < lines->n; i++) {
-                const StudyLine *line = &lines->line[i];
-                if (!line->begin || line->section != SECTION_GRID || (line->arm != NULL) != named)
-                    continue;
-                if (!named || !strcmp(line->arm, a->name)) study_grid_line(s, a, line);
-            }
-    }
+    return s->n_arms < 2 ? study_wrong(0, "a study needs two arms or more: [arm NAME]") : NULL;
 }
 
-static inline void study_read_curve(Study *s) {
-    char *list = xstrdup(s->own.curve);
-    for (char *word = strtok(list, " ,"); word; word = strtok(NULL, " ,")) {
+// The options of one arm, those of [all] below its own, and its grids.
+static inline char *study_read_arm(StudyArm *a, const StudyLines *lines) {
+    char *error = NULL;
+    options_init(&a->options, "study PLAN");
+    options_add(&a->options, train_options(), &a->train);
+    a->train.threads = 1;
+    for (int i = 0; i < lines->n && !error; i++) {
+        const StudyLine *line = &lines->line[i];
+        if (!line->begin) continue;
+        if (line->section == SECTION_ALL) error = study_apply(&a->options, line, FROM_CONFIG);
+        else if (line->section == SECTION_ARM && !strcmp(line->arm, a->name))
+            error = study_apply(&a->options, line, FROM_COMMAND);
+    }
+    if (error) return error;
+    options_apply_recipe(&a->options, &a->train);
+    for (int named = 0; named < 2; named++)
+        for (int i = 0; i < lines->n && !error; i++) {
+            const StudyLine *line = &lines->line[i];
+            if (!line->begin || line->section != SECTION_GRID || (line->arm != NULL) != named)
+                continue;
+            if (!named || !strcmp(line->arm, a->name)) error = study_grid_line(a, line);
+        }
+    return error;
+}
+
+static inline char *study_read_curve(Study *s) {
+    char *list = xstrdup(s->own.curve), *error = NULL, *state = NULL;
+    for (char *word = strtok_r(list, " ,", &state); word && !error;
+         word = strtok_r(NULL, " ,", &state)) {
         char *end;
         const double x = strtod(word, &end);
         if (*end || !(x > 0.01 && x < 100) || x == 1)
-            study_refuse(s, 0, "curve: '%s' is no multiple such as 0.5 or 1.4", word);
-        if (s->n_curve == STUDY_CURVE)
-            study_refuse(s, 0, "curve: more than %d multiples", STUDY_CURVE);
-        s->curve[s->n_curve++] = x;
+            error = study_wrong(0, "curve: '%s' is no multiple such as 0.5 or 1.4", word);
+        else if (s->n_curve == STUDY_CURVE)
+            error = study_wrong(0, "curve: more than %d multiples", STUDY_CURVE);
+        else s->curve[s->n_curve++] = x;
     }
     free(list);
+    return error;
 }
 
-static inline double study_share(const Study *s, Span span, const char *name) {
-    if (!span.percent) study_refuse(s, 0, "%s: a percentage, as 0.5%%", name);
-    return span.value / 100;
+static inline char *study_check_shares(const StudyOptions *o) {
+    const struct { const char *name; Span span; } share[] = {
+        {"margin", o->margin}, {"drop-worse", o->drop_worse}, {"turn-error", o->turn_error}};
+    for (size_t i = 0; i < sizeof share / sizeof share[0]; i++)
+        if (!share[i].span.percent)
+            return study_wrong(0, "%s: a percentage, as 0.5%%", share[i].name);
+    return o->margin.value > 0 ? NULL : study_wrong(0, "margin: more than 0%%");
 }
 
-static inline void study_check(Study *s, const StudyLines *lines) {
+static inline char *study_check_seeds(const StudyOptions *o) {
+    const int64_t tune = o->first_tune_seed, first = o->first_seed;
+    if (tune >= first + o->seeds || first >= tune + o->tune_seeds) return NULL;
+    return study_wrong(0, "the seeds %lld to %lld of tuning overlap the final ones, %lld to %lld",
+                       (long long)tune, (long long)(tune + o->tune_seeds - 1), (long long)first,
+                       (long long)(first + o->seeds - 1));
+}
+
+// What the plan says as a whole.
+static inline char *study_check(Study *s, const StudyLines *lines) {
     const StudyOptions *o = &s->own;
     for (int i = 0; i < lines->n; i++)
         if (lines->line[i].section == SECTION_GRID && lines->line[i].arm &&
             !study_find_arm(s, lines->line[i].arm))
-            study_refuse(s, lines->line[i].line, "[grid %s]: there is no such arm",
-                         lines->line[i].arm);
+            return study_wrong(lines->line[i].line, "[grid %s]: there is no such arm",
+                               lines->line[i].arm);
     if (*o->baseline) {
         const StudyArm *base = study_find_arm(s, o->baseline);
-        if (!base) study_refuse(s, 0, "baseline = %s: there is no such arm", o->baseline);
+        if (!base) return study_wrong(0, "baseline = %s: there is no such arm", o->baseline);
         s->base = (int)(base - s->arm);
     }
-    const int64_t tune = o->first_tune_seed, first = o->first_seed;
-    if (tune < first + o->seeds && first < tune + o->tune_seeds)
-        study_refuse(s, 0, "the seeds %lld to %lld of tuning overlap the final ones, %lld to %lld",
-                     (long long)tune, (long long)(tune + o->tune_seeds - 1), (long long)first,
-                     (long long)(first + o->seeds - 1));
-    if (!*s->arm[s->base].train.train || !*s->arm[s->base].train.val)
-        study_refuse(s, 0, "[all] needs train and val");
-    const char *error = depth_shares_parse(&s->depths, s->arm[s->base].train.eval_depths);
-    if (error)
-        study_refuse(s, 0, "[all] eval-depths = %s: %s", s->arm[s->base].train.eval_depths, error);
-    if (study_share(s, o->margin, "margin") <= 0) study_refuse(s, 0, "margin: more than 0%%");
-    study_share(s, o->drop_worse, "drop-worse"), study_share(s, o->turn_error, "turn-error");
-    study_read_curve(s);
-    for (int k = 0; o->equal == EQUAL_SECONDS && k < s->n_arms; k++)
-        for (int i = 0; i < s->arm[k].grids; i++)
-            if (strncmp(s->arm[k].grid[i].spec->name, "lr", 2) &&
-                strncmp(s->arm[k].grid[i].spec->name, "weight", 6) &&
-                strncmp(s->arm[k].grid[i].spec->name, "warmup", 6))
-                study_refuse(
-                    s, 0,
-                    "equal = seconds: a grid of --%s may change the time of a step: make arms of "
-                    "it",
-                    s->arm[k].grid[i].spec->name);
+    const TrainOptions *all = &s->arm[s->base].train;
+    if (!*all->train || !*all->val) return study_wrong(0, "[all] needs train and val");
+    const char *wrong = depth_shares_parse(&s->depths, all->eval_depths);
+    if (wrong) return study_wrong(0, "[all] eval-depths = %s: %s", all->eval_depths, wrong);
+    char *error = study_check_seeds(o);
+    if (!error) error = study_check_shares(o);
+    if (!error) error = study_read_curve(s);
+    for (int k = 0; o->equal == EQUAL_SECONDS && k < s->n_arms && !error; k++)
+        for (int i = 0; i < s->arm[k].grids && !error; i++) {
+            const char *name = s->arm[k].grid[i].spec->name;
+            if (strncmp(name, "lr", 2) && strncmp(name, "weight", 6) && strncmp(name, "warmup", 6))
+                error = study_wrong(0, "equal = seconds: a grid of --%s may change the time of a "
+                                    "step: make arms of it", name);
+        }
+    return error;
+}
+
+// Reads a plan (size bytes) into a Study of zeros, which study_close frees in any case.
+static inline char *study_parse(Study *s, const void *mem, size_t size) {
+    StudyLines lines = {NULL, 0, 0};
+    options_init(&s->study_options, "study PLAN");
+    options_add(&s->study_options, study_options(), &s->own);
+    options_init(&s->default_options, "study PLAN");
+    options_add(&s->default_options, train_options(), &s->defaults);
+    char *error = study_lines(&lines, mem, size);
+    for (int i = 0; i < lines.n && !error; i++)
+        if (lines.line[i].section == SECTION_STUDY && lines.line[i].begin)
+            error = study_apply(&s->study_options, &lines.line[i], FROM_CONFIG);
+    if (!error) error = study_make_arms(s, &lines);
+    for (int k = 0; k < s->n_arms && !error; k++) error = study_read_arm(&s->arm[k], &lines);
+    if (!error) error = study_check(s, &lines);
+    study_lines_free(&lines);
+    return error;
 }
 
 // ---- Data and sizes ----
@@ -404,7 +489,7 @@ static inline void study_read_data(Study *s) {
     sha256_hex(s->data_sha256, both, strlen(both));
     free(both);
     if (*s->own.data_sha256 && strcmp(s->own.data_sha256, s->data_sha256))
-        study_refuse(s, 0, "the data have changed: data-sha256 = %s, but these have %s",
+        study_refuse(s, "the data have changed: data-sha256 = %s, but these have %s",
                      s->own.data_sha256, s->data_sha256);
 }
 
@@ -621,18 +706,8 @@ static inline void study_open(Study *s, const char *path) {
     s->engine = engine_default_name();
     const char *error = file_map(&map, path);
     if (error) die("cannot read %s: %s", path, error);
-    const StudyLines lines = study_lines(s, &map);
-    options_init(&s->study_options, "study PLAN");
-    options_add(&s->study_options, study_options(), &s->own);
-    options_init(&s->default_options, "study PLAN");
-    options_add(&s->default_options, train_options(), &s->defaults);
-    for (int i = 0; i < lines.n; i++)
-        if (lines.line[i].section == SECTION_STUDY && lines.line[i].begin)
-            study_apply(s, &s->study_options, &lines.line[i], FROM_CONFIG);
-    study_read_arms(s, &lines);
-    study_check(s, &lines);
-    for (int i = 0; i < lines.n; i++) free(lines.line[i].arm);
-    free(lines.line);
+    char *wrong = study_parse(s, map.data, map.size);
+    if (wrong) die("%s:%s", path, wrong);
     file_unmap(&map);
     const char *slash = strrchr(path, '/'), *file = slash ? slash + 1 : path,
                *dot = strrchr(file, '.');

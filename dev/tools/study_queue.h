@@ -605,12 +605,12 @@ static inline void study_try_arm(const Study *s, const char *trainer, const Stud
     unlink(config), unlink(log);
     if (status) rmdir(dir);
     if (status)
-        study_refuse(s, 0, "[arm %s] cannot run: %s", s->arm[r->arm].name,
+        study_refuse(s, "[arm %s] cannot run: %s", s->arm[r->arm].name,
                      error ? error + 7 : said);
     const double needs = study_memory(said), has = study_machine_memory();
     if (needs > has) rmdir(dir);
     if (needs > has)
-        study_refuse(s, 0, "[arm %s] cannot run: it needs %.0f MiB, this machine has %.0f",
+        study_refuse(s, "[arm %s] cannot run: it needs %.0f MiB, this machine has %.0f",
                      s->arm[r->arm].name, needs, has);
     if (read) file_unmap(&map);
     text_free(&text), free(config), free(log), free(out), free(said);
@@ -649,7 +649,7 @@ static inline void study_check_data(const Study *s) {
         if (error) die("cannot read %s: %s", path, error);
         if (map.size != strlen(now) || memcmp(map.data, now, map.size))
             study_refuse(
-                s, 0,
+                s,
                 "the data have changed since this study began: %s has their SHA-256\n  hint: "
                 "bring the shards back, "
                 "or give the study another out",
@@ -743,9 +743,9 @@ static inline void study_calibrate(Study *s, const char *trainer) {
         }
         for (int turn = 0; turn < n; turn++) t[turn] = log(time[i * n + turn] / base[turn]);
         const double error = stats_sd(t, n) / sqrt(n);
-        if (error > study_share(s, s->own.turn_error, "turn-error"))
+        if (error > s->own.turn_error.value / 100)
             study_refuse(
-                s, 0,
+                s,
                 "equal = seconds: the turns of [arm %s] disagree by %.1f%% of its time\n  hint: a "
                 "quiet machine, or more turns",
                 a->name, 100 * error);
@@ -761,7 +761,7 @@ static inline void study_times(Study *s, const char *trainer, int measure) {
     Text text = {NULL, 0, 0};
     if (!path_exists(path) && !measure)
         study_refuse(
-            s, 0,
+            s,
             "equal = seconds: the arms are not timed yet, so their steps are not known\n  hint: "
             "study run times them first");
     if (!path_exists(path)) {
@@ -782,7 +782,7 @@ static inline void study_times(Study *s, const char *trainer, int measure) {
     if (f) fclose(f);
     for (int arm = 0; arm < s->n_arms; arm++)
         if (!(s->arm[arm].step_seconds > 0))
-            study_refuse(s, 0, "%s does not have [arm %s]: remove it, and all are timed again",
+            study_refuse(s, "%s does not have [arm %s]: remove it, and all are timed again",
                          path, s->arm[arm].name);
     free(path);
 }
@@ -861,7 +861,7 @@ static inline void study_reap(StudyQueue *q, StudyJob *j, int status) {
     } else if (!signals_stop && code && clock_seconds() < q->until) {
         study_show_log(s, j->run.key);
         study_unclaim(s, j->run.key);
-        study_refuse(s, 0, "the run %s of [arm %s] ended with exit code %d", j->run.key,
+        study_refuse(s, "the run %s of [arm %s] ended with exit code %d", j->run.key,
                      s->arm[j->run.arm].name, code);
     }
     study_unclaim(s, j->run.key);

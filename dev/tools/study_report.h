@@ -667,9 +667,9 @@ static inline void study_fit(Study *const *study, int n, const char *name, int d
     for (int k = 0; k < n; k++) {
         StudyReport r;
         const StudyArm *arm = study_find_arm(study[k], name);
-        if (!arm) study_refuse(study[k], 0, "there is no [arm %s]", name);
+        if (!arm) study_refuse(study[k], "there is no [arm %s]", name);
         if (arm == &study[k]->arm[study[k]->base])
-            study_refuse(study[k], 0, "[arm %s] is the baseline itself", name);
+            study_refuse(study[k], "[arm %s] is the baseline itself", name);
         study_report_open(&r, study[k]);
         const StudyArmReport *a = &r.arm[arm - study[k]->arm], *base = &r.arm[study[k]->base];
         for (int i = 0; i < 4; i++)
