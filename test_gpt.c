@@ -60,6 +60,7 @@
 #include "dev/test/test_torture.h"
 #include "dev/test/test_trainer.h"
 #include "dev/test/test_watch.h"
+#include "dev/test/test_analysis.h"                      // uses several of the others
 
 #ifdef WITH_CUDA_ENGINE
 static const Engine *(*const engines[])(void) = {engine_cpu, engine_cuda};
@@ -89,7 +90,7 @@ static const Test tests[] = {
 #ifdef WITH_CUDA_ENGINE
     CUDA_TESTS(X) PARITY_TESTS(X)
 #ifdef CUDA_EMULATED                                     // several ranks without a GPU each
-    NCCL_TESTS(X) GPU_RANKS_TESTS(X)
+    NCCL_TESTS(X) GPU_RANKS_TESTS(X) GPU_ANALYSIS_TESTS(X)
 #endif
 #endif
     KERNELS_TESTS(X) CHECKPOINT_TESTS(X) SAMPLE_TESTS(X) TRAINER_TESTS(X) TOOLS_TESTS(
@@ -100,7 +101,7 @@ static const Test tests[] = {
     DENSE_TESTS(X)
     REPLACE_TESTS(X)
     COLLAPSE_TESTS(X)
-    PRUNE_REPLACE_TESTS(X)
+    PRUNE_REPLACE_TESTS(X) ANALYSIS_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -77,7 +77,8 @@ ifneq ($(CXX_LIB),)
 EMU := $(B)/test_emu.o
 ifeq ($(REAL),float)
 EMU += $(B)/test_cuda.o $(B)/test_nccl.o
-EMU_PROGRAM := $(B)/train_gpt_emu
+EMU_TOOLS   := $(patsubst %,$(B)/%_emu,layers prune collapse)
+EMU_PROGRAM := $(B)/train_gpt_emu $(EMU_TOOLS)
 endif
 endif
 # No contraction: on every compiler the sums are those that the code says. These two sanitizers
@@ -103,6 +104,10 @@ $(B)/engine_emu.o: train_gpt.cu
 $(B)/main_emu.o: dev/main.c
 	$(call cc,$(TEST_O) -DCUDA_BUILD)
 $(B)/train_gpt_emu: $(B)/main_emu.o $(B)/engine_emu.o    # for whole runs of several ranks
+	$(link) $(CXX_LIB)
+$(EMU_TOOLS:%=%.o): $(B)/%_emu.o: dev/tools/%.c          # what analyzes hidden states
+	$(call cc,$(TEST_O) -DCUDA_BUILD)
+$(EMU_TOOLS): %: %.o $(B)/engine_emu.o
 	$(link) $(CXX_LIB)
 
 $(B)/engine_no_pairs.o: train_gpt.c              # for one test: dev/model/vector.h without pairs
