@@ -3,12 +3,14 @@
 
     scripts/prune_heal.py ways SCORES.json REMOVE       NAME=LAYERS for each removal to evaluate
     scripts/prune_heal.py table OUT REMOVE ARM...       the table; the standard library alone
+    scripts/prune_heal.py costs OUT REMOVE ARM...       loss recovered against tokens and seconds
     scripts/prune_heal.py picture OUT REMOVE ARM...     OUT/loss_by_layers.png, .svg (matplotlib)
 
 Losses come from the JSON files that build/evaluate wrote to OUT/curve.
 """
 import glob
 import json
+import math
 import os
 import random
 import re
@@ -16,12 +18,14 @@ import statistics
 import sys
 
 import script_errors  # noqa: F401  how errors end
+from runs import Run
 
 MODELS = {"none": "no drop path", "drop_flops": "drop path, equal FLOPs"}
 COLORS = {"none": "black", "drop_flops": "#d55e00"}
 RANDOM = 10                                             # sets of layers that are removed at random,
                                                         # per model
 HEALED = {"full": "all of it trained on", "last": "its last layers trained on",
+          "lora": "adapters trained on it",
           "whole": "nothing removed, trained on as long"}
 # by degrees of freedom, from 1
 T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]
@@ -81,6 +85,68 @@ def difference_text(a, b):
     return f"{statistics.fmean(x):+.4f} ± {T95[min(len(x), 10) - 2] * statistics.stdev(x) / len(x) ** 0.5:.4f}"
 
 
+def print_table(head, body):
+    width = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    for i, row in enumerate([head, *body]):
+        print("| " + " | ".join(x.ljust(w) if k == 0 else x.rjust(w) for k,
+                                (x, w) in enumerate(zip(row, width))) + " |")
+        if i == 0:
+            print("|" + "|".join("-" * (w + 2) if k == 0 else "-" * (w + 1) + ":" for k,
+                                 w in enumerate(width)) + "|")
+
+
+def healing(out, model, arm):
+    """By seed, the evaluations of a healing run: tokens, seconds of its steps, validation loss."""
+    found = {}
+    for path in glob.glob(os.path.join(glob.escape(out), "heal", f"{model}_s*_{arm}")):
+        seed = int(re.fullmatch(rf"{model}_s(\d+)_.*", os.path.basename(path)).group(1))
+        run, seconds = Run(path, arm), 0.0
+        points = []
+        for tokens, ms, loss in zip(run.column("tokens"), run.column("ms"),
+                                    run.column("val_loss")):
+            seconds += ms / 1000
+            if math.isfinite(loss):
+                points.append((tokens, seconds, loss))
+        found[seed] = points
+    return found
+
+
+def costs(out, remove, arms):
+    """What removal costs, and how much of that each arm has made good after so many tokens and
+    seconds: means over the seeds that have an evaluation there."""
+    head = ["loss recovered, nats (seconds)"]
+    body, columns = [], []
+    runs = {(model, arm): healing(out, model, arm)
+            for model in MODELS for arm in [*arms, "whole"]}
+    for points in (p for by in runs.values() for p in by.values()):
+        columns += [tokens for tokens, _, _ in points if tokens not in columns]
+    columns.sort()
+    head += [f"{tokens:,.0f} tokens" for tokens in columns] + ["of what removal cost"]
+    for model, title in MODELS.items():
+        whole = losses(out, model, "greedy_1", "full")
+        pruned = losses(out, model, "pruned", "full")
+        lost = {seed: pruned[seed] - whole[seed] for seed in pruned if seed in whole}
+        for arm in [*arms, "whole"]:
+            before = whole if arm == "whole" else pruned          # what training alone gives
+            cells, last = [], {}
+            for at in columns:
+                gained, spent = [], []
+                for seed, points in runs[model, arm].items():
+                    for tokens, seconds, loss in points:
+                        if tokens == at and seed in lost:
+                            gained.append(before[seed] - loss)
+                            spent.append(seconds)
+                            last[seed] = gained[-1]
+                cells.append(f"{statistics.fmean(gained):+.4f} ({statistics.fmean(spent):.1f})"
+                             if gained else "-")
+            share = statistics.fmean(last.values()) / statistics.fmean(
+                lost[seed] for seed in last) if last else math.nan
+            body.append([f"{title}, {HEALED.get(arm, arm)}", *cells,
+                         f"{100 * share:.0f} % of {statistics.fmean(lost.values()):.4f}"
+                         if last else "-"])
+    print_table(head, body)
+
+
 def table(out, remove, arms):
     head = ["validation loss (nats per token)", *MODELS.values(), "difference (95 %)"]
     body = [[title, *(mean_text(by[m].values()) for m in MODELS), difference_text(by["none"],
@@ -92,13 +158,7 @@ def table(out, remove, arms):
                 for m in MODELS}
         body.append([name, *(mean_text(cost[m].values()) for m in MODELS),
                      difference_text(cost["none"], cost["drop_flops"])])
-    width = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    for i, row in enumerate([head, *body]):
-        print("| " + " | ".join(x.ljust(w) if k == 0 else x.rjust(w) for k,
-                                (x, w) in enumerate(zip(row, width))) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (w + 2) if k == 0 else "-" * (w + 1) + ":" for k,
-                                 w in enumerate(width)) + "|")
+    print_table(head, body)
 
 
 def picture(out, remove, arms):
@@ -139,8 +199,8 @@ def main():
         for name, gone in ways(scores, int(remove)):
             print(f"{name}=" + ",".join(str(l) for l in range(len(scores["layers"]))
                                         if l not in gone))
-    elif command in ("table", "picture"):
-        {"table": table, "picture": picture}[command](path, int(remove), arms)
+    elif command in ("table", "costs", "picture"):
+        {"table": table, "costs": costs, "picture": picture}[command](path, int(remove), arms)
     else:
         sys.exit(__doc__)
 

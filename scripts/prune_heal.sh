@@ -10,7 +10,7 @@
 #           each step
 #   prune   greedily, by the loss on 32,768 tokens of the training text; what is reported is on
 #           32,768 of the validation text
-#   cost    a seed: 3 runs of 7.6e12 FLOPs, 2 models of which scores, 17 evaluations and 3 short
+#   cost    a seed: 3 runs of 7.6e12 FLOPs, 2 models of which scores, 17 evaluations and 4 short
 #           runs are made; about 10 minutes of one core with AVX-512 and its bf16, so half an hour
 #           for three seeds
 #   result  of seeds 1337 and 1338: three layers cost 0.16 nats without drop path and 0.009 with it,
@@ -21,7 +21,7 @@
 #
 # Variables: SEEDS="1337 1338 1339" (one after the other, since compare counts up), RATE=0.4,
 # LAYERS=12, REMOVE=3, STEPS=2000, HEAL=10 (per cent of STEPS), LAST=3 (layers that one arm trains
-# alone), TOKENS=32768, OUT=runs/prune_heal, BUILD=build, PYTHON=python3, THREADS=0 (all), DTYPE,
+# alone), RANK=8 and LORA_LR=3e-3 (of the arm of adapters), TOKENS=32768, OUT=runs/prune_heal, BUILD=build, PYTHON=python3, THREADS=0 (all), DTYPE,
 # TEXT=/path of your own text, or DATA, a folder with train_*.bin and val_*.bin. The same command
 # again continues where it stopped. Arms of healing: the functions heal_NAME below, listed in ARMS.
 set -eu
@@ -35,9 +35,11 @@ REMOVE=${REMOVE:-3}
 STEPS=${STEPS:-2000}
 HEAL=${HEAL:-10}
 LAST=${LAST:-3}
+RANK=${RANK:-8}
+LORA_LR=${LORA_LR:-3e-3}
 TOKENS=${TOKENS:-32768}
 THREADS=${THREADS:-0}
-ARMS=${ARMS:-full last}
+ARMS=${ARMS:-full last lora}
 DTYPE=${DTYPE:-$(if grep -qs avx512_bf16 /proc/cpuinfo; then echo bf16; else echo fp32; fi)}
 MODELS="none drop_flops"           # compare's names: without drop path, with it at equal FLOPs
 
@@ -67,7 +69,7 @@ done
     --drop-path "$RATE" --drop-branches tied
 
 # train RUN FROM [options]: HEAL per cent of the steps more, from these weights, in an order of the
-# text that is new to them.
+# text that is new to them. Evaluated four times, for the table of loss against tokens and seconds.
 train() {
     healed=$OUT/heal/$1 from=$2
     shift 2
@@ -75,12 +77,15 @@ train() {
     "$BUILD/train_gpt" --train "$DATA/train_*.bin" --val "$DATA/val_*.bin" --out "$healed" \
         --init-from "$from" --resume --seed $((seed + 1000)) --batch 16 --seq-len 64 \
         --steps $((STEPS * HEAL / 100)) --lr 3e-4 --warmup 10% --beta2 0.99 --dtype "$DTYPE" \
-        --threads "$THREADS" --log-every 100 --eval-every 0 --eval-tokens "$TOKENS" --keep 1 "$@"
+        --threads "$THREADS" --log-every 100 --eval-every $(((STEPS * HEAL + 399) / 400)) \
+        --eval-tokens "$TOKENS" --keep 1 "$@"
 }
 
 # An arm: how the pruned model in $1 is healed, as run $2.
 heal_full() { train "$2" "$1"; }
 heal_last() { train "$2" "$1" --train-last "$LAST"; }
+# All weights stay; drop path is off, as in the other arms.
+heal_lora() { train "$2" "$1" --lora "$RANK" --lr "$LORA_LR" --drop-path 0; }
 
 # loss JSON MODEL [options]: on the validation text.
 loss() {
@@ -124,6 +129,9 @@ done
 echo
 # shellcheck disable=SC2086  # ARMS are several words
 "$PYTHON" scripts/prune_heal.py table "$OUT" "$REMOVE" $ARMS | tee "$OUT/table.md"
+echo
+# shellcheck disable=SC2086
+"$PYTHON" scripts/prune_heal.py costs "$OUT" "$REMOVE" $ARMS | tee "$OUT/costs.md"
 echo
 # shellcheck disable=SC2086
 if "$PYTHON" scripts/prune_heal.py picture "$OUT" "$REMOVE" $ARMS; then

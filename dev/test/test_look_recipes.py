@@ -1,5 +1,6 @@
 """Tests of the recipes in scripts/, scaled down by their variables: they run to their end, and go
 on."""
+import json
 import os
 import socket
 import subprocess
@@ -60,13 +61,28 @@ class Recipes(unittest.TestCase):
         with open(out + "/table.md", encoding="utf-8") as file:
             rows = {cells[1].strip(): [x.strip() for x in cells[2:5]] for cells in (line.split("|")
                 for line in file)}
-        self.assertEqual(len(rows), 10)
+        self.assertEqual(len(rows), 11)
         for title in ("all layers", "1 removed, greedily", "1 removed, in a row, by angle",
                       "greedy removal costs",
                       "1 removed greedily, all of it trained on",
+                      "1 removed greedily, adapters trained on it",
                       "nothing removed, trained on as long"):
             for cell in rows[title]:
                 self.assertRegex(cell, r"^[+-]?\d+\.\d{4} ± \d+\.\d{4}$")
+        with open(out + "/costs.md", encoding="utf-8") as file:
+            costs = [[x.strip() for x in line.split("|")[1:-1]] for line in file]
+        self.assertEqual((len(costs), len(costs[0])), (2 + 2 * 4, 1 + 2 + 1))
+        for seconds in costs[2:]:                       # evaluated after each of the 2 steps
+            self.assertRegex(" ".join(seconds[1:3]),
+                             r"^[+-]\d\.\d{4} \(\d+\.\d\) [+-]\d\.\d{4} \(\d+\.\d\)$")
+        # the last evaluation is that of the other table, of the same models
+        healed = float(rows["1 removed greedily, adapters trained on it"][0].split()[0])
+        curves = []
+        for seed in (1, 2):
+            with open(f"{out}/curve/none_s{seed}_pruned.json", encoding="utf-8") as file:
+                curves.append(json.load(file)["full"]["val_loss"])
+        gained = float(costs[2 + 2][2].split()[0])
+        self.assertAlmostEqual(sum(curves) / 2 - gained, healed, places=3)
         self.assertIn(": 2 of 3 layers of ", text)
         self.assertEqual(os.path.exists(out + "/loss_by_layers.svg"), real_runs.have("matplotlib"))
         # it is all there
