@@ -26,6 +26,7 @@
 #include "dev/test/test_drop_path.h"
 #include "dev/test/test_emu.h"
 #include "dev/test/test_engine.h"
+#include "dev/test/test_exits.h"
 #include "dev/test/test_fat.h"
 #include "dev/test/test_fuzz.h"
 #include "dev/test/test_gpu_model.h"
@@ -85,6 +86,7 @@ static const Test tests[] = {
         X) NUMBERS_ENGINE_TESTS(X) SCORE_TESTS(X)
     LAYERS_ENGINE_TESTS(X)
     REPLACE_ENGINE_TESTS(X)
+    EXITS_ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
@@ -101,7 +103,9 @@ static const Test tests[] = {
     DENSE_TESTS(X)
     REPLACE_TESTS(X)
     COLLAPSE_TESTS(X)
-    PRUNE_REPLACE_TESTS(X) ANALYSIS_TESTS(X)
+    ANALYSIS_TESTS(X)
+    PRUNE_REPLACE_TESTS(X)
+    EXITS_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

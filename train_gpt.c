@@ -473,10 +473,12 @@ struct Model {
                                       // applied by an update, which count as zeros whatever the
                                       // memory contains
 
-    real *saved, *saved_end;          // what forward saves for backward, one branch after the other
+    real *saved, *saved_end;            // what forward saves for backward, one branch after the other
     size_t saved_capacity, saved_peak;      // elements allocated; the most that was used
     AttentionSaved *attention;         // (L) into `saved`
     MlpSaved *mlp;                     // (L)
+    real **exit;                      // (L) likewise: (B,T,C), the gradient from a loss read after
+                                      // a layer
 
     real *x, *dx;                     // (B,T,C) the residual stream
     real *lnf, *lnf_xhat, *lnf_rstd;  // (B,T,C) (B,T,C) (B,T)
@@ -554,7 +556,9 @@ static size_t saved_per_row(const GptConfig *c, int branch, int T) {
 static size_t saved_bound(const Model *m, const MemoryBound *b) {
     const size_t size[BRANCHES] = {saved_per_row(&m->config, ATTN, m->args.T),
                                    saved_per_row(&m->config, MLP, m->args.T)};
-    return memory_bound_most(b, size, m->args.B);
+    const size_t exit = (size_t)m->args.B * (size_t)m->args.T * (size_t)m->config.C;
+    return memory_bound_most(b, size, m->args.B) +
+        (b->rows > 0 ? (size_t)m->args.bound.exits * exit : 0);
 }
 
 typedef struct { real **at; size_t n; } Buffer;
@@ -613,6 +617,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->spent = xcalloc((size_t)BRANCHES * (size_t)config->L + 1, sizeof *m->spent);
     m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = xcalloc((size_t)config->L, sizeof *m->mlp);
+    m->exit = xcalloc((size_t)config->L, sizeof *m->exit);
     m->saved_capacity = saved_bound(m, &args->bound);
     for (int i = 0, n = args->dry ? 0 : model_buffers(m, buffers); i < n; i++)
         *buffers[i].at = vectors_new(buffers[i].at == &m->saved ? m->saved_capacity : buffers[i].n);
@@ -628,6 +633,7 @@ static void model_close(Model *m) {
     free(m->spent);
     free(m->attention);
     free(m->mlp);
+    free(m->exit);
     free(m);
 }
 
@@ -914,19 +920,47 @@ static void block_backward(Model *m, const Pass *pass, int l) {
 
 // ---- Forward and backward of the whole model ----
 
-// The mean loss of the targets; in training also dy, its gradient times weight with respect to the
-// last LayerNorm's output.
-static double model_loss(Model *m, const Batch *batch, const Pass *pass) {
+// The share of the loss read after layer l, from lnf; in training also dy, its gradient times weight
+// with respect to lnf.
+static double model_loss(Model *m, const Batch *batch, const Pass *pass, int l) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
-    const real grad = (real)(pass->weight / (double)batch_scored(batch)),
+    const real grad = (real)(pass_exit(pass, l) * pass->weight / (double)batch_scored(batch)),
         smoothing = (real)pass_smoothing(pass);
     const Scoring y = {m->losses, m->uniform, batch->targets, grad, smoothing};
     real *dwte = pass->weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
     const int add = pass->weight != 0 ? gradient_add(m, 0, NO_BRANCH, 1) : 0;
     classifier(&y, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, BT, C,
                (size_t)m->config.V);
-    return pass_loss(m->part, batch, pass, m->losses, m->uniform);
+    return pass_loss(m->part, batch, pass, l, m->losses, m->uniform);
+}
+
+// An early exit, if there is one after layer l: the loss of the stream as it is there, through the
+// same LayerNorm and head. Its gradient with respect to the stream waits until backward gets there;
+// frozen layers do not need it.
+static double exit_forward(Model *m, const Batch *batch, const Pass *pass, int l) {
+    const size_t BT = (size_t)batch->rows * (size_t)batch->T, T = (size_t)batch->T,
+        C = (size_t)m->config.C;
+    const Params w = params_at(m, SLOT_PARAM, 0);
+    if (!pass_exits(pass, l) || !batch->targets) return 0;
+    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, BT, T, C);
+    const double loss = model_loss(m, batch, pass, l);
+    if (pass->weight == 0) return loss;
+    const Params dw = params_at(m, SLOT_GRAD, 0);
+    real *dx = m->exit[l] = l < m->args.frozen ? m->dx : save(m, BT * C);
+    memset(dx, 0, BT * C * sizeof(real));
+    layernorm_backward(dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw,
+                       BT, T, C);
+    return loss;
+}
+
+// dx += its gradient.
+static void exit_backward(Model *m, const Pass *pass, int l) {
+    const size_t n = (size_t)m->last_B * (size_t)m->last_T * (size_t)m->config.C;
+    const real *from = m->exit[l];
+    if (!pass_exits(pass, l)) return;
+#pragma omp parallel for simd
+    for (size_t i = 0; i < n; i++) m->dx[i] += from[i];
 }
 
 static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
@@ -935,6 +969,8 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->last_B = batch->rows;
     m->last_T = batch->T;
     m->saved_end = m->saved;
+    m->part[PART_EXITS] = 0;
+    double loss = 0;
     const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
     embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
     dropout(m->x, &noise, NULL, B * T, T, C);
@@ -943,11 +979,12 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
         // nothing is saved for what is not trained
         if (pass->weight == 0 || l <= m->args.frozen) m->saved_end = m->saved;
         block_forward(m, pass, l);
+        loss += exit_forward(m, batch, pass, l);
     }
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T,
                       C);
     look(pass, watch_features(m->config.L), m->lnf);
-    return batch->targets ? model_loss(m, batch, pass) : 0;
+    return batch->targets ? loss + model_loss(m, batch, pass, m->config.L - 1) : 0;
 }
 
 // The flagged gradients of all ranks, added in rank order, branch by branch.
@@ -969,7 +1006,10 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass) {
     memset(m->dx, 0, B * T * C * sizeof(real));
     layernorm_backward(m->dx, NULL, dw.lnfw, dw.lnfb, m->dy, m->lnf_xhat, m->lnf_rstd, NULL, w.lnfw,
                        B * T, T, C);
-    for (int l = m->config.L - 1; l >= m->args.frozen; l--) block_backward(m, pass, l);
+    for (int l = m->config.L - 1; l >= m->args.frozen; l--) {
+        exit_backward(m, pass, l);
+        block_backward(m, pass, l);
+    }
     if (!m->args.frozen) {
         const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
         dropout(m->dx, &noise, NULL, B * T, T, C);

@@ -2327,6 +2327,8 @@ typedef struct { float rate, unbias; int64_t t; int spent; } BranchUpdate;
 typedef struct { void *xhat; float *rstd; void *ln, *qkv; float *lse; void *y; } AttentionSaved;
 // (n,T,C) (n,T) (n,T,C) (n,T,4C) (n,T,4C)
 typedef struct { void *xhat; float *rstd; void *ln, *h, *gelu; } MlpSaved;
+// (B,T,C) (B,T) (B,T,C): of a loss read after a layer, dy being its gradient
+typedef struct { void *xhat; float *rstd; void *dy; } ExitSaved;
 
 // Values that go to the device with each call, in one copy, and their addresses there. `place` and
 // `scale` are by branch. row is the inverse of place, the packed rows of a branch; noise is by
@@ -2368,6 +2370,8 @@ struct Model {
                                                          // for saving
     AttentionSaved *attention;            // (L) into `saved`
     MlpSaved *mlp;                        // (L)
+    ExitSaved *exit;                      // (L)
+    int exits;                           // how many there were in this call
 
     float *x, *dx;                       // (B,T,C) the residual stream
     void *lnf, *lnf_xhat;                // (B,T,C) (B,T,C)
@@ -2387,7 +2391,7 @@ struct Model {
     Cache cache;                         // (L,sequences,2,T,C)
     int decoding, begins;                // a decode is in progress; all its rows begin a sequence
     int *group;                          // (V) of each token, -1 if it is not in the batch
-    float *host_losses, *host_uniform;   // (B,T) (B,T)
+    float *host_losses, *host_uniform;   // (1+exits,B,T) (1+exits,B,T) the last layer's first
     float *shown;                        // (B,T,C) passed to a Watch; NULL: not used yet
     double part[N_PARTS];                // of the last run
     const void *ended;                   // the last branch's output, still to be added to x, or
@@ -2584,7 +2588,11 @@ static size_t saved_bound(const Model *m, const MemoryBound *b) {
     enum { ARRAYS = 6 };                                 // per branch; each is rounded up to ALIGN
     const size_t size[BRANCHES] = {saved_per_row(m, ATTN), saved_per_row(m, MLP)};
     const size_t gaps = (size_t)m->config.L * BRANCHES * ARRAYS * (ALIGN + ARENA_GAP);
-    return round_up(memory_bound_most(b, size, m->args.B), ALIGN) + gaps;
+    const size_t exit = (size_t)m->args.B * (size_t)m->args.T *
+        (2 * size_of_number(&m->gpu) * (size_t)m->config.C + sizeof(float));
+    const size_t exits = b->rows > 0 ? (size_t)m->args.bound.exits : 0;
+    return round_up(memory_bound_most(b, size, m->args.B), ALIGN) + gaps +
+        exits * (round_up(exit, ALIGN) + ARRAYS * (ALIGN + ARENA_GAP));
 }
 
 typedef struct { void **at; size_t bytes; } Buffer;
@@ -2663,8 +2671,10 @@ static void inputs_new(Model *m) {
     const size_t bytes = inputs_layout(m, &m->host, &dummy) * sizeof(int);
     inputs_layout(m, &m->host, (int *)host_new(bytes));
     inputs_layout(m, &m->device, (int *)device_alloc("the inputs", bytes));
-    m->host_losses = (float *)host_new(2 * (size_t)m->args.B * (size_t)m->args.T * sizeof(float));
-    m->host_uniform = m->host_losses + (size_t)m->args.B * (size_t)m->args.T;
+    const size_t losses = (1 + (size_t)m->args.bound.exits) * (size_t)m->args.B *
+        (size_t)m->args.T;
+    m->host_losses = (float *)host_new(2 * losses * sizeof(float));
+    m->host_uniform = m->host_losses + losses;
     m->group = (int *)xcalloc((size_t)m->config.V, sizeof *m->group);
     for (int v = 0; v < m->config.V; v++) m->group[v] = -1;
 }
@@ -2757,6 +2767,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->spent = (unsigned char *)xcalloc(branches, sizeof *m->spent);
     m->attention = (AttentionSaved *)xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = (MlpSaved *)xcalloc((size_t)config->L, sizeof *m->mlp);
+    m->exit = (ExitSaved *)xcalloc((size_t)config->L, sizeof *m->exit);
     if (args->graphs) m->graph = (Graph *)xcalloc(2 * branches * GRAPHS, sizeof *m->graph);
     buffers_new(m);
     inputs_new(m);
@@ -2773,7 +2784,8 @@ static void model_close(Model *m) {
                             m->slot[SLOT_M], m->copy, m->wire,
                             m->chunk, m->norms, m->update, m->device.place};
     void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm};
-    void *const host[] = {m->shown, m->graph, m->group, m->spent, m->attention, m->mlp, m};
+    void *const host[] = {m->shown, m->graph, m->group, m->spent, m->attention, m->mlp, m->exit,
+                          m};
     gpu_close(&m->gpu);
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) CUDA_CHECK(cudaFree(device[i]));
     for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++)
@@ -2807,11 +2819,19 @@ static void save_nothing(Model *m) {
     arena_unseal(m->saved, m->saved_capacity, m->gpu.stream);
 }
 
-// The last branch before i that runs, or -1.
-static int branch_before(const DropPlan *plan, int i) {
-    do i--;
-    while (i >= 0 && !plan->branch[i].n);
+// The last branch before i that runs, or -1. An early exit between them is a branch that adds
+// nothing: its LayerNorm, not branch i's, is next to that branch.
+static int branch_before(const Pass *pass, int i) {
+    do {
+        if (i-- % BRANCHES == 0 && i > 0 && pass_exits(pass, i / BRANCHES)) return -1;
+    } while (i >= 0 && !pass->plan->branch[i].n);
     return i;
+}
+
+// The same for the exit after layer l.
+static int branch_before_exit(const Pass *pass, int l) {
+    const int i = BRANCHES * l + MLP;
+    return pass->plan->branch[i].n ? i : branch_before(pass, i);
 }
 
 // Returns 0 if branch i was launched as a graph; 1 if it must be launched kernel by kernel,
@@ -2819,7 +2839,7 @@ static int branch_before(const DropPlan *plan, int i) {
 static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
                        const void *saved) {
     const DropPlan *plan = pass->plan;
-    const int before = branch_before(plan, i);
+    const int before = branch_before(pass, i);
     GraphKey key;
     if (!m->graph || m->decoding || pass->watch) return 1;         // a watch may come between
     memset(&key, 0, sizeof key);                         // including padding
@@ -3060,12 +3080,13 @@ static void mlp_inside(Model *m, const Pass *pass, int l, const MlpSaved *k, siz
 
 // dx[rows] += the gradient through LN, from dy (n,T,C); then dout is that of the last branch before
 // i that runs: its scale times dx on its rows.
-static void begin_branch_backward(Model *m, const DropPlan *plan, int i, float *dw, float *db,
-                                  int add, const void *xhat, const float *rstd, const void *w) {
+static void begin_branch_backward(Model *m, const Pass *pass, int i, float *dw, float *db, int add,
+                                  const void *xhat, const float *rstd, const void *w) {
+    const DropPlan *plan = pass->plan;
     const int last = i == BRANCHES * plan->layers, tied = plan->tied && !last &&
         i % BRANCHES == MLP;
     const Rows all = {NULL, NULL}, rows = last ? all : rows_of(m, plan, i);
-    const int before = branch_before(plan, i);
+    const int before = branch_before(pass, i);
     residual_layernorm_backward(&m->gpu, m->dx, before < 0 ? NULL : m->dout, dw, db, add, m->dy,
                                 xhat, rstd, rows, before < 0 ? all : rows_of(m, plan, before), last,
                                 tied, w, (size_t)m->last_B, (size_t)m->last_T, (size_t)m->config.C);
@@ -3208,10 +3229,10 @@ static void branch_backward(Model *m, const Pass *pass, int l, int branch) {
     end_dropout(m, pass, i, m->dout);
     if (branch == ATTN) {
         attention_branch_backward(m, pass, l, add);
-        begin_branch_backward(m, pass->plan, i, dw.ln1w, dw.ln1b, add, a->xhat, a->rstd, w.ln1w);
+        begin_branch_backward(m, pass, i, dw.ln1w, dw.ln1b, add, a->xhat, a->rstd, w.ln1w);
     } else {
         mlp_branch_backward(m, pass, l, add);
-        begin_branch_backward(m, pass->plan, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
+        begin_branch_backward(m, pass, i, dw.ln2w, dw.ln2b, add, k->xhat, k->rstd, w.ln2w);
     }
     graph_end(m);
 }
@@ -3275,30 +3296,78 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
     return groups;
 }
 
-// The losses; in training also dy, the gradient of the mean loss times weight with respect to the
-// last LayerNorm's output. They reach the host at the end of the call.
-static void model_loss(Model *m, const Batch *batch, const Pass *pass) {
-    const size_t BT = (size_t)batch->rows * (size_t)batch->T;
+// The losses read after layer l, from lnf; in training also dy, the gradient of their share of the
+// mean loss times weight with respect to lnf. They reach the host, as losses number `place`, at the
+// end of the call.
+static void model_loss(Model *m, const Batch *batch, const Pass *pass, int l, void *dy, int place) {
+    const size_t BT = (size_t)batch->rows * (size_t)batch->T,
+        at = (size_t)place * (size_t)m->args.B * (size_t)m->args.T;
     float *dwte = pass->weight != 0 ? gradients_at(m, 0).wte : NULL;
     const int add = pass->weight != 0 && !m->spent[gpt_branch_index(&m->config, 0, NO_BRANCH)];
     const double smoothing = pass_smoothing(pass);
     const Scoring y = {m->losses, m->uniform, m->device.targets,
-                       (float)(pass->weight / (double)batch_scored(batch)),
+                       (float)(pass_exit(pass, l) * pass->weight / (double)batch_scored(batch)),
                        (float)smoothing};
-    classifier(&m->gpu, &y, m->dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, BT,
+    classifier(&m->gpu, &y, dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, BT,
                (size_t)m->config.C, (size_t)m->config.V);
-    CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, BT * sizeof(float),
+    CUDA_CHECK(cudaMemcpyAsync(m->host_losses + at, m->losses, BT * sizeof(float),
                                cudaMemcpyDeviceToHost, m->gpu.stream));
     if (smoothing != 0)
-        CUDA_CHECK(cudaMemcpyAsync(m->host_uniform, m->uniform, BT * sizeof(float),
+        CUDA_CHECK(cudaMemcpyAsync(m->host_uniform + at, m->uniform, BT * sizeof(float),
                                    cudaMemcpyDeviceToHost, m->gpu.stream));
 }
 
-// Waits for the call to end; returns the mean loss.
+// The loss read after layer l, whose losses number `place` have reached the host.
+static double model_finish_exit(Model *m, const Batch *batch, const Pass *pass, int l, int place) {
+    const size_t at = (size_t)place * (size_t)m->args.B * (size_t)m->args.T;
+    return pass_loss(m->part, batch, pass, l, m->host_losses + at,
+                     pass_smoothing(pass) != 0 ? m->host_uniform + at : NULL);
+}
+
+// Waits for the call to end; returns the loss.
 static double model_finish(Model *m, const Batch *batch, const Pass *pass) {
+    double loss = 0;
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
-    const float *uniform = pass_smoothing(pass) != 0 ? m->host_uniform : NULL;
-    return pass_loss(m->part, batch, pass, m->host_losses, uniform);
+    m->part[PART_EXITS] = 0;
+    for (int l = 0, place = 0; l < m->config.L - 1 && batch->targets; l++)
+        if (pass_exits(pass, l)) loss += model_finish_exit(m, batch, pass, l, ++place);
+    return loss + model_finish_exit(m, batch, pass, m->config.L - 1, 0);
+}
+
+// An early exit, if there is one after layer l: the loss of the stream as it is there, through the
+// same LayerNorm and head. Backward needs what its LayerNorm saves; frozen layers do not.
+static void exit_forward(Model *m, const Batch *batch, const Pass *pass, int l) {
+    const size_t nT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
+    const size_t N = size_of_number(&m->gpu);
+    const int trains = pass->weight != 0, saved = trains && l >= m->args.frozen;
+    const Rows all = {NULL, NULL};
+    const Operands w = weights_at(m, 0);
+    ExitSaved *k = &m->exit[l];
+    if (!pass_exits(pass, l) || !batch->targets) return;
+    k->xhat = saved ? save(m, nT * C * N) : m->lnf_xhat;
+    k->rstd = saved ? (float *)save(m, nT * sizeof(float)) : m->lnf_rstd;
+    k->dy = saved ? save(m, nT * C * N) : m->dy;
+    begin_branch(m, m->lnf, k->xhat, k->rstd, all, 0, w.lnfw, w.lnfb);
+    if (trains) gradient_add(m, 0, NO_BRANCH, 1);        // each exit adds to them
+    model_loss(m, batch, pass, l, k->dy, ++m->exits);
+    if (!trains || saved) return;
+    const Params dw = gradients_at(m, 0);
+    residual_layernorm_backward(&m->gpu, m->dx, NULL, dw.lnfw, dw.lnfb, 1, k->dy, k->xhat, k->rstd,
+                                all, all, 1, 0, w.lnfw, (size_t)batch->rows, (size_t)batch->T, C);
+}
+
+// dx += its gradient; then dout is that of the branch before it.
+static void exit_backward(Model *m, const Pass *pass, int l) {
+    const int before = branch_before_exit(pass, l);
+    const Rows all = {NULL, NULL};
+    const Params dw = gradients_at(m, 0);
+    const ExitSaved *k = &m->exit[l];
+    if (!pass_exits(pass, l)) return;
+    residual_layernorm_backward(&m->gpu, m->dx, before < 0 ? NULL : m->dout, dw.lnfw, dw.lnfb, 1,
+                                k->dy, k->xhat, k->rstd, all,
+                                before < 0 ? all : rows_of(m, pass->plan, before), 0, 0,
+                                weights_at(m, 0).lnfw, (size_t)m->last_B, (size_t)m->last_T,
+                                (size_t)m->config.C);
 }
 
 static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
@@ -3310,6 +3379,7 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->last_T = batch->T;
     save_nothing(m);
     m->ended = NULL;
+    m->exits = 0;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
     if (noise_rate(pass->noise, NOISE_EMBD))
         dropout_stream(&m->gpu, m->x, noise_at(m, NOISE_EMBD, 0), B * T, T, C);
@@ -3318,11 +3388,12 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
         // frozen layers need only one layer at a time
         if (pass->weight == 0 || l <= m->args.frozen) save_nothing(m);
         block_forward(m, pass, l);
+        exit_forward(m, batch, pass, l);
     }
     begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
     if (pass->watch && pass->watch->want[watch_features(m->config.L)])
         show(m, pass->watch, watch_features(m->config.L), m->lnf, 0, B * T * C);
-    if (batch->targets) model_loss(m, batch, pass);
+    if (batch->targets) model_loss(m, batch, pass, m->config.L - 1, m->dy, 0);
     return by;
 }
 
@@ -3352,9 +3423,10 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass, Grouped
     const Operands w = weights_at(m, 0);
     const Params dw = gradients_at(m, 0);
     const unsigned char *reduce = m->ranks.world > 1 ? pass->reduce : NULL;
-    begin_branch_backward(m, pass->plan, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat,
+    begin_branch_backward(m, pass, BRANCHES * m->config.L, dw.lnfw, dw.lnfb, add, m->lnf_xhat,
                           m->lnf_rstd, w.lnfw);
     for (int l = m->config.L - 1; l >= m->args.frozen; l--) {
+        exit_backward(m, pass, l);
         block_backward(m, pass, l);
         for (int i = BRANCHES * l + MLP; i >= BRANCHES * l + ATTN; i--)
             if (reduce && reduce[i]) reduce_branch(m, i);

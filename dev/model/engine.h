@@ -16,9 +16,10 @@ typedef struct Model Model;                              // defined by the engin
 typedef struct Comm Comm;                                // run/comm.h
 
 // The most that a training pass may have to save for the backward pass, summed over the trained
-// layers of one plan: rows of attention branches, rows of MLP branches, and both together.
-// drop_path_bound() computes it.
-typedef struct { int attn_rows, mlp_rows, rows; } MemoryBound;
+// layers of one plan: rows of attention branches, rows of MLP branches, and both together, which
+// drop_path_bound() computes; and how many exits a pass may have (Objective.exit), in evaluation,
+// too.
+typedef struct { int attn_rows, mlp_rows, rows, exits; } MemoryBound;
 
 // The most bytes that plans within a bound save, if a row of a branch saves size[] bytes;
 // evaluation needs one layer at a time.
@@ -34,7 +35,7 @@ static inline size_t memory_bound_most(const MemoryBound *b, const size_t size[B
 // The bound if every branch of every trained layer could be kept.
 static inline MemoryBound memory_bound_full(int layers, int frozen, int B, int trains) {
     const int branch = B * (layers - frozen);
-    const MemoryBound all = {branch, branch, trains ? BRANCHES * branch : 0};
+    const MemoryBound all = {branch, branch, trains ? BRANCHES * branch : 0, 0};
     return all;
 }
 
@@ -199,6 +200,10 @@ static inline void engine_check_run(const GptConfig *c, const EngineArgs *a, con
     CHECK(pass->weight == 0 || (a->bound.rows > 0 && b->targets),
           "this model was opened to evaluate");
     CHECK(pass->weight != 0 || !pass->reduce, "an evaluation has no gradients to reduce");
+    int exits = 0;
+    for (int l = 0; l < c->L; l++) exits += pass_exits(pass, l);
+    CHECK(exits <= a->bound.exits && pass_exit(pass, c->L - 1) > 0, "%d exits; opened for %d",
+          exits, a->bound.exits);
     CHECK(!pass->watch || !pass->watch->see_gradient || !a->frozen,
           "backward ends above the embeddings");
     for (int l = 0; pass->watch && plan->tied && l < c->L; l++)

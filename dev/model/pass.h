@@ -20,6 +20,9 @@ typedef struct {
     // label smoothing (Szegedy et al. 2016): this share of the target's weight is spread over all V
     // tokens
     double smoothing;
+    // (L) the weight of the loss read after each layer (exits.h); NULL: after the last one only, 1.
+    // The last layer's is not 0
+    const double *exit;
 } Objective;
 
 // An observer of the residual stream. Its points, in the order in which they are seen:
@@ -59,6 +62,8 @@ typedef struct {
 enum {
     PART_NLL,                                            // -log p of the target
     PART_UNIFORM,                                        // -log p of all V tokens, in the mean
+    PART_EXITS,                                          // the weighted losses read before the last
+                                                         // layer
     N_PARTS
 };
 
@@ -76,9 +81,21 @@ static inline size_t batch_scored(const Batch *b) {
     return count ? count : 1;
 }
 
-// The terms of a batch's loss, and the loss, from its targets' losses (rows,T) and uniform
-// (rows,T), NULL if unused. Summed in double in the batch's order.
-static inline double pass_loss(double part[N_PARTS], const Batch *b, const Pass *pass,
+// The weight of the loss read after layer l.
+static inline double pass_exit(const Pass *pass, int l) {
+    return pass->objective && pass->objective->exit ? pass->objective->exit[l]
+                                                    : l == pass->plan->layers - 1;
+}
+
+// Whether the loss is read after layer l, which is not the last one.
+static inline int pass_exits(const Pass *pass, int l) {
+    return l < pass->plan->layers - 1 && pass_exit(pass, l) > 0;
+}
+
+// The terms of a batch's loss read after layer l, and its share of the loss, from its targets'
+// losses (rows,T) and uniform (rows,T), NULL if unused. Summed in double in the batch's order. Of
+// exits only PART_EXITS remains: call it for the last layer last.
+static inline double pass_loss(double part[N_PARTS], const Batch *b, const Pass *pass, int l,
                                const real *losses, const real *uniform) {
     double nll = 0, all = 0;
     for (size_t t = 0; b->targets && t < (size_t)b->rows * (size_t)b->T; t++) {
@@ -87,7 +104,9 @@ static inline double pass_loss(double part[N_PARTS], const Batch *b, const Pass 
     }
     part[PART_NLL] = nll / (double)batch_scored(b),
         part[PART_UNIFORM] = all / (double)batch_scored(b);
-    return objective_loss(pass->objective, part);
+    const double loss = pass_exit(pass, l) * objective_loss(pass->objective, part);
+    if (pass_exits(pass, l)) part[PART_EXITS] += loss;
+    return loss;
 }
 
 static inline double pass_smoothing(const Pass *pass) {

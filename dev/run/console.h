@@ -25,10 +25,22 @@ static inline void trainer_kept_map(const Trainer *tr, char *map) {
 // The fraction of the full model's FLOPs that the run is expected to execute.
 static inline double trainer_expected_compute(const Trainer *tr) {
     const GptConfig whole = trainer_whole(tr);
+    const double exits = exits_run_compute(&tr->exits, &tr->growth, &whole, tr->T);
     if (tr->options->drop_path == 0 && !tr->replay.n && !tr->drop.frozen && !tr->growth.n &&
         !tr->lora.rank)
-        return 1;
-    return growth_run_compute(&tr->growth, &tr->drop, &whole, tr->T, tr->steps);
+        return 1 + exits;
+    return growth_run_compute(&tr->growth, &tr->drop, &whole, tr->T, tr->steps) + exits;
+}
+
+// What early exits cost: with a large vocabulary much, since each one runs the head.
+static inline void trainer_print_exits(const Trainer *tr) {
+    const GptConfig whole = trainer_whole(tr);
+    const int most = exits_most(&tr->exits, tr->depth);
+    const double one = gpt_head_step_flops(&whole, tr->T) / (3 * gpt_row_flops(&whole, tr->T));
+    if (!(tr->exits.scale > 0)) return;
+    printf("exits:   at most %d in a step, each %.1f%% of a step's FLOPs without; %+.1f%% over the "
+           "run\n", most, 100 * one,
+           100 * exits_run_compute(&tr->exits, &tr->growth, &whole, tr->T));
 }
 
 // The share of the branches' FLOPs that the run is expected to drop, over all its steps.
@@ -122,6 +134,7 @@ static inline void trainer_print_start(const Trainer *tr) {
         printf("; expected to execute %.1f%% of the FLOPs\n", 100 * trainer_expected_compute(tr));
     }
     if (tr->lora.rank) trainer_print_lora(tr);
+    trainer_print_exits(tr);
     if (o->drop_path > 0 || tr->replay.n) {
         printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of "
                "the FLOPs\n", o->drop_path, c->L, o->drop_path * drop_path_depth(&tr->drop, 1),
@@ -197,7 +210,9 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     for (int i = 0; i < 4; i++)
         if (used[i]) text_printf(&savers, "%s%s", n++ ? " and " : "", saver[i]);
     printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full, savers.s);
-    if (*tr->options->device) gpu_model_print(&tr->drop, tr->M, tr->steps);
+    if (*tr->options->device) 
+        gpu_model_print(&tr->drop, tr->M, tr->steps,
+                        exits_mean(&tr->exits, &tr->growth, tr->depth));
     else trainer_print_time(least, most, time, &savers, n, saved);
     text_free(&savers);
     const size_t trained = gpt_params_trained(&whole, tr->drop.frozen);

@@ -97,6 +97,7 @@ typedef struct {
     int B, T, micros, ranks, frozen, recompute, zero, reduce_fp32, by_rows;
     const double *kept;   // (2L) the fraction of the rows that run a branch; NULL: all
     const double *spent;  // (2L) the probability that all micro-batches of a step drop it; NULL: 0
+    double exits;         // how many early exits a step has on average
 } GpuRun;
 
 // For one step of one GPU. overlapped: communication hidden behind the backward pass.
@@ -186,10 +187,11 @@ static inline GpuTime gpu_branch_backward(const GpuSpec *g, const GpuRun *r, int
 static inline GpuTime gpu_ends(const GpuSpec *g, const GpuRun *r) {
     const double BT = (double)r->B * r->T, C = r->c.C, Vp = (r->c.V + 127) / 128 * 128;
     GpuTime t = {{0}};
-    t.part[GPU_PART_head] = gpu_matmul(g, BT, Vp, C) + gpu_matmul(g, BT, C, Vp) +
-                            (r->c.lora ? 0 : gpu_matmul(g, C, Vp, BT));
-    t.part[GPU_PART_loss] = gpu_stream(g, BT * Vp, GPU_LOSS_BYTES);
-    t.part[GPU_PART_norms] = 2 * gpu_stream(g, BT * C, GPU_NORM_BYTES);
+    const double heads = 1 + r->exits;
+    t.part[GPU_PART_head] = heads * (gpu_matmul(g, BT, Vp, C) + gpu_matmul(g, BT, C, Vp) +
+                                     (r->c.lora ? 0 : gpu_matmul(g, C, Vp, BT)));
+    t.part[GPU_PART_loss] = heads * gpu_stream(g, BT * Vp, GPU_LOSS_BYTES);
+    t.part[GPU_PART_norms] = heads * 2 * gpu_stream(g, BT * C, GPU_NORM_BYTES);
     t.part[GPU_PART_embedding] = (r->frozen ? 1 : 2) * gpu_stream(g, BT * C, GPU_EMBEDDING_BYTES);
     return t;
 }
@@ -240,7 +242,7 @@ static inline void gpu_communicate(const GpuSpec *g, const GpuRun *r,
 
 // The FLOPs of one GPU's step, as counted in metrics.jsonl.
 static inline double gpu_step_flops(const GpuRun *r) {
-    double flops = gpt_head_step_flops(&r->c, r->T);
+    double flops = (1 + r->exits) * gpt_head_step_flops(&r->c, r->T);
     for (int i = 0; i < BRANCHES * r->c.L; i++)
         flops += gpu_kept(r, i) *
                  gpt_branch_step_flops(&r->c, i % BRANCHES, r->T, i / BRANCHES, r->frozen);
@@ -299,7 +301,8 @@ static inline double gpu_activations(const GpuRun *r, MemoryBound b) {
     const double size[BRANCHES] = {gpu_saved_bytes(r, ATTN), gpu_saved_bytes(r, MLP)};
     const int rows[BRANCHES] = {b.attn_rows, b.mlp_rows}, larger = size[MLP] > size[ATTN];
     const double first = fmin(b.rows, rows[larger]), second = b.rows - first;
-    const double kept = fmax(r->T * (first * size[larger] + second * size[!larger]),
+    const double exits = b.exits * BT * (4 * C + 4);
+    const double kept = exits + fmax(r->T * (first * size[larger] + second * size[!larger]),
                              BT * (size[ATTN] + size[MLP]));
     const double forward = BT * (C * (4 + 4 * 2 + 8) + 8) + GPU_PARTIAL * C * 4 + 16 * C;
     const double backward = BT * C * (4 + 2 + 2 + 8) + heads;
@@ -311,7 +314,7 @@ static inline EngineMemory gpu_memory(const GpuRun *r, MemoryBound bound) {
     const size_t all = gpt_params_count(&r->c), trained = gpt_params_trained(&r->c, r->frozen);
     const size_t shares = r->zero ? (size_t)r->ranks : 1;
     const int rows = r->B * (r->c.L - r->frozen);
-    const MemoryBound full = {rows, rows, BRANCHES * rows};
+    const MemoryBound full = {rows, rows, BRANCHES * rows, bound.exits};
     const int gradient = r->ranks > 1 && !r->reduce_fp32 ? 4 + 2 : 4;
     const EngineMemory m = {(all - trained + trained / shares) * 4 + all * 2, trained * gradient,
                             2 * trained / shares * 4, (size_t)gpu_activations(r, bound),
@@ -366,7 +369,7 @@ static inline Model *gpu_model_open(const GptConfig *c, const EngineArgs *a) {
     GpuModel *m = gpu_model();
     if (a->dtype != DTYPE_BF16) die("--device predicts bf16 only\n  hint: --dtype bf16, or none");
     const GpuRun run = {*c, a->B, a->T, 1, m->wish.ranks, a->frozen, a->recompute,
-                        a->zero && m->wish.ranks > 1, a->reduce_fp32, 0, NULL, NULL};
+                        a->zero && m->wish.ranks > 1, a->reduce_fp32, 0, NULL, NULL, 0};
     m->run = run, m->bound = a->bound;
     return (Model *)(void *)m;
 }
@@ -405,9 +408,9 @@ static inline void gpu_model_print_step(const GpuSpec *g, const GpuStep *s, doub
            "dev/run/gpu_model.h\n", 1e3 * s->seconds, rate, 100 * s->mfu, 1e-12 * g->peak);
 }
 
-// Prints what a run of `steps` steps of M micro-batches in total would take there, at these drop
-// rates.
-static inline void gpu_model_print(const DropPath *d, int M, int64_t steps) {
+// Prints what a run of `steps` steps of M micro-batches in total, with so many early exits on
+// average, would take there, at these drop rates.
+static inline void gpu_model_print(const DropPath *d, int M, int64_t steps, double exits) {
     const GpuModel *m = gpu_model();
     const GpuSpec *g = m->wish.spec;
     const size_t branches = (size_t)(BRANCHES * m->run.c.L);
@@ -415,7 +418,7 @@ static inline void gpu_model_print(const DropPath *d, int M, int64_t steps) {
     double *spent = (double *)xcalloc(branches, sizeof *spent);
     char time[32];
     GpuRun run = m->run, full;
-    run.micros = M / run.ranks, run.by_rows = d->unit == UNIT_ROW;
+    run.micros = M / run.ranks, run.by_rows = d->unit == UNIT_ROW, run.exits = exits;
     full = run, run.kept = kept, run.spent = spent;
     gpu_expect(kept, spent, d, d->sync && !run.by_rows ? run.micros : M);
     const GpuStep s = gpu_step(g, &run), all = gpu_step(g, &full);

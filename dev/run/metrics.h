@@ -16,6 +16,7 @@
     X(tokens)           /* tokens trained on so far */                                        \
     X(loss)             /* mean training loss of the step, nats per token */                  \
     X(nll)              /* -log p of the targets alone, where the loss is more than that */   \
+    X(exit_loss)        /* weighted mean of the losses read at the step's exits, below the top */ \
     X(lr)                                                                                     \
     X(grad_norm)        /* before clipping */                                                 \
     X(loss_z)           /* z-scores, see numbers.h; with --skip-loss-zscore, */               \

@@ -50,7 +50,11 @@ static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
                    o->lora ? noise_rate_of(o->lora_dropout) : 0};
     tr->noise = noise;
     if (noise.embd || noise.attn || noise.resid || noise.lora) pass.noise = &tr->noise;
-    if (tr->objective.smoothing != 0) pass.objective = &tr->objective;
+    if (tr->exits.scale > 0) {
+        exits_weights(tr->exit_weight, &tr->exits, tr->config.L, t);
+        tr->objective.exit = tr->exit_weight;
+    }
+    if (tr->objective.smoothing != 0 || tr->objective.exit) pass.objective = &tr->objective;
     if (tr->world > 1 && m + tr->world >= tr->M) pass.reduce = tr->reduce;
     return pass;
 }
@@ -91,7 +95,8 @@ static inline void trainer_account(Trainer *tr, Metrics *r) {
     const GptConfig *c = &tr->config, whole = trainer_whole(tr);
     if (tr->growth.n) r->layers = c->L;
     const double rows = (double)tr->B * tr->M;
-    double flops = rows * gpt_head_step_flops(c, tr->T), kept[BRANCHES] = {0, 0};
+    const int heads = 1 + exits_count(&tr->exits, c->L, tr->state.step);
+    double flops = heads * rows * gpt_head_step_flops(c, tr->T), kept[BRANCHES] = {0, 0};
     for (int i = 0; i < BRANCHES * c->L; i++) {
         flops += tr->kept[i] * gpt_branch_step_flops(c, i % BRANCHES, tr->T, i / BRANCHES,
                                                      tr->drop.frozen);

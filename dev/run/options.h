@@ -240,6 +240,15 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "final steps of the run, without dropout; early dropout: 80%, say")                     \
     OPTION(label_smoothing, "label-smoothing", NUMBER, "0", "[0,1)",                               \
            "this share of a target's weight is spread over all tokens; val_loss is unaffected")    \
+  HEADING("Early exits: the loss is also read after earlier layers, through the same head "        \
+          "(LayerSkip)")                                                                           \
+    OPTION(exit_scale, "exit-scale", NUMBER, "0", "[0,1]",                                         \
+           "weight of the exits' losses, e_scale; 0: none. LayerSkip used 0.1 to 1. Each exit "    \
+               "of a step costs a head, forward and backward")                                     \
+    OPTION(exit_curriculum, "exit-curriculum", CHOICE, "rotational", "rotational|gradual|all",     \
+           "which exits a step has: every R-th layer in turn; from the top down in the first "     \
+               "half of the run; all")                                                             \
+    OPTION(exit_every, "exit-every", INTEGER, "8", "[1,1024]", "R of rotational")                  \
   HEADING("Growing depth: layers that do not exist yet cost nothing")                              \
     OPTION(grow, "grow", TEXT, "", "LIST",                                                         \
            "phases LAYERS:STEP with ever more layers, as \"1:0,all:80%\"; STEP may be a "          \

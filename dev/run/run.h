@@ -11,6 +11,7 @@
 #include "../files/tokenizer.h"
 #include "../model/drop_path.h"
 #include "../model/engine.h"
+#include "../model/exits.h"
 #include "../model/layer_list.h"
 #include "../model/schedule.h"
 #include "checkpoint.h"
@@ -40,6 +41,8 @@ typedef struct {
     Ramp dropout;                       // when it is on
     Noise noise;                        // of the current pass
     Objective objective;                // of every training pass
+    Exits exits;
+    double *exit_weight;                // (depth) of the current step
     Schedule schedule;
     Shards train, val;
     Tokenizer tokenizer;
@@ -455,11 +458,37 @@ static inline void trainer_growth(Trainer *tr, const char *from, int resume) {
     tr->config.L = layers;
 }
 
+static inline void trainer_exits(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    const Exits e = {o->exit_scale, o->exit_curriculum, (int)o->exit_every, tr->steps};
+    if (e.scale > 0 && tr->depth < 3)
+        die("--exit-scale %g: a model of %d layer%s has no exit, as layer 0 weighs nothing\n"
+            "  hint: --layers 3 or more", e.scale, tr->depth, tr->depth == 1 ? "" : "s");
+    tr->exits = e;
+    tr->exit_weight = (double *)xcalloc((size_t)tr->depth, sizeof *tr->exit_weight);
+}
+
+// The mean number of exits of the run's steps; in a long run, of every n-th step.
+static inline double exits_mean(const Exits *e, const Growth *g, int layers) {
+    const int64_t every = e->steps / 100000 + 1;
+    double sum = 0, n = 0;
+    if (!(e->scale > 0)) return 0;
+    for (int64_t t = every / 2; t < e->steps; t += every, n++)
+        sum += exits_count(e, growth_layers(g, layers, t), t);
+    return sum / n;
+}
+
+// What exits add to the run's FLOPs, as a fraction of what it costs to train the full model c.
+static inline double exits_run_compute(const Exits *e, const Growth *g, const GptConfig *c, int T) {
+    return exits_mean(e, g, c->L) * gpt_head_step_flops(c, T) / (3 * gpt_row_flops(c, T));
+}
+
 static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
     MemoryBound b;
     DropPath d = tr->drop;
     if (tr->replay.n) d.p_max = 0;                       // recorded plans may exceed it
     drop_path_bound(&d, tr->B, &b.attn_rows, &b.mlp_rows, &b.rows);
+    b.exits = exits_most(&tr->exits, tr->config.L);
     return b;
 }
 
@@ -749,6 +778,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     tr->drop.layers = tr->config.L;
     tr->dropout = trainer_dropout_ramp(o, tr->steps);
     tr->objective.smoothing = o->label_smoothing;
+    trainer_exits(tr);
     tr->schedule = trainer_schedule(o, tr->steps);
     if (o->train_last > tr->config.L)
         die("--train-last %lld: this model has %d layers\n  hint: --train-last 0 trains all",
@@ -796,7 +826,7 @@ static inline void trainer_close(Trainer *tr) {
     for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr->manifest[i]);
     metrics_log_free(&tr->replay);
     text_free(&tr->plan_text);
-    free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->micro);
+    free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->micro), free(tr->exit_weight);
     free(tr->data_line), free(tr->run_text), free(tr->whole), free(tr->report),
         free(tr->tokenizer_path);
     free(tr->lora.base);

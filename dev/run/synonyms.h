@@ -27,6 +27,8 @@ static const Synonym synonyms[] = {
     {"dropout-attn", "", "attn-pdrop attention-dropout attn-dropout attention-probs-dropout-prob"},
     {"dropout-resid", "", "resid-pdrop resid-dropout hidden-dropout residual-dropout"},
     {"label-smoothing", "", "label-smoothing-factor smoothing"},
+    {"exit-scale", "", "early-exit-loss-scale e-scale early-exit-scale"},
+    {"exit-curriculum", "", "early-exit-curriculum early-exit-loss-curriculum"},
     {"train-last", ", the number of trained layers, not of frozen ones",
      "freeze-layers frozen-layers num-frozen-layers unfreeze-last trainable-layers"},
 

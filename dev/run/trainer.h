@@ -58,7 +58,7 @@ static inline void trainer_update(Trainer *tr, Metrics *r, double loss) {
 static inline Metrics trainer_step(Trainer *tr) {
     const int64_t t = tr->state.step;
     Metrics r = metrics_new();
-    double loss = 0, nll = 0;
+    double loss = 0, nll = 0, exits = 0;
     trainer_plan_step(tr, t);
     tr->bad_micro = -1;
     memset(tr->micro, 0, (size_t)tr->M * sizeof *tr->micro);
@@ -69,13 +69,15 @@ static inline Metrics trainer_step(Trainer *tr) {
         tr->micro[m] = tr->engine->run(tr->model, &batch, &pass);
         loss += tr->micro[m] / tr->M;
         tr->engine->parts(tr->model, part);
-        nll += part[PART_NLL] / tr->M;
+        nll += part[PART_NLL] / tr->M, exits += part[PART_EXITS] / tr->M;
         if (!isfinite(loss) && tr->bad_micro < 0) tr->bad_micro = m;
     }
-    double sum[4] = {loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0, nll};
-    comm_sum(tr->comm, sum, 4);
+    double sum[5] = {loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0, nll, exits};
+    comm_sum(tr->comm, sum, 5);
     r.loss = sum[0], tr->stop = sum[1] > 0, tr->save_now = sum[2] > 0;
-    if (tr->objective.smoothing != 0) r.nll = sum[3];
+    if (tr->objective.smoothing != 0 || tr->exits.scale > 0) r.nll = sum[3];
+    if (exits_count(&tr->exits, tr->config.L, t))
+        r.exit_loss = sum[4] / (1 - tr->exit_weight[tr->config.L - 1]);
     if (tr->options->record_micro) {
         // each micro-batch's loss is on one rank, the others have 0
         comm_sum(tr->comm, tr->micro, (size_t)tr->M);

@@ -201,7 +201,7 @@ static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
 
 static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
     EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype,
-                       .bound = {c.L * B, c.L * B, BRANCHES * c.L * B},
+                       .bound = {c.L * B, c.L * B, BRANCHES * c.L * B, c.L - 1},
                        .attention_noise = 1, .lora_scale = REF_LORA_SCALE, .lora_noise = 1};
     Rig r = rig_new(c, &args, B);
     for (int i = 0; i < B * T; i++) {
@@ -569,9 +569,11 @@ static double ref_head(double *losses, const double *x, const double *w, const G
     return uniform;
 }
 
-// losses (T) of one row of the plan's micro-batch; returns the same as ref_head.
-static double ref_row(double *losses, const double *w, const GptConfig *c, const DropPlan *plan,
-                      const Noise *noise, int row, int T, const int *tokens, const int *targets) {
+// losses (T) of one row of the plan's micro-batch; returns the same as ref_head. *exits += the
+// weighted sum over its tokens of the losses read before the last layer.
+static double ref_row(double *losses, double *exits, const double *w, const GptConfig *c,
+                      const DropPlan *plan, const Noise *noise, const Objective *o, int row, int T,
+                      const int *tokens, const int *targets) {
     const RefRow r = {noise, row};
     size_t TC = (size_t)(T * c->C);
     double *x = (double *)xcalloc(3 * TC, sizeof(double)), *a = x + TC, *f = a + TC;
@@ -589,6 +591,9 @@ static double ref_row(double *losses, const double *w, const GptConfig *c, const
         ref_mlp(f, x, w, c, &r, l, T);
         for (size_t i = 0; i < TC; i++)
             x[i] += plan->tied ? sa * f[i] + (sa - 1) * a[i] : sm * f[i];
+        if (!o || !o->exit || l == c->L - 1 || o->exit[l] == 0) continue;
+        *exits += o->exit[l] * o->smoothing * ref_head(losses, x, w, c, T, targets);
+        for (int t = 0; t < T; t++) *exits += o->exit[l] * (1 - o->smoothing) * losses[t];
     }
     const double uniform = ref_head(losses, x, w, c, T, targets);
     free(x);
@@ -600,17 +605,18 @@ static double ref_row(double *losses, const double *w, const GptConfig *c, const
 // The mean loss of the rig's micro-batch under its plan with weights w; losses (B,T) may be NULL.
 static double ref_loss(const Rig *r, const double *w, double *losses) {
     const double smoothing = r->objective ? r->objective->smoothing : 0;
-    double sum = 0, uniform = 0, *row_losses = doubles(r->T);
+    const double last = r->objective && r->objective->exit ? r->objective->exit[r->c.L - 1] : 1;
+    double sum = 0, uniform = 0, exits = 0, *row_losses = doubles(r->T);
     for (int row = 0; row < r->B; row++) {
-        uniform += ref_row(row_losses, w, &r->c, &r->plan, r->noise, row, r->T,
-                           r->tokens + row * r->T, r->targets + row * r->T);
+        uniform += ref_row(row_losses, &exits, w, &r->c, &r->plan, r->noise, r->objective, row,
+                           r->T, r->tokens + row * r->T, r->targets + row * r->T);
         for (int t = 0; t < r->T; t++) {
             sum += row_losses[t];
             if (losses) losses[row * r->T + t] = row_losses[t];
         }
     }
     free(row_losses);
-    return ((1 - smoothing) * sum + smoothing * uniform) / (r->B * r->T);
+    return (last * ((1 - smoothing) * sum + smoothing * uniform) + exits) / (r->B * r->T);
 }
 
 static double *rig_weights_double(Rig *r) {

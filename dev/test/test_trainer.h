@@ -137,8 +137,9 @@ static void test_trainer_resume_is_bit_identical(void) {
                              "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
                              "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli",
                              "--dtype bf16 --drop-unit row", "--train-last 1 --drop-unit row",
-                             "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 --record-micro 1"};
-    for (int i = 0; i < 6; i++) {
+                             "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 --record-micro 1",
+                             "--layers 4 --drop-unit row --exit-scale 0.5 --exit-every 2"};
+    for (int i = 0; i < 7; i++) {
         char a[400], b[400], whole[500], part[500];
         snprintf(a, sizeof a, "%s/%d_whole", dir, i), snprintf(b, sizeof b, "%s/%d_part", dir, i);
         snprintf(whole, sizeof whole, "%s/latest", a), snprintf(part, sizeof part, "%s/latest", b);

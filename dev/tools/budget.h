@@ -17,8 +17,11 @@ static inline double budget_cost(const Budget *b, int64_t steps) {
     if (error) g.n = 0;
     free(error);
     if (b->options->train_last) d.frozen = b->config->L - (int)b->options->train_last;
-    if (b->options->drop_path == 0 && !d.frozen && !g.n) return (double)steps;
-    return growth_run_compute(&g, &d, b->config, b->T, steps) * (double)steps;
+    const TrainOptions *o = b->options;
+    const Exits e = {o->exit_scale, o->exit_curriculum, (int)o->exit_every, steps};
+    const double exits = exits_run_compute(&e, &g, b->config, b->T);
+    if (o->drop_path == 0 && !d.frozen && !g.n) return (1 + exits) * (double)steps;
+    return (growth_run_compute(&g, &d, b->config, b->T, steps) + exits) * (double)steps;
 }
 
 // The steps of which cost comes nearest to target, from `low` on. Ramps are stretched with the run;
