@@ -473,7 +473,7 @@ struct Model {
                                       // applied by an update, which count as zeros whatever the
                                       // memory contains
 
-    real *saved, *saved_end;            // what forward saves for backward, one branch after the other
+    real *saved, *saved_end;          // what forward saves for backward, one branch after the other
     size_t saved_capacity, saved_peak;      // elements allocated; the most that was used
     AttentionSaved *attention;         // (L) into `saved`
     MlpSaved *mlp;                     // (L)
@@ -496,6 +496,8 @@ struct Model {
     PackedWeights packed;             // as read by multiply_few
     real *few;                        // (FEW_ROWS,4C) its a operand
     const int *seq, *at;              // of the current decode; NULL: none
+    real *stream;                     // (sequences,T,C) where decode has stopped,
+    int *stopped;                     // (sequences,T) and before which layer
 };
 
 // One layer's part of a parameter in a slot; NULL if it is frozen and the slot is not the
@@ -562,7 +564,7 @@ static size_t saved_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { real **at; size_t n; } Buffer;
-enum { N_BUFFERS = 24, N_TRAINING_BUFFERS = 5 };
+enum { N_BUFFERS = 25, N_TRAINING_BUFFERS = 5 };
 
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
@@ -585,6 +587,7 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
             C / (size_t)m->config.NH)},
         {&m->packed.at, cached ? packed_total(&m->packed, &m->config, &m->pack) : 0},
         {&m->few, cached ? FEW_ROWS * 4 * (C + TILE_COLS) : 0},
+        {&m->stream, cached * (size_t)m->args.T * C},
         {&m->lora_u, BT * r}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C : 0},
         {&m->saved, 0},                                   // has its own size
         {&m->lora_v, BT * r},
@@ -618,6 +621,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->attention = xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = xcalloc((size_t)config->L, sizeof *m->mlp);
     m->exit = xcalloc((size_t)config->L, sizeof *m->exit);
+    m->stopped = xcalloc((size_t)args->cache * (size_t)args->T + 1, sizeof *m->stopped);
     m->saved_capacity = saved_bound(m, &args->bound);
     for (int i = 0, n = args->dry ? 0 : model_buffers(m, buffers); i < n; i++)
         *buffers[i].at = vectors_new(buffers[i].at == &m->saved ? m->saved_capacity : buffers[i].n);
@@ -634,6 +638,7 @@ static void model_close(Model *m) {
     free(m->attention);
     free(m->mlp);
     free(m->exit);
+    free(m->stopped);
     free(m);
 }
 
@@ -1044,33 +1049,70 @@ static void model_logits(Model *m, int row, int t, real *host) {
 
 // ---- Generation ----
 
-static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at,
-                         const DropPlan *plan, real *logits) {
-    const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C,
-        V = (size_t)m->config.V;
+// Caches keys and values of the stream as it is.
+static void keys_forward(Model *m, const Pass *pass, int l) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T,
+        nT = tokens_of(m, b);
+    const Params w = params_at(m, SLOT_PARAM, l);
+    HeadCache layer = m->cache;
+    layer.at += (size_t)l * (size_t)m->args.cache * NH * head_cache(m->cache.T, C / NH);
+    if (!nT) return;
+    real *xhat = save(m, nT * C), *rstd = save(m, nT), *qkv = save(m, nT * 3 * C);
+    layernorm_forward(m->ln, xhat, rstd, m->x, NULL, rows_of(m, b), w.ln1w, w.ln1b, nT, T, C);
+    linear_forward(m, pass, l, P_qkvw, fresh(qkv, 3 * C, w.qkvb), m->ln, nT);
+    attention_cached(NULL, qkv, layer, b, m->seq, m->at, T, C, NH);
+}
+
+// Reads the streams of a call's positions from the cache or, with `stop`, writes them there: they
+// have stopped before layer `stop`.
+static void stream_move(Model *m, int stop) {
+    const size_t C = (size_t)m->config.C, T = (size_t)m->last_T, most = (size_t)m->args.T;
+    for (size_t i = 0; i < (size_t)m->last_B * T; i++) {
+        const size_t at = (size_t)m->seq[i / T] * most + (size_t)m->at[i / T] + i % T;
+        if (stop) m->stopped[at] = stop;
+        if (!stop) memcpy(m->x + i * C, m->stream + at * C, C * sizeof(real));
+        else if (stop < m->config.L) memcpy(m->stream + at * C, m->x + i * C, C * sizeof(real));
+    }
+}
+
+// The logits of the stream as it is: after each row's last token, or after all.
+static void decode_logits(Model *m, real *logits, int all) {
+    const size_t B = (size_t)m->last_B, T = (size_t)m->last_T, C = (size_t)m->config.C,
+        V = (size_t)m->config.V, n = all ? B * T : B;
     const Params w = params_at(m, SLOT_PARAM, 0);
     const PackWorkspace work = {m->few, NULL, m->pack.bf16};
+    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T,
+                      C);
+    const Matrix x = all ? matrix(m->lnf, C) : matrix(m->lnf + (T - 1) * C, T * C);
+    if (n <= FEW_ROWS)
+        multiply_few(fresh(logits, V, NULL), &work, x, packed_at(&m->packed, P_wte, 0), n, V, C);
+    else multiply(fresh(logits, V, NULL), &m->pack, x, transposed(w.wte, C), n, V, C, NULL);
+}
+
+static void model_decode(Model *m, const DecodeArgs *a, const DropPlan *plan) {
+    const size_t B = (size_t)plan->batch, T = (size_t)a->n, C = (size_t)m->config.C;
+    const int to = decode_to(a, m->config.L);
+    const Params w = params_at(m, SLOT_PARAM, 0);
     const Pass pass = pass_of(plan, 0);
-    engine_check_decode(&m->config, &m->args, n, tokens, seq, at, plan);
+    engine_check_decode(&m->config, &m->args, a, plan, m->stopped);
     for (int p = 0; p < N_PARAMS && m->packed.stale; p++)
         for (int i = 0; (is_packed(p) || p == P_wte) && i < gpt_param_layers(&m->config, p); i++)
             packed_write(&m->packed, &m->config, &m->pack, p, i, tensor_at(m, SLOT_PARAM, p, i));
     m->packed.stale = 0;
-    m->last_B = plan->batch, m->last_T = n;
-    m->seq = seq, m->at = at;
-    embedding_forward(m->x, tokens, at, w.wte, w.wpe, B, T, C);
-    for (int l = 0; l < m->config.L; l++) {
+    m->last_B = plan->batch, m->last_T = a->n;
+    m->seq = a->seq, m->at = a->at;
+    if (a->from) stream_move(m, 0);
+    else embedding_forward(m->x, a->tokens, a->at, w.wte, w.wpe, B, T, C);
+    for (int l = a->from; l < to; l++) {
         m->saved_end = m->saved;
-        block_forward(m, &pass, l);
+        if (a->keys_only) keys_forward(m, &pass, l);
+        else block_forward(m, &pass, l);
     }
+    stream_move(m, to);
     m->seq = m->at = NULL;
-    if (!logits) return;
-    layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T,
-                      C);
-    const Matrix last = matrix(m->lnf + (T - 1) * C, T * C);
-    if (B <= FEW_ROWS)
-        multiply_few(fresh(logits, V, NULL), &work, last, packed_at(&m->packed, P_wte, 0), B, V, C);
-    else multiply(fresh(logits, V, NULL), &m->pack, last, transposed(w.wte, C), B, V, C, NULL);
+    if (a->stream) memcpy(a->stream, m->x, B * T * C * sizeof(real));
+    if (a->logits) decode_logits(m, a->logits, a->all);
 }
 
 // ---- AdamW (Loshchilov and Hutter 2019, algorithm 2), with the gradients clipped to a norm ----

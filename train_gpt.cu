@@ -2389,6 +2389,8 @@ struct Model {
     Inputs host, device;
     size_t rows;                         // the most in a call
     Cache cache;                         // (L,sequences,2,T,C)
+    float *stream;                       // (sequences,T,C) where decode has stopped,
+    int *stopped;                        // (sequences,T) and before which layer
     int decoding, begins;                // a decode is in progress; all its rows begin a sequence
     int *group;                          // (V) of each token, -1 if it is not in the batch
     float *host_losses, *host_uniform;   // (1+exits,B,T) (1+exits,B,T) the last layer's first
@@ -2596,7 +2598,7 @@ static size_t saved_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { void **at; size_t bytes; } Buffer;
-enum { N_BUFFERS = 26, N_TRAINING_BUFFERS = 8 };
+enum { N_BUFFERS = 27, N_TRAINING_BUFFERS = 8 };
 
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
@@ -2616,6 +2618,7 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
          padded_vocabulary(V) * N},
         {(void **)&m->token_logits, (m->args.cache ? m->rows : 1) * V * one},
         {&m->cache.at, (size_t)m->args.cache * (size_t)c->L * 2 * (size_t)m->args.T * C * N},
+        {(void **)&m->stream, (size_t)m->args.cache * (size_t)m->args.T * C * one},
         {(void **)&m->gpu.partial, PARTIAL * C * one}, {(void **)&m->gpu.sum, 4 * C * one},
         {&m->lora_u, BT * r * N}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C * N : 0},
         {(void **)&m->saved, 0},                          // has its own size
@@ -2768,6 +2771,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->attention = (AttentionSaved *)xcalloc((size_t)config->L, sizeof *m->attention);
     m->mlp = (MlpSaved *)xcalloc((size_t)config->L, sizeof *m->mlp);
     m->exit = (ExitSaved *)xcalloc((size_t)config->L, sizeof *m->exit);
+    m->stopped = (int *)xcalloc((size_t)args->cache * (size_t)args->T + 1, sizeof *m->stopped);
     if (args->graphs) m->graph = (Graph *)xcalloc(2 * branches * GRAPHS, sizeof *m->graph);
     buffers_new(m);
     inputs_new(m);
@@ -2785,7 +2789,7 @@ static void model_close(Model *m) {
                             m->chunk, m->norms, m->update, m->device.place};
     void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm};
     void *const host[] = {m->shown, m->graph, m->group, m->spent, m->attention, m->mlp, m->exit,
-                          m};
+                          m->stopped, m};
     gpu_close(&m->gpu);
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) CUDA_CHECK(cudaFree(device[i]));
     for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++)
@@ -3178,20 +3182,26 @@ static void show(Model *m, const Watch *w, int point, const void *from, int is_f
     else w->see(w->self, point, m->shown);
 }
 
+// Adds the last branch's output, which is still pending, to the stream.
+static void settle(Model *m) {
+    const size_t BT = (size_t)m->last_B * (size_t)m->last_T, n = BT * (size_t)m->config.C;
+    const unsigned T = (unsigned)m->last_T, C = (unsigned)m->config.C;
+    if (m->ended && m->gpu.half)
+        LAUNCH(residual_kernel<bf16>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x,
+               (const bf16 *)m->ended, m->end, BT, T, C);
+    else if (m->ended)
+        LAUNCH(residual_kernel<float>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x,
+               (const float *)m->ended, m->end, BT, T, C);
+    m->ended = NULL;
+}
+
 // Passes the stream to the watch that requested it: the last branch's output is then added first,
 // and not as the next one begins.
 static void look(Model *m, const Pass *pass, int point) {
-    const size_t B = (size_t)m->last_B, T = (size_t)m->last_T, C = (size_t)m->config.C,
-        n = B * T * C;
     if (!pass->watch || !pass->watch->want[point]) return;
-    if (m->ended && m->gpu.half)
-        LAUNCH(residual_kernel<bf16>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x,
-               (const bf16 *)m->ended, m->end, B * T, (unsigned)T, (unsigned)C);
-    else if (m->ended)
-        LAUNCH(residual_kernel<float>, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x,
-               (const float *)m->ended, m->end, B * T, (unsigned)T, (unsigned)C);
-    m->ended = NULL;
-    show(m, pass->watch, point, m->x, 1, n);
+    settle(m);
+    show(m, pass->watch, point, m->x, 1,
+         (size_t)m->last_B * (size_t)m->last_T * (size_t)m->config.C);
 }
 
 // ---- A block with drop path ----
@@ -3287,7 +3297,7 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
     }
     for (int i = 0; i < NOISE_PLACES * plan->layers; i++)
         m->host.noise[i] = noise_place(pass->noise, i / plan->layers, i % plan->layers);
-    memcpy(m->host.tokens, batch->tokens, BT * sizeof(int));
+    if (batch->tokens) memcpy(m->host.tokens, batch->tokens, BT * sizeof(int));
     if (batch->targets) memcpy(m->host.targets, batch->targets, BT * sizeof(int));
     if (pass->weight != 0) groups = group_tokens(m, batch->tokens, BT);
     CUDA_CHECK(cudaMemcpyAsync(m->device.place, m->host.place,
@@ -3474,38 +3484,92 @@ static void model_logits(Model *m, int row, int t, real *host) {
 
 // ---- Generation ----
 
-static void model_decode(Model *m, int n, const int *tokens, const int *seq, const int *at,
-                         const DropPlan *plan, real *logits) {
-    const size_t B = (size_t)plan->batch, T = (size_t)n, C = (size_t)m->config.C,
-        V = (size_t)m->config.V;
-    const Rows all = {NULL, NULL};
+// Caches keys and values of the stream as it is.
+static void keys_forward(Model *m, const Pass *pass, int l) {
+    const int i = BRANCHES * l + ATTN;
+    const size_t nT = tokens_of(m, &pass->plan->branch[i]);
+    const Operands w = weights_at(m, l);
+    if (!nT) return;
+    const AttentionSaved k = attention_save(m, nT);
+    begin_branch(m, k.ln, k.xhat, k.rstd, rows_of(m, pass->plan, i), 0, w.ln1w, w.ln1b);
+    linear_forward(m, pass, l, P_qkvw, fresh(k.qkv, 3 * (size_t)m->config.C, w.qkvb), k.ln, nT);
+    m->begins = 1;                                       // nothing attends to them yet
+    attention_continue(m, l, &k, rows_of(m, pass->plan, i));
+}
+
+// x (B,T,C) = the streams (sequences,most,C) at these positions or, with `stop`, the reverse.
+static __global__ void stream_kernel(float *x, float *stream, const int *seq, const int *at,
+                                     int stop, size_t n, unsigned T, unsigned most, unsigned C) {
+    const size_t i = thread_index(), token = i / C, row = token / T;
+    if (i >= n) return;
+    const size_t place = ((size_t)seq[row] * most + (size_t)at[row] + token % T) * C + i % C;
+    if (stop) stream[place] = x[i];
+    else x[i] = stream[place];
+}
+
+// Reads the streams of a call's positions from the cache or, with `stop`, writes them there: they
+// have stopped before layer `stop`.
+static void stream_move(Model *m, int stop) {
+    const size_t T = (size_t)m->last_T, most = (size_t)m->args.T, BT = (size_t)m->last_B * T,
+        n = BT * (size_t)m->config.C;
+    for (size_t i = 0; i < BT && stop; i++)
+        m->stopped[(size_t)m->host.seq[i / T] * most + (size_t)m->host.at[i / T] + i % T] = stop;
+    if (stop < m->config.L)
+        LAUNCH(stream_kernel, blocks_for(n), BLOCK, 0, m->gpu.stream, m->x, m->stream,
+               m->device.seq, m->device.at, stop, n, (unsigned)T, (unsigned)most,
+               (unsigned)m->config.C);
+}
+
+// The logits of the stream as it is: after each row's last token, or after all.
+static void decode_logits(Model *m, real *logits, int all) {
+    const size_t B = (size_t)m->last_B, T = (size_t)m->last_T, C = (size_t)m->config.C,
+        V = (size_t)m->config.V, n = all ? T : 1;
+    const Rows every = {NULL, NULL};
     const Operands w = weights_at(m, 0);
-    const Batch batch = batch_of(plan->batch, n, tokens, NULL);
+    const Gpu *g = &m->gpu;
+    const dim3 grid(blocks_for(V * WARP).x, (unsigned)B);
+    begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, every, 0, w.lnfw, w.lnfb);
+    for (size_t t = T - n; t < T; t++) {
+        const char *from = (const char *)m->lnf + t * C * size_of_number(g);
+        LAUNCH_AS(logits_kernel, g, C % WIDE == 0, grid, BLOCK, 0, m->token_logits, from, T * C,
+                  w.wte, V, C);
+        for (size_t row = 0; row < (all ? B : 1); row++)
+            CUDA_CHECK(cudaMemcpyAsync(logits + (row * n + t - (T - n)) * V,
+                                       m->token_logits + row * V,
+                                       (all ? 1 : B) * V * sizeof(real), cudaMemcpyDeviceToHost,
+                                       g->stream));
+    }
+}
+
+static void model_decode(Model *m, const DecodeArgs *a, const DropPlan *plan) {
+    const size_t B = (size_t)plan->batch, T = (size_t)a->n, C = (size_t)m->config.C;
+    const int to = decode_to(a, m->config.L);
+    const Operands w = weights_at(m, 0);
+    const Batch batch = batch_of(plan->batch, a->n, a->tokens, NULL);
     const Pass pass = pass_of(plan, 0);
     Gpu *g = &m->gpu;
-    engine_check_decode(&m->config, &m->args, n, tokens, seq, at, plan);
-    memcpy(m->host.seq, seq, B * sizeof(int));
-    memcpy(m->host.at, at, B * sizeof(int));
+    engine_check_decode(&m->config, &m->args, a, plan, m->stopped);
+    memcpy(m->host.seq, a->seq, B * sizeof(int));
+    memcpy(m->host.at, a->at, B * sizeof(int));
     send_inputs(m, &batch, &pass);
-    m->last_B = plan->batch, m->last_T = n;
+    m->last_B = plan->batch, m->last_T = a->n;
     m->ended = NULL;
-    m->decoding = 1, m->begins = n > 1;
-    for (size_t row = 0; row < B; row++) m->begins &= at[row] == 0;
-    embedding_forward(g, m->x, m->device.tokens, m->device.at, w.wte, w.wpe, B, T, C);
-    for (int l = 0; l < m->config.L; l++) {
+    m->decoding = 1, m->begins = a->n > 1;
+    for (size_t row = 0; row < B; row++) m->begins &= a->at[row] == 0;
+    if (a->from) stream_move(m, 0);
+    else embedding_forward(g, m->x, m->device.tokens, m->device.at, w.wte, w.wpe, B, T, C);
+    for (int l = a->from; l < to; l++) {
         save_nothing(m);
-        block_forward(m, &pass, l);
+        if (a->keys_only) keys_forward(m, &pass, l);
+        else block_forward(m, &pass, l);
     }
-    begin_branch(m, m->lnf, m->lnf_xhat, m->lnf_rstd, all, 0, w.lnfw, w.lnfb);
     m->decoding = 0;
-    if (logits) {
-        const char *last = (const char *)m->lnf + (T - 1) * C * size_of_number(g);
-        const dim3 grid(blocks_for(V * WARP).x, (unsigned)B);
-        LAUNCH_AS(logits_kernel, g, C % WIDE == 0, grid, BLOCK, 0, m->token_logits, last, T * C,
-                  w.wte, V, C);
-        CUDA_CHECK(cudaMemcpyAsync(logits, m->token_logits, B * V * sizeof(real),
+    if (to < m->config.L || a->stream) settle(m);
+    stream_move(m, to);
+    if (a->stream)
+        CUDA_CHECK(cudaMemcpyAsync(a->stream, m->x, B * T * C * sizeof(real),
                                    cudaMemcpyDeviceToHost, g->stream));
-    }
+    if (a->logits) decode_logits(m, a->logits, a->all);
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
 }
 

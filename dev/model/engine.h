@@ -116,6 +116,22 @@ static inline int update_is_taken(const UpdateArgs *a, double norm) {
         !(a->norm_limit != 0 && norm > a->norm_limit);
 }
 
+// One call of decode: tokens that continue sequences of the cache, through all layers or some.
+typedef struct {
+    int n;                        // tokens per row
+    // (rows,n) (rows) (rows): row r continues sequence seq[r] at positions at[r], at[r] + 1, ...
+    const int *tokens, *seq, *at;
+    int from, to;                 // layers from .. to-1; to 0: all. With from > 0 the tokens are not
+                                  // read: an earlier call stopped at that layer with them
+    int keys_only;                // 1: the layers only cache the keys and values of the stream as it
+                                  // is, which does not change
+    int all;                      // 1: logits after each token, (rows,n,V)
+    real *logits;                 // (rows,V) after each row's last token; NULL: none
+    real *stream;                 // (rows,n,C) after the call; NULL: not wanted
+} DecodeArgs;
+
+static inline int decode_to(const DecodeArgs *a, int layers) { return a->to ? a->to : layers; }
+
 typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
 
 // Capabilities that only some engines have.
@@ -149,16 +165,16 @@ typedef struct {
     void (*parts)(Model *, double part[N_PARTS]);
     void (*logits)(Model *, int row, int t, real *host);
 
-    // Generation, on a model opened with a cache. Each of plan->batch rows continues sequence
-    // seq[row] of the cache by n tokens, tokens (batch, n), at positions at[row], at[row] + 1, ...;
-    // the tokens before them have been decoded under the same plan, and any at or after them are
-    // forgotten. Only cached keys and values are read for earlier tokens, so the cost is that of n
-    // tokens per row. No sequence may occur twice; batch * n is at most B * T, and batch may exceed
-    // B. Writes the logits (batch, V) after each row's last token, equal up to rounding to those of
-    // run over the whole sequence; NULL: none. With CAN_ANY_BATCH they have the same bits whatever
-    // rows are beside a row and however its tokens are divided among calls.
-    void (*decode)(Model *, int n, const int *tokens, const int *seq, const int *at,
-                   const DropPlan *plan, real *logits);
+    // Generation, on a model opened with a cache. Each of plan->batch rows continues a sequence by
+    // n tokens; the tokens before them have been decoded under the same plan, and in layers >= from
+    // any at or after them are forgotten. Only cached keys and values are read for earlier tokens,
+    // so the cost is that of n tokens per row. No sequence may occur twice; batch * n is at most
+    // B * T, and batch may exceed B. A call may stop between layers: the cache keeps the stream,
+    // and another call goes on from there. Logits are read from the stream where the call stops,
+    // through ln_f and the head; at the last layer they equal up to rounding those of run over the
+    // whole sequence. With CAN_ANY_BATCH they have the same bits whatever rows are beside a row and
+    // however its tokens and layers are divided among calls.
+    void (*decode)(Model *, const DecodeArgs *, const DropPlan *plan);
 
     // Clips and applies the gradients, zeroes them and returns their norm before clipping. If the
     // norm is not finite, too large for the moments or above args->norm_limit, nothing changes, not
@@ -217,11 +233,11 @@ static inline void engine_check_run(const GptConfig *c, const EngineArgs *a, con
     }
 }
 
-// For decode.
-static inline void engine_check_decode(const GptConfig *c, const EngineArgs *a, int n,
-                                       const int *tokens, const int *seq, const int *at,
-                                       const DropPlan *plan) {
-    const int B = plan->batch;
+// For decode; stopped (cache,T): at which layer each position's stream stands.
+static inline void engine_check_decode(const GptConfig *c, const EngineArgs *a,
+                                       const DecodeArgs *d, const DropPlan *plan,
+                                       const int *stopped) {
+    const int B = plan->batch, n = d->n, to = decode_to(d, c->L), *seq = d->seq, *at = d->at;
     CHECK(plan->layers == c->L, "a plan of %d layers for a model of %d", plan->layers, c->L);
     CHECK(B > 0 && B <= a->cache && n > 0 && (size_t)B * (size_t)n <= (size_t)a->B * (size_t)a->T,
           "%d rows of %d tokens; opened for %d sequences and %d tokens", B, n, a->cache,
@@ -233,9 +249,15 @@ static inline void engine_check_decode(const GptConfig *c, const EngineArgs *a, 
         for (int other = 0; other < row; other++)
             CHECK(seq[other] != seq[row], "sequence %d twice in a call", seq[row]);
     }
-    for (size_t i = 0; i < (size_t)B * (size_t)n; i++)
-        CHECK(tokens[i] >= 0 && tokens[i] < c->V, "token %d is outside the vocabulary of %d",
-              tokens[i], c->V);
+    CHECK(d->from >= 0 && d->from <= to && to <= c->L, "layers %d to %d of %d", d->from, to, c->L);
+    for (int i = 0; i < B * n; i++) {
+        const int here = d->from ? stopped[(size_t)seq[i / n] * (size_t)a->T +
+                                           (size_t)(at[i / n] + i % n)] : 0;
+        CHECK(here == d->from, "position %d stopped at layer %d, not %d", at[i / n] + i % n, here,
+              d->from);
+        CHECK(d->from || (d->tokens[i] >= 0 && d->tokens[i] < c->V),
+              "token %d is outside the vocabulary of %d", d->tokens[i], c->V);
+    }
 }
 
 // ---- What callers use ----
@@ -277,6 +299,14 @@ static inline double engine_forward_backward(const Engine *e, Model *m, int T, c
     const Batch batch = batch_of(plan->batch, T, tokens, targets);
     const Pass pass = pass_of(plan, weight);
     return e->run(m, &batch, &pass);
+}
+
+// Decodes n tokens per row through all layers; the logits (batch, V) after the last, or NULL.
+static inline void engine_decode(const Engine *e, Model *m, int n, const int *tokens,
+                                 const int *seq, const int *at, const DropPlan *plan,
+                                 real *logits) {
+    const DecodeArgs args = {.n = n, .tokens = tokens, .seq = seq, .at = at, .logits = logits};
+    e->decode(m, &args, plan);
 }
 
 // Initial weights of one parameter in the first c->L layers of a model that has `depth` layers in

@@ -18,7 +18,7 @@
 // One stream per purpose, so that a new use never shifts the draws of an existing one.
 enum { STREAM_INIT = 1, STREAM_DATA = 2, STREAM_DROP = 3, STREAM_DROP_ORDER = 4, STREAM_SAMPLE = 5,
        STREAM_TEST = 6,
-       STREAM_ROUND = 7, STREAM_NOISE = 8 };
+       STREAM_ROUND = 7, STREAM_NOISE = 8, STREAM_SPECULATE = 9 };
 
 typedef struct { uint32_t v[4]; } Philox;
 

@@ -43,18 +43,23 @@ static inline void sample_pop(SampleCandidate *c, int n) {
     c[n - 1] = best;
 }
 
-// Draws a token using the uniform u in (0, 1): softmax(logits (V) / temperature), cut to top_k,
-// then to top_p, then renormalized. Ties are resolved in favour of lower tokens. Only the tokens
-// that survive a cut are sorted.
-static inline int sample_token(const real *logits, int V, const SampleArgs *a, double u) {
-    const int most = a->top_k > 0 && a->top_k < V ? a->top_k : V;
-    int best = 0, popped = 0, n = 0, chosen = 0;
+// The most likely token, the lowest if there are several.
+static inline int sample_best(const real *logits, int V) {
+    int best = 0;
     for (int v = 1; v < V; v++)
         if (logits[v] > logits[best]) best = v;
-    if (a->temperature == 0) return best;
-    // last[-i]: the i-th most likely
-    SampleCandidate *c = (SampleCandidate *)xcalloc((size_t)V, sizeof *c), *last = c + V - 1;
-    const double top = (double)logits[best];
+    return best;
+}
+
+// Fills c (V) so that c[V-1-i], i < n, are the tokens that survive the cuts: softmax(logits (V) /
+// temperature), cut to top_k, then to top_p. Returns n; *part is the sum of their weights,
+// exp((logit - top) / temperature) with the highest logit top. Ties are resolved in favour of lower
+// tokens. Only the tokens that survive a cut are sorted.
+static inline int sample_cut(SampleCandidate *c, double *mass, const real *logits, int V,
+                             const SampleArgs *a, double top) {
+    const int most = a->top_k > 0 && a->top_k < V ? a->top_k : V;
+    int popped = 0, n = 0;
+    SampleCandidate *last = c + V - 1;                   // last[-i]: the i-th most likely
     double sum = 0, part = 0;
     for (int v = 0; v < V; v++) c[V - 1 - v].logit = logits[v], c[V - 1 - v].token = v;
 #define SAMPLE_WEIGHT(candidate) exp(((double)(candidate).logit - top) / a->temperature)
@@ -68,21 +73,50 @@ static inline int sample_token(const real *logits, int V, const SampleArgs *a, d
         if (n == popped) sample_pop(c, V - popped), popped++;
         part += SAMPLE_WEIGHT(last[-n]);
     }
-    sum = part * u, part = 0;
+    *mass = part;
+    return n;
+}
+
+// Draws a token that survives the cuts, using the uniform u in (0, 1).
+static inline int sample_token(const real *logits, int V, const SampleArgs *a, double u) {
+    const int best = sample_best(logits, V);
+    int chosen = 0;
+    if (a->temperature == 0) return best;
+    SampleCandidate *c = (SampleCandidate *)xcalloc((size_t)V, sizeof *c), *last = c + V - 1;
+    const double top = (double)logits[best];
+    double mass, part = 0;
+    const int n = sample_cut(c, &mass, logits, V, a, top);
     for (int i = 0; i < n; i++) {
         part += SAMPLE_WEIGHT(last[-i]);
         chosen = last[-i].token;
-        if (part > sum) break;
+        if (part > mass * u) break;
     }
-#undef SAMPLE_WEIGHT
     free(c);
     return chosen;
 }
 
+// The probability with which sample_token draws each token, p (V).
+static inline void sample_distribution(double *p, const real *logits, int V, const SampleArgs *a) {
+    const int best = sample_best(logits, V);
+    memset(p, 0, (size_t)V * sizeof *p);
+    p[best] = 1;
+    if (a->temperature == 0) return;
+    SampleCandidate *c = (SampleCandidate *)xcalloc((size_t)V, sizeof *c), *last = c + V - 1;
+    const double top = (double)logits[best];
+    double mass;
+    const int n = sample_cut(c, &mass, logits, V, a, top);
+    for (int i = 0; i < n; i++) p[last[-i].token] = SAMPLE_WEIGHT(last[-i]) / mass;
+    free(c);
+}
+#undef SAMPLE_WEIGHT
+
 // ---- Texts ----
 
+typedef struct Sampler Sampler;
+typedef struct SampleText SampleText;
+
 // How texts are generated, and statistics.
-typedef struct {
+struct Sampler {
     const Engine *engine;
     Model *model;                          // opened with a cache of `batch` sequences, or
     int cached;                            // 0: without one; then its whole context is recomputed
@@ -99,15 +133,22 @@ typedef struct {
     double prompt_seconds, seconds;        // spent on prompts; on everything else
     DropPlan plan;                         // for `batch` rows
     real *logits;                          // (batch, V)
-} Sampler;
+    // NULL, or how single tokens are made otherwise: a call that leaves the logits of the last layer
+    // to be used; and a whole round for texts with one unread token, which appends one or more to
+    // each (speculate.h). self belongs to them
+    void *self;
+    void (*decode)(Sampler *, const DecodeArgs *);
+    void (*round_of)(Sampler *, SampleText *, const int *which, int rows, int64_t most);
+};
 
 // A text being generated. The model sees tokens[from] onwards, of which `cached` are in its cache.
-typedef struct {
+struct SampleText {
     int *tokens;
     int64_t have, from, cached, made;
+    uint32_t number;                                     // of the texts of its prompt
     Text waiting;                                        // bytes not written yet
     int done;
-} SampleText;
+};
 
 // The tokens of a prompt (n bytes), from malloc with capacity for `more` further ones; an empty
 // prompt stands for a newline or, if the tokenizer cannot encode, for the start of a document. Dies
@@ -165,7 +206,10 @@ static inline void sample_decode(Sampler *s, SampleText *text, const int *which,
         t->cached += n;
     }
     if (s->plan.batch != rows) drop_plan_keep_all(&s->plan, s->scale, s->tied, rows);
-    if (s->cached) s->engine->decode(s->model, (int)n, tokens, which, at, &s->plan, logits);
+    const DecodeArgs args = {.n = (int)n, .tokens = tokens, .seq = which, .at = at,
+                             .logits = logits};
+    if (s->decode) s->decode(s, &args);
+    else if (s->cached) s->engine->decode(s->model, &args, &s->plan);
     else {
         engine_forward(s->engine, s->model, (int)n, tokens, NULL, &s->plan);
         s->engine->logits(s->model, 0, (int)n - 1, logits);
@@ -195,33 +239,42 @@ static inline int sample_check(const Sampler *s, SampleText *t, const real *logi
     return 1;
 }
 
-// Draws a text's next token, the one with that index.
-static inline void sample_next(Sampler *s, SampleText *t, int row, uint32_t number, int64_t most) {
+// The number of logits that stand for tokens: a model's V may be padded.
+static inline int sample_V(const Sampler *s) {
+    return s->V < s->tokenizer->V ? s->V : s->tokenizer->V;
+}
+
+// Appends a token to a text, which may end it.
+static inline void sample_append(Sampler *s, SampleText *t, int token, int64_t most) {
     const Tokenizer *k = s->tokenizer;
-    if (!sample_check(s, t, s->logits + (size_t)row * (size_t)s->V, s->V < k->V ? s->V : k->V))
-        return;
-    const double u = uniform01(rng_words(s->args.seed, STREAM_SAMPLE, (uint64_t)t->made, number,
-                                         s->round).v[0]);
-    const int token = sample_token(s->logits + (size_t)row * (size_t)s->V,
-                                   s->V < k->V ? s->V : k->V, &s->args, u);
     int length;
     if (token == k->eot) {
         t->done = 1;
         return;
     }
-    const char *bytes = tokenizer_bytes(k, token, &length);  // a model's V may be padded
+    const char *bytes = tokenizer_bytes(k, token, &length);
     text_append(&t->waiting, bytes, (size_t)length);
     t->tokens[t->have++] = token;
     t->made++, s->made++;
     t->done = t->made == most;
 }
 
-// Generates one token for each unfinished text in [first, end); text i uses slot i % batch. Tokens
-// not yet in a text's cache are processed alone, single tokens of all texts together. When a text
-// fills the T positions, the model continues from the second half of its context.
+// Draws a text's next token from its logits.
+static inline void sample_next(Sampler *s, SampleText *t, int row, int64_t most) {
+    const real *logits = s->logits + (size_t)row * (size_t)s->V;
+    if (!sample_check(s, t, logits, sample_V(s))) return;
+    const double u = uniform01(rng_words(s->args.seed, STREAM_SAMPLE, (uint64_t)t->made, t->number,
+                                         s->round).v[0]);
+    sample_append(s, t, sample_token(logits, sample_V(s), &s->args, u), most);
+}
+
+// Generates one token, or some, for each unfinished text in [first, end); text i uses slot i %
+// batch. Tokens not yet in a text's cache are processed alone, single tokens of all texts together.
+// When a text fills the T positions, the model continues from the second half of its context.
 static inline void sample_step(Sampler *s, SampleText *text, int64_t first, int64_t end,
-                               int64_t samples, int64_t most) {
+                               int64_t most) {
     int *which = (int *)xcalloc((size_t)s->batch, sizeof *which), rows = 0;
+    int *next = (int *)xcalloc((size_t)s->batch, sizeof *next), drawn = 0;
     const double from = clock_seconds();
     double alone = 0;
     for (int64_t i = first; i < end; i++) {
@@ -231,20 +284,29 @@ static inline void sample_step(Sampler *s, SampleText *text, int64_t first, int6
         if (t->have - t->from > s->T)
             t->from = t->made ? t->have - (s->T + 1) / 2 : t->have - s->T, t->cached = 0;
         const int64_t n = t->have - t->from - t->cached;
-        if (t->cached) which[rows++] = place;            // then n is 1
-        else {
-            const double begin = clock_seconds();
-            sample_decode(s, text, &place, 1, n);
-            if (!t->made) s->prompt_tokens += n, alone += clock_seconds() - begin;
+        if (t->cached) {                                 // then n is 1
+            which[rows++] = place;
+            continue;
         }
+        const double begin = clock_seconds();
+        sample_decode(s, text, &place, 1, n);
+        next[drawn++] = place;
+        if (!t->made) s->prompt_tokens += n, alone += clock_seconds() - begin;
     }
-    if (rows) sample_decode(s, text, which, rows, 1);
-    s->decoded += rows;
-    for (int64_t i = first; i < end; i++)
-        if (!text[i % s->batch].done)
-            sample_next(s, &text[i % s->batch], (int)(i % s->batch), (uint32_t)(i % samples), most);
+    const int64_t made = s->made;
+    for (int i = 0; i < drawn; i++) sample_next(s, &text[next[i]], next[i], most);
+    const int64_t first_tokens = s->made - made;
+    if (rows && s->round_of) s->round_of(s, text, which, rows, most);
+    else if (rows) {
+        sample_decode(s, text, which, rows, 1);
+        for (int i = 0; i < rows; i++) sample_next(s, &text[which[i]], which[i], most);
+    }
+    // a text's end is a token, too
+    s->decoded += s->made - made - first_tokens;
+    for (int i = 0; i < rows; i++)
+        s->decoded += text[which[i]].done && text[which[i]].made < most;
     s->prompt_seconds += alone, s->seconds += clock_seconds() - from - alone;
-    free(which);
+    free(which), free(next);
 }
 
 // Writes to f, for each prompt in turn, `samples` texts: the prompt and up to `most` tokens, until
@@ -263,10 +325,11 @@ static inline void sample_texts(FILE *f, Sampler *s, const Text *prompt, int64_t
             memset(t, 0, sizeof *t);
             t->tokens = sample_prompt(s->tokenizer, p->s, p->n, most, &t->have);
             text_append(&t->waiting, p->s, p->n);
+            t->number = (uint32_t)(begun % samples);
             t->done = most == 0;
             if (begun == turn) sample_write(f, t);       // before the model has processed it
         }
-        sample_step(s, text, turn, begun, samples, most);
+        sample_step(s, text, turn, begun, most);
         for (SampleText *t; turn < begun; turn++) {
             sample_write(f, t = &text[turn % s->batch]);
             if (ferror(f) && !s->optional) die("cannot write the text: %s", strerror(errno));

@@ -31,7 +31,7 @@
     X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored)   \
     X(engine_logits) X(engine_decode) X(engine_decode_alone) X(engine_decode_many_rows)           \
     X(engine_decode_bf16)                                                                         \
-    X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses)           \
+    X(engine_decode_stops) X(engine_decode_keys) X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses)           \
     X(engine_update) X(engine_update_clipped)                                                     \
     X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_huge)                  \
     X(engine_update_untouched)                                                                    \
@@ -1294,7 +1294,7 @@ static real *decode_pieces(Rig *r, const int *piece, int pieces) {
             seq[row] = (row + 1) % r->B, at[row] = t;
             memcpy(tokens + row * n, r->tokens + row * r->T + t, (size_t)n * sizeof *tokens);
         }
-        test_engine->decode(r->model, n, tokens, seq, at, &r->plan, got);
+        engine_decode(test_engine, r->model, n, tokens, seq, at, &r->plan, got);
         for (int row = 0; row < r->B; row++)
             memcpy(all + (size_t)(row * r->T + t + n - 1) * V, got + (size_t)row * V,
                    V * sizeof *got);
@@ -1357,17 +1357,17 @@ static void test_engine_decode_alone(void) {
     int next[3], at[3];
     for (int row = 0; row < 3; row++) {                  // the whole row in one call
         plan_force(&r.plan, FULL, 1);
-        test_engine->decode(r.model, length[row] + 1, r.tokens + row * r.T, &zero, &zero, &r.plan,
-                            alone + row * V);
+        engine_decode(test_engine, r.model, length[row] + 1, r.tokens + row * r.T, &zero, &zero,
+                      &r.plan, alone + row * V);
     }
     // all tokens but the last; then the last ones together
     for (int row = 0; row < 3; row++) {
-        test_engine->decode(r.model, length[row], r.tokens + row * r.T, &seq[row], &zero, &r.plan,
-                            NULL);
+        engine_decode(test_engine, r.model, length[row], r.tokens + row * r.T, &seq[row], &zero,
+                      &r.plan, NULL);
         next[row] = r.tokens[row * r.T + length[row]], at[row] = length[row];
     }
     plan_force(&r.plan, FULL, 3);
-    test_engine->decode(r.model, 1, next, seq, at, &r.plan, beside);
+    engine_decode(test_engine, r.model, 1, next, seq, at, &r.plan, beside);
     for (int i = 0; i < 3 * V; i++)
         EXPECT_CLOSE(beside[i], alone[i], tolerance * (1 + fabs((double)alone[i])),
                      "a logit beside others");
@@ -1391,7 +1391,7 @@ static void test_engine_decode_many_rows(void) {
     real *some = (real *)xcalloc((size_t)(20 * c.V), sizeof *some);
     for (int row = 0; row < 20; row++) seq[row] = 28 - row, tokens[row] = r.tokens[row * r.T];
     plan_force(&few.plan, FULL, 20);
-    test_engine->decode(few.model, 1, tokens, seq, at, &few.plan, some);
+    engine_decode(test_engine, few.model, 1, tokens, seq, at, &few.plan, some);
     const double tolerance = (test_engine->can & CAN_ANY_BATCH) ? 0 : 4 * rounding(4 * c.C);
     for (int row = 0; row < 20; row++)
         for (int v = 0; v < c.V; v++)
@@ -1410,6 +1410,99 @@ static void test_engine_decode_bf16(void) {
     decode_expect(&r, got, want, 0.1, "bf16");
     free(want), free(got);
     rig_close(&r);
+}
+
+// A call of decode on all rows: tokens [t, t+n) of each, layers [from, to).
+static void decode_part(Rig *r, int t, int n, int from, int to, int keys, real *logits,
+                        real *stream) {
+    int *tokens = (int *)xcalloc((size_t)(r->B * n), sizeof *tokens), seq[8], at[8];
+    for (int row = 0; row < r->B; row++) {
+        seq[row] = (row + 1) % r->B, at[row] = t;
+        memcpy(tokens + row * n, r->tokens + row * r->T + t, (size_t)n * sizeof *tokens);
+    }
+    const DecodeArgs a = {n, from ? NULL : tokens, seq, at, from, to, keys, 1, logits, stream};
+    test_engine->decode(r->model, &a, &r->plan);
+    free(tokens);
+}
+
+// Calls that stop between layers give the logits of calls that do not, to the bit if the engine
+// promises so, after each token; drafts beyond, by few layers, are forgotten, however often. The
+// logits of a stop are those of a model that ends there.
+static void test_engine_decode_stops(void) {
+    enum { T = 75 };
+    static const int plans[] = {FULL, ROW, TIED_BATCH};
+    Rig r = decode_open(decode_config, 3, T, 3, 1, DTYPE_FP32);
+    const size_t V = (size_t)r.c.V, C = (size_t)r.c.C;
+    const int any = (test_engine->can & CAN_ANY_BATCH) != 0, one[1] = {1}, L = r.c.L;
+    const double tolerance = any ? 0 : 4 * rounding(4 * r.c.C);
+    real *got = (real *)xcalloc(3 * T * V, sizeof *got), *part = (real *)xcalloc(3 * T * V,
+        sizeof *part), *stream = (real *)xcalloc(3 * T * C, sizeof *stream);
+    for (int p = 0; p < 3; p++) {
+        plan_force(&r.plan, plans[p], 3);
+        real *want = decode_pieces(&r, one, 1);
+        for (int t = 0, round = 0, n; t < T; t += n, round++) {
+            n = 1 + round % 5 < T - t ? 1 + round % 5 : T - t;
+            // drafts of the first layer, one by one; then the rest of all, in two parts
+            const int drafts = n + 3 < T - t ? n + 3 : T - t;
+            for (int i = 0; i < drafts; i++) decode_part(&r, t + i, 1, 0, 1, 0, NULL, NULL);
+            decode_part(&r, t, drafts, 1, 2, 0, NULL, stream);
+            decode_part(&r, t, drafts, 2, L, 0, part, NULL);
+            for (int row = 0; row < 3; row++)
+                memcpy(got + (size_t)(row * T + t) * V, part + (size_t)(row * drafts) * V,
+                       (size_t)n * V * sizeof *got);
+        }
+        const int seen = decode_expect(&r, got, want, tolerance, forced_plans[plans[p]].name);
+        EXPECT(seen == 3 * T, "%d logits", seen);
+        free(want);
+    }
+    // of two layers out of three, after tokens 7 .. 9
+    plan_force(&r.plan, FULL, 3);
+    decode_part(&r, 0, 7, 0, 2, 0, NULL, NULL);
+    decode_part(&r, 7, 3, 0, 2, 0, part, stream);
+    const double zero[6] = {1, 1, 1, 1, 0, 0};
+    drop_plan_keep_all(&r.plan, zero, 0, 3);
+    real *want = decode_forward(&r);
+    for (int i = 0; i < 9; i++)
+        for (size_t v = 0; v < V; v++)
+            EXPECT_CLOSE(part[(size_t)i * V + v], want[(size_t)(i / 3 * T + 7 + i % 3) * V + v],
+                         4 * rounding(4 * r.c.C) * 10, "a logit after two layers");
+    free(want), free(got), free(part), free(stream);
+    rig_close(&r);
+}
+
+// With keys_only the layers cache keys and values of the stream as it is: that of a model whose
+// branches in these layers add nothing. A later token attends to them.
+static void test_engine_decode_keys(void) {
+    enum { T = 12 };
+    Rig r = decode_open(decode_config, 2, T, 2, 1, DTYPE_FP32), still;
+    const size_t V = (size_t)r.c.V, C = (size_t)r.c.C, BTV = 2 * T * V;
+    real *got = (real *)xcalloc(BTV, sizeof *got), *want = (real *)xcalloc(BTV, sizeof *want);
+    real *before = (real *)xcalloc(2 * T * C, sizeof *before),
+        *after = (real *)xcalloc(2 * T * C, sizeof *after);
+    plan_force(&r.plan, FULL, 2);
+    decode_part(&r, 0, T - 1, 0, 1, 0, NULL, before);
+    decode_part(&r, 0, T - 1, 1, r.c.L, 1, got, after);
+    EXPECT(!memcmp(before, after, 2 * (T - 1) * C * sizeof *before), "the stream has changed");
+    decode_part(&r, T - 1, 1, 0, r.c.L, 0, want, NULL);
+    // the same with branches of zeros for the first tokens, and the true ones for the last
+    still = decode_open(decode_config, 2, T, 2, 1, DTYPE_FP32);
+    memcpy(still.tokens, r.tokens, 2 * T * sizeof(int));
+    plan_force(&still.plan, FULL, 2);
+    static const int ends[4] = {P_attprojw, P_attprojb, P_fcprojw, P_fcprojb};
+    real *zeros = slot_new(&r.c), *weights = slot_read(&r.c, r.model, SLOT_PARAM);
+    for (int k = 0; k < 4; k++)
+        for (int l = 1; l < r.c.L; l++) test_engine->write(still.model, SLOT_PARAM, ends[k], l, zeros);
+    real *first = (real *)xcalloc(BTV, sizeof *first), *last = (real *)xcalloc(BTV, sizeof *last);
+    decode_part(&still, 0, T - 1, 0, r.c.L, 0, first, NULL);
+    slot_write(&r.c, still.model, SLOT_PARAM, weights);
+    decode_part(&still, T - 1, 1, 0, r.c.L, 0, last, NULL);
+    for (size_t i = 0; i < 2 * (T - 1) * V; i++)
+        EXPECT_CLOSE(got[i], first[i], rounding(4 * r.c.C) * 10, "a logit of the still stream");
+    for (size_t i = 0; i < 2 * V; i++)
+        EXPECT_CLOSE(want[i], last[i], 4 * rounding(4 * r.c.C) * 10, "a logit after it");
+    free(got), free(want), free(before), free(after), free(zeros), free(weights), free(first),
+        free(last);
+    rig_close(&r), rig_close(&still);
 }
 
 // The next decode uses weights that were written, or trained, after the previous one.
@@ -1453,7 +1546,7 @@ static void test_engine_decode_after_update(void) {
     rig_close(&r);
 }
 
-typedef struct { Rig *r; int n, rows, seq[3], at; } DecodeWrong;
+typedef struct { Rig *r; int n, rows, seq[3], at, from, to; } DecodeWrong;
 
 static void decode_aborted(int signal_number) { _exit(signal_number == SIGABRT ? 6 : 7); }
 
@@ -1462,7 +1555,9 @@ static void decode_wrongly(void *arg) {
     const int at[3] = {w->at, 0, 0};
     signal(SIGABRT, decode_aborted);
     plan_force(&w->r->plan, FULL, w->rows);
-    test_engine->decode(w->r->model, w->n, w->r->tokens, w->seq, at, &w->r->plan, NULL);
+    const DecodeArgs a = {.n = w->n, .tokens = w->r->tokens, .seq = w->seq, .at = at,
+                          .from = w->from, .to = w->to};
+    test_engine->decode(w->r->model, &a, &w->r->plan);
 }
 
 static void test_engine_decode_refuses(void) {
@@ -1477,6 +1572,9 @@ static void test_engine_decode_refuses(void) {
     EXPECT_EXIT(6, "2 rows of 4 tokens", decode_wrongly, &large);
     EXPECT_EXIT(6, "sequence 2 of 2", decode_wrongly, &other);
     EXPECT_EXIT(6, "opened for 0 sequences", decode_wrongly, &without);
+    DecodeWrong unstopped = {&r, 1, 1, {0, 0, 0}, 0, 2, 3}, beyond = {&r, 1, 1, {0, 0, 0}, 0, 0, 4};
+    EXPECT_EXIT(6, "position 0 stopped at layer 0, not 2", decode_wrongly, &unstopped);
+    EXPECT_EXIT(6, "layers 0 to 4 of 3", decode_wrongly, &beyond);
     rig_close(&r), rig_close(&none);
 }
 

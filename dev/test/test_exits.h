@@ -152,7 +152,7 @@ static void test_exits_reference(void) {
         Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
         double *w = rig_weights_double(&r), *want = doubles(r.B * r.T);
         for (int k = 0; k < EXIT_CASES * N_FORCED; k++) {
-            if (r.c.L == 1 || (s > 2 && k % 11)) continue;
+            if (r.c.L == 1 || (s > 2 && k % 7 && k / EXIT_CASES != shapes[s].plan)) continue;
             const Objective objective = {k % 2 ? 0.2 : 0, .exit = exits_case(k % EXIT_CASES, r.c.L)};
             const char *name = forced_plans[k / EXIT_CASES].name;
             const double tolerance = 4 * rounding(4 * r.c.C + r.T);
@@ -163,8 +163,8 @@ static void test_exits_reference(void) {
             real *got = rig_losses(&r), *gradient = rig_gradient(&r, NULL);
             for (int i = 0; i < r.B * r.T; i++)
                 EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), name);
-            // of two channels LayerNorm leaves a sign, which some plans magnify
-            if (r.c.C == 2 && k / EXIT_CASES != FULL) {}
+            // of two channels LayerNorm leaves a sign, too curved for five points
+            if (r.c.C == 2 || k / EXIT_CASES != shapes[s].plan) {}
             else if (s > 2) expect_slope(&r, w, gradient, 0, gpt_params_count(&r.c), name);
             else EACH_TENSOR(&r.c)
                 expect_slope(&r, w, gradient, slot_at(&r.c, p, l), gpt_param_size(&r.c, p), name);
@@ -279,7 +279,7 @@ static void test_exits_frozen(void) {
 // in some steps and not in others.
 static void test_exits_made_again(void) {
     const GptConfig c = {53, 40, 3, 2, 32};
-    const int B = 3, T = 37;
+    const int B = 3, T = 9;
     for (int dtype = DTYPE_FP32; dtype <= DTYPE_BF16; dtype++)
         for (int way = 1; way < 4 && (test_engine->can & CAN_RECOMPUTE); way++) {
             EngineArgs args = {.B = B, .T = T, .threads = 1, .dtype = dtype,
@@ -287,7 +287,7 @@ static void test_exits_made_again(void) {
             Rig plain = rig_new(c, &args, B);
             args.recompute = way == 3 ? RECOMPUTE_GELU : way, args.graphs = way == 3;
             Rig other = rig_new(c, &args, B);
-            for (int step = 0; step < 12; step++) {
+            for (int step = 0; step < 8; step++) {
                 const Objective o = {.exit = exits_case(step % 3, 3)};
                 double want_loss, loss;
                 plan_force(&plain.plan, step % 4 < 2 ? ROW : BATCH, B);

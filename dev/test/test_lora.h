@@ -395,7 +395,7 @@ static void test_lora_decode(void) {
          *got = (real *)xcalloc((size_t)c.V, sizeof *got);
     test_engine->logits(r.model, 0, 39, want);
     for (int at = 0, n = 7, seq = 0; at < 40; at += n, n = 1)
-        test_engine->decode(r.model, n, r.tokens + at, &seq, &at, &r.plan, got);
+        engine_decode(test_engine, r.model, n, r.tokens + at, &seq, &at, &r.plan, got);
     for (int v = 0; v < c.V; v++)
         EXPECT_CLOSE(got[v], want[v], 16 * rounding(4 * c.C) * (1 + fabs((double)want[v])),
                      "logit");

@@ -136,8 +136,9 @@ static void sample_test_logits_after(int last, real *logits) {
     if (last == sample_test_model.eot_after) logits[TOKENIZER_BYTES_EOT] = 100;
 }
 
-static void sample_test_decode(Model *m, int n, const int *tokens, const int *seq, const int *at,
-                               const DropPlan *plan, real *logits) {
+static void sample_test_decode(Model *m, const DecodeArgs *a, const DropPlan *plan) {
+    const int n = a->n, *tokens = a->tokens, *seq = a->seq, *at = a->at;
+    real *logits = a->logits;
     (void)m;
     for (int row = 0; row < plan->batch; row++) {
         int *cached = &sample_test_model.cached[seq[row]];

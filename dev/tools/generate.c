@@ -10,6 +10,7 @@
 #include "../model/engines.h"
 #include "../run/options.h"
 #include "../run/sample.h"
+#include "../run/speculate.h"
 #include "load.h"
 
 //  OPTION(field, name, type, default, domain, help)
@@ -37,6 +38,12 @@
            "sample from the k most likely tokens; 0: from all")                                   \
     OPTION(top_p, "top-p", NUMBER, "1", "(0,1]",                                                  \
            "sample from the fewest tokens whose probabilities add up to this")                    \
+  HEADING("Speed: the first layers draft, all of them verify; the text is that of the full model") \
+    OPTION(exit_layer, "exit-layer", TEXT, "", "LAYERS|auto",                                     \
+           "how many layers draft; a model trained with --exit-scale drafts well; auto: observes "\
+               "how often each layer is right, and chooses")                                      \
+    OPTION(speculate, "speculate", INTEGER, "4", "[1,64]",                                        \
+           "tokens drafted at a time; with --exit-layer")                                         \
   HEADING("Model")                                                                                \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                              \
            "default: next to the checkpoint's files, otherwise the training run's")               \
@@ -131,6 +138,44 @@ static void generate(Sampler *s, Options *options, const GenerateOptions *o) {
     }
 }
 
+enum { PROBED = 64 };                                    // tokens that --exit-layer auto observes
+
+// Reads --exit-layer and --speculate.
+static void speculate_open(Speculation *k, Sampler *s, const GenerateOptions *o,
+                           const GptConfig *c) {
+    const int L = c->L, automatic = !strcmp(o->exit_layer, "auto");
+    char *end;
+    const long layer = strtol(o->exit_layer, &end, 10);
+    memset(k, 0, sizeof *k);
+    k->drafts = (int)o->speculate, k->config = c, s->self = k;
+    k->accept = (double *)xcalloc((size_t)L, sizeof *k->accept);
+    if (!*o->exit_layer) return;
+    if (!automatic && (*end || end == o->exit_layer))
+        die("--exit-layer %s: a number of layers, or auto", o->exit_layer);
+    if (!automatic && (layer < 1 || layer >= L))
+        die("--exit-layer %ld: the model has %d layers; 1 to %d can draft", layer, L, L - 1);
+    if (L < 2) die("--exit-layer auto: the model has 1 layer, and all are needed to verify");
+    k->layer = automatic ? 0 : (int)layer, k->enough = PROBED;
+    if (automatic) s->decode = speculate_probe;
+    else s->round_of = speculate_round;
+}
+
+static void speculate_report(const Speculation *k, const char *option) {
+    if (!strcmp(option, "auto") && k->probed < k->enough)
+        fprintf(stderr, "exit layer: not chosen, the texts had only %lld of %lld tokens to observe\n",
+                (long long)k->probed, (long long)k->enough);
+    else if (!strcmp(option, "auto") && !k->layer)
+        fprintf(stderr, "exit layer: none, as drafts would not be faster\n");
+    else if (!strcmp(option, "auto"))
+        fprintf(stderr, "exit layer: %d of %d, whose drafts were right in %.0f%% of %lld tokens\n",
+                k->layer, k->config->L, 100 * k->accept[k->layer - 1] / (double)k->probed,
+                (long long)k->probed);
+    if (k->drafted)
+        fprintf(stderr, "drafts: %lld by %d layers, %.1f%% accepted; %.2f tokens a round\n",
+                (long long)k->drafted, k->layer, 100 * (double)k->accepted / (double)k->drafted,
+                1 + (double)k->accepted / (double)k->rounds);
+}
+
 static void report(const char *what, int64_t tokens, double seconds) {
     fprintf(stderr, "%s %lld tokens", what, (long long)tokens);
     if (tokens > 0 && seconds > 0) fprintf(stderr, " at %.1f per second", (double)tokens / seconds);
@@ -155,7 +200,8 @@ int main(int argc, char **argv) {
     const Engine *engine = engine_default();
     // for a text's prompt, or one token of each text
     const int T = m.config.T, batch = (int)o.batch;
-    const EngineArgs args = {.B = (batch + T - 1) / T, .T = T, .threads = (int)o.threads,
+    const int64_t together = (int64_t)batch * (*o.exit_layer ? o.speculate + 1 : 1);
+    const EngineArgs args = {.B = (int)((together + T - 1) / T), .T = T, .threads = (int)o.threads,
                              .cache = batch,
                              .dtype = o.dtype == DTYPE_AUTO ? engine->dtype : o.dtype};
     load_model_as(&m, engine, &args);
@@ -164,6 +210,8 @@ int main(int argc, char **argv) {
                  .V = m.config.V, .T = T,
                  .batch = batch, .scale = m.scale, .tied = m.tied, .tokenizer = &m.tokenizer,
                  .args = {o.temperature, (int)o.top_k, o.top_p, (uint64_t)o.seed}};
+    Speculation speculation;
+    speculate_open(&speculation, &s, &o, &m.config);
     generate(&s, &options, &o);
     fprintf(stderr, "%s: ", m.dir);
     report("prompt", s.prompt_tokens, s.prompt_seconds);
@@ -171,6 +219,8 @@ int main(int argc, char **argv) {
     if (s.decoded && s.seconds > 0)
         fprintf(stderr, " at %.1f per second", (double)s.decoded / s.seconds);
     fputc('\n', stderr);
+    speculate_report(&speculation, o.exit_layer);
+    free(speculation.accept);
     load_close(&m);
     options_free(&options);
     return 0;
