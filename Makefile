@@ -49,7 +49,7 @@ COMMIT    = $(eval COMMIT := $(if $(wildcard .git),$(shell git describe --always
               2>/dev/null)))$(COMMIT)
 VERSION   = $(COMMIT:%=-DCOMMIT=%)
 ENGINES  := $(B)/engine_cpu.o
-TOOLS    := compare study generate evaluate export layers prune collapse
+TOOLS    := compare study generate evaluate export layers prune collapse exits
 PROGRAMS := $(B)/train_gpt $(TOOLS:%=$(B)/%) $(B)/data_bytes
 GPU_PROGRAMS := $(B)/train_gpt_cuda $(patsubst %,$(B)/%_cuda,$(filter-out export,$(TOOLS)))
 BUILT    := $(PROGRAMS) $(if $(filter 1,$(CUDA)),$(GPU_PROGRAMS))

@@ -54,6 +54,7 @@
 #include "dev/test/test_schedule.h"
 #include "dev/test/test_shards.h"
 #include "dev/test/test_speculate.h"
+#include "dev/test/test_adaptive.h"
 #include "dev/test/test_stats.h"
 #include "dev/test/test_strangers.h"
 #include "dev/test/test_supervise.h"
@@ -88,7 +89,7 @@ static const Test tests[] = {
     LAYERS_ENGINE_TESTS(X)
     REPLACE_ENGINE_TESTS(X)
     EXITS_ENGINE_TESTS(X)
-    SPECULATE_ENGINE_TESTS(X)
+    SPECULATE_ENGINE_TESTS(X) ADAPTIVE_ENGINE_TESTS(X)
 #undef X
 #define X(name) {#name, test_##name, 1},
 #ifdef WITH_CUDA_ENGINE
@@ -108,7 +109,7 @@ static const Test tests[] = {
     ANALYSIS_TESTS(X)
     PRUNE_REPLACE_TESTS(X)
     EXITS_TESTS(X)
-    SPECULATE_TESTS(X)
+    SPECULATE_TESTS(X) ADAPTIVE_TESTS(X)
 #undef X
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };

@@ -6,6 +6,7 @@
 
 #include "fuzz.h"
 
+#include "../run/adaptive.h"
 #include "../run/checkpoint.h"
 #include "../files/choices.h"
 #include "../run/comm.h"
@@ -217,6 +218,22 @@ static int fuzz_adapter(const unsigned char *p, size_t n) {
     FUZZ_REQUIRE(again.norms == c.norms && again.alpha == c.alpha && again.dropout == c.dropout);
     FUZZ_REQUIRE(!strcmp(again.base, c.base));
     free(c.base), free(again.base), text_free(&t);
+    return 1;
+}
+
+static int fuzz_exits(const unsigned char *p, size_t n) {
+    Adaptive a, again;
+    Text t = {NULL, 0, 0};
+    const char *error = adaptive_parse(&a, p, n);
+    if (error) return 0;
+    FUZZ_REQUIRE(a.n > 0 && a.layer[0] > 0 && a.layer[a.n - 1] < a.of && a.of <= 1024);
+    FUZZ_REQUIRE(isfinite(a.lambda) && a.tau >= 0 && a.risk > 0 && a.risk < 1);
+    adaptive_write(&t, &a);
+    error = adaptive_parse(&again, t.s, t.n);
+    FUZZ_REQUIRE(!error && again.n == a.n && again.weights == a.weights && again.of == a.of);
+    FUZZ_REQUIRE(again.lambda == a.lambda && again.tau == a.tau && again.error == a.error);
+    for (int i = 0; i < a.weights; i++) FUZZ_REQUIRE(again.weight[i] == a.weight[i]);
+    adaptive_free(&a), adaptive_free(&again), text_free(&t);
     return 1;
 }
 
@@ -636,7 +653,7 @@ static int fuzz_launch(const unsigned char *p, size_t n) {
 
 #define FUZZ_PARSERS(X)                                                                            \
     X(json) X(shards) X(choices) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) \
-    X(manifest) X(options) X(adapter) X(layers) X(study)                                           \
+    X(manifest) X(options) X(adapter) X(layers) X(study) X(exits)                                  \
     X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch)
 
 static const FuzzParser fuzz_parsers[] = {

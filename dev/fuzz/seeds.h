@@ -172,6 +172,12 @@ static void seeds_models(const char *corpus) {
               "\"modules_to_save\": [\"ln_f\", \"ln_1\", \"ln_2\"], \"peft_type\": \"LORA\", "
               "\"r\": 8, \"rank_pattern\": {}, \"target_modules\": [\"c_proj\", "
               "\"transformer.h.0.mlp.c_fc\"], \"use_dora\": false}");
+    seed_text(corpus, "exits", "learned",
+              "{\"confidence\": \"learned\", \"layers\": [1, 3], \"of\": 4, \"lambda\": 0.5, "
+              "\"tau\": 4, \"risk\": 0.05, \"error\": 0.05, \"weights\": [0.5, -1e-3]}");
+    seed_text(corpus, "exits", "saturation",
+              "{\"confidence\": \"saturation\", \"layers\": [2], \"of\": 3, \"lambda\": 2, "
+              "\"tau\": 0, \"risk\": 0.9, \"error\": 0.5, \"weights\": []}");
     memset(&sums, 0, sizeof sums);
     for (int i = 0; i < CHECKPOINT_FILES; i++) sha256_hex(sums.file[i].hex, &i, 1);
     checkpoint_trainer_json(&t, &s, &sums);

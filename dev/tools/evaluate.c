@@ -17,6 +17,7 @@
 #include "../model/layer_list.h"
 #include "../run/options.h"
 #include "../run/trainer.h"
+#include "exits.h"
 #include "load.h"
 #include "score.h"
 
@@ -47,6 +48,9 @@
            "run only these layers or branches, counted from 0: 0,2-5,7.attn; or none")             \
     OPTION(depth, "depth", NUMBER, "1", "(0,1]",                                                   \
            "run this fraction of the layers, rounded, evenly spaced from the first to the last")   \
+  HEADING("Adaptive depth, in addition: of --val, token by token, which is slow")                  \
+    OPTION(adaptive, "adaptive", TEXT, "", "FILE",                                                 \
+           "a policy that build/exits made; calibrate it on other text than this")                 \
   HEADING("Output")                                                                                \
     OPTION(json, "json", TEXT, "", "FILE", "write the results to this file too")                   \
     OPTION(scores, "scores", TEXT, "", "FILE",                                                     \
@@ -89,6 +93,9 @@ typedef struct {
     double *choice_loss;        // (rows of the questions)
 } Result;
 
+// --adaptive: the policy and full depth, on the same rows by the same calls.
+typedef struct { ExitsScore full, policy; int64_t rows; } AdaptiveResult;
+
 typedef struct {
     Loaded *m;
     const EvaluateOptions *o;
@@ -99,6 +106,7 @@ typedef struct {
     int *characters;                                     // (rows of the questions), or NULL
     int64_t cut;                                         // rows whose context lost its first tokens
     Result result[DEPTHS];
+    AdaptiveResult adaptive;
 } Evaluate;
 
 static void open_depth(Result *r, const char *name, const unsigned char *kept, const Loaded *m,
@@ -192,6 +200,50 @@ static void print_val(const Evaluate *e) {
         if (e->stride) printf(" %12.6f", r->val.document_loss);
         print_layers(r, e->m->config.L);
     }
+}
+
+// Reads the rows of --val in the order of full depth, so that losses can be compared.
+static void evaluate_adaptive(Evaluate *e) {
+    const GptConfig *c = &e->m->config;
+    const Adaptive none = {.confidence = CONFIDENCE_LEARNED, .of = c->L, .n = 1,
+                           .layer = (int[]){1}, .lambda = 2, .weight = (double *)xcalloc(
+                               (size_t)c->C + 1, sizeof(double))};
+    Adaptive a = adaptive_open(e->o->adaptive, c);
+    AdaptiveRun run = {.engine = e->m->engine, .model = e->m->model, .policy = &none, .config = c,
+                       .scale = e->m->scale, .tied = e->m->tied, .T = e->T,
+                       .plan = drop_plan_new(c->L, e->B)};
+    ExitsRows rows = exits_rows_first(&e->shards, (int)e->rows);
+    Progress progress = progress_begin("adaptive", 2 * (double)rows.n * rows.T);
+    e->adaptive.rows = e->rows;
+    e->adaptive.full = exits_score(&run, &rows, e->B, 1, &progress);
+    run.policy = &a;
+    e->adaptive.policy = exits_score(&run, &rows, e->B, 0, &progress);
+    progress_clear(&progress);
+    exits_rows_free(&rows), adaptive_free(&a), drop_plan_free(&run.plan), free(none.weight);
+}
+
+static void print_adaptive(const Evaluate *e) {
+    const ExitsScore *p = &e->adaptive.policy, *full = &e->adaptive.full;
+    char layers[64];
+    snprintf(layers, sizeof layers, "%.2f of %d a token", p->layers, e->m->config.L);
+    printf("%-8s %10.6f %12.4f %14s %7.1f%%  %s\n", "adaptive", p->loss, exp(p->loss), "-",
+           100 * p->flops, layers);
+    printf("the most likely token is full depth's for %.2f%%; loss %+.2f%%; %.1f s, full depth "
+           "token by token %.1f s\n", 100 * (1 - p->apart), 100 * (p->loss / full->loss - 1),
+           p->seconds, full->seconds);
+}
+
+static void json_adaptive(Text *t, const Evaluate *e) {
+    const ExitsScore *p = &e->adaptive.policy;
+    text_printf(t, ",\n  \"adaptive\": {\"val_loss\": ");
+    json_write_number(t, p->loss);
+    json_number_at(t, "layers", p->layers);
+    json_number_at(t, "flops_fraction", p->flops);
+    json_number_at(t, "disagree", p->apart);
+    json_number_at(t, "seconds", p->seconds);
+    json_number_at(t, "full_loss", e->adaptive.full.loss);
+    json_number_at(t, "full_seconds", e->adaptive.full.seconds);
+    text_printf(t, "}");
 }
 
 // The names match metrics.jsonl.
@@ -342,6 +394,7 @@ static void write_json(const Evaluate *e) {
             text_printf(&t, ",\n  \"stride\": %d,\n  \"documents\": %lld", e->stride,
                         (long long)e->result[FULL].val.documents);
         for (int i = 0; i < e->depths; i++) json_val(&t, &e->result[i], e->m->config.L);
+        if (*e->o->adaptive) json_adaptive(&t, e);
     }
     if (*e->o->choices) json_choices(&t, e);
     text_printf(&t, "\n}\n");
@@ -370,14 +423,18 @@ static void evaluate(Loaded *m, const EvaluateOptions *o, const unsigned char *k
         e.eot = e.stride ? find_eot(&e) : -1;
         if (e.rows && e.rows < e.B && !*o->choices) e.B = (int)e.rows;
     }
-    load_model(m, engine_default(), e.B, e.T, (int)o->threads);
+    const EngineArgs args = {.B = e.B, .T = e.T, .threads = (int)o->threads, .dtype = DTYPE_FP32,
+                             .cache = *o->adaptive ? e.B : 0};
+    load_model_as(m, engine_default(), &args);
 
     unsigned char *all = (unsigned char *)xcalloc((size_t)(BRANCHES * m->config.L), 1);
     memset(all, 1, (size_t)(BRANCHES * m->config.L));
     open_depth(&e.result[FULL], "full", all, m, e.T);
     if (kept) open_depth(&e.result[REDUCED], "reduced", kept, m, e.T);
     for (int i = 0; *o->val && i < e.depths; i++) evaluate_val(&e, &e.result[i]);
+    if (*o->adaptive) evaluate_adaptive(&e);
     if (*o->val) print_val(&e);
+    if (*o->adaptive) print_adaptive(&e);
     if (*o->val && *o->choices) printf("\n");
     for (int i = 0; *o->choices && i < e.depths; i++) evaluate_choices(&e, &e.result[i]);
     if (*o->choices) print_choices(&e);
@@ -386,7 +443,8 @@ static void evaluate(Loaded *m, const EvaluateOptions *o, const unsigned char *k
     for (int i = 0; i < e.depths; i++) free(e.result[i].scale), free(e.result[i].choice_loss);
     if (*o->val) shards_close(&e.shards);
     if (*o->choices) choices_close(&e.choices);
-    free(e.characters), free(all);
+    free(e.characters), free(all), free(e.adaptive.full.disagree);
+    free(e.adaptive.policy.disagree);
 }
 
 int main(int argc, char **argv) {
@@ -407,6 +465,9 @@ int main(int argc, char **argv) {
     if (o.stride && !*o.val) die("--stride is for --val, which is missing");
     if ((*o.scores || o.examples) && !*o.choices)
         die("--%s is for --choices, which is missing", *o.scores ? "scores" : "examples");
+    if (*o.adaptive && (!*o.val || o.stride))
+        die("--adaptive is for %s", *o.val ? "whole rows: it excludes --stride" :
+            "--val, which is missing");
     const int by_list = options_from(&options, &o.keep_layers) != FROM_DEFAULT;
     const int by_depth = options_from(&options, &o.depth) != FROM_DEFAULT;
     if (by_list && by_depth) die("--keep-layers and --depth exclude each other");

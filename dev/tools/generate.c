@@ -8,6 +8,7 @@
 
 #include "../check.h"
 #include "../model/engines.h"
+#include "../run/adaptive.h"
 #include "../run/options.h"
 #include "../run/sample.h"
 #include "../run/speculate.h"
@@ -38,12 +39,16 @@
            "sample from the k most likely tokens; 0: from all")                                   \
     OPTION(top_p, "top-p", NUMBER, "1", "(0,1]",                                                  \
            "sample from the fewest tokens whose probabilities add up to this")                    \
-  HEADING("Speed: the first layers draft, all of them verify; the text is that of the full model") \
+  HEADING("Speed: the first layers draft, all of them verify: the full model's text; or fewer "   \
+          "layers for easy tokens")                                                               \
     OPTION(exit_layer, "exit-layer", TEXT, "", "LAYERS|auto",                                     \
            "how many layers draft; a model trained with --exit-scale drafts well; auto: observes "\
                "how often each layer is right, and chooses")                                      \
     OPTION(speculate, "speculate", INTEGER, "4", "[1,64]",                                        \
            "tokens drafted at a time; with --exit-layer")                                         \
+    OPTION(adaptive, "adaptive", TEXT, "", "FILE",                                                \
+           "a policy that build/exits made: tokens that it is sure of leave after some layers, "  \
+               "so this may be another text")                                                     \
   HEADING("Model")                                                                                \
     OPTION(tokenizer, "tokenizer", TEXT, "", "FILE",                                              \
            "default: next to the checkpoint's files, otherwise the training run's")               \
@@ -176,6 +181,44 @@ static void speculate_report(const Speculation *k, const char *option) {
                 1 + (double)k->accepted / (double)k->rounds);
 }
 
+// Sampler.decode: single tokens under the policy, prompts through all layers.
+static void adaptive_tokens(Sampler *s, const DecodeArgs *a) {
+    int *left = (int *)xcalloc((size_t)s->plan.batch, sizeof *left);
+    if (a->n > 1) s->engine->decode(s->model, a, &s->plan);
+    else adaptive_step((AdaptiveRun *)s->self, s->plan.batch, a->tokens, a->seq, a->at, a->logits,
+                       left);
+    free(left);
+}
+
+// What the options ask for beside plain decoding.
+typedef struct { Speculation speculation; Adaptive policy; AdaptiveRun run; } Faster;
+
+static void faster_open(Faster *f, Sampler *s, const GenerateOptions *o, const Loaded *m) {
+    memset(f, 0, sizeof *f);
+    if (*o->exit_layer && *o->adaptive)
+        die("--exit-layer and --adaptive exclude each other: drafts are verified by all layers");
+    speculate_open(&f->speculation, s, o, &m->config);
+    if (!*o->adaptive) return;
+    f->policy = adaptive_open(o->adaptive, &m->config);
+    const AdaptiveRun run = {.engine = m->engine, .model = m->model, .policy = &f->policy,
+                             .config = &m->config, .scale = m->scale, .tied = m->tied,
+                             .T = m->config.T,
+                             .plan = drop_plan_new(m->config.L, s->batch)};
+    f->run = run;
+    s->self = &f->run, s->decode = adaptive_tokens;
+}
+
+static void faster_close(Faster *f, const GenerateOptions *o) {
+    const AdaptiveRun *r = &f->run;
+    speculate_report(&f->speculation, o->exit_layer);
+    if (*o->adaptive && r->tokens)
+        fprintf(stderr, "adaptive: %.2f of %d layers a token, %.1f%% of the FLOPs\n",
+                r->layers / (double)r->tokens, r->config->L, 100 * adaptive_flops(r));
+    free(f->speculation.accept);
+    if (!*o->adaptive) return;
+    adaptive_free(&f->policy), drop_plan_free(&f->run.plan);
+}
+
 static void report(const char *what, int64_t tokens, double seconds) {
     fprintf(stderr, "%s %lld tokens", what, (long long)tokens);
     if (tokens > 0 && seconds > 0) fprintf(stderr, " at %.1f per second", (double)tokens / seconds);
@@ -210,8 +253,8 @@ int main(int argc, char **argv) {
                  .V = m.config.V, .T = T,
                  .batch = batch, .scale = m.scale, .tied = m.tied, .tokenizer = &m.tokenizer,
                  .args = {o.temperature, (int)o.top_k, o.top_p, (uint64_t)o.seed}};
-    Speculation speculation;
-    speculate_open(&speculation, &s, &o, &m.config);
+    Faster faster;
+    faster_open(&faster, &s, &o, &m);
     generate(&s, &options, &o);
     fprintf(stderr, "%s: ", m.dir);
     report("prompt", s.prompt_tokens, s.prompt_seconds);
@@ -219,8 +262,7 @@ int main(int argc, char **argv) {
     if (s.decoded && s.seconds > 0)
         fprintf(stderr, " at %.1f per second", (double)s.decoded / s.seconds);
     fputc('\n', stderr);
-    speculate_report(&speculation, o.exit_layer);
-    free(speculation.accept);
+    faster_close(&faster, &o);
     load_close(&m);
     options_free(&options);
     return 0;
