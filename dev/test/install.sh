@@ -17,7 +17,8 @@ for program in "$bin"/*; do
     n=$((n + 1))
 done
 for program in train_gpt droppath-compare droppath-study droppath-generate droppath-evaluate \
-               droppath-export droppath-layers droppath-prune droppath-collapse droppath-data-bytes; do
+               droppath-export droppath-layers droppath-prune droppath-collapse \
+               droppath-exits droppath-data-bytes; do
     [ -x "$bin/$program" ] || fail "$program is not there"
 done
 [ -s "$root/opt/a b/share/doc/droppath/LICENSE" ] || fail "LICENSE is not there"

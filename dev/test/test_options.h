@@ -194,7 +194,7 @@ static int options_test_has(const Text *help, const char *name) {
 // synonym's name.
 static void test_options_synonyms_lead_somewhere(void) {
     static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate",
-                                           "export",    "layers",  "prune",    "collapse"};
+                                           "export",    "layers",  "prune",    "collapse",  "exits"};
     enum { PROGRAMS = sizeof programs / sizeof programs[0] };
     Text help[PROGRAMS];
     for (int p = 0; p < PROGRAMS; p++) {
@@ -225,7 +225,7 @@ static void test_options_synonyms_lead_somewhere(void) {
 // whatever else is on the command line.
 static void test_options_help_and_version(void) {
     static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export",
-                                           "collapse", "data_bytes"};
+                                           "collapse", "exits", "data_bytes"};
     const int git = path_exists(".git") && system("git describe --always >/dev/null 2>&1") == 0;
     for (size_t p = 0; p < sizeof programs / sizeof programs[0]; p++) {
         ToolRun h = tool_run("%s -h", programs[p]), help = tool_run("%s --help", programs[p]);
