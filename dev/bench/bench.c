@@ -19,7 +19,7 @@
 //  OPTION(field, name, type, default, domain, help)
 #define BENCH_OPTIONS(HEADING, OPTION)                                                          \
   HEADING("Bench")                                                                              \
-    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|step|drop|memory|turns",        \
+    OPTION(only, "only", CHOICE, "all", "all|peak|matmul|layers|step|drop|lora|memory|turns",   \
            "one table; turns: for each number n on a line of standard input do n steps, print " \
                "their mean in ms")                                                              \
     OPTION(dtype, "dtype", CHOICE, "fp32", "fp32|bf16",                                         \
@@ -29,7 +29,7 @@
     BENCH_OPTIONS_FOR(OPTION, "build/bench.json")
 
 OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
-enum { ONLY_ALL, ONLY_MEMORY = 6, ONLY_TURNS };
+enum { ONLY_ALL, ONLY_MEMORY = 7, ONLY_TURNS };
 
 // ---- Defaults: what is measured unless the options say otherwise ----
 
@@ -39,6 +39,7 @@ static const Case step_cases[] = {{"gpt2", 4, 256}, {"gpt2", 4, 64}, {"small", 4
                                   {"tiny", 12, 64}};
 // must be adjacent
 static const Case drop_cases[] = {{"small", 2, 128}};
+static const Case lora_cases[] = {{"gpt2", 2, 256}};
 static const Case memory_cases[] = {{"gpt2", 4, 1024}, {"small", 8, 256}};
 #define CASES(all) all, sizeof all / sizeof all[0]
 
@@ -52,6 +53,7 @@ static const struct {                                    // in the order of --on
     {bench_layers, CASES(kernel_cases), 10},
     {bench_step,   CASES(step_cases),   4},
     {bench_drop,   CASES(drop_cases),   12},
+    {bench_lora,   CASES(lora_cases),   3},
 };
 enum { N_TABLES = sizeof tables / sizeof tables[0] };
 

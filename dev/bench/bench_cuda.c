@@ -16,7 +16,7 @@
 //  OPTION(field, name, type, default, domain, help)
 #define BENCH_OPTIONS(HEADING, OPTION)                                                             \
   HEADING("Bench")                                                                                 \
-    OPTION(only, "only", CHOICE, "all", "all|step|drop|turns",                                     \
+    OPTION(only, "only", CHOICE, "all", "all|step|drop|lora|turns",                                \
            "one table; turns: for each number n on a line of standard input do n steps, print "    \
                "their mean in ms")                                                                 \
     OPTION(recompute, "recompute", CHOICE, "none", "gelu|none|branch", "what backward recomputes") \
@@ -24,7 +24,7 @@
     CUDA_BENCH_OPTIONS(OPTION, "build/bench_cuda.json")
 
 OPTION_TABLE(BENCH_OPTIONS, BenchOptions, bench_options)
-enum { ONLY_ALL, ONLY_STEP, ONLY_DROP, ONLY_TURNS };
+enum { ONLY_ALL, ONLY_STEP, ONLY_DROP, ONLY_LORA, ONLY_TURNS };
 enum { STEP_ROUNDS = 8, DROP_ROUNDS = 3 };
 
 // ---- The program ----
@@ -74,11 +74,13 @@ int main(int argc, char **argv) {
         bench_turns(&b, &only);
     } else {
         printf("%s\n", b.engine->name);
-        if (o.only != ONLY_DROP)
+        if (o.only == ONLY_ALL || o.only == ONLY_STEP)
             bench_step(&b, one ? &only : cuda_cases, one ? 1 : N_CUDA_DEFAULTS,
                        rounds ? rounds : STEP_ROUNDS);
-        if (o.only != ONLY_STEP)
+        if (o.only == ONLY_ALL || o.only == ONLY_DROP)
             bench_drop(&b, one ? &only : cuda_cases, 1, rounds ? rounds : DROP_ROUNDS);
+        if (o.only == ONLY_ALL || o.only == ONLY_LORA)
+            bench_lora(&b, one ? &only : cuda_cases, 1, rounds ? rounds : DROP_ROUNDS);
         bench_write(&b, o.json);
     }
     text_free(&b.rows);

@@ -418,6 +418,106 @@ static void bench_drop(Bench *b, const Case *cases, int n, int rounds) {
     for (int i = 0; i < n; i++) bench_drop_of(b, &cases[i], rounds);
 }
 
+// ---- Adapters: a step that trains LoRA's beside one that trains everything ----
+
+enum { LORA_RANK = 16 };
+
+// FLOPs of a step: forward and backward, of B rows.
+static double lora_flops(const Step *s) {
+    double flops = gpt_head_step_flops(&s->c, s->T);
+    for (int l = 0; l < s->c.L; l++)
+        for (int branch = 0; branch < BRANCHES; branch++)
+            flops += gpt_branch_step_flops(&s->c, branch, s->T, l, 0);
+    return s->B * flops;
+}
+
+// Fresh adapters add nothing, since their B is 0: the two models have the same loss.
+static void lora_check(Step *full, Step *adapted) {
+    const double a = engine_forward(full->engine, full->m, full->T, full->tokens, full->targets,
+                                    &full->plan),
+                 b = engine_forward(adapted->engine, adapted->m, adapted->T, adapted->tokens,
+                                    adapted->targets, &adapted->plan);
+    if (!(fabs(a - b) <= step_tolerance(full, full->c.L) * fabs(a)))
+        die("the loss with fresh adapters is %.9g, without them %.9g", b, a);
+    const double first = step_loss(adapted), second = step_loss(adapted);
+    if (!(second < first))
+        die("a step of adapters does not lower the loss: %g, then %g", first, second);
+}
+
+static void lora_print(const Bench *b, const Case *c, const Step s[2], double *const seconds[2],
+                       const double *ratio, int rounds, int steps, Text *json) {
+    static const char *const name[2] = {"all parameters", "adapters"};
+    const double MiB = 1 << 20;
+    double trained[2];
+    printf("\nadapters of rank %d: %s, B %d, T %d, %s, %d rounds of %d steps\n%-16s %9s %9s %10s "
+           "%12s %9s %9s\n", LORA_RANK, c->preset, c->B, c->T, dtype_name[b->dtype], rounds, steps,
+           "trained", "median ms", "best ms", "time", "parameters", "FLOPs", "MiB");
+    for (int i = 0; i < 2; i++) {
+        EngineMemory m;
+        s[i].engine->memory(s[i].m, &m);
+        trained[i] = (double)m.gradients + (double)m.moments;
+        printf("%-16s %9.1f %9.1f %9.3fx %12zu %8.1f%% %9.1f\n", name[i],
+               1e3 * measure_median(seconds[i], rounds), 1e3 * measure_least(seconds[i], rounds),
+               i ? measure_median(ratio, rounds) : 1, gpt_params_trained(&s[i].c, 0),
+               100 * lora_flops(&s[i]) / lora_flops(&s[0]), trained[i] / MiB);
+    }
+    printf("MiB: of gradients and moments; %.1f%% with adapters\n", 100 * trained[1] / trained[0]);
+    measure_json_open(json);
+    measure_json_text(json, "table", "adapters");
+    measure_json_text(json, "preset", c->preset);
+    measure_json_text(json, "dtype", dtype_name[b->dtype]);
+    measure_json(json, "rank", LORA_RANK);
+    measure_json(json, "batch", c->B);
+    measure_json(json, "seq_len", c->T);
+    measure_json(json, "full_ms", 1e3 * measure_median(seconds[0], rounds));
+    measure_json(json, "adapter_ms", 1e3 * measure_median(seconds[1], rounds));
+    measure_json(json, "time_ratio", measure_median(ratio, rounds));
+    measure_json(json, "flops_ratio", lora_flops(&s[1]) / lora_flops(&s[0]));
+    measure_json(json, "full_trained_bytes", trained[0]);
+    measure_json(json, "adapter_trained_bytes", trained[1]);
+    measure_json(json, "rounds", rounds);
+    text_printf(json, "}");
+}
+
+// Alternating slices: full, adapters, full, ..., full; each of the adapters' is compared with the
+// mean of its two neighbours.
+static void bench_lora_of(Bench *b, const Case *c, int rounds) {
+    GptConfig config = gpt_preset(c->preset)->config;
+    Step s[2];
+    step_open(&s[0], b, b->dtype, &config, step_model(b, &config, c->B, c->T, b->dtype), c->B,
+              c->T);
+    config.lora = LORA_RANK, config.lora_targets = (1u << LORA_TARGETS) - 1;
+    const EngineArgs args = {.B = c->B, .T = c->T, .dtype = b->dtype, .lora_scale = 2,
+                             .bound = {c->B * config.L, c->B * config.L,
+                                       BRANCHES * c->B * config.L},
+                             .recompute = b->recompute, .graphs = b->graphs};
+    Model *m = engine_open(b->engine, &config, &args);
+    engine_init_weights(b->engine, m, &config, 1);
+    engine_init_adapters(b->engine, m, &config, 1);
+    step_open(&s[1], b, b->dtype, &config, m, c->B, c->T);
+    lora_check(&s[0], &s[1]);
+    step_run(&s[0]);
+    const double slices = 0.3 / drop_baseline(&s[1], 1);
+    const int steps = slices > 1 ? (int)slices : 1;
+    double *seconds[2], *ratio = xcalloc((size_t)rounds, sizeof *ratio);
+    for (int i = 0; i < 2; i++) seconds[i] = xcalloc((size_t)rounds, sizeof(double));
+    double before = drop_baseline(&s[0], steps);
+    for (int round = 0; round < rounds; round++) {
+        seconds[1][round] = drop_baseline(&s[1], steps);
+        const double after = drop_baseline(&s[0], steps);
+        seconds[0][round] = (before + after) / 2;
+        ratio[round] = seconds[1][round] / seconds[0][round];
+        before = after;
+    }
+    lora_print(b, c, s, seconds, ratio, rounds, steps, &b->rows);
+    for (int i = 0; i < 2; i++) b->engine->close(s[i].m), step_close(&s[i]), free(seconds[i]);
+    free(ratio);
+}
+
+static void bench_lora(Bench *b, const Case *cases, int n, int rounds) {
+    for (int i = 0; i < n; i++) bench_lora_of(b, &cases[i], rounds);
+}
+
 // ---- Alternating with another program: each waits while the other works ----
 
 static void bench_turns(const Bench *b, const Case *c) {

@@ -172,14 +172,18 @@ static Text timeless(const char *dir) {
 // created; if it exists, it must refer to the last checkpoint.
 static char *compare(const char *dir, const char *reference, int no_link) {
     enum { FILES = 7 };
-    static const char *const files[FILES] = {"model.safetensors", "config.json",
-                                             "optimizer.safetensors", "trainer.json",
-                                             "tokenizer.bin", "tokenizer.json",
-                                             "tokenizer_config.json"};
-    char *wrong = NULL;
+    static const char *const files[2][FILES] = {
+        {"model.safetensors", "config.json", "optimizer.safetensors", "trainer.json",
+         "tokenizer.bin", "tokenizer.json", "tokenizer_config.json"},
+        {LORA_MODEL, LORA_CONFIG, "optimizer.safetensors", "trainer.json", LORA_MODEL, LORA_CONFIG,
+         "trainer.json"}};
+    char *wrong = NULL, *config = xprintf("%s/run/step_00000006/" LORA_CONFIG, reference);
+    const int adapter = path_exists(config);
+    free(config);
     char *latest = xprintf("%s/run/latest", dir);
     for (int i = no_link && !path_exists(latest) ? FILES : 0; i < 2 * FILES && !wrong; i++) {
-        char *name = xprintf("run/%s/%s", i < FILES ? "latest" : "step_00000006", files[i % FILES]);
+        char *name = xprintf("run/%s/%s", i < FILES ? "latest" : "step_00000006",
+                             files[adapter][i % FILES]);
         Text a = read_text(dir, name), b = read_text(reference, name);
         if (!b.n || a.n != b.n || memcmp(a.s, b.s, a.n)) wrong = xprintf("%s differs", name);
         text_free(&a), text_free(&b), free(name);
@@ -244,11 +248,12 @@ static void list_calls(const char *dir, const char *more, Calls *c) {
 
 // ---- Kills ----
 
-// Runs once, ending at call `at`, and checks what is left.
-static void kill_at(const Calls *c, int mode, int64_t at) {
+// Runs once with more options, ending at call `at`, and checks what is left.
+static void kill_at(const Calls *c, int mode, int64_t at, const char *more,
+                    const char *reference) {
     char *dir = new_case(), *wrong = NULL, what[100];
     const Faults f = fault(mode, 0, at, at);
-    const int code = run(dir, "", &f);
+    const int code = run(dir, more, &f);
     tt.kills++;
     snprintf(what, sizeof what, "%s at call %lld (%s)",
              mode == FAULT_POWER ? "power cut" : mode == FAULT_HALF ? "kill within" : "kill",
@@ -260,7 +265,7 @@ static void kill_at(const Calls *c, int mode, int64_t at) {
         wrong = xprintf("the checkpoint of step %d is lost, %lld is the newest", c->saved[at],
                         (long long)newest(dir));
     free(out);
-    if (!wrong) wrong = finish_run(dir, "", tt.reference);
+    if (!wrong) wrong = finish_run(dir, more, reference);
     done(what, dir, wrong);
 }
 
@@ -269,7 +274,23 @@ static void kill_at_every_call(const Calls *c) {
     for (int m = 0; m < 3; m++)
         for (int at = 1 + (tt.shorter ? m : 0); at <= c->n; at += tt.shorter ? 13 : 1)
             if (mine(at) && (modes[m] != FAULT_HALF || !strcmp(c->kind[at], "write")))
-                kill_at(c, modes[m], at);
+                kill_at(c, modes[m], at, "", tt.reference);
+}
+
+// The same for adapters of the reference's final model: a checkpoint has other files.
+static void kill_adapters(void) {
+    static const int modes[] = {FAULT_KILL, FAULT_POWER};
+    char *reference = new_case(),
+         *more = xprintf("--init-from %s/run/step_00000006 --lora 2 --lora-norms 1 --lr 1e-2",
+                         tt.reference);
+    Calls c;
+    list_calls(reference, more, &c);
+    for (int m = 0; m < 2; m++)
+        for (int at = 1 + m; at <= c.n; at += tt.shorter ? 17 : 1)
+            if (mine(at)) kill_at(&c, modes[m], at, more, reference);
+    char *wrong = compare(reference, reference, 0);
+    free(more);
+    done("adapters", reference, wrong);
 }
 
 // A run that is killed repeatedly, at calls and times derived from the case's number.
@@ -761,6 +782,7 @@ int main(int argc, char **argv) {
     if (run(tt.stopping, STOP, NULL)) fail(STOP, tt.stopping, "it failed");
     if (run(all, "--keep 0", NULL)) fail("--keep 0", all, "it failed");
     kill_at_every_call(&c);
+    kill_adapters();
     kill_at_replacing();
     for (int i = 0; i < (tt.shorter ? 2 : 40); i++)
         if (mine(i)) kill_at_random(i);
