@@ -117,6 +117,7 @@ static const Test tests[] = {
 #ifdef CUDA_EMULATED                                     // several ranks without a GPU each
     NCCL_TESTS(X)
     GPU_RANKS_TESTS(X)
+    GPU_LORA_TESTS(X)
     GPU_ANALYSIS_TESTS(X)
 #endif
 #endif

@@ -585,6 +585,50 @@ static void test_lora_ranks(void) {
     for (int i = 0; i < 4; i++) free(out[i]), free(latest[i]);
 }
 
+// The same on the GPU engine, emulated, whose gradients are summed during the backward pass: any
+// number of ranks, with each rank holding its share of the moments or all of them. A run with shares
+// resumes to its own bits, and on other ranks to the same numbers.
+static inline void test_gpu_lora_ranks(void) {
+    const char *dir = test_directory(), *base = lora_base();
+    const char *options = "--steps 8 --dtype fp32 --lora-norms 1 --lora-dropout 0.1 --drop-path 0.3 "
+                          "--drop-unit row --drop-adam skip --save-every 4 --keep 0";
+    static const struct { const char *program, *more; int ranks; } run[] = {
+        {EMULATED, "", 1}, {LAZY, "--zero 0", 2}, {LAZY, "--zero 1", 2}, {EARLY, "--zero 1", 4},
+        {"train_gpt", "", 4}};
+    char out[500], first[600], latest[600], again[600], step[600];
+    snprintf(first, sizeof first, "%s/0/latest", dir);
+    for (int i = 0; i < 5; i++) {
+        snprintf(out, sizeof out, "%s/%d", dir, i),
+            snprintf(latest, sizeof latest, "%s/latest", out);
+        EXPECT_PROGRAM(run[i].program, run[i].ranks, LORA_RUN " %s %s", base, out, options,
+                       run[i].more);
+        const double apart = tensors_differ(first, latest, LORA_MODEL),
+                     moments = tensors_differ(first, latest, "optimizer.safetensors");
+        EXPECT(apart < 1e-3 && moments < 1e-2, "run %d: adapters %g apart, moments %g", i, apart,
+               moments);
+    }
+    snprintf(step, sizeof step, "%s/2/step_00000004", dir);
+    snprintf(latest, sizeof latest, "%s/2/latest", dir);
+    for (int ranks = 2; ranks <= 4; ranks += 2) {
+        snprintf(out, sizeof out, "%s/on%d", dir, ranks),
+            snprintf(again, sizeof again, "%s/latest", out);
+        EXPECT_PROGRAM(LAZY, ranks, "--lora 3 --out %s %s --zero 1 --resume %s", out, options, step);
+        EXPECT(tensors_differ(latest, again, LORA_MODEL) < 1e-3, "another run on %d ranks", ranks);
+        if (ranks == 2) EXPECT_SAME(latest, again, LORA_MODEL);
+        if (ranks == 2) EXPECT_SAME(latest, again, "optimizer.safetensors");
+    }
+    // in bf16 a rank has its share of the weights, too: without the norm no bit changes
+    for (int zero = 0; zero < 2; zero++)
+        EXPECT_PROGRAM(LAZY, 2, LORA_RUN "/bf16_%d --steps 4 --dtype bf16 --grad-clip 0 --zero %d",
+                       base, dir, zero, zero);
+    snprintf(latest, sizeof latest, "%s/bf16_0/latest", dir);
+    snprintf(again, sizeof again, "%s/bf16_1/latest", dir);
+    EXPECT_SAME(latest, again, LORA_MODEL);
+    EXPECT_SAME(latest, again, "optimizer.safetensors");
+}
+
+#define GPU_LORA_TESTS(X) X(gpu_lora_ranks)
+
 static void test_lora_signals(void) {
     const char *dir = test_directory(), *base = lora_base(), *data = trainer_test_data();
     ToolRun r = shell_runf("%s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN
