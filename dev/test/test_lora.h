@@ -1,5 +1,5 @@
-// test_lora.h: adapters (LoRA). Their losses and gradients against the plain reference of
-// test_engine.h, PyTorch and the same model with the adapters merged into its weights.
+// test_lora.h: tests of adapters (LoRA). Their losses and gradients are compared with the reference
+// of test_engine.h, with PyTorch, and with the same model after the adapters are merged into it.
 #ifndef TEST_LORA_H
 #define TEST_LORA_H
 
@@ -24,7 +24,8 @@
     X(lora_signals) X(lora_not_finite) X(lora_files) X(lora_tools_merge)                    \
     X(lora_goes_on_from_an_adapter) X(lora_base_must_stay) X(lora_refuses) X(lora_tells)
 
-// Rank, targets, norms; dropout of the adapter's input beside dropout of the branch's end.
+// Ranks, targets and norms: without dropout, with dropout of the adapters' inputs, and with every
+// kind of dropout.
 typedef struct {
     const char *name;
     int rank;
@@ -57,11 +58,11 @@ static void lora_noise(Rig *r, int k) {
     r->noise = lora_cases[k].noise.seed ? &lora_cases[k].noise : NULL;
 }
 
-// Losses and gradients of PyTorch in float64, which dev/golden/make_lora.py made.
+// Compares with losses and gradients that dev/golden/make_lora.py computed in PyTorch, in float64.
 static void test_lora_golden(void) {
     static const char *const cases[] = {"full/", "row/", "tied/"}, *const path = "dev/golden/"
                                                                                  "lora.safetensors";
-    Golden g = golden_open(), more = g; // the base's weights are those of the other file
+    Golden g = golden_open(), more = g; // the base's weights are in golden.safetensors
     const char *error = file_map(&more.map, path);
     if (!error) error = safetensors_parse(&more.file, more.map.data, more.map.size);
     if (error) die("%s: %s", path, error);
@@ -156,8 +157,8 @@ static void test_lora_differences(void) {
 }
 #endif
 
-// W + s A^T B^T of each product that has an adapter, as a model without; its weights in the order
-// of that model.
+// Returns the weights of a plain model that computes the same, in that model's order: W + s A^T B^T
+// for each matmul with an adapter.
 static real *lora_merge(const GptConfig *c, const GptConfig *base, const real *w) {
     real *merged = slot_new(base);
     EACH_TENSOR(base) {
@@ -176,8 +177,8 @@ static real *lora_merge(const GptConfig *c, const GptConfig *base, const real *w
     return merged;
 }
 
-// With W' = W + s A^T B^T: dA = s (dW' B)^T and dB = s dW'^T A^T, and the norms' gradients are the
-// same.
+// Compares the gradients with those derived from the merged model. With W' = W + s A^T B^T,
+// dA = s (dW' B)^T and dB = s dW'^T A^T; the norms' gradients are the same in both.
 static void lora_expect_merged(const GptConfig *c, const GptConfig *base, const real *w,
                                const real *got, const real *dense, double tolerance,
                                const char *what) {
@@ -229,7 +230,7 @@ static void test_lora_merged_gradients(void) {
     }
 }
 
-// With B = 0: the base's bits on the CPU, its numbers to rounding elsewhere.
+// With B = 0 the loss is that of the base: bit for bit on the CPU, up to rounding on other engines.
 static void test_lora_starts_as_the_base(void) {
     for (int k = 0; k < LORA_CASES; k++) {
         const GptConfig c = lora_config(small_config, k);
@@ -251,7 +252,8 @@ static void test_lora_starts_as_the_base(void) {
     }
 }
 
-// A is uniform in +-1/sqrt(in), as peft's; another in each layer and product; B is zero.
+// A starts uniform in +-1/sqrt(in), as in peft, with other values in each layer and matmul; B is
+// zero.
 static void test_lora_init(void) {
     const GptConfig c = lora_config(small_config, 0);
     Rig r = rig_open(c, 1, 4);
@@ -279,8 +281,8 @@ static void test_lora_init(void) {
     rig_close(&r);
 }
 
-// An update moves what trains, with weight decay of matrices, and nothing else; its norm is that of
-// what trains.
+// An update changes exactly the trained parameters, and decays only matrices; the gradient norm
+// covers only the trained parameters.
 static void test_lora_base_stays(void) {
     for (int k = 0; k < 2; k++) {
         const GptConfig c = lora_config(small_config, k);
@@ -298,8 +300,8 @@ static void test_lora_base_stays(void) {
                       same = !memcmp(before + at, after + at, n * sizeof *after);
             EXPECT(same == !trains, "%s of layer %d: %s", gpt_param[p].name, l,
                    same ? "stays" : "moves");
-            for (size_t i = at; trains && i < at + n;
-                 i++) { // the first step of AdamW goes by the sign
+            // AdamW's first step depends only on the gradient's sign
+            for (size_t i = at; trains && i < at + n; i++) {
                 const double keep = gpt_param[p].dims == 2 ? 1 - 0.01 * 0.1 : 1;
                 const double want =
                     keep * (double)before[i] - 0.01 * (double)g[i] / (fabs((double)g[i]) + 1e-8);
@@ -331,7 +333,8 @@ static void test_lora_threads(void) {
     free(want);
 }
 
-// Two micro-batches add up, whether a gradient is set or added to.
+// The gradients of two micro-batches add up: after an update the first pass overwrites them, the
+// second accumulates.
 static void test_lora_micro_batches(void) {
     const GptConfig c = lora_config(small_config, LORA_ALL_DROPOUTS);
     static const int plans[] = {BATCH, ROW};
@@ -346,7 +349,8 @@ static void test_lora_micro_batches(void) {
     }
     const int64_t t[7] = {1, 1, 1, 1, 1, 1, 1};
     const UpdateArgs discard = {0, 0.9, 0.95, 1e-8, 0, 0, t, 1, 0};
-    test_engine->update(r.model, &discard); // spent: the next pass sets, the one after it adds
+    // without gradients, the next pass overwrites them, and the one after it accumulates
+    test_engine->update(r.model, &discard);
     for (int k = 0; k < 2; k++) {
         plan_force(&r.plan, plans[k], 2);
         rig_run(&r, 1);
@@ -377,7 +381,7 @@ static void test_lora_bf16_is_near(void) {
     rig_close(&fp32), rig_close(&bf16);
 }
 
-// Token by token as all at once.
+// Decoding token by token gives the logits of a single forward pass.
 static void test_lora_decode(void) {
     const GptConfig c = lora_config(small_config, 0);
     EngineArgs args = {.B = 1,
@@ -403,7 +407,8 @@ static void test_lora_decode(void) {
     rig_close(&r);
 }
 
-// Gradients and moments are of what trains: peft's counts, by hand.
+// Gradients and moments exist for the trained parameters only, whose number, computed here by hand,
+// is peft's.
 static void test_lora_memory(void) {
     const GptConfig c = lora_config(small_config, 1);
     const size_t C = (size_t)c.C, R = (size_t)c.lora,
@@ -511,7 +516,7 @@ static void test_lora_parses(void) {
 
 // ---- Whole runs ----
 
-// A model of a few steps, made once: DIR/base.
+// A base model, trained for a few steps, once for all tests: DIR/base. Returns DIR.
 static const char *lora_base(void) {
     static char dir[300];
     if (dir[0]) return dir;
@@ -541,8 +546,8 @@ static void test_lora_resume_is_bit_identical(void) {
     }
 }
 
-// Neither threads nor evaluations nor saves change a bit. Another cut into micro-batches has the
-// same noise.
+// Threads, evaluations and saves change no bit. Another division into micro-batches draws the same
+// dropout, so the result differs by rounding only.
 static void test_lora_cuts_change_no_bit(void) {
     const char *dir = test_directory(), *base = lora_base();
     static const char *const ways[] = {"--threads 1 --save-every 0",
@@ -563,7 +568,7 @@ static void test_lora_cuts_change_no_bit(void) {
     free(a), free(b), free(c);
 }
 
-// Two ranks and one have the same adapters but for rounding; and another seed others.
+// Any number of ranks trains the same adapters up to rounding; another seed trains different ones.
 static void test_lora_ranks(void) {
     const char *dir = test_directory(), *base = lora_base();
     static const struct {
@@ -585,13 +590,13 @@ static void test_lora_ranks(void) {
     for (int i = 0; i < 4; i++) free(out[i]), free(latest[i]);
 }
 
-// The same on the GPU engine, emulated, whose gradients are summed during the backward pass: any
-// number of ranks, with each rank holding its share of the moments or all of them. A run with shares
-// resumes to its own bits, and on other ranks to the same numbers.
+// The same on the emulated GPU, which sums gradients during the backward pass: on any number of
+// ranks, whether each rank holds its share of the moments or all of them. A run with shares resumes
+// to the same bits, and on another number of ranks to the same numbers.
 static inline void test_gpu_lora_ranks(void) {
     const char *dir = test_directory(), *base = lora_base();
-    const char *options = "--steps 8 --dtype fp32 --lora-norms 1 --lora-dropout 0.1 --drop-path 0.3 "
-                          "--drop-unit row --drop-adam skip --save-every 4 --keep 0";
+    const char *options = "--steps 8 --dtype fp32 --lora-norms 1 --lora-dropout 0.1 --drop-path "
+                          "0.3 --drop-unit row --drop-adam skip --save-every 4 --keep 0";
     static const struct { const char *program, *more; int ranks; } run[] = {
         {EMULATED, "", 1}, {LAZY, "--zero 0", 2}, {LAZY, "--zero 1", 2}, {EARLY, "--zero 1", 4},
         {"train_gpt", "", 4}};
@@ -612,7 +617,8 @@ static inline void test_gpu_lora_ranks(void) {
     for (int ranks = 2; ranks <= 4; ranks += 2) {
         snprintf(out, sizeof out, "%s/on%d", dir, ranks),
             snprintf(again, sizeof again, "%s/latest", out);
-        EXPECT_PROGRAM(LAZY, ranks, "--lora 3 --out %s %s --zero 1 --resume %s", out, options, step);
+        EXPECT_PROGRAM(LAZY, ranks, "--lora 3 --out %s %s --zero 1 --resume %s", out, options,
+                       step);
         EXPECT(tensors_differ(latest, again, LORA_MODEL) < 1e-3, "another run on %d ranks", ranks);
         if (ranks == 2) EXPECT_SAME(latest, again, LORA_MODEL);
         if (ranks == 2) EXPECT_SAME(latest, again, "optimizer.safetensors");
@@ -645,7 +651,7 @@ static void test_lora_signals(void) {
     free(latest), free(wrong);
 }
 
-// A run that ends over numbers that are not finite names its last good adapter.
+// A run that stops because its numbers are not finite names its last good adapter.
 static void test_lora_not_finite(void) {
     const char *dir = test_directory(), *base = lora_base();
     EXPECT_REFUSED(3, "last good checkpoint: ",
@@ -654,7 +660,7 @@ static void test_lora_not_finite(void) {
                    base, dir, HUGE_LR);
 }
 
-// What a checkpoint has; --keep; a damaged one is passed over.
+// The files of a checkpoint; --keep removes old ones; --resume skips a damaged one.
 static void test_lora_files(void) {
     const char *dir = test_directory(), *base = lora_base();
     EXPECT_RUN(LORA_RUN "/run --steps 12 --save-every 3 --keep 2", base, dir);
@@ -680,8 +686,8 @@ static void test_lora_files(void) {
     free(step), free(old), free(config), free(model), free(wrong), text_free(&t);
 }
 
-// generate, evaluate and export read an adapter as the model that it makes of its base: as the
-// export of it.
+// generate, evaluate and export merge an adapter into its base on loading, so their results are the
+// same as on its export.
 static void test_lora_tools_merge(void) {
     const char *dir = test_directory(), *base = lora_base(), *data = trainer_test_data();
     EXPECT_RUN(LORA_RUN "/run --steps 30 --lora-norms 1", base, dir);
@@ -722,7 +728,8 @@ static void test_lora_tools_merge(void) {
     text_free(&first[0]), text_free(&first[1]), free(from), free(to), free(plain);
 }
 
-// A new run from an adapter: with --lora its adapters train on, without it the merged weights do.
+// A new run from an adapter: with --lora, training continues with its adapters; without, with the
+// merged weights.
 static void test_lora_goes_on_from_an_adapter(void) {
     const char *dir = test_directory(), *base = lora_base();
     EXPECT_RUN(LORA_RUN "/first --steps 10 --lora-targets qkv,fc", base, dir);
@@ -745,7 +752,7 @@ static void test_lora_goes_on_from_an_adapter(void) {
     free(first), free(second), free(full), free(merged);
 }
 
-// A base that was moved, changed or is an adapter itself.
+// A base that was moved or changed, or that is itself an adapter, is refused.
 static void test_lora_base_must_stay(void) {
     const char *dir = test_directory(), *base = lora_base(), *data = trainer_test_data();
     tool_expect(0, "", tool_run("export %s/base --out %s/base", base, dir), __FILE__, __LINE__);
@@ -763,7 +770,7 @@ static void test_lora_base_must_stay(void) {
     EXPECT_RUN("--lora 3 --lr 1e-2 --out %s/run --steps 8 --resume", dir);
     char *path = xprintf("%s/moved/model.safetensors", dir);
     Text t = test_read_file(path);
-    t.s[t.n - 2] ^= 1; // of a number's fraction
+    t.s[t.n - 2] ^= 1; // in the fraction of a number
     FILE *f = file_open(path, "wb");
     file_write(f, path, t.s, t.n);
     fclose(f);
@@ -827,8 +834,8 @@ static void test_lora_refuses(void) {
                    "--lora 3 --init-from %s/scaled --out %s/no --steps 2", dir, dir);
 }
 
-// What a run says of itself; drop path is mild unless it was asked for, and a strong one is warned
-// of.
+// What a run prints: its trained parameters, the milder default of drop path, a warning about high
+// rates. Then its FLOPs, by hand.
 static void test_lora_tells(void) {
     const char *dir = test_directory(), *base = lora_base();
     ToolRun r = trainer_test_run(LORA_RUN "/x --steps 5 --dry-run", base, dir);
@@ -844,7 +851,7 @@ static void test_lora_tells(void) {
     r = trainer_test_run(LORA_RUN "/z --steps 1 --drop-path 0 --save-every 0", base, dir);
     EXPECT(!r.code && !strstr(r.out.s, "drop:    up to"), "%s%s", r.out.s, r.err.s);
     tool_free(&r);
-    // 2/3 of what products cost, and all of attention's three times; adapters on top
+    // matmuls with weights count twice instead of three times, attention three times; plus adapters
     const GptConfig c = {257, 16, 2, 2, 16, 3, 15, 0};
     const double layer =
         gpt_branch_step_flops(&c, ATTN, 16, 0, 0) + gpt_branch_step_flops(&c, MLP, 16, 0, 0);
