@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""What build/layers, build/prune --method replace and build/collapse cost at GPT-2's size, in processor seconds,
-wall seconds and peak memory, beside the evaluations that they are made of. Random weights, random tokens.
+"""What build/layers, build/prune --method replace and build/collapse cost at GPT-2's size: processor
+seconds, wall seconds and peak memory, beside the evaluations that they are made of. Random weights,
+random tokens.
 
     dev/bench/analysis.py                           in full: hours on two cores
-    dev/bench/analysis.py --tokens 512 --calib 4096 --features 100000      scaled down: minutes
+    dev/bench/analysis.py --tokens 1024 --calib 2048 --features 100000      scaled down: minutes
 
-Bars, for gpt2 (124M) on two cores: scores cost what their evaluations cost plus 5%; ReplaceMe with 262,144
-calibration tokens and all candidate starts at most 10 minutes and 3 GiB; collapse at 50,257 classes at most 4 GiB.
-Processor time is the figure to read where the machine does other work.
+Bars, for gpt2 (124M) on two cores: scores cost what their evaluations cost plus 5%; ReplaceMe with
+262,144 calibration tokens and all candidate starts takes at most 10 minutes and 3 GiB; collapse at
+50,257 classes at most 4 GiB. Where the machine does other work, read processor time.
 """
 import argparse
 import os
@@ -23,7 +24,8 @@ VOCABULARY = 50257
 
 
 def write_shard(path, tokens, seed):
-    """A shard of llm.c's format: 256 words of header, then 16-bit tokens; every token once, then random ones."""
+    """A shard of llm.c's format: a header of 256 words, then 16-bit tokens: each once, then random
+    ones."""
     draw = random.Random(seed)
     header = array("i", [20240520, 1, tokens] + [0] * 253)
     words = array("H", (t if t < VOCABULARY else draw.randrange(VOCABULARY) for t in range(tokens)))
@@ -50,8 +52,8 @@ def run(name, *arguments):
 def model(folder, name, *sizes):
     """The weights that a run begins with, as a directory."""
     out = os.path.join(folder, name)
-    run("train_gpt", "--train", DATA, "--out", out, "--steps", 1, "--lr", 0, "--batch", 1, "--seq-len",
-        OPTIONS.seq_len, "--vocab-size", VOCABULARY, "--selfcheck", 0, *sizes)
+    run("train_gpt", "--train", DATA, "--out", out, "--steps", 1, "--lr", 0, "--batch", 1,
+        "--seq-len", OPTIONS.seq_len, "--vocab-size", VOCABULARY, "--selfcheck", 0, *sizes)
     state = os.path.join(os.path.realpath(os.path.join(out, "latest")), "optimizer.safetensors")
     if os.path.exists(state):
         os.remove(state)
@@ -64,45 +66,51 @@ def row(what, measured, note):
 
 
 def layers(folder, checkpoint):
-    """Scores beside their evaluations, whose cost is that of rows of a layer and of the head: from evaluations
-    of one and of five times the tokens, and of five times with no layer."""
+    """Scores beside their evaluations, whose cost is that of a layer and of the head: known from
+    evaluations of one and of five times the tokens, and of five times without layers."""
     count, tokens = OPTIONS.layers, OPTIONS.tokens
     common = ("--val", DATA, "--seq-len", OPTIONS.seq_len, "--batch", 2)
     once = run("evaluate", checkpoint, *common, "--eval-tokens", tokens)
     five = run("evaluate", checkpoint, *common, "--eval-tokens", 5 * tokens)
-    none = run("evaluate", checkpoint, *common, "--eval-tokens", 5 * tokens, "--keep-layers", "none")
+    none = run("evaluate", checkpoint, *common, "--eval-tokens", 5 * tokens, "--keep-layers",
+               "none")
     whole = (five[0] - once[0]) / 4                     # without opening the model
     head = (none[0] - five[0]) / 5                      # it runs full depth too
     one = (whole - head) / count
-    row(f"evaluate, {5 * tokens:,} tokens", five, f"{tokens:,} tokens: {whole:.1f} s, the head alone {head:.1f}")
+    row(f"evaluate, {5 * tokens:,} tokens", five,
+        f"{tokens:,} tokens: {whole:.1f} s, the head alone {head:.1f}")
     got = run("layers", checkpoint, *common, "--tokens", tokens, "--branches", 0, "--greedy", 0)
     work = whole + count * (whole - one) + sum(head + n * one for n in range(1, count - 1))
     spent = got[0] - (once[0] - whole)
     row(f"layers, {tokens:,} tokens: scores, ablations, exits", got,
-        f"its {2 * count - 1} evaluations {work:.1f} s; all but opening the model {100 * (spent / work - 1):+.1f}% "
-        "(bar 5%)")
+        f"its {2 * count - 1} evaluations {work:.1f} s; all but opening the model "
+        f"{100 * (spent / work - 1):+.1f}% (bar 5%)")
 
 
 def replace(folder, checkpoint):
-    common = ("--val", DATA, "--tokens", 512, "--seq-len", 512, "--batch", 1, "--calib", DATA, "--n", 1, "--select",
-              "replace", "--method", "replace", "--ridge", 1)
+    common = ("--val", DATA, "--tokens", 512, "--seq-len", 512, "--batch", 1, "--calib", DATA,
+              "--n", 1, "--select", "replace", "--method", "replace", "--ridge", 1)
     measured = []
     for part in (1, 2):
         out = os.path.join(folder, f"pruned{part}")
-        measured.append(run("prune", checkpoint, "--out", out, *common, "--calib-tokens", part * OPTIONS.calib))
+        measured.append(run("prune", checkpoint, "--out", out, *common, "--calib-tokens",
+                            part * OPTIONS.calib))
         shutil.rmtree(out)
-        row(f"prune --select replace, {part * OPTIONS.calib:,} calibration tokens", measured[-1], "")
+        row(f"prune --select replace, {part * OPTIONS.calib:,} calibration tokens", measured[-1],
+            "")
     each = (measured[1][0] - measured[0][0]) / OPTIONS.calib
-    print(f"| of which each token | {1000 * each:.2f} ms | | | 262,144 tokens: {262144 * each:.0f} s of processor time, "
-          f"{262144 * each / 120:.1f} min on two free cores (bar 10); memory's bar 3,072 |", flush=True)
+    print(f"| of which each token | {1000 * each:.2f} ms | | | 262,144 tokens: "
+          f"{262144 * each:.0f} s of processor time, {262144 * each / 120:.1f} min on two free cores "
+          "(bar 10); memory's bar 3,072 |", flush=True)
 
 
 def collapse(folder):
     """One layer suffices: the classes are what costs, not the features."""
     checkpoint = model(folder, "shallow", "--preset", "gpt2", "--layers", 1)
     row(f"collapse, {OPTIONS.features:,} tokens, {VOCABULARY:,} classes at most, one layer",
-        run("collapse", checkpoint, "--train", DATA, "--val", DATA, "--tokens", OPTIONS.features, "--val-tokens", 2048,
-            "--seq-len", 64, "--batch", 64, "--min-count", 1), "memory's bar 4,096")
+        run("collapse", checkpoint, "--train", DATA, "--val", DATA, "--tokens", OPTIONS.features,
+            "--val-tokens", 2048, "--seq-len", 64, "--batch", 64, "--min-count", 1),
+        "memory's bar 4,096")
 
 
 def main():
@@ -121,17 +129,20 @@ def main():
         if "collapse" in OPTIONS.only:
             collapse(folder)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(f"\nload {os.getloadavg()[0]:.1f}; the largest of all, training's one step included: {peak:,.0f} MiB")
+        print(f"\nload {os.getloadavg()[0]:.1f}; the largest of all, training's one step included: "
+              f"{peak:,.0f} MiB")
 
 
-PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 PARSER.add_argument("--build", default="build", help="folder of the programs")
 PARSER.add_argument("--folder", help="where temporary files go")
 PARSER.add_argument("--preset", default="gpt2")
 PARSER.add_argument("--layers", type=int, default=12, help="of the preset")
 PARSER.add_argument("--seq-len", type=int, default=512)
 PARSER.add_argument("--tokens", type=int, default=65536, help="of an evaluation")
-PARSER.add_argument("--calib", type=int, default=131072, help="calibration tokens, once and twice as many")
+PARSER.add_argument("--calib", type=int, default=131072,
+                    help="calibration tokens, once and twice as many")
 PARSER.add_argument("--features", type=int, default=2000000, help="tokens for class means")
 PARSER.add_argument("--only", default="layers,replace,collapse")
 OPTIONS = PARSER.parse_args()

@@ -105,7 +105,14 @@ static void test_study_answers(void) {
         "steps = 60\neval-depths = 0.5\n" STUDY_TEST_ARMS);
     char *json = xprintf("%s/s/report.json", dir), *md = xprintf("%s/s/report.md", dir),
          *out = xprintf("%s/s", dir), *folder = xprintf("%s/s/claims", dir);
-    EXPECT_STUDY("%s --picture 0 --jobs 2", plan);
+    ToolRun run = tool_run("study %s --picture 0 --jobs 2", plan);
+    const char *queue = strstr(run.err.s, "queue: ");
+    double ran = NAN, idle = NAN, percent = NAN, processor = NAN;
+    int runs = 0;
+    EXPECT(queue && sscanf(queue, "queue: %d runs in %lf s; between runs at most %lf s (%lf%%), %lf",
+                           &runs, &ran, &idle, &percent, &processor) == 5 && runs > 10 &&
+           ran > 0 && idle >= 0 && processor > 0, "%s", run.err.s);
+    if (!tool_expect(0, "", run, __FILE__, __LINE__)) return;
     Text text = test_read_file(json), words = test_read_file(md);
     Json doc;
     const char *error = json_parse(&doc, text.s, text.n);

@@ -385,7 +385,8 @@ static inline void study_touch(const Study *s, const char *key) {
 
 // ---- One run: build/train_gpt in a process of its own ----
 
-typedef struct { pid_t pid; StudyRun run; double begun; } StudyJob;
+// ended: when its last run did, until its next one could have begun
+typedef struct { pid_t pid; StudyRun run; double begun, ended; } StudyJob;
 
 // The trainer, beside this program.
 static inline char *study_trainer(const char *program) {
@@ -802,6 +803,8 @@ typedef struct {
     StudyResults all;
     StudyState state;
     double spent, began;
+    // seconds: of the runs, of jobs between two runs, of this process's processor time
+    double ran, idle, processor;
 } StudyQueue;
 
 static inline int study_is_missing(const StudyQueue *q, const StudyRun *r) {
@@ -841,6 +844,8 @@ static inline void study_reap(StudyQueue *q, StudyJob *j, int status) {
          *path = xprintf("%s/%s.json", s->results, j->run.key);
     const int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     j->pid = 0;
+    j->ended = clock_seconds();
+    q->ran += j->ended - j->begun;
     q->busy--;
     Text text = {NULL, 0, 0};
     if (code == 0 || code == 3) text = study_result_text(s, &j->run, out, code == 3);
@@ -890,10 +895,29 @@ static inline int study_fill(StudyQueue *q) {
         StudyJob *j = q->job;
         while (j->pid) j++;
         j->run = *r, j->begun = clock_seconds();
+        // its end was seen within STUDY_POLL_MS
+        if (j->ended > 0) q->idle += j->begun - j->ended + STUDY_POLL_MS / 1000.0;
         j->pid = study_run_start(q->s, q->trainer, r, q->runs);
         q->busy++;
     }
+    for (int k = 0; k < q->jobs; k++) q->job[k].ended = 0;
     return missing;
+}
+
+static inline double study_processor(void) {
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    return (double)u.ru_utime.tv_sec + (double)u.ru_stime.tv_sec +
+           1e-6 * ((double)u.ru_utime.tv_usec + (double)u.ru_stime.tv_usec);
+}
+
+// What the queue itself has cost, beside its runs.
+static inline void study_tell_cost(const StudyQueue *q) {
+    if (!q->done || !(q->ran > 0)) return;
+    fprintf(stderr, "queue: %d run%s in %.1f s; between runs at most %.1f s (%.1f%%), %.1f s of "
+            "processor time (%.1f%%)\n", q->done, q->done == 1 ? "" : "s", q->ran, q->idle,
+            100 * q->idle / q->ran, study_processor() - q->processor,
+            100 * (study_processor() - q->processor) / q->ran);
 }
 
 // Hands on what ends this process.
@@ -950,6 +974,7 @@ static inline int study_work(Study *s, const char *trainer, int jobs, double sec
     memset(q, 0, sizeof *q);
     q->s = s, q->trainer = trainer, q->runs = "runs", q->jobs = jobs;
     q->began = clock_seconds();
+    q->processor = study_processor();
     q->until = q->began + seconds;
     q->job = (StudyJob *)xcalloc((size_t)jobs, sizeof *q->job);
     const char *const folder[] = {"", "/claims", "/runs"};
@@ -973,6 +998,7 @@ static inline int study_work(Study *s, const char *trainer, int jobs, double sec
         else if (missing) study_wait(q);
     }
     study_sweep(q);
+    study_tell_cost(q);
     for (int arm = 0; arm < s->n_arms && !missing; arm++) missing |= !q->state.tuned[arm].done;
     study_results_free(&q->all);
     study_state_free(&q->state);
