@@ -62,6 +62,10 @@ typedef struct {
     int protect;                                 // layers that are never dropped: PROTECT_*
     int listed;                                  // if not 0, D(l) is list[l - 1]
     double list[DROP_LAYERS];                    // rates as fractions of p_max, in [0, 1]
+    // row unit: kappa of --drop-adapt, and of the rows of the micro-batch how many are easier than
+    // each (NULL: unknown, all have the same rate)
+    double adapt;
+    const int *rank;
 } DropPath;
 
 // D(l) for layer l = 1..L, in [0, 1].
@@ -275,6 +279,16 @@ static inline void drop_plan_sample_batch(DropPlan *plan, const DropPath *d, int
     free(rows);
 }
 
+// The rate of one row, from the mean rate p: p (1 + kappa) for the easiest, p (1 - kappa) for the
+// hardest, linear in the rank between them. The sum over the rows is exactly batch * p, and so cost
+// and counts are those of p; where a rate would exceed 0.95, kappa is smaller.
+static inline uint32_t drop_path_row_bits(const DropPath *d, uint32_t p, int row, int batch) {
+    if (!d->rank || d->adapt <= 0 || batch < 2 || !p) return p;
+    const double kappa = fmin(d->adapt, fmax(0.95 * 4294967296.0 / p - 1, 0));
+    const double tilt = kappa * p * (batch - 1 - 2 * d->rank[row]) / (batch - 1);
+    return (uint32_t)((int64_t)p + (int64_t)tilt);       // towards 0: ranks k and B-1-k cancel
+}
+
 // Row unit: one decision per sequence and (layer, branch), or per layer if tied.
 static inline void drop_plan_sample_rows(DropPlan *plan, const DropPath *d, int64_t step, int micro,
                                          int micros, int batch) {
@@ -283,7 +297,8 @@ static inline void drop_plan_sample_rows(DropPlan *plan, const DropPath *d, int6
     for (int i = 0; i < plan->layers * BRANCHES; i++) {
         int l = i / BRANCHES + 1, b = i % BRANCHES;
         int place = drop_path_one_mask(d) ? i - b : i;
-        for (int row = 0; row < batch; row++) p[row] = drop_path_rate_bits(d, l, b, step);
+        for (int row = 0; row < batch; row++)
+            p[row] = drop_path_row_bits(d, drop_path_rate_bits(d, l, b, step), row, batch);
         drop_path_draw(kept, p, batch, d, step, micro, micros, 1 + (uint32_t)place);
         drop_plan_keep(plan, i, kept, batch, drop_path_scale(d, l, b, step));
     }

@@ -18,8 +18,22 @@ static inline void trainer_read_batch(Trainer *tr, int m) {
                            tr->tokens + b * tr->T, tr->targets + b * tr->T);
 }
 
-// Computes the plan of micro-batch m of any rank: a function of (seed, step, m).
+// Ranks the rows of micro-batch m of any rank by their difficulty, for --drop-adapt.
+static inline void trainer_rank_rows(Trainer *tr, int m) {
+    Difficulty *d = &tr->difficulty;
+    if (!d->surprisal) return;
+    for (int b = 0; b < tr->B; b++) {
+        shards_read_sample(&tr->train, (uint64_t)tr->options->seed, trainer_row_sample(tr, m, b),
+                           d->tokens, d->tokens + tr->T);
+        d->hard[b] = difficulty_of(d, d->tokens + tr->T, tr->T);
+    }
+    difficulty_order(d, tr->B);
+}
+
+// Computes the plan of micro-batch m of any rank: a function of (seed, step, m), with --drop-adapt
+// also of its tokens.
 static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
+    trainer_rank_rows(tr, m);
     if (!tr->replay.n) drop_plan_sample(&tr->plan, &tr->drop, t, m, tr->M, tr->world, tr->B);
     else {
         const char *error = drop_plan_read(&tr->plan, &tr->drop, t, tr->replay.record[t].plan, m,

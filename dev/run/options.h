@@ -347,6 +347,9 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "with --drop-unit batch, all ranks drop the same branches")                             \
     OPTION(drop_adam, "drop-adam", CHOICE, "dense", "dense|skip",                                  \
            "a branch dropped in a whole step is updated with gradient 0, or not at all")           \
+    OPTION(drop_adapt, "drop-adapt", NUMBER, "0", "[0,1]",                                         \
+           "an experiment, with --drop-unit row: rows of frequent tokens are dropped up to this "  \
+               "share more often, others less; the mean rate, the cost and the scale stay")        \
     OPTION(drop_replay, "drop-replay", TEXT, "", "FILE",                                           \
            "replay the plans of the steps from this metrics.jsonl")
 

@@ -16,6 +16,7 @@
 #include "../model/schedule.h"
 #include "checkpoint.h"
 #include "comm.h"
+#include "difficulty.h"
 #include "gpu_model.h"
 #include "growth.h"
 #include "metrics.h"
@@ -41,6 +42,7 @@ typedef struct {
     Ramp dropout;                       // when it is on
     Noise noise;                        // of the current pass
     Objective objective;                // of every training pass
+    Difficulty difficulty;              // of rows, for --drop-adapt
     Exits exits;
     double *exit_weight;                // (depth) of the current step
     Schedule schedule;
@@ -458,6 +460,19 @@ static inline void trainer_growth(Trainer *tr, const char *from, int resume) {
     tr->config.L = layers;
 }
 
+// Counts the training tokens if rows have their own rates.
+static inline void trainer_drop_adapt(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    if (o->drop_adapt == 0) return;
+    if (o->drop_unit != UNIT_ROW)
+        die("--drop-adapt needs --drop-unit row: otherwise all rows drop the same branches");
+    if (tr->B < 2)
+        die("--drop-adapt compares the rows of a micro-batch, which has one\n  hint: --batch 2 or "
+            "more");
+    tr->difficulty = difficulty_open(&tr->train, tr->config.V, tr->B);
+    tr->drop.adapt = o->drop_adapt, tr->drop.rank = tr->difficulty.rank;
+}
+
 static inline void trainer_exits(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const Exits e = {o->exit_scale, o->exit_curriculum, (int)o->exit_every, tr->steps};
@@ -776,6 +791,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     trainer_describe_data(tr);
     tr->drop = trainer_drop_path(o, tr->depth, tr->steps);
     tr->drop.layers = tr->config.L;
+    trainer_drop_adapt(tr);
     tr->dropout = trainer_dropout_ramp(o, tr->steps);
     tr->objective.smoothing = o->label_smoothing;
     trainer_exits(tr);
@@ -827,6 +843,7 @@ static inline void trainer_close(Trainer *tr) {
     metrics_log_free(&tr->replay);
     text_free(&tr->plan_text);
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->micro), free(tr->exit_weight);
+    difficulty_free(&tr->difficulty);
     free(tr->data_line), free(tr->run_text), free(tr->whole), free(tr->report),
         free(tr->tokenizer_path);
     free(tr->lora.base);

@@ -12,7 +12,7 @@
     X(drop_order) X(drop_counts) X(drop_micro_counts) X(drop_systematic_exact) X(drop_unbiased) \
     X(drop_branches)                                                                            \
     X(drop_deterministic) X(drop_known_answers) X(drop_sync) X(drop_zero) X(drop_compute)       \
-    X(drop_bound)                                                                               \
+    X(drop_adapt) X(drop_bound)                                                                               \
     X(drop_text) X(drop_text_micros) X(drop_text_damaged) X(drop_excess) X(drop_share)          \
     X(drop_depth_kinds) X(drop_inverted_each)
 
@@ -340,6 +340,53 @@ static void test_drop_counts(void) {
     DropPath d = drop_policy(5, 0.8);
     d.ramp_up = 50;
     drop_each_policy(d, drop_check_counts);
+}
+
+// --drop-adapt: the easiest row is dropped at p (1 + kappa), the hardest at p (1 - kappa), linear in
+// between, at most 0.95; the sum is that of equal rates to the bit, and with it the counts. Kappa 0
+// changes no plan.
+static void test_drop_adapt(void) {
+    enum { B = 6, STEPS = 40000, L = 2 };
+    static const int rank[B] = {3, 0, 5, 1, 4, 2};
+    static const double kappas[] = {0, 0.4, 1}, p_max[] = {0.3, 0.7};
+    DropPlan plan = drop_plan_new(L, B), plain = drop_plan_new(L, B);
+    for (int k = 0; k < 2 * 3 * 2; k++) {
+        DropPath d = drop_policy(L, p_max[k / 6]), without;
+        d.unit = UNIT_ROW, d.depth = DEPTH_UNIFORM, d.sampling = k & 1, d.steps = STEPS;
+        without = d;
+        d.adapt = kappas[k / 2 % 3], d.rank = rank;
+        const uint32_t p = drop_path_rate_bits(&d, 1, ATTN, 0);
+        const double most = fmin(d.adapt, 0.95 / p_max[k / 6] - 1);
+        double dropped[B] = {0};
+        uint64_t sum = 0;
+        for (int row = 0; row < B; row++) {
+            const uint32_t bits = drop_path_row_bits(&d, p, row, B);
+            sum += bits;
+            EXPECT_CLOSE(bits / 4294967296.0, p_max[k / 6] * (1 + most * (1 - 2 * rank[row] / 5.0)),
+                         1e-9, "a row's rate");
+        }
+        EXPECT(sum == (uint64_t)B * p, "%llu of %llu", (unsigned long long)sum,
+               (unsigned long long)B * p);
+        for (int t = 0; t < STEPS; t++) {
+            drop_plan_sample(&plan, &d, t, 0, 1, 1, B);
+            const BranchPlan *b = &plan.branch[ATTN];
+            for (int row = 0; row < B; row++) dropped[row] += !drop_plan_has_row(b, row);
+            if (d.sampling == SAMPLING_SYSTEMATIC)
+                EXPECT(drop_floor_or_ceil(B - b->n, (uint64_t)B * p), "%d rows", b->n);
+            if (d.adapt > 0 || t > 100) continue;
+            drop_plan_sample(&plain, &without, t, 0, 1, 1, B);
+            for (int i = 0; i < L * BRANCHES; i++)
+                EXPECT(plain.branch[i].n == plan.branch[i].n &&
+                       !memcmp(plain.branch[i].rows, plan.branch[i].rows,
+                               (size_t)plan.branch[i].n * sizeof(int)), "another plan");
+        }
+        for (int row = 0; row < B; row++) {
+            const double want = drop_path_row_bits(&d, p, row, B) / 4294967296.0;
+            EXPECT(fabs(dropped[row] / STEPS - want) <= 5.5 * sqrt(want * (1 - want) / STEPS),
+                   "case %d, row %d: %g of the steps, not %g", k, row, dropped[row] / STEPS, want);
+        }
+    }
+    drop_plan_free(&plan), drop_plan_free(&plain);
 }
 
 // Over the M micro-batches of a step each unit is dropped floor(M p) or ceil(M p) times.

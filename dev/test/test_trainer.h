@@ -6,6 +6,7 @@
 #include "../run/checkpoint.h"
 #include "../files/files.h"
 #include "../files/lock.h"
+#include "../run/difficulty.h"
 #include "../run/metrics.h"
 #include "../run/signals.h"
 #include "test.h"
@@ -138,8 +139,9 @@ static void test_trainer_resume_is_bit_identical(void) {
                              "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli",
                              "--dtype bf16 --drop-unit row", "--train-last 1 --drop-unit row",
                              "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 --record-micro 1",
-                             "--layers 4 --drop-unit row --exit-scale 0.5 --exit-every 2"};
-    for (int i = 0; i < 7; i++) {
+                             "--layers 4 --drop-unit row --exit-scale 0.5 --exit-every 2",
+                             "--drop-unit row --drop-adapt 0.8"};
+    for (int i = 0; i < 8; i++) {
         char a[400], b[400], whole[500], part[500];
         snprintf(a, sizeof a, "%s/%d_whole", dir, i), snprintf(b, sizeof b, "%s/%d_part", dir, i);
         snprintf(whole, sizeof whole, "%s/latest", a), snprintf(part, sizeof part, "%s/latest", b);
@@ -193,6 +195,43 @@ static void test_trainer_dropout(void) {
     text_free(&t), free(path);
     EXPECT_REFUSED(1, "--dropout", "--out %s/x --dropout 1", dir);
     EXPECT_REFUSED(1, "--label-smoothing", "--out %s/x --label-smoothing 1", dir);
+}
+
+// --drop-adapt: the surprisal of a row is that of its tokens' shares of the training text; easier
+// rows come first. 0 is the run without it, to the bit.
+static void test_trainer_drop_adapt(void) {
+    const char *dir = test_directory(), *data = trainer_test_data();
+    char *glob = xprintf("%s/data/train_*.bin", data), a[400], b[400];
+    Shards s;
+    shards_open(&s, glob, 16, 257);
+    Difficulty d = difficulty_open(&s, 257, 4);
+    double count[257] = {0}, total = 0;
+    int tokens[16], targets[16];
+    for (int64_t i = 0; i < s.windows; i++) {
+        shards_read_window(&s, i, tokens, targets);
+        for (int t = 0; t < 16; t++) count[tokens[t]]++, total++;
+    }
+    for (int v = 0; v < 257; v++)
+        EXPECT_CLOSE(d.surprisal[v], -log((count[v] + 1) / (total + 257)), 1e-12, "a surprisal");
+    for (int t = 0; t < 16; t++) targets[t] = t % 2 ? ' ' : 'z';
+    EXPECT_CLOSE(difficulty_of(&d, targets, 16), (d.surprisal[' '] + d.surprisal['z']) / 2, 1e-12,
+                 "a row's mean");
+    const double hard[4] = {3, 1, 3, 2};
+    memcpy(d.hard, hard, sizeof hard);
+    difficulty_order(&d, 4);
+    EXPECT(d.rank[0] == 2 && d.rank[1] == 0 && d.rank[2] == 3 && d.rank[3] == 1, "%d %d %d %d",
+           d.rank[0], d.rank[1], d.rank[2], d.rank[3]);
+    difficulty_free(&d), shards_close(&s), free(glob);
+    snprintf(a, sizeof a, "%s/a/latest", dir), snprintf(b, sizeof b, "%s/b/latest", dir);
+    EXPECT_RUN("--out %s/a --steps 8 --drop-path 0.4 --drop-unit row", dir);
+    EXPECT_RUN("--out %s/b --steps 8 --drop-path 0.4 --drop-unit row --drop-adapt 0", dir);
+    EXPECT_SAME(a, b, "model.safetensors");
+    snprintf(b, sizeof b, "%s/c/latest", dir);
+    EXPECT_RUN("--out %s/c --steps 8 --drop-path 0.4 --drop-unit row --drop-adapt 1", dir);
+    EXPECT(!same_file(a, b, "model.safetensors"), "--drop-adapt 1 changes nothing");
+    EXPECT_REFUSED(1, "--drop-adapt needs --drop-unit row", "--out %s/x --drop-adapt 0.5", dir);
+    EXPECT_REFUSED(1, "which has one", "--out %s/x --drop-unit row --batch 1 --drop-adapt 0.5", dir);
+    EXPECT_REFUSED(1, "--drop-adapt", "--out %s/x --drop-unit row --drop-adapt 1.5", dir);
 }
 
 // --train-last: frozen layers do not change by a bit and have no moments, metrics count the
@@ -1029,7 +1068,8 @@ static void test_trainer_eval_depths_refuses(void) {
 #define TRAINER_TESTS(X)                                                                           \
     X(trainer_learns_and_records) X(trainer_threads_and_cadence_change_no_bit)                     \
     X(trainer_drop_path_zero_is_plain_training) X(trainer_resume_is_bit_identical) X(trainer_bf16) \
-    X(trainer_train_last) X(trainer_dropout) X(trainer_checkpoint_can_be_moved)                    \
+    X(trainer_train_last) X(trainer_dropout) X(trainer_drop_adapt)                                 \
+    X(trainer_checkpoint_can_be_moved)                                                             \
     X(trainer_resumes_its_data)                                                                    \
     X(trainer_resumes_other_rows) X(trainer_killed_and_resumed)                                    \
     X(trainer_replay_gives_the_same_run)                                                           \

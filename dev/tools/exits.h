@@ -53,8 +53,7 @@ static inline ExitsRows exits_rows(const Shards *s, int n, int others, int other
     for (int64_t k = 0, i = 0; k < all; k++) {
         const int is_other = (k + 1) * taken / all > k * taken / all;
         if (is_other != others_first) continue;
-        shards_read_window(s, (int64_t)((double)k / (double)all * (double)s->windows),
-                           r.tokens + i * s->T, r.targets + i * s->T);
+        shards_read_window(s, k * s->windows / all, r.tokens + i * s->T, r.targets + i * s->T);
         i++;
     }
     return r;
