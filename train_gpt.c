@@ -925,8 +925,8 @@ static void block_backward(Model *m, const Pass *pass, int l) {
 
 // ---- Forward and backward of the whole model ----
 
-// The share of the loss read after layer l, from lnf; in training also dy, its gradient times weight
-// with respect to lnf.
+// The share of the loss read after layer l, from lnf; in training also dy, its gradient times
+// weight with respect to lnf.
 static double model_loss(Model *m, const Batch *batch, const Pass *pass, int l) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);

@@ -1,7 +1,7 @@
 #!/bin/sh
-# What do early exits give? Trains a model four ways at equal FLOPs (plain, drop path, the early-exit
-# loss, both: LayerSkip), then reads each one's loss after every layer and generates text with
-# self-speculation: a table, and a picture of loss against layers.
+# What do early exits give? Trains a model four ways at equal FLOPs (plain, drop path, the
+# early-exit loss, both: LayerSkip), then reads each one's loss after every layer and generates text
+# with self-speculation: a table, and a picture of loss against layers.
 #
 #   model   0.62 M parameters: 12 layers, 4 heads, 64 channels, rows of 64 bytes
 #   data    16 rows x 64 bytes x 400 steps = 0.41 M bytes per plain run; the other arms take as many
@@ -16,10 +16,11 @@
 #     TEXT=book.txt sh scripts/layerskip.sh                           as above, on a text of yours
 #     SEEDS="1 2 3 4 5" RATE=0.1 SCALE=0.5 sh scripts/layerskip.sh    other seeds and strengths
 #
-# Variables: SEEDS="1337 1338 1339", STEPS=400, LAYERS=12, CHANNELS=64, RATE=0.2, SCALE=1, EVERY=8, EXIT=4,
-# DRAFTS=4, TOKENS=32768 (of the validation text, for the losses), ROUNDS=3, OUT=runs/layerskip,
-# BUILD=build, PYTHON=python3, THREADS=0 (all), DTYPE, TEXT=/path of your own text, or DATA, a folder
-# with train_*.bin and val_*.bin. The same command again goes on where it stopped.
+# Variables: SEEDS="1337 1338 1339", STEPS=400, LAYERS=12, CHANNELS=64, RATE=0.2, SCALE=1, EVERY=8,
+# EXIT=4, DRAFTS=4, TOKENS=32768 (of the validation text, for the losses), ROUNDS=3,
+# OUT=runs/layerskip, BUILD=build, PYTHON=python3, THREADS=0 (all), DTYPE, TEXT=/path of your own
+# text, or DATA, a folder with train_*.bin and val_*.bin. The same command again continues where it
+# stopped.
 set -eu
 BUILD=${BUILD:-build}
 OUT=${OUT:-runs/layerskip}
@@ -70,8 +71,8 @@ train() {
     "$BUILD/train_gpt" --train "$DATA/train_*.bin" --val "$DATA/val_*.bin" --out "$run" \
         --seed "$seed" --layers "$LAYERS" --heads 4 --channels "$CHANNELS" --seq-len 64 \
         --batch 16 --steps "$steps" --lr 2e-3 --warmup 5% --beta2 0.99 --dtype "$DTYPE" \
-        --threads "$THREADS" --log-every 100 --eval-every 0 --save-every 200 --keep 1 --eval-tokens "$TOKENS" \
-        $(options "$arm") "$@"
+        --threads "$THREADS" --log-every 100 --eval-every 0 --save-every 200 --keep 1 \
+        --eval-tokens "$TOKENS" $(options "$arm") "$@"
 }
 
 flops() { train "$1" "$OUT/none" 1 "$2" --dry-run | awk '/^flops:/ { print $2 }'; }

@@ -30,8 +30,8 @@ typedef struct {
 } Adaptive;
 
 // The threshold of the token at position t of T. It falls along a text as CALM's does (equation 5,
-// 0.9 lambda + 0.1 exp(-tau t/T)), since an early change is felt longest; but the tenth is one of 1 -
-// lambda, so that 1 is a threshold of 1 everywhere, which the cosines of streams need: they are
+// 0.9 lambda + 0.1 exp(-tau t/T)), since an early change is felt longest; but the tenth is one of
+// 1 - lambda, so that 1 is a threshold of 1 everywhere, which the cosines of streams need: they are
 // close to it. More than 1 of lambda: no token leaves; 0 or less: all do.
 static inline double adaptive_threshold(double lambda, double tau, int t, int T) {
     if (lambda > 1) return INFINITY;
@@ -215,7 +215,8 @@ static inline void adaptive_leave(AdaptiveRun *r, AdaptiveRows *w, const unsigne
 // Layers after exit number e - 1 to exit number e of the policy, and who leaves there.
 static inline void adaptive_exit(AdaptiveRun *r, AdaptiveRows *w, int e, real *logits, int *left) {
     const Adaptive *a = r->policy;
-    const int C = r->config->C, V = r->config->V, exit = a->layer[e], from = e ? a->layer[e - 1] : 0;
+    const int C = r->config->C, V = r->config->V, exit = a->layer[e];
+    const int from = e ? a->layer[e - 1] : 0;
     const int saturation = a->confidence == CONFIDENCE_SATURATION,
         softmax = a->confidence == CONFIDENCE_SOFTMAX;
     unsigned char *leaves = (unsigned char *)xcalloc((size_t)w->rows, 1);

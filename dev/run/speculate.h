@@ -1,6 +1,6 @@
-// speculate.h: self-speculative decoding (LayerSkip: Elhoushi et al. 2024, section 4.3; Leviathan et
-// al. 2023): the first E layers draft some tokens, one by one, and the others then verify all of
-// them in one call, going on from where the drafts' layers stopped. So a draft costs nothing twice,
+// speculate.h: self-speculative decoding (LayerSkip: Elhoushi et al. 2024, section 4.3; Leviathan
+// et al. 2023): the first E layers draft some tokens, one by one, and the others then verify all of
+// them in one call, continuing from where the drafts' layers stopped. So nothing is computed twice,
 // and there is one cache: keys and values of refused tokens are overwritten by the next.
 //
 // Greedy texts are those without speculation, bit for bit where the engine's logits are

@@ -190,7 +190,7 @@ static void test_exits_p_values(void) {
 // Over many calibrations of a policy whose risks are known, one above the risk is certified at most
 // as often as the error allows.
 static void test_exits_guarantee(void) {
-    static const double truth[4] = {0.02, 0.05, 0.11, 0.2}; // the risk of each threshold; 0.1 is asked
+    static const double truth[4] = {0.02, 0.05, 0.11, 0.2};          // of each threshold
     enum { RUNS = 2000, ROWS = 150, T = 20 };
     int bold = 0, useful = 0;
     for (int run = 0; run < RUNS; run++)

@@ -12,7 +12,7 @@
     X(drop_order) X(drop_counts) X(drop_micro_counts) X(drop_systematic_exact) X(drop_unbiased) \
     X(drop_branches)                                                                            \
     X(drop_deterministic) X(drop_known_answers) X(drop_sync) X(drop_zero) X(drop_compute)       \
-    X(drop_adapt) X(drop_bound)                                                                               \
+    X(drop_adapt) X(drop_bound)                                                                 \
     X(drop_text) X(drop_text_micros) X(drop_text_damaged) X(drop_excess) X(drop_share)          \
     X(drop_depth_kinds) X(drop_inverted_each)
 
@@ -342,8 +342,8 @@ static void test_drop_counts(void) {
     drop_each_policy(d, drop_check_counts);
 }
 
-// --drop-adapt: the easiest row is dropped at p (1 + kappa), the hardest at p (1 - kappa), linear in
-// between, at most 0.95; the sum is that of equal rates to the bit, and with it the counts. Kappa 0
+// --drop-adapt: the easiest row is dropped at p (1 + kappa), the hardest at p (1 - kappa), linear
+// in between, at most 0.95; the sum is that of equal rates to the bit, and with it the counts. Kappa 0
 // changes no plan.
 static void test_drop_adapt(void) {
     enum { B = 6, STEPS = 40000, L = 2 };

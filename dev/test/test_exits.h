@@ -84,7 +84,8 @@ enum { EXIT_CASES = 3 };
 static const double *exits_case(int k, int layers) {
     static double w[EXIT_CASES][16];
     for (int l = 0; l < layers; l++)
-        w[k][l] = k == 0 ? (l + 1.0) / layers : k == 1 ? l > 0 : l == 0 || l == layers - 1 ? 1.5 : 0;
+        w[k][l] = k == 0 ? (l + 1.0) / layers : k == 1 ? l > 0
+            : l == 0 || l == layers - 1 ? 1.5 : 0;
     return w[k];
 }
 
@@ -153,7 +154,8 @@ static void test_exits_reference(void) {
         double *w = rig_weights_double(&r), *want = doubles(r.B * r.T);
         for (int k = 0; k < EXIT_CASES * N_FORCED; k++) {
             if (r.c.L == 1 || (s > 2 && k % 7 && k / EXIT_CASES != shapes[s].plan)) continue;
-            const Objective objective = {k % 2 ? 0.2 : 0, .exit = exits_case(k % EXIT_CASES, r.c.L)};
+            const Objective objective = {k % 2 ? 0.2 : 0,
+                                         .exit = exits_case(k % EXIT_CASES, r.c.L)};
             const char *name = forced_plans[k / EXIT_CASES].name;
             const double tolerance = 4 * rounding(4 * r.c.C + r.T);
             plan_force(&r.plan, k / EXIT_CASES, r.B);

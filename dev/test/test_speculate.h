@@ -222,8 +222,8 @@ static void test_speculate_probes(void) {
     }
 }
 
-// GPT-2's 124M: at best 6% are expected of four layers and 80% (its head is a third of the weights);
-// with a vocabulary of bytes 44%, if verifying cost nothing more.
+// GPT-2's 124M: at best 6% are expected of four layers and 80% (its head is a third of the
+// weights); with a vocabulary of bytes 44%, if verifying cost nothing more.
 static void test_speculate_gains(void) {
     const GptConfig gpt2 = {50257, 1024, 12, 12, 768}, bytes = {257, 1024, 12, 12, 768};
     EXPECT(speculate_gain(&gpt2, 4, 4, 0.8) < 1.07, "%g", speculate_gain(&gpt2, 4, 4, 0.8));

@@ -138,7 +138,8 @@ static void test_trainer_resume_is_bit_identical(void) {
                              "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
                              "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli",
                              "--dtype bf16 --drop-unit row", "--train-last 1 --drop-unit row",
-                             "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 --record-micro 1",
+                             "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 "
+                                 "--record-micro 1",
                              "--layers 4 --drop-unit row --exit-scale 0.5 --exit-every 2",
                              "--drop-unit row --drop-adapt 0.8"};
     for (int i = 0; i < 8; i++) {
@@ -230,7 +231,8 @@ static void test_trainer_drop_adapt(void) {
     EXPECT_RUN("--out %s/c --steps 8 --drop-path 0.4 --drop-unit row --drop-adapt 1", dir);
     EXPECT(!same_file(a, b, "model.safetensors"), "--drop-adapt 1 changes nothing");
     EXPECT_REFUSED(1, "--drop-adapt needs --drop-unit row", "--out %s/x --drop-adapt 0.5", dir);
-    EXPECT_REFUSED(1, "which has one", "--out %s/x --drop-unit row --batch 1 --drop-adapt 0.5", dir);
+    EXPECT_REFUSED(1, "which has one", "--out %s/x --drop-unit row --batch 1 --drop-adapt 0.5",
+                   dir);
     EXPECT_REFUSED(1, "--drop-adapt", "--out %s/x --drop-unit row --drop-adapt 1.5", dir);
 }
 

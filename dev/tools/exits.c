@@ -52,7 +52,8 @@ OPTION_TABLE(EXITS_OPTIONS, ExitsOptions, exits_options)
 static void exits_listed(Adaptive *a, const char *list, int L) {
     const int least = a->confidence == CONFIDENCE_SATURATION ? 2 : 1;
     a->of = L, a->layer = xcalloc((size_t)L, sizeof *a->layer);
-    if (L <= 2) die("the model has %d layer%s: there is nothing to leave out", L, L == 1 ? "" : "s");
+    if (L <= 2)
+        die("the model has %d layer%s: there is nothing to leave out", L, L == 1 ? "" : "s");
     if (!strcmp(list, "all")) {
         for (int l = 2; l < L; l++) a->layer[a->n++] = l;
         return;

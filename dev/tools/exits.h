@@ -2,8 +2,8 @@
 // the calibration of its threshold to a stated risk.
 //
 // Learn then Test (Angelopoulos et al. 2021, arXiv 2110.01052), as CALM uses it: thresholds are
-// tested in a fixed order, from careful to bold, and the last one before the first failure is taken.
-// A row's loss is the share of its tokens whose most likely next token is not that of all layers;
+// tested in a fixed order, from careful to bold, and the last one before the first failure is
+// taken. A row's loss is the share of its tokens whose most likely next token is not that of all layers;
 // the null hypothesis "the expected loss exceeds the risk" is refused by the p-value of Hoeffding
 // and Bentkus (Bates et al. 2021, section 3.1.1). With probability 1 - error over the calibration
 // rows, the threshold taken has at most that risk on other rows of the kind.
@@ -43,13 +43,22 @@ typedef struct {
     int *best;                   // (n,T) the most likely next token according to all layers
 } ExitsRows;
 
+static inline ExitsRows exits_rows_new(int n, int T) {
+    const size_t nT = (size_t)n * (size_t)T + 1;
+    const ExitsRows r = {n, T, (int *)xcalloc(nT, sizeof(int)), (int *)xcalloc(nT, sizeof(int)),
+                         (int *)xcalloc(nT, sizeof(int))};
+    return r;
+}
+
+static inline void exits_rows_free(ExitsRows *r) {
+    free(r->tokens), free(r->targets), free(r->best);
+}
+
 // Of n + others evenly spaced windows the n that are left when evenly spaced others are taken, or,
 // the arguments exchanged and with `others_first`, those others.
 static inline ExitsRows exits_rows(const Shards *s, int n, int others, int others_first) {
-    const size_t nT = (size_t)n * (size_t)s->T;
     const int64_t all = (int64_t)n + others, taken = others_first ? n : others;
-    ExitsRows r = {n, s->T, (int *)xcalloc(nT + 1, sizeof(int)), (int *)xcalloc(nT + 1, sizeof(int)),
-                   (int *)xcalloc(nT + 1, sizeof(int))};
+    ExitsRows r = exits_rows_new(n, s->T);
     for (int64_t k = 0, i = 0; k < all; k++) {
         const int is_other = (k + 1) * taken / all > k * taken / all;
         if (is_other != others_first) continue;
@@ -61,15 +70,11 @@ static inline ExitsRows exits_rows(const Shards *s, int n, int others, int other
 
 // The first n windows.
 static inline ExitsRows exits_rows_first(const Shards *s, int n) {
-    const size_t nT = (size_t)n * (size_t)s->T;
-    ExitsRows r = {n, s->T, (int *)xcalloc(nT + 1, sizeof(int)), (int *)xcalloc(nT + 1, sizeof(int)),
-                   (int *)xcalloc(nT + 1, sizeof(int))};
+    ExitsRows r = exits_rows_new(n, s->T);
     for (int i = 0; i < n; i++)
         shards_read_window(s, i, r.tokens + i * s->T, r.targets + i * s->T);
     return r;
 }
-
-static inline void exits_rows_free(ExitsRows *r) { free(r->tokens), free(r->targets), free(r->best); }
 
 // What a policy did: means over the tokens; disagree (rows) by row.
 typedef struct { double loss, layers, flops, apart, seconds, *disagree; } ExitsScore;

@@ -167,7 +167,7 @@ static void speculate_open(Speculation *k, Sampler *s, const GenerateOptions *o,
 
 static void speculate_report(const Speculation *k, const char *option) {
     if (!strcmp(option, "auto") && k->probed < k->enough)
-        fprintf(stderr, "exit layer: not chosen, the texts had only %lld of %lld tokens to observe\n",
+        fprintf(stderr, "exit layer: not chosen, texts had only %lld of %lld tokens to observe\n",
                 (long long)k->probed, (long long)k->enough);
     else if (!strcmp(option, "auto") && !k->layer)
         fprintf(stderr, "exit layer: none, as drafts would not be faster\n");
