@@ -15,6 +15,7 @@
 #include "dev/model/engines.h"
 #include "dev/test/supervise.h"
 #include "dev/test/test.h"
+#include "dev/test/test_attention.h"
 #include "dev/test/test_checkpoint.h"
 #include "dev/test/test_choices.h"
 #include "dev/test/test_collapse.h"
@@ -58,6 +59,7 @@
 #include "dev/test/test_stats.h"
 #include "dev/test/test_strangers.h"
 #include "dev/test/test_supervise.h"
+#include "dev/test/test_teacher.h"
 #include "dev/test/test_tokenizer.h"
 #include "dev/test/test_tools.h"
 #include "dev/test/test_torture.h"
@@ -104,6 +106,8 @@ static const Test tests[] = {
     GROWTH_ENGINE_TESTS(X)
     NUMBERS_ENGINE_TESTS(X)
     SCORE_TESTS(X)
+    TEACHER_ENGINE_TESTS(X)
+    ATTENTION_ENGINE_TESTS(X)
     LAYERS_ENGINE_TESTS(X)
     REPLACE_ENGINE_TESTS(X)
     EXITS_ENGINE_TESTS(X)
@@ -137,6 +141,8 @@ static const Test tests[] = {
     GPU_MODEL_TESTS(X)
     GROWTH_TESTS(X)
     LORA_TESTS(X)
+    TEACHER_TESTS(X)
+    ATTENTION_TESTS(X)
     LAYERS_TESTS(X)
     DENSE_TESTS(X)
     REPLACE_TESTS(X)

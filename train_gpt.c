@@ -15,7 +15,10 @@
 
 #include "dev/check.h"
 #include "dev/model/adapter.h"
+#include "dev/model/align.h"
+#include "dev/model/attention_rows.h"
 #include "dev/model/attention_tiles.h"
+#include "dev/model/distill.h"
 #include "dev/model/engines.h"
 #include "dev/model/layout.h"
 #include "dev/model/matmul.h"
@@ -422,33 +425,91 @@ static real softmax_loss(real *logits, int target, real grad, real smoothing, re
 }
 
 // Arguments of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one
-// token's loss, 0: no gradients; uniform (BT): as in softmax_loss, if smoothing is not 0.
-typedef struct { real *losses, *uniform; const int *targets; real grad, smoothing; } Scoring;
+// token's loss, 0: no gradients; uniform (BT): as in softmax_loss, if smoothing is not 0; soft: a
+// teacher, and distilled (BT) its terms; pairs: tokens t and t + BT/2 are twins, apart (BT) their
+// divergence.
+typedef struct {
+    real *losses, *uniform, *distilled, *apart;
+    const int *targets;
+    real grad, smoothing;
+    Soft soft;
+    Pairs pairs;
+} Scoring;
 
-// Computes them and, with grad, dx (BT,C) = and dwte (V,C) =, or += with `add`.
+// The losses of token t from its logits (V), which become their gradient; soft (V), if there is a
+// teacher, has its logits and is overwritten.
+static void score_token(const Scoring *y, real *logits, real *soft, size_t t, size_t V) {
+    const int target = y->targets[t];
+    y->losses[t] = y->uniform[t] = y->distilled[t] = 0;
+    if (target < 0) {
+        memset(logits, 0, V * sizeof(real));
+        return;
+    }
+    if (soft) y->distilled[t] = distill_row(soft, logits, y->soft.weight, y->soft.temperature, V);
+    y->losses[t] = softmax_loss(logits, target, y->grad, y->smoothing, y->uniform + t, V);
+    if (!soft || y->soft.weight == 0) return;
+    if (y->grad == 0) memcpy(logits, soft, V * sizeof(real));
+    else for (size_t v = 0; v < V; v++) logits[v] += soft[v];
+}
+
+// The divergence of token t and its twin from their logits (V); d and twin_d (V): its gradient,
+// which score_tokens adds to that of their losses.
+static void score_pair(const Scoring *y, real *d, real *twin_d, const real *logits,
+                       const real *twin, size_t t, size_t BT, size_t V) {
+    real *apart = y->apart + t;
+    if (y->targets[t] < 0) {
+        memset(d, 0, V * sizeof(real)), memset(twin_d, 0, V * sizeof(real));
+        apart[0] = apart[BT / 2] = 0;
+    } else
+        apart[0] = apart[BT / 2] = twins_row(d, twin_d, logits, twin, y->pairs.weight,
+                                             y->pairs.symmetric, V);
+}
+
+// n tokens of logits (n,V) from token t on; d (n,V): what is added to their gradient, or NULL.
+static void score_tokens(const Scoring *y, real *logits, const real *d, size_t t, size_t n,
+                         size_t V) {
+    const Soft *s = &y->soft;
+#pragma omp parallel for
+    for (size_t i = 0; i < n; i++) {
+        score_token(y, logits + i * V, s->x ? s->logits + i * V : NULL, t + i, V);
+        for (size_t v = 0; d && v < V; v++) logits[i * V + v] += d[i * V + v];
+    }
+}
+
+// Computes them and, with grad, dx (BT,C) = and dwte (V,C) =, or += with `add`. Twins are in the
+// same chunk, which has half as many tokens of each.
 static void classifier(const Scoring *y, real *dx, real *dwte, int add, real *logits,
                        const PackWorkspace *work, const real *x, const real *wte, size_t BT,
                            size_t C,
                        size_t V) {
-    const size_t chunk = classifier_chunk(BT, V);
-    for (size_t t0 = 0; t0 < BT; t0 += chunk) {
-        const size_t n = at_most(BT - t0, chunk);
-        multiply(fresh(logits, V, NULL), work, matrix(x + t0 * C, C), transposed(wte, C), n, V, C,
-                 NULL);
+    const int twins = y->pairs.on, sides = 1 + twins;
+    const size_t chunk = classifier_chunk(BT, V) / (size_t)sides, end = BT / (size_t)sides;
+    const Soft *s = &y->soft;
+    const int trains = y->grad != 0 || s->weight != 0 || y->pairs.weight != 0;
+    for (size_t t0 = 0; t0 < end; t0 += chunk) {
+        const size_t n = at_most(end - t0, chunk);
+        real *twin = logits + n * V, *d = twins ? y->pairs.d : NULL;
+        for (int side = 0; side < sides; side++)
+            multiply(fresh(side ? twin : logits, V, NULL), work,
+                     matrix(x + (t0 + (size_t)side * end) * C, C), transposed(wte, C), n, V, C,
+                     NULL);
 #pragma omp parallel for
-        for (size_t t = 0; t < n; t++) {
-            const int target = y->targets[t0 + t];
-            real *loss = y->losses + t0 + t, *uniform = y->uniform + t0 + t;
-            *loss = *uniform = 0;
-            if (target < 0) memset(logits + t * V, 0, V * sizeof(real));
-            else *loss = softmax_loss(logits + t * V, target, y->grad, y->smoothing, uniform, V);
+        for (size_t t = 0; t < (twins ? n : 0); t++)
+            score_pair(y, d + t * V, d + (n + t) * V, logits + t * V, twin + t * V, t0 + t, BT, V);
+        for (int side = 0; side < sides; side++) {
+            const size_t t = t0 + (size_t)side * end;
+            real *at = side ? twin : logits;
+            if (s->x)
+                multiply(fresh(s->logits, V, NULL), s->work, matrix(s->x + t * s->C, s->C),
+                         transposed(s->wte, s->C), n, V, s->C, NULL);
+            score_tokens(y, at, !trains || !d ? NULL : d + (size_t)side * n * V, t, n, V);
+            if (!trains) continue;
+            multiply(fresh(dx + t * C, C, NULL), work, matrix(at, V), matrix(wte, C), n, C, V,
+                     NULL);
+            if (dwte)
+                multiply(scaled(dwte, C, 1, add || t), work, transposed(at, V),
+                         matrix(x + t * C, C), V, C, n, NULL);
         }
-        if (y->grad == 0) continue;
-        multiply(fresh(dx + t0 * C, C, NULL), work, matrix(logits, V), matrix(wte, C), n, C, V,
-                 NULL);
-        if (dwte)
-            multiply(scaled(dwte, C, 1, add || t0), work, transposed(logits, V), matrix(x + t0 * C,
-                     C), V, C, n, NULL);
     }
 }
 
@@ -482,7 +543,9 @@ struct Model {
 
     real *x, *dx;                     // (B,T,C) the residual stream
     real *lnf, *lnf_xhat, *lnf_rstd;  // (B,T,C) (B,T,C) (B,T)
-    real *losses, *uniform;           // (B,T) (B,T) from softmax_loss
+    real *losses, *uniform;           // (B,T) each, from score_token
+    real *distilled, *apart;          // (B,T) (B,T) likewise, and from score_pair
+    real *pairs;                      // (chunk,V) gradients of twins
     double part[N_PARTS];             // of the last run
     real *ln, *gelu, *out;            // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
     real *dwide, *dy, *dout;          // (B,T,4C) (B,T,C) (B,T,C)
@@ -490,6 +553,9 @@ struct Model {
     real *lora_u, *lora_v, *lora_x;   // (B,T,r) (B,T,r) (B,T,4C) of adapters; x with dropout
     PackWorkspace pack;
     AttentionWorkspaces work;
+    RowsWorkspaces score_rows;        // of attention that edits scores or compares maps
+    real *maps;                       // a layer's (B,T,3C) and (B,NH,T), of those in args.maps
+    real *align;                      // (B,blocks of queries,T,QUERIES) as `more` of align_maps
     int last_B, last_T;               // of the last forward
 
     HeadCache cache;                  // (L,sequences,NH) heads
@@ -564,7 +630,7 @@ static size_t saved_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { real **at; size_t n; } Buffer;
-enum { N_BUFFERS = 25, N_TRAINING_BUFFERS = 5 };
+enum { N_BUFFERS = 31, N_TRAINING_BUFFERS = 5 };
 
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
@@ -576,13 +642,21 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     const size_t most = BT > wide4 ? BT > V ? BT : V : wide4 > V ? wide4 : V,
         K = at_most(most + 1, wide * K_BLOCK);
     const size_t cached = (size_t)m->args.cache;
+    size_t maps = 0;
+    for (int l = 0; m->args.maps && l < m->config.L; l++) maps += m->args.maps[l];
     const Buffer all[N_BUFFERS] = {
         {&m->x, BT * C}, {&m->lnf, BT * C}, {&m->lnf_xhat, BT * C}, {&m->lnf_rstd, BT},
-        {&m->losses, BT}, {&m->uniform, BT}, {&m->ln, BT * C}, {&m->gelu, BT * 4 * C},
+        {&m->losses, BT}, {&m->uniform, BT}, {&m->distilled, BT}, {&m->apart, BT},
+        {&m->pairs, m->args.twins ? (classifier_chunk(BT, V) + 1) * V : 0},
+        {&m->ln, BT * C}, {&m->gelu, BT * 4 * C},
         {&m->out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
         {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K},
         {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
         {&m->work.at, (size_t)m->work.threads * (sizeof(AttentionWorkspace) / sizeof(real))},
+        {&m->score_rows.at, m->args.score_rows || m->args.align ? (size_t)m->work.threads *
+         rows_workspace((size_t)m->args.T) : 0},
+        {&m->maps, maps * BT * (3 * C + (size_t)m->config.NH)},
+        {&m->align, m->args.align ? BT * round_up((size_t)m->args.T, QUERIES) : 0},
         {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T,
             C / (size_t)m->config.NH)},
         {&m->packed.at, cached ? packed_total(&m->packed, &m->config, &m->pack) : 0},
@@ -609,7 +683,8 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     m->config = *config;
     m->args = *args;
     m->pack.bf16 = args->dtype == DTYPE_BF16;
-    m->work.threads = team_most();
+    m->work.threads = m->score_rows.threads = team_most();
+    m->score_rows.T = (size_t)args->T;
     for (int p = 0; p < N_PARAMS; p++) size[p] = gpt_param_size(config, p);
     m->layout = layout_of(config, args->frozen, size, 1);
     params_chunks(m);
@@ -771,6 +846,47 @@ static void linear_backward(Model *m, const Pass *pass, int l, int param, Result
                          adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
 }
 
+// ---- A teacher's maps, with which a student's are compared (dev/model/align.h) ----
+
+// Where the maps of layer l stay after a run.
+static Maps maps_at(const Model *m, int l) {
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C,
+        NH = (size_t)m->config.NH;
+    const real *at = m->maps;
+    CHECK(m->args.maps && l < m->config.L && m->args.maps[l], "layer %d has no maps", l);
+    for (int i = 0; i < l; i++) at += m->args.maps[i] ? BT * (3 * C + NH) : 0;
+    return (Maps){at, at + BT * 3 * C, C, NH};
+}
+
+static void maps_save(Model *m, int l, const AttentionSaved *k, size_t nT) {
+    if (!m->args.maps || !m->args.maps[l]) return;
+    const Maps to = maps_at(m, l);
+    CHECK(nT == (size_t)m->last_B * (size_t)m->last_T, "a teacher's layer has dropped rows");
+    memcpy((real *)(uintptr_t)to.qkv, k->qkv, nT * 3 * to.C * sizeof(real));
+    memcpy((real *)(uintptr_t)to.lse, k->lse, nT * to.NH * sizeof(real));
+}
+
+// Adds layer l's part to the terms of Align. In training with a weight also makes the gradient,
+// m->align, and returns it; otherwise NULL.
+static const real *align_layer(Model *m, const Pass *pass, int l) {
+    const Align *a = pass->objective ? pass->objective->align : NULL;
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
+    const AttentionSaved *k = &m->attention[l];
+    if (!a || a->layer[l] < 0 || l < m->args.frozen || m->last_T < 2) return NULL;
+    const double share = 1 / ((double)m->last_B * a->layers * (m->last_T - 1));
+    const Maps student = {k->qkv, k->lse, (size_t)m->config.C, (size_t)m->config.NH},
+        teacher = maps_at(a->teacher, a->layer[l]);
+    real *more = pass->weight != 0 && a->gamma != 0 ? m->align : NULL;
+    CHECK(a->teacher->last_B == m->last_B && a->teacher->last_T == m->last_T,
+          "the teacher has not run on this batch");
+    const AlignSums sum = align_maps(more, &m->score_rows, &student, &teacher, a->kl,
+                                     pass->weight * a->gamma * share * b->scale, b->rows,
+                                     (size_t)b->n, (size_t)m->last_T);
+    m->part[PART_ALIGN] += share * b->scale * sum.distance;
+    m->part[PART_COSINE] += share * sum.cosine, m->part[PART_COMPARED] += share * sum.n;
+    return more;
+}
+
 // y = attention of qkv; in decode, attention that continues sequences, or the ordinary one if all
 // of them begin.
 static void attention_inside(Model *m, const Pass *pass, int l, const AttentionSaved *k,
@@ -778,9 +894,13 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionS
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN, l);
+    const ScoreEdit edit = noise_scores(pass->noise, l);
     int begins = T > 1;
     for (int i = 0; m->at && i < b->n; i++) begins &= m->at[b->rows[i]] == 0;
-    if (!m->at || begins)
+    if (edit.kind)
+        attention_rows_forward(k->y, k->lse, &m->score_rows, k->qkv, &edit, &noise, b->rows, nT / T,
+                               T, C, NH);
+    else if (!m->at || begins)
         attention_forward(k->y, k->lse, &m->work, k->qkv, &noise, b->rows, nT / T, T, C, NH);
     if (!m->at) return;
     HeadCache layer = m->cache;
@@ -800,6 +920,8 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     layernorm_forward(m->ln, k->xhat, k->rstd, m->x, NULL, rows_of(m, b), w.ln1w, w.ln1b, nT, T, C);
     linear_forward(m, pass, l, P_qkvw, fresh(k->qkv, 3 * C, w.qkvb), m->ln, nT);
     attention_inside(m, pass, l, k, nT);
+    maps_save(m, l, k, nT);
+    if (pass->weight == 0) align_layer(m, pass, l);      // a training pass does so in backward
     linear_forward(m, pass, l, P_attprojw, branch_end(m, pass, l, ATTN, w.attprojb), k->y, nT);
 }
 
@@ -811,13 +933,19 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l) {
     const Params w = params_at(m, SLOT_PARAM, l), dw = params_at(m, SLOT_GRAD, l);
     const AttentionSaved *k = &m->attention[l];
     const NoisePlace noise = noise_place(pass->noise, NOISE_ATTN, l);
+    const ScoreEdit edit = noise_scores(pass->noise, l);
     const int add = gradient_add(m, l, ATTN, 1);
     Result dy = {.at = m->dy, .ld = C};
     const Matrix dout = branch_end_gradient(m, pass, l, ATTN, m->dout, &dy.scale);
     real *dqkv = m->dwide, *dln = m->dy;
     linear_backward(m, pass, l, P_attprojw, dy, dout, k->y, add, nT);
-    attention_backward(dqkv, &m->work, m->dy, k->qkv, k->y, k->lse, &noise, b->rows, nT / T, T, C,
-                       NH);
+    const real *more = align_layer(m, pass, l);
+    if (edit.kind || more)
+        attention_rows_backward(dqkv, &m->score_rows, m->dy, k->qkv, k->y, k->lse, &edit, &noise,
+                                more, b->rows, nT / T, T, C, NH);
+    else
+        attention_backward(dqkv, &m->work, m->dy, k->qkv, k->y, k->lse, &noise, b->rows, nT / T, T,
+                           C, NH);
     layernorm_recompute(m->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     linear_backward(m, pass, l, P_qkvw, fresh(dln, C, NULL), matrix(dqkv, 3 * C), m->ln, add, nT);
     layernorm_backward(m->dx, NULL, dw.ln1w, dw.ln1b, dln, k->xhat, k->rstd, rows_of(m, b), w.ln1w,
@@ -925,19 +1053,43 @@ static void block_backward(Model *m, const Pass *pass, int l) {
 
 // ---- Forward and backward of the whole model ----
 
+// The teacher of the loss read after layer l, if that has one, for tokens of this weight; its last
+// run was on this batch. Exits have none.
+static Soft soft_targets(const Model *m, const Pass *pass, int l, double weight) {
+    if (pass_distill(pass) == 0 || pass_exits(pass, l)) return (Soft){0};
+    const Model *teacher = pass->objective->teacher;
+    CHECK(teacher && teacher->last_B == m->last_B && teacher->last_T == m->last_T &&
+          teacher->config.V == m->config.V, "the teacher has not run on this batch");
+    return (Soft){teacher->lnf, params_at(teacher, SLOT_PARAM, 0).wte, teacher->logits,
+                  &teacher->pack, (size_t)teacher->config.C,
+                  (real)(weight * pass_distill(pass)), (real)pass->objective->temperature};
+}
+
+// The pairs of tokens of the loss read after layer l, if it compares twins. Exits do not.
+static Pairs twin_tokens(const Model *m, const Pass *pass, int l, double weight) {
+    if (pass_consistency(pass) == 0 || pass_exits(pass, l)) return (Pairs){0};
+    return (Pairs){m->pairs, (real)(2 * weight * pass_consistency(pass)), 1,
+                   pass->objective->symmetric};
+}
+
 // The share of the loss read after layer l, from lnf; in training also dy, its gradient times
 // weight with respect to lnf.
 static double model_loss(Model *m, const Batch *batch, const Pass *pass, int l) {
     const size_t BT = (size_t)batch->rows * (size_t)batch->T, C = (size_t)m->config.C;
     const Params w = params_at(m, SLOT_PARAM, 0);
-    const real grad = (real)(pass_exit(pass, l) * pass->weight / (double)batch_scored(batch)),
-        smoothing = (real)pass_smoothing(pass);
-    const Scoring y = {m->losses, m->uniform, batch->targets, grad, smoothing};
+    const double each = pass->weight / (double)batch_scored(batch),
+        weight = pass_exit(pass, l) * pass->weight / (double)batch_scored(batch);
+    const Soft soft = soft_targets(m, pass, l, weight);
+    const Scoring y = {m->losses, m->uniform, m->distilled, m->apart, batch->targets,
+                       (real)(soft.x ? weight * (1 - pass_distill(pass)) : weight),
+                       (real)pass_smoothing(pass), soft, twin_tokens(m, pass, l, each)};
+    const PartLosses losses = {{m->losses, m->uniform, soft.x ? m->distilled : NULL,
+                                y.pairs.on ? m->apart : NULL}};
     real *dwte = pass->weight != 0 ? params_at(m, SLOT_GRAD, 0).wte : NULL;
     const int add = pass->weight != 0 ? gradient_add(m, 0, NO_BRANCH, 1) : 0;
     classifier(&y, m->dy, dwte, add, m->logits, &m->pack, m->lnf, w.wte, BT, C,
                (size_t)m->config.V);
-    return pass_loss(m->part, batch, pass, l, m->losses, m->uniform);
+    return pass_loss(m->part, batch, pass, l, &losses);
 }
 
 // An early exit, if there is one after layer l: the loss of the stream as it is there, through the
@@ -974,7 +1126,7 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->last_B = batch->rows;
     m->last_T = batch->T;
     m->saved_end = m->saved;
-    m->part[PART_EXITS] = 0;
+    memset(m->part, 0, sizeof m->part);
     double loss = 0;
     const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
     embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
@@ -1028,8 +1180,9 @@ static void run_backward(Model *m, const Batch *batch, const Pass *pass) {
 static double model_run(Model *m, const Batch *batch, const Pass *pass) {
     engine_check_run(&m->config, &m->args, batch, pass);
     const double loss = run_forward(m, batch, pass);
-    if (pass->weight != 0) run_backward(m, batch, pass);
-    return loss;
+    if (pass->weight == 0) return loss;
+    run_backward(m, batch, pass);
+    return loss + pass_align_loss(pass, m->part);        // known only now
 }
 
 static void model_losses(Model *m, real *host) {
@@ -1213,7 +1366,8 @@ const Engine *engine_cpu(void) {
 #endif
 
 const Engine CPU_ENGINE = {
-    "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32, CAN_ANY_BATCH,
+    "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32,
+    CAN_ANY_BATCH | CAN_EDIT_SCORES | CAN_TWINS | CAN_ALIGN,
     model_open, model_run, model_losses, model_parts, model_logits, model_decode,
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };

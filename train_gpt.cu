@@ -2099,15 +2099,94 @@ softmax_loss_kernel(float *losses, float *uniform, void *logits, const int *targ
     }
 }
 
+// A block processes one token: *distilled = t^2 KL(p || q) with p = softmax(teacher / t), q =
+// softmax(student / t), 0 for a negative target; teacher (Vp) becomes rate * (q - p), 0 from V on
+// (dev/model/distill.h).
+template <class N>
+static __global__ void __launch_bounds__(SOFTMAX_THREADS)
+distill_kernel(float *distilled, void *teacher, const void *student, const int *targets, float rate,
+               float temperature, unsigned V, unsigned Vp) {
+    BOUNDS(SOFTMAX_THREADS);
+    constexpr unsigned W = 16 / sizeof(N);
+    SHARED(float, shared);                               // (2 * 32)
+    N *const soft = (N *)teacher + (size_t)blockIdx.x * Vp;
+    const N *const row = (const N *)student + (size_t)blockIdx.x * Vp;
+    const unsigned first = threadIdx.x * W, step = blockDim.x * W;
+    const float cool = 1 / temperature;
+    const bool scored = targets[blockIdx.x] >= 0;
+    float top[2], sum[2], kl = 0;
+    UNROLL for (int side = 0; side < 2; side++) {
+        float high = -INFINITY, total = 0;
+        for (unsigned v = first; v < V; v += step) {
+            Floats<W> z = load<N, W>(side ? row : soft, v);
+            UNROLL for (unsigned k = 0; k < W; k++) z.x[k] *= cool;
+            softmax_join<N, W>(&high, &total, z, V - v < W ? V - v : W);
+        }
+        top[side] = block_max(high, shared);
+        // total 0: this thread had no elements
+        sum[side] = block_sum(total == 0 ? 0 : total * exp_stored<N>(high - top[side]),
+                              shared + WARP);
+        __syncthreads();
+    }
+    const float apart = logf(sum[0]) - logf(sum[1]), p_share = 1 / sum[0], q_share = 1 / sum[1];
+    for (unsigned v = first; v < Vp; v += step) {
+        Floats<W> g = {};
+        if (v < V) {
+            const Floats<W> a = load<N, W>(soft, v), b = load<N, W>(row, v);
+            UNROLL for (unsigned k = 0; k < W; k++) {
+                const float x = a.x[k] * cool - top[0], y = b.x[k] * cool - top[1];
+                const float p = exp_stored<N>(x) * p_share, q = exp_stored<N>(y) * q_share;
+                const bool in = scored && v + k < V;
+                kl += in && p > 0 ? p * (x - y - apart) : 0;
+                g.x[k] = in ? rate * (q - p) : 0;
+            }
+        }
+        store<N, W>(soft, v, g);
+    }
+    kl = block_sum(kl, shared);
+    if (threadIdx.x == 0) distilled[blockIdx.x] = scored ? kl * temperature * temperature : 0;
+}
+
+// logits (n) = keep * logits + soft.
+template <class N, int W>
+static __global__ void soft_add_kernel(void *logits, const void *soft, float keep, size_t n) {
+    const size_t i = thread_index() * W;
+    if (i >= n) return;
+    Floats<W> z = load<N, W>(soft, i);
+    const Floats<W> hard = load<N, W>(logits, i);
+    UNROLL for (int k = 0; k < W; k++) z.x[k] += keep != 0 ? hard.x[k] : 0;
+    store<N, W>(logits, i, z);
+}
+
+// A teacher's last run: features x (BT,C) and the head's wte (Vp,C), with its workspace for a chunk
+// of logits (chunk,Vp). weight: that of a token's term; x NULL: none.
+typedef struct {
+    const void *x, *wte;
+    void *logits;
+    size_t C;
+    float weight, temperature;
+} Soft;
+
 // Arguments of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one
-// token's loss, 0: no gradients; uniform (BT): as in softmax_loss_kernel, if smoothing is not 0.
-typedef struct { float *losses, *uniform; const int *targets; float grad, smoothing; } Scoring;
+// token's loss, 0: no gradients; uniform (BT): as in softmax_loss_kernel, if smoothing is not 0;
+// soft: a teacher, and distilled (BT) its terms.
+typedef struct {
+    float *losses, *uniform, *distilled;
+    const int *targets;
+    float grad, smoothing;
+    Soft soft;
+} Scoring;
 
 // n rows of logits from row t0 of the batch on.
 template <class N> static void softmax_loss(const Gpu *g, const Scoring *y, void *logits, size_t t0,
                                             size_t n, size_t V) {
     const size_t Vp = padded_vocabulary(V), shared = 2 * WARP * sizeof(float);
     const int threads = Vp <= 1024 ? 128 : SOFTMAX_THREADS;
+    const Soft *s = &y->soft;
+    if (s->x)
+        LAUNCH(distill_kernel<N>, (unsigned)n, threads, shared, g->stream, y->distilled + t0,
+               s->logits, (const void *)logits, y->targets + t0, s->weight * s->temperature,
+               s->temperature, (unsigned)V, (unsigned)Vp);
     if (y->smoothing != 0)
         LAUNCH((softmax_loss_kernel<N, true>), (unsigned)n, threads, shared, g->stream,
                y->losses + t0, y->uniform + t0, logits, y->targets + t0, y->grad, y->smoothing,
@@ -2116,6 +2195,9 @@ template <class N> static void softmax_loss(const Gpu *g, const Scoring *y, void
         LAUNCH((softmax_loss_kernel<N, false>), (unsigned)n, threads, shared, g->stream,
                y->losses + t0, (float *)NULL, logits, y->targets + t0, y->grad, 0.f, (unsigned)V,
                (unsigned)Vp);
+    if (s->weight != 0)
+        LAUNCH((soft_add_kernel<N, 16 / sizeof(N)>), blocks_for(n * Vp / (16 / sizeof(N))), BLOCK,
+               0, g->stream, logits, (const void *)s->logits, y->grad, n * Vp);
 }
 
 // Computes them and, with grad, dx (BT,C) = and dwte (Vp,C) =, or += with `add`. logits (chunk,Vp)
@@ -2124,15 +2206,20 @@ static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add,
                        const void *x, const void *wte, size_t BT, size_t C, size_t V) {
     const size_t number = size_of_number(g), chunk = classifier_chunk(BT, V, number),
         Vp = padded_vocabulary(V);
+    const Soft *s = &y->soft;
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
         const void *from = (const char *)x + t0 * C * number;
         multiply(g, fresh(logits, Vp, NULL), matrix(from, C), transposed(wte, C), n, Vp, C);
+        if (s->x)
+            multiply(g, fresh(s->logits, Vp, NULL),
+                     matrix((const char *)s->x + t0 * s->C * number, s->C),
+                     transposed(s->wte, s->C), n, Vp, s->C);
         if (g->half) softmax_loss<bf16>(g, y, logits, t0, n, V);
         else softmax_loss<float>(g, y, logits, t0, n, V);
-        if (y->grad == 0) continue;
-        multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), matrix(logits, Vp), matrix(wte,
-                 C), n, C, Vp);
+        if (y->grad == 0 && s->weight == 0) continue;
+        multiply(g, fresh((char *)dx + t0 * C * number, C, NULL), matrix(logits, Vp),
+                 matrix(wte, C), n, C, Vp);
         if (dwte)
             multiply(g, summed(dwte, C, add || t0), transposed(logits, Vp), matrix(from, C), Vp, C,
                      n);
@@ -2375,7 +2462,8 @@ struct Model {
 
     float *x, *dx;                       // (B,T,C) the residual stream
     void *lnf, *lnf_xhat;                // (B,T,C) (B,T,C)
-    float *lnf_rstd, *losses, *uniform;  // (B,T) (B,T) (B,T) the last one from softmax_loss_kernel
+    float *lnf_rstd;                     // (B,T)
+    float *losses, *uniform, *distilled; // (B,T) each, from the kernels of the head
     uint32_t *keep;                      // (B,NH,T,T/32) bits of attention's dropout; NULL: none
     void *ln, *gelu, *out;               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
     void *redo;                          // (B,T,4C) qkv and y, or h, if they are recomputed
@@ -2394,6 +2482,7 @@ struct Model {
     int decoding, begins;                // a decode is in progress; all its rows begin a sequence
     int *group;                          // (V) of each token, -1 if it is not in the batch
     float *host_losses, *host_uniform;   // (1+exits,B,T) (1+exits,B,T) the last layer's first
+    float *host_distilled;               // (B,T)
     float *shown;                        // (B,T,C) passed to a Watch; NULL: not used yet
     double part[N_PARTS];                // of the last run
     const void *ended;                   // the last branch's output, still to be added to x, or
@@ -2598,7 +2687,7 @@ static size_t saved_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { void **at; size_t bytes; } Buffer;
-enum { N_BUFFERS = 27, N_TRAINING_BUFFERS = 8 };
+enum { N_BUFFERS = 28, N_TRAINING_BUFFERS = 8 };
 
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
@@ -2610,7 +2699,7 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     const Buffer all[N_BUFFERS] = {
         {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N},
         {(void **)&m->lnf_rstd, BT * one}, {(void **)&m->losses, BT * one},
-        {(void **)&m->uniform, BT * one},
+        {(void **)&m->uniform, BT * one}, {(void **)&m->distilled, BT * one},
         {(void **)&m->keep, m->args.attention_noise ? (size_t)c->NH * BT *
          kept_keys_line((size_t)m->args.T) * one : 0},
         {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
@@ -2674,10 +2763,10 @@ static void inputs_new(Model *m) {
     const size_t bytes = inputs_layout(m, &m->host, &dummy) * sizeof(int);
     inputs_layout(m, &m->host, (int *)host_new(bytes));
     inputs_layout(m, &m->device, (int *)device_alloc("the inputs", bytes));
-    const size_t losses = (1 + (size_t)m->args.bound.exits) * (size_t)m->args.B *
-        (size_t)m->args.T;
-    m->host_losses = (float *)host_new(2 * losses * sizeof(float));
-    m->host_uniform = m->host_losses + losses;
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T,
+        losses = (1 + (size_t)m->args.bound.exits) * BT;
+    m->host_losses = (float *)host_new((2 * losses + BT) * sizeof(float));
+    m->host_uniform = m->host_losses + losses, m->host_distilled = m->host_uniform + losses;
     m->group = (int *)xcalloc((size_t)m->config.V, sizeof *m->group);
     for (int v = 0; v < m->config.V; v++) m->group[v] = -1;
 }
@@ -3306,6 +3395,20 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
     return groups;
 }
 
+// The teacher of the loss read after layer l, if that has one, for tokens of this weight; its last
+// run was on this batch. Exits have none.
+static Soft soft_targets(const Model *m, const Pass *pass, int l, double weight) {
+    const Soft none = {};
+    if (pass_distill(pass) == 0 || pass_exits(pass, l)) return none;
+    const Model *teacher = pass->objective->teacher;
+    CHECK(teacher && teacher->last_B == m->last_B && teacher->last_T == m->last_T &&
+          teacher->config.V == m->config.V, "the teacher has not run on this batch");
+    const Soft soft = {teacher->lnf, weights_at(teacher, 0).wte, teacher->logits,
+                       (size_t)teacher->config.C, (float)(weight * pass_distill(pass)),
+                       (float)pass->objective->temperature};
+    return soft;
+}
+
 // The losses read after layer l, from lnf; in training also dy, the gradient of their share of the
 // mean loss times weight with respect to lnf. They reach the host, as losses number `place`, at the
 // end of the call.
@@ -3314,10 +3417,12 @@ static void model_loss(Model *m, const Batch *batch, const Pass *pass, int l, vo
         at = (size_t)place * (size_t)m->args.B * (size_t)m->args.T;
     float *dwte = pass->weight != 0 ? gradients_at(m, 0).wte : NULL;
     const int add = pass->weight != 0 && !m->spent[gpt_branch_index(&m->config, 0, NO_BRANCH)];
-    const double smoothing = pass_smoothing(pass);
-    const Scoring y = {m->losses, m->uniform, m->device.targets,
-                       (float)(pass_exit(pass, l) * pass->weight / (double)batch_scored(batch)),
-                       (float)smoothing};
+    const double smoothing = pass_smoothing(pass),
+        weight = pass_exit(pass, l) * pass->weight / (double)batch_scored(batch);
+    const Soft soft = soft_targets(m, pass, l, weight);
+    const Scoring y = {m->losses, m->uniform, m->distilled, m->device.targets,
+                       (float)(soft.x ? weight * (1 - pass_distill(pass)) : weight),
+                       (float)smoothing, soft};
     classifier(&m->gpu, &y, dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, BT,
                (size_t)m->config.C, (size_t)m->config.V);
     CUDA_CHECK(cudaMemcpyAsync(m->host_losses + at, m->losses, BT * sizeof(float),
@@ -3325,13 +3430,19 @@ static void model_loss(Model *m, const Batch *batch, const Pass *pass, int l, vo
     if (smoothing != 0)
         CUDA_CHECK(cudaMemcpyAsync(m->host_uniform + at, m->uniform, BT * sizeof(float),
                                    cudaMemcpyDeviceToHost, m->gpu.stream));
+    if (y.soft.x)
+        CUDA_CHECK(cudaMemcpyAsync(m->host_distilled, m->distilled, BT * sizeof(float),
+                                   cudaMemcpyDeviceToHost, m->gpu.stream));
 }
 
 // The loss read after layer l, whose losses number `place` have reached the host.
 static double model_finish_exit(Model *m, const Batch *batch, const Pass *pass, int l, int place) {
     const size_t at = (size_t)place * (size_t)m->args.B * (size_t)m->args.T;
-    return pass_loss(m->part, batch, pass, l, m->host_losses + at,
-                     pass_smoothing(pass) != 0 ? m->host_uniform + at : NULL);
+    const PartLosses losses = {{m->host_losses + at,
+                                pass_smoothing(pass) != 0 ? m->host_uniform + at : NULL,
+                                pass_distill(pass) != 0 && !place ? m->host_distilled : NULL,
+                                NULL}};
+    return pass_loss(m->part, batch, pass, l, &losses);
 }
 
 // Waits for the call to end; returns the loss.

@@ -26,7 +26,7 @@ static int thread_count(void) {
 
 // A model of one layer that only provides the workspace that kernels need besides their arguments.
 static Model *work_open(GptConfig config, int B, int T, int dtype) {
-    const EngineArgs args = {.B = B, .T = T, .dtype = dtype};
+    const EngineArgs args = {.B = B, .T = T, .dtype = dtype, .score_rows = 1};
     config.L = 1;
     return cpu_engine.open(&config, &args);
 }
@@ -50,7 +50,8 @@ static size_t head_chunk(size_t BT, size_t V) { return classifier_chunk(BT, V); 
 static void head_all(real *losses, real *dx, real *dwte, Model *work, const real *x,
                      const real *wte, const int *targets,
                  size_t BT, size_t C, size_t V) {
-    const Scoring y = {losses, work->uniform, targets, (real)(1 / (double)BT), 0};
+    const Scoring y = {losses, work->uniform, work->distilled, work->apart, targets,
+                       (real)(1 / (double)BT), 0, {0}, {0}};
     classifier(&y, dx, dwte, 1, work->logits, &work->pack, x, wte, BT, C, V);
 }
 

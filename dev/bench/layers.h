@@ -79,6 +79,21 @@ static void attention_backward_run(void *arg) {
                        s->B, s->T, s->C, s->NH);
 }
 
+// The same over whole rows of scores, as AttentionDrop needs them, here without an edit.
+static void rows_forward_run(void *arg) {
+    const Layers *s = arg;
+    const ScoreEdit none = {0};
+    attention_rows_forward(s->att, s->lse, &s->work->score_rows, s->qkv, &none, &s->noise, NULL,
+                           s->B, s->T, s->C, s->NH);
+}
+
+static void rows_backward_run(void *arg) {
+    const Layers *s = arg;
+    const ScoreEdit none = {0};
+    attention_rows_backward(s->dqkv, &s->work->score_rows, s->dy, s->qkv, s->att, s->lse, &none,
+                            &s->noise, NULL, NULL, s->B, s->T, s->C, s->NH);
+}
+
 static void layernorm_forward_run(void *arg) {
     const Layers *s = arg;
     layernorm_forward(s->y, s->xhat, s->rstd, s->x, NULL, NULL, s->w, s->b, s->BT, s->T, s->C);
@@ -158,6 +173,17 @@ static void attention_backward_run_noisy(void *arg) {
     attention_noisy(arg, 0.1);
     attention_backward_run(arg);
     attention_noisy(arg, 0);
+}
+
+static double rows_forward_check(void *arg) {
+    rows_forward_run(arg);
+    return attention_compare(arg, 0);
+}
+
+static double rows_backward_check(void *arg) {
+    rows_forward_run(arg);
+    rows_backward_run(arg);
+    return attention_compare(arg, 1);
 }
 
 static double attention_noisy_check(Layers *s, int backward) {
@@ -323,6 +349,10 @@ static void layer_rows(MeasureTable *t, Bench *b, Layers *s, Adam *a) {
               attention_forward_check_noisy, s);
     layer_row(t, b, "attention backward, dropout", flops, 2.5 * attention, T,
               attention_backward_run_noisy, attention_backward_check_noisy, s);
+    layer_row(t, b, "attention forward, whole rows", flops, attention, T, rows_forward_run,
+              rows_forward_check, s);
+    layer_row(t, b, "attention backward, whole rows", flops, 2.5 * attention, T, rows_backward_run,
+              rows_backward_check, s);
     layer_row(t, b, "LayerNorm forward", memory, 3 * bytes, C, layernorm_forward_run,
               layernorm_forward_check, s);
     layer_row(t, b, "LayerNorm backward", memory, 3 * bytes, BT, layernorm_backward_run,

@@ -136,7 +136,7 @@ static inline void attention_noise(real *keep, const NoisePlace *z, size_t row, 
     const real scale = (real)noise_scale(z->rate);
     for (size_t j = 0; j < nj; j += NOISE_EACH)
         for (size_t i = 0; i < lanes; i++) {
-            const Philox w = noise_words(z->key, z->first_row + (uint32_t)row, (uint32_t)head,
+            const Philox w = noise_words(z->key, noise_row(z, (uint32_t)row), (uint32_t)head,
                                          (uint32_t)(i0 + i), (uint32_t)((j0 + j) / NOISE_EACH));
             for (int e = 0; e < NOISE_EACH; e++)
                 keep[(j + (size_t)e) * QUERIES + i] = noise_half(w, e) >= z->rate ? scale : 0;

@@ -60,6 +60,11 @@ typedef struct {
     MemoryBound bound;    // all zero: this model only evaluates (and has no gradients)
     int attention_noise;  // 1: passes may use dropout on attention probabilities, for which a GPU
                           // allocates mask bits
+    int score_rows;       // 1: passes may edit attention's scores (Noise.scores)
+    // (L) whose attention stays readable after a run, for a student's Align; NULL: none
+    const unsigned char *maps;
+    int align;            // 1: passes may have Objective.align
+    int twins;            // 1: passes may have Objective.consistency
     double lora_scale;    // alpha / rank of a config with adapters
     int lora_noise;       // 1: passes may use dropout on what adapters read
     int frozen;           // the first `frozen` layers, and wpe, do not change: no gradients, no
@@ -143,7 +148,10 @@ enum {
     CAN_SHARE = 16,                                      // EngineArgs.zero
     // a row's losses have the same bits whatever other rows run beside it; without, only for calls
     // of equal shapes, and they differ by rounding otherwise
-    CAN_ANY_BATCH = 32
+    CAN_ANY_BATCH = 32,
+    CAN_EDIT_SCORES = 64,                                // EngineArgs.score_rows
+    CAN_TWINS = 128,                                     // EngineArgs.twins
+    CAN_ALIGN = 256                                      // EngineArgs.maps and align
 };
 
 typedef struct {
@@ -220,6 +228,12 @@ static inline void engine_check_run(const GptConfig *c, const EngineArgs *a, con
     for (int l = 0; l < c->L; l++) exits += pass_exits(pass, l);
     CHECK(exits <= a->bound.exits && pass_exit(pass, c->L - 1) > 0, "%d exits; opened for %d",
           exits, a->bound.exits);
+    CHECK(pass_consistency(pass) == 0 || (a->twins && b->rows % 2 == 0),
+          "this model was opened without twins, or %d rows are not twice as many", b->rows);
+    CHECK(!pass->objective || !pass->objective->align || a->align,
+          "this model was opened without a comparison of maps");
+    CHECK(a->score_rows || !pass->noise || pass->noise->scores == SCORES_PLAIN,
+          "this model was opened without edits of scores");
     CHECK(!pass->watch || !pass->watch->see_gradient || !a->frozen,
           "backward ends above the embeddings");
     for (int l = 0; pass->watch && plan->tied && l < c->L; l++)
@@ -274,6 +288,14 @@ static inline Model *engine_open(const Engine *e, const GptConfig *config, const
          "--rounding nearest; the CPU keeps no rounded weights"},
         {CAN_SHARE, a->zero, "--zero", "--zero 0; on the CPU every rank keeps everything"},
     };
+    if (a->score_rows && !(e->can & CAN_EDIT_SCORES))
+        die("--attentiondrop runs on the CPU only so far\n  hint: --attentiondrop none, or the "
+            "CPU's train_gpt");
+    if ((a->align || a->maps) && !(e->can & CAN_ALIGN))
+        die("--align runs on the CPU only so far\n  hint: --distill, or the CPU's train_gpt");
+    if (a->twins && !(e->can & CAN_TWINS))
+        die("--consistency runs on the CPU only so far\n  hint: --consistency 0, or the CPU's "
+            "train_gpt");
     const char *error = gpt_config_error(config);
     if (error) die("this model cannot be built: %s", error);
     for (size_t i = 0; i < sizeof wish / sizeof wish[0]; i++)

@@ -10,6 +10,7 @@
 //     NOISE_ATTN_OUT    the attention branch's output          a token         C channels
 //     NOISE_MLP_OUT     the MLP branch's output                a token         C channels
 //     NOISE_LORA + t    the input of the adapter of matmul t   a token         its inputs
+//     NOISE_SCORES      attention's largest scores, by head    a query         T keys
 //
 // The first four are GPT-2's places (and transformers' GPT2Model's); the two outputs are dropped
 // before drop path's scale. Dropout is inverted: kept elements are multiplied by 1/(1-p), and
@@ -25,7 +26,9 @@
 #include "rng.h"
 
 enum {
-    NOISE_EMBD, NOISE_ATTN, NOISE_ATTN_OUT, NOISE_MLP_OUT, NOISE_LORA, NOISE_PLACES = NOISE_LORA + 4
+    NOISE_EMBD, NOISE_ATTN, NOISE_ATTN_OUT, NOISE_MLP_OUT, NOISE_LORA,
+    NOISE_SCORES = NOISE_LORA + 4, NOISE_PLACES,
+    NOISE_SIGMA = NOISE_PLACES                           // one number a step, of no layer
 };
 // a rate of 1; elements of a Philox call; calls at once
 enum { NOISE_ONE = 1 << 16, NOISE_EACH = 8, NOISE_CALLS = 32 };
@@ -36,25 +39,79 @@ typedef struct {
     int64_t step;
     uint32_t first_row;                // the number in the step of the batch's row 0
     uint32_t embd, attn, resid, lora;  // rates; resid: of both branches; lora: of adapters' inputs
+    uint32_t twins;                    // rows from this one on are the first ones again, with noise
+                                       // of their own; 0: none
+    // AttentionDrop: how attention's scores are edited, SCORES_*, and in which layers (L); NULL: in
+    // all
+    int scores;
+    const unsigned char *layers;
+    // SCORES_HARD: each of the k largest scores of a query is dropped at the rate `hard`: it
+    // becomes 0 or, if `masks`, -infinity
+    uint32_t hard;
+    int k, masks;
+    // SCORES_BLUR: width, which is odd, and deviation of the Gaussian, in keys
+    int width;
+    double sigma;
 } Noise;
 
-// Noise at one place in one layer: a rate, the key of its draws, and Noise.first_row. rate 0: none.
-typedef struct { uint32_t rate, key[2], first_row; } NoisePlace;
+// What is done to a query's scores before the softmax: AttentionDrop (arXiv 2504.12088), over the
+// keys that the query sees.
+enum { SCORES_PLAIN, SCORES_HARD, SCORES_BLUR };
+enum { HARD_MOST = 64, BLUR_MOST = 17 };                 // largest k, largest width
+#define BLUR_LEAST 1e-3                                  // a smaller deviation is no blur
+
+// Noise at one place in one layer: a rate, the key of its draws, Noise.first_row and .twins. rate
+// 0: none.
+typedef struct { uint32_t rate, key[2], first_row, twins; } NoisePlace;
+
+// The number in the step of a batch's row: bit 31 marks a twin.
+RNG_FN uint32_t noise_row(const NoisePlace *z, uint32_t row) {
+    return z->first_row + row + (z->twins && row >= z->twins ? 0x80000000u - z->twins : 0);
+}
 
 static inline uint32_t noise_rate(const Noise *z, int place) {
     return !z ? 0 : place == NOISE_EMBD ? z->embd : place == NOISE_ATTN ? z->attn
-        : place < NOISE_LORA ? z->resid : z->lora;
+        : place < NOISE_LORA ? z->resid : place < NOISE_SCORES ? z->lora
+        : z->scores == SCORES_HARD ? z->hard : 0;
 }
 
 // z NULL: no noise. Layers count from 0; the embedding belongs to layer 0.
 static inline NoisePlace noise_place(const Noise *z, int place, int layer) {
-    NoisePlace p = {noise_rate(z, place), {0, 0}, 0};
+    NoisePlace p = {noise_rate(z, place), {0, 0}, 0, 0};
     if (!p.rate) return p;
-    p.first_row = z->first_row;
+    p.first_row = z->first_row, p.twins = z->twins;
     const Philox w = rng_words(z->seed, STREAM_NOISE, (uint64_t)z->step, (uint32_t)place,
                                (uint32_t)layer);
     p.key[0] = w.v[0], p.key[1] = w.v[1];
     return p;
+}
+
+// The same for one layer's scores; weight: the kernel's, by distance.
+typedef struct {
+    int kind, k, masks, width;
+    real weight[BLUR_MOST / 2 + 1];
+    NoisePlace topk;
+} ScoreEdit;
+
+static inline ScoreEdit noise_scores(const Noise *z, int layer) {
+    ScoreEdit e;
+    memset(&e, 0, sizeof e);
+    if (!z || (z->layers && !z->layers[layer])) return e;
+    if (z->scores == SCORES_HARD && z->hard) {
+        e.kind = SCORES_HARD, e.k = z->k, e.masks = z->masks;
+        e.topk = noise_place(z, NOISE_SCORES, layer);
+    }
+    if (z->scores == SCORES_BLUR && z->sigma >= BLUR_LEAST) {
+        e.kind = SCORES_BLUR, e.width = z->width;
+        for (int d = 0; d <= BLUR_MOST / 2; d++)
+            e.weight[d] = (real)exp(-d * d / (2 * z->sigma * z->sigma));
+    }
+    return e;
+}
+
+// The deviation of a step's blur: uniform in (0, most).
+static inline double noise_sigma(uint64_t seed, int64_t step, double most) {
+    return most * uniform01(rng_words(seed, STREAM_NOISE, (uint64_t)step, NOISE_SIGMA, 0).v[0]);
 }
 
 // The factor of a kept element.
@@ -77,7 +134,7 @@ static inline void noise_factors(real *keep, const NoisePlace *z, uint32_t row, 
     const real scale = (real)noise_scale(z->rate);
     uint32_t words[NOISE_CALLS * 4];
     for (uint32_t i = 0; i < NOISE_CALLS; i++) {         // compilers see that calls fill vectors
-        const Philox w = noise_words(z->key, z->first_row + row, 0, position,
+        const Philox w = noise_words(z->key, noise_row(z, row), 0, position,
                                      (uint32_t)(first / NOISE_EACH) + i);
         for (int j = 0; j < 4; j++) words[4 * i + (uint32_t)j] = w.v[j];
     }

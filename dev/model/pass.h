@@ -15,6 +15,20 @@ typedef struct {
     const int *tokens, *targets;  // (rows,T); targets NULL: no loss, the pass ends before the head
 } Batch;
 
+// A teacher's attention maps (model/align.h), with which those of the kept rows are compared.
+typedef struct {
+    // of the same engine, opened with these layers as EngineArgs.maps; its last run was on this
+    // batch
+    struct Model *teacher;
+    const int *layer;   // (L) the teacher's layer beside each of the student's, -1: not compared.
+                        // Frozen layers are not
+    int layers;         // how many are
+    int kl;             // 0: distance of directions, 1: divergence
+    double gamma;       // weight of the mean over rows, compared layers and queries t >= 1 of the
+                        // branch's scale times the distance: so its expectation under drop path is
+                        // that without
+} Align;
+
 // The terms of a training pass's loss besides -log p of the targets. All zero: none.
 typedef struct {
     // label smoothing (Szegedy et al. 2016): this share of the target's weight is spread over all V
@@ -23,6 +37,18 @@ typedef struct {
     // (L) the weight of the loss read after each layer (exits.h); NULL: after the last one only, 1.
     // The last layer's is not 0
     const double *exit;
+    // distillation (Hinton et al. 2015): this share of the loss is temperature^2 KL(teacher ||
+    // student) of the softmax at that temperature; the rest is as without. The teacher is a model
+    // of the same engine, dtype and vocabulary, opened for the same B and T, whose last run was on
+    // this batch
+    double distill, temperature;
+    struct Model *teacher;
+    // rows r and r + rows/2 are one row seen twice, under one plan and with their own noise
+    // (Noise.twins): this times KL(first || second) of their predictions is added, or the mean of
+    // both directions (R-Drop, Wu et al. 2021). 0: none
+    double consistency;
+    int symmetric;
+    const Align *align;  // NULL: none
 } Objective;
 
 // An observer of the residual stream. Its points, in the order in which they are seen:
@@ -62,16 +88,32 @@ typedef struct {
 enum {
     PART_NLL,                                            // -log p of the target
     PART_UNIFORM,                                        // -log p of all V tokens, in the mean
-    PART_EXITS,                                          // the weighted losses read before the last
+    PART_DISTILL,                                        // temperature^2 KL(teacher || student)
+    PART_CONSISTENCY,                                    // the divergence of twins
+    PART_TOKENS,                                         // the parts before are means over targets
+    PART_EXITS = PART_TOKENS,                            // the weighted losses read before the last
                                                          // layer
+    PART_ALIGN,                                          // the mean distance of Align
+    PART_COSINE,                                         // sums over what was compared, divided by
+    PART_COMPARED,                                       // what could be: of cosines, of 1
     N_PARTS
 };
 
-static inline double objective_loss(const Objective *o, const double part[N_PARTS]) {
+// The loss of the targets; and with a teacher's share, as it is read after the last layer.
+static inline double objective_hard(const Objective *o, const double part[N_PARTS]) {
     return !o || o->smoothing == 0 ? part[PART_NLL]
                                    : (1 - o->smoothing) * part[PART_NLL] +
                                        o->smoothing * part[PART_UNIFORM];
 }
+
+static inline double objective_loss(const Objective *o, const double part[N_PARTS]) {
+    const double loss = objective_hard(o, part);
+    return !o || o->distill == 0 ? loss
+                                 : (1 - o->distill) * loss + o->distill * part[PART_DISTILL];
+}
+
+// Losses of a batch's tokens (rows,T), by part; NULL: none.
+typedef struct { const real *token[PART_TOKENS]; } PartLosses;
 
 // The number of scored targets in a batch, but at least 1: the divisor of sums over them.
 static inline size_t batch_scored(const Batch *b) {
@@ -79,6 +121,12 @@ static inline size_t batch_scored(const Batch *b) {
     for (size_t t = 0; b->targets && t < (size_t)b->rows * (size_t)b->T; t++)
         count += b->targets[t] >= 0;
     return count ? count : 1;
+}
+
+// What the comparison of maps adds to the loss. A training pass knows it after backward only.
+static inline double pass_align_loss(const Pass *pass, const double part[N_PARTS]) {
+    const Align *a = pass->objective ? pass->objective->align : NULL;
+    return a ? a->gamma * part[PART_ALIGN] : 0;
 }
 
 // The weight of the loss read after layer l.
@@ -92,25 +140,38 @@ static inline int pass_exits(const Pass *pass, int l) {
     return l < pass->plan->layers - 1 && pass_exit(pass, l) > 0;
 }
 
-// The terms of a batch's loss read after layer l, and its share of the loss, from its targets'
-// losses (rows,T) and uniform (rows,T), NULL if unused. Summed in double in the batch's order. Of
-// exits only PART_EXITS remains: call it for the last layer last.
+// The terms of a batch's loss read after layer l, and its share of the loss, from its tokens'.
+// Summed in double in the batch's order. Of exits only PART_EXITS remains: call it for the last
+// layer last. That one has the terms which exits do not have.
 static inline double pass_loss(double part[N_PARTS], const Batch *b, const Pass *pass, int l,
-                               const real *losses, const real *uniform) {
-    double nll = 0, all = 0;
-    for (size_t t = 0; b->targets && t < (size_t)b->rows * (size_t)b->T; t++) {
-        nll += (double)losses[t];
-        if (uniform) all += (double)uniform[t];
+                               const PartLosses *losses) {
+    const Objective *o = pass->objective;
+    const size_t n = b->targets ? (size_t)b->rows * (size_t)b->T : 0;
+    for (int k = 0; k < PART_TOKENS; k++) {
+        double sum = 0;
+        for (size_t t = 0; losses->token[k] && t < n; t++) sum += (double)losses->token[k][t];
+        part[k] = sum / (double)batch_scored(b);
     }
-    part[PART_NLL] = nll / (double)batch_scored(b),
-        part[PART_UNIFORM] = all / (double)batch_scored(b);
-    const double loss = pass_exit(pass, l) * objective_loss(pass->objective, part);
-    if (pass_exits(pass, l)) part[PART_EXITS] += loss;
-    return loss;
+    double loss = pass_exit(pass, l) *
+        (pass_exits(pass, l) ? objective_hard(o, part) : objective_loss(o, part));
+    if (pass_exits(pass, l)) {
+        part[PART_EXITS] += loss;
+        return loss;
+    }
+    if (o && o->consistency != 0) loss += o->consistency * part[PART_CONSISTENCY];
+    return loss + pass_align_loss(pass, part);
+}
+
+static inline double pass_distill(const Pass *pass) {
+    return pass->objective ? pass->objective->distill : 0;
 }
 
 static inline double pass_smoothing(const Pass *pass) {
     return pass->objective ? pass->objective->smoothing : 0;
+}
+
+static inline double pass_consistency(const Pass *pass) {
+    return pass->objective ? pass->objective->consistency : 0;
 }
 
 static inline Batch batch_of(int rows, int T, const int *tokens, const int *targets) {

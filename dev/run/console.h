@@ -135,6 +135,13 @@ static inline void trainer_print_start(const Trainer *tr) {
     }
     if (tr->lora.rank) trainer_print_lora(tr);
     trainer_print_exits(tr);
+    if (tr->teacher.model) {
+        tr->engine->memory(tr->teacher.model, &memory);
+        metrics_grouped(count, (double)gpt_params_count(&tr->teacher.config));
+        printf("teacher: %s parameters: %d layers, %d heads, %d channels; %.0f MiB more\n", count,
+               tr->teacher.config.L, tr->teacher.config.NH, tr->teacher.config.C,
+               (double)(memory.parameters + memory.activations) / mib);
+    }
     if (o->drop_path > 0 || tr->replay.n) {
         printf("drop:    up to %.3g in layer %d, %.3g in layer 1; expected to execute %.1f%% of "
                "the FLOPs\n", o->drop_path, c->L, o->drop_path * drop_path_depth(&tr->drop, 1),
@@ -189,8 +196,10 @@ static inline void trainer_print_phases(Trainer *tr) {
 static inline void trainer_print_estimate(const Trainer *tr) {
     const double tokens = (double)tr->steps * tr->M * tr->B * tr->T, mib = 1048576, share = 0.5;
     const GptConfig whole = trainer_whole(tr);
-    const double full = 3 * tokens / tr->T * gpt_row_flops(&whole, tr->T);
-    const double flops = full * trainer_expected_compute(tr);
+    const double rows = tr->sides * tokens / tr->T,
+        taught = rows * teacher_row_flops(&tr->teacher, tr->T),
+        student = 3 * rows * gpt_row_flops(&whole, tr->T), full = student + taught;
+    const double flops = student * trainer_expected_compute(tr) + taught;
     char grouped[32], time[32], least[32], most[32], saved[32];
     metrics_grouped(grouped, tokens);
     metrics_duration(time, flops / (share * tr->peak_flops));

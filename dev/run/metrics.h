@@ -17,6 +17,10 @@
     X(loss)             /* mean training loss of the step, nats per token */                  \
     X(nll)              /* -log p of the targets alone, where the loss is more than that */   \
     X(exit_loss)        /* weighted mean of the losses read at the step's exits, below the top */ \
+    X(consistency)      /* divergence of the two passes of --consistency */                   \
+    X(distill)          /* temperature^2 KL(teacher || student) of --distill */               \
+    X(align_loss)       /* mean distance of --align, by the branches' scale */                \
+    X(align_cos)        /* mean cosine of both models' attention, of what was compared */     \
     X(lr)                                                                                     \
     X(grad_norm)        /* before clipping */                                                 \
     X(loss_z)           /* z-scores, see numbers.h; with --skip-loss-zscore, */               \

@@ -11,11 +11,15 @@ static inline int64_t trainer_row_sample(const Trainer *tr, int m, int b) {
     return tr->state.consumed + (int64_t)m * tr->B + b;
 }
 
-// Reads micro-batch m of the step, which must belong to this rank.
+// Reads micro-batch m of the step, which must belong to this rank; twins are the same rows again.
 static inline void trainer_read_batch(Trainer *tr, int m) {
+    const size_t BT = (size_t)tr->B * (size_t)tr->T;
     for (int b = 0; b < tr->B; b++)
         shards_read_sample(&tr->train, (uint64_t)tr->options->seed, trainer_row_sample(tr, m, b),
                            tr->tokens + b * tr->T, tr->targets + b * tr->T);
+    if (tr->sides == 1) return;
+    memcpy(tr->tokens + BT, tr->tokens, BT * sizeof(int));
+    memcpy(tr->targets + BT, tr->targets, BT * sizeof(int));
 }
 
 // Ranks the rows of micro-batch m of any rank by their difficulty, for --drop-adapt.
@@ -45,30 +49,47 @@ static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
         tr->plan.branch[i].scale *= growth_scale(&tr->growth, i / BRANCHES, t);
 }
 
+// Whether the training loss is more than -log p of the targets.
+static inline int trainer_objective_is_more(const Trainer *tr) {
+    return tr->objective.smoothing != 0 || tr->objective.distill != 0 ||
+        tr->objective.consistency != 0 || tr->objective.align || tr->exits.scale > 0;
+}
+
 // The engine's arguments for micro-batch m of step t, which must belong to this rank: the input
 // (valid until the next is read),
 static inline Batch trainer_batch(Trainer *tr, int m) {
     trainer_read_batch(tr, m);
-    return batch_of(tr->B, tr->T, tr->tokens, tr->targets);
+    return batch_of(tr->sides * tr->B, tr->T, tr->tokens, tr->targets);
 }
 
-// and the pass; the step's last micro-batch also reduces the gradients over the ranks.
+// and the pass; the step's last micro-batch also reduces the gradients over the ranks. A teacher
+// reads the micro-batch here.
 static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
     const TrainOptions *o = tr->options;
     const double on = ramp_at(&tr->dropout, t);
     trainer_plan(tr, t, m);
-    Pass pass = pass_of(&tr->plan, 1.0 / tr->M);
+    if (tr->sides > 1) drop_plan_twins(&tr->twins, &tr->plan);
+    Pass pass = pass_of(tr->sides > 1 ? &tr->twins : &tr->plan, 1.0 / tr->M);
     Noise noise = {(uint64_t)o->seed, t, (uint32_t)m * (uint32_t)tr->B,
                    noise_rate_of(on * o->dropout_embd),
                    noise_rate_of(on * o->dropout_attn), noise_rate_of(on * o->dropout_resid),
                    o->lora ? noise_rate_of(o->lora_dropout) : 0};
+    noise.twins = tr->sides > 1 ? (uint32_t)tr->B : 0;
+    attention_drop_at(&noise, o, tr->attention_layers, ramp_at(&tr->attention_warm, t), t);
     tr->noise = noise;
-    if (noise.embd || noise.attn || noise.resid || noise.lora) pass.noise = &tr->noise;
+    if (noise.embd || noise.attn || noise.resid || noise.lora || noise.scores)
+        pass.noise = &tr->noise;
     if (tr->exits.scale > 0) {
         exits_weights(tr->exit_weight, &tr->exits, tr->config.L, t);
         tr->objective.exit = tr->exit_weight;
     }
-    if (tr->objective.smoothing != 0 || tr->objective.exit) pass.objective = &tr->objective;
+    tr->align.gamma = o->align_gamma * pow(o->align_decay, floor((double)tr->state.consumed /
+                                                                 (double)tr->train.windows));
+    if (trainer_objective_is_more(tr)) pass.objective = &tr->objective;
+    if (tr->teacher.model) {
+        const Batch batch = batch_of(tr->sides * tr->B, tr->T, tr->tokens, tr->targets);
+        teacher_run(&tr->teacher, tr->engine, &batch);
+    }
     if (tr->world > 1 && m + tr->world >= tr->M) pass.reduce = tr->reduce;
     return pass;
 }
@@ -108,7 +129,7 @@ static inline void trainer_count_updates(Trainer *tr) {
 static inline void trainer_account(Trainer *tr, Metrics *r) {
     const GptConfig *c = &tr->config, whole = trainer_whole(tr);
     if (tr->growth.n) r->layers = c->L;
-    const double rows = (double)tr->B * tr->M;
+    const double rows = (double)tr->B * tr->M, sides = tr->sides;
     const int heads = 1 + exits_count(&tr->exits, c->L, tr->state.step);
     double flops = heads * rows * gpt_head_step_flops(c, tr->T), kept[BRANCHES] = {0, 0};
     for (int i = 0; i < BRANCHES * c->L; i++) {
@@ -116,8 +137,9 @@ static inline void trainer_account(Trainer *tr, Metrics *r) {
                                                      tr->drop.frozen);
         kept[i % BRANCHES] += tr->kept[i];
     }
-    r->flops = flops;
-    r->flops_fraction = flops / (3 * rows * gpt_row_flops(&whole, tr->T));
+    const double taught = sides * rows * teacher_row_flops(&tr->teacher, tr->T);
+    r->flops = sides * flops + taught;
+    r->flops_fraction = r->flops / (3 * sides * rows * gpt_row_flops(&whole, tr->T) + taught);
     r->kept_attn = kept[ATTN] / (rows * c->L);
     r->kept_mlp = kept[MLP] / (rows * c->L);
     r->drop_p = fmax(drop_path_rate(&tr->drop, c->L, ATTN, tr->state.step),

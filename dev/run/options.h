@@ -249,6 +249,52 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "which exits a step has: every R-th layer in turn; from the top down in the first "     \
                "half of the run; all")                                                             \
     OPTION(exit_every, "exit-every", INTEGER, "8", "[1,1024]", "R of rotational")                  \
+  HEADING("AttentionDrop (arXiv 2504.12088, in a causal form) and consistency: not yet proven "    \
+          "on language models; measure")                                                           \
+    OPTION(attentiondrop, "attentiondrop", CHOICE, "none", "none|hard|blur",                       \
+           "edits attention's scores in training: hard drops some of the largest of each query, "  \
+               "blur averages them with their neighbours'. CPU only so far")                       \
+    OPTION(attentiondrop_p, "attentiondrop-p", NUMBER, "0.1", "[0,1)",                             \
+           "hard: the rate at which each of the largest scores is dropped")                        \
+    OPTION(attentiondrop_k, "attentiondrop-k", INTEGER, "8", "[1,64]",                             \
+           "hard: how many of a query's scores are candidates")                                    \
+    OPTION(attentiondrop_mode, "attentiondrop-mode", CHOICE, "zero", "zero|mask",                  \
+           "hard: a dropped score becomes 0, or its key is not seen at all")                       \
+    OPTION(attentiondrop_sigma, "attentiondrop-sigma", NUMBER, "1", "(0,16]",                      \
+           "blur: the largest deviation, in keys; each step draws one from 0 to this")             \
+    OPTION(attentiondrop_width, "attentiondrop-width", INTEGER, "5", "[3,17]",                     \
+           "blur: keys under the kernel, an odd number")                                           \
+    OPTION(attentiondrop_layers, "attentiondrop-layers", TEXT, "all", "LIST",                      \
+           "where: all, last, or layers from 0 on, as 0,3-5")                                      \
+    OPTION(attentiondrop_warmup, "attentiondrop-warmup", SPAN, "0", "",                            \
+           "steps in which the rate, or the largest deviation, rises from 0")                      \
+    OPTION(consistency, "consistency", NUMBER, "0", "[0,inf)",                                     \
+           "each row is read twice with its own noise, and this times the divergence of the two "  \
+               "predictions is added to the loss; with --dropout alone this is R-Drop (Wu et al. " \
+               "2021). A step costs twice as much. CPU only so far")                               \
+    OPTION(consistency_kl, "consistency-kl", CHOICE, "forward", "forward|symmetric",               \
+           "KL(first || second), or the mean of both directions")                                  \
+  HEADING("A teacher: a trained model of the same tokens, of any depth and width")                 \
+    OPTION(teacher, "teacher", TEXT, "", "PATH",                                                   \
+           "a checkpoint directory, ours or a Hugging Face GPT-2, or a run's directory; it "       \
+               "reads each batch, which costs a forward pass of it")                               \
+    OPTION(distill, "distill", NUMBER, "0", "[0,1]",                                               \
+           "distillation: this share of the loss is the divergence from the teacher's "            \
+               "distribution of the next token (Hinton et al. 2015); 0.5 is usual")                \
+    OPTION(distill_temperature, "distill-temperature", NUMBER, "1", "[0.01,100]",                  \
+           "both distributions are softmaxes of the logits divided by this. DistilBERT used 2")    \
+    OPTION(align, "align", CHOICE, "none", "none|attention",                                       \
+           "attention: compares the means over heads of both models' attention, layer by layer; "  \
+               "its distance is added to the loss. CPU only so far")                               \
+    OPTION(align_gamma, "align-gamma", NUMBER, "1", "[0,inf)", "the distance's weight")            \
+    OPTION(align_decay, "align-decay", NUMBER, "1", "(0,1]",                                       \
+           "the weight is multiplied by this after each epoch")                                    \
+    OPTION(align_loss, "align-loss", CHOICE, "cosine", "cosine|kl",                                \
+           "distance of a query's two rows of probabilities: of their directions, 2(1 - cos), or " \
+               "KL(teacher || student)")                                                           \
+    OPTION(align_layers, "align-layers", TEXT, "all", "LIST",                                      \
+           "which of the student's layers: all, last, or layers from 0 on, as 0,3-5; each has a "  \
+               "partner at the same share of the teacher's depth")                                 \
   HEADING("Growing depth: layers that do not exist yet cost nothing")                              \
     OPTION(grow, "grow", TEXT, "", "LIST",                                                         \
            "phases LAYERS:STEP with ever more layers, as \"1:0,all:80%\"; STEP may be a "          \

@@ -14,6 +14,7 @@
 #include "../model/exits.h"
 #include "../model/layer_list.h"
 #include "../model/schedule.h"
+#include "attention_drop.h"
 #include "checkpoint.h"
 #include "comm.h"
 #include "difficulty.h"
@@ -23,6 +24,7 @@
 #include "numbers.h"
 #include "options.h"
 #include "selfcheck.h"
+#include "teacher.h"
 #include <sys/resource.h>
 
 typedef struct {
@@ -40,11 +42,19 @@ typedef struct {
     Growth growth;
     DropPath drop;
     Ramp dropout;                       // when it is on
+    Ramp attention_warm;                // the warm-up of AttentionDrop
+    unsigned char *attention_layers;    // (depth) where it is; NULL: there is none
+    int sides;                          // how often a step reads each row: 2 with --consistency
+    DropPlan twins;                     // of 2 B rows, with --consistency
     Noise noise;                        // of the current pass
     Objective objective;                // of every training pass
     Difficulty difficulty;              // of rows, for --drop-adapt
     Exits exits;
     double *exit_weight;                // (depth) of the current step
+    Teacher teacher;
+    Align align;
+    unsigned char *align_layers;        // (depth) those of --align-layers
+    int *align_pairs;                   // (depth) Align.layer
     Schedule schedule;
     Shards train, val;
     Tokenizer tokenizer;
@@ -380,6 +390,19 @@ static inline Ramp trainer_dropout_ramp(const TrainOptions *o, int64_t steps) {
     return r;
 }
 
+// AttentionDrop's layers and warm-up, and how often a row is read.
+static inline void trainer_attention_drop(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    const Ramp warm = {SHAPE_LINEAR, tr->steps, 0, span_steps(o->attentiondrop_warmup, tr->steps),
+                       0, 0, 0};
+    tr->attention_warm = warm;
+    tr->sides = o->consistency > 0 ? 2 : 1;
+    tr->objective.consistency = o->consistency, tr->objective.symmetric = o->consistency_kl;
+    if (o->attentiondrop != SCORES_PLAIN)
+        tr->attention_layers = layer_list_open("attentiondrop-layers", o->attentiondrop_layers,
+                                               tr->depth);
+}
+
 static inline Schedule trainer_schedule(const TrainOptions *o, int64_t steps) {
     Schedule s = {o->lr_schedule, o->lr, o->lr_final, steps, span_steps(o->warmup, steps),
                   span_steps(o->lr_decay, steps)};
@@ -504,6 +527,7 @@ static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
     if (tr->replay.n) d.p_max = 0;                       // recorded plans may exceed it
     drop_path_bound(&d, tr->B, &b.attn_rows, &b.mlp_rows, &b.rows);
     b.exits = exits_most(&tr->exits, tr->config.L);
+    b.attn_rows *= tr->sides, b.mlp_rows *= tr->sides, b.rows *= tr->sides;
     return b;
 }
 
@@ -582,7 +606,7 @@ static inline void trainer_compare_options(const char *now, const char *then) {
     static const char *const free_to_change[] = {"out", "threads", "eval-every", "eval-tokens",
                                                  "eval-depths", "save-every", "keep",
                                                  "log-every", "sample-every", "sample-tokens",
-                                                 "prompt", "val", "init-from",
+                                                 "prompt", "val", "init-from", "teacher",
                                                  "zero", "graphs", "on-save-error", "max-bad-steps",
                                                  "selfcheck"};
     Text changed = {NULL, 0, 0};
@@ -609,7 +633,9 @@ static inline void trainer_describe_data(Trainer *tr) {
     shards_fingerprint(&tr->train, hex);
     tr->data_line = xprintf("# train: %d shard%s, %lld tokens, %.16s\n", tr->train.n,
                             tr->train.n == 1 ? "" : "s", (long long)tr->train.tokens, hex);
-    tr->run_text = xprintf("%s%s", tr->config_text, tr->data_line);
+    tr->run_text = xprintf("%s%s%s%s%s", tr->config_text, *tr->options->teacher ? "# teacher: "
+                           : "", tr->teacher.sha256, *tr->options->teacher ? "\n" : "",
+                           tr->data_line);
 }
 
 // One warning if the shards differ from the checkpoint's: then sample i is a different one. Older
@@ -621,6 +647,15 @@ static inline void trainer_compare_data(const Trainer *tr, const char *then) {
          "  hint: samples come in another order from here on; with the shards of before it would "
          "be the same run", (int)strcspn(line + 10, "\n"), line + 10,
          (int)strcspn(tr->data_line + 9, "\n"), tr->data_line + 9);
+}
+
+// The same for the teacher's weights, wherever they are now.
+static inline void trainer_compare_teacher(const Trainer *tr, const char *then) {
+    const char *line = strstr(then, "\n# teacher: ");
+    if (!line || !*tr->options->teacher) return;
+    if (strncmp(line + strlen("\n# teacher: "), tr->teacher.sha256, SHA256_HEX - 1))
+        warn("--teacher %s has other weights than the checkpoint's run was taught by",
+             tr->options->teacher);
 }
 
 // Resuming from an older checkpoint into a directory with later ones would mix two runs: the next
@@ -705,6 +740,39 @@ static inline void trainer_eval_scale(Trainer *tr) {
                                       i / BRANCHES, tr->state.step));
 }
 
+// The run's teacher: on every rank, beside the student.
+static inline void trainer_open_teacher(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    EngineArgs args;
+    if (!*o->teacher) return;
+    memset(&args, 0, sizeof args);
+    args.B = tr->sides * tr->B, args.T = tr->T, args.threads = (int)o->threads,
+        args.dtype = trainer_dtype(tr->engine, o), args.comm = tr->comm, args.dry = o->dry_run;
+    if (o->align != ALIGN_NONE)
+        tr->align_layers = layer_list_open("align-layers", o->align_layers, tr->depth);
+    teacher_open(&tr->teacher, tr->engine, o->teacher, args, tr->config.V,
+                 tr->has_tokenizer ? &tr->tokenizer : NULL, tr->align_layers,
+                 tr->growth.n ? 1 : tr->depth, tr->depth);
+    tr->objective.teacher = tr->teacher.model, tr->objective.distill = o->distill,
+        tr->objective.temperature = o->distill_temperature;
+    if (o->align == ALIGN_NONE) return;
+    tr->align_pairs = (int *)xcalloc((size_t)tr->depth, sizeof(int));
+    tr->objective.align = &tr->align;
+}
+
+// The teacher's layer beside each of the current layers that is trained and to be compared.
+static inline void trainer_pair_layers(Trainer *tr) {
+    const int L = tr->config.L;
+    tr->align.teacher = tr->teacher.model, tr->align.layer = tr->align_pairs;
+    tr->align.kl = tr->options->align_loss, tr->align.layers = 0;
+    for (int l = 0; l < L; l++) {
+        const int compared = l >= tr->drop.frozen && tr->align_layers[l];
+        tr->align_pairs[l] = compared ? teacher_layer(&tr->teacher, l, L) : -1;
+        tr->align.layers += compared;
+    }
+    if (!tr->align.layers) tr->align.layers = 1;         // of those that do not exist yet
+}
+
 // The engine's model, and everything whose size depends on the current layers.
 static inline void trainer_open_model(Trainer *tr) {
     const TrainOptions *o = tr->options;
@@ -713,8 +781,12 @@ static inline void trainer_open_model(Trainer *tr) {
     memset(&args, 0, sizeof args);
     tr->drop.layers = tr->config.L;
     tr->plan = drop_plan_new(tr->config.L, tr->B);
-    args.B = tr->B, args.T = tr->T, args.threads = (int)o->threads,
+    args.B = tr->sides * tr->B, args.T = tr->T, args.threads = (int)o->threads,
         args.dtype = trainer_dtype(tr->engine, o);
+    args.score_rows = o->attentiondrop != SCORES_PLAIN, args.twins = tr->sides > 1;
+    args.align = o->align == ALIGN_ATTENTION;
+    if (args.align) trainer_pair_layers(tr);
+    if (args.twins) tr->twins = drop_plan_new(tr->config.L, args.B);
     args.bound = trainer_memory_bound(tr), args.recompute = o->recompute,
         args.frozen = tr->state.frozen = tr->drop.frozen;
     args.attention_noise = o->dropout_attn > 0, args.lora_noise = tr->lora.dropout > 0;
@@ -733,7 +805,7 @@ static inline void trainer_open_model(Trainer *tr) {
 
 static inline void trainer_close_model(Trainer *tr) {
     tr->engine->close(tr->model);
-    drop_plan_free(&tr->plan);
+    drop_plan_free(&tr->plan), drop_plan_free(&tr->twins);
     free(tr->kept), free(tr->reduce), free(tr->adamw_steps), free(tr->state.adamw_steps),
         free(tr->state.eval_scale);
 }
@@ -773,6 +845,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         die("--out is empty\n  hint: the directory of this run's checkpoints and metrics.jsonl");
     trainer_check_numbers(o);
     trainer_check_lora(o);
+    teacher_check(o);
+    attention_drop_check(o);
     int resume;
     trainer_agree(tr);
     char *from = trainer_start_together(tr, &resume);
@@ -788,6 +862,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         lora_base_sha256(tr->base_sha256, tr->lora.base);
     trainer_sizes(tr);
     trainer_growth(tr, from, resume);
+    trainer_attention_drop(tr);
+    trainer_open_teacher(tr);
     trainer_describe_data(tr);
     tr->drop = trainer_drop_path(o, tr->depth, tr->steps);
     tr->drop.layers = tr->config.L;
@@ -801,7 +877,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
             (long long)o->train_last, tr->config.L);
     if (o->train_last) tr->drop.frozen = tr->config.L - (int)o->train_last;
     if (*o->drop_replay) trainer_open_replay(tr);
-    const size_t BT = (size_t)tr->B * (size_t)tr->T;
+    const size_t BT = (size_t)tr->sides * (size_t)tr->B * (size_t)tr->T;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));
@@ -821,7 +897,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
         else if (tr->rank == 0) trainer_refuse_later(tr);
         if (tr->rank == 0)
             trainer_compare_options(config_text, tr->state.options),
-                trainer_compare_data(tr, tr->state.options);
+                trainer_compare_data(tr, tr->state.options),
+                trainer_compare_teacher(tr, tr->state.options);
         free((char *)(uintptr_t)tr->state.options);
     } else if (from) trainer_load_weights(tr, from);
     else engine_init_layers(engine, tr->model, &tr->config, tr->depth, (uint64_t)o->seed);
@@ -836,6 +913,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
 
 static inline void trainer_close(Trainer *tr) {
     trainer_close_model(tr);
+    teacher_close(&tr->teacher, tr->engine);
     shards_close(&tr->train);
     if (tr->has_val) shards_close(&tr->val);
     if (tr->has_tokenizer) tokenizer_free(&tr->tokenizer);
@@ -844,6 +922,7 @@ static inline void trainer_close(Trainer *tr) {
     text_free(&tr->plan_text);
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->micro), free(tr->exit_weight);
     difficulty_free(&tr->difficulty);
+    free(tr->attention_layers), free(tr->align_layers), free(tr->align_pairs);
     free(tr->data_line), free(tr->run_text), free(tr->whole), free(tr->report),
         free(tr->tokenizer_path);
     free(tr->lora.base);

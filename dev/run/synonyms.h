@@ -29,6 +29,15 @@ static const Synonym synonyms[] = {
     {"label-smoothing", "", "label-smoothing-factor smoothing"},
     {"exit-scale", "", "early-exit-loss-scale e-scale early-exit-scale"},
     {"exit-curriculum", "", "early-exit-curriculum early-exit-loss-curriculum"},
+    {"attentiondrop", "", "attention-drop attn-drop attention-drop-type"},
+    {"consistency", "", "rdrop r-drop rdrop-alpha rdrop-coef consistency-weight kl-coef"},
+    {"teacher", "", "teacher-model teacher-path teacher-checkpoint teacher-model-name-or-path"},
+    {"align", "", "attention-transfer attention-distillation attn-distill attention-alignment"},
+    {"align-gamma", "", "attention-loss-weight attn-loss-weight align-weight"},
+    {"distill", ", the share of the loss",
+     "alpha-distill distill-alpha distillation-alpha kd-weight kd-alpha distill-weight "
+     "distill-loss-weight kd"},
+    {"distill-temperature", "", "kd-temperature distillation-temperature kd-temp"},
     {"train-last", ", the number of trained layers, not of frozen ones",
      "freeze-layers frozen-layers num-frozen-layers unfreeze-last trainable-layers"},
 

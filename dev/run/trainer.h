@@ -58,7 +58,7 @@ static inline void trainer_update(Trainer *tr, Metrics *r, double loss) {
 static inline Metrics trainer_step(Trainer *tr) {
     const int64_t t = tr->state.step;
     Metrics r = metrics_new();
-    double loss = 0, nll = 0, exits = 0;
+    double loss = 0, sum[3 + N_PARTS] = {0}, *parts = sum + 3;
     trainer_plan_step(tr, t);
     tr->bad_micro = -1;
     memset(tr->micro, 0, (size_t)tr->M * sizeof *tr->micro);
@@ -69,15 +69,20 @@ static inline Metrics trainer_step(Trainer *tr) {
         tr->micro[m] = tr->engine->run(tr->model, &batch, &pass);
         loss += tr->micro[m] / tr->M;
         tr->engine->parts(tr->model, part);
-        nll += part[PART_NLL] / tr->M, exits += part[PART_EXITS] / tr->M;
+        for (int k = 0; k < N_PARTS; k++) parts[k] += part[k] / tr->M;
         if (!isfinite(loss) && tr->bad_micro < 0) tr->bad_micro = m;
     }
-    double sum[5] = {loss, signals_stop ? 1.0 : 0.0, signals_take_save() ? 1.0 : 0.0, nll, exits};
-    comm_sum(tr->comm, sum, 5);
+    sum[0] = loss, sum[1] = signals_stop ? 1.0 : 0.0, sum[2] = signals_take_save() ? 1.0 : 0.0;
+    comm_sum(tr->comm, sum, 3 + N_PARTS);
     r.loss = sum[0], tr->stop = sum[1] > 0, tr->save_now = sum[2] > 0;
-    if (tr->objective.smoothing != 0 || tr->exits.scale > 0) r.nll = sum[3];
+    if (trainer_objective_is_more(tr)) r.nll = parts[PART_NLL];
     if (exits_count(&tr->exits, tr->config.L, t))
-        r.exit_loss = sum[4] / (1 - tr->exit_weight[tr->config.L - 1]);
+        r.exit_loss = parts[PART_EXITS] / (1 - tr->exit_weight[tr->config.L - 1]);
+    if (tr->objective.distill != 0) r.distill = parts[PART_DISTILL];
+    if (tr->objective.align) r.align_loss = parts[PART_ALIGN];
+    if (tr->objective.align && parts[PART_COMPARED] > 0)
+        r.align_cos = parts[PART_COSINE] / parts[PART_COMPARED];
+    if (tr->objective.consistency != 0) r.consistency = parts[PART_CONSISTENCY];
     if (tr->options->record_micro) {
         // each micro-batch's loss is on one rank, the others have 0
         comm_sum(tr->comm, tr->micro, (size_t)tr->M);

@@ -161,6 +161,9 @@ typedef struct {
     DropPlan plan;                                       // what the next call runs,
     const Noise *noise;                                  // and its noise; NULL: none
     const Objective *objective;
+    const double *soft;                                  // (B,T,V) logits of the objective's
+                                                         // teacher, for the reference,
+    const double *maps;                                  // and its (B,L,T,T)
 } Rig;
 
 // Weights far from the initial ones, so that no gradient is small: LayerNorms around 1, matmul
@@ -185,7 +188,8 @@ static void rig_weights(real *all, const GptConfig *c) {
 // rows.
 static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
     const size_t BT = (size_t)(args->B * args->T);
-    Rig r = {c, args->B, args->T, NULL, NULL, NULL, drop_plan_new(c.L, rows), NULL, NULL};
+    Rig r = {c, args->B, args->T, NULL, NULL, NULL, drop_plan_new(c.L, rows), NULL, NULL, NULL,
+             NULL};
     real *weights = slot_new(&c);
     r.model = engine_open(test_engine, &c, args);
     rig_weights(weights, &c);
@@ -202,7 +206,10 @@ static Rig rig_new(GptConfig c, const EngineArgs *args, int rows) {
 static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
     EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype,
                        .bound = {c.L * B, c.L * B, BRANCHES * c.L * B, c.L - 1},
-                       .attention_noise = 1, .lora_scale = REF_LORA_SCALE, .lora_noise = 1};
+                       .attention_noise = 1, .lora_scale = REF_LORA_SCALE, .lora_noise = 1,
+                       .score_rows = (test_engine->can & CAN_EDIT_SCORES) != 0,
+                       .twins = (test_engine->can & CAN_TWINS) != 0,
+                       .align = (test_engine->can & CAN_ALIGN) != 0};
     Rig r = rig_new(c, &args, B);
     for (int i = 0; i < B * T; i++) {
         Philox word = rng_words(6, STREAM_TEST, 0, 0, (uint32_t)i);
@@ -455,12 +462,14 @@ static void ref_linear(double *y, const double *x, const double *w, const double
 }
 
 // The current row of the micro-batch, and its noise; NULL: none.
-typedef struct { const Noise *noise; int row; } RefRow;
+// maps (L,T,T): the mean of the heads' probabilities, NULL: not needed.
+typedef struct { const Noise *noise; int row, T; double *maps; } RefRow;
 
 // Dropout's factor at a place.
 static double ref_factor(const RefRow *r, int place, int layer, int head, int line, int element) {
     const NoisePlace z = noise_place(r->noise, place, layer);
-    const uint32_t row = z.first_row + (uint32_t)r->row;
+    const uint32_t row = z.twins && (uint32_t)r->row >= z.twins
+        ? (z.first_row + (uint32_t)r->row - z.twins) | 1u << 31 : z.first_row + (uint32_t)r->row;
     if (!z.rate) return 1;
     const Philox w = noise_words(z.key, row, (uint32_t)head, (uint32_t)line,
                                  (uint32_t)element / NOISE_EACH);
@@ -483,6 +492,32 @@ static void ref_adapter(double *y, const double *x, const double *w, const GptCo
     }
 }
 
+// AttentionDrop of a query's scores (t+1), by definition: each becomes the weighted mean of its
+// neighbours; or those of which fewer than k are larger, or equal and earlier, are dropped.
+static void ref_edit(double *score, int t, const RefRow *r, int l, int h) {
+    const Noise *z = r->noise;
+    if (!z || !z->scores || (z->layers && !z->layers[l])) return;
+    double *was = doubles(t + 1);
+    int left = t + 1, largest = 0;
+    memcpy(was, score, (size_t)(t + 1) * sizeof *was);
+    for (int s = 0; s <= t; s++) {
+        int before = 0;
+        double sum = 0, weight = 0;
+        for (int o = 0; o <= t; o++) {
+            const double w = abs(o - s) <= z->width / 2
+                ? exp(-(o - s) * (o - s) / (2 * z->sigma * z->sigma)) : 0;
+            before += was[o] > was[s] || (was[o] == was[s] && o < s);
+            sum += w * was[o], weight += w;
+        }
+        if (!before) largest = s;
+        if (z->scores == SCORES_BLUR) score[s] = sum / weight;
+        else if (before < z->k && ref_factor(r, NOISE_SCORES, l, h, t, s) == 0)
+            score[s] = z->masks ? -INFINITY : 0, left--;
+    }
+    if (!left && z->masks) score[largest] = was[largest];
+    free(was);
+}
+
 // One query, head by head: y (C) from its q (C) and qkv (t+1,3C) up to its own position t.
 static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, const RefRow *r,
                        int l, double *score) {
@@ -493,12 +528,15 @@ static void ref_attend(double *y, const double *qkv, int t, const GptConfig *c, 
             score[s] = 0;
             for (int d = h; d < h + HS; d++)
                 score[s] += qkv[t * 3 * C + d] * qkv[s * 3 * C + C + d] / sqrt(HS);
-            top = fmax(top, score[s]);
         }
+        ref_edit(score, t, r, l, h / HS);
+        for (int s = 0; s <= t; s++) top = fmax(top, score[s]);
         for (int s = 0; s <= t; s++) sum += score[s] = exp(score[s] - top);
         for (int d = h; d < h + HS; d++) y[d] = 0;
         for (int s = 0; s <= t; s++) {
-            const double p = score[s] / sum * ref_factor(r, NOISE_ATTN, l, h / HS, t, s);
+            const double whole = score[s] / sum, p = whole * ref_factor(r, NOISE_ATTN, l, h / HS, t,
+                s);
+            if (r->maps) r->maps[(l * r->T + t) * r->T + s] += whole / c->NH;
             for (int d = h; d < h + HS; d++) y[d] += p * qkv[s * 3 * C + 2 * C + d];
         }
     }
@@ -546,14 +584,14 @@ static void ref_mlp(double *out, const double *x, const double *w, const GptConf
     free(h);
 }
 
-// losses (T), in nats, from the final residual x (T,C); returns the sum over tokens of the mean
-// loss over all V targets.
-static double ref_head(double *losses, const double *x, const double *w, const GptConfig *c, int T,
-                       const int *targets) {
+// losses (T), in nats, from the final residual x (T,C), and logits (T,V); returns the sum over
+// tokens of the mean loss over all V targets.
+static double ref_head(double *losses, double *all_logits, const double *x, const double *w,
+                       const GptConfig *c, int T, const int *targets) {
     int C = c->C;
-    double *y = doubles(C), *logits = doubles(c->V), uniform = 0;
+    double *y = doubles(C), uniform = 0;
     for (int t = 0; t < T; t++) {
-        double top = -INFINITY, sum = 0;
+        double top = -INFINITY, sum = 0, *logits = all_logits + t * c->V;
         ref_layernorm(y, x + t * C, W(lnfw, 0), W(lnfb, 0), C);
         for (int v = 0; v < c->V; v++) {
             logits[v] = 0;
@@ -565,16 +603,17 @@ static double ref_head(double *losses, const double *x, const double *w, const G
         for (int v = 0; v < c->V; v++) uniform += (top + log(sum) - logits[v]) / c->V;
     }
     free(y);
-    free(logits);
     return uniform;
 }
 
-// losses (T) of one row of the plan's micro-batch; returns the same as ref_head. *exits += the
-// weighted sum over its tokens of the losses read before the last layer.
-static double ref_row(double *losses, double *exits, const double *w, const GptConfig *c,
-                      const DropPlan *plan, const Noise *noise, const Objective *o, int row, int T,
-                      const int *tokens, const int *targets) {
-    const RefRow r = {noise, row};
+// losses (T), logits (T,V) and maps (L,T,T), or NULL, of one row of the plan's micro-batch; returns
+// the same as ref_head. *exits += the weighted sum over its tokens of the losses read before the
+// last layer of an objective that has them.
+static double ref_row(double *losses, double *logits, double *maps, double *exits, const double *w,
+                      const GptConfig *c, const DropPlan *plan, const Noise *noise,
+                      const Objective *o, int row, int T, const int *tokens, const int *targets) {
+    const RefRow r = {noise, row, T, maps};
+    for (int i = 0; maps && i < c->L * T * T; i++) maps[i] = 0;
     size_t TC = (size_t)(T * c->C);
     double *x = (double *)xcalloc(3 * TC, sizeof(double)), *a = x + TC, *f = a + TC;
     for (size_t i = 0; i < TC; i++) {
@@ -592,31 +631,86 @@ static double ref_row(double *losses, double *exits, const double *w, const GptC
         for (size_t i = 0; i < TC; i++)
             x[i] += plan->tied ? sa * f[i] + (sa - 1) * a[i] : sm * f[i];
         if (!o || !o->exit || l == c->L - 1 || o->exit[l] == 0) continue;
-        *exits += o->exit[l] * o->smoothing * ref_head(losses, x, w, c, T, targets);
+        *exits += o->exit[l] * o->smoothing * ref_head(losses, logits, x, w, c, T,
+                                                               targets);
         for (int t = 0; t < T; t++) *exits += o->exit[l] * (1 - o->smoothing) * losses[t];
     }
-    const double uniform = ref_head(losses, x, w, c, T, targets);
+    const double uniform = ref_head(losses, logits, x, w, c, T, targets);
     free(x);
     return uniform;
 }
 
 #undef W
 
+// log of the sum of exp(z / t) over V logits.
+static double ref_log_sum(const double *z, double t, int V) {
+    double top = -INFINITY, sum = 0;
+    for (int v = 0; v < V; v++) top = fmax(top, z[v] / t);
+    for (int v = 0; v < V; v++) sum += exp(z[v] / t - top);
+    return top + log(sum);
+}
+
+// KL(softmax(a / t) || softmax(b / t)) of V logits.
+static double ref_kl(const double *a, const double *b, double t, int V) {
+    const double a_sum = ref_log_sum(a, t, V), b_sum = ref_log_sum(b, t, V);
+    double kl = 0;
+    for (int v = 0; v < V; v++)
+        kl += exp(a[v] / t - a_sum) * (a[v] / t - a_sum - (b[v] / t - b_sum));
+    return kl;
+}
+
+// One row's part of the mean distance between its maps (L,T,T) and the teacher's.
+static double ref_align(const Rig *r, const Align *a, const double *maps, int row) {
+    const int T = r->T, Lt = 1 + a->layer[r->c.L - 1];
+    double sum = 0;
+    for (int l = 0; l < r->c.L; l++) {
+        const BranchPlan *b = &r->plan.branch[BRANCHES * l + ATTN];
+        if (a->layer[l] < 0 || !drop_plan_has_row(b, row)) continue;
+        for (int t = 1; t < T; t++) {
+            const double *x = maps + (l * T + t) * T, *y = r->maps +
+                ((row * Lt + a->layer[l]) * T + t) * T;
+            double xy = 0, xx = 0, yy = 0, kl = 0;
+            for (int s = 0; s <= t; s++) {
+                xy += x[s] * y[s], xx += x[s] * x[s], yy += y[s] * y[s];
+                kl += y[s] * log(y[s] / x[s]);
+            }
+            sum += b->scale * (a->kl ? kl : 2 - 2 * xy / sqrt(xx * yy)) /
+                (r->B * a->layers * (T - 1));
+        }
+    }
+    return sum;
+}
+
 // The mean loss of the rig's micro-batch under its plan with weights w; losses (B,T) may be NULL.
 static double ref_loss(const Rig *r, const double *w, double *losses) {
-    const double smoothing = r->objective ? r->objective->smoothing : 0;
-    const double last = r->objective && r->objective->exit ? r->objective->exit[r->c.L - 1] : 1;
-    double sum = 0, uniform = 0, exits = 0, *row_losses = doubles(r->T);
+    const Objective none = {0}, *o = r->objective ? r->objective : &none;
+    const int V = r->c.V, TV = r->T * V;
+    double sum = 0, uniform = 0, soft = 0, apart = 0, exits = 0, *row_losses = doubles(r->T),
+        *all = doubles(r->B * TV), aligned = 0;
+    double *maps = o->align ? doubles(r->c.L * r->T * r->T) : NULL;
     for (int row = 0; row < r->B; row++) {
-        uniform += ref_row(row_losses, &exits, w, &r->c, &r->plan, r->noise, r->objective, row,
+        double *logits = all + (size_t)row * (size_t)TV, *first = logits - r->B / 2 * TV;
+        uniform += ref_row(row_losses, logits, maps, &exits, w, &r->c, &r->plan, r->noise, o, row,
                            r->T, r->tokens + row * r->T, r->targets + row * r->T);
+        if (maps) aligned += ref_align(r, o->align, maps, row);
         for (int t = 0; t < r->T; t++) {
             sum += row_losses[t];
             if (losses) losses[row * r->T + t] = row_losses[t];
+            if (r->soft && o->distill != 0)
+                soft += ref_kl(r->soft + (size_t)((row * r->T + t) * V), logits + t * V,
+                               o->temperature, V);
+            if (o->consistency == 0 || row < r->B / 2) continue;
+            const double there = ref_kl(first + t * V, logits + t * V, 1, V),
+                back = ref_kl(logits + t * V, first + t * V, 1, V);
+            apart += o->symmetric ? (there + back) / 2 : there;
         }
     }
-    free(row_losses);
-    return (last * ((1 - smoothing) * sum + smoothing * uniform) + exits) / (r->B * r->T);
+    free(row_losses), free(all), free(maps);
+    const double hard = (1 - o->smoothing) * sum + o->smoothing * uniform,
+        last = o->exit ? o->exit[r->c.L - 1] : 1;
+    return (last * ((1 - o->distill) * hard + o->distill * o->temperature * o->temperature * soft) +
+            exits + 2 * o->consistency * apart) / (r->B * r->T) +
+        (maps ? o->align->gamma * aligned : 0);
 }
 
 static double *rig_weights_double(Rig *r) {

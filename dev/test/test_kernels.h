@@ -809,10 +809,11 @@ static void test_kernels_classifier_chunks(void) {
     real *logits = (real *)xcalloc(PART * V, sizeof *logits);
     int targets[BT];
     for (int t = 0; t < BT; t++) targets[t] = t % 7 ? (t * 13) % V : -1;
-    real uniform[BT];
-    const Scoring whole = {losses, uniform, targets, (real)0.1, 0},
-        first = {losses_parts, uniform, targets, (real)0.1, 0};
-    const Scoring second = {losses_parts + PART, uniform, targets + PART, (real)0.1, 0};
+    real uniform[BT];                                    // of both terms that are not used
+    const Scoring whole = {losses, uniform, uniform, uniform, targets, (real)0.1, 0, {0}, {0}},
+        first = {losses_parts, uniform, uniform, uniform, targets, (real)0.1, 0, {0}, {0}};
+    const Scoring second = {losses_parts + PART, uniform, uniform, uniform, targets + PART,
+                            (real)0.1, 0, {0}, {0}};
     classifier(&whole, dx, dwte, 1, logits, &s->work, x, wte, BT, C, V);
     classifier(&first, dx_parts, dwte_parts, 1, logits, &s->work, x, wte, PART, C, V);
     classifier(&second, dx_parts + PART * C, dwte_parts, 1, logits, &s->work, x + PART * C, wte,
