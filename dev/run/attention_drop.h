@@ -5,6 +5,7 @@
 
 #include "../model/drop_path.h"
 #include "../model/layer_list.h"
+#include "../model/noise.h"
 #include "../model/schedule.h"
 #include "options.h"
 
