@@ -887,6 +887,31 @@ static const real *align_layer(Model *m, const Pass *pass, int l) {
     return more;
 }
 
+// The mean entropy of the probabilities with which k was computed: of a query it is the log-sum-exp
+// less the mean score, <q, sum_j p_j k_j> / sqrt(HS), and that sum is attention with the keys in
+// place of the values.
+static double attention_entropy(Model *m, const AttentionSaved *k, size_t n) {
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
+    const NoisePlace none = {0};
+    real *qkk = m->gelu, *mean = m->out;                 // (n,T,3C) (n,T,C)
+    double *sum = xcalloc(n * T, sizeof *sum), all = 0;
+    for (size_t t = 0; t < n * T; t++) {
+        memcpy(qkk + t * 3 * C, k->qkv + t * 3 * C, 2 * C * sizeof(real));
+        memcpy(qkk + t * 3 * C + 2 * C, k->qkv + t * 3 * C + C, C * sizeof(real));
+    }
+    attention_forward(mean, k->lse, &m->work, qkk, &none, NULL, n, T, C, NH);
+#pragma omp parallel for
+    for (size_t t = 0; t < n * T; t++) {
+        for (size_t c = 0; c < C; c++)
+            sum[t] -= (double)qkk[t * 3 * C + c] * (double)mean[t * C + c];
+        sum[t] /= sqrt((double)(C / NH));
+        for (size_t h = 0; h < NH; h++) sum[t] += (double)k->lse[(t / T * NH + h) * T + t % T];
+    }
+    for (size_t t = 0; t < n * T; t++) all += sum[t];
+    free(sum);
+    return n ? all / (double)(n * T * NH) : 0;
+}
+
 // y = attention of qkv; in decode, attention that continues sequences, or the ordinary one if all
 // of them begin.
 static void attention_inside(Model *m, const Pass *pass, int l, const AttentionSaved *k,
@@ -921,6 +946,7 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     linear_forward(m, pass, l, P_qkvw, fresh(k->qkv, 3 * C, w.qkvb), m->ln, nT);
     attention_inside(m, pass, l, k, nT);
     maps_save(m, l, k, nT);
+    if (pass->entropy) pass->entropy[l] = attention_entropy(m, k, (size_t)b->n);
     if (pass->weight == 0) align_layer(m, pass, l);      // a training pass does so in backward
     linear_forward(m, pass, l, P_attprojw, branch_end(m, pass, l, ATTN, w.attprojb), k->y, nT);
 }
@@ -1127,6 +1153,7 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->last_T = batch->T;
     m->saved_end = m->saved;
     memset(m->part, 0, sizeof m->part);
+    for (int l = 0; pass->entropy && l < m->config.L; l++) pass->entropy[l] = 0;
     double loss = 0;
     const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
     embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
@@ -1367,7 +1394,8 @@ const Engine *engine_cpu(void) {
 
 const Engine CPU_ENGINE = {
     "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32,
-    CAN_ANY_BATCH | CAN_EDIT_SCORES | CAN_TWINS | CAN_ALIGN,
+    CAN_ANY_BATCH | CAN_EDIT_SCORES | CAN_TWINS | CAN_ALIGN |
+    CAN_ENTROPY,
     model_open, model_run, model_losses, model_parts, model_logits, model_decode,
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };

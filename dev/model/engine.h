@@ -151,7 +151,8 @@ enum {
     CAN_ANY_BATCH = 32,
     CAN_EDIT_SCORES = 64,                                // EngineArgs.score_rows
     CAN_TWINS = 128,                                     // EngineArgs.twins
-    CAN_ALIGN = 256                                      // EngineArgs.maps and align
+    CAN_ALIGN = 256,                                     // EngineArgs.maps and align
+    CAN_ENTROPY = 512                                    // Pass.entropy
 };
 
 typedef struct {

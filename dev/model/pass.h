@@ -75,6 +75,9 @@ typedef struct {
     const Noise *noise;          // dropout; NULL: none
     const Objective *objective;  // NULL: the mean of -log p
     const Watch *watch;          // NULL: no observer
+    // NULL, or (L): in an evaluation receives the mean entropy of each layer's rows of
+    // probabilities, in nats, over the rows that ran, heads and queries; 0 if none did
+    double *entropy;
     // 0: evaluation; otherwise the gradient of the mean loss times this is added to the gradients
     double weight;
     // (2L+1) by branch, the last for everything else. If not NULL, this is the rank's last
@@ -181,7 +184,7 @@ static inline Batch batch_of(int rows, int T, const int *tokens, const int *targ
 
 // A plain pass: evaluation, or with weight != 0 one rank's part of a step.
 static inline Pass pass_of(const DropPlan *plan, double weight) {
-    Pass p = {plan, NULL, NULL, NULL, weight, NULL};
+    Pass p = {plan, NULL, NULL, NULL, NULL, weight, NULL};
     return p;
 }
 

@@ -96,6 +96,25 @@ static inline MetricsDepth *trainer_evaluate_depths(Trainer *tr) {
 }
 
 // Completes the record of the step that was just done. Its depths are from malloc.
+// The mean entropy of attention's probabilities over layers, heads and queries of the first rows of
+// --val: the same ones on every rank and for every --batch.
+static inline double trainer_entropy(Trainer *tr) {
+    enum { ROWS = 8 };
+    const int L = tr->config.L, rows = tr->eval_rows < ROWS ? (int)tr->eval_rows : ROWS;
+    double *entropy = (double *)xcalloc((size_t)L, sizeof *entropy), sum = 0;
+    for (int row = 0; row < rows; row++) {
+        shards_read_window(&tr->val, row, tr->tokens, tr->targets);
+        drop_plan_keep_all(&tr->plan, tr->state.eval_scale, tr->state.tied, 1);
+        const Batch batch = batch_of(1, tr->T, tr->tokens, NULL);
+        Pass pass = pass_of(&tr->plan, 0);
+        pass.entropy = entropy;
+        tr->engine->run(tr->model, &batch, &pass);
+        for (int l = 0; l < L; l++) sum += entropy[l] / ((double)L * rows);
+    }
+    free(entropy);
+    return sum;
+}
+
 static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
     const Tokenizer *t = tr->has_tokenizer ? &tr->tokenizer : NULL;
     Evaluation v = evaluate_shards(tr->engine, tr->model, &tr->val, tr->eval_rows, t, tr->B,
@@ -110,6 +129,7 @@ static inline void trainer_evaluate(Trainer *tr, Metrics *r) {
     if (!v.stopped && !isfinite(v.loss) && tr->rank == 0)
         warn("step %lld: the validation loss is not finite, though the step's loss and gradient "
              "were", (long long)tr->state.step);
+    if (tr->options->record_entropy && !tr->stop) r->attn_entropy = trainer_entropy(tr);
     r->val_loss = v.loss;
     r->val_ppl = exp(v.loss);
     r->val_bpb = t ? v.bits_per_byte : manifest_bits_per_byte(&tr->manifest[MANIFEST_VAL],

@@ -326,6 +326,9 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "steps between samples of text; 0: never")                                              \
     OPTION(sample_tokens, "sample-tokens", INTEGER, "200", "[1,1e9]", "tokens per sample")         \
     OPTION(prompt, "prompt", TEXT, "", "TEXT", "the start of each sample")                         \
+    OPTION(record_entropy, "record-entropy", FLAG, "0", "0|1",                                     \
+           "at each evaluation, write the mean entropy of attention's probabilities to "           \
+               "metrics.jsonl: low if queries look at few tokens. CPU only so far")                \
     OPTION(record_micro, "record-micro", FLAG, "0", "0|1",                                         \
            "write each micro-batch's loss to metrics.jsonl, for statistics of which layers "       \
                "matter")                                                                           \

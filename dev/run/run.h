@@ -847,6 +847,8 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     trainer_check_lora(o);
     teacher_check(o);
     attention_drop_check(o);
+    if (o->record_entropy && !(engine->can & CAN_ENTROPY))
+        die("--record-entropy runs on the CPU only so far\n  hint: --record-entropy 0");
     int resume;
     trainer_agree(tr);
     char *from = trainer_start_together(tr, &resume);

@@ -20,7 +20,7 @@
 #define ATTENTION_ENGINE_TESTS(X)                                                          \
     X(scores_off_is_off) X(scores_reference_losses) X(scores_reference_gradients)          \
     X(scores_golden) X(scores_causal) X(scores_ties) X(scores_threads) X(scores_by_place)  \
-    X(twins_reference) X(twins_agree)                                                      \
+    X(twins_reference) X(twins_agree) X(attention_entropy)                                 \
     ATTENTION_DOUBLE_TESTS(X)
 
 // Whether the tested engine edits scores.
@@ -484,6 +484,41 @@ static void test_twins_agree(void) {
     }
 }
 
+// ---- Entropy ----
+
+// Of the reference's probabilities, where a layer ran; of one head, so that maps are those.
+static void test_attention_entropy(void) {
+    const GptConfig c = {31, 150, 3, 1, 20};
+    for (int k = 0; k < 3 && (test_engine->can & CAN_ENTROPY); k++) {
+        Rig r = rig_open(c, 3, k ? 19 : 141);
+        const int each = c.L * r.T * r.T;
+        double *w = rig_weights_double(&r), *maps = doubles(each), *losses = doubles(r.T),
+            *logits = doubles(r.T * c.V), want[3] = {0}, got[3] = {-1, -1, -1};
+        int rows[3] = {0};
+        plan_force(&r.plan, k == 2 ? ROW : FULL, 3);
+        for (int row = 0; row < 3; row++) {
+            ref_row(losses, logits, maps, NULL, w, &c, &r.plan, NULL, NULL, row, r.T,
+                    r.tokens + row * r.T, r.targets + row * r.T);
+            for (int l = 0; l < c.L; l++) {
+                if (!drop_plan_has_row(&r.plan.branch[BRANCHES * l + ATTN], row)) continue;
+                rows[l]++;
+                for (int i = 0; i < r.T * r.T; i++) {
+                    const double p = maps[l * r.T * r.T + i];
+                    if (p > 0) want[l] -= p * log(p) / r.T;
+                }
+            }
+        }
+        const Batch batch = batch_of(3, r.T, r.tokens, NULL);
+        Pass pass = pass_of(&r.plan, 0);
+        pass.entropy = got;
+        test_engine->run(r.model, &batch, &pass);
+        for (int l = 0; l < c.L; l++)
+            EXPECT_CLOSE(got[l], rows[l] ? want[l] / rows[l] : 0, 64 * rounding(c.C), "entropy");
+        free(w), free(maps), free(losses), free(logits);
+        rig_close(&r);
+    }
+}
+
 // ---- Whole runs ----
 
 static void test_attention_drop_runs(void) {
@@ -500,7 +535,8 @@ static void test_attention_drop_runs(void) {
         snprintf(a, sizeof a, "%s/%d_whole", dir, i), snprintf(b, sizeof b, "%s/%d_part", dir, i);
         snprintf(whole, sizeof whole, "%s/latest", a), snprintf(part, sizeof part, "%s/latest", b);
         snprintf(plain, sizeof plain, "%s/plain", dir);
-        EXPECT_RUN("--out %s --steps 20 --lr 3e-3 %s --save-every 10 --keep 0", a, how[i]);
+        EXPECT_RUN("--out %s --steps 20 --lr 3e-3 %s --save-every 10 --keep 0 --record-entropy 1",
+                   a, how[i]);
         EXPECT_RUN("--out %s --steps 20 --lr 3e-3 %s --resume %s/step_00000010 --threads 2", b,
                    how[i], a);
         EXPECT_SAME(whole, part, "model.safetensors");
@@ -512,6 +548,9 @@ static void test_attention_drop_runs(void) {
             p = teacher_last(dir, "plain");
         // row plans are drawn for a micro-batch
         if (i < 4) EXPECT_CLOSE(cut.loss, r.loss, 1e-3, "in other micro-batches");
+        // between looking at one token and at all 16 of them
+        EXPECT(r.attn_entropy > 0 && r.attn_entropy < log(16) && isnan(cut.attn_entropy), "%g",
+               r.attn_entropy);
         EXPECT(r.loss != p.loss && r.val_loss != p.val_loss, "%s: no effect", how[i]);
         EXPECT(i < 3 ? isnan(r.consistency) && r.flops == p.flops
                : r.consistency > 0 && r.nll < r.loss, "%s: consistency %g", how[i], r.consistency);
