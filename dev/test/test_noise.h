@@ -63,7 +63,8 @@ static void test_noise_is_fair(void) {
     for (int place = 0; place < NOISE_PLACES; place++)
         for (int k = 0; k < 4; k++) {
             const Noise z = {.seed = 11, .step = k, .embd = rates[k], .attn = rates[k],
-                             .resid = rates[k], .lora = rates[k]};
+                             .resid = rates[k], .lora = rates[k],
+                             .scores = SCORES_HARD, .hard = rates[k]};
             const NoisePlace p = noise_place(&z, place, 2);
             double dropped = 0, n = 0;
             for (uint32_t row = 0; row < 10; row++)
