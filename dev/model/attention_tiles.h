@@ -22,6 +22,19 @@ enum {
     PAD = (int)LANES > (int)STRIP_ROWS ? (int)LANES : (int)STRIP_ROWS
 };
 
+typedef struct {                                         // one thread's workspace
+    // (QUERIES,W); q carries the scale 1/sqrt(HS)
+    __attribute__((aligned(64))) real q[QUERIES * HEAD_MAX], dy[QUERIES * HEAD_MAX];
+    real qt[HEAD_MAX * QUERIES], dyt[HEAD_MAX * QUERIES];    // (W,QUERIES) the same, transposed
+    real k[KEYS * HEAD_MAX], v[KEYS * HEAD_MAX];  // (KEYS,W) keys
+    real out[QUERIES * HEAD_MAX];                 // (QUERIES,W) queries: of y or dq
+    real s[KEYS * QUERIES], ds[KEYS * QUERIES], keep[KEYS * QUERIES];        // (keys,queries)
+    real top[QUERIES], sum[QUERIES], shrink[QUERIES], inner[QUERIES];   // per query
+} AttentionWorkspace;
+
+// AttentionWorkspace at[threads]: too large for some stacks
+typedef struct { real *at; int threads; } AttentionWorkspaces;
+
 // to (n,W) = scale * from (n,HS), rows ld apart, padded with zero columns up to W and with zero
 // rows up to a multiple of PAD.
 static inline void load_rows(real *to, const real *from, size_t ld, real scale, size_t n, size_t HS,

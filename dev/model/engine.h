@@ -126,10 +126,10 @@ typedef struct {
     int n;                        // tokens per row
     // (rows,n) (rows) (rows): row r continues sequence seq[r] at positions at[r], at[r] + 1, ...
     const int *tokens, *seq, *at;
-    int from, to;                 // layers from .. to-1; to 0: all. With from > 0 the tokens are not
-                                  // read: an earlier call stopped at that layer with them
-    int keys_only;                // 1: the layers only cache the keys and values of the stream as it
-                                  // is, which does not change
+    int from, to;                 // layers from .. to-1; to 0: all. With from > 0 the tokens are
+                                  // not read: an earlier call stopped at that layer with them
+    int keys_only;                // 1: the layers only cache the keys and values of the stream as
+                                  // it is, which does not change
     int all;                      // 1: logits after each token, (rows,n,V)
     real *logits;                 // (rows,V) after each row's last token; NULL: none
     real *stream;                 // (rows,n,C) after the call; NULL: not wanted

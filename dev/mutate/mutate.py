@@ -71,12 +71,12 @@ SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-rec
 FUNCTIONS = {
     "dev/model/schedule.h": "ramp_shape ramp_at".split(),
     "train_gpt.c": """
-    residual_forward residual_backward gradient_add saved_per_row saved_bound
-    save rows_of tokens_of linear_forward linear_backward
+    residual_forward residual_backward rows_of tokens_of linear_forward linear_backward
     end_is_packed branch_end branch_end_gradient end_forward end_backward
     attention_branch_forward attention_branch_backward mlp_branch_forward mlp_branch_backward
     branch_forward branch_backward block_forward block_backward
-    run_forward run_backward model_run model_update""".split()}
+    run_forward run_backward model_run model_update""".split(),
+    "dev/model/cpu_model.h": "gradient_add saved_per_row saved_bound save".split()}
 
 # Tests that run in a program of dev/mutate/tests.c for that file only, whose GROUP is the index in
 # this table; and tests of test_gpt, mostly whole runs, that survivors must also survive.
@@ -91,6 +91,7 @@ FILES = {                       # path -> (sanitizers, tests alone, whole runs)
         ranks_equal.*"""),
     "dev/model/schedule.h": (True, "drop_.*", """
         trainer_(survival|replay).*""")}
+FILES["dev/model/cpu_model.h"] = FILES["train_gpt.c"]
 
 # Replacements, made where there are spaces around the operator.
 OPERATORS = """< <=, < >=, <= <, > >=, > <=, >= >, == !=, != ==, + -, - +, * /, / *, % *, && ||,
@@ -230,7 +231,9 @@ def with_mutants(text, functions, mutants):
         mine = {n: m for n, m in mutants.items() if body <= m[0] < end}
         if not mine:
             continue
-        copies = [text[start:place] + name + "_m0" + text[place + len(name):end]]
+        # a function may call itself
+        copies = [text[start:body].rstrip().removesuffix("{").rstrip() + ";",
+                  text[start:place] + name + "_m0" + text[place + len(name):end]]
         cases = ""
         arguments = re.findall(r"(\w+)\s*(?:\[[^\]]*\])?\s*(?:,|\)$)",
                                text[place + len(name) + 1:body - 1].rstrip())
@@ -428,11 +431,14 @@ def follow(revision):
     """Converts the names in survivors.txt from those of a revision: finds the same change at the
     place that the surrounding code identifies. A mutant without such a place keeps its name."""
     names = {}
+    if subprocess.run(["git", "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}"],
+                      cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
+        sys.exit(f"error: --since {revision}: no such revision")
     for path in FILES:
         p = subprocess.run(["git", "show", f"{revision}:{path}"], cwd=ROOT, stdout=subprocess.PIPE,
-                           check=False)
-        if p.returncode:
-            sys.exit(1)
+                           stderr=subprocess.DEVNULL, check=False)
+        if p.returncode:                                 # a file that came later
+            continue
         sides = []
         for text in (p.stdout.decode(), read(path)):
             functions, mutants = mutants_of(path, text)

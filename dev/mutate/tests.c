@@ -1,5 +1,5 @@
 // tests.c: the tests that mutate.py runs first on a mutant, until one fails. -DGROUP=1: drop path's
-// arithmetic, 2: checkpoints, 3: the engine, 4: ramps. Runs the tests named as arguments, in that
+// arithmetic, 2: checkpoints, 3 and 5: the engine, 4: ramps. Runs the tests named as arguments, in that
 // order, or all of the group.
 
 #include "../check.h"
@@ -22,7 +22,7 @@ int main(int argc, char **argv) {
         TESTS(X)
 #undef X
     };
-#if GROUP == 3
+#if GROUP == 3 || GROUP == 5
     test_engine = engine_cpu();
 #endif
     const int n = (int)(sizeof tests / sizeof tests[0]);
