@@ -139,7 +139,10 @@ static inline void speculate_round(Sampler *s, SampleText *text, const int *whic
         **some = (SpeculateRow **)xcalloc(n, sizeof(SpeculateRow *));
     int *tokens = (int *)xcalloc(n * each, sizeof *tokens);
     double *q = (double *)xcalloc(sampled + V, sizeof *q), *p = q + sampled;
-    real *logits = (real *)xcalloc(n * each * V, sizeof *logits);
+    // rows that are verified in one call: 256 MiB of logits at most, unless one row has more
+    const size_t fit = (1 << 26) / (each * V), chunk = fit < 1 ? 1 : fit < n ? fit : n;
+    const size_t held = chunk * each > n ? chunk * each : n;
+    real *logits = (real *)xcalloc(held * V, sizeof *logits);
     for (int i = 0; i < rows; i++) {
         SampleText *t = &text[which[i]];
         // as many as fit into the context, and as the text still takes
@@ -156,10 +159,13 @@ static inline void speculate_round(Sampler *s, SampleText *text, const int *whic
         int count = 0;
         for (int i = 0; i < rows; i++)
             if (row[i].n == drafts) some[count++] = &row[i];
-        if (!count) continue;
-        speculate_decode(s, some, count, 0, drafts + 1, k->layer, s->layers, logits);
-        for (int i = 0; i < count; i++)
-            speculate_take(s, some[i], logits + (size_t)(i * (drafts + 1)) * V, p, most);
+        for (int first = 0, now; first < count; first += now) {
+            now = count - first < (int)chunk ? count - first : (int)chunk;
+            speculate_decode(s, some + first, now, 0, drafts + 1, k->layer, s->layers, logits);
+            for (int i = 0; i < now; i++)
+                speculate_take(s, some[first + i], logits + (size_t)(i * (drafts + 1)) * V, p,
+                               most);
+        }
     }
     k->rounds += rows;
     free(row), free(some), free(tokens), free(q), free(logits);

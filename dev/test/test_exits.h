@@ -184,6 +184,10 @@ static void test_exits_differences(void) {
         const Objective objective = {k ? 0 : 0.1, .exit = exits_case(k, c.L)};
         expect_differences(c, 3, 17, 3, NULL, &objective);
         expect_differences(adapted, 2, 9, 2, k ? &noise_cases[4].noise : NULL, &objective);
+        // twins agree in the last layer alone
+        const Noise twins = {.seed = 3, .step = 6, .twins = 2, .resid = 6554};
+        const Objective both = {.exit = exits_case(k, c.L), .consistency = 0.8, .symmetric = k & 1};
+        if (test_engine->can & CAN_TWINS) expect_differences(c, 4, 9, 2, &twins, &both);
     }
 }
 #endif
