@@ -716,6 +716,8 @@ static double run_forward(Model *m, const Batch *batch, const Pass *pass) {
     double loss = 0;
     const NoisePlace noise = noise_place(pass->noise, NOISE_EMBD, 0);
     embedding_forward(m->x, batch->tokens, NULL, w.wte, w.wpe, B, T, C);
+    for (size_t i = 0; pass->objective && pass->objective->shift && i < B * T * C; i++)
+        m->x[i] += pass->objective->shift[i];
     dropout(m->x, &noise, NULL, B * T, T, C);
     look(pass, WATCH_EMBEDDINGS, m->x);
     for (int l = 0; l < m->config.L; l++) {

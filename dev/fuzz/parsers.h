@@ -12,6 +12,7 @@
 #include "../run/comm.h"
 #include "../model/drop_path.h"
 #include "../model/layer_list.h"
+#include "../run/attribution.h"
 #include "../files/json.h"
 #include "../files/llmc.h"
 #include "../files/manifest.h"
@@ -649,12 +650,23 @@ static int fuzz_launch(const unsigned char *p, size_t n) {
     return accepted;
 }
 
+// ---- attribution.h ----
+
+// The first byte is the number of tokens; the rest their scores.
+static int fuzz_scores(const unsigned char *p, size_t n) {
+    double score[256];
+    if (!n) return 0;
+    const int V = p[0], accepted = !scores_parse(score, V, p + 1, n - 1);
+    for (int v = 0; accepted && v < V; v++) FUZZ_REQUIRE(fabs(score[v]) <= SCORE_MOST);
+    return accepted;
+}
+
 // ---- The table ----
 
 #define FUZZ_PARSERS(X)                                                                            \
     X(json) X(shards) X(choices) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) \
     X(manifest) X(options) X(adapter) X(layers) X(study) X(exits)                                  \
-    X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch)
+    X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch) X(scores)
 
 static const FuzzParser fuzz_parsers[] = {
 #define X(name) {#name, fuzz_##name},

@@ -301,6 +301,7 @@ static void seeds_lists(const char *corpus) {
     seed_text(corpus, "layers", "layers", "\14" "0,3-5,7.attn,11.mlp");
     seed_text(corpus, "layers", "shares", "\14" "0.25, 0.5,0.75");
     seed_text(corpus, "layers", "both", "\2" "0");
+    seed_text(corpus, "scores", "three", "\3" "# three\n1 -2.5e-1 # two\n\t0\n");
     seed_text(corpus, "study", "two_arms",
               "[study]\nseeds = 4\n[all]\ntrain = t\nval = v\nsteps = 9\n[arm none]\n[arm drop]\n"
               "drop-path = 0.1\n");

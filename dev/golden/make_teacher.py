@@ -121,6 +121,38 @@ def aligned_case(params, tokens, targets, name):
     return out
 
 
+# name: (plan, weight of the distance of attributions)
+ATTRIBUTED = {"attribution": ("row", 0.8)}
+
+
+def attributed_case(params, tokens, targets, name):
+    """By double backpropagation. The target is a row of numbers for each row of tokens."""
+    case, gamma = ATTRIBUTED[name]
+    kept, scale, tied = CASES[case]
+    w = leaves(params)
+    factor = (torch.from_numpy(kept) * torch.from_numpy(scale)[:, None])[:, :, None, None]
+    e = w["wte.weight"][torch.from_numpy(tokens).long()] + w["wpe.weight"][:T]
+    x = e
+    for l in range(L):
+        x = x + factor[2 * l] * attention_branch(w, l, x)
+        x = x + factor[2 * l + 1] * mlp_branch(w, l, x)
+    logits = layernorm(x, w["ln_f.weight"], w["ln_f.bias"]) @ w["wte.weight"].T
+    nll = cross_entropy(logits.reshape(-1, V), torch.from_numpy(targets).long().reshape(-1))
+    gradient, = torch.autograd.grad(nll, e, create_graph=True)
+    a = (gradient * e.detach()).sum(-1)            # e counts as data
+    wanted = torch.from_numpy(np.random.default_rng(3).normal(size=(B, T)))
+    cosine = torch.nn.functional.cosine_similarity(a, wanted, dim=-1)
+    loss = nll + gamma * (2 - 2 * cosine).mean()
+    loss.backward()
+    out = {f"{name}/kept": kept, f"{name}/scale": scale, f"{name}/tied": np.array([tied], np.int32),
+           f"{name}/gamma": np.array([gamma]), f"{name}/target": wanted.numpy(),
+           f"{name}/loss": loss.detach().numpy(), f"{name}/cosine": cosine.mean().detach().numpy()}
+    for parameter, value in w.items():
+        if value.grad.any():                       # identically zero: not stored
+            out[f"{name}/grad/{parameter}"] = value.grad.numpy()
+    return out
+
+
 def main():
     torch.set_num_threads(1)                       # one order of summation
     golden = load_file(pathlib.Path(__file__).with_name("golden.safetensors"))
@@ -133,6 +165,9 @@ def main():
     for name in ALIGNED:
         out |= aligned_case(params, golden["tokens"], golden["targets"], name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}, align, cosine {out[f'{name}/align']}")
+    for name in ATTRIBUTED:
+        out |= attributed_case(params, golden["tokens"], golden["targets"], name)
+        print(f"{name}: loss {out[f'{name}/loss']:.6f}, cosine {out[f'{name}/cosine']:.6f}")
     write(out, "teacher.safetensors", __doc__)
 
 

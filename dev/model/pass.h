@@ -49,6 +49,7 @@ typedef struct {
     double consistency;
     int symmetric;
     const Align *align;  // NULL: none
+    const real *shift;   // (rows,T,C) added to the sum of the embeddings; NULL: 0
 } Objective;
 
 // An observer of the residual stream. Its points, in the order in which they are seen:

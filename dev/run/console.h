@@ -198,7 +198,8 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     const GptConfig whole = trainer_whole(tr);
     const double rows = tr->sides * tokens / tr->T,
         taught = rows * teacher_row_flops(&tr->teacher, tr->T),
-        student = 3 * rows * gpt_row_flops(&whole, tr->T), full = student + taught;
+        student = (tr->attribution.e ? 9 : 3) * rows * gpt_row_flops(&whole, tr->T),
+        full = student + taught;
     const double flops = student * trainer_expected_compute(tr) + taught;
     char grouped[32], time[32], least[32], most[32], saved[32];
     metrics_grouped(grouped, tokens);

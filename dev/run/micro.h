@@ -52,7 +52,8 @@ static inline void trainer_plan(Trainer *tr, int64_t t, int m) {
 // Whether the training loss is more than -log p of the targets.
 static inline int trainer_objective_is_more(const Trainer *tr) {
     return tr->objective.smoothing != 0 || tr->objective.distill != 0 ||
-        tr->objective.consistency != 0 || tr->objective.align || tr->exits.scale > 0;
+        tr->objective.consistency != 0 || tr->objective.align || tr->exits.scale > 0 ||
+        tr->attribution.e;
 }
 
 // The engine's arguments for micro-batch m of step t, which must belong to this rank: the input
@@ -92,6 +93,34 @@ static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
     }
     if (tr->world > 1 && m + tr->world >= tr->M) pass.reduce = tr->reduce;
     return pass;
+}
+
+// Runs a micro-batch, whose pass trainer_pass has made: part receives the terms of its loss, which
+// is returned.
+static inline double trainer_run_micro(Trainer *tr, const Batch *batch, const Pass *pass,
+                                       double part[N_PARTS]) {
+    Attribution *a = &tr->attribution;
+    const size_t BT = a->rows * a->T;
+    if (!a->e) {
+        const double loss = tr->engine->run(tr->model, batch, pass);
+        tr->engine->parts(tr->model, part);
+        return loss;
+    }
+    if (tr->token_scores) {                              // a target of the student's embeddings
+        Pass look = *pass;
+        look.weight = 0, look.reduce = NULL;
+        const Watch watch = {a, a->want, attribution_see, NULL};
+        const Batch tokens = batch_of(batch->rows, batch->T, batch->tokens, NULL);
+        look.watch = &watch;
+        tr->engine->run(tr->model, &tokens, &look);
+        scores_target(tr->align_target, tr->token_scores, batch->tokens, a->e, BT, a->C);
+    } else memcpy(tr->align_target, tr->teacher.own.a, BT * sizeof(double));
+    const double loss = attribution_train(a, tr->engine, tr->model, batch, pass, tr->align_target,
+                                          tr->align.gamma);
+    memcpy(part, a->part, sizeof a->part);
+    part[PART_ALIGN] = a->distance, part[PART_COSINE] = a->cosine,
+        part[PART_COMPARED] = a->compared;
+    return loss;
 }
 
 // Whether branch i (indexed as UpdateArgs.t) belongs to a frozen layer.
@@ -138,8 +167,9 @@ static inline void trainer_account(Trainer *tr, Metrics *r) {
         kept[i % BRANCHES] += tr->kept[i];
     }
     const double taught = sides * rows * teacher_row_flops(&tr->teacher, tr->T);
-    r->flops = sides * flops + taught;
-    r->flops_fraction = r->flops / (3 * sides * rows * gpt_row_flops(&whole, tr->T) + taught);
+    const double runs = tr->attribution.e && tr->align.gamma != 0 ? 3 : sides;
+    r->flops = runs * flops + taught;
+    r->flops_fraction = r->flops / (3 * runs * rows * gpt_row_flops(&whole, tr->T) + taught);
     r->kept_attn = kept[ATTN] / (rows * c->L);
     r->kept_mlp = kept[MLP] / (rows * c->L);
     r->drop_p = fmax(drop_path_rate(&tr->drop, c->L, ATTN, tr->state.step),

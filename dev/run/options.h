@@ -283,9 +283,11 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
                "distribution of the next token (Hinton et al. 2015); 0.5 is usual")                \
     OPTION(distill_temperature, "distill-temperature", NUMBER, "1", "[0.01,100]",                  \
            "both distributions are softmaxes of the logits divided by this. DistilBERT used 2")    \
-    OPTION(align, "align", CHOICE, "none", "none|attention",                                       \
+    OPTION(align, "align", CHOICE, "none", "none|attention|attribution",                           \
            "attention: compares the means over heads of both models' attention, layer by layer; "  \
-               "its distance is added to the loss. CPU only so far")                               \
+               "attribution: what each token contributes to the loss, its gradient times its "     \
+               "embedding (LAAT), at three times the cost. The distance is added to the loss. "    \
+               "CPU only so far")                                                                  \
     OPTION(align_gamma, "align-gamma", NUMBER, "1", "[0,inf)", "the distance's weight")            \
     OPTION(align_decay, "align-decay", NUMBER, "1", "(0,1]",                                       \
            "the weight is multiplied by this after each epoch")                                    \
@@ -295,6 +297,9 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(align_layers, "align-layers", TEXT, "all", "LIST",                                      \
            "which of the student's layers: all, last, or layers from 0 on, as 0,3-5; each has a "  \
                "partner at the same share of the teacher's depth")                                 \
+    OPTION(align_scores, "align-scores", TEXT, "", "FILE",                                         \
+           "with --align attribution, instead of a teacher: a text with a number from -20 to 20 "  \
+               "for each token, in their order: how much a token should count, 0: no opinion")     \
   HEADING("Growing depth: layers that do not exist yet cost nothing")                              \
     OPTION(grow, "grow", TEXT, "", "LIST",                                                         \
            "phases LAYERS:STEP with ever more layers, as \"1:0,all:80%\"; STEP may be a "          \

@@ -55,6 +55,8 @@ typedef struct {
     Align align;
     unsigned char *align_layers;        // (depth) those of --align-layers
     int *align_pairs;                   // (depth) Align.layer
+    Attribution attribution;            // of --align attribution; e NULL: none
+    double *token_scores, *align_target;        // (V) of --align-scores, or NULL; (B,T)
     Schedule schedule;
     Shards train, val;
     Tokenizer tokenizer;
@@ -748,16 +750,39 @@ static inline void trainer_open_teacher(Trainer *tr) {
     memset(&args, 0, sizeof args);
     args.B = tr->sides * tr->B, args.T = tr->T, args.threads = (int)o->threads,
         args.dtype = trainer_dtype(tr->engine, o), args.comm = tr->comm, args.dry = o->dry_run;
-    if (o->align != ALIGN_NONE)
+    if (o->align == ALIGN_ATTENTION)
         tr->align_layers = layer_list_open("align-layers", o->align_layers, tr->depth);
     teacher_open(&tr->teacher, tr->engine, o->teacher, args, tr->config.V,
                  tr->has_tokenizer ? &tr->tokenizer : NULL, tr->align_layers,
-                 tr->growth.n ? 1 : tr->depth, tr->depth);
+                 tr->growth.n ? 1 : tr->depth, tr->depth,
+                 o->align == ALIGN_ATTRIBUTION && !*o->align_scores);
     tr->objective.teacher = tr->teacher.model, tr->objective.distill = o->distill,
         tr->objective.temperature = o->distill_temperature;
-    if (o->align == ALIGN_NONE) return;
+    if (o->align != ALIGN_ATTENTION) return;
     tr->align_pairs = (int *)xcalloc((size_t)tr->depth, sizeof(int));
     tr->objective.align = &tr->align;
+}
+
+// What --align attribution needs on every rank.
+static inline void trainer_open_attribution(Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    const size_t V = (size_t)tr->config.V;
+    if (o->align != ALIGN_ATTRIBUTION) return;
+    if (trainer_dtype(tr->engine, o) != DTYPE_FP32)
+        die("--align attribution takes differences of gradients\n  hint: --dtype fp32");
+    if (!(tr->engine->can & CAN_ALIGN))
+        die("--align runs on the CPU only so far\n  hint: --distill, or the CPU's train_gpt");
+    tr->attribution = attribution_new((size_t)tr->B, (size_t)tr->T, &tr->config);
+    tr->align_target = (double *)xcalloc((size_t)tr->B * (size_t)tr->T, sizeof(double));
+    if (!*o->align_scores) return;
+    FileMap map;
+    tr->token_scores = (double *)xcalloc(V, sizeof(double));
+    const char *error = file_map(&map, o->align_scores);
+    if (error) die("cannot read %s: %s", o->align_scores, error);
+    if ((error = scores_parse(tr->token_scores, tr->config.V, map.data, map.size)))
+        die("--align-scores %s: %s\n  hint: %d numbers, one for each token", o->align_scores, error,
+            tr->config.V);
+    file_unmap(&map);
 }
 
 // The teacher's layer beside each of the current layers that is trained and to be compared.
@@ -866,6 +891,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     trainer_growth(tr, from, resume);
     trainer_attention_drop(tr);
     trainer_open_teacher(tr);
+    trainer_open_attribution(tr);
     trainer_describe_data(tr);
     tr->drop = trainer_drop_path(o, tr->depth, tr->steps);
     tr->drop.layers = tr->config.L;
@@ -925,6 +951,8 @@ static inline void trainer_close(Trainer *tr) {
     free(tr->tokens), free(tr->targets), free(tr->losses), free(tr->micro), free(tr->exit_weight);
     difficulty_free(&tr->difficulty);
     free(tr->attention_layers), free(tr->align_layers), free(tr->align_pairs);
+    attribution_free(&tr->attribution);
+    free(tr->token_scores), free(tr->align_target);
     free(tr->data_line), free(tr->run_text), free(tr->whole), free(tr->report),
         free(tr->tokenizer_path);
     free(tr->lora.base);

@@ -66,9 +66,8 @@ static inline Metrics trainer_step(Trainer *tr) {
         const Batch batch = trainer_batch(tr, m);
         const Pass pass = trainer_pass(tr, t, m);
         double part[N_PARTS];
-        tr->micro[m] = tr->engine->run(tr->model, &batch, &pass);
+        tr->micro[m] = trainer_run_micro(tr, &batch, &pass, part);
         loss += tr->micro[m] / tr->M;
-        tr->engine->parts(tr->model, part);
         for (int k = 0; k < N_PARTS; k++) parts[k] += part[k] / tr->M;
         if (!isfinite(loss) && tr->bad_micro < 0) tr->bad_micro = m;
     }
@@ -79,8 +78,8 @@ static inline Metrics trainer_step(Trainer *tr) {
     if (exits_count(&tr->exits, tr->config.L, t))
         r.exit_loss = parts[PART_EXITS] / (1 - tr->exit_weight[tr->config.L - 1]);
     if (tr->objective.distill != 0) r.distill = parts[PART_DISTILL];
-    if (tr->objective.align) r.align_loss = parts[PART_ALIGN];
-    if (tr->objective.align && parts[PART_COMPARED] > 0)
+    if (tr->options->align != ALIGN_NONE) r.align_loss = parts[PART_ALIGN];
+    if (tr->options->align != ALIGN_NONE && parts[PART_COMPARED] > 0)
         r.align_cos = parts[PART_COSINE] / parts[PART_COMPARED];
     if (tr->objective.consistency != 0) r.consistency = parts[PART_CONSISTENCY];
     if (tr->options->record_micro) {

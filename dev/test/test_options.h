@@ -512,7 +512,7 @@ static const char *options_test_other(const OptionSpec *s, char word[64]) {
     size_t length = 0;
     const char *last;
     switch (s->type) {
-    case OPTION_INTEGER: return "977";
+    case OPTION_INTEGER: return options_inside(s->domain, 977) ? "977" : "11";
     case OPTION_NUMBER:  return "0.30000000000000004";
     case OPTION_SPAN:    return "33.3%";
     case OPTION_TEXT:    return " \xc3\xa9 \"quoted\" # \\n\n\t= '";

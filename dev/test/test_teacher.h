@@ -8,6 +8,7 @@
 #include "test_engine.h"
 #include "test_trainer.h"
 #include "../files/files.h"
+#include "../run/attribution.h"
 
 #ifdef REAL_DOUBLE
 #define TEACHER_DOUBLE_TESTS(X) X(distill_differences) X(align_differences)
@@ -17,8 +18,9 @@
 #define TEACHER_ENGINE_TESTS(X)                                                       \
     X(distill_off_is_off) X(distill_of_itself) X(distill_reference) X(distill_golden) \
     X(distill_chunks) X(distill_bf16_is_near) X(align_of_itself) X(align_reference)   \
-    X(align_golden) X(align_threads) TEACHER_DOUBLE_TESTS(X)
-#define TEACHER_TESTS(X) X(teacher_teaches) X(teacher_resume) X(teacher_refuses) X(align_teaches)
+    X(align_golden) X(align_threads) X(attribution_golden) TEACHER_DOUBLE_TESTS(X)
+#define TEACHER_TESTS(X) X(teacher_teaches) X(teacher_resume) X(teacher_refuses) X(align_teaches) \
+    X(attribution_scores) X(attribution_teaches)
 
 // Whether the tested engine compares maps.
 static int align_run(void) { return (test_engine->can & CAN_ALIGN) != 0; }
@@ -383,6 +385,75 @@ static void test_align_golden(void) {
     golden_close(&g);
 }
 
+// ---- Attributions ----
+
+// Second derivatives by differences, beside double backpropagation in PyTorch. The bar is that of
+// the design, 1e-3 of each gradient; in float64 the error of the difference remains.
+static void test_attribution_golden(void) {
+    static const char *const path = "dev/golden/teacher.safetensors";
+    Golden g = golden_open(), more = g;
+    Rig *r = &more.rig;
+    const char *error = file_map(&more.map, path);
+    if (!error) error = safetensors_parse(&more.file, more.map.data, more.map.size);
+    if (error) die("%s: %s", path, error);
+    if (align_run()) {
+        const double gamma = golden_number(&more, "attribution/", "gamma", 0);
+        Attribution a = attribution_new((size_t)r->B, (size_t)r->T, &r->c);
+        double *target = doubles(r->B * r->T);
+        real *zero = slot_new(&r->c);
+        for (int i = 0; i < r->B * r->T; i++)
+            target[i] = golden_number(&more, "attribution/", "target", (size_t)i);
+        golden_plan(&more, "attribution/", 0);
+        slot_write(&r->c, r->model, SLOT_GRAD, zero);
+        const Batch batch = batch_of(r->B, r->T, r->tokens, r->targets);
+        const Pass pass = pass_of(&r->plan, 1);
+        const double loss = attribution_train(&a, test_engine, r->model, &batch, &pass, target,
+                                              gamma);
+        real *got = slot_read(&r->c, r->model, SLOT_GRAD),
+            *want = golden_slot(&more, "attribution/grad/");
+        EXPECT_CLOSE(loss, golden_number(&more, "attribution/", "loss", 0), 1e-5, "the loss");
+        EXPECT_CLOSE(a.cosine, golden_number(&more, "attribution/", "cosine", 0), 1e-5, "cosine");
+        EACH_TENSOR(&r->c) {
+            const size_t at = slot_at(&r->c, p, l), n = gpt_param_size(&r->c, p);
+            double apart = 0, size = 0;
+            for (size_t i = at; i < at + n; i++) {
+                apart += pow((double)got[i] - (double)want[i], 2);
+                size += pow((double)want[i], 2);
+            }
+            EXPECT(apart <= 1e-6 * size, "%s of layer %d: %g of it apart", gpt_param[p].name, l,
+                   sqrt(apart / size));
+        }
+        free(zero), free(got), free(want), free(target);
+        attribution_free(&a);
+    }
+    safetensors_free(&more.file);
+    file_unmap(&more.map);
+    golden_close(&g);
+}
+
+static void test_attribution_scores(void) {
+    static const struct { const char *text, *wrong; } cases[] = {
+        {"1 -2.5\n0", NULL}, {"# three\n1\t2 # two\n\r\n-3", NULL}, {"1 2", "fewer"},
+        {"1 2 3 4", "more numbers"}, {"1 2 x", "more than numbers"},
+        {"1 2 nan", "more than numbers"},
+        {"1 2 21", "between"}, {"1 2 1e999", "between"}, {"1 2 --3", "more than numbers"},
+        {"", "fewer"}, {"#", "fewer"}, {"1 2 3x", "more than numbers"}};
+    double score[3];
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *error = scores_parse(score, 3, cases[i].text, strlen(cases[i].text));
+        if (cases[i].wrong) EXPECT_ERROR(error, cases[i].wrong);
+        else EXPECT(!error, "%s: %s", cases[i].text, error);
+    }
+    const int tokens[] = {0, 1, 2};
+    const real e[] = {3, 4, 0, 2, 5, 5};
+    double target[3];
+    EXPECT(!scores_parse(score, 3, "1 -2 0", 6), "%g", score[0]);
+    scores_target(target, score, tokens, e, 3, 2);
+    EXPECT_CLOSE(target[0], 5 * exp(1), 1e-5, "a positive score");
+    EXPECT_CLOSE(target[1], -2 * exp(2), 1e-5, "a negative one");
+    EXPECT(target[2] == 0, "%g", target[2]);
+}
+
 // Any number of threads gives the same bits; a weight of 0 those without a comparison.
 static void test_align_threads(void) {
     const GptConfig c = {61, 140, 3, 3, 48};
@@ -530,6 +601,50 @@ static void test_align_teaches(void) {
                    "--align-layers 0-2", dir, dir);
     EXPECT_REFUSED(0, "", "--out %s/g --steps 12 --teacher %s/teacher --align attention --grow "
                    "1:0,all:50%%", dir, dir);
+}
+
+// Attributions follow a teacher's, or scores of tokens; runs resume to the same bits.
+static void test_attribution_teaches(void) {
+    const char *dir = test_directory();
+    char a[400], b[400];
+    char *path = xprintf("%s/scores", dir);
+    FILE *f = file_open(path, "wb");
+    for (int v = 0; v < 257; v++) fprintf(f, "%d\n", v == 'c' || v == 'm' ? 3 : v == ' ' ? -1 : 0);
+    fclose(f);
+    char *how[] = {xprintf("--teacher %s/teacher --align attribution --align-gamma 0.3", dir),
+                   xprintf("--align attribution --align-scores %s --align-gamma 0.3 "
+                           "--drop-path 0.3 --dropout-resid 0.1 --label-smoothing 0.1", path),
+                   xprintf("--teacher %s/teacher --align attribution --align-gamma 0", dir)};
+    EXPECT_RUN("--out %s/teacher --steps 60 --lr 1e-2 --layers 1 --heads 4 --channels 24", dir);
+    EXPECT_RUN("--out %s/plain --steps 40 --lr 3e-3", dir);
+    for (int i = 0; i < 3; i++) {
+        EXPECT_RUN("--out %s/%d --steps 40 --lr 3e-3 %s --save-every 20 --keep 0", dir, i, how[i]);
+        EXPECT_RUN("--out %s/%d_part --steps 40 --lr 3e-3 %s --resume %s/%d/step_00000020 "
+                   "--threads 2", dir, i, how[i], dir, i);
+        snprintf(a, sizeof a, "%s/%d/latest", dir, i);
+        snprintf(b, sizeof b, "%s/%d_part/latest", dir, i);
+        EXPECT_SAME(a, b, "model.safetensors");
+        EXPECT_SAME(a, b, "optimizer.safetensors");
+    }
+    snprintf(b, sizeof b, "%s/plain/latest", dir);
+    EXPECT_SAME(a, b, "model.safetensors");              // a weight of 0
+    const Metrics on = teacher_last(dir, "0"), off = teacher_last(dir, "2"),
+        scored = teacher_last(dir, "1"), plain = teacher_last(dir, "plain");
+    EXPECT(on.align_cos > off.align_cos && on.align_loss < off.align_loss, "cosine %g, %g without",
+           on.align_cos, off.align_cos);
+    EXPECT(isfinite(scored.align_cos) && scored.nll < scored.loss, "%g", scored.align_cos);
+    EXPECT(on.flops > 3 * plain.flops && off.flops > plain.flops && off.flops < 3 * plain.flops,
+           "%g, %g of %g", on.flops, off.flops, plain.flops);
+    EXPECT_REFUSED(1, "--dtype fp32", "--out %s/x --dtype bf16 %s", dir, how[0]);
+    EXPECT_REFUSED(1, "without dropout", "--out %s/x --dropout-embd 0.1 %s", dir, how[0]);
+    EXPECT_REFUSED(1, "exclude each other", "--out %s/x --dropout-attn 0.1 --consistency 1 %s", dir,
+                   how[0]);
+    EXPECT_REFUSED(1, "needs --align attribution", "--out %s/x --align-scores %s", dir, path);
+    EXPECT_REFUSED(1, "fewer numbers", "--out %s/x --vocab-size 300 %s", dir, how[1]);
+    EXPECT_REFUSED(1, "cannot read", "--out %s/x --align attribution --align-scores %s/none", dir,
+                   dir);
+    for (int i = 0; i < 3; i++) free(how[i]);
+    free(path);
 }
 
 static void test_teacher_refuses(void) {

@@ -7,6 +7,19 @@
 
 typedef struct { const TrainOptions *options; const GptConfig *config; int T; } Budget;
 
+// What a row costs beside the model's own step, in such steps: a teacher's forward pass.
+static inline double budget_teacher(const Budget *b) {
+    GptConfig c;
+    double *scale;
+    int tied;
+    if (!*b->options->teacher) return 0;
+    char *dir = checkpoint_find(b->options->teacher);
+    checkpoint_read_config(dir, &c, &scale, &tied);
+    free(dir), free(scale);
+    const int runs = b->options->align == ALIGN_ATTRIBUTION && !*b->options->align_scores ? 3 : 1;
+    return runs * gpt_row_flops(&c, b->T) / (3 * gpt_row_flops(b->config, b->T));
+}
+
 // What a run of so many steps costs, in steps that train the full model. Growth that does not fit
 // into them costs as if there were none: the run would be refused.
 static inline double budget_cost(const Budget *b, int64_t steps) {
@@ -19,9 +32,12 @@ static inline double budget_cost(const Budget *b, int64_t steps) {
     if (b->options->train_last) d.frozen = b->config->L - (int)b->options->train_last;
     const TrainOptions *o = b->options;
     const Exits e = {o->exit_scale, o->exit_curriculum, (int)o->exit_every, steps};
-    const double exits = exits_run_compute(&e, &g, b->config, b->T);
-    if (o->drop_path == 0 && !d.frozen && !g.n) return (1 + exits) * (double)steps;
-    return (growth_run_compute(&g, &d, b->config, b->T, steps) + exits) * (double)steps;
+    const double exits = exits_run_compute(&e, &g, b->config, b->T),
+        sides = o->consistency > 0 ? 2 : 1, runs = o->align == ALIGN_ATTRIBUTION ? 3 : sides,
+        teacher = sides * budget_teacher(b);
+    const int whole = o->drop_path == 0 && !d.frozen && !g.n;
+    const double own = whole ? 1 : growth_run_compute(&g, &d, b->config, b->T, steps);
+    return (runs * (own + exits) + teacher) * (double)steps;
 }
 
 // The steps of which cost comes nearest to target, from `low` on. Ramps are stretched with the run;
