@@ -17,7 +17,7 @@
 #     SEEDS="1 2 3 4 5" RATE=0.1 SCALE=0.5 sh scripts/layerskip.sh    other seeds and strengths
 #
 # Variables: SEEDS="1337 1338 1339", STEPS=400, LAYERS=12, CHANNELS=64, RATE=0.2, SCALE=1, EVERY=8,
-# EXIT=4, DRAFTS=4, TOKENS=32768 (of the validation text, for the losses), ROUNDS=3,
+# EXIT=4, DRAFTS=4, TOKENS=8192 (of the validation text, for the losses), ROUNDS=3,
 # OUT=runs/layerskip, BUILD=build, PYTHON=python3, THREADS=0 (all), DTYPE, TEXT=/path of your own
 # text, or DATA, a folder with train_*.bin and val_*.bin. The same command again continues where it
 # stopped.
@@ -34,7 +34,7 @@ SCALE=${SCALE:-1}
 EVERY=${EVERY:-8}
 EXIT=${EXIT:-4}
 DRAFTS=${DRAFTS:-4}
-TOKENS=${TOKENS:-32768}
+TOKENS=${TOKENS:-8192}
 ROUNDS=${ROUNDS:-3}
 THREADS=${THREADS:-0}
 DTYPE=${DTYPE:-$(if grep -qs avx512_bf16 /proc/cpuinfo; then echo bf16; else echo fp32; fi)}
