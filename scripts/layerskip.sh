@@ -11,8 +11,8 @@
 #   text    12 prompts x 110 bytes, greedy, drafted 4 bytes at a time by the first 4 layers, and by
 #           as many as --exit-layer auto chooses; plain decoding and both take turns, 3 times
 #   cost    a seed: 4 runs of 1.5e12 FLOPs; about 2 minutes of one core with AVX-512 and its bf16
-#   result  of three seeds: after 4 of 12 layers 2.39 nats with LayerSkip, 2.60 plain; after all 2.37
-#           both; decoding 1.7 times as fast. dev/tools/README.md has the table
+#   result  of three seeds: after 4 of 12 layers 2.39 nats with LayerSkip and 2.60 without, after
+#           all of them 2.37 for both; decoding 1.7 times as fast. Table: dev/tools/README.md
 #
 #     TEXT=book.txt sh scripts/layerskip.sh                           as above, on a text of yours
 #     SEEDS="1 2 3 4 5" RATE=0.1 SCALE=0.5 sh scripts/layerskip.sh    other seeds and strengths
