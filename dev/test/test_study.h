@@ -246,6 +246,22 @@ static void test_study_killed_and_shared(void) {
     free(whole), free(shared), free(a), free(b), free(claims);
 }
 
+// More jobs than are left of runs: the queue waits for all of them, long ones too. And what a process
+// left that was killed while it made a claim is no claim.
+static void test_study_many_jobs(void) {
+    const char *dir = test_directory();
+    char *plan = study_test_plan(dir, "s", "seeds = 2\nequal = steps\n",
+                                 "steps = 200\n[arm none]\n[arm deep]\nlayers = 12\n"),
+         *results = xprintf("%s/s/results", dir), *claims = xprintf("%s/s/claims", dir),
+         *made = xprintf("%s/.new.here.1", claims), *part = xprintf("%s/owner.tmp", made);
+    directory_make(made);
+    file_write_whole(part, "proc", 4);
+    EXPECT_STUDY("run %s --jobs 4", plan);
+    EXPECT(study_test_count(results) == 4, "%d results, want 4", study_test_count(results));
+    EXPECT(study_test_count(claims) == 0, "claims are left");
+    free(plan), free(results), free(claims), free(made), free(part);
+}
+
 // A claim whose owner is on another machine is respected until it has been still for `stale`
 // seconds; one whose owner is a dead process of this machine is taken over at once.
 static void test_study_takes_over(void) {
@@ -460,9 +476,8 @@ static void test_study_fit(void) {
 }
 
 #define STUDY_TESTS(X)                                                                             \
-    X(study_answers)                                                                               \
-    X(study_verify_fails) X(study_shares_baselines) X(study_killed_and_shared) X(study_takes_over) \
-        X(study_stops_in_time) X(study_tunes) X(study_equal_seconds) X(study_refuses)              \
-            X(study_refuses_other_data) X(study_fit)
+    X(study_answers) X(study_verify_fails) X(study_shares_baselines) X(study_killed_and_shared)    \
+    X(study_many_jobs) X(study_takes_over) X(study_stops_in_time) X(study_tunes)                   \
+    X(study_equal_seconds) X(study_refuses) X(study_refuses_other_data) X(study_fit)
 
 #endif

@@ -2,7 +2,7 @@
 // machines that see its directory.
 //
 //     RESULTS/KEY.json    one line: the result of a finished run; the report needs nothing else
-//     OUT/claims/KEY/     a run that a process does: made by mkdir, which one of several wins;
+//     OUT/claims/KEY/     a run that a process does: made by a rename, which one of several wins;
 //                         `owner` is touched as a sign of life. A process that finds it stale
 //                         renames it, which again one of several wins
 //     OUT/runs/KEY/       the run under way; whoever takes it over resumes its last checkpoint
@@ -326,13 +326,15 @@ static inline int study_owner_is_gone(const char *owner) {
            kill((pid_t)process, 0) && errno == ESRCH;
 }
 
+// Removes a claim with all that is in it: also what a process that was killed while writing left.
 static inline void study_unclaim_at(const char *claim) {
-    static const char *const files[] = {"owner", "config.txt", "log.txt"};
-    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
-        char *path = xprintf("%s/%s", claim, files[i]);
-        unlink(path);
+    DIR *d = opendir(claim);
+    for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
+        char *path = xprintf("%s/%s", claim, e->d_name);
+        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..")) unlink(path);
         free(path);
     }
+    if (d) closedir(d);
     rmdir(claim);
 }
 
@@ -360,18 +362,25 @@ static inline int study_unclaim_stale(const Study *s, const char *claim) {
     return gone;
 }
 
-// Whether the run is ours now.
+// Whether the run is ours now. The claim is made under another name and gets its own together with
+// its owner: no directory replaces one that is not empty, and nobody sees a claim without an owner,
+// wherever this process is killed.
 static inline int study_claim(const Study *s, const char *key) {
     char *claim = study_claim_path(s, key), host[64] = "";
-    int ours = mkdir(claim, 0777) == 0;
-    if (!ours && errno != EEXIST) die("cannot make %s: %s", claim, strerror(errno));
-    if (!ours && study_unclaim_stale(s, claim)) ours = mkdir(claim, 0777) == 0;
+    int ours = !path_exists(claim) || study_unclaim_stale(s, claim);
     if (ours) {
         gethostname(host, sizeof host - 1);
-        char *path = xprintf("%s/owner", claim),
+        char *made = xprintf("%s/claims/.new.%s.%ld", s->out, host, (long)getpid()),
+             *path = xprintf("%s/owner", made),
              *text = xprintf("process %ld on %s\n", (long)getpid(), host);
+        study_unclaim_at(made);                          // of an earlier process of this number
+        if (mkdir(made, 0777)) die("cannot make %s: %s", made, strerror(errno));
         file_write_whole(path, text, strlen(text));
-        free(path), free(text);
+        ours = rename(made, claim) == 0;
+        if (!ours && errno != EEXIST && errno != ENOTEMPTY)
+            die("cannot make %s: %s", claim, strerror(errno));
+        if (!ours) study_unclaim_at(made);
+        free(made), free(path), free(text);
     }
     free(claim);
     return ours;
@@ -956,10 +965,11 @@ static inline void study_sweep(const StudyQueue *q) {
     for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
         char *claim = xprintf("%s/%s", path, e->d_name), owner[128];
         double touched;
-        if (*e->d_name != '.') {
+        const int made = !strncmp(e->d_name, ".new.", 5);
+        if (*e->d_name != '.' || made) {
             study_owner(claim, owner, &touched);
             if (study_owner_is_gone(owner) &&
-                (study_result(&q->all, e->d_name) || strstr(e->d_name, ".stale.")))
+                (made || study_result(&q->all, e->d_name) || strstr(e->d_name, ".stale.")))
                 study_unclaim_at(claim);
         }
         free(claim);
@@ -988,14 +998,14 @@ static inline int study_work(Study *s, const char *trainer, int jobs, double sec
     signals_begin();
     signals_catch();
     study_times(s, trainer, 1);
-    int missing = 1;
-    while (missing) {
+    int missing;
+    for (;;) {
         study_results_read(&q->all, s->results);
         study_state(s, &q->state, &q->all);
-        missing = study_fill(q);
-        if (q->busy) study_wait(q);
-        else if (missing && (signals_stop || clock_seconds() >= q->until)) break;
-        else if (missing) study_wait(q);
+        missing = study_fill(q);                         // without those under way here
+        if (!missing && !q->busy) break;
+        if (!q->busy && (signals_stop || clock_seconds() >= q->until)) break;
+        study_wait(q);
     }
     study_sweep(q);
     study_tell_cost(q);
