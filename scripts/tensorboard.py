@@ -50,7 +50,12 @@ stop = threading.Event()                                # set by Ctrl-C, checked
 
 def tagged(record):
     numbers = {key: float(v) for key, v in record.items() if key != "step" and is_number(v)}
-    return {TAGS.get(key, key): v for key, v in numbers.items() if math.isfinite(v)}
+    return {tag_of(key): v for key, v in numbers.items() if math.isfinite(v)}
+
+
+def tag_of(key):
+    """Losses by depth (--eval-depths) go to the other losses."""
+    return TAGS.get(key, f"loss/{key}" if key.startswith(("val_prefix_", "val_even_")) else key)
 
 
 # ---- Sinks ----
