@@ -19,6 +19,9 @@ NAMES = {"none": "nothing", "dropout": "dropout 0.1", "smoothing": "label smooth
          "hard": "AttentionDrop, hard", "blur": "AttentionDrop, blurred",
          "rdrop": "dropout 0.1, consistency", "hardtwins": "AttentionDrop, consistency",
          "distill": "distillation", "align": "attention of a teacher"}
+MARKS = (("smoothing", "label-smoothing"), ("distill", "distill"), ("align", "align"),
+         ("dropout", "dropout-embd"))                   # the options that tell these arms
+FIRST_SEED = 1001                                       # of a study's final runs
 # by degrees of freedom, from 1
 T95 = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]
 
@@ -35,15 +38,30 @@ def losses(build, out, data, run, side):
         return json.load(file)["full"]["val_loss"]
 
 
+def arm_of(options):
+    """The arm of companions.sh that a result's options are of."""
+    o = dict(word.split("=", 1) for word in options.split())
+    scores, twins = o.get("attentiondrop"), "consistency" in o
+    if scores == "hard" and twins:
+        arm = "hardtwins"
+    elif twins:
+        arm = "rdrop"
+    elif scores in ("hard", "blur"):
+        arm = scores
+    else:
+        arm = next((arm for arm, option in MARKS if option in o), "none")
+    return arm + ("_drop" if "drop-path" in o else "")
+
+
 def results(out):
-    """Final runs by arm and seed: the folder of each."""
+    """Final runs by arm and seed: the folder of each. Tuning runs have seeds of their own."""
     found = {}
     for path in glob.glob(os.path.join(glob.escape(out), "study", "results", "*.json")):
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
         run = os.path.join(out, "study", "runs", result["key"])
-        if result.get("kind") == "final" and os.path.isdir(run):
-            found.setdefault(result["arm"], {})[result["seed"]] = run
+        if result["status"] == "ok" and result["seed"] >= FIRST_SEED and os.path.isdir(run):
+            found.setdefault(arm_of(result["options"]), {})[result["seed"]] = run
     return found
 
 
@@ -79,7 +97,7 @@ def main(build, out, data, *arms):
                          "" if arm == "none" else interval(apart), f"{statistics.fmean(gap):+.4f}",
                          f"{statistics.fmean(e['attn_entropy'] for e, _ in ends):.3f}",
                          f"{1000 * statistics.fmean(s for _, s in ends):.1f}"))
-    print("| | steps | val loss | less that of nothing, 95% | val − train | entropy | ms a step |")
+    print("| | steps | val loss | less that of nothing, 95% | val - train | entropy | ms a step |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for row in rows:
         print("| " + " | ".join(row) + " |")

@@ -19,8 +19,9 @@
 #
 # Variables: SEEDS=3 (how many), STEPS=300, LAYERS=6, CHANNELS=32, RATE=0.2 (of drop path),
 # BYTES=120000 (of the text, an eighth of them for validation), LRS="2.5e-3 5e-3 1e-2", JOBS=2 (runs
-# at a time), OUT=runs/companions, BUILD=build, PYTHON=python3, TEXT=/path of your own text, or DATA,
-# a folder with train_*.bin and val_*.bin. The same command again continues where it stopped.
+# at a time), ARMS (some of those above, with none), OUT=runs/companions, BUILD=build,
+# PYTHON=python3, TEXT=/path of your own text, or DATA, a folder with train_*.bin and val_*.bin. The
+# same command again continues where it stopped.
 set -eu
 BUILD=${BUILD:-build}
 OUT=${OUT:-runs/companions}
@@ -33,6 +34,7 @@ RATE=${RATE:-0.2}
 BYTES=${BYTES:-120000}
 LRS=${LRS:-2.5e-3 5e-3 1e-2}
 JOBS=${JOBS:-2}
+ARMS=${ARMS:-none dropout smoothing hard blur rdrop hardtwins distill align}
 
 mkdir -p "$OUT"
 if [ -z "${DATA:-}" ]; then
@@ -68,7 +70,6 @@ options() {
     esac
 }
 
-ARMS="none dropout smoothing hard blur rdrop hardtwins distill align"
 plan=$OUT/plan.txt
 {
     cat <<END

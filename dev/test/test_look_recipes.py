@@ -90,6 +90,16 @@ class Recipes(unittest.TestCase):
         self.assertIn("must count up", self.recipe("prune_heal", expect=1,
                                                    **{**small, "SEEDS": "1 3"})[1])
 
+    def test_companions(self):
+        small = {"DATA": real_runs.data(), "SEEDS": "2", "STEPS": "6", "LAYERS": "2",
+                 "CHANNELS": "16", "LRS": "3e-3", "JOBS": "1", "ARMS": "none hard rdrop distill"}
+        for _ in range(2):                               # the second time nothing is left to do
+            out, text = self.recipe("companions", **small)
+            self.assertRegex(text, r"\| nothing \| 6 \| \d")
+            self.assertRegex(text, r"\| AttentionDrop, hard \+ drop path \| \d+ \| \d\.\d{4} \| [+-]")
+            self.assertRegex(text, r"\| dropout 0.1, consistency \| 3 \|")
+            self.assertIn("| distillation |", text)
+
     def test_finetune(self):
         self.assertIn("on which text?", self.recipe("finetune", expect=1, TEXT="")[1])
         self.assertIn("hint: hf download", self.recipe("finetune", expect=1, TEXT=self.text(),
