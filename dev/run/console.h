@@ -196,7 +196,7 @@ static inline void trainer_print_phases(Trainer *tr) {
 static inline void trainer_print_estimate(const Trainer *tr) {
     const double tokens = (double)tr->steps * tr->M * tr->B * tr->T, mib = 1048576, share = 0.5;
     const GptConfig whole = trainer_whole(tr);
-    const double rows = tr->sides * tokens / tr->T,
+    const double rows = trainer_sides(tr) * tokens / tr->T,
         taught = rows * teacher_row_flops(&tr->teacher, tr->T),
         student = (tr->attribution.e ? 9 : 3) * rows * gpt_row_flops(&whole, tr->T),
         full = student + taught;

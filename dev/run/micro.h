@@ -17,7 +17,7 @@ static inline void trainer_read_batch(Trainer *tr, int m) {
     for (int b = 0; b < tr->B; b++)
         shards_read_sample(&tr->train, (uint64_t)tr->options->seed, trainer_row_sample(tr, m, b),
                            tr->tokens + b * tr->T, tr->targets + b * tr->T);
-    if (tr->sides == 1) return;
+    if (trainer_sides(tr) == 1) return;
     memcpy(tr->tokens + BT, tr->tokens, BT * sizeof(int));
     memcpy(tr->targets + BT, tr->targets, BT * sizeof(int));
 }
@@ -60,7 +60,7 @@ static inline int trainer_objective_is_more(const Trainer *tr) {
 // (valid until the next is read),
 static inline Batch trainer_batch(Trainer *tr, int m) {
     trainer_read_batch(tr, m);
-    return batch_of(tr->sides * tr->B, tr->T, tr->tokens, tr->targets);
+    return batch_of(trainer_sides(tr) * tr->B, tr->T, tr->tokens, tr->targets);
 }
 
 // and the pass; the step's last micro-batch also reduces the gradients over the ranks. A teacher
@@ -69,13 +69,13 @@ static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
     const TrainOptions *o = tr->options;
     const double on = ramp_at(&tr->dropout, t);
     trainer_plan(tr, t, m);
-    if (tr->sides > 1) drop_plan_twins(&tr->twins, &tr->plan);
-    Pass pass = pass_of(tr->sides > 1 ? &tr->twins : &tr->plan, 1.0 / tr->M);
+    if (trainer_sides(tr) > 1) drop_plan_twins(&tr->twins, &tr->plan);
+    Pass pass = pass_of(trainer_sides(tr) > 1 ? &tr->twins : &tr->plan, 1.0 / tr->M);
     Noise noise = {(uint64_t)o->seed, t, (uint32_t)m * (uint32_t)tr->B,
                    noise_rate_of(on * o->dropout_embd),
                    noise_rate_of(on * o->dropout_attn), noise_rate_of(on * o->dropout_resid),
                    o->lora ? noise_rate_of(o->lora_dropout) : 0};
-    noise.twins = tr->sides > 1 ? (uint32_t)tr->B : 0;
+    noise.twins = trainer_sides(tr) > 1 ? (uint32_t)tr->B : 0;
     attention_drop_at(&noise, o, tr->attention_layers, ramp_at(&tr->attention_warm, t), t);
     tr->noise = noise;
     if (noise.embd || noise.attn || noise.resid || noise.lora || noise.scores)
@@ -88,7 +88,7 @@ static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
                                                                  (double)tr->train.windows));
     if (trainer_objective_is_more(tr)) pass.objective = &tr->objective;
     if (tr->teacher.model) {
-        const Batch batch = batch_of(tr->sides * tr->B, tr->T, tr->tokens, tr->targets);
+        const Batch batch = batch_of(trainer_sides(tr) * tr->B, tr->T, tr->tokens, tr->targets);
         teacher_run(&tr->teacher, tr->engine, &batch);
     }
     if (tr->world > 1 && m + tr->world >= tr->M) pass.reduce = tr->reduce;
@@ -158,7 +158,7 @@ static inline void trainer_count_updates(Trainer *tr) {
 static inline void trainer_account(Trainer *tr, Metrics *r) {
     const GptConfig *c = &tr->config, whole = trainer_whole(tr);
     if (tr->growth.n) r->layers = c->L;
-    const double rows = (double)tr->B * tr->M, sides = tr->sides;
+    const double rows = (double)tr->B * tr->M, sides = trainer_sides(tr);
     const int heads = 1 + exits_count(&tr->exits, c->L, tr->state.step);
     double flops = heads * rows * gpt_head_step_flops(c, tr->T), kept[BRANCHES] = {0, 0};
     for (int i = 0; i < BRANCHES * c->L; i++) {

@@ -249,8 +249,7 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
            "which exits a step has: every R-th layer in turn; from the top down in the first "     \
                "half of the run; all")                                                             \
     OPTION(exit_every, "exit-every", INTEGER, "8", "[1,1024]", "R of rotational")                  \
-  HEADING("AttentionDrop (arXiv 2504.12088, in a causal form) and consistency: not yet proven "    \
-          "on language models; measure")                                                           \
+  HEADING("AttentionDrop (arXiv 2504.12088) and consistency: unproven on language models")         \
     OPTION(attentiondrop, "attentiondrop", CHOICE, "none", "none|hard|blur",                       \
            "edits attention's scores in training: hard drops some of the largest of each query, "  \
                "blur averages them with their neighbours'. CPU only so far")                       \

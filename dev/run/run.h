@@ -44,7 +44,6 @@ typedef struct {
     Ramp dropout;                       // when it is on
     Ramp attention_warm;                // the warm-up of AttentionDrop
     unsigned char *attention_layers;    // (depth) where it is; NULL: there is none
-    int sides;                          // how often a step reads each row: 2 with --consistency
     DropPlan twins;                     // of 2 B rows, with --consistency
     Noise noise;                        // of the current pass
     Objective objective;                // of every training pass
@@ -94,6 +93,11 @@ typedef struct {
     int directory, lock;                // the output directory and its lock, on rank 0; -1: none
     int stop, save_now;                 // requested by a signal, agreed on by all ranks
 } Trainer;
+
+// How often a step reads each row: twice with --consistency.
+static inline int trainer_sides(const Trainer *tr) {
+    return tr->objective.consistency > 0 ? 2 : 1;
+}
 
 static inline int trainer_dtype(const Engine *engine, const TrainOptions *o) {
     return o->dtype == DTYPE_AUTO ? engine->dtype : o->dtype;
@@ -392,13 +396,12 @@ static inline Ramp trainer_dropout_ramp(const TrainOptions *o, int64_t steps) {
     return r;
 }
 
-// AttentionDrop's layers and warm-up, and how often a row is read.
+// AttentionDrop's layers and warm-up, and consistency.
 static inline void trainer_attention_drop(Trainer *tr) {
     const TrainOptions *o = tr->options;
     const Ramp warm = {SHAPE_LINEAR, tr->steps, 0, span_steps(o->attentiondrop_warmup, tr->steps),
                        0, 0, 0};
     tr->attention_warm = warm;
-    tr->sides = o->consistency > 0 ? 2 : 1;
     tr->objective.consistency = o->consistency, tr->objective.symmetric = o->consistency_kl;
     if (o->attentiondrop != SCORES_PLAIN)
         tr->attention_layers = layer_list_open("attentiondrop-layers", o->attentiondrop_layers,
@@ -529,7 +532,8 @@ static inline MemoryBound trainer_memory_bound(const Trainer *tr) {
     if (tr->replay.n) d.p_max = 0;                       // recorded plans may exceed it
     drop_path_bound(&d, tr->B, &b.attn_rows, &b.mlp_rows, &b.rows);
     b.exits = exits_most(&tr->exits, tr->config.L);
-    b.attn_rows *= tr->sides, b.mlp_rows *= tr->sides, b.rows *= tr->sides;
+    const int sides = trainer_sides(tr);
+    b.attn_rows *= sides, b.mlp_rows *= sides, b.rows *= sides;
     return b;
 }
 
@@ -748,7 +752,7 @@ static inline void trainer_open_teacher(Trainer *tr) {
     EngineArgs args;
     if (!*o->teacher) return;
     memset(&args, 0, sizeof args);
-    args.B = tr->sides * tr->B, args.T = tr->T, args.threads = (int)o->threads,
+    args.B = trainer_sides(tr) * tr->B, args.T = tr->T, args.threads = (int)o->threads,
         args.dtype = trainer_dtype(tr->engine, o), args.comm = tr->comm, args.dry = o->dry_run;
     if (o->align == ALIGN_ATTENTION)
         tr->align_layers = layer_list_open("align-layers", o->align_layers, tr->depth);
@@ -806,9 +810,9 @@ static inline void trainer_open_model(Trainer *tr) {
     memset(&args, 0, sizeof args);
     tr->drop.layers = tr->config.L;
     tr->plan = drop_plan_new(tr->config.L, tr->B);
-    args.B = tr->sides * tr->B, args.T = tr->T, args.threads = (int)o->threads,
+    args.B = trainer_sides(tr) * tr->B, args.T = tr->T, args.threads = (int)o->threads,
         args.dtype = trainer_dtype(tr->engine, o);
-    args.score_rows = o->attentiondrop != SCORES_PLAIN, args.twins = tr->sides > 1;
+    args.score_rows = o->attentiondrop != SCORES_PLAIN, args.twins = trainer_sides(tr) > 1;
     args.align = o->align == ALIGN_ATTENTION;
     if (args.align) trainer_pair_layers(tr);
     if (args.twins) tr->twins = drop_plan_new(tr->config.L, args.B);
@@ -905,7 +909,7 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
             (long long)o->train_last, tr->config.L);
     if (o->train_last) tr->drop.frozen = tr->config.L - (int)o->train_last;
     if (*o->drop_replay) trainer_open_replay(tr);
-    const size_t BT = (size_t)tr->sides * (size_t)tr->B * (size_t)tr->T;
+    const size_t BT = (size_t)trainer_sides(tr) * (size_t)tr->B * (size_t)tr->T;
     tr->tokens = (int *)xcalloc(BT, sizeof(int));
     tr->targets = (int *)xcalloc(BT, sizeof(int));
     tr->losses = (real *)xcalloc(BT, sizeof(real));

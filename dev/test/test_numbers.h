@@ -399,7 +399,7 @@ static void test_numbers_weights_are_checked(void) {
     char *part = xprintf("first of wte.weight, so it is not saved\n  last good checkpoint: %s\n",
                          good);
     // in units of 1024 or, in some shells, 512 bytes
-    static const char *const limits[] = {"", "ulimit -f 16; ", "ulimit -f 4; "};
+    static const char *const limits[] = {"", "ulimit -f 16; ", "ulimit -f 6; "};
     EXPECT_RUN("--out %s/run --steps 4", dir);
     for (int i = 0; i < 3; i++) {
         char *line = xprintf("%s%s/train_gpt --train '%s/data/train_*.bin' " TRAINER_TEST_RUN
