@@ -163,9 +163,9 @@ static inline void rows_drop(RowsWorkspace *work, real *s, const ScoreEdit *e, c
     for (size_t j = 0, seen = rows_seen(b, i); j < seen; j++) {
         const Vector at = *(const Vector *)(s + j * QUERIES + i);
         const Mask enters = (at > least) & rows_sees(b, i, j);
-        int some = 0;
-        for (int l = 0; l < LANES; l++) some |= enters[l] != 0;
-        for (int l = 0; some && l < LANES; l++) {
+        const Mask none = {0};
+        if (!memcmp(&enters, &none, sizeof none)) continue;
+        for (int l = 0; l < LANES; l++) {
             if (!enters[l]) continue;
             largest_add(&all[l], e->k, at[l], (int)j);
             if (all[l].n == e->k) least[l] = all[l].score[e->k - 1];

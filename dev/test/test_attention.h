@@ -527,8 +527,9 @@ static void test_attention_drop_runs(void) {
         "--attentiondrop hard --attentiondrop-warmup 50% --attentiondrop-layers 1",
         "--attentiondrop hard --attentiondrop-mode mask --attentiondrop-k 3 --attentiondrop-p 0.3",
         "--attentiondrop blur --attentiondrop-sigma 2 --attentiondrop-width 7 --dropout-attn 0.1",
-        "--consistency 1 --dropout 0.1", "--attentiondrop hard --consistency 0.5 --consistency-kl "
-        "symmetric --drop-path 0.3 --drop-unit row"};
+        "--consistency 1 --dropout 0.1",
+        ("--attentiondrop hard --consistency 0.5 --consistency-kl symmetric --drop-path 0.3 "
+         "--drop-unit row")};
     EXPECT_RUN("--out %s/plain --steps 20 --lr 3e-3", dir);
     for (int i = 0; i < 5; i++) {
         char a[400], b[400], whole[500], part[500], plain[400];
