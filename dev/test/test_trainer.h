@@ -138,8 +138,7 @@ static void test_trainer_resume_is_bit_identical(void) {
                              "--drop-unit row --drop-ramp-up 80% --drop-adam skip",
                              "--drop-recipe huang2016 --drop-adam skip --drop-sampling bernoulli",
                              "--dtype bf16 --drop-unit row", "--train-last 1 --drop-unit row",
-                             "--dropout 0.1 --dropout-ramp-up 50% --label-smoothing 0.1 "
-                                 "--record-micro 1",
+                             "--dropout 0.1 --label-smoothing 0.1 --record-micro 1",
                              "--layers 4 --drop-unit row --exit-scale 0.5 --exit-every 2",
                              "--drop-unit row --drop-adapt 0.8"};
     for (int i = 0; i < 8; i++) {
