@@ -48,7 +48,7 @@ static inline void maps_save(Model *m, int l, const AttentionSaved *k, size_t nT
 
 // Adds layer l's part to the terms of Align. In training with a weight also makes the gradient,
 // m->align, and returns it; otherwise NULL.
-static const real *align_layer(Model *m, const Pass *pass, int l) {
+static inline const real *align_layer(Model *m, const Pass *pass, int l) {
     const Align *a = pass->objective ? pass->objective->align : NULL;
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const AttentionSaved *k = &m->attention[l];
