@@ -676,7 +676,9 @@ static void test_prune_survival(void) {
     const double want = reduced.loss;
     tools_test_evaluate(&full, &reduced, out, "");
     EXPECT_CLOSE(full.loss, want, 1e-6, "loss of the written model");
-    Text config = test_read_file(xprintf("%s/config.json", out));
+    char *config_path = xprintf("%s/config.json", out);
+    Text config = test_read_file(config_path);
+    free(config_path);
     EXPECT(strstr(config.s, "\"n_layer\": 2") && !strstr(config.s, "drop_path"), "%s", config.s);
     char *tied = xprintf("%s/survival", tools_test_runs());
     EXPECT_TOOL_REFUSES("no weights can express such factors", "prune %s --out %s/t --drop 1", tied,

@@ -246,8 +246,8 @@ static void test_study_killed_and_shared(void) {
     free(whole), free(shared), free(a), free(b), free(claims);
 }
 
-// More jobs than are left of runs: the queue waits for all of them, long ones too. And what a process
-// left that was killed while it made a claim is no claim.
+// More jobs than are left of runs: the queue waits for all of them, long ones too. And what a
+// process left that was killed while it made a claim is no claim.
 static void test_study_many_jobs(void) {
     const char *dir = test_directory();
     char *plan = study_test_plan(dir, "s", "seeds = 2\nequal = steps\n",
@@ -269,7 +269,8 @@ static void test_study_takes_over(void) {
     char *plan = study_test_plan(dir, "s", "seeds = 2\nstale = 2\n",
                                  "steps = 4\n[arm none]\n[arm drop]\ndrop-path = 0.2\n");
     EXPECT_STUDY("run %s", plan);
-    StudyResults all = study_test_results(xprintf("%s/s", dir));
+    char *folder = xprintf("%s/s", dir);
+    StudyResults all = study_test_results(folder);
     for (int i = 0; i < 2; i++) {
         char *claim = xprintf("%s/s/claims/%s", dir, all.result[i].key),
              *owner = xprintf("%s/owner", claim),
@@ -288,10 +289,10 @@ static void test_study_takes_over(void) {
         free(claim), free(owner), free(result), free(text);
     }
     study_results_free(&all);
-    free(plan);
+    free(plan), free(folder);
 }
 
-// --for: what is under way is saved, and goes on to the same bits.
+// --for: what is under way is saved, and continues to the same bits.
 static void test_study_stops_in_time(void) {
     const char *dir = test_directory(),
                *rest = "steps = 600\n[arm none]\n[arm shallow]\nlayers = 1\n";
