@@ -179,7 +179,7 @@ typedef struct {
     // any at or after them are forgotten. Only cached keys and values are read for earlier tokens,
     // so the cost is that of n tokens per row. No sequence may occur twice; batch * n is at most
     // B * T, and batch may exceed B. A call may stop between layers: the cache keeps the stream,
-    // and another call goes on from there. Logits are read from the stream where the call stops,
+    // and another call continues from there. Logits are read from the stream where the call stops,
     // through ln_f and the head; at the last layer they equal up to rounding those of run over the
     // whole sequence. With CAN_ANY_BATCH they have the same bits whatever rows are beside a row and
     // however its tokens and layers are divided among calls.

@@ -10,7 +10,7 @@
 #define ADAPTIVE_TESTS(X) X(adaptive_thresholds) X(adaptive_confidences) X(adaptive_file) \
     X(exits_p_values) X(exits_guarantee) X(exits_learns) X(exits_program)
 
-// From lambda down to 0 as the text goes on; a tenth of what is above lambda more at its start; a
+// From lambda down to 0 as the text grows; a tenth of what is above lambda more at its start; a
 // threshold of 1 at 1; none and all beyond the ends.
 static void test_adaptive_thresholds(void) {
     EXPECT_CLOSE(adaptive_threshold(0.5, 4, 0, 100), 0.55, 1e-12, "at the start");
@@ -230,7 +230,7 @@ static void test_exits_learns(void) {
         EXPECT_CLOSE(s.confidence[i], adaptive_confidence(&a, s.stream + i * C, NULL, NULL, C, 0),
                      1e-12, "the confidence in use");
     }
-    EXPECT(hit > 0.93 * N && fabs(mean - right) < 0.01 * N, "%g of %d are told, %g and %g", hit, N,
+    EXPECT(hit > 0.93 * N && fabs(mean - right) < 0.01 * N, "%g of %d are found, %g and %g", hit, N,
            mean, right);
     exits_seen_free(&s), adaptive_free(&a);
 }
