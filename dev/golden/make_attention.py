@@ -9,18 +9,16 @@ a causal form). README.md lists the tensors.
 """
 import math
 import os
-import pathlib
 import sys
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 
 from make_companions import ATTN, factors  # noqa: E402
 from make_golden import (B, C, CASES, L, NH, T, V, layernorm, leaves, mlp_branch,  # noqa: E402
-                         write)
+                         read_golden, store_gradients, write)
 
 SCORES = 8                                         # NOISE_SCORES of noise.h
 HARD, BLUR = 1, 2
@@ -99,20 +97,16 @@ def edited_case(params, tokens, targets, name):
     out = {f"{name}/kept": kept, f"{name}/scale": scale, f"{name}/tied": np.array([tied], np.int32),
            f"{name}/noise": np.array(noise, np.int64), f"{name}/sigma": np.array([sigma]),
            f"{name}/loss": loss.detach().numpy()}
-    for parameter, value in w.items():
-        if value.grad.any():                       # identically zero: not stored
-            out[f"{name}/grad/{parameter}"] = value.grad.numpy()
+    store_gradients(out, name, w)
     return out
 
 
 def main():
     torch.set_num_threads(1)                       # one order of summation
-    golden = load_file(pathlib.Path(__file__).with_name("golden.safetensors"))
-    params = {name.removeprefix("param/"): value for name, value in golden.items()
-              if name.startswith("param/")}
+    params, tokens, targets = read_golden()
     out = {}
     for name in EDITED:
-        out |= edited_case(params, golden["tokens"], golden["targets"], name)
+        out |= edited_case(params, tokens, targets, name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}")
     write(out, "attention.safetensors", __doc__)
 

@@ -10,16 +10,15 @@ cross_entropy(label_smoothing=). README.md lists the tensors.
 """
 import math
 import os
-import pathlib
 import sys
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 
-from make_golden import B, C, CASES, L, NH, T, V, gelu, layernorm, leaves, write  # noqa: E402
+from make_golden import (B, C, CASES, L, NH, T, V, gelu, layernorm, leaves,  # noqa: E402
+                         read_golden, store_gradients, write)
 
 STREAM_NOISE = 8
 EMBD, ATTN, ATTN_OUT, MLP_OUT = range(4)
@@ -126,21 +125,17 @@ def noisy_case(params, tokens, targets, name):
     out = {f"{name}/kept": kept, f"{name}/scale": scale, f"{name}/tied": np.array([tied], np.int32),
            f"{name}/noise": np.array(noise, np.int64), f"{name}/smoothing": np.array([smoothing]),
            f"{name}/loss": loss.detach().numpy(), f"{name}/nll": nll.detach().numpy()}
-    for parameter, value in w.items():
-        if value.grad.any():                       # identically zero: not stored
-            out[f"{name}/grad/{parameter}"] = value.grad.numpy()
+    store_gradients(out, name, w)
     return out
 
 
 def main():
     torch.set_num_threads(1)                       # one order of summation
     check_philox()
-    golden = load_file(pathlib.Path(__file__).with_name("golden.safetensors"))
-    params = {name.removeprefix("param/"): value for name, value in golden.items()
-              if name.startswith("param/")}
+    params, tokens, targets = read_golden()
     out = {}
     for name in NOISY:
-        out |= noisy_case(params, golden["tokens"], golden["targets"], name)
+        out |= noisy_case(params, tokens, targets, name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}, -log p {out[f'{name}/nll']:.6f}")
     write(out, "companions.safetensors", __doc__)
 

@@ -9,17 +9,16 @@ weights of a case: LayerSkip's (Elhoushi et al. 2024, equation 6), or others, in
 an exit, too. README.md lists the tensors.
 """
 import os
-import pathlib
 import sys
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 
 from make_golden import (  # noqa: E402
-    CASES, L, V, attention_branch, layernorm, leaves, mlp_branch, write)
+    CASES, L, V, attention_branch, layernorm, leaves, mlp_branch, read_golden,
+    store_gradients, write)
 
 
 def layerskip(scale, enabled):
@@ -71,20 +70,16 @@ def exits_case(params, tokens, targets, name):
     out = {f"{name}/kept": kept, f"{name}/scale": scale, f"{name}/tied": np.array([tied], np.int32),
            f"{name}/weights": weights, f"{name}/smoothing": np.array([smoothing]),
            f"{name}/loss": loss.detach().numpy(), f"{name}/nll": np.array(losses)}
-    for parameter, value in w.items():
-        if value.grad.any():                       # identically zero: not stored
-            out[f"{name}/grad/{parameter}"] = value.grad.numpy()
+    store_gradients(out, name, w)
     return out
 
 
 def main():
     torch.set_num_threads(1)                       # one order of summation
-    golden = load_file(pathlib.Path(__file__).with_name("golden.safetensors"))
-    params = {name.removeprefix("param/"): value for name, value in golden.items()
-              if name.startswith("param/")}
+    params, tokens, targets = read_golden()
     out = {}
     for name in EXITS:
-        out |= exits_case(params, golden["tokens"], golden["targets"], name)
+        out |= exits_case(params, tokens, targets, name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}, -log p by exit {out[f'{name}/nll']}")
     write(out, "exits.safetensors", __doc__)
 

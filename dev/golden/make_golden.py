@@ -17,7 +17,7 @@ sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 import numpy as np  # noqa: E402
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 V, L, NH, C = 37, 3, 2, 12      # odd on purpose: no size is a multiple of what kernels favour
 POSITIONS, B, T = 8, 3, 7       # T < POSITIONS: the last row of wpe is never used; its gradient is
@@ -251,6 +251,22 @@ def check_against_transformers(params, tokens, logits):
     error = np.abs(theirs - logits).max()
     print(f"largest difference of a logit from transformers' GPT2LMHeadModel: {error:.1e}")
     assert error < 1e-12
+
+
+def read_golden():
+    """What this script wrote: the parameters by name, tokens and targets."""
+    golden = load_file(pathlib.Path(__file__).with_name("golden.safetensors"))
+    params = {name.removeprefix("param/"): value for name, value in golden.items()
+              if name.startswith("param/")}
+    return params, golden["tokens"], golden["targets"]
+
+
+def store_gradients(out, name, w):
+    """Adds the gradients of the leaves w to a case; those that are identically zero are not
+    stored."""
+    for parameter, value in w.items():
+        if value.grad.any():
+            out[f"{name}/grad/{parameter}"] = value.grad.numpy()
 
 
 def write(tensors, name, usage):

@@ -10,19 +10,17 @@ lists the tensors.
 """
 import math
 import os
-import pathlib
 import sys
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 from torch.nn.functional import cross_entropy, kl_div, log_softmax  # noqa: E402
 
 from make_companions import logits_of  # noqa: E402
 from make_golden import (B, C, CASES, L, NH, T, V, attention_branch, layernorm,  # noqa: E402
-                         leaves, mlp_branch, write)
+                         leaves, mlp_branch, read_golden, store_gradients, write)
 
 QUIET = (0, 0, 0, 0, 0, 0)                         # no dropout
 
@@ -59,9 +57,7 @@ def taught_case(params, tokens, targets, name):
     out = {f"{name}/kept": kept, f"{name}/scale": scale, f"{name}/tied": np.array([tied], np.int32),
            f"{name}/objective": np.array([smoothing, share, temperature]),
            f"{name}/loss": loss.detach().numpy(), f"{name}/distill": distill.detach().numpy()}
-    for parameter, value in w.items():
-        if value.grad.any():                       # identically zero: not stored
-            out[f"{name}/grad/{parameter}"] = value.grad.numpy()
+    store_gradients(out, name, w)
     return out
 
 
@@ -115,9 +111,7 @@ def aligned_case(params, tokens, targets, name):
     out = {f"{name}/kept": kept, f"{name}/scale": scale, f"{name}/tied": np.array([tied], np.int32),
            f"{name}/gamma": np.array([gamma]), f"{name}/loss": loss.detach().numpy(),
            f"{name}/align": np.array([align.item(), cosines.item() / compared])}
-    for parameter, value in w.items():
-        if value.grad.any():                       # identically zero: not stored
-            out[f"{name}/grad/{parameter}"] = value.grad.numpy()
+    store_gradients(out, name, w)
     return out
 
 
@@ -147,26 +141,22 @@ def attributed_case(params, tokens, targets, name):
     out = {f"{name}/kept": kept, f"{name}/scale": scale, f"{name}/tied": np.array([tied], np.int32),
            f"{name}/gamma": np.array([gamma]), f"{name}/target": wanted.numpy(),
            f"{name}/loss": loss.detach().numpy(), f"{name}/cosine": cosine.mean().detach().numpy()}
-    for parameter, value in w.items():
-        if value.grad.any():                       # identically zero: not stored
-            out[f"{name}/grad/{parameter}"] = value.grad.numpy()
+    store_gradients(out, name, w)
     return out
 
 
 def main():
     torch.set_num_threads(1)                       # one order of summation
-    golden = load_file(pathlib.Path(__file__).with_name("golden.safetensors"))
-    params = {name.removeprefix("param/"): value for name, value in golden.items()
-              if name.startswith("param/")}
+    params, tokens, targets = read_golden()
     out = {}
     for name in TAUGHT:
-        out |= taught_case(params, golden["tokens"], golden["targets"], name)
+        out |= taught_case(params, tokens, targets, name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}, distill {out[f'{name}/distill']:.6f}")
     for name in ALIGNED:
-        out |= aligned_case(params, golden["tokens"], golden["targets"], name)
+        out |= aligned_case(params, tokens, targets, name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}, align, cosine {out[f'{name}/align']}")
     for name in ATTRIBUTED:
-        out |= attributed_case(params, golden["tokens"], golden["targets"], name)
+        out |= attributed_case(params, tokens, targets, name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}, cosine {out[f'{name}/cosine']:.6f}")
     write(out, "teacher.safetensors", __doc__)
 
