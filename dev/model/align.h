@@ -63,10 +63,10 @@ static inline void align_queries(AlignSums *sums, real *more, const real *a, con
                 divergence[l] += y[l] * (log_real(y[l] > ALIGN_LEAST ? y[l] : ALIGN_LEAST) -
                                          log_real(x[l] > ALIGN_LEAST ? x[l] : ALIGN_LEAST));
     }
-    Mask counts;                                         // queries t >= 1 of this block
-    Vector size, cosine;
+    const Mask query = lane_numbers() + (int)i;
+    const Mask counts = (query < (int)block->ni) & (query + (int)block->i0 > 0);   // t >= 1
+    Vector size = {0}, cosine = {0};
     for (int l = 0; l < LANES; l++) {
-        counts[l] = i + (size_t)l < block->ni && block->i0 + i + (size_t)l > 0 ? -1 : 0;
         size[l] = sqrt_real(aa[l]) * sqrt_real(bb[l]);
         cosine[l] = counts[l] ? ab[l] / size[l] : 0;
         if (!counts[l]) continue;

@@ -65,9 +65,7 @@ static inline size_t rows_seen(const RowsBlock *b, size_t i) {
 
 // All bits in the lanes of the queries from i on that see key j.
 static inline ALWAYS_INLINE Mask rows_sees(const RowsBlock *b, size_t i, size_t j) {
-    Mask lane;
-    for (int l = 0; l < LANES; l++) lane[l] = l;
-    return lane >= (int)j - (int)(b->i0 + i);
+    return lane_numbers() >= (int)j - (int)(b->i0 + i);
 }
 
 // s (keys,QUERIES) = the products of keys (T,HS), rows b->ld apart, with qt (W,QUERIES). Not

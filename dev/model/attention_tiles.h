@@ -137,9 +137,7 @@ static inline size_t keys_seen(size_t i0, size_t i, size_t j0, size_t nj) {
 // The scores of key j with queries i .. i + LANES: -inf if the key is later than the query.
 static inline ALWAYS_INLINE Vector causal(Vector s, size_t i, size_t j) {
     if (j <= i) return s;
-    Mask lane;
-    for (int l = 0; l < LANES; l++) lane[l] = l;
-    return select_lanes(lane >= (int)(j - i), s, (Vector){0} - (real)INFINITY);
+    return select_lanes(lane_numbers() >= (int)(j - i), s, (Vector){0} - (real)INFINITY);
 }
 
 // keep (nj,lanes): dropout's factors for a head's probabilities; nj is rounded up to a multiple of

@@ -87,6 +87,12 @@ static inline real log_real(real x) { return logf(x); }
 static inline real sqrt_real(real x) { return sqrtf(x); }
 #endif
 
+static inline ALWAYS_INLINE Mask lane_numbers(void) {     // 0, 1, ..., LANES - 1
+    Mask lane = {0};
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    return lane;
+}
+
 static inline ALWAYS_INLINE Vector select_lanes(Mask first, Vector a, Vector b) {
     return (Vector)(((Mask)a & first) | ((Mask)b & ~first));
 }

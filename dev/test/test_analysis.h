@@ -106,7 +106,7 @@ static inline void test_gpu_analysis(void) {
     static const char *const how[] = {"--n 2 --method delete", "--n 1 --method replace --ridge 1",
                                       "--drop 2.attn,3"};
     for (int i = 0; i < 3; i++) {
-        char name[16];
+        char name[24];
         snprintf(name, sizeof name, "pruned%d_", i);
         analysis_test_both("prune", dir, name, "%s --val '%s/data/val_*.bin' --tokens 500 %s --out",
                            run, data, how[i]);
