@@ -11,16 +11,15 @@ here pair by pair in float64. dev/golden/README.md lists the tensors.
 """
 import math
 import os
-import pathlib
 import sys
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 
-from make_golden import B, C, L, T, V, attention_branch, layernorm, mlp_branch, write  # noqa: E402
+from make_golden import (B, C, L, T, V, attention_branch, layernorm, mlp_branch,  # noqa: E402
+                         read_golden, write)
 
 ROWS = 16                        # of the calibration, T tokens each
 RIDGE = 0.25                     # of tr(G)/C
@@ -164,15 +163,14 @@ def collapse_case(rng):
 
 def main():
     torch.set_num_threads(1)
-    golden = load_file(pathlib.Path(__file__).with_name("golden.safetensors"))
-    w = {name.removeprefix("param/"): torch.from_numpy(value) for name, value in golden.items()
-         if name.startswith("param/")}
+    params, scored, _ = read_golden()
+    w = {name: torch.from_numpy(value) for name, value in params.items()}
     rng = np.random.default_rng(2505)
     tokens = rng.integers(0, V, (ROWS, T), dtype=np.int32)
     out = {"tokens": tokens}
     with torch.no_grad():
         for name, (first, end) in {"one": (2, 3), "two": (1, 3), "middle": (1, 2)}.items():
-            out |= replace_case(w, tokens, golden["tokens"], first, end, name)
+            out |= replace_case(w, tokens, scored, first, end, name)
     out |= collapse_case(rng)
     assert out["two/logits"].shape == (B, T, V)
     write(out, "analysis.safetensors", __doc__)

@@ -9,17 +9,16 @@ y = x W + b + s (D(x) A^T) B^T. Dropout's masks are those of make_companions.py,
 """
 import math
 import os
-import pathlib
 import sys
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts"))
 import script_errors  # noqa: E402,F401  # no exception escapes as a traceback
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 
 from make_companions import check_philox, factors  # noqa: E402
-from make_golden import B, C, CASES, L, NH, T, V, gelu, layernorm, write  # noqa: E402
+from make_golden import (B, C, CASES, L, NH, T, V, gelu, layernorm,  # noqa: E402
+                         read_golden, store_gradients, write)
 
 RANK, SCALE, PLACE = 3, 2.0, 4
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -93,23 +92,18 @@ def adapted_case(params, added, tokens, targets, name):
     out = {f"{name}/kept": kept, f"{name}/scale": scale, f"{name}/tied": np.array([tied], np.int32),
            f"{name}/noise": np.array(noise, np.int64), f"{name}/norms": np.array([norms], np.int32),
            f"{name}/loss": loss.detach().numpy()}
-    for key in trained:
-        grad = w[key].grad
-        if grad is not None and grad.any():        # identically zero: not stored
-            out[f"{name}/grad/{key}"] = grad.numpy()
+    store_gradients(out, name, {key: w[key] for key in trained if w[key].grad is not None})
     return out
 
 
 def main():
     torch.set_num_threads(1)                       # one order of summation
     check_philox()
-    golden = load_file(pathlib.Path(__file__).with_name("golden.safetensors"))
-    params = {name.removeprefix("param/"): value for name, value in golden.items()
-              if name.startswith("param/")}
+    params, tokens, targets = read_golden()
     added = adapters(params)
     out = {f"param/{name}": value for name, value in added.items()}
     for name in ADAPTED:
-        out |= adapted_case(params, added, golden["tokens"], golden["targets"], name)
+        out |= adapted_case(params, added, tokens, targets, name)
         print(f"{name}: loss {out[f'{name}/loss']:.6f}")
     write(out, "lora.safetensors", __doc__)
 

@@ -260,13 +260,9 @@ static void test_scores_reference_gradients(void) {
 
 // The same from PyTorch in float64, with masks from a Philox in numpy.
 static void test_scores_golden(void) {
-    static const char *const cases[] = {"zero/", "mask/", "blur/"},
-        *const path = "dev/golden/attention.safetensors";
-    Golden g = golden_open(), more = g;
+    static const char *const cases[] = {"zero/", "mask/", "blur/"};
+    Golden g = golden_open(), more = golden_more(&g, "dev/golden/attention.safetensors");
     Rig *r = &more.rig;
-    const char *error = file_map(&more.map, path);
-    if (!error) error = safetensors_parse(&more.file, more.map.data, more.map.size);
-    if (error) die("%s: %s", path, error);
     for (int i = 0; i < 3 && scores_run(); i++) {
         const SafetensorsEntry *e = golden_need(&more, cases[i], "noise");
         const Noise noise = {
@@ -276,19 +272,10 @@ static void test_scores_golden(void) {
             .hard = (uint32_t)safetensors_integer(e, 5), .k = (int)safetensors_integer(e, 6),
             .masks = (int)safetensors_integer(e, 7), .width = (int)safetensors_integer(e, 8),
             .sigma = golden_number(&more, cases[i], "sigma", 0)};
-        const double tolerance = 8 * rounding(4 * r->c.C);
-        char *prefix = xprintf("%sgrad/", cases[i]);
-        double loss;
-        golden_plan(&more, cases[i], 0);
-        golden_ints(&r->plan.tied, &more, cases[i], "tied", 0, 1);
         r->noise = &noise;
-        real *got = rig_gradient(r, &loss), *want = golden_slot(&more, prefix);
-        EXPECT_CLOSE(loss, golden_number(&more, cases[i], "loss", 0), tolerance, cases[i]);
-        expect_slot(&r->c, got, want, tolerance, cases[i]);
-        free(got), free(want), free(prefix);
+        golden_gradients(&more, cases[i], golden_tolerance(&more));
     }
-    safetensors_free(&more.file);
-    file_unmap(&more.map);
+    golden_close_more(&more);
     golden_close(&g);
 }
 

@@ -30,8 +30,8 @@
     X(engine_threads) X(engine_bf16_is_near) X(engine_bf16_threads) X(engine_any_batch)           \
     X(engine_micro_batches) X(engine_smaller_calls) X(engine_forward_is_pure) X(engine_ignored)   \
     X(engine_logits) X(engine_decode) X(engine_decode_alone) X(engine_decode_many_rows)           \
-    X(engine_decode_bf16)                                                                         \
-    X(engine_decode_stops) X(engine_decode_keys) X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses)           \
+    X(engine_decode_bf16) X(engine_decode_stops) X(engine_decode_keys)                            \
+    X(engine_decode_after_write) X(engine_decode_after_update) X(engine_decode_refuses)           \
     X(engine_update) X(engine_update_clipped)                                                     \
     X(engine_update_not_taken) X(engine_update_norm_limit) X(engine_update_huge)                  \
     X(engine_update_untouched)                                                                    \
@@ -301,12 +301,15 @@ static real *golden_slot(const Golden *g, const char *prefix) {
     return all;
 }
 
-static Golden golden_open(void) {
-    static const char *const path = "dev/golden/golden.safetensors";
-    Golden g;
-    const char *error = file_map(&g.map, path);
-    if (!error) error = safetensors_parse(&g.file, g.map.data, g.map.size);
+static void golden_read(FileMap *map, Safetensors *file, const char *path) {
+    const char *error = file_map(map, path);
+    if (!error) error = safetensors_parse(file, map->data, map->size);
     if (error) die("%s: %s\n  hint: run the tests from the root of the repository", path, error);
+}
+
+static Golden golden_open(void) {
+    Golden g;
+    golden_read(&g.map, &g.file, "dev/golden/golden.safetensors");
     int size[5];
     golden_ints(size, &g, "", "config", 0, 5);
     const GptConfig c = {size[0], size[1], size[2], size[3], size[4]};
@@ -336,6 +339,35 @@ static void golden_plan(Golden *g, const char *prefix, size_t at) {
         for (int row = 0; row < B; row++) bits |= (unsigned)kept[row] << row;
         plan_branch(plan, i, bits, golden_number(g, prefix, "scale", at * (size_t)N + (size_t)i));
     }
+}
+
+// The same model with the tensors of another file.
+static Golden golden_more(const Golden *g, const char *path) {
+    Golden more = *g;
+    golden_read(&more.map, &more.file, path);
+    return more;
+}
+
+static void golden_close_more(Golden *more) {
+    safetensors_free(&more->file);
+    file_unmap(&more->map);
+}
+
+static double golden_tolerance(const Golden *g) { return 8 * rounding(4 * g->rig.c.C); }
+
+// Compares loss and gradients, with the rig's noise and objective and a case's plan; returns the
+// loss.
+static double golden_gradients(Golden *g, const char *name, double tolerance) {
+    Rig *r = &g->rig;
+    char *prefix = xprintf("%sgrad/", name);
+    double loss;
+    golden_plan(g, name, 0);
+    golden_ints(&r->plan.tied, g, name, "tied", 0, 1);
+    real *got = rig_gradient(r, &loss), *want = golden_slot(g, prefix);
+    EXPECT_CLOSE(loss, golden_number(g, name, "loss", 0), tolerance, name);
+    expect_slot(&r->c, got, want, tolerance, name);
+    free(got), free(want), free(prefix);
+    return loss;
 }
 
 static void test_engine_golden_eval(void) {
@@ -1585,7 +1617,8 @@ static void test_engine_decode_keys(void) {
     static const int ends[4] = {P_attprojw, P_attprojb, P_fcprojw, P_fcprojb};
     real *zeros = slot_new(&r.c), *weights = slot_read(&r.c, r.model, SLOT_PARAM);
     for (int k = 0; k < 4; k++)
-        for (int l = 1; l < r.c.L; l++) test_engine->write(still.model, SLOT_PARAM, ends[k], l, zeros);
+        for (int l = 1; l < r.c.L; l++)
+            test_engine->write(still.model, SLOT_PARAM, ends[k], l, zeros);
     real *first = (real *)xcalloc(BTV, sizeof *first), *last = (real *)xcalloc(BTV, sizeof *last);
     decode_part(&still, 0, T - 1, 0, r.c.L, 0, first, NULL);
     slot_write(&r.c, still.model, SLOT_PARAM, weights);

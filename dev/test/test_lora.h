@@ -60,12 +60,8 @@ static void lora_noise(Rig *r, int k) {
 
 // Compares with losses and gradients that dev/golden/make_lora.py computed in PyTorch, in float64.
 static void test_lora_golden(void) {
-    static const char *const cases[] = {"full/", "row/", "tied/"}, *const path = "dev/golden/"
-                                                                                 "lora.safetensors";
-    Golden g = golden_open(), more = g; // the base's weights are in golden.safetensors
-    const char *error = file_map(&more.map, path);
-    if (!error) error = safetensors_parse(&more.file, more.map.data, more.map.size);
-    if (error) die("%s: %s", path, error);
+    static const char *const cases[] = {"full/", "row/", "tied/"};
+    Golden g = golden_open(), more = golden_more(&g, "dev/golden/lora.safetensors");
     for (int i = 0; i < 3; i++) {
         const SafetensorsEntry *e = golden_need(&more, cases[i], "noise");
         const Noise noise = {(uint64_t)safetensors_integer(e, 0),
@@ -102,8 +98,7 @@ static void test_lora_golden(void) {
         free(base), free(added), free(got), free(want), free(prefix);
         rig_close(r);
     }
-    safetensors_free(&more.file);
-    file_unmap(&more.map);
+    golden_close_more(&more);
     golden_close(&g);
 }
 

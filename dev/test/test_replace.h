@@ -13,11 +13,8 @@
 typedef struct { FileMap map; Safetensors file; } Analysis;
 
 static Analysis analysis_open(void) {
-    static const char *const path = "dev/golden/analysis.safetensors";
     Analysis a;
-    const char *error = file_map(&a.map, path);
-    if (!error) error = safetensors_parse(&a.file, a.map.data, a.map.size);
-    if (error) die("%s: %s\n  hint: run the tests from the root of the repository", path, error);
+    golden_read(&a.map, &a.file, "dev/golden/analysis.safetensors");
     return a;
 }
 

@@ -205,36 +205,25 @@ static Rig golden_teacher(const Rig *r, const unsigned char *maps) {
 // The same from PyTorch in float64: kl_div of torch on a teacher made of the model's own tensors,
 // its last layer alone.
 static void test_distill_golden(void) {
-    static const char *const cases[] = {"half/", "soft/", "smooth/"},
-        *const path = "dev/golden/teacher.safetensors";
-    Golden g = golden_open(), more = g;
+    static const char *const cases[] = {"half/", "soft/", "smooth/"};
+    Golden g = golden_open(), more = golden_more(&g, "dev/golden/teacher.safetensors");
     Rig *r = &more.rig;
-    const char *error = file_map(&more.map, path);
-    if (!error) error = safetensors_parse(&more.file, more.map.data, more.map.size);
-    if (error) die("%s: %s", path, error);
     Rig teacher = golden_teacher(r, NULL);
     for (int i = 0; i < 3; i++) {
         const Objective o = {.smoothing = golden_number(&more, cases[i], "objective", 0),
                              .distill = golden_number(&more, cases[i], "objective", 1),
                              .temperature = golden_number(&more, cases[i], "objective", 2),
                              .teacher = teacher.model};
-        const double tolerance = 8 * rounding(4 * r->c.C);
-        char *prefix = xprintf("%sgrad/", cases[i]);
-        double loss, part[N_PARTS];
-        golden_plan(&more, cases[i], 0);
-        golden_ints(&r->plan.tied, &more, cases[i], "tied", 0, 1);
+        const double tolerance = golden_tolerance(&more);
         r->objective = &o;
-        real *got = rig_gradient(r, &loss), *want = golden_slot(&more, prefix);
+        golden_gradients(&more, cases[i], tolerance);
+        double part[N_PARTS];
         test_engine->parts(r->model, part);
-        EXPECT_CLOSE(loss, golden_number(&more, cases[i], "loss", 0), tolerance, cases[i]);
         EXPECT_CLOSE(part[PART_DISTILL], golden_number(&more, cases[i], "distill", 0), 4 *
                      tolerance, cases[i]);
-        expect_slot(&r->c, got, want, tolerance, cases[i]);
-        free(got), free(want), free(prefix);
     }
     rig_close(&teacher);
-    safetensors_free(&more.file);
-    file_unmap(&more.map);
+    golden_close_more(&more);
     golden_close(&g);
 }
 
@@ -350,38 +339,27 @@ static void test_align_reference(void) {
 // The same from PyTorch in float64: the teacher of distill_golden, whose layer is compared with the
 // student's first and last.
 static void test_align_golden(void) {
-    static const char *const cases[] = {"cosine/", "kl/"},
-        *const path = "dev/golden/teacher.safetensors";
+    static const char *const cases[] = {"cosine/", "kl/"};
     static const int pairs[] = {0, -1, 0};
     static const unsigned char first[] = {1};
-    Golden g = golden_open(), more = g;
+    Golden g = golden_open(), more = golden_more(&g, "dev/golden/teacher.safetensors");
     Rig *r = &more.rig;
-    const char *error = file_map(&more.map, path);
-    if (!error) error = safetensors_parse(&more.file, more.map.data, more.map.size);
-    if (error) die("%s: %s", path, error);
     for (int i = 0; i < 2 && align_run(); i++) {
         Rig teacher = golden_teacher(r, first);
         const Align a = {teacher.model, pairs, 2, i, golden_number(&more, cases[i], "gamma", 0)};
         const Objective o = {.align = &a};
-        const double tolerance = 16 * rounding(4 * r->c.C);
-        char *prefix = xprintf("%sgrad/", cases[i]);
-        double loss, part[N_PARTS];
-        golden_plan(&more, cases[i], 0);
-        golden_ints(&r->plan.tied, &more, cases[i], "tied", 0, 1);
+        const double tolerance = 2 * golden_tolerance(&more);
         r->objective = &o;
-        real *got = rig_gradient(r, &loss), *want = golden_slot(&more, prefix);
+        golden_gradients(&more, cases[i], tolerance);
+        double part[N_PARTS];
         test_engine->parts(r->model, part);
-        EXPECT_CLOSE(loss, golden_number(&more, cases[i], "loss", 0), tolerance, cases[i]);
         EXPECT_CLOSE(part[PART_ALIGN], golden_number(&more, cases[i], "align", 0), tolerance,
                      cases[i]);
         EXPECT_CLOSE(part[PART_COSINE] / part[PART_COMPARED],
                      golden_number(&more, cases[i], "align", 1), tolerance, cases[i]);
-        expect_slot(&r->c, got, want, tolerance, cases[i]);
-        free(got), free(want), free(prefix);
         rig_close(&teacher);
     }
-    safetensors_free(&more.file);
-    file_unmap(&more.map);
+    golden_close_more(&more);
     golden_close(&g);
 }
 
@@ -390,12 +368,8 @@ static void test_align_golden(void) {
 // Second derivatives by differences, beside double backpropagation in PyTorch. The bar is that of
 // the design, 1e-3 of each gradient; in float64 the error of the difference remains.
 static void test_attribution_golden(void) {
-    static const char *const path = "dev/golden/teacher.safetensors";
-    Golden g = golden_open(), more = g;
+    Golden g = golden_open(), more = golden_more(&g, "dev/golden/teacher.safetensors");
     Rig *r = &more.rig;
-    const char *error = file_map(&more.map, path);
-    if (!error) error = safetensors_parse(&more.file, more.map.data, more.map.size);
-    if (error) die("%s: %s", path, error);
     if (align_run()) {
         const double gamma = golden_number(&more, "attribution/", "gamma", 0);
         Attribution a = attribution_new((size_t)r->B, (size_t)r->T, &r->c);
@@ -426,8 +400,7 @@ static void test_attribution_golden(void) {
         free(zero), free(got), free(want), free(target);
         attribution_free(&a);
     }
-    safetensors_free(&more.file);
-    file_unmap(&more.map);
+    golden_close_more(&more);
     golden_close(&g);
 }
 
