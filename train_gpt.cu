@@ -235,9 +235,9 @@ struct Matmul {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute((p)->what, CUBLASLT_MATMUL_DESC_##attribute, \
                                                 &(value), sizeof(value)))
 
-static cublasLtMatrixLayout_t matmul_layout(int type, size_t columns, size_t lines, size_t ld) {
+static cublasLtMatrixLayout_t matmul_layout(int type, size_t columns, size_t rows, size_t ld) {
     cublasLtMatrixLayout_t layout;
-    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, (cudaDataType)type, columns, lines,
+    CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, (cudaDataType)type, columns, rows,
                                             (int64_t)ld));
     return layout;
 }
@@ -643,11 +643,11 @@ static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *
     const unsigned row = rows ? (unsigned)rows[token / T] : token / T;
     const Philox w = noise_words(z.key, z.first_row + row, 0, token % T, group);
     const float scale = (float)noise_scale(z.rate);
-    N *const line = x + (size_t)token * C;
+    N *const to = x + (size_t)token * C;
     UNROLL for (unsigned e = 0; e < NOISE_EACH; e++)
         if (c + e < C)
-            line[c + e] = from_float<N>(
-                noise_half(w, (int)e) >= z.rate ? to_float(line[c + e]) * scale : 0);
+            to[c + e] = from_float<N>(
+                noise_half(w, (int)e) >= z.rate ? to_float(to[c + e]) * scale : 0);
 }
 
 // For the residual stream, in fp32, and for a branch's end, in N. Backward is the same, applied to
@@ -741,9 +741,9 @@ static __global__ void residual_layernorm_forward_kernel(float *x, void *ln, voi
     }
 }
 
-// Warps per block that fit in shared memory, each using `lines` rows of C floats.
-static inline unsigned warps_for(size_t C, size_t lines) {
-    return C * lines * 4 * sizeof(float) <= 96 << 10 ? 4 : 1;
+// Warps per block that fit in shared memory, each using `rows` of C floats.
+static inline unsigned warps_for(size_t C, size_t rows) {
+    return C * rows * 4 * sizeof(float) <= 96 << 10 ? 4 : 1;
 }
 
 static void residual_layernorm_forward(const Gpu *g, float *x, void *ln, void *xhat, float *rstd,
@@ -903,21 +903,21 @@ static __device__ size_t head_tokens(AttentionPlace p, int NH, int T) {
 }
 
 // Rows of a head, HS elements each, ld elements apart; reads past T or HS give 0.
-template <class N> struct HeadLines { N *at; int ld, T, HS; };
+template <class N> struct HeadRows { N *at; int ld, T, HS; };
 
-template <class N> static __device__ N *head_line(HeadLines<N> x, int i) {
+template <class N> static __device__ N *head_row(HeadRows<N> x, int i) {
     return x.at + (ptrdiff_t)i * x.ld;
 }
 
 // Part 0, 1 or 2 (q, k or v) of a head of qkv or dqkv, and a head of y or dy.
-template <class N> static __device__ HeadLines<N> head_of_qkv(N *qkv, AttentionPlace p, int part,
+template <class N> static __device__ HeadRows<N> head_of_qkv(N *qkv, AttentionPlace p, int part,
                                                               int T, int C, int HS) {
-    return HeadLines<N>{qkv + head_start(p, 3 * (size_t)C, T, HS) + part * C, 3 * C, T, HS};
+    return HeadRows<N>{qkv + head_start(p, 3 * (size_t)C, T, HS) + part * C, 3 * C, T, HS};
 }
 
-template <class N> static __device__ HeadLines<N> head_of_y(N *y, AttentionPlace p, int T, int C,
+template <class N> static __device__ HeadRows<N> head_of_y(N *y, AttentionPlace p, int T, int C,
                                                             int HS) {
-    return HeadLines<N>{y + head_start(p, C, T, HS), C, T, HS};
+    return HeadRows<N>{y + head_start(p, C, T, HS), C, T, HS};
 }
 
 // ---- Dropout of attention probabilities ----
@@ -925,20 +925,20 @@ template <class N> static __device__ HeadLines<N> head_of_y(N *y, AttentionPlace
 // One bit per query and key, generated before the kernels that need them: drawing inside those
 // would waste most of each Philox call, whose eight keys belong to different lanes.
 
-// words (n,NH,T,line): bit j % 32 of word j / 32 tells whether a query keeps key j; bits after the
+// words (n,NH,T,stride): bit j % 32 of word j / 32 tells if a query keeps key j; bits after the
 // query are unset. words NULL: all are kept. The factor of kept ones follows from *noise.
-typedef struct { const uint32_t *words; const NoisePlace *noise; int line; } KeptKeys;
+typedef struct { const uint32_t *words; const NoisePlace *noise; int stride; } KeptKeys;
 
-static inline size_t kept_keys_line(size_t T) { return strips(T, 32); }
+static inline size_t kept_keys_stride(size_t T) { return strips(T, 32); }
 
 static __global__ void attention_keep_kernel(uint32_t *words, const NoisePlace *noise,
                                              const int *rows, size_t count, int T, int NH,
-                                             int line) {
+                                             int stride) {
     const size_t at = thread_index();
     const NoisePlace z = *noise;
     if (at >= count) return;
-    const int word = (int)(at % (size_t)line), t = (int)(at / (size_t)line % (size_t)T);
-    const size_t head = at / (size_t)line / (size_t)T;
+    const int word = (int)(at % (size_t)stride), t = (int)(at / (size_t)stride % (size_t)T);
+    const size_t head = at / (size_t)stride / (size_t)T;
     const uint32_t row = z.first_row + (uint32_t)rows[head / (size_t)NH];
     uint32_t bits = 0;
     for (int i = 0; i < 32 / NOISE_EACH && 32 * word <= t; i++) {
@@ -956,7 +956,7 @@ static __device__ float kept_scale(KeptKeys keep) {
 
 // The word with key j of query i of a head, whose tokens begin at `head`; 0 past T.
 static __device__ uint32_t kept_word(KeptKeys keep, size_t head, int i, int j, int T) {
-    return i < T && j < T ? keep.words[(head + (size_t)i) * (size_t)keep.line + (size_t)(j / 32)]
+    return i < T && j < T ? keep.words[(head + (size_t)i) * (size_t)keep.stride + (size_t)(j / 32)]
         : 0;
 }
 
@@ -968,8 +968,8 @@ static __device__ float kept_factor(KeptKeys keep, size_t head, int i, int j, in
 
 // A tile's rows have W elements in pieces of 16 bytes. Slice p of row i is at position p ^ (i & 7):
 // the same piece of eight rows, which ldmatrix reads together, covers all 32 banks.
-template <int W> static __device__ bf16 *tile_piece(bf16 *tile, int line, int piece) {
-    return tile + line * W + ((piece ^ (line & 7)) << 3);
+template <int W> static __device__ bf16 *tile_piece(bf16 *tile, int row, int piece) {
+    return tile + row * W + ((piece ^ (row & 7)) << 3);
 }
 
 // The pieces that one thread copies of a head's tiles: one piece of every STEP-th row. `left`: rows
@@ -980,78 +980,78 @@ template <int W> struct TileSource {
     int step, left;
 };
 
-template <int W> static __device__ TileSource<W> tile_source(HeadLines<const bf16> x, int first) {
-    const int line = first + (int)threadIdx.x / TileSource<W>::PIECES,
+template <int W> static __device__ TileSource<W> tile_source(HeadRows<const bf16> x, int first) {
+    const int row = first + (int)threadIdx.x / TileSource<W>::PIECES,
         piece = (int)threadIdx.x % TileSource<W>::PIECES;
-    return TileSource<W>{head_line(x, line) + piece * 8, TileSource<W>::STEP * x.ld,
-                         piece * 8 < x.HS ? x.T - line : 0};
+    return TileSource<W>{head_row(x, row) + piece * 8, TileSource<W>::STEP * x.ld,
+                         piece * 8 < x.HS ? x.T - row : 0};
 }
 
-// Copies the next LINES rows asynchronously, `further` elements on in each row (v after k).
-template <int LINES, int W> static __device__ void tile_load(bf16 *tile, const TileSource<W> *x,
+// Copies the next ROWS of a head asynchronously, `further` elements on in each row (v after k).
+template <int ROWS, int W> static __device__ void tile_load(bf16 *tile, const TileSource<W> *x,
                                                              int further) {
-    constexpr int PIECES = TileSource<W>::PIECES, STEP = TileSource<W>::STEP, TIMES = LINES / STEP;
-    static_assert(LINES % STEP == 0 && STEP % 8 == 0,
-                  "a thread's pieces have the same place in each line");
+    constexpr int PIECES = TileSource<W>::PIECES, STEP = TileSource<W>::STEP, TIMES = ROWS / STEP;
+    static_assert(ROWS % STEP == 0 && STEP % 8 == 0,
+                  "a thread's pieces have the same place in each row");
     bf16 *to = tile_piece<W>(tile, (int)threadIdx.x / PIECES, (int)threadIdx.x % PIECES);
     UNROLL for (int r = 0; r < TIMES; r++)
         cp_async16(to + r * STEP * W, x->from + further + (ptrdiff_t)r * x->step,
                    r * STEP < x->left);
 }
 
-template <int LINES, int W> static __device__ void tile_advance(TileSource<W> *x) {
-    x->from += (ptrdiff_t)(LINES / TileSource<W>::STEP) * x->step, x->left -= LINES;
+template <int ROWS, int W> static __device__ void tile_advance(TileSource<W> *x) {
+    x->from += (ptrdiff_t)(ROWS / TileSource<W>::STEP) * x->step, x->left -= ROWS;
 }
 
 // The rows that a block owns: one tile.
-template <int LINES, int W> static __device__ void tile_load_own(bf16 *tile,
-                                                                 HeadLines<const bf16> x,
+template <int ROWS, int W> static __device__ void tile_load_own(bf16 *tile,
+                                                                 HeadRows<const bf16> x,
                                                                  int first) {
     const TileSource<W> source = tile_source<W>(x, first);
-    tile_load<LINES>(tile, &source, 0);
+    tile_load<ROWS>(tile, &source, 0);
 }
 
 // The address of this lane's row of a 16 by 16 corner of a tile, for ldmatrix_x4: as the first
-// operand of mma, or transposed as two second operands, ... `line` is a multiple of 8 and `piece`
+// operand of mma, or transposed as two second operands, ... `row` is a multiple of 8 and `piece`
 // is even, both constants: the sum is ordered so that all but a few terms are constants or the same
 // for every tile.
-template <int W> static __device__ bf16 *tile_lane(bf16 *tile, int line, int piece) {
+template <int W> static __device__ bf16 *tile_lane(bf16 *tile, int row, int piece) {
     const int lane = (int)threadIdx.x % 32;
     return (bf16 *)((char *)tile + (lane % 16 * 2 * W + ((lane / 16 ^ lane % 8 ^ piece) << 4)) +
-                    line * 2 * W);
+                    row * 2 * W);
 }
 
 // ... and as two second operands that are not transposed.
-template <int W> static __device__ bf16 *tile_lane_second(bf16 *tile, int line, int piece) {
+template <int W> static __device__ bf16 *tile_lane_second(bf16 *tile, int row, int piece) {
     const int lane = (int)threadIdx.x % 32;
     return (bf16 *)((char *)tile + ((lane / 16 * 8 + lane % 8) * 2 * W +
                                     ((lane / 8 % 2 ^ lane % 8 ^ piece) << 4)) +
-                    line * 2 * W);
+                    row * 2 * W);
 }
 
 // Step k of the 16 M rows that a warp owns, as first operands; all steps if they are KEPT in
-// registers. `line`: the second of the two tiles of such rows is LINES rows after the first, a
+// registers. `row`: the second of the two tiles of such rows is ROWS rows after the first, a
 // constant in the address instead of another pointer.
-template <int W, int M> static __device__ void own_read(uint32_t a[M][4], bf16 *tile, int line,
+template <int W, int M> static __device__ void own_read(uint32_t a[M][4], bf16 *tile, int row,
                                                         int k) {
-    UNROLL for (int m = 0; m < M; m++) ldmatrix_x4(a[m], tile_lane<W>(tile, line + 16 * m, 2 * k));
+    UNROLL for (int m = 0; m < M; m++) ldmatrix_x4(a[m], tile_lane<W>(tile, row + 16 * m, 2 * k));
 }
 
-template <int W, int M, bool KEPT> struct OwnLines { uint32_t a[KEPT ? W / 16 : 1][M][4]; };
+template <int W, int M, bool KEPT> struct OwnRows { uint32_t a[KEPT ? W / 16 : 1][M][4]; };
 
-template <int W, int M, bool KEPT> static __device__ void own_keep(OwnLines<W, M, KEPT> *own,
-                                                                   bf16 *tile, int line) {
+template <int W, int M, bool KEPT> static __device__ void own_keep(OwnRows<W, M, KEPT> *own,
+                                                                   bf16 *tile, int row) {
     if (KEPT) {
-        UNROLL for (int k = 0; k < W / 16; k++) own_read<W, M>(own->a[k], tile, line, k);
+        UNROLL for (int k = 0; k < W / 16; k++) own_read<W, M>(own->a[k], tile, row, k);
     }
 }
 
 // s (16M,8N) += own (16M,W) tile (8N,W)^T.
 template <int W, int M, int N, bool KEPT>
-static __device__ void tile_scores(float s[M][N][4], OwnLines<W, M, KEPT> *own, bf16 *own_tile,
-                                   int line, bf16 *tile) {
+static __device__ void tile_scores(float s[M][N][4], OwnRows<W, M, KEPT> *own, bf16 *own_tile,
+                                   int row, bf16 *tile) {
     UNROLL for (int k = 0; k < W / 16; k++) {
-        if (!KEPT) own_read<W, M>(own->a[0], own_tile, line, k);
+        if (!KEPT) own_read<W, M>(own->a[0], own_tile, row, k);
         UNROLL for (int n = 0; n < N; n += 2) {
             uint32_t b[4];
             ldmatrix_x4(b, tile_lane_second<W>(tile, 8 * n, 2 * k));
@@ -1085,7 +1085,7 @@ static __device__ void tile_matmul(float out[M][W / 8][4], const float p[M][N][4
 // Stores out (16M,W) to 16 M rows of x from `first` on, through the warp's own tile, so that whole
 // pieces are written. The tile's contents are no longer needed: there has been a barrier since.
 template <int W, int M>
-static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M][W / 8][4],
+static __device__ void own_store(HeadRows<bf16> x, int first, const float out[M][W / 8][4],
                                  bf16 *tile) {
     const int lane = (int)threadIdx.x % 32;
     UNROLL for (int m = 0; m < M; m++)
@@ -1097,9 +1097,9 @@ static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M
             }
     __syncwarp();
     for (int at = lane; at < 16 * M * (W / 8); at += 32) {
-        const int line = at / (W / 8), piece = at % (W / 8), i = first + line;
+        const int row = at / (W / 8), piece = at % (W / 8), i = first + row;
         if (i < x.T && piece * 8 < x.HS)
-            pack_store(head_line(x, i) + piece * 8, pack_load(tile_piece<W>(tile, line, piece)));
+            pack_store(head_row(x, i) + piece * 8, pack_load(tile_piece<W>(tile, row, piece)));
     }
 }
 
@@ -1109,30 +1109,30 @@ static __device__ void own_store(HeadLines<bf16> x, int first, const float out[M
 // each columns l % 4 * 2 and the next.
 
 // Scores whose key is later than the query become -inf. Rows are queries and columns keys, or vice
-// versa; line0 and column0 are those of s[0][0][0] in lane 0.
-template <bool LINES_ARE_KEYS, int M, int N>
-static __device__ void causal(float s[M][N][4], int line0, int column0) {
-    const int lane = (int)threadIdx.x % 32, ahead = line0 + lane / 4 - column0 - lane % 4 * 2;
-    if (LINES_ARE_KEYS ? column0 >= line0 + 16 * M - 1 : line0 >= column0 + 8 * N - 1) return;
+// versa; row0 and column0 are those of s[0][0][0] in lane 0.
+template <bool ROWS_ARE_KEYS, int M, int N>
+static __device__ void causal(float s[M][N][4], int row0, int column0) {
+    const int lane = (int)threadIdx.x % 32, ahead = row0 + lane / 4 - column0 - lane % 4 * 2;
+    if (ROWS_ARE_KEYS ? column0 >= row0 + 16 * M - 1 : row0 >= column0 + 8 * N - 1) return;
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int n = 0; n < N; n++)
             UNROLL for (int e = 0; e < 4; e++) {
-                const int line_ahead = ahead + 16 * m + e / 2 * 8 - 8 * n - e % 2;
-                if (LINES_ARE_KEYS ? line_ahead > 0 : line_ahead < 0) s[m][n][e] = -INFINITY;
+                const int row_ahead = ahead + 16 * m + e / 2 * 8 - 8 * n - e % 2;
+                if (ROWS_ARE_KEYS ? row_ahead > 0 : row_ahead < 0) s[m][n][e] = -INFINITY;
             }
 }
 
 // s times the factors of dropout. Rows are queries; columns begin at a multiple of 32, which is a
 // word of bits.
 template <int M, int N>
-static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, int line0,
+static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, int row0,
                                  int column0, int T) {
     const float scale = kept_scale(keep);
     const int lane = (int)threadIdx.x % 32;
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++)
             UNROLL for (int n = 0; n < N; n += 4) {
-                const int i = line0 + lane / 4 + 16 * m + 8 * half;
+                const int i = row0 + lane / 4 + 16 * m + 8 * half;
                 const uint32_t word = kept_word(keep, head, i, column0 + 8 * n, T) >> lane % 4 * 2;
                 UNROLL for (int k = 0; k < 8; k++)
                     s[m][n + k / 2][2 * half + k % 2] *=
@@ -1142,15 +1142,15 @@ static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, i
 
 // factor[m][n][e] = dropout's factor for s[m][n][e], whose rows are keys.
 template <int M, int N>
-static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t head, int line0,
+static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t head, int row0,
                                     int column0, int T) {
     const float scale = kept_scale(keep);
-    const int line = line0 + (int)threadIdx.x % 32 / 4, column = column0 + (int)threadIdx.x % 4 * 2;
+    const int row = row0 + (int)threadIdx.x % 32 / 4, column = column0 + (int)threadIdx.x % 4 * 2;
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int n = 0; n < N; n++)
             UNROLL for (int e = 0; e < 4; e++)
                 factor[m][n][e] = kept_factor(keep, head, column + 8 * n + e % 2,
-                                              line + 16 * m + e / 2 * 8, T, scale);
+                                              row + 16 * m + e / 2 * 8, T, scale);
 }
 
 // Over the four lanes of a row.
@@ -1191,7 +1191,7 @@ static __device__ void softmax_tile(float s[M][N][4], float out[M][W / 8][4], fl
 //
 // scale = 1/sqrt(HS), scale2 = scale log2(e): exponentials are powers of 2.
 
-static __device__ int blocks_of(int T, int lines) { return (T + lines - 1) / lines; }
+static __device__ int blocks_of(int T, int rows) { return (T + rows - 1) / rows; }
 
 // What a thread works on: `lane` of a warp that owns 16 M of the block's rows, which are a head's
 // from `first` on, from its row `own` on. `late_first`: the blocks are counted from the last.
@@ -1199,10 +1199,10 @@ struct AttentionOwn { AttentionPlace p; int first, own, lane; };
 
 template <int M> static __device__ AttentionOwn attention_own(int thread, int block, int T, int NH,
                                                               bool late_first) {
-    constexpr int LINES = 16 * M * ATTENTION_WARPS;
-    const int blocks = blocks_of(T, LINES);
+    constexpr int ROWS = 16 * M * ATTENTION_WARPS;
+    const int blocks = blocks_of(T, ROWS);
     const AttentionPlace p = attention_place(block, blocks, NH);
-    return AttentionOwn{p, (late_first ? blocks - 1 - p.block : p.block) * LINES,
+    return AttentionOwn{p, (late_first ? blocks - 1 - p.block : p.block) * ROWS,
                         16 * M * (thread / 32), thread % 32};
 }
 
@@ -1212,10 +1212,10 @@ static __global__ void __launch_bounds__(ATTENTION_THREADS, 2)
 attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, int T, int C, int NH,
                          float scale) {
     BOUNDS(ATTENTION_THREADS);
-    constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
-    // q (LINES,W); k and v (2,KEYS,W): current and next tile
+    constexpr int ROWS = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
+    // q (ROWS,W); k and v (2,KEYS,W): current and next tile
     SHARED(bf16, shared);
-    bf16 *const k_tiles = shared + LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
+    bf16 *const k_tiles = shared + ROWS * W, *const v_tiles = k_tiles + 2 * KEYS * W;
     // the longest loops start first
     const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);
     const AttentionPlace p = o.p;
@@ -1223,18 +1223,18 @@ attention_forward_kernel(bf16 *y, float *lse, const bf16 *qkv, KeptKeys keep, in
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
     bf16 *const q_tile = shared + o.own * W;
-    OwnLines<W, M, KEPT> q;
+    OwnRows<W, M, KEPT> q;
     float out[M][W / 8][4] = {}, top[M][2], sum[M][2] = {};
     UNROLL for (int m = 0; m < M; m++) top[m][0] = top[m][1] = -INFINITY;
 
-    tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
+    tile_load_own<ROWS, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
     tile_load<KEYS>(k_tiles, &keys, 0);
     tile_load<KEYS>(v_tiles, &keys, C);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
     own_keep<W, M, KEPT>(&q, q_tile, 0);
-    const int end = i0 + LINES < T ? i0 + LINES : T;
+    const int end = i0 + ROWS < T ? i0 + ROWS : T;
     for (int j0 = 0, at = 0; j0 < end; j0 += KEYS, at ^= 1) {
         if (j0 + KEYS < end) {
             tile_advance<KEYS>(&keys);
@@ -1277,21 +1277,21 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
                                   const float *inner, KeptKeys keep, int T, int C, int NH,
                                   float scale) {
     BOUNDS(ATTENTION_THREADS);
-    constexpr int LINES = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
-    SHARED(bf16, shared);                                // q and dy (LINES,W); k and v (2,KEYS,W)
-    bf16 *const k_tiles = shared + 2 * LINES * W, *const v_tiles = k_tiles + 2 * KEYS * W;
+    constexpr int ROWS = 16 * M * ATTENTION_WARPS, KEYS = 8 * N;
+    SHARED(bf16, shared);                                // q and dy (ROWS,W); k and v (2,KEYS,W)
+    bf16 *const k_tiles = shared + 2 * ROWS * W, *const v_tiles = k_tiles + 2 * KEYS * W;
     const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, true);
     const AttentionPlace p = o.p;
     const int HS = C / NH, i0 = o.first, i_own = i0 + o.own;
     TileSource<W> keys = tile_source<W>(head_of_qkv(qkv, p, 1, T, C, HS), 0);
     const float scale2 = scale * 1.44269504f;
-    // the warp's rows; those of dy are LINES further
+    // the warp's rows; those of dy are ROWS further
     bf16 *const q_tile = shared + o.own * W;
-    OwnLines<W, M, KEPT> q, g;                           // g: dy
+    OwnRows<W, M, KEPT> q, g;                            // g: dy
     float dq[M][W / 8][4] = {}, lse2[M][2], minus_inner[M][2];
 
-    tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
-    tile_load_own<LINES, W>(shared + LINES * W, head_of_y(dy, p, T, C, HS), i0);
+    tile_load_own<ROWS, W>(shared, head_of_qkv(qkv, p, 0, T, C, HS), i0);
+    tile_load_own<ROWS, W>(shared + ROWS * W, head_of_y(dy, p, T, C, HS), i0);
     tile_load<KEYS>(k_tiles, &keys, 0);
     tile_load<KEYS>(v_tiles, &keys, C);
     cp_async_commit();
@@ -1305,8 +1305,8 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
     cp_async_wait<0>();
     __syncthreads();
     own_keep<W, M, KEPT>(&q, q_tile, 0);
-    own_keep<W, M, KEPT>(&g, q_tile, LINES);
-    const int end = i0 + LINES < T ? i0 + LINES : T;
+    own_keep<W, M, KEPT>(&g, q_tile, ROWS);
+    const int end = i0 + ROWS < T ? i0 + ROWS : T;
     for (int j0 = 0, at = 0; j0 < end; j0 += KEYS, at ^= 1) {
         if (j0 + KEYS < end) {
             tile_advance<KEYS>(&keys);
@@ -1323,7 +1323,7 @@ attention_backward_queries_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, c
                     // initial value of dP
                     UNROLL for (int e = 0; e < 4; e++)
                         ds[m][n][e] = DROPS ? 0 : minus_inner[m][e / 2];
-            tile_scores<W, M, N, KEPT>(ds, &g, q_tile, LINES, v_tiles + at * KEYS * W);
+            tile_scores<W, M, N, KEPT>(ds, &g, q_tile, ROWS, v_tiles + at * KEYS * W);
             if (DROPS) {
                 tile_keep<M, N>(ds, keep, head_tokens(p, NH, T), i_own, j0, T);
                 UNROLL for (int m = 0; m < M; m++)
@@ -1379,11 +1379,11 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                                const float *inner, KeptKeys keep, int T, int C, int NH,
                                float scale) {
     BOUNDS(ATTENTION_THREADS);
-    constexpr int LINES = 16 * M * ATTENTION_WARPS, QUERIES = 8 * N;
+    constexpr int ROWS = 16 * M * ATTENTION_WARPS, QUERIES = 8 * N;
     static_assert(2 * QUERIES <= ATTENTION_THREADS, "query_elements: a thread for each");
-    // k and v (LINES,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
+    // k and v (ROWS,W); q and dy (2,QUERIES,W); numbers (2,2,QUERIES)
     SHARED(bf16, shared);
-    bf16 *const q_tiles = shared + 2 * LINES * W, *const dy_tiles = q_tiles + 2 * QUERIES * W;
+    bf16 *const q_tiles = shared + 2 * ROWS * W, *const dy_tiles = q_tiles + 2 * QUERIES * W;
     float *const numbers = (float *)(void *)(dy_tiles + 2 * QUERIES * W);
     const AttentionOwn o = attention_own<M>((int)threadIdx.x, (int)blockIdx.x, T, NH, false);
     const AttentionPlace p = o.p;
@@ -1395,13 +1395,13 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     const float scale2 = scale * 1.44269504f;
     QueryElements<QUERIES> source = query_elements<QUERIES>(lse, inner, head_tokens(p, NH, T), i0,
                                                             T);
-    // the warp's rows; those of v are LINES further
+    // the warp's rows; those of v are ROWS further
     bf16 *const k_tile = shared + o.own * W;
-    OwnLines<W, M, KEPT> k, v;
+    OwnRows<W, M, KEPT> k, v;
     float dk[M][W / 8][4] = {}, dv[M][W / 8][4] = {};
 
-    tile_load_own<LINES, W>(shared, head_of_qkv(qkv, p, 1, T, C, HS), j0);
-    tile_load_own<LINES, W>(shared + LINES * W, head_of_qkv(qkv, p, 2, T, C, HS), j0);
+    tile_load_own<ROWS, W>(shared, head_of_qkv(qkv, p, 1, T, C, HS), j0);
+    tile_load_own<ROWS, W>(shared + ROWS * W, head_of_qkv(qkv, p, 2, T, C, HS), j0);
     tile_load<QUERIES>(q_tiles, &q, 0);
     tile_load<QUERIES>(dy_tiles, &g, 0);
     cp_async_commit();
@@ -1409,7 +1409,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     cp_async_wait<0>();
     __syncthreads();
     own_keep<W, M, KEPT>(&k, k_tile, 0);
-    own_keep<W, M, KEPT>(&v, k_tile, LINES);
+    own_keep<W, M, KEPT>(&v, k_tile, ROWS);
     for (int at = 0; i0 < T; i0 += QUERIES, at ^= 1) {
         float next = 0;
         if (i0 + QUERIES < T) {
@@ -1437,7 +1437,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                         UNROLL for (int e = 0; e < 4; e++)
                             left[m][n][e] = s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
                 tile_matmul<W, M, N>(dv, left, dy_tiles + at * QUERIES * W);
-                tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
+                tile_scores<W, M, N, KEPT>(ds, &v, k_tile, ROWS, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
                         UNROLL for (int e = 0; e < 4; e++)
@@ -1449,7 +1449,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                     UNROLL for (int n = 0; n < N; n++)
                         // initial value of dP
                         UNROLL for (int e = 0; e < 4; e++) ds[m][n][e] = minus_inner[8 * n + e % 2];
-                tile_scores<W, M, N, KEPT>(ds, &v, k_tile, LINES, dy_tiles + at * QUERIES * W);
+                tile_scores<W, M, N, KEPT>(ds, &v, k_tile, ROWS, dy_tiles + at * QUERIES * W);
             }
             UNROLL for (int m = 0; m < M; m++)
                 UNROLL for (int n = 0; n < N; n++)
@@ -1468,7 +1468,7 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
     own_store<W, M>(head_of_qkv(dqkv, to.p, 1, T, C, C / NH), to.first + to.own, dk,
                     shared + to.own * W);
     own_store<W, M>(head_of_qkv(dqkv, to.p, 2, T, C, C / NH), to.first + to.own, dv,
-                    shared + (LINES + to.own) * W);
+                    shared + (ROWS + to.own) * W);
 }
 
 // inner (n,NH,T) = <dy, y> for each head of each token, by `lanes` threads, a power of 2, each
@@ -1505,16 +1505,16 @@ static __global__ void attention_inner_kernel(float *inner, const N *dy, const N
 enum { PLAIN_THREADS = 256, PLAIN_TILE = 4096, PLAIN_PAD = 4 };
 
 template <int W> struct Plain {
-    enum { LINES = PLAIN_TILE / W, R = LINES / 16, LD = W + PLAIN_PAD, P_LD = LINES + PLAIN_PAD,
-           TILE = LINES * LD, P_TILE = LINES * P_LD };
+    enum { ROWS = PLAIN_TILE / W, R = ROWS / 16, LD = W + PLAIN_PAD, P_LD = ROWS + PLAIN_PAD,
+           TILE = ROWS * LD, P_TILE = ROWS * P_LD };
 };
 
-template <class N, int W> static __device__ void plain_load(float *tile, HeadLines<const N> x,
+template <class N, int W> static __device__ void plain_load(float *tile, HeadRows<const N> x,
                                                             int first) {
     for (int at = (int)threadIdx.x; at < PLAIN_TILE; at += PLAIN_THREADS) {
-        const int line = at / W, d = at % W;
-        const bool valid = first + line < x.T && d < x.HS;
-        tile[line * Plain<W>::LD + d] = valid ? to_float(head_line(x, first + line)[d]) : 0;
+        const int row = at / W, d = at % W;
+        const bool valid = first + row < x.T && d < x.HS;
+        tile[row * Plain<W>::LD + d] = valid ? to_float(head_row(x, first + row)[d]) : 0;
     }
 }
 
@@ -1545,25 +1545,25 @@ template <int W, int R> static __device__ void plain_share(float *p, const float
     __syncwarp();
 }
 
-// out (LINES,W) += p (LINES,LINES) tile (LINES,W).
+// out (ROWS,W) += p (ROWS,ROWS) tile (ROWS,W).
 template <int W, int R>
 static __device__ void plain_matmul(float out[R][W / 64][4], const float *p, const float *tile) {
     constexpr int LD = Plain<W>::LD, P_LD = Plain<W>::P_LD;
     p += (int)threadIdx.x / 16 * P_LD, tile += (int)threadIdx.x % 16 * 4;
-    for (int j = 0; j < Plain<W>::LINES; j += 4) {
+    for (int j = 0; j < Plain<W>::ROWS; j += 4) {
         Pack<float> shares[R];
         UNROLL for (int r = 0; r < R; r++) shares[r] = pack_load(p + 16 * r * P_LD + j);
         UNROLL for (int e = 0; e < 4; e++)
             UNROLL for (int c = 0; c < W / 64; c++) {
-                const Pack<float> line = pack_load(tile + (j + e) * LD + 64 * c);
+                const Pack<float> row = pack_load(tile + (j + e) * LD + 64 * c);
                 UNROLL for (int r = 0; r < R; r++)
-                    UNROLL for (int l = 0; l < 4; l++) out[r][c][l] += shares[r].x[e] * line.x[l];
+                    UNROLL for (int l = 0; l < 4; l++) out[r][c][l] += shares[r].x[e] * row.x[l];
             }
     }
 }
 
 template <class N, int W, int R>
-static __device__ void plain_store(HeadLines<N> x, int first, const float out[R][W / 64][4],
+static __device__ void plain_store(HeadRows<N> x, int first, const float out[R][W / 64][4],
                                    const float factor[R]) {
     UNROLL for (int r = 0; r < R; r++) {
         const int i = first + (int)threadIdx.x / 16 + 16 * r;
@@ -1571,7 +1571,7 @@ static __device__ void plain_store(HeadLines<N> x, int first, const float out[R]
             UNROLL for (int l = 0; l < 4; l++) {
                 const int d = (int)threadIdx.x % 16 * 4 + 64 * c + l;
                 if (i < x.T && d < x.HS)
-                    head_line(x, i)[d] = from_float<N>(out[r][c][l] * factor[r]);
+                    head_row(x, i)[d] = from_float<N>(out[r][c][l] * factor[r]);
             }
     }
 }
@@ -1599,19 +1599,19 @@ static __global__ void __launch_bounds__(PLAIN_THREADS, 1)
 attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, int C, int NH,
                         float scale) {
     BOUNDS(PLAIN_THREADS);
-    constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
+    constexpr int ROWS = Plain<W>::ROWS, R = Plain<W>::R;
     SHARED(float, q);
     float *const k = q + Plain<W>::TILE, *const v = k + Plain<W>::TILE,
         *const shares = v + Plain<W>::TILE;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16,
+    const int blocks = blocks_of(T, ROWS), HS = C / NH, row = (int)threadIdx.x / 16,
         column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
-    const int i0 = (blocks - 1 - p.block) * LINES;
+    const int i0 = (blocks - 1 - p.block) * ROWS;
     const float kept = kept_scale(keep);
     float out[R][W / 64][4] = {}, top[R], sum[R] = {}, share[R];
     UNROLL for (int r = 0; r < R; r++) top[r] = -INFINITY;
     plain_load<N, W>(q, head_of_qkv(qkv, p, 0, T, C, HS), i0);
-    for (int j0 = 0; j0 <= i0; j0 += LINES) {
+    for (int j0 = 0; j0 <= i0; j0 += ROWS) {
         __syncthreads();                                 // all are done with the previous tiles
         plain_load<N, W>(k, head_of_qkv(qkv, p, 1, T, C, HS), j0);
         plain_load<N, W>(v, head_of_qkv(qkv, p, 2, T, C, HS), j0);
@@ -1620,11 +1620,11 @@ attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, in
         plain_scores<W, R>(s, q, k, HS);
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < R; c++)
-                s[r][c] = j0 + column + 16 * c <= i0 + line + 16 * r ? s[r][c] * scale : -INFINITY;
+                s[r][c] = j0 + column + 16 * c <= i0 + row + 16 * r ? s[r][c] * scale : -INFINITY;
         plain_softmax<W, R>(s, out, top, sum);
         UNROLL for (int r = 0; r < R && keep.words; r++)
             UNROLL for (int c = 0; c < R; c++)
-                s[r][c] *= kept_factor(keep, head_tokens(p, NH, T), i0 + line + 16 * r,
+                s[r][c] *= kept_factor(keep, head_tokens(p, NH, T), i0 + row + 16 * r,
                                        j0 + column + 16 * c, T, kept);
         plain_share<W, R>(shares, s);
         plain_matmul<W, R>(out, shares, v);
@@ -1633,7 +1633,7 @@ attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, in
         UNROLL for (int other = 8; other; other /= 2)
             sum[r] += __shfl_xor_sync(0xFFFFFFFF, sum[r], other);
         share[r] = 1 / sum[r];
-        const int i = i0 + line + 16 * r;
+        const int i = i0 + row + 16 * r;
         if (column == 0 && i < T) lse[head_tokens(p, NH, T) + i] = top[r] + logf(sum[r]);
     }
     plain_store<N, W, R>(head_of_y(y, p, T, C, HS), i0, out, share);
@@ -1643,7 +1643,7 @@ attention_forward_plain(N *y, float *lse, const N *qkv, KeptKeys keep, int T, in
 // rows `first` on of a and b, and s and ds are the products of own and other rows.
 template <class N, int W, int R>
 static __device__ void plain_scores_twice(float s[R][R], float ds[R][R], float *tiles,
-                                          HeadLines<const N> a, HeadLines<const N> b, int first) {
+                                          HeadRows<const N> a, HeadRows<const N> b, int first) {
     float *const others = tiles + 2 * Plain<W>::TILE;
     __syncthreads();                                     // all are done with the previous rows
     plain_load<N, W>(others, a, first);
@@ -1659,30 +1659,30 @@ attention_backward_queries_plain(N *dqkv, const N *dy, const N *qkv, const float
                                  const float *inner, KeptKeys keep, int T, int C, int NH,
                                  float scale) {
     BOUNDS(PLAIN_THREADS);
-    constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
+    constexpr int ROWS = Plain<W>::ROWS, R = Plain<W>::R;
     SHARED(float, q);                                    // q, dy, k and v, then the shared scores
     float *const g = q + Plain<W>::TILE, *const k = g + Plain<W>::TILE,
         *const shares = k + 2 * Plain<W>::TILE;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16,
+    const int blocks = blocks_of(T, ROWS), HS = C / NH, row = (int)threadIdx.x / 16,
         column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
-    const int i0 = (blocks - 1 - p.block) * LINES;
+    const int i0 = (blocks - 1 - p.block) * ROWS;
     const float kept = kept_scale(keep);
     float dq[R][W / 64][4] = {}, lse_of[R], inner_of[R], factor[R];
     UNROLL for (int r = 0; r < R; r++) {
-        const int i = i0 + line + 16 * r;
+        const int i = i0 + row + 16 * r;
         const size_t at = head_tokens(p, NH, T) + i;
         lse_of[r] = i < T ? lse[at] : 0, inner_of[r] = i < T ? inner[at] : 0, factor[r] = scale;
     }
     plain_load<N, W>(q, head_of_qkv(qkv, p, 0, T, C, HS), i0);
     plain_load<N, W>(g, head_of_y(dy, p, T, C, HS), i0);
-    for (int j0 = 0; j0 <= i0; j0 += LINES) {
+    for (int j0 = 0; j0 <= i0; j0 += ROWS) {
         float s[R][R], ds[R][R];
         plain_scores_twice<N, W, R>(s, ds, q, head_of_qkv(qkv, p, 1, T, C, HS),
                                     head_of_qkv(qkv, p, 2, T, C, HS), j0);
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int c = 0; c < R; c++) {
-                const int i = i0 + line + 16 * r, j = j0 + column + 16 * c;
+                const int i = i0 + row + 16 * r, j = j0 + column + 16 * c;
                 const bool seen = j <= i;
                 if (keep.words) ds[r][c] *= kept_factor(keep, head_tokens(p, NH, T), i, j, T, kept);
                 ds[r][c] = seen ? expf(s[r][c] * scale - lse_of[r]) * (ds[r][c] - inner_of[r]) : 0;
@@ -1699,22 +1699,22 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
                               const float *inner, KeptKeys keep, int T, int C, int NH,
                               float scale) {
     BOUNDS(PLAIN_THREADS);
-    constexpr int LINES = Plain<W>::LINES, R = Plain<W>::R;
+    constexpr int ROWS = Plain<W>::ROWS, R = Plain<W>::R;
     SHARED(float, k);                                    // k, v, q and dy, then the shared scores
     float *const v = k + Plain<W>::TILE, *const q = v + Plain<W>::TILE,
         *const g = q + Plain<W>::TILE;
     float *const shares = g + Plain<W>::TILE;
-    const int blocks = blocks_of(T, LINES), HS = C / NH, line = (int)threadIdx.x / 16,
+    const int blocks = blocks_of(T, ROWS), HS = C / NH, row = (int)threadIdx.x / 16,
         column = (int)threadIdx.x % 16;
     const AttentionPlace p = attention_place((int)blockIdx.x, blocks, NH);
-    const int j0 = p.block * LINES;
+    const int j0 = p.block * ROWS;
     const float kept = kept_scale(keep);
     float dk[R][W / 64][4] = {}, dv[R][W / 64][4] = {}, factor[R], one[R];
     UNROLL for (int r = 0; r < R; r++) factor[r] = scale, one[r] = 1;
     lse += head_tokens(p, NH, T), inner += head_tokens(p, NH, T);
     plain_load<N, W>(k, head_of_qkv(qkv, p, 1, T, C, HS), j0);
     plain_load<N, W>(v, head_of_qkv(qkv, p, 2, T, C, HS), j0);
-    for (int i0 = j0; i0 < T; i0 += LINES) {
+    for (int i0 = j0; i0 < T; i0 += ROWS) {
         float s[R][R], ds[R][R];
         plain_scores_twice<N, W, R>(s, ds, k, head_of_qkv(qkv, p, 0, T, C, HS),
                                     head_of_y(dy, p, T, C, HS), i0);
@@ -1722,9 +1722,9 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
             const int i = i0 + column + 16 * c;
             const float lse_of = i < T ? lse[i] : 0, inner_of = i < T ? inner[i] : 0;
             UNROLL for (int r = 0; r < R; r++) {
-                const bool seen = i < T && j0 + line + 16 * r <= i;
+                const bool seen = i < T && j0 + row + 16 * r <= i;
                 const float left = keep.words
-                    ? kept_factor(keep, head_tokens(p, NH, T), i, j0 + line + 16 * r, T, kept) : 1;
+                    ? kept_factor(keep, head_tokens(p, NH, T), i, j0 + row + 16 * r, T, kept) : 1;
                 const float probability = seen ? expf(s[r][c] * scale - lse_of) : 0;
                 s[r][c] = probability * left;
                 ds[r][c] = probability * (ds[r][c] * left - inner_of);
@@ -1741,11 +1741,11 @@ attention_backward_keys_plain(N *dqkv, const N *dy, const N *qkv, const float *l
 
 // ---- Attention: which kernel for which heads ----
 
-// The shapes of one pass: kernels are launched for n NH heads, in blocks of `lines` rows each.
+// The shapes of one pass: kernels are launched for n NH heads, in blocks of `rows`.
 typedef struct { size_t n, T, C, NH; cudaStream_t stream; KeptKeys keep; } AttentionShape;
 
-static unsigned attention_grid(const AttentionShape *a, size_t lines) {
-    const size_t blocks = a->n * a->NH * ((a->T + lines - 1) / lines);
+static unsigned attention_grid(const AttentionShape *a, size_t rows) {
+    const size_t blocks = a->n * a->NH * ((a->T + rows - 1) / rows);
     CHECK(blocks <= INT_MAX, "%zu rows of %zu tokens and %zu heads in one launch", a->n, a->T,
           a->NH);
     return (unsigned)blocks;
@@ -1757,9 +1757,9 @@ static float attention_scale(const AttentionShape *a) {
 
 template <int W, int M, int N, bool KEPT, bool DROPS>
 static void attention_forward_mma(void *y, float *lse, const void *qkv, const AttentionShape *a) {
-    constexpr size_t lines = 16 * M * ATTENTION_WARPS,
-        shared = (lines + 4 * 8 * N) * W * sizeof(bf16);
-    LAUNCH((attention_forward_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines),
+    constexpr size_t rows = 16 * M * ATTENTION_WARPS,
+        shared = (rows + 4 * 8 * N) * W * sizeof(bf16);
+    LAUNCH((attention_forward_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, rows),
            ATTENTION_THREADS, shared, a->stream, (bf16 *)y, lse, (const bf16 *)qkv, a->keep,
            (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
@@ -1768,9 +1768,9 @@ template <int W, int M, int N, bool KEPT, bool DROPS>
 static void attention_backward_queries_mma(void *dqkv, const void *dy, const void *qkv,
                                            const float *lse, const float *inner,
                                            const AttentionShape *a) {
-    constexpr size_t lines = 16 * M * ATTENTION_WARPS,
-        shared = (2 * lines + 4 * 8 * N) * W * sizeof(bf16);
-    LAUNCH((attention_backward_queries_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines),
+    constexpr size_t rows = 16 * M * ATTENTION_WARPS,
+        shared = (2 * rows + 4 * 8 * N) * W * sizeof(bf16);
+    LAUNCH((attention_backward_queries_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, rows),
            ATTENTION_THREADS, shared, a->stream, (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv,
            lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
@@ -1779,10 +1779,10 @@ template <int W, int M, int N, bool KEPT, bool DROPS>
 static void attention_backward_keys_mma(void *dqkv, const void *dy, const void *qkv,
                                         const float *lse, const float *inner,
                                         const AttentionShape *a) {
-    constexpr size_t lines = 16 * M * ATTENTION_WARPS;
-    constexpr size_t shared = (2 * lines + 4 * 8 * N) * W * sizeof(bf16) +
+    constexpr size_t rows = 16 * M * ATTENTION_WARPS;
+    constexpr size_t shared = (2 * rows + 4 * 8 * N) * W * sizeof(bf16) +
         4 * 8 * N * sizeof(float);
-    LAUNCH((attention_backward_keys_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, lines),
+    LAUNCH((attention_backward_keys_kernel<W, M, N, KEPT, DROPS>), attention_grid(a, rows),
            ATTENTION_THREADS, shared, a->stream, (bf16 *)dqkv, (const bf16 *)dy, (const bf16 *)qkv,
            lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH, attention_scale(a));
 }
@@ -1791,7 +1791,7 @@ template <class N, int W>
 static void attention_forward_plain_launch(void *y, float *lse, const void *qkv,
                                            const AttentionShape *a) {
     const size_t shared = (3 * Plain<W>::TILE + Plain<W>::P_TILE) * sizeof(float);
-    LAUNCH((attention_forward_plain<N, W>), attention_grid(a, Plain<W>::LINES), PLAIN_THREADS,
+    LAUNCH((attention_forward_plain<N, W>), attention_grid(a, Plain<W>::ROWS), PLAIN_THREADS,
            shared, a->stream, (N *)y, lse, (const N *)qkv, a->keep, (int)a->T, (int)a->C,
            (int)a->NH, attention_scale(a));
 }
@@ -1801,7 +1801,7 @@ static void attention_backward_plain_launch(void *dqkv, const void *dy, const vo
                                             const float *lse, const float *inner,
                                             const AttentionShape *a) {
     const size_t shared = (4 * Plain<W>::TILE + Plain<W>::P_TILE) * sizeof(float);
-    const unsigned grid = attention_grid(a, Plain<W>::LINES);
+    const unsigned grid = attention_grid(a, Plain<W>::ROWS);
     LAUNCH((attention_backward_keys_plain<N, W>), grid, PLAIN_THREADS, shared, a->stream, (N *)dqkv,
            (const N *)dy, (const N *)qkv, lse, inner, a->keep, (int)a->T, (int)a->C, (int)a->NH,
            attention_scale(a));
@@ -1920,9 +1920,9 @@ static __global__ void cache_append_kernel(void *cache, const void *qkv, const i
                                            const int *seq, const int *at, size_t T, size_t T_cache,
                                            size_t C) {
     const unsigned row = blockIdx.x / (unsigned)T, t = blockIdx.x % (unsigned)T;
-    const long line = row_place(place, row);
-    if (line < 0) return;
-    const size_t from = ((size_t)line * T + t) * 3 * C + C,
+    const long slot = row_place(place, row);
+    if (slot < 0) return;
+    const size_t from = ((size_t)slot * T + t) * 3 * C + C,
         to = (size_t)seq[row] * 2 * T_cache + (size_t)at[row] + t;
     for (size_t c = threadIdx.x * W; c < C; c += blockDim.x * W) {
         store<N, W>(cache, to * C + c, load<N, W>(qkv, from + c));
@@ -1947,9 +1947,9 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
     const int part = (int)threadIdx.x / width, first = (int)threadIdx.x % width;
     // (QUERY_THREADS) (WARP) (parts,HS)
     float *const p = q + width, *const work = p + QUERY_THREADS, *const joined = work + WARP;
-    const long line = row_place(place, (size_t)row);
-    if (line < 0) return;
-    const size_t from = ((size_t)line * T + t) * 3 * C + h * HS;
+    const long slot = row_place(place, (size_t)row);
+    if (slot < 0) return;
+    const size_t from = ((size_t)slot * T + t) * 3 * C + h * HS;
     const N *const keys = cache + ((size_t)seq[row] * 2 * T_cache) * C + h * HS,
         *const values = keys + (size_t)T_cache * C;
     const int seen = at[row] + t + 1;
@@ -1985,7 +1985,7 @@ static __global__ void attention_query_kernel(N *y, const N *qkv, const N *cache
     for (int d = (int)threadIdx.x; d < HS; d += QUERY_THREADS) {
         float total = 0;
         for (int i = 0; i < parts; i++) total += joined[i * HS + d];
-        y[((size_t)line * T + t) * C + h * HS + d] = from_float<N>(total / sum);
+        y[((size_t)slot * T + t) * C + h * HS + d] = from_float<N>(total / sum);
     }
 }
 
@@ -2701,7 +2701,7 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
         {(void **)&m->lnf_rstd, BT * one}, {(void **)&m->losses, BT * one},
         {(void **)&m->uniform, BT * one}, {(void **)&m->distilled, BT * one},
         {(void **)&m->keep, m->args.attention_noise ? (size_t)c->NH * BT *
-         kept_keys_line((size_t)m->args.T) * one : 0},
+         kept_keys_stride((size_t)m->args.T) * one : 0},
         {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
         {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) *
          padded_vocabulary(V) * N},
@@ -3119,14 +3119,14 @@ static MlpSaved mlp_save(Model *m, size_t nT) {
 // The bits of layer l's dropout of attention, made anew; NULL: it has none.
 static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, KeptKeys *keep) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
-    const size_t T = (size_t)m->last_T, NH = (size_t)m->config.NH, line = kept_keys_line(T),
-        n = (size_t)b->n * NH * T * line;
+    const size_t T = (size_t)m->last_T, NH = (size_t)m->config.NH, stride = kept_keys_stride(T),
+        n = (size_t)b->n * NH * T * stride;
     if (!noise_rate(pass->noise, NOISE_ATTN)) return NULL;
     CHECK(m->args.attention_noise, "this model was opened without dropout of attention");
     LAUNCH(attention_keep_kernel, blocks_for(n), BLOCK, 0, m->gpu.stream, m->keep,
            noise_at(m, NOISE_ATTN, l), m->device.row + (size_t)(BRANCHES * l + ATTN) * m->rows, n,
-           (int)T, (int)NH, (int)line);
-    const KeptKeys made = {m->keep, noise_at(m, NOISE_ATTN, l), (int)line};
+           (int)T, (int)NH, (int)stride);
+    const KeptKeys made = {m->keep, noise_at(m, NOISE_ATTN, l), (int)stride};
     *keep = made;
     return keep;
 }

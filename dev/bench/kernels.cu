@@ -347,11 +347,12 @@ typedef struct {
 // The bits of dropout, drawn again as in a step; NULL: none.
 static const KeptKeys *attention_bits(const Attention *a, KeptKeys *keep) {
     const Lab *l = a->l;
-    const size_t line = kept_keys_line(l->T), n = l->B * l->NH * l->T * line;
+    const size_t stride = kept_keys_stride(l->T), n = l->B * l->NH * l->T * stride;
     if (!a->noise.rate) return NULL;
     LAUNCH(attention_keep_kernel, blocks_for(n), BLOCK, 0, l->g->stream, a->words,
-           (const NoisePlace *)a->place, (const int *)a->rows, n, (int)l->T, (int)l->NH, (int)line);
-    const KeptKeys made = {a->words, a->place, (int)line};
+           (const NoisePlace *)a->place, (const int *)a->rows, n, (int)l->T, (int)l->NH,
+           (int)stride);
+    const KeptKeys made = {a->words, a->place, (int)stride};
     *keep = made;
     return keep;
 }
@@ -379,7 +380,7 @@ static void attention_drops(Attention *a) {
     int *rows = (int *)xcalloc(l->B, sizeof *rows);
     for (size_t b = 0; b < l->B; b++) rows[b] = (int)b;
     a->noise = noise_place(&z, NOISE_ATTN, 0);
-    const size_t words = l->B * l->NH * l->T * kept_keys_line(l->T);
+    const size_t words = l->B * l->NH * l->T * kept_keys_stride(l->T);
     a->words = (uint32_t *)device_alloc("a benchmark's bits", words * sizeof *a->words);
     a->place = (NoisePlace *)device_alloc("a benchmark's noise", sizeof *a->place);
     a->rows = (int *)device_alloc("a benchmark's rows", l->B * sizeof *a->rows);
