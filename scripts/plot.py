@@ -478,8 +478,8 @@ def read_study(path):
 
 
 def draw_differences(ax, study, others):
-    """Each arm minus the baseline: a mark for each seed, a thick line for the t-interval, a thin one
-    for the bootstrap's."""
+    """Each arm minus the baseline: a mark for each seed, a thick line for the t-interval, a thin
+    one for the bootstrap's."""
     for row, arm in enumerate(reversed(others)):
         color = COLORS[1 + (len(others) - 1 - row) % (len(COLORS) - 1)]
         if arm["difference"] is None:

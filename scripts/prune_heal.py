@@ -82,7 +82,8 @@ def difference_text(a, b):
     x = [b[seed] - a[seed] for seed in a if seed in b]
     if len(x) < 2:
         return f"{x[0]:+.4f}" if x else "-"
-    return f"{statistics.fmean(x):+.4f} ± {T95[min(len(x), 10) - 2] * statistics.stdev(x) / len(x) ** 0.5:.4f}"
+    half = T95[min(len(x), 10) - 2] * statistics.stdev(x) / len(x) ** 0.5
+    return f"{statistics.fmean(x):+.4f} ± {half:.4f}"
 
 
 def print_table(head, body):

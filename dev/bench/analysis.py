@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What build/layers, build/prune --method replace and build/collapse cost at GPT-2's size: processor
-seconds, wall seconds and peak memory, beside the evaluations that they are made of. Random weights,
-random tokens.
+"""What build/layers, build/prune --method replace and build/collapse cost at GPT-2's size: seconds
+of processor and wall time and peak memory, beside the evaluations that they are made of. Random
+weights, random tokens.
 
     dev/bench/analysis.py                           in full: hours on two cores
     dev/bench/analysis.py --tokens 1024 --calib 2048 --features 100000      scaled down: minutes
@@ -99,9 +99,9 @@ def replace(folder, checkpoint):
         row(f"prune --select replace, {part * OPTIONS.calib:,} calibration tokens", measured[-1],
             "")
     each = (measured[1][0] - measured[0][0]) / OPTIONS.calib
+    seconds = 262144 * each
     print(f"| of which each token | {1000 * each:.2f} ms | | | 262,144 tokens: "
-          f"{262144 * each:.0f} s of processor time, {262144 * each / 120:.1f} min on two free cores "
-          "(bar 10); memory's bar 3,072 |", flush=True)
+          f"{seconds:.0f} s of processor time, {seconds / 120:.1f} min on two free cores (bar 10); memory's bar 3,072 |", flush=True)
 
 
 def collapse(folder):

@@ -24,7 +24,8 @@ fi
 make --no-print-directory "$BUILD/bench"
 
 step() {
-    "$VENV/bin/python" dev/bench/torch_step.py --bench "$BUILD/bench" --json "$BUILD/torch.json" "$@"
+    "$VENV/bin/python" dev/bench/torch_step.py --bench "$BUILD/bench" \
+        --json "$BUILD/torch.json" "$@"
 }
 if [ $# -gt 0 ]; then
     step "$@"

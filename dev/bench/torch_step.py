@@ -1,7 +1,7 @@
 """The same training step in PyTorch, eager and compiled, in fp32 and under bf16 autocast,
 alternating with build/bench.
 
-    python3 dev/bench/torch_step.py --preset gpt2 --batch 4 --seq-len 64    (needs PyTorch: torch.sh)
+    python3 dev/bench/torch_step.py --preset gpt2 --batch 4 --seq-len 64  (needs PyTorch: torch.sh)
     python3 dev/bench/torch_step.py --device cuda --preset gpt2 --batch 32 --seq-len 1024
 
 GPT-2 with a tied head, random tokens, AdamW with weight decay on matrices only, gradients clipped
@@ -226,12 +226,12 @@ def ratio_of(theirs, beside, key):
 
 
 def compare_best(theirs, beside):
-    """{what: (PyTorch's best configuration, our dtype, its time / ours)} in each dtype, and the best
-    overall against our best.
+    """{what: (PyTorch's best configuration, our dtype, its time / ours)} in each dtype, and the
+    best overall against our best.
 
-    In a dtype, the best configuration is the one with the smallest time over ours beside it. Overall,
-    each side's best has the smallest median time; the ratio is the median over rounds of PyTorch's
-    slice over our slices in that round."""
+    In a dtype, the best configuration is the one with the smallest time over ours beside it.
+    Overall, each side's best has the smallest median time; the ratio is the median over rounds of
+    PyTorch's slice over our slices in that round."""
     best, dtypes = {}, list(dict.fromkeys(key[1] for key in theirs))
     for dtype in dtypes:
         key = min((key for key in theirs if key[1] == dtype), key=lambda key: ratio_of(theirs,

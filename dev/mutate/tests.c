@@ -1,6 +1,6 @@
 // tests.c: the tests that mutate.py runs first on a mutant, until one fails. -DGROUP=1: drop path's
-// arithmetic, 2: checkpoints, 3 and 5: the engine, 4: ramps. Runs the tests named as arguments, in that
-// order, or all of the group.
+// arithmetic, 2: checkpoints, 3 and 5: the engine, 4: ramps. Runs the tests named as arguments, in
+// that order, or all of the group.
 
 #include "../check.h"
 #include "../model/engines.h"

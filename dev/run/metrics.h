@@ -29,7 +29,7 @@
     X(val_loss)         /* nats per token, after the step; only where evaluated */            \
     X(val_ppl)          /* exp(val_loss) */                                                   \
     X(val_bpb)          /* bits per byte of text; only with a tokenizer */                    \
-    X(attn_entropy)     /* of attention's probabilities, nats; with --record-entropy, if evaluated */ \
+    X(attn_entropy)     /* of attention's probabilities, nats; with --record-entropy */       \
     X(drop_p)           /* drop rate of the last layer */                                     \
     X(kept_attn)        /* fraction of (row, layer) pairs whose attention branch ran */       \
     X(kept_mlp)                                                                               \

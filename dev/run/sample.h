@@ -133,8 +133,8 @@ struct Sampler {
     double prompt_seconds, seconds;        // spent on prompts; on everything else
     DropPlan plan;                         // for `batch` rows
     real *logits;                          // (batch, V)
-    // NULL, or how single tokens are made otherwise: a call that leaves the logits of the last layer
-    // to be used; and a whole round for texts with one unread token, which appends one or more to
+    // NULL, or how single tokens are made otherwise: a call that leaves the logits of the last
+    // layer to be used; and a whole round for texts with one unread token, which appends one or more to
     // each (speculate.h). self belongs to them
     void *self;
     void (*decode)(Sampler *, const DecodeArgs *);

@@ -22,7 +22,8 @@ for object in "$BUILD"/engine_*.o; do
     name=${name%.o}
     # C: a lock of OpenMP, data that all may share
     shown=$(nm -g --defined-only "$object" | awk '$2 != "C" { print $3 }')
-    [ "$shown" = "cpu_engine_$name" ] || fail "$object shows other symbols than its table: $(echo "$shown" | tr '\n' ' ')"
+    [ "$shown" = "cpu_engine_$name" ] ||
+        fail "$object shows other symbols than its table: $(echo "$shown" | tr '\n' ' ')"
     vectors=$(count "$v" "$object") wide=$(count "$avx512" "$object")
     total=$((total + vectors))
     echo "$object: $vectors instructions of AVX and later, $wide of them AVX-512"

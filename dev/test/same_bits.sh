@@ -1,8 +1,8 @@
 #!/bin/sh
 # Proves that a change of the code changes no arithmetic: sh dev/test/same_bits.sh REVISION
 # Builds that revision beside the present tree and trains both for twelve steps: row and batch unit,
-# separate and tied branches, fp32 and bf16, on the CPU and on the emulated GPU. Weights, moments and
-# metrics (except times and memory) must be the same bytes. ENGINES=train_gpt omits the GPU.
+# separate and tied branches, fp32 and bf16, on the CPU and on the emulated GPU. Weights, moments
+# and metrics (except times and memory) must be the same bytes. ENGINES=train_gpt omits the GPU.
 set -eu
 [ $# -eq 1 ] || { sed -n '2,5s/^# //p' "$0"; exit 1; }
 cd "$(dirname "$0")/../.."
@@ -27,7 +27,8 @@ run() {                                                  # tree's build folder, 
         --out "$out" --layers 3 --heads 3 --channels 60 --vocab-size 257 --seq-len 40 --batch 4 \
         --total-batch 320 --steps 12 \
         --eval-every 6 --eval-tokens 800 --save-every 12 --dtype "$3" --weight-decay 0.1 \
-        --drop-path 0.4 --drop-ramp-up 4 --drop-unit "$4" --drop-branches "$5" >"$base/log" 2>&1 || {
+        --drop-path 0.4 --drop-ramp-up 4 --drop-unit "$4" --drop-branches "$5" \
+        >"$base/log" 2>&1 || {
         cat "$base/log" >&2
         exit 1
     }

@@ -1,5 +1,5 @@
 // Tests of layers, prune and collapse on what their own tests do not have: adapters, which are
-// merged on loading, and the GPU engine, emulated. What they say of the same model must be the same.
+// merged on loading, and the emulated GPU engine. What they say of the same model must be the same.
 #ifndef TEST_ANALYSIS_H
 #define TEST_ANALYSIS_H
 

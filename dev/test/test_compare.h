@@ -189,7 +189,7 @@ static void compare_check_collapse(const CompareResult *r, const char *out) {
         mean += cdnv / 2;
         json_free(&doc), text_free(&text), free(path);
     }
-    EXPECT_CLOSE(compare_result(r, "drop", "collapse_cdnv", "mean"), mean, 1e-9 * mean, "mean CDNV");
+    EXPECT_CLOSE(compare_result(r, "drop", "collapse_cdnv", "mean"), mean, 1e-9 * mean, "mean");
 }
 
 static void test_compare_answers(void) {

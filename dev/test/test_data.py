@@ -42,7 +42,8 @@ import prepare              # noqa: E402
 import vocabulary           # noqa: E402
 from shards import read_shard   # noqa: E402
 
-WORDS = "the cat sat on a mat and slept; it's 12 o'clock,  naïve café — 日本語 \U0001F600 isn't\tHOW".split(" ")
+WORDS = ("the cat sat on a mat and slept; it's 12 o'clock,  naïve café — 日本語 \U0001F600 "
+         "isn't\tHOW").split(" ")
 
 
 def some_text(seed, words):
@@ -840,7 +841,8 @@ class Runs(Case):
                           "    def act(arguments):                 # from here on main() answers "
                           "to an interruption\n"
                           "        print('started', flush=True)\n"
-                          "        prepare.prepare(prepare.check(prepare.parser().parse_args(arguments)))\n"
+                          "        args = prepare.parser().parse_args(arguments)\n"
+                          "        prepare.prepare(prepare.check(args))\n"
                           "    prepare.main(sys.argv[1:], act)\n")
         process = subprocess.Popen([sys.executable, path, *arguments], stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT,
@@ -958,7 +960,8 @@ class Runs(Case):
         with mock.patch.object(vocabulary.ByteVocabulary, "encode", side_effect=KeyError("x")):
             with mock.patch.dict(os.environ, DROPPATH_DEBUG="1"), self.assertRaises(KeyError):
                 self.prepare("--tokenizer", "bytes", "--val", "0", text)
-        code = f"import sys; sys.path.insert(0, {os.path.join(ROOT, 'scripts')!r}); import runs; {{}}['x']"
+        scripts = os.path.join(ROOT, "scripts")
+        code = f"import sys; sys.path.insert(0, {scripts!r}); import runs; {{}}['x']"
         for debug, lines in (("", 2), ("1", 3)):    # what plot.py and tensorboard.py share
             done = subprocess.run([sys.executable, "-c", code],
                                   env={**os.environ, "DROPPATH_DEBUG": debug},

@@ -343,8 +343,8 @@ static void test_drop_counts(void) {
 }
 
 // --drop-adapt: the easiest row is dropped at p (1 + kappa), the hardest at p (1 - kappa), linear
-// in between, at most 0.95; the sum is that of equal rates to the bit, and with it the counts. Kappa 0
-// changes no plan.
+// in between, at most 0.95; the sum is that of equal rates to the bit, and with it the counts.
+// Kappa 0 changes no plan.
 static void test_drop_adapt(void) {
     enum { B = 6, STEPS = 40000, L = 2 };
     static const int rank[B] = {3, 0, 5, 1, 4, 2};

@@ -489,7 +489,8 @@ static void test_effects_of_a_run(void) {
     run = xprintf("%s/s", dir); // rates add up to 2 of 4: no level; and no losses of micro-batches
     out = LAYERS_RUN(run, "--metrics %s/metrics.jsonl", run);
     EXPECT(strstr(out, "from 30 steps in 30 steps") && strstr(out, "not identified") &&
-               strstr(out, "hint: next time train with --record-micro 1 and --drop-sampling bernoulli"),
+               strstr(out, "hint: next time train with --record-micro 1 and --drop-sampling "
+                           "bernoulli"),
            "%s", out);
     free(out), free(run), free(json);
 }

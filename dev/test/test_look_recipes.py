@@ -96,7 +96,8 @@ class Recipes(unittest.TestCase):
         for _ in range(2):                               # the second time nothing is left to do
             out, text = self.recipe("companions", **small)
             self.assertRegex(text, r"\| nothing \| 6 \| \d")
-            self.assertRegex(text, r"\| AttentionDrop, hard \+ drop path \| \d+ \| \d\.\d{4} \| [+-]")
+            self.assertRegex(text, r"\| AttentionDrop, hard \+ drop path \| \d+ "
+                                   r"\| \d\.\d{4} \| [+-]")
             self.assertRegex(text, r"\| dropout 0.1, consistency \| 3 \|")
             self.assertIn("| distillation |", text)
 
@@ -142,7 +143,8 @@ class Recipes(unittest.TestCase):
             file.write("""#!/bin/sh
                 shift
                 for SLURM_PROCID in 0 1; do
-                    SLURM_LOCALID=$SLURM_PROCID SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$SLURM_PROCID "$@" &
+                    SLURM_LOCALID=$SLURM_PROCID SLURM_PROCID=$SLURM_PROCID SLURM_STEP_ID=0 \\
+                        SLURM_STEP_NUM_TASKS=2 "$@" &
                 done
                 wait $! && wait""")
         os.chmod(file.name, 0o755)

@@ -193,8 +193,8 @@ static int options_test_has(const Text *help, const char *name) {
 // Every synonym suggests an option of some program that does not itself have an option of the
 // synonym's name.
 static void test_options_synonyms_lead_somewhere(void) {
-    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate",
-                                           "export",    "layers",  "prune",    "collapse",  "exits"};
+    static const char *const programs[] = {"train_gpt", "compare", "generate", "evaluate", "export",
+                                           "layers",    "prune",   "collapse", "exits"};
     enum { PROGRAMS = sizeof programs / sizeof programs[0] };
     Text help[PROGRAMS];
     for (int p = 0; p < PROGRAMS; p++) {

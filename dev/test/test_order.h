@@ -60,8 +60,8 @@ static void test_engines_read_alike(void) {
         if (at > last) last = at;
         shared++;
     }
-    EXPECT(10 * shared >= 6 * cpu.n, "only %d of the functions of train_gpt.c (%d) are in train_gpt.cu (%d)",
-           shared, cpu.n, gpu.n);
+    EXPECT(10 * shared >= 6 * cpu.n, "only %d functions are in both train_gpt.c (%d) and "
+           "train_gpt.cu (%d)", shared, cpu.n, gpu.n);
     EXPECT(order_find(&gpu, "attention_branch_backward") >= 0 && order_find(&cpu, "adamw") >= 0,
            "not read");
     order_free(&cpu), order_free(&gpu);

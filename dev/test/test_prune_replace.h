@@ -255,7 +255,7 @@ static void test_prune_replace_refuses(void) {
 
 #define PRUNE_REPLACE_TESTS(X)                                                                     \
     X(prune_replace_recovers) X(prune_replace_is_deletion) X(prune_replace_variants)               \
-    X(prune_replace_survival) X(prune_blocks) X(prune_select_replace) X(prune_adapter)              \
+    X(prune_replace_survival) X(prune_blocks) X(prune_select_replace) X(prune_adapter)             \
     X(prune_replace_refuses)
 
 #endif

@@ -109,9 +109,10 @@ static void test_study_answers(void) {
     const char *queue = strstr(run.err.s, "queue: ");
     double ran = NAN, idle = NAN, percent = NAN, processor = NAN;
     int runs = 0;
-    EXPECT(queue && sscanf(queue, "queue: %d runs in %lf s; between runs at most %lf s (%lf%%), %lf",
-                           &runs, &ran, &idle, &percent, &processor) == 5 && runs > 10 &&
-           ran > 0 && idle >= 0 && processor > 0, "%s", run.err.s);
+    EXPECT(queue &&
+               sscanf(queue, "queue: %d runs in %lf s; between runs at most %lf s (%lf%%), %lf",
+                      &runs, &ran, &idle, &percent, &processor) == 5 &&
+               runs > 10 && ran > 0 && idle >= 0 && processor > 0, "%s", run.err.s);
     if (!tool_expect(0, "", run, __FILE__, __LINE__)) return;
     Text text = test_read_file(json), words = test_read_file(md);
     Json doc;

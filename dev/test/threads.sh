@@ -26,14 +26,17 @@ rm -f $B/report.*
 # threads.
 if [ $# -eq 0 ]; then
     set -- $($B/test_gpt --list | grep -e '^engine_' -e '^kernels_' -e '^comm_' -e '^ranks_' | \
-             grep -v -x -e engine_many_tokens -e engine_reference_gradients -e kernels_exp -e kernels_gelu) \
-           trainer_threads_and_cadence_change_no_bit trainer_bf16 evaluate_equals_the_trainer generate_samples
+             grep -v -x -e engine_many_tokens -e engine_reference_gradients -e kernels_exp \
+                 -e kernels_gelu) \
+           trainer_threads_and_cadence_change_no_bit trainer_bf16 evaluate_equals_the_trainer \
+           generate_samples
 fi
 # ignore_noninstrumented_modules: libomp itself is not compiled for ThreadSanitizer. die_after_fork:
 # some tests fork.
 status=0
 OMP_TOOL_LIBRARIES=$archer OMP_WAIT_POLICY=passive BUILD=$B \
-    TSAN_OPTIONS="ignore_noninstrumented_modules=1 die_after_fork=0 log_path=$PWD/$B/report" $B/test_gpt "$@" || status=$?
+    TSAN_OPTIONS="ignore_noninstrumented_modules=1 die_after_fork=0 log_path=$PWD/$B/report" \
+    $B/test_gpt "$@" || status=$?
 for f in $B/report.*; do
     [ -f "$f" ] || continue
     cat "$f"

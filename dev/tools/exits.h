@@ -3,9 +3,9 @@
 //
 // Learn then Test (Angelopoulos et al. 2021, arXiv 2110.01052), as CALM uses it: thresholds are
 // tested in a fixed order, from careful to bold, and the last one before the first failure is
-// taken. A row's loss is the share of its tokens whose most likely next token is not that of all layers;
-// the null hypothesis "the expected loss exceeds the risk" is refused by the p-value of Hoeffding
-// and Bentkus (Bates et al. 2021, section 3.1.1). With probability 1 - error over the calibration
+// taken. A row's loss is the share of its tokens whose most likely next token is not that of all
+// layers; the null hypothesis "the expected loss exceeds the risk" is refused by the p-value of
+// Hoeffding and Bentkus (Bates et al. 2021, section 3.1.1). With probability 1 - error over the calibration
 // rows, the threshold taken has at most that risk on other rows of the kind.
 #ifndef EXITS_TOOL_H
 #define EXITS_TOOL_H

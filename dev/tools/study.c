@@ -261,8 +261,8 @@ static int run_command(int command, Study *s, const StudyCommand *c, const char 
     if (command == COMMAND_ALL || command == COMMAND_RUN) {
         complete = study_work(s, trainer, jobs, read_time(c->for_time));
         if (!complete)
-            printf("stopped%s%s: what was under way is saved; the same command continues from here\n",
-                   signals_stop ? " by " : "", signals_stop ? signals_name() : "");
+            printf("stopped%s%s: what was under way is saved; the same command continues from "
+                   "here\n", signals_stop ? " by " : "", signals_stop ? signals_name() : "");
         else if (command == COMMAND_RUN)
             printf("every run has ended: build/study report %s\n", s->path);
     }

@@ -7,7 +7,8 @@
 //                         renames it, which again one of several wins
 //     OUT/runs/KEY/       the run under way; whoever takes it over resumes its last checkpoint
 //
-// What is to be done follows from the plan and the results alone: processes do not signal each other.
+// What is to be done follows from the plan and the results alone: processes do not signal each
+// other.
 #ifndef STUDY_QUEUE_H
 #define STUDY_QUEUE_H
 

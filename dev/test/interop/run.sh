@@ -22,16 +22,19 @@ has() { "$VENV/bin/python" -c 'import numpy, peft, safetensors, torch, transform
 if ! has; then
     if [ -n "$given" ]; then
         echo "error: VENV=$VENV lacks one of these: $packages" >&2
-        echo "  hint: $VENV/bin/python -m pip install $packages; without VENV one is made in $BUILD/interop-venv" >&2
+        echo "  hint: $VENV/bin/python -m pip install $packages;" \
+            "without VENV one is made in $BUILD/interop-venv" >&2
         exit 1
     fi
     echo "interop: installing $packages into $VENV"
     # shellcheck disable=SC2086
-    if ! { "${PYTHON:-python3}" -m venv "$VENV" && "$VENV/bin/python" -m pip install --quiet $packages && has; }; then
+    if ! { "${PYTHON:-python3}" -m venv "$VENV" &&
+           "$VENV/bin/python" -m pip install --quiet $packages && has; }; then
         echo "interop: NOT TESTED: $packages cannot be installed (no network?)" >&2
         echo "  hint: VENV=/path of a virtual environment that has them" >&2
         exit 77
     fi
 fi
 [ "${1:-}" != --install ] || exit 0
-BUILD=$BUILD HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error exec "$VENV/bin/python" dev/test/interop/test_interop.py "$@"
+export BUILD HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+exec "$VENV/bin/python" dev/test/interop/test_interop.py "$@"
