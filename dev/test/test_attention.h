@@ -213,26 +213,23 @@ static void test_scores_off_is_off(void) {
     }
 }
 
+static void scores_set(Rig *r, int k) { r->noise = &scores_cases[k].noise; }
+
 // Not of two channels, of which LayerNorm leaves only a sign: scores are then equal up to rounding,
 // which decides what is largest, and gradients are magnified roundings.
 static void test_scores_reference_losses(void) {
     for (int s = 0; s < N_SHAPES_RUN && scores_run(); s++) {
         if (shapes[s].c.C == 2) continue;
         Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
-        double *w = rig_weights_double(&r), *want = doubles(r.B * r.T);
+        double *w = rig_weights_double(&r);
         for (int k = 0; k < SCORES_CASES * N_FORCED; k++) {
             if (s > 2 && (k + s) % 7) continue;          // only a few of them for the large ones
-            r.noise = &scores_cases[k / N_FORCED].noise;
+            scores_set(&r, k / N_FORCED);
             plan_force(&r.plan, k % N_FORCED, r.B);
-            const char *name = scores_cases[k / N_FORCED].name;
-            const double loss = ref_loss(&r, w, want), tolerance = 8 * rounding(4 * r.c.C + r.T);
-            EXPECT_CLOSE(rig_forward(&r), loss, tolerance * (1 + loss), name);
-            real *got = rig_losses(&r);
-            for (int i = 0; i < r.B * r.T; i++)
-                EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), name);
-            free(got);
+            expect_reference_losses(&r, w, 8 * rounding(4 * r.c.C + r.T),
+                                    scores_cases[k / N_FORCED].name);
         }
-        free(w), free(want);
+        free(w);
         rig_close(&r);
     }
 }
@@ -339,23 +336,8 @@ static void test_scores_ties(void) {
 
 static void test_scores_threads(void) {
     const GptConfig c = {61, 140, 2, 3, 48};
-    for (int k = 0; k < SCORES_CASES && scores_run(); k++) {
-        real *want = NULL;
-        double want_loss = 0, loss;
-        for (int threads = 1; threads <= 3; threads++) {
-            Rig r = rig_open_threads(c, 3, 137, threads);
-            plan_force(&r.plan, ROW, 3);
-            r.noise = &scores_cases[k].noise;
-            real *got = rig_gradient(&r, &loss);
-            if (!want) want = got, want_loss = loss;
-            else
-                EXPECT(loss == want_loss && slot_same_bits(&c, got, want), "%s, %d threads",
-                       scores_cases[k].name, threads);
-            if (got != want) free(got);
-            rig_close(&r);
-        }
-        free(want);
-    }
+    for (int k = 0; k < SCORES_CASES && scores_run(); k++)
+        expect_same_for_threads(c, scores_set, k, scores_cases[k].name);
 }
 
 // A row has the same losses in a batch and alone, with its index in the step, and others with

@@ -771,23 +771,60 @@ static const struct { GptConfig c; int B, T, plan; } shapes[] = {
 };
 enum { N_SHAPES_RUN = sizeof shapes / sizeof shapes[0] };
 
+// The loss of the whole pass and of each token are the reference's, within tolerance (1 + loss).
+static void expect_reference_losses(Rig *r, double *w, double tolerance, const char *name) {
+    double *want = doubles(r->B * r->T);
+    const double loss = ref_loss(r, w, want);
+    EXPECT_CLOSE(rig_forward(r), loss, tolerance * (1 + loss), name);
+    real *got = rig_losses(r);
+    for (int i = 0; i < r->B * r->T; i++)
+        EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), name);
+    free(got), free(want);
+}
+
 static void test_engine_reference_losses(void) {
     for (int s = 0; s < N_SHAPES_RUN; s++) {
         Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
-        double *w = rig_weights_double(&r), *want = doubles(r.B * r.T);
+        double *w = rig_weights_double(&r);
         for (int f = 0; f < N_FORCED; f++) {
             plan_force(&r.plan, f, r.B);
-            double loss = ref_loss(&r, w, want), tolerance = 2 * rounding(4 * r.c.C + r.T);
-            EXPECT_CLOSE(rig_forward(&r), loss, tolerance * (1 + loss), forced_plans[f].name);
-            real *got = rig_losses(&r);
-            for (int i = 0; i < r.B * r.T; i++)
-                EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])),
-                             forced_plans[f].name);
-            free(got);
+            expect_reference_losses(&r, w, 2 * rounding(4 * r.c.C + r.T), forced_plans[f].name);
         }
         free(w);
-        free(want);
         rig_close(&r);
+    }
+}
+
+// Loss and gradients have the same bits with 1, 2 and 3 threads; `set` gives the rig case k.
+static void expect_same_for_threads(GptConfig c, void (*set)(Rig *, int), int k, const char *name) {
+    real *want = NULL;
+    double want_loss = 0, loss;
+    for (int threads = 1; threads <= 3; threads++) {
+        Rig r = rig_open_threads(c, 3, 137, threads);
+        plan_force(&r.plan, ROW, 3);
+        set(&r, k);
+        real *got = rig_gradient(&r, &loss);
+        if (!want) want = got, want_loss = loss;
+        else
+            EXPECT(loss == want_loss && slot_same_bits(&c, got, want), "%s, %d threads: other bits",
+                   name, threads);
+        if (got != want) free(got);
+        rig_close(&r);
+    }
+    free(want);
+}
+
+// Each parameter's gradient is near: the rms of the differences is at most `share` of its own.
+static void expect_near(const GptConfig *c, const real *got, const real *want, double share,
+                        const char *name) {
+    EACH_TENSOR(c) {
+        const size_t at = slot_at(c, p, l), n = gpt_param_size(c, p);
+        real *apart = (real *)xcalloc(n, sizeof *apart);
+        for (size_t i = 0; i < n; i++) apart[i] = got[at + i] - want[at + i];
+        const double size = rms(want + at, n), error = rms(apart, n);
+        EXPECT(error <= share * size, "%s, %s of layer %d: off by %.3g of %.3g", name,
+               gpt_param[p].name, l, error, size);
+        free(apart);
     }
 }
 

@@ -107,15 +107,11 @@ static void test_lora_reference_losses(void) {
         for (int f = 0; f < N_FORCED; f++) {
             const int s = f % 3 + 1;
             Rig r = rig_open(lora_config(shapes[s].c, k), shapes[s].B, shapes[s].T);
-            double *w = rig_weights_double(&r), *want = doubles(r.B * r.T);
+            double *w = rig_weights_double(&r);
             plan_force(&r.plan, f, r.B);
             lora_noise(&r, k);
-            const double loss = ref_loss(&r, w, want), tolerance = 16 * rounding(4 * r.c.C + r.T);
-            EXPECT_CLOSE(rig_forward(&r), loss, tolerance * (1 + loss), lora_cases[k].name);
-            real *got = rig_losses(&r);
-            for (int i = 0; i < r.B * r.T; i++)
-                EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), lora_cases[k].name);
-            free(got), free(w), free(want);
+            expect_reference_losses(&r, w, 16 * rounding(4 * r.c.C + r.T), lora_cases[k].name);
+            free(w);
             rig_close(&r);
         }
 }
@@ -310,22 +306,7 @@ static void test_lora_base_stays(void) {
 
 static void test_lora_threads(void) {
     const GptConfig c = lora_config((GptConfig){61, 140, 2, 3, 48}, LORA_ALL_DROPOUTS);
-    real *want = NULL;
-    double want_loss = 0;
-    for (int threads = 1; threads <= 3; threads++) {
-        Rig r = rig_open_threads(c, 3, 137, threads);
-        double loss;
-        plan_force(&r.plan, ROW, 3);
-        lora_noise(&r, LORA_ALL_DROPOUTS);
-        real *got = rig_gradient(&r, &loss);
-        if (!want) want = got, want_loss = loss;
-        else
-            EXPECT(loss == want_loss && slot_same_bits(&c, got, want), "%d threads: other bits",
-                   threads);
-        if (got != want) free(got);
-        rig_close(&r);
-    }
-    free(want);
+    expect_same_for_threads(c, lora_noise, LORA_ALL_DROPOUTS, "every dropout");
 }
 
 // The gradients of two micro-batches add up: after an update the first pass overwrites them, the
@@ -364,14 +345,7 @@ static void test_lora_bf16_is_near(void) {
     plan_force(&fp32.plan, ROW, 2), plan_force(&bf16.plan, ROW, 2);
     real *want = rig_gradient(&fp32, &want_loss), *got = rig_gradient(&bf16, &loss);
     EXPECT_CLOSE(loss, want_loss, want_loss / 128, "loss");
-    EACH_TENSOR(&c) {
-        const size_t at = slot_at(&c, p, l), n = gpt_param_size(&c, p);
-        const double size = rms(want + at, n);
-        for (size_t i = at; i < at + n; i++) got[i] -= want[i];
-        const double error = rms(got + at, n);
-        EXPECT(error <= 32 * size / 256, "%s of layer %d: off by %.3g of %.3g", gpt_param[p].name,
-               l, error, size);
-    }
+    expect_near(&c, got, want, 1.0 / 8, "adapters");
     free(want), free(got);
     rig_close(&fp32), rig_close(&bf16);
 }

@@ -156,21 +156,16 @@ static void test_noise_golden(void) {
 static void test_noise_reference_losses(void) {
     for (int s = 0; s < N_SHAPES_RUN; s++) {
         Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
-        double *w = rig_weights_double(&r), *want = doubles(r.B * r.T);
+        double *w = rig_weights_double(&r);
         for (int k = 0; k < NOISE_CASES * N_FORCED; k++) {
             // only a few of them for the large ones
             if (s > 2 && (k + s) % 7) continue;
             noise_set(&r, k / N_FORCED);
             plan_force(&r.plan, k % N_FORCED, r.B);
-            const char *name = noise_cases[k / N_FORCED].name;
-            const double loss = ref_loss(&r, w, want), tolerance = 8 * rounding(4 * r.c.C + r.T);
-            EXPECT_CLOSE(rig_forward(&r), loss, tolerance * (1 + loss), name);
-            real *got = rig_losses(&r);
-            for (int i = 0; i < r.B * r.T; i++)
-                EXPECT_CLOSE(got[i], want[i], tolerance * (1 + fabs(want[i])), name);
-            free(got);
+            expect_reference_losses(&r, w, 8 * rounding(4 * r.c.C + r.T),
+                                    noise_cases[k / N_FORCED].name);
         }
-        free(w), free(want);
+        free(w);
         rig_close(&r);
     }
 }
@@ -206,23 +201,7 @@ static void test_noise_differences(void) {
 
 // The same draws for any number of threads.
 static void test_noise_threads(void) {
-    const GptConfig c = {61, 140, 2, 3, 48};
-    real *want = NULL;
-    double want_loss = 0;
-    for (int threads = 1; threads <= 3; threads++) {
-        Rig r = rig_open_threads(c, 3, 137, threads);
-        double loss;
-        plan_force(&r.plan, ROW, 3);
-        noise_set(&r, 4);
-        real *got = rig_gradient(&r, &loss);
-        if (!want) want = got, want_loss = loss;
-        else
-            EXPECT(loss == want_loss && slot_same_bits(&c, got, want), "%d threads: other bits",
-                   threads);
-        if (got != want) free(got);
-        rig_close(&r);
-    }
-    free(want);
+    expect_same_for_threads((GptConfig){61, 140, 2, 3, 48}, noise_set, 4, noise_cases[4].name);
 }
 
 // A row has the same losses in a batch and alone, with the same index in the step; with another
@@ -271,14 +250,7 @@ static void test_noise_bf16_is_near(void) {
         plan_force(&fp32.plan, ROW, 2), plan_force(&bf16.plan, ROW, 2);
         real *want = rig_gradient(&fp32, &want_loss), *got = rig_gradient(&bf16, &loss);
         EXPECT_CLOSE(loss, want_loss, want_loss / 256, "loss");
-        EACH_TENSOR(&configs[k]) {
-            const size_t at = slot_at(&configs[k], p, l), n = gpt_param_size(&configs[k], p);
-            const double size = rms(want + at, n);
-            for (size_t i = at; i < at + n; i++) got[i] -= want[i];
-            const double error = rms(got + at, n);
-            EXPECT(error <= 16 * size / 512, "config %d, %s of layer %d: off by %.3g of %.3g", k,
-                   gpt_param[p].name, l, error, size);
-        }
+        expect_near(&configs[k], got, want, 1.0 / 32, noise_cases[4].name);
         free(want), free(got);
         rig_close(&fp32), rig_close(&bf16);
     }
