@@ -48,6 +48,10 @@ static inline void align_map(real *map, RowsWorkspace *work, const Maps *m, size
     }
 }
 
+static inline ALWAYS_INLINE Vector align_floor(Vector x) {
+    return select_lanes(x > (real)ALIGN_LEAST, x, vector_of(ALIGN_LEAST));
+}
+
 // The queries from lane i on of a block: adds their distances to *sums; with `more`, it becomes
 // weight times the gradient with respect to each head's probabilities.
 static inline void align_queries(AlignSums *sums, real *more, const real *a, const real *b, int kl,
@@ -58,10 +62,7 @@ static inline void align_queries(AlignSums *sums, real *more, const real *a, con
         const Vector x = *(const Vector *)(a + j * QUERIES + i), y = *(const Vector *)(b + j *
             QUERIES + i);
         ab += x * y, aa += x * x, bb += y * y;
-        for (int l = 0; kl && l < LANES; l++)
-            if (y[l] > 0)
-                divergence[l] += y[l] * (log_real(y[l] > ALIGN_LEAST ? y[l] : ALIGN_LEAST) -
-                                         log_real(x[l] > ALIGN_LEAST ? x[l] : ALIGN_LEAST));
+        if (kl) divergence += y * (log_lanes(align_floor(y)) - log_lanes(align_floor(x)));
     }
     const Mask query = lane_numbers() + (int)i;
     const Mask counts = (query < (int)block->ni) & (query + (int)block->i0 > 0);   // t >= 1
@@ -76,9 +77,7 @@ static inline void align_queries(AlignSums *sums, real *more, const real *a, con
     for (size_t j = 0; more && j < seen; j++) {
         const Vector x = *(const Vector *)(a + j * QUERIES + i), y = *(const Vector *)(b + j *
             QUERIES + i);
-        const Vector floor = select_lanes(x > (Vector){0} + ALIGN_LEAST, x, (Vector){0} +
-                                          ALIGN_LEAST);
-        const Vector g = kl ? -y / floor : -2 / size * (y - ab / aa * x);
+        const Vector g = kl ? -y / align_floor(x) : -2 / size * (y - ab / aa * x);
         *(Vector *)(more + j * QUERIES + i) = select_lanes(counts & rows_sees(block, i, j),
                                                            weight * g, (Vector){0});
     }

@@ -120,6 +120,25 @@ static inline ALWAYS_INLINE Vector exp_lanes(Vector x) {
 #endif
 }
 
+// ln x for each positive normal x: within 3 ulp. x = 2^n m with m from sqrt(1/2) to sqrt(2), and
+// ln m = 2 atanh(s), s = (m - 1) / (m + 1), by its Taylor series (the remainder is below 2^-33).
+static inline ALWAYS_INLINE Vector log_lanes(Vector x) {
+#ifdef REAL_DOUBLE
+    for (int l = 0; l < LANES; l++) x[l] = log(x[l]);
+    return x;
+#else
+    const Bits from = (Bits)x - 0x3F3504F3u;             // the bits of sqrt(1/2)
+    const Vector n = __builtin_convertvector((Mask)from >> 23, Vector);
+    const Vector m = (Vector)((from & 0x7FFFFFu) + 0x3F3504F3u);
+    const Vector s = (m - 1.0f) / (m + 1.0f), z = s * s;
+    Vector p = z * (1.0f / 11) + 1.0f / 9;
+    p = p * z + 1.0f / 7;
+    p = p * z + 1.0f / 5;
+    p = p * z + 1.0f / 3;
+    return n * 0.693145752f + (n * 1.42860677e-6f + (s + s) * (p * z + 1.0f));
+#endif
+}
+
 // The maximum of x (n), over independent lanes, since compilers do not vectorize a plain maximum.
 // NaNs are ignored; of no elements it is -infinity.
 static inline real max_of(const real *x, size_t n) {

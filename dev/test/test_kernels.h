@@ -10,15 +10,17 @@
 
 #define ENGINE_ONLY
 #define CPU_ENGINE kernels_engine
+
 #include "../../train_gpt.c"
 #include "test.h"
 #include "test_engine.h"
+#include <float.h>
 
 #define KERNELS_TESTS(X)                                                                     \
     X(kernels_products_options) X(kernels_products_shapes)                                   \
     X(kernels_products_blocks) KERNELS_PAIRS_TESTS(X)                                        \
-    X(kernels_exp) X(kernels_gelu) X(kernels_bf16_round) X(kernels_transpose) X(kernels_max) \
-    X(kernels_column_sums)                                                                   \
+    X(kernels_exp) X(kernels_log) X(kernels_gelu) X(kernels_bf16_round) X(kernels_transpose) \
+    X(kernels_max) X(kernels_column_sums)                                                    \
     X(kernels_layernorm_forward) X(kernels_layernorm_backward) X(kernels_softmax_loss)       \
     X(kernels_classifier_chunks)
 
@@ -492,6 +494,25 @@ static double exp_error(real x, real y) {
 static void test_kernels_exp(void) {
     sweep("exp", exp_line, exp_error, 1.25, 61);
     sweep_edges("exp", exp_line, exp_error, 1.25);
+}
+
+static void log_line(real *y, const real *x, size_t n) {
+    for (size_t i = 0; i < n; i += LANES) {
+        const size_t some = at_most(n - i, LANES);
+        vector_store_some(y + i, log_lanes(vector_load_some(x + i, some)), some);
+    }
+}
+
+static double log_error(real x, real y) {
+    if (!(x >= (real)FLT_MIN && x <= (real)FLT_MAX)) return 0;   // not specified
+    const long double want = logl((long double)x);
+    return want == 0 ? (y == 0 ? 0 : INFINITY)
+                     : (double)(fabsl((long double)y - want) / ulp_at((double)want));
+}
+
+static void test_kernels_log(void) {
+    sweep("log", log_line, log_error, 3, 61);
+    sweep_edges("log", log_line, log_error, 3);
 }
 
 // GELU and its derivative are near 0 where a sum of much larger values is: their errors there are
