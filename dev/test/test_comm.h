@@ -588,11 +588,15 @@ static void test_ranks_equal_one(void) {
     static const char *const variant[] = {
         "--drop-path 0", "--drop-path 0.5 --drop-sync 0 --drop-ramp-up 0 --drop-adam skip",
         "--drop-path 0.5 --drop-unit row --drop-ramp-up 0",
-        "--drop-path 0.5 --drop-sync 0 --drop-recipe huang2016 --drop-depth uniform"};
+        "--drop-path 0.5 --drop-sync 0 --drop-recipe huang2016 --drop-depth uniform",
+        // noise by the row's index in the step, not in the rank
+        "--drop-path 0.3 --drop-unit row --dropout 0.2 --label-smoothing 0.1 --layers 3 "
+        "--exit-scale 0.2",
+        "--drop-path 0 --attentiondrop blur --dropout-attn 0.2 --consistency 1"};
     char out[3][500];
-    for (int i = 0; i < 4; i++)
+    for (size_t i = 0; i < sizeof variant / sizeof variant[0]; i++)
         for (int k = 0; k < 3; k++) {
-            snprintf(out[k], sizeof out[0], "%s/%d_%d", dir, i, 1 << k);
+            snprintf(out[k], sizeof out[0], "%s/%zu_%d", dir, i, 1 << k);
             EXPECT_RANKS(1 << k, "--out %s --steps 12 %s", out[k], variant[i]);
             if (k) EXPECT_NEAR_RUN(out[0], out[k]);
         }
@@ -761,7 +765,8 @@ static void test_ranks_launcher(void) {
 
 static inline void test_gpu_ranks_equal_one(void) {
     const char *dir = test_directory(),
-        *drop = "--steps 12 --dtype fp32 --drop-path 0.5 --drop-ramp-up 0 --eval-depths 0.5";
+        *drop = "--steps 12 --dtype fp32 --drop-path 0.5 --drop-ramp-up 0 --eval-depths 0.5 "
+                "--dropout 0.1 --label-smoothing 0.1";
     static const struct { const char *program, *options; int ranks; } run[] = {
         {EMULATED, "--drop-adam skip", 1}, {LAZY, "--drop-adam skip --zero 0", 2},
         {LAZY, "--drop-adam skip --zero 1", 2}, {EMULATED, "--drop-adam skip --zero 1", 4},
