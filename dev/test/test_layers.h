@@ -419,10 +419,11 @@ static void test_effects_rows_and_steps(void) {
            (long long)d.n);
     effects_data_free(&d), metrics_log_free(&log);
     for (int i = 4; i < 6; i++) {
-        EXPECT(!metrics_log_parse(&log, xprintf("%s\n", line[i]), strlen(line[i]) + 1), "no log");
+        char *alone = xprintf("%s\n", line[i]);
+        EXPECT(!metrics_log_parse(&log, alone, strlen(alone)), "no log");
         const char *error = effects_read(&d, &run, &log, 100, &at);
         EXPECT_ERROR(error, i == 4 ? "another number of losses" : "rows");
-        effects_data_free(&d), metrics_log_free(&log);
+        effects_data_free(&d), metrics_log_free(&log), free(alone);
     }
     text_free(&all);
 }

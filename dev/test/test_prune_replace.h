@@ -229,7 +229,7 @@ static void test_prune_adapter(void) {
 static void test_prune_replace_refuses(void) {
     const char *dir = test_directory(), *run = replace_test_run(), *data = trainer_test_data();
     char *start = xprintf("prune %s --out %s/p", run, dir),
-         *val = xprintf("--val '%s/data/val_*.bin'", data);
+         *val = xprintf("--val '%s/data/val_*.bin'", data), *out = xprintf("%s/p", dir);
     EXPECT_TOOL_REFUSES("--val is missing: this --method needs data",
                         "%s --drop 2 --method replace", start);
     EXPECT_TOOL_REFUSES("layers 0 to 1 go: --method replace needs a layer before",
@@ -249,8 +249,8 @@ static void test_prune_replace_refuses(void) {
     const char *bare = tools_test_copy("plain", 1);
     EXPECT_TOOL_REFUSES("--calib is missing: the training data of ",
                         "prune %s --out %s/p %s --drop 1 --method replace", bare, dir, val);
-    EXPECT(!path_exists(xprintf("%s/p", dir)), "something was written");
-    free(start), free(val);
+    EXPECT(!path_exists(out), "something was written");
+    free(start), free(val), free(out);
 }
 
 #define PRUNE_REPLACE_TESTS(X)                                                                     \

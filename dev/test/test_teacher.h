@@ -514,7 +514,7 @@ static void test_teacher_resume(void) {
     EXPECT_RUN("--out %s/a --steps 30 --teacher %s/teacher %s --save-every 10 --keep 0", dir, dir,
                how);
     EXPECT_RUN("--out %s/t2 --steps 21 --lr 1e-2 --layers 1 --heads 4 --channels 24", dir);
-    shell_runf("mv %s/teacher %s/moved", dir, dir);
+    tool_expect(0, "", shell_runf("mv %s/teacher %s/moved", dir, dir), __FILE__, __LINE__);
     ToolRun r = trainer_test_run("--out %s/b --steps 30 --teacher %s/moved %s --resume "
                                  "%s/a/step_00000010", dir, dir, how, dir);
     EXPECT(r.code == 0 && !strstr(r.err.s, "teacher") && !strstr(r.err.s, "other options"), "%s",
