@@ -22,6 +22,7 @@
 #include "dev/model/attention_tiles.h"
 #include "dev/model/cpu_model.h"
 #include "dev/model/engines.h"
+#include "dev/model/entropy.h"
 #include "dev/model/matmul.h"
 #include "dev/model/peak.h"
 #include "dev/model/scoring.h"
@@ -278,8 +279,7 @@ static void attention_backward_queries(AttentionWorkspace *work, const real *q, 
 // With `keep`, s becomes P after dropout, and dP refers to that.
 static inline ALWAYS_INLINE void attention_backward_scores(AttentionWorkspace *work,
                                                            const real *keep, size_t i0, size_t j0,
-                                                               size_t nj,
-                                                           size_t lanes) {
+                                                           size_t nj, size_t lanes) {
     for (size_t i = 0; i < lanes; i += LANES) {
         const Vector lse = *(const Vector *)(work->top + i),
             inner = *(const Vector *)(work->inner + i);
@@ -305,8 +305,7 @@ static inline ALWAYS_INLINE void attention_backward_scores(AttentionWorkspace *w
 // y> is still the sum of P dP, since y is computed from P~.
 static void attention_backward_head(real *dq, const real *dy, const real *q, const real *y,
                                     const real *lse, AttentionWorkspace *work, HeadPlace at,
-                                        size_t T,
-                                    size_t C, size_t HS) {
+                                    size_t T, size_t C, size_t HS) {
     const size_t ld = 3 * C, W = round_up(HS, LANES);
     const real scale = (real)(1 / sqrt((double)HS)), *k = q + C, *v = k + C;
     real *dk = dq + C, *dv = dk + C, *s = work->s, *ds = work->ds;
@@ -384,8 +383,7 @@ static Result branch_end(const Model *m, const Pass *pass, int l, int branch, co
     const size_t C = (size_t)m->config.C;
     if (end_is_packed(pass, branch)) return fresh(m->out, C, bias);
     return (Result){.at = m->x, .ld = C, .rows = rows_of(m, b), .T = (size_t)m->last_T, .add = 1,
-                    .scale = (real)b->scale,
-                    .bias = bias};
+                    .scale = (real)b->scale, .bias = bias};
 }
 
 // Its gradient: dout (n,T,C), or dx[rows], whose scale the matmuls then apply; *scale is 1 or that
@@ -408,9 +406,8 @@ static Adapter adapter_at(const Model *m, int l, int param) {
     const int A = gpt_adapter_of(&m->config, param);
     if (A < 0) return (Adapter){0};
     return (Adapter){tensor_at(m, SLOT_PARAM, A, l), tensor_at(m, SLOT_PARAM, A + 1, l),
-                     tensor_at(m, SLOT_GRAD, A, l),
-                     tensor_at(m, SLOT_GRAD, A + 1, l), m->lora_u, m->lora_v,
-                     (size_t)gpt_param_rows(&m->config, param),
+                     tensor_at(m, SLOT_GRAD, A, l), tensor_at(m, SLOT_GRAD, A + 1, l),
+                     m->lora_u, m->lora_v, (size_t)gpt_param_rows(&m->config, param),
                      (size_t)gpt_param_cols(&m->config, param), (size_t)m->config.lora,
                      (real)m->args.lora_scale};
 }
@@ -465,29 +462,14 @@ static void linear_backward(Model *m, const Pass *pass, int l, int param, Result
                          adapter_dropout(m, pass, l, param, m->lora_x, x, nT), nT);
 }
 
-// The mean entropy of the probabilities with which k was computed: of a query it is the log-sum-exp
-// less the mean score, <q, sum_j p_j k_j> / sqrt(HS), and that sum is attention with the keys in
-// place of the values.
+// The mean entropy of the probabilities with which k was computed (dev/model/entropy.h).
 static double attention_entropy(Model *m, const AttentionSaved *k, size_t n) {
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
     const NoisePlace none = {0};
     real *qkk = m->gelu, *mean = m->out;                 // (n,T,3C) (n,T,C)
-    double *sum = xcalloc(n * T, sizeof *sum), all = 0;
-    for (size_t t = 0; t < n * T; t++) {
-        memcpy(qkk + t * 3 * C, k->qkv + t * 3 * C, 2 * C * sizeof(real));
-        memcpy(qkk + t * 3 * C + 2 * C, k->qkv + t * 3 * C + C, C * sizeof(real));
-    }
+    entropy_keys_as_values(qkk, k->qkv, n * T, C);
     attention_forward(mean, k->lse, &m->work, qkk, &none, NULL, n, T, C, NH);
-#pragma omp parallel for
-    for (size_t t = 0; t < n * T; t++) {
-        for (size_t c = 0; c < C; c++)
-            sum[t] -= (double)qkk[t * 3 * C + c] * (double)mean[t * C + c];
-        sum[t] /= sqrt((double)(C / NH));
-        for (size_t h = 0; h < NH; h++) sum[t] += (double)k->lse[(t / T * NH + h) * T + t % T];
-    }
-    for (size_t t = 0; t < n * T; t++) all += sum[t];
-    free(sum);
-    return n ? all / (double)(n * T * NH) : 0;
+    return entropy_mean(qkk, mean, k->lse, n, T, C, NH);
 }
 
 // y = attention of qkv; in decode, attention that continues sequences, or the ordinary one if all
@@ -938,8 +920,7 @@ static void model_write(Model *m, Slot slot, int param, int layer, const real *h
 
 static double model_peak(Model *m, double seconds) { return machine_peak(m->pack.bf16, seconds); }
 
-#ifndef CPU_ENGINE                                       // a fat build names each of its engines,
-                                                         // and dev/model/engines.c chooses
+#ifndef CPU_ENGINE           // a fat build names each of its engines; dev/model/engines.c chooses
 #define CPU_ENGINE cpu_engine
 extern const Engine CPU_ENGINE;
 
@@ -955,13 +936,11 @@ const Engine *engine_cpu(void) {
 
 const Engine CPU_ENGINE = {
     "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32,
-    CAN_ANY_BATCH | CAN_EDIT_SCORES | CAN_TWINS | CAN_ALIGN |
-    CAN_ENTROPY,
+    CAN_ANY_BATCH | CAN_EDIT_SCORES | CAN_TWINS | CAN_ALIGN | CAN_ENTROPY,
     model_open, model_run, model_losses, model_parts, model_logits, model_decode,
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };
 
-#ifndef ENGINE_ONLY                                      // the Makefile links main.c with an engine
-                                                         // instead
+#ifndef ENGINE_ONLY          // the Makefile links main.c with an engine instead
 #include "dev/main.c"
 #endif

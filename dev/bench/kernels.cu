@@ -787,8 +787,7 @@ static double head_check(void *arg) {
                               (size_t)samples, h->n);
         for (int k = 0; k < samples; k++)
             deviation_add(&d[what], device_number(g, what ? (void *)h->dwte : h->dx, what,
-                                                  place[k].i * C + place[k].j),
-                          want[k]);
+                                                  place[k].i * C + place[k].j), want[k]);
     }
     free(place);
     free(want);

@@ -48,8 +48,7 @@ static size_t head_chunk(size_t BT, size_t V) { return classifier_chunk(BT, V); 
 
 // losses (BT), dx (BT,C) =, dwte (V,C) +=, each token with weight 1/BT.
 static void head_all(real *losses, real *dx, real *dwte, Model *work, const real *x,
-                     const real *wte, const int *targets,
-                 size_t BT, size_t C, size_t V) {
+                     const real *wte, const int *targets, size_t BT, size_t C, size_t V) {
     const Scoring y = {losses, work->uniform, work->distilled, work->apart, targets,
                        (real)(1 / (double)BT), 0, {0}, {0}};
     classifier(&y, dx, dwte, 1, work->logits, &work->pack, x, wte, BT, C, V);

@@ -90,8 +90,7 @@ static inline void attention_query(real *y, const real *q, const real *head, siz
 // tokens continue sequence seq[row] of the cache at position at[row], and their keys and values are
 // stored there. With y NULL they are only stored.
 static inline void attention_cached(real *y, const real *qkv, HeadCache cache, const BranchPlan *b,
-                                    const int *seq, const int *at,
-                             size_t T, size_t C, size_t NH) {
+                                    const int *seq, const int *at, size_t T, size_t C, size_t NH) {
     const size_t HS = C / NH;
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (size_t i = 0; i < (size_t)b->n; i++)

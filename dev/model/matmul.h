@@ -379,8 +379,7 @@ static inline void block_multiply(const Result *y, const PackWorkspace *work, Bl
                         at_most(k.N - j * TILE_COLS, TILE_COLS), words);
             if (y->gelu)
                 block_gelu(y, k.i + i0 * TILE_ROWS, k.i + at_most(i1 * TILE_ROWS, k.M),
-                           k.j + j0 * TILE_COLS,
-                                    k.j + at_most(j1 * TILE_COLS, k.N));
+                           k.j + j0 * TILE_COLS, k.j + at_most(j1 * TILE_COLS, k.N));
         }
 }
 
@@ -534,8 +533,7 @@ static inline void multiply_few(Result y, const PackWorkspace *work, Matrix a, c
 // scale; it is complete before x is read, since dx's epilogue may recompute x.
 static inline void matmul_backward(Result dx, real *dw, int add, real *dbias,
                                    const PackWorkspace *work, Matrix dy, const real *x,
-                                       const real *w, size_t BT, size_t C,
-                                   size_t OC) {
+                                       const real *w, size_t BT, size_t C, size_t OC) {
     multiply(dx, work, dy, transposed(w, OC), BT, C, OC, NULL);
     if (!dw) return;
     multiply(scaled(dw, OC, dx.scale, add), work, transposed(x, C), dy, C, OC, BT, dbias);

@@ -193,8 +193,7 @@ static inline void selfcheck_run(Selfcheck *s, const Engine *e, EngineArgs args)
 typedef struct { double tolerance, worst; char *what; } SelfcheckError;
 
 static inline void selfcheck_compare(SelfcheckError *e, double got, double want, double size,
-                                     const char *kind,
-                                                      const char *name) {
+                                     const char *kind, const char *name) {
     const double off = fabs(got - want) / size;
     if (off <= e->worst) return;
     free(e->what);

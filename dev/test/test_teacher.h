@@ -163,8 +163,7 @@ static void test_distill_chunks(void) {
         c.V), *losses = doubles(100), want = 0, part[N_PARTS];
     for (int row = 0; row < 2; row++) {
         ref_row(losses, logits, NULL, NULL, w, &c, &r.plan, NULL, NULL, row, 100,
-                r.tokens + row * 100,
-                r.targets + row * 100);
+                r.tokens + row * 100, r.targets + row * 100);
         for (int t = 0; t < 100; t += 1 + t % 3)
             want += 4 * ref_kl(soft + (size_t)(row * 100 + t) * (size_t)c.V, logits +
                                (size_t)t * (size_t)c.V, 2, c.V);

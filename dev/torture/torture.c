@@ -249,8 +249,7 @@ static void list_calls(const char *dir, const char *more, Calls *c) {
 // ---- Kills ----
 
 // Runs once with more options, ending at call `at`, and checks what is left.
-static void kill_at(const Calls *c, int mode, int64_t at, const char *more,
-                    const char *reference) {
+static void kill_at(const Calls *c, int mode, int64_t at, const char *more, const char *reference) {
     char *dir = new_case(), *wrong = NULL, what[100];
     const Faults f = fault(mode, 0, at, at);
     const int code = run(dir, more, &f);
