@@ -190,13 +190,14 @@ static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
 // 9.0 take 1.6 times as long (estimated) and would cost more than reading dy once more.
 
 // Rows of elements, ld apart; a matmul reads the matrix or, with `transposed`, its transpose. All
-// N.
-typedef struct { const void *at; size_t ld; int transposed; } Matrix;
+// N. stride: from the first element of one matrix to that of the next, if the matmul is of several.
+typedef struct { const void *at; size_t ld; int transposed; size_t stride; } Matrix;
 
 // The destination of a matmul: y (M,N) = a b + bias (N), or with `add` y += a b. `sums`: y is
 // float, otherwise N. With `gelu` (M,N) also gelu = GELU(y); with `h` (M,N), too, that is GELU(h),
 // and y is multiplied by GELU'(h). With `b_sum` (N), where y is float, also b_sum = the columns of
-// b. `alpha` multiplies a b; if it is not 1, nothing else is fused.
+// b. `alpha` multiplies a b; if it is not 1, nothing else is fused, nor if there are several
+// matrices: `count` products of the same shape, `stride` apart.
 typedef struct {
     void *at;
     size_t ld;
@@ -204,22 +205,26 @@ typedef struct {
     const void *bias, *h;
     void *gelu;
     float *b_sum, alpha;
+    size_t count, stride;
 } Result;
 
-static inline Matrix matrix(const void *at, size_t ld) { const Matrix m = {at, ld, 0}; return m; }
-static inline Matrix transposed(const void *at, size_t ld) { const Matrix m = {at, ld,
-                                                                               1}; return m; }
+static inline Matrix matrices(const void *at, size_t ld, int transposed, size_t stride) {
+    const Matrix m = {at, ld, transposed, stride};
+    return m;
+}
+static inline Matrix matrix(const void *at, size_t ld) { return matrices(at, ld, 0, 0); }
+static inline Matrix transposed(const void *at, size_t ld) { return matrices(at, ld, 1, 0); }
 static inline Result fresh(void *at, size_t ld, const void *bias) {
-    const Result y = {at, ld, 0, 0, bias, NULL, NULL, NULL, 1};
+    const Result y = {at, ld, 0, 0, bias, NULL, NULL, NULL, 1, 1, 0};
     return y;
 }
 static inline Result summed(float *at, size_t ld, int add) {
-    const Result y = {at, ld, 1, add, NULL, NULL, NULL, NULL, 1};
+    const Result y = {at, ld, 1, add, NULL, NULL, NULL, NULL, 1, 1, 0};
     return y;
 }
 
 typedef struct {
-    size_t M, N, K, lda, ldb, ldy;
+    size_t M, N, K, lda, ldb, ldy, count, stride_a, stride_b, stride_y;
     int a_transposed, b_transposed, sums, add, epilogue;
 } MatmulKey;
 
@@ -235,10 +240,19 @@ struct Matmul {
     CUBLAS_CHECK(cublasLtMatmulDescSetAttribute((p)->what, CUBLASLT_MATMUL_DESC_##attribute, \
                                                 &(value), sizeof(value)))
 
-static cublasLtMatrixLayout_t matmul_layout(int type, size_t columns, size_t rows, size_t ld) {
+// count matrices, stride apart.
+static cublasLtMatrixLayout_t matmul_layout(int type, size_t columns, size_t rows, size_t ld,
+                                            size_t count, size_t stride) {
+    const int32_t matrices = (int32_t)count;
+    const int64_t apart = (int64_t)stride;
     cublasLtMatrixLayout_t layout;
     CUBLAS_CHECK(cublasLtMatrixLayoutCreate(&layout, (cudaDataType)type, columns, rows,
                                             (int64_t)ld));
+    if (count == 1) return layout;
+    CUBLAS_CHECK(cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+                                                  &matrices, sizeof matrices));
+    CUBLAS_CHECK(cublasLtMatrixLayoutSetAttribute(
+        layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &apart, sizeof apart));
     return layout;
 }
 
@@ -267,11 +281,11 @@ static void matmul_describe(const Gpu *g, Matmul *p, const Result *y) {
     if (p->fused && (y->bias || y->b_sum)) SET_OF_PRODUCT(p, BIAS_DATA_TYPE, bias);
     if (p->fused && (y->gelu || y->h)) SET_OF_PRODUCT(p, EPILOGUE_AUX_LD, ld);
     matmul_pointers(p, y);
-    p->b = k->b_transposed ? matmul_layout(number, k->K, k->N, k->ldb)
-        : matmul_layout(number, k->N, k->K, k->ldb);
-    p->a = k->a_transposed ? matmul_layout(number, k->M, k->K, k->lda)
-        : matmul_layout(number, k->K, k->M, k->lda);
-    p->y = matmul_layout(k->sums ? CUDA_R_32F : number, k->N, k->M, k->ldy);
+    p->b = k->b_transposed ? matmul_layout(number, k->K, k->N, k->ldb, k->count, k->stride_b)
+        : matmul_layout(number, k->N, k->K, k->ldb, k->count, k->stride_b);
+    p->a = k->a_transposed ? matmul_layout(number, k->M, k->K, k->lda, k->count, k->stride_a)
+        : matmul_layout(number, k->K, k->M, k->lda, k->count, k->stride_a);
+    p->y = matmul_layout(k->sums ? CUDA_R_32F : number, k->N, k->M, k->ldy, k->count, k->stride_y);
 }
 
 static cublasStatus_t matmul_run(const Gpu *g, const Matmul *p,
@@ -311,7 +325,7 @@ static double matmul_time(const Gpu *g, const Matmul *p, const cublasLtMatmulAlg
 static int matmul_search(const Gpu *g, const Matmul *p,
                           const cublasLtMatmulHeuristicResult_t *found, int n, const Matrix *a,
                           const Matrix *b, const float *b_sum) {
-    const size_t numbers = p->key.M * p->key.ldy,
+    const size_t numbers = p->key.M * p->key.ldy + (p->key.count - 1) * p->key.stride_y,
         bytes = round_up(numbers * (p->key.sums ? 4 : size_of_number(g)), ALIGN);
     const size_t sum_bytes = b_sum && p->fused ? p->key.N * sizeof *b_sum : 0;
     char *work = NULL;
@@ -360,7 +374,8 @@ static int matmul_search(const Gpu *g, const Matmul *p,
 static int matmul_choose(const Gpu *g, Matmul *p, const Matrix *a, const Matrix *b,
                           const float *b_sum) {
     const size_t work = WORKSPACE;
-    const double flops = 2.0 * (double)p->key.M * (double)p->key.N * (double)p->key.K;
+    const double flops = 2.0 * (double)p->key.count * (double)p->key.M * (double)p->key.N *
+        (double)p->key.K;
     cublasLtMatmulPreference_t wish;
     cublasLtMatmulHeuristicResult_t found[ALGORITHMS];
     int n = 0;
@@ -416,6 +431,8 @@ static Matmul *matmul_find(Gpu *g, const Result *y, const Matrix *a, const Matri
     key.M = M, key.N = N, key.K = K, key.lda = a->ld, key.ldb = b->ld, key.ldy = y->ld;
     key.a_transposed = a->transposed, key.b_transposed = b->transposed, key.sums = y->sums,
         key.add = y->add;
+    key.count = y->count, key.stride_a = a->stride, key.stride_b = b->stride,
+        key.stride_y = y->stride;
     key.epilogue = matmul_epilogue(y);
     for (int i = 0; i < g->n_matmuls; i++)
         if (!memcmp(&g->matmul[i].key, &key, sizeof key)) return &g->matmul[i];
@@ -508,7 +525,7 @@ static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t
     sum_parts(g, sum, NULL, g->partial, N, parts, add);
 }
 
-// y (M,N) from a (M,K) b (K,N); y must not overlap a, b or h, nor b_sum g->partial.
+// y (M,N) from a (M,K) b (K,N), or y.count of them; y must not overlap a, b or h, nor b_sum g->partial.
 static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, size_t K) {
     Matmul *p = matmul_find(g, &y, &a, &b, M, N, K);
     const int gelu_inside = p->fused && y.gelu && !y.h;
@@ -641,7 +658,7 @@ static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *
     const unsigned group = (unsigned)(thread_index() % groups), c = group * NOISE_EACH;
     if (token >= nT) return;
     const unsigned row = rows ? (unsigned)rows[token / T] : token / T;
-    const Philox w = noise_words(z.key, z.first_row + row, 0, token % T, group);
+    const Philox w = noise_words(z.key, noise_row(&z, row), 0, token % T, group);
     const float scale = (float)noise_scale(z.rate);
     N *const to = x + (size_t)token * C;
     UNROLL for (unsigned e = 0; e < NOISE_EACH; e++)
@@ -939,7 +956,7 @@ static __global__ void attention_keep_kernel(uint32_t *words, const NoisePlace *
     if (at >= count) return;
     const int word = (int)(at % (size_t)stride), t = (int)(at / (size_t)stride % (size_t)T);
     const size_t head = at / (size_t)stride / (size_t)T;
-    const uint32_t row = z.first_row + (uint32_t)rows[head / (size_t)NH];
+    const uint32_t row = noise_row(&z, (uint32_t)rows[head / (size_t)NH]);
     uint32_t bits = 0;
     for (int i = 0; i < 32 / NOISE_EACH && 32 * word <= t; i++) {
         const Philox w = noise_words(z.key, row, (uint32_t)(head % (size_t)NH), (uint32_t)t,
@@ -1906,6 +1923,10 @@ static void attention_backward(void *dqkv, float *inner, const void *dy, const v
     else attention_backward_plainly<float>(dqkv, dy, qkv, lse, inner, &a);
 }
 
+// ---- Attention with whole rows of scores, for what edits or reads them ----
+
+#include "dev/cuda/attention_rows.h"
+
 // ---- Attention over cached keys and values: one query at a time ----
 //
 // The cache of a layer is (sequences,2,T,C): the keys of a sequence, then its values. Packed row i
@@ -2426,6 +2447,7 @@ typedef struct {
     // (2L,rows) (rows) (rows) (BT) (BT) (BT) (BT + 1)
     int *row, *seq, *at, *tokens, *targets, *order, *first;
     NoisePlace *noise;  // (NOISE_PLACES,L)
+    ScoreEdit *edit;    // (L)
 } Inputs;
 
 struct Model {
@@ -2465,6 +2487,7 @@ struct Model {
     float *lnf_rstd;                     // (B,T)
     float *losses, *uniform, *distilled; // (B,T) each, from the kernels of the head
     uint32_t *keep;                      // (B,NH,T,T/32) bits of attention's dropout; NULL: none
+    AttentionRows score_rows;            // for whole rows of scores; s NULL: none
     void *ln, *gelu, *out;               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
     void *redo;                          // (B,T,4C) qkv and y, or h, if they are recomputed
     float *lse;                          // (B,NH,T) likewise
@@ -2720,12 +2743,21 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     return m->args.bound.rows > 0 ? N_BUFFERS : N_BUFFERS - N_TRAINING_BUFFERS;
 }
 
+// Cuts the workspace for whole rows of scores from an arena, if the model needs it; at NULL: only
+// returns its bytes.
+static size_t score_rows_open(Model *m, char **at) {
+    const GptConfig *c = &m->config;
+    if (!m->args.score_rows && !m->args.align && !m->args.maps) return 0;
+    return rows_open(&m->score_rows, at, (size_t)m->args.B, (size_t)m->args.T, (size_t)c->C,
+                     (size_t)c->NH, size_of_number(&m->gpu), m->gpu.stream);
+}
+
 static size_t buffers_bytes(Model *m, size_t saved) {
     Buffer buffers[N_BUFFERS];
     size_t bytes = 0;
     for (int i = 0, n = model_buffers(m, buffers); i < n; i++)
         bytes += arena_bytes(buffers[i].at == (void **)&m->saved ? saved : buffers[i].bytes);
-    return bytes;
+    return bytes + score_rows_open(m, NULL);
 }
 
 static void buffers_new(Model *m) {
@@ -2737,6 +2769,7 @@ static void buffers_new(Model *m) {
     for (int i = 0, n = model_buffers(m, buffers); i < n; i++)
         *buffers[i].at = arena_cut(&at, buffers[i].at == (void **)&m->saved ? m->saved_capacity
                                  : buffers[i].bytes, m->gpu.stream);
+    score_rows_open(m, &at);
 }
 
 // Lays out the inputs in one array, on the host or the device; returns the number of elements.
@@ -2753,9 +2786,10 @@ static size_t inputs_layout(const Model *m, Inputs *in, int *at) {
     in->order = in->targets + BT;
     in->first = in->order + BT;
     in->noise = (NoisePlace *)(void *)(in->first + BT + 1);
-    const size_t noise = (size_t)NOISE_PLACES * (size_t)m->config.L *
-        (sizeof(NoisePlace) / sizeof(int));
-    return 2 * branches * m->rows + branches + 2 * m->rows + 4 * BT + 1 + noise;
+    const size_t L = (size_t)m->config.L, places = (size_t)NOISE_PLACES * L;
+    in->edit = (ScoreEdit *)(void *)(in->noise + places);
+    return 2 * branches * m->rows + branches + 2 * m->rows + 4 * BT + 1 +
+        (places * sizeof(NoisePlace) + L * sizeof(ScoreEdit)) / sizeof(int);
 }
 
 static void inputs_new(Model *m) {
@@ -2940,7 +2974,8 @@ static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
     key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
     key.noise = !!noise_rate(pass->noise, NOISE_ATTN) +
                 2 * !!noise_rate(pass->noise, NOISE_ATTN_OUT) +
-                4 * !!noise_rate(pass->noise, NOISE_LORA);
+                4 * !!noise_rate(pass->noise, NOISE_LORA) +
+                8 * noise_scores(pass->noise, i / BRANCHES).kind;
     key.before = before, key.before_n = before < 0 ? 0 : plan->branch[before].n;
     // the same key, or the oldest
     Graph *all = m->graph + (size_t)(2 * i + backward) * GRAPHS, *g = all;
@@ -3131,6 +3166,16 @@ static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, Ke
     return keep;
 }
 
+// What edits layer l's scores, on nT tokens, with its dropout.
+static RowsShape score_edits(const Model *m, const Pass *pass, int l, const KeptKeys *keep) {
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
+    const KeptKeys all = {NULL, NULL, 0};
+    const RowsShape a = {m->device.edit + l, noise_scores(pass->noise, l).kind, keep ? *keep : all,
+                         m->device.row + (size_t)(BRANCHES * l + ATTN) * m->rows, (size_t)b->n,
+                         (size_t)m->last_T, NULL, NULL};
+    return a;
+}
+
 // Dropout at the end of branch i, packed in x (n,T,C), or of its gradient.
 static void end_dropout(Model *m, const Pass *pass, int i, void *x) {
     const int place = NOISE_ATTN_OUT + i % BRANCHES;
@@ -3145,11 +3190,13 @@ static void attention_inside(Model *m, const Pass *pass, int l, const AttentionS
                              size_t nT) {
     const Gpu *g = &m->gpu;
     const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
-    KeptKeys keep;
+    KeptKeys made;
     linear_forward(m, pass, l, P_qkvw, fresh(k->qkv, 3 * C, weight_at(m, P_qkvb, l)), k->ln, nT);
-    if (!m->decoding || m->begins)
-        attention_forward(k->y, k->lse, k->qkv, attention_keep_keys(m, pass, l, &keep), nT / T, T,
-                          C, NH, g->half, g->stream);
+    if (m->decoding && !m->begins) return;
+    const KeptKeys *keep = attention_keep_keys(m, pass, l, &made);
+    const RowsShape rows = score_edits(m, pass, l, keep);
+    if (rows.kind) attention_rows_forward(&m->gpu, k->y, k->lse, &m->score_rows, k->qkv, &rows);
+    else attention_forward(k->y, k->lse, k->qkv, keep, nT / T, T, C, NH, g->half, g->stream);
 }
 
 // Its remainder in decode: caches keys and values and, unless all rows begin a sequence, computes
@@ -3206,14 +3253,19 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l, int add
     const Operands w = weights_at(m, l);
     const AttentionSaved *k = &m->attention[l];
     const Gpu *g = &m->gpu;
-    KeptKeys keep;
+    KeptKeys made;
     void *dqkv = m->dwide, *dln = m->dy;
     if (k->ln == m->ln) layernorm_recompute(g, k->ln, k->xhat, w.ln1w, w.ln1b, nT, C);
     if (k->qkv == m->redo) attention_inside(m, pass, l, k, nT);
     linear_backward(m, pass, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
-    attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse,
-                       attention_keep_keys(m, pass, l, &keep), nT / T, T, C, NH, g->half,
-                       g->stream);
+    const KeptKeys *keep = attention_keep_keys(m, pass, l, &made);
+    const RowsShape rows = score_edits(m, pass, l, keep);
+    if (rows.kind)
+        attention_rows_backward(&m->gpu, dqkv, m->inner, &m->score_rows, m->dy, k->qkv, k->y,
+                                k->lse, &rows);
+    else
+        attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, keep, nT / T, T, C, NH,
+                           g->half, g->stream);
     linear_backward(m, pass, l, P_qkvw, fresh(dln, C, NULL), dqkv, k->ln, add, nT);
 }
 
@@ -3386,6 +3438,7 @@ static int send_inputs(Model *m, const Batch *batch, const Pass *pass) {
     }
     for (int i = 0; i < NOISE_PLACES * plan->layers; i++)
         m->host.noise[i] = noise_place(pass->noise, i / plan->layers, i % plan->layers);
+    for (int l = 0; l < plan->layers; l++) m->host.edit[l] = noise_scores(pass->noise, l);
     if (batch->tokens) memcpy(m->host.tokens, batch->tokens, BT * sizeof(int));
     if (batch->targets) memcpy(m->host.targets, batch->targets, BT * sizeof(int));
     if (pass->weight != 0) groups = group_tokens(m, batch->tokens, BT);
@@ -4012,7 +4065,8 @@ static double model_peak(Model *m, double seconds) {
 const Engine *CUDA_ENGINE(void) {
     static char name[300] = "GPU";
     static const Engine engine = {
-        name, DTYPE_BF16, CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE,
+        name, DTYPE_BF16,
+        CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE | CAN_EDIT_SCORES,
         model_open, model_run, model_losses, model_parts, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };

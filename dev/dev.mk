@@ -96,7 +96,7 @@ $(B)/test_emu.o: dev/test/test_emu.cu
 # The engine and the tests of its kernels; with little memory for logits, so that there are several
 # chunks of them.
 $(B)/test_cuda.o: dev/test/test_cuda.cu
-	$(call emu,-DLOGITS_BYTES='(1 << 18)' -DWORKSPACE_BYTES=65536)
+	$(call emu,-DLOGITS_BYTES='(1 << 18)' -DROWS_SCORES=4096 -DWORKSPACE_BYTES=65536)
 $(B)/test_nccl.o: dev/test/test_nccl.cu
 	$(call emu)
 $(B)/engine_emu.o: train_gpt.cu
@@ -144,7 +144,7 @@ test: test-programs
 $(B)/test_gpt_cuda.o: test_gpt.c
 	$(call cc,-DCUDA_BUILD)
 $(B)/test_cuda_device.o: dev/test/test_cuda.cu
-	$(call nvcc,-DLOGITS_BYTES='(1 << 18)')
+	$(call nvcc,-DLOGITS_BYTES='(1 << 18)' -DROWS_SCORES=4096)
 $(B)/test_gpt_cuda: $(B)/test_gpt_cuda.o $(ENGINES) $(B)/engine_no_pairs.o $(B)/test_cuda_device.o
 	$(gpu_link)
 

@@ -50,6 +50,9 @@ typedef enum {
     CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26
 } cublasLtMatmulDescAttributes_t;
 typedef enum { CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1 } cublasLtMatmulPreferenceAttributes_t;
+typedef enum {
+    CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6
+} cublasLtMatrixLayoutAttribute_t;
 
 typedef struct EmuLt *cublasLtHandle_t;
 typedef struct EmuDesc {
@@ -58,8 +61,12 @@ typedef struct EmuDesc {
     void *bias, *aux;
     int64_t aux_ld;                                      // 0 if not set
 } *cublasLtMatmulDesc_t;
-typedef struct EmuLayout { uint32_t type; uint64_t rows, cols; int64_t ld;
-                           } *cublasLtMatrixLayout_t;
+typedef struct EmuLayout {
+    uint32_t type;
+    uint64_t rows, cols;
+    int64_t ld, stride;                                  // stride: from one matrix to the next
+    int32_t count;                                       // of matrices
+} *cublasLtMatrixLayout_t;
 typedef struct EmuPreference { uint64_t workspace; } *cublasLtMatmulPreference_t;
 typedef struct { uint64_t data[8]; } cublasLtMatmulAlgo_t;
 typedef struct {
@@ -98,7 +105,7 @@ inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
 }
 inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *l, cudaDataType_t type,
                                                  uint64_t rows, uint64_t cols, int64_t ld) {
-    *l = new EmuLayout{(uint32_t)type, rows, cols, ld};
+    *l = new EmuLayout{(uint32_t)type, rows, cols, ld, 0, 1};
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) {
@@ -145,6 +152,15 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
     }
     return emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "attribute %d of a preference", attribute);
 }
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l,
+                                                       cublasLtMatrixLayoutAttribute_t attribute,
+                                                       const void *value, size_t bytes) {
+    switch (attribute) {
+    EMU_SET(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, l->count);
+    EMU_SET(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, l->stride);
+    }
+    return emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "attribute %d of a layout", attribute);
+}
 #undef EMU_SET
 
 // ---- What is supported ----
@@ -169,7 +185,15 @@ inline cublasStatus_t emu_lt_check(const EmuDesc *d, const EmuLayout *a, const E
         if (!l->rows || !l->cols || l->ld < (int64_t)l->rows)
             return emu_lt_error(invalid, "a matrix (%ld,%ld) of leading dimension %ld",
                                 (long)l->rows, (long)l->cols, (long)l->ld);
+        if (l->count != y->count || l->count < 1)
+            return emu_lt_error(invalid, "%d matrices beside %d of D", l->count, y->count);
+        // matrices may follow each other or be the same one, which D's may not
+        if (l->count > 1 && l->stride < (l == y ? (int64_t)(l->cols - 1) * l->ld + (int64_t)l->rows
+                                                : 0))
+            return emu_lt_error(invalid, "%d matrices %ld apart", l->count, (long)l->stride);
     }
+    if (y->count > 1 && d->epilogue != CUBLASLT_EPILOGUE_DEFAULT)
+        return emu_lt_error(unsupported, "epilogue %u of %d matrices", d->epilogue, y->count);
     const uint64_t m = d->transa ? a->cols : a->rows, k = d->transa ? a->rows : a->cols;
     const uint64_t n = d->transb ? b->rows : b->cols, k_of_b = d->transb ? b->cols : b->rows;
     if (k != k_of_b || m != y->rows || n != y->cols || c->rows != y->rows || c->cols != y->cols)
@@ -293,7 +317,7 @@ inline void emu_lt_sum(std::vector<float> &sum, const float *a, const float *x, 
 struct EmuProduct { EmuDesc d; EmuLayout la, lb, lc, ly; float alpha, beta; const void *a, *b, *c;
                     void *y; };
 
-inline void emu_lt_run(const EmuProduct &p) {
+inline void emu_lt_run_one(const EmuProduct &p) {
     const EmuDesc &d = p.d;
     const bool tf32 = d.compute == CUBLAS_COMPUTE_32F_FAST_TF32;
     const size_t m = p.ly.rows, n = p.ly.cols, k = d.transa ? p.la.rows : p.la.cols;
@@ -334,14 +358,38 @@ inline void emu_lt_run(const EmuProduct &p) {
     }
 }
 
+// All matrices of a product, which differ in their places only.
+inline void emu_lt_run(const EmuProduct &p) {
+    EmuProduct one = p;
+    for (int32_t i = 0; i < p.ly.count; i++) {
+        const size_t n = (size_t)i;
+        one.a = (const char *)p.a + n * (size_t)p.la.stride * emu_lt_size(p.la.type);
+        one.b = (const char *)p.b + n * (size_t)p.lb.stride * emu_lt_size(p.lb.type);
+        one.c = (const char *)p.c + n * (size_t)p.lc.stride * emu_lt_size(p.lc.type);
+        one.y = (char *)p.y + n * (size_t)p.ly.stride * emu_lt_size(p.ly.type);
+        emu_lt_run_one(one);
+    }
+}
+
 // Algorithms are chosen for matrices aligned to 256 bytes, the default preference.
 inline bool emu_lt_is_device(const char *what, const void *at, uint64_t cols, int64_t ld,
-                             uint64_t rows, uint32_t type) {
-    const size_t bytes = ((cols - 1) * (size_t)ld + rows) * emu_lt_size(type);
+                             uint64_t rows, uint32_t type, uint64_t more) {
+    const size_t bytes = ((cols - 1) * (size_t)ld + rows + more) * emu_lt_size(type);
     if (at && (uintptr_t)at % 256 == 0 && emu_is_device(at, bytes)) return true;
     emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "%s at %p is not %zu bytes of device memory, aligned",
                  what, at, bytes);
     return false;
+}
+
+// Each of a layout's matrices begins at a multiple of 256 bytes.
+inline bool emu_lt_is_matrix(const char *what, const void *at, const EmuLayout *l) {
+    const uint64_t more = (uint64_t)(l->count - 1) * (uint64_t)l->stride;
+    if (l->count > 1 && (uint64_t)l->stride * emu_lt_size(l->type) % 256) {
+        emu_lt_error(CUBLAS_STATUS_INVALID_VALUE, "%s's matrices are %ld elements apart", what,
+                     (long)l->stride);
+        return false;
+    }
+    return emu_lt_is_device(what, at, l->cols, l->ld, l->rows, l->type, more);
 }
 
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d, const void *alpha,
@@ -362,17 +410,16 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d,
         return CUBLAS_STATUS_EXECUTION_FAILED;
     const float beta_value = *(const float *)beta;
     const uint32_t e = d->epilogue;
-    bool ok = emu_lt_is_device("A", a, la->cols, la->ld, la->rows, la->type) &&
-              emu_lt_is_device("B", b, lb->cols, lb->ld, lb->rows, lb->type) &&
-              emu_lt_is_device("D", y, ly->cols, ly->ld, ly->rows, ly->type);
-    if (beta_value != 0) ok = ok && emu_lt_is_device("C", c, lc->cols, lc->ld, lc->rows, lc->type);
+    bool ok = emu_lt_is_matrix("A", a, la) && emu_lt_is_matrix("B", b, lb) &&
+              emu_lt_is_matrix("D", y, ly);
+    if (beta_value != 0) ok = ok && emu_lt_is_matrix("C", c, lc);
     if (c == y && lc->ld != ly->ld)
         return emu_lt_error(invalid, "C is D with another leading dimension");
     if (emu_lt_bias(e) || e == CUBLASLT_EPILOGUE_BGRADA)
-        ok = ok && emu_lt_is_device("the bias", d->bias, 1, 0, ly->rows, ly->type);
+        ok = ok && emu_lt_is_device("the bias", d->bias, 1, 0, ly->rows, ly->type, 0);
     if (emu_lt_aux(e))
         ok = ok && emu_lt_is_device("the auxiliary matrix", d->aux, ly->cols, d->aux_ld, ly->rows,
-                                    ly->type);
+                                    ly->type, 0);
     if (!ok) return invalid;
     const EmuProduct p = {*d, *la, *lb, *lc, *ly, *(const float *)alpha, beta_value, a, b, c, y};
     return emu_enqueue(stream, [p] { emu_lt_run(p); }) == cudaSuccess ? CUBLAS_STATUS_SUCCESS
