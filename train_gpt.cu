@@ -1926,6 +1926,7 @@ static void attention_backward(void *dqkv, float *inner, const void *dy, const v
 // ---- Attention with whole rows of scores, for what edits or reads them ----
 
 #include "dev/cuda/attention_rows.h"
+#include "dev/cuda/entropy.h"
 
 // ---- Attention over cached keys and values: one query at a time ----
 //
@@ -2188,14 +2189,20 @@ typedef struct {
     float weight, temperature;
 } Soft;
 
+// Pairs of tokens that are twins: x (chunk,C) and d (chunk,Vp) are workspace; weight: that of a
+// pair's divergence. on 0: none.
+typedef struct { void *x, *d; float weight; int on, symmetric; } Pairs;
+
 // Arguments of the head: losses (BT) of targets (BT), 0 for negative ones; grad: the weight of one
 // token's loss, 0: no gradients; uniform (BT): as in softmax_loss_kernel, if smoothing is not 0;
-// soft: a teacher, and distilled (BT) its terms.
+// soft: a teacher, and distilled (BT) its terms; pairs: tokens t and t + BT/2 are twins, apart (BT)
+// their divergence.
 typedef struct {
-    float *losses, *uniform, *distilled;
+    float *losses, *uniform, *distilled, *apart;
     const int *targets;
     float grad, smoothing;
     Soft soft;
+    Pairs pairs;
 } Scoring;
 
 // n rows of logits from row t0 of the batch on.
@@ -2221,6 +2228,8 @@ template <class N> static void softmax_loss(const Gpu *g, const Scoring *y, void
                0, g->stream, logits, (const void *)s->logits, y->grad, n * Vp);
 }
 
+#include "dev/cuda/twins.h"
+
 // Computes them and, with grad, dx (BT,C) = and dwte (Vp,C) =, or += with `add`. logits (chunk,Vp)
 // is workspace.
 static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add, void *logits,
@@ -2228,6 +2237,10 @@ static void classifier(Gpu *g, const Scoring *y, void *dx, float *dwte, int add,
     const size_t number = size_of_number(g), chunk = classifier_chunk(BT, V, number),
         Vp = padded_vocabulary(V);
     const Soft *s = &y->soft;
+    if (y->pairs.on) {
+        classifier_twins(g, y, dx, dwte, add, logits, x, wte, BT, C, V);
+        return;
+    }
     for (size_t t0 = 0; t0 < BT; t0 += chunk) {
         const size_t n = at_most(BT - t0, chunk);
         const void *from = (const char *)x + t0 * C * number;
@@ -2485,7 +2498,8 @@ struct Model {
     float *x, *dx;                       // (B,T,C) the residual stream
     void *lnf, *lnf_xhat;                // (B,T,C) (B,T,C)
     float *lnf_rstd;                     // (B,T)
-    float *losses, *uniform, *distilled; // (B,T) each, from the kernels of the head
+    float *losses, *uniform, *distilled, *apart;  // (B,T) each, from the kernels of the head
+    void *twin_x, *twin_d;               // (chunk,C) (chunk,Vp) of twins
     uint32_t *keep;                      // (B,NH,T,T/32) bits of attention's dropout; NULL: none
     AttentionRows score_rows;            // for whole rows of scores; s NULL: none
     void *ln, *gelu, *out;               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
@@ -2505,7 +2519,7 @@ struct Model {
     int decoding, begins;                // a decode is in progress; all its rows begin a sequence
     int *group;                          // (V) of each token, -1 if it is not in the batch
     float *host_losses, *host_uniform;   // (1+exits,B,T) (1+exits,B,T) the last layer's first
-    float *host_distilled;               // (B,T)
+    float *host_distilled, *host_apart;  // (B,T) (B,T)
     float *shown;                        // (B,T,C) passed to a Watch; NULL: not used yet
     double part[N_PARTS];                // of the last run
     const void *ended;                   // the last branch's output, still to be added to x, or
@@ -2710,13 +2724,21 @@ static size_t saved_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { void **at; size_t bytes; } Buffer;
-enum { N_BUFFERS = 28, N_TRAINING_BUFFERS = 8 };
+enum { N_BUFFERS = 31, N_TRAINING_BUFFERS = 8 };
+
+// Tokens in a chunk of logits.
+static size_t logits_rows(const Model *m) {
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, V = (size_t)m->config.V,
+        N = size_of_number(&m->gpu), twins = m->args.twins ? 2 * twins_chunk(BT, V, N) : 0,
+        rows = at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N));
+    return twins > rows ? twins : rows;
+}
 
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     const GptConfig *c = &m->config;
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V,
-        N = size_of_number(&m->gpu);
+        N = size_of_number(&m->gpu), logits = logits_rows(m) * padded_vocabulary(V) * N;
     const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, r = (size_t)c->lora;
     const size_t again = m->args.recompute == RECOMPUTE_BRANCH;
     const Buffer all[N_BUFFERS] = {
@@ -2726,8 +2748,9 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
         {(void **)&m->keep, m->args.attention_noise ? (size_t)c->NH * BT *
          kept_keys_stride((size_t)m->args.T) * one : 0},
         {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
-        {&m->logits, at_most(round_up(BT, CHUNK_UNIT), classifier_chunk(BT, V, N)) *
-         padded_vocabulary(V) * N},
+        {&m->logits, logits}, {&m->twin_d, m->args.twins ? logits : 0},
+        {&m->twin_x, m->args.twins ? logits_rows(m) * C * N : 0},
+        {(void **)&m->apart, m->args.twins ? BT * one : 0},
         {(void **)&m->token_logits, (m->args.cache ? m->rows : 1) * V * one},
         {&m->cache.at, (size_t)m->args.cache * (size_t)c->L * 2 * (size_t)m->args.T * C * N},
         {(void **)&m->stream, (size_t)m->args.cache * (size_t)m->args.T * C * one},
@@ -2799,8 +2822,9 @@ static void inputs_new(Model *m) {
     inputs_layout(m, &m->device, (int *)device_alloc("the inputs", bytes));
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T,
         losses = (1 + (size_t)m->args.bound.exits) * BT;
-    m->host_losses = (float *)host_new((2 * losses + BT) * sizeof(float));
-    m->host_uniform = m->host_losses + losses, m->host_distilled = m->host_uniform + losses;
+    m->host_losses = (float *)host_new((2 * losses + 2 * BT) * sizeof(float));
+    m->host_uniform = m->host_losses + losses, m->host_distilled = m->host_uniform + losses,
+        m->host_apart = m->host_distilled + BT;
     m->group = (int *)xcalloc((size_t)m->config.V, sizeof *m->group);
     for (int v = 0; v < m->config.V; v++) m->group[v] = -1;
 }
@@ -2968,7 +2992,8 @@ static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
     const DropPlan *plan = pass->plan;
     const int before = branch_before(pass, i);
     GraphKey key;
-    if (!m->graph || m->decoding || pass->watch) return 1;         // a watch may come between
+    // a watch may come between, and an entropy waits
+    if (!m->graph || m->decoding || pass->watch || pass->entropy) return 1;
     memset(&key, 0, sizeof key);                         // including padding
     key.saved = saved, key.B = m->last_B, key.T = m->last_T;
     key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
@@ -3185,6 +3210,20 @@ static void end_dropout(Model *m, const Pass *pass, int i, void *x) {
                     (size_t)m->last_T, (size_t)m->config.C);
 }
 
+// The mean entropy of layer l's probabilities, with which k was computed; waits for it.
+static double attention_entropy(Model *m, const AttentionSaved *k, size_t n) {
+    const size_t C = (size_t)m->config.C, NH = (size_t)m->config.NH, T = (size_t)m->last_T;
+    double all = 0;
+    if (m->gpu.half)
+        entropy_sums<bf16>(&m->gpu, m->losses, m->gelu, m->out, k->lse, k->qkv, n, T, C, NH);
+    else entropy_sums<float>(&m->gpu, m->losses, m->gelu, m->out, k->lse, k->qkv, n, T, C, NH);
+    CUDA_CHECK(cudaMemcpyAsync(m->host_losses, m->losses, n * T * sizeof(float),
+                               cudaMemcpyDeviceToHost, m->gpu.stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    for (size_t t = 0; t < n * T; t++) all += (double)m->host_losses[t];
+    return all / (double)(n * T * NH);
+}
+
 // y = attention of ln, before the last matmul.
 static void attention_inside(Model *m, const Pass *pass, int l, const AttentionSaved *k,
                              size_t nT) {
@@ -3241,6 +3280,7 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), 0, w.ln1w, w.ln1b);
     attention_inside(m, pass, l, k, nT);
     attention_continue(m, l, k, rows_of(m, pass->plan, i));
+    if (pass->entropy) pass->entropy[l] = attention_entropy(m, k, nT / (size_t)m->last_T);
     linear_forward(m, pass, l, P_attprojw, fresh(m->out, (size_t)m->config.C, w.attprojb), k->y,
                    nT);
 }
@@ -3462,6 +3502,14 @@ static Soft soft_targets(const Model *m, const Pass *pass, int l, double weight)
     return soft;
 }
 
+// The pairs of tokens of the loss read after layer l, if it compares twins. Exits do not.
+static Pairs twin_tokens(const Model *m, const Pass *pass, int l, double weight) {
+    const Pairs none = {}, pairs = {m->twin_x, m->twin_d,
+                                    (float)(2 * weight * pass_consistency(pass)), 1,
+                                    pass->objective ? pass->objective->symmetric : 0};
+    return pass_consistency(pass) == 0 || pass_exits(pass, l) ? none : pairs;
+}
+
 // The losses read after layer l, from lnf; in training also dy, the gradient of their share of the
 // mean loss times weight with respect to lnf. They reach the host, as losses number `place`, at the
 // end of the call.
@@ -3471,11 +3519,12 @@ static void model_loss(Model *m, const Batch *batch, const Pass *pass, int l, vo
     float *dwte = pass->weight != 0 ? gradients_at(m, 0).wte : NULL;
     const int add = pass->weight != 0 && !m->spent[gpt_branch_index(&m->config, 0, NO_BRANCH)];
     const double smoothing = pass_smoothing(pass),
+        each = pass->weight / (double)batch_scored(batch),
         weight = pass_exit(pass, l) * pass->weight / (double)batch_scored(batch);
     const Soft soft = soft_targets(m, pass, l, weight);
-    const Scoring y = {m->losses, m->uniform, m->distilled, m->device.targets,
+    const Scoring y = {m->losses, m->uniform, m->distilled, m->apart, m->device.targets,
                        (float)(soft.x ? weight * (1 - pass_distill(pass)) : weight),
-                       (float)smoothing, soft};
+                       (float)smoothing, soft, twin_tokens(m, pass, l, each)};
     classifier(&m->gpu, &y, dy, dwte, add, m->logits, m->lnf, weights_at(m, 0).wte, BT,
                (size_t)m->config.C, (size_t)m->config.V);
     CUDA_CHECK(cudaMemcpyAsync(m->host_losses + at, m->losses, BT * sizeof(float),
@@ -3486,6 +3535,9 @@ static void model_loss(Model *m, const Batch *batch, const Pass *pass, int l, vo
     if (y.soft.x)
         CUDA_CHECK(cudaMemcpyAsync(m->host_distilled, m->distilled, BT * sizeof(float),
                                    cudaMemcpyDeviceToHost, m->gpu.stream));
+    if (y.pairs.on)
+        CUDA_CHECK(cudaMemcpyAsync(m->host_apart, m->apart, BT * sizeof(float),
+                                   cudaMemcpyDeviceToHost, m->gpu.stream));
 }
 
 // The loss read after layer l, whose losses number `place` have reached the host.
@@ -3494,7 +3546,7 @@ static double model_finish_exit(Model *m, const Batch *batch, const Pass *pass, 
     const PartLosses losses = {{m->host_losses + at,
                                 pass_smoothing(pass) != 0 ? m->host_uniform + at : NULL,
                                 pass_distill(pass) != 0 && !place ? m->host_distilled : NULL,
-                                NULL}};
+                                pass_consistency(pass) != 0 && !place ? m->host_apart : NULL}};
     return pass_loss(m->part, batch, pass, l, &losses);
 }
 
@@ -3554,6 +3606,7 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     save_nothing(m);
     m->ended = NULL;
     m->exits = 0;
+    for (int l = 0; pass->entropy && l < m->config.L; l++) pass->entropy[l] = 0;
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
     if (noise_rate(pass->noise, NOISE_EMBD))
         dropout_stream(&m->gpu, m->x, noise_at(m, NOISE_EMBD, 0), B * T, T, C);
@@ -4066,7 +4119,8 @@ const Engine *CUDA_ENGINE(void) {
     static char name[300] = "GPU";
     static const Engine engine = {
         name, DTYPE_BF16,
-        CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE | CAN_EDIT_SCORES,
+        CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE | CAN_EDIT_SCORES |
+            CAN_TWINS | CAN_ENTROPY,
         model_open, model_run, model_losses, model_parts, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };

@@ -647,7 +647,7 @@ void test_cuda_classifier_chunks(void) {
             *logits = (float *)device_new(classifier_chunk(BT, V, 4) * Vp * 4);
         void *on_device = device_copy(wte, Vp * C * 4),
             *where = device_copy(targets, sizeof targets);
-        const Scoring y = {losses, NULL, NULL, (int *)where, 0.5f, 0, {}};
+        const Scoring y = {losses, NULL, NULL, NULL, (int *)where, 0.5f, 0, {}, {}};
         classifier(&g, &y, got_dx, got_dwte, add, logits, x, on_device, BT, C, V);
         expect_numbers(&g, losses, loss, BT, 1, V, 2, "losses");
         expect_numbers(&g, got_dx, dx, BT * C, 1, V, 1, "dx");
