@@ -620,6 +620,18 @@ static __global__ void position_backward_kernel(float *dwpe, const float *dx, si
     dwpe[i] = add ? dwpe[i] + sum : sum;
 }
 
+// x (n) += shift.
+static __global__ void shift_kernel(float *x, const float *shift, size_t n) {
+    const size_t i = thread_index();
+    if (i < n) x[i] += shift[i];
+}
+
+// The same with shift (n) on the host; work (n) is on the device.
+static void shift_stream(const Gpu *g, float *x, float *work, const float *shift, size_t n) {
+    CUDA_CHECK(cudaMemcpyAsync(work, shift, n * sizeof *work, cudaMemcpyHostToDevice, g->stream));
+    LAUNCH(shift_kernel, blocks_for(n), BLOCK, 0, g->stream, x, (const float *)work, n);
+}
+
 // The batch's positions grouped by token, each group in batch order.
 // (BT) (groups + 1), on the device
 typedef struct { int groups; const int *order, *first; } Grouped;
@@ -1926,6 +1938,7 @@ static void attention_backward(void *dqkv, float *inner, const void *dy, const v
 // ---- Attention with whole rows of scores, for what edits or reads them ----
 
 #include "dev/cuda/attention_rows.h"
+#include "dev/cuda/align.h"
 #include "dev/cuda/entropy.h"
 
 // ---- Attention over cached keys and values: one query at a time ----
@@ -2502,6 +2515,9 @@ struct Model {
     void *twin_x, *twin_d;               // (chunk,C) (chunk,Vp) of twins
     uint32_t *keep;                      // (B,NH,T,T/32) bits of attention's dropout; NULL: none
     AttentionRows score_rows;            // for whole rows of scores; s NULL: none
+    char *maps;                          // qkv (B,T,3C) and lse (B,NH,T) of args.maps' layers
+    float *aligned, *host_aligned;       // (L,2,B,T) distances and cosines of maps; NULL: none
+    unsigned char *compared;             // (L) which layers have them in this call
     void *ln, *gelu, *out;               // (B,T,C) (B,T,4C) (B,T,C): for one branch at a time
     void *redo;                          // (B,T,4C) qkv and y, or h, if they are recomputed
     float *lse;                          // (B,NH,T) likewise
@@ -2724,7 +2740,7 @@ static size_t saved_bound(const Model *m, const MemoryBound *b) {
 }
 
 typedef struct { void **at; size_t bytes; } Buffer;
-enum { N_BUFFERS = 31, N_TRAINING_BUFFERS = 8 };
+enum { N_BUFFERS = 33, N_TRAINING_BUFFERS = 8 };
 
 // Tokens in a chunk of logits.
 static size_t logits_rows(const Model *m) {
@@ -2734,12 +2750,21 @@ static size_t logits_rows(const Model *m) {
     return twins > rows ? twins : rows;
 }
 
+// Bytes of a layer's queries, keys, values and log-sum-exps that stay after a run.
+static size_t maps_bytes(const Model *m) {
+    const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)m->config.C;
+    return round_up(BT * 3 * C * size_of_number(&m->gpu), ALIGN) +
+        round_up(BT * (size_t)m->config.NH * sizeof(float), ALIGN);
+}
+
 // All activation arrays except the saved ones; the last ones are for training.
 static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     const GptConfig *c = &m->config;
     const size_t BT = (size_t)m->args.B * (size_t)m->args.T, C = (size_t)c->C, V = (size_t)c->V,
         N = size_of_number(&m->gpu), logits = logits_rows(m) * padded_vocabulary(V) * N;
     const size_t one = sizeof(float), heads = BT * (size_t)c->NH * one, r = (size_t)c->lora;
+    size_t maps = 0;
+    for (int l = 0; m->args.maps && l < c->L; l++) maps += m->args.maps[l] ? maps_bytes(m) : 0;
     const size_t again = m->args.recompute == RECOMPUTE_BRANCH;
     const Buffer all[N_BUFFERS] = {
         {(void **)&m->x, BT * C * one}, {&m->lnf, BT * C * N}, {&m->lnf_xhat, BT * C * N},
@@ -2750,7 +2775,8 @@ static int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
         {&m->ln, BT * C * N}, {&m->gelu, BT * 4 * C * N}, {&m->out, BT * C * N},
         {&m->logits, logits}, {&m->twin_d, m->args.twins ? logits : 0},
         {&m->twin_x, m->args.twins ? logits_rows(m) * C * N : 0},
-        {(void **)&m->apart, m->args.twins ? BT * one : 0},
+        {(void **)&m->apart, m->args.twins ? BT * one : 0}, {(void **)&m->maps, maps},
+        {(void **)&m->aligned, m->args.align ? (size_t)c->L * 2 * BT * one : 0},
         {(void **)&m->token_logits, (m->args.cache ? m->rows : 1) * V * one},
         {&m->cache.at, (size_t)m->args.cache * (size_t)c->L * 2 * (size_t)m->args.T * C * N},
         {(void **)&m->stream, (size_t)m->args.cache * (size_t)m->args.T * C * one},
@@ -2825,6 +2851,10 @@ static void inputs_new(Model *m) {
     m->host_losses = (float *)host_new((2 * losses + 2 * BT) * sizeof(float));
     m->host_uniform = m->host_losses + losses, m->host_distilled = m->host_uniform + losses,
         m->host_apart = m->host_distilled + BT;
+    if (m->args.align) {
+        m->host_aligned = (float *)host_new((size_t)m->config.L * 2 * BT * sizeof(float));
+        m->compared = (unsigned char *)xcalloc((size_t)m->config.L, 1);
+    }
     m->group = (int *)xcalloc((size_t)m->config.V, sizeof *m->group);
     for (int v = 0; v < m->config.V; v++) m->group[v] = -1;
 }
@@ -2934,9 +2964,10 @@ static void model_close(Model *m) {
     void *const device[] = {m->activations, m->slot[SLOT_PARAM], m->slot[SLOT_GRAD],
                             m->slot[SLOT_M], m->copy, m->wire,
                             m->chunk, m->norms, m->update, m->device.place};
-    void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm};
+    void *const pinned[] = {m->host.place, m->host_losses, m->host_update, m->host_norm,
+                            m->host_aligned};
     void *const host[] = {m->shown, m->graph, m->group, m->spent, m->attention, m->mlp, m->exit,
-                          m->stopped, m};
+                          m->stopped, m->compared, m};
     gpu_close(&m->gpu);
     for (size_t i = 0; i < sizeof device / sizeof device[0]; i++) CUDA_CHECK(cudaFree(device[i]));
     for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++)
@@ -2992,8 +3023,9 @@ static int graph_begin(Model *m, const Pass *pass, int i, int backward, int add,
     const DropPlan *plan = pass->plan;
     const int before = branch_before(pass, i);
     GraphKey key;
-    // a watch may come between, and an entropy waits
-    if (!m->graph || m->decoding || pass->watch || pass->entropy) return 1;
+    const int aligns = pass->objective && pass->objective->align;
+    // a watch may come between, an entropy waits, and a teacher has memory of its own
+    if (!m->graph || m->decoding || pass->watch || pass->entropy || aligns) return 1;
     memset(&key, 0, sizeof key);                         // including padding
     key.saved = saved, key.B = m->last_B, key.T = m->last_T;
     key.n = plan->branch[i].n, key.add = add, key.tied = plan->tied;
@@ -3191,6 +3223,91 @@ static const KeptKeys *attention_keep_keys(Model *m, const Pass *pass, int l, Ke
     return keep;
 }
 
+// ---- A teacher's maps, with which a student's are compared (dev/cuda/align.h) ----
+
+// Where the maps of layer l stay after a run.
+static Maps maps_at(const Model *m, int l) {
+    const size_t qkv = round_up((size_t)m->args.B * (size_t)m->args.T * 3 * (size_t)m->config.C *
+                                size_of_number(&m->gpu), ALIGN);
+    const char *at = m->maps;
+    CHECK(m->args.maps && l < m->config.L && m->args.maps[l], "layer %d has no maps", l);
+    for (int i = 0; i < l; i++) at += m->args.maps[i] ? maps_bytes(m) : 0;
+    const Maps maps = {at, (const float *)(const void *)(at + qkv)};
+    return maps;
+}
+
+static void maps_save(Model *m, int l, const AttentionSaved *k, size_t nT) {
+    if (m->decoding || !m->args.maps || !m->args.maps[l]) return;
+    const Maps to = maps_at(m, l);
+    CHECK(nT == (size_t)m->last_B * (size_t)m->last_T, "a teacher's layer has dropped rows");
+    CUDA_CHECK(cudaMemcpyAsync((void *)(uintptr_t)to.qkv, k->qkv,
+                               nT * 3 * (size_t)m->config.C * size_of_number(&m->gpu),
+                               cudaMemcpyDeviceToDevice, m->gpu.stream));
+    CUDA_CHECK(cudaMemcpyAsync((void *)(uintptr_t)to.lse, k->lse,
+                               nT * (size_t)m->config.NH * sizeof(float), cudaMemcpyDeviceToDevice,
+                               m->gpu.stream));
+}
+
+// The share of one query's comparison in the terms of Align.
+static double align_share(const Model *m, const Align *a) {
+    return 1 / ((double)m->last_B * a->layers * (m->last_T - 1));
+}
+
+// The comparison of layer l, on the rows that it runs; works.s NULL: there is none.
+static Alignment alignment_of(Model *m, const Pass *pass, int l) {
+    const Align *a = pass->objective ? pass->objective->align : NULL;
+    const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
+    const size_t of_layer = 2 * (size_t)m->args.B * (size_t)m->args.T;
+    Alignment to;
+    memset(&to, 0, sizeof to);
+    if (!a || a->layer[l] < 0 || l < m->args.frozen || m->last_T < 2) return to;
+    CHECK(a->teacher->last_B == m->last_B && a->teacher->last_T == m->last_T,
+          "the teacher has not run on this batch");
+    to.student.qkv = m->attention[l].qkv, to.student.lse = m->attention[l].lse;
+    to.teacher = maps_at(a->teacher, a->layer[l]);
+    to.works = rows_for(&a->teacher->score_rows, (size_t)m->last_T);
+    to.rows = m->device.row + (size_t)(BRANCHES * l + ATTN) * m->rows;
+    to.kl = a->kl, to.B = (size_t)m->last_B, to.sums = m->aligned + (size_t)l * of_layer;
+    to.weight = (float)(pass->weight * a->gamma * align_share(m, a) * b->scale / m->config.NH);
+    m->compared[l] = 1;
+    return to;
+}
+
+// Compares layer l, unless its gradient is needed: then returns the comparison, which is part of
+// attention's backward pass; otherwise with works.s NULL.
+static Alignment align_layer(Model *m, const Pass *pass, int l) {
+    Alignment a = alignment_of(m, pass, l);
+    if (!a.works.s || a.weight != 0) return a;
+    align_maps(&m->gpu, &m->score_rows, &a, (size_t)pass->plan->branch[BRANCHES * l + ATTN].n,
+               (size_t)m->last_T);
+    a.works.s = NULL;
+    return a;
+}
+
+// Copies what was compared to the host, at the end of a call; then adds it up.
+static void align_send(Model *m) {
+    if (m->compared)
+        CUDA_CHECK(cudaMemcpyAsync(m->host_aligned, m->aligned, (size_t)m->config.L * 2 *
+                                   (size_t)m->args.B * (size_t)m->args.T * sizeof(float),
+                                   cudaMemcpyDeviceToHost, m->gpu.stream));
+}
+
+static void align_finish(Model *m, const Pass *pass) {
+    const size_t BT = (size_t)m->last_B * (size_t)m->last_T;
+    m->part[PART_ALIGN] = m->part[PART_COSINE] = m->part[PART_COMPARED] = 0;
+    for (int l = 0; m->compared && l < m->config.L; l++) {
+        const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
+        const float *sums = m->host_aligned + (size_t)l * 2 * (size_t)m->args.B * (size_t)m->args.T;
+        double distance = 0, cosine = 0;
+        if (!m->compared[l]) continue;
+        const double share = align_share(m, pass->objective->align);
+        for (size_t t = 0; t < tokens_of(m, b); t++)
+            distance += (double)sums[t], cosine += (double)sums[BT + t];
+        m->part[PART_ALIGN] += share * b->scale * distance, m->part[PART_COSINE] += share * cosine;
+        m->part[PART_COMPARED] += share * b->n * (m->last_T - 1);
+    }
+}
+
 // What edits layer l's scores, on nT tokens, with its dropout.
 static RowsShape score_edits(const Model *m, const Pass *pass, int l, const KeptKeys *keep) {
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
@@ -3280,7 +3397,9 @@ static void attention_branch_forward(Model *m, const Pass *pass, int l) {
     begin_branch(m, k->ln, k->xhat, k->rstd, rows_of(m, pass->plan, i), 0, w.ln1w, w.ln1b);
     attention_inside(m, pass, l, k, nT);
     attention_continue(m, l, k, rows_of(m, pass->plan, i));
+    maps_save(m, l, k, nT);
     if (pass->entropy) pass->entropy[l] = attention_entropy(m, k, nT / (size_t)m->last_T);
+    if (pass->weight == 0) align_layer(m, pass, l);      // a training pass does so in backward
     linear_forward(m, pass, l, P_attprojw, fresh(m->out, (size_t)m->config.C, w.attprojb), k->y,
                    nT);
 }
@@ -3299,10 +3418,16 @@ static void attention_branch_backward(Model *m, const Pass *pass, int l, int add
     if (k->qkv == m->redo) attention_inside(m, pass, l, k, nT);
     linear_backward(m, pass, l, P_attprojw, fresh(m->dy, C, NULL), m->dout, k->y, add, nT);
     const KeptKeys *keep = attention_keep_keys(m, pass, l, &made);
-    const RowsShape rows = score_edits(m, pass, l, keep);
-    if (rows.kind)
-        attention_rows_backward(&m->gpu, dqkv, m->inner, &m->score_rows, m->dy, k->qkv, k->y,
-                                k->lse, &rows);
+    const Alignment align = align_layer(m, pass, l);
+    RowsShape rows = score_edits(m, pass, l, keep);
+    AttentionRows works = m->score_rows;
+    if (align.works.s) {
+        rows.more = align_block, rows.self = &align;
+        works = align_works(&works, &align);
+    }
+    if (rows.kind || rows.more)
+        attention_rows_backward(&m->gpu, dqkv, m->inner, &works, m->dy, k->qkv, k->y, k->lse,
+                                &rows);
     else
         attention_backward(dqkv, m->inner, m->dy, k->qkv, k->y, k->lse, keep, nT / T, T, C, NH,
                            g->half, g->stream);
@@ -3553,7 +3678,9 @@ static double model_finish_exit(Model *m, const Batch *batch, const Pass *pass, 
 // Waits for the call to end; returns the loss.
 static double model_finish(Model *m, const Batch *batch, const Pass *pass) {
     double loss = 0;
+    align_send(m);
     CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    align_finish(m, pass);
     m->part[PART_EXITS] = 0;
     for (int l = 0, place = 0; l < m->config.L - 1 && batch->targets; l++)
         if (pass_exits(pass, l)) loss += model_finish_exit(m, batch, pass, l, ++place);
@@ -3607,7 +3734,10 @@ static Grouped run_forward(Model *m, const Batch *batch, const Pass *pass) {
     m->ended = NULL;
     m->exits = 0;
     for (int l = 0; pass->entropy && l < m->config.L; l++) pass->entropy[l] = 0;
+    if (m->compared) memset(m->compared, 0, (size_t)m->config.L);
     embedding_forward(&m->gpu, m->x, m->device.tokens, NULL, w.wte, w.wpe, B, T, C);
+    if (pass->objective && pass->objective->shift)
+        shift_stream(&m->gpu, m->x, m->dx, pass->objective->shift, B * T * C);
     if (noise_rate(pass->noise, NOISE_EMBD))
         dropout_stream(&m->gpu, m->x, noise_at(m, NOISE_EMBD, 0), B * T, T, C);
     look(m, pass, WATCH_EMBEDDINGS);
@@ -4120,7 +4250,7 @@ const Engine *CUDA_ENGINE(void) {
     static const Engine engine = {
         name, DTYPE_BF16,
         CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE | CAN_EDIT_SCORES |
-            CAN_TWINS | CAN_ENTROPY,
+            CAN_TWINS | CAN_ALIGN | CAN_ENTROPY,
         model_open, model_run, model_losses, model_parts, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };
