@@ -936,7 +936,7 @@ const Engine *engine_cpu(void) {
 
 const Engine CPU_ENGINE = {
     "CPU, " REAL_NAME ", " INSTRUCTIONS, DTYPE_FP32,
-    CAN_ANY_BATCH | CAN_EDIT_SCORES | CAN_TWINS | CAN_ALIGN | CAN_ENTROPY,
+    CAN_ANY_BATCH,
     model_open, model_run, model_losses, model_parts, model_logits, model_decode,
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
 };

@@ -4249,8 +4249,7 @@ const Engine *CUDA_ENGINE(void) {
     static char name[300] = "GPU";
     static const Engine engine = {
         name, DTYPE_BF16,
-        CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE | CAN_EDIT_SCORES |
-            CAN_TWINS | CAN_ALIGN | CAN_ENTROPY,
+        CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE,
         model_open, model_run, model_losses, model_parts, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
     };

@@ -148,11 +148,7 @@ enum {
     CAN_SHARE = 16,                                      // EngineArgs.zero
     // a row's losses have the same bits whatever other rows run beside it; without, only for calls
     // of equal shapes, and they differ by rounding otherwise
-    CAN_ANY_BATCH = 32,
-    CAN_EDIT_SCORES = 64,                                // EngineArgs.score_rows
-    CAN_TWINS = 128,                                     // EngineArgs.twins
-    CAN_ALIGN = 256,                                     // EngineArgs.maps and align
-    CAN_ENTROPY = 512                                    // Pass.entropy
+    CAN_ANY_BATCH = 32
 };
 
 typedef struct {
@@ -289,14 +285,6 @@ static inline Model *engine_open(const Engine *e, const GptConfig *config, const
          "--rounding nearest; the CPU keeps no rounded weights"},
         {CAN_SHARE, a->zero, "--zero", "--zero 0; on the CPU every rank keeps everything"},
     };
-    if (a->score_rows && !(e->can & CAN_EDIT_SCORES))
-        die("--attentiondrop runs on the CPU only so far\n  hint: --attentiondrop none, or the "
-            "CPU's train_gpt");
-    if ((a->align || a->maps) && !(e->can & CAN_ALIGN))
-        die("--align runs on the CPU only so far\n  hint: --distill, or the CPU's train_gpt");
-    if (a->twins && !(e->can & CAN_TWINS))
-        die("--consistency runs on the CPU only so far\n  hint: --consistency 0, or the CPU's "
-            "train_gpt");
     const char *error = gpt_config_error(config);
     if (error) die("this model cannot be built: %s", error);
     for (size_t i = 0; i < sizeof wish / sizeof wish[0]; i++)

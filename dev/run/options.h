@@ -252,7 +252,7 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
   HEADING("AttentionDrop (arXiv 2504.12088) and consistency: unproven on language models")         \
     OPTION(attentiondrop, "attentiondrop", CHOICE, "none", "none|hard|blur",                       \
            "edits attention's scores in training: hard drops some of the largest of each query, "  \
-               "blur averages them with their neighbours'. CPU only so far")                       \
+               "blur averages them with their neighbours'")                                        \
     OPTION(attentiondrop_p, "attentiondrop-p", NUMBER, "0.1", "[0,1)",                             \
            "hard: the rate at which each of the largest scores is dropped")                        \
     OPTION(attentiondrop_k, "attentiondrop-k", INTEGER, "8", "[1,64]",                             \
@@ -270,7 +270,7 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(consistency, "consistency", NUMBER, "0", "[0,inf)",                                     \
            "each row is read twice with its own noise, and this times the divergence of the two "  \
                "predictions is added to the loss; with --dropout alone this is R-Drop (Wu et al. " \
-               "2021). A step costs twice as much. CPU only so far")                               \
+               "2021). A step costs twice as much")                                                \
     OPTION(consistency_kl, "consistency-kl", CHOICE, "forward", "forward|symmetric",               \
            "KL(first || second), or the mean of both directions")                                  \
   HEADING("A teacher: a trained model of the same tokens, of any depth and width")                 \
@@ -285,8 +285,7 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(align, "align", CHOICE, "none", "none|attention|attribution",                           \
            "attention: compares the means over heads of both models' attention, layer by layer; "  \
                "attribution: what each token contributes to the loss, its gradient times its "     \
-               "embedding (LAAT), at three times the cost. The distance is added to the loss. "    \
-               "CPU only so far")                                                                  \
+               "embedding (LAAT), at three times the cost. The distance is added to the loss")     \
     OPTION(align_gamma, "align-gamma", NUMBER, "1", "[0,inf)", "the distance's weight")            \
     OPTION(align_decay, "align-decay", NUMBER, "1", "(0,1]",                                       \
            "the weight is multiplied by this after each epoch")                                    \
@@ -332,7 +331,7 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(prompt, "prompt", TEXT, "", "TEXT", "the start of each sample")                         \
     OPTION(record_entropy, "record-entropy", FLAG, "0", "0|1",                                     \
            "at each evaluation, write the mean entropy of attention's probabilities to "           \
-               "metrics.jsonl: low if queries look at few tokens. CPU only so far")                \
+               "metrics.jsonl: low if queries look at few tokens")                                 \
     OPTION(record_micro, "record-micro", FLAG, "0", "0|1",                                         \
            "write each micro-batch's loss to metrics.jsonl, for statistics of which layers "       \
                "matter")                                                                           \

@@ -774,8 +774,6 @@ static inline void trainer_open_attribution(Trainer *tr) {
     if (o->align != ALIGN_ATTRIBUTION) return;
     if (trainer_dtype(tr->engine, o) != DTYPE_FP32)
         die("--align attribution takes differences of gradients\n  hint: --dtype fp32");
-    if (!(tr->engine->can & CAN_ALIGN))
-        die("--align runs on the CPU only so far\n  hint: --distill, or the CPU's train_gpt");
     tr->attribution = attribution_new((size_t)tr->B, (size_t)tr->T, &tr->config);
     tr->align_target = (double *)xcalloc((size_t)tr->B * (size_t)tr->T, sizeof(double));
     if (!*o->align_scores) return;
@@ -876,8 +874,6 @@ static inline void trainer_open(Trainer *tr, const Engine *engine, const TrainOp
     trainer_check_lora(o);
     teacher_check(o);
     attention_drop_check(o);
-    if (o->record_entropy && !(engine->can & CAN_ENTROPY))
-        die("--record-entropy runs on the CPU only so far\n  hint: --record-entropy 0");
     int resume;
     trainer_agree(tr);
     char *from = trainer_start_together(tr, &resume);

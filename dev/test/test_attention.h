@@ -23,9 +23,6 @@
     X(twins_reference) X(twins_agree) X(attention_entropy)                                 \
     ATTENTION_DOUBLE_TESTS(X)
 
-// Whether the tested engine edits scores.
-static int scores_run(void) { return (test_engine->can & CAN_EDIT_SCORES) != 0; }
-
 // ---- The kernel ----
 
 // Opens workspaces for rows of T tokens.
@@ -199,7 +196,6 @@ static void test_scores_off_is_off(void) {
                          {.seed = 3, .scores = SCORES_BLUR, .width = 5, .sigma = 9e-4},
                          {.seed = 3, .scores = SCORES_HARD, .k = 8, .hard = 6554,
                           .layers = nowhere}};
-    if (!scores_run()) return;
     for (int k = 0; k < 3; k++) {
         Rig r = rig_open(small_config, SMALL_B, SMALL_T);
         double want_loss, loss;
@@ -218,7 +214,7 @@ static void scores_set(Rig *r, int k) { r->noise = &scores_cases[k].noise; }
 // Not of two channels, of which LayerNorm leaves only a sign: scores are then equal up to rounding,
 // which decides what is largest, and gradients are magnified roundings.
 static void test_scores_reference_losses(void) {
-    for (int s = 0; s < N_SHAPES_RUN && scores_run(); s++) {
+    for (int s = 0; s < N_SHAPES_RUN; s++) {
         if (shapes[s].c.C == 2) continue;
         Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
         double *w = rig_weights_double(&r);
@@ -235,7 +231,7 @@ static void test_scores_reference_losses(void) {
 }
 
 static void test_scores_reference_gradients(void) {
-    for (int s = 2; s < N_SHAPES_RUN && scores_run(); s++)
+    for (int s = 2; s < N_SHAPES_RUN; s++)
         for (int k = s % 2; k < SCORES_CASES; k += 2) {
             Rig r = rig_open(shapes[s].c, shapes[s].B, shapes[s].T);
             plan_force(&r.plan, shapes[s].plan, r.B);
@@ -260,7 +256,7 @@ static void test_scores_golden(void) {
     static const char *const cases[] = {"zero/", "mask/", "blur/"};
     Golden g = golden_open(), more = golden_more(&g, "dev/golden/attention.safetensors");
     Rig *r = &more.rig;
-    for (int i = 0; i < 3 && scores_run(); i++) {
+    for (int i = 0; i < 3; i++) {
         const SafetensorsEntry *e = golden_need(&more, cases[i], "noise");
         const Noise noise = {
             .seed = (uint64_t)safetensors_integer(e, 0), .step = safetensors_integer(e, 1),
@@ -280,7 +276,7 @@ static void test_scores_golden(void) {
 // look ahead, nor the choice of the largest.
 static void test_scores_causal(void) {
     const GptConfig c = {61, 140, 2, 3, 48};
-    for (int k = 0; k < SCORES_CASES && scores_run(); k++) {
+    for (int k = 0; k < SCORES_CASES; k++) {
         Rig r = rig_open(c, 2, 137);
         r.noise = &scores_cases[k].noise;
         rig_forward(&r);
@@ -304,7 +300,7 @@ static void test_scores_causal(void) {
 // All scores equal: the candidates are the first keys; a blur changes no bit.
 static void test_scores_ties(void) {
     const GptConfig c = {31, 40, 2, 2, 12};
-    for (int k = 0; k < SCORES_CASES && scores_run(); k++) {
+    for (int k = 0; k < SCORES_CASES; k++) {
         Rig r = rig_open(c, 2, 37);
         const size_t n = (size_t)(3 * c.C * c.C);
         real *bias = (real *)xcalloc(n, sizeof *bias), *zero = (real *)xcalloc(n, sizeof *zero),
@@ -336,14 +332,14 @@ static void test_scores_ties(void) {
 
 static void test_scores_threads(void) {
     const GptConfig c = {61, 140, 2, 3, 48};
-    for (int k = 0; k < SCORES_CASES && scores_run(); k++)
+    for (int k = 0; k < SCORES_CASES; k++)
         expect_same_for_threads(c, scores_set, k, scores_cases[k].name);
 }
 
 // A row has the same losses in a batch and alone, with its index in the step, and others with
 // another one.
 static void test_scores_by_place(void) {
-    for (int k = 0; k < SCORES_CASES && scores_run(); k++) {
+    for (int k = 0; k < SCORES_CASES; k++) {
         Rig r = rig_open(small_config, 4, SMALL_T);
         r.noise = &scores_cases[k].noise;
         rig_forward(&r);
@@ -380,8 +376,6 @@ static const struct { const char *name; int symmetric; double consistency, smoot
 };
 enum { TWINS_CASES = sizeof twins_cases / sizeof twins_cases[0] };
 
-static int twins_run(void) { return (test_engine->can & CAN_TWINS) != 0; }
-
 // A rig of four rows that are two, and their plan: that of the first two, twice.
 static Rig twins_open(int k, Objective *o, int plan) {
     const GptConfig c = {67, 31, 2, 2, 18};
@@ -409,7 +403,7 @@ static Rig twins_open(int k, Objective *o, int plan) {
 // Losses, parts and slopes, under plans of rows and tied ones, also beside a teacher.
 static void test_twins_reference(void) {
     static const int plans[] = {FULL, ROW, TIED_ROW, FULL};
-    for (int k = 0; k < TWINS_CASES && twins_run(); k++) {
+    for (int k = 0; k < TWINS_CASES; k++) {
         Objective o, without;
         Rig r = twins_open(k, &o, plans[k]), teacher = teacher_open_for(&r, DTYPE_FP32);
         double *w = rig_weights_double(&r), *soft = teacher_logits(&teacher), loss, part[N_PARTS];
@@ -434,7 +428,7 @@ static void test_twins_reference(void) {
 
 // Without noise twins agree: the divergence is 0, and the gradient that of the rows once.
 static void test_twins_agree(void) {
-    for (int symmetric = 0; symmetric < 2 && twins_run(); symmetric++) {
+    for (int symmetric = 0; symmetric < 2; symmetric++) {
         Objective o;
         Rig r = twins_open(symmetric, &o, FULL);
         double loss, plain_loss, part[N_PARTS];
@@ -458,7 +452,7 @@ static void test_twins_agree(void) {
 // Of the reference's probabilities, where a layer ran; of one head, so that maps are those.
 static void test_attention_entropy(void) {
     const GptConfig c = {31, 150, 3, 1, 20};
-    for (int k = 0; k < 3 && (test_engine->can & CAN_ENTROPY); k++) {
+    for (int k = 0; k < 3; k++) {
         Rig r = rig_open(c, 3, k ? 19 : 141);
         const int each = c.L * r.T * r.T;
         double *w = rig_weights_double(&r), *maps = doubles(each), *losses = doubles(r.T),
@@ -571,7 +565,7 @@ static void test_attention_drop_refuses(void) {
 
 #ifdef REAL_DOUBLE
 static void test_twins_differences(void) {
-    for (int k = 0; k < TWINS_CASES - 1 && twins_run(); k++) {
+    for (int k = 0; k < TWINS_CASES - 1; k++) {
         Objective o;
         Rig r = twins_open(k, &o, ROW);
         double *w = slot_read(&r.c, r.model, SLOT_PARAM), *d = slot_new(&r.c);
@@ -594,7 +588,7 @@ static void test_twins_differences(void) {
 
 static void test_scores_differences(void) {
     const GptConfig c = {37, 20, 3, 2, 12};
-    for (int k = 0; k < SCORES_CASES && scores_run(); k++) {
+    for (int k = 0; k < SCORES_CASES; k++) {
         Noise z = scores_cases[k].noise;
         z.k = HARD_MOST;                                 // a choice among scores is not continuous
         expect_differences(c, 3, 17, 2, &z, NULL);

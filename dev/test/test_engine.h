@@ -207,9 +207,7 @@ static Rig rig_open_dtype(GptConfig c, int B, int T, int threads, int dtype) {
     EngineArgs args = {.B = B, .T = T, .threads = threads, .dtype = dtype,
                        .bound = {c.L * B, c.L * B, BRANCHES * c.L * B, c.L - 1},
                        .attention_noise = 1, .lora_scale = REF_LORA_SCALE, .lora_noise = 1,
-                       .score_rows = (test_engine->can & CAN_EDIT_SCORES) != 0,
-                       .twins = (test_engine->can & CAN_TWINS) != 0,
-                       .align = (test_engine->can & CAN_ALIGN) != 0};
+                       .score_rows = 1, .twins = 1, .align = 1};
     Rig r = rig_new(c, &args, B);
     for (int i = 0; i < B * T; i++) {
         Philox word = rng_words(6, STREAM_TEST, 0, 0, (uint32_t)i);

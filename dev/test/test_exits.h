@@ -172,7 +172,7 @@ static void test_exits_differences(void) {
         // twins agree in the last layer alone
         const Noise twins = {.seed = 3, .step = 6, .twins = 2, .resid = 6554};
         const Objective both = {.exit = exits_case(k, c.L), .consistency = 0.8, .symmetric = k & 1};
-        if (test_engine->can & CAN_TWINS) expect_differences(c, 4, 9, 2, &twins, &both);
+        expect_differences(c, 4, 9, 2, &twins, &both);
     }
 }
 #endif

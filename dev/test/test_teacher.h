@@ -22,9 +22,6 @@
 #define TEACHER_TESTS(X) X(teacher_teaches) X(teacher_resume) X(teacher_refuses) X(align_teaches) \
     X(attribution_scores) X(attribution_teaches)
 
-// Whether the tested engine compares maps.
-static int align_run(void) { return (test_engine->can & CAN_ALIGN) != 0; }
-
 // Other depth, heads and width than the shapes of test_engine.h, but the student's V.
 static GptConfig teacher_config(int V, int T) {
     const GptConfig c = {V, T + 3, 2, 3, 18};
@@ -35,7 +32,7 @@ static GptConfig teacher_config(int V, int T) {
 static Rig teacher_open_for(const Rig *student, int dtype) {
     static const unsigned char all[] = {1, 1, 1};
     const EngineArgs args = {.B = student->B, .T = student->T, .threads = 1, .dtype = dtype,
-                             .maps = align_run() ? all : NULL};
+                             .maps = all};
     Rig r = rig_new(teacher_config(student->c.V, student->T), &args, student->B);
     const size_t n = (size_t)(student->B * student->T) * sizeof(int);
     memcpy(r.tokens, student->tokens, n), memcpy(r.targets, student->targets, n);
@@ -271,7 +268,7 @@ enum { ALIGN_CASES = sizeof align_cases / sizeof align_cases[0] };
 static void test_align_of_itself(void) {
     static const int same[] = {0, 1, 2};
     static const unsigned char all[] = {1, 1, 1};
-    for (int kl = 0; kl < 2 && align_run(); kl++) {
+    for (int kl = 0; kl < 2; kl++) {
         EngineArgs args = {.B = 3, .T = 70, .threads = 2, .maps = all};
         Rig r = rig_open(small_config, 3, 70), teacher = rig_new(small_config, &args, 3);
         const Align a = {teacher.model, same, 3, kl, 10};
@@ -300,7 +297,7 @@ static void test_align_reference(void) {
     static const int plans[] = {FULL, ROW, TIED_ROW, BATCH};
     static const GptConfig configs[] = {{67, 31, 3, 2, 18}, {29, 150, 3, 1, 20}};
     const Noise noise = {.seed = 3, .step = 5, .attn = 6554};
-    for (int k = 0; k < 2 * ALIGN_CASES && align_run(); k++) {
+    for (int k = 0; k < 2 * ALIGN_CASES; k++) {
         const GptConfig c = configs[k / ALIGN_CASES];
         Rig r = rig_open(c, 3, k < ALIGN_CASES ? 29 : 141), teacher = teacher_open_for(&r,
             DTYPE_FP32);
@@ -336,7 +333,7 @@ static void test_align_golden(void) {
     static const unsigned char first[] = {1};
     Golden g = golden_open(), more = golden_more(&g, "dev/golden/teacher.safetensors");
     Rig *r = &more.rig;
-    for (int i = 0; i < 2 && align_run(); i++) {
+    for (int i = 0; i < 2; i++) {
         Rig teacher = golden_teacher(r, first);
         const Align a = {teacher.model, pairs, 2, i, golden_number(&more, cases[i], "gamma", 0)};
         const Objective o = {.align = &a};
@@ -362,7 +359,7 @@ static void test_align_golden(void) {
 static void test_attribution_golden(void) {
     Golden g = golden_open(), more = golden_more(&g, "dev/golden/teacher.safetensors");
     Rig *r = &more.rig;
-    if (align_run()) {
+    {
         const double gamma = golden_number(&more, "attribution/", "gamma", 0);
         Attribution a = attribution_new((size_t)r->B, (size_t)r->T, &r->c);
         double *target = doubles(r->B * r->T);
@@ -424,7 +421,7 @@ static void test_align_threads(void) {
     const GptConfig c = {61, 140, 3, 3, 48};
     real *want = NULL;
     double want_loss = 0, loss, want_plain;
-    for (int threads = 1; threads <= 3 && align_run(); threads++) {
+    for (int threads = 1; threads <= 3; threads++) {
         Rig r = rig_open_threads(c, 3, 137, threads), teacher = teacher_open_for(&r, DTYPE_FP32);
         Align a = align_cases[2];
         const Objective o = {.align = &a};
@@ -450,7 +447,7 @@ static void test_align_threads(void) {
 #ifdef REAL_DOUBLE
 static void test_align_differences(void) {
     const GptConfig c = {37, 20, 3, 2, 12};
-    for (int k = 0; k < ALIGN_CASES && align_run(); k++) {
+    for (int k = 0; k < ALIGN_CASES; k++) {
         Rig same = rig_open(c, 3, 17), teacher = teacher_open_for(&same, DTYPE_FP32);
         Align a = align_cases[k];
         const Objective o = {.align = &a};
