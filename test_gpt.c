@@ -46,6 +46,7 @@
 #include "dev/test/test_order.h"
 #ifdef WITH_CUDA_ENGINE
 #include "dev/test/test_parity.h"
+#include "dev/test/test_parity_attention.h"
 #endif
 #include "dev/test/test_prune_replace.h"
 #include "dev/test/test_replace.h"
@@ -118,6 +119,7 @@ static const Test tests[] = {
 #ifdef WITH_CUDA_ENGINE
     CUDA_TESTS(X)
     PARITY_TESTS(X)
+    PARITY_ATTENTION_TESTS(X)
 #ifdef CUDA_EMULATED                                     // several ranks without a GPU each
     NCCL_TESTS(X)
     GPU_RANKS_TESTS(X)

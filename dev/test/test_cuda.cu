@@ -10,7 +10,6 @@
 #include "../../train_gpt.cu"
 #include "test.h"
 #include "test_cuda.h"
-#include "test_cuda_attention.h"
 
 // ---- Arrays ----
 
@@ -699,6 +698,7 @@ void test_cuda_norm(void) {
 
 // ---- Internals of the engine ----
 
+#include "test_cuda_attention.h"
 #include "test_cuda_graphs.h"
 #include "test_cuda_update.h"
 #include "test_cuda_arenas.h"

@@ -11,6 +11,7 @@
 #define CUDA_ATTENTION_TESTS(X)                                                \
     X(cuda_attention_fp32) X(cuda_attention_bf16) X(cuda_attention_wide_heads) \
     X(cuda_attention_sharp)                                                    \
+    X(cuda_attention_rows_fp32) X(cuda_attention_rows_bf16)                    \
     X(cuda_attention_same_bits) X(cuda_attention_neighbours) X(cuda_attention_refused)
 
 #define CUDA_TESTS(X)                                                                        \

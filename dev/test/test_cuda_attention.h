@@ -9,8 +9,8 @@
 #include "../model/rng.h"
 #include "test.h"
 
-// sharp: factor of q
-typedef struct { size_t n, T, NH, HS; int bf16; double sharp; } AttentionCase;
+// sharp: factor of q; rows: by the kernels that hold whole rows of scores
+typedef struct { size_t n, T, NH, HS; int bf16; double sharp; int rows = 0; } AttentionCase;
 
 // What a case computes, in double: host copies of the device's arrays, in their own type.
 typedef struct { size_t tokens, C; double *qkv, *dy, *y, *lse, *dqkv; } AttentionRun;
@@ -44,14 +44,35 @@ template <class N> static double *attention_download(N *device, size_t n) {
     return x;
 }
 
+// Both passes by attention_rows.h, in blocks that ROWS_SCORES keeps small here.
+static void attention_run_rows(const AttentionRun *r, const AttentionCase *c, void *y, float *lse,
+                               void *dqkv, float *inner, const void *qkv, const void *dy) {
+    Gpu g = test_gpu(c->bf16 ? DTYPE_BF16 : DTYPE_FP32, r->C);
+    AttentionRows w;
+    const RowsShape a = {NULL, SCORES_PLAIN, {NULL, NULL, 0}, NULL, c->n, c->T, NULL, NULL};
+    const size_t number = size_of_number(&g),
+        bytes = rows_open(&w, NULL, c->n, c->T, r->C, c->NH, number, g.stream);
+    char *const memory = (char *)device_new(bytes), *at = memory;
+    rows_open(&w, &at, c->n, c->T, r->C, c->NH, number, g.stream);
+    attention_rows_forward(&g, y, lse, &w, qkv, &a);
+    attention_rows_backward(&g, dqkv, inner, &w, dy, qkv, y, lse, &a);
+    CUDA_CHECK(cudaStreamSynchronize(g.stream));
+    device_free(memory);
+    test_gpu_close(&g);
+}
+
 template <class N> static void attention_run_as(AttentionRun *r, const AttentionCase *c) {
     const size_t numbers = r->tokens * r->C, heads = r->tokens * c->NH;
     N *qkv = attention_upload<N>(r->qkv, 3 * numbers), *dy = attention_upload<N>(r->dy, numbers);
     N *y = attention_upload<N>(NULL, numbers), *dqkv = attention_upload<N>(NULL, 3 * numbers);
     float *lse = attention_upload<float>(NULL, heads),
         *inner = attention_upload<float>(NULL, heads);
-    attention_forward(y, lse, qkv, NULL, c->n, c->T, r->C, c->NH, c->bf16, NULL);
-    attention_backward(dqkv, inner, dy, qkv, y, lse, NULL, c->n, c->T, r->C, c->NH, c->bf16, NULL);
+    if (c->rows) attention_run_rows(r, c, y, lse, dqkv, inner, qkv, dy);
+    else {
+        attention_forward(y, lse, qkv, NULL, c->n, c->T, r->C, c->NH, c->bf16, NULL);
+        attention_backward(dqkv, inner, dy, qkv, y, lse, NULL, c->n, c->T, r->C, c->NH, c->bf16,
+                           NULL);
+    }
     CUDA_CHECK(cudaDeviceSynchronize());
     r->y = attention_download(y, numbers), r->dqkv = attention_download(dqkv, 3 * numbers);
     r->lse = attention_download(lse, heads);
@@ -218,29 +239,31 @@ static void attention_case(AttentionCase c) {
 
 // Around the tiles of all kernels: 16, 32, 64 and 128 rows; heads that fill a tile or not, or are
 // no multiple of 16 bytes.
-static void attention_shapes(int in_bf16) {
+static void attention_shapes(int in_bf16, int rows) {
     static const size_t tokens[] = {1, 2, 15, 16, 17, 63, 64, 65, 127, 130, 200},
         sizes[] = {4, 8, 20, 32, 64, 80, 128};
     for (size_t t = 0; t < sizeof tokens / sizeof *tokens; t++)
         for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
             attention_case(AttentionCase{1 + (t + s) % 2, tokens[t], 1 + (t + 2 * s) % 3, sizes[s],
-                                         in_bf16, 3});
+                                         in_bf16, 3, rows});
 }
 
-void test_cuda_attention_fp32(void) { attention_shapes(0); }
-void test_cuda_attention_bf16(void) { attention_shapes(1); }
+void test_cuda_attention_fp32(void) { attention_shapes(0, 0); }
+void test_cuda_attention_bf16(void) { attention_shapes(1, 0); }
+void test_cuda_attention_rows_fp32(void) { attention_shapes(0, 1); }
+void test_cuda_attention_rows_bf16(void) { attention_shapes(1, 1); }
 
 void test_cuda_attention_wide_heads(void) {
     static const size_t tokens[] = {1, 17, 65}, sizes[] = {136, 250, 256};
-    for (int i = 0; i < 18; i++)
-        attention_case(AttentionCase{1, tokens[i / 2 % 3], 2, sizes[i / 6], i % 2, 3});
+    for (int i = 0; i < 36; i++)
+        attention_case(AttentionCase{1, tokens[i / 2 % 3], 2, sizes[i / 6 % 3], i % 2, 3, i / 18});
 }
 
 // Scores in the hundreds: one key gets nearly all the weight, exponentials underflow, nothing
 // overflows.
 void test_cuda_attention_sharp(void) {
-    for (int i = 0; i < 4; i++)
-        attention_case(AttentionCase{1, 150, 2, (size_t)(i / 2 ? 128 : 64), i % 2, 300});
+    for (int i = 0; i < 8; i++)
+        attention_case(AttentionCase{1, 150, 2, (size_t)(i / 2 % 2 ? 128 : 64), i % 2, 300, i / 4});
 }
 
 // The same bits for every order of threads and blocks that the emulator tries, and for every launch
@@ -249,8 +272,8 @@ void test_cuda_attention_same_bits(void) {
     static const size_t sizes[] = {20, 64, 128};
     const char *seed = getenv("EMU_SEED");
     char *before = seed ? xprintf("%s", seed) : NULL;
-    for (int i = 0; i < 6; i++) {
-        const AttentionCase c = {2, 150, 2, sizes[i / 2], i % 2, 3};
+    for (int i = 0; i < 12; i++) {
+        const AttentionCase c = {2, 150, 2, sizes[i / 2 % 3], i % 2, 3, i / 6};
         AttentionRun first = attention_inputs(&c);
         attention_run(&first, &c);
         const size_t numbers = first.tokens * first.C;
@@ -278,8 +301,8 @@ void test_cuda_attention_same_bits(void) {
 // Neither other rows nor other heads are read: NaN in them stays there.
 void test_cuda_attention_neighbours(void) {
     static const size_t sizes[] = {40, 64, 80};
-    for (int i = 0; i < 6; i++) {
-        const AttentionCase c = {3, 70, 3, sizes[i / 2], i % 2, 3};
+    for (int i = 0; i < 12; i++) {
+        const AttentionCase c = {3, 70, 3, sizes[i / 2 % 3], i % 2, 3, i / 6};
         AttentionRun r = attention_inputs(&c);
         for (size_t token = 0; token < r.tokens; token++)
             for (size_t d = 0; d < r.C; d++) {
