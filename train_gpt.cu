@@ -525,7 +525,8 @@ static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t
     sum_parts(g, sum, NULL, g->partial, N, parts, add);
 }
 
-// y (M,N) from a (M,K) b (K,N), or y.count of them; y must not overlap a, b or h, nor b_sum g->partial.
+// y (M,N) from a (M,K) b (K,N), or y.count of them; y must not overlap a, b or h, nor b_sum
+// g->partial.
 static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, size_t K) {
     Matmul *p = matmul_find(g, &y, &a, &b, M, N, K);
     const int gelu_inside = p->fused && y.gelu && !y.h;
