@@ -725,7 +725,7 @@ static void head_close(Head *h) {
 
 static void head_run(void *arg) {
     const Head *h = (const Head *)arg;
-    const Scoring y = {h->losses, NULL, NULL, h->targets, 1 / (float)h->n, 0, {}};
+    const Scoring y = {h->losses, NULL, NULL, NULL, h->targets, 1 / (float)h->n, 0, {}, {}};
     classifier(h->l->g, &y, h->dx, h->dwte, 0, h->logits, h->x, h->wte, h->n, h->l->C, h->l->V);
 }
 
@@ -733,7 +733,7 @@ static void head_run(void *arg) {
 static void softmax_run(void *arg) {
     const Head *h = (const Head *)arg;
     const Gpu *g = h->l->g;
-    const Scoring y = {h->losses, NULL, NULL, h->targets, 1 / (float)h->n, 0, {}};
+    const Scoring y = {h->losses, NULL, NULL, NULL, h->targets, 1 / (float)h->n, 0, {}, {}};
     if (g->half) softmax_loss<bf16>(g, &y, h->logits, 0, h->n, h->l->V);
     else softmax_loss<float>(g, &y, h->logits, 0, h->n, h->l->V);
 }

@@ -148,7 +148,7 @@ static void expect_product(Gpu *g, const MatmulCase *p, int dtype) {
     void *at = p->sums ? device_floats(5, n) : device_numbers(g, 5, n);
     const Result y = {at, p->N, p->sums, p->add, p->bias ? bias : NULL, p->gelu == 2 ? h : NULL,
                       p->gelu ? gelu : NULL,
-                      p->b_sum ? g->sum : NULL, 1};
+                      p->b_sum ? g->sum : NULL, 1, 1, 0};
     char *name = xprintf("%s (%zu,%zu,%zu)%s%s%s%s%s%s%s", dtype_names[dtype], p->M, p->N, p->K,
                          p->a_transposed ? " a transposed" : "", p->b_transposed ?
                              " b transposed" : "",
