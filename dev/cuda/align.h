@@ -28,8 +28,8 @@ typedef struct {
 // the packed ones.
 static __global__ void align_map_kernel(float *map, const float *s, const float *lse,
                                         const int *rows, RowsBlock b) {
-    const size_t i = thread_index(), j = i % (size_t)b.keys, line = i / (size_t)b.keys;
-    const int n = (int)(line / (size_t)b.queries), q = (int)(line % (size_t)b.queries),
+    const size_t i = thread_index(), j = i % (size_t)b.keys, query = i / (size_t)b.keys;
+    const int n = (int)(query / (size_t)b.queries), q = (int)(query % (size_t)b.queries),
         t = b.i0 + q;
     if (n >= b.n) return;
     const size_t row = rows ? (size_t)rows[b.row0 + n] : (size_t)(b.row0 + n);
@@ -40,18 +40,18 @@ static __global__ void align_map_kernel(float *map, const float *s, const float 
         sum += share * expf(s[head * (size_t)b.ld + j] -
                             lse[(row * (size_t)b.NH + (size_t)h) * (size_t)b.T + (size_t)t]);
     }
-    map[line * (size_t)b.ld + j] = sum;
+    map[query * (size_t)b.ld + j] = sum;
 }
 
 // A warp compares the row of a query t >= 1; with weight not 0, a (rows,queries,ld) becomes weight
 // times the gradient with respect to the student's probabilities a, and 0 for the others.
 static __global__ void align_kernel(float *a, const float *other, float *sums, int kl, float weight,
                                     size_t B, RowsBlock b) {
-    const int line = (int)(thread_index() / WARP), lane = (int)threadIdx.x % WARP,
-        n = line / b.queries, t = b.i0 + line % b.queries;
+    const int query = (int)(thread_index() / WARP), lane = (int)threadIdx.x % WARP,
+        n = query / b.queries, t = b.i0 + query % b.queries;
     if (n >= b.n) return;
-    float *const x = a + (size_t)line * (size_t)b.ld;
-    const float *const y = other + (size_t)line * (size_t)b.ld;
+    float *const x = a + (size_t)query * (size_t)b.ld;
+    const float *const y = other + (size_t)query * (size_t)b.ld;
     const int seen = t >= 1 && t < b.T ? t + 1 : 0;
     float ab = 0, aa = 0, bb = 0, divergence = 0;
     for (int j = lane; j < seen; j += WARP) {

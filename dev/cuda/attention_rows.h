@@ -67,20 +67,19 @@ static size_t rows_open(AttentionRows *w, char **at, size_t B, size_t T, size_t 
 }
 
 // A block: the queries from i0 on, of all heads of n packed rows from row0 on. They see keys [0,
-// keys); scores are (n,NH,queries,ld), a line being a query of a head. Queries from T on are
-// padding.
-typedef struct { int row0, n, i0, queries, keys, ld, T, NH, lines; } RowsBlock;
+// keys); scores are (n,NH,queries,ld), of `count` queries in all. Queries from T on are padding.
+typedef struct { int row0, n, i0, queries, keys, ld, T, NH, count; } RowsBlock;
 
-// What a warp or a thread works on: a line's head among those of the block, its query, the keys
+// What a warp or a thread works on: a query's head among those of the block, its position, the keys
 // that it sees (0 of padding), and its place in (rows,NH,T).
-typedef struct { int head, t, seen; size_t at; } RowsLine;
+typedef struct { int head, t, seen; size_t at; } RowsQuery;
 
-static __device__ RowsLine rows_line(const RowsBlock &b, int line) {
-    RowsLine l;
-    l.head = line / b.queries, l.t = b.i0 + line % b.queries;
-    l.seen = l.t < b.T ? l.t + 1 : 0;
-    l.at = ((size_t)b.row0 * (size_t)b.NH + (size_t)l.head) * (size_t)b.T + (size_t)l.t;
-    return l;
+static __device__ RowsQuery rows_query(const RowsBlock &b, int query) {
+    RowsQuery q;
+    q.head = query / b.queries, q.t = b.i0 + query % b.queries;
+    q.seen = q.t < b.T ? q.t + 1 : 0;
+    q.at = ((size_t)b.row0 * (size_t)b.NH + (size_t)q.head) * (size_t)b.T + (size_t)q.t;
+    return q;
 }
 
 // ---- Heads as matrices ----
@@ -151,14 +150,14 @@ static __device__ float blur_sum(const ScoreEdit *e, int j, int seen) {
 static __global__ void rows_blur_kernel(float *to, const float *from, const ScoreEdit *e,
                                         RowsBlock b) {
     const size_t i = thread_index();
-    const int line = (int)(i / (size_t)b.keys), j = (int)(i % (size_t)b.keys);
-    if (line >= b.lines) return;
-    const int seen = rows_line(b, line).seen;
-    const float *row = from + (size_t)line * (size_t)b.ld;
+    const int query = (int)(i / (size_t)b.keys), j = (int)(i % (size_t)b.keys);
+    if (query >= b.count) return;
+    const int seen = rows_query(b, query).seen;
+    const float *row = from + (size_t)query * (size_t)b.ld;
     float sum = 0;
     for (int d = -(e->width / 2); d <= e->width / 2 && j < seen; d++)
         if (j + d >= 0 && j + d < seen) sum += e->weight[d < 0 ? -d : d] * (row[j + d] - row[j]);
-    to[(size_t)line * (size_t)b.ld + (size_t)j] = j < seen ? row[j] + sum / blur_sum(e, j, seen)
+    to[(size_t)query * (size_t)b.ld + (size_t)j] = j < seen ? row[j] + sum / blur_sum(e, j, seen)
         : 0;
 }
 
@@ -168,14 +167,14 @@ template <class N>
 static __global__ void rows_blur_backward_kernel(N *ds, const float *from, const ScoreEdit *e,
                                                  RowsBlock b) {
     const size_t i = thread_index();
-    const int line = (int)(i / (size_t)b.keys), j = (int)(i % (size_t)b.keys);
-    if (line >= b.lines) return;
-    const int seen = rows_line(b, line).seen;
-    const float *row = from + (size_t)line * (size_t)b.ld;
+    const int query = (int)(i / (size_t)b.keys), j = (int)(i % (size_t)b.keys);
+    if (query >= b.count) return;
+    const int seen = rows_query(b, query).seen;
+    const float *row = from + (size_t)query * (size_t)b.ld;
     float sum = 0;
     for (int d = -(e->width / 2); d <= e->width / 2 && j < seen; d++)
         if (j + d >= 0 && j + d < seen) sum += e->weight[d < 0 ? -d : d] * row[j + d];
-    ds[(size_t)line * (size_t)b.ld + (size_t)j] = from_float<N>(sum);
+    ds[(size_t)query * (size_t)b.ld + (size_t)j] = from_float<N>(sum);
 }
 
 // ---- Drop of the largest scores, by the warp of a row ----
@@ -241,7 +240,7 @@ static __device__ RowsDropped rows_drop(float *row, const ScoreEdit *e, uint32_t
 // ---- Rows of scores, forward and backward: a warp to a row, a lane to every WARP-th key ----
 
 static __device__ RowsDropped rows_edit(float *row, const ScoreEdit *edit, int kind,
-                                        const int *rows, const RowsBlock &b, const RowsLine &l) {
+                                        const int *rows, const RowsBlock &b, const RowsQuery &l) {
     RowsDropped none;
     UNROLL for (int i = 0; i < HARD_MOST / WARP; i++) none.key[i] = -1;
     if (kind != SCORES_HARD || !l.seen) return none;
@@ -250,16 +249,16 @@ static __device__ RowsDropped rows_edit(float *row, const ScoreEdit *edit, int k
     return rows_drop(row, edit, row_number, (uint32_t)(l.head % b.NH), l.t, l.seen);
 }
 
-// p (lines,ld) = softmax of s, which is edited first, times dropout's factors, and 0 for keys that
+// p (count,ld) = softmax of s, which is edited first, times dropout's factors, and 0 for keys that
 // a query does not see; lse (rows,NH,T). rows: which rows of the batch the packed ones are.
 template <class N>
 static __global__ void rows_softmax_kernel(N *p, float *lse, float *s, const ScoreEdit *edit,
                                            int kind, KeptKeys keep, const int *rows, RowsBlock b) {
-    const int line = (int)(thread_index() / WARP), lane = (int)threadIdx.x % WARP;
-    if (line >= b.lines) return;
-    const RowsLine l = rows_line(b, line);
-    float *const row = s + (size_t)line * (size_t)b.ld, kept = kept_scale(keep);
-    N *const to = p + (size_t)line * (size_t)b.ld;
+    const int query = (int)(thread_index() / WARP), lane = (int)threadIdx.x % WARP;
+    if (query >= b.count) return;
+    const RowsQuery l = rows_query(b, query);
+    float *const row = s + (size_t)query * (size_t)b.ld, kept = kept_scale(keep);
+    N *const to = p + (size_t)query * (size_t)b.ld;
     rows_edit(row, edit, kind, rows, b, l);
     float top = -INFINITY, sum = 0;
     for (int j = lane; j < l.seen; j += WARP) top = fmaxf(top, row[j]);
@@ -285,10 +284,10 @@ static __global__ void rows_softmax_backward_kernel(N *p, N *ds, float *s, float
                                                     const float *more, const ScoreEdit *edit,
                                                     int kind, KeptKeys keep, const int *rows,
                                                     RowsBlock b) {
-    const int line = (int)(thread_index() / WARP), lane = (int)threadIdx.x % WARP;
-    if (line >= b.lines) return;
-    const RowsLine l = rows_line(b, line);
-    const size_t at = (size_t)line * (size_t)b.ld;
+    const int query = (int)(thread_index() / WARP), lane = (int)threadIdx.x % WARP;
+    if (query >= b.count) return;
+    const RowsQuery l = rows_query(b, query);
+    const size_t at = (size_t)query * (size_t)b.ld;
     const size_t of_map = ((size_t)(l.head / b.NH) * (size_t)b.queries + (size_t)(l.t - b.i0)) *
         (size_t)b.ld;
     float *const row = s + at, kept = kept_scale(keep), along = 0;
@@ -341,7 +340,7 @@ static RowsBlock rows_block(const AttentionRows *w, size_t row0, size_t n, size_
 }
 
 static dim3 rows_grid(const RowsBlock *b) {
-    return dim3((unsigned)strips((size_t)b->lines, ROWS_WARPS));
+    return dim3((unsigned)strips((size_t)b->count, ROWS_WARPS));
 }
 
 static const void *head_numbers(const Gpu *g, const void *at, size_t i) {
@@ -358,7 +357,7 @@ static void rows_products(Gpu *g, const AttentionRows *w, float *s, const void *
              matrices(keys, W, 1, head), (size_t)b->queries, (size_t)b->keys, W);
 }
 
-// to (heads,Tp,W), the block's queries, = scale times p (lines,ld) by keys (heads,Tp,W).
+// to (heads,Tp,W), the block's queries, = scale times p (count,ld) by keys (heads,Tp,W).
 static void rows_times(Gpu *g, const AttentionRows *w, float *to, const void *p, const void *keys,
                        float scale, const RowsBlock *b) {
     const size_t W = rows_width(w->C, w->NH), head = (size_t)b->ld * W;
@@ -368,7 +367,7 @@ static void rows_times(Gpu *g, const AttentionRows *w, float *to, const void *p,
              matrices(keys, W, 0, head), (size_t)b->queries, W, (size_t)b->keys);
 }
 
-// to (heads,Tp,W), the keys' gradient, += scale times p^T (lines,ld) by the block's queries a.
+// to (heads,Tp,W), the keys' gradient, += scale times p^T (count,ld) by the block's queries a.
 static void rows_keys_backward(Gpu *g, const AttentionRows *w, float *to, const void *p,
                                const void *a, float scale, const RowsBlock *b) {
     const size_t W = rows_width(w->C, w->NH), head = (size_t)b->ld * W;
@@ -385,7 +384,7 @@ static float *rows_scores(Gpu *g, const AttentionRows *w, const RowsShape *a, fl
     rows_products(g, w, w->s, w->q, w->k, (float)(1 / sqrt((double)(w->C / w->NH))), b);
     *other = w->t;
     if (a->kind != SCORES_BLUR) return w->s;
-    LAUNCH(rows_blur_kernel, blocks_for((size_t)b->lines * (size_t)b->keys), BLOCK, 0, g->stream,
+    LAUNCH(rows_blur_kernel, blocks_for((size_t)b->count * (size_t)b->keys), BLOCK, 0, g->stream,
            w->t, (const float *)w->s, a->edit, *b);
     *other = w->s;
     return w->t;
@@ -456,7 +455,7 @@ static void attention_rows_backward_as(Gpu *g, void *dqkv, const float *inner,
                    a->kind, a->keep, a->rows, b);
             if (a->kind == SCORES_BLUR)
                 LAUNCH(rows_blur_backward_kernel<N>,
-                       blocks_for((size_t)b.lines * (size_t)b.keys), BLOCK, 0, g->stream,
+                       blocks_for((size_t)b.count * (size_t)b.keys), BLOCK, 0, g->stream,
                        (N *)w->ds, (const float *)dp, a->edit, b);
             rows_times(g, w, w->dq, w->ds, w->k, scale, &b);
             rows_keys_backward(g, w, w->dk, w->ds, w->q, scale, &b);
