@@ -218,6 +218,31 @@ static void test_study_shares_baselines(void) {
     free(share), free(all), free(a), free(b), free(b2);
 }
 
+// A teacher counts by its weights, not by where they are: a copy of it shares results, another one
+// in the same place does not.
+static void test_study_keys_a_teacher(void) {
+    const char *dir = test_directory();
+    char *share = xprintf("seeds = 2\nresults = %s/all\n", dir), *all = xprintf("%s/all", dir);
+    EXPECT_RUN("--out %s/one --steps 4", dir);
+    EXPECT_RUN("--out %s/other --steps 5", dir);
+    static const struct { const char *teacher; int results; } step[] = {{"one", 4}, {"copy", 4},
+                                                                        {"one", 6}};
+    for (int i = 0; i < 3; i++) {
+        char name[2] = {(char)('a' + i), 0};
+        char *first = i == 1 ? xprintf("cp -rL %s/one %s/copy", dir, dir)
+            : i ? xprintf("rm -r %s/one && cp -rL %s/other %s/one", dir, dir, dir) : xstrdup("");
+        char *rest = xprintf("steps = 20\n[arm none]\n[arm taught]\ndistill = 0.5\nteacher = "
+                             "%s/%s\n", dir, step[i].teacher);
+        EXPECT(!*first || system(first) == 0, "%s failed", first);
+        char *plan = study_test_plan(dir, name, share, rest);
+        EXPECT_STUDY("run %s", plan);
+        EXPECT(study_test_count(all) == step[i].results, "plan %s: %d results, want %d", name,
+               study_test_count(all), step[i].results);
+        free(first), free(rest), free(plan);
+    }
+    free(share), free(all);
+}
+
 // ---- Queues ----
 
 // Killed in the middle, then two queues at once in one directory: the results are the undisturbed
@@ -479,6 +504,7 @@ static void test_study_fit(void) {
 
 #define STUDY_TESTS(X)                                                                             \
     X(study_answers) X(study_verify_fails) X(study_shares_baselines) X(study_killed_and_shared)    \
+    X(study_keys_a_teacher)                                                                        \
     X(study_many_jobs) X(study_takes_over) X(study_stops_in_time) X(study_tunes)                   \
     X(study_equal_seconds) X(study_refuses) X(study_refuses_other_data) X(study_fit)
 

@@ -78,6 +78,12 @@ enum { STUDY_ARMS = 256, STUDY_GRIDS = 4, STUDY_CURVE = 8, STUDY_KEY = 17 };
 // at the front.
 typedef struct { const OptionSpec *spec; int n, given, low, high; char **value; } StudyGrid;
 
+// Options that name what a run reads beside the data: their content is part of its key, and not
+// where it is.
+enum { STUDY_TEACHER, STUDY_INITIAL, STUDY_SCORES, STUDY_CONTENTS };
+static const char *const study_content_names[STUDY_CONTENTS] = {"teacher", "init-from",
+                                                                "align-scores"};
+
 typedef struct {
     char *name;
     Options options;
@@ -88,6 +94,7 @@ typedef struct {
     StudyGrid grid[STUDY_GRIDS];
     // calibrated: at full depth; at the top rates, which cost that
     double step_seconds, drop_seconds, drop_compute;
+    char content[STUDY_CONTENTS][SHA256_HEX];            // "": the option names nothing
 } StudyArm;
 
 typedef struct { int arm; double budget, flops; int64_t steps; char *text; } StudySolved;
@@ -461,6 +468,15 @@ static inline char *study_parse(Study *s, const void *mem, size_t size) {
 
 // ---- Data and sizes ----
 
+static inline void study_file_sum(char hex[SHA256_HEX], const char *path) {
+    FileMap map;
+    const char *error = file_map(&map, path);
+    if (error) die("cannot read %s: %s", path, error);
+    if (map.size > 1u << 30) fprintf(stderr, "SHA-256 of %s ...\n", path);
+    sha256_hex(hex, map.data, map.size);
+    file_unmap(&map);
+}
+
 // SHA-256 over the SHA-256 of every file that the pattern names, in the order in which shards are
 // read.
 static inline void study_data_sum(char hex[SHA256_HEX], const char *pattern) {
@@ -468,21 +484,47 @@ static inline void study_data_sum(char hex[SHA256_HEX], const char *pattern) {
     Sha256 all;
     sha256_init(&all);
     for (size_t i = 0; i < found.gl_pathc; i++) {
-        FileMap map;
         char one[SHA256_HEX];
-        const char *error = file_map(&map, found.gl_pathv[i]);
-        if (error) die("cannot read %s: %s", found.gl_pathv[i], error);
-        if (map.size > 1u << 30) fprintf(stderr, "SHA-256 of %s ...\n", found.gl_pathv[i]);
-        sha256_hex(one, map.data, map.size);
+        study_file_sum(one, found.gl_pathv[i]);
         sha256_update(&all, one, strlen(one));
-        file_unmap(&map);
     }
     sha256_final(&all, hex);
     globfree(&found);
 }
 
+// SHA-256 over the SHA-256 of every file with weights of a checkpoint, and of its configuration.
+static inline void study_weights_sum(char hex[SHA256_HEX], const char *path) {
+    char *dir = checkpoint_find(path), *config = xprintf("%s/config.json", dir);
+    char one[SHA256_HEX];
+    Weights w;
+    Sha256 all;
+    sha256_init(&all);
+    weights_open(&w, dir);
+    for (int i = 0; i < w.files + (w.lora.rank > 0); i++) {
+        const FileMap *map = i < w.files ? &w.file[i].map : &w.adapter.map;
+        sha256_hex(one, map->data, map->size);
+        sha256_update(&all, one, strlen(one));
+    }
+    weights_close(&w);
+    if (path_exists(config)) {
+        study_file_sum(one, config);
+        sha256_update(&all, one, strlen(one));
+    }
+    sha256_final(&all, hex);
+    free(dir), free(config);
+}
+
+// The SHA-256 of what an arm's options name beside the data.
+static inline void study_read_contents(StudyArm *a) {
+    const TrainOptions *o = &a->train;
+    if (*o->teacher) study_weights_sum(a->content[STUDY_TEACHER], o->teacher);
+    if (*o->init_from) study_weights_sum(a->content[STUDY_INITIAL], o->init_from);
+    if (*o->align_scores) study_file_sum(a->content[STUDY_SCORES], o->align_scores);
+}
+
 static inline void study_read_data(Study *s) {
     const TrainOptions *o = &s->arm[s->base].train;
+    for (int arm = 0; arm < s->n_arms; arm++) study_read_contents(&s->arm[arm]);
     study_data_sum(s->train_sha256, o->train);
     study_data_sum(s->val_sha256, o->val);
     char *both = xprintf("%s %s", s->train_sha256, s->val_sha256);
@@ -622,6 +664,13 @@ static inline int study_is_incidental(const TrainOptions *o, const char *name) {
            !strncmp(name, "dropout-", 8);
 }
 
+// The SHA-256 of what an option names, or "" if it is none of these options.
+static inline const char *study_content(const StudyArm *a, const char *name) {
+    for (int i = 0; i < STUDY_CONTENTS; i++)
+        if (!strcmp(name, study_content_names[i])) return a->content[i];
+    return "";
+}
+
 // All that a result depends on, but its data and its engine: options that are not at their default,
 // in the order of the table, spans in steps. With eval-depths, which no bit of the weights depends
 // on: a result without these losses cannot serve a plan that reports them.
@@ -650,7 +699,9 @@ static inline void study_canonical(const Study *s, const StudyArm *a, const Trai
             span->value = (double)span_steps(*span, o.steps), span->percent = 0;
             text_printf(&usual, "%lld", (long long)steps);
         } else options_print(&usual, then);
-        options_print(&value, now);
+        const char *content = study_content(a, spec->name);
+        if (*content) text_printf(&value, "%s", content);
+        else options_print(&value, now);
         if (strcmp(value.s, usual.s) || !strcmp(spec->name, "seed") || !strcmp(spec->name, "steps"))
             text_printf(out, " %s=%s", spec->name, value.s);
         text_free(&value), text_free(&usual);
