@@ -10,7 +10,7 @@
 #include "test.h"
 
 // sharp: factor of q; rows: by the kernels that hold whole rows of scores
-typedef struct { size_t n, T, NH, HS; int bf16; double sharp; int rows = 0; } AttentionCase;
+struct AttentionCase { size_t n, T, NH, HS; int bf16; double sharp; int rows = 0; };
 
 // What a case computes, in double: host copies of the device's arrays, in their own type.
 typedef struct { size_t tokens, C; double *qkv, *dy, *y, *lse, *dqkv; } AttentionRun;
