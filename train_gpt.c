@@ -939,6 +939,7 @@ const Engine CPU_ENGINE = {
     CAN_ANY_BATCH,
     model_open, model_run, model_losses, model_parts, model_logits, model_decode,
     model_update, model_read, model_write, model_resumed, model_memory, model_peak, model_close,
+    NULL,
 };
 
 #ifndef ENGINE_ONLY          // the Makefile links main.c with an engine instead

@@ -20,6 +20,7 @@
 // Reductions over the ranks of a run are on a second stream, concurrent with the backward pass.
 
 #include "dev/check.h"
+#include "dev/files/matmul_choices.h"
 #include "dev/model/cuda.h"
 #include "dev/model/engines.h"
 #include "dev/model/layout.h"
@@ -40,6 +41,11 @@ typedef struct {
     // search: time a matmul's algorithms at its first use; plain: this file's kernels apply the
     // epilogues; sums_inside: matmuls also compute bias gradients
     int half, tf32, search, plain, sums_inside;
+    // since the model's tune: `measure`: forms of a matmul compete by time; choices: what was
+    // chosen
+    int measure, measured, told;
+    MatmulChoices choices;
+    double least_flops;                          // of matmuls that are worth a measurement
     void *workspace;                             // (WORKSPACE) bytes for matmuls
     float *partial, *sum;                        // column sums: (PARTIAL * C) partial, (4C) whole
     Matmul *matmul;                             // those used so far, by shape
@@ -188,6 +194,10 @@ static void gelu_forward(const Gpu *g, void *y, const void *x, size_t n) {
 // matmuls, =1 also the sums for bias gradients. By default the engine computes those: libcublasLt
 // 13.1 names kernels with them for bf16 and fp32 results only for compute capability 8.0, which on
 // 9.0 take 1.6 times as long (estimated) and would cost more than reading dy once more.
+//
+// A training run does not rely on that default: model_tune measures both forms of each matmul, with
+// the epilogue fused and with this file's kernels after it, and records the choice in a file, since
+// the two forms round differently. DROPPATH_GEMM_SEARCH=all also measures small matmuls.
 
 // Rows of elements, ld apart; a matmul reads the matrix or, with `transposed`, its transpose. All
 // N. stride: from the first element of one matrix to that of the next, if the matmul is of several.
@@ -227,6 +237,10 @@ typedef struct {
     size_t M, N, K, lda, ldb, ldy, count, stride_a, stride_b, stride_y;
     int a_transposed, b_transposed, sums, add, epilogue;
 } MatmulKey;
+
+static inline double matmul_flops(const MatmulKey *k) {
+    return 2.0 * (double)k->count * (double)k->M * (double)k->N * (double)k->K;
+}
 
 struct Matmul {
     MatmulKey key;
@@ -374,8 +388,6 @@ static int matmul_search(const Gpu *g, const Matmul *p,
 static int matmul_choose(const Gpu *g, Matmul *p, const Matrix *a, const Matrix *b,
                           const float *b_sum) {
     const size_t work = WORKSPACE;
-    const double flops = 2.0 * (double)p->key.count * (double)p->key.M * (double)p->key.N *
-        (double)p->key.K;
     cublasLtMatmulPreference_t wish;
     cublasLtMatmulHeuristicResult_t found[ALGORITHMS];
     int n = 0;
@@ -390,9 +402,8 @@ static int matmul_choose(const Gpu *g, Matmul *p, const Matrix *a, const Matrix 
     for (int i = 0; status == CUBLAS_STATUS_SUCCESS && i < n; i++)
         if (found[i].state == CUBLAS_STATUS_SUCCESS) found[usable++] = found[i];
     if (!usable) return 0;
-    // below, a launch takes as long as the computation
-    const int worth_it = flops > 1e8;
-    const int chosen = g->search && worth_it && usable > 1
+    const int worth_it = matmul_flops(&p->key) > g->least_flops;
+    const int chosen = g->search && worth_it && (usable > 1 || g->measure)
         ? matmul_search(g, p, found, usable, a, b, b_sum) : 0;
     if (chosen < 0) return 0;
     p->algorithm = found[chosen].algo;
@@ -415,12 +426,102 @@ static int matmul_epilogue(const Result *y) {
 
 // Whether the library may apply the epilogue. GELU only in bf16: the library has no fp32 kernel
 // named for it, and a tanh.approx in one (2^-11) would be the largest error of an fp32 run.
-static int matmul_fuses(const Gpu *g, const Result *y) {
-    if (y->b_sum && !g->sums_inside) return 0;
+static int matmul_may_fuse(const Gpu *g, const Result *y) {
+    if (g->plain) return 0;
     if (!y->gelu && !y->h) return 1;
     // with adapters, GELU applies to the whole sum
     if (y->add) return 0;
     return g->half && y->ld % 8 == 0;                    // by cublasLt.h, EPILOGUE_AUX_LD
+}
+
+// The form that is used without a measurement.
+static int matmul_usual(const Gpu *g, const Result *y) {
+    return matmul_may_fuse(g, y) && (!y->b_sum || g->sums_inside);
+}
+
+// Opens *p in one form; returns 0 if the library has no algorithm that runs.
+static int matmul_form(const Gpu *g, Matmul *p, int fused, const Result *y, const Matrix *a,
+                       const Matrix *b) {
+    p->fused = fused;
+    matmul_describe(g, p, y);
+    if (matmul_choose(g, p, a, b, y->b_sum)) return 1;
+    // a descriptor that still names a bias would be refused again
+    matmul_free(p);
+    return 0;
+}
+
+static void matmul_finish(const Gpu *g, Matmul *p, const Result *y, const Matrix *a,
+                          const Matrix *b);
+
+// The recorded choice for p->key. Returns 0 if there is none, or the library cannot take it.
+static int matmul_recorded(Gpu *g, Matmul *p, const uint64_t key[MATMUL_KEY], const Result *y) {
+    cublasLtMatmulHeuristicResult_t checked;
+    const MatmulChoice *c = matmul_choices_find(&g->choices, key);
+    if (!c || (c->fused && !matmul_may_fuse(g, y))) return 0;
+    p->fused = c->fused;
+    memcpy(&p->algorithm, c->algorithm, sizeof p->algorithm);
+    matmul_describe(g, p, y);
+    if (cublasLtMatmulAlgoCheck(g->blas, p->what, p->b, p->a, p->y, p->y, &p->algorithm,
+                                &checked) == CUBLAS_STATUS_SUCCESS &&
+        checked.workspaceSize <= WORKSPACE)
+        return 1;
+    matmul_free(p);
+    return 0;
+}
+
+// Milliseconds of a whole matmul with its epilogue, in the form of p: the least of a few runs.
+static double matmul_form_time(const Gpu *g, Matmul *p, const Result *y, const Matrix *a,
+                               const Matrix *b) {
+    enum { RUNS = 5 };                                   // and one before them
+    double best = -1;
+    float ms = 0;
+    cudaEvent_t from, to;
+    CUDA_CHECK(cudaEventCreate(&from));
+    CUDA_CHECK(cudaEventCreate(&to));
+    for (int i = 0; i <= RUNS; i++) {
+        CUDA_CHECK(cudaEventRecord(from, g->stream));
+        matmul_finish(g, p, y, a, b);
+        CUDA_CHECK(cudaEventRecord(to, g->stream));
+        CUDA_CHECK(cudaEventSynchronize(to));
+        CUDA_CHECK(cudaEventElapsedTime(&ms, from, to));
+        if (i && (best < 0 || ms < best)) best = ms;
+    }
+    CUDA_CHECK(cudaEventDestroy(from));
+    CUDA_CHECK(cudaEventDestroy(to));
+    return best;
+}
+
+// Opens *p in the faster form and records it; returns 0 if neither runs. What y points at is
+// written several times, and accumulated into as often.
+static int matmul_measure(Gpu *g, Matmul *p, const uint64_t key[MATMUL_KEY], const Result *y,
+                          const Matrix *a, const Matrix *b) {
+    const double MARGIN = 0.97;
+    MatmulChoice c;
+    Matmul form[2];
+    int runs[2];
+    memset(&c, 0, sizeof c);
+    for (int fused = 0; fused < 2; fused++) {
+        const int asked = !fused || (p->key.epilogue != CUBLASLT_EPILOGUE_DEFAULT &&
+                                     matmul_may_fuse(g, y));
+        form[fused] = *p, c.ms[fused] = -1;
+        runs[fused] = asked && matmul_form(g, &form[fused], fused, y, a, b);
+        if (runs[fused]) c.ms[fused] = matmul_form_time(g, &form[fused], y, a, b);
+        else if (fused && asked && !g->told++)
+            warn("cuBLASLt has no algorithm that runs with epilogue %d, of (%zu,%zu) and "
+                 "(%zu,%zu): a kernel after the matmul applies it, here and in the like",
+                 p->key.epilogue, p->key.M, p->key.K, p->key.K, p->key.N);
+    }
+    // the default form, unless the other is clearly faster: two new runs should choose alike
+    const int usual = runs[matmul_usual(g, y)] ? matmul_usual(g, y) : !matmul_usual(g, y);
+    c.fused = runs[!usual] && c.ms[!usual] < MARGIN * c.ms[usual] ? !usual : usual;
+    if (!runs[c.fused]) return 0;
+    if (runs[!c.fused]) matmul_free(&form[!c.fused]);
+    *p = form[c.fused];
+    memcpy(c.key, key, sizeof c.key);
+    memcpy(c.algorithm, &p->algorithm, sizeof c.algorithm);
+    matmul_choices_add(&g->choices, &c);
+    g->measured++;
+    return 1;
 }
 
 static Matmul *matmul_find(Gpu *g, const Result *y, const Matrix *a, const Matrix *b, size_t M,
@@ -443,16 +544,17 @@ static Matmul *matmul_find(Gpu *g, const Result *y, const Matrix *a, const Matri
     Matmul *p = &g->matmul[g->n_matmuls++];
     memset(p, 0, sizeof *p);
     p->key = key;
-    p->fused = !g->plain && matmul_fuses(g, y);
-    matmul_describe(g, p, y);
-    if (matmul_choose(g, p, a, b, y->b_sum)) return p;
-    // a descriptor that still names a bias would be refused again
-    matmul_free(p);
-    p->fused = 0;
-    matmul_describe(g, p, y);
-    if (!matmul_choose(g, p, a, b, y->b_sum))
-        die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
-    return p;
+    const uint64_t recorded[MATMUL_KEY] = {
+        M, N, K, a->ld, b->ld, y->ld, (uint64_t)a->transposed, (uint64_t)b->transposed,
+        (uint64_t)y->sums, (uint64_t)y->add, (uint64_t)key.epilogue, y->count, a->stride, b->stride,
+        y->stride};
+    if (matmul_recorded(g, p, recorded, y)) return p;
+    if (g->measure && matmul_flops(&key) > g->least_flops &&
+        matmul_measure(g, p, recorded, y, a, b))
+        return p;
+    if ((matmul_usual(g, y) && matmul_form(g, p, 1, y, a, b)) || matmul_form(g, p, 0, y, a, b))
+        return p;
+    die("cuBLASLt has no product of (%zu,%zu) and (%zu,%zu)", M, K, K, N);
 }
 
 // sums (parts,N): column sums of y (M,N), whose rows are divided into `parts` equal parts. A block
@@ -525,19 +627,25 @@ static void column_sums(const Gpu *g, float *sum, int add, const void *y, size_t
     sum_parts(g, sum, NULL, g->partial, N, parts, add);
 }
 
+// Computes all of y: a matmul, and what it could not do itself.
+static void matmul_finish(const Gpu *g, Matmul *p, const Result *y, const Matrix *a,
+                          const Matrix *b) {
+    const size_t M = p->key.M, N = p->key.N;
+    const int gelu_inside = p->fused && y->gelu && !y->h;
+    matmul_pointers(p, y);
+    CUBLAS_CHECK(matmul_run(g, p, &p->algorithm, y->alpha, gelu_inside ? y->gelu : y->at, a, b));
+    if (!p->fused && (y->bias || y->gelu || y->h)) {
+        const int wide = N % WIDE == 0;
+        LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y->at,
+                  y->bias, y->gelu, y->h, M * N, N);
+    } else if (y->h && y->gelu) gelu_forward(g, y->gelu, y->h, M * N);
+    if (!p->fused && y->b_sum) column_sums(g, y->b_sum, 0, b->at, p->key.K, N);
+}
+
 // y (M,N) from a (M,K) b (K,N), or y.count of them; y must not overlap a, b or h, nor b_sum
 // g->partial.
 static void multiply(Gpu *g, Result y, Matrix a, Matrix b, size_t M, size_t N, size_t K) {
-    Matmul *p = matmul_find(g, &y, &a, &b, M, N, K);
-    const int gelu_inside = p->fused && y.gelu && !y.h;
-    matmul_pointers(p, &y);
-    CUBLAS_CHECK(matmul_run(g, p, &p->algorithm, y.alpha, gelu_inside ? y.gelu : y.at, &a, &b));
-    if (!p->fused && (y.bias || y.gelu || y.h)) {
-        const int wide = N % WIDE == 0;
-        LAUNCH_AS(epilogue_kernel, g, wide, blocks_for(M * N / (wide ? WIDE : 1)), BLOCK, 0, y.at,
-                  y.bias, y.gelu, y.h, M * N, N);
-    } else if (y.h && y.gelu) gelu_forward(g, y.gelu, y.h, M * N);
-    if (!p->fused && y.b_sum) column_sums(g, y.b_sum, 0, b.at, K, N);
+    matmul_finish(g, matmul_find(g, &y, &a, &b, M, N, K), &y, &a, &b);
 }
 
 // y = x (BT,C) w (C,OC), plus y's epilogue (bias, GELU, accumulate).
@@ -2891,6 +2999,8 @@ static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
     g->half = dtype == DTYPE_BF16;
     g->tf32 = dtype == DTYPE_TF32;
     g->search = !search || strcmp(search, "0");
+    // below, a launch takes as long as the computation
+    g->least_flops = search && !strcmp(search, "all") ? 0 : 1e8;
     g->plain = epilogue && !strcmp(epilogue, "0");
     g->sums_inside = epilogue && !strcmp(epilogue, "1");
     g->workspace = device_alloc("the workspace of products", WORKSPACE);
@@ -2899,6 +3009,7 @@ static void gpu_open(Gpu *g, int dtype, const Comm *comm) {
 static void gpu_close(Gpu *g) {
     for (int i = 0; i < g->n_matmuls; i++) matmul_free(&g->matmul[i]);
     free(g->matmul);
+    matmul_choices_free(&g->choices);
     CUDA_CHECK(cudaFree(g->workspace));
     CUBLAS_CHECK(cublasLtDestroy(g->blas));
     CUDA_CHECK(cudaStreamDestroy(g->stream));
@@ -4128,13 +4239,17 @@ template <class N, int W> static __global__ void fill_kernel(void *to, size_t n)
     store<N, W>(to, i, v);
 }
 
-// Square matmuls, growing until one takes a while; then the best of many. (8192: more than a device
-// runs at once.)
+// Square matmuls, growing until a few take a while; then the best of many groups of them, each
+// timed by the device, since the host's clock would add 20 us for launch and wait. (8192: more than
+// a device runs at once.)
 static double model_peak(Model *m, double seconds) {
-    enum { LEAST = 128, MOST = 8192 };
+    enum { LEAST = 128, MOST = 8192, GROUP = 4 };
     Gpu *g = &m->gpu;
     const double end = clock_seconds() + seconds;
     double best = 0;
+    cudaEvent_t from, to;
+    CUDA_CHECK(cudaEventCreate(&from));
+    CUDA_CHECK(cudaEventCreate(&to));
     for (size_t n = LEAST, enough = 0; best == 0 || clock_seconds() < end;) {
         const size_t bytes = n * n * size_of_number(g);
         char *work = (char *)device_alloc("the measurement of the peak", 3 * bytes);
@@ -4144,18 +4259,122 @@ static double model_peak(Model *m, double seconds) {
                  n, n, n);
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         do {
-            const double from = clock_seconds();
-            multiply(g, fresh(work + 2 * bytes, n, NULL), matrix(work, n), transposed(work + bytes,
-                     n), n, n, n);
-            CUDA_CHECK(cudaStreamSynchronize(g->stream));
-            const double run = clock_seconds() - from;
+            float ms;
+            CUDA_CHECK(cudaEventRecord(from, g->stream));
+            for (int i = 0; i < GROUP; i++)
+                multiply(g, fresh(work + 2 * bytes, n, NULL), matrix(work, n),
+                         transposed(work + bytes, n), n, n, n);
+            CUDA_CHECK(cudaEventRecord(to, g->stream));
+            CUDA_CHECK(cudaEventSynchronize(to));
+            CUDA_CHECK(cudaEventElapsedTime(&ms, from, to));
+            const double run = 1e-3 * fmax(ms, 1e-3) / GROUP;        // its resolution is 0.5 us
             best = fmax(best, 2.0 * (double)n * (double)n * (double)n / run);
             enough = run > 2e-3 || n == MOST;
         } while (enough && clock_seconds() < end);
         CUDA_CHECK(cudaFree(work));
         n *= enough ? 1 : 2;
     }
+    CUDA_CHECK(cudaEventDestroy(from));
+    CUDA_CHECK(cudaEventDestroy(to));
     return best;
+}
+
+// Where choices hold: the device, the library's version and the dtype.
+static char *tune_where(const Gpu *g) {
+    cudaDeviceProp device;
+    int number;
+    CUDA_CHECK(cudaGetDevice(&number));
+    CUDA_CHECK(cudaGetDeviceProperties(&device, number));
+    return xprintf("%s, compute capability %d.%d, cublasLt %zu, %s", device.name, device.major,
+                   device.minor, cublasLtGetVersion(), g->half ? "bf16" : g->tf32 ? "tf32"
+                   : "fp32");
+}
+
+// Reads the choices of a file, one line on standard error if that is not possible.
+static void tune_read(MatmulChoices *c, const char *where, const char *path) {
+    FileMap map;
+    const char *error = file_map(&map, path);
+    if (!error) {
+        error = matmul_choices_parse(c, where, map.data, map.size);
+        file_unmap(&map);
+    }
+    if (error)
+        warn("%s is not used: %s; matmuls are measured again, so the bits of a resumed run may "
+             "differ", path, error);
+}
+
+// Runs every shape of matmul of a training step once, in the last layer: a branch on 1 .. B rows,
+// or on B only; twice, since only the first backward pass after an update overwrites the gradients.
+static void tune_rehearse(Model *m, int by_rows) {
+    const int L = m->config.L, B = m->args.B, T = m->args.T, train = m->slot[SLOT_GRAD] != NULL;
+    int *tokens = (int *)xcalloc((size_t)B * (size_t)T, sizeof *tokens);
+    unsigned char *kept = (unsigned char *)xcalloc((size_t)B, 1);
+    DropPlan plan = drop_plan_new(L, B);
+    Graph *const graphs = m->graph;
+    const size_t peak = m->saved_peak;
+    for (int i = 0; i < BRANCHES * L; i++) drop_plan_keep(&plan, i, kept, B, 1);
+    m->graph = NULL;                                     // nothing is recorded
+    for (int n = by_rows ? 1 : B; n <= B; n++) {
+        for (int i = 0; i < n; i++) kept[i] = 1;
+        memset(m->spent, 1, (size_t)BRANCHES * (size_t)L + 1);
+        for (int b = 0; b < BRANCHES; b++)
+            drop_plan_keep(&plan, BRANCHES * (L - 1) + b, kept, B, 1);
+        const Batch batch = batch_of(B, T, tokens, tokens);
+        const Pass pass = pass_of(&plan, train ? 1 : 0);
+        for (int i = 0; i <= train; i++) model_run(m, &batch, &pass);
+    }
+    m->graph = graphs, m->saved_peak = peak;
+    drop_plan_free(&plan);
+    free(kept), free(tokens);
+}
+
+// Zeroes the gradients of a rehearsal.
+static void tune_forget(Model *m) {
+    const size_t branches = (size_t)BRANCHES * (size_t)m->config.L + 1;
+    int64_t *t = (int64_t *)xcalloc(branches, sizeof *t);
+    UpdateArgs args;
+    memset(&args, 0, sizeof args);
+    for (size_t i = 0; i < branches; i++) t[i] = 1;
+    args.t = t, args.discard = 1;
+    if (m->slot[SLOT_GRAD]) model_update(m, &args);
+    free(t);
+}
+
+// Chooses each matmul's form and algorithm. Rank 0 reads, measures what the file lacks and writes;
+// the others do as it does, and where they have another device take the default, so that no choice
+// depends on more than this file. Afterwards nothing is measured: a shape that comes later gets the
+// default form and the first algorithm.
+static void model_tune(Model *m, const TuneArgs *args) {
+    Gpu *g = &m->gpu;
+    const Comm *comm = m->args.comm;
+    const int first = !comm || comm->rank == 0;
+    if (!g->search || g->plain || g->sums_inside) return;        // asked for otherwise
+    char *where = tune_where(g);
+    Text text = {NULL, 0, 0};
+    if (first) {
+        const char *from = args->file && path_exists(args->file) ? args->file : args->before;
+        if (from && path_exists(from)) tune_read(&g->choices, where, from);
+        for (int i = 0; i < g->n_matmuls; i++) matmul_free(&g->matmul[i]);
+        g->n_matmuls = 0, g->measure = 1;
+        tune_rehearse(m, args->by_rows);
+        g->measure = 0;
+        text = matmul_choices_text(&g->choices, where);
+        char *error = args->file && (g->measured || from != args->file)
+            ? file_try_replace(args->file, text.s, text.n) : NULL;
+        if (error)
+            warn("%s: a resumed run will measure its matmuls anew, and may differ in bits", error);
+        free(error);
+    }
+    uint64_t size = text.n;
+    comm_broadcast(comm, &size, sizeof size);
+    if (!first) text.s = (char *)xcalloc(size + 1, 1);
+    comm_broadcast(comm, text.s, size);
+    if (!first && matmul_choices_parse(&g->choices, where, text.s, size))
+        warn("rank %d has another device than rank 0 (%s): its matmuls are not measured",
+             comm->rank, where);
+    tune_forget(m);
+    g->search = 0;
+    free(where), free(text.s);
 }
 
 #ifndef CUDA_ENGINE
@@ -4170,6 +4389,7 @@ const Engine *CUDA_ENGINE(void) {
         CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE,
         model_open, model_run, model_losses, model_parts, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
+        model_tune,
     };
     cudaDeviceProp device;
     int count = 0;

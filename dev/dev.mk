@@ -45,17 +45,44 @@ GPU_KNOWN  = $(eval GPU_KNOWN := $(shell $(NVCC) --list-gpu-arch 2>/dev/null | \
 NCCL_TEST := printf '\#include <nccl.h>\nint main() { ncclUniqueId i; ncclGetUniqueId(&i); }\n'
 ifeq ($(origin NCCL),undefined)
 NCCL       = $(eval NCCL := $(shell $(NCCL_TEST) | \
-               $(NVCC) -x cu - -o /dev/null -lnccl 2>/dev/null && echo 1))$(NCCL)
+               $(NVCC) -x cu - -o /dev/null $(NCCL_FLAGS) $(NCCL_LIBS) 2>/dev/null && \
+               echo 1))$(NCCL)
 endif
+# cuBLASLt and NCCL may be the toolkit's, the system's, or in the packages of PyTorch's wheels,
+# where libraries have no name without a version: they are linked as files. Looked for when a recipe
+# first needs them.
+find_cuda  = $(shell CUDA_HOME='$(CUDA_HOME)' sh dev/find_cuda.sh $(1))
+CUBLAS_H   = $(eval CUBLAS_H := $(call find_cuda,cublasLt.h))$(CUBLAS_H)
+CUBLAS_SO  = $(eval CUBLAS_SO := $(call find_cuda,libcublasLt.so cublasLt.h))$(CUBLAS_SO)
+NCCL_H     = $(eval NCCL_H := $(call find_cuda,nccl.h))$(NCCL_H)
+NCCL_SO    = $(eval NCCL_SO := $(call find_cuda,libnccl.so nccl.h))$(NCCL_SO)
+# The toolkit's own headers come first: those of the packages may be of another version.
+cuda_include = $(if $(filter-out $(CUDA_HOME)/%,$(1)),-idirafter $(patsubst %/,%,$(dir $(1))))
+cuda_library = $(if $(1),-Xlinker $(1) -Xlinker -rpath -Xlinker $(patsubst %/,%,$(dir $(1))))
+NCCL_FLAGS = $(call cuda_include,$(NCCL_H))
+NCCL_LIBS  = $(call cuda_library,$(NCCL_SO))
+missing    = echo "error: $(1) is not found"; \
+             echo "  hint: CUDA_HOME=DIR names the CUDA Toolkit (now $(CUDA_HOME)); or let" \
+             "python3 find PyTorch's: pip install $(2)"; exit 1
 GPU_FLAGS  = -std=c++17 $(NVCCFLAGS) $(GPU_CODE) -Xcompiler -Wall,-Wextra \
-             $(if $(OMP),-Xcompiler $(OMP)) $(if $(filter 1,$(NCCL)),,-DNO_NCCL)
-GPU_LIBS   = -L$(CUDA_HOME)/lib64 -Xlinker -rpath,$(CUDA_HOME)/lib64 -lcublasLt \
-             $(if $(filter 1,$(NCCL)),-lnccl) -lm -lpthread
+             $(if $(OMP),-Xcompiler $(OMP)) $(if $(filter 1,$(NCCL)),$(NCCL_FLAGS),-DNO_NCCL) \
+             $(call cuda_include,$(CUBLAS_H))
+GPU_LIBS   = $(call cuda_library,$(CUBLAS_SO)) -L$(CUDA_HOME)/lib64 \
+             $(if $(filter 1,$(NCCL)),$(NCCL_LIBS)) -lm -lpthread
 define nvcc
 @mkdir -p $(@D)
+@command -v $(NVCC) >/dev/null || \
+    { echo "error: $(NVCC) is not found"; \
+      echo "  hint: CUDA_HOME=DIR names the CUDA Toolkit (now $(CUDA_HOME))," \
+          "NVCC=FILE its compiler"; \
+      exit 1; }
+@[ -n "$(CUBLAS_H)" ] || { $(call missing,cublasLt.h,nvidia-cublas); }
 $(NVCC) $(GPU_FLAGS) $(1) -MMD -MP -MF $@.d -c $< -o $@
 endef
-gpu_link = $(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $(filter %.o,$^) -o $@ $(GPU_LIBS)
+define gpu_link
+@[ -n "$(CUBLAS_SO)" ] || { $(call missing,libcublasLt.so,nvidia-cublas); }
+$(NVCC) $(if $(OMP),-Xcompiler $(OMP)) $(filter %.o,$^) -o $@ $(GPU_LIBS)
+endef
 
 # ---- Tests ----
 

@@ -173,17 +173,8 @@ show() { sed -n '/^$/,/^also in/p' "$OUT/$1.log" | grep -v '^also in'; }
 
 has() { command -v "$1" 2>/dev/null || echo none; }
 
-# The first file with that name in the places where toolkits and PyTorch's packages install it, or
-# nothing.
-place() {
-    site=$("$PYTHON" -c 'import site; print(site.getsitepackages()[0])' 2>/dev/null)
-    for dir in "$CUDA_HOME/lib64" "$CUDA_HOME/include" "$CUDA_HOME"/targets/*/lib \
-        "$CUDA_HOME"/targets/*/include /usr/lib/x86_64-linux-gnu /usr/lib64 /usr/include \
-        "${site:-/none}"/nvidia/*/lib "${site:-/none}"/nvidia/*/include; do
-        for file in "$dir/$1"*; do [ -f "$file" ] && echo "$file" && return; done
-    done
-    echo none
-}
+# Where a header or library is, or none.
+place() { PYTHON=$PYTHON sh dev/find_cuda.sh "$@" || echo none; }
 
 torch_version() {
     "$PYTHON" -c 'import torch; print(torch.__version__, torch.cuda.is_available())' 2>/dev/null ||
@@ -197,9 +188,9 @@ machine() {
         echo "toolkit:     $(nvcc --version 2>/dev/null | sed -n 's/.*release/CUDA/p')"
     fi
     echo "cublasLt.h:  $(place cublasLt.h)"
-    echo "libcublasLt: $(place libcublasLt.so)"
+    echo "libcublasLt: $(place libcublasLt.so cublasLt.h)"
     echo "nccl.h:      $(place nccl.h)"
-    echo "libnccl:     $(place libnccl.so)"
+    echo "libnccl:     $(place libnccl.so nccl.h)"
     echo "Python:      $("$PYTHON" --version 2>&1); PyTorch $(torch_version)"
     for tool in compute-sanitizer ncu nsys; do echo "$tool: $(has $tool)"; done
     compiler=$(${CC:-cc} --version 2>/dev/null | head -n 1)
@@ -216,7 +207,11 @@ if [ "$ENGINE" = cuda ]; then
     nvidia-smi -L 2>/dev/null | grep -q GPU ||
         fail "no NVIDIA GPU: nvidia-smi lists none" \
             "make gpu-check-dry runs all of this on an emulator, without a GPU"
-    libraries=$(dirname "$(place libcublasLt.so)"):$(dirname "$(place libnccl.so)")
+    [ "$(place libcublasLt.so)" != none ] ||
+        fail "libcublasLt.so is not found" \
+            "CUDA_HOME=DIR names the CUDA Toolkit; PYTHON=FILE the Python with PyTorch's packages"
+    libraries=$(dirname "$(place libcublasLt.so cublasLt.h)")
+    libraries=$libraries:$(dirname "$(place libnccl.so nccl.h)")
     export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries"
 fi
 
@@ -235,7 +230,7 @@ fi
 # ---- Call 1: correctness ----
 
 if part 1; then
-    stage products 40 env CUBLASLT_LOG_LEVEL=2 "$tests" cuda_products
+    stage products 40 env CUBLASLT_LOG_LEVEL=2 "$tests" cuda_matmuls
     list=$("$tests" --list)
     wanted="$(echo "$list" | grep ^cuda_) $(echo "$list" | grep -E '^(engine|parity)_')"
     [ "$ENGINE" = cuda ] || wanted="cuda_gelu cuda_norm cuda_softmax_loss parity_refuses"

@@ -15,6 +15,11 @@
 //                           tanh.approx (cuda_bf16.h)
 //   EMU_ALGORITHMS_FAIL=n   bit mask: which of the heuristic's algorithms 0 and 1 cublasLtMatmul
 //                           rejects
+//   EMU_COST_PLAIN=n        matmuls and kernels take a given time on a clock of their own, which is
+//                           what events then record: n microseconds for a matmul without an
+//                           epilogue, EMU_COST_FUSED for one with, EMU_COST_FIRST more for
+//                           algorithm 0, EMU_COST_SECOND more for algorithm 1, EMU_COST_KERNEL for
+//                           each launch of a kernel
 #ifndef EMU_CUBLASLT_H
 #define EMU_CUBLASLT_H
 
@@ -92,6 +97,11 @@ inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) {
     delete h;
     return CUBLAS_STATUS_SUCCESS;
 }
+
+inline size_t cublasLtGetVersion(void) { return emu_number("EMU_LT_VERSION", 130100); }
+
+// Calls of cublasLtMatmul so far.
+inline uint64_t emu_lt_calls = 0;
 
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, cublasComputeType_t compute,
                                                cudaDataType_t scale) {
@@ -259,6 +269,21 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t h, cublasL
     return CUBLAS_STATUS_SUCCESS;
 }
 
+inline cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t h, cublasLtMatmulDesc_t d,
+                                              cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t y,
+                                              const cublasLtMatmulAlgo_t *algo,
+                                              cublasLtMatmulHeuristicResult_t *result) {
+    if (!h) return CUBLAS_STATUS_NOT_INITIALIZED;
+    const cublasStatus_t s = emu_lt_check(d, a, b, c, y);
+    if (s != CUBLAS_STATUS_SUCCESS) return s;
+    if (!algo || !result || algo->data[0] != EMU_LT_ALGORITHM || algo->data[1] > 1)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    memset(result, 0, sizeof *result);
+    result->algo = *algo, result->workspaceSize = algo->data[1] ? 4096 : 0;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 // ---- The matmul ----
 
 inline float emu_lt_load(const void *at, uint32_t type, size_t i) {
@@ -422,7 +447,12 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t h, cublasLtMatmulDesc_t d,
                                     ly->type, 0);
     if (!ok) return invalid;
     const EmuProduct p = {*d, *la, *lb, *lc, *ly, *(const float *)alpha, beta_value, a, b, c, y};
-    return emu_enqueue(stream, [p] { emu_lt_run(p); }) == cudaSuccess ? CUBLAS_STATUS_SUCCESS
+    const uint64_t cost = emu_number(e == CUBLASLT_EPILOGUE_DEFAULT ? "EMU_COST_PLAIN"
+                                     : "EMU_COST_FUSED", 0) +
+        emu_number(algo && algo->data[1] ? "EMU_COST_SECOND" : "EMU_COST_FIRST", 0);
+    emu_lt_calls++;
+    return emu_enqueue(stream, [p, cost] { emu_lt_run(p), emu_cost += 1e-6 * (double)cost; }) ==
+        cudaSuccess ? CUBLAS_STATUS_SUCCESS
         : CUBLAS_STATUS_EXECUTION_FAILED;
 }
 

@@ -98,6 +98,10 @@ inline cudaError_t cudaSetDevice(int device) {
     emu_device = device;
     return cudaSuccess;
 }
+inline cudaError_t cudaGetDevice(int *device) {
+    *device = emu_device;
+    return cudaSuccess;
+}
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     const int capability = emu_capability().number;
     *p = {"emulated", capability / 10, capability % 10};
@@ -214,6 +218,10 @@ typedef EmuEvent *cudaEvent_t;
 inline std::vector<EmuStream *> emu_streams;
 inline uint64_t emu_launches = 0;
 
+// What events record: seconds, or with EMU_COST_PLAIN the given costs of what ran (cublasLt.h).
+inline double emu_cost = 0;
+inline double emu_clock(void) { return getenv("EMU_COST_PLAIN") ? emu_cost : emu_seconds(); }
+
 enum { cudaStreamDefault, cudaStreamNonBlocking };
 enum { cudaEventDisableTiming = 2 };
 
@@ -313,7 +321,7 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSucces
 inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s = NULL) {
     std::shared_ptr<EmuRecord> r(new EmuRecord{false, 0, s});
     e->last = r;
-    return emu_enqueue(s, [r] { r->done = true, r->seconds = emu_seconds(); });
+    return emu_enqueue(s, [r] { r->done = true, r->seconds = emu_clock(); });
 }
 inline void emu_reach(const std::shared_ptr<EmuRecord> &r) {
     while (r && !r->done) emu_step(r->stream);
@@ -501,6 +509,7 @@ template <class... P> inline cudaError_t emu_launch(const char *kernel, void (*f
     return emu_enqueue(stream, [=] {
         emu_run_grid(kernel, grid, block, shared, number, [&] { f(args...); });
         emu_memory_check(kernel);
+        emu_cost += 1e-6 * (double)emu_number("EMU_COST_KERNEL", 0);
     });
 }
 

@@ -137,6 +137,14 @@ typedef struct {
 
 static inline int decode_to(const DecodeArgs *a, int layers) { return a->to ? a->to : layers; }
 
+// For tune. The bits of a step depend on what was chosen, so the choices are kept in a file, and a
+// model that finds them there measures nothing.
+typedef struct {
+    const char *file;     // read if it exists; written if something was measured
+    const char *before;   // read if `file` does not exist; NULL: none
+    int by_rows;          // 1: branches run on 1 .. B rows; 0: on B only
+} TuneArgs;
+
 typedef enum { SLOT_PARAM, SLOT_GRAD, SLOT_M, SLOT_V } Slot;
 
 // Capabilities that only some engines have.
@@ -205,6 +213,11 @@ typedef struct {
     double (*peak)(Model *, double seconds);
 
     void (*close)(Model *);
+
+    // Call on all ranks before the first step, when the weights are there: measures what a training
+    // step consists of and chooses accordingly, so that no step measures anything. NULL: this
+    // engine has nothing to choose. Gradients are zero afterwards.
+    void (*tune)(Model *, const TuneArgs *);
 } Engine;
 
 // ---- Preconditions, checked by the engines ----

@@ -830,6 +830,20 @@ static inline void trainer_open_model(Trainer *tr) {
     tr->model = engine_open(tr->engine, &tr->config, &args);
 }
 
+// Lets the engine measure and choose before the first step. The choices are kept in the run's
+// directory; a run that resumes another directory's checkpoint makes that run's choices.
+static inline void trainer_tune(Trainer *tr) {
+    if (!tr->engine->tune) return;
+    TuneArgs args;
+    char *file = xprintf("%s/matmuls.txt", tr->options->out),
+        *before = xprintf("%s/../matmuls.txt", tr->whole ? tr->whole : "");
+    memset(&args, 0, sizeof args);
+    args.file = file, args.before = tr->whole ? before : NULL;
+    args.by_rows = tr->drop.p_max > 0 && tr->drop.unit == UNIT_ROW;
+    tr->engine->tune(tr->model, &args);
+    free(file), free(before);
+}
+
 static inline void trainer_close_model(Trainer *tr) {
     tr->engine->close(tr->model);
     drop_plan_free(&tr->plan), drop_plan_free(&tr->twins);

@@ -245,10 +245,11 @@ static inline void trainer_run(const char *program, const Engine *engine, const 
         trainer_open_metrics(tr, tr->state.step, &again);
     }
     metrics_free(&again);
+    trainer_tune(tr);
     double busy = 0;
     for (int64_t first = tr->state.step; tr->state.step < tr->steps && !tr->stop;) {
         trainer_take_turn(turn);
-        if (trainer_growth_due(tr)) trainer_grow(tr);
+        if (trainer_growth_due(tr)) trainer_grow(tr), trainer_tune(tr);
         const double start = clock_seconds();
         Metrics r = trainer_step(tr);
         const double seconds = clock_seconds() - start;

@@ -844,6 +844,36 @@ static inline void test_gpu_ranks_resume(void) {
     }
 }
 
+// Costs (dev/emu/cublasLt.h) under which fused matmuls win, and under which they lose.
+#define COSTS(fused) "DROPPATH_GEMM_SEARCH=all EMU_COST_PLAIN=9 EMU_COST_FUSED=" fused " "
+
+// A resumed run has the bits of the undisturbed one although other matmuls are faster by now: the
+// choices are in matmuls.txt, or in that of the directory that it resumes, also for ranks. Without
+// the file the bits are others, and a damaged one is named.
+static inline void test_gpu_ranks_keep_choices(void) {
+    const char *dir = test_directory(), *options = "--steps 4 --keep 0 --drop-path 0.4";
+    char whole[500], half[500], other[500], last[600], latest[600];
+    snprintf(whole, sizeof whole, "%s/whole", dir), snprintf(half, sizeof half, "%s/half", dir);
+    snprintf(other, sizeof other, "%s/other", dir);
+    snprintf(last, sizeof last, "%s/latest", whole);
+    EXPECT_PROGRAM(COSTS("5") EMULATED, 2, "--out %s %s --save-every 2", whole, options);
+    snprintf(latest, sizeof latest, "%s/latest", half);
+    EXPECT_PROGRAM(COSTS("99") EMULATED, 2, "--out %s %s --resume %s/step_00000002", half, options,
+                   whole);
+    EXPECT_SAME(last, latest, "model.safetensors");
+    EXPECT_SAME(last, latest, "optimizer.safetensors");
+    EXPECT_SAME(whole, half, "matmuls.txt");
+    EXPECT_PROGRAM(COSTS("99") EMULATED, 2, "--out %s %s", other, options);
+    snprintf(latest, sizeof latest, "%s/latest", other);
+    EXPECT(tensors_differ(last, latest, "model.safetensors") > 0, "both forms have the same bits");
+    char *file = xprintf("%s/matmuls.txt", other);
+    file_replace(file, "droppath", 8);
+    tool_expect(0, "is not used: it is damaged; matmuls are measured again",
+                program_run(COSTS("5") EMULATED, 1, "--out %s %s --steps 5 --resume", other,
+                            options), __FILE__, __LINE__);
+    free(file);
+}
+
 // In bf16 each rank has of the fp32 weights its share only. On equally many ranks that changes no
 // bit (without the norm, which is summed up in another order), and rounding at random does not
 // either, nor a resume. Nor does loading and saving: steps of learning rate 0 on 4, 2 and 1 ranks
@@ -913,7 +943,8 @@ static inline void test_gpu_ranks_not_finite(void) {
 
 #define GPU_RANKS_TESTS(X)                                                                 \
     X(gpu_ranks_equal_one) X(gpu_ranks_synced_plans) X(gpu_ranks_bf16) X(gpu_ranks_resume) \
-    X(gpu_ranks_share_weights) X(gpu_ranks_frozen) X(gpu_ranks_not_finite) X(gpu_ranks_killed)
+    X(gpu_ranks_keep_choices) X(gpu_ranks_share_weights) X(gpu_ranks_frozen)         \
+    X(gpu_ranks_not_finite) X(gpu_ranks_killed)
 
 #define COMM_TESTS(X)                                                                             \
     X(comm_environment) X(comm_rendezvous_text) X(comm_parsers) X(comm_ranks_meet)                \

@@ -699,6 +699,7 @@ void test_cuda_norm(void) {
 // ---- Internals of the engine ----
 
 #include "test_cuda_attention.h"
+#include "test_cuda_choices.h"
 #include "test_cuda_graphs.h"
 #include "test_cuda_update.h"
 #include "test_cuda_arenas.h"

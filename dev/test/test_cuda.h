@@ -16,7 +16,9 @@
 
 #define CUDA_TESTS(X)                                                                        \
     X(cuda_matmuls) X(cuda_products_search) X(cuda_bias_sums) X(cuda_search_compares)       \
-    X(cuda_search_fails)                                                                     \
+    X(cuda_search_fails) X(cuda_choice_fused_wins) X(cuda_choice_unfused_wins)               \
+    X(cuda_choice_algorithm) X(cuda_choice_fails) X(cuda_choice_kept)                        \
+    X(cuda_choice_inherited) X(cuda_choice_damaged)                                          \
     X(cuda_column_sums) X(cuda_gelu) X(cuda_embedding) X(cuda_layernorm_forward)             \
     X(cuda_layernorm_backward) X(cuda_softmax_loss) X(cuda_classifier_chunks) X(cuda_logits) \
     X(cuda_norm) X(cuda_round_at_random) X(cuda_update_rounds) X(cuda_graphs) X(cuda_arenas) \
