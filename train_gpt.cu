@@ -319,15 +319,12 @@ enum { ALGORITHMS = 8, ALGORITHM_RUNS = 3 };
 
 // Seconds of the fastest of a few runs into y; negative if it does not run.
 static double matmul_time(const Gpu *g, const Matmul *p, const cublasLtMatmulAlgo_t *algorithm,
-                           void *y, const Matrix *a, const Matrix *b, cudaEvent_t from,
-                           cudaEvent_t to) {
-    float best = -1, ms = 0;
+                          void *y, const Matrix *a, const Matrix *b, const Timer *timer) {
+    double best = -1;
     for (int i = 0; i < ALGORITHM_RUNS; i++) {
-        CUDA_CHECK(cudaEventRecord(from, g->stream));
+        timer_start(timer);
         if (matmul_run(g, p, algorithm, 1, y, a, b) != CUBLAS_STATUS_SUCCESS) return -1;
-        CUDA_CHECK(cudaEventRecord(to, g->stream));
-        CUDA_CHECK(cudaEventSynchronize(to));
-        CUDA_CHECK(cudaEventElapsedTime(&ms, from, to));
+        const double ms = timer_stop(timer);
         if (best < 0 || ms < best) best = ms;
     }
     return best;
@@ -345,15 +342,13 @@ static int matmul_search(const Gpu *g, const Matmul *p,
     char *work = NULL;
     int first = -1, best = -1, differs;
     double least = -1;
-    cudaEvent_t from, to;
     if (cudaMalloc((void **)&work, 2 * bytes + round_up(sum_bytes, ALIGN) + ALIGN) != cudaSuccess) {
         (void)cudaGetLastError();                        // it has been reported
         return 0;
     }
     char *first_sum = work + 2 * bytes;
     int *differ = (int *)(void *)(first_sum + round_up(sum_bytes, ALIGN));
-    CUDA_CHECK(cudaEventCreate(&from));
-    CUDA_CHECK(cudaEventCreate(&to));
+    const Timer timer = timer_new(g->stream);
     for (int i = 0; i < n; i++) {
         void *y = first < 0 ? work : work + bytes;
         CUDA_CHECK(cudaMemsetAsync(y, 0, bytes, g->stream));
@@ -374,11 +369,10 @@ static int matmul_search(const Gpu *g, const Matmul *p,
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         if (differs) continue;
         // the first one's result is preserved
-        const double time = matmul_time(g, p, &found[i].algo, work + bytes, a, b, from, to);
+        const double time = matmul_time(g, p, &found[i].algo, work + bytes, a, b, &timer);
         if (time >= 0 && (least < 0 || time < least)) least = time, best = i;
     }
-    CUDA_CHECK(cudaEventDestroy(from));
-    CUDA_CHECK(cudaEventDestroy(to));
+    timer_free(&timer);
     CUDA_CHECK(cudaFree(work));
     return best;
 }
@@ -474,20 +468,14 @@ static double matmul_form_time(const Gpu *g, Matmul *p, const Result *y, const M
                                const Matrix *b) {
     enum { RUNS = 5 };                                   // and one before them
     double best = -1;
-    float ms = 0;
-    cudaEvent_t from, to;
-    CUDA_CHECK(cudaEventCreate(&from));
-    CUDA_CHECK(cudaEventCreate(&to));
+    const Timer timer = timer_new(g->stream);
     for (int i = 0; i <= RUNS; i++) {
-        CUDA_CHECK(cudaEventRecord(from, g->stream));
+        timer_start(&timer);
         matmul_finish(g, p, y, a, b);
-        CUDA_CHECK(cudaEventRecord(to, g->stream));
-        CUDA_CHECK(cudaEventSynchronize(to));
-        CUDA_CHECK(cudaEventElapsedTime(&ms, from, to));
+        const double ms = timer_stop(&timer);
         if (i && (best < 0 || ms < best)) best = ms;
     }
-    CUDA_CHECK(cudaEventDestroy(from));
-    CUDA_CHECK(cudaEventDestroy(to));
+    timer_free(&timer);
     return best;
 }
 
@@ -4247,9 +4235,7 @@ static double model_peak(Model *m, double seconds) {
     Gpu *g = &m->gpu;
     const double end = clock_seconds() + seconds;
     double best = 0;
-    cudaEvent_t from, to;
-    CUDA_CHECK(cudaEventCreate(&from));
-    CUDA_CHECK(cudaEventCreate(&to));
+    const Timer timer = timer_new(g->stream);
     for (size_t n = LEAST, enough = 0; best == 0 || clock_seconds() < end;) {
         const size_t bytes = n * n * size_of_number(g);
         char *work = (char *)device_alloc("the measurement of the peak", 3 * bytes);
@@ -4259,23 +4245,19 @@ static double model_peak(Model *m, double seconds) {
                  n, n, n);
         CUDA_CHECK(cudaStreamSynchronize(g->stream));
         do {
-            float ms;
-            CUDA_CHECK(cudaEventRecord(from, g->stream));
+            timer_start(&timer);
             for (int i = 0; i < GROUP; i++)
                 multiply(g, fresh(work + 2 * bytes, n, NULL), matrix(work, n),
                          transposed(work + bytes, n), n, n, n);
-            CUDA_CHECK(cudaEventRecord(to, g->stream));
-            CUDA_CHECK(cudaEventSynchronize(to));
-            CUDA_CHECK(cudaEventElapsedTime(&ms, from, to));
-            const double run = 1e-3 * fmax(ms, 1e-3) / GROUP;        // its resolution is 0.5 us
+            // the resolution of events is 0.5 us
+            const double run = 1e-3 * fmax(timer_stop(&timer), 1e-3) / GROUP;
             best = fmax(best, 2.0 * (double)n * (double)n * (double)n / run);
             enough = run > 2e-3 || n == MOST;
         } while (enough && clock_seconds() < end);
         CUDA_CHECK(cudaFree(work));
         n *= enough ? 1 : 2;
     }
-    CUDA_CHECK(cudaEventDestroy(from));
-    CUDA_CHECK(cudaEventDestroy(to));
+    timer_free(&timer);
     return best;
 }
 
@@ -4385,8 +4367,7 @@ static void model_tune(Model *m, const TuneArgs *args) {
 const Engine *CUDA_ENGINE(void) {
     static char name[300] = "GPU";
     static const Engine engine = {
-        name, DTYPE_BF16,
-        CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE,
+        name, DTYPE_BF16, CAN_TF32 | CAN_RECOMPUTE | CAN_GRAPH | CAN_ROUND | CAN_SHARE,
         model_open, model_run, model_losses, model_parts, model_logits, model_decode, model_update,
         model_read, model_write, model_resumed, model_memory, model_peak, model_close,
         model_tune,

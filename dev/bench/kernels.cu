@@ -31,29 +31,12 @@ enum { ROUNDS = 6 };
 
 // ---- Time on the device ----
 
-typedef struct { cudaStream_t stream; cudaEvent_t from, to; } Timer;
-
-static void timer_open(Timer *t, cudaStream_t stream) {
-    t->stream = stream;
-    CUDA_CHECK(cudaEventCreate(&t->from));
-    CUDA_CHECK(cudaEventCreate(&t->to));
-}
-
-static void timer_close(Timer *t) {
-    CUDA_CHECK(cudaEventDestroy(t->from));
-    CUDA_CHECK(cudaEventDestroy(t->to));
-}
-
 // For a row whose arg begins with a Timer.
 static double timer_slice(const MeasureRow *r, int runs) {
     const Timer *t = (const Timer *)r->arg;
-    float ms = 0;
-    CUDA_CHECK(cudaEventRecord(t->from, t->stream));
+    timer_start(t);
     for (int i = 0; i < runs; i++) r->run(r->arg);
-    CUDA_CHECK(cudaEventRecord(t->to, t->stream));
-    CUDA_CHECK(cudaEventSynchronize(t->to));
-    CUDA_CHECK(cudaEventElapsedTime(&ms, t->from, t->to));
-    return 1e-3 * (double)ms;
+    return 1e-3 * timer_stop(t);
 }
 
 static MeasureRow *timed_row(MeasureTable *t, const char *name, const char *unit, double work,
@@ -207,7 +190,7 @@ static double matmul_row_check(void *arg) {
 static void matmul_row_new(MatmulRow *p, Gpu *g, int a_transposed, int b_transposed, int sums,
                             size_t M, size_t N, size_t K) {
     memset(p, 0, sizeof *p);
-    timer_open(&p->timer, g->stream);
+    p->timer = timer_new(g->stream);
     p->g = g, p->M = M, p->N = N, p->K = K, p->times = 1;
     const void *a = device_filled(g, 0, M * K, 1, 4), *b = device_filled(g, 0, K * N, 1, 5);
     void *y = device_filled(g, sums, M * N, 1, 3);
@@ -220,7 +203,7 @@ static void matmul_row_free(MatmulRow *p) {
     const void *const array[] = {p->a.at, p->b.at, p->y.at, p->y.bias, p->y.gelu, p->y.h};
     for (size_t i = 0; i < sizeof array / sizeof array[0]; i++)
         CUDA_CHECK(cudaFree((void *)(uintptr_t)array[i]));
-    timer_close(&p->timer);
+    timer_free(&p->timer);
 }
 
 static MeasureRow *matmul_row_add(MeasureTable *t, MatmulRow *p, const char *name,
@@ -446,7 +429,7 @@ static void lab_attention(Lab *l) {
     const double error = l->g->half ? 0.05 + 0.002 * sqrt((double)l->T)
                                     : 4 * rounding((double)l->T);
     a.l = l;
-    timer_open(&a.timer, l->g->stream);
+    a.timer = timer_new(l->g->stream);
     a.qkv = device_filled(l->g, 0, 3 * l->BT * l->C, 2, 20),
         a.dqkv = device_filled(l->g, 0, 3 * l->BT * l->C, 1, 21);
     a.y = device_filled(l->g, 0, l->BT * l->C, 1, 22),
@@ -482,7 +465,7 @@ static void lab_attention(Lab *l) {
     void *const array[] = {a.qkv, a.dqkv, a.y, a.dy, a.lse, a.inner, drops.words, drops.place,
                            drops.rows};
     for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) CUDA_CHECK(cudaFree(array[i]));
-    timer_close(&a.timer);
+    timer_free(&a.timer);
 }
 
 // ---- LayerNorm with the residual stream, GELU, column sums ----
@@ -504,7 +487,7 @@ static void layers_open(Layers *s, const Lab *l) {
     const size_t BTC = l->BT * l->C;
     CUDA_CHECK(cudaMalloc(&s->scale, sizeof *s->scale));
     CUDA_CHECK(cudaMemcpy(s->scale, &all_scale, sizeof all_scale, cudaMemcpyHostToDevice));
-    timer_open(&s->timer, g->stream);
+    s->timer = timer_new(g->stream);
     s->l = l;
     s->x = (float *)device_filled(g, 1, BTC, 2, 30), s->dx = (float *)device_filled(g, 1, BTC, 1,
         31);
@@ -521,7 +504,7 @@ static void layers_close(Layers *s) {
     void *const array[] = {s->x,  s->dx,   s->rstd, s->w,    s->b,    s->dw,     s->db, s->out,
                            s->ln, s->xhat, s->dy,   s->dout, s->wide, s->wide_y, s->scale};
     for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) CUDA_CHECK(cudaFree(array[i]));
-    timer_close(&s->timer);
+    timer_free(&s->timer);
 }
 
 // like a branch that every row keeps, with its scale
@@ -699,7 +682,7 @@ typedef struct {
 static void head_open(Head *h, const Lab *l) {
     const Gpu *g = l->g;
     const size_t Vp = padded_vocabulary(l->V), rest = (Vp - l->V) * l->C;
-    timer_open(&h->timer, g->stream);
+    h->timer = timer_new(g->stream);
     h->l = l;
     h->n = at_most(l->BT, classifier_chunk(l->BT, l->V, size_of_number(g)));
     h->x = device_filled(g, 0, h->n * l->C, 2, 50), h->dx = device_filled(g, 0, h->n * l->C, 1, 51);
@@ -720,7 +703,7 @@ static void head_close(Head *h) {
     void *const array[] = {h->x, h->dx, h->wte, h->logits, h->dwte, h->losses, h->targets};
     for (size_t i = 0; i < sizeof array / sizeof array[0]; i++) CUDA_CHECK(cudaFree(array[i]));
     free(h->host_targets);
-    timer_close(&h->timer);
+    timer_free(&h->timer);
 }
 
 static void head_run(void *arg) {
@@ -837,7 +820,7 @@ static void lab_layers(Lab *l) {
     layers_open(&s, l);
     head_open(&h, l);
     adam_open(&adam.a, l->bench->engine, &l->config, l->bench->dtype);
-    timer_open(&adam.timer, adam.a.m->gpu.stream);
+    adam.timer = timer_new(adam.a.m->gpu.stream);
     const double logits = (double)h.n * (double)padded_vocabulary(l->V),
         parameters = (double)gpt_params_count(&adam.a.c);
     timed_row(&t, "residual, LayerNorm", "GB/s", (8 + 3 * N) * BTC, layernorm_forward_run,
@@ -863,7 +846,7 @@ static void lab_layers(Lab *l) {
     snprintf(r->shape, sizeof r->shape, "%.1f M", 1e-6 * parameters);
     lab_print(l, &t, "layers");
     measure_free(&t);
-    timer_close(&adam.timer);
+    timer_free(&adam.timer);
     adam.a.engine->close(adam.a.m);
     head_close(&h);
     layers_close(&s);
@@ -897,7 +880,7 @@ static void peaks_open(Peaks *p, Bench *b, size_t size) {
     memset(p, 0, sizeof *p);
     gpu_open(&p->g, b->dtype, NULL);
     matmul_row_new(&p->product, &p->g, 0, 1, 0, size, size, size);
-    timer_open(&p->copy.timer, p->g.stream);
+    p->copy.timer = timer_new(p->g.stream);
     p->copy.g = &p->g, p->copy.bytes = 4 * size * size;
     p->copy.x = (char *)device_filled(&p->g, 1, size * size, 1, 60);
     p->copy.y = (char *)device_filled(&p->g, 1, size * size, 1, 61);
@@ -912,7 +895,7 @@ static void peaks_close(Peaks *p) {
     matmul_row_free(&p->product);
     CUDA_CHECK(cudaFree(p->copy.x));
     CUDA_CHECK(cudaFree(p->copy.y));
-    timer_close(&p->copy.timer);
+    timer_free(&p->copy.timer);
     gpu_close(&p->g);
 }
 

@@ -59,6 +59,33 @@ static inline void cublas_check(cublasStatus_t e, const char *call, const char *
             die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_)); \
     } while (0)
 
+// ---- Time on the device ----
+
+typedef struct { cudaStream_t stream; cudaEvent_t from, to; } Timer;
+
+static inline Timer timer_new(cudaStream_t stream) {
+    Timer t = {stream, NULL, NULL};
+    CUDA_CHECK(cudaEventCreate(&t.from));
+    CUDA_CHECK(cudaEventCreate(&t.to));
+    return t;
+}
+
+static inline void timer_free(const Timer *t) {
+    CUDA_CHECK(cudaEventDestroy(t->from));
+    CUDA_CHECK(cudaEventDestroy(t->to));
+}
+
+static inline void timer_start(const Timer *t) { CUDA_CHECK(cudaEventRecord(t->from, t->stream)); }
+
+// Waits for all that was launched since; returns its milliseconds.
+static inline double timer_stop(const Timer *t) {
+    float ms = 0;
+    CUDA_CHECK(cudaEventRecord(t->to, t->stream));
+    CUDA_CHECK(cudaEventSynchronize(t->to));
+    CUDA_CHECK(cudaEventElapsedTime(&ms, t->from, t->to));
+    return (double)ms;
+}
+
 // ---- Launches ----
 //
 // LAUNCH(kernel, grid, block, bytes of shared memory, stream, arguments ...). A kernel with commas
