@@ -145,6 +145,15 @@ static __device__ float blur_sum(const ScoreEdit *e, int j, int seen) {
     return sum;
 }
 
+// The weighted sum of those scores, each less `base`.
+static __device__ float blur_scores(const ScoreEdit *e, const float *row, int j, int seen,
+                                    float base) {
+    float sum = 0;
+    for (int d = -(e->width / 2); d <= e->width / 2; d++)
+        if (j + d >= 0 && j + d < seen) sum += e->weight[d < 0 ? -d : d] * (row[j + d] - base);
+    return sum;
+}
+
 // to = from, blurred: L_j + the weighted mean of L_j' - L_j, so that equal scores stay what they
 // are. A thread makes one score.
 static __global__ void rows_blur_kernel(float *to, const float *from, const ScoreEdit *e,
@@ -154,11 +163,8 @@ static __global__ void rows_blur_kernel(float *to, const float *from, const Scor
     if (query >= b.count) return;
     const int seen = rows_query(b, query).seen;
     const float *row = from + (size_t)query * (size_t)b.ld;
-    float sum = 0;
-    for (int d = -(e->width / 2); d <= e->width / 2 && j < seen; d++)
-        if (j + d >= 0 && j + d < seen) sum += e->weight[d < 0 ? -d : d] * (row[j + d] - row[j]);
-    to[(size_t)query * (size_t)b.ld + (size_t)j] = j < seen ? row[j] + sum / blur_sum(e, j, seen)
-        : 0;
+    to[(size_t)query * (size_t)b.ld + (size_t)j] =
+        j < seen ? row[j] + blur_scores(e, row, j, seen, row[j]) / blur_sum(e, j, seen) : 0;
 }
 
 // Its transpose: ds = the gradient with respect to the scores before the blur, from that after it,
@@ -171,10 +177,8 @@ static __global__ void rows_blur_backward_kernel(N *ds, const float *from, const
     if (query >= b.count) return;
     const int seen = rows_query(b, query).seen;
     const float *row = from + (size_t)query * (size_t)b.ld;
-    float sum = 0;
-    for (int d = -(e->width / 2); d <= e->width / 2 && j < seen; d++)
-        if (j + d >= 0 && j + d < seen) sum += e->weight[d < 0 ? -d : d] * row[j + d];
-    ds[(size_t)query * (size_t)b.ld + (size_t)j] = from_float<N>(sum);
+    ds[(size_t)query * (size_t)b.ld + (size_t)j] =
+        from_float<N>(j < seen ? blur_scores(e, row, j, seen, 0) : 0);
 }
 
 // ---- Drop of the largest scores, by the warp of a row ----
