@@ -21,8 +21,6 @@ typedef struct {
     size_t B;
 } Alignment;
 
-#define ALIGN_LEAST 1e-30f                               // a smaller probability counts as this
-
 // map (rows,queries,ld) = the mean over heads of the probabilities of scores s, 0 for keys that a
 // query does not see. A thread makes one element. rows: which rows lse (B,NH,T) has them at; NULL:
 // the packed ones.
@@ -53,11 +51,12 @@ static __global__ void align_kernel(float *a, const float *other, float *sums, i
     float *const x = a + (size_t)query * (size_t)b.ld;
     const float *const y = other + (size_t)query * (size_t)b.ld;
     const int seen = t >= 1 && t < b.T ? t + 1 : 0;
+    constexpr float least = (float)ALIGN_LEAST;
     float ab = 0, aa = 0, bb = 0, divergence = 0;
     for (int j = lane; j < seen; j += WARP) {
         ab += x[j] * y[j], aa += x[j] * x[j], bb += y[j] * y[j];
         if (kl && y[j] > 0)
-            divergence += y[j] * (logf(fmaxf(y[j], ALIGN_LEAST)) - logf(fmaxf(x[j], ALIGN_LEAST)));
+            divergence += y[j] * (logf(fmaxf(y[j], least)) - logf(fmaxf(x[j], least)));
     }
     ab = warp_sum(ab), aa = warp_sum(aa), bb = warp_sum(bb), divergence = warp_sum(divergence);
     const float size = sqrtf(aa) * sqrtf(bb), cosine = seen ? ab / size : 0;
@@ -67,7 +66,7 @@ static __global__ void align_kernel(float *a, const float *other, float *sums, i
         sums[B * (size_t)b.T + at] = cosine;
     }
     for (int j = lane; j < b.keys && weight != 0; j += WARP) {
-        const float g = kl ? -y[j] / fmaxf(x[j], ALIGN_LEAST) : -2 / size * (y[j] - ab / aa * x[j]);
+        const float g = kl ? -y[j] / fmaxf(x[j], least) : -2 / size * (y[j] - ab / aa * x[j]);
         x[j] = j < seen ? weight * g : 0;
     }
 }

@@ -27,19 +27,14 @@ static void maps_save(Model *m, int l, const AttentionSaved *k, size_t nT) {
                                m->gpu.stream));
 }
 
-// The share of one query's comparison in the terms of Align.
-static double align_share(const Model *m, const Align *a) {
-    return 1 / ((double)m->last_B * a->layers * (m->last_T - 1));
-}
-
 // The comparison of layer l, on the rows that it runs; works.s NULL: there is none.
 static Alignment alignment_of(Model *m, const Pass *pass, int l) {
-    const Align *a = pass->objective ? pass->objective->align : NULL;
+    const Align *a = pass_align(pass, l, m->args.frozen, m->last_T);
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const size_t of_layer = 2 * (size_t)m->args.B * (size_t)m->args.T;
     Alignment to;
     memset(&to, 0, sizeof to);
-    if (!a || a->layer[l] < 0 || l < m->args.frozen || m->last_T < 2) return to;
+    if (!a) return to;
     CHECK(a->teacher->last_B == m->last_B && a->teacher->last_T == m->last_T,
           "the teacher has not run on this batch");
     to.student.qkv = m->attention[l].qkv, to.student.lse = m->attention[l].lse;
@@ -47,7 +42,8 @@ static Alignment alignment_of(Model *m, const Pass *pass, int l) {
     to.works = rows_for(&a->teacher->score_rows, (size_t)m->last_T);
     to.rows = m->device.row + (size_t)(BRANCHES * l + ATTN) * m->rows;
     to.kl = a->kl, to.B = (size_t)m->last_B, to.sums = m->aligned + (size_t)l * of_layer;
-    to.weight = (float)(pass->weight * a->gamma * align_share(m, a) * b->scale / m->config.NH);
+    to.weight = (float)(pass->weight * a->gamma * align_share(a, m->last_B, m->last_T) *
+                        b->scale / m->config.NH);
     m->compared[l] = 1;
     return to;
 }
@@ -79,7 +75,7 @@ static void align_finish(Model *m, const Pass *pass) {
         const float *sums = m->host_aligned + (size_t)l * 2 * (size_t)m->args.B * (size_t)m->args.T;
         double distance = 0, cosine = 0;
         if (!m->compared[l]) continue;
-        const double share = align_share(m, pass->objective->align);
+        const double share = align_share(pass->objective->align, m->last_B, m->last_T);
         for (size_t t = 0; t < tokens_of(m, b); t++)
             distance += (double)sums[t], cosine += (double)sums[BT + t];
         m->part[PART_ALIGN] += share * b->scale * distance, m->part[PART_COSINE] += share * cosine;

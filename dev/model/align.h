@@ -13,14 +13,13 @@
 #define ALIGN_H
 
 #include "attention_rows.h"
+#include "pass.h"
 
 // What attention has computed in a layer: qkv (n,T,3C) and lse (n,NH,T).
 typedef struct { const real *qkv, *lse; size_t C, NH; } Maps;
 
 // Sums over queries t >= 1: the distances, the cosines, and how many there are.
 typedef struct { double distance, cosine, n; } AlignSums;
-
-#define ALIGN_LEAST ((real)1e-30)                        // a smaller probability counts as this
 
 // map (keys,QUERIES) = the mean over heads of the probabilities of row `row` and the queries from
 // i0 on; keys that a query does not see have 0.
@@ -49,7 +48,7 @@ static inline void align_map(real *map, RowsWorkspace *work, const Maps *m, size
 }
 
 static inline ALWAYS_INLINE Vector align_floor(Vector x) {
-    return select_lanes(x > (real)ALIGN_LEAST, x, vector_of(ALIGN_LEAST));
+    return select_lanes(x > (real)ALIGN_LEAST, x, vector_of((real)ALIGN_LEAST));
 }
 
 // The queries from lane i on of a block: adds their distances to *sums; with `more`, it becomes

@@ -127,6 +127,21 @@ static inline size_t batch_scored(const Batch *b) {
     return count ? count : 1;
 }
 
+// A smaller probability counts as this in a divergence of maps.
+#define ALIGN_LEAST 1e-30
+
+// What layer l's attention is compared with, in rows of T tokens, of a model whose first `frozen`
+// layers are frozen; NULL: with nothing.
+static inline const Align *pass_align(const Pass *pass, int l, int frozen, int T) {
+    const Align *a = pass->objective ? pass->objective->align : NULL;
+    return a && a->layer[l] >= 0 && l >= frozen && T >= 2 ? a : NULL;
+}
+
+// The share of one query's comparison, in a batch of B rows of T tokens, in the terms of Align.
+static inline double align_share(const Align *a, int B, int T) {
+    return 1 / ((double)B * a->layers * (T - 1));
+}
+
 // What the comparison of maps adds to the loss. A training pass knows it after backward only.
 static inline double pass_align_loss(const Pass *pass, const double part[N_PARTS]) {
     const Align *a = pass->objective ? pass->objective->align : NULL;

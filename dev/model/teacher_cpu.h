@@ -49,11 +49,11 @@ static inline void maps_save(Model *m, int l, const AttentionSaved *k, size_t nT
 // Adds layer l's part to the terms of Align. In training with a weight also makes the gradient,
 // m->align, and returns it; otherwise NULL.
 static inline const real *align_layer(Model *m, const Pass *pass, int l) {
-    const Align *a = pass->objective ? pass->objective->align : NULL;
+    const Align *a = pass_align(pass, l, m->args.frozen, m->last_T);
     const BranchPlan *b = &pass->plan->branch[BRANCHES * l + ATTN];
     const AttentionSaved *k = &m->attention[l];
-    if (!a || a->layer[l] < 0 || l < m->args.frozen || m->last_T < 2) return NULL;
-    const double share = 1 / ((double)m->last_B * a->layers * (m->last_T - 1));
+    if (!a) return NULL;
+    const double share = align_share(a, m->last_B, m->last_T);
     const Maps student = {k->qkv, k->lse, (size_t)m->config.C, (size_t)m->config.NH},
         teacher = maps_at(a->teacher, a->layer[l]);
     real *more = pass->weight != 0 && a->gamma != 0 ? m->align : NULL;
