@@ -514,17 +514,28 @@ static inline void study_weights_sum(char hex[SHA256_HEX], const char *path) {
     free(dir), free(config);
 }
 
-// The SHA-256 of what an arm's options name beside the data.
-static inline void study_read_contents(StudyArm *a) {
-    const TrainOptions *o = &a->train;
-    if (*o->teacher) study_weights_sum(a->content[STUDY_TEACHER], o->teacher);
-    if (*o->init_from) study_weights_sum(a->content[STUDY_INITIAL], o->init_from);
-    if (*o->align_scores) study_file_sum(a->content[STUDY_SCORES], o->align_scores);
+static inline const char *study_content_path(const TrainOptions *o, int content) {
+    return content == STUDY_TEACHER ? o->teacher
+         : content == STUDY_INITIAL ? o->init_from : o->align_scores;
+}
+
+// The SHA-256 of what an arm's options name beside the data; what arms share is read once.
+static inline void study_read_contents(Study *s, int arm) {
+    StudyArm *a = &s->arm[arm];
+    for (int i = 0; i < STUDY_CONTENTS; i++) {
+        const char *path = study_content_path(&a->train, i);
+        int same = 0;
+        if (!*path) continue;
+        while (strcmp(study_content_path(&s->arm[same].train, i), path)) same++;
+        if (same < arm) memcpy(a->content[i], s->arm[same].content[i], sizeof a->content[i]);
+        else if (i == STUDY_SCORES) study_file_sum(a->content[i], path);
+        else study_weights_sum(a->content[i], path);
+    }
 }
 
 static inline void study_read_data(Study *s) {
     const TrainOptions *o = &s->arm[s->base].train;
-    for (int arm = 0; arm < s->n_arms; arm++) study_read_contents(&s->arm[arm]);
+    for (int arm = 0; arm < s->n_arms; arm++) study_read_contents(s, arm);
     study_data_sum(s->train_sha256, o->train);
     study_data_sum(s->val_sha256, o->val);
     char *both = xprintf("%s %s", s->train_sha256, s->val_sha256);
