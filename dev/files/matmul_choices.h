@@ -29,6 +29,8 @@ typedef struct {
 
 typedef struct { MatmulChoice *all; int n, capacity; } MatmulChoices;
 
+#define MATMUL_CHOICES_HEAD "droppath matmuls 1\non "
+
 static inline void matmul_choices_free(MatmulChoices *c) {
     free(c->all);
     memset(c, 0, sizeof *c);
@@ -54,7 +56,7 @@ static inline Text matmul_choices_text(const MatmulChoices *c, const char *where
     Text t = {NULL, 0, 0};
     char sum[SHA256_HEX];
     Sha256 state;
-    text_printf(&t, "droppath matmuls 1\non %s\n", where);
+    text_printf(&t, MATMUL_CHOICES_HEAD "%s\n", where);
     for (int i = 0; i < c->n; i++) {
         const MatmulChoice *m = &c->all[i];
         text_printf(&t, "matmul");
@@ -120,9 +122,8 @@ static inline const char *matmul_choices_parse(MatmulChoices *c, const char *whe
     matmul_choices_free(c);
     char *text = (char *)xcalloc(size + 1, 1);           // so that it ends with 0
     if (size) memcpy(text, mem, size);
-    char *begin = xprintf("droppath matmuls 1\non ");
     const char *at = text, *line;
-    if (strlen(text) != size || !matmul_choices_word(&at, begin)) error = damaged;
+    if (strlen(text) != size || !matmul_choices_word(&at, MATMUL_CHOICES_HEAD)) error = damaged;
     else if (!(line = strchr(at, '\n'))) error = damaged;
     else if ((size_t)(line - at) != strlen(where) || strncmp(at, where, strlen(where)))
         error = "it was made on another device, with another version of cuBLASLt or another dtype";
@@ -140,7 +141,7 @@ static inline const char *matmul_choices_parse(MatmulChoices *c, const char *whe
         if (again.n != size || memcmp(again.s, text, size)) error = damaged;
         text_free(&again);
     }
-    free(text), free(begin);
+    free(text);
     if (error) matmul_choices_free(c);
     return error;
 }

@@ -16,6 +16,7 @@
 #include "../files/json.h"
 #include "../files/llmc.h"
 #include "../files/manifest.h"
+#include "../files/matmul_choices.h"
 #include "../run/metrics.h"
 #include "../run/options.h"
 #include "../files/safetensors.h"
@@ -650,6 +651,25 @@ static int fuzz_launch(const unsigned char *p, size_t n) {
     return accepted;
 }
 
+// ---- matmul_choices.h ----
+
+static const char fuzz_where[] = "a GPU, compute capability 9.0, cublasLt 130100, bf16";
+
+// A file is accepted only if writing it again gives the same bytes.
+static int fuzz_matmuls(const unsigned char *p, size_t n) {
+    MatmulChoices c = {NULL, 0, 0};
+    const int accepted = !matmul_choices_parse(&c, fuzz_where, p, n);
+    if (accepted) {
+        Text again = matmul_choices_text(&c, fuzz_where);
+        FUZZ_REQUIRE(again.n == n && !memcmp(again.s, p, n));
+        text_free(&again);
+        for (int i = 0; i < c.n; i++)
+            FUZZ_REQUIRE(matmul_choices_find(&c, c.all[i].key) == &c.all[i]);
+    } else FUZZ_REQUIRE(!c.n && !c.all);
+    matmul_choices_free(&c);
+    return accepted;
+}
+
 // ---- attribution.h ----
 
 // The first byte is the number of tokens; the rest their scores.
@@ -666,7 +686,8 @@ static int fuzz_scores(const unsigned char *p, size_t n) {
 #define FUZZ_PARSERS(X)                                                                            \
     X(json) X(shards) X(choices) X(safetensors) X(index) X(llmc) X(config) X(trainer) X(tokenizer) \
     X(manifest) X(options) X(adapter) X(layers) X(study) X(exits)                                  \
-    X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch) X(scores)
+    X(metrics) X(plan) X(hello) X(admit) X(answer) X(place) X(watch) X(launch) X(scores)           \
+    X(matmuls)
 
 static const FuzzParser fuzz_parsers[] = {
 #define X(name) {#name, fuzz_##name},

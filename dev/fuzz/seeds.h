@@ -316,7 +316,22 @@ static void seeds_lists(const char *corpus) {
               "[arm a]\n[arm b]\ndropout = 0.1\nlora = 0\n");
 }
 
+static void seeds_matmuls(const char *corpus) {
+    static const MatmulChoice both[] = {
+        {{32768, 3072, 768, 768, 3072, 3072, 0, 0, 0, 0, 164, 1, 0, 0, 0}, 1, {0.302, 0.2513},
+         {0x4c74, 1}},
+        {{256, 64, 32, 32, 32, 64, 0, 1, 1, 0, 1, 12, 8192, 2048, 16384}, 0, {0.004, -1}, {7}}};
+    MatmulChoices c = {NULL, 0, 0};
+    Text t = matmul_choices_text(&c, fuzz_where);
+    seed_take(corpus, "matmuls", "none", &t);
+    for (int i = 0; i < 2; i++) matmul_choices_add(&c, &both[i]);
+    t = matmul_choices_text(&c, fuzz_where);
+    seed_take(corpus, "matmuls", "two", &t);
+    matmul_choices_free(&c);
+}
+
 static void seeds_write(const char *corpus) {
+    seeds_matmuls(corpus);
     seeds_lists(corpus);
     seeds_shards(corpus), seeds_choices(corpus), seeds_tokenizer(corpus), seeds_safetensors(corpus),
         seeds_models(corpus);
