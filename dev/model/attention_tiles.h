@@ -95,7 +95,8 @@ static inline ALWAYS_INLINE void strip_tile(real *y, size_t ldy, const real *bet
 
 // The same for any N.
 static inline ALWAYS_INLINE void strip_columns(real *y, size_t ldy, const real *beta, const real *a,
-                                               size_t a_row, size_t a_k, const real *b, size_t ldb, size_t M, size_t N, size_t K) {
+                                               size_t a_row, size_t a_k, const real *b,
+                                               size_t ldb, size_t M, size_t N, size_t K) {
     size_t j = 0;
     for (; j + LANES < N; j += STRIP_VECTORS * LANES)
         strip_tile(y + j, ldy, beta, a, a_row, a_k, b + j, ldb, M,

@@ -1,8 +1,8 @@
 // entropy.h: the mean entropy of attention's probabilities, from one more attention.
 //
 // A query's entropy is -sum_j p_j ln p_j with ln p_j = <q, k_j> / sqrt(HS) - lse, that is lse minus
-// <q, sum_j p_j k_j> / sqrt(HS); and sum_j p_j k_j is what attention gives with the keys in place of
-// the values.
+// <q, sum_j p_j k_j> / sqrt(HS); and sum_j p_j k_j is what attention gives with the keys in place
+// of the values.
 #ifndef ENTROPY_H
 #define ENTROPY_H
 

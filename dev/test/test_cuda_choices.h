@@ -135,17 +135,6 @@ static double choice_step(Model *m) {
     return loss;
 }
 
-static Text choice_file(const char *path) {
-    FileMap map;
-    Text t = {NULL, 0, 0};
-    const char *error = file_map(&map, path);
-    EXPECT(!error, "%s: %s", path, error);
-    if (error) return t;
-    text_printf(&t, "%.*s", (int)map.size, (const char *)map.data);
-    file_unmap(&map);
-    return t;
-}
-
 // Every shape of a step is measured before it, and none in it; what a file has is not measured, and
 // has the bits of when it was, whatever is faster now.
 void test_cuda_choice_kept(void) {
@@ -176,7 +165,7 @@ void test_cuda_choice_kept(void) {
         const uint64_t each = emu_lt_calls - calls;
         EXPECT(m->gpu.n_matmuls == n && m->gpu.measured == n, "a step measures");
         model_close(m);
-        Text before = choice_file(file);
+        Text before = test_read_file(file);
 
         choice_costs(&apart);                            // now the other forms would win
         const uint64_t start = emu_lt_calls;
@@ -193,7 +182,7 @@ void test_cuda_choice_kept(void) {
                    "matmul %d: another choice: algorithm %d, fused %d", i,
                    (int)m->gpu.matmul[i].algorithm.data[1], m->gpu.matmul[i].fused);
         model_close(m);
-        Text after = choice_file(file);
+        Text after = test_read_file(file);
         EXPECT(before.n == after.n && !memcmp(before.s, after.s, after.n), "the file changed");
         text_free(&before), text_free(&after);
 
@@ -220,13 +209,13 @@ void test_cuda_choice_inherited(void) {
     Model *m = choice_model(0, file, old);
     EXPECT(m->gpu.measured == 0, "measured in spite of the file before");
     model_close(m);
-    Text a = choice_file(old), b = choice_file(file);
+    Text a = test_read_file(old), b = test_read_file(file);
     EXPECT(a.n == b.n && !memcmp(a.s, b.s, a.n), "not taken over");
     m = choice_model(1, file, NULL);                     // now with other numbers of rows
     EXPECT(m->gpu.measured > 0 && m->gpu.choices.n > m->gpu.measured, "%d of %d measured",
            m->gpu.measured, m->gpu.choices.n);
     model_close(m);
-    Text more = choice_file(file);
+    Text more = test_read_file(file);
     EXPECT(more.n > b.n, "new shapes are not added");
     text_free(&a), text_free(&b), text_free(&more);
     choice_costs_end();
@@ -247,7 +236,7 @@ void test_cuda_choice_damaged(void) {
         if (way == DEVICE) setenv("EMU_CAPABILITY", "80", 1);
         model_close(choice_model(0, file, NULL));
         unsetenv("EMU_LT_VERSION"), unsetenv("EMU_CAPABILITY");
-        Text t = choice_file(file);
+        Text t = test_read_file(file);
         if (way == CUT) t.n -= 70;
         if (way == FLIPPED) *strstr(t.s, " fused 1") = '\t';
         if (way == EMPTY) t.n = 0;
@@ -259,14 +248,14 @@ void test_cuda_choice_damaged(void) {
         EXPECT(m->gpu.measured == m->gpu.n_matmuls, "way %d: %d measured", way, m->gpu.measured);
         char *where = tune_where(&m->gpu);
         MatmulChoices c = {NULL, 0, 0};
-        t = choice_file(file);
+        t = test_read_file(file);
         EXPECT(!matmul_choices_parse(&c, where, t.s, t.n) && c.n == m->gpu.n_matmuls &&
                !c.all[0].fused, "way %d: not replaced", way);
         matmul_choices_free(&c), text_free(&t), free(where);
         model_close(m);
     }
     char *nowhere = xprintf("%s/none/matmuls.txt", test_directory());
-    Model *m = choice_model(0, nowhere, NULL);           // cannot be written: the run goes on
+    Model *m = choice_model(0, nowhere, NULL);           // a run does not need the file
     EXPECT(m->gpu.measured > 0 && !path_exists(nowhere), "it was written");
     model_close(m);
     choice_costs_end();

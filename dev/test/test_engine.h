@@ -321,12 +321,6 @@ static Golden golden_open(void) {
     return g;
 }
 
-static void golden_close(Golden *g) {
-    rig_close(&g->rig);
-    safetensors_free(&g->file);
-    file_unmap(&g->map);
-}
-
 // Reads plan number `at` from kept (...,2L,B) and scale (...,2L).
 static void golden_plan(Golden *g, const char *prefix, size_t at) {
     DropPlan *plan = &g->rig.plan;
@@ -349,6 +343,11 @@ static Golden golden_more(const Golden *g, const char *path) {
 static void golden_close_more(Golden *more) {
     safetensors_free(&more->file);
     file_unmap(&more->map);
+}
+
+static void golden_close(Golden *g) {
+    rig_close(&g->rig);
+    golden_close_more(g);
 }
 
 static double golden_tolerance(const Golden *g) { return 8 * rounding(4 * g->rig.c.C); }
