@@ -4272,8 +4272,8 @@ static char *tune_where(const Gpu *g) {
                    : "fp32");
 }
 
-// Reads the choices of a file, one line on standard error if that is not possible.
-static void tune_read(MatmulChoices *c, const char *where, const char *path) {
+// Reads the choices of a file. Returns 0, after one line on standard error, if that is not possible.
+static int tune_read(MatmulChoices *c, const char *where, const char *path) {
     FileMap map;
     const char *error = file_map(&map, path);
     if (!error) {
@@ -4283,6 +4283,7 @@ static void tune_read(MatmulChoices *c, const char *where, const char *path) {
     if (error)
         warn("%s is not used: %s; matmuls are measured again, so the bits of a resumed run may "
              "differ", path, error);
+    return !error;
 }
 
 // Runs every shape of matmul of a training step once, in the last layer: a branch on 1 .. B rows,
@@ -4335,13 +4336,13 @@ static void model_tune(Model *m, const TuneArgs *args) {
     Text text = {NULL, 0, 0};
     if (first) {
         const char *from = args->file && path_exists(args->file) ? args->file : args->before;
-        if (from && path_exists(from)) tune_read(&g->choices, where, from);
+        const int read = from && path_exists(from) && tune_read(&g->choices, where, from);
         for (int i = 0; i < g->n_matmuls; i++) matmul_free(&g->matmul[i]);
         g->n_matmuls = 0, g->measure = 1;
         tune_rehearse(m, args->by_rows);
         g->measure = 0;
         text = matmul_choices_text(&g->choices, where);
-        char *error = args->file && (g->measured || from != args->file)
+        char *error = args->file && (g->measured || !read || from != args->file)
             ? file_try_replace(args->file, text.s, text.n) : NULL;
         if (error)
             warn("%s: a resumed run will measure its matmuls anew, and may differ in bits", error);

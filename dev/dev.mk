@@ -57,7 +57,8 @@ CUBLAS_SO  = $(eval CUBLAS_SO := $(call find_cuda,libcublasLt.so cublasLt.h))$(C
 NCCL_H     = $(eval NCCL_H := $(call find_cuda,nccl.h))$(NCCL_H)
 NCCL_SO    = $(eval NCCL_SO := $(call find_cuda,libnccl.so nccl.h))$(NCCL_SO)
 # The toolkit's own headers come first: those of the packages may be of another version.
-cuda_include = $(if $(filter-out $(CUDA_HOME)/%,$(1)),-idirafter $(patsubst %/,%,$(dir $(1))))
+cuda_include = $(if $(filter-out $(CUDA_HOME)/%,$(1)),\
+                 -Xcompiler -idirafter -Xcompiler $(patsubst %/,%,$(dir $(1))))
 cuda_library = $(if $(1),-Xlinker $(1) -Xlinker -rpath -Xlinker $(patsubst %/,%,$(dir $(1))))
 NCCL_FLAGS = $(call cuda_include,$(NCCL_H))
 NCCL_LIBS  = $(call cuda_library,$(NCCL_SO))

@@ -8,6 +8,7 @@
 #     sh dev/find_cuda.sh libcublasLt.so cublasLt.h       the library, best the one of this header
 #
 # PYTHON=python3: whose packages are searched.
+[ $# -ge 1 ] || { sed -n '2,$s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 home=${CUDA_HOME:-/usr/local/cuda}
 
 packages() {

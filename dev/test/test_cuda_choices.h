@@ -254,8 +254,24 @@ void test_cuda_choice_damaged(void) {
         matmul_choices_free(&c), text_free(&t), free(where);
         model_close(m);
     }
+    // replaced even if nothing is worth a measurement
+    Model *m = choice_model(0, NULL, NULL);
+    TuneArgs tune;
+    memset(&tune, 0, sizeof tune);
+    tune.file = file;
+    file_replace(file, "x", 1);
+    matmul_choices_free(&m->gpu.choices);
+    m->gpu.search = 1, m->gpu.measured = 0, m->gpu.least_flops = 1e18;
+    model_tune(m, &tune);
+    char *where = tune_where(&m->gpu);
+    MatmulChoices none = {NULL, 0, 0};
+    Text text = test_read_file(file);
+    EXPECT(m->gpu.measured == 0 && !matmul_choices_parse(&none, where, text.s, text.n) &&
+           none.n == 0, "not replaced: %s", text.s);
+    text_free(&text), free(where);
+    model_close(m);
     char *nowhere = xprintf("%s/none/matmuls.txt", test_directory());
-    Model *m = choice_model(0, nowhere, NULL);           // a run does not need the file
+    m = choice_model(0, nowhere, NULL);                  // a run does not need the file
     EXPECT(m->gpu.measured > 0 && !path_exists(nowhere), "it was written");
     model_close(m);
     choice_costs_end();
