@@ -182,7 +182,7 @@ static inline Model *model_open(const GptConfig *config, const EngineArgs *args)
     m->score_rows.T = (size_t)args->T;
     for (int p = 0; p < N_PARAMS; p++) size[p] = gpt_param_size(config, p);
     m->layout = layout_of(config, args->frozen, size, 1);
-    params_chunks(m);
+    if (!args->dry) params_chunks(m);
     packed_layout(&m->packed, config, &m->pack);
     m->cache.T = round_up((size_t)args->T, KEYS);
     for (int s = 0; s < (args->dry ? 0 : args->bound.rows > 0 ? 4 : 1); s++)
