@@ -590,8 +590,8 @@ static void test_ranks_equal_one(void) {
         "--drop-path 0.5 --drop-unit row --drop-ramp-up 0",
         "--drop-path 0.5 --drop-sync 0 --drop-recipe huang2016 --drop-depth uniform",
         // noise by the row's index in the step, not in the rank
-        "--drop-path 0.3 --drop-unit row --dropout 0.2 --label-smoothing 0.1 --layers 3 "
-        "--exit-scale 0.2",
+        ("--drop-path 0.3 --drop-unit row --dropout 0.2 --label-smoothing 0.1 --layers 3 "
+         "--exit-scale 0.2"),
         "--drop-path 0 --attentiondrop blur --dropout-attn 0.2 --consistency 1"};
     char out[3][500];
     for (size_t i = 0; i < sizeof variant / sizeof variant[0]; i++)
