@@ -152,9 +152,17 @@ static inline const char *test_build(void) {
     return build ? build : "build";
 }
 
-// Whether BUILD starts with a program that runs the tested ones: a processor emulator, which is
-// slow.
+// Whether BUILD starts with a program that runs the tested ones: a processor emulator.
 static inline int test_emulated(void) { return strchr(test_build(), ' ') != NULL; }
+
+// Whether the programs are many times slower than usual.
+static inline int test_slow(void) {
+#ifdef SANITIZED
+    return 1;
+#else
+    return test_emulated();
+#endif
+}
 
 // BUILD with an absolute path, for commands that run in another directory; from malloc.
 static inline char *test_build_absolute(void) {

@@ -334,7 +334,7 @@ static void test_compare_stops_and_saves(void) {
     static const char *const signal[3] = {"USR2", "TERM", "XCPU"};
     static const char *const arm[3] = {"none", "drop", "drop_flops"};
     const char *dir = test_directory();
-    const int steps = test_emulated() ? 200 : 1500;      // not over when the signal arrives
+    const int steps = test_slow() ? 200 : 1500;          // not over when the signal arrives
     char whole[400], a[500], b[500];
     snprintf(whole, sizeof whole, "%s/whole", dir);
     char *plain = xprintf("--steps %d --save-every 0 --drop-path 0.4", steps);

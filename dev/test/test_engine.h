@@ -617,19 +617,22 @@ static void ref_mlp(double *out, const double *x, const double *w, const GptConf
 // tokens of the mean loss over all V targets.
 static double ref_head(double *losses, double *all_logits, const double *x, const double *w,
                        const GptConfig *c, int T, const int *targets) {
-    int C = c->C;
+    const int C = c->C, V = c->V;
+    const double *wte = W(wte, 0);
     double *y = doubles(C), uniform = 0;
     for (int t = 0; t < T; t++) {
-        double top = -INFINITY, sum = 0, *logits = all_logits + t * c->V;
+        double top = -INFINITY, sum = 0, *logits = all_logits + t * V;
         ref_layernorm(y, x + t * C, W(lnfw, 0), W(lnfb, 0), C);
-        for (int v = 0; v < c->V; v++) {
-            logits[v] = 0;
-            for (int i = 0; i < C; i++) logits[v] += y[i] * W(wte, 0)[v * C + i];
-            top = fmax(top, logits[v]);
+        for (int v = 0; v < V; v++) {
+            double dot = 0;
+            for (int i = 0; i < C; i++) dot += y[i] * wte[v * C + i];
+            logits[v] = dot;
+            top = fmax(top, dot);
         }
-        for (int v = 0; v < c->V; v++) sum += exp(logits[v] - top);
-        losses[t] = top + log(sum) - logits[targets[t]];
-        for (int v = 0; v < c->V; v++) uniform += (top + log(sum) - logits[v]) / c->V;
+        for (int v = 0; v < V; v++) sum += exp(logits[v] - top);
+        const double lse = top + log(sum);
+        losses[t] = lse - logits[targets[t]];
+        for (int v = 0; v < V; v++) uniform += (lse - logits[v]) / V;
     }
     free(y);
     return uniform;
