@@ -1,7 +1,7 @@
 // test_gpt.c: every test of dev/test/ in one program. Run it from the repository root.
 //
 //     build/test_gpt              all tests; exit code 1 if any failed
-//     build/test_gpt --list       their names
+//     build/test_gpt --list       their names; NAME@cpu, NAME@gpu: one test, on one of two engines
 //     build/test_gpt NAME ...     these only
 //     BUILD=folder                where the programs for whole runs are, if not in build
 //     TEST_LIMIT=seconds          time limit of a test, 1200; 0: none, and tests get no processes
@@ -74,6 +74,7 @@ static const Engine *(*const engines[])(void) = {engine_cpu, engine_cuda};
 static const Engine *(*const engines[])(void) = {engine_cpu};
 #endif
 enum { N_ENGINES = sizeof engines / sizeof engines[0] };
+static const char *const tags[] = {"cpu", "gpu"};
 
 typedef struct { const char *name; void (*run)(void); int engines; } Test;
 
@@ -158,30 +159,51 @@ static const Test tests[] = {
 };
 enum { N_TESTS = sizeof tests / sizeof tests[0] };
 
-static const Test *find_test(const char *name) {
+// A test on the engines from `first` to before `end`, under the name that selects them.
+typedef struct { const Test *test; const char *name; int first, end; } Chosen;
+static Chosen chosen[N_TESTS * N_ENGINES];
+
+// What --list prints and what runs without names: each test on each of its engines. A test that
+// several engines run is NAME@cpu, NAME@gpu. Returns how many there are.
+static int all_tests(Chosen *to) {
+    int n = 0;
     for (int i = 0; i < N_TESTS; i++)
-        if (!strcmp(tests[i].name, name)) return &tests[i];
+        for (int e = 0; e < tests[i].engines; e++)
+            to[n++] = (Chosen){&tests[i],
+                tests[i].engines == 1 ? tests[i].name : xprintf("%s@%s", tests[i].name, tags[e]),
+                e, e + 1};
+    return n;
+}
+
+// NAME is a test on all of its engines, NAME@cpu and NAME@gpu on one.
+static Chosen find_test(const char *name) {
+    const char *at = strchr(name, '@');
+    const size_t n = at ? (size_t)(at - name) : strlen(name);
+    for (int i = 0; i < N_TESTS; i++) {
+        if (strncmp(tests[i].name, name, n) || tests[i].name[n]) continue;
+        if (!at) return (Chosen){&tests[i], name, 0, tests[i].engines};
+        for (int e = 0; e < tests[i].engines; e++)
+            if (!strcmp(at + 1, tags[e])) return (Chosen){&tests[i], name, e, e + 1};
+    }
     die("there is no test %s\n  hint: --list prints the names", name);
 }
 
-// Runs one test on each of its engines; returns 1 if it passed.
-static int run_test(const Test *test) {
+// Runs a test; returns 1 if it passed.
+static int chosen_run(int i) {
     const double from = clock_seconds();
     test_failures = 0;
-    for (int e = 0; e < test->engines; e++) {
+    for (int e = chosen[i].first; e < chosen[i].end; e++) {
         test_engine = engines[e]();
-        test->run();
+        chosen[i].test->run();
     }
     const double ms = 1e3 * (clock_seconds() - from);
-    if (test_failures) printf("FAIL %s\n", test->name);
-    else printf("ok   %s (%.0f ms)\n", test->name, ms);
+    if (test_failures) printf("FAIL %s\n", chosen[i].name);
+    else printf("ok   %s (%.0f ms)\n", chosen[i].name, ms);
     fflush(stdout);
     return !test_failures;
 }
 
-static const Test *chosen[N_TESTS];
-static const char *chosen_name(int i) { return chosen[i]->name; }
-static int chosen_run(int i) { return run_test(chosen[i]); }
+static const char *chosen_name(int i) { return chosen[i].name; }
 static void print_engines(void) {
     for (int e = 0; e < N_ENGINES; e++) printf("engine: %s\n", engines[e]()->name);
 }
@@ -189,16 +211,16 @@ static void print_engines(void) {
 int main(int argc, char **argv) {
     program_begin(argv);
     if (argc == 2 && !strcmp(argv[1], "--list")) {
-        for (int i = 0; i < N_TESTS; i++) puts(tests[i].name);
+        for (int i = 0, n = all_tests(chosen); i < n; i++) puts(chosen[i].name);
         return 0;
     }
     const char *limit = getenv("TEST_LIMIT");
     const double limit_s = limit ? strtod(limit, NULL) : 1200;
     TestList list = {0, chosen_name, chosen_run, print_engines};
-    if (argc - 1 > N_TESTS) die("more names than there are tests");
+    if (argc - 1 > N_TESTS * N_ENGINES) die("more names than there are tests");
     // reports a wrong name before anything runs
     for (int i = 1; i < argc; i++) chosen[list.count++] = find_test(argv[i]);
-    for (int i = 0; i < N_TESTS && argc == 1; i++) chosen[list.count++] = &tests[i];
+    if (argc == 1) list.count = all_tests(chosen);
     int passed = 0, exit_code = 0;
     setvbuf(stdout, NULL, _IOLBF, 0);                    // a crash loses no output line
     if (limit_s > 0) passed = supervise(&list, limit_s, &exit_code);
