@@ -191,6 +191,21 @@ static inline void trainer_print_phases(Trainer *tr) {
     }
 }
 
+// For --device: what the run would take there, with dropout at its full rates.
+static inline void trainer_print_prediction(const Trainer *tr) {
+    const TrainOptions *o = tr->options;
+    GpuPlan plan;
+    memset(&plan, 0, sizeof plan);
+    plan.drop = &tr->drop, plan.growth = &tr->growth;
+    plan.student = tr->model, plan.teacher = tr->teacher.model;
+    plan.micros = tr->M, plan.rows = tr->B, plan.steps = tr->steps;
+    plan.passes = tr->attribution.e ? 3 : 1;
+    plan.exits = exits_mean(&tr->exits, &tr->growth, tr->depth);
+    plan.noise = trainer_noise(tr, tr->steps, 1, 1);
+    plan.compared = tr->align_layers, plan.distills = o->distill > 0;
+    gpu_model_print(&plan);
+}
+
 // For --dry-run: the cost of the run. Steps of large models reach about half of the peak or more,
 // those of tiny models less.
 static inline void trainer_print_estimate(const Trainer *tr) {
@@ -220,9 +235,7 @@ static inline void trainer_print_estimate(const Trainer *tr) {
     for (int i = 0; i < 4; i++)
         if (used[i]) text_printf(&savers, "%s%s", n++ ? " and " : "", saver[i]);
     printf("flops:   %.3e on %s tokens; %.3e without %s\n", flops, grouped, full, savers.s);
-    if (*tr->options->device) 
-        gpu_model_print(&tr->drop, tr->M, tr->steps,
-                        exits_mean(&tr->exits, &tr->growth, tr->depth));
+    if (*tr->options->device) trainer_print_prediction(tr);
     else trainer_print_time(least, most, time, &savers, n, saved);
     text_free(&savers);
     const size_t trained = gpt_params_trained(&whole, tr->drop.frozen);

@@ -63,23 +63,28 @@ static inline Batch trainer_batch(Trainer *tr, int m) {
     return batch_of(trainer_sides(tr) * tr->B, tr->T, tr->tokens, tr->targets);
 }
 
+// its noise, with dropout and AttentionDrop at these shares of their rates,
+static inline Noise trainer_noise(const Trainer *tr, int64_t t, double dropout, double edits) {
+    const TrainOptions *o = tr->options;
+    Noise z = {(uint64_t)o->seed, t, 0, noise_rate_of(dropout * o->dropout_embd),
+               noise_rate_of(dropout * o->dropout_attn), noise_rate_of(dropout * o->dropout_resid),
+               o->lora ? noise_rate_of(o->lora_dropout) : 0};
+    z.twins = trainer_sides(tr) > 1 ? (uint32_t)tr->B : 0;
+    attention_drop_at(&z, o, tr->attention_layers, edits, t);
+    return z;
+}
+
 // and the pass; the step's last micro-batch also reduces the gradients over the ranks. A teacher
 // reads the micro-batch here.
 static inline Pass trainer_pass(Trainer *tr, int64_t t, int m) {
     const TrainOptions *o = tr->options;
-    const double on = ramp_at(&tr->dropout, t);
     trainer_plan(tr, t, m);
     if (trainer_sides(tr) > 1) drop_plan_twins(&tr->twins, &tr->plan);
     Pass pass = pass_of(trainer_sides(tr) > 1 ? &tr->twins : &tr->plan, 1.0 / tr->M);
-    Noise noise = {(uint64_t)o->seed, t, (uint32_t)m * (uint32_t)tr->B,
-                   noise_rate_of(on * o->dropout_embd),
-                   noise_rate_of(on * o->dropout_attn), noise_rate_of(on * o->dropout_resid),
-                   o->lora ? noise_rate_of(o->lora_dropout) : 0};
-    noise.twins = trainer_sides(tr) > 1 ? (uint32_t)tr->B : 0;
-    attention_drop_at(&noise, o, tr->attention_layers, ramp_at(&tr->attention_warm, t), t);
-    tr->noise = noise;
-    if (noise.embd || noise.attn || noise.resid || noise.lora || noise.scores)
-        pass.noise = &tr->noise;
+    const Noise z = tr->noise = trainer_noise(tr, t, ramp_at(&tr->dropout, t),
+                                              ramp_at(&tr->attention_warm, t));
+    tr->noise.first_row = (uint32_t)m * (uint32_t)tr->B;
+    if (z.embd || z.attn || z.resid || z.lora || z.scores) pass.noise = &tr->noise;
     if (tr->exits.scale > 0) {
         exits_weights(tr->exit_weight, &tr->exits, tr->config.L, t);
         tr->objective.exit = tr->exit_weight;

@@ -477,9 +477,6 @@ static inline void trainer_growth(Trainer *tr, const char *from, int resume) {
     if (o->train_last)
         die("--grow and --train-last exclude each other: new layers would be trained on frozen "
             "ones");
-    if (*o->device)
-        die("--device predicts a step of one depth\n  hint: leave out --grow, and give --layers of "
-            "the phase");
     const int64_t last = resume && tr->state.step > 0 ? tr->state.step - 1 : 0;
     const int layers = growth_layers(g, tr->depth, last);
     if (from && tr->config.L != layers)

@@ -49,8 +49,6 @@ static void test_growth_refuses(void) {
     const char *dir = test_directory();
     EXPECT_REFUSED(1, "--grow and --train-last",
                    "--out %s/a --steps 9 --grow 1:0,all:5 --train-last 1", dir);
-    EXPECT_REFUSED(1, "--device predicts a step of one depth",
-                   "--out %s/a --steps 9 --grow 1:0,all:5 --dry-run --device h100", dir);
     EXPECT_REFUSED(1, "--grow ends with 1 layers", "--out %s/a --steps 9 --grow 1:0", dir);
     EXPECT_RUN("--out %s/one --steps 4 --layers 1", dir);
     EXPECT_REFUSED(1, "has 1 layers, but --grow has 2",
