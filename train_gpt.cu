@@ -2739,15 +2739,23 @@ static int gradient_add(Model *m, int l, int branch, int now) {
     return now;
 }
 
+// The elements at the beginning of a slot that this rank does not have: of what never trains there
+// are no gradients and no moments. Of a base in bf16 under adapters, there are no fp32 weights
+// beside the rounded ones: nobody saves it.
+static size_t absent_of(const Model *m, Slot slot) {
+    const int whole = slot == SLOT_PARAM && !(m->gpu.half && m->config.lora);
+    return whole ? 0 : m->layout.n_frozen / (size_t)m->ranks.shares;
+}
+
 // The parameters of a branch divide evenly among the ranks.
 static void params_layout(Model *m) {
     const size_t shares = (size_t)m->ranks.shares;
     size_t work[N_PARAMS];
     for (int p = 0; p < N_PARAMS; p++) work[p] = param_capacity(m, p);
     m->layout = layout_of(&m->config, m->args.frozen, work, shares * (ALIGN / sizeof(bf16)));
-    m->n_moments = (m->layout.n - m->layout.n_frozen) / shares;
+    m->n_moments = m->layout.n / shares - absent_of(m, SLOT_M);
     // in float, all ranks read all
-    m->n_master = m->gpu.half ? m->layout.n / shares : m->layout.n;
+    m->n_master = m->gpu.half ? m->layout.n / shares - absent_of(m, SLOT_PARAM) : m->layout.n;
 }
 
 // An array of all parameters but the first `absent`, with elements of that many bytes, is an arena:
@@ -2779,10 +2787,6 @@ static Slice share_of(const Model *m, size_t i, int rank, size_t at, size_t n, s
     return part;
 }
 
-static size_t absent_of(const Model *m, Slot slot) {
-    return slot == SLOT_PARAM ? 0 : m->layout.n_frozen / (size_t)m->ranks.shares;
-}
-
 // Divides every trained tensor into pieces of UPDATE_CHUNK elements, the unit of work for norm and
 // update.
 static void params_chunks(Model *m) {
@@ -2796,8 +2800,8 @@ static void params_chunks(Model *m) {
         size_t place;
         const Slice part = share_of(m, branch, m->ranks.rank, begin + piece[i].at, piece[i].n,
                                     &place);
-        const UpdateChunk chunk = {part.at, is_shared(m, SLOT_PARAM) ? place : part.at,
-                                   part.at - m->layout.n_frozen,
+        const UpdateChunk chunk = {part.at, (is_shared(m, SLOT_PARAM) ? place : part.at) -
+                                   absent_of(m, SLOT_PARAM), part.at - m->layout.n_frozen,
                                    place - absent_of(m, SLOT_M), part.n, part.at - begin, branch,
                                    (uint32_t)p | (uint32_t)l << 8, gpt_param[p].dims == 2};
         if (part.n) all[m->n_chunks++] = chunk;
@@ -3025,7 +3029,7 @@ static Model *model_open(const GptConfig *config, const EngineArgs *args) {
     ranks_open(&m->ranks, args);
     params_layout(m);
     m->slot[SLOT_PARAM] = zeros_new(&m->gpu, "parameters", m->n_master);
-    params_seal(m, m->slot[SLOT_PARAM], sizeof(float), 0);
+    params_seal(m, m->slot[SLOT_PARAM], sizeof(float), absent_of(m, SLOT_PARAM));
     if (m->gpu.half) {
         m->copy = (bf16 *)zeros_new(&m->gpu, "the rounded parameters", strips(m->layout.n, 2));
         params_seal(m, m->copy, sizeof(bf16), 0);
@@ -4145,8 +4149,14 @@ static float *param_at(Model *m, Slot slot, int param, int layer) {
     CHECK(slot == SLOT_PARAM || gpt_param_trains(&m->config, param, layer, m->args.frozen),
           "parameter %d of layer %d is frozen", param, layer);
     if (slot == SLOT_GRAD) gradient_add(m, layer, gpt_param[param].branch, 1);
-    return m->slot[slot] +
-        (param_offset(m, param, layer) - (slot == SLOT_PARAM ? 0 : m->layout.n_frozen));
+    const size_t absent = slot == SLOT_GRAD ? m->layout.n_frozen : absent_of(m, slot);
+    return m->slot[slot] + (param_offset(m, param, layer) - absent);
+}
+
+// Whether a tensor exists rounded only.
+static int is_only_rounded(const Model *m, Slot slot, int param, int layer) {
+    return slot == SLOT_PARAM && absent_of(m, slot) &&
+        !gpt_param_trains(&m->config, param, layer, m->args.frozen);
 }
 
 // Gathers a tensor whose parts are divided among the ranks on all of them.
@@ -4167,6 +4177,17 @@ static void read_shared(Model *m, Slot slot, int param, int layer, real *host) {
                                m->gpu.stream));
     ranks_wait(&m->ranks, &m->gpu);
     CUDA_CHECK(cudaFree(whole));
+}
+
+// The values of the rounded copy of one tensor.
+static void read_copy(Model *m, int param, int layer, real *host) {
+    const size_t n = gpt_param_size(&m->config, param);
+    bf16 *rounded = (bf16 *)xcalloc(n, sizeof *rounded);
+    CUDA_CHECK(cudaMemcpyAsync(rounded, m->copy + param_offset(m, param, layer),
+                               n * sizeof *rounded, cudaMemcpyDeviceToHost, m->gpu.stream));
+    CUDA_CHECK(cudaStreamSynchronize(m->gpu.stream));
+    for (size_t i = 0; i < n; i++) host[i] = to_float(rounded[i]);
+    free(rounded);
 }
 
 // The rounded copy of one tensor, from the host's values.
@@ -4195,6 +4216,10 @@ static void write_shared(Model *m, Slot slot, int param, int layer, const real *
 
 static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
     const size_t n = gpt_param_size(&m->config, param);
+    if (is_only_rounded(m, slot, param, layer)) {
+        read_copy(m, param, layer, host);
+        return;
+    }
     if (is_shared(m, slot)) {
         read_shared(m, slot, param, layer, host);
         return;
@@ -4207,6 +4232,10 @@ static void model_read(Model *m, Slot slot, int param, int layer, real *host) {
 }
 
 static void model_write(Model *m, Slot slot, int param, int layer, const real *host) {
+    if (is_only_rounded(m, slot, param, layer)) {
+        write_copy(m, param, layer, host);
+        return;
+    }
     if (is_shared(m, slot)) write_shared(m, slot, param, layer, host);
     else {
         float *to = param_at(m, slot, param, layer);
@@ -4272,7 +4301,7 @@ static char *tune_where(const Gpu *g) {
                    : "fp32");
 }
 
-// Reads the choices of a file. Returns 0, after one line on standard error, if that is not possible.
+// Reads the choices of a file. Returns 0, after one line on standard error, if that is impossible.
 static int tune_read(MatmulChoices *c, const char *where, const char *path) {
     FileMap map;
     const char *error = file_map(&map, path);

@@ -196,8 +196,8 @@ typedef struct {
     double (*update)(Model *, const UpdateArgs *);
 
     // Copy one layer of one parameter, gpt_param_size() elements, from or to a slot. Frozen
-    // parameters exist only in SLOT_PARAM. With args->zero all ranks call read in the same order,
-    // since each holds a share.
+    // parameters exist only in SLOT_PARAM, where those under adapters may be rounded to dtype. With
+    // args->zero all ranks call read in the same order, since each holds a share.
     void (*read)(Model *, Slot, int param, int layer, real *host);
     void (*write)(Model *, Slot, int param, int layer, const real *host);
 

@@ -479,7 +479,8 @@ static inline EngineMemory gpu_memory(const GpuRun *r, MemoryBound bound) {
     const MemoryBound full = {rows, rows, BRANCHES * rows, bound.exits};
     const size_t trains = bound.rows > 0,
         gradient = trains * (r->ranks > 1 && !r->args.reduce_fp32 ? 4 + 2 : 4);
-    const EngineMemory m = {(all - trained + trained / shares) * 4 + all * 2, trained * gradient,
+    const size_t fp32 = r->c.lora ? trained / shares : all - trained + trained / shares;
+    const EngineMemory m = {fp32 * 4 + all * 2, trained * gradient,
                             trains * 2 * trained / shares * 4, (size_t)gpu_activations(r, bound),
                             (size_t)gpu_activations(r, trains ? full : bound), 0};
     return m;
