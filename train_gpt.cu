@@ -1254,7 +1254,7 @@ template <int M, int N>
 static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, int row0,
                                  int column0, int T) {
     const float scale = kept_scale(keep);
-    const int lane = (int)threadIdx.x % 32;
+    const int lane = thread_reread() % 32;               // else rows' addresses take registers
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int half = 0; half < 2; half++)
             UNROLL for (int n = 0; n < N; n += 4) {
@@ -1266,17 +1266,22 @@ static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, i
             }
 }
 
-// factor[m][n][e] = dropout's factor for s[m][n][e], whose rows are keys.
+// The bits of a tile whose rows are keys, in the order of s[m][n][e]: one register, not a factor for
+// each.
 template <int M, int N>
-static __device__ void kept_factors(float factor[M][N][4], KeptKeys keep, size_t head, int row0,
-                                    int column0, int T) {
-    const float scale = kept_scale(keep);
-    const int row = row0 + (int)threadIdx.x % 32 / 4, column = column0 + (int)threadIdx.x % 4 * 2;
+static __device__ uint32_t tile_kept(KeptKeys keep, size_t head, int row0, int column0, int T) {
+    static_assert(4 * M * N <= 32, "a bit for each element");
+    const int thread = thread_reread(), row = row0 + thread % 32 / 4,
+        column = column0 + thread % 4 * 2;
+    uint32_t bits = 0;
     UNROLL for (int m = 0; m < M; m++)
         UNROLL for (int n = 0; n < N; n++)
-            UNROLL for (int e = 0; e < 4; e++)
-                factor[m][n][e] = kept_factor(keep, head, column + 8 * n + e % 2,
-                                              row + 16 * m + e / 2 * 8, T, scale);
+            UNROLL for (int e = 0; e < 4; e++) {
+                const int j = row + 16 * m + e / 2 * 8;
+                const uint32_t word = kept_word(keep, head, column + 8 * n + e % 2, j, T);
+                bits |= (word >> j % 32 & 1) << (4 * (m * N + n) + e);
+            }
+    return bits;
 }
 
 // Over the four lanes of a row.
@@ -1556,19 +1561,24 @@ attention_backward_keys_kernel(bf16 *dqkv, const bf16 *dy, const bf16 *qkv, cons
                     UNROLL for (int e = 0; e < 4; e++)
                         s[m][n][e] = exp2_fast(s[m][n][e] * scale2 - lse2[8 * n + e % 2]);
             if (DROPS) {
-                float factor[M][N][4], left[M][N][4];
-                kept_factors<M, N>(factor, keep, head_tokens(p, NH, T), j_own, i0, T);
+                const float kept = kept_scale(keep);
+                const uint32_t bits = tile_kept<M, N>(keep, head_tokens(p, NH, T), j_own, i0, T);
+                float left[M][N][4];
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
-                        UNROLL for (int e = 0; e < 4; e++)
-                            left[m][n][e] = s[m][n][e] * factor[m][n][e], ds[m][n][e] = 0;
+                        UNROLL for (int e = 0; e < 4; e++) {
+                            const bool stays = bits >> (4 * (m * N + n) + e) & 1;
+                            left[m][n][e] = stays ? s[m][n][e] * kept : 0, ds[m][n][e] = 0;
+                        }
                 tile_matmul<W, M, N>(dv, left, dy_tiles + at * QUERIES * W);
                 tile_scores<W, M, N, KEPT>(ds, &v, k_tile, ROWS, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
                     UNROLL for (int n = 0; n < N; n++)
-                        UNROLL for (int e = 0; e < 4; e++)
-                            ds[m][n][e] = ds[m][n][e] * factor[m][n][e] +
+                        UNROLL for (int e = 0; e < 4; e++) {
+                            const bool stays = bits >> (4 * (m * N + n) + e) & 1;
+                            ds[m][n][e] = (stays ? ds[m][n][e] * kept : 0) +
                                 minus_inner[8 * n + e % 2];
+                        }
             } else {
                 tile_matmul<W, M, N>(dv, s, dy_tiles + at * QUERIES * W);
                 UNROLL for (int m = 0; m < M; m++)
