@@ -301,14 +301,15 @@ $(B)/kernels_emu $(B)/shared_memory: %: %.o
 $(B)/bench_emu $(B)/kernels_emu $(B)/shared_memory:
 	$(link) $(CXX_LIB)
 
-# Registers and spills of every kernel, for each compute capability; shared memory of those that
-# take much of it.
+# What nvcc made of every kernel, for each compute capability; shared memory of those that take much
+# of it.
 cuda-report: $(B)/shared_memory
 	@echo "bytes of shared memory of a block, all of it given at the launch:"; $(B)/shared_memory
 	@for a in $(GPU_ARCH); do \
-	    echo "compute capability $$a: registers, bytes spilled, bytes of stack"; \
-	    $(NVCC) -std=c++17 -O3 -arch=sm_$$a -Xptxas -v -DENGINE_ONLY -cubin -o /dev/null \
-	        train_gpt.cu 2>&1 | c++filt | sh dev/test/cuda_report.sh || exit 1; \
+	    echo "compute capability $$a:"; \
+	    $(NVCC) -std=c++17 -O3 -arch=sm_$$a -Xptxas -v -DENGINE_ONLY -cubin -o $(B)/sm_$$a.cubin \
+	        train_gpt.cu 2>$(B)/sm_$$a.txt || { cat $(B)/sm_$$a.txt; exit 1; }; \
+	    python3 dev/test/cuda_report.py $(B)/sm_$$a.txt $(B)/sm_$$a.cubin || exit 1; \
 	done
 
 # The programs of scripts/gpu_check.sh, to be carried to a machine with a GPU of compute capability
