@@ -130,12 +130,20 @@ static __device__ inline size_t thread_index(void) {
 
 typedef struct { float y, slope; } Gelu;
 
+// 1 / (1 + e^u), as accurately as the storage N requires.
+template <class N> static __device__ inline float sigmoid_of(float u);
+template <> __device__ inline float sigmoid_of<float>(float u) {
+    return 1 / (1 + expf(u > 87 ? 87 : u));
+}
+template <> __device__ inline float sigmoid_of<bf16>(float u) {
+    return reciprocal_fast(1 + exp2_fast(u * 1.44269504f));
+}
+
 // As gelu_lanes in dev/model/matmul.h: beyond -30 and 30 the sigmoid rounds to 0 or 1, so infinity
 // is never multiplied by 0.
-static __device__ inline Gelu gelu_of(float x) {
+template <class N> static __device__ inline Gelu gelu_of(float x) {
     const float h = x < -30 ? -30 : x, z = h > 30 ? 30 : h, square = z * z;
-    const float u = -1.5957691216057308f * (z + 0.044715f * square * z);
-    const float s = 1 / (1 + expf(u > 87 ? 87 : u));
+    const float s = sigmoid_of<N>(-1.5957691216057308f * (z + 0.044715f * square * z));
     const Gelu g =
         {h * s, s + z * s * (1 - s) * (1.5957691216057308f * (1 + 3 * 0.044715f * square))};
     return g;
@@ -156,14 +164,14 @@ static __global__ void epilogue_kernel(void *y, const void *bias, void *gelu, co
     if (h) {
         const Floats<W> x = load<N, W>(h, i);
         for (int k = 0; k < W; k++) {
-            const Gelu both = gelu_of(x.x[k]);
+            const Gelu both = gelu_of<N>(x.x[k]);
             v.x[k] *= both.slope;
             g.x[k] = both.y;
         }
     }
     if (bias || h) store<N, W>(y, i, v);
     if (bias) v = load<N, W>(y, i);                      // GELU sees the stored value
-    for (int k = 0; k < W && !h; k++) g.x[k] = gelu_of(v.x[k]).y;
+    for (int k = 0; k < W && !h; k++) g.x[k] = gelu_of<N>(v.x[k]).y;
     if (gelu) store<N, W>(gelu, i, g);
 }
 
@@ -173,7 +181,7 @@ template <class N, int W> static __global__ void gelu_forward_kernel(void *y, co
     const size_t i = thread_index() * W;
     if (i >= n) return;
     Floats<W> v = load<N, W>(x, i);
-    for (int k = 0; k < W; k++) v.x[k] = gelu_of(v.x[k]).y;
+    for (int k = 0; k < W; k++) v.x[k] = gelu_of<N>(v.x[k]).y;
     store<N, W>(y, i, v);
 }
 
@@ -756,43 +764,53 @@ static void embedding_backward(const Gpu *g, float *dwte, float *dwpe, int add, 
 // kernel arguments, which a CUDA graph would freeze. rows (n): which rows of the batch the n packed
 // ones are; NULL: all, in order.
 
-// x (n,T,C): multiplies each element by its factor. A thread processes the elements of one Philox
-// call.
-template <class N>
+// x (n,T,C): multiplies each element by its factor. A thread draws those of one Philox call, and
+// moves V at a time.
+template <class N, int V>
 static __global__ void dropout_kernel(N *x, const NoisePlace *noise, const int *rows, unsigned nT,
                                       unsigned T, unsigned C) {
     const NoisePlace z = *noise;
-    const unsigned groups = (C + NOISE_EACH - 1) / NOISE_EACH,
-        token = (unsigned)(thread_index() / groups);
-    const unsigned group = (unsigned)(thread_index() % groups), c = group * NOISE_EACH;
+    const unsigned groups = (C + NOISE_EACH - 1) / NOISE_EACH, at = (unsigned)thread_index(),
+        token = at / groups, group = at % groups, c = group * NOISE_EACH;
     if (token >= nT) return;
     const unsigned row = rows ? (unsigned)rows[token / T] : token / T;
     const Philox w = noise_words(z.key, noise_row(&z, row), 0, token % T, group);
-    const float scale = (float)noise_scale(z.rate);
+    const float scale = noise_scale_fp32(z.rate);
     N *const to = x + (size_t)token * C;
-    UNROLL for (unsigned e = 0; e < NOISE_EACH; e++)
-        if (c + e < C)
-            to[c + e] = from_float<N>(
-                noise_half(w, (int)e) >= z.rate ? to_float(to[c + e]) * scale : 0);
+    UNROLL for (unsigned e = 0; e < NOISE_EACH; e += V)
+        if (c + e < C) {
+            Floats<V> v = load<N, V>(to, c + e);
+            for (int k = 0; k < V; k++)
+                v.x[k] = noise_half(w, (int)e + k) >= z.rate ? v.x[k] * scale : 0;
+            store<N, V>(to, c + e, v);
+        }
+}
+
+template <class N>
+static void dropout_as(const Gpu *g, N *x, const NoisePlace *noise, const int *rows, size_t nT,
+                       size_t T, size_t C) {
+    constexpr int V = 16 / sizeof(N);
+    const size_t threads = nT * strips(C, NOISE_EACH);
+    CHECK(threads <= UINT_MAX, "dropout of %zu groups of elements", threads);
+    if (C % V == 0)
+        LAUNCH((dropout_kernel<N, V>), blocks_for(threads), BLOCK, 0, g->stream, x, noise, rows,
+               (unsigned)nT, (unsigned)T, (unsigned)C);
+    else
+        LAUNCH((dropout_kernel<N, 1>), blocks_for(threads), BLOCK, 0, g->stream, x, noise, rows,
+               (unsigned)nT, (unsigned)T, (unsigned)C);
 }
 
 // For the residual stream, in fp32, and for a branch's end, in N. Backward is the same, applied to
 // the gradient.
 static void dropout_stream(const Gpu *g, float *x, const NoisePlace *noise, size_t nT, size_t T,
                            size_t C) {
-    LAUNCH(dropout_kernel<float>, blocks_for(nT * strips(C, NOISE_EACH)), BLOCK, 0, g->stream, x,
-           noise, (const int *)NULL, (unsigned)nT, (unsigned)T, (unsigned)C);
+    dropout_as<float>(g, x, noise, NULL, nT, T, C);
 }
 
 static void dropout_end(const Gpu *g, void *x, const NoisePlace *noise, const int *rows, size_t nT,
                         size_t T, size_t C) {
-    const dim3 grid = blocks_for(nT * strips(C, NOISE_EACH));
-    if (g->half)
-        LAUNCH(dropout_kernel<bf16>, grid, BLOCK, 0, g->stream, (bf16 *)x, noise, rows,
-               (unsigned)nT, (unsigned)T, (unsigned)C);
-    else
-        LAUNCH(dropout_kernel<float>, grid, BLOCK, 0, g->stream, (float *)x, noise, rows,
-               (unsigned)nT, (unsigned)T, (unsigned)C);
+    if (g->half) dropout_as<bf16>(g, (bf16 *)x, noise, rows, nT, T, C);
+    else dropout_as<float>(g, (float *)x, noise, rows, nT, T, C);
 }
 
 // ---- The residual stream x (B,T,C) and LayerNorm (Ba, Kiros, Hinton 2016) ----
@@ -1077,7 +1095,7 @@ static __global__ void attention_keep_kernel(uint32_t *words, const NoisePlace *
 }
 
 static __device__ float kept_scale(KeptKeys keep) {
-    return keep.words ? (float)noise_scale(keep.noise->rate) : 1;
+    return keep.words ? noise_scale_fp32(keep.noise->rate) : 1;
 }
 
 // The word with key j of query i of a head, whose tokens begin at `head`; 0 past T.
@@ -1266,8 +1284,8 @@ static __device__ void tile_keep(float s[M][N][4], KeptKeys keep, size_t head, i
             }
 }
 
-// The bits of a tile whose rows are keys, in the order of s[m][n][e]: one register, not a factor for
-// each.
+// The bits of a tile whose rows are keys, in the order of s[m][n][e]: one register, not a factor
+// for each.
 template <int M, int N>
 static __device__ uint32_t tile_kept(KeptKeys keep, size_t head, int row0, int column0, int T) {
     static_assert(4 * M * N <= 32, "a bit for each element");

@@ -85,54 +85,74 @@ static __device__ RowsQuery rows_query(const RowsBlock &b, int query) {
 // ---- Heads as matrices ----
 
 // to (n,NH,Tp,W) = heads of n rows of `from`, whose rows of HS channels a head are ld apart, and
-// zeros around them. rows (n): which rows they are; NULL: the first ones.
-template <class N>
+// zeros around them. rows (n): which rows they are; NULL: the first ones. A thread moves V elements
+// of a head, of which there are `count` times V.
+template <class N, int V>
 static __global__ void heads_split_kernel(N *to, const N *from, size_t ld, const int *rows,
-                                          size_t count, int T, int Tp, int HS, int W, int NH) {
-    const size_t i = thread_index();
+                                          unsigned count, unsigned T, unsigned Tp, unsigned HS,
+                                          unsigned W, unsigned NH) {
+    const unsigned i = (unsigned)thread_index(), pieces = W / V, line = i / pieces,
+        d = i % pieces * V, t = line % Tp, head = line / Tp, n = head / NH;
     if (i >= count) return;
-    const int d = (int)(i % (size_t)W), t = (int)(i / (size_t)W % (size_t)Tp),
-        h = (int)(i / (size_t)W / (size_t)Tp % (size_t)NH);
-    const size_t n = i / (size_t)W / (size_t)Tp / (size_t)NH, row = rows ? (size_t)rows[n] : n;
-    to[i] = t < T && d < HS ? from[(row * (size_t)T + (size_t)t) * ld + (size_t)(h * HS + d)]
-        : from_float<N>(0);
+    Floats<V> x = {};
+    if (t < T && d < HS)
+        x = load<N, V>(from, ((size_t)(rows ? (unsigned)rows[n] : n) * T + t) * ld +
+                       head % NH * HS + d);
+    store<N, V>(to, (size_t)i * V, x);
 }
 
 // The converse: to = from (n,NH,Tp,W).
-template <class N>
-static __global__ void heads_merge_kernel(N *to, size_t ld, const float *from, size_t count,
-                                          int T, int Tp, int HS, int W, int NH) {
-    const size_t i = thread_index(), C = (size_t)(HS * NH);
+template <class N, int V>
+static __global__ void heads_merge_kernel(N *to, size_t ld, const float *from, unsigned count,
+                                          unsigned T, unsigned Tp, unsigned HS, unsigned W,
+                                          unsigned NH) {
+    const unsigned i = (unsigned)thread_index(), pieces = HS / V * NH, line = i / pieces,
+        c = i % pieces * V, t = line % T, n = line / T;
     if (i >= count) return;
-    const int c = (int)(i % C), h = c / HS, t = (int)(i / C % (size_t)T);
-    const size_t n = i / C / (size_t)T,
-        at = ((n * (size_t)NH + (size_t)h) * (size_t)Tp + (size_t)t) * (size_t)W;
-    to[(n * (size_t)T + (size_t)t) * ld + (size_t)c] =
-        from_float<N>(from[at + (size_t)(c % HS)]);
+    const Floats<V> x = load<float, V>(from, (((size_t)n * NH + c / HS) * Tp + t) * W + c % HS);
+    store<N, V>(to, (size_t)line * ld + c, x);
+}
+
+// Launches a kernel for `elements` elements, V at a time if heads are made of so many.
+#define LAUNCH_HEADS(kernel, N, V, g, elements, HS, ...)                                           \
+    do {                                                                                          \
+        const size_t width_ = (HS) % (V) ? 1 : (V), n_ = (elements) / width_;                      \
+        CHECK(n_ <= UINT_MAX, "%zu elements of heads", (size_t)(elements));                       \
+        if (width_ > 1)                                                                           \
+            LAUNCH((kernel<N, V>), blocks_for(n_), BLOCK, 0, (g)->stream, __VA_ARGS__);            \
+        else LAUNCH((kernel<N, 1>), blocks_for(n_), BLOCK, 0, (g)->stream, __VA_ARGS__);           \
+    } while (0)
+
+template <class N>
+static void heads_split_as(const Gpu *g, const AttentionRows *w, void *to, const void *from,
+                           size_t ld, const int *rows, size_t n) {
+    constexpr int V = 16 / sizeof(N);
+    const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), HS = w->C / w->NH,
+        all = n * w->NH * Tp * W;
+    LAUNCH_HEADS(heads_split_kernel, N, V, g, all, HS, (N *)to, (const N *)from, ld, rows,
+                 (unsigned)n_, (unsigned)w->T, (unsigned)Tp, (unsigned)HS, (unsigned)W,
+                 (unsigned)w->NH);
+}
+
+template <class N>
+static void heads_merge_as(const Gpu *g, const AttentionRows *w, void *to, size_t ld,
+                           const float *from, size_t n) {
+    const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), HS = w->C / w->NH,
+        all = n * w->T * w->C;
+    LAUNCH_HEADS(heads_merge_kernel, N, 4, g, all, HS, (N *)to, ld, from, (unsigned)n_,
+                 (unsigned)w->T, (unsigned)Tp, (unsigned)HS, (unsigned)W, (unsigned)w->NH);
 }
 
 static void heads_split(const Gpu *g, const AttentionRows *w, void *to, const void *from, size_t ld,
                         const int *rows, size_t n) {
-    const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), count = n * w->NH * Tp * W;
-    if (g->half)
-        LAUNCH(heads_split_kernel<bf16>, blocks_for(count), BLOCK, 0, g->stream, (bf16 *)to,
-               (const bf16 *)from, ld, rows, count, (int)w->T, (int)Tp, (int)(w->C / w->NH), (int)W,
-               (int)w->NH);
-    else
-        LAUNCH(heads_split_kernel<float>, blocks_for(count), BLOCK, 0, g->stream, (float *)to,
-               (const float *)from, ld, rows, count, (int)w->T, (int)Tp, (int)(w->C / w->NH),
-               (int)W, (int)w->NH);
+    if (g->half) heads_split_as<bf16>(g, w, to, from, ld, rows, n);
+    else heads_split_as<float>(g, w, to, from, ld, rows, n);
 }
 
 static void heads_merge(const Gpu *g, const AttentionRows *w, void *to, size_t ld,
                         const float *from, size_t n) {
-    const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), count = n * w->T * w->C;
-    if (g->half)
-        LAUNCH(heads_merge_kernel<bf16>, blocks_for(count), BLOCK, 0, g->stream, (bf16 *)to, ld,
-               from, count, (int)w->T, (int)Tp, (int)(w->C / w->NH), (int)W, (int)w->NH);
-    else
-        LAUNCH(heads_merge_kernel<float>, blocks_for(count), BLOCK, 0, g->stream, (float *)to, ld,
-               from, count, (int)w->T, (int)Tp, (int)(w->C / w->NH), (int)W, (int)w->NH);
+    if (g->half) heads_merge_as<bf16>(g, w, to, ld, from, n);
+    else heads_merge_as<float>(g, w, to, ld, from, n);
 }
 
 // ---- Blur: each score becomes a mean of its neighbours', over the keys that the query sees ----

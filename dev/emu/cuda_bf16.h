@@ -26,11 +26,15 @@ inline float emu_inexact(float x, int bits) {
     return x + x * ldexpf((float)((double)emu_random(&state) / 9223372036854775808.0 - 1), -bits);
 }
 
-// ex2.approx.ftz and tanh.approx have relative errors of at most 2^-22 and 2^-11 (PTX ISA, "ex2"
-// and "tanh").
+// ex2.approx.ftz, rcp.approx.ftz and tanh.approx have relative errors of at most 2^-22, 2^-23 and
+// 2^-11 (PTX ISA, "ex2", "rcp" and "tanh").
 inline float emu_exp2(float x) {
     const float y = exp2f(x);
     return !emu_errors() ? y : y < ldexpf(1, -126) ? 0 : emu_inexact(y, 22);
+}
+inline float emu_reciprocal(float x) {
+    const float y = 1 / x;
+    return !emu_errors() ? y : fabsf(y) < ldexpf(1, -126) ? 0 : emu_inexact(y, 23);
 }
 inline float emu_tanh(float x) { return emu_errors() ? emu_inexact(tanhf(x), 11) : tanhf(x); }
 

@@ -215,6 +215,17 @@ static inline __device__ float exp2_fast(float x) {
 #endif
 }
 
+// 1 / x by a single instruction, within 2^-23 (PTX ISA, rcp.approx); 0 of infinity.
+static inline __device__ float reciprocal_fast(float x) {
+#ifdef CUDA_EMULATED
+    return emu_reciprocal(x);
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 // 16 bytes of elements, moved by one instruction; the address must be a multiple of 16.
 template <class N> struct __align__(16) Pack { N x[16 / sizeof(N)]; };
 

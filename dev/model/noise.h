@@ -117,6 +117,12 @@ static inline double noise_sigma(uint64_t seed, int64_t step, double most) {
 // The factor of a kept element.
 RNG_FN double noise_scale(uint32_t rate) { return (double)NOISE_ONE / (double)(NOISE_ONE - rate); }
 
+// Rounded to fp32; in fp32, since the quotient of two numbers of 17 bits is never so near to the
+// middle between two floats that it would be rounded differently.
+RNG_FN float noise_scale_fp32(uint32_t rate) {
+    return (float)NOISE_ONE / (float)(NOISE_ONE - rate);
+}
+
 // The words of elements 8*i .. 8*i + 7 of a position; element 8*i + e is kept iff noise_half(words,
 // e) >= rate.
 RNG_FN Philox noise_words(const uint32_t key[2], uint32_t row, uint32_t head, uint32_t position,

@@ -44,6 +44,9 @@ static void test_noise_rates(void) {
            noise_rate_of(0.9999999) == 65535, "%u, %u, %u", noise_rate_of(0.5), noise_rate_of(0.1),
            noise_rate_of(0.9999999));
     EXPECT(noise_scale(32768) == 2 && noise_scale(0) == 1, "%g", noise_scale(32768));
+    for (uint32_t rate = 0; rate < NOISE_ONE; rate++)
+        EXPECT(noise_scale_fp32(rate) == (float)noise_scale(rate), "rate %u: another rounding",
+               rate);
     const Philox w = {{0x00020001, 0x00040003, 0x00060005, 0x00080007}};
     for (int e = 0; e < NOISE_EACH; e++)
         EXPECT(noise_half(w, e) == (uint32_t)e + 1, "half %d is %u", e, noise_half(w, e));
