@@ -5,7 +5,7 @@ set -eu
 out=$BUILD/gpu_check_dry
 rm -rf "$out"
 fail() { echo "error: $1" >&2; exit 1; }
-for part in 1 2 3; do PART=$part ENGINE=emu TOTAL=200 OUT="$out" sh scripts/gpu_check.sh; done
+for part in 1 2 3; do PART=$part ENGINE=emu TOTAL=600 OUT="$out" sh scripts/gpu_check.sh; done
 for what in machine tests step_gpt2 plain_gpt2 kernels_gpt2 drop graphs_1; do
     grep -q "\"$what\": [[{]" "$out/gpu_check.json" || fail "no $what in $out/gpu_check.json"
 done
