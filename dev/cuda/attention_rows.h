@@ -85,8 +85,8 @@ static __device__ RowsQuery rows_query(const RowsBlock &b, int query) {
 // ---- Heads as matrices ----
 
 // to (n,NH,Tp,W) = heads of n rows of `from`, whose rows of HS channels a head are ld apart, and
-// zeros around them. rows (n): which rows they are; NULL: the first ones. A thread moves V elements
-// of a head, of which there are `count` times V.
+// zeros around them. rows (n): which rows they are; NULL: the first ones. A thread moves a piece of
+// V elements, of which there are `count`.
 template <class N, int V>
 static __global__ void heads_split_kernel(N *to, const N *from, size_t ld, const int *rows,
                                           unsigned count, unsigned T, unsigned Tp, unsigned HS,
@@ -113,33 +113,39 @@ static __global__ void heads_merge_kernel(N *to, size_t ld, const float *from, u
     store<N, V>(to, (size_t)line * ld + c, x);
 }
 
-// Launches a kernel for `elements` elements, V at a time if heads are made of so many.
-#define LAUNCH_HEADS(kernel, N, V, g, elements, HS, ...)                                           \
+// Launches kernel<N, V> or, if heads are not made of V elements at a time, kernel<N, 1>, with a
+// thread for each of `count` pieces.
+#define LAUNCH_HEADS(kernel, N, V, wide, g, count, ...)                                            \
     do {                                                                                          \
-        const size_t width_ = (HS) % (V) ? 1 : (V), n_ = (elements) / width_;                      \
-        CHECK(n_ <= UINT_MAX, "%zu elements of heads", (size_t)(elements));                       \
-        if (width_ > 1)                                                                           \
-            LAUNCH((kernel<N, V>), blocks_for(n_), BLOCK, 0, (g)->stream, __VA_ARGS__);            \
-        else LAUNCH((kernel<N, 1>), blocks_for(n_), BLOCK, 0, (g)->stream, __VA_ARGS__);           \
+        if (wide)                                                                                 \
+            LAUNCH((kernel<N, V>), blocks_for(count), BLOCK, 0, (g)->stream, __VA_ARGS__);         \
+        else LAUNCH((kernel<N, 1>), blocks_for(count), BLOCK, 0, (g)->stream, __VA_ARGS__);        \
     } while (0)
+
+static unsigned heads_pieces(size_t elements, size_t width) {
+    CHECK(elements / width <= UINT_MAX, "%zu elements of heads", elements);
+    return (unsigned)(elements / width);
+}
 
 template <class N>
 static void heads_split_as(const Gpu *g, const AttentionRows *w, void *to, const void *from,
                            size_t ld, const int *rows, size_t n) {
     constexpr int V = 16 / sizeof(N);
-    const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), HS = w->C / w->NH,
-        all = n * w->NH * Tp * W;
-    LAUNCH_HEADS(heads_split_kernel, N, V, g, all, HS, (N *)to, (const N *)from, ld, rows,
-                 (unsigned)n_, (unsigned)w->T, (unsigned)Tp, (unsigned)HS, (unsigned)W,
-                 (unsigned)w->NH);
+    const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), HS = w->C / w->NH;
+    const int wide = HS % V == 0;
+    const unsigned count = heads_pieces(n * w->NH * Tp * W, wide ? V : 1);
+    LAUNCH_HEADS(heads_split_kernel, N, V, wide, g, count, (N *)to, (const N *)from, ld, rows,
+                 count, (unsigned)w->T, (unsigned)Tp, (unsigned)HS, (unsigned)W, (unsigned)w->NH);
 }
 
 template <class N>
 static void heads_merge_as(const Gpu *g, const AttentionRows *w, void *to, size_t ld,
                            const float *from, size_t n) {
-    const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), HS = w->C / w->NH,
-        all = n * w->T * w->C;
-    LAUNCH_HEADS(heads_merge_kernel, N, 4, g, all, HS, (N *)to, ld, from, (unsigned)n_,
+    constexpr int V = WIDE;
+    const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), HS = w->C / w->NH;
+    const int wide = HS % V == 0;
+    const unsigned count = heads_pieces(n * w->T * w->C, wide ? V : 1);
+    LAUNCH_HEADS(heads_merge_kernel, N, V, wide, g, count, (N *)to, ld, from, count,
                  (unsigned)w->T, (unsigned)Tp, (unsigned)HS, (unsigned)W, (unsigned)w->NH);
 }
 

@@ -3,6 +3,7 @@
 #ifndef CONSOLE_H
 #define CONSOLE_H
 
+#include "micro.h"
 #include "run.h"
 #include "sample.h"
 
