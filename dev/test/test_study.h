@@ -163,8 +163,15 @@ static void test_study_answers(void) {
         free(run), free(weights);
     }
     EXPECT(strstr(words.s, "## Loss at reduced depth"), "report.md lacks its depths");
+    EXPECT(!strstr(words.s, "runs are missing"), "none is missing: %s", words.s);
     study_test_depths(&doc, &all);
     EXPECT_STUDY("verify %s", plan);
+    char *one = xprintf("%s/results/%s.json", out, all.result[0].key);
+    EXPECT(unlink(one) == 0, "cannot remove %s", one);
+    run = tool_run("study report %s --picture 0", plan);
+    EXPECT(run.code == 0 && strstr(run.out.s, "runs are missing**: this is a look at"),
+           "code %d: %s%s", run.code, run.out.s, run.err.s);
+    tool_free(&run), free(one);
     json_free(&doc), study_results_free(&all), text_free(&text), text_free(&words);
     free(plan), free(json), free(md), free(out), free(folder);
 }

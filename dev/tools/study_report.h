@@ -520,6 +520,10 @@ static inline void study_markdown(const StudyReport *r, Text *out) {
                    : "; needs `curve` in the plan",
         s->n_arms - 1);
     text_printf(out, "\n## What is shown, and what is not\n\n");
+    if (r->missing)
+        text_printf(out, "**%d of %d runs are missing**: this is a look at an unfinished study. "
+                    "The intervals hold for one look, at all of its seeds; who looks often finds "
+                    "differences that are none.\n\n", r->missing, r->state.n);
     for (int arm = 0; arm < s->n_arms; arm++)
         if (arm != s->base) study_say(r, arm, out);
     if (s->depths.n) {
