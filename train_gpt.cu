@@ -90,15 +90,19 @@ template <class N, int W> static __device__ inline void store(void *to, size_t i
     *(Stored<N, W> *)((N *)to + i) = s;
 }
 
-// Launches kernel<N, W>: the model's storage type, and 4 elements at a time if `wide`, else 1.
+// Launches kernel<N, V>, which moves V elements at a time, if `wide`; else kernel<N, 1>.
+#define LAUNCH_PACKED(kernel, N, V, wide, ...)                \
+    do {                                                     \
+        if (wide) LAUNCH((kernel<N, V>), __VA_ARGS__);       \
+        else LAUNCH((kernel<N, 1>), __VA_ARGS__);            \
+    } while (0)
+
+// The same for the model's storage type, and 4 elements.
 #define LAUNCH_AS(kernel, g, wide, grid, block, shared, ...)                                      \
     do {                                                                                          \
-        if ((g)->half && (wide))                                                                  \
-            LAUNCH((kernel<bf16, 4>), grid, block, shared, (g)->stream, __VA_ARGS__);             \
-        else if ((g)->half)                                                                       \
-            LAUNCH((kernel<bf16, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);             \
-        else if (wide) LAUNCH((kernel<float, 4>), grid, block, shared, (g)->stream, __VA_ARGS__); \
-        else LAUNCH((kernel<float, 1>), grid, block, shared, (g)->stream, __VA_ARGS__);           \
+        if ((g)->half)                                                                            \
+            LAUNCH_PACKED(kernel, bf16, 4, wide, grid, block, shared, (g)->stream, __VA_ARGS__);  \
+        else LAUNCH_PACKED(kernel, float, 4, wide, grid, block, shared, (g)->stream, __VA_ARGS__); \
     } while (0)
 
 // The same for a kernel<W> with fixed types.
@@ -792,12 +796,8 @@ static void dropout_as(const Gpu *g, N *x, const NoisePlace *noise, const int *r
     constexpr int V = 16 / sizeof(N);
     const size_t threads = nT * strips(C, NOISE_EACH);
     CHECK(threads <= UINT_MAX, "dropout of %zu groups of elements", threads);
-    if (C % V == 0)
-        LAUNCH((dropout_kernel<N, V>), blocks_for(threads), BLOCK, 0, g->stream, x, noise, rows,
-               (unsigned)nT, (unsigned)T, (unsigned)C);
-    else
-        LAUNCH((dropout_kernel<N, 1>), blocks_for(threads), BLOCK, 0, g->stream, x, noise, rows,
-               (unsigned)nT, (unsigned)T, (unsigned)C);
+    LAUNCH_PACKED(dropout_kernel, N, V, C % V == 0, blocks_for(threads), BLOCK, 0, g->stream, x,
+                  noise, rows, (unsigned)nT, (unsigned)T, (unsigned)C);
 }
 
 // For the residual stream, in fp32, and for a branch's end, in N. Backward is the same, applied to

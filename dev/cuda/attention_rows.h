@@ -113,15 +113,7 @@ static __global__ void heads_merge_kernel(N *to, size_t ld, const float *from, u
     store<N, V>(to, (size_t)line * ld + c, x);
 }
 
-// Launches kernel<N, V> or, if heads are not made of V elements at a time, kernel<N, 1>, with a
-// thread for each of `count` pieces.
-#define LAUNCH_HEADS(kernel, N, V, wide, g, count, ...)                                            \
-    do {                                                                                          \
-        if (wide)                                                                                 \
-            LAUNCH((kernel<N, V>), blocks_for(count), BLOCK, 0, (g)->stream, __VA_ARGS__);         \
-        else LAUNCH((kernel<N, 1>), blocks_for(count), BLOCK, 0, (g)->stream, __VA_ARGS__);        \
-    } while (0)
-
+// A thread for each piece of so many elements.
 static unsigned heads_pieces(size_t elements, size_t width) {
     CHECK(elements / width <= UINT_MAX, "%zu elements of heads", elements);
     return (unsigned)(elements / width);
@@ -134,8 +126,9 @@ static void heads_split_as(const Gpu *g, const AttentionRows *w, void *to, const
     const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), HS = w->C / w->NH;
     const int wide = HS % V == 0;
     const unsigned count = heads_pieces(n * w->NH * Tp * W, wide ? V : 1);
-    LAUNCH_HEADS(heads_split_kernel, N, V, wide, g, count, (N *)to, (const N *)from, ld, rows,
-                 count, (unsigned)w->T, (unsigned)Tp, (unsigned)HS, (unsigned)W, (unsigned)w->NH);
+    LAUNCH_PACKED(heads_split_kernel, N, V, wide, blocks_for(count), BLOCK, 0, g->stream, (N *)to,
+                  (const N *)from, ld, rows, count, (unsigned)w->T, (unsigned)Tp, (unsigned)HS,
+                  (unsigned)W, (unsigned)w->NH);
 }
 
 template <class N>
@@ -145,8 +138,9 @@ static void heads_merge_as(const Gpu *g, const AttentionRows *w, void *to, size_
     const size_t Tp = rows_tokens(w->T), W = rows_width(w->C, w->NH), HS = w->C / w->NH;
     const int wide = HS % V == 0;
     const unsigned count = heads_pieces(n * w->T * w->C, wide ? V : 1);
-    LAUNCH_HEADS(heads_merge_kernel, N, V, wide, g, count, (N *)to, ld, from, count,
-                 (unsigned)w->T, (unsigned)Tp, (unsigned)HS, (unsigned)W, (unsigned)w->NH);
+    LAUNCH_PACKED(heads_merge_kernel, N, V, wide, blocks_for(count), BLOCK, 0, g->stream, (N *)to,
+                  ld, from, count, (unsigned)w->T, (unsigned)Tp, (unsigned)HS, (unsigned)W,
+                  (unsigned)w->NH);
 }
 
 static void heads_split(const Gpu *g, const AttentionRows *w, void *to, const void *from, size_t ld,

@@ -578,7 +578,7 @@ typedef struct {
     int64_t steps;
     double exits;                        // early exits, on average
     Noise noise;
-    const unsigned char *compared;       // as in GpuRun, as is
+    const unsigned char *compared;       // this and the next as in GpuRun
     int distills;
 } GpuPlan;
 
