@@ -98,6 +98,86 @@ static inline void study_test_depths(const Json *doc, const StudyResults *all) {
     }
 }
 
+// The share of positions at which the first layer alone has the same most likely token as both, by
+// whole forward passes: the windows are those of use_accept.
+static inline double study_test_greedy(Loaded *m, const Shards *val) {
+    const int T = val->T, V = m->config.V;
+    const int64_t want = (USE_DRAFT_TOKENS + T - 1) / T,
+                  rows = want < val->windows ? want : val->windows;
+    const double first[4] = {1, 1, 0, 0};
+    int tokens[64], targets[64], best[64], same = 0;
+    real *logits = (real *)xcalloc((size_t)V, sizeof *logits);
+    EXPECT(T <= 64 && m->config.L == 2, "%d positions, %d layers", T, m->config.L);
+    for (int64_t row = 0; row < rows; row++) {
+        shards_read_window(val, row * val->windows / rows, tokens, targets);
+        for (int both = 1; both >= 0; both--) {
+            drop_plan_keep_all(&m->plan, both ? m->scale : first, m->tied, 1);
+            engine_forward(m->engine, m->model, T, tokens, NULL, &m->plan);
+            for (int t = 0; t < T; t++) {
+                m->engine->logits(m->model, 0, t, logits);
+                const int now = sample_best(logits, V);
+                if (both) best[t] = now;
+                else same += best[t] == now;
+            }
+        }
+    }
+    free(logits);
+    return same / ((double)rows * T);
+}
+
+// Measures what is kept, compares one arm's numbers with other code, and removes a run, so that it
+// is trained again for the same numbers.
+static inline void study_test_uses(const char *plan, const char *out, const StudyResults *all) {
+    char *folder = xprintf("%s/results/uses", out);
+    const char *key = NULL;
+    EXPECT_STUDY("uses %s", plan);
+    // none and drop and grow over two seeds; shallow has one layer
+    EXPECT(study_test_count(folder) == 6, "%d files, want 6", study_test_count(folder));
+    for (int i = 0; i < all->n; i++)
+        if (strstr(all->result[i].options, "seed=1001") &&
+            strstr(all->result[i].options, "drop-path"))
+            key = all->result[i].key;
+    EXPECT(key, "no result of drop");
+    if (!key) return;
+    char *path = xprintf("%s/%s.json", folder, key), *run = xprintf("%s/runs/%s", out, key),
+         *val = xprintf("%s/data/val_*.bin", trainer_test_data());
+    Text text = test_read_file(path);
+    StudyUse use;
+    Loaded m;
+    Shards shards;
+    EXPECT(!study_use_parse(&use, text.s, text.n - 1), "%s", text.s);
+    load_config(&m, run);
+    shards_open(&shards, val, m.config.T, m.config.V);
+    load_model(&m, engine_default(), 1, m.config.T, 1);
+    const LayersModel model = {.engine = m.engine, .model = m.model, .config = m.config,
+                               .plan = &m.plan, .scale = m.scale, .tied = m.tied, .B = 1,
+                               .shards = &shards, .rows = shards.windows};
+    LayersLosses losses = {NULL, 0};
+    const unsigned char kept[3][4] = {{1, 1, 1, 1}, {0, 0, 1, 1}, {1, 1, 0, 0}};
+    double loss[3];
+    EXPECT(shards.windows * 16 < USE_VAL_TOKENS, "the text is longer than what is measured");
+    for (int i = 0; i < 3; i++) loss[i] = layers_loss(&model, &losses, kept[i])->mean;
+    EXPECT_CLOSE(use.value[USE_LOSS], loss[0], 1e-6, "loss");
+    EXPECT(fabs(use.value[USE_REMOVED] - loss[1]) < 1e-6 ||
+           fabs(use.value[USE_REMOVED] - loss[2]) < 1e-6, "%g without a layer, want %g or %g",
+           use.value[USE_REMOVED], loss[1], loss[2]);
+    EXPECT_CLOSE(use.value[USE_GREEDY], study_test_greedy(&m, &shards), 1e-3, "greedy drafts");
+    EXPECT(use.value[USE_SAMPLED] > 0.3 && use.value[USE_SAMPLED] <= 1 && use.value[USE_GAIN] >= 1,
+           "%s", text.s);
+    layers_losses_free(&losses), load_close(&m), shards_close(&shards);
+
+    ToolRun r = shell_runf("rm -r %s %s/*", run, folder);
+    tool_free(&r);
+    EXPECT_STUDY("uses %s", plan);
+    Text again = test_read_file(path);
+    EXPECT_TEXT(again.s, text.s);
+    r = tool_run("study report %s --picture 0", plan);
+    EXPECT(r.code == 0 && strstr(r.out.s, "## What else the weights are good for"), "code %d: %s",
+           r.code, r.err.s);
+    tool_free(&r), text_free(&text), text_free(&again);
+    free(folder), free(path), free(run), free(val);
+}
+
 static void test_study_answers(void) {
     const char *dir = test_directory();
     char *plan = study_test_plan(
@@ -166,6 +246,7 @@ static void test_study_answers(void) {
     EXPECT(!strstr(words.s, "runs are missing"), "none is missing: %s", words.s);
     study_test_depths(&doc, &all);
     EXPECT_STUDY("verify %s", plan);
+    study_test_uses(plan, out, &all);
     char *one = xprintf("%s/results/%s.json", out, all.result[0].key);
     EXPECT(unlink(one) == 0, "cannot remove %s", one);
     run = tool_run("study report %s --picture 0", plan);
@@ -187,7 +268,12 @@ static void test_study_verify_fails(void) {
     r = tool_run("study verify %s", plan);
     EXPECT(r.code == 1 && strstr(r.out.s, "DIFFERS"), "code %d: %s", r.code, r.out.s);
     tool_free(&r);
-    free(plan);
+    r = tool_run("study uses %s", plan);
+    char *folder = xprintf("%s/s/results/uses", dir);
+    EXPECT(r.code == 1 && strstr(r.out.s, "DIFFERS") && study_test_count(folder) == 0,
+           "weights of other bits are measured: code %d: %s", r.code, r.out.s);
+    tool_free(&r);
+    free(plan), free(folder);
 }
 
 // ---- Keys ----

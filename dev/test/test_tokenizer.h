@@ -296,7 +296,7 @@ static void test_tokenizer_may_differ(void) {
     tokenizer_free(&t);
 }
 
-static void load_tokenizer(void *path) {
+static void tokenizer_load_from(void *path) {
     Tokenizer t;
     tokenizer_load(&t, (const char *)path);
     tokenizer_free(&t);
@@ -310,11 +310,11 @@ static void test_tokenizer_find_and_load(void) {
     static const char *const names[3] = {"encoder.json", "vocab.json", "tokenizer.bin"};
     for (int i = 0; i < 3; i++) {
         char *path = xprintf("%s/%s", dir, names[i]);
-        EXPECT_EXIT(1, path, load_tokenizer, path);                    // no such file
+        EXPECT_EXIT(1, path, tokenizer_load_from, path);             // no such file
         file_write_whole(path, "{\"a\": 1}", 8);
-        EXPECT_EXIT(1, path, load_tokenizer, path);                    // damaged
+        EXPECT_EXIT(1, path, tokenizer_load_from, path);             // damaged
         tokenizer_write_bytes(path);
-        EXPECT_EXIT(0, "", load_tokenizer, path);
+        EXPECT_EXIT(0, "", tokenizer_load_from, path);
         char *found = tokenizer_find(patterns);
         EXPECT_TEXT(found ? found : "(none)", path);
         free(found);

@@ -4,13 +4,12 @@
 //
 //     build/study PLAN                          plan, run, report
 //     build/study plan PLAN                     runs, FLOPs, hours, the smallest effect it can see
-//     build/study run PLAN --jobs 2 --for 3h    works off the queue: may be stopped, resumed, and
-//     run
-//                                               by several machines at once
+//     build/study run PLAN --jobs 2 --for 3h    works off the queue, which several machines may
 //     build/study report PLAN                   tables, words and pictures of what has ended
-//     build/study verify PLAN                   runs one seed of each arm again, compares the bits
-//     build/study fit --arm NAME PLAN PLAN ...  L = E + A (s F)^-b: is the arm's compute worth
-//     more? build/study syntax                        what a plan may say
+//     build/study verify PLAN                   trains one seed of each arm again, compares bits
+//     build/study uses PLAN                     the same, and measures what weights are good for
+//     build/study fit --arm NAME PLAN PLAN ...  L = E + A (s F)^-b: is its compute worth more?
+//     build/study syntax                        what a plan may say
 //
 // A plan is a text: study_plan.h; scripts/studies/ has some. `compare` is the small form: one drop
 // setting, no tuning.
@@ -21,6 +20,8 @@
     OPTION(jobs, "jobs", INTEGER, "0", "[0,1024]", "run: runs at a time; 0: as the plan says")     \
     OPTION(for_time, "for", TEXT, "", "TIME",                                                      \
            "run: stop after this time, 90s, 30m or 3h; what is under way is saved")                \
+    OPTION(seeds, "seeds", INTEGER, "1", "[0,10000]",                                              \
+           "verify, uses: train the first so many final seeds of each arm again")                  \
     OPTION(out, "out", TEXT, "", "DIR", "instead of the plan's")                                   \
     OPTION(results, "results", TEXT, "", "DIR", "instead of the plan's")                           \
     OPTION(picture, "picture", FLAG, "1", "0|1",                                                   \
@@ -30,10 +31,10 @@
 
 OPTION_TABLE(STUDY_COMMAND_OPTIONS, StudyCommand, study_command)
 
-enum { COMMAND_ALL, COMMAND_PLAN, COMMAND_RUN, COMMAND_REPORT, COMMAND_VERIFY, COMMAND_FIT,
-       COMMAND_SYNTAX, COMMANDS };
-static const char *const command_name[COMMANDS] = {"",       "plan", "run",   "report",
-                                                   "verify", "fit",  "syntax"};
+enum { COMMAND_ALL, COMMAND_PLAN, COMMAND_RUN, COMMAND_REPORT, COMMAND_VERIFY, COMMAND_USES,
+       COMMAND_FIT, COMMAND_SYNTAX, COMMANDS };
+static const char *const command_name[COMMANDS] = {"",       "plan", "run", "report",
+                                                   "verify", "uses", "fit", "syntax"};
 
 // Seconds of "90s", "30m", "3h", "2d", or "90"; infinity for "".
 static double read_time(const char *text) {
@@ -162,56 +163,62 @@ static void print_plan(Study *s, const char *trainer, int jobs) {
     study_report_close(&r);
 }
 
-// ---- verify ----
+// ---- verify, uses ----
 
-// Runs one final seed of each arm again, apart, and compares its loss and its weights' hash.
-// Returns how many differ.
-static int verify(Study *s, const char *trainer) {
-    StudyReport r;
-    char *claims = xprintf("%s/claims", s->out), *again = xprintf("%s/verify", s->out);
-    int differ = 0, checked = 0;
-    directory_make(claims);
-    directory_make(again);
-    study_report_open(&r, s);
-    for (int arm = 0; arm < s->n_arms; arm++) {
-        if (!r.state.tuned[arm].done || r.state.tuned[arm].diverged) continue;
-        StudyRun run = study_run(s, arm, RUN_FINAL, r.state.tuned[arm].place, s->own.first_seed, 1);
-        const StudyResult *then = study_result(&r.all, run.key);
-        if (!then || then->status != RESULT_OK) continue;
-        char *out = xprintf("%s/%s", again, run.key), *claim = study_claim_path(s, run.key);
-        int status;
-        StudyResult now;
+enum { AGAIN_NOT, AGAIN_DONE, AGAIN_DIFFERS };
+
+// One final run once more; `all`: NULL, or what its weights are good for is measured too, unless it
+// is among these. Trains it only if asked to: the weights of a run that is kept can be measured as
+// they are.
+static int again_run(const Study *s, const char *trainer, const StudyRun *run,
+                     const StudyResult *then, int train, const StudyUses *all) {
+    char *kept = xprintf("%s/runs/%s", s->out, run->key),
+         *out = xprintf("%s/again/%s", s->out, run->key), *claim = study_claim_path(s, run->key);
+    const int has = all && study_has_bits(kept, then->bits);
+    const int wanted = (has || train) && !(all && study_uses_find(all, then));
+    int done = AGAIN_NOT;
+    if (wanted && !study_claim(s, run->key))
+        printf("%s, seed %lld: another process has claimed it\n", s->arm[run->arm].name,
+               (long long)run->seed);
+    else if (wanted) {
+        done = has || study_again(s, trainer, run, then, "again", out) ? AGAIN_DONE : AGAIN_DIFFERS;
+        if (all && done == AGAIN_DONE && s->arm[run->arm].config.L > 1)
+            study_use(s, run, has ? kept : out, then->bits);
         study_remove(out);
-        if (!study_claim(s, run.key)) die("%s is claimed: a study run is under way", run.key);
-        const pid_t pid = study_run_start(s, trainer, &run, "verify");
-        while (waitpid(pid, &status, 0) < 0)
-            if (errno != EINTR) die("waitpid: %s", strerror(errno));
-        if (status)
-            study_show_log(s, run.key), die("the run of [arm %s] has failed", s->arm[arm].name);
-        Text text = study_result_text(s, &run, out, 0);
-        if (!text.n || study_result_parse(&now, text.s, text.n - 1))
-            die("the run of [arm %s] did not end", s->arm[arm].name);
-        int same = now.val_loss == then->val_loss && !strcmp(now.bits, then->bits);
-        for (int i = 0; i < s->depths.n * KEEP_KINDS; i++)
-            same &= study_depth_loss(&now, i % KEEP_KINDS, s->depths.share[i / KEEP_KINDS]) ==
-                    study_depth_loss(then, i % KEEP_KINDS, s->depths.share[i / KEEP_KINDS]);
-        printf("%s, seed %lld: val loss %.17g, weights %.16s: %s", s->arm[arm].name,
-               (long long)run.seed, now.val_loss, now.bits, same ? "the same bits\n" : "DIFFERS");
-        if (!same)
-            printf(" from %.17g, %.16s, which is of commit %s on %s\n", then->val_loss, then->bits,
-                   then->commit, then->machine);
-        fflush(stdout);
-        differ += !same, checked++;
-        study_result_free(&now);
         study_unclaim_at(claim);
-        study_remove(out);
-        text_free(&text), free(out), free(claim);
     }
-    rmdir(again);
+    free(kept), free(out), free(claim);
+    return done;
+}
+
+// Trains the first `seeds` final runs of each arm once more and compares their bits; with `uses`,
+// also measures what these weights, and those of all runs that are kept, are good for. Returns how
+// many differ.
+static int again(Study *s, const char *trainer, int seeds, int uses) {
+    StudyReport r;
+    const char *const folder[] = {"%s/claims", "%s/again", "%s/uses"};
+    int tally[3] = {0, 0, 0}, ended = 0;
+    for (int i = 0; i < 2 + uses; i++) {
+        char *path = xprintf(folder[i], i < 2 ? s->out : s->results);
+        directory_make(path);
+        free(path);
+    }
+    study_report_open(&r, s);
+    for (int k = 0; k < s->own.seeds; k++)
+        for (int arm = 0; arm < s->n_arms; arm++) {
+            const StudyTuned *t = &r.state.tuned[arm];
+            if (!t->done || t->diverged) continue;
+            const StudyRun run =
+                study_run(s, arm, RUN_FINAL, t->place, s->own.first_seed + k, 1);
+            const StudyResult *then = study_result(&r.all, run.key);
+            if (!then || then->status != RESULT_OK) continue;
+            ended++;
+            tally[again_run(s, trainer, &run, then, k < seeds, uses ? &r.uses : NULL)]++;
+        }
     study_report_close(&r);
-    free(claims), free(again);
-    if (!checked) die("no arm has a final run to verify yet");
-    return differ;
+    if (!ended) die("no arm has a final run that has ended");
+    if (!uses && tally[AGAIN_NOT] == ended) die("no run was trained again");
+    return tally[AGAIN_DIFFERS];
 }
 
 // ---- The program ----
@@ -268,7 +275,8 @@ static int run_command(int command, Study *s, const StudyCommand *c, const char 
     }
     if (command == COMMAND_REPORT || (command == COMMAND_ALL && complete))
         study_report(s, program, c->picture);
-    return command == COMMAND_VERIFY && verify(s, trainer) ? 1 : 0;
+    if (command != COMMAND_VERIFY && command != COMMAND_USES) return 0;
+    return again(s, trainer, (int)c->seeds, command == COMMAND_USES) ? 1 : 0;
 }
 
 int main(int argc, char **argv) {
@@ -276,7 +284,7 @@ int main(int argc, char **argv) {
     StudyCommand c;
     int command = COMMAND_ALL, code = 0;
     program_begin(argv);
-    options_init(&options, "study [plan|run|report|verify|fit|syntax] PLAN [options]");
+    options_init(&options, "study [plan|run|report|verify|uses|fit|syntax] PLAN [options]");
     options.engine = engine_default_name();
     options.notes =
         "Signals: as for train_gpt; runs under way are saved, and the same command continues. "

@@ -105,43 +105,50 @@ static inline const char *study_result_parse(StudyResult *r, const char *line, s
     return error;
 }
 
-// All lines of a file of results, but those whose key is known.
-static inline void study_results_file(StudyResults *all, const char *path) {
+// Hands every line of a file to `take`, which returns NULL, or what is wrong with it.
+static inline void study_each_line(const char *path, void *self,
+                                   const char *(*take)(void *self, const char *line, size_t n)) {
     FileMap map;
     const char *wrong = file_map(&map, path), *at = (const char *)map.data;
     if (wrong) die("cannot read %s: %s", path, wrong);
     for (const char *end = map.size ? at + map.size : at; at < end;) {
         const char *feed = (const char *)memchr(at, '\n', (size_t)(end - at)),
                    *stop = feed ? feed : end;
-        StudyResult r;
-        const char *error = at == stop ? NULL : study_result_parse(&r, at, (size_t)(stop - at));
+        const char *error = at == stop ? NULL : take(self, at, (size_t)(stop - at));
         if (error) die("%s: %s\n  hint: remove that line, and the run is done again", path, error);
-        if (at < stop) {
-            all->result =
-                (StudyResult *)xrealloc(all->result, (size_t)(all->n + 1), sizeof *all->result);
-            all->result[all->n++] = r;
-        }
         at = stop + (feed != NULL);
     }
     file_unmap(&map);
 }
 
-static inline int study_is_results(const char *name) {
-    const char *dot = strrchr(name, '.');
-    return *name != '.' && dot && (!strcmp(dot, ".json") || !strcmp(dot, ".jsonl"));
-}
-
-// The files *.json and *.jsonl of the results, again from the start.
-static inline void study_results_read(StudyResults *all, const char *dir) {
-    study_results_free(all);
+// The lines of a folder's files *.json and *.jsonl; no folder is an empty one.
+static inline void study_each_file(const char *dir, void *self,
+                                   const char *(*take)(void *self, const char *line, size_t n)) {
     DIR *d = opendir(dir);
     for (struct dirent *e; d && (e = readdir(d)) != NULL;) {
-        if (!study_is_results(e->d_name)) continue;
+        const char *dot = strrchr(e->d_name, '.');
+        if (*e->d_name == '.' || !dot || (strcmp(dot, ".json") && strcmp(dot, ".jsonl"))) continue;
         char *path = xprintf("%s/%s", dir, e->d_name);
-        if (path_exists(path)) study_results_file(all, path);
+        if (path_exists(path)) study_each_line(path, self, take);
         free(path);
     }
     if (d) closedir(d);
+}
+
+static inline const char *study_results_take(void *self, const char *line, size_t n) {
+    StudyResults *all = (StudyResults *)self;
+    StudyResult r;
+    const char *error = study_result_parse(&r, line, n);
+    if (error) return error;
+    all->result = (StudyResult *)xrealloc(all->result, (size_t)(all->n + 1), sizeof *all->result);
+    all->result[all->n++] = r;
+    return NULL;
+}
+
+// The results, again from the start.
+static inline void study_results_read(StudyResults *all, const char *dir) {
+    study_results_free(all);
+    study_each_file(dir, all, study_results_take);
 }
 
 // ---- What is to be done ----
@@ -860,16 +867,12 @@ static inline void study_reap(StudyQueue *q, StudyJob *j, int status) {
     Text text = {NULL, 0, 0};
     if (code == 0 || code == 3) text = study_result_text(s, &j->run, out, code == 3);
     if (text.n) {
-        StudyResult *r;
         file_replace(path, text.s, text.n);
-        q->all.result =
-            (StudyResult *)xrealloc(q->all.result, (size_t)(q->all.n + 1), sizeof *q->all.result);
-        r = &q->all.result[q->all.n];
-        const char *error = study_result_parse(r, text.s, text.n - 1);
+        const char *error = study_results_take(&q->all, text.s, text.n - 1);
         CHECK(!error, "%s", error);
-        q->all.n++, q->done++, q->spent += j->run.flops;
+        q->done++, q->spent += j->run.flops;
         study_state(q->s, &q->state, &q->all);
-        study_progress(q, &j->run, r);
+        study_progress(q, &j->run, study_result(&q->all, j->run.key));
         if (!s->own.keep_runs) study_remove(out);
     } else if (code && study_log_has(s, j->run.key, " is in use by ")) {
         usleep(500 * 1000);                              // and is tried again

@@ -3,19 +3,21 @@
 #ifndef STUDY_REPORT_H
 #define STUDY_REPORT_H
 
-#include "study_queue.h"
+#include "study_again.h"
 
 enum { STUDY_DRAWS = 10000 };                            // of a bootstrap
 #define STUDY_LEVEL 0.95
 #define STUDY_ALPHA 0.05
 #define STUDY_POWER 0.8
 
-// An arm's loss at one reduced depth and minus the baseline's, over the seeds that both have ended.
+// A number of an arm besides its endpoint, and minus the baseline's, over the n seeds that both
+// have.
 typedef struct {
+    int n;
     double mean, sd, p, holm;
     StatsDifference d;
     StatsInterval bootstrap;
-} StudyDepthReport;
+} StudyNumber;
 
 // An arm against the baseline, over the n seeds that both have ended.
 typedef struct {
@@ -28,8 +30,8 @@ typedef struct {
     StatsInterval bootstrap, ratio_t, ratio_bootstrap;
     // smallest: effect seen with STUDY_POWER
     double p, holm, equivalence_p, not_inferior_p, ratio, smallest;
-    // (shares, kinds) of eval-depths
-    StudyDepthReport *depth;
+    // the loss at reduced depths, (shares, kinds) of eval-depths; and study_again.h's numbers
+    StudyNumber *depth, use[USES];
     // the ratio is beyond the baseline's budgets
     int extrapolated;
 } StudyArmReport;
@@ -37,6 +39,7 @@ typedef struct {
 typedef struct {
     Study *s;
     StudyResults all;
+    StudyUses uses;
     StudyState state;
     StudyArmReport *arm;                                 // (arms)
     // (1 + curve) of the baseline, ascending, with their multiples
@@ -121,51 +124,74 @@ static inline void study_ratio(StudyReport *r, StudyArmReport *a, int arm) {
     free(each), free(index);
 }
 
-// The arm's losses at the reduced depths, over the seeds whose pair has ended.
-static inline void study_collect_depths(StudyReport *r, int arm) {
+// A number of a result: the loss at one reduced depth, number i of (shares, kinds); NaN if unknown.
+static inline double study_depth_of(const StudyReport *r, const StudyResult *x, int i) {
+    return study_depth_loss(x, i % KEEP_KINDS, r->s->depths.share[i / KEEP_KINDS]);
+}
+
+// What its weights are good for, number i of USES; NaN if that is not measured.
+static inline double study_use_of(const StudyReport *r, const StudyResult *x, int i) {
+    const StudyUse *u = study_uses_find(&r->uses, x);
+    return u ? u->value[i] : NAN;
+}
+
+// Number i of an arm, over the seeds for which it and the baseline have it.
+static inline void study_collect_number(
+    const StudyReport *r, int arm, int i, uint64_t draw, StudyNumber *d,
+    double (*number)(const StudyReport *r, const StudyResult *x, int i)) {
     const Study *s = r->s;
-    const int cells = s->depths.n * KEEP_KINDS;
     double *mine = (double *)xcalloc((size_t)s->own.seeds, sizeof *mine),
            *base = (double *)xcalloc((size_t)s->own.seeds, sizeof *base),
            *minus = (double *)xcalloc((size_t)s->own.seeds, sizeof *minus);
-    r->arm[arm].depth = (StudyDepthReport *)xcalloc((size_t)cells + 1, sizeof *r->arm[arm].depth);
-    for (int i = 0; i < cells; i++) {
-        StudyDepthReport *d = &r->arm[arm].depth[i];
-        const int kind = i % KEEP_KINDS;
-        const double share = s->depths.share[i / KEEP_KINDS];
-        int n = 0;
-        for (int k = 0; k < s->own.seeds; k++) {
-            const int64_t seed = s->own.first_seed + k;
-            const StudyResult *x = study_find(r, arm, RUN_FINAL, seed, 1),
-                              *y = study_find(r, s->base, RUN_FINAL, seed, 1);
-            if (!x || !y || x->status != RESULT_OK || y->status != RESULT_OK) continue;
-            mine[n] = study_depth_loss(x, kind, share), base[n] = study_depth_loss(y, kind, share);
-            minus[n] = mine[n] - base[n];
-            n += isfinite(minus[n]);
-        }
-        d->mean = n ? stats_mean(mine, n) : NAN;
-        d->sd = stats_sd(mine, n);
-        d->p = d->holm = d->d.mean = d->d.error = d->d.low = d->d.high = NAN;
-        d->bootstrap.low = d->bootstrap.high = NAN;
-        if (arm == s->base || !n) continue;
+    int n = 0;
+    for (int k = 0; k < s->own.seeds; k++) {
+        const int64_t seed = s->own.first_seed + k;
+        const StudyResult *x = study_find(r, arm, RUN_FINAL, seed, 1),
+                          *y = study_find(r, s->base, RUN_FINAL, seed, 1);
+        if (!x || !y || x->status != RESULT_OK || y->status != RESULT_OK) continue;
+        mine[n] = number(r, x, i), base[n] = number(r, y, i);
+        minus[n] = mine[n] - base[n];
+        n += isfinite(minus[n]);
+    }
+    d->n = n;
+    d->mean = n ? stats_mean(mine, n) : NAN;
+    d->sd = stats_sd(mine, n);
+    d->p = d->holm = d->d.mean = d->d.error = d->d.low = d->d.high = NAN;
+    d->bootstrap.low = d->bootstrap.high = NAN;
+    if (arm != s->base && n) {
         d->d = stats_paired(mine, base, n);
         d->p = stats_p(d->d.mean, d->d.error, n - 1);
-        d->bootstrap = stats_bootstrap(stats_mean_of, minus, n, STUDY_LEVEL, STUDY_DRAWS,
-                                       (uint64_t)(arm * cells + i) + 1);
+        d->bootstrap =
+            stats_bootstrap(stats_mean_of, minus, n, STUDY_LEVEL, STUDY_DRAWS, draw + 1);
     }
     free(mine), free(base), free(minus);
 }
 
-// Holm's correction over all arms and depths: they are one family.
-static inline void study_correct_depths(StudyReport *r) {
-    const int cells = r->s->depths.n * KEEP_KINDS, n = r->s->n_arms * cells;
-    double *p = (double *)xcalloc((size_t)n + 1, sizeof *p),
-           *holm = (double *)xcalloc((size_t)n + 1, sizeof *holm);
-    for (int i = 0; i < n; i++) p[i] = r->arm[i / cells].depth[i % cells].p;
-    stats_holm(holm, p, n);
-    for (int i = 0; i < n; i++) r->arm[i / cells].depth[i % cells].holm = holm[i];
+// The arm's losses at reduced depths, and what its weights are good for.
+static inline void study_collect_numbers(StudyReport *r, int arm) {
+    const int cells = r->s->depths.n * KEEP_KINDS;
+    StudyArmReport *a = &r->arm[arm];
+    a->depth = (StudyNumber *)xcalloc((size_t)cells + 1, sizeof *a->depth);
+    for (int i = 0; i < cells; i++)
+        study_collect_number(r, arm, i, (uint64_t)(arm * cells + i), &a->depth[i], study_depth_of);
+    for (int i = 0; i < USES; i++)
+        study_collect_number(r, arm, i, (uint64_t)(arm * USES + i), &a->use[i], study_use_of);
+}
+
+// Holm's correction over n numbers of every arm: they are one family.
+static inline void study_correct(StudyReport *r, int n,
+                                 StudyNumber *(*number)(StudyArmReport *a, int i)) {
+    const int all = r->s->n_arms * n;
+    double *p = (double *)xcalloc((size_t)all + 1, sizeof *p),
+           *holm = (double *)xcalloc((size_t)all + 1, sizeof *holm);
+    for (int i = 0; i < all; i++) p[i] = number(&r->arm[i / n], i % n)->p;
+    stats_holm(holm, p, all);
+    for (int i = 0; i < all; i++) number(&r->arm[i / n], i % n)->holm = holm[i];
     free(p), free(holm);
 }
+
+static inline StudyNumber *study_depth_at(StudyArmReport *a, int i) { return &a->depth[i]; }
+static inline StudyNumber *study_use_at(StudyArmReport *a, int i) { return &a->use[i]; }
 
 // The seeds that the arm and the baseline (with all its budgets, for the ratio) have ended.
 static inline void study_collect(StudyReport *r, int arm) {
@@ -223,6 +249,7 @@ static inline void study_report_open(StudyReport *r, Study *s) {
     memset(r, 0, sizeof *r);
     r->s = s;
     study_results_read(&r->all, s->results);
+    study_uses_read(&r->uses, s);
     study_state(s, &r->state, &r->all);
     for (int i = 0; i < r->state.n; i++)
         r->missing += study_result(&r->all, r->state.run[i].key) == NULL;
@@ -235,8 +262,9 @@ static inline void study_report_open(StudyReport *r, Study *s) {
         r->budget_flops[b] = at ? at->flops : NAN;
     }
     r->arm = (StudyArmReport *)xcalloc((size_t)s->n_arms, sizeof *r->arm);
-    for (int arm = 0; arm < s->n_arms; arm++) study_collect(r, arm), study_collect_depths(r, arm);
-    study_correct_depths(r);
+    for (int arm = 0; arm < s->n_arms; arm++) study_collect(r, arm), study_collect_numbers(r, arm);
+    study_correct(r, s->depths.n * KEEP_KINDS, study_depth_at);
+    study_correct(r, USES, study_use_at);
     double *p = (double *)xcalloc((size_t)s->n_arms, sizeof *p),
            *holm = (double *)xcalloc((size_t)s->n_arms, sizeof *p);
     for (int arm = 0; arm < s->n_arms; arm++) p[arm] = r->arm[arm].p;
@@ -253,6 +281,7 @@ static inline void study_report_close(StudyReport *r) {
     }
     free(r->arm), free(r->budget_flops);
     study_results_free(&r->all);
+    study_uses_free(&r->uses);
     study_state_free(&r->state);
 }
 
@@ -337,7 +366,22 @@ static inline void study_table_results(const StudyReport *r, Text *out) {
     table_free(&t);
 }
 
-// The loss at each reduced depth: means, then differences with intervals. *: Holm's p is small.
+// A number of an arm: its mean and standard deviation or, with `minus`, its difference from the
+// baseline's and interval; *: Holm's p is small.
+static inline char *study_number_text(const StudyNumber *d, int minus, const char *star) {
+    const double x = minus ? d->d.mean : d->mean;
+    if (isnan(x)) return xstrdup("n/a");
+    if (!minus) return isnan(d->sd) ? xprintf("%.4f", x) : xprintf("%.4f (%.4f)%s", x, d->sd, star);
+    return isnan(d->d.low)
+               ? xprintf("%+.4f", x)
+               : xprintf("%+.4f (%+.4f .. %+.4f)%s", x, d->d.low, d->d.high, star);
+}
+
+static inline const char *study_star(const StudyNumber *d) {
+    return d->holm <= STUDY_ALPHA ? "*" : "";
+}
+
+// The loss at each reduced depth: means, then differences with intervals.
 static inline void study_table_depths(const StudyReport *r, Text *out) {
     const Study *s = r->s;
     const int cells = s->depths.n * KEEP_KINDS;
@@ -352,16 +396,8 @@ static inline void study_table_depths(const StudyReport *r, Text *out) {
             study_set(&t, row, 0, xstrdup(s->arm[arm].name));
             for (int i = 0; i < cells; i++) {
                 const int n = s->depths.n;
-                const StudyDepthReport *d = &r->arm[arm].depth[i % n * KEEP_KINDS + i / n];
-                const double x = minus ? d->d.mean : d->mean;
-                char *cell = isnan(x) ? xstrdup("n/a")
-                             : !minus ? isnan(d->sd) ? xprintf("%.4f", x)
-                                                     : xprintf("%.4f (%.4f)", x, d->sd)
-                             : isnan(d->d.low)
-                                 ? xprintf("%+.4f", x)
-                                 : xprintf("%+.4f (%+.4f .. %+.4f)%s", x, d->d.low, d->d.high,
-                                           d->holm <= STUDY_ALPHA ? "*" : "");
-                study_set(&t, row, 1 + i, cell);
+                const StudyNumber *d = &r->arm[arm].depth[i % n * KEEP_KINDS + i / n];
+                study_set(&t, row, 1 + i, study_number_text(d, minus, minus ? study_star(d) : ""));
             }
             row++;
         }
@@ -369,6 +405,25 @@ static inline void study_table_depths(const StudyReport *r, Text *out) {
         text_printf(out, minus ? "" : "\n");
         table_free(&t);
     }
+}
+
+// What the weights are good for.
+static inline void study_table_uses(const StudyReport *r, Text *out) {
+    static const char *const head[] = {"arm", "seeds", "all layers", "1/4 removed", "1/2 removed",
+                                       "drafts by 1/4", "by 1/2", "greedy by 1/4", "by 1/2",
+                                       "speed-up"};
+    const Study *s = r->s;
+    Table t = table_new(1 + s->n_arms, 2 + USES);
+    for (int k = 0; k < 2 + USES; k++) study_set(&t, 0, k, xstrdup(head[k]));
+    for (int arm = 0; arm < s->n_arms; arm++) {
+        const StudyNumber *use = r->arm[arm].use;
+        study_set(&t, 1 + arm, 0, xstrdup(s->arm[arm].name));
+        study_set(&t, 1 + arm, 1, xprintf("%d", use[0].n));
+        for (int i = 0; i < USES; i++)
+            study_set(&t, 1 + arm, 2 + i, study_number_text(&use[i], 0, study_star(&use[i])));
+    }
+    table_print(out, &t);
+    table_free(&t);
 }
 
 // The mean of a place of the grids over the tuning seeds: NaN where runs are missing, infinity
@@ -533,6 +588,19 @@ static inline void study_markdown(const StudyReport *r, Text *out) {
                     "table.\n\n");
         study_table_depths(r, out);
     }
+    if (r->uses.n) {
+        text_printf(out, "\n## What else the weights are good for\n\nMean (sd) over seeds, on %d "
+                    "tokens of validation text, in fp32: the loss with all layers and without a "
+                    "quarter or half of them, those that cost least on training text, one after "
+                    "the other, without training after; the chance that a token which the first "
+                    "quarter or half of the layers draft is accepted by all, sampled at "
+                    "temperature 1 and greedy (%d tokens); and how many times faster greedy "
+                    "decoding is expected to be with %d drafts a round by the best number of "
+                    "layers, from what reading the weights costs. *: different from the baseline, "
+                    "shown with Holm over all arms and numbers of this table.\n\n",
+                    USE_VAL_TOKENS, USE_DRAFT_TOKENS, USE_DRAFTS);
+        study_table_uses(r, out);
+    }
     text_printf(out, "\n## Tuning\n\nMeans over %lld seed%s; the best in bold.\n\n",
                 (long long)o->tune_seeds, o->tune_seeds == 1 ? "" : "s");
     study_list_tuning(r, out);
@@ -549,19 +617,29 @@ static inline void study_json_array(Text *out, const char *name, const double *x
     text_printf(out, "]");
 }
 
-static inline void study_json_depths(const StudyReport *r, int arm, Text *out) {
+// An element of an array: an object with label, lead, and the number's statistics.
+static inline void study_json_number(Text *out, int first, const char *label, const char *value,
+                                     const char *lead, double x, const StudyNumber *d) {
+    static const char *const name[] = {"mean", "sd", "difference", "t_low", "t_high",
+                                       "bootstrap_low", "bootstrap_high", "p", "p_holm"};
+    const double number[] = {d->mean, d->sd, d->d.mean, d->d.low, d->d.high, d->bootstrap.low,
+                             d->bootstrap.high, d->p, d->holm};
+    text_printf(out, "%s{\"%s\": \"%s\", ", first ? "" : ", ", label, value);
+    json_numbers(out, 1, &lead, &x);
+    text_printf(out, ", ");
+    json_numbers(out, 9, name, number);
+    text_printf(out, "}");
+}
+
+static inline void study_json_numbers(const StudyReport *r, int arm, Text *out) {
     text_printf(out, ", \"depths\": [");
-    for (int i = 0; i < r->s->depths.n * KEEP_KINDS; i++) {
-        const StudyDepthReport *d = &r->arm[arm].depth[i];
-        static const char *const name[] = {"share", "mean", "sd", "difference", "t_low", "t_high",
-                                           "bootstrap_low", "bootstrap_high", "p", "p_holm"};
-        const double value[] = {r->s->depths.share[i / KEEP_KINDS], d->mean, d->sd, d->d.mean,
-                                d->d.low, d->d.high, d->bootstrap.low, d->bootstrap.high, d->p,
-                                d->holm};
-        text_printf(out, "%s{\"kept\": \"%s\", ", i ? ", " : "", keep_kind_name[i % KEEP_KINDS]);
-        json_numbers(out, 10, name, value);
-        text_printf(out, "}");
-    }
+    for (int i = 0; i < r->s->depths.n * KEEP_KINDS; i++)
+        study_json_number(out, !i, "kept", keep_kind_name[i % KEEP_KINDS], "share",
+                          r->s->depths.share[i / KEEP_KINDS], &r->arm[arm].depth[i]);
+    text_printf(out, "], \"uses\": [");
+    for (int i = 0; i < USES && r->uses.n; i++)
+        study_json_number(out, !i, "of", use_name[i], "n", r->arm[arm].use[i].n,
+                          &r->arm[arm].use[i]);
     text_printf(out, "]");
 }
 
@@ -588,7 +666,7 @@ static inline void study_json_arm(const StudyReport *r, int arm, Text *out) {
         json_numbers(out, 1, &number[i].name, &number[i].value);
     }
     study_json_array(out, "losses", a->loss, a->n);
-    study_json_depths(r, arm, out);
+    study_json_numbers(r, arm, out);
     study_json_array(out, "differences", a->difference, arm == r->s->base ? 0 : a->n);
     text_printf(out, ", \"tuning\": [");
     int at[STUDY_GRIDS] = {0}, n = 0;
