@@ -257,6 +257,92 @@ static void test_study_answers(void) {
     free(plan), free(json), free(md), free(out), free(folder);
 }
 
+// ---- Results alone ----
+
+// `path` with every `old` replaced, as the new file `to`.
+static inline void study_test_replace(const char *path, const char *to, const char *old,
+                                      const char *with) {
+    Text text = test_read_file(path), out = {NULL, 0, 0};
+    for (const char *at = text.s, *next; (next = strstr(at, old)) || *at;) {
+        text_append(&out, at, next ? (size_t)(next - at) : strlen(at));
+        if (next) text_append(&out, with, strlen(with));
+        at = next ? next + strlen(old) : at + strlen(at);
+    }
+    file_write_whole(to, out.s, out.n);
+    text_free(&text), text_free(&out);
+}
+
+// The folder of the results is enough for the same report, where the plan knows its data by their
+// hash; keys are made with the engine and the version that it names.
+static void test_study_report_alone(void) {
+    const char *dir = test_directory();
+    char *plan = study_test_plan(dir, "s", "seeds = 2\n",
+                                 "steps = 4\n[arm none]\n[arm drop]\ndrop-path = 0.2\n"),
+         *alone = xprintf("%s/alone.txt", dir), *other = xprintf("%s/other.txt", dir),
+         *origin = xprintf("%s/s/results/origin.txt", dir), hash[65], data[96];
+    EXPECT_STUDY("run %s", plan);
+    Text line = test_read_file(origin);
+    EXPECT(sscanf(line.s, "data %64s train ", hash) == 1 && strlen(hash) == 64, "%s", line.s);
+    snprintf(data, sizeof data, "[study]\ndata-sha256 = %s\n", hash);
+    study_test_replace(plan, other, "[study]\n", data);
+    study_test_replace(other, alone, trainer_test_data(), "/nowhere");
+    ToolRun with = tool_run("study report %s --picture 0", plan),
+            without = tool_run("study report %s --picture 0", alone);
+    EXPECT(with.code == 0 && without.code == 0, "%s%s", with.err.s, without.err.s);
+    // but for the first line, the plan's name
+    const char *a = strchr(with.out.s, '\n'), *b = strchr(without.out.s, '\n');
+    if (a && b) EXPECT_TEXT(b, a);
+    EXPECT(!strstr(without.out.s, "runs are missing"), "%s", without.out.s);
+    tool_free(&with), tool_free(&without);
+
+    // nothing can be run without data; other data are refused
+    with = tool_run("study run %s", alone);
+    EXPECT(with.code == 1 && strstr(with.err.s, "no token shard matches"), "%s", with.err.s);
+    tool_free(&with);
+    memset(hash, 'a', 4);
+    study_test_replace(other, other, "data-sha256 = ", "data-sha256 = aaaa");
+    with = tool_run("study report %s", other);
+    EXPECT(with.code == 1, "other data: code %d: %s", with.code, with.out.s);
+    tool_free(&with);
+
+    // the last line of that data, unless one is of this engine
+    const char *engine = strstr(line.s, " engine ");
+    char *two = xprintf("%s%.*s engine X\n", line.s, (int)(engine - line.s), line.s),
+         *one = xprintf("%.*s engine X\n", (int)(engine - line.s), line.s);
+    file_write_whole(origin, two, strlen(two));
+    with = tool_run("study report %s --picture 0", alone);
+    EXPECT(with.code == 0 && !strstr(with.out.s, "runs are missing"), "%s", with.out.s);
+    tool_free(&with);
+    file_write_whole(origin, one, strlen(one));
+    with = tool_run("study report %s --picture 0", alone);
+    EXPECT(with.code == 0 && strstr(with.out.s, "4 of 4 runs are missing"), "%s", with.out.s);
+    tool_free(&with), text_free(&line);
+    free(plan), free(alone), free(other), free(origin), free(two), free(one);
+}
+
+// The tables of dev/studies/README.md are those that `study report` makes of the committed results.
+static void test_study_page(void) {
+    static const char *const plan[] = {"quick", "sotu-12x32"};
+    Text page = test_read_file("dev/studies/README.md");
+    for (size_t i = 0; i < sizeof plan / sizeof plan[0]; i++) {
+        char *begin = xprintf("<!-- %s -->\n", plan[i]);
+        ToolRun r = tool_run("study report scripts/studies/%s.txt --results dev/studies/%s "
+                             "--out %s --picture 0", plan[i], plan[i], test_directory());
+        EXPECT(r.code == 0, "%s: %s", plan[i], r.err.s);
+        int tables = 0, rows = 0;
+        for (const char *at = page.s; (at = strstr(at, begin)); tables++)
+            for (at += strlen(begin); *at == '|'; at = strchr(at, '\n') + 1, rows++) {
+                char *row = xprintf("%.*s", (int)(strcspn(at, "\n") + 1), at);
+                EXPECT(strstr(r.out.s, row), "not in the report of %s: %s", plan[i], row);
+                free(row);
+            }
+        EXPECT(!tables || rows >= 3 * tables, "%d tables with %d rows", tables, rows);
+        EXPECT(tables || i == 0, "the page has no table of %s", plan[i]);
+        tool_free(&r), free(begin);
+    }
+    text_free(&page);
+}
+
 // A result with one bit changed is found by verify.
 static void test_study_verify_fails(void) {
     const char *dir = test_directory();
@@ -465,7 +551,7 @@ static void test_study_equal_seconds(void) {
     EXPECT(r.code == 1 && strstr(r.err.s, "not timed yet"), "code %d: %s", r.code, r.err.s);
     tool_free(&r);
     EXPECT_STUDY("run %s", plan);
-    char *times = xprintf("%s/s/times.txt", dir), *out = xprintf("%s/s", dir), *line = NULL;
+    char *times = xprintf("%s/s/results/times.txt", dir), *out = xprintf("%s/s", dir), *line = NULL;
     const char *fixed = "none 1 1 1\nshallow 0.625 0.625 1\n";
     EXPECT(path_exists(times), "no times");
     file_write_whole(times, fixed, strlen(fixed));       // 0.625 of the time: 1.6 times the steps
@@ -596,7 +682,8 @@ static void test_study_fit(void) {
 }
 
 #define STUDY_TESTS(X)                                                                             \
-    X(study_answers) X(study_verify_fails) X(study_shares_baselines) X(study_killed_and_shared)    \
+    X(study_answers) X(study_verify_fails) X(study_report_alone) X(study_page)                     \
+    X(study_shares_baselines) X(study_killed_and_shared)                                           \
     X(study_keys_a_teacher)                                                                        \
     X(study_many_jobs) X(study_takes_over) X(study_stops_in_time) X(study_tunes)                   \
     X(study_equal_seconds) X(study_refuses) X(study_refuses_other_data) X(study_fit)

@@ -246,14 +246,15 @@ static void print_syntax(void) {
     options_free(&o);
 }
 
-static void open_study(Study *s, const char *path, const StudyCommand *c, const char *trainer) {
+static void open_study(Study *s, const char *path, const StudyCommand *c, const char *trainer,
+                       int look) {
     study_open(s, path);
     if (*c->out) {
         if (!*s->own.results) free(s->results), s->results = xprintf("%s/results", c->out);
         free(s->out), s->out = xstrdup(c->out);
     }
     if (*c->results) free(s->results), s->results = xstrdup(c->results);
-    study_prepare(s, trainer);
+    study_prepare(s, trainer, look);
 }
 
 static int run_command(int command, Study *s, const StudyCommand *c, const char *trainer,
@@ -309,7 +310,8 @@ int main(int argc, char **argv) {
     read_time(c.for_time);
     Study *study = (Study *)xcalloc((size_t)plans, sizeof *study), *all[64];
     for (int k = 0; k < plans; k++) {
-        open_study(all[k] = &study[k], options.arguments[first + k], &c, trainer);
+        open_study(all[k] = &study[k], options.arguments[first + k], &c, trainer,
+                   command == COMMAND_REPORT || command == COMMAND_FIT);
         if (command == COMMAND_FIT) study_times(&study[k], trainer, 0);
     }
     if (command == COMMAND_FIT) study_fit(all, plans, c.arm, (int)c.draws);

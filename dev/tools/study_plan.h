@@ -112,7 +112,7 @@ typedef struct {
     DepthShares depths;                                  // of eval-depths: a further endpoint
     char train_sha256[SHA256_HEX], val_sha256[SHA256_HEX], data_sha256[SHA256_HEX];
     int64_t steps;                                       // of the baseline
-    const char *engine;
+    char *engine, *version;                              // whose results these are
     StudySolved *solved;                                 // (n_solved) budgets that were solved for
     int n_solved;
 } Study;
@@ -533,11 +533,8 @@ static inline void study_read_contents(Study *s, int arm) {
     }
 }
 
-static inline void study_read_data(Study *s) {
-    const TrainOptions *o = &s->arm[s->base].train;
-    for (int arm = 0; arm < s->n_arms; arm++) study_read_contents(s, arm);
-    study_data_sum(s->train_sha256, o->train);
-    study_data_sum(s->val_sha256, o->val);
+// The SHA-256 of the data, from those of its two parts; dies if the plan wants other data.
+static inline void study_sum_data(Study *s) {
     char *both = xprintf("%s %s", s->train_sha256, s->val_sha256);
     sha256_hex(s->data_sha256, both, strlen(both));
     free(both);
@@ -546,23 +543,32 @@ static inline void study_read_data(Study *s) {
                      s->own.data_sha256, s->data_sha256);
 }
 
-// Sizes and steps, as the trainer will see them; dies as it would. No engine is opened.
-static inline void study_read_sizes(Study *s, StudyArm *a) {
+static inline void study_read_data(Study *s) {
+    const TrainOptions *o = &s->arm[s->base].train;
+    study_data_sum(s->train_sha256, o->train);
+    study_data_sum(s->val_sha256, o->val);
+    study_sum_data(s);
+}
+
+// Sizes and steps, as the trainer will see them; dies as it would. No engine is opened. Without
+// data the options have the size of the vocabulary.
+static inline void study_read_sizes(Study *s, StudyArm *a, int has_data) {
     Trainer tr;
     memset(&tr, 0, sizeof tr);
     tr.options = &a->train;
-    tr.world = tr.has_val = 1;
-    trainer_open_tokenizer(&tr, NULL);
+    tr.world = 1, tr.has_val = has_data;
+    if (has_data) trainer_open_tokenizer(&tr, NULL);
     trainer_config(&tr, NULL, 0);
-    shards_open(&tr.train, a->train.train, tr.T, tr.config.V);
-    shards_open(&tr.val, a->train.val, tr.T, tr.config.V);
+    if (has_data) {
+        shards_open(&tr.train, a->train.train, tr.T, tr.config.V);
+        shards_open(&tr.val, a->train.val, tr.T, tr.config.V);
+    }
     trainer_sizes(&tr);
     a->config = tr.config;
     a->T = tr.T;
     a->step_tokens = (int64_t)tr.B * tr.T * tr.M;
     if (a == &s->arm[s->base]) s->steps = tr.steps;
-    shards_close(&tr.train);
-    shards_close(&tr.val);
+    if (has_data) shards_close(&tr.train), shards_close(&tr.val);
     if (tr.has_tokenizer) tokenizer_free(&tr.tokenizer);
     free(tr.tokenizer_path);
     for (int i = 0; i < MANIFEST_SIDES; i++) manifest_free(&tr.manifest[i]);
@@ -725,8 +731,8 @@ static inline void study_key(const Study *s, const StudyArm *a, StudyRun *r) {
     Text text = {NULL, 0, 0};
     char hex[SHA256_HEX];
     study_canonical(s, a, &r->o, &text);
-    text_printf(&text, "\ntrain %s\nval %s\nengine %s, version " PROGRAM_VERSION "\n",
-                s->train_sha256, s->val_sha256, s->engine);
+    text_printf(&text, "\ntrain %s\nval %s\nengine %s, version %s\n", s->train_sha256,
+                s->val_sha256, s->engine, s->version);
     sha256_hex(hex, text.s, text.n);
     snprintf(r->key, sizeof r->key, "%.16s", hex);
     text_free(&text);
@@ -765,7 +771,8 @@ static inline void study_open(Study *s, const char *path) {
     FileMap map;
     memset(s, 0, sizeof *s);
     s->path = path;
-    s->engine = engine_default_name();
+    s->engine = xstrdup(engine_default_name());
+    s->version = xstrdup(PROGRAM_VERSION);
     const char *error = file_map(&map, path);
     if (error) die("cannot read %s: %s", path, error);
     char *wrong = study_parse(s, map.data, map.size);
@@ -791,6 +798,7 @@ static inline void study_close(Study *s) {
     }
     for (int i = 0; i < s->n_solved; i++) free(s->solved[i].text);
     free(s->arm), free(s->solved), free(s->out), free(s->results);
+    free(s->engine), free(s->version);
     options_free(&s->study_options);
     options_free(&s->default_options);
 }

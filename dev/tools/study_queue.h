@@ -1,7 +1,9 @@
 // study_queue.h: the runs of a study, worked off by any number of processes on any number of
 // machines that see its directory.
 //
-//     RESULTS/KEY.json    one line: the result of a finished run; the report needs nothing else
+//     RESULTS/KEY.json    one line: the result of a finished run
+//     RESULTS/origin.txt  what keys depend on beside the plan: with it the report needs nothing
+//                         else, neither the data nor a machine of the same kind
 //     OUT/claims/KEY/     a run that a process does: made by a rename, which one of several wins;
 //                         `owner` is touched as a sign of life. A process that finds it stale
 //                         renames it, which again one of several wins
@@ -684,13 +686,76 @@ static inline void study_write_data(const Study *s) {
     free(path), free(now);
 }
 
-// Everything but equal seconds' times.
-static inline void study_prepare(Study *s, const char *trainer) {
+// ---- Where results come from ----
+
+// A line of RESULTS/origin.txt, for each data, engine and version that results have.
+typedef struct {
+    char data[SHA256_HEX], train[SHA256_HEX], val[SHA256_HEX], version[32], engine[128];
+    int V;
+} StudyOrigin;
+
+#define STUDY_ORIGIN "data %s train %s val %s vocabulary %d version %s engine %s\n"
+
+// The line of that data: of this engine and version if there is one, else the last. 0: none.
+static inline int study_origin_find(const Study *s, const char *data, StudyOrigin *found) {
+    char *path = xprintf("%s/origin.txt", s->results), line[512];
+    FILE *f = fopen(path, "r");
+    StudyOrigin o;
+    int found_any = 0;
+    for (int same = 0; f && !same && fgets(line, sizeof line, f);) {
+        if (sscanf(line,
+                   "data %64s train %64s val %64s vocabulary %d version %31s engine %127[^\n]",
+                   o.data, o.train, o.val, &o.V, o.version, o.engine) != 6)
+            die("%s: a line does not say data, train, val, vocabulary, version and engine", path);
+        if (strcmp(o.data, data)) continue;
+        same = !strcmp(o.engine, s->engine) && !strcmp(o.version, s->version);
+        *found = o, found_any = 1;
+    }
+    if (f) fclose(f);
+    free(path);
+    return found_any;
+}
+
+// Adds the line of this study, unless it is there.
+static inline void study_origin_write(const Study *s) {
+    char *path = xprintf("%s/origin.txt", s->results);
+    StudyOrigin o;
+    if (!study_origin_find(s, s->data_sha256, &o) || strcmp(o.engine, s->engine) ||
+        strcmp(o.version, s->version)) {
+        FileMap map = {NULL, 0};
+        Text text = {NULL, 0, 0};
+        if (path_exists(path) && !file_map(&map, path)) {
+            text_append(&text, (const char *)map.data, map.size);
+            file_unmap(&map);
+        }
+        text_printf(&text, STUDY_ORIGIN, s->data_sha256, s->train_sha256, s->val_sha256,
+                    s->arm[s->base].config.V, s->version, s->engine);
+        file_replace(path, text.s, text.n);
+        text_free(&text);
+    }
+    free(path);
+}
+
+// Everything but equal seconds' times. `look`: nothing will be run, so results of any engine and
+// version will do, and the data are not read where the plan and the origin have their hashes.
+static inline void study_prepare(Study *s, const char *trainer, int look) {
+    StudyOrigin o;
+    const int known = look && *s->own.data_sha256 && study_origin_find(s, s->own.data_sha256, &o);
     for (int arm = 0; arm < s->n_arms; arm++) trainer_check_numbers(&s->arm[arm].train);
-    study_try_arms(s, trainer);
-    for (int arm = 0; arm < s->n_arms; arm++) study_read_sizes(s, &s->arm[arm]);
-    study_read_data(s);
-    study_check_data(s);
+    if (!known) study_try_arms(s, trainer);
+    for (int arm = 0; arm < s->n_arms; arm++) {
+        if (known) s->arm[arm].train.vocab_size = o.V;
+        study_read_sizes(s, &s->arm[arm], !known);
+        study_read_contents(s, arm);
+    }
+    if (!known) study_read_data(s), study_check_data(s);
+    else {
+        memcpy(s->train_sha256, o.train, SHA256_HEX), memcpy(s->val_sha256, o.val, SHA256_HEX);
+        study_sum_data(s);
+    }
+    if (!look || !study_origin_find(s, s->data_sha256, &o)) return;
+    free(s->engine), free(s->version);
+    s->engine = xstrdup(o.engine), s->version = xstrdup(o.version);
 }
 
 // ---- Equal seconds: each arm is timed in turns ----
@@ -772,10 +837,10 @@ static inline void study_calibrate(Study *s, const char *trainer) {
     free(time), free(base), free(t);
 }
 
-// The times, measured once and then read from OUT/times.txt, since keys depend on them.
+// The times, measured once and then read from RESULTS/times.txt, since keys depend on them.
 static inline void study_times(Study *s, const char *trainer, int measure) {
     if (s->own.equal != EQUAL_SECONDS) return;
-    char *path = xprintf("%s/times.txt", s->out);
+    char *path = xprintf("%s/times.txt", s->results);
     Text text = {NULL, 0, 0};
     if (!path_exists(path) && !measure)
         study_refuse(
@@ -999,6 +1064,7 @@ static inline int study_work(Study *s, const char *trainer, int jobs, double sec
     }
     directory_make(s->results);
     study_write_data(s);
+    study_origin_write(s);
     signals_begin();
     signals_catch();
     study_times(s, trainer, 1);
