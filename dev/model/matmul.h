@@ -204,22 +204,20 @@ static inline ALWAYS_INLINE void pack_turning(real *to, const Matrix *m, size_t 
         }
 }
 
-// Packs elements 0 .. n of one word of K into strips of `size` words; `second` is the other row of
-// a pair.
+// n elements or, if there are more, LANES.
+static inline ALWAYS_INLINE Vector pack_load(const real *x, size_t n) {
+    return n >= LANES ? vector_load(x) : vector_load_some(x, n);
+}
+
+// Packs one word of K for a strip: n elements of its row, at most `width`, and zeros; `second` is
+// the other row of a pair. Beyond n nothing is read.
 static inline ALWAYS_INLINE void pack_word(real *to, const real *first, const real *second,
                                            size_t n, size_t width, int pairs) {
-    real part[2][TILE_COLS + LANES];
-    // the last strip: must not read beyond the row
-    if (n < width + LANES) {
-        memset(part, 0, sizeof part);
-        memcpy(part[0], first, at_most(n, width) * sizeof(real));
-        if (pairs) memcpy(part[1], second, at_most(n, width) * sizeof(real));
-        first = part[0], second = part[1];
-    }
 #pragma GCC unroll 4
     for (size_t c = 0; c < width; c += LANES) {
-        Vector x = vector_load(first + c);
-        if (pairs) x = pairs_of_lines(x, vector_load(second + c));
+        const size_t left = n > c ? n - c : 0;
+        Vector x = pack_load(first + c, left);
+        if (pairs) x = pairs_of_lines(x, pack_load(second + c, left));
         memcpy(to + c, &x, at_most(width - c, LANES) * sizeof(real));
     }
 }

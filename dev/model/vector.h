@@ -10,6 +10,9 @@
 #include "../check.h"
 #include <math.h>
 #include <sys/mman.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 // INSTRUCTIONS names the instruction set; the shape of a matmul tile gives it as many accumulators
 // as leave registers for the operands.
@@ -53,10 +56,16 @@ static inline ALWAYS_INLINE void vector_store(real *x, Vector v) { *(Vector *)x 
 static inline ALWAYS_INLINE Vector vector_of(real x) { return (Vector){0} + x; }
 
 // The same for n < LANES elements; the other lanes are zero.
-static inline Vector vector_load_some(const real *x, size_t n) {
+static inline ALWAYS_INLINE Vector vector_load_some(const real *x, size_t n) {
+#ifdef __AVX512F__
+    const unsigned lanes = (1u << n) - 1;
+    if (sizeof(real) == sizeof(double)) return (Vector)_mm512_maskz_loadu_pd((__mmask8)lanes, x);
+    return (Vector)_mm512_maskz_loadu_ps((__mmask16)lanes, x);
+#else
     real all[LANES] = {0};
     memcpy(all, x, n * sizeof(real));
     return vector_load(all);
+#endif
 }
 
 static inline void vector_store_some(real *x, Vector v, size_t n) {
@@ -223,7 +232,6 @@ static inline real bf16_round(real x) {
 // A word holds one element of a packed operand or, if the processor has bf16 dot products (PAIRS),
 // two consecutive terms of a sum, the first in the lower half.
 #if defined(__AVX512BF16__) && !defined(REAL_DOUBLE) && !defined(NO_PAIRS)
-#include <immintrin.h>
 enum { PAIRS = 1 };
 
 // sum + the products of both pairs: the upper pair is added first, each with one rounding, as by
