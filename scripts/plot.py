@@ -13,6 +13,7 @@ A RUN is a folder with metrics.jsonl, such a file, or a folder of runs. Runs tha
 seed are drawn as one: their mean, with the range from the lowest to the highest as a band.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -559,18 +560,39 @@ def draw_depths(ax, study, kept):
     ax.legend(fontsize=7)
 
 
+def draw_removed(ax, study):
+    """Loss against the share of the layers that is left when those that cost least are removed."""
+    for i, arm in enumerate(study["arms"]):
+        uses = {use["of"]: use for use in arm.get("uses", [])}
+        points = [(1 - share, uses[name]["mean"], uses[name]["sd"])
+                  for name, share in (("removed_0.5", 0.5), ("removed_0.25", 0.25), ("loss", 0))
+                  if uses.get(name, {}).get("mean") is not None]
+        if not points:
+            continue
+        ax.errorbar([x for x, _, _ in points], [m for _, m, _ in points],
+                    yerr=[sd or 0 for _, _, sd in points], color=COLORS[i % len(COLORS)],
+                    linestyle=LINES[i % len(LINES)], marker=MARKS[i % len(MARKS)],
+                    markerfacecolor="white", capsize=2, label=arm["name"])
+    ax.set_xlabel("share of the layers: those that cost least removed (bars: sd)")
+    ax.set_ylabel("val_loss")
+    ax.legend(fontsize=7)
+
+
 def draw_study(study, plt):
     others = [arm for arm in study["arms"] if arm["name"] != study["baseline"]]
     kinds = [kept for kept in ("prefix", "even")
              if study["endpoint"] == "val_loss" and any(
                  cell["kept"] == kept for arm in study["arms"] for cell in arm.get("depths", []))]
-    rows = 1 + bool(kinds)
+    lower = [functools.partial(draw_depths, kept=kept) for kept in kinds]
+    if any(use["mean"] is not None for arm in study["arms"] for use in arm.get("uses", [])):
+        lower.append(draw_removed)
+    rows = 1 + bool(lower)
     figure, axes = plt.subplots(rows, 3, squeeze=False, layout="constrained",
                                 figsize=(15, rows * max(4, 1.5 + 0.4 * len(others))))
     axes = axes.flat
-    for ax, kept in zip(axes[3:], kinds):
-        draw_depths(ax, study, kept)
-    for ax in axes[3 + len(kinds):]:
+    for ax, draw in zip(axes[3:], lower):
+        draw(ax, study)
+    for ax in axes[3 + len(lower):]:
         ax.set_visible(False)
     draw_differences(axes[0], study, others)
     draw_tuning(axes[1], study)

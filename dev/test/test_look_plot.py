@@ -235,14 +235,18 @@ class Studies(unittest.TestCase):
         path = study_report()
         with open(path, encoding="utf-8") as file:
             report = json.load(file)
+        uses = [{"of": of, "mean": mean, "sd": None} for of, mean in
+                (("loss", 1.5), ("removed_0.25", 1.6), ("removed_0.5", 1.9), ("gain", 1.2))]
         for arm in report["arms"]:
-            arm.update(depths=cells if arm["mean"] else [], sd=None)
+            arm.update(depths=cells if arm["mean"] else [], sd=None,
+                       uses=uses if arm["mean"] else [])
         path = study_report(arms=report["arms"])
         out = os.path.join(os.path.dirname(path), "study.svg")
         real_runs.run(PLOT, "--study", "--out", out, path)
         text = svg_text(out)
         self.assertIn("share of the layers: the first ones", text)
         self.assertIn("share of the layers: evenly spaced", text)
+        self.assertIn("share of the layers: those that cost least removed", text)
 
     def test_refusals(self):
         said = real_runs.run(PLOT, "--study", study_report(format="another"), expect=1)
