@@ -98,6 +98,37 @@ static inline void study_test_depths(const Json *doc, const StudyResults *all) {
     }
 }
 
+// The arm's difference from what a report compares with; NaN if it is that itself.
+static inline double study_test_difference(const char *path, int arm) {
+    Text text = test_read_file(path);
+    Json doc;
+    double d = NAN;
+    if (!json_parse(&doc, text.s, text.n)) {
+        int k = json_first(&doc, json_get(&doc, 0, "arms"));
+        for (int i = 0; i < arm; i++) k = json_next(&doc, k);
+        json_number(&doc, json_get(&doc, k, "difference"), &d);
+        json_free(&doc);
+    }
+    text_free(&text);
+    return d;
+}
+
+// The other way round: none minus shallow is what shallow minus none was.
+static inline void study_test_against(const char *plan, const char *out) {
+    char *path = xprintf("%s/report-shallow.json", out), *usual = xprintf("%s/report.json", out);
+    ToolRun r = tool_run("study report %s --picture 0 --against shallow", plan);
+    EXPECT(r.code == 0 && strstr(r.out.s, "Compared with shallow, which is not the plan's baseline")
+               && strstr(r.out.s, "minus shallow (95% by t)"), "%s%s", r.err.s, r.out.s);
+    const double d = study_test_difference(path, 0);
+    EXPECT_CLOSE(d, -study_test_difference(usual, 1), 1e-12, "none minus shallow");
+    EXPECT(isnan(study_test_difference(path, 1)), "shallow minus itself");
+    tool_free(&r);
+    r = tool_run("study report %s --against nobody", plan);
+    EXPECT(r.code == 1 && strstr(r.err.s, "--against nobody: there is no such arm"), "%s", r.err.s);
+    tool_free(&r);
+    free(path), free(usual);
+}
+
 // The share of positions at which the first layer alone has the same most likely token as both, by
 // whole forward passes: the windows are those of use_accept.
 static inline double study_test_greedy(Loaded *m, const Shards *val) {
@@ -247,6 +278,7 @@ static void test_study_answers(void) {
     study_test_depths(&doc, &all);
     EXPECT_STUDY("verify %s", plan);
     study_test_uses(plan, out, &all);
+    study_test_against(plan, out);
     char *one = xprintf("%s/results/%s.json", out, all.result[0].key);
     EXPECT(unlink(one) == 0, "cannot remove %s", one);
     run = tool_run("study report %s --picture 0", plan);

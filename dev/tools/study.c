@@ -26,6 +26,8 @@
     OPTION(results, "results", TEXT, "", "DIR", "instead of the plan's")                           \
     OPTION(picture, "picture", FLAG, "1", "0|1",                                                   \
            "report: also draw OUT/report.png and .svg, if python3 has matplotlib")                 \
+    OPTION(against, "against", TEXT, "", "NAME",                                                   \
+           "report: compare with this arm instead of the baseline, into OUT/report-NAME.*")        \
     OPTION(arm, "arm", TEXT, "", "NAME", "fit: the arm that is compared with the baseline")        \
     OPTION(draws, "draws", INTEGER, "2000", "[100,1e6]", "fit: of its bootstrap")
 
@@ -144,7 +146,7 @@ static void print_plan(Study *s, const char *trainer, int jobs) {
     char time[32];
     double flops;
     int left, known;
-    study_report_open(&r, s);
+    study_report_open(&r, s, s->base);
     printf("data-sha256 = %s\n\n", s->data_sha256);
     study_table_arms(&r, &text);
     printf("%s\n", text.s);
@@ -203,7 +205,7 @@ static int again(Study *s, const char *trainer, int seeds, int uses) {
         directory_make(path);
         free(path);
     }
-    study_report_open(&r, s);
+    study_report_open(&r, s, s->base);
     for (int k = 0; k < s->own.seeds; k++)
         for (int arm = 0; arm < s->n_arms; arm++) {
             const StudyTuned *t = &r.state.tuned[arm];
@@ -275,7 +277,7 @@ static int run_command(int command, Study *s, const StudyCommand *c, const char 
             printf("every run has ended: build/study report %s\n", s->path);
     }
     if (command == COMMAND_REPORT || (command == COMMAND_ALL && complete))
-        study_report(s, program, c->picture);
+        study_report(s, program, c->picture, c->against);
     if (command != COMMAND_VERIFY && command != COMMAND_USES) return 0;
     return again(s, trainer, (int)c->seeds, command == COMMAND_USES) ? 1 : 0;
 }
@@ -304,6 +306,7 @@ int main(int argc, char **argv) {
     if (plans < 1 || (plans > 1 && command != COMMAND_FIT))
         die("study needs %s plan\n  hint: build/study scripts/studies/quick.txt",
             plans < 1 ? "a" : "one");
+    if (*c.against && command != COMMAND_REPORT) die("--against is for study report");
     if ((command == COMMAND_FIT) != (*c.arm != 0))
         die(*c.arm ? "--arm is for study fit" : "study fit needs --arm NAME");
     char *trainer = study_trainer(argv[0]);

@@ -42,6 +42,7 @@ typedef struct {
     StudyUses uses;
     StudyState state;
     StudyArmReport *arm;                                 // (arms)
+    int against;                                         // the arm to compare with
     // (1 + curve) of the baseline, ascending, with their multiples
     double *budget_flops;
     double budget[1 + STUDY_CURVE];
@@ -147,7 +148,7 @@ static inline void study_collect_number(
     for (int k = 0; k < s->own.seeds; k++) {
         const int64_t seed = s->own.first_seed + k;
         const StudyResult *x = study_find(r, arm, RUN_FINAL, seed, 1),
-                          *y = study_find(r, s->base, RUN_FINAL, seed, 1);
+                          *y = study_find(r, r->against, RUN_FINAL, seed, 1);
         if (!x || !y || x->status != RESULT_OK || y->status != RESULT_OK) continue;
         mine[n] = number(r, x, i), base[n] = number(r, y, i);
         minus[n] = mine[n] - base[n];
@@ -158,7 +159,7 @@ static inline void study_collect_number(
     d->sd = stats_sd(mine, n);
     d->p = d->holm = d->d.mean = d->d.error = d->d.low = d->d.high = NAN;
     d->bootstrap.low = d->bootstrap.high = NAN;
-    if (arm != s->base && n) {
+    if (arm != r->against && n) {
         d->d = stats_paired(mine, base, n);
         d->p = stats_p(d->d.mean, d->d.error, n - 1);
         d->bootstrap =
@@ -198,7 +199,7 @@ static inline void study_collect(StudyReport *r, int arm) {
     const Study *s = r->s;
     StudyArmReport *a = &r->arm[arm];
     const size_t seeds = (size_t)s->own.seeds;
-    int curve = r->budgets > 1;
+    int curve = r->budgets > 1 && r->against == s->base;
     a->loss = (double *)xcalloc(seeds, sizeof(double)),
     a->base = (double *)xcalloc(seeds, sizeof(double));
     a->difference = (double *)xcalloc(seeds, sizeof(double));
@@ -206,7 +207,7 @@ static inline void study_collect(StudyReport *r, int arm) {
     for (int k = 0; k < s->own.seeds; k++) {
         const int64_t seed = s->own.first_seed + k;
         const StudyResult *mine = study_find(r, arm, RUN_FINAL, seed, 1),
-                          *base = study_find(r, s->base, RUN_FINAL, seed, 1);
+                          *base = study_find(r, r->against, RUN_FINAL, seed, 1);
         if (!mine || !base) continue;
         if (mine->status != RESULT_OK || base->status != RESULT_OK) {
             a->diverged++;
@@ -231,7 +232,7 @@ static inline void study_collect(StudyReport *r, int arm) {
     a->d.mean = a->d.error = a->d.low = a->d.high = NAN;
     a->bootstrap.low = a->bootstrap.high = NAN;
     a->ratio_t = a->ratio_bootstrap = a->bootstrap;
-    if (arm == s->base || !a->n) return;
+    if (arm == r->against || !a->n) return;
     a->d = stats_paired(a->loss, a->base, a->n);
     a->p = stats_p(a->d.mean, a->d.error, a->n - 1);
     a->bootstrap = stats_bootstrap(stats_mean_of, a->difference, a->n, STUDY_LEVEL, STUDY_DRAWS,
@@ -245,9 +246,10 @@ static inline void study_collect(StudyReport *r, int arm) {
     if (curve && a->n) study_ratio(r, a, arm);
 }
 
-static inline void study_report_open(StudyReport *r, Study *s) {
+// against: the arm to compare with.
+static inline void study_report_open(StudyReport *r, Study *s, int against) {
     memset(r, 0, sizeof *r);
-    r->s = s;
+    r->s = s, r->against = against;
     study_results_read(&r->all, s->results);
     study_uses_read(&r->uses, s);
     study_state(s, &r->state, &r->all);
@@ -270,7 +272,7 @@ static inline void study_report_open(StudyReport *r, Study *s) {
     for (int arm = 0; arm < s->n_arms; arm++) p[arm] = r->arm[arm].p;
     stats_holm(holm, p, s->n_arms);
     for (int arm = 0; arm < s->n_arms; arm++) r->arm[arm].holm = holm[arm];
-    r->margin = s->own.margin.value / 100 * r->arm[s->base].mean;
+    r->margin = s->own.margin.value / 100 * r->arm[r->against].mean;
     free(p), free(holm);
 }
 
@@ -289,6 +291,14 @@ static inline void study_report_close(StudyReport *r) {
 
 static inline const char *study_unit(const Study *s) {
     return s->own.endpoint == ENDPOINT_BPB ? "bits per byte" : "nats per token";
+}
+
+// What the arms are compared with, in words: of a table's head, of a sentence.
+static inline const char *study_other(const StudyReport *r) {
+    return r->against == r->s->base ? "baseline" : r->s->arm[r->against].name;
+}
+static inline const char *study_the_other(const StudyReport *r) {
+    return r->against == r->s->base ? "the baseline" : r->s->arm[r->against].name;
 }
 
 static inline void study_set(Table *t, int row, int column, char *text) {
@@ -312,7 +322,10 @@ static inline void study_table_arms(const StudyReport *r, Text *out) {
         const StudyRun run = study_run(s, arm, RUN_FINAL, tuned->place, s->own.first_seed, 1);
         char count[32], *place = study_place_text(a, tuned->place);
         metrics_grouped(count, (double)gpt_params_count(&a->config));
-        study_set(&t, 1 + arm, 0, xprintf("%s%s", a->name, arm == s->base ? " (baseline)" : ""));
+        study_set(&t, 1 + arm, 0, xprintf("%s%s", a->name,
+                                          arm == s->base      ? " (baseline)"
+                                          : arm == r->against ? " (compared with)"
+                                                              : ""));
         study_set(&t, 1 + arm, 1, xprintf("%d x %d", a->config.L, a->config.C));
         study_set(&t, 1 + arm, 2, xstrdup(count));
         study_set(&t, 1 + arm, 3, xprintf("%lld", (long long)run.o.steps));
@@ -335,11 +348,12 @@ static inline void study_table_arms(const StudyReport *r, Text *out) {
 
 static inline void study_table_results(const StudyReport *r, Text *out) {
     static const char *const head[] = {
-        "arm", "seeds",   "mean (sd)",     "minus baseline",       "95% by t", "95% by bootstrap",
+        "arm", "seeds",   "mean (sd)",     "",                     "95% by t", "95% by bootstrap",
         "p",   "p, Holm", "p, equivalent", "FLOP ratio (95% by t)"};
     const Study *s = r->s;
     Table t = table_new(1 + s->n_arms, 10);
-    for (int k = 0; k < 10; k++) study_set(&t, 0, k, xstrdup(head[k]));
+    for (int k = 0; k < 10; k++)
+        study_set(&t, 0, k, k == 3 ? xprintf("minus %s", study_other(r)) : xstrdup(head[k]));
     for (int arm = 0; arm < s->n_arms; arm++) {
         const StudyArmReport *a = &r->arm[arm];
         study_set(&t, 1 + arm, 0, xstrdup(s->arm[arm].name));
@@ -350,7 +364,7 @@ static inline void study_table_results(const StudyReport *r, Text *out) {
                   a->n
                       ? a->n > 1 ? xprintf("%.4f (%.4f)", a->mean, a->sd) : xprintf("%.4f", a->mean)
                       : xstrdup("n/a"));
-        if (arm == s->base || !a->n) continue;
+        if (arm == r->against || !a->n) continue;
         study_set(&t, 1 + arm, 3, xprintf("%+.4f", a->d.mean));
         study_set(&t, 1 + arm, 4, study_interval(a->d.low, a->d.high));
         study_set(&t, 1 + arm, 5, study_interval(a->bootstrap.low, a->bootstrap.high));
@@ -387,12 +401,13 @@ static inline void study_table_depths(const StudyReport *r, Text *out) {
     const int cells = s->depths.n * KEEP_KINDS;
     for (int minus = 0; minus < 2; minus++) {
         Table t = table_new(minus ? s->n_arms : 1 + s->n_arms, 1 + cells);
-        study_set(&t, 0, 0, xstrdup(minus ? "minus baseline (95% by t)" : "val_loss, mean (sd)"));
+        study_set(&t, 0, 0, minus ? xprintf("minus %s (95%% by t)", study_other(r))
+                                  : xstrdup("val_loss, mean (sd)"));
         for (int i = 0; i < cells; i++)                  // by kind, then by share
             study_set(&t, 0, 1 + i, xprintf("%s %g%%", keep_kind_name[i / s->depths.n],
                                             100 * s->depths.share[i % s->depths.n]));
         for (int arm = 0, row = 1; arm < s->n_arms; arm++) {
-            if (minus && arm == s->base) continue;
+            if (minus && arm == r->against) continue;
             study_set(&t, row, 0, xstrdup(s->arm[arm].name));
             for (int i = 0; i < cells; i++) {
                 const int n = s->depths.n;
@@ -499,16 +514,15 @@ static inline void study_say(const StudyReport *r, int arm, Text *out) {
     if (apart)
         text_printf(
             out,
-            "shown to end %s than the baseline, by %.4f (95%% interval %+.4f .. %+.4f, Holm's p "
-            "%.4f).",
-            d < 0 ? "lower" : "higher", fabs(d), a->d.low, a->d.high, a->holm);
+            "shown to end %s than %s, by %.4f (95%% interval %+.4f .. %+.4f, Holm's p %.4f).",
+            d < 0 ? "lower" : "higher", study_the_other(r), fabs(d), a->d.low, a->d.high, a->holm);
     else
         text_printf(
             out,
-            "a difference from the baseline is not shown: %+.4f (95%% interval %+.4f .. %+.4f, "
-            "Holm's p %.4f). %d seeds of "
-            "this spread see %.4f with a power of %.0f%%.",
-            d, a->d.low, a->d.high, a->holm, a->n, a->smallest, 100 * STUDY_POWER);
+            "a difference from %s is not shown: %+.4f (95%% interval %+.4f .. %+.4f, Holm's p "
+            "%.4f). %d seeds of this spread see %.4f with a power of %.0f%%.",
+            study_the_other(r), d, a->d.low, a->d.high, a->holm, a->n, a->smallest,
+            100 * STUDY_POWER);
     if (a->equivalence_p <= STUDY_ALPHA)
         text_printf(out, " Equivalent within %g%% of the loss (%.4f): shown.", s->own.margin.value,
                     r->margin);
@@ -567,20 +581,22 @@ static inline void study_markdown(const StudyReport *r, Text *out) {
     study_table_arms(r, out);
     text_printf(out, "\n");
     study_table_results(r, out);
-    text_printf(
-        out,
-        "\nFLOP ratio: what the baseline needs for the arm's loss / what the arm was given%s. p "
-        "of Holm: over %d comparisons.\n",
-        s->n_curve ? ", read on the baseline's own budgets; * is beyond them"
-                   : "; needs `curve` in the plan",
-        s->n_arms - 1);
+    if (r->against == s->base)
+        text_printf(out, "\nFLOP ratio: what the baseline needs for the arm's loss / what the arm "
+                    "was given%s.",
+                    s->n_curve ? ", read on the baseline's own budgets; * is beyond them"
+                               : "; needs `curve` in the plan");
+    else
+        text_printf(out, "\nCompared with %s, which is not the plan's baseline: this was decided "
+                    "after the plan.", study_other(r));
+    text_printf(out, " p of Holm: over %d comparisons.\n", s->n_arms - 1);
     text_printf(out, "\n## What is shown, and what is not\n\n");
     if (r->missing)
         text_printf(out, "**%d of %d runs are missing**: this is a look at an unfinished study. "
                     "The intervals hold for one look, at all of its seeds; who looks often finds "
                     "differences that are none.\n\n", r->missing, r->state.n);
     for (int arm = 0; arm < s->n_arms; arm++)
-        if (arm != s->base) study_say(r, arm, out);
+        if (arm != r->against) study_say(r, arm, out);
     if (s->depths.n) {
         text_printf(out, "\n## Loss at reduced depth\n\nval_loss of the last step with a share of "
                     "the layers alone, rounded, at least one: the first ones (prefix), or evenly "
@@ -596,9 +612,9 @@ static inline void study_markdown(const StudyReport *r, Text *out) {
                     "quarter or half of the layers draft is accepted by all, sampled at "
                     "temperature 1 and greedy (%d tokens); and how many times faster greedy "
                     "decoding is expected to be with %d drafts a round by the best number of "
-                    "layers, from what reading the weights costs. *: different from the baseline, "
+                    "layers, from what reading the weights costs. *: different from %s, "
                     "shown with Holm over all arms and numbers of this table.\n\n",
-                    USE_VAL_TOKENS, USE_DRAFT_TOKENS, USE_DRAFTS);
+                    USE_VAL_TOKENS, USE_DRAFT_TOKENS, USE_DRAFTS, study_the_other(r));
         study_table_uses(r, out);
     }
     text_printf(out, "\n## Tuning\n\nMeans over %lld seed%s; the best in bold.\n\n",
@@ -667,7 +683,7 @@ static inline void study_json_arm(const StudyReport *r, int arm, Text *out) {
     }
     study_json_array(out, "losses", a->loss, a->n);
     study_json_numbers(r, arm, out);
-    study_json_array(out, "differences", a->difference, arm == r->s->base ? 0 : a->n);
+    study_json_array(out, "differences", a->difference, arm == r->against ? 0 : a->n);
     text_printf(out, ", \"tuning\": [");
     int at[STUDY_GRIDS] = {0}, n = 0;
     do {
@@ -691,7 +707,7 @@ static inline void study_json(const StudyReport *r, Text *out) {
         s->own.equal == EQUAL_STEPS   ? "steps"
         : s->own.equal == EQUAL_FLOPS ? "flops"
                                       : "seconds",
-        s->own.endpoint == ENDPOINT_BPB ? "val_bpb" : "val_loss", s->arm[s->base].name);
+        s->own.endpoint == ENDPOINT_BPB ? "val_bpb" : "val_loss", s->arm[r->against].name);
     json_write_number(out, r->margin);
     text_printf(out, ",\n  \"data_sha256\": \"%s\",\n  \"runs\": %d,\n  \"missing\": %d",
                 s->data_sha256, r->state.n, r->missing);
@@ -716,13 +732,15 @@ static inline void study_json(const StudyReport *r, Text *out) {
 }
 
 // Writes OUT/report.md and report.json, draws report.svg and .png where it can, and prints the
-// report.
-static inline void study_report(Study *s, const char *program, int picture) {
+// report; with an arm to compare with instead of the baseline, report-ARM.md and so on.
+static inline void study_report(Study *s, const char *program, int picture, const char *against) {
     StudyReport r;
+    const StudyArm *other = *against ? study_find_arm(s, against) : &s->arm[s->base];
+    if (!other) study_refuse(s, "--against %s: there is no such arm", against);
     Text md = {NULL, 0, 0}, js = {NULL, 0, 0};
-    char *md_path = xprintf("%s/report.md", s->out), *js_path = xprintf("%s/report.json", s->out),
-         *out = xprintf("%s/report", s->out);
-    study_report_open(&r, s);
+    char *out = xprintf("%s/report%s%s", s->out, *against ? "-" : "", against),
+         *md_path = xprintf("%s.md", out), *js_path = xprintf("%s.json", out);
+    study_report_open(&r, s, (int)(other - s->arm));
     study_markdown(&r, &md);
     study_json(&r, &js);
     directory_make(s->out);
@@ -752,7 +770,7 @@ static inline void study_fit(Study *const *study, int n, const char *name, int d
         if (!arm) study_refuse(study[k], "there is no [arm %s]", name);
         if (arm == &study[k]->arm[study[k]->base])
             study_refuse(study[k], "[arm %s] is the baseline itself", name);
-        study_report_open(&r, study[k]);
+        study_report_open(&r, study[k], study[k]->base);
         const StudyArmReport *a = &r.arm[arm - study[k]->arm], *base = &r.arm[study[k]->base];
         for (int i = 0; i < 4; i++)
             x[i] = (double *)xrealloc(x[i], (size_t)(cells + a->n + 1), sizeof(double));
