@@ -753,7 +753,12 @@ static inline void study_prepare(Study *s, const char *trainer, int look) {
         memcpy(s->train_sha256, o.train, SHA256_HEX), memcpy(s->val_sha256, o.val, SHA256_HEX);
         study_sum_data(s);
     }
-    if (!look || !study_origin_find(s, s->data_sha256, &o)) return;
+    if (!study_origin_find(s, s->data_sha256, &o)) return;
+    if (!look && (strcmp(o.engine, s->engine) || strcmp(o.version, s->version)))
+        study_refuse(s, "%s has results of \"%s\", version %s, and this program is \"%s\", version "
+                     "%s: it would do all of them again\n  hint: a build with that engine (make "
+                     "AMX=0, or DROPPATH_ENGINE for one of make FAT=1), or --results DIR for new "
+                     "ones", s->results, o.engine, o.version, s->engine, s->version);
     free(s->engine), free(s->version);
     s->engine = xstrdup(o.engine), s->version = xstrdup(o.version);
 }
