@@ -111,9 +111,10 @@ endif
 endif
 # No contraction: on every compiler the sums are those that the code says. These two sanitizers
 # would need a C++ linker.
-EMU_FLAGS = -std=c++17 $(CFLAGS) $(ARCH) -fno-math-errno -ffp-contract=off -fno-strict-aliasing \
-            $(WARNINGS) -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED -Idev/emu -I. $(TEST_O) \
-            $(SANITIZE) $(if $(SAN),-fno-sanitize=vptr $(call probe,-fno-sanitize=function))
+EMU_FLAGS = -std=c++17 $(CFLAGS) $(CLEAN) $(ARCH) -fno-math-errno -ffp-contract=off \
+            -fno-strict-aliasing $(WARNINGS) -Wno-unknown-pragmas -x c++ -DCUDA_EMULATED \
+            -Idev/emu -I. $(TEST_O) $(SANITIZE) \
+            $(if $(SAN),-fno-sanitize=vptr $(call probe,-fno-sanitize=function))
 define emu
 @mkdir -p $(@D)
 $(CXX) $(EMU_FLAGS) $(1) -MMD -MP -MF $@.d -c $< -o $@
