@@ -5,6 +5,7 @@
 #   SAN=address,undefined           with sanitizers: build/san/
 #   OPENMP=0                        one thread (also where the compiler has no OpenMP)
 #   MARCH=x86-64-v3                 instead of this machine's own instructions (native)
+#   AMX=0                           without Intel's tiles, whose sums have other bits
 #   FAT=1                           for any x86-64: the best of several engines runs: build/fat/
 #   B=build/arm64                   another folder for what is built, as for another machine
 #   CUDA=1                          the GPU programs as well: build/train_gpt_cuda and so on
@@ -21,12 +22,14 @@ REAL   ?= float
 SAN    ?=
 OPENMP ?= auto
 MARCH  ?= native
+AMX    ?= 1
 FAT    ?= 0
 CUDA   ?= 0
 PREFIX ?= /usr/local
 OUT    ?= runs/quickstart
 
-B := build$(if $(filter 1,$(FAT)),/fat)$(if $(filter double,$(REAL)),/double)$(if $(SAN),/san)
+B := build$(if $(filter 1,$(FAT)),/fat)$(if $(filter double,$(REAL)),/double)$(if $(filter \
+     0,$(AMX)),/no_amx)$(if $(SAN),/san)
 
 # Does the compiler take these flags? The empty answer is no.
 probe = $(shell echo 'int main(void) { return 0; }' | \
@@ -45,7 +48,8 @@ SANITIZE := $(if $(SAN),-DSANITIZED -fsanitize=$(SAN) -fno-omit-frame-pointer \
 # libm's SSE code then takes ten times as long.
 CLEAN    := $(call probe,-fexpensive-optimizations)
 FLAGS     = -std=c11 $(CFLAGS) $(CLEAN) $(ARCH) -fno-math-errno -ffp-contract=fast $(WARNINGS) \
-            $(OMP) $(if $(filter double,$(REAL)),-DREAL_DOUBLE) $(SANITIZE)
+            $(OMP) $(if $(filter double,$(REAL)),-DREAL_DOUBLE) \
+            $(if $(filter 0,$(AMX)),-DNO_TILES) $(SANITIZE)
 LIBS     := -lm -pthread
 # For --version. What is built already goes on naming the commit that it was built at.
 COMMIT    = $(eval COMMIT := $(if $(wildcard .git),$(shell git describe --always --dirty \

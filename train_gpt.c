@@ -432,7 +432,7 @@ static void linear_forward(Model *m, const Pass *pass, int l, int param, Result 
                            size_t nT) {
     const size_t C = (size_t)gpt_param_rows(&m->config, param),
         OC = (size_t)gpt_param_cols(&m->config, param);
-    const PackWorkspace work = {m->few, NULL, m->pack.bf16};
+    const PackWorkspace work = {m->few, NULL, m->pack.bf16, m->pack.tiled};
     const Adapter a = adapter_at(m, l, param);
     if (a.A)
         y = adapter_forward(&a, y, &m->pack, adapter_dropout(m, pass, l, param, m->lora_x, x, nT),
@@ -804,7 +804,7 @@ static void decode_logits(Model *m, real *logits, int all) {
     const size_t B = (size_t)m->last_B, T = (size_t)m->last_T, C = (size_t)m->config.C,
         V = (size_t)m->config.V, n = all ? B * T : B;
     const Params w = params_at(m, SLOT_PARAM, 0);
-    const PackWorkspace work = {m->few, NULL, m->pack.bf16};
+    const PackWorkspace work = {m->few, NULL, m->pack.bf16, m->pack.tiled};
     layernorm_forward(m->lnf, m->lnf_xhat, m->lnf_rstd, m->x, NULL, NULL, w.lnfw, w.lnfb, B * T, T,
                       C);
     const Matrix x = all ? matrix(m->lnf, C) : matrix(m->lnf + (T - 1) * C, T * C);

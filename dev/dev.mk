@@ -16,12 +16,16 @@ endif
 ifneq ($(MARCH),native)
 $(error FAT=1 and MARCH=$(MARCH) exclude each other: a fat build has engines for all)
 endif
-FAT_ENGINES    := avx512bf16 avx512 avx2 sse2
+FAT_ENGINES    := amx avx512bf16 avx512 avx2 sse2
 FAT_avx2       := avx2 fma
 FAT_avx512     := $(FAT_avx2) avx512f avx512bw avx512cd avx512dq avx512vl
 FAT_avx512bf16 := $(FAT_avx512) avx512bf16
+FAT_amx        := $(FAT_avx512bf16) amx-tile amx-bf16
 FAT_CHOICE     := the best at start of $(FAT_ENGINES)
-FAT_TABLE      := '-DCPU_ENGINES(X)=$(foreach e,$(FAT_ENGINES),X($(e), 1$(FAT_$(e):%= && HAS(%))))'
+# not all compilers can ask for amx-tile and amx-bf16
+FAT_asks        = $(patsubst %, && HAS(%),$(filter-out amx-%,$(FAT_$(1)))) \
+                  $(if $(filter amx-%,$(FAT_$(1))), && HAS_AMX)
+FAT_TABLE      := '-DCPU_ENGINES(X)=$(foreach e,$(FAT_ENGINES),X($(e), 1$(call FAT_asks,$(e))))'
 ENGINE_FLAGS    = $(FAT_$*:%=-m%) -DCPU_ENGINE=cpu_engine_$*
 ARCH           := -march=x86-64
 ENGINES        := $(FAT_ENGINES:%=$(B)/engine_%.o) $(B)/engines.o
@@ -141,6 +145,8 @@ $(EMU_TOOLS): %: %.o $(B)/engine_emu.o
 
 $(B)/engine_no_pairs.o: train_gpt.c              # for one test: dev/model/vector.h without pairs
 	$(call cc,-DENGINE_ONLY -DNO_PAIRS -DCPU_ENGINE=no_pairs_engine)
+$(B)/engine_no_tiles.o: train_gpt.c              # and with pairs, where the usual one has tiles
+	$(call cc,-DENGINE_ONLY -DNO_TILES -DCPU_ENGINE=no_tiles_engine)
 $(B)/test_gpt.o: test_gpt.c
 	$(call cc,$(TEST_O) $(FAT_TABLE) $(if $(EMU),-DCUDA_EMULATED))
 $(B)/interop_logits.o: dev/test/interop/logits.c
@@ -150,7 +156,10 @@ $(B)/torture.o: dev/torture/torture.c
 $(B)/fuzz_replay.o: dev/fuzz/replay.c
 	$(call cc,$(TEST_O))
 
-$(B)/test_gpt: $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o) $(EMU)
+TILES := $(findstring has_tiles,$(shell printf '\043include "dev/model/tiles.h"\n\043ifndef \
+           NO_TILES\nhas_tiles\n\043endif\n' | $(CC) $(FLAGS) -I. -E -P -x c - 2>/dev/null))
+$(B)/test_gpt: $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o \
+               $(if $(TILES),$(B)/engine_no_tiles.o)) $(EMU)
 TEST_PROGRAMS := $(B)/test_gpt $(B)/interop_logits $(B)/torture $(B)/fuzz_replay
 # Some compilers want an engine for fuzz_replay, which calls none.
 $(TEST_PROGRAMS): %: %.o $(ENGINES)

@@ -135,7 +135,8 @@ static inline int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
     const size_t wide = m->pack.bf16 && !PAIRS ? 2 : 1;
     const size_t r = (size_t)m->config.lora, wide4 = 4 * C > r ? 4 * C : r;
     const size_t most = BT > wide4 ? BT > V ? BT : V : wide4 > V ? wide4 : V,
-        K = at_most(most + 1, wide * K_BLOCK);
+        K = m->pack.tiled ? round_up(at_most(most, 2 * K_BLOCK), 2 * TILE_SIDE) / 2
+                          : at_most(most + 1, wide * K_BLOCK);
     const size_t cached = (size_t)m->args.cache;
     size_t maps = 0;
     for (int l = 0; m->args.maps && l < m->config.L; l++) maps += m->args.maps[l];
@@ -145,7 +146,7 @@ static inline int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
         {&m->pairs, m->args.twins ? (classifier_chunk(BT, V) + 1) * V : 0},
         {&m->ln, BT * C}, {&m->gelu, BT * 4 * C},
         {&m->out, BT * C}, {&m->logits, classifier_chunk(BT, V) * V},
-        {&m->pack.a, at_most(most + TILE_ROWS, M_BLOCK) * K},
+        {&m->pack.a, at_most(most + strip_rows(&m->pack), M_BLOCK) * K},
         {&m->pack.b, at_most(most + TILE_COLS, N_BLOCK) * K},
         {&m->work.at, (size_t)m->work.threads * (sizeof(AttentionWorkspace) / sizeof(real))},
         {&m->score_rows.at, m->args.score_rows || m->args.align ? (size_t)m->work.threads *
@@ -155,7 +156,7 @@ static inline int model_buffers(Model *m, Buffer buffers[N_BUFFERS]) {
         {&m->cache.at, cached * (size_t)m->config.L * (size_t)m->config.NH * head_cache(m->cache.T,
             C / (size_t)m->config.NH)},
         {&m->packed.at, cached ? packed_total(&m->packed, &m->config, &m->pack) : 0},
-        {&m->few, cached ? FEW_ROWS * 4 * (C + TILE_COLS) : 0},
+        {&m->few, cached ? TILED_ROWS * 4 * (C + TILE_COLS) : 0},
         {&m->stream, cached * (size_t)m->args.T * C},
         {&m->lora_u, BT * r}, {&m->lora_x, m->args.lora_noise ? BT * 4 * C : 0},
         {&m->saved, 0},                                   // has its own size
@@ -178,6 +179,9 @@ static inline Model *model_open(const GptConfig *config, const EngineArgs *args)
     m->config = *config;
     m->args = *args;
     m->pack.bf16 = args->dtype == DTYPE_BF16;
+    m->pack.tiled = m->pack.bf16 && tiles_allowed();
+    if (TILES && m->pack.bf16 && !m->pack.tiled)
+        warn("this system does not let programs use AMX: bf16 matmuls are slower, with other bits");
     m->work.threads = m->score_rows.threads = team_most();
     m->score_rows.T = (size_t)args->T;
     for (int p = 0; p < N_PARAMS; p++) size[p] = gpt_param_size(config, p);

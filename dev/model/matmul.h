@@ -7,7 +7,7 @@
 #define MATMUL_H
 
 #include "../check.h"
-#include "vector.h"
+#include "tiles.h"
 #ifdef _OPENMP
 #include <omp.h>
 static inline int team_size(void) { return omp_get_num_threads(); }
@@ -76,6 +76,9 @@ static inline void gelu_backward(real *dx, real *y, const real *x, size_t n) {
 // is one, with the two of a pair in the order in which those instructions add them, so that the
 // sums have the same bits.
 //
+// With tiles (dev/model/tiles.h), a strip of a has STRIP_TILES of them, each 16 rows with their
+// words in order, and K is filled up with zeros; b is packed as for dot products.
+//
 // K_BLOCK is the C of a small GPT-2, so that y is written once; a strip of b and ROW_STRIPS strips
 // of a stay in L2. The panels are as large as the matmuls of a micro-batch, so that little is
 // packed twice (measurements: dev/bench/SPEED.md).
@@ -83,6 +86,9 @@ static inline void gelu_backward(real *dx, real *y, const real *x, size_t n) {
 enum { K_BLOCK = 768, M_BLOCK = 128 * TILE_ROWS, N_BLOCK = 96 * TILE_COLS, ROW_STRIPS = 8 };
 // elements packed at a time by one thread; prefetch distance
 enum { PACK_ELEMENTS = 128, PACK_AHEAD = 64 };
+// with tiles: rows of a strip, and of these what is packed of TILE_SIDE words of K
+enum { STRIP_TILES = 2, TILED_ROWS = STRIP_TILES * TILE_SIDE,
+       TILED_BLOCK = TILED_ROWS * TILE_SIDE };
 
 // Rows of contiguous elements, ld apart; a matmul reads the matrix or, with `transposed`, its
 // transpose. With `rows`, the matrix's rows are tokens of the residual stream (B,T,ld): row t is
@@ -103,8 +109,8 @@ typedef struct {
     real *gelu;
 } Result;
 
-// (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK)
-typedef struct { real *a, *b; int bf16; } PackWorkspace;
+// (M_BLOCK, K_BLOCK) and (K_BLOCK, N_BLOCK); tiled: bf16 with tiles
+typedef struct { real *a, *b; int bf16, tiled; } PackWorkspace;
 
 static inline size_t at_most(size_t n, size_t most) { return n < most ? n : most; }
 static inline size_t strips(size_t n, size_t width) { return (n + width - 1) / width; }
@@ -140,9 +146,15 @@ static inline Result scaled(real *at, size_t ld, real scale, int add) {
 // Whether a packed word is two bf16 elements, for dot products of pairs.
 static inline int in_pairs(const PackWorkspace *work) { return work->bf16 ? PAIRS : 0; }
 
+// Rows of a strip of a.
+static inline size_t strip_rows(const PackWorkspace *work) {
+    return TILES && work->tiled ? TILED_ROWS : TILE_ROWS;
+}
+
 // Packed words for K elements.
 static inline size_t pack_words(const PackWorkspace *work, size_t K) {
-    return !work->bf16 ? K : PAIRS ? (K + 1) / 2 : K + K % 2;
+    const size_t words = !work->bf16 ? K : PAIRS ? (K + 1) / 2 : K + K % 2;
+    return TILES && work->tiled ? round_up(words, TILE_SIDE) : words;
 }
 
 // Rounds a packed fp32 strip to bf16 without bf16 dot products: swaps each pair, second element
@@ -251,13 +263,53 @@ static inline ALWAYS_INLINE void pack_copying(real *to, size_t size, const Matri
 static inline ALWAYS_INLINE void pack_strips(real *to, const Matrix *m, int turning, size_t i,
                                              size_t n, size_t width, size_t k, size_t K,
                                              const PackWorkspace *work, real *sum, real scale) {
-    const size_t size = pack_words(work, K) * width;
+    const size_t size = pack_words(work, K) * width, used = (K + 1) / 2 * width;
     const int pairs = in_pairs(work);
     if (!turning) pack_copying(to, size, m, i, n, width, k, K, pairs, sum, scale);
     for (size_t s = 0; s < n; s += width, to += size) {
         if (turning) pack_turning(to, m, i + s, at_most(n - s, width), width, k, K, pairs);
         if (work->bf16 && !PAIRS) pack_round(to, width, K);
+        if (TILES && work->tiled) memset(to + used, 0, (size - used) * sizeof *to);
     }
+}
+
+// Words w .. w + TILE_SIDE of n <= TILE_SIDE rows of a, as a tile; K elements from k on exist.
+static inline ALWAYS_INLINE void pack_tile(real *to, const Matrix *m, size_t i, size_t n, size_t k,
+                                           size_t w, size_t K) {
+    Vector v[TILE_SIDE];
+    for (size_t p = 0; p < TILE_SIDE; p++) {
+        const size_t from = m->transposed ? 2 * (w + p) : 2 * w;
+        v[p] = (Vector){0};
+        if (from >= K || (!m->transposed && p >= n)) continue;
+        if (m->transposed) {                             // a word of all rows
+            const real *first = line_of(m, k + from) + i;
+            v[p] = pack_load(first, n);
+            v[p] = pairs_of_lines(v[p], from + 1 < K ? pack_load(line_of(m, k + from + 1) + i, n)
+                                                     : (Vector){0});
+        } else {                                         // the words of a row
+            const real *line = line_of(m, i + p) + k + from;
+            real part[2 * LANES] = {0};
+            if (from + 2 * LANES > K) line = (real *)memcpy(part, line, (K - from) * sizeof *part);
+            v[p] = pairs_of_line(line);
+        }
+    }
+    if (m->transposed && (int)LANES == (int)TILE_SIDE) vector_transpose(v);
+    memcpy(to, v, sizeof v);
+}
+
+// Packs n rows of a from row i on into strips.
+static inline ALWAYS_INLINE void pack_rows(real *to, const Matrix *a, size_t i, size_t n, size_t k,
+                                           size_t K, const PackWorkspace *work) {
+    const size_t words = pack_words(work, K);
+    if (!(TILES && work->tiled)) {
+        pack_strips(to, a, !a->transposed, i, n, TILE_ROWS, k, K, work, NULL, 0);
+        return;
+    }
+    for (size_t s = 0; s < n; s += TILED_ROWS)
+        for (size_t w = 0; w < words; w += TILE_SIDE, to += TILED_BLOCK)
+            for (size_t r = 0; r < TILED_ROWS; r += TILE_SIDE)
+                pack_tile(to + r * TILE_SIDE, a, i + s + r,
+                          n > s + r ? at_most(n - s - r, TILE_SIDE) : 0, k, w, K);
 }
 
 // sum += the product of strips a (K,TILE_ROWS) and b (K,TILE_COLS), over K elements or K pairs.
@@ -330,19 +382,50 @@ static inline void multiply_tile_pairs(Result y, size_t i, size_t j, const real 
     tile_write(y, i, j, sum, M, N);
 }
 
+// By tiles: strips a (words,TILED_ROWS) and b (words,TILE_COLS), of which two tiles are abreast.
+static inline void multiply_tile_tiled(Result y, size_t i, size_t j, const real *a, const real *b,
+                                       size_t M, size_t N, size_t words) {
+    enum { SUM_ROWS = (TILED_ROWS + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS };
+    real sum[SUM_ROWS][TILE_COLS] __attribute__((aligned(64)));
+    tile_prefetch(y, i, j, M, N);
+    tile_zero(0);
+    tile_zero(1);
+    tile_zero(2);
+    tile_zero(3);
+    for (size_t w = 0; w < words; w += TILE_SIDE, a += TILED_BLOCK, b += TILE_SIDE * TILE_COLS) {
+        tile_load(4, a, TILE_SIDE);
+        tile_load(6, b, TILE_COLS);
+        tile_load(7, b + TILE_SIDE, TILE_COLS);
+        tile_dot(0, 4, 6);
+        tile_dot(1, 4, 7);
+        if (M <= TILE_SIDE) continue;
+        tile_load(5, a + TILE_SIDE * TILE_SIDE, TILE_SIDE);
+        tile_dot(2, 5, 6);
+        tile_dot(3, 5, 7);
+    }
+    tile_store(0, sum[0], TILE_COLS);
+    tile_store(1, sum[0] + TILE_SIDE, TILE_COLS);
+    tile_store(2, sum[TILE_SIDE], TILE_COLS);
+    tile_store(3, sum[TILE_SIDE] + TILE_SIDE, TILE_COLS);
+    for (size_t r = 0; r < M; r += TILE_ROWS) {
+        Vector part[TILE_ROWS][TILE_VECTORS];
+        memcpy(part, sum[r], sizeof part);
+        tile_write(y, i + r, j, part, M - r, N);
+    }
+}
+
 // M rows from i, N columns from j, K terms from k
 typedef struct { size_t i, j, k, M, N, K; } Block;
 
 // Call from every thread of a parallel region, like the functions below.
 static inline void block_pack(const PackWorkspace *work, const Matrix *a, const Matrix *b, Block k,
                               real *b_sum, real scale) {
-    enum { A_GROUP = PACK_ELEMENTS / TILE_ROWS * TILE_ROWS,
-           B_GROUP = PACK_ELEMENTS / TILE_COLS * TILE_COLS };
-    const size_t words = pack_words(work, k.K);
+    enum { B_GROUP = PACK_ELEMENTS / TILE_COLS * TILE_COLS };
+    const size_t words = pack_words(work, k.K),
+        group = PACK_ELEMENTS / strip_rows(work) * strip_rows(work);
 #pragma omp for schedule(dynamic) nowait
-    for (size_t i = 0; i < (a ? k.M : 0); i += A_GROUP)
-        pack_strips(work->a + i * words, a, !a->transposed, k.i + i, at_most(k.M - i, A_GROUP),
-                    TILE_ROWS, k.k, k.K, work, NULL, 0);
+    for (size_t i = 0; i < (a ? k.M : 0); i += group)
+        pack_rows(work->a + i * words, a, k.i + i, at_most(k.M - i, group), k.k, k.K, work);
 #pragma omp for schedule(dynamic)
     for (size_t j = 0; j < (b ? k.N : 0); j += B_GROUP)
         pack_strips(work->b + j * words, b, b->transposed, k.j + j, at_most(k.N - j, B_GROUP),
@@ -357,10 +440,20 @@ static inline void block_gelu(const Result *y, size_t i0, size_t i1, size_t j0, 
     }
 }
 
+typedef void MultiplyTile(Result y, size_t i, size_t j, const real *a, const real *b, size_t M,
+                          size_t N, size_t words);
+
+static inline MultiplyTile *multiply_tile_of(const PackWorkspace *work) {
+    return TILES && work->tiled ? multiply_tile_tiled
+           : in_pairs(work)     ? multiply_tile_pairs
+                                : multiply_tile;
+}
+
 // Distributes tasks of ROW_STRIPS x `across` tiles over the threads.
 static inline void block_multiply(const Result *y, const PackWorkspace *work, Block k) {
-    const size_t down = strips(k.M, TILE_ROWS), right = strips(k.N, TILE_COLS),
-        words = pack_words(work, k.K);
+    const size_t height = strip_rows(work), down = strips(k.M, height),
+        right = strips(k.N, TILE_COLS), words = pack_words(work, k.K);
+    MultiplyTile *const tile = multiply_tile_of(work);
     size_t across = 8;
     while (across > 1 && strips(down, ROW_STRIPS) * strips(right, across) < 8 * (size_t)team_size())
         across /= 2;
@@ -370,13 +463,11 @@ static inline void block_multiply(const Result *y, const PackWorkspace *work, Bl
             const size_t i1 = at_most(i0 + ROW_STRIPS, down), j1 = at_most(j0 + across, right);
             for (size_t j = j0; j < j1; j++)
                 for (size_t i = i0; i < i1; i++)
-                    (in_pairs(work) ? multiply_tile_pairs : multiply_tile)(
-                        *y, k.i + i * TILE_ROWS, k.j + j * TILE_COLS,
-                        work->a + i * TILE_ROWS * words, work->b + j * TILE_COLS * words,
-                        at_most(k.M - i * TILE_ROWS, TILE_ROWS),
-                        at_most(k.N - j * TILE_COLS, TILE_COLS), words);
+                    tile(*y, k.i + i * height, k.j + j * TILE_COLS, work->a + i * height * words,
+                         work->b + j * TILE_COLS * words, at_most(k.M - i * height, height),
+                         at_most(k.N - j * TILE_COLS, TILE_COLS), words);
             if (y->gelu)
-                block_gelu(y, k.i + i0 * TILE_ROWS, k.i + at_most(i1 * TILE_ROWS, k.M),
+                block_gelu(y, k.i + i0 * height, k.i + at_most(i1 * height, k.M),
                            k.j + j0 * TILE_COLS, k.j + at_most(j1 * TILE_COLS, k.N));
         }
 }
@@ -387,20 +478,24 @@ static inline void multiply(Result y, const PackWorkspace *work, Matrix a, Matri
                             size_t N, size_t K, real *b_sum) {
     const size_t K_most = work->bf16 ? 2 * K_BLOCK : K_BLOCK;
 #pragma omp parallel
-    for (size_t k = 0; k < K; k += K_most) {
-        Result part = y;
-        if (k > 0) part.add = 1, part.bias = NULL;
-        if (k + K_most < K) part.gelu = NULL;
-        for (size_t i = 0; i < M; i += M_BLOCK)
-            for (size_t j = 0; j < N; j += N_BLOCK) {
-                const Block block = {i, j, k, at_most(M - i, M_BLOCK), at_most(N - j, N_BLOCK),
-                                     at_most(K - k, K_most)};
-                // differ from those packed
-                const int other_a = j == 0, other_b = i == 0 || N > N_BLOCK;
-                block_pack(work, other_a ? &a : NULL, other_b ? &b : NULL, block,
-                           i == 0 ? b_sum : NULL, y.scale);
-                block_multiply(&part, work, block);
-            }
+    {
+        if (work->tiled) tiles_begin();
+        for (size_t k = 0; k < K; k += K_most) {
+            Result part = y;
+            if (k > 0) part.add = 1, part.bias = NULL;
+            if (k + K_most < K) part.gelu = NULL;
+            for (size_t i = 0; i < M; i += M_BLOCK)
+                for (size_t j = 0; j < N; j += N_BLOCK) {
+                    const Block block = {i, j, k, at_most(M - i, M_BLOCK), at_most(N - j, N_BLOCK),
+                                         at_most(K - k, K_most)};
+                    // differ from those packed
+                    const int other_a = j == 0, other_b = i == 0 || N > N_BLOCK;
+                    block_pack(work, other_a ? &a : NULL, other_b ? &b : NULL, block,
+                               i == 0 ? b_sum : NULL, y.scale);
+                    block_multiply(&part, work, block);
+                }
+        }
+        if (work->tiled) tiles_end();
     }
 }
 
@@ -494,11 +589,14 @@ static inline void few_columns(const Result *y, const PackWorkspace *work, const
     Result part = *y;
     for (size_t k = 0; k < K; k += few_K(work)) {
         const size_t words = pack_words(work, at_most(K - k, few_K(work)));
-        for (size_t i = 0; i < M; i += TILE_ROWS / 2)
+        for (size_t s = 0; TILES && work->tiled && s < here; s += TILE_COLS)
+            multiply_tile_tiled(part, 0, j + s, a, packed + (j + s) * words, M,
+                                at_most(here - s, TILE_COLS), words);
+        for (size_t i = 0; !(TILES && work->tiled) && i < M; i += TILE_ROWS / 2)
             few_task(part, i, j, a + i / TILE_ROWS * TILE_ROWS * words + i % TILE_ROWS,
                      packed + j * words, at_most(M - i, TILE_ROWS / 2), here, words, count,
                      in_pairs(work));
-        a += round_up(M, TILE_ROWS) * words;
+        a += round_up(M, strip_rows(work)) * words;
         packed += words * round_up(N, TILE_COLS);
         part.add = 1, part.bias = NULL;
     }
@@ -513,16 +611,18 @@ static inline void multiply_few(Result y, const PackWorkspace *work, Matrix a, c
     {
         const size_t all = strips(N, TILE_COLS), count = all >= 4 * (size_t)team_size() ? FEW_STRIPS
             : 1;
+        if (work->tiled) tiles_begin();
 #pragma omp for schedule(static)
         for (size_t k = 0; k < K; k += few_K(work)) {
             // of the preceding parts
             const size_t words = k / few_K(work) * pack_words(work, few_K(work));
-            pack_strips(work->a + round_up(M, TILE_ROWS) * words, &a, 1, 0, M, TILE_ROWS, k,
-                        at_most(K - k, few_K(work)), work, NULL, 0);
+            pack_rows(work->a + round_up(M, strip_rows(work)) * words, &a, 0, M, k,
+                      at_most(K - k, few_K(work)), work);
         }
 #pragma omp for schedule(dynamic)
         for (size_t s = 0; s < all; s += count)
             few_columns(&y, work, packed, s * TILE_COLS, at_most(all - s, count), M, N, K);
+        if (work->tiled) tiles_end();
     }
 }
 

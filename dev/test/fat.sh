@@ -2,7 +2,7 @@
 # Checks that a fat build keeps each engine's instructions to itself, so that its programs run on
 # any x86-64: an engine's object must export only its table, and no program may contain a vector
 # instruction outside these objects (AVX and later: their names begin with v, those on masks with
-# k). Needs nm and objdump. Run by make instructions FAT=1.
+# k, those on tiles with t). Needs nm and objdump. Run by make instructions FAT=1.
 #
 # Variables: BUILD=build/fat.
 set -eu
@@ -14,7 +14,8 @@ code() { objdump -d --no-show-raw-insn "$1"; }
 count() { code "$2" | grep -cE "$1" || true; }           # lines of the disassembly of $2 that match
                                                          # $1
 
-v=':[[:space:]]+(v[a-z0-9]+|k[a-z]+[bwdq])([[:space:]]|$)'   # AVX and later
+t='tile[a-z0-9]+|tdp[a-z0-9]+'                           # AMX
+v=":[[:space:]]+(v[a-z0-9]+|k[a-z]+[bwdq]|$t)([[:space:]]|\$)"      # AVX and later
 avx512='%zmm|%[xy]mm(1[6-9]|2[0-9]|3[01])|[{,]%k[0-7]|:[[:space:]]+k[a-z]+[bwdq][[:space:]]'
 total=0
 for object in "$BUILD"/engine_*.o; do
@@ -24,10 +25,12 @@ for object in "$BUILD"/engine_*.o; do
     shown=$(nm -g --defined-only "$object" | awk '$2 != "C" { print $3 }')
     [ "$shown" = "cpu_engine_$name" ] ||
         fail "$object shows other symbols than its table: $(echo "$shown" | tr '\n' ' ')"
-    vectors=$(count "$v" "$object") wide=$(count "$avx512" "$object")
+    vectors=$(count "$v" "$object") wide=$(count "$avx512" "$object") tiles=$(count "$t" "$object")
     total=$((total + vectors))
-    echo "$object: $vectors instructions of AVX and later, $wide of them AVX-512"
+    echo "$object: $vectors instructions of AVX and later, $wide of them AVX-512, $tiles AMX"
+    [ "$name" = amx ] || [ "$tiles" -eq 0 ] || fail "$object has AMX"
     case $name in
+        amx) [ "$wide" -gt 0 ] && [ "$tiles" -gt 0 ] || fail "$object has no AMX" ;;
         avx512*) [ "$wide" -gt 0 ] || fail "$object has no AVX-512" ;;
         avx*) [ "$vectors" -gt 0 ] && [ "$wide" -eq 0 ] || fail "$object is not of AVX2" ;;
         *) [ "$vectors" -eq 0 ] || fail "$object, for every processor, has AVX" ;;

@@ -22,31 +22,32 @@ static void fat_test_say(void *wanted) {
 // processor cannot run it; the first that can run is the default.
 static void test_fat_engines(void) {
     static const struct { const char *name, *says; } known[] = {
-        {"avx512bf16", ", AVX-512 + BF16]"}, {"avx512", ", AVX-512]"}, {"avx2", ", AVX2]"},
-        {"sse2", ", SSE2]"}};
+        {"amx", ", AVX-512 + AMX]"}, {"avx512bf16", ", AVX-512 + BF16]"},
+        {"avx512", ", AVX-512]"}, {"avx2", ", AVX2]"}, {"sse2", ", SSE2]"}};
+    enum { ENGINES = sizeof known / sizeof known[0] };
     const struct { char *name; int runs; } row[] = {
 #define X(name, runs) {#name, runs},
         CPU_ENGINES(X)
 #undef X
     };
     int best = -1;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < ENGINES; i++) {
         EXPECT_TEXT(row[i].name, known[i].name);
         EXPECT_EXIT(row[i].runs ? 0 : 1,
                     row[i].runs ? known[i].says : "this processor does not support its instructions",
                     fat_test_say, row[i].name);
         if (row[i].runs && best < 0) best = i;
     }
-    EXPECT(sizeof row / sizeof row[0] == 4 && row[3].runs,
-           "four engines, and every x86-64 runs the last");
+    EXPECT(sizeof row / sizeof row[0] == ENGINES && row[ENGINES - 1].runs,
+           "five engines, and every x86-64 runs the last");
     if (best < 0) return;
     EXPECT_EXIT(0, known[best].says, fat_test_say, NULL);
     EXPECT_EXIT(0, known[best].says, fat_test_say, "");
 }
 
 static void test_fat_refuses(void) {
-    EXPECT_EXIT(1, "DROPPATH_ENGINE=avx: the engines of this build are avx512bf16 avx512 avx2 sse2",
-                fat_test_say, "avx");
+    EXPECT_EXIT(1, "DROPPATH_ENGINE=avx: the engines of this build are amx avx512bf16 avx512 avx2 "
+                "sse2", fat_test_say, "avx");
     EXPECT_EXIT(1, "DROPPATH_ENGINE=AVX2: ", fat_test_say, "AVX2");
 }
 #else

@@ -18,7 +18,7 @@
 
 #define KERNELS_TESTS(X)                                                                     \
     X(kernels_products_options) X(kernels_products_shapes)                                   \
-    X(kernels_products_blocks) KERNELS_PAIRS_TESTS(X)                                        \
+    X(kernels_products_blocks) X(kernels_tiles) KERNELS_PAIRS_TESTS(X)                       \
     X(kernels_exp) X(kernels_log) X(kernels_gelu) X(kernels_bf16_round) X(kernels_transpose) \
     X(kernels_max) X(kernels_column_sums)                                                    \
     X(kernels_layernorm_forward) X(kernels_layernorm_backward) X(kernels_softmax_loss)       \
@@ -183,7 +183,8 @@ static void matmuls_lay(Products *s, const Matmul *p) {
     if (p->gelu == 2) sheet_fill(&s->h, 3);
     if (p->add) sheet_fill(&s->y, 6);
     s->work = (PackWorkspace){s->work_a.end - wide * M_BLOCK * K_BLOCK,
-                         s->work_b.end - wide * K_BLOCK * N_BLOCK, p->bf16};
+                         s->work_b.end - wide * K_BLOCK * N_BLOCK, p->bf16,
+                         p->bf16 && tiles_allowed()};
 }
 
 static void matmuls_run(Products *s, const Matmul *p) {
@@ -328,6 +329,9 @@ static void test_kernels_products_blocks(void) {
 #else
 #define KERNELS_PAIRS_TESTS(X) X(kernels_pairs_are_the_same_bits)
 extern const Engine no_pairs_engine;
+#ifndef NO_TILES                                         // which have other bits
+extern const Engine no_tiles_engine;
+#endif
 
 typedef struct { real *slot[4], *losses; double loss[4]; } Steps;
 
@@ -369,7 +373,12 @@ static void test_kernels_pairs_are_the_same_bits(void) {
         for (int dtype = DTYPE_FP32; dtype <= DTYPE_BF16; dtype++) {
             const GptConfig c = sizes[i].c;
             const int n = 4 * sizes[i].B * sizes[i].T;
-            Steps a = steps_run(test_engine, c, sizes[i].B, sizes[i].T, dtype);
+#ifdef NO_TILES
+            const Engine *const pairs_engine = test_engine;
+#else
+            const Engine *const pairs_engine = &no_tiles_engine;
+#endif
+            Steps a = steps_run(pairs_engine, c, sizes[i].B, sizes[i].T, dtype);
             Steps b = steps_run(&no_pairs_engine, c, sizes[i].B, sizes[i].T, dtype);
             EXPECT(!memcmp(a.loss, b.loss, sizeof a.loss), "size %d, dtype %d: other losses", i,
                    dtype);
@@ -382,6 +391,53 @@ static void test_kernels_pairs_are_the_same_bits(void) {
         }
 }
 #endif
+
+// ---- Tiles ----
+
+// A word of two random bf16: of all sizes, and now and then zero, subnormal, infinite or no number.
+static float tile_test_word(int seed, int i) {
+    const uint32_t *w = rng_words((uint64_t)seed, STREAM_TEST, (uint64_t)i, 0, 0).v;
+    uint32_t half[2];
+    for (int h = 0; h < 2; h++) {
+        const uint32_t sign = w[h] & 0x8000, digits = w[h] >> 16 & 0x7F,
+            kind = w[2] >> (8 * h) & 0xFF;
+        uint32_t exponent = 117 + w[h] % 20;             // around 1
+        if (seed > 1 && kind < 8) exponent = kind % 4 == 0 ? 0 : kind % 4 == 1 ? 1 : 64 + kind;
+        if (seed > 2 && kind == 9) exponent = 255;
+        half[h] = sign | exponent << 7 | digits;
+    }
+    union { uint32_t bits; float f; } word = {half[0] | half[1] << 16};
+    return word.f;
+}
+
+// The processor's products of tiles have the bits of tile_dot_plain (any of the NaNs for a NaN).
+static void test_kernels_tiles(void) {
+    if (!TILES || !tiles_allowed()) return;
+    static Tile a, b, y, plain;
+    tiles_begin();
+    for (int seed = 1; seed <= 60; seed++) {
+        for (int i = 0; i < TILE_SIDE * TILE_SIDE; i++) {
+            a.word[i / TILE_SIDE][i % TILE_SIDE] = tile_test_word(seed, i);
+            b.word[i / TILE_SIDE][i % TILE_SIDE] = tile_test_word(seed, 1000 + i);
+            y.word[i / TILE_SIDE][i % TILE_SIDE] = (float)kernels_number(seed, (size_t)i) *
+                (seed % 7 == 3 ? 1e-38f : 1);
+        }
+        plain = y;
+        tile_load(0, (const real *)y.word, TILE_SIDE);
+        tile_load(1, (const real *)a.word, TILE_SIDE);
+        tile_load(2, (const real *)b.word, TILE_SIDE);
+        tile_dot(0, 1, 2);
+        tile_store(0, (real *)y.word, TILE_SIDE);
+        tile_dot_plain(&plain, &a, &b);
+        for (int i = 0; i < TILE_SIDE * TILE_SIDE; i++) {
+            const float got = y.word[i / TILE_SIDE][i % TILE_SIDE],
+                want = plain.word[i / TILE_SIDE][i % TILE_SIDE];
+            EXPECT((isnan(got) && isnan(want)) || !memcmp(&got, &want, sizeof got),
+                   "seed %d, element %d: %a, want %a", seed, i, (double)got, (double)want);
+        }
+    }
+    tiles_end();
+}
 
 // ---- Functions of one variable, over all floats ----
 //
