@@ -72,7 +72,7 @@ static void weights_fill(Model *m, double size, int id) {
 
 // ---- Peaks ----
 
-enum { PEAK_FMA, PEAK_UPDATE, PEAK_READ, PEAK_COPY, PEAK_BF16 };
+enum { PEAK_FMA, PEAK_UPDATE, PEAK_READ, PEAK_COPY, PEAK_BF16, PEAK_TILES };
 
 // Threads take small pieces dynamically, like those of a matmul: one that is preempted must not
 // delay the others.
@@ -139,6 +139,19 @@ static double bf16_check(void *sum) {
     bf16_run(sum);
     return fabs(*(double *)sum / (2.0 * PIECE_STEPS * FMA_CHAINS * LANES * PIECES *
                                   thread_count()) - 1);
+}
+
+// Products of tiles of ones (dev/model/peak.h): each adds 32 to every element, exact here, too.
+static void tiles_run(void *sum_of_all) {
+    double sum = 0;
+#pragma omp parallel for schedule(dynamic) reduction(+:sum)
+    for (int i = 0; i < PIECES * thread_count(); i++) peak_tiles(&sum);
+    *(double *)sum_of_all = sum;
+}
+
+static double tiles_check(void *sum) {
+    tiles_run(sum);
+    return fabs(*(double *)sum / (2.0 * TILE_SIDE * PEAK_STEPS * PIECES * thread_count()) - 1);
 }
 
 enum { STREAM_PIECE = 1 << 16 };                         // elements that a thread takes at a time
@@ -212,7 +225,7 @@ static void peak_row(MeasureTable *t, const char *name, double flops, double byt
 }
 
 static void peak_rows(MeasureTable *t) {
-    static double fma_sum, bf16_sum;
+    static double fma_sum, bf16_sum, tiles_sum;
     static Stream s;
     if (!s.x) {
         s.n = ((size_t)128 << 20) / sizeof(real);        // larger than the caches
@@ -228,12 +241,17 @@ static void peak_rows(MeasureTable *t) {
     if (PAIRS)
         peak_row(t, "dot product, bf16", 4 * FMA_CHAINS * LANES * all, 0, bf16_run, bf16_check,
                  &bf16_sum);
+    if (TILES && tiles_allowed())
+        peak_row(t, "tiles, bf16", 2.0 * PEAK_STEPS * 4 * TILE_SIDE * TILE_SIDE * 2 * TILE_SIDE *
+                 PIECES * thread_count(), 0, tiles_run, tiles_check, &tiles_sum);
 }
 
-// The bound of matmuls in that dtype: without bf16 dot products, bf16 is multiplied as fp32.
+// The bound of matmuls in that dtype: without tiles and dot products, bf16 is multiplied as fp32.
 static void matmul_peaks(Bench *b) {
     b->matmul_peak[DTYPE_FP32] = &b->peaks.row[PEAK_FMA];
-    b->matmul_peak[DTYPE_BF16] = &b->peaks.row[PAIRS ? PEAK_BF16 : PEAK_FMA];
+    b->matmul_peak[DTYPE_BF16] = &b->peaks.row[TILES && tiles_allowed() ? PEAK_TILES
+                                               : PAIRS                  ? PEAK_BF16
+                                                                        : PEAK_FMA];
 }
 
 static void bench_peak(Bench *b, const Case *cases, int n, int rounds) {
@@ -241,7 +259,7 @@ static void bench_peak(Bench *b, const Case *cases, int n, int rounds) {
     MeasureTable t = {.rounds = rounds};
     peak_rows(&t);
     for (int i = 0; i < t.n; i++)
-        t.row[i].peak = &b->peaks.row[i == PEAK_FMA || i == PEAK_BF16 ? PEAK_FMA : PEAK_UPDATE];
+        t.row[i].peak = &b->peaks.row[t.row[i].unit[1] == 'F' ? PEAK_FMA : PEAK_UPDATE];
     measure_table(&t);
     measure_print(&t, "peaks, against the first of their kind", &b->rows);
     measure_free(&t);
