@@ -19,11 +19,10 @@
 #error "compiled by make FAT=1, which passes the table of engines"
 #endif
 #define HAS(instructions) __builtin_cpu_supports(#instructions)
-#define HAS_AMX has_amx()
+#define HAS_AMX engines_have_amx()
 
-// AMX's tiles and their products in bf16, if the kernel lets this process use them: the same
-// request as tiles_allowed() of tiles.h.
-static int has_amx(void) {
+// The same request to the kernel as tiles_allowed() of tiles.h.
+int engines_have_amx(void) {
 #ifdef __linux__
     enum { BF16 = 1 << 22, TILE = 1 << 24, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
     unsigned a, b, c, d;

@@ -12,6 +12,10 @@ extern "C" {
 // The engine of train_gpt.c; in a fat build (make FAT=1), the best one that this processor can run.
 const Engine *engine_cpu(void);
 
+// Of a fat build: whether the processor has AMX's tiles and their products in bf16, and the kernel
+// lets this process use them.
+int engines_have_amx(void);
+
 // The engine of train_gpt.cu, on the first device of CUDA_VISIBLE_DEVICES. Starts the driver, which
 // does not survive a fork: call it in the process that will use it.
 const Engine *engine_cuda(void);

@@ -10,6 +10,7 @@
 #ifdef CPU_ENGINES
 #define FAT_TESTS(X) X(fat_engines) X(fat_refuses)
 #define HAS(instructions) __builtin_cpu_supports(#instructions)
+#define HAS_AMX engines_have_amx()
 
 // Prints on standard error which engine DROPPATH_ENGINE=wanted (NULL: unset) selects.
 static void fat_test_say(void *wanted) {
