@@ -14,8 +14,9 @@ code() { objdump -d --no-show-raw-insn "$1"; }
 count() { code "$2" | grep -cE "$1" || true; }           # lines of the disassembly of $2 that match
                                                          # $1
 
-t='tile[a-z0-9]+|tdp[a-z0-9]+'                           # AMX
-v=":[[:space:]]+(v[a-z0-9]+|k[a-z]+[bwdq]|$t)([[:space:]]|\$)"      # AVX and later
+amx='tile[a-z0-9]+|tdp[a-z0-9]+'
+v=":[[:space:]]+(v[a-z0-9]+|k[a-z]+[bwdq]|$amx)([[:space:]]|\$)"    # AVX and later
+amx=":[[:space:]]+($amx)([[:space:]]|\$)"
 avx512='%zmm|%[xy]mm(1[6-9]|2[0-9]|3[01])|[{,]%k[0-7]|:[[:space:]]+k[a-z]+[bwdq][[:space:]]'
 total=0
 for object in "$BUILD"/engine_*.o; do
@@ -25,7 +26,7 @@ for object in "$BUILD"/engine_*.o; do
     shown=$(nm -g --defined-only "$object" | awk '$2 != "C" { print $3 }')
     [ "$shown" = "cpu_engine_$name" ] ||
         fail "$object shows other symbols than its table: $(echo "$shown" | tr '\n' ' ')"
-    vectors=$(count "$v" "$object") wide=$(count "$avx512" "$object") tiles=$(count "$t" "$object")
+    vectors=$(count "$v" "$object") wide=$(count "$avx512" "$object") tiles=$(count "$amx" "$object")
     total=$((total + vectors))
     echo "$object: $vectors instructions of AVX and later, $wide of them AVX-512, $tiles AMX"
     [ "$name" = amx ] || [ "$tiles" -eq 0 ] || fail "$object has AMX"
