@@ -148,7 +148,7 @@ static inline int in_pairs(const PackWorkspace *work) { return work->bf16 ? PAIR
 
 // Rows of a strip of a.
 static inline size_t strip_rows(const PackWorkspace *work) {
-    return TILES && work->tiled ? TILED_ROWS : TILE_ROWS;
+    return TILES && work->tiled ? (size_t)TILED_ROWS : (size_t)TILE_ROWS;
 }
 
 // Packed words for K elements.
