@@ -66,7 +66,7 @@ static inline double peak_tiles(double *sum) {
 // do not lower the peak. Runs at least five times, but not for more than five times `seconds`,
 // since a busy machine may not schedule us. Threads that share a core share its peak.
 static inline double machine_peak(int bf16, double seconds) {
-    const int tiled = bf16 && tiles_allowed(), pairs = bf16 && PAIRS;
+    const int tiled = bf16 && tiles_allowed(), pairs = bf16 ? PAIRS : 0;
     const double begin = clock_seconds(), online = (double)sysconf(_SC_NPROCESSORS_ONLN);
     const double share = online >= 1 && online < team_most() ? online / team_most() : 1;
     double best = 0, elapsed = 0;
