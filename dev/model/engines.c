@@ -9,11 +9,8 @@
 
 #include "../check.h"
 #include "engines.h"
+#include "tiles.h"
 #include <cpuid.h>
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #ifndef CPU_ENGINES
 #error "compiled by make FAT=1, which passes the table of engines"
@@ -21,16 +18,10 @@
 #define HAS(instructions) __builtin_cpu_supports(#instructions)
 #define HAS_AMX engines_have_amx()
 
-// The same request to the kernel as tiles_allowed() of tiles.h.
 int engines_have_amx(void) {
-#ifdef __linux__
-    enum { BF16 = 1 << 22, TILE = 1 << 24, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    enum { BF16 = 1 << 22, TILE = 1 << 24 };
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) &&
-           syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return 0;
-#endif
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) && tiles_request();
 }
 
 #define X(name, runs) extern const Engine cpu_engine_##name;

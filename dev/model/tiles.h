@@ -44,9 +44,19 @@ static inline void tile_dot_plain(Tile *y, const Tile *a, const Tile *b) {
         }
 }
 
-// TILES: whether matmuls can use them; tiles_allowed: whether the kernel lets this process, which
-// must ask once; tiles_begin, tiles_end: of a thread, around its use of them. tile_load and
-// tile_store: rows that are `stride` words apart; tile_dot: y += a b. t, y, a, b are constants.
+// Asks the kernel to let this process use tiles, as it must be once; returns whether it does.
+static inline int tiles_request(void) {
+#ifdef SYS_arch_prctl
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+// TILES: whether matmuls can use them; tiles_allowed: whether the kernel lets this process;
+// tiles_begin, tiles_end: of a thread, around its use of them. tile_load and tile_store: rows that
+// are `stride` words apart; tile_dot: y += a b. t, y, a, b are constants.
 #if defined(NO_TILES) || defined(NO_PAIRS) || defined(REAL_DOUBLE) ||                              \
     !defined(__AVX512BF16__) || !(defined(EMULATE_TILES) ||                                        \
     (defined(__AMX_BF16__) && defined(__linux__)))
@@ -82,10 +92,7 @@ static inline void tile_dot(int y, int a, int b) {
     tile_dot_plain(&tile_register[y], &tile_register[a], &tile_register[b]);
 }
 #else
-static inline int tiles_allowed(void) {
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
+static inline int tiles_allowed(void) { return tiles_request(); }
 
 // All eight tiles are whole.
 static inline void tiles_begin(void) {
