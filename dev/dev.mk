@@ -158,8 +158,8 @@ $(B)/fuzz_replay.o: dev/fuzz/replay.c
 
 TILES := $(findstring has_tiles,$(shell printf '\043include "dev/model/tiles.h"\n\043ifndef \
            NO_TILES\nhas_tiles\n\043endif\n' | $(CC) $(FLAGS) -I. -E -P -x c - 2>/dev/null))
-$(B)/test_gpt: $(if $(FAT_ENGINES),,$(B)/engine_no_pairs.o \
-               $(if $(TILES),$(B)/engine_no_tiles.o)) $(EMU)
+PLAINER := $(B)/engine_no_pairs.o $(if $(TILES),$(B)/engine_no_tiles.o)
+$(B)/test_gpt: $(if $(FAT_ENGINES),,$(PLAINER)) $(EMU)
 TEST_PROGRAMS := $(B)/test_gpt $(B)/interop_logits $(B)/torture $(B)/fuzz_replay
 # Some compilers want an engine for fuzz_replay, which calls none.
 $(TEST_PROGRAMS): %: %.o $(ENGINES)
@@ -183,7 +183,7 @@ $(B)/test_gpt_cuda.o: test_gpt.c
 	$(call cc,-DCUDA_BUILD)
 $(B)/test_cuda_device.o: dev/test/test_cuda.cu
 	$(call nvcc,-DLOGITS_BYTES='(1 << 18)' -DROWS_SCORES=4096)
-$(B)/test_gpt_cuda: $(B)/test_gpt_cuda.o $(ENGINES) $(B)/engine_no_pairs.o $(B)/test_cuda_device.o
+$(B)/test_gpt_cuda: $(B)/test_gpt_cuda.o $(ENGINES) $(PLAINER) $(B)/test_cuda_device.o
 	$(gpu_link)
 
 test-cuda: choices $(B)/test_gpt_cuda

@@ -59,7 +59,7 @@ static inline int tiles_request(void) {
 // are `stride` words apart; tile_dot: y += a b. t, y, a, b are constants.
 #if defined(NO_TILES) || defined(NO_PAIRS) || defined(REAL_DOUBLE) ||                              \
     !defined(__AVX512BF16__) || !(defined(EMULATE_TILES) ||                                        \
-    (defined(__AMX_BF16__) && defined(__linux__)))
+    ((defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__)))
 #undef NO_TILES
 #define NO_TILES
 enum { TILES = 0 };
@@ -94,6 +94,12 @@ static inline void tile_dot(int y, int a, int b) {
 #else
 static inline int tiles_allowed(void) { return tiles_request(); }
 
+// Before an intrinsic that reads memory: some compilers do not know that it reads all of it, and
+// leave out what was written there.
+static inline void tile_memory(const void *from) {
+    __asm__ volatile("" : : "r"(from) : "memory");
+}
+
 // All eight tiles are whole.
 static inline void tiles_begin(void) {
     struct __attribute__((packed)) {
@@ -102,15 +108,15 @@ static inline void tiles_begin(void) {
         uint8_t rows[16];
     } shape = {1, 0, {0}, {0}, {0}};
     for (int t = 0; t < 8; t++) shape.row_bytes[t] = 4 * TILE_SIDE, shape.rows[t] = TILE_SIDE;
+    tile_memory(&shape);
     _tile_loadconfig(&shape);
 }
 static inline void tiles_end(void) { _tile_release(); }  // the kernel then has less to save
 
 #define tile_zero(t) _tile_zero(t)
-// the barrier: some compilers do not know that a tile is loaded from memory
 #define tile_load(t, from, stride)                                                                 \
     do {                                                                                           \
-        __asm__ volatile("" : : : "memory");                                                       \
+        tile_memory(from);                                                                         \
         _tile_loadd(t, from, (stride) * sizeof(real));                                             \
     } while (0)
 #define tile_store(t, to, stride) _tile_stored(t, to, (stride) * sizeof(real))
