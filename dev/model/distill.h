@@ -45,7 +45,8 @@ static inline real distill_row(real *teacher, const real *student, real grad, re
         const size_t n = at_most(V - v, LANES);
         const Vector a = (vector_load_some(teacher + v, n) - top[0]) * cool,
             b = (vector_load_some(student + v, n) - top[1]) * cool;
-        const Vector p = exp_lanes(a) * share[0], q = exp_lanes(b) * share[1];
+        const Vector p = vector_rounded(exp_lanes(a) * share[0]),
+            q = vector_rounded(exp_lanes(b) * share[1]);
         kl += (double)vector_sum_some(p * (a - b - apart), n);
         vector_store_some(teacher + v, rate * (q - p), n);
     }
@@ -79,8 +80,8 @@ static inline real twins_row(real *da, real *db, const real *a, const real *b, r
         const size_t n = at_most(V - v, LANES);
         const Vector x = vector_load_some(a + v, n) - top[0], y = vector_load_some(b + v, n) -
             top[1];
-        const Vector p = exp_lanes(x) * share[0], q = exp_lanes(y) * share[1],
-            ratio = x - y - apart;
+        const Vector p = vector_rounded(exp_lanes(x) * share[0]),
+            q = vector_rounded(exp_lanes(y) * share[1]), ratio = x - y - apart;
         Vector first = p * (ratio - (real)kl[0]), second = q - p;
         if (symmetric) first += p - q, second -= q * (ratio + (real)kl[1]);
         vector_store_some(da + v, half * first, n);

@@ -55,6 +55,12 @@ static inline ALWAYS_INLINE Vector vector_load(const real *x) { return *(const V
 static inline ALWAYS_INLINE void vector_store(real *x, Vector v) { *(Vector *)x = v; }
 static inline ALWAYS_INLINE Vector vector_of(real x) { return (Vector){0} + x; }
 
+// x as it was rounded: a product is not contracted into a fused multiply-add with what comes next.
+static inline ALWAYS_INLINE Vector vector_rounded(Vector x) {
+    __asm__("" : "+m"(x));
+    return x;
+}
+
 // The same for n < LANES elements; the other lanes are zero.
 static inline ALWAYS_INLINE Vector vector_load_some(const real *x, size_t n) {
 #ifdef __AVX512F__
