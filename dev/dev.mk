@@ -180,7 +180,7 @@ test: test-programs
 
 # All tests that concern the GPU engine, on a GPU.
 $(B)/test_gpt_cuda.o: test_gpt.c
-	$(call cc,-DCUDA_BUILD)
+	$(call cc,$(TEST_O) -DCUDA_BUILD)
 $(B)/test_cuda_device.o: dev/test/test_cuda.cu
 	$(call nvcc,-DLOGITS_BYTES='(1 << 18)' -DROWS_SCORES=4096)
 $(B)/test_gpt_cuda: $(B)/test_gpt_cuda.o $(ENGINES) $(PLAINER) $(B)/test_cuda_device.o
