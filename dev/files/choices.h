@@ -104,7 +104,7 @@ static inline const char *choices_parse_example(Choices *c, int64_t at, int64_t 
 }
 
 static inline const char *choices_parse_examples(Choices *c, uint32_t examples, uint32_t longest) {
-    int64_t at = 0, end, most = 0;
+    int64_t at = 0, end = 0, most = 0;
     const char *error;
     if (examples > c->words / CHOICES_EXAMPLE_WORDS)
         return "cut short: its header counts more examples than it holds";

@@ -812,8 +812,9 @@ static inline const char *options_config_value(Text *out, const char *s, const c
         s = options_skip_blanks(s + 1, end);
         return s < end && *s != '#' ? "there is more after the closing quote" : NULL;
     }
-    const char *comment = (const char *)memchr(s, '#', (size_t)(end - s));
-    if (comment) end = comment;
+    const char *comment = s;
+    while (comment < end && *comment != '#') comment++;
+    end = comment;
     while (end > s && strchr(" \t\r", end[-1])) end--;
     if (s == end) return "the value is missing (the empty text is \"\")";
     text_append(out, s, (size_t)(end - s));
