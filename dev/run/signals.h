@@ -17,6 +17,7 @@
 
 #include "../check.h"
 #include <signal.h>
+#include <sys/wait.h>
 #include <time.h>
 
 enum { SIGNALS_ONE = 2 };
@@ -27,6 +28,14 @@ enum { SIGNALS_ONE = 2 };
     "finish the step, save and exit with code 0. SIGUSR1 saves and continues"
 
 static volatile sig_atomic_t signals_stop, signals_save; // the number of the signal received, or 0
+
+// Waits for a child to end, whatever signals arrive; returns its status as waitpid does.
+static inline int child_wait(pid_t pid) {
+    int status;
+    while (waitpid(pid, &status, 0) < 0)
+        if (errno != EINTR) die("waitpid: %s", strerror(errno));
+    return status;
+}
 
 static inline void signals_on_warning(int number) { signals_stop = number; }
 

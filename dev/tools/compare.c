@@ -19,7 +19,6 @@
 #include <poll.h>
 #include <sys/file.h>
 #include <sys/mman.h>
-#include <sys/wait.h>
 #ifdef __linux__
 #include <sys/prctl.h>
 #endif
@@ -368,12 +367,10 @@ static int take_turn(Run *run, int n, int i) {
 // others end with this process.
 static int run_turn(Run *run, int n, int i) {
     Run *r = &run[i];
-    int status;
     const int cancelled = signals_stop && !r->begun;     // there is nothing to save
     if (cancelled) kill(r->pid, SIGKILL);
     else if (take_turn(run, n, i)) return 1;
-    while (waitpid(r->pid, &status, 0) < 0)
-        if (errno != EINTR) die("waitpid: %s", strerror(errno));
+    const int status = child_wait(r->pid);
     close(r->go);
     close(r->done);
     r->pid = 0;
@@ -443,7 +440,6 @@ static int collapse_run(Compare *c, const char *program, int arm, int s) {
     char *arguments[] = {program_beside(program, COLLAPSE_PROGRAM), latest, "--train", o.train,
                          "--val", o.val, "--tokens", tokens, "--seq-len", seq_len, "--threads",
                          threads, "--json", json, NULL};
-    int status = 0;
     if (!path_exists(json)) {
         fflush(NULL);
         const pid_t pid = fork();
@@ -454,8 +450,7 @@ static int collapse_run(Compare *c, const char *program, int arm, int s) {
             execvp(arguments[0], arguments);
             die("cannot start %s: %s", arguments[0], strerror(errno));
         }
-        while (waitpid(pid, &status, 0) < 0)
-            if (errno != EINTR) die("waitpid: %s", strerror(errno));
+        child_wait(pid);
     }
     if (path_exists(json)) collapse_read(c, arm, s, json);
     else if (!signals_stop) warn("%s: neural collapse was not measured", o.out);

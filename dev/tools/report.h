@@ -6,8 +6,8 @@
 #include "../check.h"
 #include "../files/files.h"
 #include "../files/json.h"
+#include "../run/signals.h"
 #include <ctype.h>
-#include <sys/wait.h>
 
 // ---- Tables: plain text that is Markdown too ----
 
@@ -114,7 +114,6 @@ static inline char *picture_plot(const char *program) {
 // Runs that command, silently; returns whether it has succeeded. One that hangs is ended after a
 // while.
 static inline int picture_draw(char **arguments) {
-    int status;
     const pid_t pid = fork();
     if (pid == 0) {
         const int null = open("/dev/null", O_RDWR);
@@ -123,9 +122,7 @@ static inline int picture_draw(char **arguments) {
         execvp(arguments[0], arguments);
         _exit(127);
     }
-    while (pid > 0 && waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) return 0;
-    return pid > 0 && status == 0;
+    return pid > 0 && child_wait(pid) == 0;
 }
 
 #endif

@@ -35,13 +35,10 @@ static inline int study_same_depths(const Study *s, const StudyResult *a, const 
 static inline int study_again(const Study *s, const char *trainer, const StudyRun *run,
                               const StudyResult *then, const char *folder, const char *out) {
     const char *arm = s->arm[run->arm].name;
-    int status;
     StudyResult now;
     study_remove(out);
-    const pid_t pid = study_run_start(s, trainer, run, folder);
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) die("waitpid: %s", strerror(errno));
-    if (status) study_show_log(s, run->key), die("the run of [arm %s] has failed", arm);
+    if (child_wait(study_run_start(s, trainer, run, folder)))
+        study_show_log(s, run->key), die("the run of [arm %s] has failed", arm);
     Text text = study_result_text(s, run, out, 0);
     if (!text.n || study_result_parse(&now, text.s, text.n - 1))
         die("the run of [arm %s] did not end", arm);

@@ -16,7 +16,6 @@
 
 #include "study_plan.h"
 #include <dirent.h>
-#include <sys/wait.h>
 #include <utime.h>
 #ifdef __linux__
 #include <sys/prctl.h>
@@ -552,8 +551,7 @@ static inline void study_remove(const char *path) {
         execlp("rm", "rm", "-rf", path, (char *)NULL);
         _exit(127);
     }
-    int status;
-    while (pid > 0 && waitpid(pid, &status, 0) < 0 && errno == EINTR) {}
+    if (pid > 0) child_wait(pid);
 }
 
 // Whether its directory was in use: a process that lost its queue is still saving there.
@@ -610,25 +608,21 @@ static inline void study_try_arm(const Study *s, const char *trainer, const Stud
     char *config = xprintf("%s/config.txt", dir), *log = xprintf("%s/log.txt", dir),
          *out = xprintf("%s/out", dir);
     Text text = study_config(&s->arm[r->arm], &r->o);
-    int status;
     file_write_whole(config, text.s, text.n);
     char *const arguments[] = {study_word(trainer), study_word("--config"), config,
                                study_word("--out"), out, study_word("--dry-run"), NULL};
-    const pid_t pid = study_start(arguments, log);
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) die("waitpid: %s", strerror(errno));
+    const int status = child_wait(study_start(arguments, log));
     FileMap map;
     const int read = !file_map(&map, log);
     char *said = xprintf("%.*s", read ? (int)map.size : 0,
                          read && map.size ? (const char *)map.data : "");
     char *error = strstr(said, "error: ");
     unlink(config), unlink(log);
-    if (status) rmdir(dir);
+    const double needs = study_memory(said), has = study_machine_memory();
+    if (status || needs > has) rmdir(dir);
     if (status)
         study_refuse(s, "[arm %s] cannot run: %s", s->arm[r->arm].name,
                      error ? error + 7 : said);
-    const double needs = study_memory(said), has = study_machine_memory();
-    if (needs > has) rmdir(dir);
     if (needs > has)
         study_refuse(s, "[arm %s] cannot run: it needs %.0f MiB, this machine has %.0f",
                      s->arm[r->arm].name, needs, has);
@@ -769,15 +763,11 @@ static inline void study_prepare(Study *s, const char *trainer, int look) {
 static inline double study_time_steps(const Study *s, const char *trainer, StudyRun *r) {
     char *dir = xprintf("%s/calibrate", s->out), *metrics = xprintf("%s/metrics.jsonl", dir),
          *claim = xprintf("%s/claims/calibrate", s->out);
-    int status;
     study_remove(dir);
     mkdir(claim, 0777);
     snprintf(r->key, sizeof r->key, "calibrate");
     r->o.steps = s->own.turn_steps, r->o.eval_every = 0, r->o.eval_tokens = 1;
-    const pid_t pid = study_run_start(s, trainer, r, ".");
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR) die("waitpid: %s", strerror(errno));
-    if (status) {
+    if (child_wait(study_run_start(s, trainer, r, "."))) {
         study_show_log(s, "calibrate");
         die("a turn of [arm %s] has failed", s->arm[r->arm].name);
     }

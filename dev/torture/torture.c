@@ -13,7 +13,6 @@
 #include "../model/engines.h"
 #include "../files/files.h"
 #include "../run/trainer.h"
-#include <sys/wait.h>
 
 enum { EVERY = 2, ARGS = 64 };                           // steps between checkpoints
 #define RUN                                                                                        \
@@ -95,9 +94,7 @@ static pid_t start(const char *dir, const char *more, const Faults *f) {
 
 // Its exit code, or minus the signal that killed it.
 static int wait_for(pid_t child) {
-    int status;
-    while (waitpid(child, &status, 0) < 0)
-        if (errno != EINTR) die("waitpid: %s", strerror(errno));
+    const int status = child_wait(child);
     return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
 }
 
