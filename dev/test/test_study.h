@@ -207,6 +207,14 @@ static inline void study_test_uses(const char *plan, const char *out, const Stud
     r = tool_run("study report %s --picture 0", plan);
     EXPECT(r.code == 0 && strstr(r.out.s, "## What else the weights are good for"), "code %d: %s",
            r.code, r.err.s);
+    tool_free(&r);
+
+    // a damaged line is no answer
+    file_write_whole(path, text.s, text.n / 2);
+    r = tool_run("study report %s --picture 0", plan);
+    EXPECT(r.code == 1 && strstr(r.err.s, key) && strstr(r.err.s, "not a whole line of JSON"),
+           "code %d: %s", r.code, r.err.s);
+    file_write_whole(path, text.s, text.n);
     tool_free(&r), text_free(&text), text_free(&again);
     free(folder), free(path), free(run), free(val);
 }
@@ -356,6 +364,11 @@ static void test_study_report_alone(void) {
     with = tool_run("study run %s", plan);
     EXPECT(with.code == 1 && strstr(with.err.s, "has results of \"X\", version ") &&
                strstr(with.err.s, "it would do all of them again"), "%s", with.err.s);
+    tool_free(&with);
+    file_write_whole(origin, one, strlen(one) / 2);      // a damaged one is not guessed at
+    with = tool_run("study report %s --picture 0", alone);
+    EXPECT(with.code == 1 && strstr(with.err.s, "origin.txt: a line does not say data"), "%s",
+           with.err.s);
     tool_free(&with), text_free(&line);
     free(plan), free(alone), free(other), free(origin), free(two), free(one);
 }
