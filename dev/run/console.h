@@ -44,17 +44,20 @@ static inline void trainer_print_exits(const Trainer *tr) {
            100 * exits_run_compute(&tr->exits, &tr->growth, &whole, tr->T));
 }
 
-// The share of the branches' FLOPs that the run is expected to drop, over all its steps.
+// The share of the branches' FLOPs that step t is expected to drop.
+static inline double trainer_step_share(const Trainer *tr, int64_t t) {
+    DropPath d = tr->drop;
+    GptConfig c = tr->config;
+    d.layers = c.L = growth_layers(&tr->growth, tr->depth, t);
+    return drop_path_expected_share(&d, &c, tr->T, t);
+}
+
+// The same of the run, over all its steps.
 static inline double trainer_expected_share(const Trainer *tr) {
     const int64_t every = tr->steps / 100000 + 1;
     double sum = 0, n = 0;
     if (tr->options->drop_path == 0) return 0;
-    for (int64_t t = every / 2; t < tr->steps; t += every, n++) {
-        DropPath d = tr->drop;
-        GptConfig c = tr->config;
-        d.layers = c.L = growth_layers(&tr->growth, tr->depth, t);
-        sum += drop_path_expected_share(&d, &c, tr->T, t);
-    }
+    for (int64_t t = every / 2; t < tr->steps; t += every, n++) sum += trainer_step_share(tr, t);
     return sum / n;
 }
 
@@ -149,15 +152,17 @@ static inline void trainer_print_start(const Trainer *tr) {
                100 * trainer_expected_compute(tr));
     }
     const double share = trainer_expected_share(tr);
-    const char *size = drop_path_excess(share, parameters, c->L, &usual);
+    const int falls = trainer_step_share(tr, tr->steps - 1) < 0.5 * share;
+    const char *size = drop_path_excess(share, falls, parameters, c->L, &usual);
     if (tr->lora.rank && o->drop_path > 0.1 + 1e-9)
         warn("--drop-path %g with --lora: adapters are small, and a milder schedule is usual; "
              "0.05, say", o->drop_path);
     else if (size)
         warn("--drop-path %g drops %.0f%% of the branches' work on average over layers and steps, "
-             "which is high: no harm is reported for %.2g%% of a %s model\n  hint: that rests on "
-             "few runs (dev/DROP_PATH.md); compare with a run without it", o->drop_path,
-             100 * share, 100 * usual, size);
+             "which is high: no harm is reported for %.2g%% of a %s model\n  hint: %s; the "
+             "evidence is thin (dev/DROP_PATH.md), so compare with a run without it", o->drop_path,
+             100 * share, 100 * usual, size,
+             falls ? "lower it" : "lower it, or let it fall to 0 (--drop-recipe best2026)");
     trainer_warn_of_many(tr, share > 0.8 * usual);
     printf("output:  %s\n", o->out);
     fflush(stdout);

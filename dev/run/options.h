@@ -120,6 +120,9 @@ typedef struct { const OptionSpec *specs; int n; } OptionTable;
     X(elhoushi2026,                                                                         \
       "drop-unit=row\ndrop-branches=tied\ndrop-depth=linear0\ndrop-scale=inverted-each\n"   \
       "drop-ramp-shape=linear\ndrop-ramp-up=0\ndrop-ramp-down=100%")                        \
+    X(best2026,                                                                             \
+      "drop-unit=row\ndrop-branches=separate\ndrop-depth=linear0\ndrop-scale=inverted\n"    \
+      "drop-ramp-shape=linear\ndrop-ramp-up=0\ndrop-ramp-down=100%")                        \
     X(bu2026,                                                                               \
       "grow=1:0,all:80%\ngrow-init=random\nlr-schedule=wsd\nwarmup=2%\nlr-decay=10%")
 #define OPTION_RECIPE_NAME(name, config) "|" #name
@@ -355,16 +358,15 @@ enum { ON_ERROR_CONTINUE, ON_ERROR_STOP };
     OPTION(drop_path, "drop-path", NUMBER, "0", "[0,1)",                                           \
            "p_max, the largest rate at which a branch is dropped; 0: plain training. Warns if a "  \
                "run drops more than about 5% of the branches' work on average (10% from 250M "     \
-               "parameters on, 20% from 600M): dev/DROP_PATH.md gives the evidence. Rates are "    \
-               "rounded to multiples of 2^-32")                                                    \
+               "parameters on, 20% from 600M; at least 16% if the rates fall to 0): "              \
+               "dev/DROP_PATH.md gives the evidence. Rates are rounded to multiples of 2^-32")     \
     OPTION(drop_recipe, "drop-recipe", CHOICE, "none", "none" DROP_RECIPES(OPTION_RECIPE_NAME),    \
-           "sets the options below as published; single options override it. Huang et al. 2016, "  \
-               "Deep Networks with "                                                               \
-           "Stochastic Depth; Zhang and He 2020, progressive layer dropping; Fan et al. 2019, "    \
-               "LayerDrop; Elhoushi "                                                              \
-           "et al. 2024, LayerSkip; Liu et al. 2023, Dropout Reduces Underfitting; Don't Drop "    \
-               "Dropout, "                                                                         \
-           "ICML 2026; Bu et al. 2511.04981, depth expansion, which grows and drops nothing")      \
+           "sets the options below as published; single options override it. Huang et al. "        \
+               "2016, Deep Networks with Stochastic Depth; Zhang and He 2020, progressive "        \
+               "layer dropping; Fan et al. 2019, LayerDrop; Elhoushi et al. 2024, LayerSkip; "     \
+               "Liu et al. 2023, Dropout Reduces Underfitting; Don't Drop Dropout, ICML 2026; "    \
+               "best2026, the best of our own dev/studies, with --drop-path 0.6; Bu et al. "       \
+               "2511.04981, depth expansion, which grows and drops nothing")                       \
     OPTION(drop_depth, "drop-depth", CHOICE, "linear", "linear|linear0|uniform|exp|alternate",     \
            "depth of layer l = 1..L: l/L, (l-1)/(L-1), 1, 2^((l-1)/(L-1)) - 1, or 1 for even l "   \
                "and "                                                                              \
@@ -1042,6 +1044,20 @@ static inline void options_wrap(Text *out, const char *words, int column) {
     text_printf(out, "\n");
 }
 
+// Appends an option and its choices, up to the column of the help: on a line of their own if they
+// are long, broken after a bar if they are too wide.
+static inline void options_help_left(Text *out, const char *left) {
+    const int own = strlen(left) >= OPTIONS_HELP_COLUMN;
+    while (strlen(left) > OPTIONS_HELP_WIDTH) {
+        int length = OPTIONS_HELP_WIDTH;
+        while (length > 1 && left[length - 1] != '|') length--;
+        text_printf(out, "%.*s\n      ", length, left);
+        left += length;
+    }
+    if (own) text_printf(out, "%s\n%*s", left, OPTIONS_HELP_COLUMN, "");
+    else text_printf(out, "%-*s", OPTIONS_HELP_COLUMN, left);
+}
+
 // Appends the text of --help.
 static inline void options_help(const Options *o, Text *out) {
     text_printf(out, "Usage: %s\n", o->usage);
@@ -1059,9 +1075,7 @@ static inline void options_help(const Options *o, Text *out) {
             char *left = xprintf(bare ? "  --%s [%.*s]" : "  --%s %.*s", s->name, length, value);
             char *right = xprintf(*s->initial ? "%s (default %s%s%s)" : "%s", s->help, s->initial,
                                   interval ? ", in " : "", interval ? s->domain : "");
-            text_printf(out, "%-*s", OPTIONS_HELP_COLUMN, left);
-            if (strlen(left) >= OPTIONS_HELP_COLUMN)
-                text_printf(out, "\n%*s", OPTIONS_HELP_COLUMN, "");
+            options_help_left(out, left);
             options_wrap(out, right, OPTIONS_HELP_COLUMN);
             free(left);
             free(right);

@@ -828,19 +828,20 @@ static void test_drop_text_damaged(void) {
 // ---- How much a run drops, and how much is usual for its size ----
 
 static void test_drop_excess(void) {
-    static const struct { double share, parameters; int layers; const char *size; double usual;
-                          } row[] = {
-        {0.0, 124e6, 12, NULL, 13 / 240.}, {13 / 240., 124e6, 12, NULL, 13 / 240.},
-        {0.055, 124e6, 12, "small", 13 / 240.}, {0.075, 1e6, 2, NULL, 0.075},
-        {0.1, 355e6, 24, NULL, 25 / 240.}, {0.11, 355e6, 24, "medium", 25 / 240.},
-        {0.2, 774e6, 36, NULL, 37 / 180.}, {0.25, 1.5e9, 48, "large", 49 / 240.},
-        {0.11, 250e6, 24, "medium", 25 / 240.},
-        {0.3, 600e6, 24, "large", 25 / 120.},
+    static const struct { double share; int falls; double parameters; int layers; const char *size;
+                          double usual; } row[] = {
+        {0.0, 0, 124e6, 12, NULL, 13 / 240.}, {13 / 240., 0, 124e6, 12, NULL, 13 / 240.},
+        {0.055, 0, 124e6, 12, "small", 13 / 240.}, {0.075, 0, 1e6, 2, NULL, 0.075},
+        {0.1, 0, 355e6, 24, NULL, 25 / 240.}, {0.11, 0, 355e6, 24, "medium", 25 / 240.},
+        {0.2, 0, 774e6, 36, NULL, 37 / 180.}, {0.25, 0, 1.5e9, 48, "large", 49 / 240.},
+        {0.11, 0, 250e6, 24, "medium", 25 / 240.}, {0.3, 0, 600e6, 24, "large", 25 / 120.},
+        {0.16, 1, 1e6, 12, NULL, 0.16}, {0.17, 1, 1e6, 12, "small", 0.16},
+        {0.16, 1, 355e6, 24, NULL, 0.16}, {0.2, 1, 1.5e9, 48, NULL, 49 / 240.},
     };
     for (size_t i = 0; i < sizeof row / sizeof *row; i++) {
         double usual = 0;
-        const char *size = drop_path_excess(row[i].share, (size_t)row[i].parameters, row[i].layers,
-                                            &usual);
+        const char *size = drop_path_excess(row[i].share, row[i].falls, (size_t)row[i].parameters,
+                                            row[i].layers, &usual);
         EXPECT_CLOSE(usual, row[i].usual, 1e-15, "usual share");
         EXPECT(size && row[i].size ? !strcmp(size, row[i].size) : size == row[i].size,
                "share %g of %g parameters: %s", row[i].share, row[i].parameters,

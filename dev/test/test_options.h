@@ -491,7 +491,7 @@ static void test_options_recipes(void) {
 
     static const char *const names[] = {"none", "huang2016", "pld2020", "layerdrop2019",
                                         "layerskip2024", "early2023",
-                                        "elhoushi2026", "bu2026"};
+                                        "elhoushi2026", "best2026", "bu2026"};
     // each one's config must parse (apply checks)
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         char *command = xprintf("--drop-recipe %s", names[i]);
