@@ -171,10 +171,12 @@ $(TEST_PROGRAMS): %: %.o $(ENGINES)
 TESTED := $(PROGRAMS) $(B)/test_gpt $(B)/fuzz_replay $(B)/torture $(EMU_PROGRAM)
 TESTS  ?=
 NOT    ?=
-CHOSEN  = $(RUN) $(B)/test_gpt --list | grep -E '$(or $(TESTS),.)' | grep -vE '$(or $(NOT),^$$)'
+# `value`: a $ of theirs is no variable of make's
+CHOSEN  = $(RUN) $(B)/test_gpt --list | grep -E '$(or $(value TESTS),.)' | \
+              grep -vE '$(or $(value NOT),^$$)'
 test-programs: choices $(TESTED)
 test: test-programs
-	@names=$$($(if $(TESTS)$(NOT),$(CHOSEN),echo)) || \
+	@names=$$($(if $(value TESTS)$(value NOT),$(CHOSEN),echo)) || \
 	    { echo "error: no test has such a name; $(B)/test_gpt --list prints them"; exit 1; }; \
 	BUILD="$(strip $(RUN) $(B))" $(RUN) $(B)/test_gpt $$names
 
