@@ -6,10 +6,10 @@
 #ifndef MEMORY_H
 #define MEMORY_H
 
+#include "../run/signals.h"
 #include "kernels.h"
 #include "steps.h"
 #include <sys/resource.h>
-#include <sys/wait.h>
 
 // ---- An engine that stores every tensor of a step: llm.c's act_sizes (Karpathy 2024) ----
 
@@ -74,7 +74,7 @@ static void memory_step(MemoryStep *out, const Bench *b, const Case *c, double r
 }
 
 static void memory_fork(MemoryStep *out, const Bench *b, const Case *c, double rate) {
-    int ends[2], status;
+    int ends[2];
     fflush(stdout);
     if (pipe(ends)) die("pipe: %s", strerror(errno));
     const pid_t child = fork();
@@ -86,7 +86,7 @@ static void memory_fork(MemoryStep *out, const Bench *b, const Case *c, double r
     close(ends[1]);
     const ssize_t got = read(ends[0], out, sizeof *out);
     close(ends[0]);
-    if (waitpid(child, &status, 0) < 0) die("waitpid: %s", strerror(errno));
+    const int status = child_wait(child);
     if (got != (ssize_t)sizeof *out || status)
         die("the process that did the step of %s with B %d, T %d %s", c->preset, c->B, c->T,
             WIFSIGNALED(status) ? "was ended by a signal: out of memory?" : "failed");

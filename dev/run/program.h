@@ -4,6 +4,7 @@
 #define PROGRAM_H
 
 #include "../check.h"
+#include <signal.h>
 #ifdef __linux__
 #include <sys/auxv.h>
 #endif
@@ -37,10 +38,12 @@ static inline void program_again(char **argv) {
 #endif
 }
 
-// Call it first in main. libomp reads its variable when the first threads start, but libgomp before
-// main, so the program re-executes itself once with the variable set. Set GOMP_SPINCOUNT to avoid
-// that under a debugger.
+// Call it first in main. Children that end can be waited for, even if whoever starts this program
+// ignores them, which it inherits. Threads wait briefly: libomp reads its variable when the first
+// threads start, but libgomp before main, so the program re-executes itself once with the variable
+// set. Set GOMP_SPINCOUNT to avoid that under a debugger.
 static inline void program_begin(char **argv) {
+    signal(SIGCHLD, SIG_DFL);
 #if defined _OPENMP && !defined CUDA_BUILD              // waiting for a GPU involves no threads
     if (program_wait_is_chosen()) return;
 #ifdef __clang__

@@ -396,6 +396,26 @@ static void test_study_page(void) {
     text_free(&page);
 }
 
+// Whoever starts a study may have told the system to forget children that end, which it inherits.
+static void test_study_ignored_children(void) {
+    const char *dir = test_directory();
+    char *plan = study_test_plan(dir, "s", "seeds = 2\n",
+                                 "steps = 4\n[arm none]\n[arm drop]\ndrop-path = 0.2\n");
+    char *program = xprintf("%s/study", test_build()), *said = xprintf("%s/said", dir);
+    fflush(NULL);
+    const pid_t pid = fork();
+    if (pid == 0) {
+        signal(SIGCHLD, SIG_IGN);
+        if (!freopen(said, "w", stdout) || dup2(1, 2) < 0) _exit(99);
+        execl(program, program, plan, "--jobs", "2", (char *)NULL);
+        _exit(99);
+    }
+    const int status = child_wait(pid);
+    Text text = test_read_file(said);
+    EXPECT(status == 0 && !strstr(text.s, "waitpid"), "status %d: %s", status, text.s);
+    text_free(&text), free(plan), free(program), free(said);
+}
+
 // A result with one bit changed is found by verify.
 static void test_study_verify_fails(void) {
     const char *dir = test_directory();
@@ -735,9 +755,9 @@ static void test_study_fit(void) {
 }
 
 #define STUDY_TESTS(X)                                                                             \
-    X(study_answers) X(study_verify_fails) X(study_report_alone) X(study_page)                     \
-    X(study_shares_baselines) X(study_killed_and_shared)                                           \
-    X(study_keys_a_teacher)                                                                        \
+    X(study_answers) X(study_ignored_children) X(study_verify_fails)                               \
+    X(study_report_alone) X(study_page) X(study_shares_baselines)                                  \
+    X(study_killed_and_shared) X(study_keys_a_teacher)                                             \
     X(study_many_jobs) X(study_takes_over) X(study_stops_in_time) X(study_tunes)                   \
     X(study_equal_seconds) X(study_refuses) X(study_refuses_other_data) X(study_fit)
 

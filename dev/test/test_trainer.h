@@ -857,7 +857,8 @@ static void test_trainer_warns_of_a_high_rate(void) {
     const char *dir = test_directory();
     EXPECT_REFUSED(0, "drops 22% of the branches' work on average over layers and steps, which is "
                    "high: no harm is reported for 7.5% of a small model\n  hint: lower it, or let "
-                   "it fall to 0 (--drop-recipe best2026)", "--out %s/a --steps 1 --drop-path 0.3", dir);
+                   "it fall to 0 (--drop-recipe best2026)",
+                   "--out %s/a --steps 1 --drop-path 0.3", dir);
     EXPECT_REFUSED(0, "drops 20% of the branches' work on average over layers and steps, which is "
                    "high: no harm is reported for 16% of a small model\n  hint: lower it; ",
                    "--out %s/c --steps 1000 --dry-run --drop-path 0.8 --drop-recipe elhoushi2026",
